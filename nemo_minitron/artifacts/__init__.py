@@ -1,0 +1,1 @@
+"""Published stage outputs: manifests, fingerprints, locks."""

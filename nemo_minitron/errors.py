@@ -1,0 +1,57 @@
+"""Errors that a user can cause. The CLI prints them without a traceback and exits with 2."""
+
+from __future__ import annotations
+
+
+class MinitronError(Exception):
+    """A problem that the user can fix.
+
+    Args:
+        what: the problem, one sentence, with the offending value.
+        where: file, key or stage in which it stands.
+        allowed: what would have been accepted.
+        next_step: what to do now.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        allowed: str | None = None,
+        next_step: str | None = None,
+    ) -> None:
+        self.what, self.where, self.allowed, self.next_step = what, where, allowed, next_step
+        lines = [what]
+        for label, text in (("where", where), ("allowed", allowed), ("next", next_step)):
+            if text:
+                lines.append(f"  {label}: {text}")
+        super().__init__("\n".join(lines))
+
+
+class ConfigError(MinitronError):
+    """The recipe or an override is wrong."""
+
+
+class PlanError(MinitronError):
+    """The recipe is well-formed but cannot be carried out (sizes, layouts, missing inputs)."""
+
+
+class ArtifactError(MinitronError):
+    """A stage's output is missing, damaged, changed or in use."""
+
+
+class CheckpointError(MinitronError):
+    """A model checkpoint cannot be read, written or understood."""
+
+
+class DataError(MinitronError):
+    """Text data cannot be read or is unusable."""
+
+
+class NumericsError(MinitronError):
+    """A measured number is not what the recipe promised (NaN, teacher above its bound, wrong size)."""
+
+
+class EnvironmentProblem(MinitronError):
+    """The machine lacks something: a package, disk space, permissions, an asset."""

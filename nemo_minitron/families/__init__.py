@@ -1,0 +1,18 @@
+"""Model families: shapes, the axis table, and Hugging Face configs."""
+
+from nemo_minitron.families.hf_config import read_shape, write_config
+from nemo_minitron.families.shape import Llama3RopeScaling, ModelShape
+from nemo_minitron.families.table import Parameter, Row, num_params, parameters, rows, tensor_shape
+
+__all__ = [
+    "Llama3RopeScaling",
+    "ModelShape",
+    "Parameter",
+    "Row",
+    "num_params",
+    "parameters",
+    "read_shape",
+    "rows",
+    "tensor_shape",
+    "write_config",
+]

@@ -1,0 +1,68 @@
+"""The sizes and switches of a decoder-only transformer, independent of any framework."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Norm = Literal["rmsnorm", "layernorm1p"]
+Activation = Literal["swiglu", "squared_relu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3RopeScaling:
+    """Llama 3.1's frequency scaling; the three other constants of it are fixed (1, 4, 8192)."""
+
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Everything that decides the parameters and the arithmetic of one model.
+
+    `kv_channels` is the size of one head. It is explicit because a width-pruned model
+    has heads whose sizes no longer add up to `hidden_size`.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    tied_embeddings: bool
+    norm: Norm
+    norm_eps: float
+    activation: Activation
+    qkv_bias: bool
+    qk_norm: bool
+    rope_theta: float
+    rotary_fraction: float
+    rope_scaling: Llama3RopeScaling | None
+    sliding_window_tokens: int | None
+
+    @property
+    def gated(self) -> bool:
+        return self.activation == "swiglu"
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.num_attention_heads // self.num_query_groups
+
+    def axis_sizes(self) -> dict[str, int]:
+        """Length of each axis label that a parameter row may carry."""
+        return {
+            "vocab": self.vocab_size,
+            "hidden": self.hidden_size,
+            "ffn": self.ffn_hidden_size,
+            "q": self.num_attention_heads * self.kv_channels,
+            "kv": self.num_query_groups * self.kv_channels,
+            "head_dim": self.kv_channels,
+        }
+
+    def resized(self, **sizes: int) -> ModelShape:
+        """A copy with other sizes; `kv_channels` stays unless given."""
+        return replace(self, **sizes)

@@ -1,0 +1,1 @@
+"""Score, decide, cut: functions of tensors."""

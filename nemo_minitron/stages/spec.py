@@ -1,0 +1,88 @@
+"""The table of stage kinds. Importing it is cheap: no torch; functions are named, not imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.config.schema import Execution, Schema
+from nemo_minitron.progress import Progress
+
+if TYPE_CHECKING:
+    from nemo_minitron.backends.megatron.session import Session
+
+Result = Mapping[str, Any]
+"""JSON facts for the manifest."""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage may use besides its params and inputs."""
+
+    name: str
+    recipe_name: str
+    out_dir: Path
+    """Write outputs here; the runner publishes the folder when the function returns."""
+    work_dir: Path
+    """Survives a kill; training state lives here. Removed when the stage is published."""
+    execution: Execution
+    progress: Progress
+    session: Session | None = None
+    """The Megatron session of a distributed stage."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files (rank 0)."""
+        return self.session is None or self.session.is_main
+
+
+StageFunction = Callable[[Any, Inputs, StageContext], Result]
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One kind of stage."""
+
+    kind: str
+    version: int
+    """Raised when the same inputs would now give other outputs; part of the fingerprint."""
+    entry: str
+    """`module:function`; called as function(params, inputs, ctx)."""
+    distributed: bool = False
+    """Runs on execution.parallel.world_size processes inside a Megatron session."""
+
+    def load(self) -> StageFunction:
+        module, function = self.entry.split(":")
+        return getattr(import_module(module), function)  # type: ignore[no-any-return]
+
+
+def _spec(kind: str, module: str, *, version: int = 1, distributed: bool = False) -> StageSpec:
+    return StageSpec(kind, version, f"nemo_minitron.stages.{module}", distributed)
+
+
+STAGES: dict[str, StageSpec] = {
+    spec.kind: spec
+    for spec in (
+        _spec("import", "import_model:import_model"),
+        _spec("adopt", "adopt:adopt"),
+        _spec("tokenize", "tokenize:tokenize"),
+        _spec("check_teacher", "check_teacher:check_teacher", distributed=True),
+        _spec("score", "score:score", distributed=True),
+        _spec("select", "select:select"),
+        _spec("prune", "prune:prune"),
+        _spec("distill", "distill:distill", distributed=True),
+        _spec("evaluate", "evaluate:evaluate", distributed=True),
+        _spec("speed", "speed:speed"),
+        _spec("export", "export:export"),
+        _spec("report", "report:report"),
+    )
+}
+
+
+def params_of(stage: Schema) -> dict[str, Any]:
+    """The part of a stage's config that decides its output: everything except kind and inputs."""
+    return stage.model_dump(mode="json", exclude={"kind", "inputs"})
