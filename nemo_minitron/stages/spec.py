@@ -39,6 +39,13 @@ class StageContext:
         """Whether this process writes files (rank 0)."""
         return self.session is None or self.session.is_main
 
+    @property
+    def open_session(self) -> Session:
+        """The session of a distributed stage, which the runner has opened."""
+        if self.session is None:
+            raise AssertionError(f"stage {self.name} runs outside a Megatron session")
+        return self.session
+
 
 StageFunction = Callable[[Any, Inputs, StageContext], Result]
 

@@ -1,0 +1,99 @@
+"""ModelShape -> Megatron-Core GPTModel."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from nemo_minitron.backends.megatron.layers import block_spec
+from nemo_minitron.backends.megatron.session import Session
+from nemo_minitron.errors import PlanError
+from nemo_minitron.families import ModelShape
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def padded_vocab_size(shape: ModelShape, tp: int) -> int:
+    """Megatron splits the vocabulary evenly over the tensor-parallel ranks; the rows added are zeros."""
+    return -(-shape.vocab_size // tp) * tp
+
+
+def transformer_config(shape: ModelShape, session: Session, precision: str) -> TransformerConfig:
+    """Megatron's config of this shape in this session.
+
+    Fusions that need CUDA kernels are switched off on CPU.
+    """
+    parallel = session.parallel
+    options: dict[str, Any] = {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
+        "normalization": "RMSNorm" if shape.norm == "rmsnorm" else "LayerNorm",
+        "layernorm_zero_centered_gamma": shape.norm == "layernorm1p",
+        "layernorm_epsilon": shape.norm_eps,
+        "gated_linear_unit": shape.gated,
+        "activation_func": F.silu if shape.gated else squared_relu,
+        "add_bias_linear": False,
+        "add_qkv_bias": shape.qkv_bias,
+        "qk_layernorm": shape.qk_norm,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": parallel.tp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "sequence_parallel": parallel.sequence_parallel and parallel.tp > 1,
+        "params_dtype": DTYPES[precision],
+        "pipeline_dtype": DTYPES[precision],
+        "bf16": precision == "bf16",
+        "use_cpu_initialization": not session.on_gpu,
+        "perform_initialization": False,
+        "bias_activation_fusion": session.on_gpu,
+        "bias_dropout_fusion": session.on_gpu,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "batch_p2p_comm": session.on_gpu,
+        "deallocate_pipeline_outputs": True,
+    }
+    known = {field.name for field in fields(TransformerConfig)}
+    return TransformerConfig(**{key: value for key, value in options.items() if key in known})
+
+
+def build_model(shape: ModelShape, session: Session, *, precision: str, seq_len_tokens: int) -> GPTModel:
+    """This rank's part of the model, with undefined weights: load them next.
+
+    Raises:
+        PlanError: the model cannot look back as far as the sequence is long.
+    """
+    window = shape.sliding_window_tokens
+    if window is not None and seq_len_tokens > window:
+        raise PlanError(
+            f"seq_len_tokens = {seq_len_tokens} is longer than the model's sliding window of {window} tokens.",
+            allowed=f"at most {window}",
+        )
+    config = transformer_config(shape, session, precision)
+    model = GPTModel(
+        config,
+        block_spec(shape.num_layers // session.parallel.pp, qk_norm=shape.qk_norm),
+        vocab_size=padded_vocab_size(shape, session.parallel.tp),
+        max_sequence_length=seq_len_tokens,
+        pre_process=session.is_first_stage,
+        post_process=session.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_percent=shape.rotary_fraction,
+        rotary_base=shape.rope_theta,  # type: ignore[arg-type]
+        rope_scaling=shape.rope_scaling is not None,
+        rope_scaling_factor=shape.rope_scaling.factor if shape.rope_scaling else 1.0,
+    )
+    return model.to(device=session.device, dtype=DTYPES[precision])

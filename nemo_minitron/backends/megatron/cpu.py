@@ -1,0 +1,105 @@
+"""What Megatron-Core needs to run on a machine without CUDA.
+
+Megatron-Core names the CUDA device in places that its public switches do not reach. While
+`cuda_means_cpu()` is active those places see the CPU instead. Nothing is patched where CUDA is
+there, and everything is restored on leaving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def cuda_means_cpu() -> Iterator[None]:
+    """Redirect Megatron's CUDA devices to the CPU for the duration; nothing happens where CUDA is there."""
+    if torch.cuda.is_available():
+        yield
+        return
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    with ExitStack() as stack:
+        # Used as `device=` for communication buffers.
+        stack.enter_context(patch.object(torch.cuda, "current_device", lambda: CPU))
+        # Called around pipeline sends and receives.
+        stack.enter_context(patch.object(torch.cuda, "synchronize", lambda *_, **__: None))
+        stack.enter_context(patch.object(torch.cuda, "current_stream", lambda *_, **__: _NoStream()))
+        # Dropout regions fork the CUDA generator; on CPU there is one generator to fork.
+        stack.enter_context(patch.object(megatron_random, "_CUDA_RNG_STATE_TRACKER", CpuRngTracker()))
+        stack.enter_context(patch.object(megatron_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True))
+        stack.enter_context(_CudaArgumentsToCpu())
+        yield
+
+
+class _NoStream:
+    """Stands for a CUDA stream where work is synchronous anyway."""
+
+    def wait_stream(self, _: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class _CudaArgumentsToCpu(TorchFunctionMode):
+    """Rewrites `device="cuda"`, `.cuda()` and `.to("cuda")` (optimizer and gradient-norm code spell them out)."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron's optimizer sorts parameters by names such as torch.cuda.FloatTensor.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class CpuRngTracker:
+    """Megatron's named random states, over the CPU generator."""
+
+    def __init__(self) -> None:
+        self.states_: dict[str, torch.Tensor] = {}
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def reset(self) -> None:
+        self.states_ = {}
+
+    def get_states(self) -> dict[str, torch.Tensor]:
+        return dict(self.states_)
+
+    def set_states(self, states: dict[str, torch.Tensor]) -> None:
+        self.states_ = dict(states)
+
+    def add(self, name: str, seed: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.states_[name] = torch.get_rng_state()
+
+    @contextmanager
+    def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
+        if name not in self.states_:
+            self.add(name, torch.initial_seed() % 2**31)
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.states_[name])
+            yield
+            self.states_[name] = torch.get_rng_state()

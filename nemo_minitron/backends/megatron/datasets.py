@@ -1,0 +1,132 @@
+"""Megatron's GPT and blended datasets over a dataset artifact, and batches by step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from nemo_minitron.backends.megatron.forward import Batch
+from nemo_minitron.backends.megatron.session import Session
+from nemo_minitron.data.windows import heldout_windows
+from nemo_minitron.errors import DataError
+
+
+@dataclass(frozen=True)
+class _TokenizerFacts:
+    """What Megatron's datasets ask of a tokenizer when the documents are already ids."""
+
+    vocab_size: int
+    eod: int
+    # No id is padding: documents are packed without gaps.
+    pad: int = -1
+    unique_identifiers: tuple[tuple[str, str], ...] = (("class", "ids"),)
+
+
+def training_samples(
+    data_dir: Path, *, num_samples: int, seq_len_tokens: int, seed: int, cache_dir: Path
+) -> Any:
+    """`num_samples` packed samples of the weighted blend, shuffled by seed; sample i is always the same.
+
+    Raises:
+        DataError: the sources hold less than one sample.
+    """
+    facts = json.loads((data_dir / "data.json").read_text())
+    sources = facts["train"]
+    if sum(source["num_tokens"] for source in sources) <= seq_len_tokens:
+        raise DataError(
+            f"The training split has no {seq_len_tokens + 1} tokens: not one sample.",
+            where=str(data_dir),
+            next_step="Add text or lower seq_len_tokens.",
+        )
+    blend = ([str(data_dir / s["prefix"]) for s in sources], [float(s["weight"]) for s in sources])
+    config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=seq_len_tokens,
+        blend_per_split=[blend, None, None],
+        path_to_cache=str(cache_dir),
+        tokenizer=_TokenizerFacts(facts["vocab_size"], facts["eod_id"]),  # type: ignore[arg-type]
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config)
+    return builder.build()[0]
+
+
+def step_batches(
+    samples: Any, session: Session, *, step: int, global_batch_size: int, micro_batch_size: int
+) -> list[Batch]:
+    """This data-parallel rank's micro-batches of one optimizer step (0-based).
+
+    Sample numbers depend on the step only, so a resumed run sees the same data.
+    """
+    per_rank = global_batch_size // session.parallel.dp
+    first = step * global_batch_size + session.dp_rank * per_rank
+    return [
+        collate([samples[i] for i in range(start, start + micro_batch_size)], session)
+        for start in range(first, first + per_rank, micro_batch_size)
+    ]
+
+
+def collate(rows: list[dict[str, torch.Tensor]], session: Session) -> Batch:
+    """Stack samples into [B, S] tensors on the session's device."""
+    return {
+        key: torch.stack([row[key] for row in rows]).to(session.device) for key in ("tokens", "labels", "loss_mask")
+    }
+
+
+@dataclass(frozen=True)
+class HeldOutBatches:
+    """Windows over the first whole validation documents."""
+
+    batches: list[Batch]
+    num_bytes: int
+
+
+def heldout_batches(
+    data_dir: Path, session: Session, *, num_tokens: int, seq_len_tokens: int, batch_size: int
+) -> HeldOutBatches:
+    """At least `num_tokens` of held-out text (less when the split is smaller), every text token predicted once.
+
+    Data-parallel ranks get every dp-th window.
+    """
+    facts = json.loads((data_dir / "data.json").read_text())
+    documents, sizes = _valid_documents(data_dir, facts)
+    windows = heldout_windows(
+        documents, sizes, eod_id=facts["eod_id"], num_tokens=num_tokens, seq_len_tokens=seq_len_tokens
+    )
+    mine = slice(session.dp_rank, None, session.parallel.dp)
+    rows = [_row(tokens, mask) for tokens, mask in zip(windows.tokens[mine], windows.loss_mask[mine], strict=True)]
+    # Pipeline schedules need one batch shape: the last one is filled with rows that count for nothing.
+    while rows and len(rows) % batch_size:
+        rows.append({**rows[-1], "loss_mask": torch.zeros_like(rows[-1]["loss_mask"])})
+    batches = [collate(rows[i : i + batch_size], session) for i in range(0, len(rows), batch_size)]
+    return HeldOutBatches(batches, windows.num_bytes)
+
+
+def _row(tokens: np.ndarray, mask: np.ndarray) -> dict[str, torch.Tensor]:
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    return {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": torch.from_numpy(mask.astype(np.float32))}
+
+
+def _valid_documents(data_dir: Path, facts: dict[str, Any]) -> tuple[Iterator[np.ndarray], Iterator[int]]:
+    """Documents and their UTF-8 sizes, one source after the other in turns, so that a small budget sees all."""
+    stores = [IndexedDataset(str(data_dir / s["prefix"])) for s in facts["valid"]]
+    sizes = [np.load(data_dir / f"{s['prefix']}.bytes.npy", allow_pickle=False) for s in facts["valid"]]
+    order = [
+        (store, index)
+        for index in range(max(len(store) for store in stores))
+        for store in range(len(stores))
+        if index < len(stores[store])
+    ]
+    return (stores[s][i] for s, i in order), (int(sizes[s][i]) for s, i in order)

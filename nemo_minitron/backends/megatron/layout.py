@@ -1,0 +1,60 @@
+"""Hugging Face tensors <-> Megatron's fused, tensor-parallel layout. Pure functions of tensors.
+
+Megatron keeps q, k and v of one query group together ([q..q, k, v] per group) and gate and up
+stacked; each tensor-parallel rank holds a contiguous range of every split axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.families import ModelShape, Row
+
+SPLIT_AXES = frozenset({"vocab", "q", "kv", "ffn"})
+"""Axes that tensor parallelism splits; all others are whole on every rank."""
+
+
+def shard_range(size: int, tp_rank: int, tp: int) -> tuple[int, int]:
+    """[start, stop) of one rank on an axis of this size; the last ranks may get less (padded vocabulary)."""
+    per_rank = ceil(size / tp)
+    return min(tp_rank * per_rank, size), min((tp_rank + 1) * per_rank, size)
+
+
+def shard_slices(row: Row, shape: ModelShape, tp_rank: int, tp: int) -> tuple[slice, ...]:
+    """Which part of the Hugging Face tensor this rank needs."""
+    sizes = shape.axis_sizes()
+    return tuple(
+        slice(*shard_range(sizes[axis], tp_rank, tp)) if axis in SPLIT_AXES else slice(0, sizes[axis])
+        for axis in row.axes
+    )
+
+
+def fuse(parts: Mapping[str, Tensor], shape: ModelShape) -> Tensor:
+    """This rank's parts -> Megatron's fused tensor. Rows may be of a weight [rows, D] or a bias [rows]."""
+    if "gate" in parts:
+        return torch.cat([parts["gate"], parts["up"]])
+    head = shape.kv_channels
+    q, k, v = parts["q"], parts["k"], parts["v"]
+    groups, rest = k.shape[0] // head, k.shape[1:]
+    grouped = [q.reshape(groups, -1, *rest), k.reshape(groups, head, *rest), v.reshape(groups, head, *rest)]
+    return torch.cat(grouped, dim=1).reshape(-1, *rest)
+
+
+def split(fused: Tensor, part: str, shape: ModelShape) -> Tensor:
+    """One part of this rank's fused tensor: the inverse of `fuse`."""
+    if part in ("gate", "up"):
+        gate, up = fused.chunk(2)
+        return gate if part == "gate" else up
+    head, rest = shape.kv_channels, fused.shape[1:]
+    per_group = (shape.heads_per_group + 2) * head
+    grouped = fused.reshape(-1, per_group, *rest)
+    start, length = {
+        "q": (0, shape.heads_per_group * head),
+        "k": (per_group - 2 * head, head),
+        "v": (per_group - head, head),
+    }[part]
+    return grouped.narrow(1, start, length).reshape(-1, *rest)

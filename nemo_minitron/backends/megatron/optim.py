@@ -1,0 +1,76 @@
+"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule around a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from nemo_minitron.backends.megatron.build import DTYPES
+from nemo_minitron.config.schema import DistillStage
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A model with what it takes to train it."""
+
+    ddp: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+
+    @property
+    def model(self) -> GPTModel:
+        return self.ddp.module
+
+    @property
+    def lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+
+def make_trainable(model: GPTModel, params: DistillStage) -> Trainable:
+    """Gradients and optimizer states in fp32; cosine schedule with linear warm-up."""
+    config = model.config
+    ddp = DistributedDataParallel(
+        config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False), model
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = ddp.no_sync
+    optimizer = get_megatron_optimizer(_optimizer_config(params), [ddp])
+    config.grad_scale_func = optimizer.scale_loss
+    return Trainable(ddp, optimizer, _schedule(optimizer, params))
+
+
+def _optimizer_config(params: DistillStage) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=params.lr,
+        min_lr=params.min_lr,
+        adam_beta1=params.adam_beta1,
+        adam_beta2=params.adam_beta2,
+        adam_eps=params.adam_eps,
+        weight_decay=params.weight_decay,
+        clip_grad=params.clip_grad,
+        bf16=params.precision == "bf16",
+        params_dtype=DTYPES[params.precision],
+        use_distributed_optimizer=False,
+    )
+
+
+def _schedule(optimizer: Any, params: DistillStage) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=params.lr,
+        min_lr=params.min_lr,
+        lr_warmup_steps=params.warmup_steps,
+        lr_decay_steps=params.num_steps,
+        lr_decay_style="cosine",
+        start_wd=params.weight_decay,
+        end_wd=params.weight_decay,
+        wd_incr_steps=params.num_steps,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,154 @@
+"""Hugging Face checkpoint <-> the Megatron model of this rank, through the axis table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from nemo_minitron.backends.megatron.build import build_model
+from nemo_minitron.backends.megatron.layout import SPLIT_AXES, fuse, shard_slices, split
+from nemo_minitron.backends.megatron.session import Session
+from nemo_minitron.families import ModelShape, Parameter, parameters, tensor_shape
+from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter
+
+
+def load_model(model_dir: Path, session: Session, *, precision: str, seq_len_tokens: int) -> tuple[GPTModel, ModelShape]:
+    """Build this rank's model and read its weights; each rank reads only its own part of the files.
+
+    Raises:
+        CheckpointError: missing, damaged or unexpected tensors.
+    """
+    checkpoint = Checkpoint.open(model_dir)
+    model = build_model(checkpoint.shape, session, precision=precision, seq_len_tokens=seq_len_tokens)
+    load_weights(model, checkpoint, session)
+    return model, checkpoint.shape
+
+
+def load_weights(model: GPTModel, checkpoint: Checkpoint, session: Session) -> None:
+    """Copy the checkpoint into the model; every parameter of the model is written exactly once."""
+    shape, tp = checkpoint.shape, session.parallel.tp
+    local = local_parameters(model, shape)
+    for name, group in _by_megatron_name(shape):
+        if name not in local:
+            continue
+        parts = {
+            parameter.row.part: checkpoint.read(
+                parameter.hf, shard_slices(parameter.row, shape, session.tp_rank, tp)
+            )
+            for parameter in group
+        }
+        tensor = parts[None] if None in parts else fuse({str(part): t for part, t in parts.items()}, shape)
+        _copy_padded(local.pop(name), tensor)
+    if local:
+        raise AssertionError(f"Megatron parameters without a row in the axis table: {sorted(local)}")
+
+
+def local_parameters(model: GPTModel, shape: ModelShape) -> dict[str, Tensor]:
+    """Table name (with the layer's number in the whole model) -> this rank's parameter.
+
+    With tied embeddings and pipeline stages the last stage holds a copy of the word embeddings as its
+    output layer; it is listed under the embedding's name, so that both copies get the same weights.
+    """
+    first_layer = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
+    out: dict[str, Tensor] = {}
+    for name, tensor in model.named_parameters():
+        if name.startswith("decoder.layers."):
+            _, _, index, rest = name.split(".", 3)
+            name = f"decoder.layers.{int(index) + first_layer}.{rest}"
+        if shape.tied_embeddings and name == "output_layer.weight":
+            name = "embedding.word_embeddings.weight"
+        out[name] = tensor
+    return out
+
+
+def _by_megatron_name(shape: ModelShape) -> Iterator[tuple[str, list[Parameter]]]:
+    ordered = sorted(parameters(shape), key=lambda parameter: parameter.megatron)
+    for name, group in groupby(ordered, key=lambda parameter: parameter.megatron):
+        yield name, list(group)
+
+
+@torch.no_grad()
+def _copy_padded(target: Tensor, source: Tensor) -> None:
+    """Copy, and fill the rows of a padded vocabulary with zeros."""
+    rows = source.shape[0]
+    target[:rows].copy_(source)
+    target[rows:].zero_()
+
+
+def save_model(
+    model: GPTModel, shape: ModelShape, session: Session, writer: CheckpointWriter | None, *, dtype: torch.dtype
+) -> None:
+    """Hand the whole model to rank 0's writer, one Hugging Face tensor at a time.
+
+    Every rank calls this; memory on any rank stays at one tensor.
+
+    Args:
+        writer: on rank 0; None on the others.
+        dtype: of the written tensors.
+    """
+    local = local_parameters(model, shape)
+    for parameter in parameters(shape):
+        whole = _gather(local.get(parameter.megatron), parameter, shape, session, dtype)
+        if writer is not None and whole is not None:
+            writer.add(parameter.hf, whole)
+
+
+def _gather(
+    local: Tensor | None, parameter: Parameter, shape: ModelShape, session: Session, dtype: torch.dtype
+) -> Tensor | None:
+    """The whole tensor on rank 0; None elsewhere."""
+    if session.world_size == 1:
+        return _local_part(local, parameter, shape).to(dtype).contiguous()
+    owner = _owner_stage(parameter, shape, session.parallel.pp)
+    whole = None
+    if session.pp_rank == owner and session.dp_rank == 0:
+        whole = _gather_over_tp(_local_part(local, parameter, shape), parameter, shape, session)
+    return _send_to_main(whole, parameter, shape, owner, session, dtype)
+
+
+def _local_part(local: Tensor | None, parameter: Parameter, shape: ModelShape) -> Tensor:
+    if local is None:
+        raise AssertionError(f"{parameter.megatron} is not on the stage that should own it")
+    tensor = local.detach()
+    return tensor if parameter.row.part is None else split(tensor, parameter.row.part, shape)
+
+
+def _owner_stage(parameter: Parameter, shape: ModelShape, pp: int) -> int:
+    """Pipeline stage that holds the parameter: the first for embeddings, the last for the head."""
+    if parameter.layer is not None:
+        return parameter.layer // (shape.num_layers // pp)
+    return 0 if parameter.megatron.startswith("embedding.") else pp - 1
+
+
+def _gather_over_tp(local: Tensor, parameter: Parameter, shape: ModelShape, session: Session) -> Tensor:
+    split_dims = [dim for dim, axis in enumerate(parameter.row.axes) if axis in SPLIT_AXES]
+    if session.parallel.tp == 1 or not split_dims:
+        return local
+    shards = [torch.empty_like(local) for _ in range(session.parallel.tp)]
+    dist.all_gather(shards, local.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    whole = torch.cat(shards, dim=split_dims[0])
+    return whole.narrow(split_dims[0], 0, tensor_shape(shape, parameter.row)[split_dims[0]])
+
+
+def _send_to_main(
+    whole: Tensor | None, parameter: Parameter, shape: ModelShape, owner: int, session: Session, dtype: torch.dtype
+) -> Tensor | None:
+    """From the owner stage's first tensor-parallel rank to rank 0."""
+    # Megatron orders ranks tp first, then dp, then pp.
+    source = owner * session.parallel.tp * session.parallel.dp
+    if session.is_main and source == 0:
+        return None if whole is None else whole.to(dtype).contiguous()
+    if session.is_main:
+        received = torch.empty(tensor_shape(shape, parameter.row), dtype=dtype, device=session.device)
+        dist.recv(received, src=source)
+        return received
+    if session.rank == source and whole is not None:
+        dist.send(whole.to(dtype).contiguous(), dst=0)
+    return None

@@ -1,0 +1,56 @@
+"""Run a function on several processes that form one world, as torchrun would."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """function(*args) on every rank, each its own process; returns the results in rank order.
+
+    The function must be importable; results must survive a pipe (tensors do).
+    """
+    context = mp.get_context("spawn")
+    port = _free_port()
+    queue = context.SimpleQueue()
+    processes = [
+        context.Process(target=_one_rank, args=(rank, world_size, port, queue, function, args))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    results: dict[int, Any] = {}
+    for _ in processes:
+        rank, ok, value = queue.get()
+        if not ok:
+            for process in processes:
+                process.terminate()
+            raise AssertionError(f"rank {rank} failed:\n{value}")
+        results[rank] = value
+    for process in processes:
+        process.join(60)
+    return [results[rank] for rank in range(world_size)]
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def _one_rank(rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], args: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    try:
+        queue.put((rank, True, function(*args)))
+    except BaseException:
+        queue.put((rank, False, traceback.format_exc()))
