@@ -1,0 +1,63 @@
+"""Where a model or a text comes from: asset:NAME, hf:ORG/NAME, or a path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_minitron.errors import CheckpointError, EnvironmentProblem
+
+ASSET = "asset:"
+HUB = "hf:"
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
+"""What is downloaded from the hub: never pickled weights, never code."""
+
+
+def resolve_path(source: str, assets_dir: Path) -> Path:
+    """The local path of an asset or a path; `~` is expanded.
+
+    Raises:
+        EnvironmentProblem: the asset has not been fetched.
+    """
+    if not source.startswith(ASSET):
+        return Path(source).expanduser()
+    name = source.removeprefix(ASSET)
+    path = assets_dir / name
+    if not path.exists():
+        raise EnvironmentProblem(
+            f"Asset {name} is not there.", where=str(path), next_step=f"minitron assets fetch {name}"
+        )
+    return path
+
+
+def resolve_model(source: str, assets_dir: Path, revision: str | None) -> Path:
+    """A local folder with config.json, or a .gguf file.
+
+    Raises:
+        CheckpointError: nothing there, or the hub cannot be reached.
+    """
+    if source.startswith(HUB):
+        return _from_hub(source.removeprefix(HUB), revision)
+    path = resolve_path(source, assets_dir)
+    if not path.exists():
+        raise CheckpointError(
+            f"There is no model at {path}.", where=f"source: {source}", allowed="asset:NAME, hf:ORG/NAME, a folder, a .gguf file"
+        )
+    if path.is_dir() and not (path / "config.json").is_file():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return ggufs[0]
+    return path
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{name} could not be fetched from the Hugging Face hub: {error}",
+            where=f"source: {HUB}{name}",
+            next_step="Check the name, your access (huggingface-cli login) and the network; or give a local folder.",
+        ) from error
