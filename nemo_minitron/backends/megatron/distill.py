@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from nemo_minitron.backends.megatron.build import DTYPES
 from nemo_minitron.backends.megatron.checkpoint import resume_training, save_training
 from nemo_minitron.backends.megatron.curves import Curves
 from nemo_minitron.backends.megatron.datasets import HeldOutBatches, heldout_batches, step_batches, training_samples
@@ -30,11 +32,12 @@ from nemo_minitron.backends.megatron.forward import (
 )
 from nemo_minitron.backends.megatron.optim import Trainable, make_trainable
 from nemo_minitron.backends.megatron.session import Session
-from nemo_minitron.backends.megatron.weights import load_model
+from nemo_minitron.backends.megatron.weights import load_model, save_model
 from nemo_minitron.config.schema import DistillStage
 from nemo_minitron.distillation.losses import VocabReduce, forward_kl
 from nemo_minitron.errors import NumericsError
 from nemo_minitron.families import ModelShape
+from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files, model_facts
 from nemo_minitron.progress import Progress
 
 KL = Callable[[Tensor, Tensor], Tensor]

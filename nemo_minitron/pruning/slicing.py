@@ -1,0 +1,76 @@
+"""Cut tensors by axis label. One loop serves every family, layer and layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.errors import NumericsError
+from nemo_minitron.families import ModelShape, Parameter, Row, num_params, parameters, tensor_shape, write_config
+from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files
+from nemo_minitron.progress import Progress
+from nemo_minitron.pruning.plan_file import PrunePlan
+
+
+def keep_indices(plan: PrunePlan, source: ModelShape, layer: int | None) -> dict[str, Tensor]:
+    """Kept indices of every axis label that the plan cuts, for one teacher layer (None: outside the layers).
+
+    Heads become rows: head h owns rows [h * kv_channels, (h + 1) * kv_channels). Key and value groups all stay.
+    """
+    keep = {"hidden": torch.tensor(plan.hidden)}
+    if layer is not None:
+        keep["ffn"] = torch.tensor(plan.ffn[layer])
+        heads = torch.tensor(plan.heads[layer])
+        keep["q"] = (heads[:, None] * source.kv_channels + torch.arange(source.kv_channels)).flatten()
+    return keep
+
+
+def slice_parameter(tensor: Tensor, row: Row, keep: Mapping[str, Tensor]) -> Tensor:
+    """Keep the given indices on every labelled dimension; axes without an entry stay whole."""
+    for dim, axis in enumerate(row.axes):
+        if axis in keep and len(keep[axis]) != tensor.shape[dim]:
+            tensor = tensor.index_select(dim, keep[axis])
+    return tensor
+
+
+def kept_parameters(plan: PrunePlan, source: ModelShape) -> Iterator[tuple[Parameter, Parameter]]:
+    """(parameter of the student, parameter of the teacher it is cut from); layers are renumbered."""
+    for student in parameters(plan.target_shape(source)):
+        layer = None if student.layer is None else plan.layers[student.layer]
+        yield student, Parameter(student.row, layer)
+
+
+def prune_checkpoint(source_dir: Path, plan: PrunePlan, out_dir: Path, progress: Progress) -> ModelShape:
+    """Cut a checkpoint tensor by tensor; memory holds one shard of the student.
+
+    Returns:
+        The student's shape, to which every written tensor was checked.
+
+    Raises:
+        NumericsError: a tensor or the total did not come out as planned.
+    """
+    checkpoint = Checkpoint.open(source_dir)
+    source, target = checkpoint.shape, plan.target_shape(checkpoint.shape)
+    writer = CheckpointWriter(out_dir, write_config(checkpoint.config, target))
+    keeps = {layer: keep_indices(plan, source, layer) for layer in (None, *plan.layers)}
+    pairs = list(kept_parameters(plan, source))
+    written = 0
+    for student, teacher in progress.track(pairs, "prune", len(pairs), "tensors"):
+        tensor = slice_parameter(checkpoint.read(teacher.hf), teacher.row, keeps[teacher.layer])
+        _require_shape(student, tensor, target)
+        written += tensor.numel()
+        writer.add(student.hf, tensor)
+    if written != num_params(target):
+        raise NumericsError(f"The student has {written} parameters; the plan says {num_params(target)}.")
+    writer.close()
+    copy_side_files(source_dir, out_dir)
+    return target
+
+
+def _require_shape(student: Parameter, tensor: Tensor, target: ModelShape) -> None:
+    expected = tensor_shape(target, student.row)
+    if tuple(tensor.shape) != expected:
+        raise NumericsError(f"{student.hf} came out as {list(tensor.shape)} instead of {list(expected)}.")

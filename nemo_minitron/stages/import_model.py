@@ -1,0 +1,85 @@
+"""Bring a model into the run as a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.config.schema import ImportStage
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.stages.spec import Result, StageContext
+
+
+def import_model(params: ImportStage, inputs: Inputs, ctx: StageContext) -> Result:
+    """Folder, hub name or GGUF file -> checked Hugging Face checkpoint in this run.
+
+    With `dtype: keep` the weights of a folder are copied bit for bit; a GGUF file becomes fp32.
+
+    Raises:
+        CheckpointError: missing, damaged or unsupported, or not the architecture that the recipe expects.
+    """
+    from nemo_minitron.hf.checkpoint import model_facts, read_config
+    from nemo_minitron.hf.license import read_license
+    from nemo_minitron.hf.source import resolve_model
+
+    source = resolve_model(params.source, Path(ctx.execution.assets_dir), params.revision)
+    license_id = read_license(source) if source.is_dir() else None
+    if source.is_dir():
+        require_architecture(read_config(source), params.architecture, params.source)
+        _copy_folder(source, ctx.out_dir, params.dtype)
+    else:
+        from nemo_minitron.hf.gguf import convert_gguf
+
+        license_id = convert_gguf(source, ctx.out_dir, _torch_dtype(params.dtype))
+        require_architecture(read_config(ctx.out_dir), params.architecture, params.source)
+    return {**model_facts(ctx.out_dir), "license": params.license or license_id, "source": params.source}
+
+
+def require_architecture(config: dict[str, Any], expected: dict[str, Any] | None, source: str) -> None:
+    """Every key that the recipe expects has that value in config.json.
+
+    Raises:
+        CheckpointError: naming each key that differs.
+    """
+    different = [
+        f"{key} = {config.get(key)!r} (recipe: {value!r})"
+        for key, value in (expected or {}).items()
+        if not _equal(config.get(key), value)
+    ]
+    if different:
+        raise CheckpointError(
+            f"Wrong architecture: {'; '.join(different)}.",
+            where=source,
+            next_step="Point source at the model that the recipe was written for, or correct `architecture`.",
+        )
+
+
+def _equal(found: Any, expected: Any) -> bool:
+    if isinstance(expected, float) and isinstance(found, int | float):
+        return abs(found - expected) <= 1e-6 * abs(expected)
+    return json.dumps(found, sort_keys=True) == json.dumps(expected, sort_keys=True)
+
+
+def _copy_folder(source: Path, out_dir: Path, dtype: str) -> None:
+    from nemo_minitron.families import parameters
+    from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files
+
+    checkpoint = Checkpoint.open(source)
+    copy_side_files(source, out_dir)
+    if dtype == "keep":
+        for file in {*checkpoint.files.values(), source / "config.json", *source.glob("*.index.json")}:
+            shutil.copyfile(file, out_dir / file.name)
+        return
+    writer = CheckpointWriter(out_dir, checkpoint.config, dtype=_torch_dtype(dtype))
+    for parameter in parameters(checkpoint.shape):
+        writer.add(parameter.hf, checkpoint.read(parameter.hf))
+    writer.close()
+
+
+def _torch_dtype(name: str) -> Any:
+    import torch
+
+    return None if name == "keep" else getattr(torch, name)

@@ -1,0 +1,69 @@
+"""Measure how much every channel, head and layer matters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.config.schema import ScoreStage
+from nemo_minitron.stages.spec import Result, StageContext
+
+
+def score(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Result:
+    """Activation importance of the teacher on calibration samples: scores.safetensors and scores.json.
+
+    Raises:
+        NumericsError: a score is NaN or infinite.
+    """
+    from safetensors.torch import save_file
+
+    from nemo_minitron.backends.megatron.stats import activation_scores, loss_without_layers
+    from nemo_minitron.backends.megatron.weights import load_model
+    from nemo_minitron.pruning.selection import require_finite
+
+    session = ctx.open_session
+    model, shape = load_model(
+        inputs["model"].path, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens
+    )
+    scores = activation_scores(model, shape, _calibration(params, inputs, ctx), params, session)
+    facts = {"num_samples": params.num_samples, "seq_len_tokens": params.seq_len_tokens}
+    if "lm_loss" in params.layer_metrics:
+        heldout = _calibration_windows(params, inputs, ctx)
+        scores["layers.lm_loss"], baseline = loss_without_layers(model, shape, heldout, session, ctx.progress)
+        facts["baseline_lm_loss"] = baseline  # type: ignore[assignment]
+    require_finite(scores)
+    if ctx.is_main:
+        save_file({name: tensor.contiguous() for name, tensor in scores.items()}, ctx.out_dir / "scores.safetensors")
+        (ctx.out_dir / "scores.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return {**facts, "scores": sorted(scores)}
+
+
+def _calibration(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Iterator[object]:
+    """This rank's micro-batches of calibration samples, with a bar."""
+    batches = _batches(params, inputs, ctx, params.num_samples)
+    total = params.num_samples // (ctx.open_session.parallel.micro_batch_size * ctx.open_session.parallel.dp)
+    yield from ctx.progress.track(batches, "score", total, "batches")
+
+
+def _batches(params: ScoreStage, inputs: Inputs, ctx: StageContext, num_samples: int) -> Iterator[dict]:  # type: ignore[type-arg]
+    from nemo_minitron.backends.megatron.datasets import step_batches, training_samples
+
+    session = ctx.open_session
+    micro = session.parallel.micro_batch_size
+    samples = training_samples(
+        inputs["data"].path,
+        num_samples=params.num_samples,
+        seq_len_tokens=params.seq_len_tokens,
+        seed=params.seed,
+        cache_dir=ctx.work_dir / "data_index",
+    )
+    size = micro * session.parallel.dp
+    for step in range(num_samples // size):
+        yield from step_batches(samples, session, step=step, global_batch_size=size, micro_batch_size=micro)
+
+
+def _calibration_windows(params: ScoreStage, inputs: Inputs, ctx: StageContext):  # type: ignore[no-untyped-def]
+    from nemo_minitron.backends.megatron.datasets import HeldOutBatches
+
+    return HeldOutBatches(list(_batches(params, inputs, ctx, params.lm_loss_samples)), num_bytes=0)
