@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
+from nemo_minitron.artifacts.manifest import sha256_of
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.config.schema import AdoptStage
 from nemo_minitron.errors import CheckpointError
@@ -24,16 +24,8 @@ def adopt(params: AdoptStage, inputs: Inputs, ctx: StageContext) -> Result:
     facts = model_facts(path)
     if params.sha256:
         file = path / (SINGLE_FILE if (path / SINGLE_FILE).is_file() else INDEX_FILE)
-        found = file_sha256(file)
+        found = sha256_of(file)
         if found != params.sha256:
             raise CheckpointError(f"sha256 is {found}.", where=str(file), allowed=params.sha256)
     return {**facts, "license": read_license(path), "adopted_path": str(path)}
 
-
-def file_sha256(file: Path) -> str:
-    """Hex digest of a file of any size."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -1,0 +1,120 @@
+"""manifest.json: what a finished stage made, from what, and how. Written last; without it there is no artifact."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron import __version__
+from nemo_minitron.errors import ArtifactError
+
+MANIFEST_FILE = "manifest.json"
+SCHEMA = 1
+_VERSIONS = ("torch", "megatron-core", "transformers", "safetensors", "lm_eval", "transformer-engine")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record of one finished stage."""
+
+    recipe: str
+    stage: str
+    kind: str
+    fingerprint: str
+    payload: Mapping[str, Any]
+    """What the fingerprint was made of; kept so that a difference can be shown by field."""
+    inputs: Mapping[str, Any]
+    """role -> stage name(s)."""
+    result: Mapping[str, Any]
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Relative path -> {bytes, sha256}."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a published folder; None when there is none.
+
+    Raises:
+        ArtifactError: the manifest is damaged or of another version.
+    """
+    file = folder / MANIFEST_FILE
+    if not file.is_file():
+        return None
+    try:
+        return Manifest(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(
+            f"The manifest is damaged: {error}",
+            where=str(file),
+            next_step=f"Move {folder} away; the stage is then run again.",
+        ) from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write and flush to disk."""
+    with (folder / MANIFEST_FILE).open("w", encoding="utf-8") as file:
+        json.dump(asdict(manifest), file, indent=2, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file below a folder."""
+    return {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != MANIFEST_FILE
+    }
+
+
+def sha256_of(file: Path) -> str:
+    """Hex digest of a file of any size."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def provenance(started: float) -> dict[str, Any]:
+    """Who made it, with what, when. Never part of the identity."""
+    return {
+        "nemo_minitron": __version__,
+        "versions": {name: found for name in _VERSIONS if (found := _version(name))},
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "argv": sys.argv,
+        "git_commit": _git_commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "wall_s": round(time.time() - started, 3),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that the package runs from, with `+` when it was edited; None outside one."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")

@@ -1,0 +1,251 @@
+"""The `minitron` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nemo_minitron import __version__
+from nemo_minitron.errors import MinitronError
+
+if TYPE_CHECKING:
+    from nemo_minitron.config.schema import Recipe
+    from nemo_minitron.plan.planner import RunPlan
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Make a small language model out of a big one: prune, distill, report.
+
+Example: `minitron run recipes/smollm2_135m/width.yaml stages.distill.lr=1e-4 execution.parallel.tp=3`""",
+)
+assets_app = typer.Typer(no_args_is_help=True, help="Models and texts that recipes name as `asset:NAME`.")
+app.add_typer(assets_app, name="assets")
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe YAML, e.g. recipes/toy/width.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of any key of the recipe.")
+]
+console = Console()
+STYLES = {"finished": "green", "changed": "yellow", "to run": "cyan"}
+
+
+def load_recipe(file: Path, overrides: list[str] | None) -> Recipe:
+    """Compose and validate."""
+    from nemo_minitron.config.compose import compose
+    from nemo_minitron.config.explain import validate
+
+    return validate(compose(file, overrides or []), where=str(file))
+
+
+def load_plan(file: Path, overrides: list[str] | None, *, checked: bool = True) -> RunPlan:
+    """Plan a recipe; with `checked`, refuse one that breaks a rule."""
+    from nemo_minitron.plan.checks import require_valid
+    from nemo_minitron.plan.planner import make_plan
+
+    plan = make_plan(load_recipe(file, overrides))
+    if checked:
+        require_valid(plan)
+    return plan
+
+
+@app.command()
+def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Find every mistake in a recipe. Needs no GPU, no torch, no network."""
+    plan = load_plan(recipe, overrides)
+    console.print(f"[green]ok[/green] {plan.recipe.name}: {len(plan.calls)} stages")
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole plan, for programs.")] = False,
+) -> None:
+    """Show what `run` would do, and why; with the sizes of teacher and student."""
+    from nemo_minitron.plan.checks import find_problems
+    from nemo_minitron.plan.describe import plan_facts
+
+    found = load_plan(recipe, overrides, checked=False)
+    problems = list(find_problems(found))
+    facts = {**plan_facts(found), "problems": problems}
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    _print_models(facts)
+    _print_stages(found)
+    for problem in problems:
+        console.print(f"[red]problem[/red] {problem}", highlight=False)
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    rerun: Annotated[
+        list[str] | None,
+        typer.Option(help="Make this stage again, and all that follows from it; `changed`: every changed stage."),
+    ] = None,
+    accept_drift: Annotated[bool, typer.Option(help="Use finished outputs that no longer match the recipe.")] = False,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+) -> None:
+    """Run the stages that are not finished. The same command goes on after an interruption."""
+    from nemo_minitron.plan.checks import require_valid
+    from nemo_minitron.plan.planner import make_plan, run_dir
+    from nemo_minitron.stages.runner import RunOptions, run_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    require_valid(make_plan(loaded))
+    started_s = time.monotonic()
+    run_recipe(loaded, RunOptions(tuple(rerun or ()), accept_drift, until))
+    console.print(f"[green]done[/green] in {time.monotonic() - started_s:.0f} s: {run_dir(loaded)}")
+    _print_report_path(run_dir(loaded))
+
+
+@app.command()
+def status(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    verify: Annotated[bool, typer.Option(help="Compare the contents of every file with its sha256.")] = False,
+) -> None:
+    """Show which stages are finished, and how far a running one is."""
+    from nemo_minitron.plan.describe import status_facts
+
+    found = load_plan(recipe, overrides, checked=False)
+    facts = status_facts(found, verify=verify)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table = Table(title=f"{found.recipe.name}")
+    for column in ("stage", "status", "took", "result"):
+        table.add_column(column)
+    for name, stage in facts["stages"].items():
+        style = STYLES.get(stage["status"], "magenta")
+        table.add_row(name, f"[{style}]{stage['status']}[/{style}]", stage["took"], stage["summary"])
+    console.print(table)
+
+
+@app.command()
+def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Render the report again from the finished stages, and print where it is."""
+    from nemo_minitron.plan.planner import make_plan, run_dir
+    from nemo_minitron.stages.report import render_now
+
+    loaded = load_recipe(recipe, overrides)
+    render_now(make_plan(loaded))
+    _print_report_path(run_dir(loaded))
+
+
+@assets_app.command("list")
+def assets_list(assets_dir: Annotated[Path, typer.Option(help="Where assets are kept.")] = Path("assets")) -> None:
+    """Show the assets, their licences, and which are here."""
+    from nemo_minitron.assets import ASSETS
+
+    table = Table()
+    for column in ("asset", "licence", "here", "what"):
+        table.add_column(column)
+    for asset in ASSETS.values():
+        here = "[green]yes[/green]" if (assets_dir / asset.name).exists() else "no"
+        table.add_row(asset.name, asset.license, here, asset.description)
+    console.print(table)
+
+
+@assets_app.command("fetch")
+def assets_fetch(
+    names: Annotated[list[str] | None, typer.Argument(help="Which; all when none is named.")] = None,
+    assets_dir: Annotated[Path, typer.Option(help="Where to put them.")] = Path("assets"),
+) -> None:
+    """Fetch assets with pip, check their sha256, and unpack what is needed."""
+    from nemo_minitron.assets import fetch
+    from nemo_minitron.progress import Progress
+
+    fetch(names or None, assets_dir, Progress())
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def _print_models(facts: dict[str, Any]) -> None:
+    for role in ("teacher", "student"):
+        model = facts[role]
+        if model is None:
+            console.print(f"{role}: unknown until it is imported")
+            continue
+        share = f" ({model['share']:.1%} of the teacher)" if "share" in model else ""
+        console.print(
+            f"[bold]{role}[/bold] {model['num_params']:,} parameters{share}: {model['num_layers']} layers, "
+            f"hidden {model['hidden_size']}, ffn {model['ffn_hidden_size']}, heads {model['num_attention_heads']}"
+            f"/{model['num_query_groups']} groups of {model['kv_channels']}",
+            highlight=False,
+        )
+
+
+def _print_stages(found: RunPlan) -> None:
+    table = Table(title=found.recipe.name)
+    for column in ("stage", "kind", "processes", "status", "why"):
+        table.add_column(column)
+    for call in found.calls:
+        state = found.states[call.name]
+        style = STYLES[state.status]
+        processes = str(call.parallel.world_size)
+        table.add_row(call.name, call.kind, processes, f"[{style}]{state.status}[/{style}]", state.reason)
+    console.print(table)
+
+
+def _print_report_path(folder: Path) -> None:
+    file = folder / "report.html"
+    if file.is_file():
+        console.print(f"report: {file.resolve()}", soft_wrap=True, highlight=False)
+
+
+def main() -> None:
+    """Entry point: a user's error is a message and exit code 2, never a traceback."""
+    try:
+        app(standalone_mode=False)
+    except MinitronError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        Console(stderr=True).print("interrupted; the same command goes on from where it was")
+        sys.exit(130)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except Exception as error:
+        sys.exit(_unexpected(error))
+
+
+def _unexpected(error: Exception) -> int:
+    """Usage errors in the parser's words; our own bugs with a traceback in a file."""
+    show = getattr(error, "show", None)
+    if show is not None:
+        show()
+        return 2
+    log = Path("minitron-crash.log")
+    log.write_text(f"{' '.join(sys.argv)}\n{traceback.format_exc()}")
+    Console(stderr=True).print(
+        f"[red]unexpected error:[/red] {type(error).__name__}: {_escape(str(error))}\n"
+        f"  This is a bug of nemo-minitron. Please report it with {log.resolve()}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 1
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,111 @@
+"""Validate a composed recipe; explain every problem at once, in the user's words."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from nemo_minitron.config.schema import Recipe, StageConfig
+from nemo_minitron.errors import ConfigError
+
+Location = tuple[Any, ...]
+
+
+def validate(composed: Mapping[str, Any], *, where: str) -> Recipe:
+    """The frozen recipe.
+
+    Raises:
+        ConfigError: listing every wrong key and value, with what is allowed.
+    """
+    raw = _with_kinds(composed)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        problems = [_explain(problem, raw) for problem in error.errors(include_url=False)]
+        count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+        raise ConfigError(
+            f"The recipe has {count}:\n" + "\n".join(f"  - {problem}" for problem in problems),
+            where=where,
+            next_step="All keys with their defaults: nemo_minitron/config/schema.py.",
+        ) from None
+
+
+def stage_classes() -> dict[str, type[BaseModel]]:
+    """Stage kind -> its class in the schema."""
+    union = get_args(StageConfig)[0]
+    return {get_args(cls.model_fields["kind"].annotation)[0]: cls for cls in get_args(union)}
+
+
+def _with_kinds(composed: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's kind is its name unless it says otherwise."""
+    raw = dict(composed)
+    stages = raw.get("stages")
+    if isinstance(stages, Mapping):
+        known = stage_classes()
+        raw["stages"] = {
+            name: {"kind": name, **stage} if isinstance(stage, Mapping) and name in known else stage
+            for name, stage in stages.items()
+        }
+    return raw
+
+
+def _explain(problem: Any, raw: Mapping[str, Any]) -> str:
+    path = _path(problem["loc"], raw)
+    text = ".".join(map(str, path))
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"{text}: unknown key.{_nearest(str(path[-1]), path[:-1], raw)}"
+    if kind == "missing":
+        return f"{text}: required, but not given."
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        stage = raw["stages"].get(path[1], {}) if len(path) > 1 else {}
+        found = stage.get("kind") if isinstance(stage, Mapping) else None
+        allowed = ", ".join(sorted(stage_classes()))
+        return f"{text}.kind = {found!r}: not a kind of stage. Allowed: {allowed}."
+    if kind == "literal_error":
+        return f"{text} = {problem['input']!r}: allowed are {context['expected']}."
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{text} = {problem['input']!r}: {message}."
+
+
+def _path(location: Location, raw: Mapping[str, Any]) -> Location:
+    """Without the tag that pydantic puts behind the name of a stage."""
+    if len(location) > 2 and location[0] == "stages" and location[2] in stage_classes():
+        return (*location[:2], *location[3:])
+    return location
+
+
+def _nearest(key: str, parent: Location, raw: Mapping[str, Any]) -> str:
+    keys = _keys_at(parent, raw)
+    match = get_close_matches(key, keys, n=1, cutoff=0.5)
+    return f" Did you mean {match[0]}?" if match else f" Allowed: {', '.join(sorted(keys))}."
+
+
+def _keys_at(parent: Location, raw: Mapping[str, Any]) -> list[str]:
+    """Field names of the schema at a path."""
+    model: type[BaseModel] = Recipe
+    steps = list(parent)
+    if steps[:1] == ["stages"] and len(steps) > 1:
+        kind = raw["stages"][steps[1]].get("kind")
+        model, steps = stage_classes()[kind], steps[2:]
+    for step in steps:
+        if isinstance(step, int) or step not in model.model_fields:
+            continue
+        nested = list(_models_in(model.model_fields[step].annotation))
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The schema classes inside tuple[...], dict[...], Optional and Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Annotated, Union, types.UnionType, tuple, dict):
+        for argument in get_args(annotation):
+            yield from _models_in(argument)

@@ -1,0 +1,84 @@
+"""Plans and states as plain facts, for tables and programs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from nemo_minitron.artifacts.store import Store
+from nemo_minitron.config.schema import SelectStage
+from nemo_minitron.plan.planner import RunPlan, run_dir
+from nemo_minitron.plan.shapes import shape_facts, student_shape, teacher_shape
+
+_SUMMARY_KEYS = ("num_params", "bits_per_byte", "loss_nats_per_token", "final_valid_loss", "train_num_tokens")
+
+
+def plan_facts(plan: RunPlan) -> dict[str, Any]:
+    """The whole plan: name, stages in order with fingerprints and reasons, teacher and student sizes."""
+    teacher, student = _models(plan)
+    return {
+        "name": plan.recipe.name,
+        "run_dir": str(run_dir(plan.recipe)),
+        "teacher": teacher,
+        "student": student,
+        "stages": [
+            {
+                "name": call.name,
+                "kind": call.kind,
+                "status": plan.states[call.name].status,
+                "reason": plan.states[call.name].reason,
+                "inputs": call.inputs,
+                "params": call.params,
+                "parallel": call.parallel.model_dump(),
+                "processes": call.parallel.world_size,
+                "fingerprint": call.fingerprint,
+            }
+            for call in plan.calls
+        ],
+    }
+
+
+def _models(plan: RunPlan) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    for stage in plan.recipe.stages.values():
+        if isinstance(stage, SelectStage) and stage.method == "importance":
+            teacher = teacher_shape(plan.recipe, stage.inputs.model)
+            if teacher is None:
+                return None, None
+            facts, student = shape_facts(teacher), shape_facts(student_shape(teacher, stage))
+            return facts, {**student, "share": student["num_params"] / facts["num_params"]}
+    return None, None
+
+
+def status_facts(plan: RunPlan, *, verify: bool) -> dict[str, Any]:
+    """State of each stage; a running one with its progress.
+
+    Raises:
+        ArtifactError: with `verify`, a file that is not as it was published.
+    """
+    store = Store(run_dir(plan.recipe))
+    return {
+        "name": plan.recipe.name,
+        "run_dir": str(store.root),
+        "stages": {call.name: _stage_facts(call.name, plan, store, verify) for call in plan.calls},
+    }
+
+
+def _stage_facts(name: str, plan: RunPlan, store: Store, verify: bool) -> dict[str, Any]:
+    state, manifest = plan.states[name], store.manifest(name)
+    facts: dict[str, Any] = {"status": state.status, "reason": state.reason, "took": "", "summary": state.reason}
+    if manifest is not None:
+        store.verify(name, manifest, full=verify)
+        facts["wall_s"] = manifest.provenance.get("wall_s")
+        facts["took"] = f"{facts['wall_s']:.0f} s"
+        facts["summary"] = ", ".join(_show(key, manifest.result[key]) for key in _SUMMARY_KEYS if key in manifest.result)
+    progress = store.work(name) / "progress.json"
+    if manifest is None and progress.is_file():
+        running = json.loads(progress.read_text())
+        fields = " ".join(f"{key} {value}" for key, value in running["fields"].items())
+        facts["status"] = f"{running['done']}/{running['total']} {running['unit']}"
+        facts["summary"] = fields
+    return facts
+
+
+def _show(key: str, value: Any) -> str:
+    return f"{key} {value:,}" if isinstance(value, int) else f"{key} {value:.4g}"

@@ -1,0 +1,254 @@
+"""Run the stages of a plan that need it, one after the other, and publish what they make."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron import errors
+from nemo_minitron.artifacts.manifest import Manifest, provenance
+from nemo_minitron.artifacts.store import Store
+from nemo_minitron.config.schema import Recipe
+from nemo_minitron.errors import ArtifactError, EnvironmentProblem, MinitronError
+from nemo_minitron.plan.planner import RunPlan, StageCall, make_plan, run_dir
+from nemo_minitron.progress import Progress
+from nemo_minitron.stages.spec import STAGES, StageContext
+
+CALL_FILE, RESULT_FILE, ERROR_FILE, STATUS_FILE = "call.json", "result.json", "error.json", "progress.json"
+CHANGED = "changed"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the user said about stages that are already there."""
+
+    rerun: tuple[str, ...] = ()
+    """Stages to make again, with all that follows from them; `changed` stands for every changed one."""
+    accept_drift: bool = False
+    """Use outputs that no longer match the recipe."""
+    until: str | None = None
+    """Stop after this stage."""
+
+
+def run_recipe(recipe: Recipe, options: RunOptions, *, quiet: bool = False) -> RunPlan:
+    """Bring every stage of the recipe to `finished`; returns the plan as it was before.
+
+    Raises:
+        MinitronError: the first problem; everything that had finished stays.
+    """
+    store = Store(run_dir(recipe))
+    with _disk_errors(store.root), store.lock():
+        store.remove_leftovers()
+        plan = _settle_drift(make_plan(recipe), store, options)
+        (store.root / "plan.json").write_text(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
+        for call in plan.calls:
+            if plan.states[call.name].status == "finished":
+                continue
+            run_stage(call, recipe, store, quiet=quiet)
+            if call.name == options.until:
+                break
+    return plan
+
+
+def _settle_drift(plan: RunPlan, store: Store, options: RunOptions) -> RunPlan:
+    """Apply --rerun and --accept-drift; refuse to go on over changed stages without either."""
+    if options.until is not None:
+        _require_stage(plan, options.until)
+    again = {name for name in options.rerun if name != CHANGED}
+    for name in again:
+        _require_stage(plan, name)
+    changed = {call.name for call in plan.calls if plan.states[call.name].status == "changed"}
+    if CHANGED in options.rerun:
+        again |= changed
+    again = plan.followers(again)
+    left = changed - again
+    if left and not options.accept_drift:
+        raise _drift_error(plan, left, store)
+    for name in left:
+        manifest = store.manifest(name)
+        assert manifest is not None
+        store.accept_drift(plan.call(name).fingerprint, manifest.fingerprint)
+    for name in again:
+        store.supersede(name)
+    return _settle_drift(make_plan(plan.recipe), store, RunOptions(accept_drift=True)) if left or again else plan
+
+
+def _require_stage(plan: RunPlan, name: str) -> None:
+    names = [call.name for call in plan.calls]
+    if name not in names:
+        raise errors.PlanError(f"There is no stage {name}.", allowed=", ".join([*names, CHANGED]))
+
+
+def _drift_error(plan: RunPlan, left: set[str], store: Store) -> ArtifactError:
+    ordered = [call.name for call in plan.calls if call.name in left]
+    lines = "\n".join(f"  - {name}: {plan.states[name].reason}" for name in ordered)
+    return ArtifactError(
+        f"The recipe no longer matches what is on disk:\n{lines}",
+        where=str(store.root),
+        next_step=f"one of\n    --rerun {ordered[0]}   make it and what follows from it again (the old output is kept in .superseded)\n"
+        "    name=NEW_NAME    keep this run and start another one\n"
+        "    --accept-drift   go on with the old output",
+    )
+
+
+def run_stage(call: StageCall, recipe: Recipe, store: Store, *, quiet: bool = False) -> None:
+    """Run one stage in this process, or on as many as its layout asks for, and publish it."""
+    started = time.time()
+    inputs = store.inputs(call.inputs)
+    work = store.open_work(call.name, call.fingerprint)
+    progress = Progress(work / STATUS_FILE, silent=quiet)
+    progress.say(f"[bold]{call.name}[/bold] ({call.kind})")
+    with store.building(call.name) as out, _log_file(store.root, call.name):
+        if call.parallel.world_size == 1:
+            context = StageContext(call.name, recipe.name, out, work, recipe.execution, progress)
+            result = call_stage(call.kind, recipe, inputs, context, call)
+        else:
+            result = _run_ranks(call, recipe, store, out, work)
+        manifest = Manifest(
+            recipe=recipe.name,
+            stage=call.name,
+            kind=call.kind,
+            fingerprint=call.fingerprint,
+            payload=call.payload,
+            inputs=call.inputs,
+            result=dict(result),
+            provenance=provenance(started),
+        )
+        _copy_report(call, out, store.root)
+        store.publish(call.name, out, manifest)
+
+
+def call_stage(kind: str, recipe: Recipe, inputs: Any, context: StageContext, call: StageCall) -> dict[str, Any]:
+    """The stage's function, inside a Megatron session when it is distributed."""
+    spec = STAGES[kind]
+    function = spec.load()
+    params = recipe.stages[context.name]
+    if not spec.distributed:
+        return dict(function(params, inputs, context))
+    from nemo_minitron.backends.megatron.session import open_session
+
+    execution = recipe.execution
+    threads = execution.threads or max(1, (os.cpu_count() or 1) // call.parallel.world_size)
+    with open_session(call.parallel, device=execution.device, threads=threads) as session:
+        inside = StageContext(
+            context.name,
+            context.recipe_name,
+            context.out_dir,
+            context.work_dir,
+            execution,
+            context.progress if session.is_main else Progress(silent=True),
+            session,
+        )
+        return dict(function(params, inputs, inside))
+
+
+def _run_ranks(call: StageCall, recipe: Recipe, store: Store, out: Path, work: Path) -> dict[str, Any]:
+    """torchrun one worker process for each rank."""
+    for name in (RESULT_FILE, ERROR_FILE):
+        (work / name).unlink(missing_ok=True)
+    order = {"recipe": recipe.model_dump(mode="json"), "stage": call.name, "out_dir": str(out)}
+    (work / CALL_FILE).write_text(json.dumps(order))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={call.parallel.world_size}", "-m", "nemo_minitron.stages.worker"]
+    command += [str(work / CALL_FILE)]
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    log = store.root / "logs" / f"{call.name}.ranks.log"
+    with log.open("w") as file:
+        done = subprocess.run(command, env=environment, stdout=file, stderr=None if _on_terminal() else file)
+    if (work / ERROR_FILE).is_file():
+        raise load_error(work / ERROR_FILE)
+    if done.returncode or not (work / RESULT_FILE).is_file():
+        raise EnvironmentProblem(
+            f"Stage {call.name} ended with code {done.returncode} on {call.parallel.world_size} processes.",
+            where=str(log),
+            next_step="Read the log; the same command goes on from the last checkpoint.",
+        )
+    return dict(json.loads((work / RESULT_FILE).read_text()))
+
+
+def _on_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+def save_error(error: MinitronError, file: Path) -> None:
+    """Hand a user's error from a worker to the runner."""
+    fields = {key: getattr(error, key) for key in ("what", "where", "allowed", "next_step")}
+    file.write_text(json.dumps({"type": type(error).__name__, **fields}))
+
+
+def load_error(file: Path) -> MinitronError:
+    fields = json.loads(file.read_text())
+    kind = getattr(errors, fields.pop("type"), MinitronError)
+    error: MinitronError = kind(fields.pop("what"), **fields)
+    return error
+
+
+def _copy_report(call: StageCall, out: Path, root: Path) -> None:
+    if call.kind != "report":
+        return
+    for file in out.glob("report.*"):
+        shutil.copyfile(file, root / file.name)
+
+
+@contextmanager
+def _disk_errors(root: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a message."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_problem(error, root) from error
+    except RuntimeError as error:
+        # safetensors and torch report a full disk as text.
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise disk_problem(OSError(errno.ENOSPC, str(error)), root) from error
+        raise
+
+
+def disk_problem(error: OSError, root: Path) -> MinitronError:
+    """The message for a full, read-only or forbidden disk."""
+    where = str(error.filename or root)
+    if error.errno == errno.ENOSPC:
+        return EnvironmentProblem(
+            "The disk is full; nothing half-written was kept.",
+            where=where,
+            next_step="Free space or set execution.run_root to another disk, then run the same command again.",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return EnvironmentProblem(
+            "No permission to write here.", where=where, next_step="Set execution.run_root to a folder of yours."
+        )
+    if error.errno == errno.ENOTDIR:
+        return EnvironmentProblem("A file stands where a folder is needed.", where=where)
+    raise error
+
+
+@contextmanager
+def _log_file(root: Path, stage: str) -> Iterator[None]:
+    """Library chatter and warnings go to logs/<stage>.log instead of the terminal."""
+    folder = root / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"{stage}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    top = logging.getLogger()
+    before = list(top.handlers)
+    top.handlers[:] = [handler]
+    logging.captureWarnings(True)
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        logging.captureWarnings(False)
+        top.handlers[:] = before
+        handler.close()

@@ -1,0 +1,47 @@
+"""One rank of a distributed stage: `torchrun -m nemo_minitron.stages.worker call.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from nemo_minitron.artifacts.store import Store
+from nemo_minitron.config.schema import Recipe
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.plan.planner import make_plan, run_dir
+from nemo_minitron.progress import Progress
+from nemo_minitron.stages.runner import ERROR_FILE, RESULT_FILE, STATUS_FILE, call_stage, save_error
+from nemo_minitron.stages.spec import StageContext
+
+
+def main(call_file: Path) -> int:
+    """Run the stage on this rank; rank 0 leaves the result, or the error, beside the call file."""
+    order = json.loads(call_file.read_text())
+    recipe = Recipe.model_validate(order["recipe"])
+    work, is_main = call_file.parent, os.environ.get("RANK", "0") == "0"
+    call = make_plan(recipe).call(order["stage"])
+    context = StageContext(
+        name=call.name,
+        recipe_name=recipe.name,
+        out_dir=Path(order["out_dir"]),
+        work_dir=work,
+        execution=recipe.execution,
+        progress=Progress(work / STATUS_FILE, silent=not is_main),
+    )
+    warnings.simplefilter("ignore")
+    try:
+        inputs = Store(run_dir(recipe)).inputs(call.inputs)
+        result = call_stage(call.kind, recipe, inputs, context, call)
+    except MinitronError as error:
+        save_error(error, work / ERROR_FILE)
+        return 2
+    if is_main:
+        (work / RESULT_FILE).write_text(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
