@@ -97,7 +97,7 @@ def run(
         typer.Option(help="Make this stage again, and all that follows from it; `changed`: every changed stage."),
     ] = None,
     accept_drift: Annotated[bool, typer.Option(help="Use finished outputs that no longer match the recipe.")] = False,
-    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    until: Annotated[str | None, typer.Option(help="Run this stage and what it needs, nothing else.")] = None,
 ) -> None:
     """Run the stages that are not finished. The same command goes on after an interruption."""
     from nemo_minitron.plan.checks import require_valid

@@ -30,8 +30,8 @@ def convert_gguf(file: Path, out_dir: Path, dtype: Any) -> str | None:
     """
     license_id = _read_header(file)
     model = _load_model(file)
-    config = json.loads(model.config.to_json_string())
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    config = {key: value for key, value in json.loads(model.config.to_json_string()).items() if key[0] != "_"}
+    config["architectures"] = [type(model).__name__]
     shape = read_shape(config, where=str(file))
     state = model.state_dict()
     writer = CheckpointWriter(out_dir, config, dtype=dtype)

@@ -78,6 +78,14 @@ class RunPlan:
                 out.add(call.name)
         return out
 
+    def needed_for(self, stage: str | None) -> set[str]:
+        """The stage and all that it is made from; every stage for None."""
+        out = {call.name for call in self.calls} if stage is None else {stage}
+        for call in reversed(self.calls):
+            if call.name in out:
+                out.update(call.depends)
+        return out
+
 
 def run_dir(recipe: Recipe) -> Path:
     """Folder of the run."""

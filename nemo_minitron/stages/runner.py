@@ -39,7 +39,7 @@ class RunOptions:
     accept_drift: bool = False
     """Use outputs that no longer match the recipe."""
     until: str | None = None
-    """Stop after this stage."""
+    """Run this stage and what it needs, nothing else."""
 
 
 def run_recipe(recipe: Recipe, options: RunOptions, *, quiet: bool = False) -> RunPlan:
@@ -53,12 +53,10 @@ def run_recipe(recipe: Recipe, options: RunOptions, *, quiet: bool = False) -> R
         store.remove_leftovers()
         plan = _settle_drift(make_plan(recipe), store, options)
         (store.root / "plan.json").write_text(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
+        wanted = plan.needed_for(options.until)
         for call in plan.calls:
-            if plan.states[call.name].status == "finished":
-                continue
-            run_stage(call, recipe, store, quiet=quiet)
-            if call.name == options.until:
-                break
+            if call.name in wanted and plan.states[call.name].status != "finished":
+                run_stage(call, recipe, store, quiet=quiet)
     return plan
 
 

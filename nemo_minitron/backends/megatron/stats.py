@@ -103,7 +103,11 @@ def _hooks(model: GPTModel, shape: ModelShape, sums: Sums, params: ScoreStage, s
     attention_part = slice(*shard_range(shape.axis_sizes()["q"], tp_rank, tp))
 
     def collect(target_4C: Tensor) -> Callable[[Tensor], None]:
-        return lambda x: target_4C.add_(batch_sums(aggregate_sequence(x, params.sequence_aggregation)))
+        # Returns None: a value would replace the activation.
+        def add(activations: Tensor) -> None:
+            target_4C.add_(batch_sums(aggregate_sequence(activations, params.sequence_aggregation)))
+
+        return add
 
     with ExitStack() as stack:
         for layer in model.decoder.layers:

@@ -1,0 +1,40 @@
+"""How fast models are, side by side."""
+
+from __future__ import annotations
+
+import json
+
+from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.config.schema import SpeedStage
+from nemo_minitron.stages.spec import Result, StageContext
+
+
+def speed(params: SpeedStage, inputs: Inputs, ctx: StageContext) -> Result:
+    """Time all models in one process with interleaved rounds, so that the ratios mean something. Writes speed.json."""
+    import torch
+
+    from nemo_minitron.evaluation.generation import load_for_inference, measure_speed
+
+    use_cuda = ctx.execution.device != "cpu" and torch.cuda.is_available()
+    if ctx.execution.threads and not use_cuda:
+        torch.set_num_threads(ctx.execution.threads)
+    device = "cuda" if use_cuda else "cpu"
+    artifacts = inputs.many("models")
+    models = {label: load_for_inference(model.path, params.precision, device) for label, model in artifacts.items()}
+    with ctx.progress.bar("speed", params.rounds + 1, "rounds") as bar:
+        measured = measure_speed(
+            models,
+            prompt_tokens=params.prompt_tokens,
+            new_tokens=params.new_tokens,
+            rounds=params.rounds,
+            tick=bar.advance,
+        )
+    document = {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "precision": params.precision,
+        "relative_to": next(iter(models)),
+        "models": measured,
+    }
+    (ctx.out_dir / "speed.json").write_text(json.dumps(document, indent=2) + "\n")
+    return document
