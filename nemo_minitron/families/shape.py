@@ -65,4 +65,4 @@ class ModelShape:
 
     def resized(self, **sizes: int) -> ModelShape:
         """A copy with other sizes; `kv_channels` stays unless given."""
-        return replace(self, **sizes)
+        return replace(self, **sizes)  # type: ignore[arg-type]

@@ -56,9 +56,7 @@ def rows(shape: ModelShape) -> tuple[Row, ...]:
         Row("model.embed_tokens.weight", ("vocab", "hidden"), "embedding.word_embeddings.weight"),
         *_norm_rows(shape, "model.layers.{layer}.input_layernorm", "decoder.layers.{layer}.input_layernorm"),
         *_attention_rows(shape),
-        *_norm_rows(
-            shape, "model.layers.{layer}.post_attention_layernorm", "decoder.layers.{layer}.pre_mlp_layernorm"
-        ),
+        *_norm_rows(shape, "model.layers.{layer}.post_attention_layernorm", "decoder.layers.{layer}.pre_mlp_layernorm"),
         *_mlp_rows(shape),
         *_norm_rows(shape, "model.norm", "decoder.final_layernorm"),
         *(() if shape.tied_embeddings else (Row("lm_head.weight", ("vocab", "hidden"), "output_layer.weight"),)),
