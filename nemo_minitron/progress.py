@@ -61,7 +61,9 @@ class Progress:
 
     def __init__(self, status_file: Path | None = None, *, silent: bool = False) -> None:
         self.status_file, self.silent = status_file, silent
-        self.console = Console(stderr=True)
+        # Bound now: libraries are silenced by redirecting sys.stderr while bars go on.
+        self.stream = sys.stderr
+        self.console = Console(file=self.stream)
         self._rich: RichProgress | None = None
         self._task: int | None = None
         self._last_line_s = 0.0
@@ -112,7 +114,7 @@ class Progress:
     def _line(self, bar: Bar) -> None:
         info = " ".join(f"{key} {value}" for key, value in bar.fields.items())
         eta = f" eta {bar.eta_s:.0f}s" if bar.eta_s is not None and bar.done < bar.total else ""
-        print(f"{bar.description} {bar.done}/{bar.total} {bar.unit} {info}{eta}".rstrip(), file=sys.stderr, flush=True)
+        print(f"{bar.description} {bar.done}/{bar.total} {bar.unit} {info}{eta}".rstrip(), file=self.stream, flush=True)
 
     def _write_status(self, bar: Bar) -> None:
         if self.status_file is None:

@@ -44,7 +44,7 @@ class Store:
             raise ArtifactError(f"Stage {stage} has not finished.", where=str(self.published(stage)))
         self.verify(stage, manifest, full=False)
         path = Path(manifest.result.get("adopted_path", self.published(stage)))
-        return Artifact(stage, manifest.kind, path, manifest.fingerprint, manifest.result)
+        return Artifact(stage, manifest.kind, path, manifest.fingerprint, manifest.result, manifest.provenance)
 
     def inputs(self, names: Mapping[str, Any]) -> Inputs:
         """Load every artifact that a stage reads."""

@@ -20,6 +20,8 @@ class Artifact:
     fingerprint: str
     result: Mapping[str, Any]
     """Small JSON facts that the stage returned: sizes, losses, counts."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Who made it, with what, how long it took."""
 
 
 @dataclass(frozen=True)

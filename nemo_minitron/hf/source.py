@@ -8,8 +8,16 @@ from nemo_minitron.errors import CheckpointError, EnvironmentProblem
 
 ASSET = "asset:"
 HUB = "hf:"
+_TOY = Path(__file__).resolve().parents[1] / "toy"
+BUILT_IN = {"toy-llama": _TOY / "model", "toy-text": _TOY / "text.jsonl.zst"}
+"""Assets that ship with the package; all others are fetched into the assets folder."""
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
 """What is downloaded from the hub: never pickled weights, never code."""
+
+
+def asset_path(name: str, assets_dir: Path) -> Path:
+    """Where an asset is, or would be."""
+    return BUILT_IN.get(name, assets_dir / name)
 
 
 def resolve_path(source: str, assets_dir: Path) -> Path:
@@ -21,7 +29,7 @@ def resolve_path(source: str, assets_dir: Path) -> Path:
     if not source.startswith(ASSET):
         return Path(source).expanduser()
     name = source.removeprefix(ASSET)
-    path = assets_dir / name
+    path = asset_path(name, assets_dir)
     if not path.exists():
         raise EnvironmentProblem(
             f"Asset {name} is not there.", where=str(path), next_step=f"minitron assets fetch {name}"

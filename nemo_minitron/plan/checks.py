@@ -18,7 +18,7 @@ from nemo_minitron.config.schema import (
 )
 from nemo_minitron.errors import PlanError
 from nemo_minitron.families import ModelShape
-from nemo_minitron.hf.source import ASSET, HUB
+from nemo_minitron.hf.source import ASSET, HUB, asset_path
 from nemo_minitron.plan.planner import RunPlan, parallel_of
 from nemo_minitron.plan.shapes import student_shape, teacher_shape
 from nemo_minitron.stages.spec import STAGES
@@ -183,7 +183,7 @@ def _source(key: str, source: str, recipe: Recipe) -> Iterator[str]:
         return
     if source.startswith(ASSET):
         name = source.removeprefix(ASSET)
-        if not (Path(recipe.execution.assets_dir) / name).exists():
+        if not asset_path(name, Path(recipe.execution.assets_dir)).exists():
             yield f"{key} = {source}: not fetched yet. Next: minitron assets fetch {name}"
     elif not Path(source).expanduser().exists():
         yield f"{key} = {source}: there is no such file or folder."

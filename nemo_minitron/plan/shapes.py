@@ -10,7 +10,7 @@ from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import AdoptStage, ImportStage, Recipe, SelectStage
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.families import ModelShape, num_params, read_shape
-from nemo_minitron.hf.source import ASSET, HUB
+from nemo_minitron.hf.source import ASSET, HUB, asset_path
 from nemo_minitron.plan.planner import run_dir
 
 
@@ -36,7 +36,7 @@ def _folders(recipe: Recipe, stage: str) -> list[Path]:
     if not isinstance(config, ImportStage) or config.source.startswith(HUB):
         return [published]
     if config.source.startswith(ASSET):
-        return [published, Path(recipe.execution.assets_dir) / config.source.removeprefix(ASSET)]
+        return [published, asset_path(config.source.removeprefix(ASSET), Path(recipe.execution.assets_dir))]
     return [published, Path(config.source).expanduser()]
 
 

@@ -1,0 +1,61 @@
+# Everything from a fresh clone with nothing but Python 3.10 to 3.12:
+#   make demo    make a 94M-parameter model out of SmolLM2-135M on this machine, and open the report
+#   make test    the fast tests
+# On a machine where plain pip would fetch CUDA builds of torch that you do not want:
+#   make demo TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_VERSION ?= 2.13.0
+TORCH_INDEX_URL ?=
+RECIPE ?= recipes/smollm2_135m/width.yaml
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PY_MINOR := $(shell $(PYTHON) -c 'import sys; print(sys.version_info.minor)')
+CONSTRAINTS := constraints/$(if $(filter 10,$(PY_MINOR)),py310,py311).txt
+TORCH_INDEX := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL),)
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: demo test test-all check bench format install clean help
+
+help:
+	@echo "make demo | test | test-all | check | bench | format | clean"
+
+install: $(STAMP)
+
+# torch first and by itself, so that the index chosen for it serves nothing else.
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+		|| { echo "nemo-minitron needs Python 3.10 to 3.12; set PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) torch==$(TORCH_VERSION)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[eval,dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/minitron assets fetch
+	$(BIN)/minitron run $(RECIPE)
+
+test: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/minitron assets fetch
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/minitron assets fetch
+	$(BIN)/python benchmarks/bench.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

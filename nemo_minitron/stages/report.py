@@ -1,0 +1,66 @@
+"""report.json, report.md and report.html of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from nemo_minitron.artifacts.store import Store
+from nemo_minitron.artifacts.types import Artifact, Inputs
+from nemo_minitron.config.schema import ReportStage
+from nemo_minitron.errors import PlanError
+from nemo_minitron.plan.planner import RunPlan, run_dir
+from nemo_minitron.stages.spec import Result, StageContext
+
+
+def report(params: ReportStage, inputs: Inputs, ctx: StageContext) -> Result:
+    """Render the finished stages."""
+    return render(params, inputs.many("stages"), ctx.recipe_name, _recipe_text(ctx), ctx.out_dir)
+
+
+def render(
+    params: ReportStage, stages: Mapping[str, Artifact], recipe_name: str, recipe_text: str, folder: Path
+) -> Result:
+    """Write the three files into a folder."""
+    from nemo_minitron.report.collect import collect, load_scores
+    from nemo_minitron.report.html import render_html
+    from nemo_minitron.report.markdown import render_markdown
+
+    facts = collect(params.title or recipe_name, recipe_name, stages)
+    pages = {
+        "report.json": json.dumps(facts, indent=2) + "\n",
+        "report.md": render_markdown(facts),
+        "report.html": render_html(facts, *load_scores(stages), recipe_text),
+    }
+    for name, text in pages.items():
+        partial = folder / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, folder / name)
+    return {"recovered_share": facts["recovered_share"]}
+
+
+def render_now(plan: RunPlan) -> None:
+    """Render whatever has finished into the run's folder, without running anything.
+
+    Raises:
+        PlanError: nothing has finished yet.
+    """
+    recipe, root = plan.recipe, run_dir(plan.recipe)
+    store = Store(root)
+    calls = [call for call in plan.calls if call.kind != "report" and store.manifest(call.name)]
+    if not calls:
+        raise PlanError("No stage of this run has finished yet.", where=str(root), next_step="minitron run RECIPE")
+    stages = {call.name: store.artifact(call.name) for call in calls}
+    params = next((s for s in recipe.stages.values() if isinstance(s, ReportStage)), ReportStage(kind="report"))
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    render(params, stages, recipe.name, text, root)
+
+
+def _recipe_text(ctx: StageContext) -> str:
+    """plan.json of the run, as YAML."""
+    plan = Path(ctx.execution.run_root) / ctx.recipe_name / "plan.json"
+    return yaml.safe_dump(json.loads(plan.read_text()), sort_keys=False) if plan.is_file() else ""
