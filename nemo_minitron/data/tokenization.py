@@ -83,7 +83,7 @@ class DocumentTokenizer:
         encoded = self.tokenizer(
             batch, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )
-        return encoded["input_ids"]  # type: ignore[no-any-return]
+        return encoded["input_ids"]
 
 
 def is_heldout(seed: int, source: int, document: int, fraction: float) -> bool:

@@ -46,7 +46,7 @@ def forward_kl(
     Returns:
         [...] in fp32 (or fp64).
     """
-    loss: Tensor = _ForwardKL.apply(student_logits, teacher_logits.detach(), temperature, reduce)  # type: ignore[no-untyped-call]
+    loss: Tensor = _ForwardKL.apply(student_logits, teacher_logits.detach(), temperature, reduce)
     return loss
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,7 +18,7 @@ def load_for_inference(model_dir: Path, precision: str, device: str) -> Any:
     """The model as `transformers` loads it from its folder."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=DTYPES[precision], local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=DTYPES[precision], local_files_only=True)
     return model.to(device).eval()
 
 
@@ -51,8 +52,8 @@ def measure_speed(
     for round_number in range(rounds + 1):
         for label, model in models.items():
             ids = torch.arange(prompt_tokens, device=model.device)[None] + 10
-            prefill_s = _seconds(lambda model=model, ids=ids: model(ids, use_cache=True), model)
-            generate_s = _seconds(lambda model=model, ids=ids: _generate(model, ids, new_tokens), model)
+            prefill_s = _seconds(partial(model, ids, use_cache=True), model)
+            generate_s = _seconds(partial(_generate, model, ids, new_tokens), model)
             if round_number:  # the first round warms up
                 prefill[label].append(prompt_tokens / prefill_s)
                 generate[label].append((new_tokens - 1) / max(generate_s - prefill_s, 1e-9))

@@ -16,6 +16,6 @@ def bits_per_byte(nll_nats: float, num_bytes: int) -> float:
 
 
 def recovered_share(teacher: float, pruned: float, distilled: float) -> float | None:
-    """Share of what pruning lost that distillation won back, for a lower-is-better figure; None when nothing was lost."""
+    """Share of what pruning lost that distillation won back (lower is better); None when nothing was lost."""
     lost = pruned - teacher
     return (pruned - distilled) / lost if lost > 0 else None

@@ -44,9 +44,7 @@ def run_tasks(
         ) from error
     with tempfile.TemporaryDirectory() as scratch, _quiet(), _offline(data_dir is not None):
         include = _render_tasks(tasks, data_dir, Path(scratch)) if data_dir else None
-        model = HFLM(
-            str(model_dir), dtype=_DTYPES[precision], device=device, batch_size=BATCH_SIZE, backend="causal"
-        )
+        model = HFLM(str(model_dir), dtype=_DTYPES[precision], device=device, batch_size=BATCH_SIZE, backend="causal")
         manager = TaskManager(verbosity="ERROR", include_path=str(include) if include else None)
         names = [_local(task) if data_dir else task for task in tasks]
         found = lm_eval.simple_evaluate(

@@ -85,8 +85,8 @@ class Checkpoint:
         """One tensor, or a slice of it; only the bytes of the slice are read."""
         with _opened(self.tensors[name].file) as file:
             if part is None:
-                return file.get_tensor(name)  # type: ignore[no-any-return]
-            return file.get_slice(name)[part]  # type: ignore[no-any-return]
+                return file.get_tensor(name)
+            return file.get_slice(name)[part]
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -337,14 +337,8 @@ def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(file)) from error
-    # safetensors makes its files private; the umask decides, as for every other file of the folder.
-    file.chmod(0o666 & ~_umask())
-
-
-def _umask() -> int:
-    current = os.umask(0o077)
-    os.umask(current)
-    return current
+    # safetensors makes its files private; let those read it who may read the folder.
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

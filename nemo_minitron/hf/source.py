@@ -48,7 +48,9 @@ def resolve_model(source: str, assets_dir: Path, revision: str | None) -> Path:
     path = resolve_path(source, assets_dir)
     if not path.exists():
         raise CheckpointError(
-            f"There is no model at {path}.", where=f"source: {source}", allowed="asset:NAME, hf:ORG/NAME, a folder, a .gguf file"
+            f"There is no model at {path}.",
+            where=f"source: {source}",
+            allowed="asset:NAME, hf:ORG/NAME, a folder, a .gguf file",
         )
     if path.is_dir() and not (path / "config.json").is_file():
         ggufs = sorted(path.glob("*.gguf"))

@@ -62,7 +62,8 @@ def _select(name: str, stage: SelectStage, recipe: Recipe) -> Iterator[str]:
     needed = {"hidden_size": "hidden", "ffn_hidden_size": "ffn", "num_attention_heads": "heads"}
     for size, axis in needed.items():
         if getattr(stage.target, size) is not None and axis not in score.width_axes:
-            yield f"stages.{name}.target.{size}: axis {axis} is not scored; add it to stages.{stage.inputs.scores}.width_axes."
+            widths = f"stages.{stage.inputs.scores}.width_axes"
+            yield f"stages.{name}.target.{size}: axis {axis} is not scored; add it to {widths}."
     by_score = stage.target.num_layers is not None and stage.drop_layers is None
     if by_score and stage.layer_metric not in score.layer_metrics:
         yield (
@@ -82,9 +83,14 @@ def _target(key: str, stage: SelectStage, teacher: ModelShape) -> Iterator[str]:
         yield f"{key}.num_attention_heads = {heads}: must be a multiple of the {groups} query groups. Nearest: {near}."
     for layer in stage.drop_layers or ():
         if not 0 <= layer < teacher.num_layers:
-            yield f"{key.removesuffix('.target')}.drop_layers: there is no layer {layer}. Allowed: 0 to {teacher.num_layers - 1}."
+            last = teacher.num_layers - 1
+            yield f"{key.removesuffix('.target')}.drop_layers: there is no layer {layer}. Allowed: 0 to {last}."
     count = stage.target.num_layers
-    if stage.drop_layers is not None and count is not None and count != teacher.num_layers - len(set(stage.drop_layers)):
+    if (
+        stage.drop_layers is not None
+        and count is not None
+        and count != teacher.num_layers - len(set(stage.drop_layers))
+    ):
         yield f"{key}.num_layers = {count}: dropping {len(set(stage.drop_layers))} layers leaves another number."
 
 
@@ -124,7 +130,8 @@ def _layouts(recipe: Recipe) -> Iterator[str]:
         for label, shape in _models_of(recipe):
             seq_len = getattr(stage, "seq_len_tokens", 0)
             if seq_len > shape.max_position_embeddings:
-                yield f"stages.{name}.seq_len_tokens = {seq_len}: the {label} was made for at most {shape.max_position_embeddings}."
+                limit = shape.max_position_embeddings
+                yield f"stages.{name}.seq_len_tokens = {seq_len}: the {label} was made for at most {limit}."
             yield from (f"{text} (stage {name}, {label})" for text in _layout(shape, layout))
 
 

@@ -70,7 +70,9 @@ def _stage_facts(name: str, plan: RunPlan, store: Store, verify: bool) -> dict[s
         store.verify(name, manifest, full=verify)
         facts["wall_s"] = manifest.provenance.get("wall_s")
         facts["took"] = f"{facts['wall_s']:.0f} s"
-        facts["summary"] = ", ".join(_show(key, manifest.result[key]) for key in _SUMMARY_KEYS if key in manifest.result)
+        facts["summary"] = ", ".join(
+            _show(key, manifest.result[key]) for key in _SUMMARY_KEYS if key in manifest.result
+        )
     progress = store.work(name) / "progress.json"
     if manifest is None and progress.is_file():
         running = json.loads(progress.read_text())

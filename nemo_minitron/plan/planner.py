@@ -171,9 +171,7 @@ def _why_changed(old: Mapping[str, Any], call: StageCall, states: Mapping[str, S
 
 def _inputs_of(name: str, recipe: Recipe) -> InputNames:
     stage = recipe.stages[name]
-    inputs: dict[str, Any] = {
-        role: value for role, value in _schema_dict(stage.inputs).items() if value is not None
-    }
+    inputs: dict[str, Any] = {role: value for role, value in _schema_dict(stage.inputs).items() if value is not None}
     if stage.kind == "report" and "stages" not in inputs:
         inputs["stages"] = [other for other, config in recipe.stages.items() if config.kind != "report"]
     if stage.kind == "select" and getattr(stage, "method", "") == "random":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +94,9 @@ def _check(plan: PrunePlan, source: ModelShape, file: Path) -> None:
     limits += [(f"ffn.{layer}", plan.ffn[layer], source.ffn_hidden_size) for layer in plan.layers]
     limits += [(f"heads.{layer}", plan.heads[layer], source.num_attention_heads) for layer in plan.layers]
     for name, keep, size in limits:
-        ascending = all(a < b for a, b in zip(keep, keep[1:], strict=False))
+        ascending = all(a < b for a, b in pairwise(keep))
         if not keep or not ascending or keep[-1] >= size:
-            raise ArtifactError(
-                f"keep.{name} is not a list of ascending indices below {size}.", where=str(file)
-            )
+            raise ArtifactError(f"keep.{name} is not a list of ascending indices below {size}.", where=str(file))
     for name, by_layer in (("ffn", plan.ffn), ("heads", plan.heads)):
         if len({len(keep) for keep in by_layer.values()}) > 1:
             raise ArtifactError(f"keep.{name} has layers of different sizes; Megatron needs one.", where=str(file))

@@ -21,7 +21,7 @@ INK = "#7b8290"
 COLORS = {"teacher": "#56B4E9", "distilled": "#009E73", "pruned": "#E69F00", "random": "#CC79A7"}
 SPARE = ("#0072B2", "#D55E00", "#F0E442")
 MUTED = "#b9bec8"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "nemo-minitron",
     "font.family": "sans-serif",
@@ -86,12 +86,16 @@ def recovery(curves: Sequence[Mapping[str, Any]]) -> str:
     with _figure(out, 9.2, 3.1, columns=2) as (left, right):
         left.axhline(valid[0]["valid_teacher_loss"], color=COLORS["teacher"], linestyle="--", label="teacher")
         left.axhline(valid[0]["valid_loss"], color=COLORS["pruned"], linestyle="--", label="pruned, before")
-        left.plot(x, [row["valid_loss"] for row in valid], color=COLORS["distilled"], marker="o", ms=3.5, label="student")
+        left.plot(
+            x, [row["valid_loss"] for row in valid], color=COLORS["distilled"], marker="o", ms=3.5, label="student"
+        )
         left.set(xlabel="thousand tokens", ylabel="held-out loss, nats per token")
         left.legend(loc="center right")
         if train:
             right.plot(*zip(*train, strict=True), color=MUTED, linewidth=1, label="training batches")
-        right.plot(x, [row["valid_kl"] for row in valid], color=COLORS["distilled"], marker="o", ms=3.5, label="held-out")
+        right.plot(
+            x, [row["valid_kl"] for row in valid], color=COLORS["distilled"], marker="o", ms=3.5, label="held-out"
+        )
         right.set(xlabel="thousand tokens", ylabel="KL(teacher || student), nats per token")
         right.set_ylim(bottom=0)
         right.legend()
@@ -147,7 +151,9 @@ def layer_bars(scores: Mapping[str, NDArray[np.float32]], kept: Sequence[int]) -
             values = scores[name]
             colors = [COLORS["teacher"] if layer in kept else SPARE[1] for layer in range(len(values))]
             ax.bar(range(len(values)), values, color=colors)
-            ax.set(xlabel="layer (dropped ones in orange)" if len(kept) < len(values) else "layer", ylabel=metrics[name])
+            ax.set(
+                xlabel="layer (dropped ones in orange)" if len(kept) < len(values) else "layer", ylabel=metrics[name]
+            )
             if name == "layers.lm_loss":
                 ax.set(yscale="log")
     return out[0]
@@ -185,7 +191,9 @@ def time_bars(stages: Sequence[Mapping[str, Any]]) -> str:
     out: list[str] = []
     shown = [stage for stage in stages if stage["wall_s"] >= 0.5][::-1]
     with _figure(out, 9.2, 0.6 + 0.26 * len(shown)) as (ax,):
-        bars = ax.barh([stage["stage"] for stage in shown], [stage["wall_s"] for stage in shown], color=COLORS["teacher"])
+        bars = ax.barh(
+            [stage["stage"] for stage in shown], [stage["wall_s"] for stage in shown], color=COLORS["teacher"]
+        )
         ax.bar_label(bars, [f"{stage['wall_s']:.0f} s" for stage in shown], padding=4, color=INK)
         ax.set_xlabel("seconds")
         ax.grid(axis="y", visible=False)

@@ -15,7 +15,9 @@ PICTURES = ("quality", "tasks", "recovery", "time", "importance", "ffn", "layers
 """Names that the template knows; those without data stay empty."""
 
 
-def render_html(report: Mapping[str, Any], scores_file: Path | None, plan: Mapping[str, Any] | None, recipe: str) -> str:
+def render_html(
+    report: Mapping[str, Any], scores_file: Path | None, plan: Mapping[str, Any] | None, recipe: str
+) -> str:
     """The page; everything that comes from data is escaped by the template.
 
     Args:
@@ -27,16 +29,18 @@ def render_html(report: Mapping[str, Any], scores_file: Path | None, plan: Mappi
     from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["millions"] = millions
     environment.globals["color_of"] = lambda label: figures.color_of(label, list(report["models"]))
     drawn = draw(report, scores_file, plan)
     pictures = {name: Markup(drawn.get(name, "")) for name in PICTURES}
     page = environment.get_template("report.html.j2")
-    return page.render(
-        report=report, pictures=pictures, headline=headline(report), recipe=recipe, version=__version__
-    )
+    return page.render(report=report, pictures=pictures, headline=headline(report), recipe=recipe, version=__version__)
 
 
 def draw(report: Mapping[str, Any], scores_file: Path | None, plan: Mapping[str, Any] | None) -> dict[str, str]:

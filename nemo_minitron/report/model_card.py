@@ -71,7 +71,8 @@ def _training(model: Mapping[str, Any]) -> list[str]:
     text = (
         f"## Training\n\nForward KL to the live teacher's logits, no other loss: {model['tokens']:,} tokens in "
         f"{model['num_steps']:,} steps. Held-out loss {model['initial_valid_loss']:.3f} before, "
-        f"{model['final_valid_loss']:.3f} after, {model['initial_valid_teacher_loss']:.3f} for the teacher (nats per token)."
+        f"{model['final_valid_loss']:.3f} after, {model['initial_valid_teacher_loss']:.3f} for the teacher "
+        "(nats per token)."
     )
     return [text]
 

@@ -28,4 +28,3 @@ def adopt(params: AdoptStage, inputs: Inputs, ctx: StageContext) -> Result:
         if found != params.sha256:
             raise CheckpointError(f"sha256 is {found}.", where=str(file), allowed=params.sha256)
     return {**facts, "license": read_license(path), "adopted_path": str(path)}
-

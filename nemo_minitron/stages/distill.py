@@ -49,5 +49,5 @@ def _require_one_tokenizer(inputs: Inputs) -> None:
         raise DataError(
             "Teacher, student and data were made with different tokenizers.",
             where=", ".join(f"{role} {inputs[role].path} ({value[:8]})" for role, value in prints.items()),
-            next_step="Distillation compares distributions over one vocabulary: tokenize the data with the teacher's tokenizer.",
+            next_step="Both models must share one vocabulary: tokenize the data with the teacher's tokenizer.",
         )

@@ -66,7 +66,7 @@ def _tasks(params: EvaluateStage, model_dir: Path, ctx: StageContext) -> dict[st
             precision=params.precision,
             device=str(ctx.open_session.device),
         )
-        bar.advance(**{task: found.get("acc_norm", found.get("acc", 0.0)) for task, found in scores.items()})
+        bar.advance(1, **{task: found.get("acc_norm", found.get("acc", 0.0)) for task, found in scores.items()})
     return scores
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,22 @@ from nemo_minitron.stages.spec import Result, StageContext
 def import_model(params: ImportStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Folder, hub name or GGUF file -> checked Hugging Face checkpoint in this run.
 
-    With `dtype: keep` the weights of a folder are copied bit for bit; a GGUF file becomes fp32.
+    With `dtype: keep`, or when it is the stored one, the weights of a folder are copied bit for bit;
+    a GGUF file becomes fp32.
 
     Raises:
         CheckpointError: missing, damaged or unsupported, or not the architecture that the recipe expects.
     """
     from nemo_minitron.hf.checkpoint import model_facts, read_config
     from nemo_minitron.hf.license import read_license
-    from nemo_minitron.hf.source import resolve_model
+    from nemo_minitron.hf.source import HUB, resolve_model
 
     source = resolve_model(params.source, Path(ctx.execution.assets_dir), params.revision)
+    ctx.progress.say(f"import {source}")
     license_id = read_license(source) if source.is_dir() else None
     if source.is_dir():
         require_architecture(read_config(source), params.architecture, params.source)
-        _copy_folder(source, ctx.out_dir, params.dtype)
+        _copy_folder(source, ctx.out_dir, params.dtype, may_link=params.source.startswith(HUB))
     else:
         from nemo_minitron.hf.gguf import convert_gguf
 
@@ -63,20 +66,31 @@ def _equal(found: Any, expected: Any) -> bool:
     return json.dumps(found, sort_keys=True) == json.dumps(expected, sort_keys=True)
 
 
-def _copy_folder(source: Path, out_dir: Path, dtype: str) -> None:
+def _copy_folder(source: Path, out_dir: Path, dtype: str, *, may_link: bool) -> None:
     from nemo_minitron.families import parameters
-    from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files
+    from nemo_minitron.hf.checkpoint import INDEX_FILE, Checkpoint, CheckpointWriter, copy_side_files
 
     checkpoint = Checkpoint.open(source)
     copy_side_files(source, out_dir)
-    if dtype == "keep":
-        for file in {*checkpoint.files.values(), source / "config.json", *source.glob("*.index.json")}:
-            shutil.copyfile(file, out_dir / file.name)
+    if dtype in ("keep", checkpoint.dtype):
+        bring = _link_or_copy if may_link else shutil.copyfile
+        for file in checkpoint.files:
+            bring(file, out_dir / file.name)
+        for name in ("config.json", *([INDEX_FILE] if len(checkpoint.files) > 1 else [])):
+            shutil.copyfile(source / name, out_dir / name)
         return
     writer = CheckpointWriter(out_dir, checkpoint.config, dtype=_torch_dtype(dtype))
     for parameter in parameters(checkpoint.shape):
         writer.add(parameter.hf, checkpoint.read(parameter.hf))
     writer.close()
+
+
+def _link_or_copy(source: Path, target: Path) -> object:
+    """The hub's cache never changes a file, so a second name for it is as good as a copy."""
+    try:
+        return os.link(source.resolve(), target)
+    except OSError:
+        return shutil.copyfile(source, target)
 
 
 def _torch_dtype(name: str) -> Any:

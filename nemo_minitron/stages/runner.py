@@ -95,7 +95,8 @@ def _drift_error(plan: RunPlan, left: set[str], store: Store) -> ArtifactError:
     return ArtifactError(
         f"The recipe no longer matches what is on disk:\n{lines}",
         where=str(store.root),
-        next_step=f"one of\n    --rerun {ordered[0]}   make it and what follows from it again (the old output is kept in .superseded)\n"
+        next_step="one of\n"
+        f"    --rerun {ordered[0]}   make it and what follows from it again (the old output goes to .superseded)\n"
         "    name=NEW_NAME    keep this run and start another one\n"
         "    --accept-drift   go on with the old output",
     )

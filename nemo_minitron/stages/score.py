@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.config.schema import ScoreStage
 from nemo_minitron.stages.spec import Result, StageContext
+
+if TYPE_CHECKING:
+    from nemo_minitron.backends.megatron.datasets import HeldOutBatches
+    from nemo_minitron.backends.megatron.forward import Batch
 
 
 def score(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -39,14 +44,14 @@ def score(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Result:
     return {**facts, "scores": sorted(scores)}
 
 
-def _calibration(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Iterator[object]:
+def _calibration(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Iterator[Batch]:
     """This rank's micro-batches of calibration samples, with a bar."""
     batches = _batches(params, inputs, ctx, params.num_samples)
     total = params.num_samples // (ctx.open_session.parallel.micro_batch_size * ctx.open_session.parallel.dp)
     yield from ctx.progress.track(batches, "score", total, "batches")
 
 
-def _batches(params: ScoreStage, inputs: Inputs, ctx: StageContext, num_samples: int) -> Iterator[dict]:  # type: ignore[type-arg]
+def _batches(params: ScoreStage, inputs: Inputs, ctx: StageContext, num_samples: int) -> Iterator[Batch]:
     from nemo_minitron.backends.megatron.datasets import step_batches, training_samples
 
     session = ctx.open_session
@@ -63,7 +68,7 @@ def _batches(params: ScoreStage, inputs: Inputs, ctx: StageContext, num_samples:
         yield from step_batches(samples, session, step=step, global_batch_size=size, micro_batch_size=micro)
 
 
-def _calibration_windows(params: ScoreStage, inputs: Inputs, ctx: StageContext):  # type: ignore[no-untyped-def]
+def _calibration_windows(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> HeldOutBatches:
     from nemo_minitron.backends.megatron.datasets import HeldOutBatches
 
     return HeldOutBatches(list(_batches(params, inputs, ctx, params.lm_loss_samples)), num_bytes=0)

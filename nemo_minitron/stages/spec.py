@@ -64,7 +64,7 @@ class StageSpec:
 
     def load(self) -> StageFunction:
         module, function = self.entry.split(":")
-        return getattr(import_module(module), function)  # type: ignore[no-any-return]
+        return getattr(import_module(module), function)
 
 
 def _spec(kind: str, module: str, *, version: int = 1, distributed: bool = False) -> StageSpec:

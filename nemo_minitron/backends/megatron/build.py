@@ -92,7 +92,7 @@ def build_model(shape: ModelShape, session: Session, *, precision: str, seq_len_
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="rope",
         rotary_percent=shape.rotary_fraction,
-        rotary_base=shape.rope_theta,  # type: ignore[arg-type]
+        rotary_base=shape.rope_theta,
         rope_scaling=shape.rope_scaling is not None,
         rope_scaling_factor=shape.rope_scaling.factor if shape.rope_scaling else 1.0,
     )

@@ -25,7 +25,7 @@ class Curves:
         self._enabled = enabled
         if enabled:
             self.flush()
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def add(self, step: int, **values: float) -> None:
         """Record values that belong to the state after `step` steps."""
@@ -36,7 +36,7 @@ class Curves:
             file.write(json.dumps(self.rows[-1]) + "\n")
         if self._writer is not None:
             for name, value in values.items():
-                self._writer.add_scalar(f"distill/{name}", value, step)  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(f"distill/{name}", value, step)
 
     def flush(self) -> None:
         """Rewrite the file from what is in memory."""
@@ -51,7 +51,7 @@ class Curves:
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()  # type: ignore[no-untyped-call]
+            self._writer.close()
 
 
 def read_curves(path: Path) -> list[dict[str, Any]]:

@@ -31,9 +31,7 @@ class _TokenizerFacts:
     unique_identifiers: tuple[tuple[str, str], ...] = (("class", "ids"),)
 
 
-def training_samples(
-    data_dir: Path, *, num_samples: int, seq_len_tokens: int, seed: int, cache_dir: Path
-) -> Any:
+def training_samples(data_dir: Path, *, num_samples: int, seq_len_tokens: int, seed: int, cache_dir: Path) -> Any:
     """`num_samples` packed samples of the weighted blend, shuffled by seed; sample i is always the same.
 
     Raises:
@@ -53,7 +51,7 @@ def training_samples(
         sequence_length=seq_len_tokens,
         blend_per_split=[blend, None, None],
         path_to_cache=str(cache_dir),
-        tokenizer=_TokenizerFacts(facts["vocab_size"], facts["eod_id"]),  # type: ignore[arg-type]
+        tokenizer=_TokenizerFacts(facts["vocab_size"], facts["eod_id"]),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,

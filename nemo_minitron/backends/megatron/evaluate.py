@@ -50,9 +50,7 @@ def heldout_loss(
     return sum_nll(model, heldout, shape.vocab_size, session, progress)
 
 
-def sum_nll(
-    model: GPTModel, heldout: HeldOutBatches, vocab_size: int, session: Session, progress: Progress
-) -> HeldOut:
+def sum_nll(model: GPTModel, heldout: HeldOutBatches, vocab_size: int, session: Session, progress: Progress) -> HeldOut:
     """Loss of a model that is already in memory."""
     totals = torch.zeros(2, dtype=torch.float64, device=session.device)
 

@@ -22,7 +22,7 @@ Batch = dict[str, Tensor]
 def model_logits(model: torch.nn.Module, tokens_BS: Tensor) -> Tensor:
     """[B, S, V / tp] on the last pipeline stage; hidden states [S, B, D] on the others."""
     positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-    return model(tokens_BS, positions, None)  # type: ignore[no-any-return]
+    return model(tokens_BS, positions, None)
 
 
 @torch.no_grad()

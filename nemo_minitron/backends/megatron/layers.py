@@ -44,11 +44,12 @@ class TorchNorm(nn.Module):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_SBD: Tensor) -> Tensor:
-        if self.bias is None:
+        bias = self.bias
+        if not isinstance(bias, Tensor):
             normed = F.rms_norm(hidden_SBD.float(), hidden_SBD.shape[-1:], None, self.eps)
             return self.weight * normed.to(hidden_SBD.dtype)
         weight = self.weight.float() + float(self.zero_centered)
-        normed = F.layer_norm(hidden_SBD.float(), hidden_SBD.shape[-1:], weight, self.bias.float(), self.eps)
+        normed = F.layer_norm(hidden_SBD.float(), hidden_SBD.shape[-1:], weight, bias.float(), self.eps)
         return normed.to(hidden_SBD.dtype)
 
 

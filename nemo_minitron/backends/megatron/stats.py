@@ -90,7 +90,7 @@ def _finish(sums: Sums, shape: ModelShape, params: ScoreStage) -> dict[str, Tens
         "ffn": lambda: by_row(sums.ffn),
         "heads": lambda: head_scores(by_row(sums.attention), shape.kv_channels),
     }
-    out = {axis: scores[axis]() for axis in params.width_axes}
+    out: dict[str, Tensor] = {axis: scores[axis]() for axis in params.width_axes}
     if "block_influence" in params.layer_metrics:
         out["layers.block_influence"] = block_influence(sums.blocks)
     return out
@@ -144,7 +144,7 @@ def _on_output(module: nn.Module, consume: Callable[[Tensor], None]) -> Iterator
 @contextmanager
 def _on_both(layer: nn.Module, target: Tensor) -> Iterator[None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        before = kwargs.get("hidden_states", args[0] if args else None)
+        before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         target.add_(block_influence_sums(before.detach(), out[0].detach()))
 
     handle = layer.register_forward_hook(hook, with_kwargs=True)
@@ -181,7 +181,7 @@ def _without(model: GPTModel, index: int) -> Iterator[None]:
         return
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        return (kwargs.get("hidden_states", args[0] if args else None), *out[1:])
+        return (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], *out[1:])
 
     handle = layer.register_forward_hook(hook, with_kwargs=True)
     try:

@@ -19,7 +19,9 @@ from nemo_minitron.families import ModelShape, Parameter, parameters, tensor_sha
 from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter
 
 
-def load_model(model_dir: Path, session: Session, *, precision: str, seq_len_tokens: int) -> tuple[GPTModel, ModelShape]:
+def load_model(
+    model_dir: Path, session: Session, *, precision: str, seq_len_tokens: int
+) -> tuple[GPTModel, ModelShape]:
     """Build this rank's model and read its weights; each rank reads only its own part of the files.
 
     Raises:
@@ -39,9 +41,7 @@ def load_weights(model: GPTModel, checkpoint: Checkpoint, session: Session) -> N
         if name not in local:
             continue
         parts = {
-            parameter.row.part: checkpoint.read(
-                parameter.hf, shard_slices(parameter.row, shape, session.tp_rank, tp)
-            )
+            parameter.row.part: checkpoint.read(parameter.hf, shard_slices(parameter.row, shape, session.tp_rank, tp))
             for parameter in group
         }
         tensor = parts[None] if None in parts else fuse({str(part): t for part, t in parts.items()}, shape)
