@@ -1,6 +1,6 @@
 """Model families: shapes, the axis table, and Hugging Face configs."""
 
-from nemo_minitron.families.hf_config import read_shape, write_config
+from nemo_minitron.families.hf_config import explicit_config, read_shape, write_config
 from nemo_minitron.families.shape import Llama3RopeScaling, ModelShape
 from nemo_minitron.families.table import Parameter, Row, num_params, parameters, rows, tensor_shape
 
@@ -9,6 +9,7 @@ __all__ = [
     "ModelShape",
     "Parameter",
     "Row",
+    "explicit_config",
     "num_params",
     "parameters",
     "read_shape",

@@ -73,6 +73,12 @@ def read_shape(config: Mapping[str, Any], *, where: str = "config.json") -> Mode
     return shape
 
 
+def explicit_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json in which keys that transformers fills in itself stand with their values."""
+    shape = read_shape(config)
+    return write_config({**_DEFAULTS[shape.family], **config}, shape)
+
+
 def _family(config: Mapping[str, Any], where: str) -> str:
     names = config.get("architectures") or ["(none)"]
     if names[0] not in FAMILIES:

@@ -99,6 +99,11 @@ class Checkpoint:
         return DTYPES[self.tensors[next(parameters(self.shape)).hf].dtype]
 
     @property
+    def dtypes(self) -> set[str]:
+        """Storage types of all tensors."""
+        return {DTYPES.get(tensor.dtype, tensor.dtype) for tensor in self.tensors.values()}
+
+    @property
     def num_bytes(self) -> int:
         return sum(file.stat().st_size for file in self.files)
 

@@ -20,6 +20,11 @@ def asset_path(name: str, assets_dir: Path) -> Path:
     return BUILT_IN.get(name, assets_dir / name)
 
 
+NOT_FROM_HUB = ("original/*", "consolidated*", "*/*.safetensors")
+"""Second copies of the weights in the authors' own formats."""
+ALLOWED = "asset:NAME, hf:ORG/NAME, a folder with config.json and *.safetensors, a .gguf file"
+
+
 def resolve_path(source: str, assets_dir: Path) -> Path:
     """The local path of an asset or a path; `~` is expanded.
 
@@ -38,25 +43,34 @@ def resolve_path(source: str, assets_dir: Path) -> Path:
 
 
 def resolve_model(source: str, assets_dir: Path, revision: str | None) -> Path:
-    """A local folder with config.json, or a .gguf file.
+    """A local folder (with config.json, if it is a model), or a .gguf file.
 
     Raises:
-        CheckpointError: nothing there, or the hub cannot be reached.
+        CheckpointError: nothing there, several .gguf files to choose from, or the hub cannot be reached.
+        EnvironmentProblem: the asset has not been fetched.
     """
     if source.startswith(HUB):
         return _from_hub(source.removeprefix(HUB), revision)
     path = resolve_path(source, assets_dir)
-    if not path.exists():
-        raise CheckpointError(
-            f"There is no model at {path}.",
-            where=f"source: {source}",
-            allowed="asset:NAME, hf:ORG/NAME, a folder, a .gguf file",
-        )
+    if not path.exists() or (path.is_file() and path.suffix != ".gguf"):
+        problem = "is not a .gguf file" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {problem}.", where=f"source: {source}", allowed=ALLOWED)
     if path.is_dir() and not (path / "config.json").is_file():
-        ggufs = sorted(path.glob("*.gguf"))
-        if len(ggufs) == 1:
-            return ggufs[0]
+        return _only_gguf(path, source)
     return path
+
+
+def _only_gguf(folder: Path, source: str) -> Path:
+    """The one .gguf file of a folder; the folder itself when there is none."""
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{folder} holds {len(files)} .gguf files.",
+            where=f"source: {source}",
+            allowed=", ".join(file.name for file in files),
+            next_step="Name one of them.",
+        )
+    return files[0] if files else folder
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
@@ -64,10 +78,15 @@ def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(NOT_FROM_HUB)
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{name} could not be fetched from the Hugging Face hub: {error}",
+            f"{name} could not be fetched from the Hugging Face hub: {reason}",
             where=f"source: {HUB}{name}",
             next_step="Check the name, your access (huggingface-cli login) and the network; or give a local folder.",
         ) from error

@@ -42,15 +42,18 @@ def import_model(params: ImportStage, inputs: Inputs, ctx: StageContext) -> Resu
 
 
 def require_architecture(config: dict[str, Any], expected: dict[str, Any] | None, source: str) -> None:
-    """Every key that the recipe expects has that value in config.json.
+    """Every key that the recipe expects has that value in config.json, or as transformers fills it in.
 
     Raises:
         CheckpointError: naming each key that differs.
     """
+    from nemo_minitron.families import explicit_config
+
+    found = explicit_config(config)
     different = [
-        f"{key} = {config.get(key)!r} (recipe: {value!r})"
+        f"{key} = {found.get(key)!r} (recipe: {value!r})"
         for key, value in (expected or {}).items()
-        if not _equal(config.get(key), value)
+        if not _equal(found.get(key), value)
     ]
     if different:
         raise CheckpointError(
@@ -72,10 +75,9 @@ def _copy_folder(source: Path, out_dir: Path, dtype: str, *, may_link: bool) -> 
 
     checkpoint = Checkpoint.open(source)
     copy_side_files(source, out_dir)
-    if dtype in ("keep", checkpoint.dtype):
-        bring = _link_or_copy if may_link else shutil.copyfile
+    if dtype == "keep" or checkpoint.dtypes == {dtype}:
         for file in checkpoint.files:
-            bring(file, out_dir / file.name)
+            (_link_or_copy if may_link else shutil.copyfile)(file, out_dir / file.name)
         for name in ("config.json", *([INDEX_FILE] if len(checkpoint.files) > 1 else [])):
             shutil.copyfile(source / name, out_dir / name)
         return
@@ -85,12 +87,12 @@ def _copy_folder(source: Path, out_dir: Path, dtype: str, *, may_link: bool) -> 
     writer.close()
 
 
-def _link_or_copy(source: Path, target: Path) -> object:
+def _link_or_copy(source: Path, target: Path) -> None:
     """The hub's cache never changes a file, so a second name for it is as good as a copy."""
     try:
-        return os.link(source.resolve(), target)
+        os.link(source.resolve(), target)
     except OSError:
-        return shutil.copyfile(source, target)
+        shutil.copyfile(source, target)
 
 
 def _torch_dtype(name: str) -> Any:
