@@ -1,23 +1,59 @@
-"""GGUF file -> Hugging Face checkpoint, through transformers' own reader."""
+"""GGUF file -> Hugging Face checkpoint. transformers reads the weights; what it leaves out is added and checked here.
+
+transformers initializes tensors that a GGUF file lacks at random, skips those that it does not know, and
+drops Llama 3.1's rope scaling, all in silence. None of that may pass.
+Memory: about twice the model in fp32.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-import shutil
-import tempfile
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.families import parameters, read_shape
+from nemo_minitron.families import ModelShape, parameters, read_shape
 from nemo_minitron.hf.checkpoint import CheckpointWriter
+from nemo_minitron.hf.gguf_tokenizer import save_tokenizer
+
+ROPE_FACTORS = "rope_freqs.weight"
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "nemotron")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file says of itself."""
+
+    fields: Mapping[str, Any]
+    """Key -> value."""
+    tensors: tuple[str, ...]
+    rope_factors: tuple[float, ...] | None
+    """Llama 3.1 and later: by how much each rotary frequency is slowed down."""
+
+    @property
+    def architecture(self) -> str:
+        return str(self.fields.get("general.architecture"))
+
+    def of_architecture(self, key: str) -> Any:
+        """A value such as `llama.rope.freq_base`, or None."""
+        return self.fields.get(f"{self.architecture}.{key}")
 
 
 def convert_gguf(file: Path, out_dir: Path, dtype: Any) -> str | None:
-    """Dequantize a GGUF model into `out_dir`: weights, config, tokenizer, chat template.
+    """Dequantize a GGUF model into `out_dir`: weights, config, generation config, tokenizer, chat template.
 
     Args:
         dtype: torch dtype to write; None writes fp32, which every GGUF type expands into exactly.
@@ -26,13 +62,14 @@ def convert_gguf(file: Path, out_dir: Path, dtype: Any) -> str | None:
         The licence that the file declares, or None.
 
     Raises:
-        CheckpointError: damaged file, or an architecture that is not supported.
+        CheckpointError: damaged file, or an architecture, rope scaling or tokenizer that is not supported.
     """
-    license_id = _read_header(file)
-    model = _load_model(file)
-    config = {key: value for key, value in json.loads(model.config.to_json_string()).items() if key[0] != "_"}
-    config["architectures"] = [type(model).__name__]
+    header = read_header(file)
+    _refuse_unsupported(header, file)
+    model, missing = _load_model(file, header)
+    config = _config(model)
     shape = read_shape(config, where=str(file))
+    _require_all_tensors(header, missing, shape, file)
     state = model.state_dict()
     writer = CheckpointWriter(out_dir, config, dtype=dtype)
     for parameter in parameters(shape):
@@ -40,46 +77,135 @@ def convert_gguf(file: Path, out_dir: Path, dtype: Any) -> str | None:
     writer.close()
     if model.generation_config is not None:
         model.generation_config.save_pretrained(out_dir)
-    _save_tokenizer(file, out_dir)
-    return license_id
+    save_tokenizer(header.fields, file, out_dir)
+    license_id = header.fields.get("general.license")
+    return str(license_id) if license_id else None
 
 
-def _read_header(file: Path) -> str | None:
-    """Check that the whole file is there; return its licence."""
+def read_header(file: Path) -> Header:
+    """Keys and tensor names; the whole file is there.
+
+    Raises:
+        CheckpointError: not a GGUF file, damaged, or cut off.
+    """
     from gguf import GGUFReader
 
     try:
         reader = GGUFReader(str(file))
-        last = max(tensor.data_offset + tensor.n_bytes for tensor in reader.tensors)
-    except (ValueError, KeyError, IndexError, OSError) as error:
+        end = max(tensor.data_offset + tensor.n_bytes for tensor in reader.tensors)
+        factors = next((t.data for t in reader.tensors if t.name == ROPE_FACTORS), None)
+        header = Header(
+            fields={key: field.contents() for key, field in reader.fields.items()},
+            tensors=tuple(tensor.name for tensor in reader.tensors),
+            rope_factors=None if factors is None else tuple(np.asarray(factors, dtype=np.float64).tolist()),
+        )
+    # The reader trusts the file: damage shows as whatever goes wrong first.
+    except Exception as error:
         raise _damaged(file, error) from error
-    if last > file.stat().st_size:
-        raise _damaged(file, f"{file.stat().st_size:,} bytes of at least {int(last):,}")
-    field = reader.get_field("general.license")
-    return str(field.contents()) if field else None
+    if end > file.stat().st_size:
+        raise _damaged(file, f"{file.stat().st_size:,} bytes of at least {int(end):,}")
+    return header
 
 
-def _load_model(file: Path) -> Any:
+def _refuse_unsupported(header: Header, file: Path) -> None:
+    if header.architecture not in ARCHITECTURES:
+        raise CheckpointError(
+            f"GGUF architecture {header.architecture} is not supported.",
+            where=str(file),
+            allowed=", ".join(ARCHITECTURES),
+        )
+    scaling = header.of_architecture("rope.scaling.type")
+    if scaling not in (None, "none"):
+        raise CheckpointError(
+            f"Rope scaling {scaling!r} is not supported.", where=str(file), allowed="none, or Llama 3.1's"
+        )
+
+
+def _load_model(file: Path, header: Header) -> tuple[Any, list[str]]:
+    """(model in fp32, tensors that the file does not hold)."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    loader: Any = AutoModelForCausalLM
     try:
         with _quiet():
-            return AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
-    except (ValueError, KeyError, IndexError, RuntimeError, OSError) as error:
+            model, info = loader.from_pretrained(
+                str(file.parent),
+                gguf_file=file.name,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **_left_out_by_transformers(header, file),
+            )
+    except (ValueError, KeyError, IndexError, RuntimeError, OSError, TypeError) as error:
         raise _damaged(file, error) from error
+    return model, list(info["missing_keys"])
 
 
-def _save_tokenizer(file: Path, out_dir: Path) -> None:
-    from transformers import AutoTokenizer
+def _left_out_by_transformers(header: Header, file: Path) -> dict[str, Any]:
+    """Keys of config.json that transformers does not read from GGUF."""
+    extra: dict[str, Any] = {}
+    head_dim = header.of_architecture("attention.key_length")
+    if head_dim is not None and header.architecture != "qwen2":
+        extra["head_dim"] = int(head_dim)
+    if header.rope_factors is not None:
+        extra["rope_scaling"] = _llama3_rope(header, header.rope_factors, file)
+    if header.architecture == "nemotron" and head_dim is not None:
+        extra["partial_rotary_factor"] = header.of_architecture("rope.dimension_count") / head_dim
+    return extra
 
-    with _quiet(), tempfile.TemporaryDirectory() as scratch:
-        # The slow-tokenizer file that transformers would save beside it is the whole GGUF again.
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        tokenizer.save_pretrained(scratch)
-        for saved in Path(scratch).iterdir():
-            if saved.name != "tokenizer.model":
-                shutil.copyfile(saved, out_dir / saved.name)
+
+def _llama3_rope(header: Header, factors: tuple[float, ...], file: Path) -> dict[str, Any]:
+    """The rope_scaling whose factors these are.
+
+    Raises:
+        CheckpointError: no Llama 3.1 scaling gives these factors.
+    """
+    theta, factor = float(header.of_architecture("rope.freq_base") or 10000.0), max(factors)
+    if not np.allclose(factors, llama3_factors(len(factors), theta, factor), rtol=1e-4):
+        raise CheckpointError(
+            "The rope scaling factors are not Llama 3.1's.",
+            where=f"{file}, tensor {ROPE_FACTORS}",
+            next_step="Import the model from its Hugging Face folder instead.",
+        )
+    return {**LLAMA3_ROPE, "factor": factor}
+
+
+def llama3_factors(num_frequencies: int, theta: float, factor: float) -> list[float]:
+    """By how much Llama 3.1 slows each rotary frequency down (Llama 3.1's published code).
+
+    Wavelengths below 8192 / 4 tokens stay, those above 8192 / 1 are stretched by `factor`, in between is blended.
+    """
+    original = float(LLAMA3_ROPE["original_max_position_embeddings"])  # type: ignore[arg-type]
+    out = []
+    for index in range(num_frequencies):
+        wavelength = 2 * math.pi * theta ** (index / num_frequencies)
+        smooth = min(max((original / wavelength - 1.0) / (4.0 - 1.0), 0.0), 1.0)
+        out.append(1.0 / ((1.0 - smooth) / factor + smooth))
+    return out
+
+
+def _config(model: Any) -> dict[str, Any]:
+    """config.json; GGUF stores fp32, so 1e-5 comes back as 9.99...e-06 and is written short again."""
+    config = {key: value for key, value in json.loads(model.config.to_json_string()).items() if key[0] != "_"}
+    config["architectures"] = [type(model).__name__]
+    for key, value in config.items():
+        if isinstance(value, float):
+            config[key] = float(str(np.float32(value)))
+    return config
+
+
+def _require_all_tensors(header: Header, missing: list[str], shape: ModelShape, file: Path) -> None:
+    """Every parameter came from the file, and every tensor of the file became a parameter."""
+    absent = [name for name in missing if not (shape.tied_embeddings and name == "lm_head.weight")]
+    if absent:
+        raise _damaged(file, f"{len(absent)} tensors are missing (e.g. {', '.join(sorted(absent)[:3])})")
+    found, expected = len(set(header.tensors) - {ROPE_FACTORS}), len(list(parameters(shape)))
+    if found != expected:
+        raise CheckpointError(
+            f"The file holds {found} tensors, a model of its architecture {expected}.",
+            where=str(file),
+            next_step="Import the model from its Hugging Face folder instead.",
+        )
 
 
 def _damaged(file: Path, why: object) -> CheckpointError:
@@ -93,19 +219,14 @@ def _damaged(file: Path, why: object) -> CheckpointError:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """transformers prints a bar and hints that mean nothing here."""
-    from transformers.utils import logging as hf_logging
-
-    verbosity = hf_logging.get_verbosity()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
     import transformers.modeling_gguf_pytorch_utils as gguf_utils
 
-    bar = gguf_utils.tqdm
-    gguf_utils.tqdm = lambda items, **_: items
+    logger = logging.getLogger("transformers")
+    level, bar = logger.level, vars(gguf_utils)["tqdm"]
+    logger.setLevel(logging.ERROR)
+    vars(gguf_utils)["tqdm"] = lambda items, **_: items
     try:
         yield
     finally:
-        gguf_utils.tqdm = bar
-        hf_logging.enable_progress_bar()
-        hf_logging.set_verbosity(verbosity)
+        vars(gguf_utils)["tqdm"] = bar
+        logger.setLevel(level)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.build import build_model
@@ -44,6 +45,7 @@ def load_weights(model: GPTModel, checkpoint: Checkpoint, session: Session) -> N
             parameter.row.part: checkpoint.read(parameter.hf, shard_slices(parameter.row, shape, session.tp_rank, tp))
             for parameter in group
         }
+        _mark_split(local[name], group[0])
         tensor = parts[None] if None in parts else fuse({str(part): t for part, t in parts.items()}, shape)
         _copy_padded(local.pop(name), tensor)
     if local:
@@ -72,6 +74,16 @@ def _by_megatron_name(shape: ModelShape) -> Iterator[tuple[str, list[Parameter]]
     ordered = sorted(parameters(shape), key=lambda parameter: parameter.megatron)
     for name, group in groupby(ordered, key=lambda parameter: parameter.megatron):
         yield name, list(group)
+
+
+def _mark_split(tensor: Tensor, parameter: Parameter) -> None:
+    """Tell Megatron that each rank holds its own part: its gradient norm counts unmarked parameters once.
+
+    Megatron's own marks come with its random initialisation, which is switched off here.
+    """
+    split_dims = [dim for dim, axis in enumerate(parameter.row.axes) if axis in SPLIT_AXES]
+    if split_dims and not getattr(tensor, "tensor_model_parallel", False):
+        set_tensor_model_parallel_attributes(tensor, True, split_dims[0], 1)
 
 
 @torch.no_grad()

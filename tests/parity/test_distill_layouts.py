@@ -1,0 +1,77 @@
+"""The same distillation, and the same scores, in every parallel layout."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_minitron.config.schema import DistillStage, Parallel
+from tests.support.distributed import run_ranks
+from tests.support.megatron_ranks import distill_losses, scores_of
+from tests.support.tiny_data import tiny_data_dir
+from tests.support.tiny_models import tiny_model_dir
+
+PARAMS = DistillStage(
+    kind="distill",
+    num_steps=20,
+    global_batch_size=4,
+    seq_len_tokens=32,
+    lr=2e-3,
+    warmup_steps=2,
+    precision="fp32",
+    valid_interval_steps=10,
+    valid_num_tokens=256,
+    save_interval_steps=100,
+)
+LAYOUTS = {
+    "tp2": Parallel(tp=2, micro_batch_size=2),
+    "tp2 with sequence parallel": Parallel(tp=2, micro_batch_size=2, sequence_parallel=True),
+    "pp2": Parallel(pp=2),
+    "dp2": Parallel(dp=2),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("distill")
+    return {
+        "student": tiny_model_dir(root / "student", "llama_gqa_tied", intermediate_size=64, seed=1),
+        "teacher": tiny_model_dir(root / "teacher", "llama_gqa_tied"),
+        "data": tiny_data_dir(root / "data"),
+        "work": root,
+    }
+
+
+@cache
+def _losses(name: str, parallel: Parallel, student: Path, teacher: Path, data: Path, work: Path) -> tuple:
+    own = work / f"work-{name.replace(' ', '-')}"
+    own.mkdir()
+    return run_ranks(parallel.world_size, distill_losses, PARAMS, parallel, student, teacher, data, own)[0]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_twenty_steps_have_the_losses_of_one_process(name: str, folders: dict[str, Path]) -> None:
+    train, valid = _losses("one", Parallel(micro_batch_size=4), **folders)
+    assert train[-1] < 0.8 * train[0], "the student must learn for this to mean anything"
+    found_train, found_valid = _losses(name, LAYOUTS[name], **folders)
+    assert len(found_train) == 20
+    np.testing.assert_allclose(found_train, train, atol=1e-4)
+    np.testing.assert_allclose(found_valid, valid, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [Parallel(tp=2), Parallel(pp=2), Parallel(dp=2), Parallel(micro_batch_size=4)],
+    ids=["tp2", "pp2", "dp2", "micro batch 4"],
+)
+def test_scores_do_not_depend_on_the_layout(parallel: Parallel, folders: dict[str, Path], tmp_path: Path) -> None:
+    expected = run_ranks(1, scores_of, folders["teacher"], folders["data"], Parallel(), tmp_path / "one")[0]
+    for found in run_ranks(
+        parallel.world_size, scores_of, folders["teacher"], folders["data"], parallel, tmp_path / "other"
+    ):
+        assert found.keys() == expected.keys() == {"hidden", "ffn", "heads", "layers.block_influence"}
+        for axis in expected:
+            np.testing.assert_allclose(found[axis], expected[axis], rtol=1e-5, atol=1e-6)

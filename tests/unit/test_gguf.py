@@ -1,0 +1,214 @@
+"""GGUF import: weights, config and tokenizer come out as they went in; what is damaged is refused."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.hf.checkpoint import Checkpoint, model_facts
+from nemo_minitron.hf.gguf import convert_gguf, llama3_factors, read_header
+from nemo_minitron.hf.gguf_tokenizer import save_tokenizer
+from tests.support.tiny_gguf import tiny_gguf
+from tests.support.tiny_models import FAMILY_CASES, load_transformers, tiny_config, tiny_model_dir
+
+TEXT = "Hello  world!\n\n\tIt's 1234567 NAÏVE naïve 你好 🙂 don't\r\n x  "
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def _rope_factors(case: str) -> list[float] | None:
+    """What llama.cpp's converter stores: plain over scaled frequencies, as transformers computes them."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = tiny_config(case)
+    if not getattr(config, "rope_scaling", None):
+        return None
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain, _ = ROPE_INIT_FUNCTIONS["default"](config, "cpu")
+    return [float(value) for value in plain / scaled]
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_a_converted_model_gives_the_same_logits(case: str, tmp_path: Path, out: Path) -> None:
+    source = tiny_model_dir(tmp_path, case)
+    file = tiny_gguf(source, tmp_path / "model.gguf", rope_factors=_rope_factors(case))
+    assert convert_gguf(file, out, None) == "mit"
+    ids = torch.arange(3, 83)[None]
+    assert torch.equal(load_transformers(out)(ids).logits, load_transformers(source)(ids).logits)
+    assert model_facts(out)["num_params"] == model_facts(source)["num_params"]
+
+
+def test_quantized_weights_expand_to_the_values_that_gguf_defines(tmp_path: Path, out: Path) -> None:
+    source = tiny_model_dir(tmp_path, "qwen2")
+    quantization = gguf.GGMLQuantizationType.Q8_0
+    file = tiny_gguf(source, tmp_path / "model.gguf", quantization=quantization)
+    convert_gguf(file, out, torch.bfloat16)
+    name = "model.layers.2.mlp.gate_proj.weight"
+    stored = next(t for t in gguf.GGUFReader(str(file)).tensors if t.name == "blk.2.ffn_gate.weight")
+    expected = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type)).to(torch.bfloat16)
+    assert torch.equal(Checkpoint.open(out).read(name), expected)
+    assert Checkpoint.open(out).dtypes == {"bfloat16"}
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_factors_are_those_of_transformers(factor: float) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = tiny_config("llama31_rope", head_dim=128)
+    config.rope_scaling = {**config.rope_scaling, "factor": factor}
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain, _ = ROPE_INIT_FUNCTIONS["default"](config, "cpu")
+    expected = (plain / scaled).tolist()
+    assert llama3_factors(64, config.rope_theta, factor) == pytest.approx(expected, rel=1e-5)
+
+
+def test_small_numbers_are_written_short(tmp_path: Path, out: Path) -> None:
+    convert_gguf(tiny_gguf(tiny_model_dir(tmp_path, "mistral"), tmp_path / "model.gguf"), out, None)
+    assert '"rms_norm_eps": 1e-05' in (out / "config.json").read_text()
+
+
+def test_the_tokenizer_encodes_as_the_original_and_keeps_its_special_tokens(tmp_path: Path, out: Path) -> None:
+    from transformers import AutoTokenizer
+
+    source = tiny_model_dir(tmp_path, "llama_gqa_tied")
+    convert_gguf(tiny_gguf(source, tmp_path / "model.gguf"), out, None)
+    original, converted = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(out)
+    assert converted(TEXT)["input_ids"] == original(TEXT)["input_ids"]
+    assert converted.decode(converted(TEXT)["input_ids"]) == TEXT
+    assert (converted.bos_token, converted.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert converted.pad_token == "<|endoftext|>"
+    assert converted("<|im_end|>")["input_ids"] == [converted.eos_token_id]
+    chat = [{"role": "user", "content": "hi"}]
+    assert converted.apply_chat_template(chat, tokenize=False) == original.apply_chat_template(chat, tokenize=False)
+
+
+def test_bos_is_added_when_the_file_says_so_and_not_otherwise(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    source = tiny_model_dir(tmp_path, "llama_gqa_tied")
+    for flag, first in ((0, "Hello"[0]), (1, "<|im_start|>")):
+        out = tmp_path / f"out{flag}"
+        out.mkdir()
+        file = tiny_gguf(source, tmp_path / f"{flag}.gguf", tokenizer__ggml__add_bos_token=flag)
+        convert_gguf(file, out, None)
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        assert tokenizer.convert_ids_to_tokens(tokenizer("Hello")["input_ids"])[0].startswith(first)
+
+
+@pytest.mark.parametrize(("pre", "words"), [("smollm", "1|2|3|4|5"), ("llama-bpe", "123|45"), ("qwen2", "1|2|3|4|5")])
+def test_numbers_are_split_by_the_rule_that_the_file_names(pre: str, words: str, tmp_path: Path, out: Path) -> None:
+    from transformers import AutoTokenizer
+
+    convert_gguf(tiny_gguf(tiny_model_dir(tmp_path, "llama_mha"), tmp_path / "model.gguf", pre=pre), out, None)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    pieces = [text for text, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("12345")]
+    assert "|".join(pieces) == words
+    assert tokenizer.decode(tokenizer(TEXT, add_special_tokens=False)["input_ids"]) == TEXT
+
+
+def test_a_file_that_lacks_a_tensor_is_refused_not_filled_with_random_numbers(tmp_path: Path, out: Path) -> None:
+    source = tiny_model_dir(tmp_path, "llama_mha")
+    file = tiny_gguf(source, tmp_path / "model.gguf", leave_out=("model.layers.2.mlp.up_proj.weight",))
+    with pytest.raises(CheckpointError, match=r"1 tensors are missing .*layers.2.mlp.up_proj.weight"):
+        convert_gguf(file, out, None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"llama__rope__scaling__type": "yarn"}, "Rope scaling 'yarn' is not supported"),
+        ({"rope_factors": [1.0, 1.0, 2.0, 3.0]}, "not Llama 3.1's"),
+        ({"pre": "unheard-of"}, "'unheard-of', which is not known here"),
+    ],
+)
+def test_what_transformers_would_drop_in_silence_is_refused(
+    keys: dict[str, object], message: str, tmp_path: Path, out: Path
+) -> None:
+    source = tiny_model_dir(tmp_path, "llama_mha")
+    with pytest.raises(CheckpointError, match=message):
+        convert_gguf(tiny_gguf(source, tmp_path / "model.gguf", **keys), out, None)  # type: ignore[arg-type]
+
+
+def test_another_architecture_is_refused_by_name(tmp_path: Path, out: Path) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "mamba")
+    writer.add_tensor("token_embd.weight", torch.zeros(2, 2).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="architecture mamba is not supported"):
+        convert_gguf(tmp_path / "model.gguf", out, None)
+
+
+@pytest.mark.parametrize("keep", [0.0, 1e-5, 0.001, 0.01, 0.1, 0.5, 0.99, 0.9999])
+def test_a_file_that_is_cut_off_anywhere_is_refused(keep: float, tmp_path: Path, out: Path) -> None:
+    data = tiny_gguf(tiny_model_dir(tmp_path, "llama_mha"), tmp_path / "whole.gguf").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(CheckpointError, match="GGUF file cannot be read") as caught:
+        convert_gguf(cut, out, None)
+    assert caught.value.where == str(cut)
+    assert list(out.iterdir()) == []
+
+
+def test_damage_in_the_header_never_ends_in_another_error(tmp_path: Path, out: Path) -> None:
+    """Either it is refused, or the flipped byte was in a text that does not matter."""
+    data = tiny_gguf(tiny_model_dir(tmp_path, "llama_mha"), tmp_path / "whole.gguf").read_bytes()
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(12):
+        spoilt = bytearray(data)
+        for _ in range(4):
+            spoilt[generator.randrange(0, 600)] ^= 1 << generator.randrange(8)
+        (tmp_path / "spoilt.gguf").write_bytes(spoilt)
+        try:
+            convert_gguf(tmp_path / "spoilt.gguf", out, None)
+        except CheckpointError:
+            refused += 1
+    assert refused > 0
+
+
+def test_a_sentencepiece_tokenizer_begins_with_bos_and_round_trips(tmp_path: Path, out: Path) -> None:
+    from transformers import AutoTokenizer
+
+    pieces = ["▁", "▁h", "he", "l", "lo", "▁w", "o", "r", "d", "h", "e", "w", "llo", "▁hello", "▁he"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    writer = gguf.GGUFWriter(str(tmp_path / "spm.gguf"), "llama")
+    writer.add_block_count(1)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 259 + [-float(index) for index in range(len(pieces))])
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(pieces))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_tensor("token_embd.weight", torch.zeros(2, 2).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_tokenizer(read_header(tmp_path / "spm.gguf").fields, tmp_path / "spm.gguf", out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = tokenizer("hello world é\n  x")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids)[:3] == ["<s>", "▁hello", "▁w"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hello world é\n  x"
+    assert tokenizer.eos_token == "</s>"
+
+
+def test_a_damaged_tokenizer_is_refused(tmp_path: Path, out: Path) -> None:
+    fields = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"]}
+    file = tmp_path / "x.gguf"
+    for broken in ({}, {"tokenizer.ggml.merges": ["a c"]}, {"tokenizer.ggml.tokens": ["a", "a"]}):
+        with pytest.raises(CheckpointError, match="tokenizer is damaged"):
+            save_tokenizer({**fields, **broken}, file, out)
+    with pytest.raises(CheckpointError, match=r"tokenizer \(bert\) is not supported"):
+        save_tokenizer({"tokenizer.ggml.model": "bert"}, file, out)
