@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.families import ModelShape, parameters, read_shape
+from nemo_minitron.families import ModelShape, parameters, read_shape, tensor_shape
+from nemo_minitron.families.hf_config import FAMILIES
 from nemo_minitron.hf.checkpoint import CheckpointWriter
 from nemo_minitron.hf.gguf_tokenizer import save_tokenizer
 
@@ -30,7 +31,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "nemotron")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "nemotron")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Header:
 
     fields: Mapping[str, Any]
     """Key -> value."""
-    tensors: tuple[str, ...]
+    tensors: Mapping[str, tuple[int, ...]]
+    """Name -> dimensions, in torch's order."""
     rope_factors: tuple[float, ...] | None
     """Llama 3.1 and later: by how much each rotary frequency is slowed down."""
 
@@ -66,10 +68,11 @@ def convert_gguf(file: Path, out_dir: Path, dtype: Any) -> str | None:
     """
     header = read_header(file)
     _refuse_unsupported(header, file)
-    model, missing = _load_model(file, header)
-    config = _config(model)
+    config_object = _load_config(file, header)
+    config = _config(config_object)
     shape = read_shape(config, where=str(file))
-    _require_all_tensors(header, missing, shape, file)
+    _require_tensors(header, shape, file)
+    model = _load_model(file, config_object)
     state = model.state_dict()
     writer = CheckpointWriter(out_dir, config, dtype=dtype)
     for parameter in parameters(shape):
@@ -96,7 +99,7 @@ def read_header(file: Path) -> Header:
         factors = next((t.data for t in reader.tensors if t.name == ROPE_FACTORS), None)
         header = Header(
             fields={key: field.contents() for key, field in reader.fields.items()},
-            tensors=tuple(tensor.name for tensor in reader.tensors),
+            tensors={tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in reader.tensors},
             rope_factors=None if factors is None else tuple(np.asarray(factors, dtype=np.float64).tolist()),
         )
     # The reader trusts the file: damage shows as whatever goes wrong first.
@@ -119,26 +122,28 @@ def _refuse_unsupported(header: Header, file: Path) -> None:
         raise CheckpointError(
             f"Rope scaling {scaling!r} is not supported.", where=str(file), allowed="none, or Llama 3.1's"
         )
+    layers = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
+    if header.of_architecture("block_count") != len(layers):
+        raise _damaged(file, f"block_count is {header.of_architecture('block_count')}, there are {len(layers)} blocks")
 
 
-def _load_model(file: Path, header: Header) -> tuple[Any, list[str]]:
-    """(model in fp32, tensors that the file does not hold)."""
+def _load_config(file: Path, header: Header) -> Any:
+    from transformers import AutoConfig
+
+    with _reading(file):
+        return AutoConfig.from_pretrained(
+            str(file.parent), gguf_file=file.name, **_left_out_by_transformers(header, file)
+        )
+
+
+def _load_model(file: Path, config: Any) -> Any:
+    """The model in fp32."""
     import torch
     from transformers import AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM
-    try:
-        with _quiet():
-            model, info = loader.from_pretrained(
-                str(file.parent),
-                gguf_file=file.name,
-                dtype=torch.float32,
-                output_loading_info=True,
-                **_left_out_by_transformers(header, file),
-            )
-    except (ValueError, KeyError, IndexError, RuntimeError, OSError, TypeError) as error:
-        raise _damaged(file, error) from error
-    return model, list(info["missing_keys"])
+    with _reading(file):
+        return loader.from_pretrained(str(file.parent), gguf_file=file.name, config=config, dtype=torch.float32)
 
 
 def _left_out_by_transformers(header: Header, file: Path) -> dict[str, Any]:
@@ -184,28 +189,38 @@ def llama3_factors(num_frequencies: int, theta: float, factor: float) -> list[fl
     return out
 
 
-def _config(model: Any) -> dict[str, Any]:
+def _config(config_object: Any) -> dict[str, Any]:
     """config.json; GGUF stores fp32, so 1e-5 comes back as 9.99...e-06 and is written short again."""
-    config = {key: value for key, value in json.loads(model.config.to_json_string()).items() if key[0] != "_"}
-    config["architectures"] = [type(model).__name__]
+    config = {key: value for key, value in json.loads(config_object.to_json_string()).items() if key[0] != "_"}
+    config["architectures"] = [name for name, family in FAMILIES.items() if family == config["model_type"]]
     for key, value in config.items():
         if isinstance(value, float):
             config[key] = float(str(np.float32(value)))
     return config
 
 
-def _require_all_tensors(header: Header, missing: list[str], shape: ModelShape, file: Path) -> None:
-    """Every parameter came from the file, and every tensor of the file became a parameter."""
-    absent = [name for name in missing if not (shape.tied_embeddings and name == "lm_head.weight")]
-    if absent:
-        raise _damaged(file, f"{len(absent)} tensors are missing (e.g. {', '.join(sorted(absent)[:3])})")
-    found, expected = len(set(header.tensors) - {ROPE_FACTORS}), len(list(parameters(shape)))
-    if found != expected:
-        raise CheckpointError(
-            f"The file holds {found} tensors, a model of its architecture {expected}.",
-            where=str(file),
-            next_step="Import the model from its Hugging Face folder instead.",
-        )
+def _require_tensors(header: Header, shape: ModelShape, file: Path) -> None:
+    """Every parameter is in the file with its dimensions, and nothing else is: checked before anything is loaded."""
+    import gguf
+
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, header.architecture.upper()), shape.num_layers)
+    expected = {
+        str(names.get_name(parameter.hf, try_suffixes=(".weight", ".bias"))): tensor_shape(shape, parameter.row)
+        for parameter in parameters(shape)
+    }
+    found = {name: dims for name, dims in header.tensors.items() if name != ROPE_FACTORS}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(
+                f"Tensor {name} of the GGUF file has shape {_dims(found.get(name))}; "
+                f"a model of its architecture and sizes has {_dims(expected.get(name))}.",
+                where=str(file),
+                next_step="Download the file again, or import the model from its Hugging Face folder.",
+            )
+
+
+def _dims(dims: tuple[int, ...] | None) -> str:
+    return "(none: it is not there)" if dims is None else str(list(dims))
 
 
 def _damaged(file: Path, why: object) -> CheckpointError:
@@ -217,8 +232,8 @@ def _damaged(file: Path, why: object) -> CheckpointError:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers prints a bar and hints that mean nothing here."""
+def _reading(file: Path) -> Iterator[None]:
+    """Let transformers read the file; it prints a bar and hints that mean nothing here."""
     import transformers.modeling_gguf_pytorch_utils as gguf_utils
 
     logger = logging.getLogger("transformers")
@@ -227,6 +242,8 @@ def _quiet() -> Iterator[None]:
     vars(gguf_utils)["tqdm"] = lambda items, **_: items
     try:
         yield
+    except (ValueError, KeyError, IndexError, RuntimeError, OSError, TypeError) as error:
+        raise _damaged(file, error) from error
     finally:
         vars(gguf_utils)["tqdm"] = bar
         logger.setLevel(level)

@@ -98,7 +98,7 @@ def _tensors(
     quantization: gguf.GGMLQuantizationType,
     leave_out: tuple[str, ...],
 ) -> None:
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), 16)
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for name, tensor in load_file(model_dir / "model.safetensors").items():
         if name in leave_out:

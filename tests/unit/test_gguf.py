@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -118,8 +119,36 @@ def test_numbers_are_split_by_the_rule_that_the_file_names(pre: str, words: str,
 def test_a_file_that_lacks_a_tensor_is_refused_not_filled_with_random_numbers(tmp_path: Path, out: Path) -> None:
     source = tiny_model_dir(tmp_path, "llama_mha")
     file = tiny_gguf(source, tmp_path / "model.gguf", leave_out=("model.layers.2.mlp.up_proj.weight",))
-    with pytest.raises(CheckpointError, match=r"1 tensors are missing .*layers.2.mlp.up_proj.weight"):
+    with pytest.raises(CheckpointError, match=r"Tensor blk.2.ffn_up.weight .* \(none: it is not there\)"):
         convert_gguf(file, out, None)
+
+
+def test_a_tensor_that_the_architecture_does_not_have_is_refused_not_skipped(tmp_path: Path, out: Path) -> None:
+    folder = tiny_model_dir(tmp_path, "qwen2")
+    _edit_config(folder, model_type="llama", architectures=["LlamaForCausalLM"])
+    with pytest.raises(CheckpointError, match=r"Tensor blk.0.attn_k.bias .* has \(none: it is not there\)"):
+        convert_gguf(tiny_gguf(folder, tmp_path / "model.gguf"), out, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("intermediate_size", 2**30, r"ffn_down.weight .* has shape \[64, 112\]"),
+        ("num_hidden_layers", 2**30, "block_count is 1073741824, there are 4 blocks"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_tensors_are_refused_before_anything_is_loaded(
+    key: str, value: int, message: str, tmp_path: Path, out: Path
+) -> None:
+    folder = tiny_model_dir(tmp_path, "llama_mha")
+    _edit_config(folder, **{key: value})
+    with pytest.raises(CheckpointError, match=message):
+        convert_gguf(tiny_gguf(folder, tmp_path / "model.gguf"), out, None)
+
+
+def _edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
 @pytest.mark.parametrize(
