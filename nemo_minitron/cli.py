@@ -37,6 +37,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of any key of the recipe.")
 ]
 console = Console()
+INTERRUPTED = 130
 STYLES = {"finished": "green", "changed": "yellow", "to run": "cyan"}
 
 
@@ -215,15 +216,17 @@ def _print_report_path(folder: Path) -> None:
 def main() -> None:
     """Entry point: a user's error is a message and exit code 2, never a traceback."""
     try:
-        app(standalone_mode=False)
+        # Outside standalone mode an exit, an interrupt (130) among them, comes back as a number.
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except MinitronError as error:
         Console(stderr=True).print(f"[red]error:[/red] {_escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         Console(stderr=True).print("interrupted; the same command goes on from where it was")
-        sys.exit(130)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         sys.exit(_unexpected(error))
 

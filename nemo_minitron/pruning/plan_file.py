@@ -13,7 +13,10 @@ from nemo_minitron.errors import ArtifactError
 from nemo_minitron.families import ModelShape, num_params
 
 PLAN_FILE = "prune_plan.json"
+SCHEMA = 1
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+ALL = "all"
+"""Stands for every index of an axis."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def write_plan(plan: PrunePlan, source: ModelShape, folder: Path) -> dict[str, A
     """Write prune_plan.json; returns its content."""
     target = plan.target_shape(source)
     document = {
-        "schema": 1,
+        "schema": SCHEMA,
         "method": plan.method,
         "source": _sizes(source),
         "target": _sizes(target),
@@ -53,7 +56,7 @@ def write_plan(plan: PrunePlan, source: ModelShape, folder: Path) -> dict[str, A
             "heads": {str(layer): to_ranges(plan.heads[layer]) for layer in plan.layers},
         },
     }
-    (folder / PLAN_FILE).write_text(json.dumps(document, indent=2) + "\n")
+    (folder / PLAN_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return document
 
 
@@ -64,62 +67,108 @@ def read_plan(folder: Path, source: ModelShape) -> PrunePlan:
         ArtifactError: damaged, made for another model, or with impossible indices.
     """
     file = folder / PLAN_FILE
-    try:
-        document = json.loads(file.read_text())
-        keep = document["keep"]
-        layers = from_ranges(keep["layers"])
-        plan = PrunePlan(
-            method=document["method"],
-            layers=layers,
-            hidden=from_ranges(keep["hidden"]),
-            ffn={layer: from_ranges(keep["ffn"][str(layer)]) for layer in layers},
-            heads={layer: from_ranges(keep["heads"][str(layer)]) for layer in layers},
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"The prune plan cannot be read: {error!r}", where=str(file)) from error
+    document = _read_document(file)
     if document["source"] != _sizes(source):
         raise ArtifactError(
-            f"The plan was made for {document['source']}, the model is {_sizes(source)}.", where=str(file)
+            f"The plan was made for {document['source']}, the model is {_sizes(source)}.",
+            where=str(file),
+            next_step="Run the select stage for this model.",
         )
-    _check(plan, source, file)
+    try:
+        plan = _parse(document, source)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"The prune plan cannot be understood: {error!r}",
+            where=str(file),
+            allowed=f'ascending 0-based ranges such as "0-20,22", or "{ALL}"',
+        ) from error
+    _require_sound(plan, source, document["target"], file)
     return plan
+
+
+def _read_document(file: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        if document["schema"] != SCHEMA or not {"source", "target", "keep", "method"} <= document.keys():
+            raise ValueError(f"not a plan of schema {SCHEMA}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"The prune plan cannot be read: {error!r}", where=str(file), next_step="Run the select stage again."
+        ) from error
+    return dict(document)
+
+
+def _parse(document: Mapping[str, Any], source: ModelShape) -> PrunePlan:
+    keep = document["keep"]
+    layers = from_ranges(keep["layers"], source.num_layers)
+
+    def by_layer(axis: str, size: int) -> dict[int, tuple[int, ...]]:
+        lists = keep[axis]
+        return {layer: from_ranges(ALL if lists == ALL else lists[str(layer)], size) for layer in layers}
+
+    return PrunePlan(
+        method=str(document["method"]),
+        layers=layers,
+        hidden=from_ranges(keep["hidden"], source.hidden_size),
+        ffn=by_layer("ffn", source.ffn_hidden_size),
+        heads=by_layer("heads", source.num_attention_heads),
+    )
 
 
 def _sizes(shape: ModelShape) -> dict[str, int]:
     return {name: int(getattr(shape, name)) for name in SIZES}
 
 
-def _check(plan: PrunePlan, source: ModelShape, file: Path) -> None:
-    limits = [("layers", plan.layers, source.num_layers), ("hidden", plan.hidden, source.hidden_size)]
-    limits += [(f"ffn.{layer}", plan.ffn[layer], source.ffn_hidden_size) for layer in plan.layers]
-    limits += [(f"heads.{layer}", plan.heads[layer], source.num_attention_heads) for layer in plan.layers]
-    for name, keep, size in limits:
-        ascending = all(a < b for a, b in pairwise(keep))
-        if not keep or not ascending or keep[-1] >= size:
-            raise ArtifactError(f"keep.{name} is not a list of ascending indices below {size}.", where=str(file))
+def _require_sound(plan: PrunePlan, source: ModelShape, target: Any, file: Path) -> None:
+    """Every layer keeps the same number of neurons and heads, every query group the same number of heads."""
     for name, by_layer in (("ffn", plan.ffn), ("heads", plan.heads)):
-        if len({len(keep) for keep in by_layer.values()}) > 1:
-            raise ArtifactError(f"keep.{name} has layers of different sizes; Megatron needs one.", where=str(file))
+        counts = {layer: len(keep) for layer, keep in by_layer.items()}
+        if len(set(counts.values())) > 1:
+            raise ArtifactError(
+                f"keep.{name} has layers of different sizes: {counts}.",
+                where=str(file),
+                next_step="Keep the same number in every layer; a model has one size for all.",
+            )
+    for layer, heads in plan.heads.items():
+        counts = {group: 0 for group in range(source.num_query_groups)}
+        for head in heads:
+            counts[head // source.heads_per_group] += 1
+        if len(set(counts.values())) > 1:
+            raise ArtifactError(
+                f"keep.heads.{layer} keeps different numbers of heads in the query groups: {counts}.", where=str(file)
+            )
+    left = _sizes(plan.target_shape(source))
+    if target != left:
+        raise ArtifactError(
+            f"The keep lists leave {left}, but target says {target}.",
+            where=str(file),
+            next_step="Correct whichever of the two is not meant.",
+        )
 
 
 def to_ranges(indices: Sequence[int]) -> str:
     """Ascending indices as text: [0, 1, 2, 5] -> "0-2,5"."""
-    parts: list[str] = []
-    start = previous = None
-    for index in [*indices, None]:
-        if start is not None and (index is None or index != previous + 1):  # type: ignore[operator]
-            parts.append(str(start) if start == previous else f"{start}-{previous}")
-            start = None
-        if start is None:
-            start = index
-        previous = index
-    return ",".join(parts)
+    ends = [i for i, (a, b) in enumerate(pairwise(indices)) if b != a + 1]
+    bounds = pairwise([-1, *ends, len(indices) - 1])
+    runs = [(indices[before + 1], indices[last]) for before, last in bounds]
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def from_ranges(text: str) -> tuple[int, ...]:
-    """The inverse of `to_ranges`."""
+def from_ranges(text: str, size: int | None = None) -> tuple[int, ...]:
+    """The inverse of `to_ranges`; "all" stands for every index below `size`.
+
+    Raises:
+        ValueError: not ascending, empty, or not below `size`.
+    """
+    if text == ALL and size is not None:
+        return tuple(range(size))
     out: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
-        out.extend(range(int(first), int(last or first) + 1))
+        start, stop = int(first), int(last or first) + 1
+        # Checked before the range is spelt out, so that a slip of the pen cannot fill the memory.
+        if start >= stop or (out and start <= out[-1]) or (size is not None and stop > size):
+            limit = "" if size is None else f" of indices below {size}"
+            raise ValueError(f"{part.strip()!r} in {text[:40]!r} is not part of an ascending list{limit}")
+        out.extend(range(start, stop))
     return tuple(out)

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from nemo_minitron.errors import NumericsError
 from nemo_minitron.families import ModelShape, Parameter, Row, num_params, parameters, tensor_shape, write_config
 from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files
 from nemo_minitron.progress import Progress
+from nemo_minitron.pruning.axes import Keep, expand_keep
 from nemo_minitron.pruning.plan_file import PrunePlan
 
 
-def keep_indices(plan: PrunePlan, source: ModelShape, layer: int | None) -> dict[str, Tensor]:
-    """Kept indices of every axis label that the plan cuts, for one teacher layer (None: outside the layers).
-
-    Heads become rows: head h owns rows [h * kv_channels, (h + 1) * kv_channels). Key and value groups all stay.
-    """
-    keep = {"hidden": torch.tensor(plan.hidden)}
-    if layer is not None:
-        keep["ffn"] = torch.tensor(plan.ffn[layer])
-        heads = torch.tensor(plan.heads[layer])
-        keep["q"] = (heads[:, None] * source.kv_channels + torch.arange(source.kv_channels)).flatten()
-    return keep
-
-
-def slice_parameter(tensor: Tensor, row: Row, keep: Mapping[str, Tensor]) -> Tensor:
-    """Keep the given indices on every labelled dimension; axes without an entry stay whole."""
+def slice_parameter(tensor: Tensor, row: Row, keep: Keep) -> Tensor:
+    """Keep the given positions on every labelled dimension; axes without an entry stay whole."""
     for dim, axis in enumerate(row.axes):
-        if axis in keep and len(keep[axis]) != tensor.shape[dim]:
+        if axis in keep:
             tensor = tensor.index_select(dim, keep[axis])
     return tensor
 
@@ -55,7 +42,7 @@ def prune_checkpoint(source_dir: Path, plan: PrunePlan, out_dir: Path, progress:
     checkpoint = Checkpoint.open(source_dir)
     source, target = checkpoint.shape, plan.target_shape(checkpoint.shape)
     writer = CheckpointWriter(out_dir, write_config(checkpoint.config, target))
-    keeps = {layer: keep_indices(plan, source, layer) for layer in (None, *plan.layers)}
+    keeps = {layer: expand_keep(plan, source, layer) for layer in (None, *plan.layers)}
     pairs = list(kept_parameters(plan, source))
     written = 0
     for student, teacher in progress.track(pairs, "prune", len(pairs), "tensors"):

@@ -71,7 +71,7 @@ def _settle_drift(plan: RunPlan, store: Store, options: RunOptions) -> RunPlan:
     if CHANGED in options.rerun:
         again |= changed
     again = plan.followers(again)
-    left = changed - again
+    left = (changed - again) & plan.needed_for(options.until)
     if left and not options.accept_drift:
         raise _drift_error(plan, left, store)
     for name in left:
@@ -80,7 +80,7 @@ def _settle_drift(plan: RunPlan, store: Store, options: RunOptions) -> RunPlan:
         store.accept_drift(plan.call(name).fingerprint, manifest.fingerprint)
     for name in again:
         store.supersede(name)
-    return _settle_drift(make_plan(plan.recipe), store, RunOptions(accept_drift=True)) if left or again else plan
+    return make_plan(plan.recipe) if left or again else plan
 
 
 def _require_stage(plan: RunPlan, name: str) -> None:
@@ -91,12 +91,14 @@ def _require_stage(plan: RunPlan, name: str) -> None:
 
 def _drift_error(plan: RunPlan, left: set[str], store: Store) -> ArtifactError:
     ordered = [call.name for call in plan.calls if call.name in left]
+    roots = [name for name in ordered if not set(plan.call(name).depends) & left]
+    rerun = f"--rerun {roots[0]}" if len(roots) == 1 else f"--rerun {CHANGED}"
     lines = "\n".join(f"  - {name}: {plan.states[name].reason}" for name in ordered)
     return ArtifactError(
         f"The recipe no longer matches what is on disk:\n{lines}",
         where=str(store.root),
         next_step="one of\n"
-        f"    --rerun {ordered[0]}   make it and what follows from it again (the old output goes to .superseded)\n"
+        f"    {rerun}   make {', '.join(roots)} and what follows again (the old output goes to .superseded)\n"
         "    name=NEW_NAME    keep this run and start another one\n"
         "    --accept-drift   go on with the old output",
     )

@@ -1,0 +1,47 @@
+"""Shared by all tests: quiet libraries, and the toy run that several files look at."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REPO = Path(__file__).resolve().parents[1]
+TOY = REPO / "recipes" / "toy" / "width.yaml"
+Cli = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def minitron(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Call the command line in this process: minitron("run", RECIPE, "key=value") -> (exit code, output)."""
+
+    def call(*args: object) -> tuple[int, str]:
+        from nemo_minitron.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["minitron", *map(str, args)])
+        code = 0
+        try:
+            main()
+        except SystemExit as done:
+            code = int(done.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """run_root of one finished toy run; read only."""
+    from nemo_minitron.cli import load_recipe
+    from nemo_minitron.stages.runner import RunOptions, run_recipe
+
+    root = tmp_path_factory.mktemp("toy")
+    run_recipe(load_recipe(TOY, [f"execution.run_root={root}"]), RunOptions(), quiet=True)
+    return root
