@@ -168,6 +168,6 @@ def _keep_layers(scores: Mapping[str, Tensor], source: ModelShape, params: Selec
     if not params.drop_contiguous_layers:
         return top_indices(layer_scores, count)
     run = source.num_layers - count
-    sums = layer_scores.double().unfold(0, run, 1).sum(-1)
-    start = int(torch.argmin(sums))
+    sums = layer_scores.double().unfold(0, run, 1).sum(-1).tolist()
+    start = sums.index(min(sums))
     return tuple(layer for layer in everything if not start <= layer < start + run)
