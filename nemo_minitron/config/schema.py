@@ -57,7 +57,7 @@ class DataSource(Schema):
     """Share of training samples drawn from this source, relative to the other sources."""
     text_field: str = "text"
     """Column of jsonl and parquet rows."""
-    document_separator: str | None = None
+    document_separator: Annotated[str, Field(min_length=1)] | None = None
     """Splits .txt files into documents; None: one document a file."""
     max_documents: PositiveInt | None = None
 
