@@ -145,12 +145,16 @@ def _states(calls: list[StageCall], store: Store, effective: Mapping[str, str]) 
         manifest = store.manifest(call.name)
         moving = [name for name in call.depends if states[name].status != "finished"]
         if manifest is None:
-            states[call.name] = State("to run", f"waits for {', '.join(moving)}" if moving else "not run yet")
+            states[call.name] = State("to run", f"waits for {_few(moving)}" if moving else "not run yet")
         elif manifest.fingerprint == effective[call.name]:
             states[call.name] = _finished(call, effective, moving)
         else:
             states[call.name] = State("changed", _why_changed(manifest.payload, call, states))
     return states
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
 
 
 def _finished(call: StageCall, effective: Mapping[str, str], moving: list[str]) -> State:

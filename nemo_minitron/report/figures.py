@@ -66,7 +66,7 @@ def quality_bars(models: Mapping[str, Mapping[str, Any]]) -> str:
     """Bits per byte of every model; shorter is better."""
     out: list[str] = []
     labels = list(models)[::-1]
-    with _figure(out, 6.4, 0.5 + 0.42 * len(labels)) as (ax,):
+    with _figure(out, 9.2, 0.6 + 0.36 * len(labels)) as (ax,):
         values = [models[label]["bits_per_byte"] for label in labels]
         bars = ax.barh(labels, values, color=[color_of(label, labels) for label in labels], height=0.62)
         ax.bar_label(bars, [f"{value:.3f}" for value in values], padding=4, color=INK)
@@ -90,7 +90,7 @@ def recovery(curves: Sequence[Mapping[str, Any]]) -> str:
             x, [row["valid_loss"] for row in valid], color=COLORS["distilled"], marker="o", ms=3.5, label="student"
         )
         left.set(xlabel="thousand tokens", ylabel="held-out loss, nats per token")
-        left.legend(loc="center right")
+        left.legend(loc="upper right", bbox_to_anchor=(1.0, 0.93))
         if train:
             right.plot(*zip(*train, strict=True), color=MUTED, linewidth=1, label="training batches")
         right.plot(

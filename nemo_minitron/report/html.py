@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def render_html(
         lstrip_blocks=True,
     )
     environment.filters["millions"] = millions
+    environment.filters["condense"] = lambda text: re.sub(r"\n\s*\n+", "\n", text.strip())
     environment.globals["color_of"] = lambda label: figures.color_of(label, list(report["models"]))
     drawn = draw(report, scores_file, plan)
     pictures = {name: Markup(drawn.get(name, "")) for name in PICTURES}

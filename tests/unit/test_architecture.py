@@ -1,0 +1,94 @@
+"""The rules of docs/ARCHITECTURE.md, enforced."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO, TOY
+
+PACKAGE = REPO / "nemo_minitron"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_RECIPE_LINES = 400, 60, 60
+DOORS = {
+    "megatron": "backends/megatron/",
+    "transformer_engine": "backends/megatron/",
+    "torch.distributed": "backends/megatron/",
+    "hydra": "config/compose.py",
+    "omegaconf": "config/compose.py",
+    "lm_eval": "evaluation/tasks.py",
+}
+
+
+def _imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("package", DOORS)
+def test_a_framework_is_imported_behind_its_door_only(package: str) -> None:
+    allowed = DOORS[package]
+    users = {
+        str(file.relative_to(PACKAGE))
+        for file in FILES
+        for name in _imports(file)
+        if name == package or name.startswith(f"{package}.")
+    }
+    assert users or package == "transformer_engine"
+    assert all(user.startswith(allowed) for user in users), users
+
+
+def test_files_and_functions_stay_small() -> None:
+    long = []
+    for file in FILES:
+        text = file.read_text()
+        if len(text.splitlines()) > MAX_FILE_LINES:
+            long.append(f"{file.relative_to(REPO)}: {len(text.splitlines())} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES:
+                long.append(f"{file.relative_to(REPO)}:{node.lineno} {node.name}")
+    assert not long
+
+
+def test_recipes_stay_small() -> None:
+    for recipe in (REPO / "recipes").rglob("*.yaml"):
+        lines = recipe.read_text().splitlines()
+        # The template is mostly comments.
+        told = [line for line in lines if line.strip() and not line.strip().startswith("#")]
+        assert len(told) <= MAX_RECIPE_LINES, recipe
+
+
+def test_no_pickle_and_no_shell() -> None:
+    for file in FILES:
+        text = file.read_text()
+        for banned in ("shell=True", "weights_only=False", "yaml.load(", "import pickle", "os.system("):
+            assert banned not in text, f"{file}: {banned}"
+
+
+@pytest.mark.parametrize("command", ["check", "plan"])
+def test_check_and_plan_load_no_heavy_package_and_start_within_a_second(command: str) -> None:
+    code = (
+        "import sys; sys.argv = ['minitron', *sys.argv[1:]]\n"
+        "from nemo_minitron.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as done:\n    assert not done.code, done.code\n"
+        "heavy = {'torch', 'transformers', 'megatron', 'numpy', 'matplotlib'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+    )
+    times_s = []
+    for _ in range(3):
+        started_s = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code, command, str(TOY)], capture_output=True, text=True, cwd=REPO, check=False
+        )
+        times_s.append(time.perf_counter() - started_s)
+        assert done.returncode == 0, done.stderr
+    assert min(times_s) < 1.0, times_s
