@@ -22,6 +22,7 @@ from nemo_minitron.errors import CheckpointError
 from nemo_minitron.families import ModelShape, parameters, read_shape, tensor_shape
 from nemo_minitron.families.hf_config import FAMILIES
 from nemo_minitron.hf.checkpoint import CheckpointWriter
+from nemo_minitron.hf.gguf_scan import require_sound_header
 from nemo_minitron.hf.gguf_tokenizer import save_tokenizer
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -94,6 +95,7 @@ def read_header(file: Path) -> Header:
     from gguf import GGUFReader
 
     try:
+        require_sound_header(file)
         reader = GGUFReader(str(file))
         end = max(tensor.data_offset + tensor.n_bytes for tensor in reader.tensors)
         factors = next((t.data for t in reader.tensors if t.name == ROPE_FACTORS), None)
@@ -242,7 +244,7 @@ def _reading(file: Path) -> Iterator[None]:
     vars(gguf_utils)["tqdm"] = lambda items, **_: items
     try:
         yield
-    except (ValueError, KeyError, IndexError, RuntimeError, OSError, TypeError) as error:
+    except Exception as error:  # as in read_header
         raise _damaged(file, error) from error
     finally:
         vars(gguf_utils)["tqdm"] = bar
