@@ -1,0 +1,93 @@
+"""`make bench`: what our own parts cost, against the plain way, in one process and interleaved. Prints ratios."""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from nemo_minitron.backends.megatron import distill
+from nemo_minitron.backends.megatron.forward import model_logits
+from nemo_minitron.backends.megatron.session import open_session
+from nemo_minitron.cli import load_recipe
+from nemo_minitron.config.schema import DistillStage, Parallel
+from nemo_minitron.distillation.losses import forward_kl
+from nemo_minitron.stages.runner import RunOptions, run_recipe
+
+ROUNDS = 5
+RECIPE = Path(__file__).resolve().parents[1] / "recipes/smollm2_135m/width.yaml"
+
+
+def interleaved(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median seconds of each call; one warm-up round, then all in turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round_number in range(ROUNDS + 1):
+        for name, call in calls.items():
+            started_s = time.perf_counter()
+            call()
+            if round_number:
+                times[name].append(time.perf_counter() - started_s)
+    return {name: median(values) for name, values in times.items()}
+
+
+def plain_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    log_s, log_t = (torch.log_softmax(x.float(), -1) for x in (student, teacher))
+    return (log_t.exp() * (log_t - log_s)).sum(-1)
+
+
+def bench_loss() -> dict[str, float]:
+    """Forward and backward of the KL over 1024 tokens and SmolLM2's vocabulary, bf16 logits."""
+    teacher = torch.randn(1024, 49152).bfloat16()
+    student = torch.randn(1024, 49152).bfloat16().requires_grad_()
+    found = interleaved(
+        {
+            "ours": lambda: forward_kl(student, teacher).mean().backward(),
+            "plain": lambda: plain_kl(student, teacher).mean().backward(),
+        }
+    )
+    return {**found, "ours_over_plain": found["ours"] / found["plain"]}
+
+
+def bench_step(root: Path) -> dict[str, float]:
+    """A distillation step against the sum of its parts."""
+    run = root / "smollm2_135m/width"
+    params = DistillStage(
+        kind="distill", num_steps=8, global_batch_size=4, seq_len_tokens=256, lr=1e-5, valid_num_tokens=256
+    )
+    with open_session(Parallel(micro_batch_size=4), device="cpu") as session, tempfile.TemporaryDirectory() as work:
+        job = distill.prepare(params, run / "prune", run / "teacher", run / "data", Path(work), session)
+        batch = distill.step_batches(job.samples, session, step=0, global_batch_size=4, micro_batch_size=4)[0]
+
+        def teacher() -> None:
+            with torch.no_grad():
+                model_logits(job.teacher, batch["tokens"])
+
+        def student() -> None:
+            model_logits(job.trainable.ddp, batch["tokens"]).mean().backward()
+
+        found = interleaved({"step": lambda: distill.train_step(job, 0), "teacher": teacher, "student": student})
+    tokens = params.global_batch_size * params.seq_len_tokens
+    parts = found["teacher"] + found["student"]
+    return {**found, "step_over_parts": found["step"] / parts, "tokens_per_s": tokens / found["step"]}
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as root:
+        run_recipe(load_recipe(RECIPE, [f"execution.run_root={root}"]), RunOptions(until="prune"))
+        results = {
+            "machine": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "kl_loss_s": bench_loss(),
+            "distill_step_s": bench_step(Path(root)),
+        }
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
