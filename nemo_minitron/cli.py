@@ -151,13 +151,13 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
 @assets_app.command("list")
 def assets_list(assets_dir: Annotated[Path, typer.Option(help="Where assets are kept.")] = Path("assets")) -> None:
     """Show the assets, their licences, and which are here."""
-    from nemo_minitron.assets import ASSETS
+    from nemo_minitron.assets import list_assets
 
     table = Table()
     for column in ("asset", "licence", "here", "what"):
         table.add_column(column)
-    for asset in ASSETS.values():
-        here = "[green]yes[/green]" if (assets_dir / asset.name).exists() else "no"
+    for asset in list_assets():
+        here = "[green]yes[/green]" if asset.is_here(assets_dir) else "no"
         table.add_row(asset.name, asset.license, here, asset.description)
     console.print(table)
 

@@ -97,7 +97,7 @@ class Progress:
     def say(self, text: str) -> None:
         """One line for the person who watches."""
         if not self.silent:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     def update(self, bar: Bar) -> None:
         if self.silent:
