@@ -62,14 +62,20 @@ def _explain(problem: Any, raw: Mapping[str, Any]) -> str:
     if kind == "missing":
         return f"{text}: required, but not given."
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        stage = raw["stages"].get(path[1], {}) if len(path) > 1 else {}
-        found = stage.get("kind") if isinstance(stage, Mapping) else None
-        allowed = ", ".join(sorted(stage_classes()))
-        return f"{text}.kind = {found!r}: not a kind of stage. Allowed: {allowed}."
+        return f"{text}{_wrong_kind(str(path[-1]), raw)}"
     if kind == "literal_error":
         return f"{text} = {problem['input']!r}: allowed are {context['expected']}."
     message = problem["msg"][0].lower() + problem["msg"][1:]
     return f"{text} = {problem['input']!r}: {message}."
+
+
+def _wrong_kind(name: str, raw: Mapping[str, Any]) -> str:
+    stage = raw["stages"].get(name)
+    found = stage.get("kind") if isinstance(stage, Mapping) else None
+    meant = get_close_matches(name, [other for other in raw["stages"] if other != name], n=1, cutoff=0.75)
+    if found is None and meant:
+        return f": unknown stage without a kind. Did you mean stages.{meant[0]}?"
+    return f".kind = {found!r}: not a kind of stage. Allowed: {', '.join(sorted(stage_classes()))}."
 
 
 def _path(location: Location, raw: Mapping[str, Any]) -> Location:

@@ -1,0 +1,91 @@
+"""Composition, validation and planning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.cli import load_plan, load_recipe
+from nemo_minitron.config.compose import recipe_name
+from nemo_minitron.errors import ConfigError, PlanError
+from nemo_minitron.plan.fingerprint import canonical_json, differences, fingerprint
+from tests.conftest import REPO, TOY
+
+
+def test_any_key_of_the_schema_can_be_overridden_without_a_plus() -> None:
+    recipe = load_recipe(TOY, ["stages.distill.adam_beta1=0.5", "execution.parallel.tp=2"])
+    assert recipe.stages["distill"].adam_beta1 == 0.5  # type: ignore[union-attr]
+    assert recipe.execution.parallel.tp == 2
+
+
+def test_a_config_group_can_be_chosen_on_the_command_line() -> None:
+    recipe = load_recipe(TOY, ["model@stages.teacher=smollm2_135m"])
+    assert recipe.stages["teacher"].source == "asset:smollm2-135m-instruct"  # type: ignore[union-attr]
+
+
+def test_the_name_is_the_path_below_recipes() -> None:
+    assert recipe_name(Path("/x/recipes/a/b.yaml")) == "a/b"
+    assert recipe_name(Path("/x/mine.yaml")) == "mine"
+    assert load_recipe(TOY, []).name == "toy/width"
+
+
+def test_a_recipe_outside_the_repository_finds_the_configs_of_the_package(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("defaults:\n  - /model@stages.teacher: toy_llama\n  - _self_\n")
+    assert list(load_recipe(recipe, []).stages) == ["teacher"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stages.distil.lr=1", "Did you mean stages.distill?"),
+        ("stages.distill.kind=train", "stages.distill.kind = 'train': not a kind of stage. Allowed: adopt"),
+        ("stages.select.method=best", "'importance' or 'random'"),
+        ("stages.distill.loss.temperatur=2", "Did you mean temperature?"),
+        ("eval=nothing", "could not be composed"),
+        ("stages.distill.lr=[", "could not be composed"),
+    ],
+)
+def test_a_wrong_override_is_named(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_recipe(TOY, [override])
+
+
+def test_a_missing_recipe_names_its_neighbours() -> None:
+    with pytest.raises(ConfigError, match=r"toy/depth\.yaml"):
+        load_recipe(REPO / "recipes/toy/widht.yaml", [])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stages.prune.inputs.plan=nowhere", "there is no such stage"),
+        ("stages.prune.inputs.plan=score", "plan needs one of: select"),
+        ("stages.distill.inputs.teacher=distill", "wait for each other"),
+        ("stages.distill.global_batch_size=6", "must be a multiple of dp \\* micro_batch_size"),
+        ("stages.distill.min_lr=1", "above lr"),
+        ("stages.distill.warmup_steps=30", "must be below num_steps"),
+        ("stages.distill.seq_len_tokens=4096", "made for at most 256"),
+        ("stages.evaluate_pruned.label=teacher", "has the same label"),
+        ("stages.score.width_axes=[hidden]", "axis ffn is not scored"),
+        ("stages.select.target.num_layers=3 stages.select.layer_metric=lm_loss", "not measured"),
+    ],
+)
+def test_a_recipe_that_cannot_be_carried_out_is_refused(override: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=words):
+        load_plan(TOY, [f"execution.run_root={tmp_path}", *override.split()])
+
+
+def test_differences_name_the_field() -> None:
+    old, new = {"a": {"b": 1, "c": [1]}, "d": 0}, {"a": {"b": 2, "c": [1]}, "d": 0, "e": None}
+    assert differences(old, new) == ["a.b: 1 -> 2"]
+    assert differences(old, old) == []
+
+
+def test_fingerprints_depend_on_content_and_not_on_order() -> None:
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+    for unstable in (float("nan"), object()):
+        with pytest.raises(TypeError):
+            canonical_json({"a": unstable})

@@ -1,0 +1,95 @@
+"""Publishing, work folders and the lock."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.artifacts.manifest import Manifest
+from nemo_minitron.artifacts.store import Store
+from nemo_minitron.errors import ArtifactError
+
+
+def _publish(store: Store, stage: str = "prune", text: str = "weights") -> None:
+    with store.building(stage) as folder:
+        (folder / "file.txt").write_text(text)
+        store.publish(stage, folder, Manifest("r", stage, stage, "f" * 64, {}, {}, {"num_params": 3}))
+
+
+def test_a_published_stage_has_its_files_with_hashes(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    _publish(store)
+    artifact = store.artifact("prune")
+    assert artifact.path == tmp_path / "prune"
+    assert artifact.result == {"num_params": 3}
+    manifest = store.manifest("prune")
+    assert manifest is not None
+    # sha256 of the seven bytes "weights".
+    assert manifest.files["file.txt"]["bytes"] == 7
+    assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_a_stage_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def fail() -> None:
+        with store.building("prune") as folder:
+            (folder / "half.txt").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_verification_finds_a_change_of_equal_size(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    _publish(store)
+    (tmp_path / "prune/file.txt").write_text("weightz")
+    manifest = store.manifest("prune")
+    assert manifest is not None
+    store.verify("prune", manifest, full=False)
+    with pytest.raises(ArtifactError, match="changed or damaged"):
+        store.verify("prune", manifest, full=True)
+
+
+def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    _publish(store)
+    (tmp_path / "prune/manifest.json").write_text("{")
+    with pytest.raises(ArtifactError, match="manifest is damaged"):
+        store.artifact("prune")
+
+
+def test_a_work_folder_of_something_else_is_moved_away_not_used(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    work = store.open_work("distill", "one")
+    (work / "checkpoint").write_text("of one")
+    assert (store.open_work("distill", "one") / "checkpoint").is_file()
+    assert not (store.open_work("distill", "two") / "checkpoint").exists()
+    assert (tmp_path / ".superseded/work-distill-1/checkpoint").read_text() == "of one"
+
+
+def test_superseded_outputs_are_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for text in ("a", "b"):
+        _publish(store, text=text)
+        store.supersede("prune")
+    kept = [(tmp_path / f".superseded/prune-{n}/file.txt").read_text() for n in (1, 2)]
+    assert kept == ["a", "b"]
+
+
+def test_accepted_drift_is_remembered(tmp_path: Path) -> None:
+    Store(tmp_path).accept_drift("asked", "found")
+    assert Store(tmp_path).accepted_drift() == {"asked": "found"}
+    assert json.loads((tmp_path / "accepted_drift.json").read_text()) == {"asked": "found"}
+
+
+def test_only_one_runner_holds_the_lock_and_a_dead_one_holds_none(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.lock(), pytest.raises(ArtifactError, match="Another runner works on this run: process"), store.lock():
+        pass
+    with store.lock():
+        pass
