@@ -10,7 +10,7 @@ COPY constraints constraints
 COPY nemo_minitron nemo_minitron
 
 # Everything but torch, numpy and what else the image brings in its own builds.
-RUN grep -viE '^(torch|numpy|scipy|pandas|protobuf|pillow)==' constraints/py311.txt > /tmp/constraints.txt \
+RUN grep -viE '^(torch|numpy|scipy|pandas|protobuf|pillow)==' constraints/core.txt > /tmp/constraints.txt \
     && pip install --no-cache-dir -c /tmp/constraints.txt '.[eval]'
 
 COPY recipes recipes

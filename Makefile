@@ -12,8 +12,8 @@ RECIPE ?= recipes/smollm2_135m/width.yaml
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PY_MINOR := $(shell $(PYTHON) -c 'import sys; print(sys.version_info.minor)')
-CONSTRAINTS := constraints/$(if $(filter 10,$(PY_MINOR)),py310,py311).txt
+CONSTRAINTS := constraints/core.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH_INDEX := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL),)
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
@@ -29,8 +29,9 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
 		|| { echo "nemo-minitron needs Python 3.10 to 3.12; set PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) torch==$(TORCH_VERSION)
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[eval,dev]'
+	@echo "installing into $(VENV), once: a few minutes"
+	$(PIP) $(TORCH_INDEX) torch==$(TORCH_VERSION)
+	$(PIP) -c $(CONSTRAINTS) torch==$(TORCH_VERSION) -e '.[eval,dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP)
