@@ -1,0 +1,248 @@
+"""Text files of every format and compression, and what is said about bad ones."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from nemo_minitron.config.schema import DataSource
+from nemo_minitron.data import blocks
+from nemo_minitron.data.readers import read_documents, source_files
+from nemo_minitron.errors import DataError
+
+TEXTS = ["One.\nTwo.", "caf\u00e9 \u4e16\u754c \U0001f642", " three "]
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "": lambda data: data,
+    ".gz": lambda data: gzip.compress(data, 1),
+    ".zst": zstandard.ZstdCompressor().compress,
+}
+
+
+def read(file: Path, **source: object) -> list[str]:
+    return [text.text for text in read_documents(file, DataSource(source=str(file), **source))]  # type: ignore[arg-type]
+
+
+def problem(file: Path, **source: object) -> str:
+    with pytest.raises(DataError) as caught:
+        read(file, **source)
+    return str(caught.value)
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text, "id": 1}, ensure_ascii=False) + "\n" for text in texts).encode()
+
+
+def parquet(column: list[object], name: str = "text") -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({name: column, "id": list(range(len(column)))}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("compression", PACK)
+@pytest.mark.parametrize(
+    ("name", "content", "options"),
+    [
+        ("x.txt", "\f".join(TEXTS).encode(), {"document_separator": "\f"}),
+        ("x.jsonl", jsonl(TEXTS), {}),
+        ("x.parquet", parquet(list(TEXTS)), {}),
+    ],
+)
+def test_every_format_and_compression_gives_the_same_documents(
+    tmp_path: Path, name: str, content: bytes, options: dict[str, str], compression: str
+) -> None:
+    file = tmp_path / (name + compression)
+    file.write_bytes(PACK[compression](content))
+    assert read(file, **options) == TEXTS
+
+
+def test_a_txt_without_separator_is_one_document_with_unix_line_ends(tmp_path: Path) -> None:
+    file = tmp_path / "x.TXT"
+    file.write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")
+    assert read(file) == ["a\nb\n"]
+
+
+def test_a_byte_order_mark_is_no_text_in_jsonl(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + jsonl(["a"]))
+    assert read(file) == ["a"]
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2, 3, 5, 64])
+def test_documents_do_not_depend_on_where_blocks_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
+    separator = "\n===\n"
+    documents = ["a==\n==b", "\u4e16\u754c", "last\n"]
+    txt, rows = tmp_path / "x.txt", tmp_path / "x.jsonl"
+    txt.write_text(separator.join(documents), encoding="utf-8")
+    rows.write_bytes(jsonl(documents))
+    assert read(txt, document_separator=separator) == documents
+    assert read(rows) == documents
+
+
+def test_blank_and_null_documents_are_left_out(tmp_path: Path) -> None:
+    rows, table = tmp_path / "x.jsonl", tmp_path / "x.parquet"
+    rows.write_bytes(b'{"text": " \\n"}\n\n{"text": null}\n{"text": "a"}')
+    table.write_bytes(parquet(["", None, "a"]))
+    assert read(rows) == read(table) == ["a"]
+
+
+def test_all_frames_of_a_zstd_file_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl.zst"
+    file.write_bytes(PACK[".zst"](jsonl(["a"])) + PACK[".zst"](b"") + PACK[".zst"](jsonl(["b"])))
+    assert read(file) == ["a", "b"]
+
+
+def test_positions_grow_to_the_size_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl.gz"
+    file.write_bytes(gzip.compress(jsonl([str(number) * 50 for number in range(500)])))
+    positions = [text.position_bytes for text in read_documents(file, DataSource(source="x"))]
+    assert positions == sorted(positions)
+    assert positions[-1] == file.stat().st_size
+
+
+@pytest.mark.parametrize("compression", PACK)
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, compression: str) -> None:
+    file = tmp_path / f"x.txt{compression}"
+    documents = random.Random(0)
+    content = "\f".join(documents.randbytes(10_000).hex() for _ in range(1_000))
+    file.write_bytes(PACK[compression](content.encode()))
+    tracemalloc.start()
+    count = sum(1 for _ in read_documents(file, DataSource(source="x", document_separator="\f")))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 1_000
+    assert peak < 10e6, "of 20 MB of text"
+
+
+# --- finding files --------------------------------------------------------------------------------
+
+
+def test_a_folder_is_searched_below_in_sorted_order_without_hidden_and_unknown_files(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.jsonl.zst", "a/.cache/c.txt", ".hidden.txt", "README.md", "c.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("x")
+    assert source_files(tmp_path) == [tmp_path / "a/z.jsonl.zst", tmp_path / "b.txt", tmp_path / "c.parquet"]
+
+
+def test_a_glob_is_sorted(tmp_path: Path) -> None:
+    for name in ("2.txt", "1.txt", "1.jsonl"):
+        (tmp_path / name).write_text("x")
+    assert source_files(tmp_path / "*.txt") == [tmp_path / "1.txt", tmp_path / "2.txt"]
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("x.csv", "Unknown file type .csv."),
+        ("nowhere", "There is no text at"),
+        ("*.txt", "No file matches"),
+        ("*.csv", "1 files at"),
+    ],
+)
+def test_a_source_without_text_names_what_is_allowed(tmp_path: Path, path: str, says: str) -> None:
+    (tmp_path / "x.csv").write_text("a,b")
+    with pytest.raises(DataError) as caught:
+        source_files(tmp_path / path)
+    assert says in str(caught.value)
+    assert "*.jsonl[.gz|.zst]" in str(caught.value)
+
+
+# --- bad files ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_bytes", [1, 4, 1 << 20])
+@pytest.mark.parametrize(
+    ("name", "content", "line", "offset"),
+    [
+        ("x.txt", b"ab\ncd\xe9 e", 2, 5),
+        ("x.txt", "a\n\u4e16\n".encode() + b"\xff", 3, 6),
+        ("x.txt", b"\xef\xbb\xbfab\xff", 1, 5),
+        ("x.txt", b"abc\n\xe4\xb8", 2, 4),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', 2, 24),
+        ("x.jsonl", b'\xef\xbb\xbf{"text": "\xff"}\n', 1, 13),
+    ],
+)
+def test_bad_encoding_is_found_at_its_line_and_byte(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    content: bytes,
+    line: int,
+    offset: int,
+    block_bytes: int,
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
+    file = tmp_path / name
+    file.write_bytes(content)
+    said = problem(file)
+    assert f"byte 0x{content[offset]:02x} at offset {offset} " in said
+    assert f"{file}:{line}" in said
+    assert "iconv" in said
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (b'{"text": "a', "Not JSON: Unterminated string"),
+        (b'{"body": "a", "id": 1}', "no field 'text'"),
+        (b'["a"]', "it is a list"),
+        (b'{"text": 5}', "is int, not text"),
+        (b'{"text": "\\ud800"}', "half a surrogate pair"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_bad_jsonl_row_is_named_by_line(tmp_path: Path, row: bytes, says: str) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(jsonl(["good"]) + row + b"\n")
+    said = problem(file)
+    assert says in said
+    assert f"{file}:2" in said
+
+
+def test_a_missing_field_names_those_that_are_there(tmp_path: Path) -> None:
+    rows, table = tmp_path / "x.jsonl", tmp_path / "x.parquet"
+    rows.write_bytes(b'{"body": "a", "id": 1}\n')
+    table.write_bytes(parquet(["a"], name="body"))
+    assert "body, id" in problem(rows)
+    assert "body, id" in problem(table)
+    assert read(rows, text_field="body") == read(table, text_field="body") == ["a"]
+
+
+def test_a_parquet_column_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    file.write_bytes(parquet([1, 2]))
+    assert "Column 'text' is int64, not text." in problem(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("x.txt", b"", "is empty"),
+        ("x.jsonl", b" \n\n", "holds no text"),
+        ("x.jsonl.gz", gzip.compress(b""), "holds no text"),
+        ("x.parquet", parquet([""]), "holds no text"),
+        ("x.parquet", b"", "Not a readable parquet file"),
+        ("x.parquet", b"PAR1 and nothing of the kind", "Not a readable parquet file"),
+        ("x.txt.gz", b"not gzip at all", "damaged"),
+        ("x.txt.gz", gzip.compress(b"text " * 99)[:-9], "damaged"),
+        ("x.txt.zst", b"not zstd at all", "damaged"),
+        ("x.txt.zst", PACK[".zst"](b"text " * 99)[:-4], "damaged: it ends in the middle"),
+    ],
+)
+def test_a_file_without_readable_text_is_named(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    said = problem(file)
+    assert says in said
+    assert str(file) in said

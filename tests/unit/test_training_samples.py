@@ -1,0 +1,81 @@
+"""Which samples a run sees: by weight, by seed, by step, and never by layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_minitron.data.tokenization import Document
+from nemo_minitron.errors import DataError
+
+SEQ_LEN = 16
+
+
+@pytest.fixture
+def two_sources(tmp_path: Path) -> Path:
+    """Source 0 holds only token 1, source 1 only token 2; weights 3 and 1."""
+    from nemo_minitron.backends.megatron.indexed import indexed_writers
+
+    facts = []
+    for number, weight in ((0, 3.0), (1, 1.0)):
+        with indexed_writers(tmp_path / f"train_{number:02d}", vocab_size=8) as (writer,):
+            for _ in range(30):
+                writer.add(Document(np.full(40, number + 1), num_bytes=40))
+        facts.append({"prefix": f"train_{number:02d}", "weight": weight, "num_tokens": writer.num_tokens})
+    (tmp_path / "data.json").write_text(json.dumps({"vocab_size": 8, "eod_id": 0, "train": facts}))
+    return tmp_path
+
+
+def _samples(data: Path, cache: Path, seed: int = 0, num_samples: int = 64) -> list[torch.Tensor]:
+    from nemo_minitron.backends.megatron.datasets import training_samples
+    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.config.schema import Parallel
+
+    with open_session(Parallel(), device="cpu"):
+        samples = training_samples(data, num_samples=num_samples, seq_len_tokens=SEQ_LEN, seed=seed, cache_dir=cache)
+        return [samples[i]["tokens"] for i in range(num_samples)]
+
+
+def test_sources_are_drawn_by_weight(two_sources: Path, tmp_path: Path) -> None:
+    drawn = [int(tokens[0]) for tokens in _samples(two_sources, tmp_path / "cache")]
+    assert drawn.count(1) == 48
+    assert drawn.count(2) == 16
+
+
+def test_the_same_seed_gives_the_same_samples(two_sources: Path, tmp_path: Path) -> None:
+    first, again = (
+        torch.stack(_samples(two_sources, tmp_path / f"cache{number}", seed)) for number, seed in enumerate((0, 0))
+    )
+    assert torch.equal(first, again)
+
+
+def test_data_parallel_ranks_share_out_the_samples_of_a_step() -> None:
+    from types import SimpleNamespace
+
+    from nemo_minitron.backends.megatron.datasets import step_batches
+    from nemo_minitron.config.schema import Parallel
+
+    rows = [{key: torch.tensor([i]) for key in ("tokens", "labels", "loss_mask")} for i in range(24)]
+
+    def seen(dp: int, micro: int) -> list[int]:
+        out = []
+        for dp_rank in range(dp):
+            session = SimpleNamespace(parallel=Parallel(dp=dp), dp_rank=dp_rank, device="cpu")
+            for batch in step_batches(rows, session, step=1, global_batch_size=8, micro_batch_size=micro):
+                out += batch["tokens"].flatten().tolist()
+        return out
+
+    assert seen(1, 8) == seen(1, 2) == seen(2, 4) == seen(4, 1) == list(range(8, 16))
+
+
+def test_too_little_text_for_one_sample_is_said(two_sources: Path, tmp_path: Path) -> None:
+    facts = json.loads((two_sources / "data.json").read_text())
+    for source in facts["train"]:
+        source["num_tokens"] = 3
+    (two_sources / "data.json").write_text(json.dumps(facts))
+    with pytest.raises(DataError, match="not one sample"):
+        _samples(two_sources, tmp_path / "cache")
