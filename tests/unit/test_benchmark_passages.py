@@ -69,8 +69,7 @@ def test_moments_of_one_video_become_one_story_without_repeats() -> None:
         + request("Cutting hair: Another man on another day", ["has a shave."], 0, ind=12)
     )
     assert passages("hellaswag", rows) == [
-        "Cutting hair: A man sits on a chair. He then combs it with a brush. "
-        "He then combs it with a brush. He uses an electric clipper. He leaves.",
+        "Cutting hair: A man sits on a chair. He then combs it with a brush. He uses an electric clipper. He leaves.",
         "Cutting hair: Another man on another day has a shave.",
         "Surfing: He pays at once. Nobody waits.",
     ]
