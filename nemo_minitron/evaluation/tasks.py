@@ -1,109 +1,184 @@
-"""Downstream tasks through lm-eval, with offline copies of their data when a source is given."""
+"""Downstream tasks through lm-eval, with offline copies of their data when a folder is given."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from nemo_minitron.errors import EnvironmentProblem, PlanError
+from nemo_minitron.errors import DataError, EnvironmentProblem, PlanError
+from nemo_minitron.evaluation.choices import Answer, score_answers
 
-BATCH_SIZE = 16
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-_METRICS = ("acc", "acc_norm")
+if TYPE_CHECKING:
+    from nemo_minitron.progress import Progress
+
+FALLBACK_BATCH_SIZE = 16
+"""Of requests that `score_answers` does not take: texts to generate, contexts that must be cut."""
+DATA_FILE = "validation.arrow"
+"""An offline copy is <folder>/<name of the task in lm-eval>/validation.arrow."""
+Scores = dict[str, dict[str, float]]
+_TOKENS = list[tuple[tuple[str, str], list[int], list[int]]]
 
 
 def run_tasks(
-    model_dir: Path, tasks: Sequence[str], *, data_dir: Path | None, limit: int | None, precision: str, device: str
-) -> dict[str, dict[str, float]]:
-    """Zero-shot scores: task -> {acc, acc_stderr, acc_norm, acc_norm_stderr} (those that the task has).
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    data_dir: Path | None,
+    limit: int | None,
+    work_dir: Path,
+    progress: Progress,
+) -> Scores:
+    """Zero-shot scores: task -> {acc, acc_stderr, acc_norm, ...}: the metrics that lm-eval has for the task.
 
     Args:
+        model: of transformers, in eval mode.
         data_dir: folder with <task>/validation.arrow; None lets lm-eval fetch from the hub.
-        limit: examples per task; None: all.
+        limit: examples per task, from the first on; None: all.
+        work_dir: for task files and the datasets cache, which are removed again.
 
     Raises:
-        EnvironmentProblem: lm-eval is not installed.
-        PlanError: a task has no offline data.
+        EnvironmentProblem: lm-eval is not installed, or the hub cannot be reached.
+        PlanError: lm-eval does not know a task, or a task has no offline data.
+        DataError: offline data that cannot be read.
     """
     try:
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EnvironmentProblem(
             f"lm-eval cannot be imported: {error}", next_step="pip install 'nemo-minitron[eval]', or set tasks=[]"
         ) from error
-    with tempfile.TemporaryDirectory() as scratch, _quiet(), _offline(data_dir is not None):
-        include = _render_tasks(tasks, data_dir, Path(scratch)) if data_dir else None
-        model = HFLM(str(model_dir), dtype=_DTYPES[precision], device=device, batch_size=BATCH_SIZE, backend="causal")
-        manager = TaskManager(verbosity="ERROR", include_path=str(include) if include else None)
-        names = [_local(task) if data_dir else task for task in tasks]
-        found = lm_eval.simple_evaluate(
-            model, tasks=names, num_fewshot=0, limit=limit, task_manager=manager, bootstrap_iters=0, verbosity="ERROR"
-        )
-    return {task: _scores(found["results"][name]) for task, name in zip(tasks, names, strict=True)}
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work_dir) as scratch, _offline(data_dir is not None), _quiet():
+        if data_dir is None:
+            manager = TaskManager()
+            _require_known(tasks, manager.all_tasks)
+        else:
+            write_offline_tasks(tasks, data_dir, Path(scratch))
+            # Without the stock tasks, which take seconds to list: each file names what it includes.
+            manager = TaskManager(include_path=scratch, include_defaults=False)
+        names = [offline_name(task) for task in tasks] if data_dir else list(tasks)
+        with _data_errors(data_dir):
+            found = lm_eval.simple_evaluate(
+                _language_model(model, tokenizer, progress),
+                tasks=names,
+                num_fewshot=0,
+                limit=limit,
+                task_manager=manager,
+                log_samples=False,
+            )
+    return {task: read_scores(found["results"][name]) for task, name in zip(tasks, names, strict=True)}
 
 
-def _local(task: str) -> str:
+def offline_name(task: str) -> str:
+    """Under another name than the stock task, so that the two cannot be mixed up."""
     return f"{task}_offline"
 
 
-def _render_tasks(tasks: Sequence[str], data_dir: Path, folder: Path) -> Path:
-    """One YAML for each task: lm-eval's own, with the data read from an arrow file."""
+def write_offline_tasks(tasks: Sequence[str], data_dir: Path, folder: Path) -> None:
+    """One YAML for each task: lm-eval's own, with the data read from an arrow file.
+
+    Raises:
+        PlanError: no such task, or no data for it.
+    """
     import lm_eval.tasks
 
     stock = Path(lm_eval.tasks.__file__).parent
     for task in tasks:
-        data = data_dir / task / "validation.arrow"
+        data = data_dir / task / DATA_FILE
         if not data.is_file():
-            present = ", ".join(sorted(path.name for path in data_dir.iterdir() if path.is_dir()))
+            present = ", ".join(sorted(file.parent.name for file in data_dir.glob(f"*/{DATA_FILE}")))
             raise PlanError(f"There is no offline data for task {task}.", where=str(data_dir), allowed=present)
         document = {
             "include": str(_stock_file(stock, task)),
-            "task": _local(task),
+            "task": offline_name(task),
             "dataset_path": "arrow",
             "dataset_name": None,
-            "dataset_kwargs": {"data_files": {"validation": str(data.resolve())}},
+            "dataset_kwargs": {"data_files": {"validation": str(data.resolve())}, "cache_dir": str(folder / "cache")},
             "training_split": None,
             "validation_split": "validation",
             "test_split": None,
             "fewshot_split": "validation",
         }
-        (folder / f"{task}.yaml").write_text(yaml.safe_dump(document))
-    return folder
+        (folder / f"{task}.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
 
 
 def _stock_file(stock: Path, task: str) -> Path:
     """lm-eval's YAML of a task, by the name inside it."""
     for file in sorted(stock.rglob(f"*{task}*.yaml")):
-        if any(line.split("#")[0].strip() in (f"task: {task}", f'task: "{task}"') for line in file.open()):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        if any(line.split("#")[0].strip() in (f"task: {task}", f'task: "{task}"') for line in lines):
             return file
     raise PlanError(f"lm-eval has no task {task} that can be run offline.")
 
 
-def _scores(result: dict[str, Any]) -> dict[str, float]:
-    """acc and acc_norm with their binomial standard errors."""
-    count = result.get("sample_len") or result.get("samples") or 0
-    out: dict[str, float] = {}
-    for metric in _METRICS:
-        value = result.get(f"{metric},none")
-        if value is not None:
-            out[metric] = float(value)
-            error = result.get(f"{metric}_stderr,none")
-            if isinstance(error, int | float):
-                out[f"{metric}_stderr"] = float(error)
-            elif count:
-                out[f"{metric}_stderr"] = (float(value) * (1 - float(value)) / count) ** 0.5
-    return out
+def read_scores(result: Mapping[str, Any]) -> dict[str, float]:
+    """lm-eval's {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": ...} -> {"acc": 0.5, "acc_stderr": 0.1}."""
+    numbers = {key: value for key, value in result.items() if "," in key and isinstance(value, int | float)}
+    return {key.removesuffix(",none"): float(value) for key, value in numbers.items()}
+
+
+def _require_known(tasks: Sequence[str], known: Sequence[str]) -> None:
+    for task in tasks:
+        if task not in known:
+            near = ", ".join(difflib.get_close_matches(task, known, 5))
+            raise PlanError(f"lm-eval has no task {task}.", allowed=near or "see `lm-eval ls tasks`")
+
+
+def _language_model(model: Any, tokenizer: Any, progress: Progress) -> Any:
+    """lm-eval's model of transformers, which reads every question once.
+
+    It gets a model that is loaded already: given a name it would join the ranks that torchrun started, and wait for
+    those that do not evaluate.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class SharedQuestions(HFLM):  # type: ignore[misc]
+        def _loglikelihood_tokens(self, requests: _TOKENS, **options: Any) -> list[Answer]:
+            window = getattr(model.config, "sliding_window", None) or self.max_length
+            longest = min(self.max_length, window)
+            fits = [len(question) + len(answer) <= longest for _, question, answer in requests]
+            pairs = [(question, answer) for (_, question, answer), fit in zip(requests, fits, strict=True) if fit]
+            with progress.bar("lm-eval", len(requests), "answers") as bar:
+                short = iter(score_answers(model, pairs, tick=bar.advance))
+                rest = [request for request, fit in zip(requests, fits, strict=True) if not fit]
+                long = iter(super()._loglikelihood_tokens(rest, **options) if rest else [])
+                bar.advance(len(rest))
+            return [next(short if fit else long) for fit in fits]
+
+    return SharedQuestions(model, tokenizer=tokenizer, backend="causal", batch_size=FALLBACK_BATCH_SIZE)
+
+
+@contextmanager
+def _data_errors(data_dir: Path | None) -> Iterator[None]:
+    """What the datasets library cannot read or fetch becomes a message."""
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+    from pyarrow import ArrowInvalid
+
+    try:
+        yield
+    except (DatasetGenerationError, ArrowInvalid) as error:
+        raise DataError(
+            f"The data of a task cannot be read: {error.__cause__ or error}",
+            where=str(data_dir or "the hub"),
+            next_step="Fetch it again.",
+        ) from error
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise EnvironmentProblem(
+            f"The data of a task cannot be fetched: {error}",
+            next_step="Check the network, or set tasks_source to offline copies (asset:offline-eval-tasks).",
+        ) from error
 
 
 @contextmanager
@@ -136,6 +211,7 @@ def _quiet() -> Iterator[None]:
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets", "transformers")]
     levels = [logger.level for logger in loggers]
+    bars = datasets.are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
@@ -144,6 +220,7 @@ def _quiet() -> Iterator[None]:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        datasets.enable_progress_bars()
+        if not bars:
+            datasets.enable_progress_bars()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -33,47 +33,42 @@ def evaluate(params: EvaluateStage, inputs: Inputs, ctx: StageContext) -> Result
     if not ctx.is_main:
         return {}
     facts = model_facts(model_dir)
+    loss = heldout.nll_nats / heldout.num_tokens
     metrics = {
         "label": params.label,
-        "num_params": facts["num_params"],
-        "num_params_non_embedding": facts["num_params_non_embedding"],
-        "checkpoint_bytes": facts["checkpoint_bytes"],
-        "loss_nats_per_token": heldout.loss,
-        "perplexity": perplexity(heldout.loss),
+        **{key: facts[key] for key in ("num_params", "num_params_non_embedding", "checkpoint_bytes", "dtype")},
+        "loss_nats_per_token": loss,
+        "perplexity": perplexity(loss),
         "bits_per_byte": bits_per_byte(heldout.nll_nats, heldout.num_bytes),
         "num_tokens": heldout.num_tokens,
         "num_bytes": heldout.num_bytes,
-        "tasks": _tasks(params, model_dir, ctx),
-        "samples": _samples(params, model_dir, ctx),
+        "tasks_limit": params.tasks_limit,
+        **_through_transformers(params, model_dir, ctx),
     }
-    (ctx.out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (ctx.out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return {key: value for key, value in metrics.items() if key != "samples"}
 
 
-def _tasks(params: EvaluateStage, model_dir: Path, ctx: StageContext) -> dict[str, Any]:
-    if not params.tasks:
-        return {}
+def _through_transformers(params: EvaluateStage, model_dir: Path, ctx: StageContext) -> dict[str, Any]:
+    """{tasks, samples}; the model is loaded once, and only if one of them is asked for."""
+    if not params.tasks and not params.prompts:
+        return {"tasks": {}, "samples": []}
+    from nemo_minitron.evaluation.generation import greedy_texts, load_for_inference, load_tokenizer
     from nemo_minitron.evaluation.tasks import run_tasks
     from nemo_minitron.hf.source import resolve_path
 
-    with ctx.progress.bar(f"lm-eval {', '.join(params.tasks)}", 1, "runs") as bar:
-        data_dir = resolve_path(params.tasks_source, Path(ctx.execution.assets_dir)) if params.tasks_source else None
-        scores = run_tasks(
-            model_dir,
-            params.tasks,
-            data_dir=data_dir,
-            limit=params.tasks_limit,
-            precision=params.precision,
-            device=str(ctx.open_session.device),
-        )
-        bar.advance(1, **{task: found.get("acc_norm", found.get("acc", 0.0)) for task, found in scores.items()})
-    return scores
-
-
-def _samples(params: EvaluateStage, model_dir: Path, ctx: StageContext) -> list[dict[str, str]]:
-    if not params.prompts:
-        return []
-    from nemo_minitron.evaluation.generation import greedy_texts, load_for_inference
-
     model = load_for_inference(model_dir, params.precision, str(ctx.open_session.device))
-    return greedy_texts(model, model_dir, params.prompts, params.max_new_tokens)
+    tokenizer = load_tokenizer(model_dir)
+    tasks: dict[str, dict[str, float]] = {}
+    if params.tasks:
+        source = params.tasks_source
+        tasks = run_tasks(
+            model,
+            tokenizer,
+            params.tasks,
+            data_dir=resolve_path(source, Path(ctx.execution.assets_dir)) if source else None,
+            limit=params.tasks_limit,
+            work_dir=ctx.work_dir,
+            progress=ctx.progress,
+        )
+    return {"tasks": tasks, "samples": greedy_texts(model, tokenizer, params.prompts, params.max_new_tokens)}

@@ -13,14 +13,16 @@ def speed(params: SpeedStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Time all models in one process with interleaved rounds, so that the ratios mean something. Writes speed.json."""
     import torch
 
-    from nemo_minitron.evaluation.generation import load_for_inference, measure_speed
+    from nemo_minitron.evaluation.generation import load_for_inference
+    from nemo_minitron.evaluation.speed import measure_speed
+    from nemo_minitron.hf.checkpoint import model_facts
 
     use_cuda = ctx.execution.device != "cpu" and torch.cuda.is_available()
     if ctx.execution.threads and not use_cuda:
         torch.set_num_threads(ctx.execution.threads)
     device = "cuda" if use_cuda else "cpu"
-    artifacts = inputs.many("models")
-    models = {label: load_for_inference(model.path, params.precision, device) for label, model in artifacts.items()}
+    folders = {label: model.path for label, model in inputs.many("models").items()}
+    models = {label: load_for_inference(path, params.precision, device) for label, path in folders.items()}
     with ctx.progress.bar("speed", params.rounds + 1, "rounds") as bar:
         measured = measure_speed(
             models,
@@ -29,12 +31,19 @@ def speed(params: SpeedStage, inputs: Inputs, ctx: StageContext) -> Result:
             rounds=params.rounds,
             tick=bar.advance,
         )
+    sizes = {label: model_facts(path) for label, path in folders.items()}
     document = {
         "device": device,
         "threads": torch.get_num_threads(),
         "precision": params.precision,
+        "prompt_tokens": params.prompt_tokens,
+        "new_tokens": params.new_tokens,
+        "rounds": params.rounds,
         "relative_to": next(iter(models)),
-        "models": measured,
+        "models": {
+            label: {**rates, **{key: sizes[label][key] for key in ("num_params", "checkpoint_bytes", "dtype")}}
+            for label, rates in measured.items()
+        },
     }
-    (ctx.out_dir / "speed.json").write_text(json.dumps(document, indent=2) + "\n")
+    (ctx.out_dir / "speed.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return document

@@ -1,0 +1,158 @@
+"""Log-likelihoods of answers, reading each question once. Pure: token ids and a model in, numbers out.
+
+A multiple-choice benchmark scores several answers to one question. Scored one by one, the question is read once for
+each answer. Here a question and all its answers form one block, several blocks one sequence, and an attention mask
+lets each answer see its question and itself only: nothing is padded and nothing is read twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PACK_TOKENS = 768
+"""Length that packs are filled up to. Attention grows with its square, idle time shrinks with it."""
+Answer = tuple[float, bool]
+"""(summed log-likelihood in nats, whether every token is the most likely one)."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One question with its answers, as token ids. `places[k]` is the number of answer k in the caller's list."""
+
+    question: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+    places: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model reads: the last one of an answer is predicted, not read."""
+        return len(self.question) + sum(len(answer) - 1 for answer in self.answers)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Blocks in one sequence; all but `rows` and `labels` have one number for each of its tokens."""
+
+    tokens: Tensor
+    positions: Tensor
+    segments: Tensor
+    """Number of the answer that a token belongs to; questions have numbers of their own."""
+    parents: Tensor
+    """Segment of the question that a token's segment continues."""
+    rows: Tensor
+    """Where in the sequence each answer token is predicted."""
+    labels: Tensor
+    """The tokens that are predicted there."""
+
+
+@torch.inference_mode()
+def score_answers(
+    model: Any,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    pack_tokens: int = PACK_TOKENS,
+    tick: Callable[[int], None] = lambda num_answers: None,
+) -> list[Answer]:
+    """Of each (question, answer): log p(answer | question), as if each were read by itself.
+
+    Args:
+        model: a causal model of transformers with full attention.
+        pairs: token ids; neither part is empty.
+        tick: called with the number of answers that were scored since the last call.
+    """
+    out: list[Answer] = [(0.0, False)] * len(pairs)
+    for blocks in fill_packs(group_by_question(pairs), pack_tokens):
+        places = [place for block in blocks for place in block.places]
+        lengths = [len(answer) for block in blocks for answer in block.answers]
+        for place, answer in zip(places, _score_pack(model, pack(blocks), lengths), strict=True):
+            out[place] = answer
+        tick(len(places))
+    return out
+
+
+def group_by_question(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Block]:
+    """Answers to the same question in one block, in the order in which questions come."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for place, (question, answer) in enumerate(pairs):
+        if not question or not answer:
+            raise AssertionError("a question and an answer have at least one token")
+        found.setdefault(tuple(question), []).append(place)
+    return [
+        Block(question, tuple(tuple(pairs[place][1]) for place in places), tuple(places))
+        for question, places in found.items()
+    ]
+
+
+def fill_packs(blocks: Sequence[Block], pack_tokens: int) -> list[list[Block]]:
+    """Longest blocks first, each into the first pack that has room; a block is never split."""
+    packs: list[list[Block]] = []
+    room: list[int] = []
+    for block in sorted(blocks, key=lambda block: -block.num_tokens):
+        number = next((i for i, free in enumerate(room) if free >= block.num_tokens), None)
+        if number is None:
+            packs.append([])
+            room.append(pack_tokens)
+            number = len(packs) - 1
+        packs[number].append(block)
+        room[number] -= block.num_tokens
+    return packs
+
+
+def pack(blocks: Sequence[Block]) -> Pack:
+    """Lay blocks out one after the other: question, answer, answer, next question."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    segments: list[int] = []
+    parents: list[int] = []
+    rows: list[int] = []
+    labels: list[int] = []
+    for block in blocks:
+        parent = segments[-1] + 1 if segments else 0
+        size, last = len(block.question), len(tokens) + len(block.question) - 1
+        tokens += block.question
+        positions += range(size)
+        segments += [parent] * size
+        parents += [parent] * size
+        for number, answer in enumerate(block.answers, parent + 1):
+            # The question's last token predicts the first of the answer.
+            rows += [last, *range(len(tokens), len(tokens) + len(answer) - 1)]
+            labels += answer
+            tokens += answer[:-1]
+            positions += range(size, size + len(answer) - 1)
+            segments += [number] * (len(answer) - 1)
+            parents += [parent] * (len(answer) - 1)
+    return Pack(*(torch.tensor(values) for values in (tokens, positions, segments, parents, rows, labels)))
+
+
+def attention_mask(pack: Pack, dtype: torch.dtype) -> Tensor:
+    """[1, 1, T, T], added to the attention's logits: 0 where a token (row) sees another (column), else the least."""
+    segments_T, parents_T = pack.segments, pack.parents
+    size = len(segments_T)
+    same_TT = segments_T[:, None] == segments_T[None, :]
+    question_TT = parents_T[:, None] == segments_T[None, :]
+    earlier_TT = torch.arange(size)[:, None] >= torch.arange(size)[None, :]
+    mask_TT = torch.full((size, size), torch.finfo(dtype).min, dtype=dtype)
+    return mask_TT.masked_fill_((same_TT | question_TT) & earlier_TT, 0.0)[None, None]
+
+
+def _score_pack(model: Any, pack: Pack, lengths: Sequence[int]) -> list[Answer]:
+    device = model.device
+    logits_RV = model(
+        input_ids=pack.tokens[None].to(device),
+        position_ids=pack.positions[None].to(device),
+        attention_mask=attention_mask(pack, model.dtype).to(device),
+        logits_to_keep=pack.rows.to(device),
+        use_cache=False,
+    ).logits[0]
+    labels_R = pack.labels.to(device)
+    found_R = logits_RV.float().log_softmax(-1).gather(-1, labels_R[:, None])[:, 0].cpu()
+    greedy_R = (logits_RV.argmax(-1) == labels_R).cpu()
+    return [
+        (float(likelihood.double().sum()), bool(greedy.all()))
+        for likelihood, greedy in zip(found_R.split(list(lengths)), greedy_R.split(list(lengths)), strict=True)
+    ]

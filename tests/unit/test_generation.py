@@ -1,0 +1,51 @@
+"""Sample texts are the model's most likely continuations, whatever the folder's generation config says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_minitron.evaluation.generation import greedy_texts, load_for_inference, load_tokenizer
+from tests.support.tiny_models import tiny_model_dir
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny_model_dir(tmp_path_factory.mktemp("model"), "qwen2")
+    sampling = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 3.0, "eos_token_id": 0, "top_k": 400}
+    (folder / "generation_config.json").write_text(json.dumps(sampling))
+    return folder
+
+
+@torch.no_grad()
+def _by_hand(model: torch.nn.Module, ids: list[int], count: int) -> list[int]:
+    out = list(ids)
+    for _ in range(count):
+        following = int(model(torch.tensor([out])).logits[0, -1].argmax())
+        if following == 0:
+            break
+        out.append(following)
+    return out[len(ids) :]
+
+
+def test_texts_are_greedy_and_the_same_each_time(model_dir: Path) -> None:
+    model, tokenizer = load_for_inference(model_dir, "fp32", "cpu"), load_tokenizer(model_dir)
+    prompts = ["The quick brown", "Numbers have proof. 0123"]
+    texts = greedy_texts(model, tokenizer, prompts, 12)
+    assert [sample["prompt"] for sample in texts] == prompts
+    for sample in texts:
+        expected = _by_hand(model, tokenizer(sample["prompt"]).input_ids, 12)
+        assert sample["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+    assert texts == greedy_texts(model, tokenizer, prompts, 12)
+
+
+def test_an_empty_prompt_starts_from_nothing(model_dir: Path) -> None:
+    model, tokenizer = load_for_inference(model_dir, "fp32", "cpu"), load_tokenizer(model_dir)
+    assert greedy_texts(model, tokenizer, [""], 3)[0]["prompt"] == ""
+
+
+def test_precision_decides_the_dtype(model_dir: Path) -> None:
+    assert load_for_inference(model_dir, "bf16", "cpu").dtype == torch.bfloat16
