@@ -12,6 +12,7 @@ from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import Parallel, Recipe, Schema
 from nemo_minitron.errors import PlanError
 from nemo_minitron.plan.fingerprint import differences, fingerprint
+from nemo_minitron.plan.sources import source_facts
 from nemo_minitron.stages.spec import STAGES, params_of
 
 InputNames = Mapping[str, Any]
@@ -105,7 +106,7 @@ def make_plan(recipe: Recipe) -> RunPlan:
     effective: dict[str, str] = {}
     calls = []
     for name in order:
-        call = _call(name, recipe, inputs[name], effective)
+        call = _call(name, recipe, inputs[name], effective, store)
         effective[name] = accepted.get(call.fingerprint, call.fingerprint)
         calls.append(call)
     return RunPlan(recipe, tuple(calls), _states(calls, store, effective))
@@ -118,15 +119,17 @@ def parallel_of(recipe: Recipe, stage: str) -> Parallel:
     return recipe.execution.parallel_by_stage.get(stage, recipe.execution.parallel)
 
 
-def _call(name: str, recipe: Recipe, inputs: InputNames, done: Mapping[str, str]) -> StageCall:
+def _call(name: str, recipe: Recipe, inputs: InputNames, done: Mapping[str, str], store: Store) -> StageCall:
     stage = recipe.stages[name]
-    spec = STAGES[stage.kind]
     params = params_of(stage)
+    manifest = store.manifest(name)
+    before = manifest.payload.get("sources", {}) if manifest else {}
     payload = {
         "kind": stage.kind,
-        "version": spec.version,
+        "version": STAGES[stage.kind].version,
         "params": params,
         "inputs": _replace_names(inputs, done),
+        "sources": source_facts(stage, recipe, before),
     }
     return StageCall(
         name=name,

@@ -10,6 +10,7 @@ from nemo_minitron.cli import load_plan, load_recipe
 from nemo_minitron.config.compose import recipe_name
 from nemo_minitron.errors import ConfigError, PlanError
 from nemo_minitron.plan.fingerprint import canonical_json, differences, fingerprint
+from nemo_minitron.plan.sources import source_facts
 from tests.conftest import REPO, TOY
 
 
@@ -75,6 +76,19 @@ def test_a_missing_recipe_names_its_neighbours() -> None:
 def test_a_recipe_that_cannot_be_carried_out_is_refused(override: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=words):
         load_plan(TOY, [f"execution.run_root={tmp_path}", *override.split()])
+
+
+def test_an_edited_text_makes_its_stage_another_one_and_a_removed_text_does_not(tmp_path: Path) -> None:
+    text = tmp_path / "a.jsonl"
+    text.write_text('{"text": "one"}')
+    recipe = load_recipe(TOY, [f"stages.data.sources=[{{source: '{text}'}}]", f"execution.run_root={tmp_path}"])
+    stage = recipe.stages["data"]
+    before = source_facts(stage, recipe, {})
+    assert before == {str(text): {"files": 1, "bytes": 15}}
+    text.write_text('{"text": "one, and more"}')
+    assert source_facts(stage, recipe, before) != before
+    text.unlink()
+    assert source_facts(stage, recipe, before) == before
 
 
 def test_differences_name_the_field() -> None:
