@@ -8,13 +8,25 @@ from typing import Any
 import yaml
 
 from nemo_minitron import __version__
-from nemo_minitron.report.markdown import table
+from nemo_minitron.report.markdown import millions, plain, table
 
 _LICENSE_NOTE = (
-    "The weights derive from the teacher, so the teacher's licence and its conditions apply to them"
-    " (attribution, and naming where the licence asks for it)."
+    "The weights derive from the teacher's, so the teacher's licence and its conditions apply to them: attribution, and"
+    " naming and use policies where the licence has them. The training text has licences of its own."
 )
-_LLAMA_NOTE = ' The Llama licences ask that derived models carry "Llama" in their name and "Built with Llama".'
+_LLAMA_NOTE = (
+    ' The Llama licences ask that derived models are named "Llama-...", carry "Built with Llama", and come with a copy'
+    " of the licence and its notice."
+)
+_SIZES = {
+    "num_layers": "layers",
+    "hidden_size": "hidden size",
+    "ffn_hidden_size": "MLP size",
+    "num_attention_heads": "attention heads",
+    "num_query_groups": "key/value heads",
+    "kv_channels": "head size",
+    "vocab_size": "vocabulary",
+}
 
 
 def render_card(
@@ -25,7 +37,7 @@ def render_card(
     model: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
 ) -> str:
-    """The model card: YAML header, lineage, sizes, results, how to load, licence.
+    """The model card: YAML header, lineage, sizes, results, how to load, licence. Pure.
 
     Args:
         facts: of the exported model (`hf.checkpoint.model_facts`).
@@ -33,48 +45,88 @@ def render_card(
         model: result of the stage that made the model.
         metrics: metrics.json of each evaluated model.
     """
-    license_id = teacher.get("license")
-    header = {
-        "license": license_id or "other",
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["minitron", "pruned", "distilled"],
-    }
-    source = str(teacher.get("source", "the teacher"))
+    source = str(teacher.get("source") or "the teacher")
+    sections = [
+        f"# {plain(title)}",
+        _summary(facts, teacher, source, distilled="tokens" in model),
+        "## Lineage\n\n" + _lineage(facts, teacher, model, source),
+        "## Sizes\n\n" + _sizes(facts, teacher),
+        *(["## Results\n\n" + _results(metrics)] if metrics else []),
+        _USE,
+        *(["## Training data\n\n" + _training_data(model)] if "tokens" in model else []),
+        "## Licence\n\n" + _license(teacher.get("license")),
+    ]
+    header = yaml.safe_dump(_header(teacher, source, distilled="tokens" in model), sort_keys=False, allow_unicode=True)
+    return f"---\n{header}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+_USE = """## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this folder
+model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(path)
+ids = tokenizer("The water cycle begins when", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=32)[0]))
+```
+
+It has its teacher's gaps and more of them: measure it on your own task before you rely on it."""
+
+
+def _header(teacher: Mapping[str, Any], source: str, *, distilled: bool) -> dict[str, Any]:
+    header: dict[str, Any] = {"license": teacher.get("license") or "other", "library_name": "transformers"}
     if source.startswith("hf:"):
         header["base_model"] = source.removeprefix("hf:")
+    header["pipeline_tag"] = "text-generation"
+    header["tags"] = ["nemo-minitron", "minitron", "pruned", *(["distilled"] if distilled else [])]
+    return header
+
+
+def _summary(facts: Mapping[str, Any], teacher: Mapping[str, Any], source: str, *, distilled: bool) -> str:
     share = facts["num_params"] / teacher["num_params"]
-    sections = [
-        f"# {title}",
-        f"{facts['num_params']:,} parameters, {share:.0%} of its teacher ({source}, {teacher['num_params']:,}). "
-        f"Pruned by activation importance and distilled from the teacher with nemo-minitron {__version__}.",
-        "## Sizes\n\n" + _sizes(facts, teacher),
-        *_training(model),
-        *(["## Results\n\n" + _results(metrics)] if metrics else []),
-        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```',
-        "## Licence\n\n" + _license(license_id),
-    ]
-    return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n" + "\n\n".join(sections) + "\n"
+    how = "Pruned, then distilled from its teacher" if distilled else "Pruned, not trained after that,"
+    return (
+        f"{facts['num_params']:,} parameters, {share:.0%} of its teacher, `{plain(source)}` ({teacher['num_params']:,})."
+        f" {how} with nemo-minitron {__version__}, after NVIDIA's Minitron"
+        " ([2407.14679](https://arxiv.org/abs/2407.14679), [2408.11796](https://arxiv.org/abs/2408.11796))."
+    )
+
+
+def _lineage(facts: Mapping[str, Any], teacher: Mapping[str, Any], model: Mapping[str, Any], source: str) -> str:
+    steps = [f"**Teacher** `{plain(source)}`, {millions(teacher['num_params'])} parameters."]
+    cuts = [f"{name} {old} → {new}" for name, old, new in _size_rows(facts, teacher) if old != new]
+    left = f", {millions(facts['num_params'])} parameters left"
+    steps.append(f"**Pruned**: {', '.join(cuts) or 'nothing'}{left}.")
+    if "tokens" in model:
+        steps.append(f"**Distilled**: {_distillation(model)}")
+    size_mib = facts["checkpoint_bytes"] / 2**20 if "checkpoint_bytes" in facts else None
+    stored = f", {size_mib:,.0f} MiB of weights" if size_mib else ""
+    steps.append(f"**Stored** as {facts.get('dtype', 'it was')}{stored}.")
+    return "\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
+
+
+def _distillation(model: Mapping[str, Any]) -> str:
+    text = (
+        f"forward KL to the live teacher's logits, no other loss; {model['tokens']:,} tokens in "
+        f"{model['num_steps']:,} steps."
+    )
+    losses = [model.get(key) for key in ("initial_valid_loss", "final_valid_loss", "initial_valid_teacher_loss")]
+    if None in losses:
+        return text
+    before, after, best = losses
+    return f"{text} Held-out loss {before:.3f} → {after:.3f} nats per token; the teacher's is {best:.3f}."
+
+
+def _size_rows(facts: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    mine, theirs = facts["shape"], teacher.get("shape", {})
+    return [(name, str(theirs.get(key, "")), str(mine[key])) for key, name in _SIZES.items() if key in mine]
 
 
 def _sizes(facts: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
-    mine, theirs = facts["shape"], teacher.get("shape", {})
-    rows = [[key.replace("_", " "), str(theirs.get(key, "")), str(value)] for key, value in mine.items()]
-    return table(["", "teacher", "this model"], rows)
-
-
-def _training(model: Mapping[str, Any]) -> list[str]:
-    if "tokens" not in model:
-        return []
-    text = (
-        f"## Training\n\nForward KL to the live teacher's logits, no other loss: {model['tokens']:,} tokens in "
-        f"{model['num_steps']:,} steps. Held-out loss {model['initial_valid_loss']:.3f} before, "
-        f"{model['final_valid_loss']:.3f} after, {model['initial_valid_teacher_loss']:.3f} for the teacher "
-        "(nats per token)."
-    )
-    return [text]
+    total = ("parameters", f"{teacher['num_params']:,}", f"{facts['num_params']:,}")
+    return table(["", "teacher", "this model"], [total, *_size_rows(facts, teacher)])
 
 
 def _results(metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -85,15 +137,29 @@ def _results(metrics: Sequence[Mapping[str, Any]]) -> str:
         ["perplexity", *(f"{found['perplexity']:.2f}" for found in metrics)],
         *([task, *(_score(found["tasks"].get(task, {})) for found in metrics)] for task in tasks),
     ]
-    return table(["", *(found["label"] for found in metrics)], rows)
+    told = table(["", *(found["label"] for found in metrics)], rows)
+    notes = ["Bits per byte and perplexity (per token) are on held-out documents of the training text."]
+    if tasks:
+        limit = next((found["tasks_limit"] for found in metrics if found.get("tasks_limit")), None)
+        on = f", first {limit} examples of each task" if limit else ""
+        notes.append(f"Tasks: lm-eval, zero-shot{on}; length-normalised accuracy where there is one, ± standard error.")
+    return f"{told}\n\n{' '.join(notes)}"
 
 
 def _score(scores: Mapping[str, float]) -> str:
-    value = scores.get("acc_norm", scores.get("acc"))
-    return "" if value is None else f"{value:.3f}"
+    metric = "acc_norm" if "acc_norm" in scores else "acc"
+    if metric not in scores:
+        return ""
+    error = scores.get(f"{metric}_stderr")
+    return f"{scores[metric]:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+
+
+def _training_data(model: Mapping[str, Any]) -> str:
+    sources = ", ".join(f"`{plain(str(source))}`" for source in model.get("data_sources", []))
+    return f"{sources or 'See the recipe of the run'}. No other text was used after the teacher's own training."
 
 
 def _license(license_id: str | None) -> str:
-    name = license_id or "unknown: look it up at the source of the teacher"
-    llama = _LLAMA_NOTE if license_id and "llama" in license_id else ""
-    return f"{name}. {_LICENSE_NOTE}{llama}"
+    name = license_id or "Unknown: look it up at the source of the teacher"
+    llama = _LLAMA_NOTE if license_id and "llama" in license_id.lower() else ""
+    return f"{plain(name)}. {_LICENSE_NOTE}{llama}"
