@@ -52,6 +52,17 @@ class ModelShape:
     def heads_per_group(self) -> int:
         return self.num_attention_heads // self.num_query_groups
 
+    def sizes(self) -> dict[str, int]:
+        """The sizes that pruning can change, and what they are counted in."""
+        return {
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "ffn_hidden_size": self.ffn_hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_query_groups": self.num_query_groups,
+            "kv_channels": self.kv_channels,
+        }
+
     def axis_sizes(self) -> dict[str, int]:
         """Length of each axis label that a parameter row may carry."""
         return {

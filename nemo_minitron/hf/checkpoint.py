@@ -41,7 +41,6 @@ SIDE_FILES = (
 HEAD = "lm_head.weight"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 """safetensors' word -> torch's."""
-SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 _NOT_PARAMETERS = ("rotary_emb.inv_freq",)
 
 
@@ -372,12 +371,11 @@ def model_facts(model_dir: Path) -> dict[str, Any]:
     checkpoint = Checkpoint.open(model_dir)
     require_tied_head(checkpoint)
     shape = checkpoint.shape
-    sizes = (*SIZES, "vocab_size", "tied_embeddings")
     return {
         "architecture": checkpoint.config["architectures"][0],
         "num_params": num_params(shape),
         "num_params_non_embedding": num_params(shape, embeddings=False),
         "dtype": checkpoint.dtype,
         "checkpoint_bytes": checkpoint.num_bytes,
-        "shape": {name: getattr(shape, name) for name in sizes},
+        "shape": {**shape.sizes(), "vocab_size": shape.vocab_size, "tied_embeddings": shape.tied_embeddings},
     }

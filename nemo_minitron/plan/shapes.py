@@ -59,12 +59,7 @@ def shape_facts(shape: ModelShape) -> dict[str, Any]:
     return {
         "num_params": num_params(shape),
         "num_params_non_embedding": num_params(shape, embeddings=False),
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "ffn_hidden_size": shape.ffn_hidden_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_query_groups": shape.num_query_groups,
-        "kv_channels": shape.kv_channels,
+        **shape.sizes(),
         "vocab_size": shape.vocab_size,
         "tied_embeddings": shape.tied_embeddings,
     }

@@ -14,7 +14,6 @@ from nemo_minitron.families import ModelShape, num_params
 
 PLAN_FILE = "prune_plan.json"
 SCHEMA = 1
-SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 ALL = "all"
 """Stands for every index of an axis."""
 
@@ -46,8 +45,8 @@ def write_plan(plan: PrunePlan, source: ModelShape, folder: Path) -> dict[str, A
     document = {
         "schema": SCHEMA,
         "method": plan.method,
-        "source": _sizes(source),
-        "target": _sizes(target),
+        "source": source.sizes(),
+        "target": target.sizes(),
         "num_params": {"source": num_params(source), "target": num_params(target)},
         "keep": {
             "layers": to_ranges(plan.layers),
@@ -68,9 +67,9 @@ def read_plan(folder: Path, source: ModelShape) -> PrunePlan:
     """
     file = folder / PLAN_FILE
     document = _read_document(file)
-    if document["source"] != _sizes(source):
+    if document["source"] != source.sizes():
         raise ArtifactError(
-            f"The plan was made for {document['source']}, the model is {_sizes(source)}.",
+            f"The plan was made for {document['source']}, the model is {source.sizes()}.",
             where=str(file),
             next_step="Run the select stage for this model.",
         )
@@ -115,10 +114,6 @@ def _parse(document: Mapping[str, Any], source: ModelShape) -> PrunePlan:
     )
 
 
-def _sizes(shape: ModelShape) -> dict[str, int]:
-    return {name: int(getattr(shape, name)) for name in SIZES}
-
-
 def _require_sound(plan: PrunePlan, source: ModelShape, target: Any, file: Path) -> None:
     """Every layer keeps the same number of neurons and heads, every query group the same number of heads."""
     for name, by_layer in (("ffn", plan.ffn), ("heads", plan.heads)):
@@ -137,7 +132,7 @@ def _require_sound(plan: PrunePlan, source: ModelShape, target: Any, file: Path)
             raise ArtifactError(
                 f"keep.heads.{layer} keeps different numbers of heads in the query groups: {counts}.", where=str(file)
             )
-    left = _sizes(plan.target_shape(source))
+    left = plan.target_shape(source).sizes()
     if target != left:
         raise ArtifactError(
             f"The keep lists leave {left}, but target says {target}.",
