@@ -3,155 +3,150 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_minitron.artifacts.types import Artifact
 from nemo_minitron.evaluation.metrics import recovered_share
-from nemo_minitron.pruning.plan_file import PLAN_FILE, from_ranges
+from nemo_minitron.report.comparison import comparison, ordered
+from nemo_minitron.report.importance import pruning_facts
 
-LABELS = ("teacher", "distilled", "pruned", "random")
-"""Order of the columns; other labels follow."""
-HIGHER_IS_BETTER = ("acc", "acc_norm")
-_AXES = {
-    "hidden_size": "hidden",
-    "ffn_hidden_size": "ffn",
-    "num_attention_heads": "attention heads",
-    "num_layers": "layers",
-}
+SCHEMA = 1
+MAX_CURVE_ROWS = 600
+"""Longer curves are thinned out; the whole ones stay in the distill stage's folder."""
 
 
 def collect(title: str, recipe_name: str, stages: Mapping[str, Artifact]) -> dict[str, Any]:
-    """report.json: what was cut, what it did, what it cost. Parts whose stage is missing are empty."""
-    models = _models(stages)
-    loss = {label: model["bits_per_byte"] for label, model in models.items()}
-    known = all(label in loss for label in ("teacher", "pruned", "distilled"))
+    """report.json: what was cut, what it did, what it cost. Parts whose stage is missing are empty or None."""
+    in_order = sorted(stages.values(), key=lambda stage: str(stage.provenance.get("started", "")))
+    found = {str(stage.result["label"]): _model(stage) for stage in _of_kind(in_order, "evaluate")}
+    models = {label: found[label] for label in ordered(found)}
+    speed, data = _first(in_order, "speed"), _first(in_order, "tokenize")
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "title": title,
         "recipe": recipe_name,
         "models": models,
-        "recovered_share": recovered_share(loss["teacher"], loss["pruned"], loss["distilled"]) if known else None,
-        "comparison": comparison(models, _first(stages, "speed")),
-        "pruning": _pruning(stages),
-        "curves": _curves(stages),
-        "speed": dict(speed.result) if (speed := _first(stages, "speed")) else None,
-        "data": dict(data.result) if (data := _first(stages, "tokenize")) else None,
-        "cost": _cost(stages),
-        "samples": _samples(stages),
-        "lineage": [_lineage(stage) for stage in stages.values()],
+        "recovered_share": _recovered(models),
+        "comparison": comparison(models, speed.result if speed else None),
+        "pruning": _pruning(in_order),
+        "curves": _curves(in_order),
+        "speed": dict(speed.result) if speed else None,
+        "data": dict(data.result) if data else None,
+        "cost": _cost(in_order),
+        "samples": _samples(in_order),
+        "lineage": [_lineage(stage) for stage in in_order],
     }
 
 
-def _of_kind(stages: Mapping[str, Artifact], kind: str) -> list[Artifact]:
-    return [stage for stage in stages.values() if stage.kind == kind]
+def _of_kind(stages: Sequence[Artifact], kind: str) -> list[Artifact]:
+    return [stage for stage in stages if stage.kind == kind]
 
 
-def _first(stages: Mapping[str, Artifact], kind: str) -> Artifact | None:
+def _first(stages: Sequence[Artifact], kind: str) -> Artifact | None:
     return next(iter(_of_kind(stages, kind)), None)
 
 
-def _models(stages: Mapping[str, Artifact]) -> dict[str, dict[str, Any]]:
-    found = {stage.result["label"]: dict(stage.result) for stage in _of_kind(stages, "evaluate")}
-    ordered = [label for label in LABELS if label in found] + [label for label in found if label not in LABELS]
-    return {label: found[label] for label in ordered}
+def _model(stage: Artifact) -> dict[str, Any]:
+    return {key: value for key, value in stage.result.items() if key != "samples"}
 
 
-def comparison(models: Mapping[str, Mapping[str, Any]], speed: Artifact | None) -> list[dict[str, Any]]:
-    """Rows of the before/after table: {name, text: label -> shown value, best: label of the best pruned model}."""
-    rows = [
-        _row("parameters", models, lambda m: m["num_params"], "{:,}"),
-        _row("bits per byte", models, lambda m: m["bits_per_byte"], "{:.3f}", best=min),
-        _row("perplexity", models, lambda m: m["perplexity"], "{:.1f}", best=min),
-    ]
-    tasks = dict.fromkeys(task for model in models.values() for task in model["tasks"])
-    for task in tasks:
-        metric = "acc_norm" if all("acc_norm" in m["tasks"].get(task, {}) for m in models.values()) else "acc"
-        rows.append(_task_row(task, metric, models))
-    rows.append(_row("checkpoint, MiB", models, lambda m: m["checkpoint_bytes"] / 2**20, "{:.0f}"))
-    if speed is not None:
-        measured = {label: speed.result["models"][label] for label in models if label in speed.result["models"]}
-        rows.append(_row("generation, tokens/s", measured, lambda m: m["generate_tokens_per_s"], "{:.1f}"))
-        rows.append(_row("prefill, tokens/s", measured, lambda m: m["prefill_tokens_per_s"], "{:.0f}"))
-    return rows
-
-
-def _row(name: str, models: Mapping[str, Any], value: Any, form: str, best: Any = None) -> dict[str, Any]:
-    values = {label: value(model) for label, model in models.items()}
-    small = {label: number for label, number in values.items() if label != "teacher"}
-    winner = best(small, key=small.get) if best and len(small) > 1 else None
-    return {"name": name, "text": {label: form.format(number) for label, number in values.items()}, "best": winner}
-
-
-def _task_row(task: str, metric: str, models: Mapping[str, Any]) -> dict[str, Any]:
-    scores = {label: model["tasks"].get(task, {}) for label, model in models.items()}
-    row = _row(f"{task} ({metric})", scores, lambda s: s.get(metric, float("nan")), "{:.3f}", best=max)
-    for label, score in scores.items():
-        if f"{metric}_stderr" in score:
-            row["text"][label] += f" ± {score[f'{metric}_stderr']:.3f}"
-    return row
-
-
-def _pruning(stages: Mapping[str, Artifact]) -> dict[str, Any] | None:
-    chosen = [stage for stage in _of_kind(stages, "select") if stage.result.get("method") == "importance"]
-    if not chosen:
+def _recovered(models: Mapping[str, Mapping[str, Any]]) -> float | None:
+    if not {"teacher", "pruned", "distilled"} <= models.keys():
         return None
-    plan = json.loads((chosen[0].path / PLAN_FILE).read_text())
-    axes = [
-        {"axis": name, "source": source, "kept": plan["target"][size], "share": plan["target"][size] / source}
-        for size, name in _AXES.items()
-        for source in [plan["source"][size]]
-    ]
-    kept = from_ranges(plan["keep"]["layers"])
-    return {"axes": axes, "kept_layers": list(kept), "num_params": plan["num_params"], "stage": chosen[0].stage}
+    teacher, pruned, distilled = (models[label]["bits_per_byte"] for label in ("teacher", "pruned", "distilled"))
+    return recovered_share(teacher, pruned, distilled)
 
 
-def _curves(stages: Mapping[str, Artifact]) -> list[dict[str, Any]]:
+def _pruning(stages: Sequence[Artifact]) -> dict[str, Any] | None:
+    """Of the first plan that was made from scores: the random control has none."""
+    plans = _of_kind(stages, "select")
+    chosen = next((plan for plan in plans if plan.result.get("method") == "importance"), next(iter(plans), None))
+    if chosen is None:
+        return None
+    score = _first(stages, "score")
+    return {"stage": chosen.stage, **pruning_facts(chosen.path, score.path if score else None)}
+
+
+def _curves(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
+    """Rows of the distillation's curves: training {step, train_loss, tokens, ...}, validation {step, valid_kl, ...}."""
     distill = _first(stages, "distill")
     file = distill.path / "curves.jsonl" if distill else None
-    return [json.loads(line) for line in file.read_text().splitlines()] if file and file.is_file() else []
+    if file is None or not file.is_file():
+        return []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    training = thin_out([row for row in rows if "train_loss" in row], MAX_CURVE_ROWS)
+    validation = thin_out([row for row in rows if "valid_kl" in row], MAX_CURVE_ROWS)
+    return sorted([*training, *validation], key=lambda row: int(row["step"]))
 
 
-def _cost(stages: Mapping[str, Artifact]) -> dict[str, Any]:
+def thin_out(rows: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """At most `most` rows at even distances, the first and the last among them."""
+    if len(rows) <= most:
+        return list(rows)
+    step = (len(rows) - 1) / (most - 1)
+    return [rows[round(number * step)] for number in range(most)]
+
+
+def _cost(stages: Sequence[Artifact]) -> dict[str, Any]:
     rows = [
-        {"stage": stage.stage, "kind": stage.kind, "wall_s": float(stage.provenance.get("wall_s", 0.0))}
-        for stage in stages.values()
+        {
+            "stage": stage.stage,
+            "kind": stage.kind,
+            "wall_s": _wall_s(stage),
+            "tokens": _tokens(stage),
+        }
+        for stage in stages
     ]
     distill = _first(stages, "distill")
     return {
         "stages": rows,
-        "total_wall_s": sum(row["wall_s"] for row in rows),
+        "total_wall_s": math.fsum(_wall_s(stage) for stage in stages),
         "distill_tokens": distill.result.get("tokens") if distill else None,
         "distill_wall_s": distill.result.get("wall_s") if distill else None,
     }
 
 
-def _samples(stages: Mapping[str, Artifact]) -> list[dict[str, Any]]:
+def _wall_s(stage: Artifact) -> float:
+    return float(stage.provenance.get("wall_s", 0.0))
+
+
+def _tokens(stage: Artifact) -> int | None:
+    """Tokens that a stage went through, where it says."""
+    result = stage.result
+    if stage.kind == "score":
+        return int(result["num_samples"]) * int(result["seq_len_tokens"])
+    if stage.kind == "tokenize":
+        return int(result["train_num_tokens"]) + int(result["valid_num_tokens"])
+    found = result.get("tokens" if stage.kind == "distill" else "num_tokens")
+    return None if found is None else int(found)
+
+
+def _samples(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
     """[{prompt, texts: label -> continuation}]."""
     by_prompt: dict[str, dict[str, str]] = {}
     for stage in _of_kind(stages, "evaluate"):
-        metrics = json.loads((stage.path / "metrics.json").read_text())
+        metrics = json.loads((stage.path / "metrics.json").read_text(encoding="utf-8"))
         for sample in metrics["samples"]:
             by_prompt.setdefault(sample["prompt"], {})[metrics["label"]] = sample["text"]
     return [{"prompt": prompt, "texts": texts} for prompt, texts in by_prompt.items()]
 
 
 def _lineage(stage: Artifact) -> dict[str, Any]:
+    """Who made it and with what; no host, no user, no paths."""
     facts = stage.provenance
     return {
         "stage": stage.stage,
         "kind": stage.kind,
         "fingerprint": stage.fingerprint,
         "started": facts.get("started"),
-        "versions": facts.get("versions", {}),
+        "wall_s": facts.get("wall_s"),
         "git_commit": facts.get("git_commit"),
+        "versions": _versions(facts),
     }
 
 
-def load_scores(stages: Mapping[str, Artifact]) -> tuple[Path | None, dict[str, Any] | None]:
-    """(scores.safetensors, prune plan) for the pictures."""
-    score = _first(stages, "score")
-    chosen = [stage for stage in _of_kind(stages, "select") if stage.result.get("method") == "importance"]
-    plan = json.loads((chosen[0].path / PLAN_FILE).read_text()) if chosen else None
-    return (score.path / "scores.safetensors" if score else None), plan
+def _versions(facts: Mapping[str, Any]) -> dict[str, str]:
+    own = {key.replace("_", "-"): facts[key] for key in ("nemo_minitron", "python") if key in facts}
+    return {**own, **facts.get("versions", {})}

@@ -1,201 +1,286 @@
-"""Pictures of the report as inline SVG: transparent, in colours that work on light and dark pages."""
+"""Pictures of the report as inline SVG, drawn from the report's facts.
+
+Colours are CSS variables of the page, so one picture serves light and dark. matplotlib knows no variables: it draws in
+stand-in colours, which are replaced in the finished text.
+"""
 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
-import numpy as np
-from numpy.typing import NDArray
+from markupsafe import escape
+
+from nemo_minitron.report.comparison import main_metric, score_of
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-INK = "#7b8290"
-"""Text and axes: readable on white and on near-black."""
-# Okabe-Ito, safe for colour-blind readers.
-COLORS = {"teacher": "#56B4E9", "distilled": "#009E73", "pruned": "#E69F00", "random": "#CC79A7"}
-SPARE = ("#0072B2", "#D55E00", "#F0E442")
-MUTED = "#b9bec8"
+_VARIABLES = ("ink", "soft", "line", "card", "teacher", "distilled", "pruned", "random", "extra", "cut")
+STAND_INS = {name: f"#0101{number:02x}" for number, name in enumerate(_VARIABLES, 16)}
+"""Name of the page's variable -> colour that matplotlib draws it in."""
+INK, SOFT, LINE, CARD, CUT = (STAND_INS[name] for name in ("ink", "soft", "line", "card", "cut"))
+TEACHER, DISTILLED, PRUNED = (STAND_INS[name] for name in ("teacher", "distilled", "pruned"))
+HALF, WIDE, SLIM = 4.6, 6.4, 3.2
+"""Widths in inches of a picture that shares its row with one other, with none, with two."""
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "nemo-minitron",
-    "font.family": "sans-serif",
-    "font.size": 10,
+    "font.size": 9,
+    # Names of models and tasks are the user's; a dollar sign in one is no formula.
+    "text.parse_math": False,
     "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": SOFT,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "xtick.color": LINE,
+    "xtick.labelcolor": SOFT,
+    "ytick.color": LINE,
+    "ytick.labelcolor": SOFT,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.labelsize": 8.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": INK,
-    "grid.alpha": 0.18,
-    "grid.linewidth": 0.6,
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
     "axes.axisbelow": True,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
+    "path.simplify": True,
 }
 
 
-def color_of(label: str, labels: Sequence[str] = ()) -> str:
-    """One colour for one model on every picture."""
-    others = [name for name in labels if name not in COLORS]
-    return COLORS.get(label) or (SPARE[others.index(label) % len(SPARE)] if label in others else MUTED)
+def variable_of(label: str) -> str:
+    """The page's colour of a model; models of other names share one."""
+    return label if label in ("teacher", "distilled", "pruned", "random") else "extra"
 
 
 @contextmanager
-def _figure(out: list[str], width: float, height: float, columns: int = 1) -> Iterator[list[Axes]]:
+def _figure(out: list[str], name: str, width: float, height: float, alt: str) -> Iterator[Axes]:
     """Axes to draw on; the finished SVG is appended to `out`."""
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False)
-        yield list(axes[0])
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-        plt.close(figure)
-    svg = stream.getvalue()
-    out.append(svg[svg.index("<svg") :])
+        figure, axes = plt.subplots(figsize=(width, height))
+        try:
+            yield axes
+            stream = io.StringIO()
+            figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        finally:
+            plt.close(figure)
+    out.append(_as_part_of_page(stream.getvalue(), name, alt))
+
+
+def _as_part_of_page(svg: str, name: str, alt: str) -> str:
+    """Ids that no other picture has, the page's fonts and colours, a text for those who cannot see it."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'\b(id="|href="#)|(url\(#)', lambda found: f"{found[0]}{name}-", svg)
+    svg = re.sub(r"font(-family)?: [^;\"]*?(?=sans-serif)sans-serif", _inherit_font, svg)
+    for variable, color in STAND_INS.items():
+        svg = svg.replace(color, f"var(--{variable})")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)
+
+
+def _inherit_font(found: re.Match[str]) -> str:
+    size = re.search(r"[\d.]+px", found[0])
+    return f"font-size: {size[0]}; font-family: inherit" if size else "font-family: inherit"
 
 
 def quality_bars(models: Mapping[str, Mapping[str, Any]]) -> str:
     """Bits per byte of every model; shorter is better."""
+    values = {label: model["bits_per_byte"] for label, model in models.items()}
+    return _bars("quality", values, "bits per byte on held-out text, lower is better", "{:.3f}")
+
+
+def size_bars(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """Parameters of every model, in millions."""
+    values = {label: model["num_params"] / 1e6 for label, model in models.items()}
+    return _bars("size", values, "million parameters", "{:,.1f}")
+
+
+def speed_bars(speed: Mapping[str, Any], labels: Sequence[str], rate: str, title: str) -> str:
+    """Tokens per second of every model that was timed, with the slowest and fastest round."""
+    models = {label: speed["models"][label] for label in labels if label in speed["models"]}
+    key = f"{rate}_tokens_per_s"
+    spread = {label: (rates[f"{key}_min"], rates[f"{key}_max"]) for label, rates in models.items()}
+    values = {label: rates[key] for label, rates in models.items()}
+    form = "{:,.0f}" if min(values.values()) >= 100 else "{:,.1f}"
+    return _bars(f"speed-{rate}", values, title, form, spread)
+
+
+def _bars(
+    name: str,
+    values: Mapping[str, float],
+    xlabel: str,
+    form: str,
+    spread: Mapping[str, tuple[float, float]] | None = None,
+) -> str:
     out: list[str] = []
-    labels = list(models)[::-1]
-    with _figure(out, 9.2, 0.6 + 0.36 * len(labels)) as (ax,):
-        values = [models[label]["bits_per_byte"] for label in labels]
-        bars = ax.barh(labels, values, color=[color_of(label, labels) for label in labels], height=0.62)
-        ax.bar_label(bars, [f"{value:.3f}" for value in values], padding=4, color=INK)
-        ax.set_xlabel("bits per byte on held-out text (lower is better)")
+    labels = list(values)[::-1]
+    told = ", ".join(f"{label} {form.format(value)}" for label, value in values.items())
+    with _figure(out, name, HALF, 0.62 + 0.34 * len(labels), f"{xlabel}: {told}") as ax:
+        colors = [STAND_INS[variable_of(label)] for label in labels]
+        rows = range(len(labels))
+        ax.barh(rows, [values[label] for label in labels], color=colors, height=0.6)
+        ends = []
+        for row, label in enumerate(labels):
+            low, high = (spread or {}).get(label, (values[label], values[label]))
+            if high > low:
+                ax.plot([low, high], [row, row], color=INK, linewidth=1.1, solid_capstyle="butt")
+            ends.append(high)
+            ax.annotate(form.format(values[label]), (high, row), (5, 0), textcoords="offset points", va="center")
+        ax.set_yticks(rows, labels)
+        ax.tick_params(axis="y", length=0, labelcolor=INK, labelsize=9)
+        ax.set(xlabel=xlabel, xlim=(0, max(ends) * 1.16))
+        ax.spines["left"].set_color(LINE)
         ax.grid(axis="y", visible=False)
-        ax.margins(x=0.12)
     return out[0]
 
 
-def recovery(curves: Sequence[Mapping[str, Any]]) -> str:
-    """Held-out loss and KL over the tokens of the distillation."""
+def validation_curve(curves: Sequence[Mapping[str, Any]]) -> str:
+    """Held-out loss over the tokens of the distillation, between where it began and the teacher."""
     out: list[str] = []
-    tokens = {row["step"]: row["tokens"] for row in curves if "tokens" in row}
-    valid = [row for row in curves if "valid_kl" in row]
-    x = [tokens.get(row["step"], 0) / 1e3 for row in valid]
+    x, valid = _validation(curves)
+    start, goal = valid[0]["valid_loss"], valid[0]["valid_teacher_loss"]
+    losses = [row["valid_loss"] for row in valid]
+    alt = f"Held-out loss falls from {start:.3f} to {losses[-1]:.3f}; the teacher's is {goal:.3f}."
+    with _figure(out, "validation", HALF, 2.7, alt) as ax:
+        for level, color, text in ((start, PRUNED, "pruned, before training"), (goal, TEACHER, "teacher")):
+            ax.axhline(level, color=color, linewidth=1.3, linestyle=(0, (4, 2)))
+            ax.annotate(text, (1, level), (0, 3), xycoords=ax.get_yaxis_transform(), textcoords="offset points",
+                        ha="right", color=color)  # fmt: skip
+        ax.fill_between(x, losses, start, color=DISTILLED, alpha=0.12, linewidth=0)
+        ax.plot(x, losses, color=DISTILLED, marker="o", ms=3.5, linewidth=1.8)
+        ax.annotate(f"{losses[-1]:.2f}", (x[-1], losses[-1]), (0, -12), textcoords="offset points",
+                    ha="right", color=DISTILLED, weight="bold")  # fmt: skip
+        ax.set(xlabel="thousand tokens of distillation", ylabel="held-out loss, nats per token")
+        ax.margins(y=0.12)
+    return out[0]
+
+
+def divergence_curve(curves: Sequence[Mapping[str, Any]]) -> str:
+    """KL(teacher || student): on each training batch, and on held-out text."""
+    out: list[str] = []
+    x, valid = _validation(curves)
+    held_out = [row["valid_kl"] for row in valid]
     train = [(row["tokens"] / 1e3, row["train_loss"]) for row in curves if "train_loss" in row]
-    with _figure(out, 9.2, 3.1, columns=2) as (left, right):
-        left.axhline(valid[0]["valid_teacher_loss"], color=COLORS["teacher"], linestyle="--", label="teacher")
-        left.axhline(valid[0]["valid_loss"], color=COLORS["pruned"], linestyle="--", label="pruned, before")
-        left.plot(
-            x, [row["valid_loss"] for row in valid], color=COLORS["distilled"], marker="o", ms=3.5, label="student"
-        )
-        left.set(xlabel="thousand tokens", ylabel="held-out loss, nats per token")
-        left.legend(loc="upper right", bbox_to_anchor=(1.0, 0.93))
+    alt = f"KL to the teacher on held-out text falls from {held_out[0]:.3f} to {held_out[-1]:.3f}."
+    with _figure(out, "divergence", HALF, 2.7, alt) as ax:
         if train:
-            right.plot(*zip(*train, strict=True), color=MUTED, linewidth=1, label="training batches")
-        right.plot(
-            x, [row["valid_kl"] for row in valid], color=COLORS["distilled"], marker="o", ms=3.5, label="held-out"
-        )
-        right.set(xlabel="thousand tokens", ylabel="KL(teacher || student), nats per token")
-        right.set_ylim(bottom=0)
-        right.legend()
+            ax.plot(*zip(*train, strict=True), color=SOFT, alpha=0.55, linewidth=0.9, label="training batches")
+        ax.plot(x, held_out, color=DISTILLED, marker="o", ms=3.5, linewidth=1.8, label="held-out")
+        ax.set(xlabel="thousand tokens of distillation", ylabel="KL to the teacher, nats per token")
+        ax.set_ylim(bottom=0)
+        ax.legend()
     return out[0]
 
 
-def importance_curves(scores: Mapping[str, NDArray[np.float32]], kept: Mapping[str, int]) -> str:
-    """Sorted importance of each width axis, relative to its best; what is left of the line stays."""
+def _validation(curves: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[Mapping[str, Any]]]:
+    """(thousands of tokens seen, rows) of the validations."""
+    tokens = {row["step"]: row["tokens"] for row in curves if "tokens" in row}
+    each = next((count / step for step, count in tokens.items() if step), 0.0)
+    rows = [row for row in curves if "valid_kl" in row]
+    # The batches of the very step may have been thinned out.
+    return [tokens.get(row["step"], row["step"] * each) / 1e3 for row in rows], rows
+
+
+def importance(axis: str, curve: Mapping[str, Any]) -> str:
+    """Sorted importance of one axis; what lies right of the line was cut."""
     out: list[str] = []
-    axes = [axis for axis in ("hidden", "ffn", "heads") if axis in scores]
-    with _figure(out, 9.2, 2.8, columns=len(axes)) as panels:
-        for ax, axis in zip(panels, axes, strict=True):
-            rows = np.atleast_2d(scores[axis])
-            ordered = -np.sort(-rows, axis=1) / rows.max(axis=1, keepdims=True)
-            for row in ordered:
-                ax.plot(row, color=COLORS["teacher"], alpha=0.25 if len(rows) > 1 else 1.0, linewidth=1)
-            if len(rows) > 1:
-                ax.plot(ordered.mean(0), color=SPARE[0], linewidth=2)
-            size = rows.shape[1]
-            if kept[axis] < size:
-                ax.axvline(kept[axis] - 0.5, color=SPARE[1], linestyle="--")
-                ax.axvspan(kept[axis] - 0.5, size - 1, color=SPARE[1], alpha=0.08, linewidth=0)
-            ax.set_title(f"{axis}: {kept[axis]} of {size} kept", fontsize=10)
-            ax.set(yscale="log", xlabel="rank")
-        panels[0].set_ylabel("importance / best")
+    size, kept, rank, name = curve["size"], curve["kept"], curve["rank"], curve["name"]
+    with _figure(out, f"importance-{axis}", SLIM, 2.3, f"{name}: {kept} of {size} kept.") as ax:
+        if kept < size:
+            ax.axvspan(kept + 0.5, size, color=CUT, alpha=0.14, linewidth=0)
+            ax.axvline(kept + 0.5, color=CUT, linewidth=1.3, linestyle=(0, (4, 2)))
+        if curve["num_layers"] > 1:
+            ax.fill_between(rank, curve["low"], curve["high"], color=TEACHER, alpha=0.18, linewidth=0)
+        ax.plot(rank, curve["mean"], color=TEACHER, linewidth=1.8)
+        kept_text = f"all {size:,} kept" if kept == size else f"{kept:,} of {size:,} kept"
+        ax.set_title(f"{name}: {kept_text}")
+        ax.set(xlabel="rank", ylabel="importance / largest", xlim=(1, max(size, 2)))
+        _log_scale(ax)
     return out[0]
 
 
-def ffn_map(ffn_LF: NDArray[np.float32], kept: int) -> str:
+def _log_scale(ax: Axes) -> None:
+    """Powers of ten in plain figures, and 2 and 5 between them where there are few."""
+    low, high = ax.get_ylim()
+    ax.set_yscale("log")
+    ax.set_ylim(bottom=max(low, high * 1e-6) if low > 0 else None)
+    bottom, top = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0,) if top > 100 * bottom else (1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.minorticks_off()
+
+
+def ffn_map(rows: Sequence[Sequence[float]], curve: Mapping[str, Any]) -> str:
     """Sorted MLP importance of every layer: where the neurons that matter are."""
     out: list[str] = []
-    ordered = -np.sort(-ffn_LF, axis=1)
-    columns = np.array([chunk.mean(1) for chunk in np.array_split(ordered, min(96, ordered.shape[1]), axis=1)])
-    with _figure(out, 9.2, 3.0) as (ax,):
-        image = ax.pcolormesh(
-            np.linspace(0, ffn_LF.shape[1], len(columns) + 1), np.arange(len(ffn_LF) + 1), np.log10(columns.T + 1e-12)
-        )
-        image.set_rasterized(True)
-        ax.axvline(kept, color="white", linestyle="--", linewidth=1.2)
-        ax.set(xlabel="neurons, most important first (kept: left of the line)", ylabel="layer")
+    size, kept, layers = curve["size"], curve["kept"], len(rows)
+    alt = f"Importance of the MLP neurons of {layers} layers, sorted in each."
+    with _figure(out, "ffn-map", HALF, 2.9, alt) as ax:
+        extent = (0, size, layers - 0.5, -0.5)
+        image = ax.imshow(rows, aspect="auto", cmap="cividis", extent=extent, interpolation="nearest")
+        if kept < size:
+            ax.axvline(kept, color="white", linestyle=(0, (4, 2)), linewidth=1.4)
+        ax.set(xlabel="neurons of a layer, most important first", ylabel="layer")
         ax.grid(visible=False)
-        ax.figure.colorbar(image, ax=ax, label="log10 importance")
+        bar = ax.figure.colorbar(image, ax=ax, pad=0.02, aspect=28)
+        bar.set_label("log10 importance")
+        bar.outline.set_visible(False)
     return out[0]
 
 
-def layer_bars(scores: Mapping[str, NDArray[np.float32]], kept: Sequence[int]) -> str:
-    """Score of each layer; dropped ones marked."""
+def layer_bars(metric: str, values: Sequence[float], kept: Sequence[int], baseline: float | None) -> str:
+    """Score of each layer; dropped ones in another colour."""
     out: list[str] = []
-    metrics = {"layers.block_influence": "block influence", "layers.lm_loss": "loss without the layer, nats per token"}
-    present = [name for name in metrics if name in scores]
-    with _figure(out, 9.2, 2.6, columns=len(present)) as panels:
-        for ax, name in zip(panels, present, strict=True):
-            values = scores[name]
-            colors = [COLORS["teacher"] if layer in kept else SPARE[1] for layer in range(len(values))]
-            ax.bar(range(len(values)), values, color=colors)
-            ax.set(
-                xlabel="layer (dropped ones in orange)" if len(kept) < len(values) else "layer", ylabel=metrics[name]
-            )
-            if name == "layers.lm_loss":
-                ax.set(yscale="log")
+    dropped = sorted(set(range(len(values))) - set(kept))
+    is_loss = metric == "lm_loss"
+    shown = [value - baseline for value in values] if is_loss and baseline is not None else list(values)
+    names = {"block_influence": "block influence", "lm_loss": "loss added by leaving it out, nats"}
+    alt = f"{names.get(metric, metric)} of {len(values)} layers; dropped: {dropped or 'none'}."
+    with _figure(out, f"layers-{metric}", HALF, 2.9 if not is_loss else 2.7, alt) as ax:
+        colors = [CUT if layer in dropped else TEACHER for layer in range(len(values))]
+        ax.bar(range(len(values)), shown, color=colors, width=0.72)
+        below = "layer (dropped ones in the other colour)" if dropped else "layer"
+        ax.set(xlabel=below, ylabel=names.get(metric, metric))
+        if min(shown) > 0 and max(shown) / min(shown) > 30:
+            _log_scale(ax)
+        ax.grid(axis="x", visible=False)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return out[0]
 
 
 def task_points(models: Mapping[str, Mapping[str, Any]]) -> str:
-    """Accuracy of every model on every task, with one standard error."""
+    """Score of every model on every task, with one standard error."""
     out: list[str] = []
     labels = list(models)
     tasks = list(dict.fromkeys(task for model in models.values() for task in model["tasks"]))
-    with _figure(out, 9.2, 0.9 + 0.55 * len(tasks)) as (ax,):
-        for offset, label in enumerate(labels):
-            for row, task in enumerate(tasks):
-                found = models[label]["tasks"].get(task, {})
-                metric = "acc_norm" if "acc_norm" in found else "acc"
-                if metric in found:
-                    ax.errorbar(
-                        found[metric],
-                        row + (offset - (len(labels) - 1) / 2) * 0.18,
-                        xerr=found.get(f"{metric}_stderr", 0.0),
-                        fmt="o",
-                        ms=5,
-                        color=color_of(label, labels),
-                        label=label if row == 0 else None,
-                    )
-        ax.set_yticks(range(len(tasks)), tasks)
-        ax.invert_yaxis()
-        ax.set_xlabel("accuracy (length-normalised where the task has it), ± 1 standard error")
-        ax.legend(ncols=len(labels), loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return out[0]
-
-
-def time_bars(stages: Sequence[Mapping[str, Any]]) -> str:
-    """Where the time went."""
-    out: list[str] = []
-    shown = [stage for stage in stages if stage["wall_s"] >= 0.5][::-1]
-    with _figure(out, 9.2, 0.6 + 0.26 * len(shown)) as (ax,):
-        bars = ax.barh(
-            [stage["stage"] for stage in shown], [stage["wall_s"] for stage in shown], color=COLORS["teacher"]
-        )
-        ax.bar_label(bars, [f"{stage['wall_s']:.0f} s" for stage in shown], padding=4, color=INK)
-        ax.set_xlabel("seconds")
+    with _figure(out, "tasks", WIDE, 0.85 + 0.52 * len(tasks), "Scores on downstream tasks; see the table.") as ax:
+        for row, task in enumerate(tasks):
+            metric = main_metric(task, models)
+            ax.axhline(row + 0.5, color=LINE, linewidth=0.7)
+            for offset, label in enumerate(labels):
+                found = score_of(task, models[label], metric)
+                if found is not None:
+                    height = row + (offset - (len(labels) - 1) / 2) * 0.19
+                    color = STAND_INS[variable_of(label)]
+                    ax.errorbar(found[0], height, xerr=found[1], fmt="o", ms=4.5, color=color, linewidth=1.4)
+        for label in labels:
+            ax.plot([], [], "o", ms=5, color=STAND_INS[variable_of(label)], label=label)
+        names = [f"{task}\n{main_metric(task, models)}" for task in tasks]
+        ax.set_yticks(range(len(tasks)), names)
+        ax.tick_params(axis="y", length=0, labelcolor=INK)
+        ax.set_ylim(len(tasks) - 0.5, -0.5)
+        ax.set_xlabel("accuracy ± one standard error")
         ax.grid(axis="y", visible=False)
-        ax.margins(x=0.1)
+        ax.legend(ncols=max(1, len(labels)), loc="lower left", bbox_to_anchor=(0, 1.0), handletextpad=0.1)
     return out[0]

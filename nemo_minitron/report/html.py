@@ -1,29 +1,26 @@
-"""report.html: one self-contained page from report.json and the scores."""
+"""report.html: one self-contained page from the facts of the report."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron import __version__
 from nemo_minitron.report import figures
-from nemo_minitron.report.markdown import headline, millions
+from nemo_minitron.report.markdown import dropped_layers, duration, headline, millions
 
 TEMPLATES = Path(__file__).parent / "templates"
-PICTURES = ("quality", "tasks", "recovery", "time", "importance", "ffn", "layers")
-"""Names that the template knows; those without data stay empty."""
+Draw = Callable[[], str]
 
 
-def render_html(
-    report: Mapping[str, Any], scores_file: Path | None, plan: Mapping[str, Any] | None, recipe: str
-) -> str:
-    """The page; everything that comes from data is escaped by the template.
+def render_html(report: Mapping[str, Any], recipe: str) -> str:
+    """The page. Everything that comes from data is escaped by the template or by matplotlib.
 
     Args:
-        scores_file: scores.safetensors, for the pictures of the pruning.
-        plan: content of prune_plan.json.
+        report: content of report.json.
         recipe: the resolved recipe as YAML.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -36,48 +33,66 @@ def render_html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["millions"] = millions
-    environment.filters["condense"] = lambda text: re.sub(r"\n\s*\n+", "\n", text.strip())
-    environment.globals["color_of"] = lambda label: figures.color_of(label, list(report["models"]))
-    drawn = draw(report, scores_file, plan)
-    pictures = {name: Markup(drawn.get(name, "")) for name in PICTURES}
-    page = environment.get_template("report.html.j2")
-    return page.render(report=report, pictures=pictures, headline=headline(report), recipe=recipe, version=__version__)
-
-
-def draw(report: Mapping[str, Any], scores_file: Path | None, plan: Mapping[str, Any] | None) -> dict[str, str]:
-    """Every picture that the run has data for."""
-    models = report["models"]
-    pictures: dict[str, Callable[[], str]] = {}
-    if models:
-        pictures["quality"] = lambda: figures.quality_bars(models)
-    if any(model["tasks"] for model in models.values()):
-        pictures["tasks"] = lambda: figures.task_points(models)
-    if any("valid_kl" in row for row in report["curves"]):
-        pictures["recovery"] = lambda: figures.recovery(report["curves"])
-    if report["cost"]["stages"]:
-        pictures["time"] = lambda: figures.time_bars(report["cost"]["stages"])
-    drawn = {name: picture() for name, picture in pictures.items()}
-    if scores_file is not None and plan is not None:
-        drawn.update(_draw_pruning(scores_file, plan, report["pruning"]["kept_layers"]))
-    return drawn
-
-
-def _draw_pruning(scores_file: Path, plan: Mapping[str, Any], kept_layers: list[int]) -> dict[str, str]:
-    from safetensors.numpy import load_file
-
-    scores = load_file(str(scores_file))
-    target = plan["target"]
-    kept = {
-        "hidden": target["hidden_size"],
-        "ffn": target["ffn_hidden_size"],
-        "heads": target["num_attention_heads"],
+    environment.filters.update(millions=millions, duration=duration, condense=_condense)
+    environment.globals.update(variable_of=figures.variable_of)
+    sections = {
+        name: [Markup(picture()) for picture in pictures] for name, pictures in _pictures(report).items() if pictures
     }
-    drawn = {}
-    if any(axis in scores for axis in kept):
-        drawn["importance"] = figures.importance_curves(scores, kept)
-    if "ffn" in scores:
-        drawn["ffn"] = figures.ffn_map(scores["ffn"], kept["ffn"])
-    if any(name.startswith("layers.") for name in scores):
-        drawn["layers"] = figures.layer_bars(scores, kept_layers)
-    return drawn
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        pictures=sections,
+        headline=headline(report),
+        pipeline=pipeline(report["cost"]["stages"]),
+        dropped=dropped_layers(report["pruning"]) if report["pruning"] else [],
+        recipe=recipe,
+        version=__version__,
+    )
+
+
+def pipeline(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Stages of a kind as one step: [{kind, count, wall_s}], in the order in which they first ran."""
+    steps: dict[str, dict[str, Any]] = {}
+    for stage in stages:
+        step = steps.setdefault(stage["kind"], {"kind": stage["kind"].replace("_", " "), "count": 0, "wall_s": 0.0})
+        step["count"] += 1
+        step["wall_s"] += stage["wall_s"]
+    return list(steps.values())
+
+
+def _pictures(report: Mapping[str, Any]) -> dict[str, list[Draw]]:
+    """Section -> pictures that the run has data for; each is drawn when called."""
+    models, curves, speed = report["models"], report["curves"], report["speed"]
+    out: dict[str, list[Draw]] = {"quality": [], "tasks": [], "recovery": [], "speed": []}
+    if models:
+        out["quality"] = [partial(figures.quality_bars, models), partial(figures.size_bars, models)]
+    if any(model["tasks"] for model in models.values()):
+        out["tasks"] = [partial(figures.task_points, models)]
+    if any("valid_kl" in row for row in curves):
+        out["recovery"] = [partial(figures.validation_curve, curves), partial(figures.divergence_curve, curves)]
+    if speed:
+        labels = [*models, *(label for label in speed["models"] if label not in models)]
+        out["speed"] = [
+            partial(figures.speed_bars, speed, labels, "generate", "generation, tokens/s"),
+            partial(figures.speed_bars, speed, labels, "prefill", "reading a prompt, tokens/s"),
+        ]
+    return {**out, **_pruning_pictures(report["pruning"] or {})}
+
+
+def _pruning_pictures(pruning: Mapping[str, Any]) -> dict[str, list[Draw]]:
+    if not pruning:
+        return {}
+    curves = pruning["importance"]
+    layers: list[Draw] = []
+    if pruning["ffn_map"]:
+        layers.append(partial(figures.ffn_map, pruning["ffn_map"], curves["ffn"]))
+    for metric, values in pruning["layer_scores"].items():
+        layers.append(partial(figures.layer_bars, metric, values, pruning["kept_layers"], pruning["baseline_lm_loss"]))
+    return {
+        "importance": [partial(figures.importance, axis, curve) for axis, curve in curves.items()],
+        "layers": layers,
+    }
+
+
+def _condense(text: str) -> str:
+    """Without empty lines, which models that ramble are fond of."""
+    return re.sub(r"\n\s*\n+", "\n", text.strip())

@@ -1,7 +1,8 @@
-"""report.md from report.json."""
+"""report.md from report.json, and the words that all forms of the report share."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,30 +16,53 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
 
 
+def plain(text: str) -> str:
+    """Text from data as one line of Markdown that shows it as it is."""
+    return re.sub(r"([\\`*\[\]<>~&])", r"\\\1", " ".join(text.split()))
+
+
+def code(text: str) -> str:
+    """Text from data as a code span."""
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"
+
+
 def render_markdown(report: Mapping[str, Any]) -> str:
     """The report as a short page of tables."""
-    sections = [f"# {report['title']}", headline(report)]
+    sections = [f"# {plain(report['title'])}", headline(report)]
     if report["models"]:
         sections.append("## Before and after\n\n" + _models(report))
+    if report["curves"]:
+        sections.append("## Distillation\n\n" + _validation(report["curves"]))
     if report["pruning"]:
         sections.append("## What was cut\n\n" + _pruning(report["pruning"]))
+    if report["samples"]:
+        sections.append("## In their own words\n\n" + _samples(report["samples"]))
     if report["cost"]["stages"]:
         sections.append("## Cost\n\n" + _cost(report["cost"]))
-    return "\n\n".join(sections) + "\n"
+    if report["lineage"]:
+        sections.append("## Lineage\n\n" + _lineage(report))
+    return "\n\n".join(section for section in sections if section.strip()) + "\n"
 
 
 def headline(report: Mapping[str, Any]) -> str:
     """The whole result in one or two sentences."""
-    models, share = report["models"], report["recovered_share"]
+    models = report["models"]
     if "teacher" not in models or "distilled" not in models:
         return "The run has not measured both the teacher and the student yet."
     teacher, student = models["teacher"], models["distilled"]
     sizes = f"{millions(teacher['num_params'])} -> {millions(student['num_params'])} parameters"
     ratio = student["num_params"] / teacher["num_params"]
-    won = f"; {share:.0%} of the quality lost in pruning won back" if share is not None else ""
     tokens, wall_s = report["cost"].get("distill_tokens"), report["cost"].get("distill_wall_s")
     spent = f" with {tokens:,} tokens in {wall_s / 60:.1f} minutes of distillation" if tokens and wall_s else ""
-    return f"{sizes} ({ratio:.0%}){won}{spent}."
+    return f"{sizes} ({ratio:.0%}){_won_back(report['recovered_share'])}{spent}."
+
+
+def _won_back(share: float | None) -> str:
+    if share is None:
+        return ""
+    if share < 0:
+        return f"; distillation lost another {-share:.0%} of what pruning had lost"
+    return f"; {share:.0%} of the quality lost in pruning won back"
 
 
 def millions(count: float) -> str:
@@ -46,17 +70,76 @@ def millions(count: float) -> str:
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
+def duration(seconds: float) -> str:
+    """3 s, 5 min 12 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s" if whole else "< 1 s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def _models(report: Mapping[str, Any]) -> str:
     models = report["models"]
-    rows = [[row["name"], *(row["text"].get(label, "") for label in models)] for row in report["comparison"]]
-    return table(["", *models], rows)
+    rows = [[plain(row["name"]), *(_cell(row, label) for label in models)] for row in report["comparison"]]
+    return table(["", *(plain(label) for label in models)], rows) + "\n\n" + MARKS_NOTE
+
+
+MARKS_NOTE = "Bold: the best of the small models, where the gap to the next exceeds its standard error."
+
+
+def _cell(row: Mapping[str, Any], label: str) -> str:
+    text = str(row["text"].get(label, ""))
+    return f"**{text}**" if row["best"] == label else text
+
+
+def _validation(curves: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [str(row["step"]), f"{row['valid_loss']:.4f}", f"{row['valid_kl']:.4f}"] for row in curves if "valid_kl" in row
+    ]
+    return table(["step", "held-out loss, nats per token", "KL to the teacher"], rows)
 
 
 def _pruning(pruning: Mapping[str, Any]) -> str:
-    rows = [[axis["axis"], str(axis["source"]), str(axis["kept"]), f"{axis['share']:.0%}"] for axis in pruning["axes"]]
-    return table(["axis", "teacher", "student", "kept"], rows)
+    rows = [
+        [
+            axis["axis"],
+            f"{axis['source']:,}",
+            f"{axis['kept']:,}",
+            f"{axis['share']:.0%}",
+            "" if axis["importance_share"] is None else f"{axis['importance_share']:.0%}",
+        ]
+        for axis in pruning["axes"]
+    ]
+    told = table(["axis", "teacher", "student", "kept", "importance kept"], rows)
+    dropped = dropped_layers(pruning)
+    return f"{told}\n\nLayers dropped: {', '.join(map(str, dropped))}." if dropped else told
+
+
+def dropped_layers(pruning: Mapping[str, Any]) -> list[int]:
+    """0-based numbers of the teacher's layers that the student lacks."""
+    total = next(axis["source"] for axis in pruning["axes"] if axis["axis"] == "layers")
+    return sorted(set(range(total)) - set(pruning["kept_layers"]))
+
+
+def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
+    parts = []
+    for sample in samples:
+        lines = [f"- {plain(label)}: {plain(text) or '(stops at once)'}" for label, text in sample["texts"].items()]
+        parts.append(f"**{plain(sample['prompt'])}**\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def _cost(cost: Mapping[str, Any]) -> str:
-    rows = [[stage["stage"], f"{stage['wall_s']:.0f}"] for stage in cost["stages"]]
-    return table(["stage", "seconds"], [*rows, ["total", f"{cost['total_wall_s']:.0f}"]])
+    rows = [
+        [stage["stage"], "" if stage["tokens"] is None else f"{stage['tokens']:,}", duration(stage["wall_s"])]
+        for stage in cost["stages"]
+    ]
+    return table(["stage", "tokens", "time"], [*rows, ["total", "", duration(cost["total_wall_s"])]])
+
+
+def _lineage(report: Mapping[str, Any]) -> str:
+    rows = [[row["stage"], row["kind"], code(row["fingerprint"][:12])] for row in report["lineage"]]
+    versions = ", ".join(f"{name} {version}" for name, version in report["lineage"][-1]["versions"].items())
+    return table(["stage", "kind", "fingerprint"], rows) + (f"\n\nMade with {versions}." if versions else "")

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from nemo_minitron import __version__
-from nemo_minitron.report.markdown import millions, plain, table
+from nemo_minitron.report.markdown import code, millions, plain, table
 
 _LICENSE_NOTE = (
     "The weights derive from the teacher's, so the teacher's licence and its conditions apply to them: attribution, and"
@@ -88,14 +88,14 @@ def _summary(facts: Mapping[str, Any], teacher: Mapping[str, Any], source: str, 
     share = facts["num_params"] / teacher["num_params"]
     how = "Pruned, then distilled from its teacher" if distilled else "Pruned, not trained after that,"
     return (
-        f"{facts['num_params']:,} parameters, {share:.0%} of its teacher, `{plain(source)}` ({teacher['num_params']:,})."
+        f"{facts['num_params']:,} parameters, {share:.0%} of its teacher, {code(source)} ({teacher['num_params']:,})."
         f" {how} with nemo-minitron {__version__}, after NVIDIA's Minitron"
         " ([2407.14679](https://arxiv.org/abs/2407.14679), [2408.11796](https://arxiv.org/abs/2408.11796))."
     )
 
 
 def _lineage(facts: Mapping[str, Any], teacher: Mapping[str, Any], model: Mapping[str, Any], source: str) -> str:
-    steps = [f"**Teacher** `{plain(source)}`, {millions(teacher['num_params'])} parameters."]
+    steps = [f"**Teacher** {code(source)}, {millions(teacher['num_params'])} parameters."]
     cuts = [f"{name} {old} → {new}" for name, old, new in _size_rows(facts, teacher) if old != new]
     left = f", {millions(facts['num_params'])} parameters left"
     steps.append(f"**Pruned**: {', '.join(cuts) or 'nothing'}{left}.")
@@ -155,7 +155,7 @@ def _score(scores: Mapping[str, float]) -> str:
 
 
 def _training_data(model: Mapping[str, Any]) -> str:
-    sources = ", ".join(f"`{plain(str(source))}`" for source in model.get("data_sources", []))
+    sources = ", ".join(code(str(source)) for source in model.get("data_sources", []))
     return f"{sources or 'See the recipe of the run'}. No other text was used after the teacher's own training."
 
 

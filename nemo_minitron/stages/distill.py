@@ -32,6 +32,7 @@ def distill(params: DistillStage, inputs: Inputs, ctx: StageContext) -> Result:
     return {
         **model_facts,
         "license": student.result.get("license"),
+        "data_sources": list(data.result.get("sources", ())),
         "num_steps": params.num_steps,
         "tokens": params.num_steps * job.tokens_per_step,
         "wall_s": time.monotonic() - started_s,

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,17 +17,20 @@ from nemo_minitron.errors import PlanError
 from nemo_minitron.plan.planner import RunPlan, run_dir
 from nemo_minitron.stages.spec import Result, StageContext
 
+LOCAL = ("run_root", "assets_dir")
+"""Keys of `execution` that name folders."""
+
 
 def report(params: ReportStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Render the finished stages."""
-    return render(params, inputs.many("stages"), ctx.recipe_name, _recipe_text(ctx), ctx.out_dir)
+    return render(params, inputs.many("stages"), ctx.recipe_name, _recipe_text(_read_plan(ctx)), ctx.out_dir)
 
 
 def render(
     params: ReportStage, stages: Mapping[str, Artifact], recipe_name: str, recipe_text: str, folder: Path
 ) -> Result:
     """Write the three files into a folder."""
-    from nemo_minitron.report.collect import collect, load_scores
+    from nemo_minitron.report.collect import collect
     from nemo_minitron.report.html import render_html
     from nemo_minitron.report.markdown import render_markdown
 
@@ -34,7 +38,7 @@ def render(
     pages = {
         "report.json": json.dumps(facts, indent=2) + "\n",
         "report.md": render_markdown(facts),
-        "report.html": render_html(facts, *load_scores(stages), recipe_text),
+        "report.html": render_html(facts, recipe_text),
     }
     for name, text in pages.items():
         partial = folder / f".{name}.partial"
@@ -56,11 +60,15 @@ def render_now(plan: RunPlan) -> None:
         raise PlanError("No stage of this run has finished yet.", where=str(root), next_step="minitron run RECIPE")
     stages = {call.name: store.artifact(call.name) for call in calls}
     params = next((s for s in recipe.stages.values() if isinstance(s, ReportStage)), ReportStage(kind="report"))
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    render(params, stages, recipe.name, text, root)
+    render(params, stages, recipe.name, _recipe_text(recipe.model_dump(mode="json")), root)
 
 
-def _recipe_text(ctx: StageContext) -> str:
-    """plan.json of the run, as YAML."""
-    plan = Path(ctx.execution.run_root) / ctx.recipe_name / "plan.json"
-    return yaml.safe_dump(json.loads(plan.read_text()), sort_keys=False) if plan.is_file() else ""
+def _read_plan(ctx: StageContext) -> dict[str, Any]:
+    file = Path(ctx.execution.run_root) / ctx.recipe_name / "plan.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _recipe_text(recipe: Mapping[str, Any]) -> str:
+    """The resolved recipe as YAML, without this machine's folders: the page is made to be passed on."""
+    execution = {key: value for key, value in recipe.get("execution", {}).items() if key not in LOCAL}
+    return yaml.safe_dump({**recipe, "execution": execution}, sort_keys=False, allow_unicode=True) if recipe else ""

@@ -1,0 +1,126 @@
+"""The before/after table: one row for each figure, one column for each model. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+TEACHER = "teacher"
+LABELS = (TEACHER, "distilled", "pruned", "random")
+"""Order of the columns; other labels follow."""
+PLAIN_ACCURACY = ("arc_easy", "sciq", "boolq", "winogrande")
+"""Tasks that are compared by plain accuracy even though lm-eval has a length-normalised one too; the papers on small
+models do the same. Chosen before any model is measured, so that no model can be favoured."""
+Row = dict[str, Any]
+"""{name, text: label -> shown value, best, worst: label of the extreme small model or None}."""
+_BITS = {"float32": 32, "float64": 64}
+
+
+def ordered(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Labels of the models in the order of the columns."""
+    return [label for label in LABELS if label in models] + [label for label in models if label not in LABELS]
+
+
+def comparison(models: Mapping[str, Mapping[str, Any]], speed: Mapping[str, Any] | None) -> list[Row]:
+    """Rows of the table: sizes, quality, tasks, speed.
+
+    Args:
+        models: label -> metrics of the evaluate stage.
+        speed: content of speed.json.
+    """
+    rows = [
+        _row("parameters", models, lambda model: model["num_params"], "{:,}"),
+        _row("bits per byte", models, lambda model: model["bits_per_byte"], "{:.3f}", better=min),
+        _row("perplexity", models, lambda model: model["perplexity"], "{:,.1f}", better=min),
+    ]
+    tasks = dict.fromkeys(task for model in models.values() for task in model["tasks"])
+    rows += [_task_row(task, models) for task in tasks]
+    if len(tasks) > 1:
+        rows.append(_mean_row(list(tasks), models))
+    rows.append(_checkpoint_row(models))
+    measured = {label: rates for label, rates in (speed or {}).get("models", {}).items() if label in models}
+    if measured:
+        rows.append(_row("generation, tokens/s", measured, lambda rates: rates["generate_tokens_per_s"], "{:,.1f}"))
+        rows.append(_row("prefill, tokens/s", measured, lambda rates: rates["prefill_tokens_per_s"], "{:,.0f}"))
+    return rows
+
+
+def main_metric(task: str, models: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The metric by which a task is compared: one that every model that took it has."""
+    taken = [model["tasks"][task] for model in models.values() if task in model["tasks"]]
+    wanted = ("acc", "acc_norm") if task in PLAIN_ACCURACY else ("acc_norm", "acc")
+    others = [key for key in (taken[0] if taken else ()) if "stderr" not in key]
+    return next((key for key in (*wanted, *others) if all(key in scores for scores in taken)), None)
+
+
+def score_of(task: str, model: Mapping[str, Any], metric: str | None) -> tuple[float, float] | None:
+    """(score, standard error or 0) of a model on a task."""
+    scores = model["tasks"].get(task, {})
+    if metric not in scores:
+        return None
+    name, _, kind = str(metric).partition(",")
+    error = scores.get(f"{name}_stderr,{kind}" if kind else f"{name}_stderr", 0.0)
+    return float(scores[metric]), float(error)
+
+
+def mean_of_tasks(model: Mapping[str, Any], metrics: Mapping[str, str | None]) -> tuple[float, float] | None:
+    """(mean over tasks, its standard error) of a model that took all of them."""
+    found = [score_of(task, model, metric) for task, metric in metrics.items()]
+    scores = [pair for pair in found if pair is not None]
+    if not scores or len(scores) < len(found):
+        return None
+    error = math.sqrt(sum(error**2 for _, error in scores)) / len(scores)
+    return sum(score for score, _ in scores) / len(scores), error
+
+
+def _row(
+    name: str,
+    models: Mapping[str, Any],
+    value: Callable[[Mapping[str, Any]], float],
+    form: str,
+    better: Callable[..., Any] | None = None,
+) -> Row:
+    values = {label: value(model) for label, model in models.items()}
+    text = {label: form.format(number) for label, number in values.items()}
+    return {"name": name, "text": text, **_extremes({label: (v, 0.0) for label, v in values.items()}, better)}
+
+
+def _task_row(task: str, models: Mapping[str, Mapping[str, Any]]) -> Row:
+    metric = main_metric(task, models)
+    scores = {label: score_of(task, model, metric) for label, model in models.items()}
+    return _scores_row(f"{task} ({metric})", scores)
+
+
+def _mean_row(tasks: list[str], models: Mapping[str, Mapping[str, Any]]) -> Row:
+    metrics = {task: main_metric(task, models) for task in tasks}
+    return _scores_row("mean of the tasks", {label: mean_of_tasks(model, metrics) for label, model in models.items()})
+
+
+def _scores_row(name: str, scores: Mapping[str, tuple[float, float] | None]) -> Row:
+    known = {label: pair for label, pair in scores.items() if pair is not None}
+    text = {label: f"{score:.3f} ± {error:.3f}" if error else f"{score:.3f}" for label, (score, error) in known.items()}
+    return {"name": name, "text": text, **_extremes(known, max)}
+
+
+def _checkpoint_row(models: Mapping[str, Mapping[str, Any]]) -> Row:
+    """Sizes on disk with the storage type: a smaller file is no merit if only its numbers are shorter."""
+    text = {}
+    for label, model in models.items():
+        bits = _BITS.get(model.get("dtype", ""), 16)
+        text[label] = f"{model['checkpoint_bytes'] / 2**20:,.0f}" + (f" ({bits}-bit)" if "dtype" in model else "")
+    return {"name": "checkpoint, MiB", "text": text, "best": None, "worst": None}
+
+
+def _extremes(scores: Mapping[str, tuple[float, float]], better: Callable[..., Any] | None) -> dict[str, str | None]:
+    """Best and worst of the small models; None where the gap is within its standard error."""
+    small = {label: pair for label, pair in scores.items() if label != TEACHER}
+    if better is None or len(small) < 2:
+        return {"best": None, "worst": None}
+    ranking = sorted(small, key=lambda label: small[label][0], reverse=better is max)
+    clear = [_is_clear(small[a], small[b]) for a, b in ((ranking[0], ranking[1]), (ranking[-2], ranking[-1]))]
+    return {"best": ranking[0] if clear[0] else None, "worst": ranking[-1] if clear[1] else None}
+
+
+def _is_clear(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return abs(one[0] - other[0]) > math.hypot(one[1], other[1])

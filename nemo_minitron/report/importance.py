@@ -1,0 +1,119 @@
+"""What was cut and why: sizes, sorted importance, layer scores. Reads the score and select stages, writes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_minitron.pruning.plan_file import ALL, PLAN_FILE, from_ranges
+
+AXES = {
+    "hidden_size": ("hidden", "hidden size"),
+    "ffn_hidden_size": ("ffn", "MLP neurons"),
+    "num_attention_heads": ("heads", "attention heads"),
+    "num_layers": ("layers", "layers"),
+}
+"""Size in the plan -> (axis in scores and keep lists, name for people)."""
+CURVE_POINTS, MAP_COLUMNS = 160, 96
+Scores = Mapping[str, NDArray[np.float32]]
+
+
+def pruning_facts(plan_dir: Path, scores_dir: Path | None) -> dict[str, Any]:
+    """The `pruning` part of the report; parts that need scores are empty without them."""
+    plan = json.loads((plan_dir / PLAN_FILE).read_text(encoding="utf-8"))
+    scores, baseline = _read_scores(scores_dir)
+    ffn = scores.get("ffn")
+    return {
+        "method": plan["method"],
+        "num_params": plan["num_params"],
+        "axes": [_axis(size, plan, scores) for size in AXES],
+        "kept_layers": list(_kept(plan["keep"]["layers"], plan["source"]["num_layers"])),
+        "importance": {
+            axis: {"name": name, **importance_curve(scores[axis], plan["target"][size])}
+            for size, (axis, name) in AXES.items()
+            if axis in scores
+        },
+        "ffn_map": None if ffn is None else ffn_map(ffn),
+        "layer_scores": {
+            name.removeprefix("layers."): [float(value) for value in scores[name]]
+            for name in sorted(scores)
+            if name.startswith("layers.")
+        },
+        "baseline_lm_loss": baseline,
+    }
+
+
+def _read_scores(folder: Path | None) -> tuple[Scores, float | None]:
+    if folder is None:
+        return {}, None
+    from safetensors.numpy import load_file
+
+    facts = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    return load_file(str(folder / "scores.safetensors")), facts.get("baseline_lm_loss")
+
+
+def _axis(size: str, plan: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
+    axis, name = AXES[size]
+    source, kept = plan["source"][size], plan["target"][size]
+    share = importance_share(scores[axis], plan["keep"][axis]) if axis in scores else None
+    return {"axis": name, "source": source, "kept": kept, "share": kept / source, "importance_share": share}
+
+
+def importance_share(scores: NDArray[np.float32], keep: str | Mapping[str, str]) -> float:
+    """Part of the axis's summed importance that is kept, averaged over the layers that are.
+
+    Args:
+        scores: [size], or [layers, size].
+        keep: the plan's index list, or one for each kept layer.
+    """
+    rows = {"0": scores} if scores.ndim == 1 else {str(layer): row for layer, row in enumerate(scores)}
+    lists = keep if isinstance(keep, Mapping) else {layer: keep for layer in rows}
+    shares = [
+        float(rows[layer][list(_kept(ranges, rows[layer].size))].sum() / rows[layer].sum())
+        for layer, ranges in lists.items()
+    ]
+    return float(np.mean(shares))
+
+
+def _kept(ranges: str, size: int) -> Sequence[int]:
+    return range(size) if ranges == ALL else from_ranges(ranges)
+
+
+def importance_curve(scores: NDArray[np.float32], kept: int) -> dict[str, Any]:
+    """Importance from the largest to the smallest, relative to the largest of its layer.
+
+    Args:
+        scores: [size], or [layers, size]: then the mean over layers, with the lowest and highest layer.
+
+    Returns:
+        size, kept, and `rank`, `mean`, `low`, `high` at no more than CURVE_POINTS ranks.
+    """
+    rows = np.atleast_2d(scores.astype(np.float64))
+    descending = -np.sort(-rows, axis=1) / np.maximum(rows.max(axis=1, keepdims=True), 1e-30)
+    size = rows.shape[1]
+    ranks = np.unique(np.linspace(0, size - 1, min(size, CURVE_POINTS)).round().astype(int))
+    columns = {"mean": descending.mean(0), "low": descending.min(0), "high": descending.max(0)}
+    return {
+        "size": size,
+        "kept": kept,
+        "num_layers": rows.shape[0] if scores.ndim > 1 else 1,
+        "rank": [int(rank) + 1 for rank in ranks],
+        **{name: [_short(value) for value in column[ranks]] for name, column in columns.items()},
+    }
+
+
+def ffn_map(ffn_LF: NDArray[np.float32]) -> list[list[float]]:
+    """log10 of the sorted importance of each layer's neurons, in at most MAP_COLUMNS groups of neighbours."""
+    descending = -np.sort(-ffn_LF.astype(np.float64), axis=1)
+    groups = np.array_split(descending, min(MAP_COLUMNS, descending.shape[1]), axis=1)
+    columns_CL = np.array([group.mean(1) for group in groups])
+    return [[_short(value) for value in row] for row in np.log10(np.maximum(columns_CL.T, 1e-30))]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
