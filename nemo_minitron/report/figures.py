@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
+import numpy as np
 from markupsafe import escape
 
 from nemo_minitron.report.comparison import main_metric, score_of
@@ -205,7 +206,7 @@ def importance(axis: str, curve: Mapping[str, Any]) -> str:
         ax.plot(rank, curve["mean"], color=TEACHER, linewidth=1.8)
         kept_text = f"all {size:,} kept" if kept == size else f"{kept:,} of {size:,} kept"
         ax.set_title(f"{name}: {kept_text}")
-        ax.set(xlabel="rank", ylabel="importance / largest", xlim=(1, max(size, 2)))
+        ax.set(xlabel="rank", ylabel="importance / median", xlim=(1, max(size, 2)))
         _log_scale(ax)
     return out[0]
 
@@ -228,18 +229,22 @@ def ffn_map(rows: Sequence[Sequence[float]], curve: Mapping[str, Any]) -> str:
     alt = f"Importance of the MLP neurons of {layers} layers, sorted in each."
     with _figure(out, "ffn-map", HALF, 2.9, alt) as ax:
         extent = (0, size, layers - 0.5, -0.5)
-        image = ax.imshow(rows, aspect="auto", cmap="cividis", extent=extent, interpolation="nearest")
+        # A few neurons stand far out; colours are spent on the others.
+        low, high = np.percentile(np.array(rows), [1, 97])
+        image = ax.imshow(
+            rows, aspect="auto", cmap="cividis", extent=extent, interpolation="nearest", vmin=low, vmax=high
+        )
         if kept < size:
             ax.axvline(kept, color="white", linestyle=(0, (4, 2)), linewidth=1.4)
         ax.set(xlabel="neurons of a layer, most important first", ylabel="layer")
         ax.grid(visible=False)
-        bar = ax.figure.colorbar(image, ax=ax, pad=0.02, aspect=28)
+        bar = ax.figure.colorbar(image, ax=ax, pad=0.02, aspect=28, extend="max")
         bar.set_label("log10 importance")
         bar.outline.set_visible(False)
     return out[0]
 
 
-def layer_bars(metric: str, values: Sequence[float], kept: Sequence[int], baseline: float | None) -> str:
+def layer_points(metric: str, values: Sequence[float], kept: Sequence[int], baseline: float | None) -> str:
     """Score of each layer; dropped ones in another colour."""
     out: list[str] = []
     dropped = sorted(set(range(len(values))) - set(kept))
@@ -249,7 +254,9 @@ def layer_bars(metric: str, values: Sequence[float], kept: Sequence[int], baseli
     alt = f"{names.get(metric, metric)} of {len(values)} layers; dropped: {dropped or 'none'}."
     with _figure(out, f"layers-{metric}", HALF, 2.9 if not is_loss else 2.7, alt) as ax:
         colors = [CUT if layer in dropped else TEACHER for layer in range(len(values))]
-        ax.bar(range(len(values)), shown, color=colors, width=0.72)
+        # Dots: on a logarithmic scale the length of a bar means nothing.
+        ax.scatter(range(len(values)), shown, color=colors, s=22, zorder=3)
+        ax.plot(range(len(values)), shown, color=LINE, linewidth=1.2)
         below = "layer (dropped ones in the other colour)" if dropped else "layer"
         ax.set(xlabel=below, ylabel=names.get(metric, metric))
         if min(shown) > 0 and max(shown) / min(shown) > 30:

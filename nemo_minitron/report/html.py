@@ -86,7 +86,9 @@ def _pruning_pictures(pruning: Mapping[str, Any]) -> dict[str, list[Draw]]:
     if pruning["ffn_map"]:
         layers.append(partial(figures.ffn_map, pruning["ffn_map"], curves["ffn"]))
     for metric, values in pruning["layer_scores"].items():
-        layers.append(partial(figures.layer_bars, metric, values, pruning["kept_layers"], pruning["baseline_lm_loss"]))
+        layers.append(
+            partial(figures.layer_points, metric, values, pruning["kept_layers"], pruning["baseline_lm_loss"])
+        )
     return {
         "importance": [partial(figures.importance, axis, curve) for axis, curve in curves.items()],
         "layers": layers,

@@ -85,7 +85,9 @@ def _kept(ranges: str, size: int) -> Sequence[int]:
 
 
 def importance_curve(scores: NDArray[np.float32], kept: int) -> dict[str, Any]:
-    """Importance from the largest to the smallest, relative to the largest of its layer.
+    """Importance from the largest to the smallest, relative to the middle one of its layer.
+
+    The middle one: a few neurons respond a hundred times as strongly as all others, and would press these flat.
 
     Args:
         scores: [size], or [layers, size]: then the mean over layers, with the lowest and highest layer.
@@ -94,7 +96,7 @@ def importance_curve(scores: NDArray[np.float32], kept: int) -> dict[str, Any]:
         size, kept, and `rank`, `mean`, `low`, `high` at no more than CURVE_POINTS ranks.
     """
     rows = np.atleast_2d(scores.astype(np.float64))
-    descending = -np.sort(-rows, axis=1) / np.maximum(rows.max(axis=1, keepdims=True), 1e-30)
+    descending = -np.sort(-rows, axis=1) / np.maximum(np.median(rows, axis=1, keepdims=True), 1e-30)
     size = rows.shape[1]
     ranks = np.unique(np.linspace(0, size - 1, min(size, CURVE_POINTS)).round().astype(int))
     columns = {"mean": descending.mean(0), "low": descending.min(0), "high": descending.max(0)}

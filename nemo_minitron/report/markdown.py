@@ -83,7 +83,8 @@ def duration(seconds: float) -> str:
 def _models(report: Mapping[str, Any]) -> str:
     models = report["models"]
     rows = [[plain(row["name"]), *(_cell(row, label) for label in models)] for row in report["comparison"]]
-    return table(["", *(plain(label) for label in models)], rows) + "\n\n" + MARKS_NOTE
+    told = table(["", *(plain(label) for label in models)], rows)
+    return f"{told}\n\n{MARKS_NOTE}" if any(row["best"] for row in report["comparison"]) else told
 
 
 MARKS_NOTE = "Bold: the best of the small models, where the gap to the next exceeds its standard error."

@@ -178,11 +178,11 @@ def test_importance_kept_by_hand() -> None:
     assert importance_share(two, "all") == 1.0
 
 
-def test_importance_curves_are_sorted_within_each_layer() -> None:
-    curve = importance_curve(np.array([[1.0, 4.0, 2.0], [10.0, 1.0, 1.0]]), 2)
+def test_importance_curves_are_sorted_within_each_layer_and_relative_to_its_middle() -> None:
+    curve = importance_curve(np.array([[1.0, 4.0, 2.0], [10.0, 1.0, 2.0]]), 2)
     assert curve["rank"] == [1, 2, 3]
-    assert curve["mean"] == [1.0, 0.3, 0.175]
-    assert (curve["low"], curve["high"]) == ([1.0, 0.1, 0.1], [1.0, 0.5, 0.25])
+    assert curve["mean"] == [3.5, 1.0, 0.5]
+    assert (curve["low"], curve["high"]) == ([2.0, 1.0, 0.5], [5.0, 1.0, 0.5])
     assert (curve["kept"], curve["size"], curve["num_layers"]) == (2, 3, 2)
     assert len(importance_curve(np.ones(5000), 10)["rank"]) <= 160
 
