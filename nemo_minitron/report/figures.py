@@ -252,12 +252,12 @@ def layer_points(metric: str, values: Sequence[float], kept: Sequence[int], base
     shown = [value - baseline for value in values] if is_loss and baseline is not None else list(values)
     names = {"block_influence": "block influence", "lm_loss": "loss added by leaving it out, nats"}
     alt = f"{names.get(metric, metric)} of {len(values)} layers; dropped: {dropped or 'none'}."
-    with _figure(out, f"layers-{metric}", HALF, 2.9 if not is_loss else 2.7, alt) as ax:
+    with _figure(out, f"layers-{metric}", HALF, 2.9, alt) as ax:
         colors = [CUT if layer in dropped else TEACHER for layer in range(len(values))]
         # Dots: on a logarithmic scale the length of a bar means nothing.
         ax.scatter(range(len(values)), shown, color=colors, s=22, zorder=3)
         ax.plot(range(len(values)), shown, color=LINE, linewidth=1.2)
-        below = "layer (dropped ones in the other colour)" if dropped else "layer"
+        below = "layer (red: dropped)" if dropped else "layer"
         ax.set(xlabel=below, ylabel=names.get(metric, metric))
         if min(shown) > 0 and max(shown) / min(shown) > 30:
             _log_scale(ax)
