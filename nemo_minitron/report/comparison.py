@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from nemo_minitron.report.markdown import mebibytes
+
 TEACHER = "teacher"
 LABELS = (TEACHER, "distilled", "pruned", "random")
 """Order of the columns; other labels follow."""
@@ -108,7 +110,7 @@ def _checkpoint_row(models: Mapping[str, Mapping[str, Any]]) -> Row:
     text = {}
     for label, model in models.items():
         bits = _BITS.get(model.get("dtype", ""), 16)
-        text[label] = f"{model['checkpoint_bytes'] / 2**20:,.0f}" + (f" ({bits}-bit)" if "dtype" in model else "")
+        text[label] = mebibytes(model["checkpoint_bytes"]) + (f" ({bits}-bit)" if "dtype" in model else "")
     return {"name": "checkpoint, MiB", "text": text, "best": None, "worst": None}
 
 

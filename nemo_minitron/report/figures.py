@@ -102,9 +102,15 @@ def quality_bars(models: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def size_bars(models: Mapping[str, Mapping[str, Any]]) -> str:
-    """Parameters of every model, in millions."""
-    values = {label: model["num_params"] / 1e6 for label, model in models.items()}
-    return _bars("size", values, "million parameters", "{:,.1f}")
+    """Parameters of every model."""
+    counts = {label: model["num_params"] for label, model in models.items()}
+    unit, name = next(
+        (unit, name)
+        for unit, name in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand"), (0, ""))
+        if max(counts.values()) >= unit
+    )
+    values = {label: count / (unit or 1) for label, count in counts.items()}
+    return _bars("size", values, f"{name} parameters".strip(), "{:,.2f}" if unit == 1e9 else "{:,.1f}")
 
 
 def speed_bars(speed: Mapping[str, Any], labels: Sequence[str], rate: str, title: str) -> str:
@@ -160,7 +166,8 @@ def validation_curve(curves: Sequence[Mapping[str, Any]]) -> str:
                         ha="right", color=color)  # fmt: skip
         ax.fill_between(x, losses, start, color=DISTILLED, alpha=0.12, linewidth=0)
         ax.plot(x, losses, color=DISTILLED, marker="o", ms=3.5, linewidth=1.8)
-        ax.annotate(f"{losses[-1]:.2f}", (x[-1], losses[-1]), (0, -12), textcoords="offset points",
+        above = losses[-1] - goal < start - losses[-1]
+        ax.annotate(f"{losses[-1]:.2f}", (x[-1], losses[-1]), (0, 7 if above else -14), textcoords="offset points",
                     ha="right", color=DISTILLED, weight="bold")  # fmt: skip
         ax.set(xlabel="thousand tokens of distillation", ylabel="held-out loss, nats per token")
         ax.margins(y=0.12)
@@ -207,15 +214,19 @@ def importance(axis: str, curve: Mapping[str, Any]) -> str:
         kept_text = f"all {size:,} kept" if kept == size else f"{kept:,} of {size:,} kept"
         ax.set_title(f"{name}: {kept_text}")
         ax.set(xlabel="rank", ylabel="importance / median", xlim=(1, max(size, 2)))
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         _log_scale(ax)
     return out[0]
 
 
 def _log_scale(ax: Axes) -> None:
-    """Powers of ten in plain figures, and 2 and 5 between them where there are few."""
-    low, high = ax.get_ylim()
+    """A logarithmic axis in plain figures; values within a factor of five stay linear."""
+    low, high = ax.dataLim.intervaly
+    if high < 5 * low:
+        return
     ax.set_yscale("log")
-    ax.set_ylim(bottom=max(low, high * 1e-6) if low > 0 else None)
+    if low > 0:
+        ax.set_ylim(bottom=low / 1.2)
     bottom, top = ax.get_ylim()
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0,) if top > 100 * bottom else (1.0, 2.0, 5.0)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -237,6 +248,7 @@ def ffn_map(rows: Sequence[Sequence[float]], curve: Mapping[str, Any]) -> str:
         if kept < size:
             ax.axvline(kept, color="white", linestyle=(0, (4, 2)), linewidth=1.4)
         ax.set(xlabel="neurons of a layer, most important first", ylabel="layer")
+        ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         ax.grid(visible=False)
         bar = ax.figure.colorbar(image, ax=ax, pad=0.02, aspect=28, extend="max")
         bar.set_label("log10 importance")

@@ -13,6 +13,20 @@ from nemo_minitron.report import figures
 from nemo_minitron.report.markdown import dropped_layers, duration, headline, millions
 
 TEMPLATES = Path(__file__).parent / "templates"
+KINDS = (
+    "import",
+    "adopt",
+    "tokenize",
+    "check_teacher",
+    "score",
+    "select",
+    "prune",
+    "distill",
+    "evaluate",
+    "speed",
+    "export",
+)
+"""Kinds of stages in the order of the work; others follow."""
 Draw = Callable[[], str]
 
 
@@ -50,9 +64,12 @@ def render_html(report: Mapping[str, Any], recipe: str) -> str:
 
 
 def pipeline(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Stages of a kind as one step: [{kind, count, wall_s}], in the order in which they first ran."""
+    """Stages of a kind as one step: [{kind, count, wall_s}], in the order of the work.
+
+    Not as they ran: the teacher can be measured long before the student, and that would tear the steps apart.
+    """
     steps: dict[str, dict[str, Any]] = {}
-    for stage in stages:
+    for stage in sorted(stages, key=lambda stage: KINDS.index(stage["kind"]) if stage["kind"] in KINDS else len(KINDS)):
         step = steps.setdefault(stage["kind"], {"kind": stage["kind"].replace("_", " "), "count": 0, "wall_s": 0.0})
         step["count"] += 1
         step["wall_s"] += stage["wall_s"]

@@ -66,8 +66,16 @@ def _won_back(share: float | None) -> str:
 
 
 def millions(count: float) -> str:
-    """134.5M, 8.03B."""
+    """230K, 134.5M, 8.03B."""
+    if count < 1e6:
+        return f"{count / 1e3:.0f}K"
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def mebibytes(num_bytes: float) -> str:
+    """Of a file: 179, 0.3."""
+    size = num_bytes / 2**20
+    return f"{size:,.0f}" if size >= 10 else f"{size:.1f}"
 
 
 def duration(seconds: float) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from nemo_minitron import __version__
-from nemo_minitron.report.markdown import code, millions, plain, table
+from nemo_minitron.report.comparison import ordered
+from nemo_minitron.report.markdown import code, mebibytes, millions, plain, table
 
 _LICENSE_NOTE = (
     "The weights derive from the teacher's, so the teacher's licence and its conditions apply to them: attribution, and"
@@ -46,6 +47,8 @@ def render_card(
         metrics: metrics.json of each evaluated model.
     """
     source = str(teacher.get("source") or "the teacher")
+    by_label = {str(found["label"]): found for found in metrics}
+    metrics = [by_label[label] for label in ordered(by_label)]
     sections = [
         f"# {plain(title)}",
         _summary(facts, teacher, source, distilled="tokens" in model),
@@ -101,8 +104,7 @@ def _lineage(facts: Mapping[str, Any], teacher: Mapping[str, Any], model: Mappin
     steps.append(f"**Pruned**: {', '.join(cuts) or 'nothing'}{left}.")
     if "tokens" in model:
         steps.append(f"**Distilled**: {_distillation(model)}")
-    size_mib = facts["checkpoint_bytes"] / 2**20 if "checkpoint_bytes" in facts else None
-    stored = f", {size_mib:,.0f} MiB of weights" if size_mib else ""
+    stored = f", {mebibytes(facts['checkpoint_bytes'])} MiB of weights" if "checkpoint_bytes" in facts else ""
     steps.append(f"**Stored** as {facts.get('dtype', 'it was')}{stored}.")
     return "\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
 

@@ -34,7 +34,7 @@ METRICS = [
         "tasks_limit": 100,
         "tasks": {"sciq": {"acc": 0.75, "acc_norm": 0.68, "acc_norm_stderr": 0.05}},
     }
-    for label in ("teacher", "distilled")
+    for label in ("distilled", "teacher")
 ]
 
 
@@ -61,12 +61,13 @@ def test_lineage_goes_from_teacher_over_the_cut_to_the_file() -> None:
         "3. **Distilled**: forward KL to the live teacher's logits, no other loss; 143,360 tokens in 140 steps." in card
     )
     assert "Held-out loss 5.226 → 4.054" in card
-    assert "4. **Stored** as bfloat16, 3 MiB" in card
+    assert "4. **Stored** as bfloat16, 3.0 MiB" in card
     assert "`asset:books`, `my'text'.jsonl`" in card
 
 
 def test_results_and_how_they_were_measured_stand_in_a_table() -> None:
     card = render_card("small", facts=FACTS, teacher=TEACHER, model=DISTILLED, metrics=METRICS)
+    assert "|  | teacher | distilled |" in card
     assert "| sciq | 0.680 ± 0.050 | 0.680 ± 0.050 |" in card
     assert "first 100 examples" in card
     assert "## Results" not in render_card("small", facts=FACTS, teacher=TEACHER, model=DISTILLED, metrics=[])

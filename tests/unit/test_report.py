@@ -15,7 +15,7 @@ from markupsafe import escape
 from nemo_minitron.config.schema import ReportStage
 from nemo_minitron.report.collect import collect, thin_out
 from nemo_minitron.report.comparison import comparison, main_metric
-from nemo_minitron.report.html import render_html
+from nemo_minitron.report.html import pipeline, render_html
 from nemo_minitron.report.importance import ffn_map, importance_curve, importance_share
 from nemo_minitron.report.markdown import duration, headline, millions, plain, render_markdown, table
 from nemo_minitron.stages.report import render
@@ -143,6 +143,17 @@ def test_the_three_files_are_written_and_tell_nothing_of_the_machine(tmp_path: P
     assert json.loads((out / "report.json").read_text())["title"] == "a/recipe"
 
 
+def test_the_pipeline_is_told_in_the_order_of_the_work() -> None:
+    ran = [("evaluate", 1.0), ("import", 2.0), ("evaluate", 3.0), ("new_kind", 0.5), ("distill", 4.0)]
+    steps = pipeline([{"kind": kind, "wall_s": wall_s} for kind, wall_s in ran])
+    assert [(step["kind"], step["count"], step["wall_s"]) for step in steps] == [
+        ("import", 1, 2.0),
+        ("distill", 1, 4.0),
+        ("evaluate", 2, 4.0),
+        ("new kind", 1, 0.5),
+    ]
+
+
 # --- facts --------------------------------------------------------------------------------------
 
 
@@ -250,6 +261,7 @@ def test_the_headline_tells_sizes_share_and_cost(report: dict[str, Any]) -> None
 
 
 def test_sizes_and_times_are_written_as_people_say_them() -> None:
+    assert millions(229_952) == "230K"
     assert millions(134_515_008) == "134.5M"
     assert millions(8_030_261_248) == "8.03B"
     assert [duration(seconds) for seconds in (0.2, 59.6, 347, 7500)] == [
