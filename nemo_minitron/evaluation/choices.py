@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PACK_TOKENS = 768
-"""Length that packs are filled up to. Attention grows with its square, idle time shrinks with it."""
+PACK_TOKENS = 256
+"""Length that packs are filled up to. Every token's attention is computed against the whole pack and then masked, so a
+long pack wastes work; a short one is small for the matrix products. Measured on two CPU cores with SmolLM2-135M in
+bf16: 96 tokens 20 s, 160 19 s, 256 18 s, 384 22 s, 768 25 s."""
 Answer = tuple[float, bool]
 """(summed log-likelihood in nats, whether every token is the most likely one)."""
 
