@@ -22,7 +22,7 @@ from nemo_minitron.errors import DataError
 TEXTS = ["One.\nTwo.", "caf\u00e9 \u4e16\u754c \U0001f642", " three "]
 PACK: dict[str, Callable[[bytes], bytes]] = {
     "": lambda data: data,
-    ".gz": lambda data: gzip.compress(data, 1),
+    ".gz": lambda data: gzip.compress(data, 1, mtime=0),
     ".zst": zstandard.ZstdCompressor().compress,
 }
 
@@ -230,12 +230,12 @@ def test_a_parquet_column_that_is_no_text_is_refused(tmp_path: Path) -> None:
     [
         ("x.txt", b"", "is empty"),
         ("x.jsonl", b" \n\n", "holds no text"),
-        ("x.jsonl.gz", gzip.compress(b""), "holds no text"),
+        ("x.jsonl.gz", gzip.compress(b"", mtime=0), "holds no text"),
         ("x.parquet", parquet([""]), "holds no text"),
         ("x.parquet", b"", "Not a readable parquet file"),
         ("x.parquet", b"PAR1 and nothing of the kind", "Not a readable parquet file"),
         ("x.txt.gz", b"not gzip at all", "damaged"),
-        ("x.txt.gz", gzip.compress(b"text " * 99)[:-9], "damaged"),
+        ("x.txt.gz", gzip.compress(b"text " * 99, mtime=0)[:-9], "damaged"),
         ("x.txt.zst", b"not zstd at all", "damaged"),
         ("x.txt.zst", PACK[".zst"](b"text " * 99)[:-4], "damaged: it ends in the middle"),
     ],
