@@ -54,6 +54,10 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+results: $(STAMP)
+	$(BIN)/minitron assets fetch
+	$(BIN)/python benchmarks/results.py
+
 bench: $(STAMP)
 	$(BIN)/minitron assets fetch
 	$(BIN)/python benchmarks/bench.py

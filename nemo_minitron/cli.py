@@ -84,6 +84,7 @@ def plan(
         print(json.dumps(facts, indent=2))
         return
     _print_models(facts)
+    _print_candidates(facts["candidates"])
     _print_stages(found)
     for problem in problems:
         console.print(f"[red]problem[/red] {problem}", highlight=False)
@@ -102,7 +103,8 @@ def run(
 ) -> None:
     """Run the stages that are not finished. The same command goes on after an interruption."""
     from nemo_minitron.plan.checks import require_valid
-    from nemo_minitron.plan.planner import make_plan, run_dir
+    from nemo_minitron.plan.folder import run_dir
+    from nemo_minitron.plan.planner import make_plan
     from nemo_minitron.stages.runner import RunOptions, run_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -140,7 +142,8 @@ def status(
 @app.command()
 def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Render the report again from the finished stages, and print where it is."""
-    from nemo_minitron.plan.planner import make_plan, run_dir
+    from nemo_minitron.plan.folder import run_dir
+    from nemo_minitron.plan.planner import make_plan
     from nemo_minitron.stages.report import render_now
 
     loaded = load_recipe(recipe, overrides)
@@ -184,7 +187,8 @@ def _print_models(facts: dict[str, Any]) -> None:
     for role in ("teacher", "student"):
         model = facts[role]
         if model is None:
-            console.print(f"{role}: unknown until it is imported")
+            until = "the search has found it" if role == "student" and facts["candidates"] else "it is imported"
+            console.print(f"{role}: unknown until {until}")
             continue
         share = f" ({model['share']:.1%} of the teacher)" if "share" in model else ""
         console.print(
@@ -193,6 +197,27 @@ def _print_models(facts: dict[str, Any]) -> None:
             f"/{model['num_query_groups']} groups of {model['kv_channels']}",
             highlight=False,
         )
+
+
+def _print_candidates(candidates: list[dict[str, Any]]) -> None:
+    if not candidates:
+        return
+    table = Table(title=f"{len(candidates)} candidates")
+    columns = {
+        "name": "name",
+        "num_params": "parameters",
+        "num_layers": "layers",
+        "hidden_size": "hidden",
+        "ffn_hidden_size": "ffn",
+        "num_attention_heads": "heads",
+        "num_query_groups": "groups",
+    }
+    for column in (*columns.values(), "memory, GiB", "token, ms"):
+        table.add_column(column, justify="right")
+    for found in candidates:
+        sizes = (f"{found[key]:,}" if key == "num_params" else str(found[key]) for key in columns)
+        table.add_row(*sizes, f"{found['memory_gib']:.2f}", f"{found['decode_ms']:.2f}")
+    console.print(table)
 
 
 def _print_stages(found: RunPlan) -> None:

@@ -63,7 +63,9 @@ def require_recipe(recipe: Path) -> Path:
 def recipe_name(file: Path) -> str:
     """The recipe's path below the recipes folder, without .yaml."""
     parts = file.with_suffix("").parts
-    below = parts[parts.index(RECIPES) + 1 :] if RECIPES in parts else parts[-1:]
+    # The last of this name: the checkout itself may be called so.
+    folders = [number for number, part in enumerate(parts[:-1]) if part == RECIPES]
+    below = parts[folders[-1] + 1 :] if folders else parts[-1:]
     return "/".join(below)
 
 

@@ -30,7 +30,7 @@ def validate(composed: Mapping[str, Any], *, where: str) -> Recipe:
         raise ConfigError(
             f"The recipe has {count}:\n" + "\n".join(f"  - {problem}" for problem in problems),
             where=where,
-            next_step="All keys with their defaults: nemo_minitron/config/schema.py.",
+            next_step="All keys with their defaults: nemo_minitron/config/schema/.",
         ) from None
 
 

@@ -60,7 +60,7 @@ def run_tasks(
             f"lm-eval cannot be imported: {error}", next_step="pip install 'nemo-minitron[eval]', or set tasks=[]"
         ) from error
     work_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=work_dir) as scratch, _offline(data_dir is not None), _quiet():
+    with tempfile.TemporaryDirectory(dir=work_dir) as scratch, offline(data_dir is not None), quiet():
         if data_dir is None:
             manager = TaskManager()
             _require_known(tasks, manager.all_tasks)
@@ -69,7 +69,7 @@ def run_tasks(
             # Without the stock tasks, which take seconds to list: each file names what it includes.
             manager = TaskManager(include_path=scratch, include_defaults=False)
         names = [offline_name(task) for task in tasks] if data_dir else list(tasks)
-        with _data_errors(data_dir):
+        with data_errors(data_dir):
             found = lm_eval.simple_evaluate(
                 _language_model(model, tokenizer, progress),
                 tasks=names,
@@ -161,7 +161,7 @@ def _language_model(model: Any, tokenizer: Any, progress: Progress) -> Any:
 
 
 @contextmanager
-def _data_errors(data_dir: Path | None) -> Iterator[None]:
+def data_errors(data_dir: Path | None) -> Iterator[None]:
     """What the datasets library cannot read or fetch becomes a message."""
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
     from pyarrow import ArrowInvalid
@@ -182,7 +182,7 @@ def _data_errors(data_dir: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def _offline(active: bool) -> Iterator[None]:
+def offline(active: bool) -> Iterator[None]:
     """Keep the data and hub libraries off the network for the duration."""
     if not active:
         yield
@@ -205,7 +205,7 @@ def _offline(active: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """lm-eval and datasets talk a lot; what matters is in the result."""
     import datasets
 

@@ -1,7 +1,7 @@
 """Model families: shapes, the axis table, and Hugging Face configs."""
 
 from nemo_minitron.families.hf_config import explicit_config, read_shape, write_config
-from nemo_minitron.families.shape import Llama3RopeScaling, ModelShape
+from nemo_minitron.families.shape import Llama3RopeScaling, ModelShape, target_shape
 from nemo_minitron.families.table import Parameter, Row, num_params, parameters, rows, tensor_shape
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "parameters",
     "read_shape",
     "rows",
+    "target_shape",
     "tensor_shape",
     "write_config",
 ]

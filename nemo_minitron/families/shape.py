@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 Norm = Literal["rmsnorm", "layernorm1p"]
 Activation = Literal["swiglu", "squared_relu"]
@@ -77,3 +78,34 @@ class ModelShape:
     def resized(self, **sizes: int) -> ModelShape:
         """A copy with other sizes; `kv_channels` stays unless given."""
         return replace(self, **sizes)  # type: ignore[arg-type]
+
+
+class Sizes(Protocol):
+    """Sizes that a student is to have; None keeps the source's."""
+
+    @property
+    def num_layers(self) -> int | None: ...
+    @property
+    def hidden_size(self) -> int | None: ...
+    @property
+    def ffn_hidden_size(self) -> int | None: ...
+    @property
+    def num_attention_heads(self) -> int | None: ...
+    @property
+    def num_query_groups(self) -> int | None: ...
+
+
+def target_shape(source: ModelShape, target: Sizes, drop_layers: Collection[int] | None) -> ModelShape:
+    """What is left of `source`. Where every head is its own query group, the groups go with the heads."""
+    heads = target.num_attention_heads or source.num_attention_heads
+    groups = target.num_query_groups or (heads if source.heads_per_group == 1 else source.num_query_groups)
+    if target.num_attention_heads is None and target.num_query_groups is not None:
+        heads = groups * source.heads_per_group
+    dropped = 0 if drop_layers is None else len(set(drop_layers))
+    return source.resized(
+        num_layers=target.num_layers or source.num_layers - dropped,
+        hidden_size=target.hidden_size or source.hidden_size,
+        ffn_hidden_size=target.ffn_hidden_size or source.ffn_hidden_size,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+    )

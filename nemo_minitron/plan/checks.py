@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from glob import glob
 from pathlib import Path
 
 from nemo_minitron.config.schema import (
     AdoptStage,
+    CandidateStage,
     DistillStage,
     EvaluateStage,
     ImportStage,
     Parallel,
     Recipe,
+    Schema,
     ScoreStage,
+    SearchStage,
     SelectStage,
+    Target,
     TokenizeStage,
+    Training,
 )
 from nemo_minitron.errors import PlanError
 from nemo_minitron.families import ModelShape
 from nemo_minitron.hf.source import ASSET, HUB, asset_path
+from nemo_minitron.plan.expansion import candidates_of
 from nemo_minitron.plan.planner import RunPlan, parallel_of
-from nemo_minitron.plan.shapes import student_shape, teacher_shape
+from nemo_minitron.plan.shapes import model_shape
+from nemo_minitron.pruning.possible import impossible
 from nemo_minitron.stages.spec import STAGES
 
 
@@ -40,8 +48,10 @@ def find_problems(plan: RunPlan) -> Iterator[str]:
     for name, stage in recipe.stages.items():
         if isinstance(stage, SelectStage):
             yield from _select(name, stage, recipe)
+        elif isinstance(stage, SearchStage):
+            yield from _search(name, stage, recipe)
         elif isinstance(stage, DistillStage):
-            yield from _distill(name, stage, recipe)
+            yield from _training(name, stage, stage.num_steps, recipe)
         elif isinstance(stage, ScoreStage):
             yield from _score(name, stage, recipe)
     yield from _layouts(recipe)
@@ -50,98 +60,157 @@ def find_problems(plan: RunPlan) -> Iterator[str]:
 
 
 def _select(name: str, stage: SelectStage, recipe: Recipe) -> Iterator[str]:
-    teacher = teacher_shape(recipe, stage.inputs.model) if stage.inputs.model in recipe.stages else None
-    if teacher is not None:
-        yield from _target(f"stages.{name}.target", stage, teacher)
-    if stage.method == "random":
+    key = f"stages.{name}"
+    if stage.inputs.search is not None:
+        if stage.target != Target() or stage.drop_layers is not None:
+            yield f"{key}: the sizes come from inputs.search = {stage.inputs.search}; leave out target and drop_layers."
         return
-    score = recipe.stages.get(stage.inputs.scores or "")
-    if not isinstance(score, ScoreStage):
-        yield f"stages.{name}.inputs.scores: method importance needs a score stage."
-        return
-    needed = {"hidden_size": "hidden", "ffn_hidden_size": "ffn", "num_attention_heads": "heads"}
-    for size, axis in needed.items():
-        if getattr(stage.target, size) is not None and axis not in score.width_axes:
-            widths = f"stages.{stage.inputs.scores}.width_axes"
-            yield f"stages.{name}.target.{size}: axis {axis} is not scored; add it to {widths}."
-    by_score = stage.target.num_layers is not None and stage.drop_layers is None
-    if by_score and stage.layer_metric not in score.layer_metrics:
+    source = model_shape(recipe, stage.inputs.model)
+    if stage.target == Target() and stage.drop_layers is None:
+        yield f"{key}.target: nothing is made smaller; give a size, drop_layers, or inputs.search."
+    problems = list(impossible(stage, source)) if source is not None else []
+    yield from (
+        f"{key}.{where} = {value}: cannot be cut out of the model. Allowed: {allowed}."
+        for where, value, allowed in problems
+    )
+    if not problems:
+        yield from _scored(key, stage, stage.inputs.scores, source, recipe)
+
+
+def _search(name: str, stage: SearchStage, recipe: Recipe) -> Iterator[str]:
+    key = f"stages.{name}"
+    source = model_shape(recipe, stage.inputs.model)
+    if source is None:
         yield (
-            f"stages.{name}.layer_metric = {stage.layer_metric}: not measured; "
-            f"add it to stages.{stage.inputs.scores}.layer_metrics."
+            f"{key}: the candidates depend on the sizes of {stage.inputs.model}, which are not known yet. "
+            f"Next: give stages.{stage.inputs.model}.architecture, the keys of its config.json."
         )
+        return
+    if stage.constraints.min_generate_tokens_per_s is not None and stage.measure_speed is None:
+        yield f"{key}.constraints.min_generate_tokens_per_s: needs {key}.measure_speed, {{}} for its defaults."
+    for number, rung in enumerate(stage.rungs):
+        yield from _training(name, stage.retraining, rung.num_steps, recipe, f"{key}.rungs.{number}.num_steps")
+    seen: set[str] = set()
+    for candidate in candidates_of(recipe, stage):
+        rules = SelectStage(kind="select", target=candidate.target, **stage.selection.model_dump())
+        seen.update(_scored(key, rules, stage.inputs.scores, source, recipe))
+    yield from sorted(seen)
 
 
-def _target(key: str, stage: SelectStage, teacher: ModelShape) -> Iterator[str]:
-    for size, value in stage.target:
-        limit = getattr(teacher, size)
-        if value is not None and value > limit:
-            yield f"{key}.{size} = {value}: larger than the teacher's. Allowed: 1 to {limit}."
-    heads, groups = stage.target.num_attention_heads, teacher.num_query_groups
-    if heads is not None and heads % groups:
-        near = ", ".join(str(n) for n in (heads // groups * groups, (heads // groups + 1) * groups) if n > 0)
-        yield f"{key}.num_attention_heads = {heads}: must be a multiple of the {groups} query groups. Nearest: {near}."
-    for layer in stage.drop_layers or ():
-        if not 0 <= layer < teacher.num_layers:
-            last = teacher.num_layers - 1
-            yield f"{key.removesuffix('.target')}.drop_layers: there is no layer {layer}. Allowed: 0 to {last}."
-    count = stage.target.num_layers
-    if (
-        stage.drop_layers is not None
-        and count is not None
-        and count != teacher.num_layers - len(set(stage.drop_layers))
-    ):
-        yield f"{key}.num_layers = {count}: dropping {len(set(stage.drop_layers))} layers leaves another number."
+def _scored(
+    key: str, stage: SelectStage, scores: str | None, source: ModelShape | None, recipe: Recipe
+) -> Iterator[str]:
+    """The score stage measures what the selection needs."""
+    if stage.method != "importance":
+        return
+    score = recipe.stages.get(scores or "")
+    if not isinstance(score, ScoreStage):
+        yield f"{key}.inputs.scores: method importance needs a score stage."
+        return
+    by_axis = {
+        "hidden": ("hidden_size",),
+        "ffn": ("ffn_hidden_size",),
+        "heads": ("num_attention_heads", "num_query_groups"),
+    }
+    for axis, sizes in by_axis.items():
+        wanted = [size for size in sizes if getattr(stage.target, size) is not None]
+        if wanted and axis not in score.width_axes:
+            yield f"{key}.target.{wanted[0]}: axis {axis} is not scored; add it to stages.{scores}.width_axes."
+    if stage.target.num_layers is None or stage.drop_layers is not None or source is None:
+        return
+    if stage.target.num_layers < source.num_layers:
+        yield from _layers_scored(key, stage, source.num_layers - stage.target.num_layers, scores, score)
+
+
+def _layers_scored(key: str, stage: SelectStage, drops: int, scores: str | None, score: ScoreStage) -> Iterator[str]:
+    if stage.layer_metric not in score.layer_metrics:
+        yield f"{key}.layer_metric = {stage.layer_metric}: not measured; add it to stages.{scores}.layer_metrics."
+    if stage.layer_removal == "contiguous" and drops not in score.block_lengths:
+        lengths = f"stages.{scores}.block_lengths"
+        yield f"{key}.layer_removal = contiguous: runs of {drops} layers are not scored; add {drops} to {lengths}."
+    if stage.layer_removal == "iterative" and drops > score.iterative_drops:
+        least = f"stages.{scores}.iterative_drops to {drops}"
+        yield f"{key}.layer_removal = iterative: {drops} layers are to go; set {least} or more."
 
 
 def _score(name: str, stage: ScoreStage, recipe: Recipe) -> Iterator[str]:
     layout = parallel_of(recipe, name)
     size = layout.dp * layout.micro_batch_size
-    for key in ("num_samples", *(("lm_loss_samples",) if "lm_loss" in stage.layer_metrics else ())):
+    by_removal = {"lm_loss", "logit_mse"} & set(stage.layer_metrics)
+    for key in ("num_samples", *(("depth_samples",) if by_removal else ())):
         value = getattr(stage, key)
         if value % size:
             yield f"stages.{name}.{key} = {value}: must be a multiple of dp * micro_batch_size = {size}."
-        if value > stage.num_samples:
-            yield f"stages.{name}.{key} = {value}: more than num_samples = {stage.num_samples}."
+    if "task" in stage.layer_metrics and stage.depth_task is None:
+        yield f"stages.{name}.layer_metrics: task needs stages.{name}.depth_task, with the name of an lm-eval task."
+    shape = model_shape(recipe, stage.inputs.model)
+    if shape is None:
+        return
+    for length in (*stage.block_lengths, stage.iterative_drops):
+        if length >= shape.num_layers:
+            yield (
+                f"stages.{name}: {length} layers cannot be removed from a model of {shape.num_layers}; "
+                f"block_lengths and iterative_drops go up to {shape.num_layers - 1}."
+            )
 
 
-def _distill(name: str, stage: DistillStage, recipe: Recipe) -> Iterator[str]:
+def _training(
+    name: str, stage: Training, num_steps: int, recipe: Recipe, steps_key: str | None = None
+) -> Iterator[str]:
     layout = parallel_of(recipe, name)
-    size = layout.dp * layout.micro_batch_size
+    key, size = f"stages.{name}", layout.dp * layout.micro_batch_size
+    if steps_key is not None:
+        key += ".retraining"
     if stage.global_batch_size % size:
         yield (
-            f"stages.{name}.global_batch_size = {stage.global_batch_size}: must be a multiple of "
+            f"{key}.global_batch_size = {stage.global_batch_size}: must be a multiple of "
             f"dp * micro_batch_size = {layout.dp} * {layout.micro_batch_size} = {size}."
         )
     if stage.min_lr > stage.lr:
-        yield f"stages.{name}.min_lr = {stage.min_lr}: above lr = {stage.lr}."
-    if stage.warmup_steps >= stage.num_steps:
-        yield f"stages.{name}.warmup_steps = {stage.warmup_steps}: must be below num_steps = {stage.num_steps}."
+        yield f"{key}.min_lr = {stage.min_lr}: above lr = {stage.lr}."
+    if stage.warmup_steps >= num_steps:
+        steps = f"num_steps = {num_steps}" if steps_key is None else f"{steps_key} = {num_steps}"
+        yield f"{key}.warmup_steps = {stage.warmup_steps}: must be below {steps}."
     if layout.sequence_parallel and stage.seq_len_tokens % layout.tp:
-        yield f"stages.{name}.seq_len_tokens = {stage.seq_len_tokens}: must be a multiple of tp = {layout.tp}."
+        yield f"{key}.seq_len_tokens = {stage.seq_len_tokens}: must be a multiple of tp = {layout.tp}."
 
 
 def _layouts(recipe: Recipe) -> Iterator[str]:
     """Every model that a distributed stage loads fits its layout and sequence length."""
+    found: dict[str, None] = {}
     for name, stage in recipe.stages.items():
         if not STAGES[stage.kind].distributed:
             continue
-        layout = parallel_of(recipe, name)
-        for label, shape in _models_of(recipe):
-            seq_len = getattr(stage, "seq_len_tokens", 0)
-            if seq_len > shape.max_position_embeddings:
-                limit = shape.max_position_embeddings
-                yield f"stages.{name}.seq_len_tokens = {seq_len}: the {label} was made for at most {limit}."
-            yield from (f"{text} (stage {name}, {label})" for text in _layout(shape, layout))
+        layout, seq_len = parallel_of(recipe, name), _seq_len(stage)
+        for label, shape in _models_of(name, stage, recipe):
+            for limit, why in _limits(shape):
+                if seq_len > limit:
+                    found[f"stages.{name}.seq_len_tokens = {seq_len}: the {label} {why} at most {limit}."] = None
+            for text in _layout(shape, layout):
+                # One line for each layout and model, however many stages it fails in.
+                found.setdefault(f"{text} ({label})")
+    yield from found
 
 
-def _models_of(recipe: Recipe) -> Iterator[tuple[str, ModelShape]]:
-    for stage in recipe.stages.values():
-        if isinstance(stage, SelectStage) and stage.method == "importance" and stage.inputs.model in recipe.stages:
-            teacher = teacher_shape(recipe, stage.inputs.model)
-            if teacher is not None:
-                yield "teacher", teacher
-                yield "student", student_shape(teacher, stage)
+def _seq_len(stage: Schema) -> int:
+    training = getattr(stage, "retraining", stage)
+    return int(getattr(training, "seq_len_tokens", 0))
+
+
+def _limits(shape: ModelShape) -> Iterator[tuple[int, str]]:
+    yield shape.max_position_embeddings, "was made for"
+    if shape.sliding_window_tokens is not None:
+        yield shape.sliding_window_tokens, "looks back"
+
+
+def _models_of(name: str, stage: Schema, recipe: Recipe) -> Iterator[tuple[str, ModelShape]]:
+    """(name of the stage that made it, shape) of the models that a stage loads, where they are known."""
+    inputs = stage.inputs  # type: ignore[attr-defined]
+    made_by = {str(getattr(inputs, role)) for role in ("model", "teacher", "student") if hasattr(inputs, role)}
+    for other in sorted(made_by | ({name} if isinstance(stage, CandidateStage) else set())):
+        shape = model_shape(recipe, other)
+        if shape is not None:
+            yield other, shape
 
 
 def _layout(shape: ModelShape, layout: Parallel) -> Iterator[str]:
@@ -152,12 +221,9 @@ def _layout(shape: ModelShape, layout: Parallel) -> Iterator[str]:
             f"execution.parallel.tp = {layout.tp}: does not divide {sizes[0]} heads, {sizes[1]} query groups "
             f"and ffn {sizes[2]}. Allowed: {', '.join(map(str, allowed))}."
         )
-    if shape.num_layers % layout.pp:
-        allowed = [pp for pp in range(1, shape.num_layers + 1) if shape.num_layers % pp == 0]
-        yield (
-            f"execution.parallel.pp = {layout.pp}: does not divide {shape.num_layers} layers. "
-            f"Allowed: {', '.join(map(str, allowed))}."
-        )
+    if layout.pp > shape.num_layers:
+        most = shape.num_layers
+        yield f"execution.parallel.pp = {layout.pp}: more stages than the {most} layers. Allowed: 1 to {most}."
 
 
 def _labels(recipe: Recipe) -> Iterator[str]:
@@ -183,10 +249,16 @@ def _sources(plan: RunPlan) -> Iterator[str]:
                 yield from _source(f"stages.{name}.sources.{number}.source", source.source, plan.recipe)
         elif isinstance(stage, EvaluateStage) and stage.tasks and stage.tasks_source:
             yield from _source(f"stages.{name}.tasks_source", stage.tasks_source, plan.recipe)
+        elif isinstance(stage, ScoreStage) and stage.depth_task is not None and stage.depth_task.source:
+            yield from _source(f"stages.{name}.depth_task.source", stage.depth_task.source, plan.recipe)
 
 
 def _source(key: str, source: str, recipe: Recipe) -> Iterator[str]:
-    if source.startswith(HUB) or any(sign in source for sign in "*?["):
+    if source.startswith(HUB):
+        return
+    if any(sign in source for sign in "*?["):
+        if not glob(str(Path(source).expanduser()), recursive=True):
+            yield f"{key} = {source}: matches no file."
         return
     if source.startswith(ASSET):
         name = source.removeprefix(ASSET)

@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.config.schema import SelectStage
-from nemo_minitron.plan.planner import RunPlan, run_dir
-from nemo_minitron.plan.shapes import shape_facts, student_shape, teacher_shape
+from nemo_minitron.config.schema import SearchStage, SelectStage
+from nemo_minitron.plan.expansion import candidates_of
+from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.plan.planner import RunPlan
+from nemo_minitron.plan.shapes import model_shape, shape_facts, student_shape
 
 _SUMMARY_KEYS = ("num_params", "bits_per_byte", "loss_nats_per_token", "final_valid_loss", "train_num_tokens")
 
@@ -21,6 +23,7 @@ def plan_facts(plan: RunPlan) -> dict[str, Any]:
         "run_dir": str(run_dir(plan.recipe)),
         "teacher": teacher,
         "student": student,
+        "candidates": _candidates(plan),
         "stages": [
             {
                 "name": call.name,
@@ -39,14 +42,27 @@ def plan_facts(plan: RunPlan) -> dict[str, Any]:
 
 
 def _models(plan: RunPlan) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    for stage in plan.recipe.stages.values():
-        if isinstance(stage, SelectStage) and stage.method == "importance":
-            teacher = teacher_shape(plan.recipe, stage.inputs.model)
-            if teacher is None:
-                return None, None
-            facts, student = shape_facts(teacher), shape_facts(student_shape(teacher, stage))
-            return facts, {**student, "share": student["num_params"] / facts["num_params"]}
-    return None, None
+    """Teacher and student of the last pruning that goes by importance: what a chain of prunings ends in."""
+    selects = [plan.recipe.stages[call.name] for call in plan.calls if call.kind == "select"]
+    chosen = [stage for stage in selects if isinstance(stage, SelectStage) and stage.method == "importance"]
+    if not chosen:
+        return None, None
+    teacher, student = model_shape(plan.recipe, chosen[0].inputs.model), student_shape(plan.recipe, chosen[-1])
+    facts = None if teacher is None else shape_facts(teacher)
+    if facts is None or student is None:
+        return facts, None
+    found = shape_facts(student)
+    return facts, {**found, "share": found["num_params"] / facts["num_params"]}
+
+
+def _candidates(plan: RunPlan) -> list[dict[str, Any]]:
+    """Of every search: its points with their sizes and modelled costs."""
+    searches = [(name, stage) for name, stage in plan.recipe.stages.items() if isinstance(stage, SearchStage)]
+    return [
+        {"search": name, **candidate.facts()}
+        for name, stage in searches
+        for candidate in candidates_of(plan.recipe, stage)
+    ]
 
 
 def status_facts(plan: RunPlan, *, verify: bool) -> dict[str, Any]:

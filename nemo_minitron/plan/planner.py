@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.config.schema import Parallel, Recipe, Schema
+from nemo_minitron.config.schema import Parallel, Recipe, Schema, SelectionRules
 from nemo_minitron.errors import PlanError
+from nemo_minitron.plan.expansion import expand_searches
 from nemo_minitron.plan.fingerprint import differences, fingerprint
+from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.sources import source_facts
 from nemo_minitron.stages.spec import STAGES, params_of
 
@@ -29,6 +30,9 @@ ROLE_KINDS: dict[str, tuple[str, ...]] = {
     "scores": ("score",),
     "plan": ("select",),
     "evaluations": ("evaluate",),
+    "search": ("search",),
+    "candidates": ("candidate",),
+    "rivals": ("candidate",),
 }
 """Kinds of stage that can fill a role; roles that are not named take any."""
 
@@ -88,17 +92,15 @@ class RunPlan:
         return out
 
 
-def run_dir(recipe: Recipe) -> Path:
-    """Folder of the run."""
-    return Path(recipe.execution.run_root) / recipe.name
-
-
 def make_plan(recipe: Recipe) -> RunPlan:
     """Order the stages, fingerprint them, and compare with what is on disk. Reads manifests, writes nothing.
 
+    The plan's recipe is the given one with its searches written out as stages.
+
     Raises:
-        PlanError: an input that is no stage, of the wrong kind, or a cycle.
+        PlanError: an input that is no stage, of the wrong kind, a cycle, or a search without candidates.
     """
+    recipe = expand_searches(recipe)
     inputs = {name: _inputs_of(name, recipe) for name in recipe.stages}
     order = _order(inputs, recipe)
     store = Store(run_dir(recipe))
@@ -181,7 +183,8 @@ def _inputs_of(name: str, recipe: Recipe) -> InputNames:
     inputs: dict[str, Any] = {role: value for role, value in _schema_dict(stage.inputs).items() if value is not None}
     if stage.kind == "report" and "stages" not in inputs:
         inputs["stages"] = [other for other, config in recipe.stages.items() if config.kind != "report"]
-    if stage.kind == "select" and getattr(stage, "method", "") == "random":
+    rules = stage if isinstance(stage, SelectionRules) else getattr(stage, "selection", None)
+    if rules is not None and rules.method != "importance":
         inputs.pop("scores", None)
     return {role: value for role, value in inputs.items() if value}
 

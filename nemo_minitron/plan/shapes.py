@@ -1,4 +1,4 @@
-"""Sizes of teacher and student, known before anything is run."""
+"""Sizes of the models of a run, known before anything is run."""
 
 from __future__ import annotations
 
@@ -7,15 +7,59 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.config.schema import AdoptStage, ImportStage, Recipe, SelectStage
+from nemo_minitron.config.schema import (
+    AdoptStage,
+    CandidateStage,
+    DistillStage,
+    ExportStage,
+    ImportStage,
+    PruneStage,
+    Recipe,
+    SelectStage,
+    Target,
+)
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.families import ModelShape, num_params, read_shape
+from nemo_minitron.families import ModelShape, num_params, read_shape, target_shape
 from nemo_minitron.hf.source import ASSET, HUB, asset_path
-from nemo_minitron.plan.planner import run_dir
+from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.pruning.search import SEARCH_FILE, winner_of
 
 
-def teacher_shape(recipe: Recipe, stage: str) -> ModelShape | None:
-    """Shape of an import or adopt stage: from the recipe, the folder that it names, or its finished output."""
+def model_shape(recipe: Recipe, stage: str, seen: frozenset[str] = frozenset()) -> ModelShape | None:
+    """Shape of the model that a stage makes; None where it cannot be known yet, or the stage makes none."""
+    config = recipe.stages.get(stage)
+    if config is None or stage in seen:
+        return None
+    seen |= {stage}
+    if isinstance(config, ImportStage | AdoptStage):
+        return _given_shape(recipe, stage)
+    if isinstance(config, DistillStage):
+        return model_shape(recipe, config.inputs.student, seen)
+    if isinstance(config, ExportStage):
+        return model_shape(recipe, config.inputs.model, seen)
+    if isinstance(config, CandidateStage) and config.target != Target():
+        source = model_shape(recipe, config.inputs.model, seen)
+        return None if source is None else target_shape(source, config.target, None)
+    if isinstance(config, PruneStage):
+        select = recipe.stages.get(config.inputs.plan)
+        return student_shape(recipe, select, seen) if isinstance(select, SelectStage) else None
+    return None
+
+
+def student_shape(recipe: Recipe, select: SelectStage, seen: frozenset[str] = frozenset()) -> ModelShape | None:
+    """What a select stage leaves of its model; None where that depends on a search that has not finished."""
+    source = model_shape(recipe, select.inputs.model, seen)
+    target = select.target
+    if select.inputs.search is not None:
+        folder = Store(run_dir(recipe)).published(select.inputs.search)
+        if not (folder / SEARCH_FILE).is_file():
+            return None
+        target = winner_of(folder)
+    return None if source is None else target_shape(source, target, select.drop_layers)
+
+
+def _given_shape(recipe: Recipe, stage: str) -> ModelShape | None:
+    """Of an import or adopt stage: from the recipe, the folder that it names, or its finished output."""
     config = recipe.stages[stage]
     if isinstance(config, ImportStage) and config.architecture:
         return read_shape(config.architecture, where=f"stages.{stage}.architecture")
@@ -38,20 +82,6 @@ def _folders(recipe: Recipe, stage: str) -> list[Path]:
     if config.source.startswith(ASSET):
         return [published, asset_path(config.source.removeprefix(ASSET), Path(recipe.execution.assets_dir))]
     return [published, Path(config.source).expanduser()]
-
-
-def student_shape(teacher: ModelShape, select: SelectStage) -> ModelShape:
-    """What the target leaves of the teacher."""
-    target = select.target
-    layers = target.num_layers
-    if select.drop_layers is not None:
-        layers = teacher.num_layers - len(set(select.drop_layers))
-    return teacher.resized(
-        num_layers=layers or teacher.num_layers,
-        hidden_size=target.hidden_size or teacher.hidden_size,
-        ffn_hidden_size=target.ffn_hidden_size or teacher.ffn_hidden_size,
-        num_attention_heads=target.num_attention_heads or teacher.num_attention_heads,
-    )
 
 
 def shape_facts(shape: ModelShape) -> dict[str, Any]:

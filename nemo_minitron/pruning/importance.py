@@ -9,6 +9,7 @@ Shapes: S sequence, B batch, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,16 +19,56 @@ Aggregation = Literal["mean", "l2", "var"]
 NUM_SUMS = 4
 """Rows of a sums tensor: count, sum |s|, sum s, sum s^2."""
 
-_SEQUENCE: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": lambda x: x.abs().mean(0),
-    "l2": lambda x: x.pow(2).sum(0).sqrt(),
-    "var": lambda x: x.var(0, correction=0),
+
+@dataclass(frozen=True)
+class Method:
+    """What is aggregated for each channel of an activation."""
+
+    values: Callable[[Tensor, Tensor], Tensor]
+    """activation, d loss / d activation -> values of the same shape."""
+    needs_gradient: bool
+
+
+METHODS: dict[str, Method] = {
+    "activation": Method(lambda activation, _: activation, needs_gradient=False),
+    # First order: what the loss changes by, when the activation becomes zero.
+    "taylor": Method(lambda activation, gradient: activation * gradient, needs_gradient=True),
 }
+"""A new width metric is one entry here and its name in `config.schema.WidthMethod`."""
+
+
+@dataclass(frozen=True)
+class Convention:
+    """Where the paper's formulas and the code that NVIDIA ships differ."""
+
+    neuron: Literal["before_activation", "after_activation"]
+    """Side of the activation function; before it, a gated MLP is measured at its gate."""
+    head_per_token: bool
+    """A head's value is the L2 norm of its output at each token, then aggregated; else each of its channels
+    is aggregated and the score is the L2 norm of these."""
+
+
+CONVENTIONS: dict[str, Convention] = {
+    # F_neuron = sum X W1^T, F_head = sum ||Attn(..)||_2 (2407.14679, section 2.2).
+    "paper": Convention(neuron="before_activation", head_per_token=True),
+    # modelopt/torch/nas/plugins/megatron.py: inputs of linear_fc2 and of linear_proj.
+    "modelopt": Convention(neuron="after_activation", head_per_token=False),
+}
+
+_SEQUENCE: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda x: torch.linalg.vector_norm(x, 1, dim=0, dtype=_wide(x)) / x.shape[0],
+    "l2": lambda x: torch.linalg.vector_norm(x, 2, dim=0, dtype=_wide(x)),
+    "var": lambda x: x.to(_wide(x)).var(0, correction=0),
+}
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def aggregate_sequence(activations_SBC: Tensor, how: Aggregation) -> Tensor:
     """Score [B, C] of every sample: mean of absolute values, L2 norm or variance over the sequence."""
-    return _SEQUENCE[how](activations_SBC.to(torch.promote_types(activations_SBC.dtype, torch.float32)))
+    return _SEQUENCE[how](activations_SBC)
 
 
 def batch_sums(scores_BC: Tensor) -> Tensor:
@@ -51,17 +92,32 @@ def aggregate_batch(sums_4C: Tensor, how: Aggregation) -> Tensor:
     return (squares / count - (total / count).pow(2)).clamp_min(0.0)
 
 
+def per_head(activations_SBC: Tensor, kv_channels: int) -> Tensor:
+    """[S, B, heads]: L2 norm of every head's output at each token."""
+    heads = activations_SBC.unflatten(-1, (-1, kv_channels))
+    return torch.linalg.vector_norm(heads, 2, dim=-1, dtype=_wide(heads))
+
+
 def head_scores(channel_scores_C: Tensor, kv_channels: int) -> Tensor:
     """[..., heads]: L2 norm of the channel scores of each head's output."""
     return channel_scores_C.unflatten(-1, (-1, kv_channels)).norm(dim=-1)
 
 
+def group_scores(head_scores_H: Tensor, heads_per_group: int) -> Tensor:
+    """[..., groups]: L2 norm of the scores of the query heads that share one key and value head."""
+    return head_scores_H.unflatten(-1, (-1, heads_per_group)).norm(dim=-1)
+
+
 def block_influence_sums(layer_in_SBD: Tensor, layer_out_SBD: Tensor) -> Tensor:
     """[2] fp64: sum over tokens of the cosine between a layer's input and output, and the number of tokens."""
-    cosine = torch.nn.functional.cosine_similarity(layer_in_SBD.double(), layer_out_SBD.double(), dim=-1)
+    wide = _wide(layer_in_SBD)
+    cosine = torch.nn.functional.cosine_similarity(layer_in_SBD.to(wide), layer_out_SBD.to(wide), dim=-1).double()
     return torch.stack([cosine.sum(), torch.tensor(float(cosine.numel()), dtype=torch.float64, device=cosine.device)])
 
 
 def block_influence(sums_L2: Tensor) -> Tensor:
-    """`BI = 1 - E[cos(x_in, x_out)]` of each layer (2407.14679, section 2.2, after ShortGPT); higher matters more."""
-    return 1.0 - sums_L2[:, 0] / sums_L2[:, 1]
+    """`BI = 1 - E[cos(x_in, x_out)]` of each layer (2407.14679, section 2.2, after ShortGPT); higher matters more.
+
+    Of a run of layers: its first layer's input and its last one's output (2403.17887).
+    """
+    return 1.0 - sums_L2[..., 0] / sums_L2[..., 1]

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.families import ModelShape, num_params
+from nemo_minitron.pruning.merge import SHARES
 
 PLAN_FILE = "prune_plan.json"
 SCHEMA = 1
 ALL = "all"
 """Stands for every index of an axis."""
+OFF = "off"
+"""No heads are merged."""
 
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """Kept indices: 0-based, ascending. ffn and heads are keyed by the layer's number in the teacher."""
+    """Kept indices: 0-based, ascending. What differs by layer is keyed by the layer's number in the teacher."""
 
     method: str
     layers: tuple[int, ...]
     hidden: tuple[int, ...]
     ffn: Mapping[int, tuple[int, ...]]
+    groups: Mapping[int, tuple[int, ...]]
+    """Query groups: the heads of key and value."""
     heads: Mapping[int, tuple[int, ...]]
+    head_merge: str = "off"
+    merged: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
+    """Layer -> kept head -> the cut head that is merged into it."""
 
     def target_shape(self, source: ModelShape) -> ModelShape:
         """The shape that is left of `source`."""
@@ -36,6 +44,7 @@ class PrunePlan:
             hidden_size=len(self.hidden),
             ffn_hidden_size=len(self.ffn[first]),
             num_attention_heads=len(self.heads[first]),
+            num_query_groups=len(self.groups[first]),
         )
 
 
@@ -52,7 +61,12 @@ def write_plan(plan: PrunePlan, source: ModelShape, folder: Path) -> dict[str, A
             "layers": to_ranges(plan.layers),
             "hidden": to_ranges(plan.hidden),
             "ffn": {str(layer): to_ranges(plan.ffn[layer]) for layer in plan.layers},
+            "groups": {str(layer): to_ranges(plan.groups[layer]) for layer in plan.layers},
             "heads": {str(layer): to_ranges(plan.heads[layer]) for layer in plan.layers},
+        },
+        "head_merge": plan.head_merge,
+        "merged_heads": {
+            str(layer): {str(kept): cut for kept, cut in partners.items()} for layer, partners in plan.merged.items()
         },
     }
     (folder / PLAN_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -102,7 +116,8 @@ def _parse(document: Mapping[str, Any], source: ModelShape) -> PrunePlan:
     layers = from_ranges(keep["layers"], source.num_layers)
 
     def by_layer(axis: str, size: int) -> dict[int, tuple[int, ...]]:
-        lists = keep[axis]
+        # Plans of before groups could be cut have no list of them.
+        lists = keep.get(axis, ALL) if axis == "groups" else keep[axis]
         return {layer: from_ranges(ALL if lists == ALL else lists[str(layer)], size) for layer in layers}
 
     return PrunePlan(
@@ -110,29 +125,62 @@ def _parse(document: Mapping[str, Any], source: ModelShape) -> PrunePlan:
         layers=layers,
         hidden=from_ranges(keep["hidden"], source.hidden_size),
         ffn=by_layer("ffn", source.ffn_hidden_size),
+        groups=by_layer("groups", source.num_query_groups),
         heads=by_layer("heads", source.num_attention_heads),
+        head_merge=document.get("head_merge", OFF),
+        merged=_parse_merged(document, layers, source),
     )
 
 
-def _require_sound(plan: PrunePlan, source: ModelShape, target: Any, file: Path) -> None:
-    """Every layer keeps the same number of neurons and heads, every query group the same number of heads."""
-    for name, by_layer in (("ffn", plan.ffn), ("heads", plan.heads)):
+def _parse_merged(document: Mapping[str, Any], layers: Sequence[int], source: ModelShape) -> dict[int, dict[int, int]]:
+    how, merged = document.get("head_merge", OFF), document.get("merged_heads", {})
+    if how != OFF and how not in SHARES:
+        raise ValueError(f"head_merge {how!r} is none of {', '.join([OFF, *SHARES])}")
+    out = {
+        layer: {int(kept): int(cut) for kept, cut in merged.get(str(layer), {}).items()}
+        for layer in (layers if how != OFF else ())
+    }
+    heads = {head for partners in out.values() for pair in partners.items() for head in pair}
+    if heads and not 0 <= min(heads) <= max(heads) < source.num_attention_heads:
+        raise ValueError(f"merged_heads names a head that is not below {source.num_attention_heads}")
+    return out
+
+
+def require_uniform(plan: PrunePlan, where: str) -> None:
+    """Every layer keeps as many neurons, groups and heads: what a config.json, and Megatron, can express.
+
+    The plan format itself allows layers of different sizes.
+
+    Raises:
+        ArtifactError: naming the axis and the sizes.
+    """
+    for name, by_layer in (("ffn", plan.ffn), ("groups", plan.groups), ("heads", plan.heads)):
         counts = {layer: len(keep) for layer, keep in by_layer.items()}
         if len(set(counts.values())) > 1:
             raise ArtifactError(
                 f"keep.{name} has layers of different sizes: {counts}.",
-                where=str(file),
+                where=where,
                 next_step="Keep the same number in every layer; a model has one size for all.",
             )
+
+
+def _require_sound(plan: PrunePlan, source: ModelShape, target: Any, file: Path) -> None:
+    """Every query group that stays keeps the same number of heads, the others none; the target is what is left."""
     for layer, heads in plan.heads.items():
-        counts = {group: 0 for group in range(source.num_query_groups)}
+        counts = {group: 0 for group in plan.groups[layer]}
         for head in heads:
-            counts[head // source.heads_per_group] += 1
-        if len(set(counts.values())) > 1:
+            group = head // source.heads_per_group
+            counts[group] = counts.get(group, 0) + 1
+        if counts.keys() != set(plan.groups[layer]) or len(set(counts.values())) > 1:
             raise ArtifactError(
-                f"keep.heads.{layer} keeps different numbers of heads in the query groups: {counts}.", where=str(file)
+                f"keep.heads.{layer} keeps different numbers of heads in the query groups: {counts}; "
+                f"keep.groups.{layer} is {to_ranges(plan.groups[layer])}.",
+                where=str(file),
             )
     left = plan.target_shape(source).sizes()
+    for axis, size in (("ffn", "ffn_hidden_size"), ("heads", "num_attention_heads"), ("groups", "num_query_groups")):
+        if len({len(keep) for keep in getattr(plan, axis).values()}) > 1:
+            left[size] = target[size]
     if target != left:
         raise ArtifactError(
             f"The keep lists leave {left}, but target says {target}.",

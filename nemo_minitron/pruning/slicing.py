@@ -12,7 +12,8 @@ from nemo_minitron.families import ModelShape, Parameter, Row, num_params, param
 from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files
 from nemo_minitron.progress import Progress
 from nemo_minitron.pruning.axes import Keep, expand_keep
-from nemo_minitron.pruning.plan_file import PrunePlan
+from nemo_minitron.pruning.merge import merge_heads
+from nemo_minitron.pruning.plan_file import PrunePlan, require_uniform
 
 
 def slice_parameter(tensor: Tensor, row: Row, keep: Keep) -> Tensor:
@@ -20,6 +21,15 @@ def slice_parameter(tensor: Tensor, row: Row, keep: Keep) -> Tensor:
     for dim, axis in enumerate(row.axes):
         if axis in keep:
             tensor = tensor.index_select(dim, keep[axis])
+    return tensor
+
+
+def merge_parameter(tensor: Tensor, row: Row, plan: PrunePlan, source: ModelShape, layer: int | None) -> Tensor:
+    """The parameter with cut heads merged into kept ones, where the plan says so and the row is made of heads."""
+    axes = ("q", "kv") if source.heads_per_group == 1 else ("q",)
+    for dim, axis in enumerate(row.axes):
+        if layer is not None and axis in axes:
+            tensor = merge_heads(tensor, dim, plan.merged.get(layer, {}), source.kv_channels, plan.head_merge)
     return tensor
 
 
@@ -39,6 +49,7 @@ def prune_checkpoint(source_dir: Path, plan: PrunePlan, out_dir: Path, progress:
     Raises:
         NumericsError: a tensor or the total did not come out as planned.
     """
+    require_uniform(plan, str(source_dir))
     checkpoint = Checkpoint.open(source_dir)
     source, target = checkpoint.shape, plan.target_shape(checkpoint.shape)
     writer = CheckpointWriter(out_dir, write_config(checkpoint.config, target))
@@ -46,7 +57,8 @@ def prune_checkpoint(source_dir: Path, plan: PrunePlan, out_dir: Path, progress:
     pairs = list(kept_parameters(plan, source))
     written = 0
     for student, teacher in progress.track(pairs, "prune", len(pairs), "tensors"):
-        tensor = slice_parameter(checkpoint.read(teacher.hf), teacher.row, keeps[teacher.layer])
+        whole = merge_parameter(checkpoint.read(teacher.hf), teacher.row, plan, source, teacher.layer)
+        tensor = slice_parameter(whole, teacher.row, keeps[teacher.layer])
         _require_shape(student, tensor, target)
         written += tensor.numel()
         writer.add(student.hf, tensor)

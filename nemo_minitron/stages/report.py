@@ -14,7 +14,8 @@ from nemo_minitron.artifacts.store import Store
 from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.config.schema import ReportStage
 from nemo_minitron.errors import PlanError
-from nemo_minitron.plan.planner import RunPlan, run_dir
+from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.plan.planner import RunPlan
 from nemo_minitron.stages.spec import Result, StageContext
 
 LOCAL = ("run_root", "assets_dir")

@@ -22,7 +22,8 @@ from nemo_minitron.artifacts.manifest import Manifest, provenance
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import Recipe
 from nemo_minitron.errors import ArtifactError, EnvironmentProblem, MinitronError
-from nemo_minitron.plan.planner import RunPlan, StageCall, make_plan, run_dir
+from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.plan.planner import RunPlan, StageCall, make_plan
 from nemo_minitron.progress import Progress
 from nemo_minitron.stages.spec import STAGES, StageContext
 
@@ -52,6 +53,7 @@ def run_recipe(recipe: Recipe, options: RunOptions, *, quiet: bool = False) -> R
     with _disk_errors(store.root), store.lock():
         store.remove_leftovers()
         plan = _settle_drift(make_plan(recipe), store, options)
+        recipe = plan.recipe
         (store.root / "plan.json").write_text(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
         wanted = plan.needed_for(options.until)
         for call in plan.calls:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts.types import Inputs
@@ -11,19 +12,20 @@ from nemo_minitron.config.schema import ScoreStage
 from nemo_minitron.stages.spec import Result, StageContext
 
 if TYPE_CHECKING:
-    from nemo_minitron.backends.megatron.datasets import HeldOutBatches
     from nemo_minitron.backends.megatron.forward import Batch
+    from nemo_minitron.evaluation.choice_task import ChoiceTask
 
 
 def score(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Activation importance of the teacher on calibration samples: scores.safetensors and scores.json.
+    """Importance of the teacher's parts on calibration samples: scores.safetensors (fp64) and scores.json.
 
     Raises:
         NumericsError: a score is NaN or infinite.
     """
     from safetensors.torch import save_file
 
-    from nemo_minitron.backends.megatron.stats import activation_scores, loss_without_layers
+    from nemo_minitron.backends.megatron.depth_scores import DepthSamples, depth_scores
+    from nemo_minitron.backends.megatron.stats import activation_scores
     from nemo_minitron.backends.megatron.weights import load_model
     from nemo_minitron.pruning.selection import require_finite
 
@@ -32,12 +34,15 @@ def score(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Result:
         inputs["model"].path, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens
     )
     scores = activation_scores(model, shape, _calibration(params, inputs, ctx), params, session)
-    facts = {"num_samples": params.num_samples, "seq_len_tokens": params.seq_len_tokens}
-    if "lm_loss" in params.layer_metrics:
-        heldout = _calibration_windows(params, inputs, ctx)
-        scores["layers.lm_loss"], baseline = loss_without_layers(model, shape, heldout, session, ctx.progress)
-        facts["baseline_lm_loss"] = baseline  # type: ignore[assignment]
+    samples = DepthSamples(list(_batches(params, inputs, ctx, params.depth_samples)), _task(params, inputs, ctx))
+    layers, whole = depth_scores(model, shape, params, samples, session, ctx.progress)
+    scores |= layers
     require_finite(scores)
+    facts = {
+        "num_samples": params.num_samples,
+        "seq_len_tokens": params.seq_len_tokens,
+        **{f"baseline_{name}": value for name, value in whole.items()},
+    }
     if ctx.is_main:
         save_file({name: tensor.contiguous() for name, tensor in scores.items()}, ctx.out_dir / "scores.safetensors")
         (ctx.out_dir / "scores.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -68,7 +73,13 @@ def _batches(params: ScoreStage, inputs: Inputs, ctx: StageContext, num_samples:
         yield from step_batches(samples, session, step=step, global_batch_size=size, micro_batch_size=micro)
 
 
-def _calibration_windows(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> HeldOutBatches:
-    from nemo_minitron.backends.megatron.datasets import HeldOutBatches
+def _task(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> ChoiceTask | None:
+    if "task" not in params.layer_metrics or params.depth_task is None:
+        return None
+    from nemo_minitron.evaluation.choice_task import load_choice_task
+    from nemo_minitron.evaluation.generation import load_tokenizer
+    from nemo_minitron.hf.source import resolve_path
 
-    return HeldOutBatches(list(_batches(params, inputs, ctx, params.lm_loss_samples)), num_bytes=0)
+    task = params.depth_task
+    folder = None if task.source is None else resolve_path(task.source, Path(ctx.execution.assets_dir))
+    return load_choice_task(task.name, load_tokenizer(inputs["model"].path), data_dir=folder, limit=task.limit)

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.config.schema import SelectStage
 from nemo_minitron.stages.spec import Result, StageContext
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def select(params: SelectStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Turn scores and target sizes into prune_plan.json. Seconds on a CPU, deterministic."""
-    from safetensors.torch import load_file
-
     from nemo_minitron.families import read_shape
     from nemo_minitron.hf.checkpoint import read_config
     from nemo_minitron.pruning.plan_file import write_plan
+    from nemo_minitron.pruning.search import winner_of
     from nemo_minitron.pruning.selection import choose_keep
 
     source = read_shape(read_config(inputs["model"].path))
-    scores = inputs.get("scores")
-    loaded = load_file(str(scores.path / "scores.safetensors")) if scores else {}
-    document = write_plan(choose_keep(loaded, source, params), source, ctx.out_dir)
+    search = inputs.get("search")
+    if search is not None:
+        params = params.model_copy(update={"target": winner_of(search.path)})
+    document = write_plan(choose_keep(load_scores(params, inputs), source, params), source, ctx.out_dir)
     kept, total = document["num_params"]["target"], document["num_params"]["source"]
     ctx.progress.say(f"keeps {kept:,} of {total:,} parameters ({kept / total:.1%})")
     return {"num_params": kept, "share": kept / total, "target": document["target"], "method": params.method}
+
+
+def load_scores(params: SelectStage, inputs: Inputs) -> dict[str, Tensor]:
+    """What the method chooses by."""
+    if params.method == "magnitude":
+        from nemo_minitron.hf.checkpoint import Checkpoint
+        from nemo_minitron.pruning.magnitude import magnitude_scores
+
+        return magnitude_scores(Checkpoint.open(inputs["model"].path), params)
+    scores = inputs.get("scores")
+    if scores is None:
+        return {}
+    from safetensors.torch import load_file
+
+    return load_file(str(scores.path / "scores.safetensors"))

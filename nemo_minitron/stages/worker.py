@@ -11,7 +11,8 @@ from pathlib import Path
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import Recipe
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.plan.planner import make_plan, run_dir
+from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.plan.planner import make_plan
 from nemo_minitron.progress import Progress
 from nemo_minitron.stages.runner import ERROR_FILE, RESULT_FILE, STATUS_FILE, call_stage, save_error
 from nemo_minitron.stages.spec import StageContext
@@ -22,7 +23,8 @@ def main(call_file: Path) -> int:
     order = json.loads(call_file.read_text())
     recipe = Recipe.model_validate(order["recipe"])
     work, is_main = call_file.parent, os.environ.get("RANK", "0") == "0"
-    call = make_plan(recipe).call(order["stage"])
+    plan = make_plan(recipe)
+    recipe, call = plan.recipe, plan.call(order["stage"])
     context = StageContext(
         name=call.name,
         recipe_name=recipe.name,

@@ -78,12 +78,15 @@ TABLE = (
     Bad(
         "heads that do not divide",
         lambda _: ["stages.select.target.num_attention_heads=3"],
-        ("stages.select.target.num_attention_heads = 3: must be a multiple of the 2 query groups. Nearest: 2, 4.",),
+        (
+            "stages.select.target.num_attention_heads = 3: cannot be cut out of the model. "
+            "Allowed: a multiple of the 2 query groups, such as 2 or 4.",
+        ),
     ),
     Bad(
         "larger than the teacher",
         lambda _: ["stages.select.target.ffn_hidden_size=193"],
-        ("stages.select.target.ffn_hidden_size = 193: larger than the teacher's. Allowed: 1 to 192.",),
+        ("stages.select.target.ffn_hidden_size = 193: cannot be cut out of the model. Allowed: 1 to 192.",),
     ),
     Bad(
         "a layout that does not divide",

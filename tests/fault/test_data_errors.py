@@ -56,7 +56,7 @@ TABLE = (
         "x.csv",
         ("Unknown file type .csv.", "*.parquet[.gz|.zst]"),
     ),
-    Bad("a glob without matches", lambda folder: None, "*.jsonl", ("No file matches", "*.jsonl")),
+    Bad("a glob without matches", lambda folder: None, "*.jsonl", ("matches no file", "*.jsonl")),
     Bad(
         "one document, none to hold out",
         lambda folder: (folder / "x.txt").write_text("All of it."),

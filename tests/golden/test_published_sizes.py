@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from nemo_minitron.plan.describe import plan_facts
 from nemo_minitron.plan.planner import RunPlan
 from tests.conftest import REPO
 
+NO_FILES = ("there is no such file or folder.", "matches no file.")
 # Heads of 128 in all of them, and 8 query groups, so k and v have 8 * 128 = 1024 rows.
 _LLAMA_LAYER = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096 + 2 * 4096
 """q and o, k and v, gate and up and down, two RMSNorms."""
@@ -90,9 +92,44 @@ def test_the_steps_are_the_fewest_that_read_the_published_tokens(name: str, tmp_
 def test_the_layout_fits_one_node_and_as_many_as_the_papers_had(name: str, num_nodes: int, tmp_path: Path) -> None:
     plan = _plan(name, tmp_path, f"execution.parallel.dp={num_nodes}")
     assert plan.recipe.execution.parallel.world_size == 8 * num_nodes
-    assert [problem for problem in find_problems(plan) if "no such file" not in problem] == []
+    assert [problem for problem in find_problems(plan) if not problem.endswith(NO_FILES)] == []
 
 
 def test_by_depth_the_papers_contiguous_block_goes_and_the_last_layer_stays(tmp_path: Path) -> None:
     select = _plan("llama31_8b/depth_4b", tmp_path).call("select")
     assert [layer for layer in range(32) if layer not in select.params["drop_layers"]] == [*range(15), 31]
+
+
+# 2407.14679, table 19: the 15 candidates near 8B (layers, heads, MLP dim, embedding).
+TABLE_19 = {
+    (32, 32, 12800, 5120), (32, 32, 13824, 4608), (32, 48, 11520, 4608), (32, 48, 16384, 4096), (31, 32, 12800, 5120),
+    (31, 32, 16128, 4608), (31, 48, 13824, 4608), (31, 48, 16384, 4096), (30, 32, 12800, 5120), (30, 32, 16128, 4608),
+    (30, 48, 13824, 4608), (30, 48, 16384, 4096), (29, 32, 12800, 5120), (29, 32, 16128, 4608), (29, 48, 13824, 4608),
+}  # fmt: skip
+
+
+def _nemotron_by_hand(layers: int, heads: int, ffn: int, hidden: int) -> int:
+    layer = 2 * heads * 128 * hidden + 2 * 1024 * hidden + 2 * ffn * hidden + 2 * 2 * hidden
+    return 2 * 256000 * hidden + layers * layer + 2 * hidden
+
+
+def _points(facts: dict) -> dict[tuple[int, int, int, int], int]:
+    keys = ("num_layers", "num_attention_heads", "ffn_hidden_size", "hidden_size")
+    return {tuple(found[key] for key in keys): found["num_params"] for found in facts["candidates"]}
+
+
+def test_the_search_near_8b_has_the_15_candidates_of_the_papers_table(tmp_path: Path) -> None:
+    points = _points(plan_facts(_plan("nemotron4_15b/search_8b", tmp_path)))
+    assert points == {point: _nemotron_by_hand(*point) for point in TABLE_19}
+
+
+def test_the_search_near_4b_has_the_18_candidates_that_the_paper_counts(tmp_path: Path) -> None:
+    plan = _plan("nemotron4_15b/search_4b", tmp_path)
+    points = _points(plan_facts(plan))
+    grid = itertools.product((29, 30, 31, 32), (24, 32, 48), (2.5, 3, 3.5, 4), (2560, 3072, 3584, 4096, 4608))
+    sizes = [(layers, heads, int(factor * hidden), hidden) for layers, heads, factor, hidden in grid]
+    by_hand = {point: _nemotron_by_hand(*point) for point in sizes}
+    assert points == {point: size for point, size in by_hand.items() if 3.8e9 <= size <= 4.2e9}
+    assert len(points) == 18
+    assert points[32, 24, 9216, 3072] == EXACT["nemotron4_15b/width_4b"], "Minitron 4B is one of them"
+    assert sum(call.kind == "candidate" for call in plan.calls) == 18, "each is a stage of its own"

@@ -257,13 +257,16 @@ def test_cutting_everything_at_once_equals_cutting_one_axis_after_the_other(teac
         layers,
         tuple(range(shape.hidden_size)),
         {layer: tuple(range(shape.ffn_hidden_size)) for layer in layers},
+        {layer: tuple(range(shape.num_query_groups)) for layer in layers},
         {layer: tuple(range(shape.num_attention_heads)) for layer in layers},
     )
     first_ffn = {layer: plan.ffn.get(layer, tuple(range(40))) for layer in layers}
     steps = [
-        PrunePlan("by hand", layers, whole.hidden, first_ffn, whole.heads),
-        PrunePlan("by hand", layers, plan.hidden, dict.fromkeys(layers, tuple(range(40))), whole.heads),
-        PrunePlan("by hand", plan.layers, tuple(range(40)), dict.fromkeys(layers, tuple(range(40))), whole.heads),
+        PrunePlan("by hand", layers, whole.hidden, first_ffn, whole.groups, whole.heads),
+        PrunePlan("by hand", layers, plan.hidden, dict.fromkeys(layers, tuple(range(40))), whole.groups, whole.heads),
+        PrunePlan(
+            "by hand", plan.layers, tuple(range(40)), dict.fromkeys(layers, tuple(range(40))), whole.groups, whole.heads
+        ),
     ]
     folder = teacher_dir
     for number, step in enumerate(steps):

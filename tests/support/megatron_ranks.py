@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nemo_minitron.config.schema import DistillStage, Parallel
+from nemo_minitron.config.schema import DistillStage, Parallel, ScoreStage
 from nemo_minitron.progress import Progress
 
 if TYPE_CHECKING:
     from nemo_minitron.backends.megatron.session import Session
+    from nemo_minitron.evaluation.choice_task import ChoiceTask
 
 SILENT = Progress(silent=True)
 
@@ -66,25 +69,55 @@ def distill_losses(
     )
 
 
-def scores_of(model_dir: Path, data: Path, parallel: Parallel, work: Path) -> dict[str, NDArray]:
-    """Importance scores of every axis."""
-    from nemo_minitron.backends.megatron.datasets import step_batches, training_samples
+def scores_of(
+    models: dict[str, Path], data: Path, parallel: Parallel, work: Path, cases: dict[str, tuple[str, ScoreStage]]
+) -> dict[tuple[str, str], dict[str, NDArray]]:
+    """(model, case) -> every score; a case is a precision and the keys of a score stage."""
     from nemo_minitron.backends.megatron.session import open_session
+
+    with open_session(parallel, device="cpu", threads=1) as session:
+        return {
+            (model, case): _scores(folder, data, session, work, precision, params)
+            for model, folder in models.items()
+            for case, (precision, params) in cases.items()
+        }
+
+
+def _scores(
+    model_dir: Path, data: Path, session: Session, work: Path, precision: str, params: ScoreStage
+) -> dict[str, NDArray]:
+    from nemo_minitron.backends.megatron.datasets import step_batches, training_samples
+    from nemo_minitron.backends.megatron.depth_scores import DepthSamples, depth_scores
     from nemo_minitron.backends.megatron.stats import activation_scores
     from nemo_minitron.backends.megatron.weights import load_model
-    from nemo_minitron.config.schema import ScoreStage
 
-    params = ScoreStage(kind="score", num_samples=8, seq_len_tokens=32, precision="fp32")
-    with open_session(parallel, device="cpu", threads=1) as session:
-        model, shape = load_model(model_dir, session, precision="fp32", seq_len_tokens=32)
-        samples = training_samples(data, num_samples=8, seq_len_tokens=32, seed=0, cache_dir=work)
-        size = parallel.dp * parallel.micro_batch_size
-        batches = [
-            batch
-            for step in range(8 // size)
-            for batch in step_batches(
-                samples, session, step=step, global_batch_size=size, micro_batch_size=parallel.micro_batch_size
-            )
-        ]
-        scores = activation_scores(model, shape, batches, params, session)
-    return {name: score.numpy() for name, score in scores.items()}
+    length, number, micro = params.seq_len_tokens, params.num_samples, session.parallel.micro_batch_size
+    model, shape = load_model(model_dir, session, precision=precision, seq_len_tokens=length)
+    samples = training_samples(data, num_samples=number, seq_len_tokens=length, seed=0, cache_dir=work)
+    size = session.parallel.dp * micro
+    batches = [
+        batch
+        for step in range(number // size)
+        for batch in step_batches(samples, session, step=step, global_batch_size=size, micro_batch_size=micro)
+    ]
+    scores = activation_scores(model, shape, batches, params, session)
+    layers, whole = depth_scores(model, shape, params, DepthSamples(batches, choice_task()), session, SILENT)
+    found = {name: score.numpy() for name, score in (scores | layers).items()}
+    return {**found, **{f"whole {name}": np.array(value) for name, value in whole.items()}}
+
+
+def choice_task() -> ChoiceTask:
+    """Ten questions with three answers of several lengths; the accuracy is a smooth stand-in, so that it shows all."""
+    from nemo_minitron.evaluation.choice_task import ChoiceTask
+
+    generator = np.random.default_rng(3)
+    pairs = []
+    for _ in range(10):
+        question = tuple(generator.integers(1, 400, 9).tolist())
+        pairs += [(question, tuple(generator.integers(1, 400, size).tolist())) for size in (1, 4, 6)]
+
+    class Smooth(ChoiceTask):
+        def accuracy(self, log_likelihoods: Sequence[float]) -> float:
+            return float(np.mean(np.tanh(np.array(log_likelihoods) / 20)))
+
+    return Smooth("made up", tuple(pairs), "acc", None, ())

@@ -22,7 +22,7 @@ DOORS = {
     "torch.distributed": "backends/megatron/",
     "hydra": "config/compose.py",
     "omegaconf": "config/compose.py",
-    "lm_eval": "evaluation/tasks.py",
+    "lm_eval": "evaluation/",
 }
 
 

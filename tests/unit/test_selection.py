@@ -16,7 +16,15 @@ from nemo_minitron.config.schema import Execution, SelectStage, Target
 from nemo_minitron.errors import ArtifactError, MinitronError, NumericsError, PlanError
 from nemo_minitron.families import ModelShape, num_params, read_shape
 from nemo_minitron.progress import Progress
-from nemo_minitron.pruning.plan_file import PLAN_FILE, PrunePlan, from_ranges, read_plan, to_ranges, write_plan
+from nemo_minitron.pruning.plan_file import (
+    PLAN_FILE,
+    PrunePlan,
+    from_ranges,
+    read_plan,
+    require_uniform,
+    to_ranges,
+    write_plan,
+)
 from nemo_minitron.pruning.selection import choose_keep, top_indices
 from nemo_minitron.stages.select import select
 from nemo_minitron.stages.spec import StageContext
@@ -73,15 +81,50 @@ def test_the_lowest_scored_layers_go() -> None:
     assert _choose(num_layers=2, layer_metric="lm_loss").layers == (0, 2)
 
 
-def test_a_contiguous_run_has_the_lowest_sum_of_any_run() -> None:
-    assert _choose(num_layers=2, drop_contiguous_layers=True).layers == (0, 3)
-    assert _choose(num_layers=2, layer_metric="lm_loss", drop_contiguous_layers=True).layers == (0, 1)
+def test_a_contiguous_run_is_chosen_by_the_score_of_runs_of_its_length() -> None:
+    scores = {"blocks.lm_loss.2": torch.tensor([3.0, 2.0, 2.0]), "blocks.lm_loss.1": torch.ones(4)}
+    keys = {"num_layers": 2, "layer_metric": "lm_loss", "layer_removal": "contiguous"}
+    assert choose_keep(scores, SOURCE, _params(**keys)).layers == (0, 3), "of equal runs the first"
+    with pytest.raises(ArtifactError, match=r"no score 'blocks.lm_loss.3'"):
+        choose_keep(scores, SOURCE, _params(**{**keys, "num_layers": 1}))
 
 
-def test_equal_runs_go_to_the_first() -> None:
-    scores = {"layers.block_influence": torch.ones(4)}
-    plan = choose_keep(scores, SOURCE, _params(num_layers=2, drop_contiguous_layers=True))
-    assert plan.layers == (2, 3)
+def test_iterative_removal_takes_layers_in_the_order_in_which_they_went() -> None:
+    scores = {"iterative.lm_loss": torch.tensor([4.0, 2.0, 1.0, 3.0])}
+    keys = {"layer_metric": "lm_loss", "layer_removal": "iterative"}
+    assert choose_keep(scores, SOURCE, _params(num_layers=3, **keys)).layers == (0, 1, 3)
+    assert choose_keep(scores, SOURCE, _params(num_layers=2, **keys)).layers == (0, 3)
+
+
+def test_query_groups_go_by_the_scores_of_all_their_heads() -> None:
+    plan = _choose(num_query_groups=1)
+    # Group 0 holds heads 0-2, group 1 heads 3-5.
+    assert plan.groups == {0: (1,), 1: (1,), 2: (1,), 3: (0,)}
+    assert plan.heads == {0: (3, 4, 5), 1: (3, 4, 5), 2: (3, 4, 5), 3: (0, 1, 2)}
+    assert plan.target_shape(SOURCE).sizes()["num_attention_heads"] == 3
+    both = _choose(num_query_groups=1, num_attention_heads=2)
+    assert both.heads == {0: (3, 4), 1: (4, 5), 2: (3, 4), 3: (0, 2)}
+
+
+def test_without_shared_keys_the_groups_go_with_the_heads() -> None:
+    source = SOURCE.resized(num_query_groups=6)
+    plan = choose_keep(SCORES, source, _params(num_attention_heads=4))
+    assert plan.groups == plan.heads
+    assert plan.heads[0] == (2, 3, 4, 5)
+
+
+def test_network_ranking_keeps_the_same_neurons_in_every_layer() -> None:
+    plan = _choose(ffn_hidden_size=2, ranking="network")
+    # Columns of SCORES["ffn"] add up to 8, 16, 8, 16, 8, 16.
+    assert set(plan.ffn.values()) == {(1, 3)}
+
+
+def test_cut_heads_are_merged_into_the_least_important_kept_ones_of_their_group() -> None:
+    plan = _choose(num_attention_heads=4, head_merge="printed")
+    # Layer 0, group 0: 2 > 1 > 0, so head 0 goes into head 1; group 1: 3 > 4 > 5.
+    assert plan.merged[0] == {1: 0, 4: 5}
+    assert _choose(num_attention_heads=2, head_merge="printed").merged[0] == {2: 1, 3: 4}
+    assert _choose(num_attention_heads=4).merged == {}
 
 
 def test_named_layers_are_dropped_without_any_score() -> None:
@@ -120,10 +163,21 @@ def test_scores_that_are_no_numbers_are_refused(bad: float) -> None:
         choose_keep(scores, SOURCE, _params(ffn_hidden_size=2))
 
 
+def test_layers_of_different_sizes_can_be_planned_but_not_cut(tmp_path: Path) -> None:
+    write_plan(_choose(hidden_size=4, ffn_hidden_size=2), SOURCE, tmp_path)
+    _edit(tmp_path, lambda d: d["keep"]["ffn"].update({"0": "0-2"}))
+    plan = read_plan(tmp_path, SOURCE)
+    assert [len(plan.ffn[layer]) for layer in plan.layers] == [3, 2, 2, 2]
+    with pytest.raises(ArtifactError, match=r"keep.ffn has layers of different sizes: \{0: 3, 1: 2"):
+        require_uniform(plan, "here")
+
+
 IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "wider than the teacher": ({"hidden_size": 9}, "target.hidden_size = 9"),
     "deeper than the teacher": ({"num_layers": 5}, "target.num_layers = 5"),
     "heads that do not fill the groups": ({"num_attention_heads": 3}, "target.num_attention_heads = 3"),
+    "more heads than the groups hold": ({"num_query_groups": 1, "num_attention_heads": 5}, "num_attention_heads = 5"),
+    "merging without cutting": ({"hidden_size": 4, "head_merge": "printed"}, "head_merge = printed"),
     "a layer that is not there": ({"drop_layers": [4]}, "drop_layers"),
     "every layer": ({"drop_layers": [0, 1, 2, 3]}, "drop_layers"),
     "two different depths": ({"drop_layers": [1], "num_layers": 2}, "target.num_layers = 2"),
@@ -199,7 +253,8 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "index twice": (lambda d: d["keep"].update(hidden="0,1,1,2"), "ascending"),
     "not a list": (lambda d: d["keep"].update(hidden=4), "cannot be understood"),
     "layer without neurons": (lambda d: d["keep"]["ffn"].pop("0"), "cannot be understood"),
-    "layers of different sizes": (lambda d: d["keep"]["ffn"].update({"0": "0-2"}), "keep.ffn has layers of different"),
+    "heads of a group that goes": (lambda d: d["keep"]["groups"].update({"0": "1"}), "keep.groups.0 is 1"),
+    "merging that there is not": (lambda d: d.update(head_merge="twice"), "head_merge 'twice'"),
     "groups of different sizes": (lambda d: d["keep"]["heads"].update({"0": "0,1"}), "keep.heads.0 keeps different"),
     "target that does not fit": (lambda d: d["keep"].update(hidden="0-4"), "The keep lists leave"),
 }

@@ -66,7 +66,7 @@ def test_axes_that_stay_whole_have_no_entry() -> None:
             "vocab_size": 8,
         }
     )
-    plan = PrunePlan("importance", (1,), (0, 1, 2, 3), {1: (0, 2)}, {1: (0, 1)})
+    plan = PrunePlan("importance", (1,), (0, 1, 2, 3), {1: (0, 2)}, {1: (0, 1)}, {1: (0, 1)})
     assert {axis: keep.tolist() for axis, keep in expand_keep(plan, shape, 1).items()} == {"ffn": [0, 2]}
     assert expand_keep(plan, shape, None) == {}
 

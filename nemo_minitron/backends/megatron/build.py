@@ -12,6 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_minitron.backends.megatron.layers import block_spec
+from nemo_minitron.backends.megatron.layout import stage_bounds
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.errors import PlanError
 from nemo_minitron.families import ModelShape
@@ -64,6 +65,10 @@ def transformer_config(shape: ModelShape, session: Session, precision: str) -> T
         "batch_p2p_comm": session.on_gpu,
         "deallocate_pipeline_outputs": True,
     }
+    bounds = stage_bounds(shape.num_layers, parallel.pp)
+    if shape.num_layers % parallel.pp:
+        options["num_layers_in_first_pipeline_stage"] = bounds[0][1] - bounds[0][0]
+        options["num_layers_in_last_pipeline_stage"] = bounds[-1][1] - bounds[-1][0]
     known = {field.name for field in fields(TransformerConfig)}
     return TransformerConfig(**{key: value for key, value in options.items() if key in known})
 
@@ -81,9 +86,10 @@ def build_model(shape: ModelShape, session: Session, *, precision: str, seq_len_
             allowed=f"at most {window}",
         )
     config = transformer_config(shape, session, precision)
+    start, stop = stage_bounds(shape.num_layers, session.parallel.pp)[session.pp_rank]
     model = GPTModel(
         config,
-        block_spec(shape.num_layers // session.parallel.pp, qk_norm=shape.qk_norm),
+        block_spec(stop - start, qk_norm=shape.qk_norm),
         vocab_size=padded_vocab_size(shape, session.parallel.tp),
         max_sequence_length=seq_len_tokens,
         pre_process=session.is_first_stage,

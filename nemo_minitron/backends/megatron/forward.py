@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.session import Session
@@ -25,43 +26,109 @@ def model_logits(model: torch.nn.Module, tokens_BS: Tensor) -> Tensor:
     return model(tokens_BS, positions, None)
 
 
+def _nothing() -> None:
+    pass
+
+
 @torch.no_grad()
 def forward_batches(
-    model: GPTModel, batches: Iterable[Batch], session: Session, consume: Callable[[Tensor, Batch], None]
+    model: GPTModel,
+    batches: Iterable[Batch],
+    session: Session,
+    consume: Callable[[Tensor, Batch], None],
+    *,
+    after: Callable[[], None] = _nothing,
 ) -> None:
     """Run every batch; on the last stage `consume(logits_BSV, batch)` gets this rank's vocabulary part.
 
-    Every pipeline stage is given the same batches.
+    Every pipeline stage is given the same batches, and calls `after` when one has gone through it.
     """
-    schedule = get_forward_backward_func()
-    for batch in batches:
-        schedule(
-            forward_step_func=partial(_forward_step, consume=consume),
-            data_iterator=iter([batch]),
-            model=[model],
-            num_microbatches=1,
-            seq_length=batch["tokens"].shape[1],
-            micro_batch_size=batch["tokens"].shape[0],
-            forward_only=True,
-        )
 
-
-def _forward_step(data: Iterator[Batch], model: GPTModel, *, consume: Callable[[Tensor, Batch], None]) -> Any:
-    batch = next(data)
-    output = model_logits(model, batch["tokens"])
-
-    def loss(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(logits: Tensor, batch: Batch) -> Tensor:
         consume(logits, batch)
-        return logits.new_zeros(()), {}
+        return logits.new_zeros(())
 
-    return output, loss
+    for batch in batches:
+        _schedule(model, batch, loss, forward_only=True)
+        after()
+
+
+def backward_batches(
+    model: GPTModel,
+    batches: Iterable[Batch],
+    session: Session,
+    vocab_size: int,
+    *,
+    after: Callable[[], None] = _nothing,
+) -> None:
+    """Forward and backward of the summed next-token loss of every batch; no parameter gets a gradient.
+
+    A sum, not a mean: a sample's gradients then do not depend on what else is in its batch.
+    """
+
+    def loss(logits: Tensor, batch: Batch) -> Tensor:
+        return (token_nll(logits, batch["labels"], vocab_size) * batch["loss_mask"]).sum()
+
+    with _gradients_of_activations_only(model):
+        for batch in batches:
+            _schedule(model, batch, loss, forward_only=False)
+            after()
+
+
+def _schedule(model: GPTModel, batch: Batch, loss: Callable[[Tensor, Batch], Tensor], *, forward_only: bool) -> None:
+    get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, loss=loss),
+        data_iterator=iter([batch]),
+        model=[model],
+        num_microbatches=1,
+        seq_length=batch["tokens"].shape[1],
+        micro_batch_size=batch["tokens"].shape[0],
+        forward_only=forward_only,
+    )
+
+
+def _forward_step(data: Iterator[Batch], model: GPTModel, *, loss: Callable[[Tensor, Batch], Tensor]) -> Any:
+    batch = next(data)
+    return model_logits(model, batch["tokens"]), lambda logits: (loss(logits, batch), {})
+
+
+@contextmanager
+def _gradients_of_activations_only(model: GPTModel) -> Iterator[None]:
+    """Freeze the parameters; the gradient starts at the embeddings' output."""
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    handle = None
+    if hasattr(model, "embedding"):
+        handle = model.embedding.register_forward_hook(lambda _, __, out: out.requires_grad_())
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
 def token_nll(logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int) -> Tensor:
-    """-log p(label), fp32 [B, S], over a vocabulary that is split over the tensor-parallel ranks."""
-    logits = mask_padded_vocab(logits_BSV.float(), vocab_size).transpose(0, 1).contiguous()
-    loss: Tensor = tensor_parallel.vocab_parallel_cross_entropy(logits, labels_BS.transpose(0, 1).contiguous())
-    return loss.transpose(0, 1)
+    """-log p(label) [B, S], in at least fp32, over a vocabulary that is split over the tensor-parallel ranks.
+
+    Not Megatron's cross entropy, which would make fp32 of fp64.
+    """
+    wide = torch.promote_types(logits_BSV.dtype, torch.float32)
+    logits = mask_padded_vocab(logits_BSV.to(wide), vocab_size)
+    group = parallel_state.get_tensor_model_parallel_group()
+    with torch.no_grad():
+        peak = logits.max(-1).values
+        torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX, group=group)
+    # Summed forward, passed on as it is backward: every rank holds the gradient of its own part.
+    total = reduce_from_tensor_model_parallel_region((logits - peak[..., None]).exp().sum(-1))
+    first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+    local = labels_BS - first
+    mine = (local >= 0) & (local < logits.shape[-1])
+    found = logits.gather(-1, local.clamp(0, logits.shape[-1] - 1)[..., None])[..., 0]
+    found = reduce_from_tensor_model_parallel_region(torch.where(mine, found, found.new_zeros(())))
+    return total.log() + peak - found
 
 
 def mask_padded_vocab(logits_V: Tensor, vocab_size: int) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 class TorchNorm(nn.Module):
     """RMSNorm, or LayerNorm whose stored weight is centred on zero (w + 1), in plain torch.
 
-    The statistics are taken in fp32, like the Hugging Face models that the weights come from.
+    The statistics are taken in fp32 (fp64 stays fp64), like the Hugging Face models that the weights come from.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
@@ -44,12 +44,12 @@ class TorchNorm(nn.Module):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_SBD: Tensor) -> Tensor:
-        bias = self.bias
+        bias, wide = self.bias, torch.promote_types(hidden_SBD.dtype, torch.float32)
         if not isinstance(bias, Tensor):
-            normed = F.rms_norm(hidden_SBD.float(), hidden_SBD.shape[-1:], None, self.eps)
+            normed = F.rms_norm(hidden_SBD.to(wide), hidden_SBD.shape[-1:], None, self.eps)
             return self.weight * normed.to(hidden_SBD.dtype)
-        weight = self.weight.float() + float(self.zero_centered)
-        normed = F.layer_norm(hidden_SBD.float(), hidden_SBD.shape[-1:], weight, bias.float(), self.eps)
+        weight = self.weight.to(wide) + float(self.zero_centered)
+        normed = F.layer_norm(hidden_SBD.to(wide), hidden_SBD.shape[-1:], weight, bias.to(wide), self.eps)
         return normed.to(hidden_SBD.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Importance statistics from forward hooks on a Megatron model.
+"""Importance statistics from hooks on a Megatron model.
 
 Every rank adds up what it sees of its own layers and channels into zero tensors of the whole
 model's size; one sum over all ranks then gives every rank the whole statistic, in any layout.
@@ -13,25 +13,30 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
-from nemo_minitron.backends.megatron.datasets import HeldOutBatches
-from nemo_minitron.backends.megatron.evaluate import sum_nll
-from nemo_minitron.backends.megatron.forward import Batch, evaluating, forward_batches
+from nemo_minitron.backends.megatron.forward import Batch, backward_batches, evaluating, forward_batches
 from nemo_minitron.backends.megatron.layout import shard_range
 from nemo_minitron.backends.megatron.session import Session
+from nemo_minitron.backends.megatron.stream import LayerStream
 from nemo_minitron.config.schema import ScoreStage
 from nemo_minitron.families import ModelShape
-from nemo_minitron.progress import Progress
 from nemo_minitron.pruning.importance import (
+    CONVENTIONS,
+    METHODS,
     NUM_SUMS,
+    Convention,
+    Method,
     aggregate_batch,
     aggregate_sequence,
     batch_sums,
     block_influence,
-    block_influence_sums,
     head_scores,
+    per_head,
 )
+
+View = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,24 +46,22 @@ class Sums:
     norms: Tensor
     """[2L, 4, hidden]: outputs of each layer's two norms."""
     ffn: Tensor
-    """[L, 4, ffn]: input of the second MLP matrix."""
+    """[L, 4, ffn]: MLP neurons."""
     attention: Tensor
-    """[L, 4, heads * kv_channels]: input of the attention output projection."""
-    blocks: Tensor
-    """[L, 2]: cosine between each layer's input and output, and tokens."""
+    """[L, 4, heads * kv_channels] or, where heads are measured at each token, [L, 4, heads]."""
 
     @classmethod
-    def zeros(cls, shape: ModelShape, device: torch.device) -> Sums:
-        def zeros(*size: int) -> Tensor:
-            return torch.zeros(size, dtype=torch.float64, device=device)
-
+    def zeros(cls, shape: ModelShape, convention: Convention, device: torch.device) -> Sums:
         layers, axis = shape.num_layers, shape.axis_sizes()
-        return cls(
-            norms=zeros(2 * layers, NUM_SUMS, axis["hidden"]),
-            ffn=zeros(layers, NUM_SUMS, axis["ffn"]),
-            attention=zeros(layers, NUM_SUMS, axis["q"]),
-            blocks=zeros(layers, 2),
-        )
+        attention = shape.num_attention_heads if convention.head_per_token else axis["q"]
+        rows = ((2 * layers, axis["hidden"]), (layers, axis["ffn"]), (layers, attention))
+        return cls(*(torch.zeros(n, NUM_SUMS, size, dtype=torch.float64, device=device) for n, size in rows))
+
+
+def convention_of(params: ScoreStage) -> Convention:
+    """The named convention, with the side of the activation function that the recipe may have chosen."""
+    found = CONVENTIONS[params.convention]
+    return Convention(params.neuron_score or found.neuron, found.head_per_token)
 
 
 def activation_scores(
@@ -68,64 +71,132 @@ def activation_scores(
     params: ScoreStage,
     session: Session,
 ) -> dict[str, Tensor]:
-    """Scores of every axis from forward passes only, fp32, equal on every rank.
+    """Width scores, and block influence where it is asked for; one pass, fp64, equal on every rank.
 
     hidden: summed over the outputs of all layers' norms; ffn and heads: per layer (2407.14679,
     section 2.2). The final norm is not counted.
     """
-    sums = Sums.zeros(shape, session.device)
-    with evaluating(model), _hooks(model, shape, sums, params, session):
-        forward_batches(model, batches, session, lambda *_: None)
-    for tensor in (sums.norms, sums.ffn, sums.attention, sums.blocks):
+    convention, method = convention_of(params), METHODS[params.method]
+    sums = Sums.zeros(shape, convention, session.device)
+    lengths = (1, *params.block_lengths) if "block_influence" in params.layer_metrics else ()
+    stream = LayerStream(model, shape, lengths, session)
+    taps = _Taps(convention, method, params, shape, session)
+    with evaluating(model), stream.recording(), taps.attached(model, sums):
+        if method.needs_gradient:
+            backward_batches(model, batches, session, shape.vocab_size, after=stream.close_batch)
+        else:
+            forward_batches(model, batches, session, lambda *_: None, after=stream.close_batch)
+    for tensor in (sums.norms, sums.ffn, sums.attention):
         session.sum(tensor)
-    return {name: score.float().cpu() for name, score in _finish(sums, shape, params).items()}
+    return {**_width_scores(sums, shape, params, convention), **_influence(stream)}
 
 
-def _finish(sums: Sums, shape: ModelShape, params: ScoreStage) -> dict[str, Tensor]:
+def _width_scores(sums: Sums, shape: ModelShape, params: ScoreStage, convention: Convention) -> dict[str, Tensor]:
     def by_row(tensor_R4C: Tensor) -> Tensor:
-        return torch.stack([aggregate_batch(row, params.batch_aggregation) for row in tensor_R4C])
+        return torch.stack([aggregate_batch(row, params.batch_aggregation) for row in tensor_R4C]).cpu()
+
+    def heads() -> Tensor:
+        rows = by_row(sums.attention)
+        return rows if convention.head_per_token else head_scores(rows, shape.kv_channels)
 
     scores: dict[str, Callable[[], Tensor]] = {
         "hidden": lambda: by_row(sums.norms).sum(0),
         "ffn": lambda: by_row(sums.ffn),
-        "heads": lambda: head_scores(by_row(sums.attention), shape.kv_channels),
+        "heads": heads,
     }
-    out: dict[str, Tensor] = {axis: scores[axis]() for axis in params.width_axes}
-    if "block_influence" in params.layer_metrics:
-        out["layers.block_influence"] = block_influence(sums.blocks)
-    return out
+    return {axis: scores[axis]() for axis in params.width_axes}
 
 
-@contextmanager
-def _hooks(model: GPTModel, shape: ModelShape, sums: Sums, params: ScoreStage, session: Session) -> Iterator[None]:
-    tp, tp_rank = session.parallel.tp, session.tp_rank
-    ffn_part = slice(*shard_range(shape.axis_sizes()["ffn"], tp_rank, tp))
-    attention_part = slice(*shard_range(shape.axis_sizes()["q"], tp_rank, tp))
+def _influence(stream: LayerStream) -> dict[str, Tensor]:
+    """block_influence of single layers as `layers.`, of runs as `blocks.<length>`."""
+    return {
+        f"layers.{_BI}" if length == 1 else f"blocks.{_BI}.{length}": block_influence(sums.cpu())
+        for length, sums in stream.totals().items()
+    }
 
-    def collect(target_4C: Tensor) -> Callable[[Tensor], None]:
-        # Returns None: a value would replace the activation.
-        def add(activations: Tensor) -> None:
-            target_4C.add_(batch_sums(aggregate_sequence(activations, params.sequence_aggregation)))
 
-        return add
+_BI = "block_influence"
 
-    with ExitStack() as stack:
-        for layer in model.decoder.layers:
-            index = layer.layer_number - 1
-            stack.enter_context(_on_input(layer.mlp.linear_fc2, collect(sums.ffn[index, :, ffn_part])))
-            stack.enter_context(
-                _on_input(layer.self_attention.linear_proj, collect(sums.attention[index, :, attention_part]))
-            )
-            if tp_rank == 0:  # what follows is the same on every tensor-parallel rank
-                stack.enter_context(_on_output(layer.input_layernorm, collect(sums.norms[2 * index])))
-                stack.enter_context(_on_output(layer.pre_mlp_layernorm, collect(sums.norms[2 * index + 1])))
-                stack.enter_context(_on_both(layer, sums.blocks[index]))
-        yield
+
+@dataclass(frozen=True)
+class _Taps:
+    """Where activations are taken from, and what is done with them."""
+
+    convention: Convention
+    method: Method
+    params: ScoreStage
+    shape: ModelShape
+    session: Session
+
+    @contextmanager
+    def attached(self, model: GPTModel, sums: Sums) -> Iterator[None]:
+        """Hooks on every layer of this rank, for the axes that are asked for."""
+        axes = self.params.width_axes
+        with ExitStack() as stack:
+            for layer in model.decoder.layers:
+                index = layer.layer_number - 1
+                if "ffn" in axes:
+                    stack.enter_context(self._neurons(layer.mlp, sums.ffn[index]))
+                if "heads" in axes:
+                    stack.enter_context(self._heads(layer.self_attention, sums.attention[index]))
+                if "hidden" in axes:
+                    stack.enter_context(self._norm(layer.input_layernorm, sums.norms[2 * index]))
+                    stack.enter_context(self._norm(layer.pre_mlp_layernorm, sums.norms[2 * index + 1]))
+            yield
+
+    def _neurons(self, mlp: Any, sums_4C: Tensor) -> Any:
+        mine = self._my_part(sums_4C)
+        if self.convention.neuron == "after_activation":
+            return _on_input(mlp.linear_fc2, lambda x: self._take(x, _same, mine))
+        # Megatron stacks gate and up; the gate goes through the activation function.
+        view = (lambda x: x.chunk(2, -1)[0]) if self.shape.gated else _same
+        return _on_output(mlp.linear_fc1, lambda out: self._take(out[0], view, mine))
+
+    def _heads(self, attention: Any, sums_4C: Tensor) -> Any:
+        mine, size = self._my_part(sums_4C), self.shape.kv_channels
+        view = (lambda x: per_head(x, size)) if self.convention.head_per_token else _same
+        return _on_input(attention.linear_proj, lambda x: self._take(x, view, mine))
+
+    def _norm(self, norm: nn.Module, sums_4C: Tensor) -> Any:
+        """The same on every tensor-parallel rank, or a part of the sequence of each: the first one counts."""
+        scattered = self.session.parallel.sequence_parallel and self.session.parallel.tp > 1
+        if self.session.tp_rank and not scattered:
+            return ExitStack()
+        view = _whole_sequence if scattered else _same
+        target = sums_4C if self.session.tp_rank == 0 else torch.zeros_like(sums_4C)
+        return _on_output(norm, lambda x: self._take(x, view, target))
+
+    def _my_part(self, sums_4C: Tensor) -> Tensor:
+        start, stop = shard_range(sums_4C.shape[-1], self.session.tp_rank, self.session.parallel.tp)
+        return sums_4C[:, start:stop]
+
+    def _take(self, activation: Tensor, view: View, target_4C: Tensor) -> None:
+        def add(values: Tensor) -> None:
+            sequence = aggregate_sequence(view(values), self.params.sequence_aggregation)
+            target_4C.add_(batch_sums(sequence))
+
+        values, kept = self.method.values, activation.detach()
+        if not self.method.needs_gradient:
+            add(values(kept, kept))
+            return
+        activation.register_hook(lambda gradient: add(values(kept, gradient)))
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _whole_sequence(x: Tensor) -> Tensor:
+    return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
 
 
 @contextmanager
 def _on_input(module: nn.Module, consume: Callable[[Tensor], None]) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(lambda _, args: consume(args[0].detach()))
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        # Returns None: a value would replace the activation.
+        consume(args[0])
+
+    handle = module.register_forward_pre_hook(hook)
     try:
         yield
     finally:
@@ -133,57 +204,11 @@ def _on_input(module: nn.Module, consume: Callable[[Tensor], None]) -> Iterator[
 
 
 @contextmanager
-def _on_output(module: nn.Module, consume: Callable[[Tensor], None]) -> Iterator[None]:
-    handle = module.register_forward_hook(lambda _, args, out: consume(out.detach()))
-    try:
-        yield
-    finally:
-        handle.remove()
+def _on_output(module: nn.Module, consume: Callable[[Any], None]) -> Iterator[None]:
+    def hook(_: nn.Module, __: Any, out: Any) -> None:
+        consume(out)
 
-
-@contextmanager
-def _on_both(layer: nn.Module, target: Tensor) -> Iterator[None]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        target.add_(block_influence_sums(before.detach(), out[0].detach()))
-
-    handle = layer.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def loss_without_layers(
-    model: GPTModel, shape: ModelShape, heldout: HeldOutBatches, session: Session, progress: Progress
-) -> tuple[Tensor, float]:
-    """(LM loss [L] after removing each layer, loss of the whole model), nats per token.
-
-    The paper's PPL importance of a layer (2407.14679, section 2.2): the higher the loss, the more it matters.
-    """
-    silent = Progress(silent=True)
-    baseline = sum_nll(model, heldout, shape.vocab_size, session, silent).loss
-    losses = []
-    with progress.bar("loss without each layer", shape.num_layers, "layers") as bar:
-        for layer in range(shape.num_layers):
-            with _without(model, layer):
-                losses.append(sum_nll(model, heldout, shape.vocab_size, session, silent).loss)
-            bar.advance(loss=losses[-1])
-    return torch.tensor(losses), baseline
-
-
-@contextmanager
-def _without(model: GPTModel, index: int) -> Iterator[None]:
-    """Let one layer hand its input through; nothing happens on ranks that do not hold it."""
-    layer = next((layer for layer in model.decoder.layers if layer.layer_number - 1 == index), None)
-    if layer is None:
-        yield
-        return
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        return (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], *out[1:])
-
-    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    handle = module.register_forward_hook(hook)
     try:
         yield
     finally:

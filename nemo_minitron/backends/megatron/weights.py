@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.build import build_model
-from nemo_minitron.backends.megatron.layout import SPLIT_AXES, fuse, shard_slices, split
+from nemo_minitron.backends.megatron.layout import SPLIT_AXES, fuse, shard_slices, split, stage_bounds
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.families import ModelShape, Parameter, parameters, tensor_shape
 from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter
@@ -135,7 +135,8 @@ def _local_part(local: Tensor | None, parameter: Parameter, shape: ModelShape) -
 def _owner_stage(parameter: Parameter, shape: ModelShape, pp: int) -> int:
     """Pipeline stage that holds the parameter: the first for embeddings, the last for the head."""
     if parameter.layer is not None:
-        return parameter.layer // (shape.num_layers // pp)
+        bounds = stage_bounds(shape.num_layers, pp)
+        return next(stage for stage, (start, stop) in enumerate(bounds) if start <= parameter.layer < stop)
     return 0 if parameter.megatron.startswith("embedding.") else pp - 1
 
 

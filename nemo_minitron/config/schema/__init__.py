@@ -1,0 +1,151 @@
+"""Every key of a recipe, with its default. Defaults stand here and nowhere else.
+
+A recipe has three parts: its ``name``, its ``stages`` (what is computed; enters the
+fingerprints) and ``execution`` (where and how; never enters a fingerprint).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from nemo_minitron.config.schema.base import (
+    Fraction,
+    Inputless,
+    LayerMetric,
+    Precision,
+    Schema,
+    StageName,
+    WidthMethod,
+)
+from nemo_minitron.config.schema.execution import (
+    Execution,
+    Parallel,
+)
+from nemo_minitron.config.schema.measuring import (
+    CheckTeacherInputs,
+    CheckTeacherStage,
+    EvaluateInputs,
+    EvaluateStage,
+    ExportInputs,
+    ExportStage,
+    ReportInputs,
+    ReportStage,
+    SpeedInputs,
+    SpeedMeasurement,
+    SpeedStage,
+)
+from nemo_minitron.config.schema.pruning import (
+    DepthTask,
+    PruneInputs,
+    PruneStage,
+    ScoreInputs,
+    ScoreStage,
+    SelectInputs,
+    SelectionRules,
+    SelectStage,
+    Target,
+)
+from nemo_minitron.config.schema.search import (
+    CandidateInputs,
+    CandidateStage,
+    Hardware,
+    Rung,
+    SearchConstraints,
+    SearchGrid,
+    SearchInputs,
+    SearchStage,
+)
+from nemo_minitron.config.schema.sources import (
+    AdoptStage,
+    DataSource,
+    ImportStage,
+    TokenizeInputs,
+    TokenizeStage,
+)
+from nemo_minitron.config.schema.training import (
+    DistillInputs,
+    DistillStage,
+    ForwardKL,
+    Training,
+)
+
+StageConfig = Annotated[
+    ImportStage
+    | AdoptStage
+    | TokenizeStage
+    | CheckTeacherStage
+    | ScoreStage
+    | SelectStage
+    | PruneStage
+    | DistillStage
+    | SearchStage
+    | CandidateStage
+    | EvaluateStage
+    | SpeedStage
+    | ExportStage
+    | ReportStage,
+    Field(discriminator="kind"),
+]
+
+
+class Recipe(Schema):
+    """One complete, named run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*$")]
+    """Folder under run_root; the recipe file's path below recipes/ unless given."""
+    stages: Annotated[dict[StageName, StageConfig], Field(min_length=1)]
+    execution: Execution = Execution()
+
+
+__all__ = [
+    "AdoptStage",
+    "CandidateInputs",
+    "CandidateStage",
+    "CheckTeacherInputs",
+    "CheckTeacherStage",
+    "DataSource",
+    "DepthTask",
+    "DistillInputs",
+    "DistillStage",
+    "EvaluateInputs",
+    "EvaluateStage",
+    "Execution",
+    "ExportInputs",
+    "ExportStage",
+    "ForwardKL",
+    "Fraction",
+    "Hardware",
+    "ImportStage",
+    "Inputless",
+    "LayerMetric",
+    "Parallel",
+    "Precision",
+    "PruneInputs",
+    "PruneStage",
+    "Recipe",
+    "ReportInputs",
+    "ReportStage",
+    "Rung",
+    "Schema",
+    "ScoreInputs",
+    "ScoreStage",
+    "SearchConstraints",
+    "SearchGrid",
+    "SearchInputs",
+    "SearchStage",
+    "SelectInputs",
+    "SelectStage",
+    "SelectionRules",
+    "SpeedInputs",
+    "SpeedMeasurement",
+    "SpeedStage",
+    "StageConfig",
+    "StageName",
+    "Target",
+    "TokenizeInputs",
+    "TokenizeStage",
+    "Training",
+    "WidthMethod",
+]

@@ -1,0 +1,25 @@
+"""What every section of a recipe is made of."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Schema(BaseModel):
+    """Frozen; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Precision = Literal["fp32", "bf16"]
+StageName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+WidthMethod = Literal["activation", "taylor"]
+LayerMetric = Literal["block_influence", "lm_loss", "logit_mse", "task"]
+"""Names of the metrics; their functions are in pruning/importance.py and pruning/depth.py."""
+
+
+class Inputless(Schema):
+    """A stage that reads no other stage."""

@@ -1,0 +1,59 @@
+"""Keys of the stages that train."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from nemo_minitron.config.schema.base import Fraction, Precision, Schema, StageName
+
+
+class ForwardKL(Schema):
+    """KL(teacher || student) on next-token logits (2407.14679, section 3)."""
+
+    kind: Literal["forward_kl"] = "forward_kl"
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+class DistillInputs(Schema):
+    student: StageName = "prune"
+    teacher: StageName = "teacher"
+    data: StageName = "data"
+    check: StageName | None = "check_teacher"
+    """Waits for this teacher check to pass; null: no check."""
+
+
+class Training(Schema):
+    """How a student is trained, however long."""
+
+    loss: ForwardKL = ForwardKL()
+    global_batch_size: PositiveInt
+    """Sequences per optimizer step."""
+    seq_len_tokens: PositiveInt
+    lr: Annotated[float, Field(gt=0.0)]
+    """Peak; reached after the warm-up."""
+    min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    """End of the cosine."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.95
+    adam_eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    clip_grad: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+    precision: Precision = "bf16"
+    valid_interval_steps: PositiveInt = 100
+    valid_num_tokens: PositiveInt = 16384
+    save_interval_steps: PositiveInt = 100
+    keep_checkpoints: PositiveInt = 2
+    """Newest training checkpoints kept in the work folder."""
+    seed: int = 1234
+
+
+class DistillStage(Training):
+    """Train the student to match the live teacher."""
+
+    kind: Literal["distill"]
+    inputs: DistillInputs = DistillInputs()
+    num_steps: PositiveInt

@@ -1,0 +1,79 @@
+"""A multiple-choice task of lm-eval as token ids and a function of log-likelihoods, for models of any framework."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.errors import PlanError
+from nemo_minitron.evaluation.tasks import data_errors, offline, offline_name, quiet, write_offline_tasks
+
+METRICS = ("acc_norm", "acc")
+"""What a task is judged by: the first of these that it has."""
+
+
+@dataclass(frozen=True)
+class ChoiceTask:
+    """Questions with their answers; `pairs[i]` is (question, answer) as token ids, both not empty."""
+
+    name: str
+    pairs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    metric: str
+    _task: Any
+    _instances: tuple[Any, ...]
+
+    def accuracy(self, log_likelihoods: Sequence[float]) -> float:
+        """Mean accuracy over the examples, by lm-eval's own code, from the log-likelihood of each pair."""
+        found: list[float] = []
+        numbered = zip(self._instances, log_likelihoods, strict=True)
+        for _, group in groupby(numbered, key=lambda item: item[0].doc_id):
+            items = list(group)
+            # Whether an answer is the greedy one plays no part in accuracy.
+            results = self._task.process_results(items[0][0].doc, [(value, False) for _, value in items])
+            found.append(float(results[self.metric]))
+        return sum(found) / len(found)
+
+
+def load_choice_task(name: str, tokenizer: Any, *, data_dir: Path | None, limit: int | None) -> ChoiceTask:
+    """Questions and answers of a task, zero-shot, from the first example on.
+
+    Args:
+        data_dir: folder with <task>/validation.arrow; None lets lm-eval fetch from the hub.
+
+    Raises:
+        PlanError: lm-eval does not know the task, it is no multiple-choice task, or has no offline data.
+        DataError: offline data that cannot be read.
+    """
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    with tempfile.TemporaryDirectory() as scratch, offline(data_dir is not None), quiet(), data_errors(data_dir):
+        if data_dir is not None:
+            write_offline_tasks([name], data_dir, Path(scratch))
+            manager = TaskManager(include_path=scratch, include_defaults=False)
+        else:
+            manager = TaskManager()
+        known = offline_name(name) if data_dir else name
+        task = get_task_dict([known], manager)[known]
+        if getattr(task, "OUTPUT_TYPE", None) != "multiple_choice":
+            raise PlanError(f"Task {name} is not a multiple-choice task.", where="depth_task.name")
+        task.build_all_requests(limit=limit, rank=0, world_size=1)
+    instances = tuple(sorted(task.instances, key=lambda instance: (instance.doc_id, instance.idx)))
+    metric = next((metric for metric in METRICS if metric in task.aggregation()), None)
+    if metric is None:
+        raise PlanError(f"Task {name} has no accuracy.", where="depth_task.name", allowed=", ".join(METRICS))
+    pairs = tuple(_encode(tokenizer, *instance.args) for instance in instances)
+    return ChoiceTask(name, pairs, metric, task, instances)
+
+
+def _encode(tokenizer: Any, question: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """As lm-eval does: spaces between the two belong to the answer, and they are tokenized together."""
+    spaces = len(question) - len(question.rstrip())
+    if spaces:
+        question, answer = question[:-spaces], question[-spaces:] + answer
+    whole = tokenizer.encode(question + answer, add_special_tokens=False)
+    start = len(tokenizer.encode(question, add_special_tokens=False))
+    return tuple(whole[:start]), tuple(whole[start:])

@@ -1,0 +1,76 @@
+"""A search stage -> one stage for each candidate and rung, so that each can run, resume and be queued by itself."""
+
+from __future__ import annotations
+
+from nemo_minitron.config.schema import CandidateInputs, CandidateStage, Recipe, SearchStage, StageConfig
+from nemo_minitron.families import ModelShape
+from nemo_minitron.plan.shapes import model_shape
+from nemo_minitron.pruning.search import Candidate, enumerate_candidates
+
+
+def expand_searches(recipe: Recipe) -> Recipe:
+    """The recipe with its searches written out; one that is written out already stays as it is.
+
+    Which candidate goes on to a later rung is known only when the rung before has finished: a later rung has a
+    stage for each place in the ranking. A search over a model of unknown sizes stays unexpanded, and cannot run.
+
+    Raises:
+        PlanError: no point of a grid, or too many, meet the constraints.
+    """
+    stages: dict[str, StageConfig] = {}
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, SearchStage) and not stage.inputs.candidates:
+            source = model_shape(recipe, stage.inputs.model)
+            if source is not None:
+                written = _written_out(name, stage, source)
+                stages |= written
+                inputs = stage.inputs.model_copy(update={"candidates": tuple(written)})
+                stage = stage.model_copy(update={"inputs": inputs})
+        stages[name] = stage
+    return recipe.model_copy(update={"stages": stages})
+
+
+def candidates_of(recipe: Recipe, search: SearchStage) -> list[Candidate]:
+    """The points of its grid; none where the model's sizes are not known."""
+    source = model_shape(recipe, search.inputs.model)
+    return [] if source is None else enumerate_candidates(search.grid, search.constraints, source)
+
+
+def _written_out(search: str, stage: SearchStage, source: ModelShape) -> dict[str, CandidateStage]:
+    candidates = enumerate_candidates(stage.grid, stage.constraints, source)
+    out = {
+        f"{search}_{candidate.name}": _candidate(stage, 1, name=candidate.name, target=candidate.target)
+        for candidate in candidates
+    }
+    rivals = tuple(out)
+    for number in range(2, len(stage.rungs) + 1):
+        keep = stage.rungs[number - 2].keep or max(1, len(rivals) // 2)
+        places = range(1, min(keep, len(rivals)) + 1)
+        rung = {f"{search}_r{number}_p{place}": _candidate(stage, number, rivals, place=place) for place in places}
+        out |= rung
+        rivals = tuple(rung)
+    return out
+
+
+def _candidate(stage: SearchStage, rung: int, rivals: tuple[str, ...] = (), **which: object) -> CandidateStage:
+    inputs = stage.inputs
+    return CandidateStage.model_validate(
+        {
+            "kind": "candidate",
+            "inputs": CandidateInputs(
+                model=inputs.model,
+                teacher=inputs.teacher,
+                scores=inputs.scores,
+                data=inputs.data,
+                check=inputs.check,
+                rivals=rivals,
+            ),
+            "rung": rung,
+            "num_steps": stage.rungs[rung - 1].num_steps,
+            "retraining": stage.retraining,
+            "selection": stage.selection,
+            "min_generate_tokens_per_s": stage.constraints.min_generate_tokens_per_s,
+            "measure_speed": stage.measure_speed if rung == 1 else None,
+            **which,
+        }
+    )

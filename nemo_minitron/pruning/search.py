@@ -1,0 +1,205 @@
+"""Which shape: enumerate a grid under constraints, and rank what was tried. Pure; imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config.schema import Hardware, SearchConstraints, SearchGrid, Target
+from nemo_minitron.errors import ArtifactError, PlanError
+from nemo_minitron.families import ModelShape, num_params, target_shape
+
+SEARCH_FILE = "search.json"
+SCHEMA = 1
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One point of the grid, with what it would cost."""
+
+    name: str
+    target: Target
+    num_params: int
+    memory_gib: float
+    """Weights and KV cache at the constraints' context and batch."""
+    decode_ms: float
+    """Modelled time of one generated token of the batch."""
+    shape: ModelShape
+
+    def facts(self) -> dict[str, Any]:
+        """For tables and programs."""
+        return {
+            "name": self.name,
+            "num_params": self.num_params,
+            **self.shape.sizes(),
+            "memory_gib": round(self.memory_gib, 4),
+            "decode_ms": round(self.decode_ms, 4),
+        }
+
+
+def enumerate_candidates(grid: SearchGrid, constraints: SearchConstraints, source: ModelShape) -> list[Candidate]:
+    """Every point of the grid that can be cut out of `source` and meets the constraints, in the grid's order.
+
+    Raises:
+        PlanError: none does, or more than `constraints.max_candidates`.
+    """
+    found: list[Candidate] = []
+    points = 0
+    for target in _points(grid, source):
+        points += 1
+        shape = target_shape(source, target, None)
+        if _can_be_cut(shape, source) and _meets(shape, constraints):
+            hardware = constraints.hardware
+            memory, decode = memory_gib(shape, constraints), decode_ms(shape, constraints, hardware)
+            name = f"c{len(found) + 1:02d}"
+            found.append(Candidate(name, target, num_params(shape), memory, decode, shape))
+    if not found:
+        raise PlanError(
+            f"None of the {points} points of the grid meets the constraints.",
+            where="search",
+            next_step="Widen the grid, or constraints.num_params_tolerance.",
+        )
+    if len(found) > constraints.max_candidates:
+        raise PlanError(
+            f"{len(found)} of the {points} points of the grid meet the constraints.",
+            where="search.constraints.max_candidates",
+            allowed=f"at most {constraints.max_candidates}",
+            next_step="Narrow the grid or the constraints, or raise max_candidates.",
+        )
+    return found
+
+
+def _points(grid: SearchGrid, source: ModelShape) -> Iterator[Target]:
+    hidden_sizes = grid.hidden_size or (source.hidden_size,)
+    others = (grid.num_layers, grid.num_attention_heads, grid.num_query_groups)
+    for layers, heads, groups in product(*(sizes or (None,) for sizes in others)):
+        for hidden in hidden_sizes:
+            for ffn in _ffn_sizes(grid, hidden, source):
+                yield Target(
+                    num_layers=layers,
+                    hidden_size=hidden,
+                    ffn_hidden_size=ffn,
+                    num_attention_heads=heads,
+                    num_query_groups=groups,
+                )
+
+
+def _ffn_sizes(grid: SearchGrid, hidden: int, source: ModelShape) -> Sequence[int]:
+    if grid.ffn_expansion:
+        return list(dict.fromkeys(round(factor * hidden) for factor in grid.ffn_expansion))
+    return grid.ffn_hidden_size or (source.ffn_hidden_size,)
+
+
+def _can_be_cut(shape: ModelShape, source: ModelShape) -> bool:
+    fits = all(size <= source.sizes()[key] for key, size in shape.sizes().items())
+    whole = shape.num_attention_heads % shape.num_query_groups == 0
+    return fits and whole and shape.heads_per_group <= source.heads_per_group
+
+
+def _meets(shape: ModelShape, constraints: SearchConstraints) -> bool:
+    least, most = constraints.num_params_range
+    if not least <= num_params(shape) <= most:
+        return False
+    if constraints.max_memory_gib is not None and memory_gib(shape, constraints) > constraints.max_memory_gib:
+        return False
+    limit = constraints.max_decode_ms
+    return limit is None or decode_ms(shape, constraints, constraints.hardware) <= limit
+
+
+def kv_cache_bytes(shape: ModelShape, constraints: SearchConstraints) -> int:
+    """Keys and values of every layer, for the whole context of every sequence, 16 bits each."""
+    per_token = 2 * shape.num_layers * shape.num_query_groups * shape.kv_channels * 2
+    return per_token * constraints.context_tokens * constraints.batch_size
+
+
+def memory_gib(shape: ModelShape, constraints: SearchConstraints) -> float:
+    """16-bit weights and KV cache."""
+    return (2 * num_params(shape) + kv_cache_bytes(shape, constraints)) / GIB
+
+
+def decode_ms(shape: ModelShape, constraints: SearchConstraints, hardware: Hardware) -> float:
+    """Roofline of one decoding step of the batch: what is read once, or what is computed, whichever takes longer.
+
+    Read: all 16-bit weights but the embedding rows, and the KV cache. Computed: 2 operations for each weight and
+    sequence. And a fixed cost for each layer (kernel launches), which is what makes depth faster than width.
+    """
+    embeddings = 0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size
+    weights = num_params(shape) - embeddings
+    read_s = (2 * weights + kv_cache_bytes(shape, constraints)) / (hardware.memory_gb_per_s * 1e9)
+    compute_s = 2 * weights * constraints.batch_size / (hardware.tflops * 1e12)
+    return 1e3 * max(read_s, compute_s) + 1e-3 * hardware.layer_overhead_us * shape.num_layers
+
+
+def ranking(candidates: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Best first: who came further in the rungs, then the lower loss there; with `rank` and `on_pareto_front`.
+
+    A candidate whose loss is no number, or None because it was too slow to be trained, is last of its rung.
+    """
+    ordered = sorted(candidates, key=lambda c: (-len(c["losses"]), _orderable(c["losses"][-1]), c["name"]))
+    return [
+        {**found, "rank": number, "on_pareto_front": _on_front(found, ordered)}
+        for number, found in enumerate(ordered, 1)
+    ]
+
+
+def _orderable(loss: float | None) -> float:
+    return math.inf if loss is None or math.isnan(loss) else loss
+
+
+def _on_front(one: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> bool:
+    """No other is at least as small and as good, and better in one of the two."""
+
+    def dominates(other: Mapping[str, Any]) -> bool:
+        mine, theirs = ((c["num_params"], _orderable(c["losses"][-1])) for c in (one, other))
+        return theirs != mine and theirs[0] <= mine[0] and theirs[1] <= mine[1]
+
+    return not any(dominates(other) for other in others)
+
+
+def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Agreement of two orders, from -1 to 1; None for fewer than two items. Ties count for neither side."""
+    pairs = list(combinations(range(len(one)), 2))
+    if not pairs:
+        return None
+    agree = sum(_sign(one[i] - one[j]) * _sign(other[i] - other[j]) for i, j in pairs)
+    return agree / len(pairs)
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
+
+
+def write_search(document: Mapping[str, Any], folder: Path) -> None:
+    """search.json."""
+    (folder / SEARCH_FILE).write_text(json.dumps({"schema": SCHEMA, **document}, indent=2) + "\n", encoding="utf-8")
+
+
+def read_search(folder: Path) -> dict[str, Any]:
+    """search.json of a finished search stage.
+
+    Raises:
+        ArtifactError: damaged.
+    """
+    try:
+        document = json.loads((folder / SEARCH_FILE).read_text(encoding="utf-8"))
+        if document["schema"] != SCHEMA or not document["candidates"]:
+            raise ValueError("not a search result of this version")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"The search result cannot be read: {error!r}",
+            where=str(folder / SEARCH_FILE),
+            next_step="Run the search stage again.",
+        ) from error
+    return dict(document)
+
+
+def winner_of(folder: Path) -> Target:
+    """Sizes of the first in the ranking."""
+    best = read_search(folder)["candidates"][0]
+    return Target(**{key: best[key] for key in Target.model_fields})

@@ -1,0 +1,60 @@
+"""Rank the candidates of a search."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_minitron.artifacts.types import Artifact, Inputs
+from nemo_minitron.config.schema import SearchStage
+from nemo_minitron.stages.spec import Result, StageContext
+
+_MEASURED = ("zero_shot_loss", "losses", "generate_tokens_per_s")
+
+
+def search(params: SearchStage, inputs: Inputs, ctx: StageContext) -> Result:
+    """search.json: every candidate with its sizes, costs and losses, best first. Trains nothing itself."""
+    from nemo_minitron.families import read_shape
+    from nemo_minitron.hf.checkpoint import read_config
+    from nemo_minitron.pruning.search import enumerate_candidates, kendall_tau, ranking, write_search
+
+    source = read_shape(read_config(inputs["model"].path))
+    points = enumerate_candidates(params.grid, params.constraints, source)
+    trained = _newest(inputs)
+    ranked = ranking([{**point.facts(), **{key: trained[point.name][key] for key in _MEASURED}} for point in points])
+    compared = [found for found in ranked if None not in (found["zero_shot_loss"], found["losses"][-1])]
+    tau = kendall_tau([found["zero_shot_loss"] for found in compared], [float(found["rank"]) for found in compared])
+    best = ranked[0]
+    write_search(
+        {
+            "constraints": params.constraints.model_dump(mode="json"),
+            "rungs": _rungs(params, inputs),
+            "candidates": ranked,
+            "winner": best["name"],
+            "rank_correlation": tau,
+        },
+        ctx.out_dir,
+    )
+    ctx.progress.say(f"winner: {best['name']}, {best['num_params']:,} parameters, loss {best['losses'][-1]}")
+    return {"winner": best["name"], "num_candidates": len(ranked), "num_params": best["num_params"]}
+
+
+def _newest(inputs: Inputs) -> dict[str, dict[str, Any]]:
+    """Candidate -> its result in the last rung that it took part in."""
+    found: dict[str, dict[str, Any]] = {}
+    for artifact in inputs.many("candidates").values():
+        result = dict(artifact.result)
+        known = found.get(result["candidate"])
+        if known is None or len(known["losses"]) < len(result["losses"]):
+            found[result["candidate"]] = result
+    return found
+
+
+def _rungs(params: SearchStage, inputs: Inputs) -> list[dict[str, Any]]:
+    def took_part(rung: int) -> list[Artifact]:
+        return [a for a in inputs.many("candidates").values() if len(a.result["losses"]) == rung]
+
+    tokens = params.retraining.global_batch_size * params.retraining.seq_len_tokens
+    return [
+        {"num_steps": rung.num_steps, "num_candidates": len(took_part(number)), "tokens_each": rung.num_steps * tokens}
+        for number, rung in enumerate(params.rungs, 1)
+    ]

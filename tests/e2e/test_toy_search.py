@@ -1,0 +1,115 @@
+"""A search from grid to report, killed and resumed; and a chain of two prunings."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import REPO, Cli
+
+SEARCH, CHAIN = REPO / "recipes/toy/search.yaml", REPO / "recipes/toy/chain.yaml"
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())["result"]
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(run folder, what the second command printed) of a search that was killed in its fourth candidate."""
+    root = tmp_path_factory.mktemp("search")
+    run = root / "toy/search"
+    command = [sys.executable, "-m", "nemo_minitron", "run", str(SEARCH), f"execution.run_root={root}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    log = root / "log"
+    with log.open("w") as output:
+        first = subprocess.Popen(command, cwd=REPO, env=environment, stdout=output, stderr=output)
+    deadline = time.monotonic() + 240
+    while not (run / ".work/search_c04/pruned").is_dir():
+        assert first.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert (run / "search_c03/manifest.json").is_file()
+    assert not (run / "search_c04").exists()
+    again = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=400)
+    assert again.returncode == 0, again.stderr
+    return run, again.stdout + again.stderr
+
+
+def test_a_killed_search_goes_on_with_the_candidate_it_was_at(resumed: tuple[Path, str]) -> None:
+    _, output = resumed
+    assert "search_c04 (candidate)" in output
+    assert "search_c03" not in output
+    assert "score (score)" not in output
+
+
+def test_every_candidate_is_cut_from_the_one_set_of_scores_and_the_best_go_on(resumed: tuple[Path, str]) -> None:
+    run, _ = resumed
+    search = json.loads((run / "search/search.json").read_text())
+    assert [rung["num_candidates"] for rung in search["rungs"]] == [7, 3]
+    candidates = search["candidates"]
+    assert [found["rank"] for found in candidates] == list(range(1, 8))
+    assert [len(found["losses"]) for found in candidates] == [2, 2, 2, 1, 1, 1, 1]
+    last = [found["losses"][-1] for found in candidates]
+    assert last[:3] == sorted(last[:3])
+    assert last[3:] == sorted(last[3:])
+    first_rung = sorted(candidates, key=lambda found: found["losses"][0])
+    assert {found["name"] for found in first_rung[:3]} == {found["name"] for found in candidates[:3]}
+    for found in candidates:
+        result = _result(run / f"search_{found['name']}")
+        assert (result["num_params"], result["losses"][0]) == (found["num_params"], found["losses"][0])
+        assert result["zero_shot_loss"] == found["zero_shot_loss"] > found["losses"][-1]
+        plan = json.loads((run / f"search_{found['name']}/prune_plan.json").read_text())
+        assert plan["target"]["ffn_hidden_size"] == found["ffn_hidden_size"]
+
+
+def test_the_winner_is_what_is_pruned_and_distilled(resumed: tuple[Path, str]) -> None:
+    run, _ = resumed
+    best = json.loads((run / "search/search.json").read_text())["candidates"][0]
+    for stage in ("select", "select_random"):
+        target = json.loads((run / stage / "prune_plan.json").read_text())["target"]
+        assert target == {key: best[key] for key in target}
+    assert _result(run / "distill")["num_params"] == best["num_params"]
+    report = (run / "report.md").read_text()
+    assert f"{best['num_params']:,}" in report
+
+
+def test_the_plan_of_a_finished_search_knows_the_student(
+    resumed: tuple[Path, str], minitron: Cli, tmp_path: Path
+) -> None:
+    run, _ = resumed
+    code, output = minitron("plan", SEARCH, f"execution.run_root={run.parents[1]}", "--json")
+    assert code == 0, output
+    plan = json.loads(output)
+    best = json.loads((run / "search/search.json").read_text())["candidates"][0]
+    assert plan["student"]["num_params"] == best["num_params"]
+    assert len(plan["candidates"]) == 7
+    assert {stage["status"] for stage in plan["stages"]} == {"finished"}
+    code, output = minitron("plan", SEARCH, f"execution.run_root={tmp_path}", "--json")
+    assert json.loads(output)["student"] is None, "before the search nobody knows"
+
+
+def test_a_chain_prunes_what_it_distilled(minitron: Cli, tmp_path: Path) -> None:
+    code, output = minitron("plan", CHAIN, f"execution.run_root={tmp_path}", "--json")
+    planned = json.loads(output)["student"]["num_params"]
+    code, output = minitron("run", CHAIN, f"execution.run_root={tmp_path}")
+    assert code == 0, output
+    run = tmp_path / "toy/chain"
+    sizes = [
+        _result(run / stage)["num_params"] for stage in ("teacher", "distill", "distill_2", "export", "prune_random")
+    ]
+    assert sizes[0] > sizes[1] > sizes[2] == sizes[3] == sizes[4] == planned
+    second = _result(run / "distill_2")
+    assert second["final_valid_kl"] < second["initial_valid_kl"]
+    plan = json.loads((run / "select_2/prune_plan.json").read_text())
+    assert plan["source"]["ffn_hidden_size"] == 144, "the second plan is for the first round's student"

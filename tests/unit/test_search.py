@@ -1,0 +1,148 @@
+"""The grid, its constraints and the ranking, by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from nemo_minitron.config.schema import Hardware, SearchConstraints, SearchGrid
+from nemo_minitron.errors import ArtifactError, PlanError
+from nemo_minitron.families import ModelShape, num_params, read_shape
+from nemo_minitron.pruning.search import (
+    decode_ms,
+    enumerate_candidates,
+    kendall_tau,
+    kv_cache_bytes,
+    memory_gib,
+    ranking,
+    read_search,
+    winner_of,
+    write_search,
+)
+
+SOURCE: ModelShape = read_shape(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 100,
+    }
+)
+ANY = SearchConstraints()
+
+
+def _names(grid: dict[str, Any], constraints: SearchConstraints = ANY) -> list[tuple[int, ...]]:
+    found = enumerate_candidates(SearchGrid(**grid), constraints, SOURCE)
+    return [
+        (c.shape.num_layers, c.shape.hidden_size, c.shape.ffn_hidden_size, c.shape.num_attention_heads) for c in found
+    ]
+
+
+def test_every_combination_is_a_point_and_what_is_left_out_stays() -> None:
+    assert _names({"num_layers": (2, 3), "hidden_size": (32, 48)}) == [
+        (2, 32, 128, 8),
+        (2, 48, 128, 8),
+        (3, 32, 128, 8),
+        (3, 48, 128, 8),
+    ]
+
+
+def test_expansions_are_of_each_hidden_size() -> None:
+    assert _names({"hidden_size": (32, 48), "ffn_expansion": (1.5, 2)}) == [
+        (4, 32, 48, 8),
+        (4, 32, 64, 8),
+        (4, 48, 72, 8),
+        (4, 48, 96, 8),
+    ]
+    with pytest.raises(ValidationError, match="not both"):
+        SearchGrid(ffn_hidden_size=(8,), ffn_expansion=(1.0,))
+
+
+def test_points_that_cannot_be_cut_are_no_candidates() -> None:
+    # Three heads do not fill two groups; 160 neurons and 16 heads are not there.
+    assert _names({"num_attention_heads": (3, 4, 16), "ffn_hidden_size": (96, 160)}) == [(4, 64, 96, 4)]
+
+
+def test_parameters_must_be_within_the_tolerance() -> None:
+    sizes = {ffn: num_params(SOURCE.resized(ffn_hidden_size=ffn)) for ffn in (32, 64, 96, 128)}
+    near = SearchConstraints(num_params=sizes[64], num_params_tolerance=0.01)
+    assert _names({"ffn_hidden_size": tuple(sizes)}, near) == [(4, 64, 64, 8)]
+    between = SearchConstraints(num_params_min=sizes[64], num_params_max=sizes[96])
+    assert [found[2] for found in _names({"ffn_hidden_size": tuple(sizes)}, between)] == [64, 96]
+
+
+def test_an_empty_grid_and_one_that_is_too_large_say_so() -> None:
+    with pytest.raises(PlanError, match="None of the 1 points"):
+        _names({"num_layers": (2,)}, SearchConstraints(num_params=1.0))
+    with pytest.raises(PlanError, match="3 of the 3 points") as caught:
+        _names({"num_layers": (1, 2, 3)}, SearchConstraints(max_candidates=2))
+    assert caught.value.allowed == "at most 2"
+
+
+def test_memory_and_time_by_hand() -> None:
+    constraints = SearchConstraints(context_tokens=100, batch_size=3)
+    # Key and value, 4 layers, 2 groups of 8 channels, 16 bits, 300 tokens.
+    assert kv_cache_bytes(SOURCE, constraints) == 2 * 4 * 2 * 8 * 2 * 300
+    total = 2 * num_params(SOURCE) + 76800
+    assert memory_gib(SOURCE, constraints) == pytest.approx(total / 2**30)
+    slow_memory = Hardware(memory_gb_per_s=1e-3, tflops=1e9, layer_overhead_us=50)
+    read_bytes = total - 2 * 100 * 64  # the rows of the input embeddings are not read
+    assert decode_ms(SOURCE, constraints, slow_memory) == pytest.approx(read_bytes / 1e6 * 1e3 + 4 * 0.05)
+    slow_compute = Hardware(memory_gb_per_s=1e9, tflops=1e-6, layer_overhead_us=0)
+    operations = 2 * (num_params(SOURCE) - 100 * 64) * 3
+    assert decode_ms(SOURCE, constraints, slow_compute) == pytest.approx(operations / 1e6 * 1e3)
+
+
+def test_memory_and_time_are_constraints_too() -> None:
+    grid = {"num_layers": (2, 4)}
+    limit = memory_gib(SOURCE.resized(num_layers=3), ANY)
+    assert _names(grid, SearchConstraints(max_memory_gib=limit)) == [(2, 64, 128, 8)]
+    slow = decode_ms(SOURCE.resized(num_layers=3), ANY, ANY.hardware)
+    assert _names(grid, SearchConstraints(max_decode_ms=slow)) == [(2, 64, 128, 8)]
+
+
+def _found(name: str, num_params: int, *losses: float | None) -> dict[str, Any]:
+    return {"name": name, "num_params": num_params, "losses": list(losses)}
+
+
+def test_who_came_further_is_first_then_the_lower_loss() -> None:
+    ranked = ranking([_found("a", 9, 2.0), _found("b", 9, 3.0, 2.9), _found("c", 9, 3.0, 2.5), _found("d", 9, 1.9)])
+    assert [found["name"] for found in ranked] == ["c", "b", "d", "a"]
+    assert [found["rank"] for found in ranked] == [1, 2, 3, 4]
+
+
+def test_losses_that_are_no_numbers_are_last() -> None:
+    ranked = ranking([_found("nan", 9, math.nan), _found("slow", 9, None), _found("good", 9, 5.0)])
+    assert ranked[0]["name"] == "good"
+
+
+def test_the_front_holds_what_nothing_smaller_beats() -> None:
+    ranked = ranking(
+        [_found("small", 5, 3.0), _found("worse", 6, 3.1), _found("large", 9, 2.0), _found("same", 9, 2.5)]
+    )
+    assert {found["name"] for found in ranked if found["on_pareto_front"]} == {"small", "large"}
+
+
+def test_kendall_tau_by_hand() -> None:
+    assert kendall_tau([1, 2, 3], [10, 20, 30]) == 1.0
+    assert kendall_tau([1, 2, 3], [3, 2, 1]) == -1.0
+    assert kendall_tau([1, 2, 3], [1, 3, 2]) == pytest.approx(1 / 3)
+    assert kendall_tau([1], [1]) is None
+
+
+def test_the_winner_comes_back_from_the_file_and_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    best = {"name": "c01", **SOURCE.sizes(), "num_params": 1, "losses": [1.0]}
+    write_search({"candidates": [best]}, tmp_path)
+    assert winner_of(tmp_path).ffn_hidden_size == 128
+    (tmp_path / "search.json").write_text(json.dumps({"schema": 1, "candidates": []}))
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read_search(tmp_path)
