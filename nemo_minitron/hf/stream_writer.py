@@ -1,0 +1,129 @@
+"""Write a checkpoint whose tensors are known beforehand: straight to its files, one tensor in memory.
+
+The format (https://huggingface.co/docs/safetensors): the header's length in 8 bytes, the header in JSON, then the
+tensors' bytes. `safetensors` itself writes a file from tensors that are all in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from nemo_minitron.hf.checkpoint import DTYPES, INDEX_FILE, MAX_SHARD_BYTES, SINGLE_FILE, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that is going to be written; `dtype` in safetensors' words."""
+
+    name: str
+    dims: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.dims) * _BYTES[self.dtype]
+
+
+class StreamWriter:
+    """Takes the planned tensors in their order; `close` writes the index and config.json.
+
+    Memory: one tensor. Nothing of a checkpoint that was not closed is complete: its folder has no config.json.
+
+    Args:
+        out_dir: must exist.
+        config: written as config.json, with the dtype of the first tensor.
+        max_shard_bytes: no file grows past this, unless by a single tensor.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+
+    def __init__(
+        self,
+        out_dir: Path,
+        config: Mapping[str, Any],
+        planned: Sequence[Planned],
+        *,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> None:
+        self.out_dir, self.config = out_dir, dict(config)
+        self._shards = list(_fill_shards(planned, max_shard_bytes))
+        self._left = self._in_order()
+        self._stack = ExitStack()
+        self._file: BinaryIO | None = None
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor: the next of the plan, as it was planned."""
+        import torch
+
+        number, expected = next(self._left)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if (name, tuple(tensor.shape), dtype) != (expected.name, expected.dims, DTYPES[expected.dtype]):
+            raise AssertionError(f"{name} {list(tensor.shape)} {dtype} came where {expected} was planned")
+        if expected is self._shards[number][0]:
+            self._open(number)
+        assert self._file is not None
+        self._file.write(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def close(self) -> None:
+        """Write the index and the config; every planned tensor has been added."""
+        missing = [planned.name for _, planned in self._left]
+        if missing:
+            raise AssertionError(f"not written: {', '.join(missing[:3])}")
+        self._stack.close()
+        if len(self._shards) > 1:
+            weight_map = {planned.name: self._name(n) for n, shard in enumerate(self._shards) for planned in shard}
+            total = sum(planned.num_bytes for shard in self._shards for planned in shard)
+            write_json(self.out_dir / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        dtype = DTYPES[self._shards[0][0].dtype]
+        # transformers before 4.56 knows the second name only.
+        write_json(self.out_dir / "config.json", {**self.config, "dtype": dtype, "torch_dtype": dtype})
+
+    def _in_order(self) -> Iterator[tuple[int, Planned]]:
+        for number, shard in enumerate(self._shards):
+            for planned in shard:
+                yield number, planned
+
+    def _open(self, number: int) -> None:
+        self._stack.close()
+        path = self.out_dir / self._name(number)
+        self._file = self._stack.enter_context(path.open("wb"))
+        self._file.write(_header(self._shards[number]))
+
+    def _name(self, number: int) -> str:
+        total = len(self._shards)
+        return SINGLE_FILE if total == 1 else f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+
+
+def _fill_shards(planned: Sequence[Planned], max_shard_bytes: int) -> Iterator[list[Planned]]:
+    shard: list[Planned] = []
+    for tensor in planned:
+        if shard and sum(other.num_bytes for other in shard) + tensor.num_bytes > max_shard_bytes:
+            yield shard
+            shard = []
+        shard.append(tensor)
+    yield shard
+
+
+def _header(shard: Sequence[Planned]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for planned in shard:
+        stop = start + planned.num_bytes
+        entries[planned.name] = {"dtype": planned.dtype, "shape": list(planned.dims), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
