@@ -30,6 +30,7 @@ def collect(title: str, recipe_name: str, stages: Mapping[str, Artifact]) -> dic
         "models": models,
         "recovered_share": _recovered(models),
         "comparison": comparison(models, speed.result if speed else None),
+        "search": _search(stages),
         "pruning": _pruning(in_order),
         "curves": _curves(in_order),
         "speed": dict(speed.result) if speed else None,
@@ -67,6 +68,12 @@ def _pruning(stages: Sequence[Artifact]) -> dict[str, Any] | None:
         return None
     score = _first(stages, "score")
     return {"stage": chosen.stage, **pruning_facts(chosen.path, score.path if score else None)}
+
+
+def _search(stages: Mapping[str, Artifact]) -> dict[str, Any] | None:
+    """Of the first search in the order of the plan, not of the clock."""
+    search = _first(list(stages.values()), "search")
+    return json.loads((search.path / "search.json").read_text(encoding="utf-8")) if search else None
 
 
 def _curves(stages: Sequence[Artifact]) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ def variable_of(label: str) -> str:
 
 
 @contextmanager
-def _figure(out: list[str], name: str, width: float, height: float, alt: str) -> Iterator[Axes]:
+def picture(out: list[str], name: str, width: float, height: float, alt: str) -> Iterator[Axes]:
     """Axes to draw on; the finished SVG is appended to `out`."""
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(width, height))
@@ -133,7 +133,7 @@ def _bars(
     out: list[str] = []
     labels = list(values)[::-1]
     told = ", ".join(f"{label} {form.format(value)}" for label, value in values.items())
-    with _figure(out, name, HALF, 0.62 + 0.34 * len(labels), f"{xlabel}: {told}") as ax:
+    with picture(out, name, HALF, 0.62 + 0.34 * len(labels), f"{xlabel}: {told}") as ax:
         colors = [STAND_INS[variable_of(label)] for label in labels]
         rows = range(len(labels))
         ax.barh(rows, [values[label] for label in labels], color=colors, height=0.6)
@@ -159,7 +159,7 @@ def validation_curve(curves: Sequence[Mapping[str, Any]]) -> str:
     start, goal = valid[0]["valid_loss"], valid[0]["valid_teacher_loss"]
     losses = [row["valid_loss"] for row in valid]
     alt = f"Held-out loss falls from {start:.3f} to {losses[-1]:.3f}; the teacher's is {goal:.3f}."
-    with _figure(out, "validation", HALF, 2.7, alt) as ax:
+    with picture(out, "validation", HALF, 2.7, alt) as ax:
         for level, color, text in ((start, PRUNED, "pruned, before training"), (goal, TEACHER, "teacher")):
             ax.axhline(level, color=color, linewidth=1.3, linestyle=(0, (4, 2)))
             ax.annotate(text, (1, level), (0, 3), xycoords=ax.get_yaxis_transform(), textcoords="offset points",
@@ -181,7 +181,7 @@ def divergence_curve(curves: Sequence[Mapping[str, Any]]) -> str:
     held_out = [row["valid_kl"] for row in valid]
     train = [(row["tokens"] / 1e3, row["train_loss"]) for row in curves if "train_loss" in row]
     alt = f"KL to the teacher on held-out text falls from {held_out[0]:.3f} to {held_out[-1]:.3f}."
-    with _figure(out, "divergence", HALF, 2.7, alt) as ax:
+    with picture(out, "divergence", HALF, 2.7, alt) as ax:
         if train:
             ax.plot(*zip(*train, strict=True), color=SOFT, alpha=0.55, linewidth=0.9, label="training batches")
         ax.plot(x, held_out, color=DISTILLED, marker="o", ms=3.5, linewidth=1.8, label="held-out")
@@ -204,7 +204,7 @@ def importance(axis: str, curve: Mapping[str, Any]) -> str:
     """Sorted importance of one axis; what lies right of the line was cut."""
     out: list[str] = []
     size, kept, rank, name = curve["size"], curve["kept"], curve["rank"], curve["name"]
-    with _figure(out, f"importance-{axis}", SLIM, 2.3, f"{name}: {kept} of {size} kept.") as ax:
+    with picture(out, f"importance-{axis}", SLIM, 2.3, f"{name}: {kept} of {size} kept.") as ax:
         if kept < size:
             ax.axvspan(kept + 0.5, size, color=CUT, alpha=0.14, linewidth=0)
             ax.axvline(kept + 0.5, color=CUT, linewidth=1.3, linestyle=(0, (4, 2)))
@@ -238,7 +238,7 @@ def ffn_map(rows: Sequence[Sequence[float]], curve: Mapping[str, Any]) -> str:
     out: list[str] = []
     size, kept, layers = curve["size"], curve["kept"], len(rows)
     alt = f"Importance of the MLP neurons of {layers} layers, sorted in each."
-    with _figure(out, "ffn-map", HALF, 2.9, alt) as ax:
+    with picture(out, "ffn-map", HALF, 2.9, alt) as ax:
         extent = (0, size, layers - 0.5, -0.5)
         # A few neurons stand far out; colours are spent on the others.
         low, high = np.percentile(np.array(rows), [1, 97])
@@ -264,7 +264,7 @@ def layer_points(metric: str, values: Sequence[float], kept: Sequence[int], base
     shown = [value - baseline for value in values] if is_loss and baseline is not None else list(values)
     names = {"block_influence": "block influence", "lm_loss": "loss added by leaving it out, nats"}
     alt = f"{names.get(metric, metric)} of {len(values)} layers; dropped: {dropped or 'none'}."
-    with _figure(out, f"layers-{metric}", HALF, 2.9, alt) as ax:
+    with picture(out, f"layers-{metric}", HALF, 2.9, alt) as ax:
         colors = [CUT if layer in dropped else TEACHER for layer in range(len(values))]
         # Dots: on a logarithmic scale the length of a bar means nothing.
         ax.scatter(range(len(values)), shown, color=colors, s=22, zorder=3)
@@ -283,7 +283,7 @@ def task_points(models: Mapping[str, Mapping[str, Any]]) -> str:
     out: list[str] = []
     labels = list(models)
     tasks = list(dict.fromkeys(task for model in models.values() for task in model["tasks"]))
-    with _figure(out, "tasks", WIDE, 0.85 + 0.52 * len(tasks), "Scores on downstream tasks; see the table.") as ax:
+    with picture(out, "tasks", WIDE, 0.85 + 0.52 * len(tasks), "Scores on downstream tasks; see the table.") as ax:
         for row, task in enumerate(tasks):
             metric = main_metric(task, models)
             ax.axhline(row + 0.5, color=LINE, linewidth=0.7)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import __version__
-from nemo_minitron.report import figures
+from nemo_minitron.report import figures, search
 from nemo_minitron.report.markdown import dropped_layers, duration, headline, millions
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -19,6 +19,7 @@ KINDS = (
     "tokenize",
     "check_teacher",
     "score",
+    "search",
     "select",
     "prune",
     "distill",
@@ -57,6 +58,7 @@ def render_html(report: Mapping[str, Any], recipe: str) -> str:
         pictures=sections,
         headline=headline(report),
         pipeline=pipeline(report["cost"]["stages"]),
+        search=_search(report["search"]) if report["search"] else None,
         dropped=dropped_layers(report["pruning"]) if report["pruning"] else [],
         recipe=recipe,
         version=__version__,
@@ -92,7 +94,27 @@ def _pictures(report: Mapping[str, Any]) -> dict[str, list[Draw]]:
             partial(figures.speed_bars, speed, labels, "generate", "generation, tokens/s"),
             partial(figures.speed_bars, speed, labels, "prefill", "reading a prompt, tokens/s"),
         ]
+    if report["search"]:
+        out["search"] = [partial(search.pareto, report["search"]), partial(search.ladder, report["search"])]
     return {**out, **_pruning_pictures(report["pruning"] or {})}
+
+
+def _search(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Words and table: {sentence, header, rows: [{cells, look}], notes}."""
+    header, cells = search.search_table(facts)
+    rungs = len(facts["rungs"])
+    rows = [
+        {
+            "cells": row,
+            "look": "winner"
+            if candidate["name"] == facts["winner"]
+            else "whole"
+            if len(candidate["losses"]) < rungs
+            else "",
+        }
+        for candidate, row in zip(facts["candidates"], cells, strict=True)
+    ]
+    return {"sentence": search.sentence(facts), "header": header, "rows": rows, "notes": search.notes(facts)}
 
 
 def _pruning_pictures(pruning: Mapping[str, Any]) -> dict[str, list[Draw]]:

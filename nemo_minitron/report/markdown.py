@@ -33,6 +33,11 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         sections.append("## Before and after\n\n" + _models(report))
     if report["curves"]:
         sections.append("## Distillation\n\n" + _validation(report["curves"]))
+    if report["search"]:
+        # Its pictures live with its words, and need matplotlib.
+        from nemo_minitron.report.search import search_markdown
+
+        sections.append("## Search: which shape\n\n" + search_markdown(report["search"]))
     if report["pruning"]:
         sections.append("## What was cut\n\n" + _pruning(report["pruning"]))
     if report["samples"]:

@@ -14,9 +14,10 @@ from tests.support.fake_run import fake_run
 GOLDEN = Path(__file__).parent
 
 
-@pytest.mark.parametrize("kind", ["width", "depth"])
+@pytest.mark.parametrize("kind", ["width", "depth", "search"])
 def test_the_markdown_report_is_as_it_was(kind: str, tmp_path: Path) -> None:
-    facts = collect(f"A model made small by {kind}", f"example/{kind}", fake_run(tmp_path, depth=kind == "depth"))
+    stages = fake_run(tmp_path, depth=kind == "depth", search=kind == "search")
+    facts = collect(f"A model made small by {kind}", f"example/{kind}", stages)
     text, file = render_markdown(facts), GOLDEN / f"report_{kind}.md"
     if os.environ.get("UPDATE_GOLDEN"):
         file.write_text(text, encoding="utf-8")

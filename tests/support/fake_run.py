@@ -41,12 +41,18 @@ _TASKS = ("hellaswag", "piqa", "arc_easy", "sciq")
 
 
 def fake_run(
-    root: Path, *, depth: bool = False, leave_out: tuple[str, ...] = (), student: str = "distilled"
+    root: Path,
+    *,
+    depth: bool = False,
+    search: bool = False,
+    leave_out: tuple[str, ...] = (),
+    student: str = "distilled",
 ) -> dict[str, Artifact]:
     """Stage name -> artifact, in the order in which a run makes them.
 
     Args:
         depth: the plan drops layers by LM loss; else it cuts the MLP.
+        search: the shape was searched for.
         leave_out: names of stages that have not run.
         student: label of the distilled model.
     """
@@ -56,6 +62,7 @@ def fake_run(
         _data(root),
         _stage(root, "check_teacher", "check_teacher", 21.2, {"loss_nats_per_token": 3.44, "num_tokens": 8192}),
         _score(root, depth),
+        *([_search(root)] if search else []),
         _select(root, "select", target, "importance"),
         _select(root, "select_random", target, "random"),
         _stage(root, "prune", "prune", 0.9, _model(target, _STUDENT_PARAMS)),
@@ -123,6 +130,65 @@ def _score(root: Path, depth: bool) -> Artifact:
     save_file({name: value.astype(np.float32) for name, value in scores.items()}, stage.path / "scores.safetensors")
     facts = {**stage.result, "baseline_lm_loss": baseline} if depth else dict(stage.result)
     (stage.path / "scores.json").write_text(json.dumps(facts))
+    return stage
+
+
+def _search(root: Path) -> Artifact:
+    """Six shapes of about the same size, three of which were trained on."""
+    shapes = {
+        # layers, hidden, ffn, heads; zero-shot loss, losses after the rungs
+        "c03": ((30, 576, 752, 9), 5.192, (4.402, 4.012)),
+        "c05": ((27, 576, 896, 9), 5.611, (4.447, 4.041)),
+        "c02": ((30, 512, 976, 9), 5.483, (4.520, 4.118)),
+        "c01": ((24, 576, 1072, 9), 6.870, (4.731,)),
+        "c04": ((30, 576, 880, 6), 6.402, (4.755,)),
+        "c06": ((20, 576, 1376, 9), 8.314, (5.096,)),
+    }
+    candidates = []
+    for rank, (name, ((layers, hidden, ffn, heads), zero_shot, losses)) in enumerate(shapes.items(), 1):
+        num_params = 49_152 * hidden + hidden + layers * hidden * (2 * 64 * (heads + 3) + 3 * ffn + 2)
+        candidates.append(
+            {
+                "name": name,
+                "num_params": num_params,
+                "num_layers": layers,
+                "hidden_size": hidden,
+                "ffn_hidden_size": ffn,
+                "num_attention_heads": heads,
+                "num_query_groups": 3,
+                "kv_channels": 64,
+                "memory_gib": round((2 * num_params + 2 * 2 * layers * 3 * 64 * 4096) / 2**30, 4),
+                "decode_ms": round(1.1 + 0.03 * layers, 3),
+                "generate_tokens_per_s": None,
+                "zero_shot_loss": zero_shot,
+                "losses": list(losses),
+                "rank": rank,
+            }
+        )
+    for one in candidates:
+        one["on_pareto_front"] = not any(
+            other["num_params"] < one["num_params"] and other["losses"][-1] < one["losses"][-1] for other in candidates
+        )
+    limits = {"num_params": 94_000_000, "num_params_tolerance": 0.05, "num_params_min": None, "num_params_max": None}
+    stage = _stage(root, "search", "search", 95.0, {"winner": "c03"})
+    document = {
+        "schema": 1,
+        "constraints": {
+            **limits,
+            "max_memory_gib": 0.5,
+            "context_tokens": 4096,
+            "batch_size": 1,
+            "max_decode_ms": None,
+        },
+        "rungs": [
+            {"num_steps": 10, "num_candidates": 6, "tokens_each": 10_240},
+            {"num_steps": 30, "num_candidates": 3, "tokens_each": 30_720},
+        ],
+        "candidates": candidates,
+        "winner": "c03",
+        "rank_correlation": 0.733,
+    }
+    (stage.path / "search.json").write_text(json.dumps(document))
     return stage
 
 

@@ -45,6 +45,7 @@ def report() -> dict[str, Any]:
         "models": models,
         "recovered_share": 0.8,
         "comparison": comparison(models, None),
+        "search": None,
         "pruning": None,
         "curves": [],
         "speed": None,
