@@ -49,8 +49,9 @@ WIDTH = {"hidden_size": 512, "ffn_hidden_size": 1152, "num_attention_heads": 6}
 HEADS = {"num_attention_heads": 6}
 HALF = {"num_layers": 15}
 ROUNDS_TARGET = 448
-CHOOSE_TASK, MEASURE_TASK = "sciq", "arc_easy"
-"""Layers are chosen by one task and measured by another, so that no examples are seen twice."""
+CHOOSE_TASK, MEASURE_TASK = "arc_easy", "openbookqa"
+"""Layers are chosen by one task and measured by another: no examples are seen twice. Both have short questions."""
+CHOOSE_EXAMPLES, MEASURE_EXAMPLES = 50, 200
 SILENT = Progress(silent=True)
 Scores = dict[str, torch.Tensor]
 
@@ -70,7 +71,7 @@ class Bench:
     def teacher(self) -> Path:
         return self.run / "teacher"
 
-    def batches(self, seed: int, num_samples: int = 32) -> list[Batch]:
+    def batches(self, seed: int, num_samples: int = 16) -> list[Batch]:
         """Calibration samples of 256 tokens."""
         cache = self.scratch / "index"
         samples = training_samples(
@@ -210,33 +211,32 @@ EXPERIMENTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 }
 
 
-def measure(names: Sequence[str], root: Path) -> dict[str, Any]:
-    """Run the experiments; each one's time is kept beside it."""
+def measure(names: Sequence[str], root: Path, figures: Path) -> dict[str, Any]:
+    """Run the experiments; what is measured is kept after each, so that a stopped run has lost one at most."""
+    found: dict[str, Any] = json.loads(figures.read_text()) if figures.is_file() else {}
     run_recipe(load_recipe(RECIPE, [f"execution.run_root={root}"]), RunOptions(until="check_teacher"))
     run = root / "smollm2_135m/width"
     with open_session(Parallel(micro_batch_size=4), device="cpu") as session, tempfile.TemporaryDirectory() as scratch:
         heldout = heldout_batches(run / "data", session, num_tokens=8192, seq_len_tokens=256, batch_size=4)
         tokenizer, data = load_tokenizer(run / "teacher"), ROOT / "assets/offline-eval-tasks"
-        tasks = [load_choice_task(t, tokenizer, data_dir=data, limit=100) for t in (CHOOSE_TASK, MEASURE_TASK)]
+        asked = ((CHOOSE_TASK, CHOOSE_EXAMPLES), (MEASURE_TASK, MEASURE_EXAMPLES))
+        tasks = [load_choice_task(task, tokenizer, data_dir=data, limit=limit) for task, limit in asked]
         bench = Bench(run, Path(scratch), session, heldout, *tasks)
-        teacher = {"loss": bench.loss(bench.teacher), "accuracy": bench.accuracy(bench.teacher)}
-        found: dict[str, Any] = {"teacher": teacher}
+        found["teacher"] = {"loss": bench.loss(bench.teacher), "accuracy": bench.accuracy(bench.teacher)}
         for name in names:
             started_s = time.monotonic()
             found[name] = EXPERIMENTS[name](bench)
+            figures.write_text(json.dumps(found, indent=2) + "\n")
             print(f"{name}: {time.monotonic() - started_s:.0f} s", flush=True)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=list(EXPERIMENTS), help="experiments to run again")
+    parser.add_argument("--only", nargs="*", default=list(EXPERIMENTS), help="experiments to run (again)")
     parser.add_argument("--root", type=Path, default=Path("runs/results"), help="where models and figures are kept")
     arguments = parser.parse_args()
-    figures = arguments.root / "results.json"
-    before = json.loads(figures.read_text()) if figures.is_file() else {}
-    found = {**before, **measure(arguments.only, arguments.root)}
-    figures.write_text(json.dumps(found, indent=2) + "\n")
+    found = measure(arguments.only, arguments.root, arguments.root / "results.json")
     if set(CLAIMS) <= found.keys():
         (ROOT / "docs/results.md").write_text(render(found))
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -113,3 +114,23 @@ def test_a_chain_prunes_what_it_distilled(minitron: Cli, tmp_path: Path) -> None
     assert second["final_valid_kl"] < second["initial_valid_kl"]
     plan = json.loads((run / "select_2/prune_plan.json").read_text())
     assert plan["source"]["ffn_hidden_size"] == 144, "the second plan is for the first round's student"
+
+
+@pytest.mark.slow
+def test_the_winner_beats_the_median_candidate_after_full_distillation(
+    resumed: tuple[Path, str], minitron: Cli, tmp_path: Path
+) -> None:
+    run, _ = resumed
+    candidates = json.loads((run / "search/search.json").read_text())["candidates"]
+    losses = {}
+    for found in candidates:
+        sizes = [f"stages.select.target.{key}={found[key]}" for key in ("num_layers", "hidden_size", "ffn_hidden_size")]
+        scored = ["stages.score.layer_metrics=[lm_loss]", "stages.score.depth_samples=16"]
+        keys = [f"name={found['name']}", "stages.select.layer_metric=lm_loss", *scored, *sizes]
+        code, output = minitron(
+            "run", REPO / "recipes/toy/width.yaml", f"execution.run_root={tmp_path}", *keys, "--until", "distill"
+        )
+        assert code == 0, output
+        losses[found["name"]] = _result(tmp_path / found["name"] / "distill")["final_valid_loss"]
+    print("final losses, best of the search first:", {name: round(loss, 4) for name, loss in losses.items()})
+    assert losses[candidates[0]["name"]] < median(losses.values())
