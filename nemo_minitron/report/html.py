@@ -19,6 +19,7 @@ KINDS = (
     "tokenize",
     "check_teacher",
     "score",
+    "candidate",
     "search",
     "select",
     "prune",

@@ -87,7 +87,7 @@ def test_block_influence_by_hand() -> None:
     # Token 1 is turned by 90 degrees (cosine 0), token 2 stretched (1), token 3 reversed (-1).
     before = torch.tensor([[[1.0, 0.0]], [[2.0, 2.0]], [[1.0, 0.0]]])
     after = torch.tensor([[[0.0, 5.0]], [[3.0, 3.0]], [[-4.0, 0.0]]])
-    sums = block_influence_sums(before, after)
+    sums = block_influence_sums(before.double(), after.double())
     assert sums.tolist() == pytest.approx([0.0, 3.0])
     assert block_influence(sums[None]).item() == pytest.approx(1.0)
 
