@@ -7,6 +7,7 @@ samples play a part, three draws of them are tried.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import tempfile
@@ -115,6 +116,7 @@ class Bench:
         """Cut, measure, throw away."""
         folder = self.cut(scores, **keys)
         found = self.loss(folder)
+        gc.collect()  # Megatron's models refer to themselves
         for file in folder.iterdir():
             file.unlink()
         return found
