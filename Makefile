@@ -61,6 +61,8 @@ results: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/minitron assets fetch
 	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/streaming.py   # 16 GB: needs 26 GB of disk
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
