@@ -1,7 +1,8 @@
 """Write a checkpoint whose tensors are known beforehand: straight to its files, one tensor in memory.
 
 The format (https://huggingface.co/docs/safetensors): the header's length in 8 bytes, the header in JSON, then the
-tensors' bytes. `safetensors` itself writes a file from tensors that are all in memory.
+tensors' bytes. `safetensors` itself writes a file from tensors that are all in memory; the files are the same, byte
+for byte.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+"""In the order in which safetensors lays them down: wide ones first, so that every tensor starts aligned."""
 _ALIGNMENT = 8
 
 
@@ -39,7 +41,8 @@ class Planned:
 class StreamWriter:
     """Takes the planned tensors in their order; `close` writes the index and config.json.
 
-    Memory: one tensor. Nothing of a checkpoint that was not closed is complete: its folder has no config.json.
+    Memory: one tensor. Nothing of a checkpoint that was not closed is complete: its folder has no config.json, and a
+    file gets its header last.
 
     Args:
         out_dir: must exist.
@@ -63,6 +66,7 @@ class StreamWriter:
         self._left = self._in_order()
         self._stack = ExitStack()
         self._file: BinaryIO | None = None
+        self._header, self._starts = b"", dict[str, int]()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor: the next of the plan, as it was planned."""
@@ -75,14 +79,18 @@ class StreamWriter:
         if expected is self._shards[number][0]:
             self._open(number)
         assert self._file is not None
+        self._file.seek(self._starts[name])
         self._file.write(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        if expected is self._shards[number][-1]:
+            self._file.seek(0)
+            self._file.write(self._header)
+            self._stack.close()
 
     def close(self) -> None:
         """Write the index and the config; every planned tensor has been added."""
         missing = [planned.name for _, planned in self._left]
         if missing:
             raise AssertionError(f"not written: {', '.join(missing[:3])}")
-        self._stack.close()
         if len(self._shards) > 1:
             weight_map = {planned.name: self._name(n) for n, shard in enumerate(self._shards) for planned in shard}
             total = sum(planned.num_bytes for shard in self._shards for planned in shard)
@@ -97,10 +105,9 @@ class StreamWriter:
                 yield number, planned
 
     def _open(self, number: int) -> None:
-        self._stack.close()
         path = self.out_dir / self._name(number)
         self._file = self._stack.enter_context(path.open("wb"))
-        self._file.write(_header(self._shards[number]))
+        self._header, self._starts = _layout(self._shards[number])
 
     def _name(self, number: int) -> str:
         total = len(self._shards)
@@ -117,13 +124,15 @@ def _fill_shards(planned: Sequence[Planned], max_shard_bytes: int) -> Iterator[l
     yield shard
 
 
-def _header(shard: Sequence[Planned]) -> bytes:
+def _layout(shard: Sequence[Planned]) -> tuple[bytes, dict[str, int]]:
+    """The head of a file, and the byte of the file at which each tensor starts."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for planned in shard:
-        stop = start + planned.num_bytes
-        entries[planned.name] = {"dtype": planned.dtype, "shape": list(planned.dims), "data_offsets": [start, stop]}
-        start = stop
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    starts, stop = {}, 0
+    for planned in sorted(shard, key=lambda planned: ([*_BYTES].index(planned.dtype), planned.name)):
+        starts[planned.name], stop = stop, stop + planned.num_bytes
+        offsets = [starts[planned.name], stop]
+        entries[planned.name] = {"dtype": planned.dtype, "shape": list(planned.dims), "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + start for name, start in starts.items()}

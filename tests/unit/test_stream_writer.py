@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from nemo_minitron.hf.checkpoint import CheckpointWriter
 from nemo_minitron.hf.stream_writer import Planned, StreamWriter
 
 TENSORS = {
@@ -46,6 +48,38 @@ def test_shards_keep_to_their_size_and_the_index_finds_every_tensor(tmp_path: Pa
     assert index["metadata"]["total_size"] == 24 + 4 + 128
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / file)[name], TENSORS[name])
+
+
+@pytest.mark.parametrize("max_shard_bytes", [1, 30, 10**9])
+def test_the_files_are_those_of_safetensors_byte_for_byte(tmp_path: Path, max_shard_bytes: int) -> None:
+    """Narrow tensors first: safetensors puts the wide ones in front."""
+    order = ["b.bias", "c", "a", "d"]
+    tensors = {**TENSORS, "d": torch.ones(3, dtype=torch.float16)}
+    planned = [Planned(n, tuple(tensors[n].shape), {**WORDS, torch.float16: "F16"}[tensors[n].dtype]) for n in order]
+    for folder in ("streamed", "whole"):
+        (tmp_path / folder).mkdir()
+    streamed = StreamWriter(tmp_path / "streamed", {}, planned, max_shard_bytes=max_shard_bytes)
+    whole = CheckpointWriter(tmp_path / "whole", {}, max_shard_bytes=max_shard_bytes)
+    for writer in (streamed, whole):
+        for name in order:
+            writer.add(name, tensors[name])
+        writer.close()
+    found, expected = (
+        {file.name: file.read_bytes() for file in (tmp_path / folder).iterdir()} for folder in ("streamed", "whole")
+    )
+    assert found == expected
+
+
+def test_a_file_that_lacks_a_tensor_cannot_be_read(tmp_path: Path) -> None:
+    """Not even when the tensor that stands last in it was written first."""
+    writer = StreamWriter(tmp_path, {}, [Planned("z", (2,), "F32"), Planned("a", (2,), "F32")])
+    writer.add("z", torch.ones(2))
+    assert writer._file is not None
+    writer._file.flush()
+    with pytest.raises(SafetensorError):
+        load_file(tmp_path / "model.safetensors")
+    writer.add("a", torch.ones(2))
+    assert load_file(tmp_path / "model.safetensors").keys() == {"a", "z"}
 
 
 def test_a_slice_of_a_larger_tensor_is_written_as_it_is(tmp_path: Path) -> None:
