@@ -121,16 +121,22 @@ def token_nll(logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int) -> Tensor:
     logits_SBV = mask_padded_vocab(logits_SBV.to(wide), vocab_size)
     group = parallel_state.get_tensor_model_parallel_group()
     with torch.no_grad():
-        peak = logits_SBV.max(-1).values
+        peak = logits_SBV.max(-1).values.contiguous()
         torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX, group=group)
-    # Summed forward, passed on as it is backward: every rank holds the gradient of its own part.
-    total = reduce_from_tensor_model_parallel_region((logits_SBV - peak[..., None]).exp().sum(-1))
+    total = _sum_over_vocab_ranks((logits_SBV - peak[..., None]).exp().sum(-1))
     size = logits_SBV.shape[-1]
     local = labels - parallel_state.get_tensor_model_parallel_rank() * size
     mine = (local >= 0) & (local < size)
     found = logits_SBV.gather(-1, local.clamp(0, size - 1)[..., None])[..., 0]
-    found = reduce_from_tensor_model_parallel_region(torch.where(mine, found, found.new_zeros(())))
+    found = _sum_over_vocab_ranks(torch.where(mine, found, found.new_zeros(())))
     return (total.log() + peak - found).transpose(0, 1)
+
+
+def _sum_over_vocab_ranks(tensor: Tensor) -> Tensor:
+    """Summed forward, passed on as it is backward: every rank holds the gradient of its own part."""
+    # Megatron reduces a contiguous copy, and returns the tensor that it was given.
+    out: Tensor = reduce_from_tensor_model_parallel_region(tensor.contiguous())
+    return out
 
 
 def mask_padded_vocab(logits_V: Tensor, vocab_size: int) -> Tensor:
