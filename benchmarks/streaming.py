@@ -11,7 +11,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import shutil
 import tempfile
 import threading
@@ -89,16 +88,21 @@ def prune(source: Path, out: Path) -> dict[str, float]:
     _to_disk(out)
     return {
         "wall_s": time.perf_counter() - started_s,
-        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        # Not ru_maxrss, which a new process inherits from its parent.
+        "peak_rss_gib": _memory_kib("VmHWM") / 2**20,
         "peak_anonymous_gib": peak[0] / 2**20,
     }
 
 
 def _watch_anonymous(peak: list[int]) -> None:
     while True:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        peak[0] = max(peak[0], *(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
+        peak[0] = max(peak[0], _memory_kib("RssAnon"))
         time.sleep(0.02)
+
+
+def _memory_kib(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def copy(source: Path, out: Path, num_bytes: int) -> dict[str, float]:
