@@ -12,6 +12,7 @@ from nemo_minitron.config.schema import (
     DistillStage,
     EvaluateStage,
     ImportStage,
+    Optimization,
     Parallel,
     Recipe,
     Schema,
@@ -20,7 +21,7 @@ from nemo_minitron.config.schema import (
     SelectStage,
     Target,
     TokenizeStage,
-    Training,
+    TrainStage,
 )
 from nemo_minitron.errors import PlanError
 from nemo_minitron.families import ModelShape
@@ -50,7 +51,7 @@ def find_problems(plan: RunPlan) -> Iterator[str]:
             yield from _select(name, stage, recipe)
         elif isinstance(stage, SearchStage):
             yield from _search(name, stage, recipe)
-        elif isinstance(stage, DistillStage):
+        elif isinstance(stage, DistillStage | TrainStage):
             yield from _training(name, stage, stage.num_steps, recipe)
         elif isinstance(stage, ScoreStage):
             yield from _score(name, stage, recipe)
@@ -155,7 +156,7 @@ def _score(name: str, stage: ScoreStage, recipe: Recipe) -> Iterator[str]:
 
 
 def _training(
-    name: str, stage: Training, num_steps: int, recipe: Recipe, steps_key: str | None = None
+    name: str, stage: Optimization, num_steps: int, recipe: Recipe, steps_key: str | None = None
 ) -> Iterator[str]:
     layout = parallel_of(recipe, name)
     key, size = f"stages.{name}", layout.dp * layout.micro_batch_size

@@ -17,6 +17,7 @@ from nemo_minitron.config.schema import (
     Recipe,
     SelectStage,
     Target,
+    TrainStage,
 )
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.families import ModelShape, num_params, read_shape, target_shape
@@ -35,7 +36,7 @@ def model_shape(recipe: Recipe, stage: str, seen: frozenset[str] = frozenset()) 
         return _given_shape(recipe, stage)
     if isinstance(config, DistillStage):
         return model_shape(recipe, config.inputs.student, seen)
-    if isinstance(config, ExportStage):
+    if isinstance(config, ExportStage | TrainStage):
         return model_shape(recipe, config.inputs.model, seen)
     if isinstance(config, CandidateStage) and config.target != Target():
         source = model_shape(recipe, config.inputs.model, seen)

@@ -3,49 +3,62 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.config.schema import DistillStage
 from nemo_minitron.errors import DataError
 from nemo_minitron.stages.spec import Result, StageContext
 
+if TYPE_CHECKING:
+    from nemo_minitron.backends.megatron.curves import Curves
+
 
 def distill(params: DistillStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Logit distillation from the live teacher; resumes from the work folder after a kill.
+    """Distillation from the teacher; resumes from the work folder after a kill.
 
     Writes the student as a Hugging Face checkpoint, curves.jsonl and tensorboard/.
 
     Raises:
-        DataError: teacher and student do not share the data's tokenizer.
+        DataError: teacher, student and data do not share a tokenizer.
         NumericsError: the loss became NaN or infinite.
     """
-    from nemo_minitron.backends.megatron import distill as loop
+    from nemo_minitron.backends.megatron import distill as objectives
+    from nemo_minitron.backends.megatron import training
 
     student, teacher, data = inputs["student"], inputs["teacher"], inputs["data"]
-    _require_one_tokenizer(inputs)
+    require_one_tokenizer(inputs, ("student", "teacher"))
     started_s = time.monotonic()
-    job = loop.prepare(params, student.path, teacher.path, data.path, ctx.work_dir, ctx.open_session)
-    curves = loop.run(job, ctx.work_dir, ctx.progress)
-    model_facts = loop.publish(job, student.path, ctx.work_dir, ctx.out_dir)
+    job = objectives.prepare(params, student.path, teacher.path, data.path, ctx.work_dir, ctx.open_session)
+    curves = training.run(job, ctx.work_dir, ctx.progress)
+    model_facts = training.publish(job, student.path, ctx.work_dir, ctx.out_dir)
     if not ctx.is_main:
         return {}
+    return {**model_facts, **training_facts(curves, job.tokens_per_step, params.num_steps, student, data, started_s)}
+
+
+def training_facts(
+    curves: Curves, tokens_per_step: int, num_steps: int, model: Artifact, data: Artifact, started_s: float
+) -> dict[str, Any]:
+    """What a manifest tells of a training; losses in nats per token."""
+    measured = [key for key in ("valid_loss", "valid_kl", "valid_teacher_loss") if curves.has(key)]
     return {
-        **model_facts,
-        "license": student.result.get("license"),
+        "license": model.result.get("license"),
         "data_sources": list(data.result.get("sources", ())),
-        "num_steps": params.num_steps,
-        "tokens": params.num_steps * job.tokens_per_step,
+        "num_steps": num_steps,
+        "tokens": num_steps * tokens_per_step,
         "wall_s": time.monotonic() - started_s,
-        **{f"initial_{key}": curves.first(key) for key in ("valid_loss", "valid_kl", "valid_teacher_loss")},
-        **{f"final_{key}": curves.last(key) for key in ("valid_loss", "valid_kl", "train_loss")},
+        **{f"initial_{key}": curves.first(key) for key in measured},
+        **{f"final_{key}": curves.last(key) for key in (*measured, "train_loss")},
     }
 
 
-def _require_one_tokenizer(inputs: Inputs) -> None:
+def require_one_tokenizer(inputs: Inputs, roles: tuple[str, ...]) -> None:
+    """Raises DataError unless the models and the data have one tokenizer."""
     from nemo_minitron.data.tokenization import tokenizer_fingerprint
 
-    prints = {role: tokenizer_fingerprint(inputs[role].path) for role in ("student", "teacher")}
-    prints["data"] = str(inputs["data"].result.get("tokenizer_sha256", prints["teacher"]))
+    prints = {role: tokenizer_fingerprint(inputs[role].path) for role in roles}
+    prints["data"] = str(inputs["data"].result.get("tokenizer_sha256", prints[roles[0]]))
     if len(set(prints.values())) > 1:
         raise DataError(
             "Teacher, student and data were made with different tokenizers.",

@@ -56,12 +56,12 @@ def distill_losses(
     params: DistillStage, parallel: Parallel, student: Path, teacher: Path, data: Path, work: Path
 ) -> tuple[list[float], list[float]]:
     """(training losses, validation KLs) of a short distillation."""
-    from nemo_minitron.backends.megatron import distill
+    from nemo_minitron.backends.megatron import distill, training
     from nemo_minitron.backends.megatron.session import open_session
 
     with open_session(parallel, device="cpu", threads=1) as session:
         job = distill.prepare(params, student, teacher, data, work, session)
-        curves = distill.run(job, work, SILENT)
+        curves = training.run(job, work, SILENT)
     rows = curves.rows
     return (
         [row["train_loss"] for row in rows if "train_loss" in row],

@@ -43,6 +43,10 @@ class Curves:
         if self._enabled:
             self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
+    def has(self, key: str) -> bool:
+        """Whether any row has it."""
+        return any(key in row for row in self.rows)
+
     def first(self, key: str) -> float:
         return float(next(row[key] for row in self.rows if key in row))
 

@@ -20,8 +20,9 @@ Batch = dict[str, Tensor]
 """tokens [B, S], labels [B, S], loss_mask [B, S]."""
 
 
-def model_logits(model: torch.nn.Module, tokens_BS: Tensor) -> Tensor:
+def model_logits(model: torch.nn.Module, batch: Batch) -> Tensor:
     """[B, S, V / tp] on the last pipeline stage; hidden states [S, B, D] on the others."""
+    tokens_BS = batch["tokens"]
     positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
     return model(tokens_BS, positions, None)
 
@@ -38,8 +39,9 @@ def forward_batches(
     consume: Callable[[Tensor, Batch], None],
     *,
     after: Callable[[], None] = _nothing,
+    forward: Callable[[torch.nn.Module, Batch], Tensor] = model_logits,
 ) -> None:
-    """Run every batch; on the last stage `consume(logits_BSV, batch)` gets this rank's vocabulary part.
+    """Run every batch; on the last stage `consume(output, batch)` gets what `forward` returned there.
 
     Every pipeline stage is given the same batches, and calls `after` when one has gone through it.
     """
@@ -49,7 +51,7 @@ def forward_batches(
         return logits.new_zeros(())
 
     for batch in batches:
-        _schedule(model, batch, loss, forward_only=True)
+        _schedule(model, batch, loss, forward=forward, forward_only=True)
         after()
 
 
@@ -71,13 +73,20 @@ def backward_batches(
 
     with _gradients_of_activations_only(model):
         for batch in batches:
-            _schedule(model, batch, loss, forward_only=False)
+            _schedule(model, batch, loss, forward=model_logits, forward_only=False)
             after()
 
 
-def _schedule(model: GPTModel, batch: Batch, loss: Callable[[Tensor, Batch], Tensor], *, forward_only: bool) -> None:
+def _schedule(
+    model: GPTModel,
+    batch: Batch,
+    loss: Callable[[Tensor, Batch], Tensor],
+    *,
+    forward: Callable[[torch.nn.Module, Batch], Tensor],
+    forward_only: bool,
+) -> None:
     get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, loss=loss),
+        forward_step_func=partial(_forward_step, loss=loss, forward=forward),
         data_iterator=iter([batch]),
         model=[model],
         num_microbatches=1,
@@ -87,9 +96,15 @@ def _schedule(model: GPTModel, batch: Batch, loss: Callable[[Tensor, Batch], Ten
     )
 
 
-def _forward_step(data: Iterator[Batch], model: GPTModel, *, loss: Callable[[Tensor, Batch], Tensor]) -> Any:
+def _forward_step(
+    data: Iterator[Batch],
+    model: GPTModel,
+    *,
+    loss: Callable[[Tensor, Batch], Tensor],
+    forward: Callable[[torch.nn.Module, Batch], Tensor],
+) -> Any:
     batch = next(data)
-    return model_logits(model, batch["tokens"]), lambda logits: (loss(logits, batch), {})
+    return forward(model, batch), lambda logits: (loss(logits, batch), {})
 
 
 @contextmanager

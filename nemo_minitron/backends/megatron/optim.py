@@ -11,7 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_minitron.backends.megatron.build import DTYPES
-from nemo_minitron.config.schema import DistillStage
+from nemo_minitron.config.schema import Optimization
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Trainable:
         return float(self.optimizer.param_groups[0]["lr"])
 
 
-def make_trainable(model: GPTModel, params: DistillStage) -> Trainable:
+def make_trainable(model: GPTModel, params: Optimization, num_steps: int) -> Trainable:
     """Gradients and optimizer states in fp32; cosine schedule with linear warm-up."""
     config = model.config
     ddp = DistributedDataParallel(
@@ -41,10 +41,10 @@ def make_trainable(model: GPTModel, params: DistillStage) -> Trainable:
     config.no_sync_func = ddp.no_sync
     optimizer = get_megatron_optimizer(_optimizer_config(params), [ddp])
     config.grad_scale_func = optimizer.scale_loss
-    return Trainable(ddp, optimizer, _schedule(optimizer, params))
+    return Trainable(ddp, optimizer, _schedule(optimizer, params, num_steps))
 
 
-def _optimizer_config(params: DistillStage) -> OptimizerConfig:
+def _optimizer_config(params: Optimization) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
         lr=params.lr,
@@ -60,17 +60,17 @@ def _optimizer_config(params: DistillStage) -> OptimizerConfig:
     )
 
 
-def _schedule(optimizer: Any, params: DistillStage) -> OptimizerParamScheduler:
+def _schedule(optimizer: Any, params: Optimization, num_steps: int) -> OptimizerParamScheduler:
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=params.lr,
         min_lr=params.min_lr,
         lr_warmup_steps=params.warmup_steps,
-        lr_decay_steps=params.num_steps,
+        lr_decay_steps=num_steps,
         lr_decay_style="cosine",
         start_wd=params.weight_decay,
         end_wd=params.weight_decay,
-        wd_incr_steps=params.num_steps,
+        wd_incr_steps=num_steps,
         wd_incr_style="constant",
     )

@@ -23,6 +23,7 @@ from nemo_minitron.config.schema.execution import (
     Execution,
     Parallel,
 )
+from nemo_minitron.config.schema.losses import HiddenLoss, LogitsLoss, Loss, Sampled, TopK
 from nemo_minitron.config.schema.measuring import (
     CheckTeacherInputs,
     CheckTeacherStage,
@@ -67,8 +68,10 @@ from nemo_minitron.config.schema.sources import (
 from nemo_minitron.config.schema.training import (
     DistillInputs,
     DistillStage,
-    ForwardKL,
+    Optimization,
     Training,
+    TrainInputs,
+    TrainStage,
 )
 
 StageConfig = Annotated[
@@ -80,6 +83,7 @@ StageConfig = Annotated[
     | SelectStage
     | PruneStage
     | DistillStage
+    | TrainStage
     | SearchStage
     | CandidateStage
     | EvaluateStage
@@ -114,12 +118,15 @@ __all__ = [
     "Execution",
     "ExportInputs",
     "ExportStage",
-    "ForwardKL",
     "Fraction",
     "Hardware",
+    "HiddenLoss",
     "ImportStage",
     "Inputless",
     "LayerMetric",
+    "LogitsLoss",
+    "Loss",
+    "Optimization",
     "Parallel",
     "Precision",
     "PruneInputs",
@@ -128,6 +135,7 @@ __all__ = [
     "ReportInputs",
     "ReportStage",
     "Rung",
+    "Sampled",
     "Schema",
     "ScoreInputs",
     "ScoreStage",
@@ -146,6 +154,9 @@ __all__ = [
     "Target",
     "TokenizeInputs",
     "TokenizeStage",
+    "TopK",
+    "TrainInputs",
+    "TrainStage",
     "Training",
     "WidthMethod",
 ]

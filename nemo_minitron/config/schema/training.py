@@ -7,13 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from nemo_minitron.config.schema.base import Fraction, Precision, Schema, StageName
-
-
-class ForwardKL(Schema):
-    """KL(teacher || student) on next-token logits (2407.14679, section 3)."""
-
-    kind: Literal["forward_kl"] = "forward_kl"
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+from nemo_minitron.config.schema.losses import Loss
 
 
 class DistillInputs(Schema):
@@ -22,12 +16,13 @@ class DistillInputs(Schema):
     data: StageName = "data"
     check: StageName | None = "check_teacher"
     """Waits for this teacher check to pass; null: no check."""
+    cache: StageName | None = None
+    """Learn from what a cache_teacher stage wrote; the teacher is then not loaded."""
 
 
-class Training(Schema):
-    """How a student is trained, however long."""
+class Optimization(Schema):
+    """How a model is trained, whatever it learns from."""
 
-    loss: ForwardKL = ForwardKL()
     global_batch_size: PositiveInt
     """Sequences per optimizer step."""
     seq_len_tokens: PositiveInt
@@ -51,9 +46,28 @@ class Training(Schema):
     seed: int = 1234
 
 
+class Training(Optimization):
+    """How a student is trained, however long."""
+
+    loss: Loss = Loss()
+
+
 class DistillStage(Training):
-    """Train the student to match the live teacher."""
+    """Train the student to match its teacher."""
 
     kind: Literal["distill"]
     inputs: DistillInputs = DistillInputs()
+    num_steps: PositiveInt
+
+
+class TrainInputs(Schema):
+    model: StageName = "teacher"
+    data: StageName = "data"
+
+
+class TrainStage(Optimization):
+    """Train a model on the text itself, by next-token cross entropy."""
+
+    kind: Literal["train"]
+    inputs: TrainInputs = TrainInputs()
     num_steps: PositiveInt

@@ -1,0 +1,123 @@
+"""The loss of a recipe over a batch of tokens: distance to the teacher, next-token cross entropy, and their balance.
+
+Shapes: T tokens, n tokens of a chunk, D hidden size, V this rank's part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.config.schema import LogitsLoss, Loss
+from nemo_minitron.distillation.linear import Head, linear_loss
+from nemo_minitron.distillation.losses import LossAndGrad, distance, next_token
+from nemo_minitron.distillation.sparse import SparseTeacher, sparse_distance, sparsify
+from nemo_minitron.distillation.vocab import WHOLE, Vocab
+
+Distance = Callable[[Tensor, slice], LossAndGrad]
+"""Student logits of a chunk [n, V], and which tokens they are -> distance to the teacher [n], gradient [n, V]."""
+
+
+def live_teacher(
+    hidden_TD: Tensor, weight_VD: Tensor, params: LogitsLoss, uniforms: Tensor | None = None, vocab: Vocab = WHOLE
+) -> Distance:
+    """Distance to a teacher whose head is run on each chunk.
+
+    Args:
+        hidden_TD: the input of the teacher's output layer; D may differ from the student's.
+        uniforms: [T, rounds] for draws (`sparse: {kind: sampled}`).
+    """
+    head = Head(weight_VD)
+
+    @torch.no_grad()
+    def of(student: Tensor, rows: slice) -> LossAndGrad:
+        logits = head.logits(hidden_TD[rows])
+        if params.sparse is None:
+            return distance(student, logits, params, vocab)
+        points = None if uniforms is None else uniforms[rows]
+        kept = sparsify(logits, params.sparse, params.temperature, points, vocab)
+        return sparse_distance(student, kept, params, vocab)
+
+    return of
+
+
+def cached_teacher(teacher: SparseTeacher, params: LogitsLoss, vocab: Vocab = WHOLE) -> Distance:
+    """Distance to a teacher that was written down."""
+
+    def of(student: Tensor, rows: slice) -> LossAndGrad:
+        return sparse_distance(student, teacher.rows(rows), params, vocab)
+
+    return of
+
+
+def token_loss(
+    params: Loss,
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    token_weights_T: Tensor,
+    teacher: Distance | None = None,
+    vocab: Vocab = WHOLE,
+    *,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum over tokens of `logits + next_token * CE`, differentiable for hidden and weight.
+
+    Args:
+        token_weights_T: usually mask / number of tokens.
+        teacher: None where the loss has no teacher.
+
+    Returns:
+        the scalar, and its detached parts: `logits_loss`, `lm_loss` (unweighted) where they are part of it.
+    """
+    if params.logits is not None and teacher is None:
+        raise AssertionError("a loss with logits needs a teacher")
+    weight: float | Tensor
+    if params.next_token == "balanced":
+        with torch.no_grad():
+            mixture = Mixture(teacher, labels_T, token_weights_T, 1.0, vocab)
+            linear_loss(hidden_TD, weight_VD, token_weights_T, mixture, chunk_tokens=chunk_tokens)
+            weight = mixture.parts["logits_loss"] / mixture.parts["lm_loss"]
+    else:
+        weight = params.next_token
+    mixture = Mixture(teacher, labels_T, token_weights_T, weight, vocab)
+    total = linear_loss(hidden_TD, weight_VD, token_weights_T, mixture, chunk_tokens=chunk_tokens)
+    return total, mixture.parts
+
+
+class Mixture:
+    """The loss of a chunk; adds up its parts on the way."""
+
+    def __init__(
+        self,
+        teacher: Distance | None,
+        labels_T: Tensor,
+        token_weights_T: Tensor,
+        lm_weight: float | Tensor,
+        vocab: Vocab,
+    ) -> None:
+        self.teacher, self.labels, self.token_weights = teacher, labels_T, token_weights_T
+        self.lm_weight, self.vocab = lm_weight, vocab
+        self.parts: dict[str, Tensor] = {}
+
+    def __call__(self, student: Tensor, rows: slice) -> LossAndGrad:
+        if self.teacher is None:
+            loss, grad = next_token(student, self.labels[rows], self.vocab)
+            self._add("lm_loss", loss, rows)
+            return loss * self.lm_weight, grad.mul_(self.lm_weight)
+        if isinstance(self.lm_weight, float) and not self.lm_weight:
+            loss, grad = self.teacher(student, rows)
+            self._add("logits_loss", loss, rows)
+            return loss, grad
+        # Each loss overwrites the logits that it is given.
+        of_text, text_grad = next_token(student.clone(), self.labels[rows], self.vocab)
+        loss, grad = self.teacher(student, rows)
+        self._add("lm_loss", of_text, rows)
+        self._add("logits_loss", loss, rows)
+        return loss + self.lm_weight * of_text, grad.add_(text_grad.mul_(self.lm_weight))
+
+    def _add(self, name: str, loss: Tensor, rows: slice) -> None:
+        value = loss @ self.token_weights[rows].to(loss.dtype)
+        self.parts[name] = self.parts[name] + value if name in self.parts else value

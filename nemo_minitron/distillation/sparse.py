@@ -1,0 +1,137 @@
+"""Losses against a teacher that is known at a few tokens only: the likeliest ones, or random draws.
+
+Shapes: n tokens of a chunk, V the vocabulary part of this rank, K entries a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.config.schema import LogitsLoss, Sampled, TopK
+from nemo_minitron.distillation.losses import LossAndGrad
+from nemo_minitron.distillation.vocab import WHOLE, Vocab, local_ids, pick, shift, softmax
+
+
+@dataclass(frozen=True)
+class SparseTeacher:
+    """A teacher's distribution at some ids. Entries with probability 0 are padding."""
+
+    ids: Tensor
+    """Vocabulary ids [n, K], int64. Drawn ids may repeat."""
+    probs: Tensor
+    """Their probabilities [n, K]; what is missing to 1 is the tail. Draws: 1 / rounds each, so that no tail is left."""
+    negative_entropy: Tensor
+    """What makes the cross entropy a KL [n]: sum p log p over the entries and the tail, or over all tokens."""
+
+    def rows(self, rows: slice) -> SparseTeacher:
+        return SparseTeacher(self.ids[rows], self.probs[rows], self.negative_entropy[rows])
+
+
+def top_k_teacher(logits: Tensor, params: TopK, temperature: float, vocab: Vocab = WHOLE) -> SparseTeacher:
+    """The k likeliest tokens of each distribution; with tail "drop" their probabilities are scaled to sum to 1."""
+    t = softmax(logits, temperature, vocab)
+    values, local = t.shifted.topk(min(params.k, logits.shape[-1]), -1)
+    # Each rank offers its best; the best of these are the best of all.
+    values, ids = vocab.gather(values), vocab.gather(local + vocab.start)
+    values, order = values.topk(min(params.k, values.shape[-1]), -1)
+    log_probs = values - t.total.log()
+    if params.tail == "drop":
+        log_probs = log_probs - log_probs.logsumexp(-1, keepdim=True)
+    probs = log_probs.exp()
+    tail = tail_of(probs)
+    negative_entropy = (probs * log_probs).sum(-1) + torch.xlogy(tail, tail)
+    return SparseTeacher(ids.gather(-1, order), probs, negative_entropy)
+
+
+def sampled_teacher(logits: Tensor, uniforms: Tensor, temperature: float, vocab: Vocab = WHOLE) -> SparseTeacher:
+    """Ids drawn from each distribution, `rounds` times with replacement (2503.16870, section 3).
+
+    The cross entropy with the draws is an unbiased estimate of the one with the whole distribution, and so is its
+    gradient; the entropy is exact, so that the loss estimates the KL.
+
+    Args:
+        uniforms: [n, rounds] in [0, 1), the same on every rank of the vocabulary.
+    """
+    t = softmax(logits, temperature, vocab)
+    probs = t.probs
+    negative_entropy = vocab.sum((probs * t.log_probs).sum(-1))
+    mass = vocab.gather(probs.sum(-1, keepdim=True))
+    edges = mass.cumsum(-1)
+    # Sums of fp32 probabilities miss 1 by a little: the draws are spread over what there is.
+    points = (uniforms.to(probs.dtype) * edges[:, -1:]).contiguous()
+    sizes = vocab.gather(torch.full_like(edges[:, :1], logits.shape[-1]))
+    rank = int((sizes.cumsum(-1)[0] <= vocab.start).sum())
+    before = edges[:, rank : rank + 1] - mass[:, rank : rank + 1]
+    found = torch.searchsorted(probs.cumsum(-1), points - before, right=True).clamp(max=logits.shape[-1] - 1)
+    owner = torch.searchsorted(edges.contiguous(), points, right=True).clamp(max=edges.shape[-1] - 1)
+    ids = vocab.sum(torch.where(owner == rank, found + vocab.start, 0))
+    return SparseTeacher(ids, torch.full_like(points, 1.0 / points.shape[-1]), negative_entropy)
+
+
+def tail_of(probs: Tensor) -> Tensor:
+    """Probability that the entries leave out [n]; rounding is no tail."""
+    tail = 1.0 - probs.sum(-1)
+    return torch.where(tail > 4.0 * torch.finfo(probs.dtype).eps * probs.shape[-1], tail, torch.zeros_like(tail))
+
+
+def sparse_kl(student: Tensor, teacher: SparseTeacher, temperature: float, vocab: Vocab = WHOLE) -> LossAndGrad:
+    """Forward KL to a sparse teacher; what its entries leave out is one ghost token, for both models.
+
+    With entries K, tails P = 1 - sum_K p and Q = 1 - sum_K q: `sum_K p log(p / q) + P log(P / Q)`, nats. The gradient
+    is (q - t) / T with t = p on the entries and P q / Q off them.
+    """
+    shifted, valid = shift(student, temperature, vocab), teacher.probs > 0
+    at = pick(shifted, teacher.ids, vocab)
+    exp = shifted.exp_()
+    total = vocab.sum(exp.sum(-1, keepdim=True))
+    log_q = at - total.log()
+    tail_p = tail_of(teacher.probs)[:, None]
+    tail_q = _mass_off(exp, teacher, vocab) / total if bool((tail_p > 0).any()) else tail_p
+    ghost = torch.where(tail_p > 0, tail_p * tail_q.log(), tail_p)
+    cross_entropy = -(teacher.probs * torch.where(valid, log_q, 0.0)).sum(-1) - ghost.squeeze(-1)
+    share = torch.where(tail_p > 0, tail_p / tail_q, tail_p)
+    grad = exp.div_(total).mul_(1.0 - share)
+    local, mine = local_ids(teacher.ids, student.shape[-1], vocab)
+    at_entries = torch.where(valid & mine, share * log_q.exp() - teacher.probs, 0.0)
+    grad.scatter_add_(-1, local, at_entries.to(grad.dtype))
+    return teacher.negative_entropy + cross_entropy, grad if temperature == 1.0 else grad.div_(temperature)
+
+
+def renormalised_kl(student: Tensor, teacher: SparseTeacher, temperature: float, vocab: Vocab = WHOLE) -> LossAndGrad:
+    """Forward KL between the softmaxes over the teacher's entries alone: the tail is dropped from both models."""
+    at = pick(student, teacher.ids, vocab) / temperature
+    log_q = torch.where(teacher.probs > 0, at, -torch.inf).log_softmax(-1)
+    loss = teacher.negative_entropy - (teacher.probs * torch.where(teacher.probs > 0, log_q, 0.0)).sum(-1)
+    grad = torch.zeros_like(student)
+    local, mine = local_ids(teacher.ids, student.shape[-1], vocab)
+    grad.scatter_add_(-1, local, (log_q.exp() - teacher.probs).to(grad.dtype) * mine / temperature)
+    return loss, grad
+
+
+def sparse_distance(student: Tensor, teacher: SparseTeacher, params: LogitsLoss, vocab: Vocab = WHOLE) -> LossAndGrad:
+    """The recipe's loss against a sparse teacher."""
+    if isinstance(params.sparse, TopK) and params.sparse.tail == "drop":
+        return renormalised_kl(student, teacher, params.temperature, vocab)
+    return sparse_kl(student, teacher, params.temperature, vocab)
+
+
+def sparsify(
+    logits: Tensor, params: TopK | Sampled, temperature: float, uniforms: Tensor | None, vocab: Vocab
+) -> SparseTeacher:
+    """What a recipe's `sparse` keeps of a teacher's logits."""
+    if isinstance(params, TopK):
+        return top_k_teacher(logits, params, temperature, vocab)
+    assert uniforms is not None, "draws need uniforms"
+    return sampled_teacher(logits, uniforms, temperature, vocab)
+
+
+def _mass_off(exp: Tensor, teacher: SparseTeacher, vocab: Vocab) -> Tensor:
+    """Sum of exp over the tokens that are no entry [n, 1]; 1 - sum of the entries would lose it to rounding."""
+    local, mine = local_ids(teacher.ids, exp.shape[-1], vocab)
+    off = exp.clone()
+    # Zero for entries of this rank; entries of others write their own value back.
+    off.scatter_reduce_(-1, local, torch.where(mine & (teacher.probs > 0), 0.0, exp.gather(-1, local)), "amin")
+    return vocab.sum(off.sum(-1, keepdim=True))

@@ -1,0 +1,80 @@
+"""A vocabulary that may be split over tensor-parallel ranks: what a loss has to combine.
+
+Shapes: n tokens of a chunk, V the vocabulary part of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Vocab:
+    """This rank's part [start, start + V) of the vocabulary, and reductions over the ranks that share it.
+
+    The default is a single rank that holds all of it.
+    """
+
+    start: int = 0
+    max: Callable[[Tensor], Tensor] = _same
+    """May overwrite its argument."""
+    sum: Callable[[Tensor], Tensor] = _same
+    """May overwrite its argument."""
+    gather: Callable[[Tensor], Tensor] = _same
+    """[n, k] of each rank -> [n, k * ranks], in rank order."""
+
+
+WHOLE = Vocab()
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """A softmax in parts: probabilities are `exp / total`, log-probabilities `shifted - log(total)`."""
+
+    shifted: Tensor
+    """logits / temperature - max [n, V]."""
+    exp: Tensor
+    """exp(shifted) [n, V]."""
+    total: Tensor
+    """Sum of exp over the whole vocabulary [n, 1]."""
+
+    @property
+    def probs(self) -> Tensor:
+        return self.exp / self.total
+
+    @property
+    def log_probs(self) -> Tensor:
+        return self.shifted - self.total.log()
+
+
+def softmax(logits: Tensor, temperature: float, vocab: Vocab) -> Softmax:
+    """Overwrites the logits."""
+    shifted = shift(logits, temperature, vocab)
+    exp = shifted.exp()
+    return Softmax(shifted, exp, vocab.sum(exp.sum(-1, keepdim=True)))
+
+
+def shift(logits: Tensor, temperature: float, vocab: Vocab) -> Tensor:
+    """logits / temperature, less the largest over the whole vocabulary, in place."""
+    if temperature != 1.0:
+        logits.div_(temperature)
+    return logits.sub_(vocab.max(logits.amax(-1, keepdim=True)))
+
+
+def pick(values: Tensor, ids: Tensor, vocab: Vocab) -> Tensor:
+    """values [n, V] at vocabulary ids [n, k], from whichever rank holds them: [n, k]."""
+    local, mine = local_ids(ids, values.shape[-1], vocab)
+    return vocab.sum(values.gather(-1, local) * mine)
+
+
+def local_ids(ids: Tensor, size: int, vocab: Vocab) -> tuple[Tensor, Tensor]:
+    """Columns of this rank's part (any column for ids of other ranks), and whether they are its own."""
+    local = ids - vocab.start
+    return local.clamp(0, size - 1), (local >= 0) & (local < size)
