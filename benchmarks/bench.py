@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 
-from nemo_minitron.backends.megatron import distill
+from nemo_minitron.backends.megatron import distill, training
 from nemo_minitron.backends.megatron.forward import model_logits
 from nemo_minitron.backends.megatron.session import open_session
 from nemo_minitron.cli import load_recipe
@@ -62,16 +62,16 @@ def bench_step(root: Path) -> dict[str, float]:
     )
     with open_session(Parallel(micro_batch_size=4), device="cpu") as session, tempfile.TemporaryDirectory() as work:
         job = distill.prepare(params, run / "prune", run / "teacher", run / "data", Path(work), session)
-        batch = distill.step_batches(job.samples, session, step=0, global_batch_size=4, micro_batch_size=4)[0]
+        batch = training.step_batches(job.samples, session, step=0, global_batch_size=4, micro_batch_size=4)[0]
 
         def teacher() -> None:
             with torch.no_grad():
-                model_logits(job.teacher, batch["tokens"])
+                model_logits(room.teacher, batch)
 
         def student() -> None:
-            model_logits(job.trainable.ddp, batch["tokens"]).mean().backward()
+            model_logits(job.trainable.ddp, batch).mean().backward()
 
-        found = interleaved({"step": lambda: distill.train_step(job, 0), "teacher": teacher, "student": student})
+        found = interleaved({"step": lambda: training.train_step(job, 0), "teacher": teacher, "student": student})
     tokens = params.global_batch_size * params.seq_len_tokens
     parts = found["teacher"] + found["student"]
     return {**found, "step_over_parts": found["step"] / parts, "tokens_per_s": tokens / found["step"]}

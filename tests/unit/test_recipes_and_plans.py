@@ -41,9 +41,9 @@ def test_a_recipe_outside_the_repository_finds_the_configs_of_the_package(tmp_pa
     ("override", "words"),
     [
         ("stages.distil.lr=1", "Did you mean stages.distill?"),
-        ("stages.distill.kind=train", "stages.distill.kind = 'train': not a kind of stage. Allowed: adopt"),
+        ("stages.distill.kind=trains", "stages.distill.kind = 'trains': not a kind of stage. Allowed: adopt"),
         ("stages.select.method=best", "'importance', 'random' or 'magnitude'"),
-        ("stages.distill.loss.temperatur=2", "Did you mean temperature?"),
+        ("stages.distill.loss.logits.temperatur=2", "Did you mean temperature?"),
         ("eval=nothing", "could not be composed"),
         ("stages.distill.lr=[", "could not be composed"),
     ],
