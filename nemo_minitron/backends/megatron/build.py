@@ -20,9 +20,9 @@ from nemo_minitron.families import ModelShape
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-def padded_vocab_size(shape: ModelShape, tp: int) -> int:
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
     """Megatron splits the vocabulary evenly over the tensor-parallel ranks; the rows added are zeros."""
-    return -(-shape.vocab_size // tp) * tp
+    return -(-vocab_size // tp) * tp
 
 
 def transformer_config(shape: ModelShape, session: Session, precision: str) -> TransformerConfig:
@@ -73,8 +73,13 @@ def transformer_config(shape: ModelShape, session: Session, precision: str) -> T
     return TransformerConfig(**{key: value for key, value in options.items() if key in known})
 
 
-def build_model(shape: ModelShape, session: Session, *, precision: str, seq_len_tokens: int) -> GPTModel:
+def build_model(
+    shape: ModelShape, session: Session, *, precision: str, seq_len_tokens: int, padded_vocab: int | None = None
+) -> GPTModel:
     """This rank's part of the model, with undefined weights: load them next.
+
+    Args:
+        padded_vocab: rows of the embeddings; None: as few as the layout allows.
 
     Raises:
         PlanError: the model cannot look back as far as the sequence is long.
@@ -90,7 +95,7 @@ def build_model(shape: ModelShape, session: Session, *, precision: str, seq_len_
     model = GPTModel(
         config,
         block_spec(stop - start, qk_norm=shape.qk_norm),
-        vocab_size=padded_vocab_size(shape, session.parallel.tp),
+        vocab_size=padded_vocab or padded_vocab_size(shape.vocab_size, session.parallel.tp),
         max_sequence_length=seq_len_tokens,
         pre_process=session.is_first_stage,
         post_process=session.is_last_stage,

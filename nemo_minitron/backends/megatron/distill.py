@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,22 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from nemo_minitron.backends.megatron.build import padded_vocab_size
 from nemo_minitron.backends.megatron.datasets import HeldOutBatches, heldout_batches, training_samples
 from nemo_minitron.backends.megatron.evaluate import EVAL_BATCH_SIZE
 from nemo_minitron.backends.megatron.forward import Batch, evaluating, forward_batches
 from nemo_minitron.backends.megatron.head import head_weight, model_hidden, vocab_of
+from nemo_minitron.backends.megatron.hidden import (
+    HiddenStates,
+    States,
+    Weight,
+    comparing,
+    hidden_states,
+    reading,
+    total_loss,
+    transport,
+    weigh,
+)
 from nemo_minitron.backends.megatron.optim import make_trainable
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.training import Job, Objective, Parts
@@ -25,9 +37,13 @@ from nemo_minitron.distillation.linear import CHUNK_BYTES, Head, chunks
 from nemo_minitron.distillation.losses import forward_kl, next_token
 from nemo_minitron.distillation.objective import Distance, live_teacher, token_loss
 from nemo_minitron.distillation.vocab import Vocab
+from nemo_minitron.families import ModelShape
+from nemo_minitron.hf.checkpoint import Checkpoint
 
 NEXT_TOKEN = Loss(logits=None, next_token=1.0)
 KL = LogitsLoss()
+HeadLoss = Callable[[Tensor], tuple[Tensor, Parts]]
+"""The input of the student's output layer [B, S, D] -> loss, parts."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +54,10 @@ class Classroom:
     student: GPTModel
     teacher: GPTModel | None
     vocab_size: int
+    """Of the tokens that both models know."""
     heldout: HeldOutBatches
     session: Session
+    hidden: HiddenStates | None = None
 
     @property
     def vocab(self) -> Vocab:
@@ -47,42 +65,68 @@ class Classroom:
         return vocab_of(self.session, rows)
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What the teacher says of one micro-batch, as far as this pipeline stage needs it."""
+
+    head_input: Tensor | None = None
+    """The input of its output layer [B, S, D]."""
+    states: States = field(default_factory=dict)
+
+
 def prepare(
-    params: DistillStage, student_dir: Path, teacher_dir: Path | None, data_dir: Path, work_dir: Path, session: Session
+    params: DistillStage, student_dir: Path, teacher_dir: Path, data_dir: Path, work_dir: Path, session: Session
 ) -> Job:
     """Load the student and, where the loss needs it, the teacher; open the data."""
-    teacher = None
-    if teacher_dir is not None and params.loss.needs_teacher:
-        options = {"precision": params.precision, "seq_len_tokens": params.seq_len_tokens}
-        teacher, _ = load_model(teacher_dir, session, **options)  # type: ignore[arg-type]
-        teacher.requires_grad_(False).eval()
-    return _job("distill", params, params.num_steps, params.loss, student_dir, teacher, data_dir, work_dir, session)
+    shapes = [Checkpoint.open(folder).shape for folder in (student_dir, teacher_dir)]
+    sizes = [shape.vocab_size for shape in shapes]
+    options = {
+        "precision": params.precision,
+        "seq_len_tokens": params.seq_len_tokens,
+        # One split of the vocabulary for both, whatever each would be padded to alone.
+        "padded_vocab": padded_vocab_size(max(sizes), session.parallel.tp),
+    }
+    student, shape = load_model(student_dir, session, **options)  # type: ignore[arg-type]
+    heldout = _heldout(params, data_dir, session)
+    if not params.loss.needs_teacher:
+        room = Classroom(params.loss, student, None, min(sizes), heldout, session)
+        return _job("distill", params, params.num_steps, room, shape, data_dir, work_dir)
+    teacher, _ = load_model(teacher_dir, session, **options)  # type: ignore[arg-type]
+    teacher.requires_grad_(False).eval()
+    hidden = None
+    if params.loss.hidden is not None:
+        micro_batches = params.global_batch_size // (session.parallel.dp * session.parallel.micro_batch_size)
+        hidden = hidden_states(params.loss.hidden, shapes[1], student, shape, session, micro_batches)
+    room = Classroom(params.loss, student, teacher, min(sizes), heldout, session, hidden)
+    return _job("distill", params, params.num_steps, room, shape, data_dir, work_dir)
 
 
 def prepare_training(params: TrainStage, model_dir: Path, data_dir: Path, work_dir: Path, session: Session) -> Job:
     """Load the model and open the data: next-token cross entropy, no teacher."""
-    return _job("train", params, params.num_steps, NEXT_TOKEN, model_dir, None, data_dir, work_dir, session)
+    model, shape = load_model(model_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
+    room = Classroom(NEXT_TOKEN, model, None, shape.vocab_size, _heldout(params, data_dir, session), session)
+    return _job("train", params, params.num_steps, room, shape, data_dir, work_dir)
 
 
-def _job(
-    stage: str,
-    params: Optimization,
-    num_steps: int,
-    loss: Loss,
-    student_dir: Path,
-    teacher: GPTModel | None,
-    data_dir: Path,
-    work_dir: Path,
-    session: Session,
-) -> Job:
-    student, shape = load_model(student_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
-    heldout = heldout_batches(
+def _heldout(params: Optimization, data_dir: Path, session: Session) -> HeldOutBatches:
+    return heldout_batches(
         data_dir,
         session,
         num_tokens=params.valid_num_tokens,
         seq_len_tokens=params.seq_len_tokens,
         batch_size=EVAL_BATCH_SIZE,
     )
+
+
+def _job(
+    stage: str,
+    params: Optimization,
+    num_steps: int,
+    room: Classroom,
+    shape: ModelShape,
+    data_dir: Path,
+    work_dir: Path,
+) -> Job:
     samples = training_samples(
         data_dir,
         num_samples=num_steps * params.global_batch_size,
@@ -90,71 +134,117 @@ def _job(
         seed=params.seed,
         cache_dir=work_dir / "data_index",
     )
-    classroom = Classroom(loss, student, teacher, shape.vocab_size, heldout, session)
-    trainable = make_trainable(student, params, num_steps)
-    return Job(stage, params, num_steps, trainable, shape, samples, session, objective_of(classroom))
+    trainable = make_trainable(room.student, params, num_steps)
+    return Job(stage, params, num_steps, trainable, shape, samples, room.session, objective_of(room))
 
 
 def objective_of(room: Classroom) -> Objective:
     """The recipe's loss over these models."""
 
-    def prepare(step: int, batches: list[Batch]) -> Iterator[Tensor | None]:
-        return teacher_hidden(room, batches)
+    def prepare(step: int, batches: list[Batch]) -> Iterator[Lesson]:
+        return lessons(room, batches)
 
-    def forward(model: torch.nn.Module, batch: Batch, extra: Tensor | None) -> Any:
+    def forward(model: torch.nn.Module, batch: Batch, lesson: Lesson) -> Any:
         def loss(hidden_BSD: Tensor) -> tuple[Tensor, Parts]:
-            mask = batch["loss_mask"].flatten()
-            return token_loss(
-                room.loss,
-                hidden_BSD.flatten(0, 1),
-                head_weight(model, room.vocab_size),
-                batch["labels"].flatten(),
-                mask / mask.sum(),
-                _distance(room, extra),
-                room.vocab,
-            )
+            return _head_loss(room, model, batch, lesson, hidden_BSD)
 
-        return model_hidden(model, batch), loss
+        if room.hidden is None:
+            return model_hidden(model, batch), loss
+        return _forward_comparing(room, room.hidden, model, batch, lesson, loss)
 
     return Objective(_part_names(room.loss), prepare, forward, lambda: validate(room))
 
 
 def _part_names(loss: Loss) -> tuple[str, ...]:
-    text = ("lm_loss",) if loss.next_token else ()
-    return ("train_loss", *(("logits_loss",) if loss.logits is not None else ()), *text)
+    used = {
+        "logits_loss": loss.logits is not None,
+        "lm_loss": bool(loss.next_token),
+        "hidden_loss": loss.hidden is not None,
+    }
+    return ("train_loss", *(name for name, is_used in used.items() if is_used))
 
 
-def _distance(room: Classroom, teacher_hidden_BSD: Tensor | None) -> Distance | None:
+def _head_loss(
+    room: Classroom, model: torch.nn.Module, batch: Batch, lesson: Lesson, hidden_BSD: Tensor
+) -> tuple[Tensor, Parts]:
+    mask = batch["loss_mask"].flatten()
+    return token_loss(
+        room.loss,
+        hidden_BSD.flatten(0, 1),
+        head_weight(model, room.vocab_size),
+        batch["labels"].flatten(),
+        mask / mask.sum(),
+        _distance(room, lesson),
+        room.vocab,
+    )
+
+
+def _forward_comparing(
+    room: Classroom, hidden: HiddenStates, model: torch.nn.Module, batch: Batch, lesson: Lesson, head_loss: HeadLoss
+) -> Any:
+    """The forward pass with hidden-state losses attached to it."""
+    weight = Weight(hidden)
+    with comparing(model, hidden, lesson.states, batch["loss_mask"], weight) as values:
+        output = model_hidden(model, batch)
+    of_states = total_loss(hidden, values)
+
+    def loss(hidden_BSD: Tensor) -> tuple[Tensor, Parts]:
+        value, parts = head_loss(hidden_BSD)
+        alpha = weigh(hidden, weight, parts.get("logits_loss"), of_states)
+        # The attached losses bring their own gradients: here their value is added.
+        return value + alpha * of_states, {**parts, "hidden_loss": of_states}
+
+    return output, loss
+
+
+def _distance(room: Classroom, lesson: Lesson) -> Distance | None:
     if room.loss.logits is None:
         return None
     assert room.teacher is not None
-    assert teacher_hidden_BSD is not None
+    assert lesson.head_input is not None
     weight = head_weight(room.teacher, room.vocab_size)
-    return live_teacher(teacher_hidden_BSD.flatten(0, 1), weight, room.loss.logits, vocab=room.vocab)
+    return live_teacher(lesson.head_input.flatten(0, 1), weight, room.loss.logits, vocab=room.vocab)
 
 
-def teacher_hidden(room: Classroom, batches: list[Batch]) -> Iterator[Tensor | None]:
-    """The input of the teacher's output layer [B, S, D] for each micro-batch, on the last pipeline stage.
+def lessons(room: Classroom, batches: list[Batch]) -> Iterator[Lesson]:
+    """What the teacher says of each micro-batch.
 
     Without pipeline stages it is computed one micro-batch at a time, when the student asks. With stages the teacher
     runs its own forward schedule first.
     """
     if room.teacher is None:
-        return repeat(None, len(batches))
+        return repeat(Lesson(), len(batches))
     if room.session.parallel.pp == 1:
-        return _teacher_now(room.teacher, batches)
-    collected: list[Tensor] = []
-    forward_batches(
-        room.teacher, batches, room.session, lambda hidden, _: collected.append(hidden), forward=model_hidden
-    )
-    return iter(collected) if room.session.is_last_stage else repeat(None, len(batches))
+        return _lessons_now(room, room.teacher, batches)
+    return iter(_lessons_before(room, room.teacher, batches))
 
 
-def _teacher_now(teacher: GPTModel, batches: list[Batch]) -> Iterator[Tensor]:
+def _lessons_now(room: Classroom, teacher: GPTModel, batches: list[Batch]) -> Iterator[Lesson]:
+    taps = room.hidden.teacher_taps if room.hidden is not None else ()
     for batch in batches:
-        with torch.no_grad():
-            hidden = model_hidden(teacher, batch)
-        yield hidden
+        with torch.no_grad(), reading(teacher, taps) as states:
+            head_input = model_hidden(teacher, batch)
+        yield Lesson(head_input, states)
+
+
+def _lessons_before(room: Classroom, teacher: GPTModel, batches: list[Batch]) -> list[Lesson]:
+    outputs: list[Tensor | None] = []
+    kept: list[States] = []
+    taps = room.hidden.teacher_taps if room.hidden is not None else ()
+    with reading(teacher, taps) as states:
+
+        def after() -> None:
+            kept.append(dict(states))
+
+        def keep(hidden: Tensor, _: Batch) -> None:
+            outputs.append(hidden)
+
+        forward_batches(teacher, batches, room.session, keep, after=after, forward=model_hidden)
+    if room.hidden is not None:
+        kept = transport(kept, room.hidden, batches, teacher.config.params_dtype)
+    if not room.session.is_last_stage:
+        outputs = [None] * len(batches)
+    return [Lesson(head_input, states) for head_input, states in zip(outputs, kept, strict=True)]
 
 
 def validate(room: Classroom) -> dict[str, float]:
@@ -162,7 +252,7 @@ def validate(room: Classroom) -> dict[str, float]:
     sums = torch.zeros(4, dtype=torch.float64, device=room.session.device)
     with evaluating(room.student):
         for batch in room.heldout.batches:
-            teacher = next(teacher_hidden(room, [batch]))
+            teacher = next(lessons(room, [batch])).head_input
 
             def add(hidden: Tensor, batch: Batch, teacher: Tensor | None = teacher) -> None:
                 sums.add_(_measure(room, hidden, batch, teacher))

@@ -20,9 +20,9 @@ SPLIT_AXES = frozenset({"vocab", "q", "kv", "ffn"})
 """Axes that tensor parallelism splits; all others are whole on every rank."""
 
 
-def shard_range(size: int, tp_rank: int, tp: int) -> tuple[int, int]:
+def shard_range(size: int, tp_rank: int, tp: int, padded: int | None = None) -> tuple[int, int]:
     """[start, stop) of one rank on an axis of this size; the last ranks may get less (padded vocabulary)."""
-    per_rank = ceil(size / tp)
+    per_rank = ceil((padded or size) / tp)
     return min(tp_rank * per_rank, size), min((tp_rank + 1) * per_rank, size)
 
 
@@ -45,11 +45,13 @@ def stage_bounds(num_layers: int, pp: int) -> list[tuple[int, int]]:
     return list(zip([0, *stops], stops, strict=False))
 
 
-def shard_slices(row: Row, shape: ModelShape, tp_rank: int, tp: int) -> tuple[slice, ...]:
+def shard_slices(
+    row: Row, shape: ModelShape, tp_rank: int, tp: int, padded_vocab: int | None = None
+) -> tuple[slice, ...]:
     """Which part of the Hugging Face tensor this rank needs."""
-    sizes = shape.axis_sizes()
+    sizes, padded = shape.axis_sizes(), {"vocab": padded_vocab}
     return tuple(
-        slice(*shard_range(sizes[axis], tp_rank, tp)) if axis in SPLIT_AXES else slice(0, sizes[axis])
+        slice(*shard_range(sizes[axis], tp_rank, tp, padded.get(axis))) if axis in SPLIT_AXES else slice(0, sizes[axis])
         for axis in row.axes
     )
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_minitron.backends.megatron.build import DTYPES
+from nemo_minitron.backends.megatron.hidden import sum_projection_gradient
 from nemo_minitron.config.schema import Optimization
 
 
@@ -32,16 +34,23 @@ class Trainable:
 
 
 def make_trainable(model: GPTModel, params: Optimization, num_steps: int) -> Trainable:
-    """Gradients and optimizer states in fp32; cosine schedule with linear warm-up."""
+    """Gradients and optimizer states in fp32 (fp64 stays fp64); cosine schedule with linear warm-up."""
     config = model.config
+    in_fp32 = config.params_dtype != torch.float64
     ddp = DistributedDataParallel(
-        config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False), model
+        config, DistributedDataParallelConfig(grad_reduce_in_fp32=in_fp32, overlap_grad_reduce=False), model
     )
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = _finalize_gradients
     config.no_sync_func = ddp.no_sync
     optimizer = get_megatron_optimizer(_optimizer_config(params), [ddp])
     config.grad_scale_func = optimizer.scale_loss
     return Trainable(ddp, optimizer, _schedule(optimizer, params, num_steps))
+
+
+def _finalize_gradients(models: list[Any], *args: Any, **kwargs: Any) -> None:
+    for model in models:
+        sum_projection_gradient(model)
+    finalize_model_grads(models, *args, **kwargs)
 
 
 def _optimizer_config(params: Optimization) -> OptimizerConfig:

@@ -98,6 +98,17 @@ def _after_step(job: Job, step: int, curves: Curves, checkpoints: Path) -> None:
 
 def train_step(job: Job, step: int) -> dict[str, float]:
     """One optimizer step; losses are in nats per token, averaged over the global batch."""
+    trainable = job.trainable
+    found = forward_backward(job, step)
+    trainable.schedule.step(1)
+    _, grad_norm, _ = trainable.optimizer.step()
+    row = _mean_over_ranks(found, job.objective.parts, job.session)
+    _require_finite(job.stage, row["train_loss"], float(grad_norm or 0.0), step)
+    return {**row, "lr": trainable.lr, "grad_norm": float(grad_norm or 0.0)}
+
+
+def forward_backward(job: Job, step: int) -> list[Parts]:
+    """The gradients of one global batch, summed over the ranks; returns this rank's losses of each micro-batch."""
     trainable, params, micro_batch_size = job.trainable, job.params, job.session.parallel.micro_batch_size
     batches = step_batches(
         job.samples,
@@ -118,11 +129,7 @@ def train_step(job: Job, step: int) -> dict[str, float]:
         micro_batch_size=micro_batch_size,
         forward_only=False,
     )
-    trainable.schedule.step(1)
-    _, grad_norm, _ = trainable.optimizer.step()
-    row = _mean_over_ranks(found, job.objective.parts, job.session)
-    _require_finite(job.stage, row["train_loss"], float(grad_norm or 0.0), step)
-    return {**row, "lr": trainable.lr, "grad_norm": float(grad_norm or 0.0)}
+    return found
 
 
 def _forward_step(forward: ForwardStep, found: list[Parts]) -> Callable[..., Any]:

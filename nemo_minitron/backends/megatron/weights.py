@@ -21,20 +21,24 @@ from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter
 
 
 def load_model(
-    model_dir: Path, session: Session, *, precision: str, seq_len_tokens: int
+    model_dir: Path, session: Session, *, precision: str, seq_len_tokens: int, padded_vocab: int | None = None
 ) -> tuple[GPTModel, ModelShape]:
     """Build this rank's model and read its weights; each rank reads only its own part of the files.
+
+    Args:
+        padded_vocab: rows of the embeddings, so that two models split theirs alike; None: as few as possible.
 
     Raises:
         CheckpointError: missing, damaged or unexpected tensors.
     """
     checkpoint = Checkpoint.open(model_dir)
-    model = build_model(checkpoint.shape, session, precision=precision, seq_len_tokens=seq_len_tokens)
-    load_weights(model, checkpoint, session)
+    options = {"precision": precision, "seq_len_tokens": seq_len_tokens, "padded_vocab": padded_vocab}
+    model = build_model(checkpoint.shape, session, **options)  # type: ignore[arg-type]
+    load_weights(model, checkpoint, session, padded_vocab)
     return model, checkpoint.shape
 
 
-def load_weights(model: GPTModel, checkpoint: Checkpoint, session: Session) -> None:
+def load_weights(model: GPTModel, checkpoint: Checkpoint, session: Session, padded_vocab: int | None = None) -> None:
     """Copy the checkpoint into the model; every parameter of the model is written exactly once."""
     shape, tp = checkpoint.shape, session.parallel.tp
     local = local_parameters(model, shape)
@@ -42,7 +46,9 @@ def load_weights(model: GPTModel, checkpoint: Checkpoint, session: Session) -> N
         if name not in local:
             continue
         parts = {
-            parameter.row.part: checkpoint.read(parameter.hf, shard_slices(parameter.row, shape, session.tp_rank, tp))
+            parameter.row.part: checkpoint.read(
+                parameter.hf, shard_slices(parameter.row, shape, session.tp_rank, tp, padded_vocab)
+            )
             for parameter in group
         }
         _mark_split(local[name], group[0])

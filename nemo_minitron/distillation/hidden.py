@@ -1,0 +1,86 @@
+"""Losses between hidden states of a teacher and a student, and which states are compared.
+
+Every state is read after the norm that follows it, as in 2407.14679, section 3: a block's output after the next block's
+first norm (the last block's after the final norm), the embeddings after the first block's first norm, an MLP's input
+after the norm before it.
+
+Shapes: S sequence, B batch, D hidden size (student and teacher may differ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemo_minitron.config.schema import HiddenLoss
+from nemo_minitron.errors import PlanError
+
+
+class Tap(NamedTuple):
+    """A norm whose output is read."""
+
+    layer: int
+    """From 0; the number of layers stands for the final norm."""
+    norm: Literal["input", "mlp"]
+
+
+class Pair(NamedTuple):
+    """A state of the teacher and the one of the student that is to match it."""
+
+    teacher: Tap
+    student: Tap
+
+
+def pairs_of(params: HiddenLoss, teacher_layers: int, student_layers: int) -> list[Pair]:
+    """Every pair of norms that the recipe asks for.
+
+    Raises:
+        PlanError: a layer that a model does not have.
+    """
+    found = [Pair(Tap(0, "input"), Tap(0, "input"))] if params.embedding else []
+    for number, (teacher, student) in enumerate(params.pairs):
+        t = _layer(teacher, teacher_layers, f"loss.hidden.pairs.{number}: the teacher")
+        s = _layer(student, student_layers, f"loss.hidden.pairs.{number}: the student")
+        if "mlp_input" in params.states:
+            found.append(Pair(Tap(t, "mlp"), Tap(s, "mlp")))
+        if "block_output" in params.states:
+            found.append(Pair(Tap(t + 1, "input"), Tap(s + 1, "input")))
+    if not found:
+        raise PlanError("loss.hidden compares nothing.", next_step="Give pairs, set embedding, or leave hidden out.")
+    return found
+
+
+def _layer(number: int, num_layers: int, whose: str) -> int:
+    layer = number + num_layers if number < 0 else number
+    if not 0 <= layer < num_layers:
+        raise PlanError(f"{whose} has no layer {number}.", allowed=f"{-num_layers} to {num_layers - 1}")
+    return layer
+
+
+def state_loss(
+    kind: str, student_SBD: Tensor, teacher_SBD: Tensor, token_weights_SB: Tensor, project: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Weighted sum over tokens of `1 - cos`, or of the mean square over D, in at least fp32: a scalar.
+
+    Args:
+        project: brings the student's states to the teacher's width.
+    """
+    student = project(student_SBD)
+    wide = torch.promote_types(student.dtype, torch.float32)
+    return (DISTANCES[kind](student.to(wide), teacher_SBD.to(wide)) * token_weights_SB).sum()
+
+
+def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    return 1.0 - F.cosine_similarity(student, teacher, dim=-1)
+
+
+def _mse(student: Tensor, teacher: Tensor) -> Tensor:
+    return (student - teacher).square().mean(-1)
+
+
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": _cosine, "mse": _mse}
+"""[S, B, D] twice -> [S, B]."""
