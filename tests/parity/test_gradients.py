@@ -1,0 +1,96 @@
+"""Gradients of every loss, in every layout, against plain formulas in one process."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from nemo_minitron.config.schema import HiddenLoss, LogitsLoss, Loss, Parallel, TopK
+from tests.support.distributed import run_ranks
+from tests.support.gradients import Found, package_gradients, plain_gradients
+from tests.support.tiny_data import tiny_data_dir
+from tests.support.tiny_models import tiny_model_dir
+
+KL = LogitsLoss()
+LOSSES = {
+    "forward_kl": Loss(),
+    "forward_kl, T 2, times T^2": Loss(logits=LogitsLoss(temperature=2.0, times_temperature_squared=True)),
+    "reverse_kl": Loss(logits=LogitsLoss(kind="reverse_kl", temperature=0.7)),
+    "jsd": Loss(logits=LogitsLoss(kind="jsd", jsd_beta=0.3)),
+    "mse of logits": Loss(logits=LogitsLoss(kind="mse", of="logits")),
+    "mse of probabilities": Loss(logits=LogitsLoss(kind="mse")),
+    "cosine of logits": Loss(logits=LogitsLoss(kind="cosine", of="logits")),
+    "cosine of probabilities": Loss(logits=LogitsLoss(kind="cosine", temperature=2.0)),
+    "top-k with a ghost": Loss(logits=LogitsLoss(sparse=TopK(kind="top_k", k=7))),
+    "top-k without tail": Loss(logits=LogitsLoss(sparse=TopK(kind="top_k", k=7, tail="drop"), temperature=1.5)),
+    "next token": Loss(logits=None, next_token=1.0),
+    "KL and next token": Loss(next_token=0.3),
+    "KL and next token, balanced": Loss(next_token="balanced"),
+    "hidden, dynamic": Loss(hidden=HiddenLoss()),
+    "hidden, many": Loss(
+        logits=KL,
+        next_token=0.1,
+        hidden=HiddenLoss(
+            kind="mse", weight=0.5, states=("mlp_input", "block_output"), pairs=((0, 0), (4, 1), (-1, -1), (0, 3))
+        ),
+    ),
+}
+LAYOUTS = {
+    "one process": Parallel(),
+    "tp2": Parallel(tp=2),
+    "tp4": Parallel(tp=4),
+    "tp2 with sequence parallel": Parallel(tp=2, sequence_parallel=True),
+    "pp2": Parallel(pp=2),
+    "tp2 pp2 with sequence parallel": Parallel(tp=2, pp=2, sequence_parallel=True),
+    "dp2": Parallel(dp=2),
+}
+BOUNDS = {"fp32": 1e-6, "fp64": 1e-12}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A teacher with other depth, width and vocabulary than the student; no vocabulary divides by 2 or 4."""
+    root = tmp_path_factory.mktemp("gradients")
+    student = {"vocab_size": 507, "hidden_size": 48, "head_dim": 8, "intermediate_size": 64, "seed": 1}
+    return {
+        "student": tiny_model_dir(root / "student", "llama_gqa_tied", **student),
+        "teacher": tiny_model_dir(root / "teacher", "llama_mha", vocab_size=515, num_hidden_layers=6),
+        "data": tiny_data_dir(root / "data", vocab_size=507),
+        "work": root / "work",
+    }
+
+
+@cache
+def _expected(precision: str, folders: tuple[tuple[str, Path], ...]) -> dict[str, Found]:
+    return plain_gradients(LOSSES, precision, dict(folders))
+
+
+def _worst(found: dict[str, NDArray], expected: dict[str, NDArray]) -> tuple[float, str]:
+    """Largest error of a gradient, relative to its largest entry."""
+    assert found.keys() == expected.keys()
+    errors = {
+        name: float(np.linalg.norm(found[name].astype(np.float64) - want) / np.linalg.norm(want.astype(np.float64)))
+        for name, want in expected.items()
+    }
+    return max((error, name) for name, error in errors.items())
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("chunk_tokens", [None, 5])
+def test_every_loss_has_the_gradients_of_the_plain_formula(
+    layout: str, precision: str, chunk_tokens: int | None, folders: dict[str, Path]
+) -> None:
+    parallel = LAYOUTS[layout]
+    expected = _expected(precision, tuple(folders.items()))
+    ranks = run_ranks(
+        parallel.world_size, package_gradients, LOSSES, precision, parallel, folders, chunk_tokens
+    )
+    worst = {name: _worst(ranks[0][name][0], expected[name][0]) for name in LOSSES}
+    for name, (error, where) in worst.items():
+        print(f"{layout}, {precision}, {name}: {error:.1e} in {where}")
+    assert max(worst.values())[0] <= BOUNDS[precision]

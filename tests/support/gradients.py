@@ -1,0 +1,160 @@
+"""Gradients of one distillation step: through the package in any layout, and the plain way in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nemo_minitron.config.schema import DistillStage, HiddenLoss, Loss, Parallel
+from tests.support.plain_losses import plain_logits_loss, plain_state_loss
+
+Found = tuple[dict[str, NDArray], list[float]]
+"""Gradient of each Hugging Face parameter (and `projection`), and the loss of each micro-batch."""
+
+
+def params_of(loss: Loss, precision: str) -> DistillStage:
+    stage = DistillStage(
+        kind="distill",
+        num_steps=1,
+        global_batch_size=4,
+        seq_len_tokens=32,
+        lr=1e-3,
+        loss=loss,
+        valid_num_tokens=64,
+        precision="fp32",
+    )
+    # Recipes cannot ask for fp64; the code can do it.
+    return stage.model_copy(update={"precision": precision})
+
+
+def package_gradients(
+    losses: dict[str, Loss], precision: str, parallel: Parallel, folders: dict[str, Path], chunk_tokens: int | None
+) -> dict[str, Found]:
+    """Of every loss, in this layout; whole on rank 0."""
+    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.distillation import linear
+
+    if chunk_tokens is not None:
+        linear.CHUNK_BYTES, linear.MIN_CHUNK_TOKENS = 0, chunk_tokens
+    with open_session(parallel, device="cpu", threads=1) as session:
+        return {name: _package(params_of(loss, precision), session, folders) for name, loss in losses.items()}
+
+
+def _package(params: DistillStage, session: Any, folders: dict[str, Path]) -> Found:
+    from nemo_minitron.backends.megatron import distill, training
+
+    job = distill.prepare(params, folders["student"], folders["teacher"], folders["data"], folders["work"], session)
+    found = training.forward_backward(job, 0)
+    values = [float(parts["train_loss"]) for parts in found] if session.is_last_stage else []
+    return _whole_gradients(job.trainable.model, job.shape, session, lambda p: p.main_grad), values
+
+
+def plain_gradients(losses: dict[str, Loss], precision: str, folders: dict[str, Path]) -> dict[str, Found]:
+    """One process, whole logits, plain formulas, autograd."""
+    from nemo_minitron.backends.megatron.session import open_session
+
+    with open_session(Parallel(), device="cpu", threads=1) as session:
+        return {name: _plain(params_of(loss, precision), session, folders) for name, loss in losses.items()}
+
+
+def _plain(params: DistillStage, session: Any, folders: dict[str, Path]) -> Found:
+    from nemo_minitron.backends.megatron import distill
+    from nemo_minitron.backends.megatron.datasets import step_batches
+    from nemo_minitron.backends.megatron.forward import model_logits
+
+    # Only models and data are taken from the package; no loss, no fused head.
+    job = distill.prepare(params, folders["student"], folders["teacher"], folders["data"], folders["work"], session)
+    student = job.trainable.model
+    options = {"precision": params.precision, "seq_len_tokens": params.seq_len_tokens}
+    from nemo_minitron.backends.megatron.weights import load_model
+
+    teacher, teacher_shape = load_model(folders["teacher"], session, **options)
+    student.zero_grad()
+    common = min(job.shape.vocab_size, teacher_shape.vocab_size)
+    batches = step_batches(job.samples, session, step=0, global_batch_size=4, micro_batch_size=1)
+    values = []
+    grads: dict[str, Tensor] = {}
+    for batch in batches:
+        with _norm_outputs(teacher) as teacher_states, torch.no_grad():
+            z_t = model_logits(teacher, batch)[..., :common].flatten(0, 1)
+        with _norm_outputs(student) as student_states:
+            z_s = model_logits(student, batch)[..., :common].flatten(0, 1)
+        loss = _mixed(params.loss, z_s, z_t, batch["labels"].flatten())
+        if params.loss.hidden is not None:
+            project = getattr(student, "hidden_projection", lambda x: x)
+            of_states = _hidden(params.loss.hidden, student_states, teacher_states, project)
+            alpha = params.loss.hidden.weight
+            if alpha == "dynamic":
+                logits_loss = plain_logits_loss(z_s, z_t, params.loss.logits).mean()
+                alpha = (logits_loss / of_states).detach()
+            loss = loss + alpha * of_states
+        values.append(float(loss.detach()))
+        names, parameters = zip(*student.named_parameters(), strict=True)
+        found = torch.autograd.grad(loss / len(batches), parameters, allow_unused=True)
+        for name, grad in zip(names, found, strict=True):
+            if grad is not None:
+                grads[name] = grads.get(name, torch.zeros_like(grad)) + grad
+    by_id = {id(parameter): grads[name] for name, parameter in student.named_parameters() if name in grads}
+    return _whole_gradients(student, job.shape, session, lambda p: by_id.get(id(p), torch.zeros_like(p))), values
+
+
+def _mixed(loss: Loss, z_s: Tensor, z_t: Tensor, labels: Tensor) -> Tensor:
+    text = -z_s.log_softmax(-1).gather(-1, labels[:, None]).mean()
+    if loss.logits is None:
+        return loss.next_token * text
+    logits = plain_logits_loss(z_s, z_t, loss.logits).mean()
+    weight = (logits / text).detach() if loss.next_token == "balanced" else loss.next_token
+    return logits + weight * text
+
+
+def _hidden(params: HiddenLoss, student: dict[str, Tensor], teacher: dict[str, Tensor], project: Any) -> Tensor:
+    """Named by hand here: the package finds its taps in another way."""
+    names = [("input 0", "input 0")] if params.embedding else []
+    for t, s in params.pairs:
+        t, s = t % 6, s % 4
+        if "mlp_input" in params.states:
+            names.append((f"mlp {t}", f"mlp {s}"))
+        if "block_output" in params.states:
+            names.append(("final" if t == 5 else f"input {t + 1}", "final" if s == 3 else f"input {s + 1}"))
+    return sum(plain_state_loss(params.kind, project(student[s]), teacher[t]).mean() for t, s in names)
+
+
+class _norm_outputs:  # noqa: N801
+    def __init__(self, model: Any) -> None:
+        self.modules = {"final": model.decoder.final_layernorm}
+        for number, layer in enumerate(model.decoder.layers):
+            self.modules |= {f"input {number}": layer.input_layernorm, f"mlp {number}": layer.pre_mlp_layernorm}
+
+    def __enter__(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        self.handles = [
+            module.register_forward_hook(lambda _, __, out, name=name: found.__setitem__(name, out))
+            for name, module in self.modules.items()
+        ]
+        return found
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _whole_gradients(model: Any, shape: Any, session: Any, grad_of: Any) -> dict[str, NDArray]:
+    """By Hugging Face name, gathered from all ranks, on rank 0."""
+    from nemo_minitron.backends.megatron.weights import _gather, local_parameters
+    from nemo_minitron.families import parameters
+
+    local = {name: grad_of(parameter) for name, parameter in local_parameters(model, shape).items()}
+    dtype = next(iter(local.values())).dtype
+    out = {}
+    for parameter in parameters(shape):
+        whole = _gather(local.get(parameter.megatron), parameter, shape, session, dtype)
+        if whole is not None:
+            out[parameter.hf] = whole.clone().numpy()
+    projection = local.get("hidden_projection.weight")
+    if projection is not None:
+        out["projection"] = projection.clone().numpy()
+    return out
