@@ -81,15 +81,13 @@ def _worst(found: dict[str, NDArray], expected: dict[str, NDArray]) -> tuple[flo
 
 @pytest.mark.parametrize("precision", BOUNDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("chunk_tokens", [None, 5])
+@pytest.mark.parametrize("chunk_tokens", [None, 5], ids=["whole", "chunked"])
 def test_every_loss_has_the_gradients_of_the_plain_formula(
     layout: str, precision: str, chunk_tokens: int | None, folders: dict[str, Path]
 ) -> None:
     parallel = LAYOUTS[layout]
     expected = _expected(precision, tuple(folders.items()))
-    ranks = run_ranks(
-        parallel.world_size, package_gradients, LOSSES, precision, parallel, folders, chunk_tokens
-    )
+    ranks = run_ranks(parallel.world_size, package_gradients, LOSSES, precision, parallel, folders, chunk_tokens)
     worst = {name: _worst(ranks[0][name][0], expected[name][0]) for name in LOSSES}
     for name, (error, where) in worst.items():
         print(f"{layout}, {precision}, {name}: {error:.1e} in {where}")

@@ -129,12 +129,20 @@ def hidden_states(
     student_stages = [stage_of(pair.student, shape.num_layers, pp) for pair in pairs]
     scalars = None
     if set(student_stages) != {pp - 1}:
-        ranks = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-        scalars = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        scalars = _pipeline_group_for_scalars(session)
     teacher_stages = [stage_of(pair.teacher, teacher.num_layers, pp) for pair in pairs]
     return HiddenStates(
         params, pairs, teacher_stages, student_stages, teacher.hidden_size, session, num_microbatches, scalars
     )
+
+
+def _pipeline_group_for_scalars(session: Session) -> dist.ProcessGroup:
+    """A second group of this pipeline's ranks, apart from the one that Megatron's schedule uses, on the CPU."""
+    # Megatron orders ranks tp first, then dp, then pp.
+    per_stage = session.parallel.tp * session.parallel.dp
+    pipelines = [list(range(first, session.world_size, per_stage)) for first in range(per_stage)]
+    mine, _ = dist.new_subgroups_by_enumeration(pipelines, backend="gloo")
+    return mine
 
 
 class Weight:

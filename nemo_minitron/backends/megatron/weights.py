@@ -123,7 +123,7 @@ def _gather(
 ) -> Tensor | None:
     """The whole tensor on rank 0; None elsewhere."""
     if session.world_size == 1:
-        return _local_part(local, parameter, shape).to(dtype).contiguous()
+        return _without_padding(_local_part(local, parameter, shape), parameter, shape).to(dtype).contiguous()
     owner = _owner_stage(parameter, shape, session.parallel.pp)
     whole = None
     if session.pp_rank == owner and session.dp_rank == 0:
@@ -149,11 +149,15 @@ def _owner_stage(parameter: Parameter, shape: ModelShape, pp: int) -> int:
 def _gather_over_tp(local: Tensor, parameter: Parameter, shape: ModelShape, session: Session) -> Tensor:
     split_dims = [dim for dim, axis in enumerate(parameter.row.axes) if axis in SPLIT_AXES]
     if session.parallel.tp == 1 or not split_dims:
-        return local
+        return _without_padding(local, parameter, shape)
     shards = [torch.empty_like(local) for _ in range(session.parallel.tp)]
     dist.all_gather(shards, local.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-    whole = torch.cat(shards, dim=split_dims[0])
-    return whole.narrow(split_dims[0], 0, tensor_shape(shape, parameter.row)[split_dims[0]])
+    return _without_padding(torch.cat(shards, dim=split_dims[0]), parameter, shape)
+
+
+def _without_padding(whole: Tensor, parameter: Parameter, shape: ModelShape) -> Tensor:
+    """Without the rows that only fill up a vocabulary."""
+    return whole[: tensor_shape(shape, parameter.row)[0]]
 
 
 def _send_to_main(
