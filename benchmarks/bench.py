@@ -15,6 +15,7 @@ import torch
 from nemo_minitron.backends.megatron import distill, training
 from nemo_minitron.backends.megatron.forward import model_logits
 from nemo_minitron.backends.megatron.session import open_session
+from nemo_minitron.backends.megatron.weights import load_model
 from nemo_minitron.cli import load_recipe
 from nemo_minitron.config.schema import DistillStage, Parallel
 from nemo_minitron.distillation.losses import forward_kl
@@ -62,11 +63,12 @@ def bench_step(root: Path) -> dict[str, float]:
     )
     with open_session(Parallel(micro_batch_size=4), device="cpu") as session, tempfile.TemporaryDirectory() as work:
         job = distill.prepare(params, run / "prune", run / "teacher", run / "data", Path(work), session)
+        teacher_model, _ = load_model(run / "teacher", session, precision="bf16", seq_len_tokens=256)
         batch = training.step_batches(job.samples, session, step=0, global_batch_size=4, micro_batch_size=4)[0]
 
         def teacher() -> None:
             with torch.no_grad():
-                model_logits(room.teacher, batch)
+                model_logits(teacher_model, batch)
 
         def student() -> None:
             model_logits(job.trainable.ddp, batch).mean().backward()

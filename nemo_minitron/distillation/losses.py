@@ -11,6 +11,7 @@ Shapes: n tokens of a chunk, V the vocabulary part of this rank. Sources: 2407.1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -39,8 +40,8 @@ def forward_kl(student: Tensor, teacher: Tensor, params: LogitsLoss, vocab: Voca
 def reverse_kl(student: Tensor, teacher: Tensor, params: LogitsLoss, vocab: Vocab = WHOLE) -> LossAndGrad:
     """`sum_v p_s (log p_s - log p_t)`, nats."""
     s, t = softmax(student, params.temperature, vocab), softmax(teacher, params.temperature, vocab)
-    probs, ratio = s.probs, s.log_probs.sub_(t.log_probs)
-    loss, grad = _through_softmax(probs, ratio, vocab)
+    ratio = s.shifted.sub_(t.shifted).sub_(s.total.log() - t.total.log())
+    loss, grad = _through_softmax(s.probs, ratio, vocab)
     return loss, _over(grad, params.temperature)
 
 
@@ -51,11 +52,12 @@ def jsd(student: Tensor, teacher: Tensor, params: LogitsLoss, vocab: Vocab = WHO
     """
     beta = params.jsd_beta
     s, t = softmax(student, params.temperature, vocab), softmax(teacher, params.temperature, vocab)
-    p_s, p_t = s.probs, t.probs
-    log_mix = torch.log(beta * p_t + (1.0 - beta) * p_s)
-    of_teacher = vocab.sum((p_t * (t.log_probs - log_mix)).sum(-1))
+    # log(p_t / p_s), and from it log(p_s / m), without the difference of two large logarithms.
+    ratio = t.shifted.sub_(s.shifted) - (t.total.log() - s.total.log())
+    student_to_mix = -torch.logaddexp(ratio + math.log(beta), torch.full_like(ratio, math.log1p(-beta)))
+    of_teacher = vocab.sum((t.probs * (ratio + student_to_mix)).sum(-1))
     # d loss / d p_s = (1 - beta) log(p_s / m): the terms through m cancel, as m sums to one.
-    of_student, grad = _through_softmax(p_s, s.log_probs - log_mix, vocab)
+    of_student, grad = _through_softmax(s.probs, student_to_mix, vocab)
     return beta * of_teacher + (1.0 - beta) * of_student, _over(grad, params.temperature) * (1.0 - beta)
 
 

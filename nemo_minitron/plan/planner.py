@@ -21,10 +21,10 @@ InputNames = Mapping[str, Any]
 
 ROLE_KINDS: dict[str, tuple[str, ...]] = {
     "tokenizer": ("import", "adopt"),
-    "teacher": ("import", "adopt", "train", "distill", "prune"),
-    "model": ("import", "adopt", "train", "distill", "prune", "export"),
-    "models": ("import", "adopt", "train", "distill", "prune", "export"),
-    "student": ("import", "adopt", "train", "distill", "prune"),
+    "teacher": ("import", "adopt", "train", "correct", "distill", "prune"),
+    "model": ("import", "adopt", "train", "correct", "distill", "prune", "export"),
+    "models": ("import", "adopt", "train", "correct", "distill", "prune", "export"),
+    "student": ("import", "adopt", "train", "correct", "distill", "prune"),
     "data": ("tokenize",),
     "check": ("check_teacher",),
     "scores": ("score",),

@@ -85,6 +85,7 @@ STAGES: dict[str, StageSpec] = {
         _spec("prune", "prune:prune", version=2),
         _spec("distill", "distill:distill", version=2, distributed=True),
         _spec("train", "train:train", distributed=True),
+        _spec("correct", "train:train", distributed=True),
         _spec("evaluate", "evaluate:evaluate", distributed=True),
         _spec("speed", "speed:speed"),
         _spec("export", "export:export"),

@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 
 from nemo_minitron.config.schema import HiddenLoss, LogitsLoss, Loss, Parallel, TopK
 from tests.support.distributed import run_ranks
-from tests.support.gradients import Found, package_gradients, plain_gradients
+from tests.support.gradients import (
+    Found,
+    boundary_gradients,
+    package_gradients,
+    plain_boundary_gradients,
+    plain_gradients,
+)
 from tests.support.tiny_data import tiny_data_dir
 from tests.support.tiny_models import tiny_model_dir
 
@@ -48,7 +54,10 @@ LAYOUTS = {
     "tp2 pp2 with sequence parallel": Parallel(tp=2, pp=2, sequence_parallel=True),
     "dp2": Parallel(dp=2),
 }
-BOUNDS = {"fp32": 1e-6, "fp64": 1e-12}
+BOUND_FP64, BOUND_FP32 = 1e-12, 1e-6
+"""The gradients of a whole model in fp32 differ by more than this between layouts whatever the loss is (about 2e-6):
+the order of sums in its layers differs. In fp32 the loss is tested where it meets the model.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +74,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @cache
-def _expected(precision: str, folders: tuple[tuple[str, Path], ...]) -> dict[str, Found]:
-    return plain_gradients(LOSSES, precision, dict(folders))
+def _expected(folders: tuple[tuple[str, Path], ...]) -> dict[str, Found]:
+    return plain_gradients(LOSSES, "fp64", dict(folders))
 
 
 def _worst(found: dict[str, NDArray], expected: dict[str, NDArray]) -> tuple[float, str]:
-    """Largest error of a gradient, relative to its largest entry."""
+    """Largest error of a gradient, relative to the gradient (Euclidean norms)."""
     assert found.keys() == expected.keys()
     errors = {
         name: float(np.linalg.norm(found[name].astype(np.float64) - want) / np.linalg.norm(want.astype(np.float64)))
@@ -79,16 +88,28 @@ def _worst(found: dict[str, NDArray], expected: dict[str, NDArray]) -> tuple[flo
     return max((error, name) for name, error in errors.items())
 
 
-@pytest.mark.parametrize("precision", BOUNDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("chunk_tokens", [None, 5], ids=["whole", "chunked"])
 def test_every_loss_has_the_gradients_of_the_plain_formula(
-    layout: str, precision: str, chunk_tokens: int | None, folders: dict[str, Path]
+    layout: str, chunk_tokens: int | None, folders: dict[str, Path]
 ) -> None:
     parallel = LAYOUTS[layout]
-    expected = _expected(precision, tuple(folders.items()))
-    ranks = run_ranks(parallel.world_size, package_gradients, LOSSES, precision, parallel, folders, chunk_tokens)
+    expected = _expected(tuple(folders.items()))
+    ranks = run_ranks(parallel.world_size, package_gradients, LOSSES, "fp64", parallel, folders, chunk_tokens)
     worst = {name: _worst(ranks[0][name][0], expected[name][0]) for name in LOSSES}
     for name, (error, where) in worst.items():
-        print(f"{layout}, {precision}, {name}: {error:.1e} in {where}")
-    assert max(worst.values())[0] <= BOUNDS[precision]
+        print(f"{layout}, {name}: {error:.1e} in {where}")
+    assert max(worst.values())[0] <= BOUND_FP64
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 5], ids=["whole", "chunked"])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_in_fp32_the_loss_has_the_gradients_of_the_plain_formula(tp: int, chunk_tokens: int | None) -> None:
+    """For the head's input and its weight, with a vocabulary that 2 and 4 do not divide."""
+    losses = {name: loss for name, loss in LOSSES.items() if loss.hidden is None}
+    expected = plain_boundary_gradients(losses)
+    found = run_ranks(tp, boundary_gradients, losses, tp, chunk_tokens)[0]
+    worst = {name: _worst(found[name], expected[name]) for name in losses}
+    for name, (error, where) in worst.items():
+        print(f"tp{tp}, fp32, {name}: {error:.1e} in {where}")
+    assert max(worst.values())[0] <= BOUND_FP32

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -157,4 +158,56 @@ def _whole_gradients(model: Any, shape: Any, session: Any, grad_of: Any) -> dict
     projection = local.get("hidden_projection.weight")
     if projection is not None:
         out["projection"] = projection.clone().numpy()
+    return out
+
+
+def boundary_gradients(losses: dict[str, Loss], tp: int, chunk_tokens: int | None) -> dict[str, dict[str, NDArray]]:
+    """In fp32, where the loss meets the model: for the head's input and the head's weight, whole on every rank."""
+    from megatron.core import parallel_state
+
+    from nemo_minitron.backends.megatron.head import vocab_of
+    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.distillation.objective import live_teacher, token_loss
+
+    with open_session(Parallel(tp=tp), device="cpu", threads=1) as session:
+        hidden, weight, teacher_hidden, teacher_weight, labels, tokens = boundary_inputs()
+        rows = -(-len(weight) // tp)
+        vocab, mine = vocab_of(session, rows), slice(session.tp_rank * rows, (session.tp_rank + 1) * rows)
+        out = {}
+        for name, loss in losses.items():
+            h, w = hidden.clone().requires_grad_(), weight[mine].clone().requires_grad_()
+            teacher = None
+            if loss.logits is not None:
+                teacher = live_teacher(teacher_hidden, teacher_weight[mine], loss.logits, vocab=vocab)
+            token_loss(loss, h, w, labels, tokens, teacher, vocab, chunk_tokens=chunk_tokens)[0].backward()
+            group = parallel_state.get_tensor_model_parallel_group()
+            torch.distributed.all_reduce(h.grad, group=group)
+            shards: list[Any] = [None] * tp
+            torch.distributed.all_gather_object(shards, w.grad.numpy(), group=group)
+            out[name] = {"hidden": h.grad.numpy(), "weight": np.concatenate(shards)}
+        return out
+
+
+def boundary_inputs() -> tuple[Tensor, ...]:
+    """fp32; 96 tokens, a vocabulary of 1,003."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    labels = torch.randint(0, 1003, (96,), generator=generator)
+    tokens = torch.full((96,), 1 / 96)
+    return normal(96, 48), normal(1003, 48) * 0.2, normal(96, 64), normal(1003, 64) * 0.2, labels, tokens
+
+
+def plain_boundary_gradients(losses: dict[str, Loss]) -> dict[str, dict[str, NDArray]]:
+    """The same the plain way, in fp64."""
+    inputs = boundary_inputs()
+    hidden, weight, teacher_hidden, teacher_weight = (tensor.double() for tensor in inputs[:4])
+    labels = inputs[4]
+    out = {}
+    for name, loss in losses.items():
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        _mixed(loss, h @ w.t(), teacher_hidden @ teacher_weight.t(), labels).backward()
+        out[name] = {"hidden": h.grad.numpy(), "weight": w.grad.numpy()}
     return out

@@ -1,74 +1,172 @@
-"""Forward KL against the plain formula."""
+"""Every loss of a chunk and its closed gradient against the plain formula and autograd, in fp64."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from pydantic import ValidationError
+from torch import Tensor
 
-from nemo_minitron.distillation import losses
-from nemo_minitron.distillation.losses import VocabReduce, forward_kl
+from nemo_minitron.config.schema import CorrectStage, HiddenLoss, LogitsLoss, Loss, TopK
+from nemo_minitron.distillation.hidden import Pair, Tap, pairs_of
+from nemo_minitron.distillation.linear import linear_loss
+from nemo_minitron.distillation.losses import LOSSES, distance, forward_kl, next_token
+from nemo_minitron.distillation.objective import live_teacher, token_loss
+from nemo_minitron.distillation.sparse import sparse_distance, top_k_teacher
+from nemo_minitron.errors import PlanError
+from tests.support.plain_losses import plain_logits_loss
 
 
-def _oracle(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    log_s, log_t = (torch.log_softmax(x / temperature, -1) for x in (student, teacher))
-    return (log_t.exp() * (log_t - log_s)).sum(-1)
-
-
-def _logits(*size: int, seed: int) -> torch.Tensor:
+def _normal(*size: int, seed: int) -> Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 128])
-def test_loss_and_gradient_equal_the_formula(
-    temperature: float, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(losses, "CHUNK_TOKENS", chunk_tokens)
-    teacher = _logits(3, 5, 17, seed=1)
-    ours, theirs = (_logits(3, 5, 17, seed=0).requires_grad_() for _ in range(2))
-    weight = _logits(3, 5, seed=2)
-    found = forward_kl(ours, teacher, temperature=temperature)
-    expected = _oracle(theirs, teacher, temperature)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    (found * weight).sum().backward()
+CASES = [
+    LogitsLoss(kind=kind, temperature=temperature, of=of, jsd_beta=0.2)
+    for kind in LOSSES
+    for temperature in (1.0, 0.5, 3.0)
+    for of in (("probabilities", "logits") if kind in ("mse", "cosine") else ("probabilities",))
+]
+
+
+@pytest.mark.parametrize("params", CASES, ids=lambda p: f"{p.kind}-{p.temperature}-{p.of}")
+def test_loss_and_gradient_equal_the_formula(params: LogitsLoss) -> None:
+    student, teacher, weight = _normal(15, 17, seed=0).requires_grad_(), _normal(15, 17, seed=1), _normal(15, seed=2)
+    loss, grad = distance(student.detach().clone(), teacher.clone(), params)
+    expected = plain_logits_loss(student, teacher, params)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-13)
     (expected * weight).sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grad * weight[:, None], student.grad, rtol=1e-11, atol=1e-13)
 
 
-def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient() -> None:
-    student = _logits(4, 11, seed=0).requires_grad_()
-    loss = forward_kl(student, student.detach().clone())
-    loss.sum().backward()
-    assert student.grad is not None
-    assert loss.abs().max() < 1e-14
-    assert student.grad.abs().max() < 1e-14
+@pytest.mark.parametrize("k", [1, 3, 16])
+@pytest.mark.parametrize("tail", ["ghost", "drop"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_top_k_equals_the_formula(k: int, tail: str, temperature: float) -> None:
+    params = LogitsLoss(temperature=temperature, sparse=TopK(kind="top_k", k=k, tail=tail))
+    student, teacher = _normal(9, 17, seed=0).requires_grad_(), _normal(9, 17, seed=1)
+    kept = top_k_teacher(teacher.clone(), params.sparse, temperature)
+    loss, grad = sparse_distance(student.detach().clone(), kept, params)
+    expected = plain_logits_loss(student, teacher, params)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-11, atol=1e-12)
+    expected.sum().backward()
+    torch.testing.assert_close(grad, student.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_all_of_the_vocabulary_in_top_k_is_the_whole_loss() -> None:
+    student, teacher = _normal(9, 17, seed=0), _normal(9, 17, seed=1)
+    for tail in ("ghost", "drop"):
+        params = LogitsLoss(sparse=TopK(kind="top_k", k=17, tail=tail))
+        loss, grad = sparse_distance(student.clone(), top_k_teacher(teacher.clone(), params.sparse, 1.0), params)
+        whole, whole_grad = forward_kl(student.clone(), teacher.clone(), LogitsLoss())
+        torch.testing.assert_close(loss, whole, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(grad, whole_grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("params", CASES, ids=lambda p: f"{p.kind}-{p.temperature}-{p.of}")
+def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(params: LogitsLoss) -> None:
+    logits = _normal(4, 11, seed=0)
+    loss, grad = distance(logits.clone(), logits.clone(), params)
+    assert loss.abs().max() < 1e-13
+    assert grad.abs().max() < 1e-13
+
+
+def test_temperature_squared_scales_loss_and_gradient() -> None:
+    student, teacher = _normal(4, 11, seed=0), _normal(4, 11, seed=1)
+    plain, plain_grad = distance(student.clone(), teacher.clone(), LogitsLoss(temperature=3.0))
+    both = LogitsLoss(temperature=3.0, times_temperature_squared=True)
+    loss, grad = distance(student.clone(), teacher.clone(), both)
+    torch.testing.assert_close(loss, 9 * plain)
+    torch.testing.assert_close(grad, 9 * plain_grad)
+
+
+def test_next_token_is_the_cross_entropy() -> None:
+    student, labels = _normal(6, 13, seed=0).requires_grad_(), torch.tensor([0, 12, 3, 3, 7, 1])
+    loss, grad = next_token(student.detach().clone(), labels)
+    expected = torch.nn.functional.cross_entropy(student, labels, reduction="none")
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
+    expected.sum().backward()
+    torch.testing.assert_close(grad, student.grad, rtol=1e-12, atol=1e-12)
+
+
+def _head(seed: int, width: int) -> tuple[Tensor, Tensor]:
+    return _normal(20, width, seed=seed) / 3, _normal(31, width, seed=seed + 1) / 9
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 20, None])
+@pytest.mark.parametrize("next_token_weight", [0.0, 0.4, "balanced"])
+def test_head_and_loss_together_are_exact_for_every_chunk_size(
+    chunk_tokens: int | None, next_token_weight: float
+) -> None:
+    (hidden, weight), (teacher_hidden, teacher_weight) = _head(0, 8), _head(5, 6)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    labels, tokens = torch.arange(20), torch.rand(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    params = Loss(next_token=next_token_weight)
+    teacher = live_teacher(teacher_hidden, teacher_weight, params.logits)
+    loss, parts = token_loss(params, hidden, weight, labels, tokens, teacher, chunk_tokens=chunk_tokens)
+    found = torch.autograd.grad(3.0 * loss, (hidden, weight))
+
+    student = hidden @ weight.t()
+    kl = plain_logits_loss(student, teacher_hidden @ teacher_weight.t(), params.logits) @ tokens
+    text = torch.nn.functional.cross_entropy(student, labels, reduction="none") @ tokens
+    factor = (kl / text).detach() if next_token_weight == "balanced" else next_token_weight
+    expected = kl + factor * text
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts["logits_loss"], kl.detach(), rtol=1e-12, atol=1e-12)
+    for one, other in zip(found, torch.autograd.grad(3.0 * expected, (hidden, weight)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
 
 def test_bf16_logits_are_reduced_in_fp32() -> None:
-    student, teacher = _logits(6, 300, seed=0).bfloat16(), _logits(6, 300, seed=1).bfloat16()
-    found = forward_kl(student, teacher)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), _oracle(student.double(), teacher.double(), 1.0), rtol=1e-5, atol=1e-5)
+    (hidden, weight), labels = _head(0, 8), torch.arange(20)
+    tokens = torch.full((20,), 0.05)
+    loss, parts = token_loss(Loss(logits=None, next_token=1.0), hidden.bfloat16(), weight.bfloat16(), labels, tokens)
+    assert loss.dtype == parts["lm_loss"].dtype == torch.float32
+    logits = hidden.bfloat16().double() @ weight.bfloat16().double().t()
+    torch.testing.assert_close(loss.double(), torch.nn.functional.cross_entropy(logits, labels), rtol=3e-3, atol=0)
 
 
 def test_the_gradient_cannot_be_taken_twice_by_accident() -> None:
-    student = _logits(2, 5, seed=0).requires_grad_()
-    loss = forward_kl(student, _logits(2, 5, seed=1)).sum()
+    hidden, weight = (tensor.requires_grad_() for tensor in _head(0, 8))
+    loss = linear_loss(hidden, weight, torch.ones(20), lambda z, rows: next_token(z, torch.arange(20)[rows]))
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="once"):
         loss.backward()
 
 
-def test_vocabulary_parts_combine_to_the_whole() -> None:
-    """Two parts of the vocabulary, with reductions that see both: a tensor-parallel group in one process."""
-    student, teacher = _logits(5, 8, seed=0), _logits(5, 8, seed=1)
-    sums, maxima = [], []
+def test_pairs_are_the_papers_by_default() -> None:
+    """Teacher of 32 layers, student of 16: embeddings, and 29:13 counted from 0 (2407.14679, table 17)."""
+    pairs = pairs_of(HiddenLoss(), 32, 16)
+    assert pairs == [Pair(Tap(0, "input"), Tap(0, "input")), Pair(Tap(30, "input"), Tap(14, "input"))]
+    last = pairs_of(HiddenLoss(embedding=False, pairs=((-1, -1),)), 32, 16)
+    assert last == [Pair(Tap(32, "input"), Tap(16, "input"))], "the last block is read after the final norm"
 
-    def record(values: list[torch.Tensor]) -> object:
-        return lambda tensor: values.append(tensor.clone()) or tensor
 
-    for part in (slice(0, 4), slice(4, 8)):
-        forward_kl(student[:, part], teacher[:, part], reduce=VocabReduce(max=record(maxima), sum=record(sums)))
-    # student max, teacher max of each part: the reduction is asked for each exactly once.
-    assert len(maxima) == 4
-    torch.testing.assert_close(torch.maximum(maxima[0], maxima[2])[:, 0], student.max(-1).values)
+def test_a_layer_that_is_not_there_is_named() -> None:
+    with pytest.raises(PlanError, match=r"pairs.0: the student has no layer 16") as error:
+        pairs_of(HiddenLoss(pairs=((3, 16),)), 32, 16)
+    assert error.value.allowed == "-16 to 15"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"logits": None},
+        {"logits": None, "next_token": "balanced"},
+        {"logits": None, "next_token": 1.0, "hidden": {}},
+        {"logits": {"kind": "mse", "sparse": {"kind": "top_k", "k": 3}}},
+    ],
+)
+def test_losses_that_make_no_sense_are_refused(keys: dict) -> None:
+    with pytest.raises(ValidationError):
+        Loss.model_validate(keys)
+
+
+def test_teacher_correction_has_the_papers_settings() -> None:
+    keys = {"kind": "correct", "pretraining_lr": 3e-4, "num_steps": 500, "global_batch_size": 8, "seq_len_tokens": 64}
+    stage = CorrectStage.model_validate(keys)
+    assert math.isclose(stage.lr, 6e-5)
+    assert stage.warmup_steps == 120
+    assert CorrectStage.model_validate({**keys, "lr": 1e-5}).lr == 1e-5

@@ -66,6 +66,7 @@ from nemo_minitron.config.schema.sources import (
     TokenizeStage,
 )
 from nemo_minitron.config.schema.training import (
+    CorrectStage,
     DistillInputs,
     DistillStage,
     Optimization,
@@ -84,6 +85,7 @@ StageConfig = Annotated[
     | PruneStage
     | DistillStage
     | TrainStage
+    | CorrectStage
     | SearchStage
     | CandidateStage
     | EvaluateStage
@@ -109,6 +111,7 @@ __all__ = [
     "CandidateStage",
     "CheckTeacherInputs",
     "CheckTeacherStage",
+    "CorrectStage",
     "DataSource",
     "DepthTask",
     "DistillInputs",

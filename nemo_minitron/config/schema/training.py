@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from nemo_minitron.config.schema.base import Fraction, Precision, Schema, StageName
 from nemo_minitron.config.schema.losses import Loss
@@ -71,3 +71,23 @@ class TrainStage(Optimization):
     kind: Literal["train"]
     inputs: TrainInputs = TrainInputs()
     num_steps: PositiveInt
+
+
+class CorrectStage(TrainStage):
+    """Teacher correction: train the unpruned teacher on the distillation data (2408.11796, section 2).
+
+    It needs the teacher and the data alone: prune the teacher as it was, and distill from the corrected one. The paper
+    found that to be as good as pruning the corrected one (figure 5), and the held-out loss over 6 % lower (figure 4).
+    """
+
+    kind: Literal["correct"]  # type: ignore[assignment]
+    pretraining_lr: Annotated[float, Field(gt=0.0)]
+    """Peak learning rate that the teacher was pretrained with; `lr` is a fifth of it unless given, as in the paper."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 120
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_fifth(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("lr") is None and isinstance(data.get("pretraining_lr"), int | float):
+            return {**data, "lr": data["pretraining_lr"] / 5}
+        return data
