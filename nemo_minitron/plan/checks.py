@@ -12,6 +12,7 @@ from nemo_minitron.config.schema import (
     DistillStage,
     EvaluateStage,
     ImportStage,
+    InitStage,
     Optimization,
     Parallel,
     Recipe,
@@ -239,19 +240,25 @@ def _labels(recipe: Recipe) -> Iterator[str]:
 def _sources(plan: RunPlan) -> Iterator[str]:
     """Files that a stage which still has to run would read."""
     for name, stage in plan.recipe.stages.items():
-        if plan.states[name].status == "finished":
-            continue
-        if isinstance(stage, ImportStage):
-            yield from _source(f"stages.{name}.source", stage.source, plan.recipe)
-        elif isinstance(stage, AdoptStage):
-            yield from _source(f"stages.{name}.path", stage.path, plan.recipe)
-        elif isinstance(stage, TokenizeStage):
-            for number, source in enumerate(stage.sources):
-                yield from _source(f"stages.{name}.sources.{number}.source", source.source, plan.recipe)
-        elif isinstance(stage, EvaluateStage) and stage.tasks and stage.tasks_source:
-            yield from _source(f"stages.{name}.tasks_source", stage.tasks_source, plan.recipe)
-        elif isinstance(stage, ScoreStage) and stage.depth_task is not None and stage.depth_task.source:
-            yield from _source(f"stages.{name}.depth_task.source", stage.depth_task.source, plan.recipe)
+        if plan.states[name].status != "finished":
+            for key, source in _read_by(stage):
+                yield from _source(f"stages.{name}.{key}", source, plan.recipe)
+
+
+def _read_by(stage: Schema) -> Iterator[tuple[str, str]]:
+    """(key, source) of all that a stage reads from outside the run."""
+    if isinstance(stage, ImportStage):
+        yield "source", stage.source
+    elif isinstance(stage, AdoptStage):
+        yield "path", stage.path
+    elif isinstance(stage, InitStage) and stage.tokenizer is not None:
+        yield from ((f"tokenizer.sources.{i}.source", found.source) for i, found in enumerate(stage.tokenizer.sources))
+    elif isinstance(stage, TokenizeStage):
+        yield from ((f"sources.{i}.source", found.source) for i, found in enumerate(stage.sources))
+    elif isinstance(stage, EvaluateStage) and stage.tasks and stage.tasks_source:
+        yield "tasks_source", stage.tasks_source
+    elif isinstance(stage, ScoreStage) and stage.depth_task is not None and stage.depth_task.source:
+        yield "depth_task.source", stage.depth_task.source
 
 
 def _source(key: str, source: str, recipe: Recipe) -> Iterator[str]:

@@ -20,11 +20,12 @@ InputNames = Mapping[str, Any]
 """role -> stage name, or a list or dict of stage names."""
 
 ROLE_KINDS: dict[str, tuple[str, ...]] = {
-    "tokenizer": ("import", "adopt"),
-    "teacher": ("import", "adopt", "train", "correct", "distill", "prune"),
-    "model": ("import", "adopt", "train", "correct", "distill", "prune", "export"),
-    "models": ("import", "adopt", "train", "correct", "distill", "prune", "export"),
-    "student": ("import", "adopt", "train", "correct", "distill", "prune"),
+    "tokenizer": ("import", "adopt", "init"),
+    "teacher": ("import", "adopt", "init", "train", "correct", "distill", "prune"),
+    "model": ("import", "adopt", "init", "train", "correct", "distill", "prune", "export"),
+    "models": ("import", "adopt", "init", "train", "correct", "distill", "prune", "export"),
+    "like": ("import", "adopt", "init", "train", "correct", "distill", "prune"),
+    "student": ("import", "adopt", "init", "train", "correct", "distill", "prune"),
     "data": ("tokenize",),
     "check": ("check_teacher",),
     "scores": ("score",),

@@ -13,6 +13,7 @@ from nemo_minitron.config.schema import (
     DistillStage,
     ExportStage,
     ImportStage,
+    InitStage,
     PruneStage,
     Recipe,
     SelectStage,
@@ -36,6 +37,10 @@ def model_shape(recipe: Recipe, stage: str, seen: frozenset[str] = frozenset()) 
         return _given_shape(recipe, stage)
     if isinstance(config, DistillStage):
         return model_shape(recipe, config.inputs.student, seen)
+    if isinstance(config, InitStage):
+        if config.architecture is not None:
+            return read_shape(config.architecture, where=f"stages.{stage}.architecture")
+        return model_shape(recipe, config.inputs.like or "", seen)
     if isinstance(config, ExportStage | TrainStage):
         return model_shape(recipe, config.inputs.model, seen)
     if isinstance(config, CandidateStage) and config.target != Target():

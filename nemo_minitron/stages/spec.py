@@ -76,6 +76,7 @@ STAGES: dict[str, StageSpec] = {
     for spec in (
         _spec("import", "import_model:import_model"),
         _spec("adopt", "adopt:adopt"),
+        _spec("init", "init:init"),
         _spec("tokenize", "tokenize:tokenize"),
         _spec("check_teacher", "check_teacher:check_teacher", distributed=True),
         _spec("score", "score:score", version=2, distributed=True),

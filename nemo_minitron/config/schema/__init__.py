@@ -23,6 +23,7 @@ from nemo_minitron.config.schema.execution import (
     Execution,
     Parallel,
 )
+from nemo_minitron.config.schema.init import InitInputs, InitStage, NewTokenizer
 from nemo_minitron.config.schema.losses import HiddenLoss, LogitsLoss, Loss, Sampled, TopK
 from nemo_minitron.config.schema.measuring import (
     CheckTeacherInputs,
@@ -78,6 +79,7 @@ from nemo_minitron.config.schema.training import (
 StageConfig = Annotated[
     ImportStage
     | AdoptStage
+    | InitStage
     | TokenizeStage
     | CheckTeacherStage
     | ScoreStage
@@ -125,10 +127,13 @@ __all__ = [
     "Hardware",
     "HiddenLoss",
     "ImportStage",
+    "InitInputs",
+    "InitStage",
     "Inputless",
     "LayerMetric",
     "LogitsLoss",
     "Loss",
+    "NewTokenizer",
     "Optimization",
     "Parallel",
     "Precision",

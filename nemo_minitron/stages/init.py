@@ -1,0 +1,127 @@
+"""A model with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.config.schema import InitStage, NewTokenizer
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.stages.spec import Result, StageContext
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_minitron.families import ModelShape, Parameter
+
+END_OF_TEXT = "<|endoftext|>"
+_WRITES_TO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
+
+
+def init(params: InitStage, inputs: Inputs, ctx: StageContext) -> Result:
+    """A Hugging Face folder: sizes and tokenizer of another model, or of the recipe.
+
+    Raises:
+        ConfigError: the tokenizer and the architecture have vocabularies of different sizes.
+        CheckpointError: an architecture that is not supported.
+    """
+    from nemo_minitron.hf.checkpoint import copy_side_files, model_facts, read_config
+
+    like = inputs.get("like")
+    if like is not None:
+        config = read_config(like.path)
+        copy_side_files(like.path, ctx.out_dir)
+    else:
+        assert params.architecture is not None
+        assert params.tokenizer is not None
+        config = _with_ends(params.architecture)
+        _require_vocabulary(params, ctx.name)
+        train_tokenizer(params.tokenizer, ctx)
+    _write_weights(params, config, ctx.out_dir)
+    license_id = params.license or (like.result.get("license") if like is not None else None)
+    return {**model_facts(ctx.out_dir), "license": license_id}
+
+
+def _with_ends(architecture: dict[str, Any]) -> dict[str, Any]:
+    """The end-of-text token is the first that the tokenizer learns."""
+    return {"bos_token_id": 0, "eos_token_id": 0, **architecture}
+
+
+def _require_vocabulary(params: InitStage, stage: str) -> None:
+    assert params.architecture is not None
+    assert params.tokenizer is not None
+    size = params.architecture.get("vocab_size")
+    if size != params.tokenizer.vocab_size:
+        raise ConfigError(
+            f"The architecture has a vocabulary of {size}, the tokenizer one of {params.tokenizer.vocab_size}.",
+            where=f"stages.{stage}",
+            next_step="Give both the same vocab_size.",
+        )
+
+
+def train_tokenizer(params: NewTokenizer, ctx: StageContext) -> None:
+    """Learn the merges and save the tokenizer as transformers reads it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=params.vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(params, Path(ctx.execution.assets_dir)), trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    ).save_pretrained(ctx.out_dir)
+
+
+def _texts(params: NewTokenizer, assets_dir: Path) -> Iterator[str]:
+    from nemo_minitron.data.readers import read_documents, source_files
+    from nemo_minitron.hf.source import resolve_path
+
+    for source in params.sources:
+        count = 0
+        for file in source_files(resolve_path(source.source, assets_dir)):
+            for document in read_documents(file, source):
+                yield document.text
+                count += 1
+                if count == source.max_documents:
+                    break
+            if count == source.max_documents:
+                break
+
+
+def _write_weights(params: InitStage, config: dict[str, Any], out_dir: Path) -> None:
+    import torch
+
+    from nemo_minitron.families import parameters, read_shape
+    from nemo_minitron.hf.checkpoint import CheckpointWriter
+
+    shape = read_shape(config, where="architecture")
+    generator = torch.Generator().manual_seed(params.seed)
+    writer = CheckpointWriter(out_dir, config, dtype=getattr(torch, params.dtype))
+    for parameter in parameters(shape):
+        writer.add(parameter.hf, random_tensor(parameter, shape, params.init_std, generator))
+    writer.close()
+
+
+def random_tensor(parameter: Parameter, shape: ModelShape, init_std: float, generator: torch.Generator) -> torch.Tensor:
+    """Matrices from a normal distribution, norms at one, biases at zero."""
+    import torch
+
+    from nemo_minitron.families import tensor_shape
+
+    size = tensor_shape(shape, parameter.row)
+    if len(size) == 1:
+        at_one = parameter.hf.endswith("weight") and shape.norm != "layernorm1p"
+        return torch.ones(size) if at_one else torch.zeros(size)
+    std = init_std
+    if parameter.hf.endswith(_WRITES_TO_RESIDUAL):
+        std /= (2 * shape.num_layers) ** 0.5
+    return torch.randn(size, generator=generator) * std
