@@ -68,6 +68,7 @@ from nemo_minitron.config.schema.sources import (
 from nemo_minitron.config.schema.training import (
     DistillInputs,
     DistillStage,
+    LossGuard,
     Optimization,
     Training,
     TrainInputs,
@@ -126,6 +127,7 @@ __all__ = [
     "LayerMetric",
     "LogitsLoss",
     "Loss",
+    "LossGuard",
     "Optimization",
     "Parallel",
     "Precision",

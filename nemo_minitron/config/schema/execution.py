@@ -34,5 +34,9 @@ class Execution(Schema):
     """CPU threads of each process; None: cores divided by processes."""
     workers: PositiveInt | None = None
     """Processes for tokenization; None: all cores."""
+    async_checkpoints: bool = True
+    """Training checkpoints are written by a forked process while the training goes on."""
+    wandb_project: str | None = None
+    """Log the curves to this project of Weights & Biases as well; needs `pip install "nemo-minitron[tracking]"`."""
     parallel: Parallel = Parallel()
     parallel_by_stage: dict[StageName, Parallel] = Field(default_factory=dict)
