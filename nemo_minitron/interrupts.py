@@ -1,4 +1,4 @@
-"""Requests to stop: signals, and a file in the run's folder. And what helper processes do when their parent is gone."""
+"""Requests to stop: signals, and a file in the run's folder. And ranks that end with their runner."""
 
 from __future__ import annotations
 
@@ -97,10 +97,3 @@ def _is_alive(process: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def serve_until_parent_ends() -> None:
-    """For a helper process: requests to stop are for its parent, whose last work still needs it."""
-    for number in SIGNALS.values():
-        signal.signal(number, signal.SIG_IGN)
-    exit_without_parent()

@@ -7,27 +7,22 @@ at any moment leaves the newest complete one to resume from.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
-from multiprocessing import get_context
-from multiprocessing.managers import SyncManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint import CheckpointException
 
 from nemo_minitron.backends.megatron.optim import Trainable
 from nemo_minitron.backends.megatron.session import Session
+from nemo_minitron.backends.megatron.writing import Buffers, Writing
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.interrupts import serve_until_parent_ends
 
 _PREFIX, _PARTIAL, _FACTS = "step_", ".partial_", "training.json"
 _FROM_THE_RECIPE = ("max_lr", "min_lr", "weight_decay", "betas", "eps")
@@ -49,49 +44,46 @@ class Checkpoints:
 
     Args:
         keep: newest checkpoints that stay.
-        in_background: a forked process writes while the training goes on; at most one at a time.
+        in_background: a thread writes while the training goes on; at most one checkpoint at a time.
     """
 
     def __init__(self, folder: Path, session: Session, *, keep: int, in_background: bool) -> None:
         self.folder, self._session, self._keep, self._in_background = folder, session, keep, in_background
-        self._pending = AsyncCallsQueue()
-        # Writers of a killed run may still be at work in its partial folders.
-        self._run_id = _same_everywhere(os.getpid(), session)
+        self._writing: Writing | None = None
+        self._buffers: Buffers = {}
         if session.is_main:
             for left in folder.glob(f"{_PARTIAL}*"):
                 shutil.rmtree(left, ignore_errors=True)
-        # Megatron's own queue lives in a process that outlasts a killed trainer.
-        filesystem_async._results_queue = _manager().Queue()
 
     def save(self, trainable: Trainable, progressed: Progressed) -> None:
         """Begin to write the state after this step; with `in_background`, `poll` or `finish` publish it."""
         self.finish()
-        partial_dir = self.folder / f"{_PARTIAL}{progressed.step:08d}_{self._run_id}"
+        partial_dir = self.folder / f"{_PARTIAL}{progressed.step:08d}"
         if self._session.is_main:
             shutil.rmtree(partial_dir, ignore_errors=True)
             partial_dir.mkdir(parents=True)
         self._session.barrier()
         state = _sharded_state(trainable, is_loading=False)
         with _write_errors(self.folder):
-            request = dist_checkpointing.save(state, str(partial_dir), async_sharded_save=self._in_background)
-            if request is None:
-                self._session.barrier()
-                self._publish(partial_dir, progressed)
-            else:
-                request.add_finalize_fn(partial(self._publish, partial_dir, progressed))
-                self._pending.schedule_async_request(request)
+            self._writing = Writing.begin(state, partial_dir, self._buffers)
+            self._writing.then(partial(self._publish, partial_dir, progressed))
+        if not self._in_background:
+            self.finish()
 
     def poll(self) -> None:
         """Publish the checkpoint that is being written when all ranks have written their part."""
-        if self._pending.get_num_unfinalized_calls():
-            with _write_errors(self.folder):
-                self._pending.maybe_finalize_async_calls()
+        if self._writing is None:
+            return
+        busy = torch.tensor([float(self._writing.is_busy)], device=self._session.device)
+        if not self._session.sum(busy).item():
+            self.finish()
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, and publish it."""
-        if self._pending.get_num_unfinalized_calls():
+        writing, self._writing = self._writing, None
+        if writing is not None:
             with _write_errors(self.folder):
-                self._pending.maybe_finalize_async_calls(blocking=True)
+                writing.finish(self._session)
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -160,20 +152,6 @@ def _groups(trainable: Trainable) -> list[dict[str, Any]]:
 def _sharded_state(trainable: Trainable, *, is_loading: bool) -> dict[str, Any]:
     model = trainable.model.sharded_state_dict(prefix="model.")
     return {"model": model, "optimizer": trainable.optimizer.sharded_state_dict(model, is_loading=is_loading)}
-
-
-def _same_everywhere(value: int, session: Session) -> int:
-    """The main rank's value, on every rank."""
-    found = torch.tensor([value if session.is_main else 0], dtype=torch.int64, device=session.device)
-    return int(session.sum(found).item())
-
-
-@cache
-def _manager() -> SyncManager:
-    """The process through which Megatron's writers answer; it ends with this one, whatever ends this one."""
-    manager = SyncManager(ctx=get_context("spawn"))
-    manager.start(serve_until_parent_ends)
-    return manager
 
 
 @contextmanager

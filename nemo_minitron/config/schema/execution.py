@@ -35,7 +35,8 @@ class Execution(Schema):
     workers: PositiveInt | None = None
     """Processes for tokenization; None: all cores."""
     async_checkpoints: bool = True
-    """Training checkpoints are written by a forked process while the training goes on."""
+    """Training checkpoints are written by a thread while the training goes on, from a copy in memory that is as large
+    as weights and optimizer states."""
     wandb_project: str | None = None
     """Log the curves to this project of Weights & Biases as well; needs `pip install "nemo-minitron[tracking]"`."""
     parallel: Parallel = Parallel()
