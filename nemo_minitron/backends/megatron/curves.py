@@ -22,6 +22,8 @@ class Tracker:
     project: str
     run_name: str
     stage: str
+    log_dir: Path
+    """wandb's own files go to `wandb/` in it: they outlast the work folder, as an offline run must."""
 
     def open(self, folder: Path) -> Any:
         """The run; a resumed training goes on with the one whose id the work folder keeps.
@@ -39,6 +41,7 @@ class Tracker:
         id_file = folder / WANDB_ID_FILE
         if not id_file.is_file():
             id_file.write_text(uuid4().hex)
+        self.log_dir.mkdir(parents=True, exist_ok=True)
         try:
             run = wandb.init(
                 project=self.project,
@@ -46,7 +49,8 @@ class Tracker:
                 job_type=self.stage,
                 id=id_file.read_text(),
                 resume="allow",
-                dir=str(folder),
+                dir=str(self.log_dir),
+                settings=wandb.Settings(console="off"),
             )
         except wandb.Error as error:
             raise EnvironmentProblem(

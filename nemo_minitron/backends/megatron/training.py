@@ -101,8 +101,9 @@ def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | Non
         work_dir / "checkpoints", job.session, keep=params.keep_checkpoints, in_background=execution.async_checkpoints
     )
     before = checkpoints.resume(job.trainable)
-    tracker = Tracker(execution.wandb_project, options.recipe_name, job.stage) if execution.wandb_project else None
-    curves = Curves(work_dir, first_step=before.step or -1, enabled=job.session.is_main, tracker=tracker)
+    curves = Curves(
+        work_dir, first_step=before.step or -1, enabled=job.session.is_main, tracker=_tracker(options, job.stage)
+    )
     loop = _Loop(job, curves, checkpoints, LossWatch(params.guard, before.good_losses), options.stop)
     if before.step == 0:
         curves.add(0, **job.objective.validate())
@@ -113,6 +114,13 @@ def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | Non
     finally:
         curves.close()
     return curves
+
+
+def _tracker(options: LoopOptions, stage: str) -> Tracker | None:
+    execution, name = options.execution, options.recipe_name
+    if execution.wandb_project is None:
+        return None
+    return Tracker(execution.wandb_project, name, stage, Path(execution.run_root) / name / "logs")
 
 
 def _advance(loop: _Loop, step: int, bar: Bar) -> None:
