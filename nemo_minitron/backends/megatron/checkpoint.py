@@ -50,7 +50,7 @@ class Checkpoints:
     def __init__(self, folder: Path, session: Session, *, keep: int, in_background: bool) -> None:
         self.folder, self._session, self._keep, self._in_background = folder, session, keep, in_background
         self._writing: Writing | None = None
-        self._buffers: Buffers = {}
+        self._buffers: Buffers | None = {} if in_background else None
         if session.is_main:
             for left in folder.glob(f"{_PARTIAL}*"):
                 shutil.rmtree(left, ignore_errors=True)

@@ -33,16 +33,16 @@ class Writing:
         self._request, self._thread = request, thread
 
     @classmethod
-    def begin(cls, state: dict[str, Any], folder: Path, buffers: Buffers) -> Writing:
-        """Copy the state and start to write it; the state may change as soon as this returns."""
+    def begin(cls, state: dict[str, Any], folder: Path, buffers: Buffers | None) -> Writing:
+        """Copy the state and start to write it. With buffers=None it is not copied: it must stay until `finish`."""
         # In place of a queue that Megatron keeps in another process.
         filesystem_async._results_queue = queue.Queue()
         request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
         if request.async_fn is None:
             return cls(request, None)
         found = request.preload_fn() if request.preload_fn is not None else request.async_fn_args[1]
-        arguments = (request, [_staged(bucket, buffers) for bucket in found])
-        thread = threading.Thread(target=_write, args=arguments, name="checkpoint", daemon=True)
+        buckets = found if buffers is None else [_staged(bucket, buffers) for bucket in found]
+        thread = threading.Thread(target=_write, args=(request, buckets), name="checkpoint", daemon=True)
         thread.start()
         return cls(request, thread)
 
