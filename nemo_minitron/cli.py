@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_minitron import __version__
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.errors import Interrupted, MinitronError
 
 if TYPE_CHECKING:
     from nemo_minitron.config.schema import Recipe
@@ -246,6 +246,9 @@ def main() -> None:
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(code)
+    except Interrupted as error:
+        Console(stderr=True).print(_escape(str(error)), highlight=False, soft_wrap=True)
+        sys.exit(INTERRUPTED)
     except MinitronError as error:
         Console(stderr=True).print(f"[red]error:[/red] {_escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)

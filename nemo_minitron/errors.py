@@ -55,3 +55,7 @@ class NumericsError(MinitronError):
 
 class EnvironmentProblem(MinitronError):
     """The machine lacks something: a package, disk space, permissions, an asset."""
+
+
+class Interrupted(MinitronError):
+    """The run stopped because it was asked to. Not a failure: the CLI exits with 130."""

@@ -123,8 +123,13 @@ class Store:
         if folder.exists() and not (identity.is_file() and identity.read_text() == fingerprint):
             self._move_away(folder, f"work-{stage}")
         folder.mkdir(parents=True, exist_ok=True)
-        identity.write_text(fingerprint)
+        self.claim_work(folder, fingerprint)
         return folder
+
+    @staticmethod
+    def claim_work(folder: Path, fingerprint: str) -> None:
+        """Say for what the contents of a work folder were begun."""
+        (folder / _WORK_IDENTITY).write_text(fingerprint)
 
     # --- accepted drift -----------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from nemo_minitron.stages.spec import Result, StageContext
 
 if TYPE_CHECKING:
     from nemo_minitron.backends.megatron.curves import Curves
+    from nemo_minitron.backends.megatron.training import LoopOptions
 
 
 def distill(params: DistillStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -21,7 +22,8 @@ def distill(params: DistillStage, inputs: Inputs, ctx: StageContext) -> Result:
 
     Raises:
         DataError: teacher, student and data do not share a tokenizer.
-        NumericsError: the loss became NaN or infinite.
+        NumericsError: the loss blew up, or became NaN or infinite.
+        Interrupted: the run was asked to stop.
     """
     from nemo_minitron.backends.megatron import distill as objectives
     from nemo_minitron.backends.megatron import training
@@ -30,11 +32,18 @@ def distill(params: DistillStage, inputs: Inputs, ctx: StageContext) -> Result:
     require_one_tokenizer(inputs, ("student", "teacher"))
     started_s = time.monotonic()
     job = objectives.prepare(params, student.path, teacher.path, data.path, ctx.work_dir, ctx.open_session)
-    curves = training.run(job, ctx.work_dir, ctx.progress)
+    curves = training.run(job, ctx.work_dir, ctx.progress, loop_options(ctx))
     model_facts = training.publish(job, student.path, ctx.work_dir, ctx.out_dir)
     if not ctx.is_main:
         return {}
     return {**model_facts, **training_facts(curves, job.tokens_per_step, params.num_steps, student, data, started_s)}
+
+
+def loop_options(ctx: StageContext) -> LoopOptions:
+    """What the training loop needs to know of the run that it is a part of."""
+    from nemo_minitron.backends.megatron.training import LoopOptions
+
+    return LoopOptions(ctx.execution, ctx.recipe_name, ctx.stop)
 
 
 def training_facts(

@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -21,13 +19,15 @@ from nemo_minitron import errors
 from nemo_minitron.artifacts.manifest import Manifest, provenance
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import Recipe
-from nemo_minitron.errors import ArtifactError, EnvironmentProblem, MinitronError
+from nemo_minitron.errors import ArtifactError, EnvironmentProblem, Interrupted, MinitronError
+from nemo_minitron.interrupts import StopRequest
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, StageCall, make_plan
 from nemo_minitron.progress import Progress
+from nemo_minitron.stages.ranks import STATUS_FILE, run_ranks
 from nemo_minitron.stages.spec import STAGES, StageContext
+from nemo_minitron.stages.work import open_work
 
-CALL_FILE, RESULT_FILE, ERROR_FILE, STATUS_FILE = "call.json", "result.json", "error.json", "progress.json"
 CHANGED = "changed"
 
 
@@ -48,18 +48,29 @@ def run_recipe(recipe: Recipe, options: RunOptions, *, quiet: bool = False) -> R
 
     Raises:
         MinitronError: the first problem; everything that had finished stays.
+        Interrupted: by SIGTERM, SIGUSR1 or a file STOP in the run's folder.
     """
     store = Store(run_dir(recipe))
-    with _disk_errors(store.root), store.lock():
+    stop = StopRequest(store.root)
+    with _disk_errors(store.root), store.lock(), stop.listening():
         store.remove_leftovers()
+        if stop.clear():
+            Progress(silent=quiet).say(f"removed {stop.file}, which an earlier run was stopped with")
         plan = _settle_drift(make_plan(recipe), store, options)
         recipe = plan.recipe
         (store.root / "plan.json").write_text(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
         wanted = plan.needed_for(options.until)
         for call in plan.calls:
             if call.name in wanted and plan.states[call.name].status != "finished":
-                run_stage(call, recipe, store, quiet=quiet)
+                _require_not_stopped(stop, f"before stage {call.name}")
+                run_stage(call, recipe, store, stop, options, quiet=quiet)
     return plan
+
+
+def _require_not_stopped(stop: StopRequest, where: str) -> None:
+    reason = stop.asked_by()
+    if reason is not None:
+        raise Interrupted(f"Stopped {where} as asked by {reason}; the same command goes on.")
 
 
 def _settle_drift(plan: RunPlan, store: Store, options: RunOptions) -> RunPlan:
@@ -106,19 +117,21 @@ def _drift_error(plan: RunPlan, left: set[str], store: Store) -> ArtifactError:
     )
 
 
-def run_stage(call: StageCall, recipe: Recipe, store: Store, *, quiet: bool = False) -> None:
+def run_stage(
+    call: StageCall, recipe: Recipe, store: Store, stop: StopRequest, options: RunOptions, *, quiet: bool = False
+) -> None:
     """Run one stage in this process, or on as many as its layout asks for, and publish it."""
     started = time.time()
     inputs = store.inputs(call.inputs)
-    work = store.open_work(call.name, call.fingerprint)
-    progress = Progress(work / STATUS_FILE, silent=quiet)
+    progress = Progress(store.work(call.name) / STATUS_FILE, silent=quiet)
     progress.say(f"[bold]{call.name}[/bold] ({call.kind})")
+    work, accepted = open_work(call, store, accept_drift=options.accept_drift, progress=progress)
     with store.building(call.name) as out, _log_file(store.root, call.name):
         if call.parallel.world_size == 1:
-            context = StageContext(call.name, recipe.name, out, work, recipe.execution, progress)
+            context = StageContext(call.name, recipe.name, out, work, recipe.execution, progress, stop=stop)
             result = call_stage(call.kind, recipe, inputs, context, call)
         else:
-            result = _run_ranks(call, recipe, store, out, work)
+            result = run_ranks(call, recipe, store.root, out, work, stop)
         manifest = Manifest(
             recipe=recipe.name,
             stage=call.name,
@@ -127,7 +140,7 @@ def run_stage(call: StageCall, recipe: Recipe, store: Store, *, quiet: bool = Fa
             payload=call.payload,
             inputs=call.inputs,
             result=dict(result),
-            provenance=provenance(started),
+            provenance={**provenance(started), **({"accepted_work": accepted} if accepted else {})},
         )
         _copy_report(call, out, store.root)
         store.publish(call.name, out, manifest)
@@ -153,49 +166,9 @@ def call_stage(kind: str, recipe: Recipe, inputs: Any, context: StageContext, ca
             execution,
             context.progress if session.is_main else Progress(silent=True),
             session,
+            context.stop,
         )
         return dict(function(params, inputs, inside))
-
-
-def _run_ranks(call: StageCall, recipe: Recipe, store: Store, out: Path, work: Path) -> dict[str, Any]:
-    """torchrun one worker process for each rank."""
-    for name in (RESULT_FILE, ERROR_FILE):
-        (work / name).unlink(missing_ok=True)
-    order = {"recipe": recipe.model_dump(mode="json"), "stage": call.name, "out_dir": str(out)}
-    (work / CALL_FILE).write_text(json.dumps(order))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={call.parallel.world_size}", "-m", "nemo_minitron.stages.worker"]
-    command += [str(work / CALL_FILE)]
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    log = store.root / "logs" / f"{call.name}.ranks.log"
-    with log.open("w") as file:
-        done = subprocess.run(command, env=environment, stdout=file, stderr=None if _on_terminal() else file)
-    if (work / ERROR_FILE).is_file():
-        raise load_error(work / ERROR_FILE)
-    if done.returncode or not (work / RESULT_FILE).is_file():
-        raise EnvironmentProblem(
-            f"Stage {call.name} ended with code {done.returncode} on {call.parallel.world_size} processes.",
-            where=str(log),
-            next_step="Read the log; the same command goes on from the last checkpoint.",
-        )
-    return dict(json.loads((work / RESULT_FILE).read_text()))
-
-
-def _on_terminal() -> bool:
-    return sys.stderr.isatty()
-
-
-def save_error(error: MinitronError, file: Path) -> None:
-    """Hand a user's error from a worker to the runner."""
-    fields = {key: getattr(error, key) for key in ("what", "where", "allowed", "next_step")}
-    file.write_text(json.dumps({"type": type(error).__name__, **fields}))
-
-
-def load_error(file: Path) -> MinitronError:
-    fields = json.loads(file.read_text())
-    kind = getattr(errors, fields.pop("type"), MinitronError)
-    error: MinitronError = kind(fields.pop("what"), **fields)
-    return error
 
 
 def _copy_report(call: StageCall, out: Path, root: Path) -> None:

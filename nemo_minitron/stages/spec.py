@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.config.schema import Execution, Schema
+from nemo_minitron.interrupts import StopRequest
 from nemo_minitron.progress import Progress
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class StageContext:
     progress: Progress
     session: Session | None = None
     """The Megatron session of a distributed stage."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    """Long work looks here whether it should end early."""
 
     @property
     def is_main(self) -> bool:
@@ -96,5 +99,6 @@ STAGES: dict[str, StageSpec] = {
 
 
 def params_of(stage: Schema) -> dict[str, Any]:
-    """The part of a stage's config that decides its output: everything except kind and inputs."""
-    return stage.model_dump(mode="json", exclude={"kind", "inputs"})
+    """The part of a stage's config that decides its output: not its kind, its inputs, nor when training gives up."""
+    left_out = {"kind": True, "inputs": True, "guard": True, "retraining": {"guard": True}}
+    return stage.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import time
 
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.config.schema import TrainStage
-from nemo_minitron.stages.distill import require_one_tokenizer, training_facts
+from nemo_minitron.stages.distill import loop_options, require_one_tokenizer, training_facts
 from nemo_minitron.stages.spec import Result, StageContext
 
 
@@ -17,7 +17,8 @@ def train(params: TrainStage, inputs: Inputs, ctx: StageContext) -> Result:
 
     Raises:
         DataError: model and data do not share a tokenizer.
-        NumericsError: the loss became NaN or infinite.
+        NumericsError: the loss blew up, or became NaN or infinite.
+        Interrupted: the run was asked to stop.
     """
     from nemo_minitron.backends.megatron import distill, training
 
@@ -25,7 +26,7 @@ def train(params: TrainStage, inputs: Inputs, ctx: StageContext) -> Result:
     require_one_tokenizer(inputs, ("model",))
     started_s = time.monotonic()
     job = distill.prepare_training(params, model.path, data.path, ctx.work_dir, ctx.open_session)
-    curves = training.run(job, ctx.work_dir, ctx.progress)
+    curves = training.run(job, ctx.work_dir, ctx.progress, loop_options(ctx))
     model_facts = training.publish(job, model.path, ctx.work_dir, ctx.out_dir)
     if not ctx.is_main:
         return {}

@@ -10,19 +10,24 @@ from pathlib import Path
 
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import Recipe
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.errors import Interrupted, MinitronError
+from nemo_minitron.interrupts import RELAY_FILE, StopRequest, exit_without_parent
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import make_plan
 from nemo_minitron.progress import Progress
-from nemo_minitron.stages.runner import ERROR_FILE, RESULT_FILE, STATUS_FILE, call_stage, save_error
+from nemo_minitron.stages.ranks import ERROR_FILE, RESULT_FILE, STATUS_FILE, save_error
+from nemo_minitron.stages.runner import call_stage
 from nemo_minitron.stages.spec import StageContext
 
 
 def main(call_file: Path) -> int:
     """Run the stage on this rank; rank 0 leaves the result, or the error, beside the call file."""
     order = json.loads(call_file.read_text())
+    exit_without_parent(order["runner"])
     recipe = Recipe.model_validate(order["recipe"])
     work, is_main = call_file.parent, os.environ.get("RANK", "0") == "0"
+    # The runner hands on what it was asked; only one rank looks at files.
+    stop = StopRequest(run_dir(recipe), work / RELAY_FILE) if is_main else StopRequest()
     plan = make_plan(recipe)
     recipe, call = plan.recipe, plan.call(order["stage"])
     context = StageContext(
@@ -32,11 +37,22 @@ def main(call_file: Path) -> int:
         work_dir=work,
         execution=recipe.execution,
         progress=Progress(work / STATUS_FILE, silent=not is_main),
+        stop=stop,
     )
     warnings.simplefilter("ignore")
     try:
-        inputs = Store(run_dir(recipe)).inputs(call.inputs)
-        result = call_stage(call.kind, recipe, inputs, context, call)
+        with stop.listening():
+            inputs = Store(run_dir(recipe)).inputs(call.inputs)
+            result = call_stage(call.kind, recipe, inputs, context, call)
+    except KeyboardInterrupt as error:
+        told = f"Stopped in stage {call.name} by {error}; the same command goes on."
+        save_error(Interrupted(told), work / ERROR_FILE)
+        return 0
+    except Interrupted as error:
+        # All ranks end in the same way: torchrun need not kill any.
+        if is_main:
+            save_error(error, work / ERROR_FILE)
+        return 0
     except MinitronError as error:
         save_error(error, work / ERROR_FILE)
         return 2

@@ -23,6 +23,7 @@ DOORS = {
     "hydra": "config/compose.py",
     "omegaconf": "config/compose.py",
     "lm_eval": "evaluation/",
+    "wandb": "backends/megatron/curves.py",
 }
 
 

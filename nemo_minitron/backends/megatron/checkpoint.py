@@ -8,66 +8,160 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import CheckpointException
 
 from nemo_minitron.backends.megatron.optim import Trainable
 from nemo_minitron.backends.megatron.session import Session
+from nemo_minitron.backends.megatron.writing import Buffers, Writing
 from nemo_minitron.errors import CheckpointError
 
-_PREFIX = "step_"
+_PREFIX, _PARTIAL, _FACTS = "step_", ".partial_", "training.json"
+_FROM_THE_RECIPE = ("max_lr", "min_lr", "weight_decay", "betas", "eps")
+"""Fields of the optimizer's groups that a checkpoint must not bring back: the recipe may say otherwise by now."""
 
 
-def save_training(trainable: Trainable, folder: Path, step: int, session: Session, *, keep: int) -> None:
-    """Write the state after `step` steps; keep the `keep` newest checkpoints."""
-    final, partial = folder / f"{_PREFIX}{step:08d}", folder / f".partial_{step:08d}"
-    if session.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    session.barrier()
-    dist_checkpointing.save(_sharded_state(trainable, is_loading=False), str(partial))
-    session.barrier()
-    if session.is_main:
-        (partial / "training.json").write_text(json.dumps({"step": step}))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    session.barrier()
+@dataclass(frozen=True)
+class Progressed:
+    """How far a training has come."""
+
+    step: int = 0
+    """Steps done."""
+    good_losses: tuple[float, ...] = ()
+    """Of the last steps; for the loss guard."""
+
+
+class Checkpoints:
+    """The training checkpoints in one folder. Every method is called on every rank.
+
+    Args:
+        keep: newest checkpoints that stay.
+        in_background: a thread writes while the training goes on; at most one checkpoint at a time.
+    """
+
+    def __init__(self, folder: Path, session: Session, *, keep: int, in_background: bool) -> None:
+        self.folder, self._session, self._keep, self._in_background = folder, session, keep, in_background
+        self._writing: Writing | None = None
+        self._buffers: Buffers | None = {} if in_background else None
+        if session.is_main:
+            for left in folder.glob(f"{_PARTIAL}*"):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def save(self, trainable: Trainable, progressed: Progressed) -> None:
+        """Begin to write the state after this step; with `in_background`, `poll` or `finish` publish it."""
+        self.finish()
+        partial_dir = self.folder / f"{_PARTIAL}{progressed.step:08d}"
+        if self._session.is_main:
+            shutil.rmtree(partial_dir, ignore_errors=True)
+            partial_dir.mkdir(parents=True)
+        self._session.barrier()
+        state = _sharded_state(trainable, is_loading=False)
+        with _write_errors(self.folder):
+            self._writing = Writing.begin(state, partial_dir, self._buffers)
+            self._writing.then(partial(self._publish, partial_dir, progressed))
+        if not self._in_background:
+            self.finish()
+
+    def poll(self) -> None:
+        """Publish the checkpoint that is being written when all ranks have written their part."""
+        if self._writing is None:
+            return
+        busy = torch.tensor([float(self._writing.is_busy)], device=self._session.device)
+        if not self._session.sum(busy).item():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, and publish it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            with _write_errors(self.folder):
+                writing.finish(self._session)
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        found = checkpoints(self.folder)
+        return found[-1] if found else None
+
+    def resume(self, trainable: Trainable) -> Progressed:
+        """Load the newest checkpoint, when there is one.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        newest = self.newest()
+        # No rank may publish or remove a checkpoint before all have looked.
+        self._session.barrier()
+        return Progressed() if newest is None else _load(trainable, newest)
+
+    def _publish(self, partial_dir: Path, progressed: Progressed) -> None:
+        if self._session.is_main:
+            facts = {"step": progressed.step, "good_losses": progressed.good_losses}
+            (partial_dir / _FACTS).write_text(json.dumps(facts))
+            final = self.folder / f"{_PREFIX}{progressed.step:08d}"
+            shutil.rmtree(final, ignore_errors=True)
+            partial_dir.rename(final)
+            for old in checkpoints(self.folder)[: -self._keep]:
+                # First what makes it complete: a kill may come before the rest is gone.
+                (old / _FACTS).unlink()
+                shutil.rmtree(old)
+        self._session.barrier()
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob(f"{_PREFIX}*") if (path / "training.json").is_file())
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if (path / _FACTS).is_file())
 
 
-def resume_training(trainable: Trainable, folder: Path) -> int:
-    """Load the newest checkpoint; returns the steps done so far, 0 when there is none.
+def step_of(checkpoint: Path) -> int:
+    """Steps that a checkpoint has behind it."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
 
-    Raises:
-        CheckpointError: the newest checkpoint cannot be read.
-    """
-    found = checkpoints(folder)
-    if not found:
-        return 0
-    newest = found[-1]
+
+def _load(trainable: Trainable, checkpoint: Path) -> Progressed:
     try:
-        step = int(json.loads((newest / "training.json").read_text())["step"])
-        state = dist_checkpointing.load(_sharded_state(trainable, is_loading=True), str(newest))
+        facts = json.loads((checkpoint / _FACTS).read_text())
+        step = int(facts["step"])
+        state = dist_checkpointing.load(_sharded_state(trainable, is_loading=True), str(checkpoint))
     except Exception as error:
         raise CheckpointError(
             f"The training checkpoint cannot be read: {type(error).__name__}: {error}",
-            where=str(newest),
+            where=str(checkpoint),
             next_step="Delete this folder; the same command then resumes from the one before it.",
         ) from error
     trainable.model.load_state_dict({k.removeprefix("model."): v for k, v in state["model"].items()})
+    wanted = [{key: group[key] for key in _FROM_THE_RECIPE if key in group} for group in _groups(trainable)]
     trainable.optimizer.load_state_dict(state["optimizer"])
+    for group, values in zip(_groups(trainable), wanted, strict=True):
+        group.update(values)
     trainable.schedule.step(step)
-    return step
+    return Progressed(step, tuple(facts.get("good_losses", ())))
+
+
+def _groups(trainable: Trainable) -> list[dict[str, Any]]:
+    return list(trainable.optimizer.param_groups)
 
 
 def _sharded_state(trainable: Trainable, *, is_loading: bool) -> dict[str, Any]:
     model = trainable.model.sharded_state_dict(prefix="model.")
     return {"model": model, "optimizer": trainable.optimizer.sharded_state_dict(model, is_loading=is_loading)}
+
+
+@contextmanager
+def _write_errors(folder: Path) -> Iterator[None]:
+    """Megatron reports a failed write as an exception that `except Exception` does not catch."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise CheckpointError(
+            f"A training checkpoint could not be written: {error}",
+            where=str(folder),
+            next_step="Is the disk full? The same command goes on from the checkpoint before it.",
+        ) from error

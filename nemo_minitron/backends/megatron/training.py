@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,20 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.build import DTYPES
-from nemo_minitron.backends.megatron.checkpoint import resume_training, save_training
-from nemo_minitron.backends.megatron.curves import Curves
+from nemo_minitron.backends.megatron.checkpoint import Checkpoints, Progressed, step_of
+from nemo_minitron.backends.megatron.curves import Curves, Tracker
 from nemo_minitron.backends.megatron.datasets import step_batches
 from nemo_minitron.backends.megatron.forward import Batch
+from nemo_minitron.backends.megatron.guard import LossWatch
 from nemo_minitron.backends.megatron.optim import Trainable
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.weights import save_model
-from nemo_minitron.config.schema import Optimization
-from nemo_minitron.errors import NumericsError
+from nemo_minitron.config.schema import Execution, Optimization
+from nemo_minitron.errors import Interrupted, NumericsError
 from nemo_minitron.families import ModelShape
 from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files, model_facts
-from nemo_minitron.progress import Progress
+from nemo_minitron.interrupts import REASONS, StopRequest
+from nemo_minitron.progress import Bar, Progress
 
 Parts = dict[str, Tensor]
 """What a loss is made of, for the curves: name -> detached scalar, the same on every rank of the last stage."""
@@ -66,45 +68,107 @@ class Job:
         return self.params.global_batch_size * self.params.seq_len_tokens
 
 
-def run(job: Job, work_dir: Path, progress: Progress) -> Curves:
-    """Train to the end, from the newest checkpoint of the work folder when there is one."""
-    checkpoints = work_dir / "checkpoints"
-    done = resume_training(job.trainable, checkpoints)
-    curves = Curves(work_dir, first_step=done or -1, enabled=job.session.is_main)
-    if done == 0:
+@dataclass(frozen=True)
+class LoopOptions:
+    """Where and how a loop runs; nothing in it changes what is learnt."""
+
+    execution: Execution = field(default_factory=Execution)
+    recipe_name: str = "training"
+    stop: StopRequest = field(default_factory=StopRequest)
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """A running loop."""
+
+    job: Job
+    curves: Curves
+    checkpoints: Checkpoints
+    watch: LossWatch
+    stop: StopRequest
+
+
+def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | None = None) -> Curves:
+    """Train to the end, from the newest checkpoint of the work folder when there is one.
+
+    Raises:
+        Interrupted: it was asked to stop; a checkpoint was written.
+        NumericsError: the loss blew up.
+    """
+    options = options or LoopOptions()
+    execution, params = options.execution, job.params
+    checkpoints = Checkpoints(
+        work_dir / "checkpoints", job.session, keep=params.keep_checkpoints, in_background=execution.async_checkpoints
+    )
+    before = checkpoints.resume(job.trainable)
+    curves = Curves(
+        work_dir, first_step=before.step or -1, enabled=job.session.is_main, tracker=_tracker(options, job.stage)
+    )
+    loop = _Loop(job, curves, checkpoints, LossWatch(params.guard, before.good_losses), options.stop)
+    if before.step == 0:
         curves.add(0, **job.objective.validate())
-    with progress.bar(job.stage, job.num_steps, "steps", done=done) as bar:
-        for step in range(done, job.num_steps):
-            started_s = time.monotonic()
-            row = train_step(job, step)
-            tokens_per_s = job.tokens_per_step / (time.monotonic() - started_s)
-            curves.add(step + 1, **row, tokens=(step + 1) * job.tokens_per_step, tokens_per_s=tokens_per_s)
-            bar.advance(loss=row["train_loss"], lr=row["lr"], tok_s=round(tokens_per_s))
-            _after_step(job, step + 1, curves, checkpoints)
-    curves.close()
+    try:
+        with options.stop.deferred(), progress.bar(job.stage, job.num_steps, "steps", done=before.step) as bar:
+            for step in range(before.step, job.num_steps):
+                _advance(loop, step, bar)
+    finally:
+        curves.close()
     return curves
 
 
-def _after_step(job: Job, step: int, curves: Curves, checkpoints: Path) -> None:
-    params = job.params
-    last = step == job.num_steps
-    if last or step % params.valid_interval_steps == 0:
-        curves.add(step, **job.objective.validate())
-    if last or step % params.save_interval_steps == 0:
+def _tracker(options: LoopOptions, stage: str) -> Tracker | None:
+    execution, name = options.execution, options.recipe_name
+    if execution.wandb_project is None:
+        return None
+    return Tracker(execution.wandb_project, name, stage, Path(execution.run_root) / name / "logs")
+
+
+def _advance(loop: _Loop, step: int, bar: Bar) -> None:
+    """One step, and all that follows from it."""
+    job, done = loop.job, step + 1
+    started_s = time.monotonic()
+    row, asked_by = train_step(job, step, loop.stop)
+    tokens_per_s = job.tokens_per_step / (time.monotonic() - started_s)
+    _require_finite(loop, row, step)
+    loop.curves.add(done, **row, tokens=done * job.tokens_per_step, tokens_per_s=tokens_per_s)
+    bar.advance(loss=row["train_loss"], lr=row["lr"], tok_s=round(tokens_per_s))
+    if loop.watch.is_spike(row["train_loss"]):
+        raise _spike_error(loop, row["train_loss"], done)
+    loop.checkpoints.poll()
+    last = done == job.num_steps
+    if last or done % job.params.valid_interval_steps == 0:
+        loop.curves.add(done, **job.objective.validate())
+    if (last or asked_by or done % job.params.save_interval_steps == 0) and loop.watch.is_calm:
         # The curve reaches the disk first: a checkpoint never knows more than its curve.
-        curves.flush()
-        save_training(job.trainable, checkpoints, step, job.session, keep=params.keep_checkpoints)
+        loop.curves.flush()
+        loop.checkpoints.save(job.trainable, Progressed(done, tuple(loop.watch.good_losses)))
+    if last or asked_by:
+        loop.checkpoints.finish()
+    if asked_by and not last:
+        raise _interrupted(loop, done, asked_by)
 
 
-def train_step(job: Job, step: int) -> dict[str, float]:
-    """One optimizer step; losses are in nats per token, averaged over the global batch."""
+def _interrupted(loop: _Loop, done: int, asked_by: str) -> Interrupted:
+    newest = loop.checkpoints.newest()
+    kept = 0 if newest is None else step_of(newest)
+    again = "" if kept == done else f" from step {kept}: the loss was above its bound, and no checkpoint was written"
+    return Interrupted(
+        f"{loop.job.stage} stopped after step {done} of {loop.job.num_steps} as asked by {asked_by}; "
+        f"the same command goes on{again}."
+    )
+
+
+def train_step(job: Job, step: int, stop: StopRequest | None = None) -> tuple[dict[str, float], str | None]:
+    """One optimizer step: (row of the curves, what any rank was asked to stop by).
+
+    Losses are in nats per token, averaged over the global batch.
+    """
     trainable = job.trainable
     found = forward_backward(job, step)
     trainable.schedule.step(1)
     _, grad_norm, _ = trainable.optimizer.step()
-    row = _mean_over_ranks(found, job.objective.parts, job.session)
-    _require_finite(job.stage, row["train_loss"], float(grad_norm or 0.0), step)
-    return {**row, "lr": trainable.lr, "grad_norm": float(grad_norm or 0.0)}
+    row, asked_by = _mean_over_ranks(found, job.objective.parts, job.session, stop.asked_by() if stop else None)
+    return {**row, "lr": trainable.lr, "grad_norm": float(grad_norm or 0.0)}, asked_by
 
 
 def forward_backward(job: Job, step: int) -> list[Parts]:
@@ -147,22 +211,58 @@ def _forward_step(forward: ForwardStep, found: list[Parts]) -> Callable[..., Any
     return step
 
 
-def _mean_over_ranks(found: list[Parts], names: tuple[str, ...], session: Session) -> dict[str, float]:
-    """The last stage's losses, averaged over micro-batches and data-parallel ranks, on every rank."""
-    total = torch.zeros(len(names) + 1, dtype=torch.float64, device=session.device)
+def _mean_over_ranks(
+    found: list[Parts], names: tuple[str, ...], session: Session, asked_by: str | None
+) -> tuple[dict[str, float], str | None]:
+    """The last stage's losses, averaged over micro-batches and data-parallel ranks, on every rank.
+
+    A request to stop that reached any rank travels with them, so that all ranks hear of it at the same step.
+    """
+    losses = torch.zeros(len(names) + 1, dtype=torch.float64, device=session.device)
     if found and session.is_last_stage:
-        total[:-1] = torch.stack([torch.stack([parts[name].double() for name in names]) for parts in found]).mean(0)
-        total[-1] = 1.0
-    session.sum(total)
-    return dict(zip(names, (total[:-1] / total[-1]).tolist(), strict=True))
+        losses[:-1] = torch.stack([torch.stack([parts[name].double() for name in names]) for parts in found]).mean(0)
+        losses[-1] = 1.0
+    asked = torch.tensor([float(reason == asked_by) for reason in REASONS], dtype=torch.float64, device=session.device)
+    total = session.sum(torch.cat([losses, asked])).tolist()
+    sums, count, requests = total[: len(names)], total[len(names)], total[len(names) + 1 :]
+    reason = next((reason for reason, times in zip(REASONS, requests, strict=True) if times), None)
+    return {name: value / count for name, value in zip(names, sums, strict=True)}, reason
 
 
-def _require_finite(stage: str, loss: float, grad_norm: float, step: int) -> None:
-    if math.isfinite(loss) and math.isfinite(grad_norm):
+def _require_finite(loop: _Loop, row: dict[str, float], step: int) -> None:
+    if math.isfinite(row["train_loss"]) and math.isfinite(row["grad_norm"]):
         return
-    raise NumericsError(
-        f"{stage}: loss {loss}, gradient norm {grad_norm} at step {step + 1}.",
-        next_step=f"Lower stages.{stage}.lr or raise warmup_steps; the last good checkpoint is kept.",
+    what = f"loss {row['train_loss']}, gradient norm {row['grad_norm']} at step {step + 1}{_usual(loop)}."
+    raise _numerics_error(loop, what)
+
+
+def _spike_error(loop: _Loop, loss: float, done: int) -> NumericsError:
+    guard = loop.job.params.guard
+    assert guard is not None
+    what = (
+        f"loss {loss:.4g} at step {done} is the {guard.patience_steps}. in a row above {guard.max_ratio:g} times "
+        f"the usual{_usual(loop)}."
+    )
+    return _numerics_error(loop, what)
+
+
+def _usual(loop: _Loop) -> str:
+    median = loop.watch.median
+    return "" if median is None else f" (median of the last {len(loop.watch.good_losses)} good steps: {median:.4g})"
+
+
+def _numerics_error(loop: _Loop, what: str) -> NumericsError:
+    """Names the checkpoint from which a changed recipe can go on. Every rank comes here at the same step."""
+    loop.checkpoints.finish()
+    newest, key = loop.checkpoints.newest(), f"stages.{loop.job.stage}"
+    if newest is None:
+        after = "There is no checkpoint yet: it starts again."
+    else:
+        after = f"With --accept-drift it goes on from step {step_of(newest)}, without from the start."
+    return NumericsError(
+        f"{loop.job.stage}: {what}",
+        where=f"last good checkpoint: {newest}" if newest else None,
+        next_step=f"Lower {key}.lr or raise {key}.warmup_steps. {after} Another {key}.guard needs no flag.",
     )
 
 

@@ -34,5 +34,10 @@ class Execution(Schema):
     """CPU threads of each process; None: cores divided by processes."""
     workers: PositiveInt | None = None
     """Processes for tokenization; None: all cores."""
+    async_checkpoints: bool = True
+    """Training checkpoints are written by a thread while the training goes on, from a copy in memory that is as large
+    as weights and optimizer states."""
+    wandb_project: str | None = None
+    """Log the curves to this project of Weights & Biases as well; needs `pip install "nemo-minitron[tracking]"`."""
     parallel: Parallel = Parallel()
     parallel_by_stage: dict[StageName, Parallel] = Field(default_factory=dict)

@@ -20,6 +20,16 @@ class DistillInputs(Schema):
     """Learn from what a cache_teacher stage wrote; the teacher is then not loaded."""
 
 
+class LossGuard(Schema):
+    """When a training stops by itself. It never changes a result, so it does not enter fingerprints."""
+
+    max_ratio: Annotated[float, Field(gt=1.0)] = 3.0
+    """The bound: so many times the median loss of the last `window_steps` good steps (at least 10 of them)."""
+    window_steps: Annotated[int, Field(ge=10)] = 50
+    patience_steps: PositiveInt = 3
+    """Steps in a row above the bound after which the training stops. Meanwhile no checkpoint is written."""
+
+
 class Optimization(Schema):
     """How a model is trained, whatever it learns from."""
 
@@ -44,6 +54,8 @@ class Optimization(Schema):
     keep_checkpoints: PositiveInt = 2
     """Newest training checkpoints kept in the work folder."""
     seed: int = 1234
+    guard: LossGuard | None = LossGuard()
+    """Stops a training whose loss has blown up; null: only NaN and infinity do."""
 
 
 class Training(Optimization):

@@ -1,0 +1,111 @@
+"""Run a stage on several processes: torchrun around `nemo_minitron.stages.worker`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron import errors
+from nemo_minitron.config.schema import Recipe
+from nemo_minitron.errors import EnvironmentProblem, Interrupted, MinitronError
+from nemo_minitron.interrupts import RELAY_FILE, SIGNALS, StopRequest
+from nemo_minitron.plan.planner import StageCall
+
+CALL_FILE, RESULT_FILE, ERROR_FILE, STATUS_FILE = "call.json", "result.json", "error.json", "progress.json"
+TRAINING_KINDS = ("distill", "train", "candidate")
+"""Their ranks end by themselves, with a checkpoint, when they are asked to stop."""
+POLL_INTERVAL_S, SHUTDOWN_TIMEOUT_S = 0.2, 40.0
+
+
+def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path, stop: StopRequest) -> dict[str, Any]:
+    """The result of the stage, from rank 0.
+
+    Raises:
+        MinitronError: what a rank raised.
+        EnvironmentProblem: the ranks ended without a word.
+        Interrupted: the run was asked to stop.
+    """
+    for name in (RESULT_FILE, ERROR_FILE, RELAY_FILE):
+        (work / name).unlink(missing_ok=True)
+    order = {"recipe": recipe.model_dump(mode="json"), "stage": call.name, "out_dir": str(out), "runner": os.getpid()}
+    (work / CALL_FILE).write_text(json.dumps(order))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={call.parallel.world_size}", "-m", "nemo_minitron.stages.worker"]
+    command += [str(work / CALL_FILE)]
+    log = root / "logs" / f"{call.name}.ranks.log"
+    with log.open("w") as file, stop.deferred():
+        process = _start(command, file)
+        code = _wait(process, call.kind, work, stop)
+    if stop.asked_by() is not None and call.kind not in TRAINING_KINDS:
+        raise Interrupted(f"Stopped in stage {call.name} as asked by {stop.asked_by()}; the same command goes on.")
+    if (work / ERROR_FILE).is_file():
+        raise load_error(work / ERROR_FILE)
+    if code or not (work / RESULT_FILE).is_file():
+        raise EnvironmentProblem(
+            f"Stage {call.name} ended with code {code} on {call.parallel.world_size} processes.",
+            where=str(log),
+            next_step="Read the log; the same command goes on from the last checkpoint.",
+        )
+    return dict(json.loads((work / RESULT_FILE).read_text()))
+
+
+def _start(command: list[str], log: Any) -> subprocess.Popen[bytes]:
+    """torchrun, deaf to the signals that ask for a stop: it would give its ranks 30 s and then kill them.
+
+    Ignored signals stay ignored in a child. torchrun handles SIGTERM itself unless this variable says otherwise
+    (older versions than torch 2.9 do not read it).
+    """
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT",
+    }
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS.values()}
+    try:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=None if sys.stderr.isatty() else log)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(process: subprocess.Popen[bytes], kind: str, work: Path, stop: StopRequest) -> int:
+    """The exit code; hands a request to stop on to the ranks."""
+    told = False
+    try:
+        while True:
+            try:
+                return process.wait(POLL_INTERVAL_S)
+            except subprocess.TimeoutExpired:
+                reason = stop.asked_by()
+            if reason is not None and not told:
+                told = True
+                if kind in TRAINING_KINDS:
+                    (work / RELAY_FILE).write_text(reason)
+                else:
+                    process.send_signal(signal.SIGINT)
+    except BaseException:
+        # torchrun ends its ranks on SIGINT; killed outright it would leave them behind.
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(SHUTDOWN_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
+
+
+def save_error(error: MinitronError, file: Path) -> None:
+    """Hand a user's error from a worker to the runner."""
+    fields = {key: getattr(error, key) for key in ("what", "where", "allowed", "next_step")}
+    file.write_text(json.dumps({"type": type(error).__name__, **fields}))
+
+
+def load_error(file: Path) -> MinitronError:
+    fields = json.loads(file.read_text())
+    kind = getattr(errors, fields.pop("type"), MinitronError)
+    error: MinitronError = kind(fields.pop("what"), **fields)
+    return error

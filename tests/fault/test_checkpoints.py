@@ -1,0 +1,150 @@
+"""Training checkpoints: what a kill, a full disk and another learning rate do to them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_minitron.backends.megatron import distill, training
+from nemo_minitron.backends.megatron.checkpoint import Checkpoints, Progressed, checkpoints
+from nemo_minitron.backends.megatron.session import open_session
+from nemo_minitron.config.schema import Parallel, TrainStage
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.progress import Progress
+from tests.support.distributed import run_ranks
+from tests.support.tiny_data import tiny_data_dir
+from tests.support.tiny_models import tiny_model_dir
+
+PARAMS = TrainStage(
+    kind="train",
+    num_steps=12,
+    global_batch_size=4,
+    seq_len_tokens=32,
+    lr=2e-3,
+    precision="fp32",
+    valid_num_tokens=128,
+    save_interval_steps=3,
+)
+Folders = dict[str, Path]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    work = tmp_path / "work"
+    work.mkdir()
+    model = tiny_model_dir(tmp_path / "model", "llama_gqa_tied")
+    return {"model": model, "data": tiny_data_dir(tmp_path / "data"), "work": work}
+
+
+def _job(folders: Folders, session: Any, params: TrainStage = PARAMS) -> training.Job:
+    return distill.prepare_training(params, folders["model"], folders["data"], folders["work"], session)
+
+
+def _weights(job: training.Job) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in job.trainable.model.named_parameters()}
+
+
+def _save_and_die(folders: Folders) -> None:
+    """Two checkpoints; the process is killed as soon as the second one has begun."""
+    with open_session(Parallel(), device="cpu", threads=1) as session:
+        job = _job(folders, session)
+        kept = Checkpoints(folders["work"] / "checkpoints", session, keep=2, in_background=True)
+        training.train_step(job, 0)
+        kept.save(job.trainable, Progressed(1))
+        kept.finish()
+        torch.save(_weights(job), folders["work"] / "expected.pt")
+        training.train_step(job, 1)
+        kept.save(job.trainable, Progressed(2))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_kill_during_a_write_in_the_background_leaves_the_checkpoint_before(folders: Folders) -> None:
+    child = multiprocessing.get_context("spawn").Process(target=_save_and_die, args=(folders,))
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
+    folder = folders["work"] / "checkpoints"
+    assert [path.name for path in checkpoints(folder)] == ["step_00000001"]
+    assert list(folder.glob(".partial_*")), "the second one must have been begun for this to mean anything"
+    with open_session(Parallel(), device="cpu", threads=1) as session:
+        job = _job(folders, session)
+        kept = Checkpoints(folder, session, keep=2, in_background=True)
+        assert kept.resume(job.trainable).step == 1
+        found = _weights(job)
+    expected = torch.load(folders["work"] / "expected.pt", weights_only=True)
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert not list(folder.glob(".partial_*"))
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_checkpoint_holds_the_state_of_its_own_step(in_background: bool, folders: Folders, tmp_path: Path) -> None:
+    # Large enough that its second file is not begun when the weights change.
+    large = tiny_model_dir(tmp_path / "large", "llama_gqa_tied", hidden_size=512, intermediate_size=1024)
+    with open_session(Parallel(), device="cpu", threads=1) as session:
+        job = _job({**folders, "model": large}, session)
+        kept = Checkpoints(folders["work"] / "checkpoints", session, keep=1, in_background=in_background)
+        for step in range(3):
+            training.train_step(job, step)
+            saved = _weights(job)
+            kept.save(job.trainable, Progressed(step + 1, (1.5, 0.1)))
+            _change_weights(job)
+            kept.finish()
+        assert [path.name for path in checkpoints(kept.folder)] == ["step_00000003"]
+        assert kept.resume(job.trainable) == Progressed(3, (1.5, 0.1))
+        assert all(torch.equal(weight, saved[name]) for name, weight in _weights(job).items())
+
+
+@torch.no_grad()
+def _change_weights(job: training.Job) -> None:
+    for weight in job.trainable.model.parameters():
+        weight.mul_(2.0)
+
+
+def _save_and_wait(kept: Checkpoints, job: training.Job) -> None:
+    kept.save(job.trainable, Progressed(2))
+    kept.finish()
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_write_that_fails_is_a_users_error_and_keeps_the_checkpoint_before(
+    in_background: bool, folders: Folders
+) -> None:
+    with open_session(Parallel(), device="cpu", threads=1) as session:
+        job = _job(folders, session)
+        kept = Checkpoints(folders["work"] / "checkpoints", session, keep=1, in_background=in_background)
+        kept.save(job.trainable, Progressed(1))
+        kept.finish()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+        try:
+            with pytest.raises(CheckpointError, match="could not be written") as found:
+                _save_and_wait(kept, job)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "File too large" in str(found.value)
+        assert found.value.where == str(kept.folder)
+        assert [path.name for path in checkpoints(kept.folder)] == ["step_00000001"]
+
+
+def _rates_after_resume(folders: Folders, parallel: Parallel, lr: float, num_steps: int) -> dict[int, float]:
+    """Step -> learning rate of a training that goes on in the work folder."""
+    params = PARAMS.model_copy(update={"lr": lr, "min_lr": lr, "warmup_steps": 0, "num_steps": num_steps})
+    with open_session(parallel, device="cpu", threads=1) as session:
+        job = _job(folders, session, params)
+        curves = training.run(job, folders["work"], Progress(silent=True))
+    return {row["step"]: row["lr"] for row in curves.rows if "lr" in row}
+
+
+@pytest.mark.parametrize("parallel", [Parallel(), Parallel(dp=2)], ids=["one process", "dp2"])
+def test_a_resumed_training_has_the_learning_rate_of_its_recipe(parallel: Parallel, folders: Folders) -> None:
+    before = run_ranks(parallel.world_size, _rates_after_resume, folders, parallel, 2e-3, 3)[0]
+    after = run_ranks(parallel.world_size, _rates_after_resume, folders, parallel, 5e-4, 6)[0]
+    assert before == pytest.approx({1: 2e-3, 2: 2e-3, 3: 2e-3})
+    assert after == pytest.approx({**before, 4: 5e-4, 5: 5e-4, 6: 5e-4})

@@ -1,0 +1,82 @@
+"""A training whose loss blows up stops by itself, keeps the state from before, and goes on with other keys."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from pathlib import Path
+
+from nemo_minitron.backends.megatron.checkpoint import checkpoints
+from tests.support.processes import output_of, start_run, wait_for_step
+
+STEPS = ("stages.distill.num_steps=40", "stages.distill.save_interval_steps=2", "stages.distill.keep_checkpoints=3")
+ABSURD = ("stages.distill.lr=50", "stages.distill.warmup_steps=1")
+RUN = "toy/width"
+
+
+def test_a_spike_stops_the_training_and_a_lower_rate_goes_on_from_before_it(tmp_path: Path) -> None:
+    work = tmp_path / RUN / ".work/distill"
+    first = start_run(tmp_path, *STEPS)
+    wait_for_step(work / "curves.jsonl", 14, first)
+    first.send_signal(signal.SIGTERM)
+    told = re.search(r"stopped after step (\d+)", output_of(first))
+    assert told
+    begun = int(told[1])
+
+    spike = start_run(tmp_path, *STEPS, *ABSURD, "--accept-drift")
+    output = output_of(spike)
+    assert spike.returncode == 2, output
+    assert "Traceback" not in output
+    assert "goes on with what was begun with other keys" in output
+    assert f"distill {begun}/40" in output
+    told = re.search(
+        r"loss (\S+) at step (\d+) is the 3\. in a row above 3 times the usual \(median of .*: (\S+)\)", output
+    )
+    assert told, output
+    loss, stopped, usual = float(told[1]), int(told[2]), float(told[3])
+    assert loss > 3 * usual
+    newest = checkpoints(work / "checkpoints")[-1]
+    step = int(newest.name.removeprefix("step_"))
+    assert begun <= step <= stopped - 3, "no checkpoint may be from the spike"
+    assert str(newest) in output
+    assert f"With --accept-drift it goes on from step {step}" in output
+
+    last = start_run(tmp_path, *STEPS, "--accept-drift")
+    output = output_of(last)
+    assert last.returncode == 0, output
+    assert f"distill {step}/40" in output
+    folder = tmp_path / RUN / "distill"
+    rows = [json.loads(line) for line in (folder / "curves.jsonl").open()]
+    losses = {row["step"]: row["train_loss"] for row in rows if "train_loss" in row}
+    assert sorted(losses) == list(range(1, 41))
+    assert max(losses.values()) < 3 * usual, "the curve must not keep the spike that was undone"
+    accepted = json.loads((folder / "manifest.json").read_text())["provenance"]["accepted_work"]
+    assert [any(change.startswith("lr: ") for change in each["changed"]) for each in accepted] == [True, True]
+
+
+def test_without_the_flag_a_training_with_another_rate_starts_again(tmp_path: Path) -> None:
+    work = tmp_path / RUN / ".work/distill"
+    first = start_run(tmp_path, *STEPS)
+    wait_for_step(work / "curves.jsonl", 5, first)
+    first.send_signal(signal.SIGTERM)
+    output_of(first)
+    again = start_run(tmp_path, *STEPS, "stages.distill.lr=1e-3")
+    output = output_of(again)
+    assert again.returncode == 0, output
+    assert "starts again, as it was begun with other keys (lr: 0.002 -> 0.001); --accept-drift would go on" in output
+    assert "distill 0/40" in output
+    assert list((tmp_path / RUN / ".superseded").glob("work-distill-*/checkpoints/step_*"))
+
+
+def test_another_guard_is_the_same_run(tmp_path: Path) -> None:
+    work = tmp_path / RUN / ".work/distill"
+    first = start_run(tmp_path, *STEPS)
+    wait_for_step(work / "curves.jsonl", 5, first)
+    first.send_signal(signal.SIGTERM)
+    told = re.search(r"stopped after step (\d+)", output_of(first))
+    assert told
+    again = start_run(tmp_path, *STEPS, "stages.distill.guard=null")
+    output = output_of(again)
+    assert again.returncode == 0, output
+    assert f"distill {told[1]}/40" in output

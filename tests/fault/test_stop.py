@@ -1,0 +1,110 @@
+"""A run that is asked to stop ends after the step, with a checkpoint; killed, it leaves no process behind."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.backends.megatron.checkpoint import checkpoints
+from tests.support.processes import output_of, processes_of, start_run, wait_for_step
+
+LONG = ("stages.distill.num_steps=100000", "stages.distill.save_interval_steps=100000")
+RUN = "toy/width"
+Ask = Callable[[subprocess.Popen[str], Path], None]
+
+
+def _sigterm_to_the_runner(process: subprocess.Popen[str], _: Path) -> None:
+    process.send_signal(signal.SIGTERM)
+
+
+def _sigusr1_to_every_process(process: subprocess.Popen[str], _: Path) -> None:
+    """As a scheduler does before a job's time is up."""
+    for found in list(processes_of(process)):
+        found.send_signal(signal.SIGUSR1)
+
+
+def _sigterm_to_every_process(process: subprocess.Popen[str], _: Path) -> None:
+    for found in list(processes_of(process)):
+        found.send_signal(signal.SIGTERM)
+
+
+def _sigterm_to_the_last_rank(process: subprocess.Popen[str], _: Path) -> None:
+    ranks = [found for found in processes_of(process) if found.environ().get("RANK") == "1"]
+    assert len(ranks) == 1
+    ranks[0].send_signal(signal.SIGTERM)
+
+
+def _stop_file(_: subprocess.Popen[str], root: Path) -> None:
+    (root / RUN / "STOP").touch()
+
+
+@pytest.mark.parametrize(
+    ("ask", "reason", "dp"),
+    [
+        (_sigterm_to_the_runner, "SIGTERM", 1),
+        (_stop_file, "the file STOP", 1),
+        pytest.param(_sigterm_to_the_runner, "SIGTERM", 2, marks=pytest.mark.slow),
+        (_sigterm_to_the_last_rank, "SIGTERM", 2),
+        pytest.param(_sigterm_to_every_process, "SIGTERM", 2, marks=pytest.mark.slow),
+        (_sigusr1_to_every_process, "SIGUSR1", 2),
+    ],
+)
+def test_a_training_stops_after_its_step_and_goes_on(ask: Ask, reason: str, dp: int, tmp_path: Path) -> None:
+    layout = f"execution.parallel_by_stage={{distill: {{dp: {dp}, micro_batch_size: 4}}}}"
+    first = start_run(tmp_path, *LONG, layout)
+    work = tmp_path / RUN / ".work/distill"
+    wait_for_step(work / "curves.jsonl", 5, first)
+    ask(first, tmp_path)
+    output = output_of(first)
+    assert first.returncode == 130, output
+    told = re.search(rf"distill stopped after step (\d+) of 100000 as asked by {reason}", output)
+    assert told, output
+    assert "the same command goes on." in output
+    assert "Traceback" not in output
+    step = int(told[1])
+    assert [path.name for path in checkpoints(work / "checkpoints")] == [f"step_{step:08d}"]
+    assert not (tmp_path / RUN / "distill").exists(), "nothing may be published"
+    assert not list(processes_of(first))
+
+    again = start_run(tmp_path, *LONG, layout)
+    wait_for_step(work / "curves.jsonl", step + 2, again)
+    again.send_signal(signal.SIGTERM)
+    output = output_of(again)
+    assert again.returncode == 130
+    log = tmp_path / RUN / "logs/distill.ranks.log"
+    assert f"distill {step}/100000" in (log.read_text() if dp > 1 else output), "it must go on from the checkpoint"
+    assert ("STOP, which an earlier run was stopped with" in output) == (reason == "the file STOP")
+    assert not (tmp_path / RUN / "STOP").exists()
+
+
+def test_a_signal_outside_of_training_ends_the_run_at_once(tmp_path: Path) -> None:
+    process = start_run(tmp_path, *LONG)
+    lock = tmp_path / RUN / ".lock"
+    while not (lock.is_file() and lock.read_text()):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    output = output_of(process, 60)
+    assert process.returncode == 130, output
+    assert "the same command goes on" in output
+    assert not (tmp_path / RUN / "distill").exists()
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+def test_a_killed_runner_leaves_no_process(dp: int, tmp_path: Path) -> None:
+    layout = f"execution.parallel_by_stage={{distill: {{dp: {dp}, micro_batch_size: 4}}}}"
+    process = start_run(tmp_path, "stages.distill.num_steps=100000", "stages.distill.save_interval_steps=2", layout)
+    wait_for_step(tmp_path / RUN / ".work/distill/curves.jsonl", 5, process)
+    assert list(processes_of(process)), "the mark must be found for this to mean anything"
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 15
+    while (left := list(processes_of(process))) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left, [found.cmdline() for found in left]

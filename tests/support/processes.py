@@ -1,0 +1,60 @@
+"""Runs of the command line in processes of their own, to be signalled and killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import psutil
+
+from tests.conftest import REPO, TOY
+
+MARK = "MINITRON_TEST_RUN"
+
+
+def start_run(root: Path, *overrides: str) -> subprocess.Popen[str]:
+    """`minitron run` on the toy recipe up to distillation; its processes carry a mark of their own."""
+    command = [sys.executable, "-m", "nemo_minitron", "run", str(TOY), f"execution.run_root={root}", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", MARK: uuid4().hex}
+    process = subprocess.Popen(
+        [*command, "--until", "distill"],
+        cwd=REPO,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    process.mark = environment[MARK]  # type: ignore[attr-defined]
+    return process
+
+
+def processes_of(process: subprocess.Popen[str]) -> Iterator[psutil.Process]:
+    """All that carry the run's mark, orphans too."""
+    for found in psutil.process_iter():
+        try:
+            if found.environ().get(MARK) == process.mark and found.status() != psutil.STATUS_ZOMBIE:  # type: ignore[attr-defined]
+                yield found
+        except psutil.Error:
+            continue
+
+
+def wait_for_step(curves: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the curve has a row of this step."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if curves.is_file() and any(json.loads(line)["step"] >= step for line in curves.read_text().splitlines()[:-1]):
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    raise AssertionError("the distillation did not get that far")
+
+
+def output_of(process: subprocess.Popen[str], timeout_s: float = 240) -> str:
+    """Wait for the end; stdout and stderr."""
+    return "".join(process.communicate(timeout=timeout_s))
