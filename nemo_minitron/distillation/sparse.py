@@ -71,6 +71,16 @@ def sampled_teacher(logits: Tensor, uniforms: Tensor, temperature: float, vocab:
     return SparseTeacher(ids, torch.full_like(points, 1.0 / points.shape[-1]), negative_entropy)
 
 
+def uniforms_of(seed: int, sample_ids_B: Tensor, seq_len_tokens: int, rounds: int) -> Tensor:
+    """[B * S, rounds] in [0, 1): the same for a sample in whatever batch, order or layout it comes."""
+    generator = torch.Generator()
+    points = []
+    for number in sample_ids_B.tolist():
+        generator.manual_seed((seed << 32) + number)
+        points.append(torch.rand(seq_len_tokens, rounds, generator=generator))
+    return torch.cat(points)
+
+
 def tail_of(probs: Tensor) -> Tensor:
     """Probability that the entries leave out [n]; rounding is no tail."""
     tail = 1.0 - probs.sum(-1)

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nemo_minitron.config.schema import DistillStage, HiddenLoss, Loss, Parallel
-from tests.support.plain_losses import plain_logits_loss, plain_state_loss
+from nemo_minitron.config.schema import DistillStage, HiddenLoss, Loss, Parallel, Sampled
+from nemo_minitron.distillation.sparse import uniforms_of
+from tests.support.plain_losses import plain_draws, plain_logits_loss, plain_state_loss
 
 Found = tuple[dict[str, NDArray], list[float]]
 """Gradient of each Hugging Face parameter (and `projection`), and the loss of each micro-batch."""
@@ -84,7 +85,7 @@ def _plain(params: DistillStage, session: Any, folders: dict[str, Path]) -> Foun
             z_t = model_logits(teacher, batch)[..., :common].flatten(0, 1)
         with _norm_outputs(student) as student_states:
             z_s = model_logits(student, batch)[..., :common].flatten(0, 1)
-        loss = _mixed(params.loss, z_s, z_t, batch["labels"].flatten())
+        loss = _mixed(params.loss, z_s, z_t, batch["labels"].flatten(), batch["sample_ids"], params.seed)
         if params.loss.hidden is not None:
             project = getattr(student, "hidden_projection", lambda x: x)
             of_states = _hidden(params.loss.hidden, student_states, teacher_states, project)
@@ -103,10 +104,14 @@ def _plain(params: DistillStage, session: Any, folders: dict[str, Path]) -> Foun
     return _whole_gradients(student, job.shape, session, lambda p: by_id.get(id(p), torch.zeros_like(p))), values
 
 
-def _mixed(loss: Loss, z_s: Tensor, z_t: Tensor, labels: Tensor) -> Tensor:
+def _mixed(
+    loss: Loss, z_s: Tensor, z_t: Tensor, labels: Tensor, sample_ids: Tensor | None = None, seed: int = 0
+) -> Tensor:
     text = -z_s.log_softmax(-1).gather(-1, labels[:, None]).mean()
     if loss.logits is None:
         return loss.next_token * text
+    if isinstance(loss.logits.sparse, Sampled):
+        return plain_draws(z_s, z_t, uniforms_of(seed, sample_ids, len(labels), loss.logits.sparse.rounds)).mean()
     logits = plain_logits_loss(z_s, z_t, loss.logits).mean()
     weight = (logits / text).detach() if loss.next_token == "balanced" else loss.next_token
     return logits + weight * text

@@ -50,6 +50,14 @@ def plain_top_k(log_q: Tensor, log_p: Tensor, params: TopK) -> Tensor:
     return (log_p_k.exp() * (log_p_k - log_q_k)).sum(-1) + tail_p * (tail_p.log() - tail_q.log())
 
 
+def plain_draws(student: Tensor, teacher: Tensor, uniforms: Tensor) -> Tensor:
+    """Draws by the inverse of the whole cumulative distribution."""
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    edges = log_p.exp().cumsum(-1)
+    ids = torch.searchsorted(edges, uniforms.to(edges.dtype) * edges[:, -1:], right=True)
+    return (log_p.exp() * log_p).sum(-1) - log_q.gather(-1, ids).mean(-1)
+
+
 def plain_state_loss(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
     """[...] of states [..., D]."""
     if kind == "mse":

@@ -9,12 +9,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from nemo_minitron.config.schema import CorrectStage, HiddenLoss, LogitsLoss, Loss, TopK
+from nemo_minitron.config.schema import CorrectStage, HiddenLoss, LogitsLoss, Loss, Sampled, TopK
 from nemo_minitron.distillation.hidden import Pair, Tap, pairs_of
 from nemo_minitron.distillation.linear import linear_loss
 from nemo_minitron.distillation.losses import LOSSES, distance, forward_kl, next_token
 from nemo_minitron.distillation.objective import live_teacher, token_loss
-from nemo_minitron.distillation.sparse import sparse_distance, top_k_teacher
+from nemo_minitron.distillation.sparse import sampled_teacher, sparse_distance, top_k_teacher, uniforms_of
 from nemo_minitron.errors import PlanError
 from tests.support.plain_losses import plain_logits_loss
 
@@ -53,6 +53,29 @@ def test_top_k_equals_the_formula(k: int, tail: str, temperature: float) -> None
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-11, atol=1e-12)
     expected.sum().backward()
     torch.testing.assert_close(grad, student.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_draws_are_the_cross_entropy_with_their_counts() -> None:
+    student, teacher = _normal(9, 17, seed=0).requires_grad_(), _normal(9, 17, seed=1)
+    drawn = sampled_teacher(teacher.clone(), uniforms_of(3, torch.tensor([5]), 9, 40), 2.0)
+    params = LogitsLoss(temperature=2.0, sparse=Sampled(kind="sampled", rounds=40))
+    loss, grad = sparse_distance(student.detach().clone(), drawn, params)
+    counts = torch.zeros(9, 17, dtype=torch.float64).scatter_add_(-1, drawn.ids, torch.ones(9, 40, dtype=torch.float64))
+    log_p = (teacher / 2).log_softmax(-1)
+    expected = (log_p.exp() * log_p).sum(-1) - (counts / 40 * (student / 2).log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-11, atol=1e-12)
+    expected.sum().backward()
+    torch.testing.assert_close(grad, student.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_draws_follow_the_teacher() -> None:
+    """The mean gradient over many samples is that of the whole distribution."""
+    student, teacher = _normal(1, 17, seed=0).expand(40_000, 17), _normal(1, 17, seed=1).expand(40_000, 17)
+    drawn = sampled_teacher(teacher.clone(), uniforms_of(0, torch.tensor([0]), 40_000, 50), 1.0)
+    loss, grad = sparse_distance(student.clone(), drawn, LogitsLoss(sparse=Sampled(kind="sampled")))
+    whole, whole_grad = forward_kl(student[:1].clone(), teacher[:1].clone(), LogitsLoss())
+    torch.testing.assert_close(grad.mean(0), whole_grad[0], rtol=0, atol=2e-3)
+    torch.testing.assert_close(loss.mean(0), whole[0], rtol=1e-2, atol=0)
 
 
 def test_all_of_the_vocabulary_in_top_k_is_the_whole_loss() -> None:

@@ -70,10 +70,11 @@ def step_batches(
     """
     per_rank = global_batch_size // session.parallel.dp
     first = step * global_batch_size + session.dp_rank * per_rank
-    return [
-        collate([samples[i] for i in range(start, start + micro_batch_size)], session)
-        for start in range(first, first + per_rank, micro_batch_size)
-    ]
+    out = []
+    for start in range(first, first + per_rank, micro_batch_size):
+        numbers = range(start, start + micro_batch_size)
+        out.append({**collate([samples[i] for i in numbers], session), "sample_ids": torch.tensor(numbers)})
+    return out
 
 
 def collate(rows: list[dict[str, torch.Tensor]], session: Session) -> Batch:

@@ -32,10 +32,11 @@ from nemo_minitron.backends.megatron.optim import make_trainable
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.training import Job, Objective, Parts
 from nemo_minitron.backends.megatron.weights import load_model
-from nemo_minitron.config.schema import DistillStage, LogitsLoss, Loss, Optimization, TrainStage
+from nemo_minitron.config.schema import DistillStage, LogitsLoss, Loss, Optimization, Sampled, TrainStage
 from nemo_minitron.distillation.linear import CHUNK_BYTES, Head, chunks
 from nemo_minitron.distillation.losses import forward_kl, next_token
 from nemo_minitron.distillation.objective import Distance, live_teacher, token_loss
+from nemo_minitron.distillation.sparse import uniforms_of
 from nemo_minitron.distillation.vocab import Vocab
 from nemo_minitron.families import ModelShape
 from nemo_minitron.hf.checkpoint import Checkpoint
@@ -57,6 +58,7 @@ class Classroom:
     """Of the tokens that both models know."""
     heldout: HeldOutBatches
     session: Session
+    seed: int
     hidden: HiddenStates | None = None
 
     @property
@@ -89,7 +91,7 @@ def prepare(
     student, shape = load_model(student_dir, session, **options)  # type: ignore[arg-type]
     heldout = _heldout(params, data_dir, session)
     if not params.loss.needs_teacher:
-        room = Classroom(params.loss, student, None, min(sizes), heldout, session)
+        room = Classroom(params.loss, student, None, min(sizes), heldout, session, params.seed)
         return _job("distill", params, params.num_steps, room, shape, data_dir, work_dir)
     teacher, _ = load_model(teacher_dir, session, **options)  # type: ignore[arg-type]
     teacher.requires_grad_(False).eval()
@@ -97,14 +99,15 @@ def prepare(
     if params.loss.hidden is not None:
         micro_batches = params.global_batch_size // (session.parallel.dp * session.parallel.micro_batch_size)
         hidden = hidden_states(params.loss.hidden, shapes[1], student, shape, session, micro_batches)
-    room = Classroom(params.loss, student, teacher, min(sizes), heldout, session, hidden)
+    room = Classroom(params.loss, student, teacher, min(sizes), heldout, session, params.seed, hidden)
     return _job("distill", params, params.num_steps, room, shape, data_dir, work_dir)
 
 
 def prepare_training(params: TrainStage, model_dir: Path, data_dir: Path, work_dir: Path, session: Session) -> Job:
     """Load the model and open the data: next-token cross entropy, no teacher."""
     model, shape = load_model(model_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
-    room = Classroom(NEXT_TOKEN, model, None, shape.vocab_size, _heldout(params, data_dir, session), session)
+    heldout = _heldout(params, data_dir, session)
+    room = Classroom(NEXT_TOKEN, model, None, shape.vocab_size, heldout, session, params.seed)
     return _job("train", params, params.num_steps, room, shape, data_dir, work_dir)
 
 
@@ -174,7 +177,7 @@ def _head_loss(
         head_weight(model, room.vocab_size),
         batch["labels"].flatten(),
         mask / mask.sum(),
-        _distance(room, lesson),
+        _distance(room, batch, lesson),
         room.vocab,
     )
 
@@ -197,13 +200,18 @@ def _forward_comparing(
     return output, loss
 
 
-def _distance(room: Classroom, lesson: Lesson) -> Distance | None:
-    if room.loss.logits is None:
+def _distance(room: Classroom, batch: Batch, lesson: Lesson) -> Distance | None:
+    loss = room.loss.logits
+    if loss is None:
         return None
     assert room.teacher is not None
     assert lesson.head_input is not None
     weight = head_weight(room.teacher, room.vocab_size)
-    return live_teacher(lesson.head_input.flatten(0, 1), weight, room.loss.logits, vocab=room.vocab)
+    uniforms = None
+    if isinstance(loss.sparse, Sampled):
+        length = batch["tokens"].shape[1]
+        uniforms = uniforms_of(room.seed, batch["sample_ids"], length, loss.sparse.rounds).to(batch["tokens"].device)
+    return live_teacher(lesson.head_input.flatten(0, 1), weight, loss, uniforms, room.vocab)
 
 
 def lessons(room: Classroom, batches: list[Batch]) -> Iterator[Lesson]:

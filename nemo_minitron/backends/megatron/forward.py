@@ -17,7 +17,7 @@ from torch import Tensor
 from nemo_minitron.backends.megatron.session import Session
 
 Batch = dict[str, Tensor]
-"""tokens [B, S], labels [B, S], loss_mask [B, S]."""
+"""tokens [B, S], labels [B, S], loss_mask [B, S]; in training sample_ids [B] on the CPU."""
 
 
 def model_logits(model: torch.nn.Module, batch: Batch) -> Tensor:
