@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -103,7 +104,7 @@ def curve_of(found: Found, name: str) -> list[tuple[int, float]]:
 
 def tokens_to_reach(curve: list[tuple[int, float]], loss: float) -> float | None:
     """Where the curve first falls to the loss, between its points on straight lines; None: never."""
-    for (tokens_a, loss_a), (tokens_b, loss_b) in zip(curve, curve[1:], strict=False):
+    for (tokens_a, loss_a), (tokens_b, loss_b) in pairwise(curve):
         if loss_b <= loss:
             return tokens_a + (tokens_b - tokens_a) * (loss_a - loss) / (loss_a - loss_b)
     return None

@@ -1,12 +1,12 @@
 """A teacher's sparse distributions on disk: compact, checked, and found by sample.
 
-A cache is a folder of shards (safetensors) and cache.json. Each sample of S tokens is stored by itself, so that it can be
-read in any order, batch or parallel layout. What is read is compared with the text that it is asked for and with its
+A cache is a folder of shards (safetensors) and cache.json. Each sample of S tokens is stored by itself, so that it can
+be read in any order, batch or parallel layout. What is read is compared with the text that it is asked for and with its
 checksum: a wrong or damaged entry is an error, never another loss.
 
-Entries: a draw is 3 bytes, 18 bits of id and 6 of count - 1 (draws of one token are merged). A top-k entry is 4 bytes, 18
-bits of id and 14 of log-probability: at most 0.06 % off, down to e^-20. Besides, each token has the number of its entries
-(1 byte, draws only) and the negative entropy (2 bytes, in fp16; it shifts the loss, and has no part in its gradient).
+Entries: a draw is 3 bytes, 18 bits of id and 6 of count - 1 (draws of one token are merged). A top-k entry is 4 bytes,
+18 bits of id and 14 of log-probability: at most 0.07 % off, down to e^-20. Besides, each token has the number of its
+entries (1 byte) and the negative entropy (2 bytes, fp16; it shifts the loss, and has no part in its gradient).
 """
 
 from __future__ import annotations
@@ -136,9 +136,8 @@ def unpack(entry: Entry, sparse: Sampled | TopK) -> tuple[NDArray[np.int64], NDA
     words = packed.astype(np.uint32) @ np.array([1, 1 << 8, 1 << 16], dtype=np.uint32)
     num_tokens, most = len(entry.per_token), int(entry.per_token.max(initial=1))
     row = np.repeat(np.arange(num_tokens), entry.per_token)
-    column = np.arange(len(words)) - np.repeat(
-        np.cumsum(entry.per_token, dtype=np.int64) - entry.per_token, entry.per_token
-    )
+    first = np.cumsum(entry.per_token, dtype=np.int64) - entry.per_token
+    column = np.arange(len(words)) - np.repeat(first, entry.per_token)
     ids, probs = np.zeros((num_tokens, most), np.int64), np.zeros((num_tokens, most), np.float32)
     ids[row, column] = _ids(words)
     probs[row, column] = ((words >> ID_BITS) + 1) / sparse.rounds
@@ -155,7 +154,7 @@ def _ids(words: NDArray[np.uint32]) -> NDArray[np.int64]:
 def write_shard(folder: Path, shard: int, entries: list[Entry]) -> None:
     """All samples of a shard; the file appears when it is complete."""
     payloads = [np.frombuffer(entry.payload, dtype=np.uint8) for entry in entries]
-    tensors = {
+    tensors: dict[str, NDArray[Any]] = {
         "payload": np.concatenate(payloads),
         "offset": np.cumsum([0, *map(len, payloads)], dtype=np.int64),
         "per_token": np.stack([entry.per_token for entry in entries]),

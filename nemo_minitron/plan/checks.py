@@ -192,7 +192,8 @@ def _cached(key: str, stage: DistillStage, name: str, recipe: Recipe) -> Iterato
         )
     for field in ("seq_len_tokens", "seed"):
         if getattr(stage, field) != getattr(cache, field):
-            yield f"{key}.{field} = {getattr(stage, field)}: stages.{name} has {getattr(cache, field)}; give both the same."
+            theirs = f"stages.{name} has {getattr(cache, field)}"
+            yield f"{key}.{field} = {getattr(stage, field)}: {theirs}; give both the same."
     if loss.hidden is not None:
         yield f"{key}.loss.hidden: a cache holds no hidden states; use the live teacher (inputs.cache: null)."
     if loss.logits is None:
