@@ -19,7 +19,6 @@ from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.data.windows import heldout_windows
 from nemo_minitron.errors import DataError
 
-
 DOCUMENTS_PER_VALIDATION = 8
 """A validation during training sees at least so many documents, if there are."""
 
