@@ -31,6 +31,5 @@ def test_a_loss_is_told_as_it_is(keys: dict, text: str) -> None:
 
 def test_a_cached_teacher_is_told() -> None:
     loss = Loss.model_validate({"logits": {"sparse": {"kind": "sampled", "rounds": 50}}})
-    assert (
-        loss_in_words(loss, cached=True) == "forward KL to the cached teacher's logits, 50 draws a token, no other loss"
-    )
+    text = loss_in_words(loss, cached=True)
+    assert text == "forward KL to the cached teacher's logits, 50 draws a token, no other loss"
