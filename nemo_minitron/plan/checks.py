@@ -176,8 +176,26 @@ def _training(
     if stage.warmup_steps >= num_steps:
         steps = f"num_steps = {num_steps}" if steps_key is None else f"{steps_key} = {num_steps}"
         yield f"{key}.warmup_steps = {stage.warmup_steps}: must be below {steps}."
+    if stage.lr_schedule == "wsd" and not 0 < (stage.wsd_decay_steps or 0) <= num_steps - stage.warmup_steps:
+        most = num_steps - stage.warmup_steps
+        yield f"{key}.wsd_decay_steps = {stage.wsd_decay_steps}: lr_schedule = wsd needs 1 to {most}."
+    yield from _options(name, stage, layout)
     if layout.sequence_parallel and stage.seq_len_tokens % layout.tp:
         yield f"{key}.seq_len_tokens = {stage.seq_len_tokens}: must be a multiple of tp = {layout.tp}."
+
+
+def _options(name: str, stage: Optimization, layout: Parallel) -> Iterator[str]:
+    """Options of a layout that do not go together."""
+    key = "execution.parallel"
+    if layout.overlap_param_gather and not (layout.distributed_optimizer and layout.overlap_grad_reduce):
+        yield f"{key}.overlap_param_gather: needs {key}.distributed_optimizer and {key}.overlap_grad_reduce."
+    loss = getattr(stage, "loss", None)
+    if loss is None or loss.hidden is None:
+        return
+    if layout.recompute == "full":
+        yield f"{key}.recompute = full: not with stages.{name}.loss.hidden; use selective."
+    if layout.pp > 1 and layout.overlap_grad_reduce:
+        yield f"{key}.overlap_grad_reduce: not with pp > 1 and stages.{name}.loss.hidden."
 
 
 def _cached(key: str, stage: DistillStage, name: str, recipe: Recipe) -> Iterator[str]:

@@ -31,6 +31,12 @@ LAYOUTS = {
     "tp2 with sequence parallel": Parallel(tp=2, micro_batch_size=2, sequence_parallel=True),
     "pp2": Parallel(pp=2),
     "dp2": Parallel(dp=2),
+    "dp2, optimizer distributed": Parallel(dp=2, distributed_optimizer=True),
+    "dp2, all overlapped": Parallel(
+        dp=2, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
+    ),
+    "attention recomputed": Parallel(micro_batch_size=2, recompute="selective"),
+    "tp2, layers recomputed": Parallel(tp=2, micro_batch_size=2, recompute="full"),
 }
 
 

@@ -20,6 +20,13 @@ from nemo_minitron.families import ModelShape
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
     """Megatron splits the vocabulary evenly over the tensor-parallel ranks; the rows added are zeros."""
     return -(-vocab_size // tp) * tp
@@ -64,6 +71,7 @@ def transformer_config(shape: ModelShape, session: Session, precision: str) -> T
         "gradient_accumulation_fusion": False,
         "batch_p2p_comm": session.on_gpu,
         "deallocate_pipeline_outputs": True,
+        **_RECOMPUTE[parallel.recompute],
     }
     bounds = stage_bounds(shape.num_layers, parallel.pp)
     if shape.num_layers % parallel.pp:

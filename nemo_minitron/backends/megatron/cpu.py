@@ -35,6 +35,9 @@ def cuda_means_cpu() -> Iterator[None]:
         # Dropout regions fork the CUDA generator; on CPU there is one generator to fork.
         stack.enter_context(patch.object(megatron_random, "_CUDA_RNG_STATE_TRACKER", CpuRngTracker()))
         stack.enter_context(patch.object(megatron_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True))
+        # Recomputation keeps and restores the state of the CUDA generator beside the CPU's.
+        stack.enter_context(patch.object(megatron_random, "_get_cuda_rng_state", lambda *_, **__: None))
+        stack.enter_context(patch.object(megatron_random, "_set_cuda_rng_state", lambda *_, **__: None))
         stack.enter_context(_CudaArgumentsToCpu())
         yield
 

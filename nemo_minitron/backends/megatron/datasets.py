@@ -65,19 +65,48 @@ def training_samples(data_dir: Path, *, num_samples: int, seq_len_tokens: int, s
 
 
 def step_batches(
-    samples: Any, session: Session, *, step: int, global_batch_size: int, micro_batch_size: int
+    samples: Any,
+    session: Session,
+    *,
+    step: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    separate_at: int | None = None,
 ) -> list[Batch]:
     """This data-parallel rank's micro-batches of one optimizer step (0-based).
 
     Sample numbers depend on the step only, so a resumed run sees the same data.
+
+    Args:
+        separate_at: end-of-document token that attention may not cross; None: packed samples are one text.
     """
     per_rank = global_batch_size // session.parallel.dp
     first = step * global_batch_size + session.dp_rank * per_rank
     out = []
     for start in range(first, first + per_rank, micro_batch_size):
         numbers = range(start, start + micro_batch_size)
-        out.append({**collate([samples[i] for i in numbers], session), "sample_ids": torch.tensor(numbers)})
+        batch = {**collate([samples[i] for i in numbers], session), "sample_ids": torch.tensor(numbers)}
+        if separate_at is not None:
+            batch["attention_mask"] = mask_between_documents(batch["tokens"], separate_at)
+        out.append(batch)
     return out
+
+
+def mask_between_documents(tokens_BS: torch.Tensor, eod_id: int) -> torch.Tensor:
+    """[B, 1, S, S], True where the first may not look at the second: later tokens, and those of earlier documents.
+
+    An end-of-document token belongs to the document that it ends. Rotary positions are relative: they need no reset.
+    """
+    ends = (tokens_BS == eod_id).long()
+    document = ends.cumsum(1) - ends
+    length = tokens_BS.shape[1]
+    later = torch.ones(length, length, dtype=torch.bool, device=tokens_BS.device).triu(1)
+    return (later | (document[:, :, None] != document[:, None, :]))[:, None]
+
+
+def eod_id_of(data_dir: Path) -> int:
+    """The end-of-document token of a dataset artifact."""
+    return int(json.loads((data_dir / "data.json").read_text())["eod_id"])
 
 
 def collate(rows: list[dict[str, torch.Tensor]], session: Session) -> Batch:

@@ -13,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.build import padded_vocab_size
-from nemo_minitron.backends.megatron.datasets import HeldOutBatches, heldout_batches, training_samples
+from nemo_minitron.backends.megatron.datasets import HeldOutBatches, eod_id_of, heldout_batches, training_samples
 from nemo_minitron.backends.megatron.evaluate import EVAL_BATCH_SIZE
 from nemo_minitron.backends.megatron.forward import Batch, evaluating, forward_batches
 from nemo_minitron.backends.megatron.head import head_weight, model_hidden, vocab_of
@@ -34,6 +34,7 @@ from nemo_minitron.backends.megatron.training import Job, Objective, Parts
 from nemo_minitron.backends.megatron.weights import load_model
 from nemo_minitron.config.schema import DistillStage, LogitsLoss, Loss, Optimization, Sampled, TrainStage
 from nemo_minitron.distillation.cache import TeacherCache
+from nemo_minitron.distillation.flops import training_flops_per_token
 from nemo_minitron.distillation.linear import Head, chunk_tokens_of, chunks
 from nemo_minitron.distillation.losses import forward_kl, next_token
 from nemo_minitron.distillation.objective import Distance, cached_teacher, live_teacher, token_loss
@@ -63,6 +64,7 @@ class Classroom:
     seed: int
     hidden: HiddenStates | None = None
     cache: TeacherCache | None = None
+    teacher_shape: ModelShape | None = None
 
     @property
     def vocab(self) -> Vocab:
@@ -120,7 +122,9 @@ def prepare(
     if params.loss.hidden is not None:
         micro_batches = params.global_batch_size // (session.parallel.dp * session.parallel.micro_batch_size)
         hidden = hidden_states(params.loss.hidden, shapes[1], student, shape, session, micro_batches)
-    room = Classroom(params.loss, student, teacher, min(sizes), heldout, session, params.seed, hidden)
+    room = Classroom(
+        params.loss, student, teacher, min(sizes), heldout, session, params.seed, hidden, teacher_shape=shapes[1]
+    )
     return _job("distill", params, params.num_steps, room, shape, data_dir, work_dir)
 
 
@@ -161,8 +165,19 @@ def _job(
         seed=params.seed,
         cache_dir=work_dir / "data_index",
     )
-    trainable = make_trainable(room.student, params, num_steps)
-    return Job(stage, params, num_steps, trainable, shape, samples, room.session, objective_of(room))
+    trainable = make_trainable(room.student, params, num_steps, room.session.parallel)
+    return Job(
+        stage=stage,
+        params=params,
+        num_steps=num_steps,
+        trainable=trainable,
+        shape=shape,
+        samples=samples,
+        session=room.session,
+        objective=objective_of(room),
+        flops_per_token=training_flops_per_token(shape, room.teacher_shape, params.seq_len_tokens),
+        separate_at=eod_id_of(data_dir) if params.reset_attention_mask else None,
+    )
 
 
 def objective_of(room: Classroom) -> Objective:

@@ -17,14 +17,17 @@ from torch import Tensor
 from nemo_minitron.backends.megatron.session import Session
 
 Batch = dict[str, Tensor]
-"""tokens [B, S], labels [B, S], loss_mask [B, S]; in training sample_ids [B] on the CPU."""
+"""tokens [B, S], labels [B, S], loss_mask [B, S]; in training sample_ids [B] on the CPU.
+
+Where documents are kept apart, attention_mask [B, 1, S, S]: True where a token may not look.
+"""
 
 
 def model_logits(model: torch.nn.Module, batch: Batch) -> Tensor:
     """[B, S, V / tp] on the last pipeline stage; hidden states [S, B, D] on the others."""
     tokens_BS = batch["tokens"]
     positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-    return model(tokens_BS, positions, None)
+    return model(tokens_BS, positions, batch.get("attention_mask"))
 
 
 def _nothing() -> None:

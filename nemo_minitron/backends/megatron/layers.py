@@ -56,6 +56,8 @@ class TorchNorm(nn.Module):
 class SdpaCoreAttention(nn.Module):
     """Causal attention by torch's scaled_dot_product_attention, with grouped queries.
 
+    With a mask (True: may not look) that mask alone counts.
+
     Shapes: query [S, B, heads, head_dim], key and value [S, B, groups, head_dim] of this
     tensor-parallel rank; returns [S, B, heads * head_dim].
     """
@@ -64,9 +66,15 @@ class SdpaCoreAttention(nn.Module):
         super().__init__()
         self.layer_number = layer_number
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        may_look = None if attention_mask is None else ~attention_mask
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=may_look, is_causal=may_look is None, enable_gqa=grouped
+        )
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 

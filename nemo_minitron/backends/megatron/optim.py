@@ -13,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_minitron.backends.megatron.build import DTYPES
 from nemo_minitron.backends.megatron.hidden import sum_projection_gradient
-from nemo_minitron.config.schema import Optimization
+from nemo_minitron.config.schema import Optimization, Parallel
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,19 @@ class Trainable:
         return float(self.optimizer.param_groups[0]["lr"])
 
 
-def make_trainable(model: GPTModel, params: Optimization, num_steps: int) -> Trainable:
-    """Gradients and optimizer states in fp32 (fp64 stays fp64); cosine schedule with linear warm-up."""
+def make_trainable(model: GPTModel, params: Optimization, num_steps: int, parallel: Parallel) -> Trainable:
+    """Gradients and optimizer states in fp32 (fp64 stays fp64)."""
     config = model.config
-    in_fp32 = config.params_dtype != torch.float64
-    ddp = DistributedDataParallel(
-        config, DistributedDataParallelConfig(grad_reduce_in_fp32=in_fp32, overlap_grad_reduce=False), model
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.params_dtype != torch.float64,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
     )
+    ddp = DistributedDataParallel(config, ddp_config, model)
     config.finalize_model_grads_func = _finalize_gradients
     config.no_sync_func = ddp.no_sync
-    optimizer = get_megatron_optimizer(_optimizer_config(params), [ddp])
+    optimizer = get_megatron_optimizer(_optimizer_config(params, parallel), [ddp])
     config.grad_scale_func = optimizer.scale_loss
     return Trainable(ddp, optimizer, _schedule(optimizer, params, num_steps))
 
@@ -53,7 +56,7 @@ def _finalize_gradients(models: list[Any], *args: Any, **kwargs: Any) -> None:
     finalize_model_grads(models, *args, **kwargs)
 
 
-def _optimizer_config(params: Optimization) -> OptimizerConfig:
+def _optimizer_config(params: Optimization, parallel: Parallel) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
         lr=params.lr,
@@ -65,7 +68,8 @@ def _optimizer_config(params: Optimization) -> OptimizerConfig:
         clip_grad=params.clip_grad,
         bf16=params.precision == "bf16",
         params_dtype=DTYPES[params.precision],
-        use_distributed_optimizer=False,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
     )
 
 
@@ -77,7 +81,9 @@ def _schedule(optimizer: Any, params: Optimization, num_steps: int) -> Optimizer
         min_lr=params.min_lr,
         lr_warmup_steps=params.warmup_steps,
         lr_decay_steps=num_steps,
-        lr_decay_style="cosine",
+        lr_decay_style="WSD" if params.lr_schedule == "wsd" else params.lr_schedule,
+        wsd_decay_steps=params.wsd_decay_steps,
+        lr_wsd_decay_style="cosine" if params.lr_schedule == "wsd" else None,
         start_wd=params.weight_decay,
         end_wd=params.weight_decay,
         wd_incr_steps=num_steps,

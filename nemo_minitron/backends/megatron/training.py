@@ -21,6 +21,7 @@ from nemo_minitron.backends.megatron.datasets import step_batches
 from nemo_minitron.backends.megatron.forward import Batch
 from nemo_minitron.backends.megatron.guard import LossWatch
 from nemo_minitron.backends.megatron.optim import Trainable
+from nemo_minitron.backends.megatron.peak import matmul_flops_per_s
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.weights import save_model
 from nemo_minitron.config.schema import Execution, Optimization
@@ -62,6 +63,10 @@ class Job:
     samples: Any
     session: Session
     objective: Objective
+    flops_per_token: float
+    """Of student and teacher, without recomputation."""
+    separate_at: int | None = None
+    """End-of-document token that attention may not cross."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -86,6 +91,12 @@ class _Loop:
     checkpoints: Checkpoints
     watch: LossWatch
     stop: StopRequest
+    peak_flops_per_s: float
+    """Of all processes, in matrix products."""
+
+    def mfu(self, tokens_per_s: float) -> float:
+        """Model FLOPs utilisation: the arithmetic that the training needs over what the machine could do."""
+        return tokens_per_s * self.job.flops_per_token / self.peak_flops_per_s
 
 
 def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | None = None) -> Curves:
@@ -96,6 +107,7 @@ def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | Non
         NumericsError: the loss blew up.
     """
     options = options or LoopOptions()
+    peak = _peak_flops_per_s(job, options.execution)
     execution, params = options.execution, job.params
     checkpoints = Checkpoints(
         work_dir / "checkpoints", job.session, keep=params.keep_checkpoints, in_background=execution.async_checkpoints
@@ -104,7 +116,7 @@ def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | Non
     curves = Curves(
         work_dir, first_step=before.step or -1, enabled=job.session.is_main, tracker=_tracker(options, job.stage)
     )
-    loop = _Loop(job, curves, checkpoints, LossWatch(params.guard, before.good_losses), options.stop)
+    loop = _Loop(job, curves, checkpoints, LossWatch(params.guard, before.good_losses), options.stop, peak)
     if before.step == 0:
         curves.add(0, **job.objective.validate())
     try:
@@ -114,6 +126,14 @@ def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | Non
     finally:
         curves.close()
     return curves
+
+
+def _peak_flops_per_s(job: Job, execution: Execution) -> float:
+    """Of all processes: as the recipe says, or measured."""
+    dtype, device = job.trainable.model.config.params_dtype, job.session.device
+    given = execution.peak_tflops
+    one = given * 1e12 if given is not None else matmul_flops_per_s(dtype, device)
+    return one * job.session.world_size
 
 
 def _tracker(options: LoopOptions, stage: str) -> Tracker | None:
@@ -130,8 +150,9 @@ def _advance(loop: _Loop, step: int, bar: Bar) -> None:
     row, asked_by = train_step(job, step, loop.stop)
     tokens_per_s = job.tokens_per_step / (time.monotonic() - started_s)
     _require_finite(loop, row, step)
-    loop.curves.add(done, **row, tokens=done * job.tokens_per_step, tokens_per_s=tokens_per_s)
-    bar.advance(loss=row["train_loss"], lr=row["lr"], tok_s=round(tokens_per_s))
+    speed = {"tokens_per_s": tokens_per_s, "mfu": loop.mfu(tokens_per_s)}
+    loop.curves.add(done, **row, tokens=done * job.tokens_per_step, **speed)
+    bar.advance(loss=row["train_loss"], lr=row["lr"], tok_s=round(tokens_per_s), mfu=f"{speed['mfu']:.0%}")
     if loop.watch.is_spike(row["train_loss"]):
         raise _spike_error(loop, row["train_loss"], done)
     loop.checkpoints.poll()
@@ -180,6 +201,7 @@ def forward_backward(job: Job, step: int) -> list[Parts]:
         step=step,
         global_batch_size=params.global_batch_size,
         micro_batch_size=micro_batch_size,
+        separate_at=job.separate_at,
     )
     trainable.ddp.zero_grad_buffer()
     trainable.optimizer.zero_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -18,6 +18,14 @@ class Parallel(Schema):
     sequence_parallel: bool = False
     micro_batch_size: PositiveInt = 1
     """Sequences per forward pass and data-parallel rank."""
+    distributed_optimizer: bool = False
+    """Each data-parallel rank keeps a part of the optimizer's states (ZeRO-1)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass: of attention, or of whole layers. Less memory, more time."""
+    overlap_grad_reduce: bool = False
+    """Gradients are summed over data-parallel ranks while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Parameters are gathered while the forward pass goes on; needs distributed_optimizer and overlap_grad_reduce."""
 
     @property
     def world_size(self) -> int:
@@ -39,5 +47,7 @@ class Execution(Schema):
     as weights and optimizer states."""
     wandb_project: str | None = None
     """Log the curves to this project of Weights & Biases as well; needs `pip install "nemo-minitron[tracking]"`."""
+    peak_tflops: Annotated[float, Field(gt=0.0)] | None = None
+    """Of one process, for the MFU that training shows; null: measured with a matrix product at the start."""
     parallel: Parallel = Parallel()
     parallel_by_stage: dict[StageName, Parallel] = Field(default_factory=dict)

@@ -39,8 +39,14 @@ class Optimization(Schema):
     lr: Annotated[float, Field(gt=0.0)]
     """Peak; reached after the warm-up."""
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
-    """End of the cosine."""
+    """End of the schedule."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How the rate goes from lr to min_lr after the warm-up. wsd: it stays, and falls in the last wsd_decay_steps."""
+    wsd_decay_steps: PositiveInt | None = None
+    """Of wsd; its decay is a cosine."""
+    reset_attention_mask: bool = False
+    """Tokens do not look back over the end of a document inside a packed sample."""
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.95
     adam_eps: Annotated[float, Field(gt=0.0)] = 1e-8

@@ -1,0 +1,25 @@
+"""How fast this machine multiplies matrices: what a training's speed is held against."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+SIZE_CPU, SIZE_GPU, ROUNDS = 1024, 8192, 5
+
+
+def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
+    """The best of a few square products, in this process with its threads."""
+    size = SIZE_GPU if device.type == "cuda" else SIZE_CPU
+    # A generator of its own: the training's random numbers stay as they are.
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+    best_s = float("inf")
+    for _ in range(ROUNDS + 1):
+        started_s = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best_s = min(best_s, time.perf_counter() - started_s)
+    return 2.0 * size**3 / best_s
