@@ -151,7 +151,11 @@ def _groups(trainable: Trainable) -> list[dict[str, Any]]:
 
 def _sharded_state(trainable: Trainable, *, is_loading: bool) -> dict[str, Any]:
     model = trainable.model.sharded_state_dict(prefix="model.")
-    return {"model": model, "optimizer": trainable.optimizer.sharded_state_dict(model, is_loading=is_loading)}
+    options: dict[str, Any] = {"is_loading": is_loading}
+    if trainable.ddp.ddp_config.use_distributed_optimizer:
+        # Whole tensors on disk: a resume may have any other layout.
+        options["metadata"] = {"distrib_optim_sharding_type": "fully_reshardable"}
+    return {"model": model, "optimizer": trainable.optimizer.sharded_state_dict(model, **options)}
 
 
 @contextmanager
