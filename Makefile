@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH_INDEX := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL),)
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-all check bench format install clean help
+.PHONY: demo test test-all check claims results bench format install clean help
 
 help:
 	@echo "make demo | test | test-all | check | bench | format | clean"
@@ -57,6 +57,12 @@ format: $(STAMP)
 results: $(STAMP)
 	$(BIN)/minitron assets fetch
 	$(BIN)/python benchmarks/results.py
+
+# The claims suite trains a teacher from nothing; TEXT is any text, its documents told apart by form feeds.
+TEXT ?= ./data/*.txt*
+claims: $(STAMP)
+	$(BIN)/minitron assets fetch
+	$(BIN)/python benchmarks/distillation.py $(ARGS) stages.teacher_init.tokenizer.sources.0.source='$(TEXT)'
 
 bench: $(STAMP)
 	$(BIN)/minitron assets fetch

@@ -44,7 +44,7 @@ def linear_loss(
     Returns:
         a scalar in at least fp32.
     """
-    size = chunk_tokens or max(MIN_CHUNK_TOKENS, CHUNK_BYTES // (4 * weight_VD.shape[0]))
+    size = chunk_tokens or chunk_tokens_of(weight_VD.shape[0])
     with_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     total: Tensor = _LinearLoss.apply(hidden_TD, weight_VD, token_weights_T, chunk_loss, size, with_gradient)
     return total
@@ -66,6 +66,11 @@ class Head:
         if wide == hidden_nD.dtype:
             return torch.mm(hidden_nD, self.weight.t(), out=out)
         return out.copy_(hidden_nD @ self.weight.t())
+
+
+def chunk_tokens_of(vocab_size: int) -> int:
+    """Tokens of a chunk, for this rank's part of the vocabulary."""
+    return max(MIN_CHUNK_TOKENS, CHUNK_BYTES // (4 * vocab_size))
 
 
 def chunks(num_tokens: int, size: int) -> Iterator[slice]:

@@ -26,6 +26,9 @@ class SparseTeacher:
     negative_entropy: Tensor
     """What makes the cross entropy a KL [n]: sum p log p over the entries and the tail, or over all tokens."""
 
+    def to(self, device: torch.device) -> SparseTeacher:
+        return SparseTeacher(self.ids.to(device), self.probs.to(device), self.negative_entropy.to(device))
+
     def rows(self, rows: slice) -> SparseTeacher:
         return SparseTeacher(self.ids[rows], self.probs[rows], self.negative_entropy[rows])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nemo_minitron.config.schema import (
     AdoptStage,
+    CacheTeacherStage,
     CandidateStage,
     DistillStage,
     EvaluateStage,
@@ -54,6 +55,8 @@ def find_problems(plan: RunPlan) -> Iterator[str]:
             yield from _search(name, stage, recipe)
         elif isinstance(stage, DistillStage | TrainStage):
             yield from _training(name, stage, stage.num_steps, recipe)
+            if isinstance(stage, DistillStage) and stage.inputs.cache is not None:
+                yield from _cached(f"stages.{name}", stage, stage.inputs.cache, recipe)
         elif isinstance(stage, ScoreStage):
             yield from _score(name, stage, recipe)
     yield from _layouts(recipe)
@@ -175,6 +178,31 @@ def _training(
         yield f"{key}.warmup_steps = {stage.warmup_steps}: must be below {steps}."
     if layout.sequence_parallel and stage.seq_len_tokens % layout.tp:
         yield f"{key}.seq_len_tokens = {stage.seq_len_tokens}: must be a multiple of tp = {layout.tp}."
+
+
+def _cached(key: str, stage: DistillStage, name: str, recipe: Recipe) -> Iterator[str]:
+    """A distillation asks for what its cache has."""
+    cache, loss = recipe.stages.get(name), stage.loss
+    if not isinstance(cache, CacheTeacherStage):
+        return
+    if stage.num_steps * stage.global_batch_size > cache.num_samples:
+        yield (
+            f"stages.{name}.num_samples = {cache.num_samples}: {key} takes num_steps * global_batch_size = "
+            f"{stage.num_steps * stage.global_batch_size} samples."
+        )
+    for field in ("seq_len_tokens", "seed"):
+        if getattr(stage, field) != getattr(cache, field):
+            theirs = f"stages.{name} has {getattr(cache, field)}"
+            yield f"{key}.{field} = {getattr(stage, field)}: {theirs}; give both the same."
+    if loss.hidden is not None:
+        yield f"{key}.loss.hidden: a cache holds no hidden states; use the live teacher (inputs.cache: null)."
+    if loss.logits is None:
+        yield f"{key}.inputs.cache: the loss has no logits; leave the cache out."
+    elif loss.logits.sparse != cache.sparse or loss.logits.temperature != cache.temperature:
+        yield (
+            f"{key}.loss.logits: sparse and temperature must be those of stages.{name}: "
+            f"sparse = {cache.sparse.model_dump(mode='json')}, temperature = {cache.temperature}."
+        )
 
 
 def _layouts(recipe: Recipe) -> Iterator[str]:

@@ -27,6 +27,7 @@ ROLE_KINDS: dict[str, tuple[str, ...]] = {
     "like": ("import", "adopt", "init", "train", "correct", "distill", "prune"),
     "student": ("import", "adopt", "init", "train", "correct", "distill", "prune"),
     "data": ("tokenize",),
+    "cache": ("cache_teacher",),
     "check": ("check_teacher",),
     "scores": ("score",),
     "plan": ("select",),

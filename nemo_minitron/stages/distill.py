@@ -31,7 +31,11 @@ def distill(params: DistillStage, inputs: Inputs, ctx: StageContext) -> Result:
     student, teacher, data = inputs["student"], inputs["teacher"], inputs["data"]
     require_one_tokenizer(inputs, ("student", "teacher"))
     started_s = time.monotonic()
-    job = objectives.prepare(params, student.path, teacher.path, data.path, ctx.work_dir, ctx.open_session)
+    cache, session = inputs.get("cache"), ctx.open_session
+    if cache is not None:
+        job = objectives.prepare_cached(params, student.path, cache.path, data.path, ctx.work_dir, session)
+    else:
+        job = objectives.prepare(params, student.path, teacher.path, data.path, ctx.work_dir, session)
     curves = training.run(job, ctx.work_dir, ctx.progress, loop_options(ctx))
     model_facts = training.publish(job, student.path, ctx.work_dir, ctx.out_dir)
     if not ctx.is_main:

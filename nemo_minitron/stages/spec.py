@@ -87,6 +87,7 @@ STAGES: dict[str, StageSpec] = {
         _spec("search", "search:search"),
         _spec("select", "select:select", version=2),
         _spec("prune", "prune:prune", version=2),
+        _spec("cache_teacher", "cache_teacher:cache_teacher", distributed=True),
         _spec("distill", "distill:distill", version=2, distributed=True),
         _spec("train", "train:train", distributed=True),
         _spec("correct", "train:train", distributed=True),

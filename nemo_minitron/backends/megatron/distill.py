@@ -33,11 +33,13 @@ from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.training import Job, Objective, Parts
 from nemo_minitron.backends.megatron.weights import load_model
 from nemo_minitron.config.schema import DistillStage, LogitsLoss, Loss, Optimization, Sampled, TrainStage
-from nemo_minitron.distillation.linear import CHUNK_BYTES, Head, chunks
+from nemo_minitron.distillation.cache import TeacherCache
+from nemo_minitron.distillation.linear import Head, chunk_tokens_of, chunks
 from nemo_minitron.distillation.losses import forward_kl, next_token
-from nemo_minitron.distillation.objective import Distance, live_teacher, token_loss
-from nemo_minitron.distillation.sparse import uniforms_of
+from nemo_minitron.distillation.objective import Distance, cached_teacher, live_teacher, token_loss
+from nemo_minitron.distillation.sparse import SparseTeacher, uniforms_of
 from nemo_minitron.distillation.vocab import Vocab
+from nemo_minitron.errors import DataError
 from nemo_minitron.families import ModelShape
 from nemo_minitron.hf.checkpoint import Checkpoint
 
@@ -60,6 +62,7 @@ class Classroom:
     session: Session
     seed: int
     hidden: HiddenStates | None = None
+    cache: TeacherCache | None = None
 
     @property
     def vocab(self) -> Vocab:
@@ -74,6 +77,24 @@ class Lesson:
     head_input: Tensor | None = None
     """The input of its output layer [B, S, D]."""
     states: States = field(default_factory=dict)
+    written: SparseTeacher | None = None
+    """Its distributions, from the cache."""
+
+
+def prepare_cached(
+    params: DistillStage, student_dir: Path, cache_dir: Path, data_dir: Path, work_dir: Path, session: Session
+) -> Job:
+    """Load the student; the teacher is read from a cache, whose samples are the training samples."""
+    cache = TeacherCache(cache_dir)
+    student, shape = load_model(student_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
+    if shape.vocab_size < cache.facts.vocab_size:
+        raise DataError(
+            f"The student knows {shape.vocab_size:,} tokens, the teacher cache has {cache.facts.vocab_size:,}.",
+            where=f"{student_dir}, {cache_dir}",
+        )
+    heldout = _heldout(params, data_dir, session)
+    room = Classroom(params.loss, student, None, cache.facts.vocab_size, heldout, session, params.seed, cache=cache)
+    return _job("distill", params, params.num_steps, room, shape, data_dir, work_dir, cache.facts.num_samples)
 
 
 def prepare(
@@ -129,10 +150,12 @@ def _job(
     shape: ModelShape,
     data_dir: Path,
     work_dir: Path,
+    num_samples: int | None = None,
 ) -> Job:
     samples = training_samples(
         data_dir,
-        num_samples=num_steps * params.global_batch_size,
+        # Which sample has which number depends on how many there are.
+        num_samples=num_samples or num_steps * params.global_batch_size,
         seq_len_tokens=params.seq_len_tokens,
         seed=params.seed,
         cache_dir=work_dir / "data_index",
@@ -204,6 +227,8 @@ def _distance(room: Classroom, batch: Batch, lesson: Lesson) -> Distance | None:
     loss = room.loss.logits
     if loss is None:
         return None
+    if lesson.written is not None:
+        return cached_teacher(lesson.written, loss, room.vocab)
     assert room.teacher is not None
     assert lesson.head_input is not None
     weight = head_weight(room.teacher, room.vocab_size)
@@ -220,11 +245,22 @@ def lessons(room: Classroom, batches: list[Batch]) -> Iterator[Lesson]:
     Without pipeline stages it is computed one micro-batch at a time, when the student asks. With stages the teacher
     runs its own forward schedule first.
     """
+    if room.cache is not None:
+        return _lessons_written(room, room.cache, batches)
     if room.teacher is None:
         return repeat(Lesson(), len(batches))
     if room.session.parallel.pp == 1:
         return _lessons_now(room, room.teacher, batches)
     return iter(_lessons_before(room, room.teacher, batches))
+
+
+def _lessons_written(room: Classroom, cache: TeacherCache, batches: list[Batch]) -> Iterator[Lesson]:
+    for batch in batches:
+        if "sample_ids" not in batch or not room.session.is_last_stage:
+            yield Lesson()
+            continue
+        found = cache.read(batch["sample_ids"].tolist(), batch["tokens"].cpu().numpy())
+        yield Lesson(written=found.to(batch["tokens"].device))
 
 
 def _lessons_now(room: Classroom, teacher: GPTModel, batches: list[Batch]) -> Iterator[Lesson]:
@@ -281,7 +317,7 @@ def _measure(room: Classroom, hidden_BSD: Tensor, batch: Batch, teacher_BSD: Ten
     student = Head(head_weight(room.student, room.vocab_size))
     teacher = None if room.teacher is None else Head(head_weight(room.teacher, room.vocab_size))
     sums = torch.zeros(4, dtype=torch.float64, device=mask.device)
-    for rows in chunks(len(mask), max(1, CHUNK_BYTES // (4 * student.weight.shape[0]))):
+    for rows in chunks(len(mask), chunk_tokens_of(student.weight.shape[0])):
         logits = student.logits(hidden_BSD.flatten(0, 1)[rows])
         values = [torch.zeros_like(mask[rows]), next_token(logits.clone(), labels[rows], vocab)[0]]
         if teacher is not None and teacher_BSD is not None:

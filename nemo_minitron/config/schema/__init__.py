@@ -67,6 +67,8 @@ from nemo_minitron.config.schema.sources import (
     TokenizeStage,
 )
 from nemo_minitron.config.schema.training import (
+    CacheTeacherInputs,
+    CacheTeacherStage,
     CorrectStage,
     DistillInputs,
     DistillStage,
@@ -89,6 +91,7 @@ StageConfig = Annotated[
     | DistillStage
     | TrainStage
     | CorrectStage
+    | CacheTeacherStage
     | SearchStage
     | CandidateStage
     | EvaluateStage
@@ -110,6 +113,8 @@ class Recipe(Schema):
 
 __all__ = [
     "AdoptStage",
+    "CacheTeacherInputs",
+    "CacheTeacherStage",
     "CandidateInputs",
     "CandidateStage",
     "CheckTeacherInputs",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from nemo_minitron.config.schema.base import Fraction, Precision, Schema, StageName
-from nemo_minitron.config.schema.losses import Loss
+from nemo_minitron.config.schema.losses import Loss, Sampled, Sparse
 
 
 class DistillInputs(Schema):
@@ -70,6 +70,30 @@ class DistillStage(Training):
     kind: Literal["distill"]
     inputs: DistillInputs = DistillInputs()
     num_steps: PositiveInt
+
+
+class CacheTeacherInputs(Schema):
+    teacher: StageName = "teacher"
+    data: StageName = "data"
+    check: StageName | None = "check_teacher"
+
+
+class CacheTeacherStage(Schema):
+    """Write a part of the teacher's distributions to disk, sample by sample; `distill` then needs no teacher.
+
+    The teacher's layout, the student's, and both batch sizes are free.
+    """
+
+    kind: Literal["cache_teacher"]
+    inputs: CacheTeacherInputs = CacheTeacherInputs()
+    sparse: Sparse = Sampled(kind="sampled")
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    num_samples: PositiveInt
+    """At least num_steps * global_batch_size of the distillation."""
+    seq_len_tokens: PositiveInt
+    precision: Precision = "bf16"
+    seed: int = 1234
+    """Of the order of the samples and of the draws; as in the distillation."""
 
 
 class TrainInputs(Schema):

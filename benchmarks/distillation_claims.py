@@ -1,0 +1,249 @@
+"""The "Distillation" part of docs/results.md: every verdict is worked out from the figures of benchmarks/distillation.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+Found = dict[str, dict[str, Any]]
+BEGIN, END = "<!-- distillation: made by `make claims` -->", "<!-- end of distillation -->"
+HELD, NOT_HELD, UNDECIDED = "held", "**not held**", "undecided"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One row of the table."""
+
+    text: str
+    paper: str
+    better: str
+    """Trial that the claim says has the lower loss."""
+    worse: tuple[str, ...]
+    equal: bool = False
+    """The claim is that there is no difference."""
+
+
+CLAIMS = (
+    Claim("Distillation beats retraining on the text", "MMLU 37.8 against 24.6 (2407.14679, table 14)", "KD", ("CE",)),
+    Claim("KD alone is at least as good as KD + CE", "loss 2.107 against 2.117 (table 15)", "KD", ("KD + CE",)),
+    Claim("Pruned beats random weights", "2.049 against 3.953 (table 1)", "KD", ("random init, KD",)),
+    Claim("Pruned by importance beats pruned at random", "2408.11796, figure 6", "KD", ("random cut, KD",)),
+    Claim("Forward KL beats reverse KL, width", "2.117 against 2.140 (table 15)", "KD", ("reverse_kl",)),
+    Claim("... and by more for a student cut in depth", "2.155 against 2.665 (table 16)", "depth, KD", ("depth, reverse_kl",)),
+    Claim("... MSE", "2.117 against 2.144 (table 15)", "KD", ("mse",)),
+    Claim("... cosine", "2.117 against 2.134 (table 15)", "KD", ("cosine",)),
+    Claim("Forward KL beats JSD (beta 0.5)", "not in the papers", "KD", ("jsd",)),
+    Claim("Temperature 1 beats 0.5 and 3", "best of 0.1, 0.5, 1, 3 (A.5)", "KD", ("T 0.5", "T 3")),
+    Claim("Few of the teacher's logits (top 4) harm", "k up to 100 of 256,000 harms (A.5)", "KD", ("top 4, tail dropped",)),
+    Claim("A large top-k (128 of 2,048) is as good as all", "no gain, no harm (A.5)", "KD", ("top 128, tail dropped",), True),
+    Claim("A ghost token for the tail beats dropping it (top 16)", "2503.16870", "top 16, ghost", ("top 16, tail dropped",)),
+    Claim("50 draws are as good as all logits", "2.75 against 2.75 (2503.16870)", "KD", ("50 draws",), True),
+    Claim("Draws beat top-k (12 draws against top 16, dropped)", "2503.16870", "12 draws", ("top 16, tail dropped",)),
+    Claim("Hidden states help at half depth", "2.141 against 2.155 (table 17)", "depth, KD + hidden", ("depth, KD",)),
+    Claim("... and not for width", "no gain (table 18)", "KD", ("width, KD + hidden",), True),
+    Claim("Width beats depth at equal parameters", "2.049 against 2.155 (table 13)", "KD", ("depth, KD",)),
+    Claim("One cut is as good as two with new scores", "1.92 each (table 12)", "KD", ("two rounds",), True),
+    Claim(
+        "On other text a corrected teacher is better",
+        "held-out loss over 6 % lower (2408.11796, figure 4)",
+        "other text, corrected teacher",
+        ("other text, teacher as it is",),
+    ),
+)  # fmt: skip
+
+
+def losses_of(found: Found, name: str) -> list[float]:
+    """Held-out loss of each seed, in their order."""
+    trials = [entry for entry in found.values() if entry["trial"]["name"] == name]
+    return [entry["final"]["valid_loss"] for entry in sorted(trials, key=lambda entry: entry["trial"]["seed"])]
+
+
+def verdict(found: Found, claim: Claim) -> str:
+    """Seeds are compared one by one: the same text in the same order. All must agree."""
+    better = losses_of(found, claim.better)
+    gaps = [[b - a for a, b in zip(better, losses_of(found, worse), strict=True)] for worse in claim.worse]
+    if not all(gaps) or not better:
+        return "not run"
+    if claim.equal:
+        noise = max(better) - min(better)
+        return HELD if all(abs(mean(gap)) <= noise for gap in gaps) else NOT_HELD
+    if all(value > 0 for gap in gaps for value in gap):
+        return HELD
+    return NOT_HELD if any(all(value < 0 for value in gap) for gap in gaps) else UNDECIDED
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and half of the range."""
+    if not values:
+        return "not run"
+    return f"{mean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}"
+
+
+def table(found: Found) -> str:
+    """Markdown."""
+    rows = ["| claim | the paper | ours: held-out loss, mean ± half range | verdict |", "|---|---|---|---|"]
+    for claim in CLAIMS:
+        others = ", ".join(f"{name} {spread(losses_of(found, name))}" for name in claim.worse)
+        ours = f"{claim.better} {spread(losses_of(found, claim.better))}; {others}"
+        rows.append(f"| {claim.text} | {claim.paper} | {ours} | {verdict(found, claim)} |")
+    return "\n".join(rows)
+
+
+def curve_of(found: Found, name: str) -> list[tuple[int, float]]:
+    """(tokens, held-out loss), the mean over the seeds."""
+    curves = [entry["curve"] for entry in found.values() if entry["trial"]["name"] == name]
+    if not curves:
+        return []
+    return [(rows[0]["tokens"], mean(row["valid_loss"] for row in rows)) for rows in zip(*curves, strict=True)]
+
+
+def tokens_to_reach(curve: list[tuple[int, float]], loss: float) -> float | None:
+    """Where the curve first falls to the loss, between its points on straight lines; None: never."""
+    for (tokens_a, loss_a), (tokens_b, loss_b) in pairwise(curve):
+        if loss_b <= loss:
+            return tokens_a + (tokens_b - tokens_a) * (loss_a - loss) / (loss_a - loss_b)
+    return None
+
+
+def headline(found: Found) -> str:
+    """Tokens from scratch over tokens pruned and distilled, for the losses that the latter has on its way."""
+    scratch, pruned = curve_of(found, "from scratch, CE"), curve_of(found, "KD")
+    if not scratch or not pruned:
+        return "The comparison with training from scratch was not run."
+    last_loss, most = scratch[-1][1], scratch[-1][0]
+    rows = ["| held-out loss | pruned + distilled, tokens | from scratch, tokens | ratio |", "|---|---|---|---|"]
+    for share in (0.25, 0.5, 1.0):
+        tokens, loss = pruned[round(share * (len(pruned) - 1))]
+        needed = tokens_to_reach(scratch, loss)
+        there = (
+            f"{needed:,.0f} | **{needed / tokens:.1f}x**"
+            if needed
+            else f"more than {most:,} | **over {most / tokens:.1f}x**"
+        )
+        rows.append(f"| {loss:.3f} | {tokens:,} | {there} |")
+    back = tokens_to_reach(pruned, last_loss)
+    sentence = (
+        f"From scratch the same shape has {last_loss:.3f} after {most:,} tokens of next-token training; pruned and distilled "
+        + (f"it is there after {back:,.0f}: **{most / back:.0f}x fewer tokens**." if back else "it does not get there.")
+        + " The papers: up to 40x (2407.14679)."
+    )
+    return f"{sentence}\n\n" + "\n".join(rows)
+
+
+def picture(found: Found, file: Path) -> None:
+    """Held-out loss over tokens, from scratch and pruned."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    named = {
+        "from scratch, CE": ("from scratch, next-token", "#b5651d"),
+        "random init, KD": ("from scratch, distilled", "#d9a441"),
+        "CE": ("pruned, next-token", "#7a8fa6"),
+        "KD": ("pruned, distilled", "#1f6f5c"),
+    }
+    figure, axes = plt.subplots(figsize=(7.2, 3.8))
+    for name, (label, color) in named.items():
+        curves = [entry["curve"] for entry in found.values() if entry["trial"]["name"] == name]
+        if not curves:
+            continue
+        points = [(rows[0]["tokens"], [row["valid_loss"] for row in rows]) for rows in zip(*curves, strict=True)][1:]
+        tokens = [point[0] for point in points]
+        axes.plot(tokens, [mean(point[1]) for point in points], label=label, color=color, linewidth=1.8)
+        low, high = [min(point[1]) for point in points], [max(point[1]) for point in points]
+        axes.fill_between(tokens, low, high, color=color, alpha=0.2, linewidth=0)
+    axes.set(xscale="log", xlabel="training tokens", ylabel="held-out loss, nats per token")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150, facecolor="white")
+    plt.close(figure)
+
+
+def bars(found: Found, file: Path) -> None:
+    """How much worse than the reference every variant is, with each seed as a dot."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    reference = losses_of(found, "KD")
+    skip = ("KD", "from scratch, CE", "random init, KD", "other text")
+    names = sorted({entry["trial"]["name"] for entry in found.values() if not entry["trial"]["name"].startswith(skip)})
+    gaps = {}
+    for name in names:
+        against = losses_of(found, "depth, KD") if name.startswith("depth, ") and name != "depth, KD" else reference
+        gaps[name] = [b - a for a, b in zip(against, losses_of(found, name), strict=False)]
+    ordered = sorted((name for name in gaps if gaps[name]), key=lambda name: mean(gaps[name]))
+    figure, axes = plt.subplots(figsize=(7.2, 0.27 * len(ordered) + 1.0))
+    for row, name in enumerate(ordered):
+        axes.barh(row, mean(gaps[name]), color="#1f6f5c" if mean(gaps[name]) <= 0 else "#b5651d", alpha=0.6, height=0.6)
+        axes.plot(gaps[name], [row] * len(gaps[name]), "o", color="#333333", ms=3)
+    axes.set_yticks(range(len(ordered)), ordered)
+    axes.axvline(0, color="#333333", linewidth=0.8)
+    axes.set_xlabel("held-out loss above plain forward-KL distillation of the same cut (dots: seeds)")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150, facecolor="white")
+    plt.close(figure)
+
+
+def teacher_facts(run: Path) -> dict[str, Any]:
+    """From the manifests of the run."""
+
+    def result(stage: str) -> dict[str, Any]:
+        return dict(json.loads((run / stage / "manifest.json").read_text())["result"])
+
+    return {name: result(name) for name in ("teacher", "width", "depth", "corrected")}
+
+
+def section(found: Found, run: Path, size: str) -> str:
+    """The whole part."""
+    facts, one = teacher_facts(run), next(entry for entry in found.values() if entry["trial"]["name"] == "KD")
+    teacher, corrected = facts["teacher"], facts["corrected"]
+    lower = 1 - corrected["final_valid_loss"] / corrected["initial_valid_loss"]
+    return f"""## Distillation
+
+Made by `make claims` (size {size}). The teacher is a Llama of {teacher["num_params"]:,} parameters, trained here from nothing on
+{teacher["tokens"]:,} tokens of public-domain novels (held-out loss {teacher["final_valid_loss"]:.3f}). Students: {facts["width"]["num_params"]:,}
+parameters by width, {facts["depth"]["num_params"]:,} by depth (half of the layers); {one["curve"][-1]["tokens"]:,} tokens each. Losses are nats per
+held-out token of whole books that no model has seen; three seeds (order of the text; random weights and cuts). A claim is
+*held* when every seed agrees, *undecided* when they do not; "as good as" holds within the range of the seeds. The papers'
+students are a thousand times larger and see a hundred thousand times more tokens.
+
+### Tokens to a given loss
+
+{headline(found)}
+
+![Held-out loss over tokens](claims_tokens.png)
+
+### Claims
+
+{table(found)}
+
+Teacher correction itself lowered the teacher's held-out loss on the other text by {lower:.1%}.
+
+![Distance of every variant from plain distillation](claims_variants.png)
+"""
+
+
+def write_page(found: Found, run: Path, docs: Path, size: str) -> None:
+    """Replace the part between the marks in results.md, or add it at the top; draw the pictures."""
+    page = docs / "results.md"
+    text = page.read_text()
+    part = f"{BEGIN}\n\n{section(found, run, size)}\n{END}"
+    if BEGIN in text:
+        text = text[: text.index(BEGIN)] + part + text[text.index(END) + len(END) :]
+    else:
+        text = f"{text.rstrip()}\n\n{part}\n"
+    page.write_text(text)
+    draw: dict[str, Callable[[Found, Path], None]] = {"claims_tokens.png": picture, "claims_variants.png": bars}
+    for name, function in draw.items():
+        function(found, docs / name)

@@ -1,0 +1,112 @@
+"""Write a teacher's sparse distributions to disk, in any parallel layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from nemo_minitron.backends.megatron.build import padded_vocab_size
+from nemo_minitron.backends.megatron.datasets import collate, training_samples
+from nemo_minitron.backends.megatron.forward import Batch, evaluating, forward_batches
+from nemo_minitron.backends.megatron.head import head_weight, model_hidden, vocab_of
+from nemo_minitron.backends.megatron.session import Session
+from nemo_minitron.backends.megatron.weights import load_model
+from nemo_minitron.config.schema import CacheTeacherStage, Sampled
+from nemo_minitron.distillation.cache import (
+    CacheFacts,
+    Entry,
+    pack,
+    require_vocabulary,
+    shard_name,
+    write_shard,
+)
+from nemo_minitron.distillation.linear import Head, chunk_tokens_of, chunks
+from nemo_minitron.distillation.sparse import SparseTeacher, sparsify, uniforms_of
+from nemo_minitron.distillation.vocab import Vocab
+from nemo_minitron.progress import Progress
+
+
+def write_cache(
+    params: CacheTeacherStage, teacher_dir: Path, data_dir: Path, work_dir: Path, session: Session, progress: Progress
+) -> CacheFacts:
+    """Every shard that the work folder does not have yet; data-parallel ranks write different ones."""
+    model, shape = load_model(teacher_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
+    require_vocabulary(shape.vocab_size)
+    facts = CacheFacts(
+        sparse=params.sparse.model_dump(mode="json"),
+        temperature=params.temperature,
+        vocab_size=shape.vocab_size,
+        seq_len_tokens=params.seq_len_tokens,
+        num_samples=params.num_samples,
+        seed=params.seed,
+    )
+    samples = training_samples(
+        data_dir,
+        num_samples=params.num_samples,
+        seq_len_tokens=params.seq_len_tokens,
+        seed=params.seed,
+        cache_dir=work_dir / "data_index",
+    )
+    mine = range(session.dp_rank, facts.num_shards, session.parallel.dp)
+    todo = [shard for shard in mine if not (work_dir / shard_name(shard)).is_file()]
+    # No rank may write before every rank has looked.
+    session.barrier()
+    vocab = vocab_of(session, padded_vocab_size(shape.vocab_size, session.parallel.tp) // session.parallel.tp)
+    with evaluating(model), progress.bar("cache teacher", len(mine), "shards", done=len(mine) - len(todo)) as bar:
+        for shard in todo:
+            entries = _entries(model, params, samples, facts.samples_of(shard), shape.vocab_size, vocab, session)
+            if session.is_last_stage and session.tp_rank == 0:
+                write_shard(work_dir, shard, entries)
+            bar.advance(samples=len(facts.samples_of(shard)))
+    session.barrier()
+    return facts
+
+
+def _entries(
+    model: GPTModel,
+    params: CacheTeacherStage,
+    samples: Any,
+    numbers: range,
+    vocab_size: int,
+    vocab: Vocab,
+    session: Session,
+) -> list[Entry]:
+    found: list[Entry] = []
+
+    def keep(hidden_BSD: Tensor, batch: Batch) -> None:
+        weight = head_weight(model, vocab_size)
+        teacher = _distributions(hidden_BSD, weight, batch, params, vocab)
+        length = params.seq_len_tokens
+        for row, tokens in enumerate(batch["tokens"].cpu().numpy()):
+            found.append(pack(teacher.rows(slice(row * length, (row + 1) * length)), tokens, params.sparse))
+
+    size = session.parallel.micro_batch_size
+    batches = []
+    for start in range(0, len(numbers), size):
+        of_batch = numbers[start : start + size]
+        rows = [samples[i] for i in of_batch]
+        batches.append({**collate(rows, session), "sample_ids": torch.tensor(of_batch)})
+    forward_batches(model, batches, session, keep, forward=model_hidden)
+    return found
+
+
+def _distributions(
+    hidden_BSD: Tensor, weight_VD: Tensor, batch: Batch, params: CacheTeacherStage, vocab: Vocab
+) -> SparseTeacher:
+    head, hidden = Head(weight_VD), hidden_BSD.flatten(0, 1)
+    uniforms = None
+    if isinstance(params.sparse, Sampled):
+        uniforms = uniforms_of(params.seed, batch["sample_ids"], params.seq_len_tokens, params.sparse.rounds)
+    parts = []
+    for rows in chunks(len(hidden), chunk_tokens_of(weight_VD.shape[0])):
+        points = None if uniforms is None else uniforms[rows].to(hidden.device)
+        parts.append(sparsify(head.logits(hidden[rows]), params.sparse, params.temperature, points, vocab))
+    return SparseTeacher(
+        torch.cat([part.ids for part in parts]),
+        torch.cat([part.probs for part in parts]),
+        torch.cat([part.negative_entropy for part in parts]),
+    )

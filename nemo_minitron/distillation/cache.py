@@ -1,0 +1,264 @@
+"""A teacher's sparse distributions on disk: compact, checked, and found by sample.
+
+A cache is a folder of shards (safetensors) and cache.json. Each sample of S tokens is stored by itself, so that it can
+be read in any order, batch or parallel layout. What is read is compared with the text that it is asked for and with its
+checksum: a wrong or damaged entry is an error, never another loss.
+
+Entries: a draw is 3 bytes, 18 bits of id and 6 of count - 1 (draws of one token are merged). A top-k entry is 4 bytes,
+18 bits of id and 14 of log-probability: at most 0.07 % off, down to e^-20. Besides, each token has the number of its
+entries (1 byte) and the negative entropy (2 bytes, fp16; it shifts the loss, and has no part in its gradient).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from nemo_minitron.config.schema import Sampled, TopK
+from nemo_minitron.distillation.sparse import SparseTeacher
+from nemo_minitron.errors import DataError, PlanError
+
+FORMAT_VERSION = 1
+FACTS_FILE = "cache.json"
+SAMPLES_PER_SHARD = 64
+ID_BITS = 18
+MAX_VOCAB_SIZE = 1 << ID_BITS
+LOG_PROB_STEPS, MOST_NEGATIVE_LOG_PROB = (1 << 14) - 1, -20.0
+OPEN_SHARDS = 16
+
+
+@dataclass(frozen=True)
+class CacheFacts:
+    """What a cache is of; cache.json holds these fields."""
+
+    sparse: dict[str, Any]
+    temperature: float
+    vocab_size: int
+    seq_len_tokens: int
+    num_samples: int
+    seed: int
+    """Of the order of the samples, and of the draws."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_samples // SAMPLES_PER_SHARD)
+
+    def samples_of(self, shard: int) -> range:
+        """Numbers of the samples of a shard."""
+        return range(shard * SAMPLES_PER_SHARD, min((shard + 1) * SAMPLES_PER_SHARD, self.num_samples))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample as it is stored."""
+
+    payload: bytes
+    per_token: NDArray[np.uint8]
+    """Entries of each token [S]."""
+    negative_entropy: NDArray[np.float16]
+    """[S]."""
+    text_hash: int
+
+    @property
+    def checksum(self) -> int:
+        return crc32(self.payload, crc32(self.per_token.tobytes(), crc32(self.negative_entropy.tobytes())))
+
+
+def require_vocabulary(vocab_size: int) -> None:
+    """Raises PlanError for a vocabulary whose ids do not fit."""
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise PlanError(
+            f"A vocabulary of {vocab_size:,} does not fit into a teacher cache.", allowed=f"at most {MAX_VOCAB_SIZE:,}"
+        )
+
+
+def shard_name(shard: int) -> str:
+    return f"shard_{shard:06d}.safetensors"
+
+
+def hash_of(tokens_S: NDArray[np.integer]) -> int:
+    """64 bits of the sample's token ids."""
+    digest = blake2b(np.ascontiguousarray(tokens_S, dtype="<i4").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+# --- packing ----------------------------------------------------------------------------------------
+
+
+def pack(teacher: SparseTeacher, tokens_S: NDArray[np.integer], sparse: Sampled | TopK) -> Entry:
+    """One sample's distributions [S, K]."""
+    ids = teacher.ids.cpu().numpy().astype(np.uint32)
+    if isinstance(sparse, Sampled):
+        payload, per_token = _pack_draws(ids)
+    else:
+        payload, per_token = _pack_top_k(ids, teacher.probs.cpu().double().log().numpy())
+    entropy = teacher.negative_entropy.cpu().numpy().astype(np.float16)
+    return Entry(payload, per_token, entropy, hash_of(tokens_S))
+
+
+def _pack_draws(ids_SR: NDArray[np.uint32]) -> tuple[bytes, NDArray[np.uint8]]:
+    ordered = np.sort(ids_SR, axis=1)
+    first = np.ones_like(ordered, dtype=bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    starts = np.flatnonzero(first)
+    counts = np.diff(np.append(starts, ordered.size)).astype(np.uint32)
+    words = ordered.ravel()[starts] | (counts - 1) << ID_BITS
+    return words.astype("<u4").view(np.uint8).reshape(-1, 4)[:, :3].tobytes(), first.sum(1).astype(np.uint8)
+
+
+def _pack_top_k(ids_SK: NDArray[np.uint32], log_probs_SK: NDArray[np.float64]) -> tuple[bytes, NDArray[np.uint8]]:
+    clipped = np.clip(log_probs_SK, MOST_NEGATIVE_LOG_PROB, 0.0)
+    levels = np.rint(clipped / MOST_NEGATIVE_LOG_PROB * LOG_PROB_STEPS).astype(np.uint32)
+    words = ids_SK | levels << ID_BITS
+    return words.astype("<u4").tobytes(), np.zeros(len(ids_SK), dtype=np.uint8)
+
+
+def unpack(entry: Entry, sparse: Sampled | TopK) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """(ids, probabilities) [S, K]; tokens with fewer entries are filled up with probability 0."""
+    if isinstance(sparse, TopK):
+        words = np.frombuffer(entry.payload, dtype="<u4").reshape(len(entry.per_token), -1)
+        levels = (words >> ID_BITS).astype(np.float32)
+        return _ids(words), np.exp(levels * np.float32(MOST_NEGATIVE_LOG_PROB / LOG_PROB_STEPS))
+    packed = np.frombuffer(entry.payload, dtype=np.uint8).reshape(-1, 3)
+    words = packed.astype(np.uint32) @ np.array([1, 1 << 8, 1 << 16], dtype=np.uint32)
+    num_tokens, most = len(entry.per_token), int(entry.per_token.max(initial=1))
+    row = np.repeat(np.arange(num_tokens), entry.per_token)
+    first = np.cumsum(entry.per_token, dtype=np.int64) - entry.per_token
+    column = np.arange(len(words)) - np.repeat(first, entry.per_token)
+    ids, probs = np.zeros((num_tokens, most), np.int64), np.zeros((num_tokens, most), np.float32)
+    ids[row, column] = _ids(words)
+    probs[row, column] = ((words >> ID_BITS) + 1) / sparse.rounds
+    return ids, probs
+
+
+def _ids(words: NDArray[np.uint32]) -> NDArray[np.int64]:
+    return (words & (MAX_VOCAB_SIZE - 1)).astype(np.int64)
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+
+def write_shard(folder: Path, shard: int, entries: list[Entry]) -> None:
+    """All samples of a shard; the file appears when it is complete."""
+    payloads = [np.frombuffer(entry.payload, dtype=np.uint8) for entry in entries]
+    tensors: dict[str, NDArray[Any]] = {
+        "payload": np.concatenate(payloads),
+        "offset": np.cumsum([0, *map(len, payloads)], dtype=np.int64),
+        "per_token": np.stack([entry.per_token for entry in entries]),
+        "negative_entropy": np.stack([entry.negative_entropy for entry in entries]),
+        "text_hash": np.array([entry.text_hash for entry in entries], dtype=np.int64),
+        "checksum": np.array([entry.checksum for entry in entries], dtype=np.int64),
+    }
+    partial = folder / f".{shard_name(shard)}.partial"
+    save_file(tensors, partial)
+    partial.rename(folder / shard_name(shard))
+
+
+def write_facts(folder: Path, facts: CacheFacts) -> None:
+    (folder / FACTS_FILE).write_text(json.dumps(asdict(facts), indent=2) + "\n")
+
+
+class TeacherCache:
+    """Reads samples of a finished cache."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.facts = _read_facts(folder)
+        self.sparse: Sampled | TopK = (
+            Sampled.model_validate(self.facts.sparse)
+            if self.facts.sparse.get("kind") == "sampled"
+            else TopK.model_validate(self.facts.sparse)
+        )
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+
+    def read(self, sample_ids: list[int], tokens_BS: NDArray[np.integer]) -> SparseTeacher:
+        """The teacher's distributions of these samples [B * S, K].
+
+        Raises:
+            DataError: a sample that the cache does not have, has of another text, or has damaged.
+        """
+        ids, probs, entropies = [], [], []
+        for number, tokens in zip(sample_ids, tokens_BS, strict=True):
+            entry = self._checked_entry(number, tokens)
+            of_sample = unpack(entry, self.sparse)
+            ids.append(torch.from_numpy(of_sample[0]))
+            probs.append(torch.from_numpy(of_sample[1]))
+            entropies.append(torch.from_numpy(entry.negative_entropy.astype(np.float32)))
+        return SparseTeacher(_padded(ids), _padded(probs), torch.cat(entropies))
+
+    def _checked_entry(self, number: int, tokens_S: NDArray[np.integer]) -> Entry:
+        if not 0 <= number < self.facts.num_samples:
+            raise DataError(
+                f"The teacher cache has no sample {number}.",
+                where=str(self.folder),
+                allowed=f"0 to {self.facts.num_samples - 1}",
+                next_step="Raise num_samples of the cache_teacher stage to num_steps * global_batch_size.",
+            )
+        where = self.folder / shard_name(number // SAMPLES_PER_SHARD)
+        try:
+            entry, checksum = _read_entry(self._open(number // SAMPLES_PER_SHARD), number % SAMPLES_PER_SHARD)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise _damaged(where, f"{type(error).__name__}: {error}") from error
+        if entry.checksum != checksum:
+            raise _damaged(where, f"checksum of sample {number}")
+        if entry.text_hash != hash_of(tokens_S):
+            raise DataError(
+                f"Sample {number} of the teacher cache is of another text.",
+                where=str(where),
+                next_step="The data, its seed or its length changed since: run the cache_teacher stage again.",
+            )
+        return entry
+
+    def _open_shard(self, shard: int) -> Any:
+        return safe_open(self.folder / shard_name(shard), framework="np")
+
+
+def _read_entry(shard: Any, index: int) -> tuple[Entry, int]:
+    start, stop = shard.get_slice("offset")[index : index + 2].tolist()
+    entry = Entry(
+        payload=shard.get_slice("payload")[start:stop].tobytes(),
+        per_token=shard.get_slice("per_token")[index],
+        negative_entropy=shard.get_slice("negative_entropy")[index],
+        text_hash=int(shard.get_slice("text_hash")[index]),
+    )
+    return entry, int(shard.get_slice("checksum")[index])
+
+
+def _padded(parts: list[Tensor]) -> Tensor:
+    most = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, most - part.shape[1])) for part in parts])
+
+
+def _read_facts(folder: Path) -> CacheFacts:
+    file = folder / FACTS_FILE
+    try:
+        facts = CacheFacts(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(file, f"{type(error).__name__}: {error}") from error
+    if facts.format_version != FORMAT_VERSION:
+        raise DataError(
+            f"The teacher cache has format {facts.format_version}.",
+            where=str(file),
+            allowed=str(FORMAT_VERSION),
+            next_step="Run the cache_teacher stage again.",
+        )
+    return facts
+
+
+def _damaged(where: Path, why: str) -> DataError:
+    return DataError(
+        f"The teacher cache is damaged: {why}.", where=str(where), next_step="Run the cache_teacher stage again."
+    )
