@@ -26,7 +26,7 @@ from tests.conftest import REPO
 from tests.support.tiny_models import FAMILY_CASES, load_transformers, tiny_model_dir
 
 VOCABULARY = 320
-WORDS = "the river runs down to the sea and the rain falls on the hills while the fox sleeps under a tree".split()
+WORDS = ["the", "river", "runs", "down", "to", "sea", "and", "rain", "falls", "on", "hills", "fox", "sleeps"]
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "num_hidden_layers": 4,
