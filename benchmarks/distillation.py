@@ -23,6 +23,7 @@ from typing import Any
 from distillation_claims import write_page
 
 from nemo_minitron.cli import load_recipe
+from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.stages.runner import RunOptions, run_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,9 +216,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="names of trials")
     parser.add_argument("overrides", nargs="*", help="of recipes/claims/students.yaml: source of the text, for one")
     arguments = parser.parse_intermixed_args()
-    overrides = [f"execution.run_root={arguments.root}", "name=claims", *arguments.overrides]
-    run_recipe(load_recipe(RECIPE, overrides), RunOptions())
-    run = arguments.root / "claims"
+    recipe = load_recipe(RECIPE, [f"execution.run_root={arguments.root}", *arguments.overrides])
+    run_recipe(recipe, RunOptions())
+    run = run_dir(recipe)
     found = run_trials(run, arguments.size, arguments.processes, run / f"trials_{arguments.size}.json", arguments.only)
     write_page(found, run, ROOT / "docs", arguments.size)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nemo_minitron.config.schema import DistillStage, Parallel, ScoreStage
+from nemo_minitron.config.schema import CacheTeacherStage, DistillStage, Parallel, ScoreStage
 from nemo_minitron.progress import Progress
 
 if TYPE_CHECKING:
@@ -121,3 +121,27 @@ def choice_task() -> ChoiceTask:
             return float(np.mean(np.tanh(np.array(log_likelihoods) / 20)))
 
     return Smooth("made up", tuple(pairs), "acc", None, ())
+
+
+def cache_shards(params: CacheTeacherStage, parallel: Parallel, teacher: Path, data: Path, work: Path) -> None:
+    """Write a teacher cache into `work`."""
+    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.teacher_cache import write_cache
+    from nemo_minitron.distillation.cache import write_facts
+
+    with open_session(parallel, device="cpu", threads=1) as session:
+        facts = write_cache(params, teacher, data, work, session, SILENT)
+    write_facts(work, facts)
+
+
+def cached_losses(
+    params: DistillStage, parallel: Parallel, student: Path, cache: Path, data: Path, work: Path
+) -> tuple[list[float], list[float]]:
+    """(training losses, validation losses) of a short distillation from a cache."""
+    from nemo_minitron.backends.megatron import distill, training
+    from nemo_minitron.backends.megatron.session import open_session
+
+    with open_session(parallel, device="cpu", threads=1) as session:
+        job = distill.prepare_cached(params, student, cache, data, work, session)
+        rows = training.run(job, work, SILENT).rows
+    return tuple([row[key] for row in rows if key in row] for key in ("train_loss", "valid_loss"))

@@ -1,0 +1,116 @@
+"""A teacher cache is the same whoever writes it, and trains the same student in every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_minitron.config.schema import CacheTeacherStage, DistillStage, LogitsLoss, Loss, Parallel, Sampled, TopK
+from tests.support.distributed import run_ranks
+from tests.support.megatron_ranks import cache_shards, cached_losses, distill_losses
+from tests.support.tiny_data import tiny_data_dir
+from tests.support.tiny_models import tiny_model_dir
+
+DRAWS = Sampled(kind="sampled", rounds=20)
+CACHE = CacheTeacherStage(kind="cache_teacher", sparse=DRAWS, num_samples=80, seq_len_tokens=32, precision="fp32")
+WRITERS = {
+    "one process": Parallel(micro_batch_size=4),
+    "other batches": Parallel(micro_batch_size=7),
+    "tp2": Parallel(tp=2, micro_batch_size=4),
+    "pp2": Parallel(pp=2, micro_batch_size=4),
+    "dp2": Parallel(dp=2, micro_batch_size=2),
+}
+READERS = {
+    "tp2 with sequence parallel": Parallel(tp=2, sequence_parallel=True, micro_batch_size=2),
+    "pp2": Parallel(pp=2),
+    "dp2": Parallel(dp=2),
+}
+
+
+def _distill(sparse: Sampled | TopK, **keys: object) -> DistillStage:
+    return DistillStage(
+        kind="distill",
+        loss=Loss(logits=LogitsLoss(sparse=sparse)),
+        num_steps=20,
+        global_batch_size=4,
+        seq_len_tokens=32,
+        lr=2e-3,
+        warmup_steps=2,
+        precision="fp32",
+        valid_interval_steps=10,
+        valid_num_tokens=256,
+        save_interval_steps=100,
+        **keys,
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("cache")
+    found = {
+        "student": tiny_model_dir(root / "student", "llama_gqa_tied", intermediate_size=64, seed=1, vocab_size=510),
+        "teacher": tiny_model_dir(root / "teacher", "llama_gqa_tied", vocab_size=510),
+        "data": tiny_data_dir(root / "data", vocab_size=510),
+        "root": root,
+    }
+    for name, parallel in WRITERS.items():
+        _write(name, CACHE, parallel, found)
+    return found
+
+
+def _write(name: str, params: CacheTeacherStage, parallel: Parallel, folders: dict[str, Path]) -> Path:
+    out = folders["root"] / name
+    out.mkdir()
+    run_ranks(parallel.world_size, cache_shards, params, parallel, folders["teacher"], folders["data"], out)
+    return out
+
+
+def _read(name: str, parallel: Parallel, cache: Path, params: DistillStage, folders: dict[str, Path]) -> tuple:
+    work = folders["root"] / f"work {name}"
+    work.mkdir()
+    order = (params, parallel, folders["student"], cache, folders["data"], work)
+    return run_ranks(parallel.world_size, cached_losses, *order)[0]
+
+
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "one process"])
+def test_every_layout_writes_the_same_draws(name: str, folders: dict[str, Path]) -> None:
+    from safetensors.numpy import load_file
+
+    shards = sorted(file.name for file in (folders["root"] / "one process").glob("shard_*"))
+    assert len(shards) == 2
+    for shard in shards:
+        one, other = (load_file(folders["root"] / writer / shard) for writer in ("one process", name))
+        for field in ("payload", "offset", "per_token", "text_hash"):
+            np.testing.assert_array_equal(one[field], other[field], err_msg=field)
+        np.testing.assert_allclose(one["negative_entropy"], other["negative_entropy"], rtol=2e-3)
+
+
+def test_every_layout_learns_the_same_from_it(folders: dict[str, Path]) -> None:
+    params, cache = _distill(DRAWS), folders["root"] / "one process"
+    train, valid = _read("one", Parallel(micro_batch_size=4), cache, params, folders)
+    assert valid[-1] < valid[0], "the student must learn for this to mean anything"
+    for name, parallel in READERS.items():
+        found_train, found_valid = _read(name, parallel, cache, params, folders)
+        np.testing.assert_allclose(found_train, train, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(found_valid, valid, atol=1e-4, err_msg=name)
+
+
+def test_all_of_the_vocabulary_from_the_cache_is_the_live_teacher(folders: dict[str, Path]) -> None:
+    """But for the quantisation."""
+    everything = TopK(kind="top_k", k=510)
+    cache = _write("everything", CACHE.model_copy(update={"sparse": everything}), Parallel(micro_batch_size=4), folders)
+    train, _ = _read("everything", Parallel(micro_batch_size=4), cache, _distill(everything), folders)
+    work = folders["root"] / "live"
+    work.mkdir()
+    live = DistillStage.model_validate({**_distill(everything).model_dump(), "loss": {}})
+    order = (live, Parallel(micro_batch_size=4), folders["student"], folders["teacher"], folders["data"], work)
+    expected, _ = run_ranks(1, distill_losses, *order)[0]
+    np.testing.assert_allclose(train, expected, atol=3e-3)
+
+
+def test_other_samples_than_the_cached_ones_are_an_error(folders: dict[str, Path]) -> None:
+    other = tiny_data_dir(folders["root"] / "other data", vocab_size=510, seed=5)
+    with pytest.raises(AssertionError, match="of another text"):
+        _read("other", Parallel(), folders["root"] / "one process", _distill(DRAWS), {**folders, "data": other})
