@@ -31,7 +31,7 @@ RECIPE = ROOT / "recipes/claims/students.yaml"
 SEEDS = (1, 2, 3)
 """Of the order of the text, and of random weights and cuts."""
 SIZES: dict[str, dict[str, int]] = {
-    "cpu": {"steps": 100, "scratch_steps": 1600, "global_batch_size": 16, "seq_len_tokens": 128},
+    "cpu": {"steps": 80, "scratch_steps": 1400, "global_batch_size": 16, "seq_len_tokens": 128},
     "smoke": {"steps": 4, "scratch_steps": 6, "global_batch_size": 4, "seq_len_tokens": 64},
 }
 KL: dict[str, Any] = {"logits": {"kind": "forward_kl"}}
@@ -134,8 +134,8 @@ def _train(
             "lr": trial.lr,
             "min_lr": trial.lr / 20,
             "warmup_steps": max(1, steps // 10),
-            "valid_interval_steps": max(1, steps // (20 if trial.steps == "steps" else 80)),
-            "valid_num_tokens": 16384,
+            "valid_interval_steps": max(1, steps // (8 if trial.steps == "steps" else 40)),
+            "valid_num_tokens": 24576,
             "save_interval_steps": 10**6,
             "seed": trial.seed,
             "guard": None,

@@ -19,6 +19,9 @@ from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.data.windows import heldout_windows
 from nemo_minitron.errors import DataError
 
+DOCUMENTS_PER_VALIDATION = 8
+"""A validation during training sees at least so many documents, if there are."""
+
 
 @dataclass(frozen=True)
 class _TokenizerFacts:
@@ -93,14 +96,27 @@ class HeldOutBatches:
 
 
 def heldout_batches(
-    data_dir: Path, session: Session, *, num_tokens: int, seq_len_tokens: int, batch_size: int
+    data_dir: Path,
+    session: Session,
+    *,
+    num_tokens: int,
+    seq_len_tokens: int,
+    batch_size: int,
+    whole_documents: bool = True,
 ) -> HeldOutBatches:
     """At least `num_tokens` of held-out text (less when the split is smaller), every text token predicted once.
 
     Data-parallel ranks get every dp-th window.
+
+    Args:
+        whole_documents: False takes the beginning of long documents only, so that books do not make every
+            validation long; `num_bytes` then means nothing.
     """
     facts = json.loads((data_dir / "data.json").read_text())
     documents, sizes = _valid_documents(data_dir, facts)
+    if not whole_documents:
+        most = max(seq_len_tokens, num_tokens // DOCUMENTS_PER_VALIDATION)
+        documents = (document[:most] for document in documents)
     windows = heldout_windows(
         documents, sizes, eod_id=facts["eod_id"], num_tokens=num_tokens, seq_len_tokens=seq_len_tokens
     )

@@ -139,6 +139,7 @@ def _heldout(params: Optimization, data_dir: Path, session: Session) -> HeldOutB
         num_tokens=params.valid_num_tokens,
         seq_len_tokens=params.seq_len_tokens,
         batch_size=EVAL_BATCH_SIZE,
+        whole_documents=False,
     )
 
 
