@@ -62,7 +62,7 @@ results: $(STAMP)
 TEXT ?= ./data/*.txt*
 claims: $(STAMP)
 	$(BIN)/minitron assets fetch
-	$(BIN)/python benchmarks/distillation.py $(ARGS) stages.teacher_init.tokenizer.sources.0.source='$(TEXT)'
+	$(BIN)/python benchmarks/distillation.py --text '$(TEXT)' $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/minitron assets fetch
