@@ -20,7 +20,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 .PHONY: demo test test-all check claims results bench format install clean help
 
 help:
-	@echo "make demo | test | test-all | check | bench | format | clean"
+	@echo "make demo | test | test-all | check | claims | results | bench | format | clean"
 
 install: $(STAMP)
 

@@ -25,7 +25,9 @@ from typing import Any, Literal
 from distillation_claims import write_page
 
 from nemo_minitron.cli import load_recipe
+from nemo_minitron.plan.checks import require_valid
 from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.plan.planner import make_plan
 from nemo_minitron.stages.runner import RunOptions, run_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,6 +95,7 @@ SIZES = {
             "stages.teacher.warmup_steps=2",
             "stages.teacher.valid_num_tokens=1024",
             "stages.corrected.num_steps=4",
+            "stages.corrected.warmup_steps=1",
             "stages.corrected.valid_num_tokens=1024",
         ),
     ),
@@ -320,6 +323,7 @@ def main() -> None:
     known = {trial.name for trial in trials()}
     if not known.issuperset(arguments.only):
         parser.error(f"no trial {sorted(set(arguments.only) - known)}; there are: {', '.join(sorted(known))}")
+    require_valid(make_plan(recipe))
     run_recipe(recipe, RunOptions())
     run, processes = run_dir(recipe), arguments.processes or (2 if size.device == "cpu" else 1)
     found = run_trials(run, size, processes, run / f"trials_{arguments.size}.json", arguments.only)
