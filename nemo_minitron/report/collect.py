@@ -77,14 +77,17 @@ def _search(stages: Mapping[str, Artifact]) -> dict[str, Any] | None:
 
 
 def _curves(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
-    """Rows of the distillation's curves: training {step, train_loss, tokens, ...}, validation {step, valid_kl, ...}."""
+    """Rows of the distillation's curves: training {step, train_loss, tokens, ...}, validation {step, valid_loss, ...}.
+
+    valid_kl and valid_teacher_loss are there when the teacher was in memory.
+    """
     distill = _first(stages, "distill")
     file = distill.path / "curves.jsonl" if distill else None
     if file is None or not file.is_file():
         return []
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     training = thin_out([row for row in rows if "train_loss" in row], MAX_CURVE_ROWS)
-    validation = thin_out([row for row in rows if "valid_kl" in row], MAX_CURVE_ROWS)
+    validation = thin_out([row for row in rows if "valid_loss" in row], MAX_CURVE_ROWS)
     return sorted([*training, *validation], key=lambda row: int(row["step"]))
 
 

@@ -156,17 +156,21 @@ def validation_curve(curves: Sequence[Mapping[str, Any]]) -> str:
     """Held-out loss over the tokens of the distillation, between where it began and the teacher."""
     out: list[str] = []
     x, valid = _validation(curves)
-    start, goal = valid[0]["valid_loss"], valid[0]["valid_teacher_loss"]
+    start, goal = valid[0]["valid_loss"], valid[0].get("valid_teacher_loss")
     losses = [row["valid_loss"] for row in valid]
-    alt = f"Held-out loss falls from {start:.3f} to {losses[-1]:.3f}; the teacher's is {goal:.3f}."
-    with picture(out, "validation", HALF, 2.7, alt) as ax:
-        for level, color, text in ((start, PRUNED, "pruned, before training"), (goal, TEACHER, "teacher")):
+    levels = [(start, PRUNED, "pruned, before training")]
+    alt = f"Held-out loss falls from {start:.3f} to {losses[-1]:.3f}"
+    if goal is not None:
+        levels.append((goal, TEACHER, "teacher"))
+        alt += f"; the teacher's is {goal:.3f}"
+    with picture(out, "validation", HALF, 2.7, f"{alt}.") as ax:
+        for level, color, text in levels:
             ax.axhline(level, color=color, linewidth=1.3, linestyle=(0, (4, 2)))
             ax.annotate(text, (1, level), (0, 3), xycoords=ax.get_yaxis_transform(), textcoords="offset points",
                         ha="right", color=color)  # fmt: skip
         ax.fill_between(x, losses, start, color=DISTILLED, alpha=0.12, linewidth=0)
         ax.plot(x, losses, color=DISTILLED, marker="o", ms=3.5, linewidth=1.8)
-        above = losses[-1] - goal < start - losses[-1]
+        above = goal is not None and losses[-1] - goal < start - losses[-1]
         ax.annotate(f"{losses[-1]:.2f}", (x[-1], losses[-1]), (0, 7 if above else -14), textcoords="offset points",
                     ha="right", color=DISTILLED, weight="bold")  # fmt: skip
         ax.set(xlabel="thousand tokens of distillation", ylabel="held-out loss, nats per token")
@@ -195,7 +199,7 @@ def _validation(curves: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[
     """(thousands of tokens seen, rows) of the validations."""
     tokens = {row["step"]: row["tokens"] for row in curves if "tokens" in row}
     each = next((count / step for step, count in tokens.items() if step), 0.0)
-    rows = [row for row in curves if "valid_kl" in row]
+    rows = [row for row in curves if "valid_loss" in row]
     # The batches of the very step may have been thinned out.
     return [tokens.get(row["step"], row["step"] * each) / 1e3 for row in rows], rows
 

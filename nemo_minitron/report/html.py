@@ -87,8 +87,10 @@ def _pictures(report: Mapping[str, Any]) -> dict[str, list[Draw]]:
         out["quality"] = [partial(figures.quality_bars, models), partial(figures.size_bars, models)]
     if any(model["tasks"] for model in models.values()):
         out["tasks"] = [partial(figures.task_points, models)]
+    if any("valid_loss" in row for row in curves):
+        out["recovery"] = [partial(figures.validation_curve, curves)]
     if any("valid_kl" in row for row in curves):
-        out["recovery"] = [partial(figures.validation_curve, curves), partial(figures.divergence_curve, curves)]
+        out["recovery"].append(partial(figures.divergence_curve, curves))
     if speed:
         labels = [*models, *(label for label in speed["models"] if label not in models)]
         out["speed"] = [

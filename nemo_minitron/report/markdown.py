@@ -109,9 +109,11 @@ def _cell(row: Mapping[str, Any], label: str) -> str:
 
 
 def _validation(curves: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        [str(row["step"]), f"{row['valid_loss']:.4f}", f"{row['valid_kl']:.4f}"] for row in curves if "valid_kl" in row
-    ]
+    measured = [row for row in curves if "valid_loss" in row]
+    if not any("valid_kl" in row for row in measured):
+        rows = [[str(row["step"]), f"{row['valid_loss']:.4f}"] for row in measured]
+        return table(["step", "held-out loss, nats per token"], rows)
+    rows = [[str(row["step"]), f"{row['valid_loss']:.4f}", f"{row['valid_kl']:.4f}"] for row in measured]
     return table(["step", "held-out loss, nats per token", "KL to the teacher"], rows)
 
 

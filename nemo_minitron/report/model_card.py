@@ -111,8 +111,7 @@ def _lineage(facts: Mapping[str, Any], teacher: Mapping[str, Any], model: Mappin
 
 def _distillation(model: Mapping[str, Any]) -> str:
     text = (
-        f"forward KL to the live teacher's logits, no other loss; {model['tokens']:,} tokens in "
-        f"{model['num_steps']:,} steps."
+        f"{model.get('loss', 'next-token cross entropy')}; {model['tokens']:,} tokens in {model['num_steps']:,} steps."
     )
     losses = [model.get(key) for key in ("initial_valid_loss", "final_valid_loss", "initial_valid_teacher_loss")]
     if None in losses:

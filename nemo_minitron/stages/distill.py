@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.config.schema import DistillStage
+from nemo_minitron.distillation.words import loss_in_words
 from nemo_minitron.errors import DataError
 from nemo_minitron.stages.spec import Result, StageContext
 
@@ -40,7 +41,11 @@ def distill(params: DistillStage, inputs: Inputs, ctx: StageContext) -> Result:
     model_facts = training.publish(job, student.path, ctx.work_dir, ctx.out_dir)
     if not ctx.is_main:
         return {}
-    return {**model_facts, **training_facts(curves, job.tokens_per_step, params.num_steps, student, data, started_s)}
+    return {
+        **model_facts,
+        **training_facts(curves, job.tokens_per_step, params.num_steps, student, data, started_s),
+        "loss": loss_in_words(params.loss, cached=cache is not None),
+    }
 
 
 def loop_options(ctx: StageContext) -> LoopOptions:

@@ -223,6 +223,7 @@ def _distill(root: Path, target: Mapping[str, int]) -> Artifact:
     result = {
         **_model(target, _STUDENT_PARAMS, "bfloat16"),
         "data_sources": ["asset:benchmark-train-passages"],
+        "loss": "forward KL to the live teacher's logits, no other loss",
         "num_steps": num_steps,
         "tokens": num_steps * tokens_per_step,
         "wall_s": 347.0,

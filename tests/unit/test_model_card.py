@@ -18,6 +18,7 @@ FACTS: dict[str, Any] = {
 }
 TEACHER: dict[str, Any] = {"num_params": 100, "license": "llama3.1", "source": "hf:org/Llama-x", "shape": SHAPE}
 DISTILLED = {
+    "loss": "forward KL to the live teacher's logits, no other loss",
     "tokens": 143_360,
     "num_steps": 140,
     "initial_valid_loss": 5.2264,

@@ -1,0 +1,44 @@
+"""A loss in words, for model cards and logs. No torch."""
+
+from __future__ import annotations
+
+from nemo_minitron.config.schema import HiddenLoss, LogitsLoss, Loss, Sampled
+
+_NAMES = {
+    "forward_kl": "forward KL to {teacher}'s logits",
+    "reverse_kl": "reverse KL to {teacher}'s logits",
+    "jsd": "Jensen-Shannon divergence (beta {beta:g}) from {teacher}'s logits",
+    "mse": "squared distance of {of} to {teacher}'s",
+    "cosine": "cosine distance of {of} to {teacher}'s",
+}
+
+
+def loss_in_words(loss: Loss, *, cached: bool = False) -> str:
+    """What a student learnt from."""
+    teacher = "the cached teacher" if cached else "the live teacher"
+    parts = [] if loss.logits is None else [_logits(loss.logits, teacher)]
+    if loss.next_token:
+        weight = "balanced with it" if loss.next_token == "balanced" else f"weight {loss.next_token:g}"
+        parts.append("next-token cross entropy" + (f" ({weight})" if parts else ""))
+    if loss.hidden is not None:
+        parts.append(_hidden(loss.hidden))
+    return f"{parts[0]}, no other loss" if len(parts) == 1 else ", ".join(parts)
+
+
+def _logits(logits: LogitsLoss, teacher: str) -> str:
+    text = _NAMES[logits.kind].format(teacher=teacher, beta=logits.jsd_beta, of=logits.of)
+    if logits.temperature != 1.0:
+        text += f" at temperature {logits.temperature:g}"
+    if isinstance(logits.sparse, Sampled):
+        text += f", {logits.sparse.rounds} draws a token"
+    elif logits.sparse is not None:
+        text += f", its {logits.sparse.k} likeliest tokens"
+    return text
+
+
+def _hidden(hidden: HiddenLoss) -> str:
+    pairs = ", ".join(f"{teacher}:{student}" for teacher, student in hidden.pairs)
+    places = [f"layers {pairs} (teacher:student)"] if pairs else []
+    if hidden.embedding:
+        places.append("embeddings")
+    return f"{hidden.kind} distance of hidden states ({', '.join(places)})"
