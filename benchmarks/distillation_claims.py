@@ -148,22 +148,32 @@ def headline(found: Found) -> str:
             else f"more than {most:,} | **over {most / tokens:.1f}x**"
         )
         rows.append(f"| {loss:.3f} | {tokens:,} | {there} |")
+    budget, reached = pruned[-1]
     sentence = (
-        f"From scratch the same shape has {last_loss:.3f} after {most:,} tokens of next-token training; pruned and distilled "
-        + _shortcut(tokens_to_reach(pruned, last_loss), most)
-        + " The papers: up to 40x (2407.14679). The tokens that the teacher itself was trained on are not counted, as there."
-        + " A learning rate that falls to the end favours the end of a curve: the sentence compares the end of the one from"
-        + " scratch, the last row of the table the end of the other."
+        f"Pruned and distilled, the student has {reached:.3f} after {budget:,} tokens. "
+        f"The same shape from random weights, trained on the text alone, {_needed(scratch, reached, budget)} "
+        f"After {most:,} tokens it has {last_loss:.3f}; {_shortcut(tokens_to_reach(pruned, last_loss), most)} "
+        "The papers: up to 40x (2407.14679). The tokens that the teacher itself was trained on are not counted, as there. "
+        "The learning rate falls to the end of each training, which favours the end of a curve: the last row, and more so "
+        "those above it, set points in the middle of the curve from scratch against the other."
     )
     return f"{sentence}\n\n" + "\n".join(rows)
 
 
-def _shortcut(back: float | None, most: int) -> str:
-    if back is None:
-        return "it does not get there."
-    if back == 0:
-        return "it is below that before any training."
-    return f"it is there after {back:,.0f}: **{most / back:.0f}x fewer tokens**."
+def _needed(scratch: list[tuple[int, float]], loss: float, budget: int) -> str:
+    tokens = tokens_to_reach(scratch, loss)
+    if tokens is None:
+        return f"does not get there in {scratch[-1][0]:,}: **over {scratch[-1][0] / budget:.1f}x** as many."
+    return f"gets there after {tokens:,.0f}: **{tokens / budget:.1f}x** as many."
+
+
+def _shortcut(tokens: float | None, most: int) -> str:
+    """Where the distilled student has what training from scratch ends with."""
+    if tokens is None:
+        return "the distilled student does not get as low in its budget."
+    if tokens == 0:
+        return "the pruned model is below that before any training."
+    return f"the distilled student is there after {tokens:,.0f}: **{most / tokens:.0f}x fewer**."
 
 
 def picture(found: Found, file: Path) -> None:

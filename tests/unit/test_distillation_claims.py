@@ -82,7 +82,8 @@ def test_the_headline_is_the_ratio_of_tokens() -> None:
         for seed in (1, 2):
             found[f"{name} #{seed}"]["curve"][1]["tokens"] = tokens
     text = part.headline(found)
-    assert "after 100: **40x fewer tokens**" in text
+    assert "gets there after 4,000: **40.0x** as many" in text
+    assert "is there after 100: **40x fewer**" in text
     assert "| 4.000 | 100 | 4,000 | **40.0x** |" in text
 
 
@@ -129,3 +130,10 @@ def test_the_page_keeps_what_the_other_suite_wrote(
     assert page.read_text() == once
     importlib.import_module("results").write_page(page, "# Pruning\n\nnew\n")
     assert page.read_text() == once.replace("old", "new")
+
+
+def test_a_student_that_stays_above_training_from_scratch_is_not_called_faster_than_it_is() -> None:
+    found = _found(**{"from scratch, CE": [3.0, 3.0], "KD": [6.0, 6.0]})
+    text = part.headline(found)
+    assert "gets there after 50: **0.5x** as many" in text
+    assert "does not get as low" in text
