@@ -20,7 +20,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 .PHONY: demo test test-all check claims results bench format install clean help
 
 help:
-	@echo "make demo | test | test-all | check | bench | format | clean"
+	@echo "make demo | test | test-all | check | claims | results | bench | format | clean"
 
 install: $(STAMP)
 
@@ -62,7 +62,7 @@ results: $(STAMP)
 TEXT ?= ./data/*.txt*
 claims: $(STAMP)
 	$(BIN)/minitron assets fetch
-	$(BIN)/python benchmarks/distillation.py $(ARGS) stages.teacher_init.tokenizer.sources.0.source='$(TEXT)'
+	$(BIN)/python benchmarks/distillation.py --text '$(TEXT)' $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/minitron assets fetch

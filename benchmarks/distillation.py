@@ -1,14 +1,16 @@
 """`make claims`: the papers' claims about distillation, tried on a small teacher that is trained here from nothing.
 
-Prepares the teacher and its students with recipes/claims/students.yaml, trains every student of every experiment
+Prepares the teacher and its students with a recipe of recipes/claims, trains every student of every experiment
 with the package's own loop, and writes the "Distillation" part of docs/results.md. What has been trained is kept, so
-that a stopped run goes on. Losses are held-out nats per token.
+that a stopped run goes on. Losses are held-out nats per token. Sizes: cpu (two cores), gpu (SmolLM2-135M), smoke (does
+it run).
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import json
 import multiprocessing
 import shutil
@@ -16,26 +18,88 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from distillation_claims import write_page
 
 from nemo_minitron.cli import load_recipe
+from nemo_minitron.plan.checks import require_valid
 from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.plan.planner import make_plan
 from nemo_minitron.stages.runner import RunOptions, run_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "recipes/claims/students.yaml"
+RECIPES = ROOT / "recipes/claims"
+CALIBRATION_SAMPLES = 64
 SEEDS = (1, 2, 3)
 """Of the order of the text, and of random weights and cuts."""
-SIZES: dict[str, dict[str, int]] = {
-    "cpu": {"steps": 80, "scratch_steps": 1400, "global_batch_size": 16, "seq_len_tokens": 128},
-    "smoke": {"steps": 4, "scratch_steps": 6, "global_batch_size": 4, "seq_len_tokens": 64},
-}
 KL: dict[str, Any] = {"logits": {"kind": "forward_kl"}}
 CE: dict[str, Any] = {"logits": None, "next_token": 1.0}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained, and where."""
+
+    recipe: str
+    """Makes the teacher and the students."""
+    steps: int
+    scratch_steps: int
+    global_batch_size: int
+    micro_batch_size: int
+    seq_len_tokens: int
+    valid_num_tokens: int = 24576
+    lr_factor: float = 1.0
+    """On the learning rates of the trials, which are those of the small teacher's students."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    text: str = "stages.teacher_init.tokenizer.sources.0.source"
+    """Key of the recipe that names the text."""
+    overrides: tuple[str, ...] = ()
+    """Of the recipe."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.seq_len_tokens
+
+
+SIZES = {
+    "cpu": Size("students", 80, 1400, global_batch_size=16, micro_batch_size=16, seq_len_tokens=128),
+    "gpu": Size(
+        "smollm2_135m",
+        # 20M tokens a student, 200M from scratch.
+        steps=305,
+        scratch_steps=3050,
+        global_batch_size=64,
+        micro_batch_size=16,
+        seq_len_tokens=1024,
+        valid_num_tokens=262_144,
+        lr_factor=0.25,
+        device="cuda",
+        text="stages.data.sources.0.source",
+    ),
+    "smoke": Size(
+        "students",
+        4,
+        6,
+        global_batch_size=4,
+        micro_batch_size=4,
+        seq_len_tokens=64,
+        valid_num_tokens=512,
+        overrides=(
+            "name=claims/smoke",
+            "stages.data.sources.0.max_documents=20",
+            "stages.other_data.sources.0.max_documents=400",
+            "stages.teacher.num_steps=10",
+            "stages.teacher.warmup_steps=2",
+            "stages.teacher.valid_num_tokens=1024",
+            "stages.corrected.num_steps=4",
+            "stages.corrected.warmup_steps=1",
+            "stages.corrected.valid_num_tokens=1024",
+        ),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +108,7 @@ class Trial:
 
     name: str
     student: str
-    """Stage of the recipe that made it; `{seed}` is filled in."""
+    """Stage of the recipe that made it."""
     loss: dict[str, Any]
     seed: int
     teacher: str = "teacher"
@@ -54,8 +118,8 @@ class Trial:
     lr: float = 2e-3
     then: str | None = None
     """Cut what was trained to the sizes of this stage, and train it again."""
-    steps: str = "steps"
-    keys: dict[str, Any] = field(default_factory=dict)
+    from_scratch: bool = False
+    """Trained for `scratch_steps`."""
 
     @property
     def id(self) -> str:
@@ -77,9 +141,9 @@ def trials() -> Iterator[Trial]:
         yield Trial("random cut, KD", f"random_pruned_{seed}", KL, seed)
         for kind in ("reverse_kl", "jsd", "mse", "cosine"):
             yield Trial(kind, "width", logits(kind=kind), seed)
-        for temperature in (0.5, 3.0):
+        for temperature in (0.1, 0.5, 3.0):
             yield Trial(f"T {temperature:g}", "width", logits(temperature=temperature), seed)
-        for k in (4, 16, 128):
+        for k in (4, 16, 64, 128):
             yield Trial(
                 f"top {k}, tail dropped", "width", logits(sparse={"kind": "top_k", "k": k, "tail": "drop"}), seed
             )
@@ -94,70 +158,86 @@ def trials() -> Iterator[Trial]:
         yield Trial("other text, teacher as it is", "width", KL, seed, data="other_data")
         yield Trial("other text, corrected teacher", "width", KL, seed, teacher="corrected", data="other_data")
     for seed in SEEDS[:2]:
-        yield Trial("from scratch, CE", f"random_{seed}", CE, seed, steps="scratch_steps", lr=3e-3)
+        yield Trial("from scratch, CE", f"random_{seed}", CE, seed, from_scratch=True, lr=3e-3)
 
 
-def train(trial: Trial, run: Path, size: dict[str, int]) -> dict[str, Any]:
+def made_from(trial: Trial, run: Path, size: Size) -> str:
+    """Hash of all that the figures of a trial depend on: its keys, and the models and text as the run made them."""
+    stages = (trial.student, trial.teacher, trial.data, *((trial.then,) if trial.then else ()))
+    facts = {
+        "trial": asdict(trial),
+        "size": asdict(size),
+        "stages": [json.loads((run / stage / "manifest.json").read_text())["fingerprint"] for stage in stages],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def train(trial: Trial, run: Path, size: Size) -> dict[str, Any]:
     """The curve of one trial; in a process of its own."""
     import torch
 
-    torch.set_num_threads(1)
+    if size.device == "cpu":
+        torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        student, steps = run / trial.student, max(2, round(size[trial.steps] * trial.share))
+        student, all_steps = run / trial.student, size.scratch_steps if trial.from_scratch else size.steps
+        steps = max(2, round(all_steps * trial.share))
         started_s = time.monotonic()
         curve = _train(trial, student, run, steps, size, work / "first")
         if trial.then is not None:
-            cut = _cut(work / "first/model", run, trial.then, work / "cut")
-            curve += _train(trial, cut, run, steps, size, work / "second")
+            cut = _cut(work / "first/model", run, trial.then, work / "cut", size)
+            before = curve[-1]["tokens"]
+            second = _train(trial, cut, run, steps, size, work / "second")
+            curve += [{**row, "tokens": row["tokens"] + before} for row in second]
         wall_s = time.monotonic() - started_s
     gc.collect()
-    return {"trial": asdict(trial), "curve": curve, "final": curve[-1], "wall_s": wall_s}
+    origin = made_from(trial, run, size)
+    return {"trial": asdict(trial), "made_from": origin, "curve": curve, "final": curve[-1], "wall_s": wall_s}
 
 
-def _train(
-    trial: Trial, student: Path, run: Path, steps: int, size: dict[str, int], work: Path
-) -> list[dict[str, Any]]:
+def _train(trial: Trial, student: Path, run: Path, steps: int, size: Size, work: Path) -> list[dict[str, Any]]:
     from nemo_minitron.backends.megatron import distill, training
     from nemo_minitron.backends.megatron.session import open_session
     from nemo_minitron.config.schema import DistillStage, Parallel
     from nemo_minitron.progress import Progress
 
     work.mkdir(parents=True)
-    params = DistillStage.model_validate(
-        {
-            "kind": "distill",
-            "loss": trial.loss,
-            "num_steps": steps,
-            "global_batch_size": size["global_batch_size"],
-            "seq_len_tokens": size["seq_len_tokens"],
-            "lr": trial.lr,
-            "min_lr": trial.lr / 20,
-            "warmup_steps": max(1, steps // 10),
-            "valid_interval_steps": max(1, steps // (8 if trial.steps == "steps" else 40)),
-            "valid_num_tokens": 24576,
-            "save_interval_steps": 10**6,
-            "seed": trial.seed,
-            "guard": None,
-        }
-    )
-    parallel = Parallel(micro_batch_size=size["global_batch_size"])
-    with open_session(parallel, device="cpu", threads=1) as session:
+    params = DistillStage.model_validate(_keys(trial, steps, size))
+    parallel = Parallel(micro_batch_size=size.micro_batch_size)
+    with open_session(parallel, device=size.device, threads=1) as session:
         job = distill.prepare(params, student, run / trial.teacher, run / trial.data, work, session)
         curves = training.run(job, work, Progress(silent=True))
         if trial.then is not None:
             (work / "model").mkdir()
             training.publish(job, student, work, work / "model")
-    tokens = size["global_batch_size"] * size["seq_len_tokens"]
     kept = ("valid_loss", "valid_kl")
     return [
-        {"tokens": row["step"] * tokens, **{key: row[key] for key in kept if key in row}}
+        {"tokens": row["step"] * size.tokens_per_step, **{key: row[key] for key in kept if key in row}}
         for row in curves.rows
         if "valid_loss" in row
     ]
 
 
-def _cut(model: Path, run: Path, like: str, out: Path) -> Path:
+def _keys(trial: Trial, steps: int, size: Size) -> dict[str, Any]:
+    """The distill stage of a trial."""
+    return {
+        "kind": "distill",
+        "loss": trial.loss,
+        "num_steps": steps,
+        "global_batch_size": size.global_batch_size,
+        "seq_len_tokens": size.seq_len_tokens,
+        "lr": trial.lr * size.lr_factor,
+        "min_lr": trial.lr * size.lr_factor / 20,
+        "warmup_steps": max(1, steps // 10),
+        "valid_interval_steps": max(1, steps // (40 if trial.from_scratch else 8)),
+        "valid_num_tokens": size.valid_num_tokens,
+        "save_interval_steps": 10**6,
+        "seed": trial.seed,
+        "guard": None,
+    }
+
+
+def _cut(model: Path, run: Path, like: str, out: Path, size: Size) -> Path:
     """Score the trained model anew and cut it to the sizes of another student."""
     from nemo_minitron.backends.megatron.datasets import step_batches, training_samples
     from nemo_minitron.backends.megatron.session import open_session
@@ -171,14 +251,18 @@ def _cut(model: Path, run: Path, like: str, out: Path) -> Path:
 
     sizes = Checkpoint.open(run / like).shape.sizes()
     target = {key: sizes[key] for key in ("hidden_size", "ffn_hidden_size")}
-    params = ScoreStage.model_validate({"kind": "score", "seq_len_tokens": 128, "layer_metrics": ()})
-    with open_session(Parallel(micro_batch_size=16), device="cpu", threads=1) as session:
-        loaded, shape = load_model(model, session, precision="fp32", seq_len_tokens=128)
-        samples = training_samples(run / "data", num_samples=64, seq_len_tokens=128, seed=0, cache_dir=out / "index")
+    params = ScoreStage.model_validate({"kind": "score", "seq_len_tokens": size.seq_len_tokens, "layer_metrics": ()})
+    batch, length = size.micro_batch_size, size.seq_len_tokens
+    steps = max(1, CALIBRATION_SAMPLES // batch)
+    with open_session(Parallel(micro_batch_size=batch), device=size.device, threads=1) as session:
+        loaded, shape = load_model(model, session, precision="fp32", seq_len_tokens=length)
+        samples = training_samples(
+            run / "data", num_samples=steps * batch, seq_len_tokens=length, seed=0, cache_dir=out / "index"
+        )
         batches = [
-            batch
-            for step in range(4)
-            for batch in step_batches(samples, session, step=step, global_batch_size=16, micro_batch_size=16)
+            micro
+            for step in range(steps)
+            for micro in step_batches(samples, session, step=step, global_batch_size=batch, micro_batch_size=batch)
         ]
         scores = activation_scores(loaded, shape, batches, params, session)
     plan = choose_keep(scores, shape, SelectStage.model_validate({"kind": "select", "target": target}))
@@ -187,14 +271,15 @@ def _cut(model: Path, run: Path, like: str, out: Path) -> Path:
     return out / "model"
 
 
-def run_trials(run: Path, size: str, processes: int, file: Path, only: list[str]) -> dict[str, Any]:
+def run_trials(run: Path, size: Size, processes: int, file: Path, only: list[str]) -> dict[str, Any]:
     """Train what is not in the file yet; the longest first."""
     found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    todo = [trial for trial in trials() if trial.id not in found and (not only or trial.name in only)]
-    todo.sort(key=lambda trial: trial.steps == "steps")
+    wanted = [trial for trial in trials() if not only or trial.name in only]
+    require_same_origin(found, wanted, run, size, file)
+    todo = sorted((trial for trial in wanted if trial.id not in found), key=lambda trial: not trial.from_scratch)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=8) as pool:
-        jobs = {pool.submit(train, trial, run, SIZES[size]): trial for trial in todo}
+        jobs = {pool.submit(train, trial, run, size): trial for trial in todo}
         for number, job in enumerate(as_completed(jobs), 1):
             found[jobs[job].id] = job.result()
             partial = file.with_suffix(".partial")
@@ -208,19 +293,44 @@ def run_trials(run: Path, size: str, processes: int, file: Path, only: list[str]
     return found
 
 
+def require_same_origin(found: dict[str, Any], wanted: list[Trial], run: Path, size: Size, file: Path) -> None:
+    """Figures that are kept are of these models, this text and these keys; mixed ones would compare nothing."""
+    other = [
+        trial.id
+        for trial in wanted
+        if trial.id in found and found[trial.id].get("made_from") != made_from(trial, run, size)
+    ]
+    if other:
+        raise SystemExit(
+            f"{file} holds figures of other models, text or keys ({len(other)} trials: {', '.join(other[:3])} ...).\n"
+            "Next: move the file away to train them again, or give this run another name: name=claims/NAME."
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--root", type=Path, default=Path("runs"), help="where models and figures are kept")
-    parser.add_argument("--processes", type=int, default=2, help="trials at a time, of one thread each")
-    parser.add_argument("--only", nargs="*", default=[], help="names of trials")
-    parser.add_argument("overrides", nargs="*", help="of recipes/claims/students.yaml: source of the text, for one")
+    parser.add_argument("--processes", type=int, help="trials at a time, of one thread each: 2, on a GPU 1")
+    parser.add_argument("--only", action="append", default=[], help="name of a trial; can be given again")
+    parser.add_argument("--text", help="path or glob of the text, its documents told apart by form feeds")
+    parser.add_argument("overrides", nargs="*", help="of any key of the recipe")
     arguments = parser.parse_intermixed_args()
-    recipe = load_recipe(RECIPE, [f"execution.run_root={arguments.root}", *arguments.overrides])
+    size = SIZES[arguments.size]
+    text = [f"{size.text}={arguments.text}"] if arguments.text else []
+    overrides = [f"execution.run_root={arguments.root}", *size.overrides, *text, *arguments.overrides]
+    recipe = load_recipe(RECIPES / f"{size.recipe}.yaml", overrides)
+    known = {trial.name for trial in trials()}
+    if not known.issuperset(arguments.only):
+        parser.error(f"no trial {sorted(set(arguments.only) - known)}; there are: {', '.join(sorted(known))}")
+    require_valid(make_plan(recipe))
     run_recipe(recipe, RunOptions())
-    run = run_dir(recipe)
-    found = run_trials(run, arguments.size, arguments.processes, run / f"trials_{arguments.size}.json", arguments.only)
-    write_page(found, run, ROOT / "docs", arguments.size)
+    run, processes = run_dir(recipe), arguments.processes or (2 if size.device == "cpu" else 1)
+    found = run_trials(run, size, processes, run / f"trials_{arguments.size}.json", arguments.only)
+    if arguments.only or arguments.size == "smoke":
+        print("docs/results.md stays as it is: it is written from all trials of a real size.")
+    else:
+        write_page(found, run, ROOT / "docs", arguments.size)
 
 
 if __name__ == "__main__":

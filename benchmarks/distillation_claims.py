@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 Found = dict[str, dict[str, Any]]
 BEGIN, END = "<!-- distillation: made by `make claims` -->", "<!-- end of distillation -->"
@@ -24,30 +24,32 @@ class Claim:
     better: str
     """Trial that the claim says has the lower loss."""
     worse: tuple[str, ...]
-    equal: bool = False
-    """The claim is that there is no difference."""
+    says: Literal["better", "equal", "not worse"] = "better"
+    """Of `better` against `worse`. not worse: the other has no gain, whether it harms or not."""
 
 
 CLAIMS = (
-    Claim("Distillation beats retraining on the text", "MMLU 37.8 against 24.6 (2407.14679, table 14)", "KD", ("CE",)),
-    Claim("KD alone is at least as good as KD + CE", "loss 2.107 against 2.117 (table 15)", "KD", ("KD + CE",)),
+    Claim("Distillation beats retraining on the text", "MMLU 37.8 (100B tokens) against 24.6 (150B), 2407.14679, table 14", "KD", ("CE",)),
+    Claim("KD alone is at least as good as KD + CE", "loss 2.107 against 2.117 (table 15)", "KD", ("KD + CE",), "not worse"),
     Claim("Pruned beats random weights", "2.049 against 3.953 (table 1)", "KD", ("random init, KD",)),
     Claim("Pruned by importance beats pruned at random", "2408.11796, figure 6", "KD", ("random cut, KD",)),
-    Claim("Forward KL beats reverse KL, width", "2.117 against 2.140 (table 15)", "KD", ("reverse_kl",)),
-    Claim("... and by more for a student cut in depth", "2.155 against 2.665 (table 16)", "depth, KD", ("depth, reverse_kl",)),
-    Claim("... MSE", "2.117 against 2.144 (table 15)", "KD", ("mse",)),
-    Claim("... cosine", "2.117 against 2.134 (table 15)", "KD", ("cosine",)),
+    Claim("Forward KL beats reverse KL, width", "2.117 against 2.140, both + CE (table 15)", "KD", ("reverse_kl",)),
+    Claim("... cut in depth (by more, in the paper)", "2.155 against 2.665 (table 16)", "depth, KD", ("depth, reverse_kl",)),
+    Claim("Forward KL beats MSE", "2.117 against 2.144, both + CE (table 15)", "KD", ("mse",)),
+    Claim("Forward KL beats cosine", "2.117 against 2.134, both + CE (table 15)", "KD", ("cosine",)),
     Claim("Forward KL beats JSD (beta 0.5)", "not in the papers", "KD", ("jsd",)),
-    Claim("Temperature 1 beats 0.5 and 3", "best of 0.1, 0.5, 1, 3 (A.5)", "KD", ("T 0.5", "T 3")),
+    Claim("Temperature 1 beats 0.1, 0.5 and 3", "best of the four (A.5)", "KD", ("T 0.1", "T 0.5", "T 3")),
     Claim("Few of the teacher's logits (top 4) harm", "k up to 100 of 256,000 harms (A.5)", "KD", ("top 4, tail dropped",)),
-    Claim("A large top-k (128 of 2,048) is as good as all", "no gain, no harm (A.5)", "KD", ("top 128, tail dropped",), True),
+    Claim("... top 16", "", "KD", ("top 16, tail dropped",)),
+    Claim("... top 64", "", "KD", ("top 64, tail dropped",)),
+    Claim("A large top-k (128) is as good as all", "no gain, no harm (A.5)", "KD", ("top 128, tail dropped",), "equal"),
     Claim("A ghost token for the tail beats dropping it (top 16)", "2503.16870", "top 16, ghost", ("top 16, tail dropped",)),
-    Claim("50 draws are as good as all logits", "2.75 against 2.75 (2503.16870)", "KD", ("50 draws",), True),
+    Claim("50 draws are as good as all logits", "2.75 against 2.75 (2503.16870)", "KD", ("50 draws",), "equal"),
     Claim("Draws beat top-k (12 draws against top 16, dropped)", "2503.16870", "12 draws", ("top 16, tail dropped",)),
     Claim("Hidden states help at half depth", "2.141 against 2.155 (table 17)", "depth, KD + hidden", ("depth, KD",)),
-    Claim("... and not for width", "no gain (table 18)", "KD", ("width, KD + hidden",), True),
+    Claim("... and not for width", "no gain (table 18)", "KD", ("width, KD + hidden",), "not worse"),
     Claim("Width beats depth at equal parameters", "2.049 against 2.155 (table 13)", "KD", ("depth, KD",)),
-    Claim("One cut is as good as two with new scores", "1.92 each (table 12)", "KD", ("two rounds",), True),
+    Claim("One cut is as good as two with new scores", "1.92 each (table 12)", "KD", ("two rounds",), "not worse"),
     Claim(
         "On other text a corrected teacher is better",
         "held-out loss over 6 % lower (2408.11796, figure 4)",
@@ -57,30 +59,48 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def losses_of(found: Found, name: str) -> list[float]:
-    """Held-out loss of each seed, in their order."""
+def by_seed(found: Found, name: str) -> dict[int, float]:
+    """Held-out loss of each seed."""
     trials = [entry for entry in found.values() if entry["trial"]["name"] == name]
-    return [entry["final"]["valid_loss"] for entry in sorted(trials, key=lambda entry: entry["trial"]["seed"])]
+    return {entry["trial"]["seed"]: entry["final"]["valid_loss"] for entry in trials}
+
+
+def losses_of(found: Found, name: str) -> list[float]:
+    """Held-out losses in the order of the seeds."""
+    return [loss for _, loss in sorted(by_seed(found, name).items())]
+
+
+def gaps_of(found: Found, better: str, worse: str) -> list[float]:
+    """worse - better for every seed that both have: the same text in the same order."""
+    a, b = by_seed(found, better), by_seed(found, worse)
+    return [b[seed] - a[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+def sign_of(gaps: list[float]) -> int:
+    """1 or -1 where all seeds agree and the mean is larger than their range; 0: within the seeds' range."""
+    spread_of_seeds = max(gaps) - min(gaps)
+    if min(gaps) * max(gaps) <= 0 or abs(mean(gaps)) <= spread_of_seeds:
+        return 0
+    return 1 if gaps[0] > 0 else -1
 
 
 def verdict(found: Found, claim: Claim) -> str:
-    """Seeds are compared one by one: the same text in the same order. All must agree."""
-    better = losses_of(found, claim.better)
-    gaps = [[b - a for a, b in zip(better, losses_of(found, worse), strict=True)] for worse in claim.worse]
-    if not all(gaps) or not better:
+    """Worked out from the seeds; with fewer than two of them nothing is said."""
+    gaps = [gaps_of(found, claim.better, worse) for worse in claim.worse]
+    if any(len(values) < 2 for values in gaps):
         return "not run"
-    if claim.equal:
-        noise = max(better) - min(better)
-        return HELD if all(abs(mean(gap)) <= noise for gap in gaps) else NOT_HELD
-    if all(value > 0 for gap in gaps for value in gap):
-        return HELD
-    return NOT_HELD if any(all(value < 0 for value in gap) for gap in gaps) else UNDECIDED
+    signs = [sign_of(values) for values in gaps]
+    if claim.says == "equal":
+        return NOT_HELD if any(signs) else HELD
+    if -1 in signs:
+        return NOT_HELD
+    return HELD if claim.says == "not worse" or all(signs) else UNDECIDED
 
 
 def spread(values: list[float]) -> str:
     """Mean, and half of the range."""
     if not values:
-        return "not run"
+        return "(not run)"
     return f"{mean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}"
 
 
@@ -104,6 +124,8 @@ def curve_of(found: Found, name: str) -> list[tuple[int, float]]:
 
 def tokens_to_reach(curve: list[tuple[int, float]], loss: float) -> float | None:
     """Where the curve first falls to the loss, between its points on straight lines; None: never."""
+    if curve[0][1] <= loss:
+        return float(curve[0][0])
     for (tokens_a, loss_a), (tokens_b, loss_b) in pairwise(curve):
         if loss_b <= loss:
             return tokens_a + (tokens_b - tokens_a) * (loss_a - loss) / (loss_a - loss_b)
@@ -118,7 +140,7 @@ def headline(found: Found) -> str:
     last_loss, most = scratch[-1][1], scratch[-1][0]
     rows = ["| held-out loss | pruned + distilled, tokens | from scratch, tokens | ratio |", "|---|---|---|---|"]
     for share in (0.25, 0.5, 1.0):
-        tokens, loss = pruned[round(share * (len(pruned) - 1))]
+        tokens, loss = pruned[max(1, round(share * (len(pruned) - 1)))]
         needed = tokens_to_reach(scratch, loss)
         there = (
             f"{needed:,.0f} | **{needed / tokens:.1f}x**"
@@ -126,13 +148,32 @@ def headline(found: Found) -> str:
             else f"more than {most:,} | **over {most / tokens:.1f}x**"
         )
         rows.append(f"| {loss:.3f} | {tokens:,} | {there} |")
-    back = tokens_to_reach(pruned, last_loss)
+    budget, reached = pruned[-1]
     sentence = (
-        f"From scratch the same shape has {last_loss:.3f} after {most:,} tokens of next-token training; pruned and distilled "
-        + (f"it is there after {back:,.0f}: **{most / back:.0f}x fewer tokens**." if back else "it does not get there.")
-        + " The papers: up to 40x (2407.14679)."
+        f"Pruned and distilled, the student has {reached:.3f} after {budget:,} tokens. "
+        f"The same shape from random weights, trained on the text alone, {_needed(scratch, reached, budget)} "
+        f"After {most:,} tokens it has {last_loss:.3f}; {_shortcut(tokens_to_reach(pruned, last_loss), most)} "
+        "The papers: up to 40x (2407.14679). The tokens that the teacher itself was trained on are not counted, as there. "
+        "The learning rate falls to the end of each training, which favours the end of a curve: the last row, and more so "
+        "those above it, set points in the middle of the curve from scratch against the other."
     )
     return f"{sentence}\n\n" + "\n".join(rows)
+
+
+def _needed(scratch: list[tuple[int, float]], loss: float, budget: int) -> str:
+    tokens = tokens_to_reach(scratch, loss)
+    if tokens is None:
+        return f"does not get there in {scratch[-1][0]:,}: **over {scratch[-1][0] / budget:.1f}x** as many."
+    return f"gets there after {tokens:,.0f}: **{tokens / budget:.1f}x** as many."
+
+
+def _shortcut(tokens: float | None, most: int) -> str:
+    """Where the distilled student has what training from scratch ends with."""
+    if tokens is None:
+        return "the distilled student does not get as low in its budget."
+    if tokens == 0:
+        return "the pruned model is below that before any training."
+    return f"the distilled student is there after {tokens:,.0f}: **{most / tokens:.0f}x fewer**."
 
 
 def picture(found: Found, file: Path) -> None:
@@ -174,13 +215,13 @@ def bars(found: Found, file: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
-    reference = losses_of(found, "KD")
-    skip = ("KD", "from scratch, CE", "random init, KD", "other text")
-    names = sorted({entry["trial"]["name"] for entry in found.values() if not entry["trial"]["name"].startswith(skip)})
+    skip = ("KD", "from scratch, CE", "random init, KD")
+    trials = sorted({entry["trial"]["name"] for entry in found.values()})
+    names = [name for name in trials if name not in skip and not name.startswith("other text")]
     gaps = {}
     for name in names:
-        against = losses_of(found, "depth, KD") if name.startswith("depth, ") and name != "depth, KD" else reference
-        gaps[name] = [b - a for a, b in zip(against, losses_of(found, name), strict=False)]
+        same_cut = "depth, KD" if name.startswith("depth, ") and name != "depth, KD" else "KD"
+        gaps[name] = gaps_of(found, same_cut, name)
     ordered = sorted((name for name in gaps if gaps[name]), key=lambda name: mean(gaps[name]))
     figure, axes = plt.subplots(figsize=(7.2, 0.27 * len(ordered) + 1.0))
     for row, name in enumerate(ordered):
@@ -188,7 +229,7 @@ def bars(found: Found, file: Path) -> None:
         axes.plot(gaps[name], [row] * len(gaps[name]), "o", color="#333333", ms=3)
     axes.set_yticks(range(len(ordered)), ordered)
     axes.axvline(0, color="#333333", linewidth=0.8)
-    axes.set_xlabel("held-out loss above plain forward-KL distillation of the same cut (dots: seeds)")
+    axes.set_xlabel("held-out loss above KD (depth, ...: above depth, KD); dots: seeds")
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(file, dpi=150, facecolor="white")
@@ -204,19 +245,29 @@ def teacher_facts(run: Path) -> dict[str, Any]:
     return {name: result(name) for name in ("teacher", "width", "depth", "corrected")}
 
 
+def _origin(teacher: dict[str, Any]) -> str:
+    """What the teacher is; one that was imported has no training to tell of."""
+    if "tokens" not in teacher:
+        return f"The teacher has {teacher['num_params']:,} parameters ({teacher['source']})."
+    return (
+        f"The teacher is a Llama of {teacher['num_params']:,} parameters, trained here from nothing on "
+        f"{teacher['tokens']:,} tokens (held-out loss {teacher['final_valid_loss']:.3f})."
+    )
+
+
 def section(found: Found, run: Path, size: str) -> str:
     """The whole part."""
     facts, one = teacher_facts(run), next(entry for entry in found.values() if entry["trial"]["name"] == "KD")
-    teacher, corrected = facts["teacher"], facts["corrected"]
+    corrected = facts["corrected"]
     lower = 1 - corrected["final_valid_loss"] / corrected["initial_valid_loss"]
     return f"""## Distillation
 
-Made by `make claims` (size {size}). The teacher is a Llama of {teacher["num_params"]:,} parameters, trained here from nothing on
-{teacher["tokens"]:,} tokens of public-domain novels (held-out loss {teacher["final_valid_loss"]:.3f}). Students: {facts["width"]["num_params"]:,}
+Made by `make claims` (size {size}). {_origin(facts["teacher"])} Students: {facts["width"]["num_params"]:,}
 parameters by width, {facts["depth"]["num_params"]:,} by depth (half of the layers); {one["curve"][-1]["tokens"]:,} tokens each. Losses are nats per
-held-out token of whole books that no model has seen; three seeds (order of the text; random weights and cuts). A claim is
-*held* when every seed agrees, *undecided* when they do not; "as good as" holds within the range of the seeds. The papers'
-students are a thousand times larger and see a hundred thousand times more tokens.
+token of held-out documents; {len(by_seed(found, "KD"))} seeds (order of the text; random weights and cuts). Seeds are compared one by
+one. A difference counts where all seeds agree and its mean is larger than its range over the seeds; else the claim is
+*undecided* (or *held*, where it says that there is no difference or no gain). The papers' students have 4 to 8 billion
+parameters and see about 100 billion tokens.
 
 ### Tokens to a given loss
 

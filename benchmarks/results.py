@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from claims import CLAIMS, render
+from distillation_claims import BEGIN
 
 from nemo_minitron.backends.megatron.datasets import HeldOutBatches, heldout_batches, step_batches, training_samples
 from nemo_minitron.backends.megatron.depth_scores import DepthSamples, depth_scores, task_batches
@@ -240,7 +241,14 @@ def main() -> None:
     arguments = parser.parse_args()
     found = measure(arguments.only, arguments.root, arguments.root / "results.json")
     if set(CLAIMS) <= found.keys():
-        (ROOT / "docs/results.md").write_text(render(found))
+        write_page(ROOT / "docs/results.md", render(found))
+
+
+def write_page(page: Path, pruning: str) -> None:
+    """Put the part about pruning in place of the one that is there; what `make claims` wrote stays."""
+    before = page.read_text() if page.is_file() else ""
+    kept = before[before.index(BEGIN) :] if BEGIN in before else ""
+    page.write_text(f"{pruning.rstrip()}\n\n{kept}" if kept else pruning)
 
 
 if __name__ == "__main__":

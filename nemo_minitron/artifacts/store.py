@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,21 @@ class Store:
                     where=str(file),
                     next_step=f"Make it again with --rerun {stage}, or restore the file.",
                 )
+
+    def require_room(self, stages: Iterable[str]) -> None:
+        """Outputs can be put where they belong; asked before hours of work, not after.
+
+        Raises:
+            ArtifactError: this run lies inside a stage of another run, or another run (or anything else) lies where
+                the output of a stage goes.
+        """
+        if read_manifest(self.root) is not None:
+            raise _in_the_way("This folder is the output of a stage of another run.", self.root)
+        for stage in stages:
+            folder = self.published(stage)
+            if self.manifest(stage) is None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+                what = "the folder of another run" if (folder / _LOCK).exists() else "something that no stage made"
+                raise _in_the_way(f"Where the output of stage {stage} goes, there is {what}.", folder)
 
     # --- publishing ---------------------------------------------------------------------------
 
@@ -166,3 +181,9 @@ class Store:
             file.write(f"process {os.getpid()} on {os.uname().nodename}: {' '.join(sys.argv)}\n")
             file.flush()
             yield
+
+
+def _in_the_way(problem: str, where: Path) -> ArtifactError:
+    return ArtifactError(
+        problem, where=str(where), next_step="Move that folder away, or give this run another name: name=..."
+    )

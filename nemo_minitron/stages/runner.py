@@ -58,8 +58,9 @@ def run_recipe(recipe: Recipe, options: RunOptions, *, quiet: bool = False) -> R
             Progress(silent=quiet).say(f"removed {stop.file}, which an earlier run was stopped with")
         plan = _settle_drift(make_plan(recipe), store, options)
         recipe = plan.recipe
-        (store.root / "plan.json").write_text(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
         wanted = plan.needed_for(options.until)
+        store.require_room(wanted)
+        (store.root / "plan.json").write_text(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
         for call in plan.calls:
             if call.name in wanted and plan.states[call.name].status != "finished":
                 _require_not_stopped(stop, f"before stage {call.name}")

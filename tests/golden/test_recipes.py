@@ -30,7 +30,8 @@ def test_a_recipe_plans_and_has_only_missing_files_to_complain_of(recipe: Path, 
     problems = list(find_problems(plan))
     assert all(any(words in problem for words in MISSING) for problem in problems), problems
     names = [call.name for call in plan.calls]
-    assert names[-1] == "report"
+    # The claims suite has its own page.
+    assert names[-1] == "report" or recipe.parent.name == "claims"
     for call in plan.calls:
         assert all(names.index(other) < names.index(call.name) for other in call.depends)
 

@@ -1,0 +1,139 @@
+"""The claims suite: verdicts out of figures, tokens to a loss, and figures that must not be mixed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from benchmarks import distillation_claims as part
+from nemo_minitron.config.schema import DistillStage
+from tests.conftest import REPO
+
+BETTER = part.Claim("", "", "a", ("b",))
+EQUAL = part.Claim("", "", "a", ("b",), "equal")
+NOT_WORSE = part.Claim("", "", "a", ("b",), "not worse")
+
+
+@pytest.fixture
+def suite(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    return importlib.import_module("distillation")
+
+
+def _found(**losses: list[float]) -> dict[str, Any]:
+    return {
+        f"{name} #{seed}": {
+            "trial": {"name": name, "seed": seed},
+            "final": {"valid_loss": loss},
+            "curve": [{"tokens": 0, "valid_loss": 9.0}, {"tokens": 100, "valid_loss": loss}],
+        }
+        for name, values in losses.items()
+        for seed, loss in enumerate(values, 1)
+    }
+
+
+@pytest.mark.parametrize(
+    ("b", "better", "equal", "not_worse"),
+    [
+        ([3.10, 3.11, 3.12], part.HELD, part.NOT_HELD, part.HELD),
+        ([2.90, 2.91, 2.92], part.NOT_HELD, part.NOT_HELD, part.NOT_HELD),
+        ([3.01, 2.99, 3.02], part.UNDECIDED, part.HELD, part.HELD),
+        ([3.01, 3.01, 3.10], part.UNDECIDED, part.HELD, part.HELD),
+        ([3.00, 3.00, 3.00], part.UNDECIDED, part.HELD, part.HELD),
+        ([3.10], "not run", "not run", "not run"),
+        ([], "not run", "not run", "not run"),
+    ],
+    ids=["worse", "better", "seeds disagree", "within the range of the seeds", "the same", "one seed", "none"],
+)
+def test_verdicts(b: list[float], better: str, equal: str, not_worse: str) -> None:
+    found = _found(a=[3.0, 3.0, 3.0], b=b)
+    assert [part.verdict(found, claim) for claim in (BETTER, EQUAL, NOT_WORSE)] == [better, equal, not_worse]
+
+
+def test_seeds_are_compared_one_by_one() -> None:
+    # The seeds differ by far more than the two variants do.
+    assert part.verdict(_found(a=[3.0, 3.5, 4.0], b=[3.1, 3.61, 4.1]), BETTER) == part.HELD
+
+
+def test_a_claim_over_several_variants_holds_when_it_holds_over_each() -> None:
+    claim = part.Claim("", "", "a", ("b", "c"))
+    assert part.verdict(_found(a=[3.0, 3.0], b=[3.1, 3.1], c=[3.2, 3.2]), claim) == part.HELD
+    assert part.verdict(_found(a=[3.0, 3.0], b=[3.1, 3.1], c=[3.0, 3.1]), claim) == part.UNDECIDED
+    assert part.verdict(_found(a=[3.0, 3.0], b=[3.1, 3.1], c=[2.9, 2.9]), claim) == part.NOT_HELD
+
+
+def test_tokens_to_a_loss_lie_on_the_line_between_two_points() -> None:
+    curve = [(0, 8.0), (100, 4.0), (300, 3.0)]
+    assert part.tokens_to_reach(curve, 6.0) == pytest.approx(50)
+    assert part.tokens_to_reach(curve, 3.5) == pytest.approx(200)
+    assert part.tokens_to_reach(curve, 8.5) == 0
+    assert part.tokens_to_reach(curve, 2.9) is None
+
+
+def test_the_headline_is_the_ratio_of_tokens() -> None:
+    found = _found(**{"from scratch, CE": [4.0, 4.0], "KD": [4.0, 4.0]})
+    for name, tokens in (("from scratch, CE", 4000), ("KD", 100)):
+        for seed in (1, 2):
+            found[f"{name} #{seed}"]["curve"][1]["tokens"] = tokens
+    text = part.headline(found)
+    assert "gets there after 4,000: **40.0x** as many" in text
+    assert "is there after 100: **40x fewer**" in text
+    assert "| 4.000 | 100 | 4,000 | **40.0x** |" in text
+
+
+def test_every_claim_is_about_trials_that_exist_and_every_loss_is_valid(suite: ModuleType) -> None:
+    trials = list(suite.trials())
+    names = {trial.name for trial in trials}
+    assert {name for claim in part.CLAIMS for name in (claim.better, *claim.worse)} <= names
+    assert len({trial.id for trial in trials}) == len(trials)
+    for trial in trials:
+        DistillStage.model_validate(suite._keys(trial, 10, suite.SIZES["cpu"]))
+
+
+@pytest.mark.parametrize("change", ["model", "text", "loss", "size"])
+def test_figures_of_other_models_text_or_keys_are_refused(change: str, suite: ModuleType, tmp_path: Path) -> None:
+    trial, size, file = next(suite.trials()), suite.SIZES["cpu"], tmp_path / "trials.json"
+    for stage in (trial.student, trial.teacher, trial.data):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "manifest.json").write_text(json.dumps({"fingerprint": stage}))
+    found = {trial.id: {"made_from": suite.made_from(trial, tmp_path, size)}}
+    suite.require_same_origin(found, [trial], tmp_path, size, file)
+    if change in ("model", "text"):
+        stage = trial.student if change == "model" else trial.data
+        (tmp_path / stage / "manifest.json").write_text(json.dumps({"fingerprint": "another"}))
+    elif change == "loss":
+        trial = replace(trial, loss=suite.CE)
+    else:
+        size = replace(size, steps=size.steps + 1)
+    with pytest.raises(SystemExit, match="other models, text or keys"):
+        suite.require_same_origin(found, [trial], tmp_path, size, file)
+
+
+def test_the_page_keeps_what_the_other_suite_wrote(
+    suite: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page = tmp_path / "results.md"
+    page.write_text("# Pruning\n\nold\n")
+    monkeypatch.setattr(part, "section", lambda *_: "## Distillation\n")
+    monkeypatch.setattr(part, "picture", lambda *_: None)
+    monkeypatch.setattr(part, "bars", lambda *_: None)
+    part.write_page({}, tmp_path, tmp_path, "cpu")
+    once = page.read_text()
+    assert once.startswith("# Pruning\n\nold\n\n" + part.BEGIN)
+    part.write_page({}, tmp_path, tmp_path, "cpu")
+    assert page.read_text() == once
+    importlib.import_module("results").write_page(page, "# Pruning\n\nnew\n")
+    assert page.read_text() == once.replace("old", "new")
+
+
+def test_a_student_that_stays_above_training_from_scratch_is_not_called_faster_than_it_is() -> None:
+    found = _found(**{"from scratch, CE": [3.0, 3.0], "KD": [6.0, 6.0]})
+    text = part.headline(found)
+    assert "gets there after 50: **0.5x** as many" in text
+    assert "does not get as low" in text
