@@ -278,7 +278,7 @@ def run_trials(run: Path, size: Size, processes: int, file: Path, only: list[str
     require_same_origin(found, wanted, run, size, file)
     todo = sorted((trial for trial in wanted if trial.id not in found), key=lambda trial: not trial.from_scratch)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=8) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
         jobs = {pool.submit(train, trial, run, size): trial for trial in todo}
         for number, job in enumerate(as_completed(jobs), 1):
             found[jobs[job].id] = job.result()
