@@ -81,20 +81,27 @@ def _settle_drift(plan: RunPlan, store: Store, options: RunOptions) -> RunPlan:
     again = {name for name in options.rerun if name != CHANGED}
     for name in again:
         _require_stage(plan, name)
-    changed = {call.name for call in plan.calls if plan.states[call.name].status == "changed"}
     if CHANGED in options.rerun:
-        again |= changed
+        again |= _changed(plan)
     again = plan.followers(again)
-    left = (changed - again) & plan.needed_for(options.until)
+    left = (_changed(plan) - again) & plan.needed_for(options.until)
     if left and not options.accept_drift:
         raise _drift_error(plan, left, store)
-    for name in left:
-        manifest = store.manifest(name)
+    while left:
+        # What is accepted changes what follows: one stage at a time, in order.
+        call = next(call for call in plan.calls if call.name in left)
+        manifest = store.manifest(call.name)
         assert manifest is not None
-        store.accept_drift(plan.call(name).fingerprint, manifest.fingerprint)
+        store.accept_drift(call.fingerprint, manifest.fingerprint)
+        plan = make_plan(plan.recipe)
+        left = (_changed(plan) - again) & plan.needed_for(options.until)
     for name in again:
         store.supersede(name)
-    return make_plan(plan.recipe) if left or again else plan
+    return make_plan(plan.recipe) if again else plan
+
+
+def _changed(plan: RunPlan) -> set[str]:
+    return {call.name for call in plan.calls if plan.states[call.name].status == "changed"}
 
 
 def _require_stage(plan: RunPlan, name: str) -> None:

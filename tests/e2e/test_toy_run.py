@@ -95,10 +95,13 @@ def test_another_size_reuses_import_and_score_and_plan_says_why(toy_run: Path, m
 
 def test_accepted_drift_goes_on_with_the_old_output(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
     shutil.copytree(toy_run, tmp_path / "runs")
-    change = ["stages.score.num_samples=16", f"execution.run_root={tmp_path / 'runs'}"]
+    # Two of the changed stages follow from one another: each has a change of its own.
+    change = ["stages.score.num_samples=16", "stages.select.seed=5", f"execution.run_root={tmp_path / 'runs'}"]
     assert minitron("run", TOY, *change)[0] == 2
     code, output = minitron("run", TOY, *change, "--accept-drift")
     assert code == 0, output
+    assert "(score)" not in output
+    assert "(select)" not in output, "what is accepted is not made again"
     code, output = minitron("plan", TOY, *change, "--json")
     score = next(stage for stage in json.loads(output)["stages"] if stage["name"] == "score")
     assert (score["status"], score["reason"]) == ("finished", "drift accepted: the recipe has changed since")
