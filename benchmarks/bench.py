@@ -25,10 +25,10 @@ ROUNDS = 5
 RECIPE = Path(__file__).resolve().parents[1] / "recipes/smollm2_135m/width.yaml"
 
 
-def interleaved(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+def interleaved(calls: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
     """Median seconds of each call; one warm-up round, then all in turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_number in range(ROUNDS + 1):
+    for round_number in range(rounds + 1):
         for name, call in calls.items():
             started_s = time.perf_counter()
             call()
