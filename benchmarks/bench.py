@@ -18,7 +18,6 @@ from nemo_minitron.backends.megatron.session import open_session
 from nemo_minitron.backends.megatron.weights import load_model
 from nemo_minitron.cli import load_recipe
 from nemo_minitron.config.schema import DistillStage, Parallel
-from nemo_minitron.distillation.losses import forward_kl
 from nemo_minitron.stages.runner import RunOptions, run_recipe
 
 ROUNDS = 5
@@ -35,24 +34,6 @@ def interleaved(calls: dict[str, Callable[[], object]], rounds: int = ROUNDS) ->
             if round_number:
                 times[name].append(time.perf_counter() - started_s)
     return {name: median(values) for name, values in times.items()}
-
-
-def plain_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    log_s, log_t = (torch.log_softmax(x.float(), -1) for x in (student, teacher))
-    return (log_t.exp() * (log_t - log_s)).sum(-1)
-
-
-def bench_loss() -> dict[str, float]:
-    """Forward and backward of the KL over 1024 tokens and SmolLM2's vocabulary, bf16 logits."""
-    teacher = torch.randn(1024, 49152).bfloat16()
-    student = torch.randn(1024, 49152).bfloat16().requires_grad_()
-    found = interleaved(
-        {
-            "ours": lambda: forward_kl(student, teacher).mean().backward(),
-            "plain": lambda: plain_kl(student, teacher).mean().backward(),
-        }
-    )
-    return {**found, "ours_over_plain": found["ours"] / found["plain"]}
 
 
 def bench_step(root: Path) -> dict[str, float]:
@@ -85,7 +66,6 @@ def main() -> None:
         results = {
             "machine": platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
-            "kl_loss_s": bench_loss(),
             "distill_step_s": bench_step(Path(root)),
         }
     print(json.dumps(results, indent=2))

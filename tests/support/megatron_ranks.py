@@ -69,6 +69,21 @@ def distill_losses(
     )
 
 
+def distill_until(
+    params: DistillStage, parallel: Parallel, student: Path, teacher: Path, data: Path, work: Path, last_step: int
+) -> list[float]:
+    """Training losses of all steps so far, after going on from the work folder up to a step."""
+    from dataclasses import replace
+
+    from nemo_minitron.backends.megatron import distill, training
+    from nemo_minitron.backends.megatron.session import open_session
+
+    with open_session(parallel, device="cpu", threads=1) as session:
+        job = replace(distill.prepare(params, student, teacher, data, work, session), num_steps=last_step)
+        rows = training.run(job, work, SILENT).rows
+    return [row["train_loss"] for row in rows if "train_loss" in row]
+
+
 def scores_of(
     models: dict[str, Path], data: Path, parallel: Parallel, work: Path, cases: dict[str, tuple[str, ScoreStage]]
 ) -> dict[tuple[str, str], dict[str, NDArray]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from nemo_minitron.backends.megatron.build import DTYPES
 from nemo_minitron.backends.megatron.hidden import sum_projection_gradient
 from nemo_minitron.config.schema import Optimization, Parallel
+from nemo_minitron.errors import EnvironmentProblem
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Trainable:
 
 def make_trainable(model: GPTModel, params: Optimization, num_steps: int, parallel: Parallel) -> Trainable:
     """Gradients and optimizer states in fp32 (fp64 stays fp64)."""
+    if parallel.distributed_optimizer:
+        _require_fused_adam()
     config = model.config
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.params_dtype != torch.float64,
@@ -48,6 +52,15 @@ def make_trainable(model: GPTModel, params: Optimization, num_steps: int, parall
     optimizer = get_megatron_optimizer(_optimizer_config(params, parallel), [ddp])
     config.grad_scale_func = optimizer.scale_loss
     return Trainable(ddp, optimizer, _schedule(optimizer, params, num_steps))
+
+
+def _require_fused_adam() -> None:
+    """With torch's own Adam, Megatron's distributed optimizer does not come back from a checkpoint as it was."""
+    if importlib.util.find_spec("transformer_engine") is None and importlib.util.find_spec("apex") is None:
+        raise EnvironmentProblem(
+            "execution.parallel.distributed_optimizer needs Transformer Engine or Apex, and neither is installed.",
+            next_step="Leave it out here: without them Megatron-Core cannot resume from its checkpoints exactly.",
+        )
 
 
 def _finalize_gradients(models: list[Any], *args: Any, **kwargs: Any) -> None:
