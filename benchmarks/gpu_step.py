@@ -1,0 +1,136 @@
+"""Speed of a Llama-3.1-8B -> 4B-width distillation step with random weights: tokens/s, and MFU against the rate at
+which this machine multiplies matrices. One process for each GPU:
+
+    torchrun --nproc-per-node=8 benchmarks/gpu_step.py --tp 8 --sequence-parallel
+    python benchmarks/gpu_step.py --recipe toy/width --seq-len-tokens 128      # the same path on a CPU
+
+With --no-transformer-engine its layers are torch's. Nothing is read or written but the recipe. One H100 (80 GB) holds
+the two models in bf16, not the optimizer's states of the 4B student: use two or more, or --steps-without-optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+from unittest.mock import patch
+
+import torch
+
+from nemo_minitron.backends.megatron import layers
+from nemo_minitron.backends.megatron.build import build_model
+from nemo_minitron.backends.megatron.datasets import HeldOutBatches
+from nemo_minitron.backends.megatron.distill import Classroom, objective_of
+from nemo_minitron.backends.megatron.optim import make_trainable
+from nemo_minitron.backends.megatron.peak import matmul_flops_per_s
+from nemo_minitron.backends.megatron.session import Session, open_session
+from nemo_minitron.backends.megatron.training import Job, forward_backward
+from nemo_minitron.cli import load_recipe
+from nemo_minitron.config.schema import DistillStage, Parallel
+from nemo_minitron.distillation.flops import training_flops_per_token
+from nemo_minitron.families import ModelShape
+from nemo_minitron.plan.shapes import model_shape
+
+ROUNDS = 5
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class RandomSamples:
+    """Token ids in the place of a data set."""
+
+    def __init__(self, vocab_size: int, seq_len_tokens: int) -> None:
+        self.vocab_size, self.length = vocab_size, seq_len_tokens
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(number)
+        ids = torch.randint(0, self.vocab_size, (self.length + 1,), generator=generator)
+        return {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": torch.ones(self.length)}
+
+
+def random_model(shape: ModelShape, session: Session, params: DistillStage) -> torch.nn.Module:
+    """This rank's part, with small random weights."""
+    model = build_model(shape, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+        else:
+            torch.nn.init.ones_(parameter)
+    return model
+
+
+def make_job(recipe_name: str, params: DistillStage, session: Session) -> Job:
+    """Teacher and student of a recipe, ready to train."""
+    recipe = load_recipe(ROOT / f"recipes/{recipe_name}.yaml", [])
+    shapes = [model_shape(recipe, stage) for stage in ("distill", "teacher")]
+    assert shapes[0] is not None
+    assert shapes[1] is not None
+    student, teacher = (random_model(shape, session, params) for shape in shapes)
+    teacher.requires_grad_(False).eval()
+    vocab_size, nothing = shapes[0].vocab_size, HeldOutBatches([], 0)
+    room = Classroom(params.loss, student, teacher, vocab_size, nothing, session, 0, teacher_shape=shapes[1])
+    return Job(
+        stage="distill",
+        params=params,
+        num_steps=1,
+        trainable=make_trainable(student, params, 1, session.parallel),
+        shape=shapes[0],
+        samples=RandomSamples(vocab_size, params.seq_len_tokens),
+        session=session,
+        objective=objective_of(room),
+        flops_per_token=training_flops_per_token(shapes[0], shapes[1], params.seq_len_tokens),
+    )
+
+
+def measure(job: Job, *, with_optimizer: bool) -> dict[str, float]:
+    """Median of a few steps, after one that warms up."""
+    times_s = []
+    for _ in range(ROUNDS + 1):
+        started_s = time.perf_counter()
+        forward_backward(job, 0)
+        if with_optimizer:
+            job.trainable.optimizer.step()
+        if job.session.on_gpu:
+            torch.cuda.synchronize()
+        times_s.append(time.perf_counter() - started_s)
+    tokens_per_s = job.tokens_per_step / median(times_s[1:])
+    rate = matmul_flops_per_s(job.trainable.model.config.params_dtype, job.session.device) * job.session.world_size
+    return {
+        "step_s": median(times_s[1:]),
+        "tokens_per_s": tokens_per_s,
+        "matmul_tflops_per_s": rate / 1e12,
+        "mfu_of_measured_matmul": tokens_per_s * job.flops_per_token / rate,
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if job.session.on_gpu else 0.0,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="llama31_8b/width_4b")
+    parser.add_argument("--seq-len-tokens", type=int, default=8192)
+    parser.add_argument("--global-batch-size", type=int, default=8)
+    for size in ("tp", "pp", "dp"):
+        parser.add_argument(f"--{size}", type=int, default=1)
+    parser.add_argument("--sequence-parallel", action="store_true")
+    parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
+    parser.add_argument("--no-transformer-engine", action="store_true")
+    parser.add_argument("--steps-without-optimizer", action="store_true")
+    arguments = parser.parse_args()
+    keys = {"lr": 1e-5, "num_steps": 1, "valid_num_tokens": 1}
+    sizes = {"global_batch_size": arguments.global_batch_size, "seq_len_tokens": arguments.seq_len_tokens}
+    params = DistillStage.model_validate({"kind": "distill", **keys, **sizes})
+    layout = {key: getattr(arguments, key) for key in ("tp", "pp", "dp", "sequence_parallel", "recompute")}
+    without = patch.object(layers, "has_transformer_engine", lambda: False)
+    if arguments.no_transformer_engine:
+        without.start()
+    with open_session(Parallel(**layout)) as session:
+        job = make_job(arguments.recipe, params, session)
+        found = measure(job, with_optimizer=not arguments.steps_without_optimizer)
+        if session.is_main:
+            engine = layers.has_transformer_engine()
+            print(json.dumps({"recipe": arguments.recipe, **layout, "transformer_engine": engine, **found}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
