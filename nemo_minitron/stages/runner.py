@@ -224,6 +224,8 @@ def _log_file(root: Path, stage: str) -> Iterator[None]:
     folder = root / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / f"{stage}.log")
+    # A full disk is told once, by the stage that it stops; not by every line that the log could not take.
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     top = logging.getLogger()
     before = list(top.handlers)
