@@ -195,9 +195,15 @@ class TeacherCache:
             entry = self._checked_entry(number, tokens)
             of_sample = unpack(entry, self.sparse)
             ids.append(torch.from_numpy(of_sample[0]))
-            probs.append(torch.from_numpy(of_sample[1]))
+            probs.append(torch.from_numpy(self._whole(of_sample[1])))
             entropies.append(torch.from_numpy(entry.negative_entropy.astype(np.float32)))
         return SparseTeacher(_padded(ids), _padded(probs), torch.cat(entropies))
+
+    def _whole(self, probs_SK: NDArray[np.float32]) -> NDArray[np.float32]:
+        """All tokens of a vocabulary leave no tail, whatever their probabilities were rounded to."""
+        if isinstance(self.sparse, TopK) and self.sparse.k >= self.facts.vocab_size:
+            return probs_SK / probs_SK.sum(axis=1, keepdims=True)
+        return probs_SK
 
     def _checked_entry(self, number: int, tokens_S: NDArray[np.integer]) -> Entry:
         if not 0 <= number < self.facts.num_samples:

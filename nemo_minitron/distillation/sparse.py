@@ -101,15 +101,18 @@ def sparse_kl(student: Tensor, teacher: SparseTeacher, temperature: float, vocab
     exp = shifted.exp_()
     total = vocab.sum(exp.sum(-1, keepdim=True))
     log_q = at - total.log()
+    cross_entropy = -(teacher.probs * torch.where(valid, log_q, 0.0)).sum(-1)
+    local, mine = local_ids(teacher.ids, exp.shape[-1], vocab)
+    at_entries = -teacher.probs
     tail_p = tail_of(teacher.probs)[:, None]
-    tail_q = _mass_off(exp, teacher, vocab) / total if bool((tail_p > 0).any()) else tail_p
-    ghost = torch.where(tail_p > 0, tail_p * tail_q.log(), tail_p)
-    cross_entropy = -(teacher.probs * torch.where(valid, log_q, 0.0)).sum(-1) - ghost.squeeze(-1)
-    share = torch.where(tail_p > 0, tail_p / tail_q, tail_p)
-    grad = exp.div_(total).mul_(1.0 - share)
-    local, mine = local_ids(teacher.ids, student.shape[-1], vocab)
-    at_entries = torch.where(valid & mine, share * log_q.exp() - teacher.probs, 0.0)
-    grad.scatter_add_(-1, local, at_entries.to(grad.dtype))
+    if bool((tail_p > 0).any()):
+        # The tail is what is left when the entries are gone: 1 - their sum would lose it to rounding.
+        _clear(exp, local, valid & mine)
+        tail_q = (vocab.sum(exp.sum(-1, keepdim=True)) / total).clamp_min(torch.finfo(exp.dtype).tiny)
+        cross_entropy -= torch.where(tail_p > 0, tail_p * tail_q.log(), 0.0).squeeze(-1)
+        exp.mul_(1.0 - tail_p / tail_q)
+        at_entries = log_q.exp() - teacher.probs
+    grad = exp.div_(total).scatter_add_(-1, local, torch.where(valid & mine, at_entries, 0.0).to(exp.dtype))
     return teacher.negative_entropy + cross_entropy, grad if temperature == 1.0 else grad.div_(temperature)
 
 
@@ -141,10 +144,7 @@ def sparsify(
     return sampled_teacher(logits, uniforms, temperature, vocab)
 
 
-def _mass_off(exp: Tensor, teacher: SparseTeacher, vocab: Vocab) -> Tensor:
-    """Sum of exp over the tokens that are no entry [n, 1]; 1 - sum of the entries would lose it to rounding."""
-    local, mine = local_ids(teacher.ids, exp.shape[-1], vocab)
-    off = exp.clone()
-    # Zero for entries of this rank; entries of others write their own value back.
-    off.scatter_reduce_(-1, local, torch.where(mine & (teacher.probs > 0), 0.0, exp.gather(-1, local)), "amin")
-    return vocab.sum(off.sum(-1, keepdim=True))
+def _clear(values: Tensor, local: Tensor, chosen: Tensor) -> None:
+    """Zero at the chosen columns, in place; none of the values is negative."""
+    # A column that is not chosen here may be chosen by its neighbour: the smaller of both wins.
+    values.scatter_reduce_(-1, local, torch.where(chosen, 0.0, values.gather(-1, local)), "amin")

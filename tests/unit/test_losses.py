@@ -55,6 +55,16 @@ def test_top_k_equals_the_formula(k: int, tail: str, temperature: float) -> None
     torch.testing.assert_close(grad, student.grad, rtol=1e-10, atol=1e-12)
 
 
+def test_a_student_without_a_tail_still_has_a_finite_loss_and_gradient() -> None:
+    """In fp32 its probabilities off the entries are zero, while the teacher's are not."""
+    student = torch.tensor([[200.0, 0.0, 0.0, 0.0]])
+    teacher = top_k_teacher(torch.tensor([[1.0, 0.5, 0.0, 0.0]]), TopK(kind="top_k", k=1), 1.0)
+    loss, grad = sparse_distance(student, teacher, LogitsLoss(sparse=TopK(kind="top_k", k=1)))
+    assert torch.isfinite(loss).all()
+    torch.testing.assert_close(grad[0, 0], 1.0 - teacher.probs[0, 0])
+    assert torch.isfinite(grad).all()
+
+
 def test_draws_are_the_cross_entropy_with_their_counts() -> None:
     student, teacher = _normal(9, 17, seed=0).requires_grad_(), _normal(9, 17, seed=1)
     drawn = sampled_teacher(teacher.clone(), uniforms_of(3, torch.tensor([5]), 9, 40), 2.0)
