@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.config.schema import LogitsLoss, Sampled, TopK
-from nemo_minitron.distillation.losses import LossAndGrad
+from nemo_minitron.distillation.losses import LossAndGrad, scaled
 from nemo_minitron.distillation.vocab import WHOLE, Vocab, local_ids, pick, shift, softmax
 
 
@@ -128,10 +128,10 @@ def renormalised_kl(student: Tensor, teacher: SparseTeacher, temperature: float,
 
 
 def sparse_distance(student: Tensor, teacher: SparseTeacher, params: LogitsLoss, vocab: Vocab = WHOLE) -> LossAndGrad:
-    """The recipe's loss against a sparse teacher."""
-    if isinstance(params.sparse, TopK) and params.sparse.tail == "drop":
-        return renormalised_kl(student, teacher, params.temperature, vocab)
-    return sparse_kl(student, teacher, params.temperature, vocab)
+    """The recipe's loss against a sparse teacher, times T^2 where it asks for that."""
+    drops = isinstance(params.sparse, TopK) and params.sparse.tail == "drop"
+    kl = renormalised_kl if drops else sparse_kl
+    return scaled(kl(student, teacher, params.temperature, vocab), params)
 
 
 def sparsify(

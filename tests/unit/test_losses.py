@@ -43,9 +43,10 @@ def test_loss_and_gradient_equal_the_formula(params: LogitsLoss) -> None:
 
 @pytest.mark.parametrize("k", [1, 3, 16])
 @pytest.mark.parametrize("tail", ["ghost", "drop"])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_top_k_equals_the_formula(k: int, tail: str, temperature: float) -> None:
-    params = LogitsLoss(temperature=temperature, sparse=TopK(kind="top_k", k=k, tail=tail))
+@pytest.mark.parametrize(("temperature", "squared"), [(1.0, False), (2.0, False), (2.0, True)])
+def test_top_k_equals_the_formula(k: int, tail: str, temperature: float, squared: bool) -> None:
+    sparse = TopK(kind="top_k", k=k, tail=tail)
+    params = LogitsLoss(temperature=temperature, times_temperature_squared=squared, sparse=sparse)
     student, teacher = _normal(9, 17, seed=0).requires_grad_(), _normal(9, 17, seed=1)
     kept = top_k_teacher(teacher.clone(), params.sparse, temperature)
     loss, grad = sparse_distance(student.detach().clone(), kept, params)
