@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from nemo_minitron.config.schema import Sampled, TopK
+from nemo_minitron.config.schema import DistillStage, Sampled, TopK
 from nemo_minitron.distillation.sparse import SparseTeacher
 from nemo_minitron.errors import DataError, PlanError
 
@@ -50,6 +50,11 @@ class CacheFacts:
     num_samples: int
     seed: int
     """Of the order of the samples, and of the draws."""
+    reset_attention_mask: bool = False
+    """Whether the teacher's tokens did not look back over the end of a document."""
+    valid_num_tokens: int | None = None
+    valid_teacher_loss: float | None = None
+    """Of the teacher on that many held-out tokens, nats per token."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -59,6 +64,10 @@ class CacheFacts:
     def samples_of(self, shard: int) -> range:
         """Numbers of the samples of a shard."""
         return range(shard * SAMPLES_PER_SHARD, min((shard + 1) * SAMPLES_PER_SHARD, self.num_samples))
+
+    def teacher_loss(self, params: DistillStage) -> float | None:
+        """The teacher's held-out loss, where it was measured on the text of the student's."""
+        return self.valid_teacher_loss if self.valid_num_tokens == params.valid_num_tokens else None
 
 
 @dataclass(frozen=True)
@@ -167,6 +176,32 @@ def write_shard(folder: Path, shard: int, entries: list[Entry]) -> None:
     partial.rename(folder / shard_name(shard))
 
 
+def require_same_keys(facts: CacheFacts, params: DistillStage, folder: Path) -> None:
+    """Raises DataError unless the cache is of what a distillation asks for.
+
+    The plan compares recipes; a recipe that was changed over a finished cache (--accept-drift) is caught here only.
+    """
+    loss = params.loss.logits
+    wanted = {
+        "sparse": loss and loss.sparse and loss.sparse.model_dump(mode="json"),
+        "temperature": loss and loss.temperature,
+        "seq_len_tokens": params.seq_len_tokens,
+        "seed": params.seed,
+        "reset_attention_mask": params.reset_attention_mask,
+    }
+    had = asdict(facts)
+    other = [f"{key} = {value}, the cache has {had[key]}" for key, value in wanted.items() if value != had[key]]
+    needed = params.num_steps * params.global_batch_size
+    if needed > facts.num_samples:
+        other.append(f"num_steps * global_batch_size = {needed}, the cache has {facts.num_samples} samples")
+    if other:
+        raise DataError(
+            f"The teacher cache is not of this distillation: {'; '.join(other)}.",
+            where=str(folder),
+            next_step="Make both stages agree, and run the cache_teacher stage again if it changes.",
+        )
+
+
 def write_facts(folder: Path, facts: CacheFacts) -> None:
     (folder / FACTS_FILE).write_text(json.dumps(asdict(facts), indent=2) + "\n")
 
@@ -200,8 +235,8 @@ class TeacherCache:
         return SparseTeacher(_padded(ids), _padded(probs), torch.cat(entropies))
 
     def _whole(self, probs_SK: NDArray[np.float32]) -> NDArray[np.float32]:
-        """All tokens of a vocabulary leave no tail, whatever their probabilities were rounded to."""
-        if isinstance(self.sparse, TopK) and self.sparse.k >= self.facts.vocab_size:
+        """Where no tail is left the probabilities sum to 1, whatever they were rounded to."""
+        if isinstance(self.sparse, TopK) and (self.sparse.tail == "drop" or self.sparse.k >= self.facts.vocab_size):
             return probs_SK / probs_SK.sum(axis=1, keepdims=True)
         return probs_SK
 
@@ -251,17 +286,19 @@ def _padded(parts: list[Tensor]) -> Tensor:
 def _read_facts(folder: Path) -> CacheFacts:
     file = folder / FACTS_FILE
     try:
-        facts = CacheFacts(**json.loads(file.read_text()))
+        fields = dict(json.loads(file.read_text()))
+        # Before its fields: another format may have others.
+        version = fields.get("format_version")
+        if version == FORMAT_VERSION:
+            return CacheFacts(**fields)
     except (OSError, ValueError, TypeError) as error:
         raise _damaged(file, f"{type(error).__name__}: {error}") from error
-    if facts.format_version != FORMAT_VERSION:
-        raise DataError(
-            f"The teacher cache has format {facts.format_version}.",
-            where=str(file),
-            allowed=str(FORMAT_VERSION),
-            next_step="Run the cache_teacher stage again.",
-        )
-    return facts
+    raise DataError(
+        f"The teacher cache has format {version}.",
+        where=str(file),
+        allowed=str(FORMAT_VERSION),
+        next_step="Run the cache_teacher stage again.",
+    )
 
 
 def _damaged(where: Path, why: str) -> DataError:

@@ -208,7 +208,11 @@ def _cached(key: str, stage: DistillStage, name: str, recipe: Recipe) -> Iterato
             f"stages.{name}.num_samples = {cache.num_samples}: {key} takes num_steps * global_batch_size = "
             f"{stage.num_steps * stage.global_batch_size} samples."
         )
-    for field in ("seq_len_tokens", "seed"):
+    for role in ("teacher", "data"):
+        asked, used = getattr(stage.inputs, role), getattr(cache.inputs, role)
+        if asked != used:
+            yield f"{key}.inputs.{role} = {asked}: stages.{name} was made from {used}; give both the same."
+    for field in ("seq_len_tokens", "seed", "reset_attention_mask"):
         if getattr(stage, field) != getattr(cache, field):
             theirs = f"stages.{name} has {getattr(cache, field)}"
             yield f"{key}.{field} = {getattr(stage, field)}: {theirs}; give both the same."

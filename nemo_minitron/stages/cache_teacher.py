@@ -34,7 +34,12 @@ def cache_teacher(params: CacheTeacherStage, inputs: Inputs, ctx: StageContext) 
         _link_or_move(shard, ctx.out_dir / shard.name)
     write_facts(ctx.out_dir, facts)
     tokens = facts.num_samples * facts.seq_len_tokens
-    return {"num_samples": facts.num_samples, "tokens": tokens, "bytes_per_token": num_bytes / tokens}
+    return {
+        "num_samples": facts.num_samples,
+        "tokens": tokens,
+        "bytes_per_token": num_bytes / tokens,
+        "valid_teacher_loss": facts.valid_teacher_loss,
+    }
 
 
 def _link_or_move(source: Path, target: Path) -> None:

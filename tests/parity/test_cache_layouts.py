@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +12,19 @@ from numpy.typing import NDArray
 
 from nemo_minitron.config.schema import CacheTeacherStage, DistillStage, LogitsLoss, Loss, Parallel, Sampled, TopK
 from tests.support.distributed import run_ranks
-from tests.support.megatron_ranks import cache_shards, cached_losses, distill_losses
+from tests.support.megatron_ranks import cache_shards, cached_losses, distill_losses, teacher_losses
 from tests.support.tiny_data import tiny_data_dir
 from tests.support.tiny_models import tiny_model_dir
 
 DRAWS = Sampled(kind="sampled", rounds=20)
-CACHE = CacheTeacherStage(kind="cache_teacher", sparse=DRAWS, num_samples=80, seq_len_tokens=32, precision="fp32")
+CACHE = CacheTeacherStage(
+    kind="cache_teacher", sparse=DRAWS, num_samples=80, seq_len_tokens=32, precision="fp32", valid_num_tokens=256
+)
 WRITERS = {
     "one process": Parallel(micro_batch_size=4),
     "other batches": Parallel(micro_batch_size=7),
     "tp2": Parallel(tp=2, micro_batch_size=4),
-    "pp2": Parallel(pp=2, micro_batch_size=4),
+    "pp2, batches that do not divide": Parallel(pp=2, micro_batch_size=3),
     "dp2": Parallel(dp=2, micro_batch_size=2),
 }
 READERS = {
@@ -113,16 +117,48 @@ def test_every_layout_learns_the_same_from_it(folders: dict[str, Path]) -> None:
 
 
 def test_all_of_the_vocabulary_from_the_cache_is_the_live_teacher(folders: dict[str, Path]) -> None:
-    """But for the quantisation."""
-    everything = TopK(kind="top_k", k=510)
-    cache = _write("everything", CACHE.model_copy(update={"sparse": everything}), Parallel(micro_batch_size=4), folders)
-    train, _ = _read("everything", Parallel(micro_batch_size=4), cache, _distill(everything), folders)
-    work = folders["root"] / "live"
-    work.mkdir()
-    live = DistillStage.model_validate({**_distill(everything).model_dump(), "loss": {}})
-    order = (live, Parallel(micro_batch_size=4), folders["student"], folders["teacher"], folders["data"], work)
-    expected, _ = run_ranks(1, distill_losses, *order)[0]
-    np.testing.assert_allclose(train, expected, atol=3e-3)
+    """But for the quantisation; with documents that see each other and without."""
+    everything, expected = TopK(kind="top_k", k=510), []
+    for apart in (False, True):
+        keys = {"sparse": everything, "reset_attention_mask": apart}
+        parallel, name = Parallel(micro_batch_size=4), f"everything {apart}"
+        params = _distill(everything, reset_attention_mask=apart)
+        cache = _write(name, CACHE.model_copy(update=keys), parallel, folders)
+        train, _ = _read(name, parallel, cache, params, folders)
+        work = folders["root"] / f"live {apart}"
+        work.mkdir()
+        live = DistillStage.model_validate({**params.model_dump(), "loss": {}})
+        order = (live, parallel, folders["student"], folders["teacher"], folders["data"], work)
+        expected.append(run_ranks(1, distill_losses, *order)[0][0])
+        np.testing.assert_allclose(train, expected[-1], atol=3e-3)
+    assert np.abs(np.subtract(*expected)).max() > 1e-2, "the mask must matter for this to mean anything"
+
+
+def test_the_cache_tells_the_teachers_loss(folders: dict[str, Path]) -> None:
+    losses = [json.loads((folders["root"] / name / "cache.json").read_text())["valid_teacher_loss"] for name in WRITERS]
+    np.testing.assert_allclose(losses, losses[0], atol=1e-5)
+    params, work = _distill(DRAWS), folders["root"] / "teacher loss"
+    order = (params, params, *(folders[key] for key in ("student", "teacher")))
+    rest = (folders["root"] / "one process", folders["data"], work)
+    live, told = run_ranks(1, teacher_losses, *order, *rest)[0]
+    assert told == losses[0]
+    np.testing.assert_allclose(told, live, atol=1e-5)
+    # Of other text it is not told.
+    fewer = params.model_copy(update={"valid_num_tokens": 128})
+    assert run_ranks(1, teacher_losses, fewer, fewer, *order[2:], *rest)[0][1] is None
+
+
+def test_a_killed_writer_goes_on_with_what_is_missing(folders: dict[str, Path]) -> None:
+    parallel, out = WRITERS["dp2"], folders["root"] / "killed"
+    shutil.copytree(folders["root"] / "dp2", out)
+    kept, lost = out / "shard_000000.safetensors", out / "shard_000001.safetensors"
+    whole, before = lost.read_bytes(), kept.stat().st_mtime_ns
+    # A kill leaves a file under another name, half-written.
+    (out / f".{lost.name}.partial").write_bytes(whole[:100])
+    lost.unlink()
+    run_ranks(2, cache_shards, CACHE, parallel, folders["teacher"], folders["data"], out)
+    assert kept.stat().st_mtime_ns == before
+    assert lost.read_bytes() == whole
 
 
 def test_other_samples_than_the_cached_ones_are_an_error(folders: dict[str, Path]) -> None:

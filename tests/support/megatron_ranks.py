@@ -149,6 +149,21 @@ def cache_shards(params: CacheTeacherStage, parallel: Parallel, teacher: Path, d
     write_facts(work, facts)
 
 
+def teacher_losses(
+    live: DistillStage, cached: DistillStage, student: Path, teacher: Path, cache: Path, data: Path, work: Path
+) -> list[float | None]:
+    """The teacher's held-out loss as distillation shows it: measured on the live teacher, and told by the cache."""
+    from nemo_minitron.backends.megatron import distill
+    from nemo_minitron.backends.megatron.session import open_session
+
+    with open_session(Parallel(), device="cpu", threads=1) as session:
+        jobs = (
+            distill.prepare(live, student, teacher, data, work, session),
+            distill.prepare_cached(cached, student, cache, data, work, session),
+        )
+        return [job.objective.validate().get("valid_teacher_loss") for job in jobs]
+
+
 def cached_losses(
     params: DistillStage, parallel: Parallel, student: Path, cache: Path, data: Path, work: Path
 ) -> tuple[list[float], list[float]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from nemo_minitron.config.schema import Sampled, TopK
+from nemo_minitron.config.schema import DistillStage, Sampled, TopK
 from nemo_minitron.distillation.cache import (
     FACTS_FILE,
     MAX_VOCAB_SIZE,
@@ -18,6 +18,7 @@ from nemo_minitron.distillation.cache import (
     CacheFacts,
     TeacherCache,
     pack,
+    require_same_keys,
     require_vocabulary,
     shard_name,
     unpack,
@@ -104,7 +105,7 @@ def test_another_text_is_an_error(folder: Path) -> None:
         TeacherCache(folder).read([3], _tokens(4)[None])
 
 
-@pytest.mark.parametrize("field", ["payload", "per_token", "negative_entropy"])
+@pytest.mark.parametrize("field", ["payload", "offset", "per_token", "negative_entropy", "checksum"])
 def test_a_changed_byte_is_an_error(folder: Path, field: str) -> None:
     file = folder / shard_name(0)
     tensors = load_file(file)
@@ -127,7 +128,7 @@ def test_a_missing_or_cut_off_shard_is_an_error(folder: Path) -> None:
 
 def test_another_format_is_an_error(folder: Path) -> None:
     facts = json.loads((folder / FACTS_FILE).read_text())
-    (folder / FACTS_FILE).write_text(json.dumps({**facts, "format_version": 9}))
+    (folder / FACTS_FILE).write_text(json.dumps({**facts, "format_version": 9, "a_field_of_it": 1}))
     with pytest.raises(DataError, match="format 9"):
         TeacherCache(folder)
 
@@ -136,3 +137,42 @@ def test_vocabularies_up_to_2_to_the_18() -> None:
     require_vocabulary(MAX_VOCAB_SIZE)
     with pytest.raises(PlanError, match="262,145"):
         require_vocabulary(MAX_VOCAB_SIZE + 1)
+
+
+def test_the_k_that_are_left_sum_to_one_after_rounding(tmp_path: Path) -> None:
+    """Or the gradient would push the sum of all logits."""
+    dropped = TopK(kind="top_k", k=9, tail="drop")
+    write_shard(tmp_path, 0, [pack(_teacher(0, dropped), _tokens(0), dropped)])
+    write_facts(tmp_path, CacheFacts(dropped.model_dump(mode="json"), 1.0, VOCAB, LENGTH, 1, seed=1))
+    found = TeacherCache(tmp_path).read([0], _tokens(0)[None])
+    torch.testing.assert_close(found.probs.sum(-1), torch.ones(LENGTH), rtol=0, atol=3e-7)
+    torch.testing.assert_close(found.probs, _teacher(0, dropped).probs, rtol=2e-3, atol=0)
+
+
+FACTS = CacheFacts(DRAWS.model_dump(mode="json"), 2.0, VOCAB, LENGTH, 40, seed=1, valid_num_tokens=9)
+KEYS = {
+    "kind": "distill",
+    "loss": {"logits": {"sparse": DRAWS.model_dump(), "temperature": 2.0}},
+    "num_steps": 10,
+    "global_batch_size": 4,
+    "seq_len_tokens": LENGTH,
+    "lr": 1.0,
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"loss": {"logits": {"sparse": DRAWS.model_dump()}}}, "temperature = 1.0, the cache has 2.0"),
+        ({"loss": {"logits": {"temperature": 2.0}}}, "sparse = None, the cache has {'kind': 'sampled', 'rounds': 64}"),
+        ({"seed": 2}, "seed = 2, the cache has 1"),
+        ({"seq_len_tokens": 7}, "seq_len_tokens = 7, the cache has 6"),
+        ({"reset_attention_mask": True}, "reset_attention_mask = True, the cache has False"),
+        ({"num_steps": 11}, "num_steps \\* global_batch_size = 44, the cache has 40 samples"),
+    ],
+)
+def test_a_distillation_with_other_keys_is_an_error(changed: dict, words: str, tmp_path: Path) -> None:
+    require_same_keys(FACTS, DistillStage.model_validate(KEYS), tmp_path)
+    with pytest.raises(DataError, match=words):
+        require_same_keys(FACTS, DistillStage.model_validate({**KEYS, **changed}), tmp_path)

@@ -13,6 +13,8 @@ from nemo_minitron.plan.fingerprint import canonical_json, differences, fingerpr
 from nemo_minitron.plan.sources import source_facts
 from tests.conftest import REPO, TOY
 
+CACHED = REPO / "recipes/toy/cached.yaml"
+
 
 def test_any_key_of_the_schema_can_be_overridden_without_a_plus() -> None:
     recipe = load_recipe(TOY, ["stages.distill.adam_beta1=0.5", "execution.parallel.tp=2"])
@@ -76,6 +78,29 @@ def test_a_missing_recipe_names_its_neighbours() -> None:
 def test_a_recipe_that_cannot_be_carried_out_is_refused(override: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=words):
         load_plan(TOY, [f"execution.run_root={tmp_path}", *override.split()])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stages.cache_teacher.num_samples=239", r"num_samples = 239: stages.distill takes .* = 240 samples"),
+        ("stages.distill.seq_len_tokens=64", "stages.cache_teacher has 128; give both the same"),
+        ("stages.distill.seed=7", "stages.cache_teacher has 1234; give both the same"),
+        ("stages.distill.reset_attention_mask=true", "stages.cache_teacher has False; give both the same"),
+        ("stages.cache_teacher.inputs.teacher=prune", "distill.inputs.teacher = teacher: .* was made from prune"),
+        ("stages.distill.loss.hidden={}", "a cache holds no hidden states"),
+        ("stages.distill.loss={logits: null, next_token: 1}", "the loss has no logits"),
+        ("stages.distill.loss.logits.sparse.rounds=49", "sparse and temperature must be those of stages.cache_teacher"),
+        ("stages.distill.loss.logits.temperature=2", "sparse and temperature must be those of stages.cache_teacher"),
+        ("stages.distill.loss.logits.sparse=null", "sparse and temperature must be those of stages.cache_teacher"),
+        ("stages.distill.inputs.cache=score", "cache needs one of: cache_teacher"),
+    ],
+)
+def test_a_distillation_that_asks_for_what_its_cache_does_not_have_is_refused(
+    override: str, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PlanError, match=words):
+        load_plan(CACHED, [f"execution.run_root={tmp_path}", override])
 
 
 def test_an_edited_text_makes_its_stage_another_one_and_a_removed_text_does_not(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.training import Job, Objective, Parts
 from nemo_minitron.backends.megatron.weights import load_model
 from nemo_minitron.config.schema import DistillStage, LogitsLoss, Loss, Optimization, Sampled, TrainStage
-from nemo_minitron.distillation.cache import TeacherCache
+from nemo_minitron.distillation.cache import TeacherCache, require_same_keys
 from nemo_minitron.distillation.flops import training_flops_per_token
 from nemo_minitron.distillation.linear import Head, chunk_tokens_of, chunks
 from nemo_minitron.distillation.losses import forward_kl, next_token
@@ -64,6 +64,8 @@ class Classroom:
     seed: int
     hidden: HiddenStates | None = None
     cache: TeacherCache | None = None
+    teacher_loss: float | None = None
+    """Held-out, as the cache has it."""
     teacher_shape: ModelShape | None = None
 
     @property
@@ -88,6 +90,7 @@ def prepare_cached(
 ) -> Job:
     """Load the student; the teacher is read from a cache, whose samples are the training samples."""
     cache = TeacherCache(cache_dir)
+    require_same_keys(cache.facts, params, cache_dir)
     student, shape = load_model(student_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
     if shape.vocab_size < cache.facts.vocab_size:
         raise DataError(
@@ -95,7 +98,8 @@ def prepare_cached(
             where=f"{student_dir}, {cache_dir}",
         )
     heldout = _heldout(params, data_dir, session)
-    room = Classroom(params.loss, student, None, cache.facts.vocab_size, heldout, session, params.seed, cache=cache)
+    size, loss = cache.facts.vocab_size, cache.facts.teacher_loss(params)
+    room = Classroom(params.loss, student, None, size, heldout, session, params.seed, cache=cache, teacher_loss=loss)
     return _job("distill", params, params.num_steps, room, shape, data_dir, work_dir, cache.facts.num_samples)
 
 
@@ -323,7 +327,7 @@ def validate(room: Classroom) -> dict[str, float]:
     room.session.sum(sums)
     kl, loss, teacher_loss = (sums[:3] / sums[3]).tolist()
     if room.teacher is None:
-        return {"valid_loss": loss}
+        return {"valid_loss": loss} | ({} if room.teacher_loss is None else {"valid_teacher_loss": room.teacher_loss})
     return {"valid_kl": kl, "valid_loss": loss, "valid_teacher_loss": teacher_loss}
 
 

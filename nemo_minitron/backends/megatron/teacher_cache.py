@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.build import padded_vocab_size
-from nemo_minitron.backends.megatron.datasets import collate, training_samples
+from nemo_minitron.backends.megatron.datasets import (
+    collate,
+    eod_id_of,
+    heldout_batches,
+    mask_between_documents,
+    training_samples,
+)
+from nemo_minitron.backends.megatron.evaluate import EVAL_BATCH_SIZE, sum_nll
 from nemo_minitron.backends.megatron.forward import Batch, evaluating, forward_batches
 from nemo_minitron.backends.megatron.head import head_weight, model_hidden, vocab_of
 from nemo_minitron.backends.megatron.session import Session
@@ -43,6 +51,7 @@ def write_cache(
         seq_len_tokens=params.seq_len_tokens,
         num_samples=params.num_samples,
         seed=params.seed,
+        reset_attention_mask=params.reset_attention_mask,
     )
     samples = training_samples(
         data_dir,
@@ -55,27 +64,51 @@ def write_cache(
     todo = [shard for shard in mine if not (work_dir / shard_name(shard)).is_file()]
     # No rank may write before every rank has looked.
     session.barrier()
-    vocab = vocab_of(session, padded_vocab_size(shape.vocab_size, session.parallel.tp) // session.parallel.tp)
+    separate_at = eod_id_of(data_dir) if params.reset_attention_mask else None
     with evaluating(model), progress.bar("cache teacher", len(mine), "shards", done=len(mine) - len(todo)) as bar:
         for shard in todo:
-            entries = _entries(model, params, samples, facts.samples_of(shard), shape.vocab_size, vocab, session)
+            batches = _batches(samples, facts.samples_of(shard), separate_at, session)
+            entries = _entries(model, params, batches, shape.vocab_size, session)
             if session.is_last_stage and session.tp_rank == 0:
                 write_shard(work_dir, shard, entries)
             bar.advance(samples=len(facts.samples_of(shard)))
     session.barrier()
-    return facts
+    loss = _heldout_loss(model, params, shape.vocab_size, data_dir, session, progress)
+    return replace(facts, valid_num_tokens=params.valid_num_tokens, valid_teacher_loss=loss)
+
+
+def _heldout_loss(
+    model: GPTModel, params: CacheTeacherStage, vocab_size: int, data_dir: Path, session: Session, progress: Progress
+) -> float:
+    """Nats per token, on the windows that distillation validates with."""
+    heldout = heldout_batches(
+        data_dir,
+        session,
+        num_tokens=params.valid_num_tokens,
+        seq_len_tokens=params.seq_len_tokens,
+        batch_size=EVAL_BATCH_SIZE,
+        whole_documents=False,
+    )
+    return sum_nll(model, heldout, vocab_size, session, progress).loss
+
+
+def _batches(samples: Any, numbers: range, separate_at: int | None, session: Session) -> list[Batch]:
+    """Micro-batches of these samples, the last one smaller where they do not divide."""
+    out, size = [], session.parallel.micro_batch_size
+    for start in range(0, len(numbers), size):
+        of_batch = numbers[start : start + size]
+        batch = {**collate([samples[i] for i in of_batch], session), "sample_ids": torch.tensor(of_batch)}
+        if separate_at is not None:
+            batch["attention_mask"] = mask_between_documents(batch["tokens"], separate_at)
+        out.append(batch)
+    return out
 
 
 def _entries(
-    model: GPTModel,
-    params: CacheTeacherStage,
-    samples: Any,
-    numbers: range,
-    vocab_size: int,
-    vocab: Vocab,
-    session: Session,
+    model: GPTModel, params: CacheTeacherStage, batches: list[Batch], vocab_size: int, session: Session
 ) -> list[Entry]:
     found: list[Entry] = []
+    vocab = vocab_of(session, padded_vocab_size(vocab_size, session.parallel.tp) // session.parallel.tp)
 
     def keep(hidden_BSD: Tensor, batch: Batch) -> None:
         weight = head_weight(model, vocab_size)
@@ -84,12 +117,6 @@ def _entries(
         for row, tokens in enumerate(batch["tokens"].cpu().numpy()):
             found.append(pack(teacher.rows(slice(row * length, (row + 1) * length)), tokens, params.sparse))
 
-    size = session.parallel.micro_batch_size
-    batches = []
-    for start in range(0, len(numbers), size):
-        of_batch = numbers[start : start + size]
-        rows = [samples[i] for i in of_batch]
-        batches.append({**collate(rows, session), "sample_ids": torch.tensor(of_batch)})
     forward_batches(model, batches, session, keep, forward=model_hidden)
     return found
 

@@ -100,6 +100,11 @@ class CacheTeacherStage(Schema):
     precision: Precision = "bf16"
     seed: int = 1234
     """Of the order of the samples and of the draws; as in the distillation."""
+    reset_attention_mask: bool = False
+    """The teacher's tokens do not look back over the end of a document; as in the distillation."""
+    valid_num_tokens: PositiveInt = 16384
+    """Held-out tokens that the teacher's loss is measured on. The distillation's curves show it beside the student's
+    when they have the same number."""
 
 
 class TrainInputs(Schema):
