@@ -160,7 +160,14 @@ def bench_step(root: Path) -> dict[str, float]:
             }
         )
     parts = times["teacher_forward"] + times["student_forward_backward"]
-    return {**times, "live_over_parts": times["live"] / parts, "live_over_cached": times["live"] / times["cached"]}
+    written = sum(shard.stat().st_size for shard in (root / "cache").glob("shard_*"))
+    return {
+        **times,
+        "live_over_parts": times["live"] / parts,
+        "live_over_cached": times["live"] / times["cached"],
+        # Of random weights, whose draws hardly ever meet: text takes less.
+        "cache_bytes_per_token": written / (cache.num_samples * cache.seq_len_tokens),
+    }
 
 
 def main() -> None:
