@@ -96,7 +96,7 @@ def bench_loss() -> dict[str, float]:
 
         return run
 
-    times = interleaved({name: call(name) for name in LOSSES}, rounds=3)
+    times = interleaved({name: call(name) for name in LOSSES}, rounds=1)
     return {
         "bounded_extra_gib": peaks["bounded"],
         "plain_extra_gib": peaks["plain"],
