@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +32,10 @@ LAYOUTS = {
     "pp2": Parallel(pp=2),
     "dp2": Parallel(dp=2),
     "dp2, overlapped": Parallel(dp=2, overlap_grad_reduce=True),
+    "dp2, distributed optimizer": Parallel(dp=2, distributed_optimizer=True),
+    "dp2, distributed optimizer, overlapped": Parallel(
+        dp=2, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
+    ),
     "attention recomputed": Parallel(micro_batch_size=2, recompute="selective"),
     "tp2, layers recomputed": Parallel(tp=2, micro_batch_size=2, recompute="full"),
 }
@@ -66,22 +69,50 @@ def test_twenty_steps_have_the_losses_of_one_process(name: str, folders: dict[st
     np.testing.assert_allclose(found_valid, valid, atol=1e-4)
 
 
-def test_a_resume_may_have_another_data_parallel_size(folders: dict[str, Path]) -> None:
+RESUMES = {
+    "states on every rank": (Parallel(dp=2), Parallel(micro_batch_size=2)),
+    "states spread": (
+        Parallel(dp=2, distributed_optimizer=True),
+        Parallel(micro_batch_size=2, distributed_optimizer=True),
+    ),
+    "states spread, other tp": (
+        Parallel(dp=2, distributed_optimizer=True),
+        Parallel(tp=2, micro_batch_size=2, distributed_optimizer=True),
+    ),
+}
+"""Layouts at first and in the end, and of the steps between."""
+
+
+@pytest.mark.parametrize("name", RESUMES)
+def test_a_resume_may_have_another_layout(name: str, folders: dict[str, Path]) -> None:
     train, _ = _losses("one", Parallel(micro_batch_size=4), **folders)
     models = (folders["student"], folders["teacher"], folders["data"])
-    work = folders["work"] / "resumed"
+    work = folders["work"] / f"resumed-{name.replace(' ', '-')}"
     work.mkdir()
-    run_ranks(2, distill_until, PARAMS, Parallel(dp=2), *models, work, 7)
-    run_ranks(1, distill_until, PARAMS, Parallel(micro_batch_size=2), *models, work, 14)
-    found = run_ranks(2, distill_until, PARAMS, Parallel(dp=2), *models, work, 20)[0]
+    outer, inner = RESUMES[name]
+    run_ranks(outer.world_size, distill_until, PARAMS, outer, *models, work, 7)
+    run_ranks(inner.world_size, distill_until, PARAMS, inner, *models, work, 14)
+    found = run_ranks(outer.world_size, distill_until, PARAMS, outer, *models, work, 20)[0]
     np.testing.assert_allclose(found, train, atol=1e-4)
 
 
-def test_a_distributed_optimizer_that_could_not_resume_is_refused(folders: dict[str, Path]) -> None:
-    if importlib.util.find_spec("transformer_engine") or importlib.util.find_spec("apex"):
-        pytest.skip("Transformer Engine or Apex is installed")
-    work = folders["work"] / "refused"
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_distributed_optimizer_goes_on_to_the_same_bits(precision: str, folders: dict[str, Path]) -> None:
+    params = PARAMS.model_copy(update={"precision": precision, "num_steps": 8, "valid_interval_steps": 4})
+    layout = Parallel(dp=2, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+    models = (folders["student"], folders["teacher"], folders["data"])
+    works = [folders["work"] / f"{precision}-{name}" for name in ("whole", "stopped")]
+    for work in works:
+        work.mkdir()
+    whole = run_ranks(2, distill_until, params, layout, *models, works[0], 8)[0]
+    run_ranks(2, distill_until, params, layout, *models, works[1], 5)
+    assert run_ranks(2, distill_until, params, layout, *models, works[1], 8)[0] == whole
+
+
+def test_a_checkpoint_of_the_other_optimizer_is_refused(folders: dict[str, Path]) -> None:
+    work = folders["work"] / "other-optimizer"
     work.mkdir()
-    order = (PARAMS, Parallel(distributed_optimizer=True), *(folders[key] for key in ("student", "teacher", "data")))
-    with pytest.raises(AssertionError, match="needs Transformer Engine or Apex"):
-        run_ranks(1, distill_losses, *order, work)
+    order = (folders["student"], folders["teacher"], folders["data"], work)
+    run_ranks(1, distill_until, PARAMS, Parallel(micro_batch_size=4, distributed_optimizer=True), *order, 2)
+    with pytest.raises(AssertionError, match="execution.parallel.distributed_optimizer = true"):
+        run_ranks(1, distill_until, PARAMS, Parallel(micro_batch_size=4), *order, 4)

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from nemo_minitron.backends.megatron.optim import Trainable
 from nemo_minitron.backends.megatron.session import Session
+from nemo_minitron.backends.megatron.distributed_adam import load_optimizer_state, sharded_optimizer_state
 from nemo_minitron.backends.megatron.writing import Buffers, Writing
 from nemo_minitron.errors import CheckpointError
 
@@ -66,7 +67,8 @@ class Checkpoints:
         state = _sharded_state(trainable, is_loading=False)
         with _write_errors(self.folder):
             self._writing = Writing.begin(state, partial_dir, self._buffers)
-            self._writing.then(partial(self._publish, partial_dir, progressed))
+            facts = {**asdict(progressed), "distributed_optimizer": trainable.has_distributed_optimizer}
+            self._writing.then(partial(self._publish, partial_dir, facts))
         if not self._in_background:
             self.finish()
 
@@ -101,11 +103,10 @@ class Checkpoints:
         self._session.barrier()
         return Progressed() if newest is None else _load(trainable, newest)
 
-    def _publish(self, partial_dir: Path, progressed: Progressed) -> None:
+    def _publish(self, partial_dir: Path, facts: dict[str, Any]) -> None:
         if self._session.is_main:
-            facts = {"step": progressed.step, "good_losses": progressed.good_losses}
             (partial_dir / _FACTS).write_text(json.dumps(facts))
-            final = self.folder / f"{_PREFIX}{progressed.step:08d}"
+            final = self.folder / f"{_PREFIX}{facts['step']:08d}"
             shutil.rmtree(final, ignore_errors=True)
             partial_dir.rename(final)
             for old in checkpoints(self.folder)[: -self._keep]:
@@ -129,7 +130,10 @@ def _load(trainable: Trainable, checkpoint: Path) -> Progressed:
     try:
         facts = json.loads((checkpoint / _FACTS).read_text())
         step = int(facts["step"])
+        _require_same_optimizer(trainable, bool(facts.get("distributed_optimizer", False)), checkpoint)
         state = dist_checkpointing.load(_sharded_state(trainable, is_loading=True), str(checkpoint))
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"The training checkpoint cannot be read: {type(error).__name__}: {error}",
@@ -138,11 +142,25 @@ def _load(trainable: Trainable, checkpoint: Path) -> Progressed:
         ) from error
     trainable.model.load_state_dict({k.removeprefix("model."): v for k, v in state["model"].items()})
     wanted = [{key: group[key] for key in _FROM_THE_RECIPE if key in group} for group in _groups(trainable)]
-    trainable.optimizer.load_state_dict(state["optimizer"])
+    if trainable.has_distributed_optimizer:
+        load_optimizer_state(trainable.optimizer, state["optimizer"])
+    else:
+        trainable.optimizer.load_state_dict(state["optimizer"])
     for group, values in zip(_groups(trainable), wanted, strict=True):
         group.update(values)
     trainable.schedule.step(step)
     return Progressed(step, tuple(facts.get("good_losses", ())))
+
+
+def _require_same_optimizer(trainable: Trainable, was_distributed: bool, checkpoint: Path) -> None:
+    """The two optimizers write different files."""
+    if trainable.has_distributed_optimizer != was_distributed:
+        was, now = (str(value).lower() for value in (was_distributed, trainable.has_distributed_optimizer))
+        raise CheckpointError(
+            f"The training checkpoint is of execution.parallel.distributed_optimizer = {was}, not {now}.",
+            where=str(checkpoint),
+            next_step=f"Set it to {was}, or delete the checkpoints to start from the first step.",
+        )
 
 
 def _groups(trainable: Trainable) -> list[dict[str, Any]]:
@@ -151,11 +169,11 @@ def _groups(trainable: Trainable) -> list[dict[str, Any]]:
 
 def _sharded_state(trainable: Trainable, *, is_loading: bool) -> dict[str, Any]:
     model = trainable.model.sharded_state_dict(prefix="model.")
-    options: dict[str, Any] = {"is_loading": is_loading}
-    if trainable.ddp.ddp_config.use_distributed_optimizer:
-        # Whole tensors on disk: a resume may have any other layout.
-        options["metadata"] = {"distrib_optim_sharding_type": "fully_reshardable"}
-    return {"model": model, "optimizer": trainable.optimizer.sharded_state_dict(model, **options)}
+    if trainable.has_distributed_optimizer:
+        optimizer = sharded_optimizer_state(trainable.optimizer, model, is_loading=is_loading)
+    else:
+        optimizer = trainable.optimizer.sharded_state_dict(model, is_loading=is_loading)
+    return {"model": model, "optimizer": optimizer}
 
 
 @contextmanager

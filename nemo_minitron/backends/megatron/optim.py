@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from nemo_minitron.backends.megatron.build import DTYPES
 from nemo_minitron.backends.megatron.hidden import sum_projection_gradient
 from nemo_minitron.config.schema import Optimization, Parallel
-from nemo_minitron.errors import EnvironmentProblem
 
 
 @dataclass(frozen=True)
@@ -31,14 +29,25 @@ class Trainable:
         return self.ddp.module
 
     @property
+    def has_distributed_optimizer(self) -> bool:
+        """Whether each data-parallel rank keeps a part of the optimizer's states."""
+        return bool(self.ddp.ddp_config.use_distributed_optimizer)
+
+    def gather_parameters(self) -> None:
+        """Bring every rank's parameters up to date; call it before they are read outside of a training step.
+
+        With overlap_param_gather a rank has new values of its own part only until its next training step.
+        """
+        if self.ddp.ddp_config.overlap_param_gather:
+            self.ddp.start_param_sync(force_sync=True)
+
+    @property
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
 
 def make_trainable(model: GPTModel, params: Optimization, num_steps: int, parallel: Parallel) -> Trainable:
     """Gradients and optimizer states in fp32 (fp64 stays fp64)."""
-    if parallel.distributed_optimizer:
-        _require_fused_adam()
     config = model.config
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.params_dtype != torch.float64,
@@ -52,15 +61,6 @@ def make_trainable(model: GPTModel, params: Optimization, num_steps: int, parall
     optimizer = get_megatron_optimizer(_optimizer_config(params, parallel), [ddp])
     config.grad_scale_func = optimizer.scale_loss
     return Trainable(ddp, optimizer, _schedule(optimizer, params, num_steps))
-
-
-def _require_fused_adam() -> None:
-    """With torch's own Adam, Megatron's distributed optimizer does not come back from a checkpoint as it was."""
-    if importlib.util.find_spec("transformer_engine") is None and importlib.util.find_spec("apex") is None:
-        raise EnvironmentProblem(
-            "execution.parallel.distributed_optimizer needs Transformer Engine or Apex, and neither is installed.",
-            next_step="Leave it out here: without them Megatron-Core cannot resume from its checkpoints exactly.",
-        )
 
 
 def _finalize_gradients(models: list[Any], *args: Any, **kwargs: Any) -> None:

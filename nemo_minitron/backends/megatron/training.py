@@ -157,9 +157,13 @@ def _advance(loop: _Loop, step: int, bar: Bar) -> None:
         raise _spike_error(loop, row["train_loss"], done)
     loop.checkpoints.poll()
     last = done == job.num_steps
-    if last or done % job.params.valid_interval_steps == 0:
+    validates = last or done % job.params.valid_interval_steps == 0
+    saves = (last or asked_by or done % job.params.save_interval_steps == 0) and loop.watch.is_calm
+    if validates or saves:
+        job.trainable.gather_parameters()
+    if validates:
         loop.curves.add(done, **job.objective.validate())
-    if (last or asked_by or done % job.params.save_interval_steps == 0) and loop.watch.is_calm:
+    if saves:
         # The curve reaches the disk first: a checkpoint never knows more than its curve.
         loop.curves.flush()
         loop.checkpoints.save(job.trainable, Progressed(done, tuple(loop.watch.good_losses)))

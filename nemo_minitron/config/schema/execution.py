@@ -19,7 +19,7 @@ class Parallel(Schema):
     micro_batch_size: PositiveInt = 1
     """Sequences per forward pass and data-parallel rank."""
     distributed_optimizer: bool = False
-    """Each data-parallel rank keeps a part of the optimizer's states (ZeRO-1). Needs Transformer Engine or Apex."""
+    """Each data-parallel rank keeps a part of the optimizer's states (ZeRO-1), in fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: of attention, or of whole layers. Less memory, more time."""
     overlap_grad_reduce: bool = False

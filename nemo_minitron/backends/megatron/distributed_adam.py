@@ -1,0 +1,56 @@
+"""Megatron's distributed optimizer (each data-parallel rank keeps a part of Adam's states) over torch's own Adam.
+
+Megatron was written for the fused Adam of Transformer Engine or Apex, which counts steps once for each group. Torch's
+counts them for each parameter, and Megatron's loading then gives all parameters one and the same counter: every step
+after a resume counts as many steps as there are parameters. What is here keeps the counters apart; with a fused Adam
+it leaves everything to Megatron.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+"""Whole tensors on disk, so that a resume may have another layout."""
+
+
+def sharded_optimizer_state(
+    optimizer: DistributedOptimizer, model_state: dict[str, Any], *, is_loading: bool
+) -> dict[str, Any]:
+    """What a checkpoint holds of the optimizer."""
+    if is_loading and _is_torch_adam(optimizer):
+        _make_states(optimizer)
+    state: dict[str, Any] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING)
+    return state
+
+
+def load_optimizer_state(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:
+    """Take over what a checkpoint held."""
+    if not _is_torch_adam(optimizer):
+        optimizer.load_state_dict(state)
+        return
+    optimizer.load_state_dict({key: value for key, value in state.items() if key != "param_state"})
+    step = float(optimizer.optimizer.param_groups[0]["step"])
+    states = optimizer.optimizer.state.values()
+    for tensors in states:
+        # Megatron copies every tensor that it finds here, and its files have no counters.
+        del tensors["step"]
+    optimizer.load_parameter_state_from_fully_reshardable(state["param_state"])
+    for tensors in states:
+        tensors["step"] = torch.tensor(step)
+
+
+def _is_torch_adam(optimizer: DistributedOptimizer) -> bool:
+    return isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
+def _make_states(optimizer: DistributedOptimizer) -> None:
+    """The states that torch makes at the first step; Megatron cannot describe an optimizer that has none."""
+    adam = optimizer.optimizer
+    for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+        if not adam.state[parameter]:
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
