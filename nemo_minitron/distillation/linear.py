@@ -2,9 +2,11 @@
 
 For each chunk the head's product, the loss, its gradient, and that gradient's way back through the head are computed
 together, so that at no time more than a few [chunk, V] tensors exist; the whole would be [T, V] for the student, the
-teacher, their probabilities and the gradient.
+teacher, their probabilities and the gradient. Products want large chunks. On a CPU the arithmetic between them wants
+its operands in the cache, so it goes over smaller blocks of each chunk; the gradient of a block takes the place of
+its logits.
 
-Shapes: T tokens, D hidden size, V this rank's part of the vocabulary (without padding), n tokens of a chunk.
+Shapes: T tokens, D hidden size, V this rank's part of the vocabulary (without padding), n tokens of a chunk or block.
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from torch import Tensor
 from nemo_minitron.distillation.losses import LossAndGrad
 
 ChunkLoss = Callable[[Tensor, slice], LossAndGrad]
-"""Student logits of a chunk [n, V] and which of the T tokens they are -> loss [n], gradient [n, V]."""
+"""Student logits of a block [n, V] and which of the T tokens they are -> loss [n], gradient [n, V]."""
 CHUNK_BYTES = 2**28
 """Of one chunk's logits in fp32. Smaller chunks make smaller, slower matrix products."""
 MIN_CHUNK_TOKENS = 32
+CPU_BLOCK_BYTES = 2**22
+"""Of one block's logits in fp32."""
+MIN_BLOCK_TOKENS = 4
 
 
 def linear_loss(
@@ -44,39 +49,86 @@ def linear_loss(
     Returns:
         a scalar in at least fp32.
     """
-    size = chunk_tokens or chunk_tokens_of(weight_VD.shape[0])
+    head = Head(weight_VD, hidden_TD, chunk_tokens)
     with_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
-    total: Tensor = _LinearLoss.apply(hidden_TD, weight_VD, token_weights_T, chunk_loss, size, with_gradient)
+    total: Tensor = _LinearLoss.apply(hidden_TD, weight_VD, token_weights_T, chunk_loss, head, with_gradient)
     return total
 
 
 class Head:
-    """Logits of one chunk after the other, in at least fp32, in one piece of memory: each call overwrites the last."""
+    """The logits `hidden @ weight.T`, computed in chunks and given out in blocks.
 
-    def __init__(self, weight_VD: Tensor) -> None:
-        self.weight = weight_VD
-        self._scratch: Tensor | None = None
+    Args:
+        chunk_tokens: size of a chunk; None: from CHUNK_BYTES.
+    """
 
-    def logits(self, hidden_nD: Tensor) -> Tensor:
-        """hidden @ weight.T [n, V]."""
-        num_tokens, wide = hidden_nD.shape[0], torch.promote_types(hidden_nD.dtype, torch.float32)
-        if self._scratch is None or len(self._scratch) < num_tokens:
-            self._scratch = hidden_nD.new_empty(num_tokens, self.weight.shape[0], dtype=wide)
-        out = self._scratch[:num_tokens]
-        if wide == hidden_nD.dtype:
-            return torch.mm(hidden_nD, self.weight.t(), out=out)
-        return out.copy_(hidden_nD @ self.weight.t())
+    def __init__(self, weight_VD: Tensor, hidden_TD: Tensor, chunk_tokens: int | None = None) -> None:
+        self.weight, self.hidden = weight_VD.detach(), hidden_TD.detach()
+        vocab_size = weight_VD.shape[0]
+        self.chunk_tokens = chunk_tokens or max(MIN_CHUNK_TOKENS, CHUNK_BYTES // (4 * vocab_size))
+        of_cache = max(MIN_BLOCK_TOKENS, CPU_BLOCK_BYTES // (4 * vocab_size))
+        self._block_tokens = min(self.chunk_tokens, self.chunk_tokens if weight_VD.is_cuda else of_cache)
+        self._chunk, self._given = slice(0, 0), 0
+        self._product = self.hidden.new_empty(min(self.chunk_tokens, len(hidden_TD)), vocab_size)
+        self._scratch = self._product
+        if self.wide != self.hidden.dtype:
+            self._scratch = self._product.new_empty(
+                min(self._block_tokens, len(hidden_TD)), vocab_size, dtype=self.wide
+            )
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Of the arithmetic on logits: at least fp32."""
+        return torch.promote_types(self.hidden.dtype, torch.float32)
+
+    def chunks(self) -> Iterator[slice]:
+        """All tokens, a chunk at a time."""
+        return slices(0, len(self.hidden), self.chunk_tokens)
+
+    def blocks(self, chunk: slice) -> Iterator[slice]:
+        """The tokens of a chunk, a block at a time."""
+        return slices(chunk.start, chunk.stop, self._block_tokens)
+
+    def all_blocks(self) -> Iterator[slice]:
+        """All tokens, a block at a time."""
+        return (rows for chunk in self.chunks() for rows in self.blocks(chunk))
+
+    def logits(self, rows: slice) -> Tensor:
+        """[n, V] in at least fp32; it may be written to, and holds until the next call.
+
+        Args:
+            rows: at most chunk_tokens; out of order, the product is computed again.
+        """
+        # What was given out may have been written to.
+        if not max(self._chunk.start, self._given) <= rows.start < rows.stop <= self._chunk.stop:
+            self._chunk = slice(rows.start, min(rows.start + self.chunk_tokens, len(self.hidden)))
+            torch.mm(self.hidden[self._chunk], self.weight.t(), out=self._product[: _length(self._chunk)])
+        found, self._given = self._rows(rows), rows.stop
+        return found if self._scratch is self._product else self._scratch[: _length(rows)].copy_(found)
+
+    def put_gradient(self, rows: slice, grad_nV: Tensor) -> None:
+        """Keep a block's gradient in the place of its logits."""
+        found = self._rows(rows)
+        if found.data_ptr() != grad_nV.data_ptr():
+            found.copy_(grad_nV)
+
+    def take_gradient(self) -> Tensor:
+        """The gradient of a whole chunk [n, V], after that of its blocks was put; the next chunk overwrites it."""
+        chunk, self._chunk = self._chunk, slice(0, 0)
+        return self._product[: _length(chunk)]
+
+    def _rows(self, rows: slice) -> Tensor:
+        return self._product[rows.start - self._chunk.start : rows.stop - self._chunk.start]
 
 
-def chunk_tokens_of(vocab_size: int) -> int:
-    """Tokens of a chunk, for this rank's part of the vocabulary."""
-    return max(MIN_CHUNK_TOKENS, CHUNK_BYTES // (4 * vocab_size))
+def slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` from start to stop."""
+    for begin in range(start, stop, size):
+        yield slice(begin, min(begin + size, stop))
 
 
-def chunks(num_tokens: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` tokens."""
-    for start in range(0, num_tokens, size):
-        yield slice(start, min(start + size, num_tokens))
+def _length(rows: slice) -> int:
+    return int(rows.stop - rows.start)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -87,25 +139,26 @@ class _LinearLoss(torch.autograd.Function):
         weight: Tensor,
         token_weights: Tensor,
         chunk_loss: ChunkLoss,
-        chunk_tokens: int,
+        head: Head,
         with_gradient: bool,
     ) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
+        total = torch.zeros((), dtype=head.wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_gradient else None
         grad_weight = None
         if with_gradient and weight.requires_grad:
-            grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
-        head = Head(weight)
-        for rows in chunks(hidden.shape[0], chunk_tokens):
-            loss, grad = chunk_loss(head.logits(hidden[rows]), rows)
-            total += loss @ token_weights[rows].to(loss.dtype)
+            grad_weight = torch.zeros(weight.shape, dtype=head.wide, device=weight.device)
+        for chunk in head.chunks():
+            for rows in head.blocks(chunk):
+                loss, grad = chunk_loss(head.logits(rows), rows)
+                total += loss @ token_weights[rows].to(loss.dtype)
+                if with_gradient:
+                    head.put_gradient(rows, grad.mul_(token_weights[rows, None]))
             if grad_hidden is None:
                 continue
-            narrow = grad.mul_(token_weights[rows, None]).to(hidden.dtype)
-            torch.mm(narrow, weight, out=grad_hidden[rows])
+            narrow = head.take_gradient()
+            torch.mm(narrow, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
-                _add_product(grad_weight, narrow, hidden[rows])
+                _add_product(grad_weight, narrow, hidden[chunk])
         ctx.grads = (grad_hidden, grad_weight)
         return total
 

@@ -1,6 +1,6 @@
 """The loss of a recipe over a batch of tokens: distance to the teacher, next-token cross entropy, and their balance.
 
-Shapes: T tokens, n tokens of a chunk, D hidden size, V this rank's part of the vocabulary.
+Shapes: T tokens, n tokens of a block, D hidden size, V this rank's part of the vocabulary.
 """
 
 from __future__ import annotations
@@ -17,23 +17,29 @@ from nemo_minitron.distillation.sparse import SparseTeacher, sparse_distance, sp
 from nemo_minitron.distillation.vocab import WHOLE, Vocab
 
 Distance = Callable[[Tensor, slice], LossAndGrad]
-"""Student logits of a chunk [n, V], and which tokens they are -> distance to the teacher [n], gradient [n, V]."""
+"""Student logits of a block [n, V], and which tokens they are -> distance to the teacher [n], gradient [n, V]."""
 
 
 def live_teacher(
-    hidden_TD: Tensor, weight_VD: Tensor, params: LogitsLoss, uniforms: Tensor | None = None, vocab: Vocab = WHOLE
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    params: LogitsLoss,
+    uniforms: Tensor | None = None,
+    vocab: Vocab = WHOLE,
+    *,
+    chunk_tokens: int | None = None,
 ) -> Distance:
-    """Distance to a teacher whose head is run on each chunk.
+    """Distance to a teacher whose head is run on each chunk of tokens.
 
     Args:
         hidden_TD: the input of the teacher's output layer; D may differ from the student's.
         uniforms: [T, rounds] for draws (`sparse: {kind: sampled}`).
     """
-    head = Head(weight_VD)
+    head = Head(weight_VD, hidden_TD, chunk_tokens)
 
     @torch.no_grad()
     def of(student: Tensor, rows: slice) -> LossAndGrad:
-        logits = head.logits(hidden_TD[rows])
+        logits = head.logits(rows)
         if params.sparse is None:
             return distance(student, logits, params, vocab)
         points = None if uniforms is None else uniforms[rows]
@@ -88,7 +94,7 @@ def token_loss(
 
 
 class Mixture:
-    """The loss of a chunk; adds up its parts on the way."""
+    """The loss of a block; adds up its parts on the way."""
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ def package_gradients(
 
     if chunk_tokens is not None:
         linear.CHUNK_BYTES, linear.MIN_CHUNK_TOKENS = 0, chunk_tokens
+        linear.CPU_BLOCK_BYTES, linear.MIN_BLOCK_TOKENS = 0, max(1, chunk_tokens // 2)
     with open_session(parallel, device="cpu", threads=1) as session:
         return {name: _package(params_of(loss, precision), session, folders) for name, loss in losses.items()}
 

@@ -138,7 +138,7 @@ def test_head_and_loss_together_are_exact_for_every_chunk_size(
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     labels, tokens = torch.arange(20), torch.rand(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     params = Loss(next_token=next_token_weight)
-    teacher = live_teacher(teacher_hidden, teacher_weight, params.logits)
+    teacher = live_teacher(teacher_hidden, teacher_weight, params.logits, chunk_tokens=chunk_tokens)
     loss, parts = token_loss(params, hidden, weight, labels, tokens, teacher, chunk_tokens=chunk_tokens)
     found = torch.autograd.grad(3.0 * loss, (hidden, weight))
 

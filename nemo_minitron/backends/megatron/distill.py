@@ -35,7 +35,7 @@ from nemo_minitron.backends.megatron.weights import load_model
 from nemo_minitron.config.schema import DistillStage, LogitsLoss, Loss, Optimization, Sampled, TrainStage
 from nemo_minitron.distillation.cache import TeacherCache, require_same_keys
 from nemo_minitron.distillation.flops import training_flops_per_token
-from nemo_minitron.distillation.linear import Head, chunk_tokens_of, chunks
+from nemo_minitron.distillation.linear import Head
 from nemo_minitron.distillation.losses import forward_kl, next_token
 from nemo_minitron.distillation.objective import Distance, cached_teacher, live_teacher, token_loss
 from nemo_minitron.distillation.sparse import SparseTeacher, uniforms_of
@@ -334,14 +334,16 @@ def validate(room: Classroom) -> dict[str, float]:
 def _measure(room: Classroom, hidden_BSD: Tensor, batch: Batch, teacher_BSD: Tensor | None) -> Tensor:
     """Sums over the batch's tokens: KL, loss of the student, loss of the teacher, tokens."""
     labels, mask, vocab = batch["labels"].flatten(), batch["loss_mask"].flatten(), room.vocab
-    student = Head(head_weight(room.student, room.vocab_size))
-    teacher = None if room.teacher is None else Head(head_weight(room.teacher, room.vocab_size))
+    student = Head(head_weight(room.student, room.vocab_size), hidden_BSD.flatten(0, 1))
+    teacher = None
+    if room.teacher is not None and teacher_BSD is not None:
+        teacher = Head(head_weight(room.teacher, room.vocab_size), teacher_BSD.flatten(0, 1))
     sums = torch.zeros(4, dtype=torch.float64, device=mask.device)
-    for rows in chunks(len(mask), chunk_tokens_of(student.weight.shape[0])):
-        logits = student.logits(hidden_BSD.flatten(0, 1)[rows])
+    for rows in student.all_blocks():
+        logits = student.logits(rows)
         values = [torch.zeros_like(mask[rows]), next_token(logits.clone(), labels[rows], vocab)[0]]
-        if teacher is not None and teacher_BSD is not None:
-            expected = teacher.logits(teacher_BSD.flatten(0, 1)[rows])
+        if teacher is not None:
+            expected = teacher.logits(rows)
             values.append(next_token(expected.clone(), labels[rows], vocab)[0])
             values[0] = forward_kl(logits, expected, KL, vocab)[0]
         else:

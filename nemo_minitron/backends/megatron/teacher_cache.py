@@ -32,7 +32,7 @@ from nemo_minitron.distillation.cache import (
     shard_name,
     write_shard,
 )
-from nemo_minitron.distillation.linear import Head, chunk_tokens_of, chunks
+from nemo_minitron.distillation.linear import Head
 from nemo_minitron.distillation.sparse import SparseTeacher, sparsify, uniforms_of
 from nemo_minitron.distillation.vocab import Vocab
 from nemo_minitron.progress import Progress
@@ -124,14 +124,15 @@ def _entries(
 def _distributions(
     hidden_BSD: Tensor, weight_VD: Tensor, batch: Batch, params: CacheTeacherStage, vocab: Vocab
 ) -> SparseTeacher:
-    head, hidden = Head(weight_VD), hidden_BSD.flatten(0, 1)
+    hidden = hidden_BSD.flatten(0, 1)
+    head = Head(weight_VD, hidden)
     uniforms = None
     if isinstance(params.sparse, Sampled):
         uniforms = uniforms_of(params.seed, batch["sample_ids"], params.seq_len_tokens, params.sparse.rounds)
     parts = []
-    for rows in chunks(len(hidden), chunk_tokens_of(weight_VD.shape[0])):
+    for rows in head.all_blocks():
         points = None if uniforms is None else uniforms[rows].to(hidden.device)
-        parts.append(sparsify(head.logits(hidden[rows]), params.sparse, params.temperature, points, vocab))
+        parts.append(sparsify(head.logits(rows), params.sparse, params.temperature, points, vocab))
     return SparseTeacher(
         torch.cat([part.ids for part in parts]),
         torch.cat([part.probs for part in parts]),
