@@ -114,5 +114,5 @@ def test_a_checkpoint_of_the_other_optimizer_is_refused(folders: dict[str, Path]
     work.mkdir()
     order = (folders["student"], folders["teacher"], folders["data"], work)
     run_ranks(1, distill_until, PARAMS, Parallel(micro_batch_size=4, distributed_optimizer=True), *order, 2)
-    with pytest.raises(AssertionError, match="execution.parallel.distributed_optimizer = true"):
+    with pytest.raises(AssertionError, match=r"execution\.parallel\.distributed_optimizer = true"):
         run_ranks(1, distill_until, PARAMS, Parallel(micro_batch_size=4), *order, 4)

@@ -19,9 +19,9 @@ import torch
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import CheckpointException
 
+from nemo_minitron.backends.megatron.distributed_adam import load_optimizer_state, sharded_optimizer_state
 from nemo_minitron.backends.megatron.optim import Trainable
 from nemo_minitron.backends.megatron.session import Session
-from nemo_minitron.backends.megatron.distributed_adam import load_optimizer_state, sharded_optimizer_state
 from nemo_minitron.backends.megatron.writing import Buffers, Writing
 from nemo_minitron.errors import CheckpointError
 
