@@ -13,10 +13,11 @@ from nemo_minitron.backends.aligner import convert
 from nemo_minitron.backends.aligner.config import TRAINER_KEYS, Method, complete_config
 from nemo_minitron.backends.aligner.process import run_task
 from nemo_minitron.config.schema import AttributeModelStage, DpoStage, Parallel, SftStage, SteerlmSftStage
-from nemo_minitron.config.schema.aligner import ALL_ATTRIBUTES, Alignment
-from nemo_minitron.errors import DataError
+from nemo_minitron.config.schema.aligner import Alignment
+from nemo_minitron.data.chat.rows import ATTRIBUTES
 from nemo_minitron.hf.checkpoint import model_facts
 from nemo_minitron.stages.align_rows import Rows, write_rows
+from nemo_minitron.stages.annotate import agreement, predict, read_labels
 from nemo_minitron.stages.spec import Result, StageContext
 
 CURVES_FILE = "curves.jsonl"
@@ -89,7 +90,7 @@ def train_attribute_model(params: AttributeModelStage, inputs: Inputs, ctx: Stag
     regression = params.reward == "regression"
     fill = {
         "model.reward_model_type": "regression" if regression else "binary_ranking",
-        "model.regression.num_attributes": len(ALL_ATTRIBUTES) if regression else 1,
+        "model.regression.num_attributes": len(ATTRIBUTES) if regression else 1,
         "model.share_embeddings_and_output_weights": False,  # it has no output layer
         "model.forward_micro_batch_size": _parallel(ctx).micro_batch_size,
         **_json_rows(rows, params),
@@ -97,7 +98,15 @@ def train_attribute_model(params: AttributeModelStage, inputs: Inputs, ctx: Stag
     job = Job("reward_model", params, inputs["model"].path, rows, fill)
     _train(job, ctx, ctx.out_dir / NEMO_DIR)
     shutil.copytree(_nemo(ctx).with_name(f"{NEMO_DIR}.tokenizer"), ctx.out_dir / f"{NEMO_DIR}.tokenizer")
-    return {**_facts(job, ctx), "reward": params.reward, "template": params.template}
+    facts = {**_facts(job, ctx), "reward": params.reward, "template": params.template}
+    return {**facts, "agreement": _agreement(rows, ctx)} if regression else facts
+
+
+def _agreement(rows: Rows, ctx: StageContext) -> dict[str, Any]:
+    """With people, on the held-out rows."""
+    texts, labels = zip(*read_labels(rows.valid), strict=True)
+    found = predict(ctx.out_dir / NEMO_DIR, texts, _parallel(ctx).micro_batch_size, ctx)
+    return agreement(labels, found, (label for _, label in read_labels(rows.train)))
 
 
 def _json_rows(rows: Rows, params: Alignment) -> dict[str, Any]:
@@ -226,16 +235,3 @@ def _on_cpu(ctx: StageContext) -> bool:
 
     return ctx.execution.device == "cpu" or not torch.cuda.is_available()
 
-
-def require_rows(found: int, needed: int, what: str, where: str) -> None:
-    """Stop where there is less than one batch.
-
-    Raises:
-        DataError: too few rows.
-    """
-    if found < needed:
-        raise DataError(
-            f"{found} {what} rows are left, and one batch takes {needed}.",
-            where=where,
-            next_step="Lower global_batch_size, raise max_seq_len_tokens (long rows are dropped), or add data.",
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PositiveInt
 
@@ -83,19 +83,6 @@ class AttributeModelInputs(Schema):
     data: StageName = "chat_data"
 
 
-ALL_ATTRIBUTES: tuple[AttributeName, ...] = (
-    "quality",
-    "toxicity",
-    "humor",
-    "creativity",
-    "helpfulness",
-    "correctness",
-    "coherence",
-    "complexity",
-    "verbosity",
-)
-
-
 class AttributeModelStage(Alignment):
     """A reward model: attributes by regression (conversations), or the better of two answers by ranking (pairs)."""
 
@@ -115,7 +102,7 @@ class AnnotateStage(Schema):
 
     kind: Literal["annotate"]
     inputs: AnnotateInputs = AnnotateInputs()
-    attributes: Annotated[tuple[AttributeName, ...], Field(min_length=1)] = ALL_ATTRIBUTES
+    attributes: Annotated[tuple[AttributeName, ...], Field(min_length=1)] = get_args(AttributeName)
     """Which of them go into the rows."""
     keep_human: bool = True
     """Attributes that a row already has stay as they are."""
