@@ -75,6 +75,8 @@ class ChatRendering(Schema):
     """model: the chat template beside the tokenizer."""
     turns: Literal["all", "last"] = "all"
     """Which answers of a conversation are learnt: one training row each."""
+    condition_on_attributes: bool = True
+    """SFT: the ratings of a row stand before its last answer, in the prompt (SteerLM)."""
     max_seq_len_tokens: PositiveInt | None = None
     """Longest prompt and answer together; null: any."""
     too_long: Literal["drop", "cut_turns"] = "drop"

@@ -1,6 +1,6 @@
 """Chat templates in Jinja, as Hugging Face tokenizers carry them.
 
-Each takes an optional variable `attributes` (a dict of ratings), and writes it as one line at the start of the last answer:
+Each takes an optional variable `attributes` (a dict of ratings), written as one line at the start of the last answer:
 
     tokenizer.apply_chat_template(messages, add_generation_prompt=True, attributes={"helpfulness": 4})
 """
@@ -109,7 +109,9 @@ def set_template(model_dir: Path, name: TemplateName) -> None:
 
 
 def _add_stop(file: Path, stop_id: int) -> None:
-    config = _read(file) if file.is_file() else {"_from_model_config": True}
+    config = _read(file if file.is_file() else file.with_name("config.json"))
+    if not file.is_file():
+        config = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     known = config.get("eos_token_id")
     ids = known if isinstance(known, list) else [] if known is None else [known]
     if stop_id not in ids:
