@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_minitron import __version__
+from nemo_minitron.cli_show import show
 from nemo_minitron.errors import Interrupted, MinitronError
 
 if TYPE_CHECKING:
@@ -149,6 +150,9 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     loaded = load_recipe(recipe, overrides)
     render_now(make_plan(loaded))
     _print_report_path(run_dir(loaded))
+
+
+app.command()(show)
 
 
 @assets_app.command("list")

@@ -1,1 +1,1 @@
-"""Text to Megatron indexed datasets."""
+"""Text to Megatron indexed datasets; chats to training text."""

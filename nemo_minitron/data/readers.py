@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob, has_magic
@@ -20,7 +20,6 @@ from nemo_minitron.data.blocks import COMPRESSIONS, read_blocks
 from nemo_minitron.errors import DataError
 
 FORMATS = (".txt", ".jsonl", ".parquet")
-ALLOWED = ", ".join(f"*{f}[.gz|.zst]" for f in FORMATS)
 _ROWS_PER_BATCH = 1024
 
 
@@ -33,27 +32,28 @@ class Text:
     """How much of the file on disk had been read by then; for progress."""
 
 
-def source_files(path: Path) -> list[Path]:
+def source_files(path: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
     """Files of a file, folder (searched below, sorted, hidden ones left out) or glob pattern.
 
     Raises:
         DataError: nothing there, or nothing in a known format.
     """
     if path.is_file():
-        _format(path)
+        file_format(path, formats)
         return [path]
     found = sorted(path.rglob("*")) if path.is_dir() else sorted(map(Path, glob(str(path), recursive=True)))
     present = [file for file in found if file.is_file() and not _hidden(file, path)]
-    files = [file for file in present if _known(file)]
+    files = [file for file in present if _known(file, formats)]
     if files:
         return files
     if present:
         raise DataError(
-            f"{len(present)} files at {path}, none of a known type: the first is {present[0].name}.", allowed=ALLOWED
+            f"{len(present)} files at {path}, none of a known type: the first is {present[0].name}.",
+            allowed=_patterns(formats),
         )
     raise DataError(
         f"No file matches {path}." if has_magic(str(path)) else f"There is no text at {path}.",
-        allowed=f"a file, folder or glob of {ALLOWED}",
+        allowed=f"a file, folder or glob of {_patterns(formats)}",
         next_step="Check the path; assets are fetched with `minitron assets fetch`.",
     )
 
@@ -64,7 +64,7 @@ def read_documents(file: Path, source: DataSource) -> Iterator[Text]:
     Raises:
         DataError: an empty file, bad encoding, bad rows, missing columns, damaged compression; with file and line.
     """
-    reader = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[_format(file)]
+    reader = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[file_format(file)]
     count = 0
     try:
         for document in reader(file, source):
@@ -87,18 +87,28 @@ def _hidden(file: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in inside)
 
 
-def _known(file: Path) -> bool:
-    return _bare(file).suffix.lower() in FORMATS
+def file_format(file: Path, formats: Sequence[str] = FORMATS) -> str:
+    """The suffix without that of a compression: `.jsonl` of rows.jsonl.zst.
+
+    Raises:
+        DataError: it is none of the formats.
+    """
+    if not _known(file, formats):
+        suffixes = "".join(file.suffixes) or "(none)"
+        raise DataError(f"Unknown file type {suffixes}.", where=str(file), allowed=_patterns(formats))
+    return _bare(file).suffix.lower()
+
+
+def _known(file: Path, formats: Sequence[str]) -> bool:
+    return _bare(file).suffix.lower() in formats
 
 
 def _bare(file: Path) -> Path:
     return file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
 
 
-def _format(file: Path) -> str:
-    if not _known(file):
-        raise DataError(f"Unknown file type {''.join(file.suffixes) or '(none)'}.", where=str(file), allowed=ALLOWED)
-    return _bare(file).suffix.lower()
+def _patterns(formats: Sequence[str]) -> str:
+    return ", ".join(f"*{suffix}[.gz|.zst]" for suffix in formats)
 
 
 def _read_text(file: Path, source: DataSource) -> Iterator[Text]:
@@ -155,7 +165,7 @@ def _not_utf8(error: UnicodeDecodeError, where: str, offset: int) -> DataError:
 
 def _read_jsonl(file: Path, source: DataSource) -> Iterator[Text]:
     offset = 0
-    for number, (line, position) in enumerate(_lines(file), start=1):
+    for number, (line, position) in enumerate(read_lines(file), start=1):
         if number == 1 and line.startswith(codecs.BOM_UTF8):
             offset, line = len(codecs.BOM_UTF8), line[len(codecs.BOM_UTF8) :]
         text = _row_text(line, source, f"{file}:{number}", offset) if line.strip() else None
@@ -164,7 +174,8 @@ def _read_jsonl(file: Path, source: DataSource) -> Iterator[Text]:
             yield Text(text, position)
 
 
-def _lines(file: Path) -> Iterator[tuple[bytes, int]]:
+def read_lines(file: Path) -> Iterator[tuple[bytes, int]]:
+    """Lines without their ends, and how much of the file on disk had been read by then."""
     parts: list[bytes] = []
     position = 0
     for block in read_blocks(file):
@@ -214,7 +225,7 @@ def _read_parquet(file: Path, source: DataSource) -> Iterator[Text]:
     import pyarrow as pa
 
     try:
-        with _parquet(file) as table:
+        with open_parquet(file) as table:
             _check_column(table.schema_arrow, source.text_field, file)
             size, num_rows, done = file.stat().st_size, max(1, table.metadata.num_rows), 0
             for batch in table.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[source.text_field]):
@@ -226,7 +237,8 @@ def _read_parquet(file: Path, source: DataSource) -> Iterator[Text]:
 
 
 @contextmanager
-def _parquet(file: Path) -> Iterator[Any]:
+def open_parquet(file: Path) -> Iterator[Any]:
+    """A pyarrow ParquetFile, decompressed by its suffix."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

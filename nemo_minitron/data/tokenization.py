@@ -61,24 +61,7 @@ class DocumentTokenizer:
             CheckpointError: there is no readable tokenizer.
             DataError: its end-of-document token is beyond the model's vocabulary.
         """
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(model_dir), use_fast=True, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # the library raises many types, bare Exception among them
-            raise CheckpointError(
-                f"The tokenizer cannot be loaded: {_first_line(error)}",
-                where=str(model_dir),
-                next_step="The model folder needs tokenizer.json and tokenizer_config.json.",
-            ) from error
-        if not tokenizer.is_fast:
-            raise CheckpointError(
-                "The tokenizer has no fast version.",
-                where=str(model_dir),
-                next_step="Add a tokenizer.json beside the model.",
-            )
+        tokenizer = load_fast_tokenizer(model_dir)
         backend = tokenizer.backend_tokenizer
         known = [backend.token_to_id(token) for token in EOD_TOKENS]
         eod_id = next((number for number in known if number is not None), tokenizer.eos_token_id)
@@ -100,6 +83,33 @@ class DocumentTokenizer:
                     _require_known(int(ids.max(initial=0)), self.vocab_size, where)
                     closed = np.append(ids, self.eod_id).astype(np.int64)
                     yield Document(closed, len(text.text.encode("utf-8")), text.position_bytes)
+
+
+def load_fast_tokenizer(model_dir: Path) -> Any:
+    """The transformers tokenizer of a folder; code beside it is never run.
+
+    Raises:
+        CheckpointError: there is no readable tokenizer, or it has no fast version.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(model_dir), use_fast=True, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the library raises many types, bare Exception among them
+        raise CheckpointError(
+            f"The tokenizer cannot be loaded: {_first_line(error)}",
+            where=str(model_dir),
+            next_step="The model folder needs tokenizer.json and tokenizer_config.json.",
+        ) from error
+    if not tokenizer.is_fast:
+        raise CheckpointError(
+            "The tokenizer has no fast version.",
+            where=str(model_dir),
+            next_step="Add a tokenizer.json beside the model.",
+        )
+    return tokenizer
 
 
 def processes_for(size_bytes: int, workers: int | None) -> int:

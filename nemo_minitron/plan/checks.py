@@ -10,6 +10,7 @@ from nemo_minitron.config.schema import (
     AdoptStage,
     CacheTeacherStage,
     CandidateStage,
+    ChatDataStage,
     DistillStage,
     EvaluateStage,
     ImportStage,
@@ -25,6 +26,7 @@ from nemo_minitron.config.schema import (
     TokenizeStage,
     TrainStage,
 )
+from nemo_minitron.data.chat.formats import FORMATS_OF
 from nemo_minitron.errors import PlanError
 from nemo_minitron.families import ModelShape
 from nemo_minitron.hf.source import ASSET, HUB, asset_path
@@ -59,6 +61,8 @@ def find_problems(plan: RunPlan) -> Iterator[str]:
                 yield from _cached(f"stages.{name}", stage, stage.inputs.cache, recipe)
         elif isinstance(stage, ScoreStage):
             yield from _score(name, stage, recipe)
+        elif isinstance(stage, ChatDataStage):
+            yield from _chat_data(f"stages.{name}", stage)
     yield from _layouts(recipe)
     yield from _labels(recipe)
     yield from _sources(plan)
@@ -156,6 +160,17 @@ def _score(name: str, stage: ScoreStage, recipe: Recipe) -> Iterator[str]:
             yield (
                 f"stages.{name}: {length} layers cannot be removed from a model of {shape.num_layers}; "
                 f"block_lengths and iterative_drops go up to {shape.num_layers - 1}."
+            )
+
+
+def _chat_data(key: str, stage: ChatDataStage) -> Iterator[str]:
+    """The formats give the kind of rows that is asked for."""
+    allowed = FORMATS_OF[stage.rows]
+    for number, source in enumerate(stage.sources):
+        if source.format not in ("auto", *allowed):
+            yield (
+                f"{key}.sources.{number}.format = {source.format}: gives no {stage.rows}. "
+                f"Allowed with rows = {stage.rows}: auto, {', '.join(allowed)}."
             )
 
 
@@ -305,6 +320,8 @@ def _read_by(stage: Schema) -> Iterator[tuple[str, str]]:
         yield from ((f"tokenizer.sources.{i}.source", found.source) for i, found in enumerate(stage.tokenizer.sources))
     elif isinstance(stage, TokenizeStage):
         yield from ((f"sources.{i}.source", found.source) for i, found in enumerate(stage.sources))
+    elif isinstance(stage, ChatDataStage):
+        yield from ((f"sources.{i}.source", chats.source) for i, chats in enumerate(stage.sources))
     elif isinstance(stage, EvaluateStage) and stage.tasks and stage.tasks_source:
         yield "tasks_source", stage.tasks_source
     elif isinstance(stage, ScoreStage) and stage.depth_task is not None and stage.depth_task.source:

@@ -12,7 +12,15 @@ from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan
 from nemo_minitron.plan.shapes import model_shape, shape_facts, student_shape
 
-_SUMMARY_KEYS = ("num_params", "bits_per_byte", "loss_nats_per_token", "final_valid_loss", "train_num_tokens")
+_SUMMARY_KEYS = (
+    "num_params",
+    "bits_per_byte",
+    "loss_nats_per_token",
+    "final_valid_loss",
+    "train_num_tokens",
+    "train_rows",
+    "valid_rows",
+)
 
 
 def plan_facts(plan: RunPlan) -> dict[str, Any]:

@@ -7,7 +7,15 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config.schema import AdoptStage, ImportStage, InitStage, Recipe, Schema, TokenizeStage
+from nemo_minitron.config.schema import (
+    AdoptStage,
+    ChatDataStage,
+    ImportStage,
+    InitStage,
+    Recipe,
+    Schema,
+    TokenizeStage,
+)
 from nemo_minitron.hf.source import ASSET, HUB, asset_path
 
 
@@ -29,7 +37,7 @@ def source_facts(stage: Schema, recipe: Recipe, before: Mapping[str, Any]) -> di
 
 
 def _sources(stage: Schema) -> list[str]:
-    if isinstance(stage, TokenizeStage):
+    if isinstance(stage, TokenizeStage | ChatDataStage):
         return [source.source for source in stage.sources]
     if isinstance(stage, InitStage):
         return [source.source for source in stage.tokenizer.sources] if stage.tokenizer is not None else []

@@ -81,6 +81,7 @@ STAGES: dict[str, StageSpec] = {
         _spec("adopt", "adopt:adopt"),
         _spec("init", "init:init"),
         _spec("tokenize", "tokenize:tokenize"),
+        _spec("chat_data", "chat_data:chat_data"),
         _spec("check_teacher", "check_teacher:check_teacher", distributed=True),
         _spec("score", "score:score", version=2, distributed=True),
         _spec("candidate", "candidate:candidate", distributed=True),

@@ -10,6 +10,15 @@ from typing import Annotated
 
 from pydantic import Field
 
+from nemo_minitron.config.schema.alignment import (
+    AttributeName,
+    ChatDataStage,
+    ChatFormat,
+    ChatRendering,
+    ChatSource,
+    RowKind,
+    TemplateName,
+)
 from nemo_minitron.config.schema.base import (
     Fraction,
     Inputless,
@@ -84,6 +93,7 @@ StageConfig = Annotated[
     | AdoptStage
     | InitStage
     | TokenizeStage
+    | ChatDataStage
     | CheckTeacherStage
     | ScoreStage
     | SelectStage
@@ -113,10 +123,15 @@ class Recipe(Schema):
 
 __all__ = [
     "AdoptStage",
+    "AttributeName",
     "CacheTeacherInputs",
     "CacheTeacherStage",
     "CandidateInputs",
     "CandidateStage",
+    "ChatDataStage",
+    "ChatFormat",
+    "ChatRendering",
+    "ChatSource",
     "CheckTeacherInputs",
     "CheckTeacherStage",
     "CorrectStage",
@@ -149,6 +164,7 @@ __all__ = [
     "Recipe",
     "ReportInputs",
     "ReportStage",
+    "RowKind",
     "Rung",
     "Sampled",
     "Schema",
@@ -167,6 +183,7 @@ __all__ = [
     "StageConfig",
     "StageName",
     "Target",
+    "TemplateName",
     "TokenizeInputs",
     "TokenizeStage",
     "TopK",

@@ -1,0 +1,1 @@
+"""Chats, preferences and ratings: public files -> checked rows -> training text."""

@@ -1,0 +1,132 @@
+"""Rows of .jsonl, .json and .parquet files, each with its place. A row that cannot be read is handed on as such."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.data.blocks import read_blocks
+from nemo_minitron.data.chat.rows import BadRow
+from nemo_minitron.data.readers import file_format, open_parquet, read_lines, source_files
+from nemo_minitron.errors import DataError
+
+FORMATS = (".jsonl", ".json", ".parquet")
+_ROWS_PER_BATCH = 256
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row as it stands in its file."""
+
+    file: Path
+    number: int
+    """Line of a .jsonl, else the row's number; from 1."""
+    content: Mapping[str, Any] | BadRow
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}:{self.number}"
+
+    @property
+    def origin(self) -> str:
+        """What goes into the normalised row: no folder, so that it is the same on every machine."""
+        return f"{self.file.name}:{self.number}"
+
+
+def chat_files(path: Path) -> list[Path]:
+    """Files of a file, folder or glob.
+
+    Raises:
+        DataError: nothing there, or nothing in a known format.
+    """
+    return source_files(path, FORMATS)
+
+
+def read_rows(file: Path) -> Iterator[RawRow]:
+    """All rows of one file, in order; blank lines are left out.
+
+    Raises:
+        DataError: the file as a whole cannot be read, or is empty.
+    """
+    reader = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}[file_format(file, FORMATS)]
+    number = 0
+    try:
+        for number, content in reader(file):
+            yield RawRow(file, number, content)
+    except OSError as error:
+        raise DataError(f"The file cannot be read: {error}", where=str(file)) from error
+    if number == 0:
+        raise DataError("The file holds no row.", where=str(file), next_step="Remove it from the source, or fill it.")
+
+
+Numbered = Iterator[tuple[int, Mapping[str, Any] | BadRow]]
+
+
+def _jsonl(file: Path) -> Numbered:
+    for number, (line, _) in enumerate(read_lines(file), start=1):
+        if line.strip():
+            yield number, _parsed(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+
+
+def _parsed(line: bytes) -> Mapping[str, Any] | BadRow:
+    try:
+        return _object(json.loads(line.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        return BadRow(f"not UTF-8: byte 0x{line[error.start]:02x} in column {error.start + 1}")
+    except json.JSONDecodeError as error:
+        return BadRow(f"not JSON: {error.msg} in column {error.colno}")
+    except RecursionError:
+        return BadRow("not JSON: nested too deeply")
+
+
+def _object(row: Any) -> Mapping[str, Any] | BadRow:
+    return row if isinstance(row, dict) else BadRow(f"the row is {_json_type(row)}, not an object with fields")
+
+
+def _json_type(value: Any) -> str:
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
+    return names.get(type(value), "null")
+
+
+def _json(file: Path) -> Numbered:
+    data = b"".join(block.data for block in read_blocks(file)).removeprefix(codecs.BOM_UTF8)
+    try:
+        rows = json.loads(data.decode("utf-8")) if data.strip() else []
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"Not JSON: {error}.", where=str(file), next_step="If it holds one row a line, name it .jsonl."
+        ) from error
+    if not isinstance(rows, list):
+        raise DataError(
+            f"The file holds {_json_type(rows)}, not a list.",
+            where=str(file),
+            allowed="a list of rows",
+            next_step="Write it as .jsonl, one row a line.",
+        )
+    for number, row in enumerate(rows, start=1):
+        yield number, _object(row)
+
+
+def _parquet(file: Path) -> Numbered:
+    import pyarrow as pa
+
+    number = 0
+    try:
+        with open_parquet(file) as table:
+            for batch in table.iter_batches(batch_size=_ROWS_PER_BATCH):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"Not a readable parquet file: {error}", where=str(file)) from error

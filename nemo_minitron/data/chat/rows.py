@@ -1,0 +1,133 @@
+"""The one form of rows that all sources are brought to, and what makes a row bad.
+
+conversations: {"messages": [{"role", "content"}, ...], "attributes": {name: 0..4} (optional), "origin"}
+pairs: {"prompt": [messages], "chosen": str, "rejected": str, "chosen_reward", "rejected_reward" (optional), "origin"}
+
+Texts are stripped of white space at both ends: a tokenizer would join it with what the template puts there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from nemo_minitron.config.schema import AttributeName
+
+ATTRIBUTES: tuple[str, ...] = get_args(AttributeName)
+MAX_RATING = 4
+ROLES = {
+    "system": "system",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
+}
+"""Names of the roles in public data, in lower case."""
+Message = dict[str, str]
+Row = dict[str, Any]
+
+
+class BadRow(Exception):
+    """A row that cannot be used; the text says why. It is counted, and only too many of them stop a stage."""
+
+
+def conversation(messages: Sequence[Message], attributes: Mapping[str, Any]) -> Row:
+    """A checked row of kind conversations, without its origin.
+
+    Raises:
+        BadRow: empty text, roles out of order, an attribute that is unknown or out of range.
+    """
+    row: Row = {"messages": _checked(messages, last="assistant")}
+    if attributes:
+        row["attributes"] = {name: _rating(name, value) for name, value in attributes.items()}
+    return row
+
+
+def pair(prompt: Sequence[Message], chosen: str, rejected: str, rewards: tuple[Any, Any] = (None, None)) -> Row:
+    """A checked row of kind pairs, without its origin.
+
+    Args:
+        rewards: of chosen and rejected; None: not given.
+
+    Raises:
+        BadRow: empty text, roles out of order, equal answers, a reward that is no number or stands alone.
+    """
+    row: Row = {
+        "prompt": _checked(prompt, last="user"),
+        "chosen": _text(chosen, "chosen"),
+        "rejected": _text(rejected, "rejected"),
+    }
+    if row["chosen"] == row["rejected"]:
+        raise BadRow("chosen and rejected are the same text")
+    keys = ("chosen_reward", "rejected_reward")
+    given = {key: _reward(key, value) for key, value in zip(keys, rewards, strict=True) if value is not None}
+    if len(given) == 1:
+        raise BadRow(f"{next(iter(given))} is given, but not the other reward")
+    return {**row, **given}
+
+
+def with_system(row: Row, system: str | None) -> Row:
+    """The row with a system message, if it has none of its own."""
+    key = "messages" if "messages" in row else "prompt"
+    if system is None or row[key][0]["role"] == "system":
+        return row
+    return {**row, key: [{"role": "system", "content": system.strip()}, *row[key]]}
+
+
+def question(row: Row) -> str:
+    """What a row begins with: the user's first text, without regard to case and spaces.
+
+    Rows with the same question belong into the same part of a split.
+    """
+    messages = row["messages" if "messages" in row else "prompt"]
+    first = next(message["content"] for message in messages if message["role"] == "user")
+    return " ".join(first.casefold().split())
+
+
+def _checked(messages: Sequence[Message], *, last: str) -> list[Message]:
+    found = [{"role": message["role"], "content": message["content"].strip()} for message in messages]
+    if found and found[0] == {"role": "system", "content": ""}:
+        found = found[1:]
+    turns = found[1:] if found and found[0]["role"] == "system" else found
+    if not turns:
+        raise BadRow("there is no message")
+    for number, message in enumerate(found, start=1):
+        _text(message["content"], f"message {number} ({message['role']})")
+    for index, message in enumerate(turns):
+        expected = "assistant" if index % 2 else "user"
+        if message["role"] != expected:
+            number = index + 1 + len(found) - len(turns)
+            raise BadRow(f"message {number} is from {message['role']}, but {expected} is due")
+    if turns[-1]["role"] != last:
+        raise BadRow(f"the last message is from {turns[-1]['role']}, not from {last}")
+    return found
+
+
+def _text(value: str, what: str) -> str:
+    text = value.strip()
+    if not text:
+        raise BadRow(f"{what} is empty")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{what} holds half a surrogate pair at character {error.start}") from error
+    return text
+
+
+def _rating(name: str, value: Any) -> float:
+    if name not in ATTRIBUTES:
+        raise BadRow(f"unknown attribute {name!r}; known: {', '.join(ATTRIBUTES)}; `attributes` of a source renames")
+    if not _is_number(value):
+        raise BadRow(f"attribute {name} is {value!r}, not a number")
+    if not 0 <= value <= MAX_RATING:
+        raise BadRow(f"attribute {name} is {value}, out of the range 0 to {MAX_RATING}")
+    return value
+
+
+def _reward(key: str, value: Any) -> float:
+    if not _is_number(value):
+        raise BadRow(f"{key} is {value!r}, not a number")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

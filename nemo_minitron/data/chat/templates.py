@@ -1,0 +1,141 @@
+"""Chat templates in Jinja, as Hugging Face tokenizers carry them.
+
+Each takes an optional variable `attributes` (a dict of ratings), written as one line at the start of the last answer:
+
+    tokenizer.apply_chat_template(messages, add_generation_prompt=True, attributes={"helpfulness": 4})
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config.schema import TemplateName
+from nemo_minitron.data.chat.rows import ATTRIBUTES
+from nemo_minitron.errors import CheckpointError
+
+TEMPLATE_FILE, CONFIG_FILE, GENERATION_FILE = "chat_template.jinja", "tokenizer_config.json", "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Template:
+    """A named template and the tokens that it is made of."""
+
+    jinja: str
+    stop: str
+    """Ends an answer; generation stops at it."""
+    markers: tuple[str, ...]
+    """Should be single special tokens of the tokenizer; no text of a row may hold them."""
+    rated_end: str = ""
+    """What a model that rates answers reads at the end of the dialogue."""
+
+
+def _rating(prefix: str) -> str:
+    """Sets `rating`: prefix, then name:value of the attributes in their fixed order, then a line end; or nothing."""
+    names = ", ".join(f"'{name}'" for name in ATTRIBUTES)
+    return (
+        "{%- set rating -%}{%- if attributes is defined and attributes -%}"
+        f"{{{{ '{prefix}' }}}}"
+        f"{{%- for name in [{names}] if name in attributes -%}}"
+        "{{ ('' if loop.first else ',') ~ name ~ ':' ~ (attributes[name] | round | int) }}"
+        "{%- endfor -%}{{ '\\n' }}{%- endif -%}{%- endset -%}"
+    )
+
+
+def _turns(header: str, end: str) -> str:
+    """Every message as header, text, end; `header` is a Jinja expression of `role`."""
+    return (
+        "{%- for message in messages -%}{%- set role = message['role'] -%}"
+        f"{{{{ {header} }}}}"
+        "{%- if role == 'assistant' and loop.last -%}{{ rating }}{%- endif -%}"
+        f"{{{{ (message['content'] | trim) ~ '{end}' }}}}"
+        "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{%- set role = 'assistant' -%}"
+        f"{{{{ ({header}) ~ rating }}}}"
+        "{%- endif -%}"
+    )
+
+
+_CHATML = _rating("Attributes: ") + _turns(r"'<|im_start|>' ~ role ~ '\n'", r"<|im_end|>\n")
+_LLAMA3 = (
+    _rating("Attributes: ")
+    + "{{ '<|begin_of_text|>' }}"
+    + _turns(r"'<|start_header_id|>' ~ role ~ '<|end_header_id|>\n\n'", "<|eot_id|>")
+)
+# The system block is always there: NeMo-Aligner writes it for an empty system text too.
+_EXTRA_ID = (
+    _rating("<extra_id_2>")
+    + "{%- if messages[0]['role'] != 'system' -%}{{ '<extra_id_0>System\\n\\n' }}{%- endif -%}"
+    + _turns(r"('<extra_id_0>' if role == 'system' else '<extra_id_1>') ~ (role | capitalize) ~ '\n'", r"\n")
+)
+
+TEMPLATES: dict[TemplateName, Template] = {
+    "chatml": Template(_CHATML, "<|im_end|>", ("<|im_start|>", "<|im_end|>")),
+    "llama3": Template(
+        _LLAMA3,
+        "<|eot_id|>",
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    "extra_id": Template(
+        _EXTRA_ID,
+        "<extra_id_1>",
+        ("<extra_id_0>", "<extra_id_1>", "<extra_id_2>"),
+        rated_end="<extra_id_2>",
+    ),
+}
+"""Named templates; `model` stands for the one beside the tokenizer."""
+
+
+def set_template(model_dir: Path, name: TemplateName) -> None:
+    """Make a template the chat template of a Hugging Face folder, and its stop token one that ends generation.
+
+    The template goes into both places from which versions of transformers read it: a file of its own, which the newer
+    ones prefer, and tokenizer_config.json. `model` changes nothing.
+
+    Raises:
+        CheckpointError: there is no readable tokenizer_config.json.
+    """
+    if name == "model":
+        return
+    template = TEMPLATES[name]
+    config = _read(model_dir / CONFIG_FILE)
+    (model_dir / TEMPLATE_FILE).write_text(template.jinja, encoding="utf-8")
+    _write(model_dir / CONFIG_FILE, {**config, "chat_template": template.jinja})
+    stop_id = _token_id(model_dir, template.stop)
+    if stop_id is not None:
+        _add_stop(model_dir / GENERATION_FILE, stop_id)
+
+
+def _add_stop(file: Path, stop_id: int) -> None:
+    config = _read(file if file.is_file() else file.with_name("config.json"))
+    if not file.is_file():
+        config = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    known = config.get("eos_token_id")
+    ids = known if isinstance(known, list) else [] if known is None else [known]
+    if stop_id not in ids:
+        # The first one also pads: the end of a turn goes behind what was there.
+        _write(file, {**config, "eos_token_id": [*ids, stop_id]})
+
+
+def _token_id(model_dir: Path, token: str) -> int | None:
+    """Of an added token; None when the tokenizer spells it out."""
+    file = model_dir / "tokenizer.json"
+    added = _read(file).get("added_tokens", []) if file.is_file() else []
+    return next((found["id"] for found in added if found["content"] == token), None)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"The file cannot be read: {error}",
+            where=str(file),
+            next_step="The folder needs tokenizer.json and tokenizer_config.json, as `export` writes them.",
+        ) from error
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,144 @@
+"""A chat template bound to a tokenizer: rows -> exact text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config.schema import TemplateName
+from nemo_minitron.data.chat.rows import BadRow, Message
+from nemo_minitron.data.chat.templates import TEMPLATES
+from nemo_minitron.data.tokenization import load_fast_tokenizer
+from nemo_minitron.errors import DataError
+
+Attributes = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """What `tokenizer.apply_chat_template` writes, taken apart into prompt and answer."""
+
+    tokenizer: Any
+    jinja: str
+    stop: str | None
+    """Ends an answer; None: the first special token that the template writes after it."""
+    markers: re.Pattern[str]
+    """Tokens that no text of a row may hold: they would end turns, or begin them."""
+    rated_end: str = ""
+
+    @classmethod
+    def load(cls, model_dir: Path, name: TemplateName, *, whole_markers: bool = True) -> ChatTemplate:
+        """The template of this name with the tokenizer of a model folder.
+
+        Raises:
+            CheckpointError: there is no readable tokenizer.
+            DataError: it has no chat template (name = model), or does not know the markers as single tokens.
+        """
+        return cls.bind(load_fast_tokenizer(model_dir), name, whole_markers=whole_markers, where=str(model_dir))
+
+    @classmethod
+    def bind(cls, tokenizer: Any, name: TemplateName, *, whole_markers: bool = True, where: str = "") -> ChatTemplate:
+        """As `load`, with a tokenizer that is there already."""
+        special = tuple(tokenizer.all_special_tokens)
+        if name == "model":
+            _require_own_template(tokenizer, where)
+            return cls(tokenizer, tokenizer.get_chat_template(), None, _any_of(special))
+        template = TEMPLATES[name]
+        if whole_markers:
+            _require_whole(tokenizer, name, where)
+        markers = _any_of({*template.markers, *special})
+        return cls(tokenizer, template.jinja, template.stop, markers, template.rated_end)
+
+    def prompt(self, messages: Sequence[Message], attributes: Attributes | None = None) -> str:
+        """Text up to and with the generation prompt."""
+        return self._apply(messages, attributes, add_generation_prompt=True)
+
+    def answer(self, prompt: str, messages: Sequence[Message], attributes: Attributes | None = None) -> str:
+        """What follows the prompt: the last message, up to and with the token that ends it.
+
+        Raises:
+            BadRow: a text holds a marker, or the template writes a dialogue that does not go on from its own prompt.
+        """
+        for message in messages:
+            found = self.markers.search(message["content"])
+            if found:
+                raise BadRow(
+                    f"a text of {message['role']} holds {found.group()}, which the tokenizer takes for a marker"
+                )
+        if attributes and "attributes" not in self.jinja:
+            raise BadRow("the chat template of the model has no place for attributes")
+        dialogue = self._apply(messages, attributes, add_generation_prompt=False)
+        text = messages[-1]["content"].strip()
+        start = dialogue.find(text, len(prompt))
+        if not dialogue.startswith(prompt) or start < 0:
+            raise BadRow("the chat template does not continue its own generation prompt with the answer")
+        end = start + len(text)
+        return dialogue[len(prompt) : end] + self._end_of_turn(dialogue[end:])
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids; nothing is added to the text, which has all its special tokens."""
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def require_boundary(self, prompt: str, answer: str) -> tuple[int, int]:
+        """Tokens of prompt and answer.
+
+        Raises:
+            BadRow: tokenized together they do not begin as the prompt does alone, which is what generation starts from.
+        """
+        alone, together = self.ids(prompt), self.ids(prompt + answer)
+        if together[: len(alone)] != alone:
+            raise BadRow(f"a token joins the end of the prompt {prompt[-12:]!r} and the answer {answer[:12]!r}")
+        return len(alone), len(together) - len(alone)
+
+    def _end_of_turn(self, tail: str) -> str:
+        if self.stop is None:
+            found = self.markers.search(tail)
+            return tail[: found.end()] if found else tail + str(self.tokenizer.eos_token or "")
+        at = tail.find(self.stop)
+        return tail[: at + len(self.stop)] if at >= 0 else tail + self.stop
+
+    def _apply(self, messages: Sequence[Message], attributes: Attributes | None, *, add_generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=self.jinja,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            attributes=dict(attributes or {}),
+        )
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    # Longest first; of no tokens: what matches nothing.
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")
+
+
+def _split_markers(tokenizer: Any, name: TemplateName) -> list[str]:
+    backend = tokenizer.backend_tokenizer
+    return [token for token in TEMPLATES[name].markers if len(backend.encode(token, add_special_tokens=False).ids) != 1]
+
+
+def _require_whole(tokenizer: Any, name: TemplateName, where: str) -> None:
+    split = _split_markers(tokenizer, name)
+    if not split:
+        return
+    known: list[str] = [other for other in TEMPLATES if not _split_markers(tokenizer, other)]
+    known += ["model"] if tokenizer.chat_template else []
+    raise DataError(
+        f"The tokenizer does not know {', '.join(split)} as single tokens, which template {name} is made of.",
+        where=where,
+        allowed=f"with this tokenizer: {', '.join(known) or 'no template'}",
+        next_step="Choose another template, add the tokens to the model, or try with whole_markers=false.",
+    )
+
+
+def _require_own_template(tokenizer: Any, where: str) -> None:
+    if not tokenizer.chat_template:
+        raise DataError(
+            "The tokenizer has no chat template of its own.",
+            where=where,
+            allowed=f"template = {', '.join(TEMPLATES)}",
+            next_step="Choose one of these; the exported model then carries it.",
+        )

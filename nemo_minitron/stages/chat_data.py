@@ -1,0 +1,171 @@
+"""Public chat, preference and rating files -> checked rows in two parts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.config.schema import ChatDataStage, ChatSource
+from nemo_minitron.data.chat.bad_rows import BadRows
+from nemo_minitron.data.chat.files import RawRow, chat_files, read_rows
+from nemo_minitron.data.chat.formats import FORMATS, FORMATS_OF, detect
+from nemo_minitron.data.chat.rows import ATTRIBUTES, BadRow, Row, question, with_system
+from nemo_minitron.data.chat.split import copies, heldout_questions, text_hash
+from nemo_minitron.errors import DataError
+from nemo_minitron.hf.source import resolve_path
+from nemo_minitron.stages.spec import Result, StageContext
+
+SPLITS = ("train", "valid")
+
+
+@dataclass
+class _Collected:
+    """What the first pass over all sources found; the rows themselves wait in a file."""
+
+    file: Path
+    bad: BadRows = field(default_factory=BadRows)
+    questions: Counter[int] = field(default_factory=Counter)
+    """Hash -> rows."""
+    ratings: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in ATTRIBUTES})
+    sources: list[dict[str, Any]] = field(default_factory=list)
+
+
+def chat_data(params: ChatDataStage, inputs: Inputs, ctx: StageContext) -> Result:
+    """Read, check and split every source. Memory holds a hash for each question, not the rows.
+
+    Writes train.jsonl, valid.jsonl, facts.json, and bad_rows.jsonl when rows were left out.
+
+    Raises:
+        DataError: a file cannot be read, too many bad rows, or nothing left for one of the two parts.
+    """
+    found = _Collected(ctx.work_dir / "rows.jsonl")
+    _collect(params, ctx, found)
+    found.bad.require_few(params.max_bad_fraction, f"stages.{ctx.name}")
+    counts = _split(params, found, ctx.out_dir)
+    _require_both(params, counts, sum(found.questions.values()), ctx.name)
+    rated = {name: values for name, values in found.ratings.items() if values}
+    facts = {
+        "rows": params.rows,
+        **{f"{split}_rows": counts[split] for split in SPLITS},
+        "bad_rows": found.bad.num_bad,
+        "num_questions": len(found.questions),
+        "attributes": {name: {"rows": len(v), "mean": sum(v) / len(v)} for name, v in rated.items()},
+        "sources": found.sources,
+    }
+    (ctx.out_dir / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return facts
+
+
+def _collect(params: ChatDataStage, ctx: StageContext, found: _Collected) -> None:
+    bad_file = ctx.out_dir / "bad_rows.jsonl"
+    with found.file.open("w", encoding="utf-8") as good, bad_file.open("w", encoding="utf-8") as bad:
+        for number, source in enumerate(params.sources):
+            found.sources.append(_collect_source(params, number, source, ctx, found, good, bad))
+    if found.bad.num_bad == 0:
+        bad_file.unlink()
+
+
+def _collect_source(
+    params: ChatDataStage,
+    number: int,
+    source: ChatSource,
+    ctx: StageContext,
+    found: _Collected,
+    good: IO[str],
+    bad: IO[str],
+) -> dict[str, Any]:
+    """Facts of one source."""
+    num_rows, bad_before = 0, found.bad.num_bad
+    name: str | None = None if source.format == "auto" else source.format
+    files = chat_files(resolve_path(source.source, Path(ctx.execution.assets_dir)))
+    for raw in _rows(files):
+        found.bad.num_rows += 1
+        try:
+            if name is None:
+                name = _detected(raw, params, source, number, ctx)
+            row = with_system(_adapted(raw, name, source), params.system)
+        except BadRow as reason:
+            found.bad.add(raw.where, reason)
+            bad.write(_line({"origin": raw.origin, "source": source.source, "reason": str(reason)}))
+            continue
+        key = text_hash(params.seed, question(row))
+        found.questions[key] += 1
+        for attribute, value in row.get("attributes", {}).items():
+            found.ratings[attribute].append(value)
+        good.write(f"{number}\t{key}\t{_line({**row, 'origin': raw.origin})}")
+        num_rows += 1
+        if num_rows == source.max_rows:
+            break
+    return {
+        "source": source.source,
+        "format": name,
+        "rows": num_rows,
+        "bad_rows": found.bad.num_bad - bad_before,
+        "weight": source.weight,
+    }
+
+
+def _rows(files: list[Path]) -> Iterator[RawRow]:
+    for file in files:
+        yield from read_rows(file)
+
+
+def _detected(raw: RawRow, params: ChatDataStage, source: ChatSource, number: int, ctx: StageContext) -> str:
+    """The format that the first readable row tells, said aloud."""
+    if isinstance(raw.content, BadRow):
+        raise raw.content
+    try:
+        name = detect(raw.content, params.rows)
+    except BadRow as error:
+        raise DataError(
+            f"The format cannot be told: {error}.",
+            where=raw.where,
+            allowed=f"with rows = {params.rows}: {', '.join(FORMATS_OF[params.rows])}",
+            next_step=f"Set stages.{ctx.name}.sources.{number}.format, or bring the rows into one of these forms.",
+        ) from error
+    ctx.progress.say(f"{source.source}: read as {name} (its first row has {', '.join(raw.content)})")
+    return name
+
+
+def _adapted(raw: RawRow, name: str, source: ChatSource) -> Row:
+    if isinstance(raw.content, BadRow):
+        raise raw.content
+    return FORMATS[name].adapt(raw.content, source.attributes)
+
+
+def _split(params: ChatDataStage, found: _Collected, folder: Path) -> Counter[str]:
+    """Rows written to each part."""
+    heldout = heldout_questions(found.questions, params.valid_rows)
+    counts: Counter[str] = Counter(dict.fromkeys(SPLITS, 0))
+    with ExitStack() as stack:
+        files = {s: stack.enter_context((folder / f"{s}.jsonl").open("w", encoding="utf-8")) for s in SPLITS}
+        for line in stack.enter_context(found.file.open(encoding="utf-8")):
+            number, key, row = line.split("\t", 2)
+            split = "valid" if int(key) in heldout else "train"
+            weight = params.sources[int(number)].weight if split == "train" else 1.0
+            times = copies(weight, text_hash(params.seed, row))
+            files[split].write(row * times)
+            counts[split] += times
+    return counts
+
+
+def _require_both(params: ChatDataStage, counts: Counter[str], total: int, stage: str) -> None:
+    if counts["train"] and (counts["valid"] or params.valid_rows == 0):
+        return
+    split = "validation" if counts["train"] else "training"
+    raise DataError(
+        f"Of {total} good rows none is left for {split}.",
+        where=f"stages.{stage}.valid_rows = {params.valid_rows}",
+        allowed="rows with the same first question stay together; both parts need one such group",
+        next_step="Change valid_rows, or add rows.",
+    )
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
