@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_minitron import __version__
+from nemo_minitron.cli_aligner import convert, env_app
 from nemo_minitron.cli_show import show
 from nemo_minitron.errors import Interrupted, MinitronError
 
@@ -32,6 +33,7 @@ Example: `minitron run recipes/smollm2_135m/width.yaml stages.distill.lr=1e-4 ex
 )
 assets_app = typer.Typer(no_args_is_help=True, help="Models and texts that recipes name as `asset:NAME`.")
 app.add_typer(assets_app, name="assets")
+app.add_typer(env_app, name="env")
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe YAML, e.g. recipes/toy/width.yaml.")]
 Overrides = Annotated[
@@ -153,6 +155,7 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 app.command()(show)
+app.command()(convert)
 
 
 @assets_app.command("list")

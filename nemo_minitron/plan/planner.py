@@ -118,7 +118,7 @@ def make_plan(recipe: Recipe) -> RunPlan:
 
 def parallel_of(recipe: Recipe, stage: str) -> Parallel:
     """The layout of a stage: its own, the run's, or one process for stages that are not distributed."""
-    if not STAGES[recipe.stages[stage].kind].distributed:
+    if not STAGES[recipe.stages[stage].kind].has_layout:
         return Parallel()
     return recipe.execution.parallel_by_stage.get(stage, recipe.execution.parallel)
 

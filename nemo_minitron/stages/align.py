@@ -214,7 +214,7 @@ def _facts(job: Job, ctx: StageContext) -> dict[str, Any]:
         "last_loss": train[-1],
         "first_valid_loss": valid[0] if valid else None,
         "valid_loss": valid[-1] if valid else None,
-        "rows": job.rows.facts,
+        "lengths": job.rows.facts,
     }
 
 
@@ -234,4 +234,3 @@ def _on_cpu(ctx: StageContext) -> bool:
     import torch
 
     return ctx.execution.device == "cpu" or not torch.cuda.is_available()
-

@@ -71,7 +71,7 @@ def _purpose(params: Alignment) -> Purpose:
 
 def _require_kind(purpose: Purpose, inputs: Inputs, ctx: StageContext) -> None:
     needed = "pairs" if purpose == "pairs" else "conversations"
-    found = inputs["data"].result.get("rows_kind")
+    found = inputs["data"].result.get("rows")
     if found != needed:
         raise DataError(
             f"Stage {inputs['data'].stage} holds {found}.",

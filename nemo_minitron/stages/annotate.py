@@ -34,13 +34,13 @@ def annotate(params: AnnotateStage, inputs: Inputs, ctx: StageContext) -> Result
         PlanError: the model ranks, or the data are pairs.
     """
     model, data = inputs["model"], inputs["data"]
-    if model.result.get("reward") != "regression" or data.result.get("rows_kind") != "conversations":
+    if model.result.get("reward") != "regression" or data.result.get("rows") != "conversations":
         raise PlanError(
             "annotate needs an attribute model that was trained by regression, and conversations.",
             where=f"stages.{ctx.name}.inputs",
         )
     template = ChatTemplate.load(model.path / "nemo.tokenizer", model.result["template"])
-    facts: dict[str, Any] = {"rows_kind": "conversations"}
+    facts: dict[str, Any] = {"rows": "conversations"}
     for part in PARTS:
         rows, texts, stats = [], [], LengthStats()
         for row in read_normalised(data.path / f"{part}.jsonl"):
@@ -72,7 +72,13 @@ def predict(nemo: Path, texts: Sequence[str], batch_size: int, ctx: StageContext
     rows, out = work / "rows.jsonl", work / "found.jsonl"
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     tokenizer = nemo.with_name(f"{nemo.name}.tokenizer")
-    task = {"nemo": str(nemo), "tokenizer": str(tokenizer), "rows": str(rows), "out": str(out), "batch_size": batch_size}
+    task = {
+        "nemo": str(nemo),
+        "tokenizer": str(tokenizer),
+        "rows": str(rows),
+        "out": str(out),
+        "batch_size": batch_size,
+    }
     run_task("annotate", task, work, ctx.work_dir / "aligner.log", ctx.progress, ctx.stop)
     return [json.loads(line) for line in out.read_text().splitlines()]
 

@@ -135,7 +135,7 @@ def run_stage(
     progress.say(f"[bold]{call.name}[/bold] ({call.kind})")
     work, accepted = open_work(call, store, accept_drift=options.accept_drift, progress=progress)
     with store.building(call.name) as out, _log_file(store.root, call.name):
-        if call.parallel.world_size == 1:
+        if call.parallel.world_size == 1 or not STAGES[call.kind].distributed:
             context = StageContext(call.name, recipe.name, out, work, recipe.execution, progress, stop=stop)
             result = call_stage(call.kind, recipe, inputs, context, call)
         else:

@@ -122,19 +122,24 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
     return {"library": "huggingface", "type": str(folder), "use_fast": True, **unused}
 
 
-def _require_known(shape: ModelShape, where: str) -> None:
+def unknown_to_nemo(shape: ModelShape) -> str | None:
+    """What NeMo 2.1 lacks of this model; None: nothing."""
     scaling: Llama3RopeScaling | None = shape.rope_scaling
+    window = shape.sliding_window_tokens
     reasons = {
         "norms of queries and keys": shape.qk_norm,
-        "an attention window": shape.sliding_window_tokens is not None
-        and shape.sliding_window_tokens < shape.max_position_embeddings,
+        "an attention window": window is not None and window < shape.max_position_embeddings,
         "a rope scaling factor other than 8": scaling is not None and scaling.factor != NEMO_ROPE_FACTOR,
     }
-    for reason, applies in reasons.items():
-        if applies:
-            raise ConfigError(
-                f"NeMo 2.1, which NeMo-Aligner builds on, has no models with {reason}.",
-                where=where,
-                allowed="Llama, Mistral without a window, Nemotron and Minitron models",
-                next_step="Align another family, or align this model with another tool after export.",
-            )
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def _require_known(shape: ModelShape, where: str) -> None:
+    reason = unknown_to_nemo(shape)
+    if reason is not None:
+        raise ConfigError(
+            f"NeMo 2.1, which NeMo-Aligner builds on, has no models with {reason}.",
+            where=where,
+            allowed="Llama, Mistral without a window, Nemotron and Minitron models",
+            next_step="Align another family, or align this model with another tool after export.",
+        )

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -48,8 +47,8 @@ def run_task(
     """
     python = aligner_python()
     work_dir.mkdir(parents=True, exist_ok=True)
-    for file in (RESULT_FILE, ERROR_FILE, STOP_FILE, PROGRESS_FILE):
-        (work_dir / file).unlink(missing_ok=True)
+    for old in (RESULT_FILE, ERROR_FILE, STOP_FILE, PROGRESS_FILE):
+        (work_dir / old).unlink(missing_ok=True)
     (work_dir / TASK_FILE).write_text(json.dumps({**task, "task": name, "work_dir": str(work_dir)}))
     command = [str(python), str(ENTRY), str(work_dir / TASK_FILE)]
     if num_processes > 1:
@@ -90,7 +89,7 @@ def _wait(process: subprocess.Popen[bytes], name: str, work_dir: Path, progress:
                 (work_dir / STOP_FILE).touch()
             seen = _seen(work_dir)
             if seen is not None:
-                bar = bar or Bar(name, int(seen["max_steps"]), "steps", progress, int(seen["step"]), {}, time.monotonic())
+                bar = bar or Bar(name, int(seen["max_steps"]), "steps", progress, int(seen["step"]))
                 fields = {"loss": float(seen["loss"])} if "loss" in seen else {}
                 bar.advance(int(seen["step"]) - bar.done, **fields)
     except BaseException:
@@ -141,5 +140,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-

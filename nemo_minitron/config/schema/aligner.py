@@ -26,7 +26,7 @@ class Alignment(ChatRendering):
     valid_interval_steps: PositiveInt = 50
     """Also the interval of checkpoints."""
     seed: int = 1234
-    aligner: dict[str, Any] = {}
+    aligner: dict[str, Any] = Field(default_factory=dict)
     """Any other key of NeMo-Aligner's config, nested as in configs/align; unknown ones are refused."""
 
 
@@ -40,6 +40,7 @@ class SftStage(Alignment):
 
     kind: Literal["sft"]
     inputs: SftInputs = SftInputs()
+    condition_on_attributes: bool = False
 
 
 class SteerlmSftInputs(Schema):

@@ -111,7 +111,7 @@ def _autocast_on_cpu() -> None:
     def on_cpu(self: Any, device_type: str = "cuda", *args: Any, **kwargs: Any) -> None:
         begin(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
-    torch.autocast.__init__ = on_cpu  # type: ignore[method-assign]
+    torch.autocast.__init__ = on_cpu
     amp.custom_fwd = lambda f=None, *, device_type="cuda", **kwargs: forward(f, device_type="cpu", **kwargs)
     amp.custom_bwd = lambda f=None, *, device_type="cuda": backward(f, device_type="cpu")
 
@@ -150,9 +150,9 @@ def _nemo_without_apex() -> None:
     import nemo.collections.nlp.modules.common.megatron.build_model as build_model
     import nemo.collections.nlp.modules.common.megatron.utils as megatron_utils
     import nemo.collections.nlp.parts.nlp_overrides as overrides
-    import nemo.core.classes.modelPT as model_pt
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
+    from nemo.core.classes.modelPT import ModelPT
 
     overrides.HAVE_APEX = True
     for name in ("MegatronDistributedFusedAdam", "McoreDistributedOptimizer"):
@@ -168,7 +168,7 @@ def _nemo_without_apex() -> None:
     megatron_utils.MixedFusedRMSNorm = torch.nn.RMSNorm
     base_model.MegatronBaseModel._enable_nvidia_optimizations = lambda self: None
     nlp_model.get_megatron_pretrained_bert_models = list  # would import a BERT that needs Transformer Engine
-    model_pt.ModelPT.cuda = lambda self, device=None: self
+    ModelPT.cuda = lambda self, device=None: self
 
 
 def _clip_gradients_without_apex() -> None:
@@ -242,4 +242,4 @@ def _checkpoints_of_torch_adam() -> None:
         return load_state_dict
 
     overrides.optim_state_to_sharding_state = without_counters
-    torch.optim.Adam.load_state_dict = with_counters(torch.optim.Adam.load_state_dict)  # type: ignore[method-assign]
+    torch.optim.Adam.load_state_dict = with_counters(torch.optim.Adam.load_state_dict)

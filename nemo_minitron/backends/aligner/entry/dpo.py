@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from nemo_aligner.algorithms.dpo import DPOTrainer, dpo_custom_collate
 from nemo_aligner.data.nlp.builders import (
     build_dataloader,
@@ -38,8 +39,10 @@ def preference_losses(task: Task) -> dict[str, Any]:
         loss, _ = MegatronGPTDPOModel.loss_func(
             model, policy, inputs["reference"], inputs["labels"], rewards, average_log_probs=settings["average"]
         )
-        loss.backward()
-        found[f"{name}.loss"], found[f"{name}.grad"] = loss.detach().reshape(1), policy.grad.contiguous()
+        found[f"{name}.loss"], found[f"{name}.grad"] = (
+            loss.detach().reshape(1),
+            torch.autograd.grad(loss, policy)[0].contiguous(),
+        )
     save_file(found, task["out"])
     return {}
 
@@ -103,5 +106,3 @@ def _loaders(config: DictConfig, model: Any, consumed_samples: int) -> Loaders:
         for dataset, consumed, is_training in ((train_dataset, consumed_samples, True), (valid_dataset, 0, False))
     ]
     return train_dataset, loaders[0], loaders[1]
-
-

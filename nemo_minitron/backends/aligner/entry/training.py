@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ Loaders = tuple[Any, Any, Any]
 """(training dataset, its loader, the validation loader)."""
 
 
-class StopTimer(Timer):
+class StopTimer(Timer):  # type: ignore[misc]
     """NeMo-Aligner asks its timer after every step whether to save and end; a file can say so, too."""
 
     def __init__(self, stop_file: Path) -> None:
@@ -114,8 +114,3 @@ def _prepare(task: Task, key: str) -> tuple[DictConfig, Any]:
     trainer = resolve_and_create_trainer(config, key)
     exp_manager(trainer, config.exp_manager)
     return config, trainer
-
-
-def json_facts(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics as plain numbers."""
-    return {name: float(value) for name, value in metrics.items()}
