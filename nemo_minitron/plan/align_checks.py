@@ -44,19 +44,19 @@ def method_of(stage: Alignment) -> Method:
 
 
 def _data(key: str, stage: Alignment, recipe: Recipe) -> Iterator[str]:
-    source = recipe.stages.get(stage.inputs.data)  # type: ignore[attr-defined]
+    source = recipe.stages.get(stage.inputs.chats)  # type: ignore[attr-defined]
     pairs = isinstance(stage, DpoStage) or (isinstance(stage, AttributeModelStage) and stage.reward == "ranking")
     needed = "pairs" if pairs else "conversations"
     if isinstance(source, ChatDataStage):
         if source.rows != needed:
-            yield f"{key}.inputs.data: stage {stage.inputs.data} has rows: {source.rows}, not {needed}."  # type: ignore[attr-defined]
+            yield f"{key}.inputs.chats: stage {stage.inputs.chats} has rows: {source.rows}, not {needed}."  # type: ignore[attr-defined]
         if source.valid_rows < stage.global_batch_size:
             yield (
                 f"{key}.global_batch_size = {stage.global_batch_size}: validation takes whole batches, and stage "
-                f"{stage.inputs.data} has valid_rows = {source.valid_rows}."  # type: ignore[attr-defined]
+                f"{stage.inputs.chats} has valid_rows = {source.valid_rows}."  # type: ignore[attr-defined]
             )
     elif isinstance(source, AnnotateStage) and pairs:
-        yield f"{key}.inputs.data: an annotate stage has conversations, not pairs."
+        yield f"{key}.inputs.chats: an annotate stage has conversations, not pairs."
     if isinstance(stage, SteerlmSftStage) and not stage.condition_on_attributes:
         yield f"{key}.condition_on_attributes = false: then it is an ordinary sft stage."
 

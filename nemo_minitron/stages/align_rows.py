@@ -46,7 +46,7 @@ def write_rows(params: Alignment, inputs: Inputs, ctx: StageContext) -> Rows:
     counts, facts = {}, {}
     for part in PARTS:
         stats = LengthStats()
-        source = inputs["data"].path / f"{part}.jsonl"
+        source = inputs["chats"].path / f"{part}.jsonl"
         rows = render_rows(
             _with_needed(read_normalised(source), params, str(source)),
             purpose,
@@ -71,11 +71,11 @@ def _purpose(params: Alignment) -> Purpose:
 
 def _require_kind(purpose: Purpose, inputs: Inputs, ctx: StageContext) -> None:
     needed = "pairs" if purpose == "pairs" else "conversations"
-    found = inputs["data"].result.get("rows")
+    found = inputs["chats"].result.get("rows")
     if found != needed:
         raise DataError(
             f"Stage {inputs['data'].stage} holds {found}.",
-            where=f"stages.{ctx.name}.inputs.data",
+            where=f"stages.{ctx.name}.inputs.chats",
             allowed=f"a chat_data stage with rows: {needed}",
         )
 

@@ -33,7 +33,7 @@ def annotate(params: AnnotateStage, inputs: Inputs, ctx: StageContext) -> Result
     Raises:
         PlanError: the model ranks, or the data are pairs.
     """
-    model, data = inputs["model"], inputs["data"]
+    model, data = inputs["attribute_model"], inputs["chats"]
     if model.result.get("reward") != "regression" or data.result.get("rows") != "conversations":
         raise PlanError(
             "annotate needs an attribute model that was trained by regression, and conversations.",

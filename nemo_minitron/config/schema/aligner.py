@@ -32,7 +32,7 @@ class Alignment(ChatRendering):
 
 class SftInputs(Schema):
     model: StageName = "distill"
-    data: StageName = "chat_data"
+    chats: StageName = "chat_data"
 
 
 class SftStage(Alignment):
@@ -45,7 +45,7 @@ class SftStage(Alignment):
 
 class SteerlmSftInputs(Schema):
     model: StageName = "distill"
-    data: StageName = "annotate"
+    chats: StageName = "annotate"
 
 
 class SteerlmSftStage(Alignment):
@@ -59,7 +59,7 @@ class SteerlmSftStage(Alignment):
 class DpoInputs(Schema):
     model: StageName = "sft"
     """Start, and frozen reference."""
-    data: StageName = "preference_data"
+    chats: StageName = "preference_data"
 
 
 class DpoStage(Alignment):
@@ -81,7 +81,7 @@ class DpoStage(Alignment):
 
 class AttributeModelInputs(Schema):
     model: StageName = "distill"
-    data: StageName = "chat_data"
+    chats: StageName = "chat_data"
 
 
 class AttributeModelStage(Alignment):
@@ -94,8 +94,8 @@ class AttributeModelStage(Alignment):
 
 
 class AnnotateInputs(Schema):
-    model: StageName = "attribute_model"
-    data: StageName = "chat_data"
+    attribute_model: StageName = "attribute_model"
+    chats: StageName = "chat_data"
 
 
 class AnnotateStage(Schema):
