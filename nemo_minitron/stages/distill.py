@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def distill(params: DistillStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Distillation from the teacher; resumes from the work folder after a kill.
 
-    Writes the student as a Hugging Face checkpoint, curves.jsonl and tensorboard/.
+    Writes the student as a Hugging Face checkpoint, curves.jsonl, data_used.json and tensorboard/.
 
     Raises:
         DataError: teacher, student and data do not share a tokenizer.

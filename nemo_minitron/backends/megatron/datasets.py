@@ -64,6 +64,14 @@ def training_samples(data_dir: Path, *, num_samples: int, seq_len_tokens: int, s
     return builder.build()[0]
 
 
+def samples_of_each(samples: Any, num_sources: int, num_samples: int) -> list[int]:
+    """How many of the first `num_samples` training samples come from each source."""
+    # Megatron blends two sources or more.
+    if num_sources < 2:
+        return [num_samples] * num_sources
+    return np.bincount(samples.dataset_index[:num_samples], minlength=num_sources).tolist()
+
+
 def step_batches(
     samples: Any,
     session: Session,
@@ -102,6 +110,11 @@ def mask_between_documents(tokens_BS: torch.Tensor, eod_id: int) -> torch.Tensor
     length = tokens_BS.shape[1]
     later = torch.ones(length, length, dtype=torch.bool, device=tokens_BS.device).triu(1)
     return (later | (document[:, :, None] != document[:, None, :]))[:, None]
+
+
+def training_sources(data_dir: Path) -> list[dict[str, Any]]:
+    """The sources of a dataset artifact, in the order of the blend."""
+    return list(json.loads((data_dir / "data.json").read_text())["train"])
 
 
 def eod_id_of(data_dir: Path) -> int:

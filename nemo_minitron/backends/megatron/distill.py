@@ -13,7 +13,13 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.build import padded_vocab_size
-from nemo_minitron.backends.megatron.datasets import HeldOutBatches, eod_id_of, heldout_batches, training_samples
+from nemo_minitron.backends.megatron.datasets import (
+    HeldOutBatches,
+    eod_id_of,
+    heldout_batches,
+    training_samples,
+    training_sources,
+)
 from nemo_minitron.backends.megatron.evaluate import EVAL_BATCH_SIZE
 from nemo_minitron.backends.megatron.forward import Batch, evaluating, forward_batches
 from nemo_minitron.backends.megatron.head import head_weight, model_hidden, vocab_of
@@ -181,6 +187,7 @@ def _job(
         objective=objective_of(room),
         flops_per_token=training_flops_per_token(shape, room.teacher_shape, params.seq_len_tokens),
         separate_at=eod_id_of(data_dir) if params.reset_attention_mask else None,
+        sources=training_sources(data_dir),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
@@ -17,7 +18,7 @@ from torch import Tensor
 from nemo_minitron.backends.megatron.build import DTYPES
 from nemo_minitron.backends.megatron.checkpoint import Checkpoints, Progressed, step_of
 from nemo_minitron.backends.megatron.curves import Curves, Tracker
-from nemo_minitron.backends.megatron.datasets import step_batches
+from nemo_minitron.backends.megatron.datasets import samples_of_each, step_batches
 from nemo_minitron.backends.megatron.forward import Batch
 from nemo_minitron.backends.megatron.guard import LossWatch
 from nemo_minitron.backends.megatron.optim import Trainable
@@ -25,6 +26,7 @@ from nemo_minitron.backends.megatron.peak import matmul_flops_per_s
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.weights import save_model
 from nemo_minitron.config.schema import Execution, Optimization
+from nemo_minitron.data.used import DATA_USED_FILE, Sources, data_used
 from nemo_minitron.errors import Interrupted, NumericsError
 from nemo_minitron.families import ModelShape
 from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files, model_facts
@@ -67,10 +69,17 @@ class Job:
     """Of student and teacher, without recomputation."""
     separate_at: int | None = None
     """End-of-document token that attention may not cross."""
+    sources: Sources = ()
+    """Where the samples come from."""
 
     @property
     def tokens_per_step(self) -> int:
         return self.params.global_batch_size * self.params.seq_len_tokens
+
+    def data_used(self, num_steps: int) -> list[dict[str, Any]]:
+        """What the first steps draw of each source: follows from their number, so it is the same after a resume."""
+        counts = samples_of_each(self.samples, len(self.sources), num_steps * self.params.global_batch_size)
+        return data_used(self.sources, [count * self.params.seq_len_tokens for count in counts])
 
 
 @dataclass(frozen=True)
@@ -166,11 +175,19 @@ def _advance(loop: _Loop, step: int, bar: Bar) -> None:
     if saves:
         # The curve reaches the disk first: a checkpoint never knows more than its curve.
         loop.curves.flush()
+        if job.session.is_main:
+            _write_data_used(job, done, loop.curves.path.parent)
         loop.checkpoints.save(job.trainable, Progressed(done, tuple(loop.watch.good_losses)))
     if last or asked_by:
         loop.checkpoints.finish()
     if asked_by and not last:
         raise _interrupted(loop, done, asked_by)
+
+
+def _write_data_used(job: Job, num_steps: int, folder: Path) -> list[dict[str, Any]]:
+    used = job.data_used(num_steps)
+    (folder / DATA_USED_FILE).write_text(json.dumps(used, indent=2) + "\n")
+    return used
 
 
 def _interrupted(loop: _Loop, done: int, asked_by: str) -> Interrupted:
@@ -293,7 +310,7 @@ def _numerics_error(loop: _Loop, what: str) -> NumericsError:
 
 
 def publish(job: Job, model_dir: Path, work_dir: Path, out_dir: Path) -> dict[str, Any]:
-    """Write the trained model as a Hugging Face checkpoint, with its curves; facts on the main rank."""
+    """Write the trained model as a Hugging Face checkpoint, its curves and data_used.json; facts on the main rank."""
     writer = None
     if job.session.is_main:
         source = Checkpoint.open(model_dir)
@@ -305,4 +322,4 @@ def publish(job: Job, model_dir: Path, work_dir: Path, out_dir: Path) -> dict[st
     if writer is None:
         return {}
     writer.close()
-    return model_facts(out_dir)
+    return {**model_facts(out_dir), "data_used": _write_data_used(job, job.num_steps, out_dir)}
