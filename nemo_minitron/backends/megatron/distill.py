@@ -34,6 +34,7 @@ from nemo_minitron.backends.megatron.hidden import (
     transport,
     weigh,
 )
+from nemo_minitron.backends.megatron.layers import require_document_mask
 from nemo_minitron.backends.megatron.optim import make_trainable
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.training import Job, Objective, Parts
@@ -95,6 +96,7 @@ def prepare_cached(
     params: DistillStage, student_dir: Path, cache_dir: Path, data_dir: Path, work_dir: Path, session: Session
 ) -> Job:
     """Load the student; the teacher is read from a cache, whose samples are the training samples."""
+    require_document_mask(params.reset_attention_mask)
     cache = TeacherCache(cache_dir)
     require_same_keys(cache.facts, params, cache_dir)
     student, shape = load_model(student_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
@@ -113,6 +115,7 @@ def prepare(
     params: DistillStage, student_dir: Path, teacher_dir: Path, data_dir: Path, work_dir: Path, session: Session
 ) -> Job:
     """Load the student and, where the loss needs it, the teacher; open the data."""
+    require_document_mask(params.reset_attention_mask)
     shapes = [Checkpoint.open(folder).shape for folder in (student_dir, teacher_dir)]
     sizes = [shape.vocab_size for shape in shapes]
     options = {
@@ -140,6 +143,7 @@ def prepare(
 
 def prepare_training(params: TrainStage, model_dir: Path, data_dir: Path, work_dir: Path, session: Session) -> Job:
     """Load the model and open the data: next-token cross entropy, no teacher."""
+    require_document_mask(params.reset_attention_mask)
     model, shape = load_model(model_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
     heldout = _heldout(params, data_dir, session)
     room = Classroom(NEXT_TOKEN, model, None, shape.vocab_size, heldout, session, params.seed)

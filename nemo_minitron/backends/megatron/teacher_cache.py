@@ -21,6 +21,7 @@ from nemo_minitron.backends.megatron.datasets import (
 from nemo_minitron.backends.megatron.evaluate import EVAL_BATCH_SIZE, sum_nll
 from nemo_minitron.backends.megatron.forward import Batch, evaluating, forward_batches
 from nemo_minitron.backends.megatron.head import head_weight, model_hidden, vocab_of
+from nemo_minitron.backends.megatron.layers import require_document_mask
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.weights import load_model
 from nemo_minitron.config.schema import CacheTeacherStage, Sampled
@@ -42,6 +43,7 @@ def write_cache(
     params: CacheTeacherStage, teacher_dir: Path, data_dir: Path, work_dir: Path, session: Session, progress: Progress
 ) -> CacheFacts:
     """Every shard that the work folder does not have yet; data-parallel ranks write different ones."""
+    require_document_mask(params.reset_attention_mask)
     model, shape = load_model(teacher_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
     require_vocabulary(shape.vocab_size)
     facts = CacheFacts(
