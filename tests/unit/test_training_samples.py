@@ -79,7 +79,7 @@ def _job(data: Path, work: Path) -> tuple[Any, list[torch.Tensor]]:
         samples = training_samples(data, num_samples=50, seq_len_tokens=SEQ_LEN, seed=0, cache_dir=work)
         params: Any = SimpleNamespace(global_batch_size=5, seq_len_tokens=SEQ_LEN)
         sources = training_sources(data)
-        job = Job("train", params, 10, samples=samples, sources=sources, flops_per_token=1.0, **keys)
+        job = Job(params, 10, samples=samples, sources=sources, flops_per_token=1.0, **keys)
         return job, [samples[i]["tokens"] for i in range(50)]
 
 

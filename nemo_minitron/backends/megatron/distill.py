@@ -108,7 +108,7 @@ def prepare_cached(
     heldout = _heldout(params, data_dir, session)
     size, loss = cache.facts.vocab_size, cache.facts.teacher_loss(params)
     room = Classroom(params.loss, student, None, size, heldout, session, params.seed, cache=cache, teacher_loss=loss)
-    return _job("distill", params, params.num_steps, room, shape, data_dir, work_dir, cache.facts.num_samples)
+    return _job(params, params.num_steps, room, shape, data_dir, work_dir, cache.facts.num_samples)
 
 
 def prepare(
@@ -128,7 +128,7 @@ def prepare(
     heldout = _heldout(params, data_dir, session)
     if not params.loss.needs_teacher:
         room = Classroom(params.loss, student, None, min(sizes), heldout, session, params.seed)
-        return _job("distill", params, params.num_steps, room, shape, data_dir, work_dir)
+        return _job(params, params.num_steps, room, shape, data_dir, work_dir)
     teacher, _ = load_model(teacher_dir, session, **options)  # type: ignore[arg-type]
     teacher.requires_grad_(False).eval()
     hidden = None
@@ -138,7 +138,7 @@ def prepare(
     room = Classroom(
         params.loss, student, teacher, min(sizes), heldout, session, params.seed, hidden, teacher_shape=shapes[1]
     )
-    return _job("distill", params, params.num_steps, room, shape, data_dir, work_dir)
+    return _job(params, params.num_steps, room, shape, data_dir, work_dir)
 
 
 def prepare_training(params: TrainStage, model_dir: Path, data_dir: Path, work_dir: Path, session: Session) -> Job:
@@ -147,7 +147,7 @@ def prepare_training(params: TrainStage, model_dir: Path, data_dir: Path, work_d
     model, shape = load_model(model_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
     heldout = _heldout(params, data_dir, session)
     room = Classroom(NEXT_TOKEN, model, None, shape.vocab_size, heldout, session, params.seed)
-    return _job("train", params, params.num_steps, room, shape, data_dir, work_dir)
+    return _job(params, params.num_steps, room, shape, data_dir, work_dir)
 
 
 def _heldout(params: Optimization, data_dir: Path, session: Session) -> HeldOutBatches:
@@ -162,7 +162,6 @@ def _heldout(params: Optimization, data_dir: Path, session: Session) -> HeldOutB
 
 
 def _job(
-    stage: str,
     params: Optimization,
     num_steps: int,
     room: Classroom,
@@ -181,7 +180,6 @@ def _job(
     )
     trainable = make_trainable(room.student, params, num_steps, room.session.parallel)
     return Job(
-        stage=stage,
         params=params,
         num_steps=num_steps,
         trainable=trainable,

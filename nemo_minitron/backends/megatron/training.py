@@ -56,8 +56,6 @@ class Objective:
 class Job:
     """Everything that the loop needs; nothing in it changes but the model and its optimizer."""
 
-    stage: str
-    """For messages: `distill`, `train`."""
     params: Optimization
     num_steps: int
     trainable: Trainable
@@ -89,6 +87,10 @@ class LoopOptions:
     execution: Execution = field(default_factory=Execution)
     recipe_name: str = "training"
     stop: StopRequest = field(default_factory=StopRequest)
+    stage: str = "training"
+    """Its name in the recipe."""
+    keys: str = "stages.training"
+    """Where in the recipe its learning rate stands."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class _Loop:
     curves: Curves
     checkpoints: Checkpoints
     watch: LossWatch
-    stop: StopRequest
+    options: LoopOptions
     peak_flops_per_s: float
     """Of all processes, in matrix products."""
 
@@ -122,14 +124,12 @@ def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | Non
         work_dir / "checkpoints", job.session, keep=params.keep_checkpoints, in_background=execution.async_checkpoints
     )
     before = checkpoints.resume(job.trainable)
-    curves = Curves(
-        work_dir, first_step=before.step or -1, enabled=job.session.is_main, tracker=_tracker(options, job.stage)
-    )
-    loop = _Loop(job, curves, checkpoints, LossWatch(params.guard, before.good_losses), options.stop, peak)
+    curves = Curves(work_dir, first_step=before.step or -1, enabled=job.session.is_main, tracker=_tracker(options))
+    loop = _Loop(job, curves, checkpoints, LossWatch(params.guard, before.good_losses), options, peak)
     if before.step == 0:
         curves.add(0, **job.objective.validate())
     try:
-        with options.stop.deferred(), progress.bar(job.stage, job.num_steps, "steps", done=before.step) as bar:
+        with options.stop.deferred(), progress.bar(options.stage, job.num_steps, "steps", done=before.step) as bar:
             for step in range(before.step, job.num_steps):
                 _advance(loop, step, bar)
     finally:
@@ -145,18 +145,18 @@ def _peak_flops_per_s(job: Job, execution: Execution) -> float:
     return one * job.session.world_size
 
 
-def _tracker(options: LoopOptions, stage: str) -> Tracker | None:
+def _tracker(options: LoopOptions) -> Tracker | None:
     execution, name = options.execution, options.recipe_name
     if execution.wandb_project is None:
         return None
-    return Tracker(execution.wandb_project, name, stage, Path(execution.run_root) / name / "logs")
+    return Tracker(execution.wandb_project, name, options.stage, Path(execution.run_root) / name / "logs")
 
 
 def _advance(loop: _Loop, step: int, bar: Bar) -> None:
     """One step, and all that follows from it."""
     job, done = loop.job, step + 1
     started_s = time.monotonic()
-    row, asked_by = train_step(job, step, loop.stop)
+    row, asked_by = train_step(job, step, loop.options.stop)
     tokens_per_s = job.tokens_per_step / (time.monotonic() - started_s)
     _require_finite(loop, row, step)
     speed = {"tokens_per_s": tokens_per_s, "mfu": loop.mfu(tokens_per_s)}
@@ -195,7 +195,7 @@ def _interrupted(loop: _Loop, done: int, asked_by: str) -> Interrupted:
     kept = 0 if newest is None else step_of(newest)
     again = "" if kept == done else f" from step {kept}: the loss was above its bound, and no checkpoint was written"
     return Interrupted(
-        f"{loop.job.stage} stopped after step {done} of {loop.job.num_steps} as asked by {asked_by}; "
+        f"{loop.options.stage} stopped after step {done} of {loop.job.num_steps} as asked by {asked_by}; "
         f"the same command goes on{again}."
     )
 
@@ -297,13 +297,13 @@ def _usual(loop: _Loop) -> str:
 def _numerics_error(loop: _Loop, what: str) -> NumericsError:
     """Names the checkpoint from which a changed recipe can go on. Every rank comes here at the same step."""
     loop.checkpoints.finish()
-    newest, key = loop.checkpoints.newest(), f"stages.{loop.job.stage}"
+    newest, key = loop.checkpoints.newest(), loop.options.keys
     if newest is None:
         after = "There is no checkpoint yet: it starts again."
     else:
         after = f"With --accept-drift it goes on from step {step_of(newest)}, without from the start."
     return NumericsError(
-        f"{loop.job.stage}: {what}",
+        f"{loop.options.stage}: {what}",
         where=f"last good checkpoint: {newest}" if newest else None,
         next_step=f"Lower {key}.lr or raise {key}.warmup_steps. {after} Another {key}.guard needs no flag.",
     )
