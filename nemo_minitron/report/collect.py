@@ -80,7 +80,7 @@ def _search(stages: Mapping[str, Artifact]) -> dict[str, Any] | None:
 def _curves(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
     """Rows of the distillation's curves: training {step, train_loss, tokens, ...}, validation {step, valid_loss, ...}.
 
-    valid_kl and valid_teacher_loss are there when the teacher was in memory.
+    valid_kl and valid_teacher_loss are there when the teacher was in memory, or its cache knows the held-out text.
     """
     distill = _first(stages, "distill")
     file = distill.path / "curves.jsonl" if distill else None

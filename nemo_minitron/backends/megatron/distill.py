@@ -72,7 +72,7 @@ class Classroom:
     hidden: HiddenStates | None = None
     cache: TeacherCache | None = None
     teacher_loss: float | None = None
-    """Held-out, as the cache has it."""
+    """Held-out, as the cache has it; None where it was measured on other text."""
     teacher_shape: ModelShape | None = None
 
     @property
@@ -285,11 +285,24 @@ def lessons(room: Classroom, batches: list[Batch]) -> Iterator[Lesson]:
 
 def _lessons_written(room: Classroom, cache: TeacherCache, batches: list[Batch]) -> Iterator[Lesson]:
     for batch in batches:
-        if "sample_ids" not in batch or not room.session.is_last_stage:
+        numbers = _cached_numbers(room, cache, batch)
+        if numbers is None or not room.session.is_last_stage:
             yield Lesson()
             continue
-        found = cache.read(batch["sample_ids"].tolist(), batch["tokens"].cpu().numpy())
+        found = cache.read(numbers.tolist(), batch["tokens"].cpu().numpy())
         yield Lesson(written=found.to(batch["tokens"].device))
+
+
+def _cached_numbers(room: Classroom, cache: TeacherCache, batch: Batch) -> Tensor | None:
+    """Under which numbers the cache has a batch; None: it does not."""
+    if "sample_ids" in batch:
+        return batch["sample_ids"]
+    return batch["window_ids"] + cache.facts.first_heldout if _knows_heldout(room) else None
+
+
+def _knows_heldout(room: Classroom) -> bool:
+    """Whether the cache has what the teacher says of the held-out text."""
+    return room.cache is not None and room.teacher_loss is not None and room.cache.facts.num_heldout > 0
 
 
 def _lessons_now(room: Classroom, teacher: GPTModel, batches: list[Batch]) -> Iterator[Lesson]:
@@ -325,10 +338,10 @@ def validate(room: Classroom) -> dict[str, float]:
     sums = torch.zeros(4, dtype=torch.float64, device=room.session.device)
     with evaluating(room.student):
         for batch in room.heldout.batches:
-            teacher = next(lessons(room, [batch])).head_input
+            lesson = next(lessons(room, [batch]))
 
-            def add(hidden: Tensor, batch: Batch, teacher: Tensor | None = teacher) -> None:
-                sums.add_(_measure(room, hidden, batch, teacher))
+            def add(hidden: Tensor, batch: Batch, lesson: Lesson = lesson) -> None:
+                sums.add_(_measure(room, hidden, batch, lesson))
 
             forward_batches(room.student, [batch], room.session, add, forward=model_hidden)
     if not (room.session.is_last_stage and room.session.tp_rank == 0):
@@ -336,17 +349,18 @@ def validate(room: Classroom) -> dict[str, float]:
     room.session.sum(sums)
     kl, loss, teacher_loss = (sums[:3] / sums[3]).tolist()
     if room.teacher is None:
-        return {"valid_loss": loss} | ({} if room.teacher_loss is None else {"valid_teacher_loss": room.teacher_loss})
+        told = {} if room.teacher_loss is None else {"valid_teacher_loss": room.teacher_loss}
+        return ({"valid_kl": kl} if _knows_heldout(room) else {}) | {"valid_loss": loss, **told}
     return {"valid_kl": kl, "valid_loss": loss, "valid_teacher_loss": teacher_loss}
 
 
-def _measure(room: Classroom, hidden_BSD: Tensor, batch: Batch, teacher_BSD: Tensor | None) -> Tensor:
+def _measure(room: Classroom, hidden_BSD: Tensor, batch: Batch, lesson: Lesson) -> Tensor:
     """Sums over the batch's tokens: KL, loss of the student, loss of the teacher, tokens."""
     labels, mask, vocab = batch["labels"].flatten(), batch["loss_mask"].flatten(), room.vocab
     student = Head(head_weight(room.student, room.vocab_size), hidden_BSD.flatten(0, 1))
     teacher = None
-    if room.teacher is not None and teacher_BSD is not None:
-        teacher = Head(head_weight(room.teacher, room.vocab_size), teacher_BSD.flatten(0, 1))
+    if room.teacher is not None and lesson.head_input is not None:
+        teacher = Head(head_weight(room.teacher, room.vocab_size), lesson.head_input.flatten(0, 1))
     sums = torch.zeros(4, dtype=torch.float64, device=mask.device)
     for rows in student.all_blocks():
         logits = student.logits(rows)
@@ -357,6 +371,8 @@ def _measure(room: Classroom, hidden_BSD: Tensor, batch: Batch, teacher_BSD: Ten
             values[0] = forward_kl(logits, expected, KL, vocab)[0]
         else:
             values.append(values[0])
+            if lesson.written is not None:
+                values[0] = cached_teacher(lesson.written, KL, vocab)(logits, rows)[0]
         weights = mask[rows].double()
         sums += torch.stack([value.double() @ weights for value in (*values, torch.ones_like(mask[rows]))])
     return sums
