@@ -11,24 +11,28 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Whole tensors on disk, so that a resume may have another layout."""
 
 
 def sharded_optimizer_state(
-    optimizer: DistributedOptimizer, model_state: dict[str, Any], *, is_loading: bool
+    optimizer: MegatronOptimizer, model_state: dict[str, Any], *, is_loading: bool
 ) -> dict[str, Any]:
     """What a checkpoint holds of the optimizer."""
-    if is_loading and _is_torch_adam(optimizer):
-        _make_states(optimizer)
-    state: dict[str, Any] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING)
+    only = _only(optimizer)
+    if is_loading and _is_torch_adam(only):
+        _make_states(only)
+    state: dict[str, Any] = only.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING)
     return state
 
 
-def load_optimizer_state(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:
+def load_optimizer_state(chained: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Take over what a checkpoint held."""
+    optimizer = _only(chained)
     if not _is_torch_adam(optimizer):
         optimizer.load_state_dict(state)
         return
@@ -41,6 +45,14 @@ def load_optimizer_state(optimizer: DistributedOptimizer, state: dict[str, Any])
     optimizer.load_parameter_state_from_fully_reshardable(state["param_state"])
     for tensors in states:
         tensors["step"] = torch.tensor(step)
+
+
+def _only(optimizer: MegatronOptimizer) -> DistributedOptimizer:
+    """Megatron chains one optimizer for each kind of parameters; a dense model has one kind."""
+    chain = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    if len(chain) != 1 or not isinstance(chain[0], DistributedOptimizer):
+        raise AssertionError(f"expected one distributed optimizer, found {chain}")
+    return chain[0]
 
 
 def _is_torch_adam(optimizer: DistributedOptimizer) -> bool:
