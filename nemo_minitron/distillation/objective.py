@@ -67,6 +67,7 @@ def token_loss(
     teacher: Distance | None = None,
     vocab: Vocab = WHOLE,
     *,
+    over_ranks: Callable[[Tensor], Tensor] = lambda share: share,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum over tokens of `logits + next_token * CE`, differentiable for hidden and weight.
@@ -74,6 +75,7 @@ def token_loss(
     Args:
         token_weights_T: usually mask / number of tokens.
         teacher: None where the loss has no teacher.
+        over_ranks: sums over the ranks that hold the other tokens of the same sequences.
 
     Returns:
         the scalar, and its detached parts: `logits_loss`, `lm_loss` (unweighted) where they are part of it.
@@ -85,7 +87,8 @@ def token_loss(
         with torch.no_grad():
             mixture = Mixture(teacher, labels_T, token_weights_T, 1.0, vocab)
             linear_loss(hidden_TD, weight_VD, token_weights_T, mixture, chunk_tokens=chunk_tokens)
-            weight = mixture.parts["logits_loss"] / mixture.parts["lm_loss"]
+            whole = over_ranks(torch.stack((mixture.parts["logits_loss"], mixture.parts["lm_loss"])))
+            weight = whole[0] / whole[1]
     else:
         weight = params.next_token
     mixture = Mixture(teacher, labels_T, token_weights_T, weight, vocab)

@@ -5,6 +5,7 @@ Shapes: n tokens of a chunk, V the vocabulary part of this rank, K entries a tok
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +80,9 @@ def uniforms_of(seed: int, sample_ids_B: Tensor, seq_len_tokens: int, rounds: in
     generator = torch.Generator()
     points = []
     for number in sample_ids_B.tolist():
-        generator.manual_seed((seed << 32) + number)
+        # Hashed: the generator looks at 32 bits only, and neighbours should have nothing in common.
+        digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
+        generator.manual_seed(int.from_bytes(digest[:4], "little"))
         points.append(torch.rand(seq_len_tokens, rounds, generator=generator))
     return torch.cat(points)
 

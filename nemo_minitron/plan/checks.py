@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from glob import glob
+from math import lcm
 from pathlib import Path
 
 from nemo_minitron.config.schema import (
@@ -253,6 +254,7 @@ def _layouts(recipe: Recipe) -> Iterator[str]:
         if not STAGES[stage.kind].has_layout:
             continue
         layout, seq_len = parallel_of(recipe, name), _seq_len(stage)
+        yield from _context(name, stage, layout, seq_len)
         for label, shape in _models_of(name, stage, recipe):
             for limit, why in _limits(shape):
                 if seq_len > limit:
@@ -261,6 +263,21 @@ def _layouts(recipe: Recipe) -> Iterator[str]:
                 # One line for each layout and model, however many stages it fails in.
                 found.setdefault(f"{text} ({label})")
     yield from found
+
+
+def _context(name: str, stage: Schema, layout: Parallel, seq_len: int) -> Iterator[str]:
+    """Context parallelism splits sequences into 2 * cp equal chunks, for stages that can work on parts of them."""
+    key, cp = "execution.parallel.cp", layout.cp
+    if cp == 1:
+        return
+    if isinstance(stage, ScoreStage | CacheTeacherStage):
+        yield (
+            f"{key} = {cp}: stages.{name} needs whole sequences. Allowed: 1. "
+            f"Next: give it a layout of its own, execution.parallel_by_stage.{name}."
+        )
+    # With sequence parallelism tp ranks share what a context-parallel rank holds.
+    elif seq_len % (multiple := lcm(2 * cp, cp * layout.tp if layout.sequence_parallel else 1)):
+        yield f"stages.{name}.seq_len_tokens = {seq_len}: {key} = {cp} needs a multiple of {multiple}."
 
 
 def _seq_len(stage: Schema) -> int:

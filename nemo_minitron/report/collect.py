@@ -136,7 +136,7 @@ def _tokens(stage: Artifact) -> int | None:
         return int(result["num_samples"]) * int(result["seq_len_tokens"])
     if stage.kind == "tokenize":
         return int(result["train_num_tokens"]) + int(result["valid_num_tokens"])
-    found = result.get("tokens" if stage.kind == "distill" else "num_tokens")
+    found = result.get("tokens" if stage.kind in ("distill", "train", "correct") else "num_tokens")
     return None if found is None else int(found)
 
 

@@ -17,7 +17,7 @@ from nemo_minitron.interrupts import RELAY_FILE, SIGNALS, StopRequest
 from nemo_minitron.plan.planner import StageCall
 
 CALL_FILE, RESULT_FILE, ERROR_FILE, STATUS_FILE = "call.json", "result.json", "error.json", "progress.json"
-TRAINING_KINDS = ("distill", "train", "candidate")
+TRAINING_KINDS = ("distill", "train", "correct", "candidate")
 """Their ranks end by themselves, with a checkpoint, when they are asked to stop."""
 POLL_INTERVAL_S, SHUTDOWN_TIMEOUT_S = 0.2, 40.0
 

@@ -13,7 +13,7 @@ from nemo_minitron.plan.planner import StageCall
 from nemo_minitron.progress import Progress
 
 PAYLOAD_FILE, ACCEPTED_FILE = "payload.json", "accepted_work.json"
-RESUMABLE_KINDS = ("distill", "train")
+RESUMABLE_KINDS = ("distill", "train", "correct")
 ADJUSTABLE = {
     "lr",
     "min_lr",

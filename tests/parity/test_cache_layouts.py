@@ -28,6 +28,7 @@ WRITERS = {
     "dp2": Parallel(dp=2, micro_batch_size=2),
 }
 READERS = {
+    "cp2": Parallel(cp=2, micro_batch_size=2),
     "tp2 with sequence parallel": Parallel(tp=2, sequence_parallel=True, micro_batch_size=2),
     "pp2": Parallel(pp=2),
     "dp2": Parallel(dp=2),

@@ -31,6 +31,8 @@ LAYOUTS = {
     "tp2 with sequence parallel": Parallel(tp=2, micro_batch_size=2, sequence_parallel=True),
     "pp2": Parallel(pp=2),
     "dp2": Parallel(dp=2),
+    "cp2": Parallel(cp=2, micro_batch_size=2),
+    "tp2 cp2 with sequence parallel": Parallel(tp=2, cp=2, micro_batch_size=2, sequence_parallel=True),
     "dp2, overlapped": Parallel(dp=2, overlap_grad_reduce=True),
     "dp2, distributed optimizer": Parallel(dp=2, distributed_optimizer=True),
     "dp2, distributed optimizer, overlapped": Parallel(
@@ -67,6 +69,19 @@ def test_twenty_steps_have_the_losses_of_one_process(name: str, folders: dict[st
     assert len(found_train) == 20
     np.testing.assert_allclose(found_train, train, atol=1e-4)
     np.testing.assert_allclose(found_valid, valid, atol=1e-4)
+
+
+def test_documents_stay_apart_where_their_sequences_are_split(folders: dict[str, Path]) -> None:
+    layouts = {"documents": Parallel(micro_batch_size=4), "documents-cp2": Parallel(cp=2, micro_batch_size=4)}
+    models = [folders[key] for key in ("student", "teacher", "data")]
+    params, found = PARAMS.model_copy(update={"num_steps": 3, "reset_attention_mask": True}), []
+    for name, layout in layouts.items():
+        work = folders["work"] / name
+        work.mkdir()
+        found.append(run_ranks(layout.world_size, distill_losses, params, layout, *models, work)[0][0])
+    np.testing.assert_allclose(found[1], found[0], atol=1e-4)
+    open_, _ = _losses("one", Parallel(micro_batch_size=4), **folders)
+    assert abs(found[0][0] - open_[0]) > 1e-2, "the mask must matter for this to mean anything"
 
 
 RESUMES = {

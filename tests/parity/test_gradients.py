@@ -54,6 +54,7 @@ LAYOUTS = {
     "pp2": Parallel(pp=2),
     "tp2 pp2 with sequence parallel": Parallel(tp=2, pp=2, sequence_parallel=True),
     "dp2": Parallel(dp=2),
+    "cp2 pp2": Parallel(cp=2, pp=2),
 }
 BOUND_FP64, BOUND_FP32 = 1e-12, 1e-6
 """The gradients of a whole model in fp32 differ by more than this between layouts whatever the loss is (about 2e-6):

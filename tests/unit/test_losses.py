@@ -125,6 +125,15 @@ def test_next_token_is_the_cross_entropy() -> None:
     torch.testing.assert_close(grad, student.grad, rtol=1e-12, atol=1e-12)
 
 
+def test_draws_depend_on_seed_and_sample() -> None:
+    one, same, other_seed, other_sample = (
+        uniforms_of(seed, torch.tensor([number]), 4, 3) for seed, number in ((1, 5), (1, 5), (2, 5), (1, 6))
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other_seed)
+    assert not torch.equal(one, other_sample)
+
+
 def _head(seed: int, width: int) -> tuple[Tensor, Tensor]:
     return _normal(20, width, seed=seed) / 3, _normal(31, width, seed=seed + 1) / 9
 

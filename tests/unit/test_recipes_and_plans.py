@@ -71,6 +71,11 @@ def test_a_missing_recipe_names_its_neighbours() -> None:
         ("stages.distill.warmup_steps=30", "must be below num_steps"),
         ("stages.distill.seq_len_tokens=4096", "made for at most 256"),
         ("stages.evaluate_pruned.label=teacher", "has the same label"),
+        ("execution.parallel.cp=2", "cp = 2: stages.score needs whole sequences"),
+        (
+            "++execution.parallel_by_stage.distill.cp=2 stages.distill.seq_len_tokens=126",
+            "stages.distill.seq_len_tokens = 126: .*cp = 2 needs a multiple of 4",
+        ),
         ("stages.score.width_axes=[hidden]", "axis ffn is not scored"),
         ("stages.select.target.num_layers=3 stages.select.layer_metric=lm_loss", "not measured"),
     ],
@@ -85,6 +90,7 @@ def test_a_recipe_that_cannot_be_carried_out_is_refused(override: str, words: st
     [
         ("stages.cache_teacher.num_samples=239", r"num_samples = 239: stages.distill takes .* = 240 samples"),
         ("stages.distill.seq_len_tokens=64", "stages.cache_teacher has 128; give both the same"),
+        ("execution.parallel.cp=2", "cp = 2: stages.cache_teacher needs whole sequences"),
         ("stages.distill.seed=7", "stages.cache_teacher has 1234; give both the same"),
         ("stages.distill.reset_attention_mask=true", "stages.cache_teacher has False; give both the same"),
         ("stages.cache_teacher.inputs.teacher=prune", "distill.inputs.teacher = teacher: .* was made from prune"),

@@ -57,6 +57,7 @@ def transformer_config(shape: ModelShape, session: Session, precision: str) -> T
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
+        "context_parallel_size": parallel.cp,
         "sequence_parallel": parallel.sequence_parallel and parallel.tp > 1,
         "params_dtype": DTYPES[precision],
         "pipeline_dtype": DTYPES[precision],

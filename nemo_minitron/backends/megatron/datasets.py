@@ -14,6 +14,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from nemo_minitron.backends.megatron.context import own_part
 from nemo_minitron.backends.megatron.forward import Batch
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.data.windows import heldout_windows
@@ -81,7 +82,7 @@ def step_batches(
     micro_batch_size: int,
     separate_at: int | None = None,
 ) -> list[Batch]:
-    """This data-parallel rank's micro-batches of one optimizer step (0-based).
+    """This rank's part of the micro-batches of one optimizer step (0-based).
 
     Sample numbers depend on the step only, so a resumed run sees the same data.
 
@@ -93,10 +94,12 @@ def step_batches(
     out = []
     for start in range(first, first + per_rank, micro_batch_size):
         numbers = range(start, start + micro_batch_size)
-        batch = {**collate([samples[i] for i in numbers], session), "sample_ids": torch.tensor(numbers)}
+        batch = collate([samples[i] for i in numbers], session)
+        tokens, mask = batch["tokens"], batch["loss_mask"]
         if separate_at is not None:
-            batch["attention_mask"] = mask_between_documents(batch["tokens"], separate_at)
-        out.append(batch)
+            batch["attention_mask"] = mask_between_documents(tokens, separate_at)
+        mine = own_part({**batch, "token_weights": mask / mask.sum()}, session)
+        out.append({**mine, "sample_ids": torch.tensor(numbers), "sample_tokens": tokens})
     return out
 
 
@@ -148,7 +151,7 @@ def heldout_batches(
 ) -> HeldOutBatches:
     """At least `num_tokens` of held-out text (less when the split is smaller), every text token predicted once.
 
-    Data-parallel ranks get every dp-th window.
+    Data-parallel ranks get every dp-th window, context-parallel ranks their part of each.
 
     Args:
         whole_documents: False takes the beginning of long documents only, so that books do not make every
@@ -162,10 +165,13 @@ def heldout_batches(
     while rows and len(rows) % batch_size:
         rows.append({**rows[-1], "loss_mask": torch.zeros_like(rows[-1]["loss_mask"])})
     of_batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    batches = [
-        {**collate(some, session), "window_ids": torch.stack([row["window_id"] for row in some])} for some in of_batches
-    ]
-    return HeldOutBatches(batches, num_bytes)
+    return HeldOutBatches([_heldout_batch(some, session) for some in of_batches], num_bytes)
+
+
+def _heldout_batch(rows: list[dict[str, torch.Tensor]], session: Session) -> Batch:
+    whole = collate(rows, session)
+    numbers = torch.stack([row["window_id"] for row in rows])
+    return {**own_part(whole, session), "window_ids": numbers, "sample_tokens": whole["tokens"]}
 
 
 def heldout_rows(

@@ -13,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.build import padded_vocab_size
+from nemo_minitron.backends.megatron.context import own_rows, sum_over_context
 from nemo_minitron.backends.megatron.datasets import (
     HeldOutBatches,
     eod_id_of,
@@ -222,15 +223,15 @@ def _part_names(loss: Loss) -> tuple[str, ...]:
 def _head_loss(
     room: Classroom, model: torch.nn.Module, batch: Batch, lesson: Lesson, hidden_BSD: Tensor
 ) -> tuple[Tensor, Parts]:
-    mask = batch["loss_mask"].flatten()
     return token_loss(
         room.loss,
         hidden_BSD.flatten(0, 1),
         head_weight(model, room.vocab_size),
         batch["labels"].flatten(),
-        mask / mask.sum(),
+        batch["token_weights"].flatten(),
         _distance(room, batch, lesson),
         room.vocab,
+        over_ranks=sum_over_context,
     )
 
 
@@ -239,7 +240,7 @@ def _forward_comparing(
 ) -> Any:
     """The forward pass with hidden-state losses attached to it."""
     weight = Weight(hidden)
-    with comparing(model, hidden, lesson.states, batch["loss_mask"], weight) as values:
+    with comparing(model, hidden, lesson.states, batch["token_weights"], weight) as values:
         output = model_hidden(model, batch)
     of_states = total_loss(hidden, values)
 
@@ -263,8 +264,9 @@ def _distance(room: Classroom, batch: Batch, lesson: Lesson) -> Distance | None:
     weight = head_weight(room.teacher, room.vocab_size)
     uniforms = None
     if isinstance(loss.sparse, Sampled):
-        length = batch["tokens"].shape[1]
-        uniforms = uniforms_of(room.seed, batch["sample_ids"], length, loss.sparse.rounds).to(batch["tokens"].device)
+        size, length = batch["sample_tokens"].shape
+        uniforms = uniforms_of(room.seed, batch["sample_ids"], length, loss.sparse.rounds)
+        uniforms = own_rows(uniforms, size, room.session).to(batch["tokens"].device)
     return live_teacher(lesson.head_input.flatten(0, 1), weight, loss, uniforms, room.vocab)
 
 
@@ -289,8 +291,14 @@ def _lessons_written(room: Classroom, cache: TeacherCache, batches: list[Batch])
         if numbers is None or not room.session.is_last_stage:
             yield Lesson()
             continue
-        found = cache.read(numbers.tolist(), batch["tokens"].cpu().numpy())
-        yield Lesson(written=found.to(batch["tokens"].device))
+        whole = batch["sample_tokens"]
+        found = cache.read(numbers.tolist(), whole.cpu().numpy())
+        yield Lesson(written=_own_tokens(found, len(whole), room.session).to(whole.device))
+
+
+def _own_tokens(teacher: SparseTeacher, batch_size: int, session: Session) -> SparseTeacher:
+    fields = (teacher.ids, teacher.probs, teacher.negative_entropy)
+    return SparseTeacher(*(own_rows(field, batch_size, session) for field in fields))
 
 
 def _cached_numbers(room: Classroom, cache: TeacherCache, batch: Batch) -> Tensor | None:

@@ -17,17 +17,18 @@ from torch import Tensor
 from nemo_minitron.backends.megatron.session import Session
 
 Batch = dict[str, Tensor]
-"""tokens [B, S], labels [B, S], loss_mask [B, S]; in training sample_ids [B] on the CPU, of held-out text window_ids.
+"""tokens [B, S], labels [B, S], loss_mask [B, S]; with context parallelism this rank's part of each sequence.
 
-Where documents are kept apart, attention_mask [B, 1, S, S]: True where a token may not look.
+In training token_weights [B, S], whose sum over whole sequences is 1, and sample_ids [B] on the CPU; of held-out text
+window_ids [B]; of both sample_tokens [B, S], always whole. Where documents are kept apart, attention_mask [B, 1, S, S]:
+True where a token may not look.
 """
 
 
 def model_logits(model: torch.nn.Module, batch: Batch) -> Tensor:
     """[B, S, V / tp] on the last pipeline stage; hidden states [S, B, D] on the others."""
-    tokens_BS = batch["tokens"]
-    positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-    return model(tokens_BS, positions, batch.get("attention_mask"))
+    # Rotary embeddings count positions by themselves.
+    return model(batch["tokens"], None, batch.get("attention_mask"))
 
 
 def _nothing() -> None:
@@ -93,7 +94,7 @@ def _schedule(
         data_iterator=iter([batch]),
         model=[model],
         num_microbatches=1,
-        seq_length=batch["tokens"].shape[1],
+        seq_length=batch["tokens"].shape[1] * model.config.context_parallel_size,
         micro_batch_size=batch["tokens"].shape[0],
         forward_only=forward_only,
     )

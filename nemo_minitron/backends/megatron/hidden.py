@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
+from nemo_minitron.backends.megatron.context import sum_over_context
 from nemo_minitron.backends.megatron.forward import Batch
 from nemo_minitron.backends.megatron.head import bare
 from nemo_minitron.backends.megatron.layout import stage_bounds
@@ -70,7 +71,7 @@ class Projection(nn.Linear):
         self.weight.sequence_parallel = session.parallel.sequence_parallel and session.parallel.tp > 1  # type: ignore[attr-defined]
         # The gradient norm counts it once, on the first stage.
         self.weight.shared = session.pp_rank > 0  # type: ignore[attr-defined]
-        self._replica = (session.pp_rank, session.tp_rank, session.dp_rank)
+        self._replica = (session.pp_rank, session.tp_rank, session.cp_rank, session.dp_rank)
 
     def sharded_state_dict(self, prefix: str = "", *_: Any, **__: Any) -> dict[str, Any]:
         """For Megatron's checkpoints: whole on every rank."""
@@ -138,8 +139,8 @@ def hidden_states(
 
 def _pipeline_group_for_scalars(session: Session) -> dist.ProcessGroup:
     """A second group of this pipeline's ranks, apart from the one that Megatron's schedule uses, on the CPU."""
-    # Megatron orders ranks tp first, then dp, then pp.
-    per_stage = session.parallel.tp * session.parallel.dp
+    # Megatron orders ranks by pipeline stage last.
+    per_stage = session.world_size // session.parallel.pp
     pipelines = [list(range(first, session.world_size, per_stage)) for first in range(per_stage)]
     mine, _ = dist.new_subgroups_by_enumeration(pipelines, backend="gloo")
     return mine
@@ -162,22 +163,25 @@ class Weight:
 
 @contextmanager
 def comparing(
-    model: torch.nn.Module, hidden: HiddenStates, teacher: States, mask_BS: Tensor, weight: Weight
+    model: torch.nn.Module, hidden: HiddenStates, teacher: States, token_weights_BS: Tensor, weight: Weight
 ) -> Iterator[list[Tensor]]:
-    """Attach the losses to the student's states in the forward pass under it; yields their values, one a pair.
+    """Attach the losses to the student's states in the forward pass under it; yields their values, one a pair: with
+    context parallelism this rank's share.
 
     The attached loss counts as if it were added to the last stage's: times `weight`, over the micro-batches.
     """
     student, values = bare(model), []
-    tokens = _token_weights(mask_BS, hidden.session)
+    tokens = _own_token_weights(token_weights_BS, hidden.session)
     project = getattr(student, "hidden_projection", None) or nn.Identity()
+    # As Megatron scales the last stage's loss.
+    gradient_scale = hidden.session.parallel.cp / hidden.num_microbatches
     with ExitStack() as stack:
         for pair in hidden.local_pairs:
 
             def compare(_: Any, __: Any, out: Tensor, pair: Pair = pair) -> Tensor:
                 loss = state_loss(hidden.params.kind, out, teacher[pair.teacher], tokens, project)
                 values.append(_over_sequence(loss.detach(), hidden.session))
-                attached: Tensor = _Attach.apply(out, loss, weight, hidden.num_microbatches)
+                attached: Tensor = _Attach.apply(out, loss, weight, gradient_scale)
                 return attached
 
             stack.callback(_norm(student, pair.student).register_forward_hook(compare).remove)
@@ -188,14 +192,14 @@ class _Attach(torch.autograd.Function):
     """The state as it is; a loss that depends on it gets its gradient in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, state: Tensor, loss: Tensor, weight: Weight, num_microbatches: int) -> Tensor:
-        ctx.weight, ctx.num_microbatches, ctx.dtype = weight, num_microbatches, loss.dtype
+    def forward(ctx: Any, state: Tensor, loss: Tensor, weight: Weight, scale: float) -> Tensor:
+        ctx.weight, ctx.scale, ctx.dtype = weight, scale, loss.dtype
         return state.view_as(state)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grad_outputs
-        factor = ctx.weight().to(device=grad.device, dtype=ctx.dtype) / ctx.num_microbatches
+        factor = ctx.weight().to(device=grad.device, dtype=ctx.dtype) * ctx.scale
         return grad, factor, None, None
 
 
@@ -216,7 +220,8 @@ def weigh(hidden: HiddenStates, weight: Weight, logits_loss: Tensor | None, hidd
     """On the last stage: the weight of this micro-batch, which the earlier stages are told (2407.14679, section 3)."""
     if hidden.params.weight == "dynamic":
         assert logits_loss is not None
-        weight.value = (logits_loss / hidden_loss).detach()
+        whole = sum_over_context(torch.stack((logits_loss, hidden_loss)))
+        weight.value = (whole[0] / whole[1]).detach()
     else:
         weight.value = torch.full_like(hidden_loss, hidden.params.weight)
     for stage in hidden.earlier_stages:
@@ -256,16 +261,16 @@ def _state_size(batch: Batch, hidden: HiddenStates) -> tuple[int, int, int]:
     return length // (parallel.tp if parallel.sequence_parallel else 1), batch_size, hidden.teacher_size
 
 
-def _token_weights(mask_BS: Tensor, session: Session) -> Tensor:
-    """mask / tokens [S, B]; this rank's part of the sequence with sequence parallelism."""
-    weights = (mask_BS / mask_BS.sum()).t()
+def _own_token_weights(token_weights_BS: Tensor, session: Session) -> Tensor:
+    """[S, B]; this rank's part of the sequence with sequence parallelism."""
+    weights = token_weights_BS.t()
     if session.parallel.tp > 1 and session.parallel.sequence_parallel:
         return weights.chunk(session.parallel.tp)[session.tp_rank]
     return weights
 
 
 def _over_sequence(value: Tensor, session: Session) -> Tensor:
-    """The sum over the ranks that hold parts of the sequence."""
+    """The sum over the tensor-parallel ranks, where they hold parts of the sequence."""
     if session.parallel.tp > 1 and session.parallel.sequence_parallel:
         dist.all_reduce(value, group=parallel_state.get_tensor_model_parallel_group())
     return value

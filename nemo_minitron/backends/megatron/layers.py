@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from nemo_minitron.backends.megatron.context import context_attention
 from nemo_minitron.errors import EnvironmentProblem
 
 
@@ -58,25 +59,32 @@ class TorchNorm(nn.Module):
 class SdpaCoreAttention(nn.Module):
     """Causal attention by torch's scaled_dot_product_attention, with grouped queries.
 
-    With a mask (True: may not look) that mask alone counts.
+    With a mask (True: may not look) that mask alone counts. With context parallelism
+    the ranks' keys and values are brought together, and the mask has this rank's rows.
 
     Shapes: query [S, B, heads, head_dim], key and value [S, B, groups, head_dim] of this
     tensor-parallel rank; returns [S, B, heads * head_dim].
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, *_: Any, **__: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, *_: Any, pg_collection: Any = None, **__: Any
+    ) -> None:
         super().__init__()
         self.layer_number = layer_number
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any
     ) -> Tensor:
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         may_look = None if attention_mask is None else ~attention_mask
-        grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=may_look, is_causal=may_look is None, enable_gqa=grouped
-        )
+        if self.context_group is not None:
+            out = context_attention(query, key, value, may_look, self.context_group)
+        else:
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            grouped = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=may_look, is_causal=may_look is None, enable_gqa=grouped
+            )
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 

@@ -29,6 +29,7 @@ class Session:
     world_size: int
     tp_rank: int
     pp_rank: int
+    cp_rank: int
     dp_rank: int
 
     @property
@@ -73,7 +74,7 @@ def open_session(
 
     Raises:
         EnvironmentProblem: CUDA was asked for and is not there.
-        PlanError: the number of processes is not tp * pp * dp.
+        PlanError: the number of processes is not tp * pp * cp * dp.
     """
     chosen = _choose_device(device)
     if chosen.type == "cpu" and threads:
@@ -85,7 +86,7 @@ def open_session(
             stack.enter_context(cuda_means_cpu())
         _join_world(chosen, parallel)
         stack.callback(dist.destroy_process_group)
-        parallel_state.initialize_model_parallel(parallel.tp, parallel.pp)
+        parallel_state.initialize_model_parallel(parallel.tp, parallel.pp, context_parallel_size=parallel.cp)
         stack.callback(parallel_state.destroy_model_parallel)
         _seed(seed, chosen)
         yield Session(
@@ -95,6 +96,7 @@ def open_session(
             world_size=dist.get_world_size(),
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
             pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            cp_rank=parallel_state.get_context_parallel_rank(),
             dp_rank=parallel_state.get_data_parallel_rank(),
         )
 
@@ -115,8 +117,8 @@ def _join_world(device: torch.device, parallel: Parallel) -> None:
     if world_size != parallel.world_size:
         raise PlanError(
             f"{world_size} processes were started for a layout of {parallel.world_size} "
-            f"(tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp}).",
-            next_step="Start as many processes as tp * pp * dp.",
+            f"(tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} x dp {parallel.dp}).",
+            next_step="Start as many processes as tp * pp * cp * dp.",
         )
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)

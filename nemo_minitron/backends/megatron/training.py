@@ -34,7 +34,10 @@ from nemo_minitron.interrupts import REASONS, StopRequest
 from nemo_minitron.progress import Bar, Progress
 
 Parts = dict[str, Tensor]
-"""What a loss is made of, for the curves: name -> detached scalar, the same on every rank of the last stage."""
+"""What a loss is made of, for the curves: name -> detached scalar, the same on every rank of the last stage.
+
+With context parallelism each rank has its share, and their sum is the loss.
+"""
 ForwardStep = Callable[[torch.nn.Module, Batch, Any], tuple[Tensor, Callable[[Tensor], tuple[Tensor, Parts]]]]
 """(model, micro-batch, what the objective prepared for it) -> (what goes to the next stage, the loss of the output)."""
 
@@ -264,7 +267,8 @@ def _mean_over_ranks(
     losses = torch.zeros(len(names) + 1, dtype=torch.float64, device=session.device)
     if found and session.is_last_stage:
         losses[:-1] = torch.stack([torch.stack([parts[name].double() for name in names]) for parts in found]).mean(0)
-        losses[-1] = 1.0
+        # Context-parallel ranks hold shares of one loss.
+        losses[-1] = 1.0 / session.parallel.cp
     asked = torch.tensor([float(reason == asked_by) for reason in REASONS], dtype=torch.float64, device=session.device)
     total = session.sum(torch.cat([losses, asked])).tolist()
     sums, count, requests = total[: len(names)], total[len(names)], total[len(names) + 1 :]

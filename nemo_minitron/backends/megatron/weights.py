@@ -126,7 +126,7 @@ def _gather(
         return _without_padding(_local_part(local, parameter, shape), parameter, shape).to(dtype).contiguous()
     owner = _owner_stage(parameter, shape, session.parallel.pp)
     whole = None
-    if session.pp_rank == owner and session.dp_rank == 0:
+    if session.pp_rank == owner and session.dp_rank == session.cp_rank == 0:
         whole = _gather_over_tp(_local_part(local, parameter, shape), parameter, shape, session)
     return _send_to_main(whole, parameter, shape, owner, session, dtype)
 
@@ -164,8 +164,8 @@ def _send_to_main(
     whole: Tensor | None, parameter: Parameter, shape: ModelShape, owner: int, session: Session, dtype: torch.dtype
 ) -> Tensor | None:
     """From the owner stage's first tensor-parallel rank to rank 0."""
-    # Megatron orders ranks tp first, then dp, then pp.
-    source = owner * session.parallel.tp * session.parallel.dp
+    # Megatron orders ranks by pipeline stage last.
+    source = owner * session.world_size // session.parallel.pp
     if session.is_main and source == 0:
         return None if whole is None else whole.to(dtype).contiguous()
     if session.is_main:

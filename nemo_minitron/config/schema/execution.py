@@ -10,10 +10,12 @@ from nemo_minitron.config.schema.base import Schema, StageName
 
 
 class Parallel(Schema):
-    """Megatron's parallel layout. The number of processes is tp * pp * dp."""
+    """Megatron's parallel layout. The number of processes is tp * pp * cp * dp."""
 
     tp: PositiveInt = 1
     pp: PositiveInt = 1
+    cp: PositiveInt = 1
+    """Context parallelism: every sequence of a training is split over so many processes."""
     dp: PositiveInt = 1
     sequence_parallel: bool = False
     micro_batch_size: PositiveInt = 1
@@ -29,7 +31,7 @@ class Parallel(Schema):
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
 
 
 class Execution(Schema):
