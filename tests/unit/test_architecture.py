@@ -15,6 +15,8 @@ from tests.conftest import REPO, TOY
 
 PACKAGE = REPO / "nemo_minitron"
 FILES = sorted(PACKAGE.rglob("*.py"))
+ENTRY = PACKAGE / "backends/aligner/entry"
+"""Scripts that run in NeMo-Aligner's environment, which has other versions of everything."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_RECIPE_LINES = 400, 60, 60
 DOORS = {
     "megatron": "backends/megatron/",
@@ -41,11 +43,21 @@ def test_a_framework_is_imported_behind_its_door_only(package: str) -> None:
     users = {
         str(file.relative_to(PACKAGE))
         for file in FILES
+        if ENTRY not in file.parents
         for name in _imports(file)
         if name == package or name.startswith(f"{package}.")
     }
     assert users or package == "transformer_engine"
     assert all(user.startswith(allowed) for user in users), users
+
+
+def test_the_two_environments_never_import_each_other() -> None:
+    for file in FILES:
+        tops = {name.split(".")[0] for name in _imports(file)}
+        if ENTRY in file.parents:
+            assert "nemo_minitron" not in tops, file
+        else:
+            assert not tops & {"nemo", "nemo_aligner", "lightning"}, file
 
 
 def test_files_and_functions_stay_small() -> None:

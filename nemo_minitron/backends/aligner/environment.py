@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 from nemo_minitron.errors import EnvironmentProblem
@@ -17,7 +18,6 @@ from nemo_minitron.progress import Progress
 
 ENTRY = Path(__file__).with_name("entry")
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
-TORCH = "torch==2.13.0"
 SUPPORTED_PYTHONS = ((3, 10), (3, 11))
 """nemo_toolkit 2.1.0 and its pins have wheels for these."""
 PYTHON_VARIABLE = "MINITRON_ALIGNER_PYTHON"
@@ -49,7 +49,7 @@ def aligner_python() -> Path:
 
 def environment_dir() -> Path:
     """Where the environment is made; its name changes with the requirements."""
-    digest = hashlib.sha256(REQUIREMENTS.read_bytes() + TORCH.encode()).hexdigest()[:8]
+    digest = hashlib.sha256(REQUIREMENTS.read_bytes() + _torch().encode()).hexdigest()[:8]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "nemo-minitron" / f"aligner-{digest}"
 
@@ -84,7 +84,7 @@ def make_environment(progress: Progress, *, torch_index_url: str | None = None, 
     index = ["--index-url", torch_index_url] if torch_index_url else []
     steps = [
         ("new environment", [base, "-m", "venv", str(folder)]),
-        (TORCH, [*pip, *index, TORCH]),
+        (_torch(), [*pip, *index, _torch()]),
         ("NeMo-Aligner and what it needs", [*pip, "--no-deps", "-r", str(REQUIREMENTS)]),
     ]
     for name, command in progress.track(steps, "aligner environment", len(steps), "steps"):
@@ -115,6 +115,11 @@ def self_test(python: Path, log: Path) -> dict[str, str]:
             f"NeMo-Aligner {versions['nemo-aligner']} is installed.", where=str(python), allowed=SUPPORTED_ALIGNER
         )
     return versions
+
+
+def _torch() -> str:
+    """The torch of this environment: both are for the same machine."""
+    return f"torch=={version('torch').split('+')[0]}"
 
 
 def _base_python() -> str:
