@@ -45,7 +45,12 @@ class ChatTemplate:
         special = tuple(tokenizer.all_special_tokens)
         if name == "model":
             _require_own_template(tokenizer, where)
-            return cls(tokenizer, tokenizer.get_chat_template(), None, _any_of(special))
+            own = tokenizer.get_chat_template()
+            # A folder that was given a named template: its ends of turns are known.
+            named = next((known for known, template in TEMPLATES.items() if template.jinja == own), None)
+            if named is None:
+                return cls(tokenizer, own, None, _any_of(special))
+            name = named
         template = TEMPLATES[name]
         if whole_markers:
             _require_whole(tokenizer, name, where)
