@@ -76,6 +76,7 @@ ADAPTED: tuple[tuple[str, Fields, Fields], ...] = (
         {"prompt": "What?", "context": "A text.", "response": "That."},
         chat("A text.\n\nWhat?", "That."),
     ),
+    ("prompt_completion", {"prompt": "Hi", "response": "Ho", "id": 7}, chat("Hi", "Ho")),
     ("gsm8k", {"question": "2 by 3?", "answer": "2*3=<<2*3=6>>6\n#### 6"}, chat("2 by 3?", "2*3=6\n#### 6")),
     ("helpsteer", {"prompt": "Hi", "response": "Ho", **HELPSTEER}, chat("Hi", "Ho", **HELPSTEER)),
     ("oasst", {"messages": said("Hi", "Ho"), "attributes": {"quality": 3, "violence": 1}}, chat("Hi", "Ho", quality=3)),
@@ -206,6 +207,20 @@ def test_a_bad_row_says_what_is_wrong(name: str, row: Fields, reason: str) -> No
     with pytest.raises(BadRow) as caught:
         FORMATS[name].adapt(row, {})
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": said("Hi", "Ho"), "stars": 3},
+        {"conversations": said("Hi", "Ho"), "stars": 3},
+        {"prompt": "Hi", "completion": "Ho", "stars": 3},
+        {"prompt": "Hi", "completion": "Ho", "attributes": {"stars": 3}},
+    ],
+)
+def test_a_renamed_rating_is_found_in_every_format(row: Fields) -> None:
+    found = FORMATS[detect(row, "conversations")].adapt(row, {"stars": "quality"})
+    assert found == chat("Hi", "Ho", quality=3)
 
 
 def test_two_attributes_cannot_get_one_name() -> None:

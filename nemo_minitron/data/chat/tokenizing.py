@@ -95,7 +95,9 @@ class ChatTemplate:
         """
         alone, together = self.ids(prompt), self.ids(prompt + answer)
         if together[: len(alone)] != alone:
-            raise BadRow(f"a token joins the end of the prompt {prompt[-12:]!r} and the answer {answer[:12]!r}")
+            raise BadRow(
+                f"the end of the prompt {prompt[-12:]!r} has other tokens before the answer {answer[:12]!r} than alone"
+            )
         return len(alone), len(together) - len(alone)
 
     def _end_of_turn(self, tail: str) -> str:
