@@ -190,6 +190,7 @@ def test_a_token_across_the_border_is_a_bad_row() -> None:
         ("{% if add_generation_prompt %}A: {% endif %}{{ messages[-1].content }}", "does not continue"),
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "does not continue"),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "no place for attributes"),
+        ("{{ raise_exception('No system!') }}", "the chat template refuses the messages: No system!"),
     ],
 )
 def test_a_model_template_that_cannot_be_taken_apart_is_a_bad_row(jinja: str, reason: str) -> None:

@@ -63,8 +63,11 @@ def test_the_held_out_rows_do_not_depend_on_the_order_nor_on_the_files(tmp_path:
     rows = sums(0, 200)
     whole = write(tmp_path / "x.jsonl", rows)
     random.Random(0).shuffle(rows)
+    keep = {"weight": 0.5}
     parts = [write(tmp_path / "y.jsonl", rows[:50]), write(tmp_path / "z.jsonl", rows[50:])]
-    one, other = prepare(tmp_path / "a", whole), prepare(tmp_path / "b", *parts)
+    one = prepare(tmp_path / "a", {"source": whole, **keep})
+    other = prepare(tmp_path / "b", *({"source": part, **keep} for part in parts))
+    assert 70 < len(one[1]) < 120
     assert texts(one[2]) == texts(other[2])
     assert texts(one[1]) == texts(other[1])
     assert texts(prepare(tmp_path / "c", whole, seed=1)[2]) != texts(one[2])
