@@ -71,7 +71,6 @@ def make_job(recipe_name: str, params: DistillStage, session: Session) -> Job:
     vocab_size, nothing = shapes[0].vocab_size, HeldOutBatches([], 0)
     room = Classroom(params.loss, student, teacher, vocab_size, nothing, session, 0, teacher_shape=shapes[1])
     return Job(
-        stage="distill",
         params=params,
         num_steps=1,
         trainable=make_trainable(student, params, 1, session.parallel),

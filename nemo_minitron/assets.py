@@ -164,6 +164,8 @@ ASSETS: dict[str, Asset] = {
         ),
         Asset("toy-llama", "apache-2.0", "a 0.2M-parameter Llama for tests and first steps; ships with the package"),
         Asset("toy-text", "public domain", "the novel it was trained on; ships with the package"),
+        Asset("toy-chats", "apache-2.0", "240 rated answers to questions about its words; ships with the package"),
+        Asset("toy-pairs", "apache-2.0", "160 right and wrong answers to such questions; ships with the package"),
     )
 }
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_minitron import __version__
+from nemo_minitron.cli_aligner import convert, env_app
 from nemo_minitron.cli_show import show
 from nemo_minitron.errors import Interrupted, MinitronError
 
@@ -32,6 +33,7 @@ Example: `minitron run recipes/smollm2_135m/width.yaml stages.distill.lr=1e-4 ex
 )
 assets_app = typer.Typer(no_args_is_help=True, help="Models and texts that recipes name as `asset:NAME`.")
 app.add_typer(assets_app, name="assets")
+app.add_typer(env_app, name="env")
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe YAML, e.g. recipes/toy/width.yaml.")]
 Overrides = Annotated[
@@ -64,7 +66,10 @@ def load_plan(file: Path, overrides: list[str] | None, *, checked: bool = True) 
 @app.command()
 def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Find every mistake in a recipe. Needs no GPU, no torch, no network."""
+    from nemo_minitron.plan.epochs import epoch_warnings
+
     plan = load_plan(recipe, overrides)
+    _print_warnings(list(epoch_warnings(plan)))
     console.print(f"[green]ok[/green] {plan.recipe.name}: {len(plan.calls)} stages")
 
 
@@ -77,16 +82,18 @@ def plan(
     """Show what `run` would do, and why; with the sizes of teacher and student."""
     from nemo_minitron.plan.checks import find_problems
     from nemo_minitron.plan.describe import plan_facts
+    from nemo_minitron.plan.epochs import epoch_warnings
 
     found = load_plan(recipe, overrides, checked=False)
     problems = list(find_problems(found))
-    facts = {**plan_facts(found), "problems": problems}
+    facts = {**plan_facts(found), "problems": problems, "warnings": list(epoch_warnings(found))}
     if as_json:
         print(json.dumps(facts, indent=2))
         return
     _print_models(facts)
     _print_candidates(facts["candidates"])
     _print_stages(found)
+    _print_warnings(facts["warnings"])
     for problem in problems:
         console.print(f"[red]problem[/red] {problem}", highlight=False)
 
@@ -153,6 +160,7 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 app.command()(show)
+app.command()(convert)
 
 
 @assets_app.command("list")
@@ -234,6 +242,11 @@ def _print_stages(found: RunPlan) -> None:
         processes = str(call.parallel.world_size)
         table.add_row(call.name, call.kind, processes, f"[{style}]{state.status}[/{style}]", state.reason)
     console.print(table)
+
+
+def _print_warnings(warnings: list[str]) -> None:
+    for text in warnings:
+        console.print(f"[yellow]warning[/yellow] {_escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _print_report_path(folder: Path) -> None:

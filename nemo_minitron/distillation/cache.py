@@ -55,19 +55,40 @@ class CacheFacts:
     valid_num_tokens: int | None = None
     valid_teacher_loss: float | None = None
     """Of the teacher on that many held-out tokens, nats per token."""
+    num_heldout: int = 0
+    """Windows of this held-out text, in shards of their own after those of the samples; 0: they give no KL."""
     format_version: int = FORMAT_VERSION
 
     @property
     def num_shards(self) -> int:
-        return -(-self.num_samples // SAMPLES_PER_SHARD)
+        return _shards(self.num_samples) + _shards(self.num_heldout)
+
+    @property
+    def first_heldout(self) -> int:
+        """Number of the first held-out window, which is numbered as a sample."""
+        return _shards(self.num_samples) * SAMPLES_PER_SHARD
+
+    def has(self, sample: int) -> bool:
+        return 0 <= sample < self.num_samples or 0 <= sample - self.first_heldout < self.num_heldout
 
     def samples_of(self, shard: int) -> range:
-        """Numbers of the samples of a shard."""
-        return range(shard * SAMPLES_PER_SHARD, min((shard + 1) * SAMPLES_PER_SHARD, self.num_samples))
+        """Numbers of the samples, or held-out windows, of a shard."""
+        first = shard * SAMPLES_PER_SHARD
+        end = self.num_samples if first < self.first_heldout else self.first_heldout + self.num_heldout
+        return range(first, min(first + SAMPLES_PER_SHARD, end))
 
     def teacher_loss(self, params: DistillStage) -> float | None:
         """The teacher's held-out loss, where it was measured on the text of the student's."""
         return self.valid_teacher_loss if self.valid_num_tokens == params.valid_num_tokens else None
+
+
+def _shards(num_samples: int) -> int:
+    return -(-num_samples // SAMPLES_PER_SHARD)
+
+
+def gives_kl(sparse: Sampled | TopK, temperature: float) -> bool:
+    """Whether the entries tell the KL at temperature 1, or with a tail a lower bound of it."""
+    return temperature == 1.0 and (isinstance(sparse, Sampled) or sparse.tail == "ghost")
 
 
 @dataclass(frozen=True)
@@ -241,7 +262,7 @@ class TeacherCache:
         return probs_SK
 
     def _checked_entry(self, number: int, tokens_S: NDArray[np.integer]) -> Entry:
-        if not 0 <= number < self.facts.num_samples:
+        if not self.facts.has(number):
             raise DataError(
                 f"The teacher cache has no sample {number}.",
                 where=str(self.folder),

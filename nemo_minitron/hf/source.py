@@ -9,7 +9,12 @@ from nemo_minitron.errors import CheckpointError, EnvironmentProblem
 ASSET = "asset:"
 HUB = "hf:"
 _TOY = Path(__file__).resolve().parents[1] / "toy"
-BUILT_IN = {"toy-llama": _TOY / "model", "toy-text": _TOY / "text.jsonl.zst"}
+BUILT_IN = {
+    "toy-llama": _TOY / "model",
+    "toy-text": _TOY / "text.jsonl.zst",
+    "toy-chats": _TOY / "chats.jsonl",
+    "toy-pairs": _TOY / "pairs.jsonl",
+}
 """Assets that ship with the package; all others are fetched into the assets folder."""
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
 """What is downloaded from the hub: never pickled weights, never code."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nemo_minitron.config.schema import (
     AdoptStage,
+    Alignment,
     CacheTeacherStage,
     CandidateStage,
     ChatDataStage,
@@ -30,6 +31,7 @@ from nemo_minitron.data.chat.formats import FORMATS_OF
 from nemo_minitron.errors import PlanError
 from nemo_minitron.families import ModelShape
 from nemo_minitron.hf.source import ASSET, HUB, asset_path
+from nemo_minitron.plan.align_checks import alignment_problems
 from nemo_minitron.plan.expansion import candidates_of
 from nemo_minitron.plan.planner import RunPlan, parallel_of
 from nemo_minitron.plan.shapes import model_shape
@@ -63,6 +65,8 @@ def find_problems(plan: RunPlan) -> Iterator[str]:
             yield from _score(name, stage, recipe)
         elif isinstance(stage, ChatDataStage):
             yield from _chat_data(f"stages.{name}", stage)
+        elif isinstance(stage, Alignment):
+            yield from alignment_problems(name, stage, recipe)
     yield from _layouts(recipe)
     yield from _labels(recipe)
     yield from _sources(plan)
@@ -246,7 +250,7 @@ def _layouts(recipe: Recipe) -> Iterator[str]:
     """Every model that a distributed stage loads fits its layout and sequence length."""
     found: dict[str, None] = {}
     for name, stage in recipe.stages.items():
-        if not STAGES[stage.kind].distributed:
+        if not STAGES[stage.kind].has_layout:
             continue
         layout, seq_len = parallel_of(recipe, name), _seq_len(stage)
         for label, shape in _models_of(name, stage, recipe):
@@ -261,7 +265,7 @@ def _layouts(recipe: Recipe) -> Iterator[str]:
 
 def _seq_len(stage: Schema) -> int:
     training = getattr(stage, "retraining", stage)
-    return int(getattr(training, "seq_len_tokens", 0))
+    return int(getattr(training, "seq_len_tokens", 0) or getattr(training, "max_seq_len_tokens", 0) or 0)
 
 
 def _limits(shape: ModelShape) -> Iterator[tuple[int, str]]:

@@ -36,17 +36,31 @@ def candidates_of(recipe: Recipe, search: SearchStage) -> list[Candidate]:
     return [] if source is None else enumerate_candidates(search.grid, search.constraints, source)
 
 
+def search_of(name: str, stage: CandidateStage) -> str:
+    """The search whose candidate has this name."""
+    own = _first_rung(stage.name) if stage.name is not None else _later_rung(stage.rung, stage.place)
+    return name.removesuffix(own)
+
+
+def _first_rung(candidate: str) -> str:
+    return f"_{candidate}"
+
+
+def _later_rung(rung: int, place: int | None) -> str:
+    return f"_r{rung}_p{place}"
+
+
 def _written_out(search: str, stage: SearchStage, source: ModelShape) -> dict[str, CandidateStage]:
     candidates = enumerate_candidates(stage.grid, stage.constraints, source)
     out = {
-        f"{search}_{candidate.name}": _candidate(stage, 1, name=candidate.name, target=candidate.target)
+        search + _first_rung(candidate.name): _candidate(stage, 1, name=candidate.name, target=candidate.target)
         for candidate in candidates
     }
     rivals = tuple(out)
     for number in range(2, len(stage.rungs) + 1):
         keep = stage.rungs[number - 2].keep or max(1, len(rivals) // 2)
         places = range(1, min(keep, len(rivals)) + 1)
-        rung = {f"{search}_r{number}_p{place}": _candidate(stage, number, rivals, place=place) for place in places}
+        rung = {search + _later_rung(number, place): _candidate(stage, number, rivals, place=place) for place in places}
         out |= rung
         rivals = tuple(rung)
     return out

@@ -19,14 +19,17 @@ from nemo_minitron.stages.spec import STAGES, params_of
 InputNames = Mapping[str, Any]
 """role -> stage name, or a list or dict of stage names."""
 
+_MODELS = ("import", "adopt", "init", "train", "correct", "distill", "prune", "sft", "steerlm_sft", "dpo")
 ROLE_KINDS: dict[str, tuple[str, ...]] = {
     "tokenizer": ("import", "adopt", "init"),
-    "teacher": ("import", "adopt", "init", "train", "correct", "distill", "prune"),
-    "model": ("import", "adopt", "init", "train", "correct", "distill", "prune", "export"),
-    "models": ("import", "adopt", "init", "train", "correct", "distill", "prune", "export"),
-    "like": ("import", "adopt", "init", "train", "correct", "distill", "prune"),
-    "student": ("import", "adopt", "init", "train", "correct", "distill", "prune"),
+    "teacher": _MODELS,
+    "model": (*_MODELS, "export"),
+    "models": (*_MODELS, "export"),
+    "like": _MODELS,
+    "student": _MODELS,
     "data": ("tokenize",),
+    "chats": ("chat_data", "annotate"),
+    "attribute_model": ("train_attribute_model",),
     "cache": ("cache_teacher",),
     "check": ("check_teacher",),
     "scores": ("score",),
@@ -118,7 +121,7 @@ def make_plan(recipe: Recipe) -> RunPlan:
 
 def parallel_of(recipe: Recipe, stage: str) -> Parallel:
     """The layout of a stage: its own, the run's, or one process for stages that are not distributed."""
-    if not STAGES[recipe.stages[stage].kind].distributed:
+    if not STAGES[recipe.stages[stage].kind].has_layout:
         return Parallel()
     return recipe.execution.parallel_by_stage.get(stage, recipe.execution.parallel)
 

@@ -11,12 +11,15 @@ from nemo_minitron.config.schema import (
     AdoptStage,
     CandidateStage,
     DistillStage,
+    DpoStage,
     ExportStage,
     ImportStage,
     InitStage,
     PruneStage,
     Recipe,
     SelectStage,
+    SftStage,
+    SteerlmSftStage,
     Target,
     TrainStage,
 )
@@ -41,7 +44,7 @@ def model_shape(recipe: Recipe, stage: str, seen: frozenset[str] = frozenset()) 
         if config.architecture is not None:
             return read_shape(config.architecture, where=f"stages.{stage}.architecture")
         return model_shape(recipe, config.inputs.like or "", seen)
-    if isinstance(config, ExportStage | TrainStage):
+    if isinstance(config, ExportStage | TrainStage | SftStage | SteerlmSftStage | DpoStage):
         return model_shape(recipe, config.inputs.model, seen)
     if isinstance(config, CandidateStage) and config.target != Target():
         source = model_shape(recipe, config.inputs.model, seen)

@@ -135,7 +135,7 @@ def require_finite(scores: Scores) -> None:
         if not torch.isfinite(score).all():
             raise NumericsError(
                 f"Score {name!r} holds NaN or infinity.",
-                next_step="Run the score stage again in fp32 (stages.score.precision=fp32).",
+                next_step="Run the score stage again with precision: fp32.",
             )
 
 

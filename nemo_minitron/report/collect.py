@@ -35,6 +35,7 @@ def collect(title: str, recipe_name: str, stages: Mapping[str, Artifact]) -> dic
         "curves": _curves(in_order),
         "speed": dict(speed.result) if speed else None,
         "data": dict(data.result) if data else None,
+        "data_used": _data_used(in_order),
         "cost": _cost(in_order),
         "samples": _samples(in_order),
         "lineage": [_lineage(stage) for stage in in_order],
@@ -79,7 +80,7 @@ def _search(stages: Mapping[str, Artifact]) -> dict[str, Any] | None:
 def _curves(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
     """Rows of the distillation's curves: training {step, train_loss, tokens, ...}, validation {step, valid_loss, ...}.
 
-    valid_kl and valid_teacher_loss are there when the teacher was in memory.
+    valid_kl and valid_teacher_loss are there when the teacher was in memory, or its cache knows the held-out text.
     """
     distill = _first(stages, "distill")
     file = distill.path / "curves.jsonl" if distill else None
@@ -89,6 +90,12 @@ def _curves(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
     training = thin_out([row for row in rows if "train_loss" in row], MAX_CURVE_ROWS)
     validation = thin_out([row for row in rows if "valid_loss" in row], MAX_CURVE_ROWS)
     return sorted([*training, *validation], key=lambda row: int(row["step"]))
+
+
+def _data_used(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
+    """Rows {stage, source, weight, tokens, epochs} of the trainings, but not of a search's candidates."""
+    trained = [stage for stage in stages if stage.kind in ("train", "correct", "distill")]
+    return [{"stage": stage.stage, **use} for stage in trained for use in stage.result.get("data_used", ())]
 
 
 def thin_out(rows: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:

@@ -44,6 +44,8 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         sections.append("## In their own words\n\n" + _samples(report["samples"]))
     if report["cost"]["stages"]:
         sections.append("## Cost\n\n" + _cost(report["cost"]))
+    if report["data_used"]:
+        sections.append("## Text that was read\n\n" + _data_used(report["data_used"]))
     if report["lineage"]:
         sections.append("## Lineage\n\n" + _lineage(report))
     return "\n\n".join(section for section in sections if section.strip()) + "\n"
@@ -153,6 +155,14 @@ def _cost(cost: Mapping[str, Any]) -> str:
         for stage in cost["stages"]
     ]
     return table(["stage", "tokens", "time"], [*rows, ["total", "", duration(cost["total_wall_s"])]])
+
+
+def _data_used(uses: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [plain(use["stage"]), code(use["source"]), f"{use['weight']:g}", f"{use['tokens']:,}", f"{use['epochs']:.2f}"]
+        for use in uses
+    ]
+    return table(["stage", "source", "weight", "tokens drawn", "epochs"], rows)
 
 
 def _lineage(report: Mapping[str, Any]) -> str:

@@ -12,7 +12,9 @@ from nemo_minitron.stages.spec import Result, StageContext
 
 
 def cache_teacher(params: CacheTeacherStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Sparse distributions of `num_samples` training samples; goes on after a kill with the shards that are missing.
+    """Sparse distributions of `num_samples` training samples, and of the held-out text.
+
+    Goes on after a kill with the shards that are missing.
 
     Writes shard_NNNNNN.safetensors and cache.json.
 
@@ -33,11 +35,11 @@ def cache_teacher(params: CacheTeacherStage, inputs: Inputs, ctx: StageContext) 
         num_bytes += shard.stat().st_size
         _link_or_move(shard, ctx.out_dir / shard.name)
     write_facts(ctx.out_dir, facts)
-    tokens = facts.num_samples * facts.seq_len_tokens
+    tokens, heldout = facts.num_samples * facts.seq_len_tokens, facts.num_heldout * facts.seq_len_tokens
     return {
         "num_samples": facts.num_samples,
         "tokens": tokens,
-        "bytes_per_token": num_bytes / tokens,
+        "bytes_per_token": num_bytes / (tokens + heldout),
         "valid_teacher_loss": facts.valid_teacher_loss,
     }
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.config.schema import CandidateStage, DistillStage, SelectStage, SpeedMeasurement, Training
+from nemo_minitron.plan.expansion import search_of
 from nemo_minitron.pruning.plan_file import PLAN_FILE
 from nemo_minitron.stages.spec import Result, StageContext
 
@@ -42,7 +43,7 @@ def candidate(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> Resu
     training["seed"] += params.rung - 1
     order = DistillStage(kind="distill", num_steps=params.num_steps, **training)
     roles = {"student": student, "teacher": inputs["teacher"], "data": inputs["data"]}
-    trained = distill(order, Inputs(roles), ctx)
+    trained = distill(order, Inputs(roles), ctx, f"stages.{search_of(ctx.name, params)}.retraining")
     if not ctx.is_main:
         return {}
     zero_shot = trained["initial_valid_loss"] if params.rung == 1 else before["zero_shot_loss"]

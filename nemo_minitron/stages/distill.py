@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from nemo_minitron.backends.megatron.training import LoopOptions
 
 
-def distill(params: DistillStage, inputs: Inputs, ctx: StageContext) -> Result:
+def distill(params: DistillStage, inputs: Inputs, ctx: StageContext, keys: str | None = None) -> Result:
     """Distillation from the teacher; resumes from the work folder after a kill.
 
-    Writes the student as a Hugging Face checkpoint, curves.jsonl and tensorboard/.
+    Writes the student as a Hugging Face checkpoint, curves.jsonl, data_used.json and tensorboard/.
+
+    Args:
+        keys: where the recipe has its keys, for messages; None: under the stage's name.
 
     Raises:
         DataError: teacher, student and data do not share a tokenizer.
@@ -37,7 +40,7 @@ def distill(params: DistillStage, inputs: Inputs, ctx: StageContext) -> Result:
         job = objectives.prepare_cached(params, student.path, cache.path, data.path, ctx.work_dir, session)
     else:
         job = objectives.prepare(params, student.path, teacher.path, data.path, ctx.work_dir, session)
-    curves = training.run(job, ctx.work_dir, ctx.progress, loop_options(ctx))
+    curves = training.run(job, ctx.work_dir, ctx.progress, loop_options(ctx, keys))
     model_facts = training.publish(job, student.path, ctx.work_dir, ctx.out_dir)
     if not ctx.is_main:
         return {}
@@ -48,11 +51,11 @@ def distill(params: DistillStage, inputs: Inputs, ctx: StageContext) -> Result:
     }
 
 
-def loop_options(ctx: StageContext) -> LoopOptions:
+def loop_options(ctx: StageContext, keys: str | None = None) -> LoopOptions:
     """What the training loop needs to know of the run that it is a part of."""
     from nemo_minitron.backends.megatron.training import LoopOptions
 
-    return LoopOptions(ctx.execution, ctx.recipe_name, ctx.stop)
+    return LoopOptions(ctx.execution, ctx.recipe_name, ctx.stop, ctx.name, keys or f"stages.{ctx.name}")
 
 
 def training_facts(

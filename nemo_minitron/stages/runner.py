@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from nemo_minitron import errors
 from nemo_minitron.artifacts.manifest import Manifest, provenance
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import Recipe
 from nemo_minitron.errors import ArtifactError, EnvironmentProblem, Interrupted, MinitronError
 from nemo_minitron.interrupts import StopRequest
+from nemo_minitron.plan.epochs import repeated_text
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, StageCall, make_plan
 from nemo_minitron.progress import Progress
@@ -133,9 +136,11 @@ def run_stage(
     inputs = store.inputs(call.inputs)
     progress = Progress(store.work(call.name) / STATUS_FILE, silent=quiet)
     progress.say(f"[bold]{call.name}[/bold] ({call.kind})")
+    for text in repeated_text(call.name, recipe.stages[call.name], store):
+        progress.say(f"[yellow]warning[/yellow] {escape(text)}")
     work, accepted = open_work(call, store, accept_drift=options.accept_drift, progress=progress)
     with store.building(call.name) as out, _log_file(store.root, call.name):
-        if call.parallel.world_size == 1:
+        if call.parallel.world_size == 1 or not STAGES[call.kind].distributed:
             context = StageContext(call.name, recipe.name, out, work, recipe.execution, progress, stop=stop)
             result = call_stage(call.kind, recipe, inputs, context, call)
         else:

@@ -64,14 +64,22 @@ class StageSpec:
     """`module:function`; called as function(params, inputs, ctx)."""
     distributed: bool = False
     """Runs on execution.parallel.world_size processes inside a Megatron session."""
+    starts_ranks: bool = False
+    """Has a layout, and starts its processes itself: they run in another environment."""
+
+    @property
+    def has_layout(self) -> bool:
+        return self.distributed or self.starts_ranks
 
     def load(self) -> StageFunction:
         module, function = self.entry.split(":")
         return getattr(import_module(module), function)
 
 
-def _spec(kind: str, module: str, *, version: int = 1, distributed: bool = False) -> StageSpec:
-    return StageSpec(kind, version, f"nemo_minitron.stages.{module}", distributed)
+def _spec(
+    kind: str, module: str, *, version: int = 1, distributed: bool = False, starts_ranks: bool = False
+) -> StageSpec:
+    return StageSpec(kind, version, f"nemo_minitron.stages.{module}", distributed, starts_ranks)
 
 
 STAGES: dict[str, StageSpec] = {
@@ -82,6 +90,11 @@ STAGES: dict[str, StageSpec] = {
         _spec("init", "init:init"),
         _spec("tokenize", "tokenize:tokenize"),
         _spec("chat_data", "chat_data:chat_data"),
+        _spec("sft", "align:sft", starts_ranks=True),
+        _spec("steerlm_sft", "align:sft", starts_ranks=True),
+        _spec("dpo", "align:dpo", starts_ranks=True),
+        _spec("train_attribute_model", "align:train_attribute_model", starts_ranks=True),
+        _spec("annotate", "annotate:annotate"),
         _spec("check_teacher", "check_teacher:check_teacher", distributed=True),
         _spec("score", "score:score", version=2, distributed=True),
         _spec("candidate", "candidate:candidate", distributed=True),

@@ -13,7 +13,7 @@ from nemo_minitron.stages.spec import Result, StageContext
 def train(params: TrainStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Next-token training of a whole model; resumes from the work folder after a kill.
 
-    Writes the model as a Hugging Face checkpoint, curves.jsonl and tensorboard/.
+    Writes the model as a Hugging Face checkpoint, curves.jsonl, data_used.json and tensorboard/.
 
     Raises:
         DataError: model and data do not share a tokenizer.

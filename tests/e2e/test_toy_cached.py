@@ -43,17 +43,17 @@ def test_a_student_learns_from_a_teacher_that_is_not_there(minitron: Cli, tmp_pa
     for name, facts in kept.items():
         file = (run / "cache_teacher" / name).stat()
         assert (file.st_ino, file.st_mtime_ns) == facts, "what was finished is not written again"
-    assert len(list((run / "cache_teacher").glob("shard_*"))) == SHARDS
+    assert len(list((run / "cache_teacher").glob("shard_*"))) == SHARDS + 1, "one more of held-out text"
 
     cached = json.loads((run / "cache_teacher/manifest.json").read_text())["result"]
     result = json.loads((run / "distill/manifest.json").read_text())["result"]
     assert cached["bytes_per_token"] < 80
     assert result["loss"] == "forward KL to the cached teacher's logits, 50 draws a token, no other loss"
-    assert "final_valid_kl" not in result, "there is no teacher to measure it with"
+    assert result["final_valid_kl"] < 0.6 * result["initial_valid_kl"]
     assert result["initial_valid_teacher_loss"] == cached["valid_teacher_loss"]
     gap = result["initial_valid_loss"] - cached["valid_teacher_loss"]
     assert result["final_valid_loss"] - cached["valid_teacher_loss"] < 0.6 * gap
-    assert "KL to the teacher" not in (run / "report.md").read_text()
+    assert "KL to the teacher" in (run / "report.md").read_text()
     assert (run / "report.html").is_file()
 
 

@@ -38,6 +38,36 @@ def test_the_report_tells_what_pruning_lost_and_distillation_won(toy_run: Path) 
     assert sizes["pruned"] == sizes["random"] == sizes["distilled"] < sizes["teacher"]
 
 
+def test_the_report_tells_how_much_of_the_text_was_read(toy_run: Path) -> None:
+    folder = toy_run / "toy/width"
+    (source,) = json.loads((folder / "data/data.json").read_text())["train"]
+    (use,) = json.loads((folder / "report.json").read_text())["data_used"]
+    assert use.pop("stage") == "distill"
+    assert json.loads((folder / "distill/data_used.json").read_text()) == [use]
+    assert (use["source"], use["tokens"]) == (source["source"], 30 * 8 * 128)
+    assert use["epochs"] == 30 * 8 * 128 / source["num_tokens"]
+    assert f"| {use['tokens']:,} | {use['epochs']:.2f} |" in (folder / "report.md").read_text()
+    assert "Text that was read" in (folder / "report.html").read_text()
+
+
+def test_text_that_will_be_read_too_often_is_told_before(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
+    """4 epochs are fine; a little more is not. Before there are token counts nothing is said."""
+    (source,) = json.loads((toy_run / "toy/width/data/data.json").read_text())["train"]
+    four_epochs = 4 * source["num_tokens"] // (8 * 128)
+    for steps, command, is_warned in (
+        (four_epochs, "plan", False),
+        (four_epochs + 1, "plan", True),
+        (four_epochs + 1, "check", True),
+    ):
+        change = (f"stages.distill.num_steps={steps}", f"execution.run_root={toy_run}")
+        code, output = minitron(command, TOY, *change)
+        assert code == 0
+        assert (f"stages.distill: {source['source']} will be read 4.0 times" in output) == is_warned, output
+    code, output = minitron("check", TOY, f"stages.distill.num_steps={10 * steps}", f"execution.run_root={tmp_path}")
+    assert code == 0
+    assert "will be read" not in output
+
+
 def test_the_html_report_needs_nothing_from_elsewhere(toy_run: Path) -> None:
     page = (toy_run / "toy/width/report.html").read_text()
     assert page.count("<svg") >= 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import resource
 import signal
 from pathlib import Path
@@ -15,9 +16,11 @@ import torch
 from nemo_minitron.backends.megatron import distill, training
 from nemo_minitron.backends.megatron.checkpoint import Checkpoints, Progressed, checkpoints
 from nemo_minitron.backends.megatron.session import open_session
-from nemo_minitron.config.schema import Parallel, TrainStage
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.config.schema import Execution, Parallel, TrainStage
+from nemo_minitron.errors import CheckpointError, NumericsError
 from nemo_minitron.progress import Progress
+from nemo_minitron.stages.distill import loop_options
+from nemo_minitron.stages.spec import StageContext
 from tests.support.distributed import run_ranks
 from tests.support.tiny_data import tiny_data_dir
 from tests.support.tiny_models import tiny_model_dir
@@ -148,3 +151,16 @@ def test_a_resumed_training_has_the_learning_rate_of_its_recipe(parallel: Parall
     after = run_ranks(parallel.world_size, _rates_after_resume, folders, parallel, 5e-4, 6)[0]
     assert before == pytest.approx({1: 2e-3, 2: 2e-3, 3: 2e-3})
     assert after == pytest.approx({**before, 4: 5e-4, 5: 5e-4, 6: 5e-4})
+
+
+@pytest.mark.parametrize("keys", [None, "stages.shapes.retraining"])
+def test_a_training_that_fails_names_its_stage_and_keys_as_the_recipe_does(keys: str | None, folders: Folders) -> None:
+    params = PARAMS.model_copy(update={"lr": 1e30})
+    ctx = StageContext("healing", "r", folders["work"], folders["work"], Execution(), Progress(silent=True))
+    where = re.escape(keys or "stages.healing")
+    told = rf"(?s)^healing: loss .* at step .* Lower {where}\.lr or raise {where}\.warmup_steps.* {where}\.guard"
+    with (
+        open_session(Parallel(), device="cpu", threads=1) as session,
+        pytest.raises(NumericsError, match=told),
+    ):
+        training.run(_job(folders, session, params), folders["work"], ctx.progress, loop_options(ctx, keys))

@@ -48,6 +48,8 @@ def test_a_killed_distillation_resumes_to_the_same_bits(tmp_path: Path) -> None:
     root = tmp_path / "cut/toy/width"
     assert not (root / "distill").exists(), "nothing may be published"
     assert [path.name for path in sorted((work / "checkpoints").glob("step_*"))] == ["step_00000005", "step_00000010"]
+    used = json.loads((work / "data_used.json").read_text())
+    assert [source["tokens"] for source in used] == [10 * 8 * 128], "as far as the newest checkpoint knows"
 
     again = _start(tmp_path / "cut")
     _, output = again.communicate(timeout=300)
@@ -62,6 +64,9 @@ def test_a_killed_distillation_resumes_to_the_same_bits(tmp_path: Path) -> None:
             row.pop("tokens_per_s", None)
             row.pop("mfu", None)
     assert curves[0] == curves[1]
+    uses = [json.loads((folder / "data_used.json").read_text()) for folder in results]
+    assert uses[0] == uses[1]
+    assert uses[0][0]["tokens"] == 24 * 8 * 128
     assert not work.exists(), "the work folder goes when the stage is published"
     assert not list(root.glob(".partial-*"))
 
@@ -80,3 +85,4 @@ def test_a_second_runner_is_told_of_the_first(tmp_path: Path) -> None:
         _, output = first.communicate(timeout=60)
     assert first.returncode == 130
     assert "the same command goes on" in output
+    assert "times text is worth less and less" in " ".join(output.split()), "the text is too little for so many steps"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nemo_minitron.config.schema import CacheTeacherStage, DistillStage, LogitsLoss, Loss, Parallel, Sampled, TopK
 from tests.support.distributed import run_ranks
-from tests.support.megatron_ranks import cache_shards, cached_losses, distill_losses, teacher_losses
+from tests.support.megatron_ranks import cache_shards, cached_losses, distill_losses, heldout_kls, teacher_losses
 from tests.support.tiny_data import tiny_data_dir
 from tests.support.tiny_models import tiny_model_dir
 
@@ -146,6 +146,55 @@ def test_the_cache_tells_the_teachers_loss(folders: dict[str, Path]) -> None:
     # Of other text it is not told.
     fewer = params.model_copy(update={"valid_num_tokens": 128})
     assert run_ranks(1, teacher_losses, fewer, fewer, *order[2:], *rest)[0][1] is None
+
+
+def _kls(name: str, caches: list[tuple[str, Sampled | TopK]], folders: dict[str, Path], **keys: object) -> list:
+    """Held-out KL of the untrained student to the live teacher, and to each (cache, what it keeps)."""
+    work = folders["root"] / f"kl {name}"
+    work.mkdir()
+    live = DistillStage.model_validate({**_distill(DRAWS).model_dump(), "loss": {}, **keys})
+    orders = [live, *(_distill(sparse).model_copy(update=keys) for _, sparse in caches)]
+    sources = [folders["teacher"], *(folders["root"] / cache for cache, _ in caches)]
+    parallel = READERS.get(name, Parallel())
+    order = (orders, parallel, folders["student"], sources, folders["data"], work)
+    return heldout_kls(*order) if name not in READERS else run_ranks(parallel.world_size, heldout_kls, *order)[0]
+
+
+def _write_here(name: str, folders: dict[str, Path], **keys: object) -> None:
+    out = folders["root"] / name
+    out.mkdir()
+    params, parallel = CACHE.model_copy(update=keys), Parallel(micro_batch_size=4)
+    cache_shards(params, parallel, folders["teacher"], folders["data"], out)
+
+
+def test_held_out_kl_to_all_of_the_vocabulary_is_that_to_the_live_teacher(folders: dict[str, Path]) -> None:
+    """A part of it with a ghost is a lower bound."""
+    kept = {"kl all": TopK(kind="top_k", k=510), "kl some": TopK(kind="top_k", k=64)}
+    for name, sparse in kept.items():
+        _write_here(name, folders, sparse=sparse)
+    live, whole, part = _kls("top-k", list(kept.items()), folders)
+    assert abs(whole - live) < 1e-3
+    assert 0.5 * live < part < live - 0.1
+
+
+def test_held_out_kl_of_draws_is_that_to_the_live_teacher(folders: dict[str, Path]) -> None:
+    draws, shards = Sampled(kind="sampled", rounds=64), range(2, 10)
+    for number in shards:
+        # The windows are numbered after the samples: where there are more of these, the draws are others.
+        _write_here(f"draws {number}", folders, sparse=draws, num_samples=64 * number)
+    live, *found = _kls("draws", [(f"draws {number}", draws) for number in shards], folders)
+    error = np.std(found, ddof=1)
+    assert 0 < error < 0.01 * live
+    assert abs(np.mean(found) - live) < 3 * error / len(found) ** 0.5
+
+
+def test_every_layout_has_the_same_held_out_kl(folders: dict[str, Path]) -> None:
+    """Whoever wrote and whoever reads; of other text there is none."""
+    live, *found = _kls("one", [(writer, DRAWS) for writer in WRITERS], folders)
+    np.testing.assert_allclose(found, found[0], atol=2e-3)
+    for name in READERS:
+        np.testing.assert_allclose(_kls(name, [("one process", DRAWS)], folders), [live, found[0]], atol=1e-4)
+    assert _kls("other text", [("one process", DRAWS)], folders, valid_num_tokens=128)[1] is None
 
 
 def test_a_killed_writer_goes_on_with_what_is_missing(folders: dict[str, Path]) -> None:

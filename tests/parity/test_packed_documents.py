@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+from nemo_minitron.backends.megatron import distill, layers, teacher_cache
 from nemo_minitron.backends.megatron.datasets import mask_between_documents
 from nemo_minitron.backends.megatron.forward import evaluating, model_logits
 from nemo_minitron.backends.megatron.session import open_session
 from nemo_minitron.backends.megatron.weights import load_model
-from nemo_minitron.config.schema import Parallel
+from nemo_minitron.config.schema import CacheTeacherStage, DistillStage, Parallel, TrainStage
+from nemo_minitron.errors import EnvironmentProblem
 from tests.support.tiny_models import tiny_model_dir
 
 EOD = 0
@@ -36,3 +40,30 @@ def test_each_document_has_the_logits_that_it_has_alone(tmp_path: Path) -> None:
     torch.testing.assert_close(masked[:, :11], alone[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(masked[:, 12:], alone[1], rtol=1e-5, atol=1e-5)
     assert (open_[:, 12:] - alone[1]).abs().max() > 0.1, "without the mask the first document is seen"
+
+
+KEYS = {"num_steps": 1, "global_batch_size": 1, "seq_len_tokens": 8, "lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("start", "params", "folders"),
+    [
+        (distill.prepare, DistillStage(kind="distill", **KEYS), 4),
+        (distill.prepare_cached, DistillStage(kind="distill", **KEYS), 4),
+        (distill.prepare_training, TrainStage(kind="train", **KEYS), 3),
+        (teacher_cache.write_cache, CacheTeacherStage(kind="cache_teacher", num_samples=1, seq_len_tokens=8), 3),
+    ],
+)
+def test_where_transformer_engine_would_see_across_documents_no_stage_starts(
+    start: Any, params: Any, folders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before anything is read: none of the folders exists."""
+    rest = [tmp_path / "nothing"] * folders + [None] * (1 + (start is teacher_cache.write_cache))
+    apart = params.model_copy(update={"reset_attention_mask": True})
+    for has_engine, wanted in ((True, params), (False, apart)):
+        monkeypatch.setattr(layers, "has_transformer_engine", lambda has_engine=has_engine: has_engine)
+        with pytest.raises(Exception, match="nothing"):
+            start(wanted, *rest)
+    monkeypatch.setattr(layers, "has_transformer_engine", lambda: True)
+    with pytest.raises(EnvironmentProblem, match="Transformer Engine's attention would let documents see each other"):
+        start(apart, *rest)

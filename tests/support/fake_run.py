@@ -227,6 +227,14 @@ def _distill(root: Path, target: Mapping[str, int]) -> Artifact:
         "num_steps": num_steps,
         "tokens": num_steps * tokens_per_step,
         "wall_s": 347.0,
+        "data_used": [
+            {
+                "source": "asset:benchmark-train-passages",
+                "weight": 1.0,
+                "tokens": num_steps * tokens_per_step,
+                "epochs": num_steps * tokens_per_step / 6_579_684,
+            }
+        ],
         "initial_valid_loss": 5.226,
         "final_valid_loss": 4.054,
         "initial_valid_teacher_loss": teacher_loss,

@@ -164,6 +164,21 @@ def teacher_losses(
         return [job.objective.validate().get("valid_teacher_loss") for job in jobs]
 
 
+def heldout_kls(
+    params: Sequence[DistillStage], parallel: Parallel, student: Path, sources: Sequence[Path], data: Path, work: Path
+) -> list[float | None]:
+    """The student's held-out KL before any training, to a live teacher (a model) or to a cache."""
+    from nemo_minitron.backends.megatron import distill
+    from nemo_minitron.backends.megatron.session import open_session
+
+    with open_session(parallel, device="cpu", threads=1) as session:
+        found = []
+        for order, source in zip(params, sources, strict=True):
+            prepare = distill.prepare_cached if (source / "cache.json").is_file() else distill.prepare
+            found.append(prepare(order, student, source, data, work, session).objective.validate().get("valid_kl"))
+        return found
+
+
 def cached_losses(
     params: DistillStage, parallel: Parallel, student: Path, cache: Path, data: Path, work: Path
 ) -> tuple[list[float], list[float]]:

@@ -17,6 +17,7 @@ from nemo_minitron.distillation.cache import (
     SAMPLES_PER_SHARD,
     CacheFacts,
     TeacherCache,
+    gives_kl,
     pack,
     require_same_keys,
     require_vocabulary,
@@ -176,3 +177,22 @@ def test_a_distillation_with_other_keys_is_an_error(changed: dict, words: str, t
     require_same_keys(FACTS, DistillStage.model_validate(KEYS), tmp_path)
     with pytest.raises(DataError, match=words):
         require_same_keys(FACTS, DistillStage.model_validate({**KEYS, **changed}), tmp_path)
+
+
+def test_held_out_windows_have_shards_of_their_own_after_the_samples() -> None:
+    facts = CacheFacts(DRAWS.model_dump(mode="json"), 1.0, VOCAB, LENGTH, NUM_SAMPLES, seed=1, num_heldout=66)
+    assert [facts.samples_of(shard) for shard in range(facts.num_shards)] == [
+        range(64),
+        range(64, 70),
+        range(128, 192),
+        range(192, 194),
+    ]
+    known = [number for number in range(-1, 300) if facts.has(number)]
+    assert known == [*range(70), *range(128, 194)]
+
+
+def test_only_entries_at_temperature_1_that_drop_nothing_tell_the_kl() -> None:
+    assert gives_kl(DRAWS, 1.0)
+    assert gives_kl(TOP_K, 1.0)
+    assert not gives_kl(DRAWS, 2.0)
+    assert not gives_kl(TopK(kind="top_k", k=9, tail="drop"), 1.0)

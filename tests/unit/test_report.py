@@ -48,6 +48,7 @@ def report() -> dict[str, Any]:
         "search": None,
         "pruning": None,
         "curves": [],
+        "data_used": [{"stage": "distill", "source": HOSTILE, "weight": 2.0, "tokens": 1000, "epochs": 0.5}],
         "speed": None,
         "data": {"sources": [HOSTILE], "train_num_tokens": 10, "valid_num_tokens": 2},
         "cost": {

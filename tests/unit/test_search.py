@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from nemo_minitron.config.schema import Hardware, SearchConstraints, SearchGrid
+from nemo_minitron.cli import load_recipe
+from nemo_minitron.config.schema import CandidateStage, Hardware, SearchConstraints, SearchGrid
 from nemo_minitron.errors import ArtifactError, PlanError
 from nemo_minitron.families import ModelShape, num_params, read_shape
+from nemo_minitron.plan.expansion import expand_searches, search_of
 from nemo_minitron.pruning.search import (
     decode_ms,
     enumerate_candidates,
@@ -24,6 +26,7 @@ from nemo_minitron.pruning.search import (
     winner_of,
     write_search,
 )
+from tests.conftest import REPO
 
 SOURCE: ModelShape = read_shape(
     {
@@ -146,3 +149,10 @@ def test_the_winner_comes_back_from_the_file_and_a_damaged_file_is_refused(tmp_p
     (tmp_path / "search.json").write_text(json.dumps({"schema": 1, "candidates": []}))
     with pytest.raises(ArtifactError, match="cannot be read"):
         read_search(tmp_path)
+
+
+def test_a_candidates_name_leads_back_to_its_search() -> None:
+    recipe = expand_searches(load_recipe(REPO / "recipes/toy/search.yaml", []))
+    names = {name: stage for name, stage in recipe.stages.items() if isinstance(stage, CandidateStage)}
+    assert {stage.rung for stage in names.values()} == {1, 2}
+    assert {search_of(name, stage) for name, stage in names.items()} == {"search"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,9 @@ def two_sources(tmp_path: Path) -> Path:
         with indexed_writers(tmp_path / f"train_{number:02d}", vocab_size=8) as (writer,):
             for _ in range(30):
                 writer.add(Document(np.full(40, number + 1), num_bytes=40))
-        facts.append({"prefix": f"train_{number:02d}", "weight": weight, "num_tokens": writer.num_tokens})
+        facts.append(
+            {"prefix": f"train_{number:02d}", "source": f"s{number}", "weight": weight, "num_tokens": writer.num_tokens}
+        )
     (tmp_path / "data.json").write_text(json.dumps({"vocab_size": 8, "eod_id": 0, "train": facts}))
     return tmp_path
 
@@ -44,6 +47,40 @@ def test_sources_are_drawn_by_weight(two_sources: Path, tmp_path: Path) -> None:
     drawn = [int(tokens[0]) for tokens in _samples(two_sources, tmp_path / "cache")]
     assert drawn.count(1) == 48
     assert drawn.count(2) == 16
+
+
+def test_what_was_drawn_of_each_source_follows_from_the_step(two_sources: Path, tmp_path: Path) -> None:
+    """Also in the middle, and of one source alone; counted by hand from the samples themselves."""
+    facts = json.loads((two_sources / "data.json").read_text())
+    for sources in (facts["train"], facts["train"][:1]):
+        (two_sources / "data.json").write_text(json.dumps({**facts, "train": sources}))
+        job, tokens = _job(two_sources, tmp_path / f"work{len(sources)}")
+        for num_steps in (0, 1, 3, 10):
+            seen = [int(sample[0]) for sample in tokens[: 5 * num_steps]]
+            drawn = [SEQ_LEN * seen.count(number + 1) for number in range(len(sources))]
+            assert sum(drawn) == num_steps * job.tokens_per_step
+            assert job.data_used(num_steps) == [
+                {"source": f"s{n}", "weight": source["weight"], "tokens": drawn[n], "epochs": drawn[n] / 1200}
+                for n, source in enumerate(sources)
+            ]
+    assert job.data_used(10)[0]["epochs"] == 10 * 5 * SEQ_LEN / 1200
+
+
+def _job(data: Path, work: Path) -> tuple[Any, list[torch.Tensor]]:
+    from types import SimpleNamespace
+
+    from nemo_minitron.backends.megatron.datasets import training_samples, training_sources
+    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.training import Job
+    from nemo_minitron.config.schema import Parallel
+
+    keys: dict[str, Any] = dict.fromkeys(("trainable", "shape", "session", "objective"))
+    with open_session(Parallel(), device="cpu"):
+        samples = training_samples(data, num_samples=50, seq_len_tokens=SEQ_LEN, seed=0, cache_dir=work)
+        params: Any = SimpleNamespace(global_batch_size=5, seq_len_tokens=SEQ_LEN)
+        sources = training_sources(data)
+        job = Job(params, 10, samples=samples, sources=sources, flops_per_token=1.0, **keys)
+        return job, [samples[i]["tokens"] for i in range(50)]
 
 
 def test_the_same_seed_gives_the_same_samples(two_sources: Path, tmp_path: Path) -> None:

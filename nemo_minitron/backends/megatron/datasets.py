@@ -64,6 +64,14 @@ def training_samples(data_dir: Path, *, num_samples: int, seq_len_tokens: int, s
     return builder.build()[0]
 
 
+def samples_of_each(samples: Any, num_sources: int, num_samples: int) -> list[int]:
+    """How many of the first `num_samples` training samples come from each source."""
+    # Megatron blends two sources or more.
+    if num_sources < 2:
+        return [num_samples] * num_sources
+    return np.bincount(samples.dataset_index[:num_samples], minlength=num_sources).tolist()
+
+
 def step_batches(
     samples: Any,
     session: Session,
@@ -104,6 +112,11 @@ def mask_between_documents(tokens_BS: torch.Tensor, eod_id: int) -> torch.Tensor
     return (later | (document[:, :, None] != document[:, None, :]))[:, None]
 
 
+def training_sources(data_dir: Path) -> list[dict[str, Any]]:
+    """The sources of a dataset artifact, in the order of the blend."""
+    return list(json.loads((data_dir / "data.json").read_text())["train"])
+
+
 def eod_id_of(data_dir: Path) -> int:
     """The end-of-document token of a dataset artifact."""
     return int(json.loads((data_dir / "data.json").read_text())["eod_id"])
@@ -141,6 +154,24 @@ def heldout_batches(
         whole_documents: False takes the beginning of long documents only, so that books do not make every
             validation long; `num_bytes` then means nothing.
     """
+    all_rows, num_bytes = heldout_rows(
+        data_dir, num_tokens=num_tokens, seq_len_tokens=seq_len_tokens, whole_documents=whole_documents
+    )
+    rows = all_rows[session.dp_rank :: session.parallel.dp]
+    # Pipeline schedules need one batch shape: the last one is filled with rows that count for nothing.
+    while rows and len(rows) % batch_size:
+        rows.append({**rows[-1], "loss_mask": torch.zeros_like(rows[-1]["loss_mask"])})
+    of_batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    batches = [
+        {**collate(some, session), "window_ids": torch.stack([row["window_id"] for row in some])} for some in of_batches
+    ]
+    return HeldOutBatches(batches, num_bytes)
+
+
+def heldout_rows(
+    data_dir: Path, *, num_tokens: int, seq_len_tokens: int, whole_documents: bool
+) -> tuple[list[dict[str, torch.Tensor]], int]:
+    """(every window of `heldout_batches`, UTF-8 bytes of their documents)."""
     facts = json.loads((data_dir / "data.json").read_text())
     documents, sizes = _valid_documents(data_dir, facts)
     if not whole_documents:
@@ -149,18 +180,13 @@ def heldout_batches(
     windows = heldout_windows(
         documents, sizes, eod_id=facts["eod_id"], num_tokens=num_tokens, seq_len_tokens=seq_len_tokens
     )
-    mine = slice(session.dp_rank, None, session.parallel.dp)
-    rows = [_row(tokens, mask) for tokens, mask in zip(windows.tokens[mine], windows.loss_mask[mine], strict=True)]
-    # Pipeline schedules need one batch shape: the last one is filled with rows that count for nothing.
-    while rows and len(rows) % batch_size:
-        rows.append({**rows[-1], "loss_mask": torch.zeros_like(rows[-1]["loss_mask"])})
-    batches = [collate(rows[i : i + batch_size], session) for i in range(0, len(rows), batch_size)]
-    return HeldOutBatches(batches, windows.num_bytes)
+    found = enumerate(zip(windows.tokens, windows.loss_mask, strict=True))
+    return [_row(number, tokens, mask) for number, (tokens, mask) in found], windows.num_bytes
 
 
-def _row(tokens: np.ndarray, mask: np.ndarray) -> dict[str, torch.Tensor]:
-    ids = torch.from_numpy(tokens.astype(np.int64))
-    return {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": torch.from_numpy(mask.astype(np.float32))}
+def _row(number: int, tokens: np.ndarray, mask: np.ndarray) -> dict[str, torch.Tensor]:
+    ids, weights = torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(mask.astype(np.float32))
+    return {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": weights, "window_id": torch.tensor(number)}
 
 
 def _valid_documents(data_dir: Path, facts: dict[str, Any]) -> tuple[Iterator[np.ndarray], Iterator[int]]:

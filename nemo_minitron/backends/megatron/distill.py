@@ -13,7 +13,13 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.build import padded_vocab_size
-from nemo_minitron.backends.megatron.datasets import HeldOutBatches, eod_id_of, heldout_batches, training_samples
+from nemo_minitron.backends.megatron.datasets import (
+    HeldOutBatches,
+    eod_id_of,
+    heldout_batches,
+    training_samples,
+    training_sources,
+)
 from nemo_minitron.backends.megatron.evaluate import EVAL_BATCH_SIZE
 from nemo_minitron.backends.megatron.forward import Batch, evaluating, forward_batches
 from nemo_minitron.backends.megatron.head import head_weight, model_hidden, vocab_of
@@ -28,6 +34,7 @@ from nemo_minitron.backends.megatron.hidden import (
     transport,
     weigh,
 )
+from nemo_minitron.backends.megatron.layers import require_document_mask
 from nemo_minitron.backends.megatron.optim import make_trainable
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.training import Job, Objective, Parts
@@ -65,7 +72,7 @@ class Classroom:
     hidden: HiddenStates | None = None
     cache: TeacherCache | None = None
     teacher_loss: float | None = None
-    """Held-out, as the cache has it."""
+    """Held-out, as the cache has it; None where it was measured on other text."""
     teacher_shape: ModelShape | None = None
 
     @property
@@ -89,6 +96,7 @@ def prepare_cached(
     params: DistillStage, student_dir: Path, cache_dir: Path, data_dir: Path, work_dir: Path, session: Session
 ) -> Job:
     """Load the student; the teacher is read from a cache, whose samples are the training samples."""
+    require_document_mask(params.reset_attention_mask)
     cache = TeacherCache(cache_dir)
     require_same_keys(cache.facts, params, cache_dir)
     student, shape = load_model(student_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
@@ -100,13 +108,14 @@ def prepare_cached(
     heldout = _heldout(params, data_dir, session)
     size, loss = cache.facts.vocab_size, cache.facts.teacher_loss(params)
     room = Classroom(params.loss, student, None, size, heldout, session, params.seed, cache=cache, teacher_loss=loss)
-    return _job("distill", params, params.num_steps, room, shape, data_dir, work_dir, cache.facts.num_samples)
+    return _job(params, params.num_steps, room, shape, data_dir, work_dir, cache.facts.num_samples)
 
 
 def prepare(
     params: DistillStage, student_dir: Path, teacher_dir: Path, data_dir: Path, work_dir: Path, session: Session
 ) -> Job:
     """Load the student and, where the loss needs it, the teacher; open the data."""
+    require_document_mask(params.reset_attention_mask)
     shapes = [Checkpoint.open(folder).shape for folder in (student_dir, teacher_dir)]
     sizes = [shape.vocab_size for shape in shapes]
     options = {
@@ -119,7 +128,7 @@ def prepare(
     heldout = _heldout(params, data_dir, session)
     if not params.loss.needs_teacher:
         room = Classroom(params.loss, student, None, min(sizes), heldout, session, params.seed)
-        return _job("distill", params, params.num_steps, room, shape, data_dir, work_dir)
+        return _job(params, params.num_steps, room, shape, data_dir, work_dir)
     teacher, _ = load_model(teacher_dir, session, **options)  # type: ignore[arg-type]
     teacher.requires_grad_(False).eval()
     hidden = None
@@ -129,15 +138,16 @@ def prepare(
     room = Classroom(
         params.loss, student, teacher, min(sizes), heldout, session, params.seed, hidden, teacher_shape=shapes[1]
     )
-    return _job("distill", params, params.num_steps, room, shape, data_dir, work_dir)
+    return _job(params, params.num_steps, room, shape, data_dir, work_dir)
 
 
 def prepare_training(params: TrainStage, model_dir: Path, data_dir: Path, work_dir: Path, session: Session) -> Job:
     """Load the model and open the data: next-token cross entropy, no teacher."""
+    require_document_mask(params.reset_attention_mask)
     model, shape = load_model(model_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
     heldout = _heldout(params, data_dir, session)
     room = Classroom(NEXT_TOKEN, model, None, shape.vocab_size, heldout, session, params.seed)
-    return _job("train", params, params.num_steps, room, shape, data_dir, work_dir)
+    return _job(params, params.num_steps, room, shape, data_dir, work_dir)
 
 
 def _heldout(params: Optimization, data_dir: Path, session: Session) -> HeldOutBatches:
@@ -152,7 +162,6 @@ def _heldout(params: Optimization, data_dir: Path, session: Session) -> HeldOutB
 
 
 def _job(
-    stage: str,
     params: Optimization,
     num_steps: int,
     room: Classroom,
@@ -171,7 +180,6 @@ def _job(
     )
     trainable = make_trainable(room.student, params, num_steps, room.session.parallel)
     return Job(
-        stage=stage,
         params=params,
         num_steps=num_steps,
         trainable=trainable,
@@ -181,6 +189,7 @@ def _job(
         objective=objective_of(room),
         flops_per_token=training_flops_per_token(shape, room.teacher_shape, params.seq_len_tokens),
         separate_at=eod_id_of(data_dir) if params.reset_attention_mask else None,
+        sources=training_sources(data_dir),
     )
 
 
@@ -276,11 +285,24 @@ def lessons(room: Classroom, batches: list[Batch]) -> Iterator[Lesson]:
 
 def _lessons_written(room: Classroom, cache: TeacherCache, batches: list[Batch]) -> Iterator[Lesson]:
     for batch in batches:
-        if "sample_ids" not in batch or not room.session.is_last_stage:
+        numbers = _cached_numbers(room, cache, batch)
+        if numbers is None or not room.session.is_last_stage:
             yield Lesson()
             continue
-        found = cache.read(batch["sample_ids"].tolist(), batch["tokens"].cpu().numpy())
+        found = cache.read(numbers.tolist(), batch["tokens"].cpu().numpy())
         yield Lesson(written=found.to(batch["tokens"].device))
+
+
+def _cached_numbers(room: Classroom, cache: TeacherCache, batch: Batch) -> Tensor | None:
+    """Under which numbers the cache has a batch; None: it does not."""
+    if "sample_ids" in batch:
+        return batch["sample_ids"]
+    return batch["window_ids"] + cache.facts.first_heldout if _knows_heldout(room) else None
+
+
+def _knows_heldout(room: Classroom) -> bool:
+    """Whether the cache has what the teacher says of the held-out text."""
+    return room.cache is not None and room.teacher_loss is not None and room.cache.facts.num_heldout > 0
 
 
 def _lessons_now(room: Classroom, teacher: GPTModel, batches: list[Batch]) -> Iterator[Lesson]:
@@ -316,10 +338,10 @@ def validate(room: Classroom) -> dict[str, float]:
     sums = torch.zeros(4, dtype=torch.float64, device=room.session.device)
     with evaluating(room.student):
         for batch in room.heldout.batches:
-            teacher = next(lessons(room, [batch])).head_input
+            lesson = next(lessons(room, [batch]))
 
-            def add(hidden: Tensor, batch: Batch, teacher: Tensor | None = teacher) -> None:
-                sums.add_(_measure(room, hidden, batch, teacher))
+            def add(hidden: Tensor, batch: Batch, lesson: Lesson = lesson) -> None:
+                sums.add_(_measure(room, hidden, batch, lesson))
 
             forward_batches(room.student, [batch], room.session, add, forward=model_hidden)
     if not (room.session.is_last_stage and room.session.tp_rank == 0):
@@ -327,17 +349,18 @@ def validate(room: Classroom) -> dict[str, float]:
     room.session.sum(sums)
     kl, loss, teacher_loss = (sums[:3] / sums[3]).tolist()
     if room.teacher is None:
-        return {"valid_loss": loss} | ({} if room.teacher_loss is None else {"valid_teacher_loss": room.teacher_loss})
+        told = {} if room.teacher_loss is None else {"valid_teacher_loss": room.teacher_loss}
+        return ({"valid_kl": kl} if _knows_heldout(room) else {}) | {"valid_loss": loss, **told}
     return {"valid_kl": kl, "valid_loss": loss, "valid_teacher_loss": teacher_loss}
 
 
-def _measure(room: Classroom, hidden_BSD: Tensor, batch: Batch, teacher_BSD: Tensor | None) -> Tensor:
+def _measure(room: Classroom, hidden_BSD: Tensor, batch: Batch, lesson: Lesson) -> Tensor:
     """Sums over the batch's tokens: KL, loss of the student, loss of the teacher, tokens."""
     labels, mask, vocab = batch["labels"].flatten(), batch["loss_mask"].flatten(), room.vocab
     student = Head(head_weight(room.student, room.vocab_size), hidden_BSD.flatten(0, 1))
     teacher = None
-    if room.teacher is not None and teacher_BSD is not None:
-        teacher = Head(head_weight(room.teacher, room.vocab_size), teacher_BSD.flatten(0, 1))
+    if room.teacher is not None and lesson.head_input is not None:
+        teacher = Head(head_weight(room.teacher, room.vocab_size), lesson.head_input.flatten(0, 1))
     sums = torch.zeros(4, dtype=torch.float64, device=mask.device)
     for rows in student.all_blocks():
         logits = student.logits(rows)
@@ -348,6 +371,8 @@ def _measure(room: Classroom, hidden_BSD: Tensor, batch: Batch, teacher_BSD: Ten
             values[0] = forward_kl(logits, expected, KL, vocab)[0]
         else:
             values.append(values[0])
+            if lesson.written is not None:
+                values[0] = cached_teacher(lesson.written, KL, vocab)(logits, rows)[0]
         weights = mask[rows].double()
         sums += torch.stack([value.double() @ weights for value in (*values, torch.ones_like(mask[rows]))])
     return sums

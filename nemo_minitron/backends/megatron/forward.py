@@ -17,7 +17,7 @@ from torch import Tensor
 from nemo_minitron.backends.megatron.session import Session
 
 Batch = dict[str, Tensor]
-"""tokens [B, S], labels [B, S], loss_mask [B, S]; in training sample_ids [B] on the CPU.
+"""tokens [B, S], labels [B, S], loss_mask [B, S]; in training sample_ids [B] on the CPU, of held-out text window_ids.
 
 Where documents are kept apart, attention_mask [B, 1, S, S]: True where a token may not look.
 """

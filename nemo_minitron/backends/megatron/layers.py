@@ -22,6 +22,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from nemo_minitron.errors import EnvironmentProblem
+
 
 class TorchNorm(nn.Module):
     """RMSNorm, or LayerNorm whose stored weight is centred on zero (w + 1), in plain torch.
@@ -87,6 +89,17 @@ def has_transformer_engine() -> bool:
     except ImportError:
         return False
     return True
+
+
+def require_document_mask(reset_attention_mask: bool) -> None:
+    """Raises EnvironmentProblem where documents are to be kept apart and the attention would not do it."""
+    # Its causal attention ignores a mask without a word.
+    if reset_attention_mask and has_transformer_engine():
+        raise EnvironmentProblem(
+            "reset_attention_mask = True: Transformer Engine's attention would let documents see each other.",
+            allowed="torch attention, which is used where Transformer Engine is not installed or there is no GPU",
+            next_step="Set reset_attention_mask to false, or use an environment without transformer-engine.",
+        )
 
 
 def _modules() -> dict[str, Any]:

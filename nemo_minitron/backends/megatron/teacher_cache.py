@@ -15,18 +15,21 @@ from nemo_minitron.backends.megatron.datasets import (
     collate,
     eod_id_of,
     heldout_batches,
+    heldout_rows,
     mask_between_documents,
     training_samples,
 )
 from nemo_minitron.backends.megatron.evaluate import EVAL_BATCH_SIZE, sum_nll
 from nemo_minitron.backends.megatron.forward import Batch, evaluating, forward_batches
 from nemo_minitron.backends.megatron.head import head_weight, model_hidden, vocab_of
+from nemo_minitron.backends.megatron.layers import require_document_mask
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.weights import load_model
 from nemo_minitron.config.schema import CacheTeacherStage, Sampled
 from nemo_minitron.distillation.cache import (
     CacheFacts,
     Entry,
+    gives_kl,
     pack,
     require_vocabulary,
     shard_name,
@@ -42,8 +45,10 @@ def write_cache(
     params: CacheTeacherStage, teacher_dir: Path, data_dir: Path, work_dir: Path, session: Session, progress: Progress
 ) -> CacheFacts:
     """Every shard that the work folder does not have yet; data-parallel ranks write different ones."""
+    require_document_mask(params.reset_attention_mask)
     model, shape = load_model(teacher_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
     require_vocabulary(shape.vocab_size)
+    windows = _heldout_windows(params, data_dir)
     facts = CacheFacts(
         sparse=params.sparse.model_dump(mode="json"),
         temperature=params.temperature,
@@ -52,6 +57,7 @@ def write_cache(
         num_samples=params.num_samples,
         seed=params.seed,
         reset_attention_mask=params.reset_attention_mask,
+        num_heldout=len(windows),
     )
     samples = training_samples(
         data_dir,
@@ -67,14 +73,27 @@ def write_cache(
     separate_at = eod_id_of(data_dir) if params.reset_attention_mask else None
     with evaluating(model), progress.bar("cache teacher", len(mine), "shards", done=len(mine) - len(todo)) as bar:
         for shard in todo:
-            batches = _batches(samples, facts.samples_of(shard), separate_at, session)
+            numbers = facts.samples_of(shard)
+            if numbers.start < facts.first_heldout:
+                batches = _batches(samples, numbers, separate_at, session)
+            else:
+                # Validation lets documents see each other.
+                batches = _batches(dict(enumerate(windows, facts.first_heldout)), numbers, None, session)
             entries = _entries(model, params, batches, shape.vocab_size, session)
             if session.is_last_stage and session.tp_rank == 0:
                 write_shard(work_dir, shard, entries)
-            bar.advance(samples=len(facts.samples_of(shard)))
+            bar.advance(samples=len(numbers))
     session.barrier()
     loss = _heldout_loss(model, params, shape.vocab_size, data_dir, session, progress)
     return replace(facts, valid_num_tokens=params.valid_num_tokens, valid_teacher_loss=loss)
+
+
+def _heldout_windows(params: CacheTeacherStage, data_dir: Path) -> list[dict[str, Tensor]]:
+    """What distillation validates with; none where the entries would not tell the KL."""
+    if not gives_kl(params.sparse, params.temperature):
+        return []
+    tokens, length = params.valid_num_tokens, params.seq_len_tokens
+    return heldout_rows(data_dir, num_tokens=tokens, seq_len_tokens=length, whole_documents=False)[0]
 
 
 def _heldout_loss(

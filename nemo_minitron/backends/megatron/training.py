@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
@@ -17,7 +18,7 @@ from torch import Tensor
 from nemo_minitron.backends.megatron.build import DTYPES
 from nemo_minitron.backends.megatron.checkpoint import Checkpoints, Progressed, step_of
 from nemo_minitron.backends.megatron.curves import Curves, Tracker
-from nemo_minitron.backends.megatron.datasets import step_batches
+from nemo_minitron.backends.megatron.datasets import samples_of_each, step_batches
 from nemo_minitron.backends.megatron.forward import Batch
 from nemo_minitron.backends.megatron.guard import LossWatch
 from nemo_minitron.backends.megatron.optim import Trainable
@@ -25,6 +26,7 @@ from nemo_minitron.backends.megatron.peak import matmul_flops_per_s
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.weights import save_model
 from nemo_minitron.config.schema import Execution, Optimization
+from nemo_minitron.data.used import DATA_USED_FILE, Sources, data_used
 from nemo_minitron.errors import Interrupted, NumericsError
 from nemo_minitron.families import ModelShape
 from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files, model_facts
@@ -54,8 +56,6 @@ class Objective:
 class Job:
     """Everything that the loop needs; nothing in it changes but the model and its optimizer."""
 
-    stage: str
-    """For messages: `distill`, `train`."""
     params: Optimization
     num_steps: int
     trainable: Trainable
@@ -67,10 +67,17 @@ class Job:
     """Of student and teacher, without recomputation."""
     separate_at: int | None = None
     """End-of-document token that attention may not cross."""
+    sources: Sources = ()
+    """Where the samples come from."""
 
     @property
     def tokens_per_step(self) -> int:
         return self.params.global_batch_size * self.params.seq_len_tokens
+
+    def data_used(self, num_steps: int) -> list[dict[str, Any]]:
+        """What the first steps draw of each source: follows from their number, so it is the same after a resume."""
+        counts = samples_of_each(self.samples, len(self.sources), num_steps * self.params.global_batch_size)
+        return data_used(self.sources, [count * self.params.seq_len_tokens for count in counts])
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,10 @@ class LoopOptions:
     execution: Execution = field(default_factory=Execution)
     recipe_name: str = "training"
     stop: StopRequest = field(default_factory=StopRequest)
+    stage: str = "training"
+    """Its name in the recipe."""
+    keys: str = "stages.training"
+    """Where in the recipe its learning rate stands."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,7 @@ class _Loop:
     curves: Curves
     checkpoints: Checkpoints
     watch: LossWatch
-    stop: StopRequest
+    options: LoopOptions
     peak_flops_per_s: float
     """Of all processes, in matrix products."""
 
@@ -113,14 +124,12 @@ def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | Non
         work_dir / "checkpoints", job.session, keep=params.keep_checkpoints, in_background=execution.async_checkpoints
     )
     before = checkpoints.resume(job.trainable)
-    curves = Curves(
-        work_dir, first_step=before.step or -1, enabled=job.session.is_main, tracker=_tracker(options, job.stage)
-    )
-    loop = _Loop(job, curves, checkpoints, LossWatch(params.guard, before.good_losses), options.stop, peak)
+    curves = Curves(work_dir, first_step=before.step or -1, enabled=job.session.is_main, tracker=_tracker(options))
+    loop = _Loop(job, curves, checkpoints, LossWatch(params.guard, before.good_losses), options, peak)
     if before.step == 0:
         curves.add(0, **job.objective.validate())
     try:
-        with options.stop.deferred(), progress.bar(job.stage, job.num_steps, "steps", done=before.step) as bar:
+        with options.stop.deferred(), progress.bar(options.stage, job.num_steps, "steps", done=before.step) as bar:
             for step in range(before.step, job.num_steps):
                 _advance(loop, step, bar)
     finally:
@@ -136,18 +145,18 @@ def _peak_flops_per_s(job: Job, execution: Execution) -> float:
     return one * job.session.world_size
 
 
-def _tracker(options: LoopOptions, stage: str) -> Tracker | None:
+def _tracker(options: LoopOptions) -> Tracker | None:
     execution, name = options.execution, options.recipe_name
     if execution.wandb_project is None:
         return None
-    return Tracker(execution.wandb_project, name, stage, Path(execution.run_root) / name / "logs")
+    return Tracker(execution.wandb_project, name, options.stage, Path(execution.run_root) / name / "logs")
 
 
 def _advance(loop: _Loop, step: int, bar: Bar) -> None:
     """One step, and all that follows from it."""
     job, done = loop.job, step + 1
     started_s = time.monotonic()
-    row, asked_by = train_step(job, step, loop.stop)
+    row, asked_by = train_step(job, step, loop.options.stop)
     tokens_per_s = job.tokens_per_step / (time.monotonic() - started_s)
     _require_finite(loop, row, step)
     speed = {"tokens_per_s": tokens_per_s, "mfu": loop.mfu(tokens_per_s)}
@@ -166,6 +175,8 @@ def _advance(loop: _Loop, step: int, bar: Bar) -> None:
     if saves:
         # The curve reaches the disk first: a checkpoint never knows more than its curve.
         loop.curves.flush()
+        if job.session.is_main:
+            _write_data_used(job, done, loop.curves.path.parent)
         loop.checkpoints.save(job.trainable, Progressed(done, tuple(loop.watch.good_losses)))
     if last or asked_by:
         loop.checkpoints.finish()
@@ -173,12 +184,18 @@ def _advance(loop: _Loop, step: int, bar: Bar) -> None:
         raise _interrupted(loop, done, asked_by)
 
 
+def _write_data_used(job: Job, num_steps: int, folder: Path) -> list[dict[str, Any]]:
+    used = job.data_used(num_steps)
+    (folder / DATA_USED_FILE).write_text(json.dumps(used, indent=2) + "\n")
+    return used
+
+
 def _interrupted(loop: _Loop, done: int, asked_by: str) -> Interrupted:
     newest = loop.checkpoints.newest()
     kept = 0 if newest is None else step_of(newest)
     again = "" if kept == done else f" from step {kept}: the loss was above its bound, and no checkpoint was written"
     return Interrupted(
-        f"{loop.job.stage} stopped after step {done} of {loop.job.num_steps} as asked by {asked_by}; "
+        f"{loop.options.stage} stopped after step {done} of {loop.job.num_steps} as asked by {asked_by}; "
         f"the same command goes on{again}."
     )
 
@@ -280,20 +297,20 @@ def _usual(loop: _Loop) -> str:
 def _numerics_error(loop: _Loop, what: str) -> NumericsError:
     """Names the checkpoint from which a changed recipe can go on. Every rank comes here at the same step."""
     loop.checkpoints.finish()
-    newest, key = loop.checkpoints.newest(), f"stages.{loop.job.stage}"
+    newest, key = loop.checkpoints.newest(), loop.options.keys
     if newest is None:
         after = "There is no checkpoint yet: it starts again."
     else:
         after = f"With --accept-drift it goes on from step {step_of(newest)}, without from the start."
     return NumericsError(
-        f"{loop.job.stage}: {what}",
+        f"{loop.options.stage}: {what}",
         where=f"last good checkpoint: {newest}" if newest else None,
         next_step=f"Lower {key}.lr or raise {key}.warmup_steps. {after} Another {key}.guard needs no flag.",
     )
 
 
 def publish(job: Job, model_dir: Path, work_dir: Path, out_dir: Path) -> dict[str, Any]:
-    """Write the trained model as a Hugging Face checkpoint, with its curves; facts on the main rank."""
+    """Write the trained model as a Hugging Face checkpoint, its curves and data_used.json; facts on the main rank."""
     writer = None
     if job.session.is_main:
         source = Checkpoint.open(model_dir)
@@ -305,4 +322,4 @@ def publish(job: Job, model_dir: Path, work_dir: Path, out_dir: Path) -> dict[st
     if writer is None:
         return {}
     writer.close()
-    return model_facts(out_dir)
+    return {**model_facts(out_dir), "data_used": _write_data_used(job, job.num_steps, out_dir)}

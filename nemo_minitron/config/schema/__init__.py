@@ -10,6 +10,14 @@ from typing import Annotated
 
 from pydantic import Field
 
+from nemo_minitron.config.schema.aligner import (
+    Alignment,
+    AnnotateStage,
+    AttributeModelStage,
+    DpoStage,
+    SftStage,
+    SteerlmSftStage,
+)
 from nemo_minitron.config.schema.alignment import (
     AttributeName,
     ChatDataStage,
@@ -107,7 +115,12 @@ StageConfig = Annotated[
     | EvaluateStage
     | SpeedStage
     | ExportStage
-    | ReportStage,
+    | ReportStage
+    | SftStage
+    | SteerlmSftStage
+    | DpoStage
+    | AttributeModelStage
+    | AnnotateStage,
     Field(discriminator="kind"),
 ]
 
@@ -123,6 +136,9 @@ class Recipe(Schema):
 
 __all__ = [
     "AdoptStage",
+    "Alignment",
+    "AnnotateStage",
+    "AttributeModelStage",
     "AttributeName",
     "CacheTeacherInputs",
     "CacheTeacherStage",
@@ -139,6 +155,7 @@ __all__ = [
     "DepthTask",
     "DistillInputs",
     "DistillStage",
+    "DpoStage",
     "EvaluateInputs",
     "EvaluateStage",
     "Execution",
@@ -177,11 +194,13 @@ __all__ = [
     "SelectInputs",
     "SelectStage",
     "SelectionRules",
+    "SftStage",
     "SpeedInputs",
     "SpeedMeasurement",
     "SpeedStage",
     "StageConfig",
     "StageName",
+    "SteerlmSftStage",
     "Target",
     "TemplateName",
     "TokenizeInputs",

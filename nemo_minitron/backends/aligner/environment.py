@@ -1,0 +1,149 @@
+"""The environment that NeMo-Aligner runs in: a container's own, or a virtual environment that this module makes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.progress import Progress
+
+ENTRY = Path(__file__).with_name("entry")
+REQUIREMENTS = Path(__file__).with_name("requirements.txt")
+TORCH = "torch==2.13.0"
+SUPPORTED_PYTHONS = ((3, 10), (3, 11))
+"""nemo_toolkit 2.1.0 and its pins have wheels for these."""
+PYTHON_VARIABLE = "MINITRON_ALIGNER_PYTHON"
+READY_FILE = "minitron_ready.json"
+SUPPORTED_ALIGNER = "0.7.0"
+
+
+def aligner_python() -> Path:
+    """The Python that has NeMo-Aligner: the one named in MINITRON_ALIGNER_PYTHON, this one, or the made one's.
+
+    Raises:
+        EnvironmentProblem: there is none.
+    """
+    named = os.environ.get(PYTHON_VARIABLE)
+    if named:
+        if not Path(named).is_file():
+            raise EnvironmentProblem(f"{PYTHON_VARIABLE} names a Python that is not there.", where=named)
+        return Path(named)
+    if importlib.util.find_spec("nemo_aligner") is not None:
+        return Path(sys.executable)
+    if is_ready():
+        return _python(environment_dir())
+    raise EnvironmentProblem(
+        "NeMo-Aligner is not installed: it needs an environment of its own, with other versions of Megatron-Core.",
+        allowed=f"a container with NeMo-Aligner {SUPPORTED_ALIGNER}, or the environment at {environment_dir()}",
+        next_step="minitron env aligner    makes it: about 3 minutes and 2.3 GB",
+    )
+
+
+def environment_dir() -> Path:
+    """Where the environment is made; its name changes with the requirements."""
+    digest = hashlib.sha256(REQUIREMENTS.read_bytes() + TORCH.encode()).hexdigest()[:8]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "nemo-minitron" / f"aligner-{digest}"
+
+
+def is_ready() -> bool:
+    """Whether the made environment is complete and has passed its self-test."""
+    return (environment_dir() / READY_FILE).is_file()
+
+
+def make_environment(progress: Progress, *, torch_index_url: str | None = None, again: bool = False) -> Path:
+    """Install NeMo-Aligner beside this package, test it, and return its folder.
+
+    Args:
+        torch_index_url: where pip finds the build of torch that the machine needs; None: pip's own index.
+        again: remove the old environment first.
+
+    Raises:
+        EnvironmentProblem: no fitting Python, or pip or the self-test failed.
+    """
+    folder = environment_dir()
+    if again:
+        shutil.rmtree(folder, ignore_errors=True)
+    if is_ready():
+        return folder
+    base = _base_python()
+    log = folder.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("")
+    # Not moved into place when done: a virtual environment knows its own path. READY_FILE says that it is whole.
+    shutil.rmtree(folder, ignore_errors=True)
+    pip = [str(_python(folder)), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    index = ["--index-url", torch_index_url] if torch_index_url else []
+    steps = [
+        ("new environment", [base, "-m", "venv", str(folder)]),
+        (TORCH, [*pip, *index, TORCH]),
+        ("NeMo-Aligner and what it needs", [*pip, "--no-deps", "-r", str(REQUIREMENTS)]),
+    ]
+    for name, command in progress.track(steps, "aligner environment", len(steps), "steps"):
+        progress.say(name)
+        _run(command, log, name)
+    progress.say("self-test")
+    versions = self_test(_python(folder), log)
+    (folder / READY_FILE).write_text(json.dumps(versions, indent=2))
+    return folder
+
+
+def self_test(python: Path, log: Path) -> dict[str, str]:
+    """Versions of the packages that matter, after everything was imported there.
+
+    Raises:
+        EnvironmentProblem: an import failed, or NeMo-Aligner has another version.
+    """
+    work = log.with_name(f"self-test-{os.getpid()}-{time.time_ns()}")
+    work.mkdir(parents=True)
+    try:
+        (work / "task.json").write_text(json.dumps({"task": "self_test", "work_dir": str(work)}))
+        _run([str(python), str(ENTRY), str(work / "task.json")], log, "self-test")
+        versions: dict[str, str] = json.loads((work / "result.json").read_text())["versions"]
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    if not versions["nemo-aligner"].startswith(SUPPORTED_ALIGNER):
+        raise EnvironmentProblem(
+            f"NeMo-Aligner {versions['nemo-aligner']} is installed.", where=str(python), allowed=SUPPORTED_ALIGNER
+        )
+    return versions
+
+
+def _base_python() -> str:
+    """A Python of a supported version: this one, or one on the PATH."""
+    names = [f"python{major}.{minor}" for major, minor in reversed(SUPPORTED_PYTHONS)]
+    if sys.version_info[:2] in SUPPORTED_PYTHONS:
+        return sys.executable
+    for name in names:
+        found = shutil.which(name)
+        if found and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0:
+            return found
+    raise EnvironmentProblem(
+        f"NeMo-Aligner {SUPPORTED_ALIGNER} needs Python 3.10 or 3.11; this is {sys.version.split()[0]}.",
+        allowed=" or ".join(names) + " on the PATH",
+        next_step="Install one of them; this package's own Python may stay as it is.",
+    )
+
+
+def _python(folder: Path) -> Path:
+    return folder / "bin" / "python"
+
+
+def _run(command: list[str], log: Path, what: str) -> None:
+    with log.open("a") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+        raise EnvironmentProblem(
+            f"The aligner environment could not be made: {what} ended with code {code}: {' '.join(last)[:300]}",
+            where=str(log),
+            next_step="Read the log; then the same command starts again.",
+        )

@@ -1,0 +1,95 @@
+"""Whole conversions for a person: a Hugging Face folder to a NeMo checkpoint, packed or not, and back."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_minitron.backends.aligner import convert
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.hf.checkpoint import Checkpoint
+from nemo_minitron.interrupts import StopRequest
+from nemo_minitron.progress import Progress
+
+CONFIG_FILE, TOKENIZER_DIR, SUFFIX = "model_config.yaml", "tokenizer", ".nemo"
+
+
+def from_hugging_face(model: Path, out: Path, work: Path, progress: Progress, stop: StopRequest) -> None:
+    """Write a NeMo checkpoint; its tokenizer is in the folder `tokenizer`, and the config names where that lies.
+
+    Raises:
+        CheckpointError: `out` exists, or the model is damaged.
+        ConfigError: NeMo has no such model.
+    """
+    _require_new(out)
+    built = work / "nemo"
+    shape = Checkpoint.open(model).shape
+    convert.to_nemo(
+        model,
+        built,
+        work / "border",
+        work / "log.txt",
+        progress,
+        stop,
+        seq_len_tokens=min(shape.max_position_embeddings, 4096),
+        on_cpu=not _has_cuda(),
+    )
+    (work / "nemo.tokenizer").rename(built / TOKENIZER_DIR)
+    target = out.absolute()
+    home = target.with_suffix("") if target.suffix == SUFFIX else target
+    config = yaml.safe_load((built / CONFIG_FILE).read_text())
+    config["tokenizer"]["type"] = str(home / TOKENIZER_DIR)
+    (built / CONFIG_FILE).write_text(yaml.safe_dump(config))
+    if target.suffix == SUFFIX:
+        with tarfile.open(target, "w") as archive:
+            archive.add(built, arcname=".")
+        shutil.copytree(built / TOKENIZER_DIR, home / TOKENIZER_DIR)
+    else:
+        shutil.move(built, target)
+
+
+def to_hugging_face(nemo: Path, like: Path, out: Path, work: Path, progress: Progress, stop: StopRequest) -> None:
+    """Write the language model of a NeMo checkpoint with the config, dtype and tokenizer of `like`.
+
+    Raises:
+        CheckpointError: `out` exists, or one of the inputs cannot be read.
+    """
+    _require_new(out)
+    folder = _unpacked(nemo, work)
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError("Not a NeMo checkpoint: there is no model_config.yaml.", where=str(nemo))
+    config: dict[str, Any] = yaml.safe_load(file.read_text())
+    config["tokenizer"]["type"] = str(like.absolute())
+    building = work / "hf"
+    building.mkdir()
+    convert.from_nemo(folder, config, like, building, work / "border", work / "log.txt", progress, stop)
+    shutil.move(building, out)
+
+
+def _unpacked(nemo: Path, work: Path) -> Path:
+    """The folder of a checkpoint; an archive's members must stay inside it."""
+    if nemo.is_dir():
+        return nemo
+    folder = work / "unpacked"
+    try:
+        with tarfile.open(nemo) as archive:
+            archive.extractall(folder, filter="data")
+    except (OSError, tarfile.TarError) as error:
+        raise CheckpointError(f"The .nemo file cannot be read: {error}", where=str(nemo)) from error
+    return folder
+
+
+def _require_new(out: Path) -> None:
+    if out.exists():
+        raise CheckpointError("The target exists already.", where=str(out), next_step="Choose a new name.")
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,142 @@
+"""Run one task in the environment of NeMo-Aligner, show how it goes, and hand on requests to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from nemo_minitron.backends.aligner.environment import ENTRY, aligner_python
+from nemo_minitron.errors import EnvironmentProblem, Interrupted
+from nemo_minitron.interrupts import StopRequest
+from nemo_minitron.progress import Bar, Progress
+
+TASK_FILE, RESULT_FILE, ERROR_FILE = "task.json", "result.json", "error.json"
+PROGRESS_FILE, STOP_FILE = "aligner.json", "STOP"
+"""As in entry/task.py, which cannot import this package."""
+POLL_S, SHUTDOWN_TIMEOUT_S = 0.5, 60.0
+
+
+def run_task(
+    name: str,
+    task: Mapping[str, Any],
+    work_dir: Path,
+    log: Path,
+    progress: Progress,
+    stop: StopRequest,
+    *,
+    num_processes: int = 1,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """The task's result.
+
+    Args:
+        name: of a task in entry/__main__.py.
+        work_dir: orders and answers; what a training needs to go on.
+        log: everything that the processes print.
+        threads: of each process; None: the cores divided by the processes.
+
+    Raises:
+        EnvironmentProblem: no NeMo-Aligner, or the task failed.
+        Interrupted: it was asked to stop, and left a checkpoint if it trains.
+    """
+    python = aligner_python()
+    work_dir.mkdir(parents=True, exist_ok=True)
+    for old in (RESULT_FILE, ERROR_FILE, STOP_FILE, PROGRESS_FILE):
+        (work_dir / old).unlink(missing_ok=True)
+    (work_dir / TASK_FILE).write_text(json.dumps({**task, "task": name, "work_dir": str(work_dir)}))
+    command = [str(python), str(ENTRY), str(work_dir / TASK_FILE)]
+    if num_processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+        command = [str(python), *torchrun, str(ENTRY / "__main__.py"), str(work_dir / TASK_FILE)]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file, stop.deferred():
+        process = _start(command, file, threads or max(1, (os.cpu_count() or 1) // num_processes))
+        code = _wait(process, name, work_dir, progress, stop)
+    return _result(name, code, work_dir, log, stop)
+
+
+def _start(command: list[str], log: IO[str], threads: int) -> subprocess.Popen[bytes]:
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    environment |= {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Its checkpoints hold pickled facts, and only those that it has written itself are read.
+        "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "PYTHONWARNINGS": "ignore",
+    }
+    # In a session of its own: Ctrl-C reaches the runner, which asks for a checkpoint first.
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def _wait(process: subprocess.Popen[bytes], name: str, work_dir: Path, progress: Progress, stop: StopRequest) -> int:
+    bar: Bar | None = None
+    try:
+        while True:
+            try:
+                return process.wait(POLL_S)
+            except subprocess.TimeoutExpired:
+                pass
+            if stop.asked_by() is not None:
+                (work_dir / STOP_FILE).touch()
+            seen = _seen(work_dir)
+            if seen is not None:
+                bar = bar or Bar(name, int(seen["max_steps"]), "steps", progress, int(seen["step"]))
+                fields = {"loss": float(seen["loss"])} if "loss" in seen else {}
+                bar.advance(int(seen["step"]) - bar.done, **fields)
+    except BaseException:
+        _end(process)
+        raise
+
+
+def _seen(work_dir: Path) -> dict[str, Any] | None:
+    """How far the task is; None before its first step."""
+    try:
+        seen: dict[str, Any] = json.loads((work_dir / PROGRESS_FILE).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return seen
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(SHUTDOWN_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _result(name: str, code: int, work_dir: Path, log: Path, stop: StopRequest) -> dict[str, Any]:
+    file = work_dir / RESULT_FILE
+    if code == 0 and file.is_file():
+        result: dict[str, Any] = json.loads(file.read_text())
+        if result.get("finished") is False:
+            raise Interrupted(
+                f"Stopped at step {result['step']} as asked by {stop.asked_by()}; the same command goes on."
+            )
+        return result
+    if stop.asked_by() is not None:
+        raise Interrupted(f"Stopped in {name} as asked by {stop.asked_by()}; the same command goes on.")
+    reason = ""
+    if (work_dir / ERROR_FILE).is_file():
+        error = json.loads((work_dir / ERROR_FILE).read_text())
+        reason = f": {error['type']}: {error['message']}"[:600]
+    raise EnvironmentProblem(
+        f"NeMo-Aligner's {name} ended with code {code}{reason}",
+        where=str(log),
+        next_step="Read the log; the same command goes on from the last checkpoint.",
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,39 @@
+"""Warnings of text that would be read too often, where it is known how much there is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from nemo_minitron.artifacts.store import Store
+from nemo_minitron.config.schema import DistillStage, Schema, TrainStage
+from nemo_minitron.data.used import MOST_EPOCHS, expected_use
+from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.plan.planner import RunPlan
+
+
+def epoch_warnings(plan: RunPlan) -> Iterator[str]:
+    """One line for each source that a training which still has to run reads too often; none before tokenization."""
+    store = Store(run_dir(plan.recipe))
+    for name, stage in plan.recipe.stages.items():
+        if not isinstance(stage, DistillStage | TrainStage) or plan.states[name].status == "finished":
+            continue
+        if plan.states[stage.inputs.data].status == "finished":
+            yield from repeated_text(name, stage, store)
+
+
+def repeated_text(name: str, stage: Schema, store: Store) -> Iterator[str]:
+    """The same for one stage, whose data has been made."""
+    if not isinstance(stage, DistillStage | TrainStage):
+        return
+    file = store.published(stage.inputs.data) / "data.json"
+    if not file.is_file():
+        return
+    tokens = stage.num_steps * stage.global_batch_size * stage.seq_len_tokens
+    for use in expected_use(json.loads(file.read_text())["train"], tokens):
+        if use["epochs"] > MOST_EPOCHS:
+            yield (
+                f"stages.{name}: {use['source']} will be read {use['epochs']:.1f} times, {use['tokens']:,.0f} tokens; "
+                f"above {MOST_EPOCHS:g} times text is worth less and less (2305.16264). "
+                f"Lower its weight in stages.{stage.inputs.data} or num_steps, or add text."
+            )
