@@ -84,7 +84,7 @@ def _collect_source(
     num_rows, bad_before = 0, found.bad.num_bad
     name: str | None = None if source.format == "auto" else source.format
     files = chat_files(resolve_path(source.source, Path(ctx.execution.assets_dir)))
-    for raw in _rows(files):
+    for raw in _rows(files, source.source, ctx):
         found.bad.num_rows += 1
         try:
             if name is None:
@@ -98,7 +98,7 @@ def _collect_source(
         found.questions[key] += 1
         for attribute, value in row.get("attributes", {}).items():
             found.ratings[attribute].append(value)
-        good.write(f"{number}\t{key}\t{_line({**row, 'origin': raw.origin})}")
+        good.write(f"{number}\t{key}\t{text_hash(params.seed, _line(row))}\t{_line({**row, 'origin': raw.origin})}")
         num_rows += 1
         if num_rows == source.max_rows:
             break
@@ -111,9 +111,15 @@ def _collect_source(
     }
 
 
-def _rows(files: list[Path]) -> Iterator[RawRow]:
-    for file in files:
-        yield from read_rows(file)
+def _rows(files: list[Path], source: str, ctx: StageContext) -> Iterator[RawRow]:
+    count = 0
+    with ctx.progress.bar(f"read {source}", len(files), "files") as bar:
+        for file in files:
+            for raw in read_rows(file):
+                yield raw
+                count += 1
+                bar.advance(0, rows=count)
+            bar.advance(1)
 
 
 def _detected(raw: RawRow, params: ChatDataStage, source: ChatSource, number: int, ctx: StageContext) -> str:
@@ -146,10 +152,10 @@ def _split(params: ChatDataStage, found: _Collected, folder: Path) -> Counter[st
     with ExitStack() as stack:
         files = {s: stack.enter_context((folder / f"{s}.jsonl").open("w", encoding="utf-8")) for s in SPLITS}
         for line in stack.enter_context(found.file.open(encoding="utf-8")):
-            number, key, row = line.split("\t", 2)
+            number, key, content, row = line.split("\t", 3)
             split = "valid" if int(key) in heldout else "train"
             weight = params.sources[int(number)].weight if split == "train" else 1.0
-            times = copies(weight, text_hash(params.seed, row))
+            times = copies(weight, int(content))
             files[split].write(row * times)
             counts[split] += times
     return counts

@@ -51,14 +51,12 @@ def detect(row: Fields, rows: RowKind) -> str:
 
 
 def _messages(row: Fields, renames: Renames) -> Row:
-    return conversation(_read(row, ("messages",)), _renamed(_object(row, "attributes"), renames))
+    return conversation(_read(row, ("messages",)), _renamed(_ratings(row, renames), renames))
 
 
 def _oasst(row: Fields, renames: Renames) -> Row:
-    """Messages with ratings: `attributes` (0 to 4), `labels` (0 to 1, as OASST publishes them) or plain fields."""
-    labels = _labels(row.get("labels"))
-    plain = {name: value for name, value in row.items() if name in ATTRIBUTES or name in renames}
-    found = {**labels, **plain, **_object(row, "attributes")}
+    """Messages with ratings from 0 to 4, or `labels` from 0 to 1, as OASST publishes them."""
+    found = {**_labels(row.get("labels")), **_ratings(row, renames)}
     rated = {name: value for name, value in found.items() if name in renames or name not in _UNRATED}
     return conversation(_read(row, ("messages",)), _renamed(rated, renames))
 
@@ -67,7 +65,7 @@ def _sharegpt(row: Fields, renames: Renames) -> Row:
     turns = _field(row, ("conversations", "conversation"))
     messages = _system(row) + _messages_of(turns, "conversations")
     label = turns[-1].get("label")
-    return conversation(messages, _renamed(_label_string(label), renames))
+    return conversation(messages, _renamed({**_ratings(row, renames), **_label_string(label)}, renames))
 
 
 def _prompt_completion(row: Fields, renames: Renames) -> Row:
@@ -76,7 +74,7 @@ def _prompt_completion(row: Fields, renames: Renames) -> Row:
     if instructed and "prompt" not in row and row.get("input"):
         # Alpaca: the instruction first, then what it is about.
         messages[-2] = {"role": "user", "content": f"{_string(row, 'instruction')}\n\n{_string(row, 'input')}"}
-    return conversation(messages, _renamed(_object(row, "attributes"), renames))
+    return conversation(messages, _renamed(_ratings(row, renames), renames))
 
 
 def _gsm8k(row: Fields, renames: Renames) -> Row:
@@ -209,6 +207,12 @@ def _names(row: Fields) -> str:
 # --- ratings ------------------------------------------------------------------------------------
 
 
+def _ratings(row: Fields, renames: Renames) -> dict[str, Any]:
+    """Ratings under `attributes`, and those that stand beside the text under a known or renamed name."""
+    plain = {name: value for name, value in row.items() if name in ATTRIBUTES or name in renames}
+    return {**plain, **_object(row, "attributes")}
+
+
 def _renamed(ratings: Fields, renames: Renames) -> dict[str, Any]:
     """Our names; what the row leaves open (null) is left out."""
     out: dict[str, Any] = {}
@@ -272,7 +276,7 @@ def _is_oasst(row: Fields) -> bool:
 
 
 def _is_helpsteer(row: Fields) -> bool:
-    return "prompt" in row and "response" in row and any(_is_rating(value) for value in row.values())
+    return "prompt" in row and "response" in row and any(name in row for name in ATTRIBUTES)
 
 
 def _is_hh(row: Fields) -> bool:

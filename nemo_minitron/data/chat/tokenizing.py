@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from nemo_minitron.config.schema import TemplateName
 from nemo_minitron.data.chat.rows import BadRow, Message
 from nemo_minitron.data.chat.templates import TEMPLATES
@@ -44,8 +46,12 @@ class ChatTemplate:
         """As `load`, with a tokenizer that is there already."""
         special = tuple(tokenizer.all_special_tokens)
         if name == "model":
-            _require_own_template(tokenizer, where)
-            return cls(tokenizer, tokenizer.get_chat_template(), None, _any_of(special))
+            own = _own_template(tokenizer, where)
+            # A folder that was given a named template: its ends of turns are known.
+            named = next((known for known, template in TEMPLATES.items() if template.jinja == own), None)
+            if named is None:
+                return cls(tokenizer, own, None, _any_of(special))
+            name = named
         template = TEMPLATES[name]
         if whole_markers:
             _require_whole(tokenizer, name, where)
@@ -53,7 +59,11 @@ class ChatTemplate:
         return cls(tokenizer, template.jinja, template.stop, markers, template.rated_end)
 
     def prompt(self, messages: Sequence[Message], attributes: Attributes | None = None) -> str:
-        """Text up to and with the generation prompt."""
+        """Text up to and with the generation prompt.
+
+        Raises:
+            BadRow: the template refuses the messages.
+        """
         return self._apply(messages, attributes, add_generation_prompt=True)
 
     def answer(self, prompt: str, messages: Sequence[Message], attributes: Attributes | None = None) -> str:
@@ -90,7 +100,9 @@ class ChatTemplate:
         """
         alone, together = self.ids(prompt), self.ids(prompt + answer)
         if together[: len(alone)] != alone:
-            raise BadRow(f"a token joins the end of the prompt {prompt[-12:]!r} and the answer {answer[:12]!r}")
+            raise BadRow(
+                f"the end of the prompt {prompt[-12:]!r} has other tokens before the answer {answer[:12]!r} than alone"
+            )
         return len(alone), len(together) - len(alone)
 
     def _end_of_turn(self, tail: str) -> str:
@@ -101,13 +113,16 @@ class ChatTemplate:
         return tail[: at + len(self.stop)] if at >= 0 else tail + self.stop
 
     def _apply(self, messages: Sequence[Message], attributes: Attributes | None, *, add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=self.jinja,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            attributes=dict(attributes or {}),
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self.jinja,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                attributes=dict(attributes or {}),
+            )
+        except TemplateError as error:  # some refuse a system text, for example
+            raise BadRow(f"the chat template refuses the messages: {error}") from error
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
@@ -134,11 +149,14 @@ def _require_whole(tokenizer: Any, name: TemplateName, where: str) -> None:
     )
 
 
-def _require_own_template(tokenizer: Any, where: str) -> None:
-    if not tokenizer.chat_template:
+def _own_template(tokenizer: Any, where: str) -> str:
+    try:
+        # Of several named ones, the default.
+        return tokenizer.get_chat_template()
+    except ValueError as error:
         raise DataError(
-            "The tokenizer has no chat template of its own.",
+            "The tokenizer has no chat template of its own, or several and no default.",
             where=where,
             allowed=f"template = {', '.join(TEMPLATES)}",
             next_step="Choose one of these; the exported model then carries it.",
-        )
+        ) from error

@@ -1,0 +1,317 @@
+"""Public formats to checked rows: every adapter, every reason for a bad row, every file type."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from nemo_minitron.data.chat.files import chat_files, read_rows
+from nemo_minitron.data.chat.formats import FORMATS, FORMATS_OF, detect
+from nemo_minitron.data.chat.rows import BadRow, question, with_system
+from nemo_minitron.errors import DataError
+
+Fields = dict[str, Any]
+
+
+def said(*texts: str, system: str | None = None) -> list[dict[str, str]]:
+    """Messages of user and assistant in turn."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def chat(*texts: str, system: str | None = None, **attributes: float) -> Fields:
+    row: Fields = {"messages": said(*texts, system=system)}
+    return {**row, "attributes": attributes} if attributes else row
+
+
+def pair(*prompt: str, chosen: str = "Yes", rejected: str = "No", system: str | None = None, **more: float) -> Fields:
+    return {"prompt": said(*prompt, system=system), "chosen": chosen, "rejected": rejected, **more}
+
+
+PARTS = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+
+
+def nemo(label: str) -> Fields:
+    """A row as NeMo-Aligner's chat data set reads it."""
+    turns = [{"from": "User", "value": "Hi", "label": None}, {"from": "Assistant", "value": "Ho", "label": label}]
+    return {"system": "Be kind.", "mask": "User", "type": "VALUE_TO_TEXT", "conversations": turns}
+
+
+HELPSTEER = {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 2, "verbosity": 1}
+OASST_LABELS = {"quality": {"value": 0.75, "count": 3}, "humor": {"value": 0.1, "count": 3}, "spam": {"value": 0.0}}
+HH = "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Really?\n\nAssistant: "
+
+# (format that auto takes, row, what comes out)
+ADAPTED: tuple[tuple[str, Fields, Fields], ...] = (
+    ("messages", {"messages": said("Hi", "Ho")}, chat("Hi", "Ho")),
+    ("messages", {"messages": said(" Hi\n", "\n\n Ho ", system=" S ")}, chat("Hi", "Ho", system="S")),
+    ("messages", {"messages": [{"role": "system", "content": " "}, *said("Hi", "Ho")]}, chat("Hi", "Ho")),
+    ("messages", {"messages": [{"role": "user", "content": PARTS}, *said("", "Ho")[1:]]}, chat("Hi", "Ho")),
+    (
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
+        chat("Hi", "Ho"),
+    ),
+    ("sharegpt", nemo("humor:0,quality:3.5"), chat("Hi", "Ho", system="Be kind.", humor=0, quality=3.5)),
+    ("sharegpt", nemo(""), chat("Hi", "Ho", system="Be kind.")),
+    ("prompt_completion", {"prompt": "Hi", "completion": "Ho"}, chat("Hi", "Ho")),
+    ("prompt_completion", {"prompt": said("Hi"), "completion": said("Hi", "Ho")[1:]}, chat("Hi", "Ho")),
+    ("prompt_completion", {"input": "Hi", "output": "Ho"}, chat("Hi", "Ho")),
+    ("prompt_completion", {"instruction": "Add.", "input": "1 2", "output": "3"}, chat("Add.\n\n1 2", "3")),
+    (
+        "prompt_completion",
+        {"instruction": "Hi", "input": "", "output": "Ho", "system": "S"},
+        chat("Hi", "Ho", system="S"),
+    ),
+    (
+        "prompt_completion",
+        {"prompt": "What?", "context": "A text.", "response": "That."},
+        chat("A text.\n\nWhat?", "That."),
+    ),
+    ("prompt_completion", {"prompt": "Hi", "response": "Ho", "id": 7}, chat("Hi", "Ho")),
+    ("gsm8k", {"question": "2 by 3?", "answer": "2*3=<<2*3=6>>6\n#### 6"}, chat("2 by 3?", "2*3=6\n#### 6")),
+    ("helpsteer", {"prompt": "Hi", "response": "Ho", **HELPSTEER}, chat("Hi", "Ho", **HELPSTEER)),
+    ("oasst", {"messages": said("Hi", "Ho"), "attributes": {"quality": 3, "violence": 1}}, chat("Hi", "Ho", quality=3)),
+    ("oasst", {"messages": said("Hi", "Ho"), "labels": OASST_LABELS}, chat("Hi", "Ho", quality=3, humor=0)),
+    (
+        "oasst",
+        {"messages": said("Hi", "Ho"), "labels": {"name": ["quality"], "value": [1.0]}},
+        chat("Hi", "Ho", quality=4),
+    ),
+    ("oasst", {"messages": said("Hi", "Ho"), "toxicity": 0, "quality": None, "id": 7}, chat("Hi", "Ho", toxicity=0)),
+    ("pairs", {"prompt": "Hi", "chosen": "Yes", "rejected": "No"}, pair("Hi")),
+    ("pairs", {"prompt": "Q", "context": "A text.", "chosen": "Yes", "rejected": "No"}, pair("A text.\n\nQ")),
+    ("pairs", {"system": "S", "question": "Hi", "chosen": "Yes", "rejected": "No"}, pair("Hi", system="S")),
+    (
+        "pairs",
+        {
+            "prompt": "Hi",
+            "chosen": said("Hi", "Yes"),
+            "rejected": said("Hi", "No"),
+            "score_chosen": 8.5,
+            "score_rejected": 3,
+        },
+        pair("Hi", chosen_reward=8.5, rejected_reward=3),
+    ),
+    (
+        "pairs",
+        {
+            "prompt": "Hi",
+            "chosen_response": "Yes",
+            "rejected_response": "No",
+            "chosen_reward": 1.0,
+            "rejected_reward": -1.0,
+        },
+        pair("Hi", chosen_reward=1.0, rejected_reward=-1.0),
+    ),
+    (
+        "pairs",
+        {"prompt": said("A", "B", "C"), "chosen_response": said("", "Yes")[1], "rejected_response": said("", "No")[1]},
+        pair("A", "B", "C"),
+    ),
+    ("hh", {"chosen": f"{HH}Yes", "rejected": f"{HH}No"}, pair("Hi", "Ho", "Really?")),
+)
+
+
+def rows_of(name: str) -> Any:
+    return FORMATS[name].rows
+
+
+@pytest.mark.parametrize(("name", "row", "expected"), ADAPTED)
+def test_a_public_row_is_recognised_and_brought_to_the_one_form(name: str, row: Fields, expected: Fields) -> None:
+    assert detect(row, rows_of(name)) == name
+    assert FORMATS[name].adapt(row, {}) == expected
+
+
+def test_every_format_is_tried() -> None:
+    assert {name for name, _, _ in ADAPTED} == FORMATS.keys()
+
+
+def test_what_was_written_is_read_again_unchanged() -> None:
+    for name, row, expected in ADAPTED:
+        again = "oasst" if "attributes" in expected else "messages" if "messages" in expected else "pairs"
+        assert detect(expected, rows_of(name)) == again, row
+        assert FORMATS[again].adapt(expected, {}) == expected
+
+
+def test_other_names_of_attributes_are_renamed_or_left_out() -> None:
+    row = {"prompt": "Hi", "response": "Ho", "factuality": 4, "relevance": 1, "coherence": 2}
+    renames = {"factuality": "correctness", "relevance": None}
+    assert FORMATS["helpsteer"].adapt(row, renames) == chat("Hi", "Ho", correctness=4, coherence=2)
+
+
+# (format, row, reason)
+BAD: tuple[tuple[str, Fields, str], ...] = (
+    ("messages", {"text": "Hi"}, "there is no field messages; the row has text"),
+    ("messages", {"messages": []}, "messages is [], not a list of messages"),
+    ("messages", {"messages": "Hi"}, "messages is 'Hi', not a list of messages"),
+    ("messages", {"messages": ["Hi"]}, "message 1 is 'Hi', not an object"),
+    (
+        "messages",
+        {"messages": [{"role": "tool", "content": "x"}]},
+        "message 1 has the role 'tool'; known: system, user",
+    ),
+    ("messages", {"messages": [{"role": "user", "content": None}]}, "message 1 has no text"),
+    ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1 has no text"),
+    ("messages", {"messages": [{"role": "system", "content": "S"}]}, "there is no message"),
+    ("messages", {"messages": said("Hi", " \n")}, "message 2 (assistant) is empty"),
+    (
+        "messages",
+        {"messages": said("Hi", "\ud800")},
+        "message 2 (assistant) holds half a surrogate pair at character 0",
+    ),
+    ("messages", {"messages": said("Hi")}, "the last message is from user, not from assistant"),
+    ("messages", {"messages": said("Hi", "Ho")[1:]}, "message 1 is from assistant, but user is due"),
+    ("messages", {"messages": said("Hi") * 2}, "message 2 is from user, but assistant is due"),
+    ("messages", {"messages": [*said("Hi"), *said("", "", system="S")[:1]]}, "message 2 is from system, but assistant"),
+    ("messages", chat("Hi", "Ho", violence=1), "unknown attribute 'violence'; known: quality, toxicity"),
+    ("messages", chat("Hi", "Ho", quality=4.01), "attribute quality is 4.01, out of the range 0 to 4"),
+    ("messages", chat("Hi", "Ho", quality="high"), "attribute quality is 'high', not a number"),  # type: ignore[arg-type]
+    ("messages", chat("Hi", "Ho", quality=float("nan")), "attribute quality is nan, not a number"),
+    ("messages", {"messages": said("Hi", "Ho"), "attributes": [3]}, "attributes is [3], not an object"),
+    ("oasst", {"messages": said("Hi", "Ho"), "labels": {"quality": 3}}, "label quality is 3, not a number from 0 to 1"),
+    ("sharegpt", nemo("correctness:4.5"), "attribute correctness is 4.5, out of the range"),
+    ("sharegpt", nemo("good"), "label 'good' is not of the form name:number"),
+    ("gsm8k", {"question": "Hi"}, "there is no field answer; the row has question"),
+    ("gsm8k", {"question": "Hi", "answer": 3}, "answer is 3, not text"),
+    ("helpsteer", {"prompt": "Hi", "response": "Ho", "tokens": 3}, "unknown attribute 'tokens'"),
+    ("helpsteer", {"prompt": "Hi", "quality": 3}, "there is no field response; the row has prompt, quality"),
+    ("prompt_completion", {"prompt": "Hi"}, "there is no field completion or output or response or answer"),
+    ("pairs", {"prompt": "Hi", "chosen": "Yes"}, "there is no field rejected or rejected_response"),
+    ("pairs", pair("Hi", rejected=" Yes"), "chosen and rejected are the same text"),
+    ("pairs", pair("Hi", rejected=" "), "rejected is empty"),
+    ("pairs", pair("Hi", chosen_reward=1.0), "chosen_reward is given, but not the other reward"),
+    ("pairs", pair("Hi", chosen_reward="1", rejected_reward=1.0), "chosen_reward is '1', not a number"),  # type: ignore[arg-type]
+    ("pairs", pair("Hi", "Ho"), "the last message is from assistant, not from user"),
+    (
+        "pairs",
+        {"chosen": said("A", "Yes"), "rejected": said("B", "No")},
+        "chosen and rejected answer different prompts",
+    ),
+    ("pairs", {"chosen": said("A"), "rejected": said("A")}, "chosen ends with a message from user, not from assistant"),
+    ("hh", {"chosen": "Yes", "rejected": "No"}, "chosen does not begin with 'Human:'"),
+    ("hh", {"chosen": f"{HH}Yes", "rejected": "\n\nHuman: Hi\n\nAssistant: No"}, "answer different prompts"),
+)
+
+
+@pytest.mark.parametrize(("name", "row", "reason"), BAD)
+def test_a_bad_row_says_what_is_wrong(name: str, row: Fields, reason: str) -> None:
+    with pytest.raises(BadRow) as caught:
+        FORMATS[name].adapt(row, {})
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": said("Hi", "Ho"), "stars": 3},
+        {"conversations": said("Hi", "Ho"), "stars": 3},
+        {"prompt": "Hi", "completion": "Ho", "stars": 3},
+        {"prompt": "Hi", "completion": "Ho", "attributes": {"stars": 3}},
+    ],
+)
+def test_a_renamed_rating_is_found_in_every_format(row: Fields) -> None:
+    found = FORMATS[detect(row, "conversations")].adapt(row, {"stars": "quality"})
+    assert found == chat("Hi", "Ho", quality=3)
+
+
+def test_two_attributes_cannot_get_one_name() -> None:
+    with pytest.raises(BadRow, match="two attributes are called quality"):
+        FORMATS["helpsteer"].adapt({"prompt": "Hi", "response": "Ho", "quality": 1, "stars": 2}, {"stars": "quality"})
+
+
+@pytest.mark.parametrize("rows", FORMATS_OF)
+def test_an_unknown_format_is_named_by_its_fields(rows: Any) -> None:
+    with pytest.raises(BadRow, match=f"no known format of {rows} has the fields text, id"):
+        detect({"text": "Hi", "id": 1}, rows)
+
+
+def test_a_system_text_is_put_where_a_row_has_none() -> None:
+    assert with_system(chat("Hi", "Ho"), " S ") == chat("Hi", "Ho", system="S")
+    assert with_system(pair("Hi"), "S") == pair("Hi", system="S")
+    assert with_system(chat("Hi", "Ho", system="Own"), "S") == chat("Hi", "Ho", system="Own")
+    assert with_system(chat("Hi", "Ho"), None) == chat("Hi", "Ho")
+
+
+def test_the_question_is_the_first_text_of_the_user_without_case_and_spaces() -> None:
+    assert question(chat(" What\n IS it?", "x", system="S")) == question(pair("what is it?", "x", "y")) == "what is it?"
+
+
+# --- files --------------------------------------------------------------------------------------
+
+ROWS: list[Fields] = [{"prompt": "Hi \u2028", "completion": "Ho", "meta": {"id": i}} for i in range(3)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+
+
+def parquet() -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(ROWS), sink)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.jsonl", LINES),
+        ("x.jsonl", b"\xef\xbb\xbf" + LINES),
+        ("x.jsonl.zst", zstandard.compress(LINES)),
+        ("x.jsonl.gz", gzip.compress(LINES)),
+        ("x.json", json.dumps(ROWS, indent=2).encode()),
+        ("x.parquet", parquet()),
+    ],
+)
+def test_every_file_type_gives_the_same_rows_with_their_places(tmp_path: Path, name: str, content: bytes) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    found = list(read_rows(file))
+    assert [row.content for row in found] == ROWS
+    assert [row.origin for row in found] == [f"{name}:{number}" for number in (1, 2, 3)]
+    assert found[0].where == f"{file}:1"
+
+
+def test_lines_that_cannot_be_read_are_handed_on_with_the_reason(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b'{"a": 1}\n\n{"a": \n[1]\n"\xe9"\n' + b"[" * 100_000 + b"\n")
+    found = {row.number: str(row.content) for row in read_rows(file)}
+    assert found == {
+        1: "{'a': 1}",
+        3: "not JSON: Expecting value in column 7",
+        4: "the row is a list, not an object with fields",
+        5: "not UTF-8: byte 0xe9 in column 2",
+        6: "not JSON: nested too deeply",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("x.jsonl", b"\n", "The file holds no row"),
+        ("x.json", b"", "The file holds no row"),
+        ("x.json", b"[]", "The file holds no row"),
+        ("x.json", b'{"a": 1}', "The file holds an object, not a list"),
+        ("x.json", LINES, "name it .jsonl"),
+        ("x.parquet", b"PAR1", "Not a readable parquet file"),
+        ("x.jsonl.zst", zstandard.compress(LINES)[:-5], "The compressed file is damaged"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_a_clear_error(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=says) as caught:
+        list(read_rows(file))
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [lambda folder: folder / "x.txt", lambda folder: folder])
+def test_text_files_are_no_chats(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    (tmp_path / "x.txt").write_text("Hi")
+    with pytest.raises(DataError, match=r"allowed: \*\.jsonl\[\.gz\|\.zst\], \*\.json"):
+        chat_files(make(tmp_path))
