@@ -22,7 +22,12 @@ def forward_flops_per_token(shape: ModelShape, seq_len_tokens: int) -> float:
     return 2.0 * (shape.num_layers * (attention + mlp + scores) + head)
 
 
-def training_flops_per_token(student: ModelShape, teacher: ModelShape | None, seq_len_tokens: int) -> float:
+def training_flops_per_token(
+    student: ModelShape, teacher: ModelShape | None, seq_len_tokens: int, *, teacher_learns: bool = False
+) -> float:
     """Forward and backward of what is trained, and the forward pass of its teacher; recomputation is not counted."""
-    trained = (1 + BACKWARD_OVER_FORWARD) * forward_flops_per_token(student, seq_len_tokens)
-    return trained + (0.0 if teacher is None else forward_flops_per_token(teacher, seq_len_tokens))
+    both = 1 + BACKWARD_OVER_FORWARD
+    trained = both * forward_flops_per_token(student, seq_len_tokens)
+    if teacher is None:
+        return trained
+    return trained + (both if teacher_learns else 1) * forward_flops_per_token(teacher, seq_len_tokens)

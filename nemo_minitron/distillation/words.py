@@ -13,9 +13,9 @@ _NAMES = {
 }
 
 
-def loss_in_words(loss: Loss, *, cached: bool = False) -> str:
-    """What a student learnt from."""
-    teacher = "the cached teacher" if cached else "the live teacher"
+def loss_in_words(loss: Loss, *, cached: bool = False, corrected: bool = False) -> str:
+    """What a student learnt from; `corrected`: its teacher went on learning meanwhile."""
+    teacher = "the cached teacher" if cached else "the live and corrected teacher" if corrected else "the live teacher"
     parts = [] if loss.logits is None else [_logits(loss.logits, teacher)]
     if loss.next_token:
         weight = "balanced with it" if loss.next_token == "balanced" else f"weight {loss.next_token:g}"

@@ -17,6 +17,7 @@ from nemo_minitron.config.schema import (
     EvaluateStage,
     ImportStage,
     InitStage,
+    LearningRate,
     Optimization,
     Parallel,
     Recipe,
@@ -60,8 +61,10 @@ def find_problems(plan: RunPlan) -> Iterator[str]:
             yield from _search(name, stage, recipe)
         elif isinstance(stage, DistillStage | TrainStage):
             yield from _training(name, stage, stage.num_steps, recipe)
-            if isinstance(stage, DistillStage) and stage.inputs.cache is not None:
-                yield from _cached(f"stages.{name}", stage, stage.inputs.cache, recipe)
+            if isinstance(stage, DistillStage):
+                yield from _correction(f"stages.{name}", stage)
+                if stage.inputs.cache is not None:
+                    yield from _cached(f"stages.{name}", stage, stage.inputs.cache, recipe)
         elif isinstance(stage, ScoreStage):
             yield from _score(name, stage, recipe)
         elif isinstance(stage, ChatDataStage):
@@ -191,17 +194,31 @@ def _training(
             f"{key}.global_batch_size = {stage.global_batch_size}: must be a multiple of "
             f"dp * micro_batch_size = {layout.dp} * {layout.micro_batch_size} = {size}."
         )
-    if stage.min_lr > stage.lr:
-        yield f"{key}.min_lr = {stage.min_lr}: above lr = {stage.lr}."
-    if stage.warmup_steps >= num_steps:
-        steps = f"num_steps = {num_steps}" if steps_key is None else f"{steps_key} = {num_steps}"
-        yield f"{key}.warmup_steps = {stage.warmup_steps}: must be below {steps}."
-    if stage.lr_schedule == "wsd" and not 0 < (stage.wsd_decay_steps or 0) <= num_steps - stage.warmup_steps:
-        most = num_steps - stage.warmup_steps
-        yield f"{key}.wsd_decay_steps = {stage.wsd_decay_steps}: lr_schedule = wsd needs 1 to {most}."
+    yield from _learning_rate(key, stage, num_steps, steps_key or "num_steps")
     yield from _options(name, stage, layout)
     if layout.sequence_parallel and stage.seq_len_tokens % layout.tp:
         yield f"{key}.seq_len_tokens = {stage.seq_len_tokens}: must be a multiple of tp = {layout.tp}."
+
+
+def _learning_rate(key: str, rate: LearningRate, num_steps: int, steps_key: str) -> Iterator[str]:
+    if rate.min_lr > rate.lr:
+        yield f"{key}.min_lr = {rate.min_lr}: above lr = {rate.lr}."
+    if rate.warmup_steps >= num_steps:
+        yield f"{key}.warmup_steps = {rate.warmup_steps}: must be below {steps_key} = {num_steps}."
+    most = num_steps - rate.warmup_steps
+    if rate.lr_schedule == "wsd" and not 0 < (rate.wsd_decay_steps or 0) <= most:
+        yield f"{key}.wsd_decay_steps = {rate.wsd_decay_steps}: lr_schedule = wsd needs 1 to {most}."
+
+
+def _correction(key: str, stage: DistillStage) -> Iterator[str]:
+    """A teacher that goes on learning is in memory, and somebody listens to it."""
+    if stage.teacher_correction is None:
+        return
+    yield from _learning_rate(f"{key}.teacher_correction", stage.teacher_correction, stage.num_steps, "num_steps")
+    if stage.inputs.cache is not None:
+        yield f"{key}.teacher_correction: a cached teacher cannot learn; use the live one (inputs.cache: null)."
+    if not stage.loss.needs_teacher:
+        yield f"{key}.teacher_correction: the loss has no teacher; leave it out."
 
 
 def _options(name: str, stage: Optimization, layout: Parallel) -> Iterator[str]:

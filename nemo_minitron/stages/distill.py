@@ -47,7 +47,7 @@ def distill(params: DistillStage, inputs: Inputs, ctx: StageContext, keys: str |
     return {
         **model_facts,
         **training_facts(curves, job.tokens_per_step, params.num_steps, student, data, started_s),
-        "loss": loss_in_words(params.loss, cached=cache is not None),
+        "loss": loss_in_words(params.loss, cached=cache is not None, corrected=params.of_teacher is not None),
     }
 
 

@@ -67,8 +67,14 @@ def _changed_keys(folder: Path, call: StageCall) -> list[str]:
 
 def _unadjustable(payload: Mapping[str, Any]) -> str:
     """Fingerprint of the keys that must be the same."""
-    params = {key: value for key, value in payload["params"].items() if key not in ADJUSTABLE}
+    params = _without_adjustable(payload["params"])
+    if params.get("teacher_correction"):
+        params["teacher_correction"] = _without_adjustable(params["teacher_correction"])
     return fingerprint({**payload, "params": params})
+
+
+def _without_adjustable(keys: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if key not in ADJUSTABLE}
 
 
 def _accept(folder: Path, call: StageCall, changed: list[str]) -> None:

@@ -15,6 +15,7 @@ from nemo_minitron.progress import Progress
 
 if TYPE_CHECKING:
     from nemo_minitron.backends.megatron.session import Session
+    from nemo_minitron.backends.megatron.training import Job
     from nemo_minitron.evaluation.choice_task import ChoiceTask
 
 SILENT = Progress(silent=True)
@@ -82,6 +83,38 @@ def distill_until(
         job = replace(distill.prepare(params, student, teacher, data, work, session), num_steps=last_step)
         rows = training.run(job, work, SILENT).rows
     return [row["train_loss"] for row in rows if "train_loss" in row]
+
+
+Row = dict[str, float]
+
+
+def corrected_rows(
+    params: DistillStage, parallel: Parallel, student: Path, teacher: Path, data: Path, work: Path
+) -> tuple[list[Row], list[Row]]:
+    """Curves of a distillation with teacher correction, without what the clock says: in one go, and in two."""
+    from nemo_minitron.backends.megatron import distill
+    from nemo_minitron.backends.megatron.session import open_session
+
+    with open_session(parallel, device="cpu", threads=1) as session:
+
+        def rows(name: str, last_step: int) -> list[Row]:
+            folder = work / name
+            folder.mkdir(exist_ok=True)
+            return rows_until(distill.prepare(params, student, teacher, data, folder, session), folder, last_step)
+
+        whole = rows("whole", params.num_steps)
+        rows("resumed", params.num_steps // 2)
+        return whole, rows("resumed", params.num_steps)
+
+
+def rows_until(job: Job, work: Path, last_step: int) -> list[Row]:
+    """Curves of all steps up to this one, without what the clock says."""
+    from dataclasses import replace
+
+    from nemo_minitron.backends.megatron import training
+
+    rows = training.run(replace(job, num_steps=last_step), work, SILENT).rows
+    return [{key: row[key] for key in row if key not in ("tokens_per_s", "mfu")} for row in rows]
 
 
 def scores_of(

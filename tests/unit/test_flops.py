@@ -34,3 +34,8 @@ def test_training_is_about_six_times_the_parameters(llama: ModelShape) -> None:
 def test_a_teacher_adds_its_forward_pass(llama: ModelShape) -> None:
     alone, taught = (training_flops_per_token(llama, teacher, 4096) for teacher in (None, llama))
     assert taught / alone == pytest.approx(4 / 3)
+
+
+def test_a_teacher_that_learns_counts_as_a_student(llama: ModelShape) -> None:
+    alone = training_flops_per_token(llama, None, 4096)
+    assert training_flops_per_token(llama, llama, 4096, teacher_learns=True) / alone == pytest.approx(2.0)

@@ -29,6 +29,10 @@ def test_a_loss_is_told_as_it_is(keys: dict, text: str) -> None:
     assert loss_in_words(Loss.model_validate(keys)) == text
 
 
+def test_a_teacher_that_goes_on_learning_is_told() -> None:
+    assert "the live and corrected teacher's logits" in loss_in_words(Loss(), corrected=True)
+
+
 def test_a_cached_teacher_is_told() -> None:
     loss = Loss.model_validate({"logits": {"sparse": {"kind": "sampled", "rounds": 50}}})
     text = loss_in_words(loss, cached=True)

@@ -9,7 +9,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from nemo_minitron.config.schema import CorrectStage, HiddenLoss, LogitsLoss, Loss, Sampled, TopK
+from nemo_minitron.config.schema import (
+    CorrectStage,
+    DistillStage,
+    HiddenLoss,
+    LogitsLoss,
+    Loss,
+    Optimization,
+    Sampled,
+    TopK,
+)
 from nemo_minitron.distillation.hidden import Pair, Tap, pairs_of
 from nemo_minitron.distillation.linear import linear_loss
 from nemo_minitron.distillation.losses import LOSSES, distance, forward_kl, next_token
@@ -213,3 +222,12 @@ def test_teacher_correction_has_the_papers_settings() -> None:
     assert math.isclose(stage.lr, 6e-5)
     assert stage.warmup_steps == 120
     assert CorrectStage.model_validate({**keys, "lr": 1e-5}).lr == 1e-5
+
+
+def test_a_teacher_corrected_beside_the_student_is_trained_as_the_stage_would() -> None:
+    shared = {"num_steps": 500, "global_batch_size": 8, "seq_len_tokens": 64, "adam_beta2": 0.9, "seed": 5}
+    stage = CorrectStage.model_validate({"kind": "correct", "pretraining_lr": 3e-4, "min_lr": 1e-6, **shared})
+    rate = {"pretraining_lr": 3e-4, "min_lr": 1e-6}
+    distill = DistillStage.model_validate({"kind": "distill", "lr": 1e-2, "teacher_correction": rate, **shared})
+    assert distill.of_teacher == Optimization(**{key: getattr(stage, key) for key in Optimization.model_fields})
+    assert DistillStage.model_validate({"kind": "distill", "lr": 1e-2, **shared}).of_teacher is None

@@ -78,6 +78,19 @@ def test_a_missing_recipe_names_its_neighbours() -> None:
         ),
         ("stages.score.width_axes=[hidden]", "axis ffn is not scored"),
         ("stages.select.target.num_layers=3 stages.select.layer_metric=lm_loss", "not measured"),
+        (
+            "stages.distill.teacher_correction={pretraining_lr:1e-3}",
+            r"distill\.teacher_correction\.warmup_steps = 120: must be below num_steps = 30",
+        ),
+        (
+            "stages.distill.teacher_correction={pretraining_lr:1e-3,warmup_steps:5,min_lr:3e-4}",
+            r"distill\.teacher_correction\.min_lr = 0\.0003: above lr = 0\.0002",
+        ),
+        (
+            "stages.distill.teacher_correction={pretraining_lr:1e-3,warmup_steps:5} "
+            "stages.distill.loss={logits:null,next_token:1}",
+            "the loss has no teacher; leave it out",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_be_carried_out_is_refused(override: str, words: str, tmp_path: Path) -> None:
@@ -100,6 +113,10 @@ def test_a_recipe_that_cannot_be_carried_out_is_refused(override: str, words: st
         ("stages.distill.loss.logits.temperature=2", "sparse and temperature must be those of stages.cache_teacher"),
         ("stages.distill.loss.logits.sparse=null", "sparse and temperature must be those of stages.cache_teacher"),
         ("stages.distill.inputs.cache=score", "cache needs one of: cache_teacher"),
+        (
+            "stages.distill.teacher_correction={pretraining_lr: 1e-3, warmup_steps: 5}",
+            "teacher_correction: a cached teacher cannot learn; use the live one",
+        ),
     ],
 )
 def test_a_distillation_that_asks_for_what_its_cache_does_not_have_is_refused(

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch.distributed.checkpoint import CheckpointException
 
 from nemo_minitron.backends.megatron.distributed_adam import load_optimizer_state, sharded_optimizer_state
@@ -140,6 +141,11 @@ def _load(trainable: Trainable, checkpoint: Path) -> Progressed:
             where=str(checkpoint),
             next_step="Delete this folder; the same command then resumes from the one before it.",
         ) from error
+    _take_over(trainable, state, step)
+    return Progressed(step, tuple(facts.get("good_losses", ())))
+
+
+def _take_over(trainable: Trainable, state: dict[str, Any], step: int) -> None:
     trainable.model.load_state_dict({k.removeprefix("model."): v for k, v in state["model"].items()})
     wanted = [{key: group[key] for key in _FROM_THE_RECIPE if key in group} for group in _groups(trainable)]
     if trainable.has_distributed_optimizer:
@@ -149,7 +155,8 @@ def _load(trainable: Trainable, checkpoint: Path) -> Progressed:
     for group, values in zip(_groups(trainable), wanted, strict=True):
         group.update(values)
     trainable.schedule.step(step)
-    return Progressed(step, tuple(facts.get("good_losses", ())))
+    if trainable.teacher is not None:
+        _take_over(trainable.teacher, state["teacher"], step)
 
 
 def _require_same_optimizer(trainable: Trainable, was_distributed: bool, checkpoint: Path) -> None:
@@ -173,7 +180,12 @@ def _sharded_state(trainable: Trainable, *, is_loading: bool) -> dict[str, Any]:
         optimizer = sharded_optimizer_state(trainable.optimizer, model, is_loading=is_loading)
     else:
         optimizer = trainable.optimizer.sharded_state_dict(model, is_loading=is_loading)
-    return {"model": model, "optimizer": optimizer}
+    state = {"model": model, "optimizer": optimizer}
+    if trainable.teacher is not None:
+        state["teacher"] = _sharded_state(trainable.teacher, is_loading=is_loading)
+        # Tensors are told apart by their keys, wherever in the state they are.
+        add_prefix_for_sharding(state["teacher"], "teacher.")
+    return state
 
 
 @contextmanager

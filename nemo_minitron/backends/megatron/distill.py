@@ -1,9 +1,9 @@
-"""What a student is trained to do: match a frozen teacher, or the text itself."""
+"""What a student is trained to do: match a teacher, or the text itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemo_minitron.backends.megatron.build import padded_vocab_size
 from nemo_minitron.backends.megatron.context import own_rows, sum_over_context
+from nemo_minitron.backends.megatron.correction import Correction
 from nemo_minitron.backends.megatron.datasets import (
     HeldOutBatches,
     eod_id_of,
@@ -36,6 +37,7 @@ from nemo_minitron.backends.megatron.hidden import (
     weigh,
 )
 from nemo_minitron.backends.megatron.layers import require_document_mask
+from nemo_minitron.backends.megatron.lesson import Lesson
 from nemo_minitron.backends.megatron.optim import make_trainable
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.training import Job, Objective, Parts
@@ -75,22 +77,13 @@ class Classroom:
     teacher_loss: float | None = None
     """Held-out, as the cache has it; None where it was measured on other text."""
     teacher_shape: ModelShape | None = None
+    correction: Correction | None = None
+    """Where the teacher goes on learning."""
 
     @property
     def vocab(self) -> Vocab:
         rows = self.student.output_layer.output_size_per_partition if self.session.is_last_stage else 0
         return vocab_of(self.session, rows)
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What the teacher says of one micro-batch, as far as this pipeline stage needs it."""
-
-    head_input: Tensor | None = None
-    """The input of its output layer [B, S, D]."""
-    states: States = field(default_factory=dict)
-    written: SparseTeacher | None = None
-    """Its distributions, from the cache."""
 
 
 def prepare_cached(
@@ -131,7 +124,6 @@ def prepare(
         room = Classroom(params.loss, student, None, min(sizes), heldout, session, params.seed)
         return _job(params, params.num_steps, room, shape, data_dir, work_dir)
     teacher, _ = load_model(teacher_dir, session, **options)  # type: ignore[arg-type]
-    teacher.requires_grad_(False).eval()
     hidden = None
     if params.loss.hidden is not None:
         micro_batches = params.global_batch_size // (session.parallel.dp * session.parallel.micro_batch_size)
@@ -139,7 +131,20 @@ def prepare(
     room = Classroom(
         params.loss, student, teacher, min(sizes), heldout, session, params.seed, hidden, teacher_shape=shapes[1]
     )
+    if params.of_teacher is None:
+        teacher.requires_grad_(False).eval()
+    else:
+        room = replace(room, correction=_correction(room, params.of_teacher, params.num_steps, teacher, sizes[1]))
     return _job(params, params.num_steps, room, shape, data_dir, work_dir)
+
+
+def _correction(
+    room: Classroom, params: Optimization, num_steps: int, teacher: GPTModel, vocab_size: int
+) -> Correction:
+    """The teacher's own training, as `prepare_training` would have it."""
+    own = Classroom(NEXT_TOKEN, teacher, None, vocab_size, room.heldout, room.session, params.seed)
+    trainable = make_trainable(teacher, params, num_steps, room.session.parallel)
+    return Correction(trainable, objective_of(own).forward, room.hidden, room.session, params.seq_len_tokens)
 
 
 def prepare_training(params: TrainStage, model_dir: Path, data_dir: Path, work_dir: Path, session: Session) -> Job:
@@ -180,6 +185,8 @@ def _job(
         cache_dir=work_dir / "data_index",
     )
     trainable = make_trainable(room.student, params, num_steps, room.session.parallel)
+    if room.correction is not None:
+        trainable = replace(trainable, teacher=room.correction.trainable)
     return Job(
         params=params,
         num_steps=num_steps,
@@ -188,7 +195,9 @@ def _job(
         samples=samples,
         session=room.session,
         objective=objective_of(room),
-        flops_per_token=training_flops_per_token(shape, room.teacher_shape, params.seq_len_tokens),
+        flops_per_token=training_flops_per_token(
+            shape, room.teacher_shape, params.seq_len_tokens, teacher_learns=room.correction is not None
+        ),
         separate_at=eod_id_of(data_dir) if params.reset_attention_mask else None,
         sources=training_sources(data_dir),
     )
@@ -197,8 +206,10 @@ def _job(
 def objective_of(room: Classroom) -> Objective:
     """The recipe's loss over these models."""
 
+    correction = room.correction
+
     def prepare(step: int, batches: list[Batch]) -> Iterator[Lesson]:
-        return lessons(room, batches)
+        return lessons(room, batches) if correction is None else iter(correction.lessons(batches))
 
     def forward(model: torch.nn.Module, batch: Batch, lesson: Lesson) -> Any:
         def loss(hidden_BSD: Tensor) -> tuple[Tensor, Parts]:
@@ -208,7 +219,8 @@ def objective_of(room: Classroom) -> Objective:
             return model_hidden(model, batch), loss
         return _forward_comparing(room, room.hidden, model, batch, lesson, loss)
 
-    return Objective(_part_names(room.loss), prepare, forward, lambda: validate(room))
+    finish = dict if correction is None else correction.finish
+    return Objective(_part_names(room.loss), prepare, forward, lambda: validate(room), finish)
 
 
 def _part_names(loss: Loss) -> tuple[str, ...]:

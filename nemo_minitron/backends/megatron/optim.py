@@ -23,6 +23,8 @@ class Trainable:
     ddp: DistributedDataParallel
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
+    teacher: Trainable | None = None
+    """What learns beside it, and belongs into the same checkpoints."""
 
     @property
     def model(self) -> GPTModel:
@@ -40,6 +42,8 @@ class Trainable:
         """
         if self.ddp.ddp_config.overlap_param_gather:
             self.ddp.start_param_sync(force_sync=True)
+        if self.teacher is not None:
+            self.teacher.gather_parameters()
 
     @property
     def lr(self) -> float:

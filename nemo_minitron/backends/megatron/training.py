@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,15 @@ With context parallelism each rank has its share, and their sum is the loss.
 ForwardStep = Callable[[torch.nn.Module, Batch, Any], tuple[Tensor, Callable[[Tensor], tuple[Tensor, Parts]]]]
 """(model, micro-batch, what the objective prepared for it) -> (what goes to the next stage, the loss of the output)."""
 
+_LEARNERS = (
+    ("the teacher's ", "teacher_loss", "teacher_grad_norm", ".teacher_correction"),
+    ("", "train_loss", "grad_norm", ""),
+)
+"""What must stay finite: (whose, columns of loss and gradient norm, below which key its learning rate stands).
+
+The teacher comes first: it takes the student along.
+"""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -53,6 +62,8 @@ class Objective:
     forward: ForwardStep
     validate: Callable[[], dict[str, float]]
     """Figures of the model as it stands, the same on every rank."""
+    finish: Callable[[], dict[str, float]] = dict
+    """Called when the model has been updated; more columns for the curves."""
 
 
 @dataclass(frozen=True)
@@ -208,35 +219,47 @@ def train_step(job: Job, step: int, stop: StopRequest | None = None) -> tuple[di
 
     Losses are in nats per token, averaged over the global batch.
     """
-    trainable = job.trainable
     found = forward_backward(job, step)
+    after = update(job.trainable)
+    row, asked_by = mean_over_ranks(found, job.objective.parts, job.session, stop.asked_by() if stop else None)
+    return {**row, **after, **job.objective.finish()}, asked_by
+
+
+def update(trainable: Trainable) -> dict[str, float]:
+    """Apply the gradients; returns the learning rate and their norm."""
     trainable.schedule.step(1)
     _, grad_norm, _ = trainable.optimizer.step()
-    row, asked_by = _mean_over_ranks(found, job.objective.parts, job.session, stop.asked_by() if stop else None)
-    return {**row, "lr": trainable.lr, "grad_norm": float(grad_norm or 0.0)}, asked_by
+    return {"lr": trainable.lr, "grad_norm": float(grad_norm or 0.0)}
 
 
 def forward_backward(job: Job, step: int) -> list[Parts]:
     """The gradients of one global batch, summed over the ranks; returns this rank's losses of each micro-batch."""
-    trainable, params, micro_batch_size = job.trainable, job.params, job.session.parallel.micro_batch_size
     batches = step_batches(
         job.samples,
         job.session,
         step=step,
-        global_batch_size=params.global_batch_size,
-        micro_batch_size=micro_batch_size,
+        global_batch_size=job.params.global_batch_size,
+        micro_batch_size=job.session.parallel.micro_batch_size,
         separate_at=job.separate_at,
     )
+    extras = job.objective.prepare(step, batches)
+    return accumulate(job.trainable, job.objective.forward, batches, extras, job.params.seq_len_tokens)
+
+
+def accumulate(
+    trainable: Trainable, forward: ForwardStep, batches: list[Batch], extras: Iterable[Any], seq_len_tokens: int
+) -> list[Parts]:
+    """The gradients of these micro-batches in place of those before."""
     trainable.ddp.zero_grad_buffer()
     trainable.optimizer.zero_grad()
     found: list[Parts] = []
     get_forward_backward_func()(
-        forward_step_func=_forward_step(job.objective.forward, found),
-        data_iterator=zip(batches, job.objective.prepare(step, batches), strict=False),
+        forward_step_func=_forward_step(forward, found),
+        data_iterator=zip(batches, extras, strict=False),
         model=[trainable.ddp],
         num_microbatches=len(batches),
-        seq_length=params.seq_len_tokens,
-        micro_batch_size=micro_batch_size,
+        seq_length=seq_len_tokens,
+        micro_batch_size=len(batches[0]["tokens"]),
         forward_only=False,
     )
     return found
@@ -257,7 +280,7 @@ def _forward_step(forward: ForwardStep, found: list[Parts]) -> Callable[..., Any
     return step
 
 
-def _mean_over_ranks(
+def mean_over_ranks(
     found: list[Parts], names: tuple[str, ...], session: Session, asked_by: str | None
 ) -> tuple[dict[str, float], str | None]:
     """The last stage's losses, averaged over micro-batches and data-parallel ranks, on every rank.
@@ -277,10 +300,12 @@ def _mean_over_ranks(
 
 
 def _require_finite(loop: _Loop, row: dict[str, float], step: int) -> None:
-    if math.isfinite(row["train_loss"]) and math.isfinite(row["grad_norm"]):
-        return
-    what = f"loss {row['train_loss']}, gradient norm {row['grad_norm']} at step {step + 1}{_usual(loop)}."
-    raise _numerics_error(loop, what)
+    for whose, of_loss, of_norm, section in _LEARNERS:
+        loss, norm = row.get(of_loss, 0.0), row.get(of_norm, 0.0)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            usual = "" if whose else _usual(loop)
+            what = f"{whose}loss {loss}, gradient norm {norm} at step {step + 1}{usual}."
+            raise _numerics_error(loop, what, section)
 
 
 def _spike_error(loop: _Loop, loss: float, done: int) -> NumericsError:
@@ -298,10 +323,11 @@ def _usual(loop: _Loop) -> str:
     return "" if median is None else f" (median of the last {len(loop.watch.good_losses)} good steps: {median:.4g})"
 
 
-def _numerics_error(loop: _Loop, what: str) -> NumericsError:
+def _numerics_error(loop: _Loop, what: str, section: str = "") -> NumericsError:
     """Names the checkpoint from which a changed recipe can go on. Every rank comes here at the same step."""
     loop.checkpoints.finish()
     newest, key = loop.checkpoints.newest(), loop.options.keys
+    rate = f"{key}{section}"
     if newest is None:
         after = "There is no checkpoint yet: it starts again."
     else:
@@ -309,7 +335,7 @@ def _numerics_error(loop: _Loop, what: str) -> NumericsError:
     return NumericsError(
         f"{loop.options.stage}: {what}",
         where=f"last good checkpoint: {newest}" if newest else None,
-        next_step=f"Lower {key}.lr or raise {key}.warmup_steps. {after} Another {key}.guard needs no flag.",
+        next_step=f"Lower {rate}.lr or raise {rate}.warmup_steps. {after} Another {key}.guard needs no flag.",
     )
 
 

@@ -30,12 +30,9 @@ class LossGuard(Schema):
     """Steps in a row above the bound after which the training stops. Meanwhile no checkpoint is written."""
 
 
-class Optimization(Schema):
-    """How a model is trained, whatever it learns from."""
+class LearningRate(Schema):
+    """Its course over a training."""
 
-    global_batch_size: PositiveInt
-    """Sequences per optimizer step."""
-    seq_len_tokens: PositiveInt
     lr: Annotated[float, Field(gt=0.0)]
     """Peak; reached after the warm-up."""
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
@@ -45,6 +42,14 @@ class Optimization(Schema):
     """How the rate goes from lr to min_lr after the warm-up. wsd: it stays, and falls in the last wsd_decay_steps."""
     wsd_decay_steps: PositiveInt | None = None
     """Of wsd; its decay is a cosine."""
+
+
+class Optimization(LearningRate):
+    """How a model is trained, whatever it learns from."""
+
+    global_batch_size: PositiveInt
+    """Sequences per optimizer step."""
+    seq_len_tokens: PositiveInt
     reset_attention_mask: bool = False
     """Tokens do not look back over the end of a document inside a packed sample."""
     adam_beta1: Fraction = 0.9
@@ -70,12 +75,38 @@ class Training(Optimization):
     loss: Loss = Loss()
 
 
+class TeacherCorrection(LearningRate):
+    """The learning rate of a teacher that is trained on the distillation data (2408.11796, section 2)."""
+
+    pretraining_lr: Annotated[float, Field(gt=0.0)]
+    """Peak learning rate that the teacher was pretrained with; `lr` is a fifth of it unless given, as in the paper."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 120
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_fifth(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("lr") is None and isinstance(data.get("pretraining_lr"), int | float):
+            return {**data, "lr": data["pretraining_lr"] / 5}
+        return data
+
+
 class DistillStage(Training):
     """Train the student to match its teacher."""
 
     kind: Literal["distill"]
     inputs: DistillInputs = DistillInputs()
     num_steps: PositiveInt
+    teacher_correction: TeacherCorrection | None = None
+    """The teacher goes on learning from the text of every step while it teaches (2408.11796, figure 5)."""
+
+    @property
+    def of_teacher(self) -> Optimization | None:
+        """How the teacher is trained meanwhile: as the student but for the learning rate, and on the text alone."""
+        if self.teacher_correction is None:
+            return None
+        shared = {key: getattr(self, key) for key in Optimization.model_fields}
+        own = {key: getattr(self.teacher_correction, key) for key in LearningRate.model_fields}
+        return Optimization(**{**shared, **own})
 
 
 class CacheTeacherInputs(Schema):
@@ -120,7 +151,7 @@ class TrainStage(Optimization):
     num_steps: PositiveInt
 
 
-class CorrectStage(TrainStage):
+class CorrectStage(TeacherCorrection, TrainStage):
     """Teacher correction: train the unpruned teacher on the distillation data (2408.11796, section 2).
 
     It needs the teacher and the data alone: prune the teacher as it was, and distill from the corrected one. The paper
@@ -128,13 +159,3 @@ class CorrectStage(TrainStage):
     """
 
     kind: Literal["correct"]  # type: ignore[assignment]
-    pretraining_lr: Annotated[float, Field(gt=0.0)]
-    """Peak learning rate that the teacher was pretrained with; `lr` is a fifth of it unless given, as in the paper."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 120
-
-    @model_validator(mode="before")
-    @classmethod
-    def _a_fifth(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("lr") is None and isinstance(data.get("pretraining_lr"), int | float):
-            return {**data, "lr": data["pretraining_lr"] / 5}
-        return data
