@@ -267,6 +267,7 @@ def parquet() -> bytes:
         ("x.json", json.dumps(ROWS, indent=2).encode()),
         ("x.parquet", parquet()),
     ],
+    ids=["plain", "with a mark", "zst", "gz", "list", "parquet"],
 )
 def test_every_file_type_gives_the_same_rows_with_their_places(tmp_path: Path, name: str, content: bytes) -> None:
     file = tmp_path / name
