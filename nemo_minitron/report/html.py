@@ -68,7 +68,8 @@ def render_html(report: Mapping[str, Any], recipe: str) -> str:
         headline=headline(report),
         pipeline=pipeline(report["cost"]["stages"]),
         search=_search(report["search"]) if report["search"] else None,
-        aligned=tables(report["alignment"]) if report["alignment"] else [],
+        alignment=report.get("alignment"),
+        aligned=tables(report["alignment"]) if report.get("alignment") else [],
         dropped=dropped_layers(report["pruning"]) if report["pruning"] else [],
         recipe=recipe,
         version=__version__,
@@ -106,7 +107,7 @@ def _pictures(report: Mapping[str, Any]) -> dict[str, list[Draw]]:
             partial(figures.speed_bars, speed, labels, "generate", "generation, tokens/s"),
             partial(figures.speed_bars, speed, labels, "prefill", "reading a prompt, tokens/s"),
         ]
-    if report["alignment"]:
+    if report.get("alignment"):
         found = report["alignment"]["curves"]
         out["alignment"] = [partial(figures.loss_curve, name, rows) for name, rows in found.items() if rows]
     if report["search"]:

@@ -44,7 +44,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         sections.append("## What was cut\n\n" + _pruning(report["pruning"]))
     if report["samples"]:
         sections.append("## In their own words\n\n" + _samples(report["samples"]))
-    if report["alignment"]:
+    if report.get("alignment"):
         sections.append("## Alignment\n\n" + _alignment(report["alignment"]))
     if report["cost"]["stages"]:
         sections.append("## Cost\n\n" + _cost(report["cost"]))
@@ -59,7 +59,7 @@ def headline(report: Mapping[str, Any]) -> str:
     """The whole result in one or two sentences."""
     models = report["models"]
     if "teacher" not in models or "distilled" not in models:
-        if report["alignment"]:
+        if report.get("alignment"):
             stages = [training["stage"] for training in report["alignment"]["trainings"]]
             return f"Aligned by NeMo-Aligner: {', '.join(stages)}."
         return "The run has not measured both the teacher and the student yet."
