@@ -25,6 +25,11 @@ def make_aligner(
     from nemo_minitron.backends.aligner import environment
     from nemo_minitron.progress import Progress
 
+    if environment.is_installed_here():
+        versions = environment.versions_installed()
+        console.print("[green]ready[/green] NeMo-Aligner is installed beside this package", highlight=False)
+        console.print(", ".join(f"{name} {version}" for name, version in versions.items()), highlight=False)
+        return
     folder = environment.make_environment(Progress(), torch_index_url=torch_index_url, again=again)
     versions = json.loads((folder / environment.READY_FILE).read_text())
     told = ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -36,7 +36,7 @@ def aligner_python() -> Path:
         if not Path(named).is_file():
             raise EnvironmentProblem(f"{PYTHON_VARIABLE} names a Python that is not there.", where=named)
         return Path(named)
-    if importlib.util.find_spec("nemo_aligner") is not None:
+    if is_installed_here():
         return Path(sys.executable)
     if is_ready():
         return _python(environment_dir())
@@ -45,6 +45,22 @@ def aligner_python() -> Path:
         allowed=f"a container with NeMo-Aligner {SUPPORTED_ALIGNER}, or the environment at {environment_dir()}",
         next_step="minitron env aligner    makes it: about 3 minutes and 2.3 GB",
     )
+
+
+def is_installed_here() -> bool:
+    """Whether this Python has NeMo-Aligner, as in its container."""
+    return importlib.util.find_spec("nemo_aligner") is not None
+
+
+def versions_installed() -> dict[str, str]:
+    """Versions of what this Python has, after a self-test.
+
+    Raises:
+        EnvironmentProblem: it fails, or NeMo-Aligner has another version.
+    """
+    log = environment_dir().with_name("aligner-installed.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return self_test(Path(sys.executable), log)
 
 
 def environment_dir() -> Path:

@@ -1,0 +1,92 @@
+"""Figures of aligned models, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from nemo_minitron.config.schema import AnnotateStage
+from nemo_minitron.data.chat.rows import ATTRIBUTES
+from nemo_minitron.evaluation.answers import answer_log_probs
+from nemo_minitron.evaluation.chat_metrics import final_answer, is_exact_match, preference_metrics, rank_correlation
+from nemo_minitron.progress import Progress
+from nemo_minitron.stages.annotate import agreement, merged
+from tests.support.tiny_models import load_transformers, tiny_model_dir
+
+
+def test_preferences_count_ties_as_half() -> None:
+    found = preference_metrics([2.0, 1.0, 0.0, 3.0], [1.0, 1.0, 2.0, 0.0])
+    assert found["accuracy"] == 0.625
+    assert found["margin_nats"] == 0.5
+    assert found["margin_nats_se"] == pytest.approx(np.std([1, 0, -2, 3], ddof=1) / 2)
+    assert math.isnan(preference_metrics([1.0], [0.0])["accuracy_se"])
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("so 3 + 4 = 7\n#### 7", "7"), ("#### 1,200.", "1200"), ("about 12 apples, or 13", "13"), ("none", None)],
+)
+def test_the_final_answer(text: str, wanted: str | None) -> None:
+    assert final_answer(text) == wanted
+
+
+def test_exact_match_compares_numbers() -> None:
+    assert is_exact_match("The answer is 72.0", "x\n#### 72")
+    assert not is_exact_match("#### 71", "#### 72")
+    assert not is_exact_match("no idea", "#### 72")
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    levels = [[0, 1, 2, 3, 4]] * 3
+    lengths = [[3, 5, 5, 9, 20], [1, 2, 2, 2, 3], [9, 8, 7, 9, 9]]
+    found = rank_correlation(levels, lengths)
+    expected = stats.spearmanr(np.ravel(levels), np.ravel(lengths)).statistic
+    assert found["rank_correlation"] == pytest.approx(expected)
+    assert 0 < found["se"] < 1
+    assert rank_correlation(levels, [[4] * 5] * 3)["rank_correlation"] == 0.0
+
+
+def test_an_attribute_model_is_compared_with_the_mean() -> None:
+    def label(helpfulness: float) -> list[float]:
+        return [helpfulness if name == "helpfulness" else -100.0 for name in ATTRIBUTES]
+
+    found = agreement([label(0), label(4)], [label(1), label(3)], [label(2), label(4)])
+    assert set(found) == {"helpfulness", "all"}
+    # Constant 3: errors 9 and 1. The model: 1 and 1.
+    assert found["helpfulness"]["mse"] == 1.0
+    assert found["helpfulness"]["mse_of_mean"] == 5.0
+    assert found["all"]["r2_over_mean"] == pytest.approx(0.8)
+    assert found["helpfulness"]["pearson"] == pytest.approx(1.0)
+
+
+def test_annotation_rounds_clips_and_keeps_what_people_said() -> None:
+    values = [9.0 if name == "verbosity" else 1.6 for name in ATTRIBUTES]
+    stage = {"kind": "annotate", "attributes": ["verbosity", "helpfulness"]}
+    row = {"attributes": {"helpfulness": 4.0}}
+    assert merged(row, values, AnnotateStage(**stage)) == {"helpfulness": 4.0, "verbosity": 4}
+    assert merged(row, values, AnnotateStage(**stage, keep_human=False)) == {"verbosity": 4, "helpfulness": 2}
+
+
+def test_log_probs_of_answers_do_not_depend_on_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_transformers(tiny_model_dir(tmp_path, "llama_gqa_tied"))
+    generator = torch.Generator().manual_seed(0)
+    sequences = [
+        (
+            torch.randint(5, 400, (prompt,), generator=generator).tolist(),
+            torch.randint(5, 400, (answer,), generator=generator).tolist(),
+        )
+        for prompt, answer in ((4, 3), (10, 1), (2, 8), (7, 7))
+    ]
+    together = answer_log_probs(model, sequences, Progress(silent=True), "all")
+    monkeypatch.setattr("nemo_minitron.evaluation.answers.TOKENS_PER_BATCH", 1)
+    alone = answer_log_probs(model, sequences, Progress(silent=True), "each")
+    assert together == pytest.approx(alone, rel=1e-4)
+    prompt, answer = sequences[0]
+    logits = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    expected = sum(logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer))
+    assert together[0] == pytest.approx(expected, rel=1e-4)
