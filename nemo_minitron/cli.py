@@ -15,6 +15,7 @@ from rich.table import Table
 
 from nemo_minitron import __version__
 from nemo_minitron.cli_aligner import convert, env_app
+from nemo_minitron.cli_chat import chat
 from nemo_minitron.cli_show import show
 from nemo_minitron.errors import Interrupted, MinitronError
 
@@ -161,6 +162,7 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 app.command()(show)
 app.command()(convert)
+app.command()(chat)
 
 
 @assets_app.command("list")

@@ -31,6 +31,18 @@ def make_aligner(
     console.print(f"[green]ready[/green] {folder}\n{told}", highlight=False, soft_wrap=True)
 
 
+@env_app.command("has-aligner")
+def has_aligner() -> None:
+    """Exit with 0 where NeMo-Aligner can be run, with 1 where it cannot."""
+    from nemo_minitron.backends.aligner.environment import aligner_python
+    from nemo_minitron.errors import EnvironmentProblem
+
+    try:
+        aligner_python()
+    except EnvironmentProblem:
+        raise typer.Exit(1) from None
+
+
 def convert(
     model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, or a NeMo checkpoint (folder or .nemo).")],
     out: Annotated[Path, typer.Argument(help="A new folder; a name that ends in .nemo gives one packed file.")],

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from nemo_minitron.artifacts.types import Artifact
     from nemo_minitron.data.chat.tokenizing import ChatTemplate
 
+KINDS = ("chat_data", "annotate")
 PROMPT, ANSWER = "dim", "bold"
 
 
 def show(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe YAML.")],
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="A finished chat_data stage.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="A finished chat_data or annotate stage.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     rows: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
     split: Annotated[str, typer.Option(help="train or valid.")] = "train",
@@ -30,9 +31,10 @@ def show(
         Path | None, typer.Option(help="A model folder: show the rendered text, prompt dim, answer (loss) bright.")
     ] = None,
     template: Annotated[str, typer.Option(help="chatml, llama3, extra_id, or model: the folder's own.")] = "model",
+    attributes: Annotated[bool, typer.Option(help="Ratings stand before the last answer.")] = True,
     whole_markers: Annotated[bool, typer.Option(help="Refuse a tokenizer that spells the markers out.")] = True,
 ) -> None:
-    """Show rows of a finished chat_data stage, or with --model the exact training text and its tokens."""
+    """Show rows of a finished chat_data or annotate stage, or with --model the exact training text and its tokens."""
     from nemo_minitron.config.schema import TemplateName
     from nemo_minitron.data.chat.render import read_normalised
     from nemo_minitron.data.chat.tokenizing import ChatTemplate
@@ -46,7 +48,7 @@ def show(
         bound = ChatTemplate.load(model, cast(TemplateName, template), whole_markers=whole_markers)
     for row in found:
         console.rule(row["origin"], align="left")
-        for text in _data(row) if bound is None else _rendered(row, bound):
+        for text in _data(row) if bound is None else _rendered(row, bound, attributes=attributes):
             console.print(text)
 
 
@@ -61,12 +63,12 @@ def _artifact(recipe: Path, stage: str, overrides: list[str] | None) -> Artifact
     from nemo_minitron.plan.folder import run_dir
 
     loaded = load_recipe(recipe, overrides)
-    names = [name for name, config in loaded.stages.items() if config.kind == "chat_data"]
+    names = [name for name, config in loaded.stages.items() if config.kind in KINDS]
     if stage not in names:
         raise ConfigError(
-            f"{stage} is no chat_data stage of this recipe.",
+            f"{stage} is no {' or '.join(KINDS)} stage of this recipe.",
             where=str(recipe),
-            allowed=", ".join(names) or "none: the recipe has no chat_data stage",
+            allowed=", ".join(names) or "none: the recipe has no such stage",
         )
     store = Store(run_dir(loaded))
     if store.manifest(stage) is None:
@@ -90,14 +92,16 @@ def _said(who: str, text: str) -> Text:
     return Text.assemble((f"{who}: ", "cyan"), text)
 
 
-def _rendered(row: dict[str, Any], template: ChatTemplate) -> list[Text]:
+def _rendered(row: dict[str, Any], template: ChatTemplate, *, attributes: bool) -> list[Text]:
     """Each training row: the prompt, each answer after it, and their tokens."""
+    from nemo_minitron.config.schema import ChatRendering
     from nemo_minitron.data.chat.render import pair_row, sft_rows
     from nemo_minitron.data.chat.rows import BadRow
 
     try:
         if "messages" in row:
-            texts = [(found["input"], {"answer": found["output"]}) for found in sft_rows(row, template)]
+            options = ChatRendering(condition_on_attributes=attributes)
+            texts = [(found["input"], {"answer": found["output"]}) for found in sft_rows(row, template, options)]
         else:
             pair = cast(dict[str, Any], pair_row(row, template))
             responses = {name: pair[f"{name}_response"] for name in ("chosen", "rejected")}

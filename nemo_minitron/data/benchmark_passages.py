@@ -24,7 +24,7 @@ def passages(task: str, rows: Iterable[Row]) -> list[str]:
     Args:
         rows: requests of one task: one for each possible answer, with the question and its right answer under "doc".
     """
-    docs = list(_unique_docs(rows))
+    docs = list(unique_docs(rows))
     if task == "hellaswag":
         return _hellaswag(docs)
     key, render = _TASKS.get(task, (_question, _questions))
@@ -34,7 +34,8 @@ def passages(task: str, rows: Iterable[Row]) -> list[str]:
     return [render(group) for group in groups.values()]
 
 
-def _unique_docs(rows: Iterable[Row]) -> Iterator[Row]:
+def unique_docs(rows: Iterable[Row]) -> Iterator[Row]:
+    """Questions of one task's requests, each once."""
     seen = set()
     for row in rows:
         doc = row["doc"]

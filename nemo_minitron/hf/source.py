@@ -8,12 +8,17 @@ from nemo_minitron.errors import CheckpointError, EnvironmentProblem
 
 ASSET = "asset:"
 HUB = "hf:"
-_TOY = Path(__file__).resolve().parents[1] / "toy"
+_PACKAGE = Path(__file__).resolve().parents[1]
+_TOY, _CHATS = _PACKAGE / "toy", _PACKAGE / "chats"
 BUILT_IN = {
     "toy-llama": _TOY / "model",
     "toy-text": _TOY / "text.jsonl.zst",
     "toy-chats": _TOY / "chats.jsonl",
     "toy-pairs": _TOY / "pairs.jsonl",
+    "gsm8k-train": _CHATS / "gsm8k_train.jsonl.zst",
+    "fine-grained-pairs": _CHATS / "fine_grained_pairs.jsonl.zst",
+    "fine-grained-rated": _CHATS / "fine_grained_rated.jsonl.zst",
+    "oasst2-rated": _CHATS / "oasst2_rated.jsonl.zst",
 }
 """Assets that ship with the package; all others are fetched into the assets folder."""
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md")

@@ -30,6 +30,7 @@ ROLE_KINDS: dict[str, tuple[str, ...]] = {
     "data": ("tokenize",),
     "chats": ("chat_data", "annotate"),
     "attribute_model": ("train_attribute_model",),
+    "reference": (*_MODELS, "export"),
     "cache": ("cache_teacher",),
     "check": ("check_teacher",),
     "scores": ("score",),

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_minitron.artifacts.types import Artifact
 from nemo_minitron.evaluation.metrics import recovered_share
+from nemo_minitron.report.alignment import alignment_facts
 from nemo_minitron.report.comparison import comparison, ordered
 from nemo_minitron.report.importance import pruning_facts
 
@@ -38,6 +39,7 @@ def collect(title: str, recipe_name: str, stages: Mapping[str, Artifact]) -> dic
         "data_used": _data_used(in_order),
         "cost": _cost(in_order),
         "samples": _samples(in_order),
+        "alignment": alignment_facts(in_order),
         "lineage": [_lineage(stage) for stage in in_order],
     }
 

@@ -178,6 +178,20 @@ def validation_curve(curves: Sequence[Mapping[str, Any]]) -> str:
     return out[0]
 
 
+def loss_curve(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Training and held-out loss of one alignment stage over its steps."""
+    out: list[str] = []
+    parts = {key: [(row["step"], row[key]) for row in rows if row[key] is not None] for key in ("train", "valid")}
+    last = (parts["valid"] or parts["train"])[-1][1]
+    with picture(out, f"align-{name}", HALF, 2.7, f"Loss of {name} over its steps; {last:.3f} at the end.") as ax:
+        ax.plot(*zip(*parts["train"], strict=True), color=PRUNED, linewidth=1.2, label="batch")
+        if parts["valid"]:
+            ax.plot(*zip(*parts["valid"], strict=True), color=DISTILLED, marker="o", ms=3.5, label="held out")
+        ax.set(xlabel=f"steps of {name}", ylabel="loss")
+        ax.legend(frameon=False)
+    return out[0]
+
+
 def divergence_curve(curves: Sequence[Mapping[str, Any]]) -> str:
     """KL(teacher || student): on each training batch, and on held-out text."""
     out: list[str] = []

@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_minitron import __version__
 from nemo_minitron.report import figures, search
+from nemo_minitron.report.alignment import tables
 from nemo_minitron.report.markdown import dropped_layers, duration, headline, millions
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -24,7 +25,14 @@ KINDS = (
     "select",
     "prune",
     "distill",
+    "chat_data",
+    "sft",
+    "train_attribute_model",
+    "annotate",
+    "steerlm_sft",
+    "dpo",
     "evaluate",
+    "evaluate_chat",
     "speed",
     "export",
 )
@@ -60,6 +68,7 @@ def render_html(report: Mapping[str, Any], recipe: str) -> str:
         headline=headline(report),
         pipeline=pipeline(report["cost"]["stages"]),
         search=_search(report["search"]) if report["search"] else None,
+        aligned=tables(report["alignment"]) if report["alignment"] else [],
         dropped=dropped_layers(report["pruning"]) if report["pruning"] else [],
         recipe=recipe,
         version=__version__,
@@ -97,6 +106,9 @@ def _pictures(report: Mapping[str, Any]) -> dict[str, list[Draw]]:
             partial(figures.speed_bars, speed, labels, "generate", "generation, tokens/s"),
             partial(figures.speed_bars, speed, labels, "prefill", "reading a prompt, tokens/s"),
         ]
+    if report["alignment"]:
+        found = report["alignment"]["curves"]
+        out["alignment"] = [partial(figures.loss_curve, name, rows) for name, rows in found.items() if rows]
     if report["search"]:
         out["search"] = [partial(search.pareto, report["search"]), partial(search.ladder, report["search"])]
     return {**out, **_pruning_pictures(report["pruning"] or {})}

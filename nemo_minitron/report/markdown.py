@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nemo_minitron.report.alignment import tables
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; bars and line breaks in cells are escaped."""
@@ -42,6 +44,8 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         sections.append("## What was cut\n\n" + _pruning(report["pruning"]))
     if report["samples"]:
         sections.append("## In their own words\n\n" + _samples(report["samples"]))
+    if report["alignment"]:
+        sections.append("## Alignment\n\n" + _alignment(report["alignment"]))
     if report["cost"]["stages"]:
         sections.append("## Cost\n\n" + _cost(report["cost"]))
     if report["data_used"]:
@@ -55,6 +59,9 @@ def headline(report: Mapping[str, Any]) -> str:
     """The whole result in one or two sentences."""
     models = report["models"]
     if "teacher" not in models or "distilled" not in models:
+        if report["alignment"]:
+            stages = [training["stage"] for training in report["alignment"]["trainings"]]
+            return f"Aligned by NeMo-Aligner: {', '.join(stages)}."
         return "The run has not measured both the teacher and the student yet."
     teacher, student = models["teacher"], models["distilled"]
     sizes = f"{millions(teacher['num_params'])} -> {millions(student['num_params'])} parameters"
@@ -147,6 +154,14 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
         lines = [f"- {plain(label)}: {plain(text) or '(stops at once)'}" for label, text in sample["texts"].items()]
         parts.append(f"**{plain(sample['prompt'])}**\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _alignment(facts: Mapping[str, Any]) -> str:
+    parts = []
+    for found in tables(facts):
+        rows = [[plain(cell) for cell in row] for row in found["rows"]]
+        parts.append(f"{found['title']}:\n\n{table(found['header'], rows)}")
+    return "\n\n".join([*parts, _samples(facts["samples"])])
 
 
 def _cost(cost: Mapping[str, Any]) -> str:

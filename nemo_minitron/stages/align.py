@@ -98,7 +98,12 @@ def train_attribute_model(params: AttributeModelStage, inputs: Inputs, ctx: Stag
     job = Job("reward_model", params, inputs["model"].path, rows, fill)
     _train(job, ctx, ctx.out_dir / NEMO_DIR)
     shutil.copytree(_nemo(ctx).with_name(f"{NEMO_DIR}.tokenizer"), ctx.out_dir / f"{NEMO_DIR}.tokenizer")
-    facts = {**_facts(job, ctx), "reward": params.reward, "template": params.template}
+    facts = {
+        **_facts(job, ctx),
+        "reward": params.reward,
+        "template": params.template,
+        "whole_markers": params.whole_markers,
+    }
     return {**facts, "agreement": _agreement(rows, ctx)} if regression else facts
 
 

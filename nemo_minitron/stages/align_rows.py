@@ -74,7 +74,7 @@ def _require_kind(purpose: Purpose, inputs: Inputs, ctx: StageContext) -> None:
     found = inputs["chats"].result.get("rows")
     if found != needed:
         raise DataError(
-            f"Stage {inputs['data'].stage} holds {found}.",
+            f"Stage {inputs['chats'].stage} holds {found}.",
             where=f"stages.{ctx.name}.inputs.chats",
             allowed=f"a chat_data stage with rows: {needed}",
         )

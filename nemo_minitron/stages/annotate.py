@@ -39,7 +39,9 @@ def annotate(params: AnnotateStage, inputs: Inputs, ctx: StageContext) -> Result
             "annotate needs an attribute model that was trained by regression, and conversations.",
             where=f"stages.{ctx.name}.inputs",
         )
-    template = ChatTemplate.load(model.path / "nemo.tokenizer", model.result["template"])
+    template = ChatTemplate.load(
+        model.path / "nemo.tokenizer", model.result["template"], whole_markers=model.result["whole_markers"]
+    )
     facts: dict[str, Any] = {"rows": "conversations"}
     for part in PARTS:
         rows, texts, stats = [], [], LengthStats()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,7 +127,7 @@ def _detected(raw: RawRow, params: ChatDataStage, source: ChatSource, number: in
     if isinstance(raw.content, BadRow):
         raise raw.content
     try:
-        name = detect(raw.content, params.rows)
+        name = detect(_looked_at(raw.content, source), params.rows)
     except BadRow as error:
         raise DataError(
             f"The format cannot be told: {error}.",
@@ -142,7 +142,11 @@ def _detected(raw: RawRow, params: ChatDataStage, source: ChatSource, number: in
 def _adapted(raw: RawRow, name: str, source: ChatSource) -> Row:
     if isinstance(raw.content, BadRow):
         raise raw.content
-    return FORMATS[name].adapt(raw.content, source.attributes)
+    return FORMATS[name].adapt(_looked_at(raw.content, source), source.attributes)
+
+
+def _looked_at(content: Mapping[str, Any], source: ChatSource) -> Mapping[str, Any]:
+    return {key: value for key, value in content.items() if key not in source.leave_out}
 
 
 def _split(params: ChatDataStage, found: _Collected, folder: Path) -> Counter[str]:

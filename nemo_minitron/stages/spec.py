@@ -95,6 +95,7 @@ STAGES: dict[str, StageSpec] = {
         _spec("dpo", "align:dpo", starts_ranks=True),
         _spec("train_attribute_model", "align:train_attribute_model", starts_ranks=True),
         _spec("annotate", "annotate:annotate"),
+        _spec("evaluate_chat", "evaluate_chat:evaluate_chat"),
         _spec("check_teacher", "check_teacher:check_teacher", distributed=True),
         _spec("score", "score:score", version=2, distributed=True),
         _spec("candidate", "candidate:candidate", distributed=True),

@@ -234,6 +234,9 @@ def test_show_prints_rows_and_what_a_model_reads(tmp_path: Path, minitron: Cli) 
     assert code == 0, said
     assert "<|im_start|>assistant\n" in said
     assert "tokens of prompt, 2 with loss]" in said
+    code, said = minitron("show", file, "chats", "--model", tmp_path / "model", "--template", "llama3")
+    assert code == 2
+    assert "allowed: with this tokenizer: chatml, model" in said
     for option, allowed in (("--split=test", "train, valid"), ("--template=x", "chatml, llama3, extra_id, model")):
         code, said = minitron("show", file, "chats", option)
         assert code == 2

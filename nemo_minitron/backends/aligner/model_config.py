@@ -105,7 +105,6 @@ _TRAINING_SWITCHES: dict[str, Any] = {
     "use_emha": False,
     "dist_ckpt_format": "torch_dist",
     "dist_ckpt_load_on_device": False,
-    "optim": {"name": "adamw", "lr": 1e-5},
 }
 _WITHOUT_FUSED_KERNELS = {
     "persist_layer_norm": False,

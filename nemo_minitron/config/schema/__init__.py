@@ -36,6 +36,7 @@ from nemo_minitron.config.schema.base import (
     StageName,
     WidthMethod,
 )
+from nemo_minitron.config.schema.chat_evaluation import EvaluateChatInputs, EvaluateChatStage
 from nemo_minitron.config.schema.execution import (
     Execution,
     Parallel,
@@ -122,7 +123,8 @@ StageConfig = Annotated[
     | SteerlmSftStage
     | DpoStage
     | AttributeModelStage
-    | AnnotateStage,
+    | AnnotateStage
+    | EvaluateChatStage,
     Field(discriminator="kind"),
 ]
 
@@ -158,6 +160,8 @@ __all__ = [
     "DistillInputs",
     "DistillStage",
     "DpoStage",
+    "EvaluateChatInputs",
+    "EvaluateChatStage",
     "EvaluateInputs",
     "EvaluateStage",
     "Execution",

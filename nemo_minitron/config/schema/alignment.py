@@ -46,6 +46,8 @@ class ChatSource(Schema):
     """Of the good rows, the first so many."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     """How often each training row is written: 2 twice, 0.5 every second one, chosen by hash."""
+    leave_out: tuple[str, ...] = ()
+    """Fields of the rows that are not looked at, such as a long `context`."""
     attributes: dict[str, AttributeName | None] = Field(default_factory=dict)
     """Other names of attributes in these rows: {factuality: correctness}; null leaves one out."""
 

@@ -81,7 +81,7 @@ def make_trainer(model_config: dict[str, Any]) -> tuple[Any, DictConfig]:
             "name": "border",
             "trainer": {**trainer, **quiet},
             "exp_manager": {"log_tflops_per_sec_per_gpu": False},
-            "model": model_config,
+            "model": {"optim": {"name": "adamw", "lr": 1e-5}, **model_config},  # made with the model, and not used
         }
     )
     return MegatronTrainerBuilder(config).create_trainer(), config.model

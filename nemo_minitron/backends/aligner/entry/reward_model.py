@@ -39,7 +39,7 @@ def annotate(task: Task) -> dict[str, Any]:
     """The reward model's numbers for the `text` of every row, as lists, to `out`; in batches of similar length."""
     config = OmegaConf.load(Path(task["nemo"]) / CONFIG_FILE)
     # Checkpoints are moved; the config knows where the tokenizer was.
-    config = OmegaConf.merge(config, {"optim": {"name": "adamw"}, "tokenizer": {"type": task["tokenizer"]}})
+    config = OmegaConf.merge(config, {"tokenizer": {"type": task["tokenizer"]}})
     trainer, config = make_trainer(OmegaConf.to_container(config))
     model_class = REWARD_MODEL_CLASS_DICT[RewardModelType(config.reward_model_type)]
     model = load_from_nemo(model_class, config, trainer, strict=True, restore_path=task["nemo"])

@@ -1,0 +1,1 @@
+"""Arithmetic of alignment: preference losses, and what is measured of aligned models."""

@@ -1,0 +1,157 @@
+"""`minitron chat`: talk to a finished model in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+
+from nemo_minitron.errors import ArtifactError, ConfigError
+
+console = Console()
+LAST_FIRST = ("export", "dpo", "steerlm_sft", "sft", "distill", "prune")
+"""Where the model of a run folder is looked for."""
+RESET, EXIT = "/reset", "/exit"
+
+
+def chat(
+    model: Annotated[Path, typer.Argument(metavar="RUN_OR_FOLDER", help="A run's folder, or a Hugging Face folder.")],
+    attributes: Annotated[
+        str | None, typer.Option(help="Of an attribute-conditioned model: helpfulness=4,verbosity=1")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System text.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    once: Annotated[str | None, typer.Option(help="Answer this and exit.")] = None,
+) -> None:
+    """Talk to a finished model. /reset forgets the dialogue, /exit or Ctrl-D ends."""
+    folder = find_model(model)
+    asked = parse_attributes(attributes)
+    speaker = _Speaker(folder, asked, max_new_tokens, temperature)
+    before = [{"role": "system", "content": system}] if system else []
+    if once is not None:
+        speaker.answer([*before, {"role": "user", "content": once}])
+        return
+    console.print(f"[dim]{folder} · {RESET} forgets, {EXIT} ends[/dim]", highlight=False)
+    messages = list(before)
+    while (said := _ask()) is not None:
+        if said == RESET:
+            messages = list(before)
+        elif said.strip():
+            messages.append({"role": "user", "content": said})
+            messages.append({"role": "assistant", "content": speaker.answer(messages)})
+
+
+def find_model(path: Path) -> Path:
+    """The folder with config.json: the path itself, or the last model that a run has published.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    if (path / "config.json").is_file():
+        return path
+    found = [path / name for name in LAST_FIRST if (path / name / "config.json").is_file()]
+    if not found:
+        raise ArtifactError(
+            "No finished model is here.",
+            where=str(path),
+            allowed=f"a Hugging Face folder, or a run's folder with one of {', '.join(LAST_FIRST)}",
+            next_step="minitron status RECIPE shows what has finished.",
+        )
+    return found[0]
+
+
+def parse_attributes(text: str | None) -> dict[str, float]:
+    """`helpfulness=4,verbosity=1`.
+
+    Raises:
+        ConfigError: an unknown attribute, or a value that is no number from 0 to 4.
+    """
+    from nemo_minitron.config.schema.alignment import AttributeName
+
+    out: dict[str, float] = {}
+    for part in (text or "").split(","):
+        if not part.strip():
+            continue
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        number = float(value) if value.replace(".", "", 1).isdigit() else -1.0
+        if name not in get_args(AttributeName) or not 0 <= number <= 4:
+            raise ConfigError(
+                f"--attributes {part.strip()}: not an attribute with a value from 0 to 4.",
+                allowed=", ".join(get_args(AttributeName)),
+                next_step="Write them as helpfulness=4,verbosity=1",
+            )
+        out[name] = number
+    return out
+
+
+class _Speaker:
+    """A loaded model that streams its answers."""
+
+    def __init__(self, folder: Path, attributes: dict[str, float], max_new_tokens: int, temperature: float) -> None:
+        import torch
+        import transformers
+
+        from nemo_minitron.evaluation.generation import load_for_inference, load_tokenizer
+
+        transformers.logging.set_verbosity_error()
+        self.tokenizer: Any = load_tokenizer(folder)
+        template = self.tokenizer.chat_template
+        if attributes and "attributes" not in (template or ""):
+            raise ConfigError(
+                "This model was not trained with attributes: its chat template has no place for them.",
+                where=str(folder),
+                next_step="Leave --attributes out, or chat with a model of a steerlm_sft stage.",
+            )
+        if template is None:
+            console.print("[yellow]no chat template: the text is continued as it stands[/yellow]")
+        self.model: Any = load_for_inference(folder, "fp32", "cuda" if torch.cuda.is_available() else "cpu")
+        self.attributes, self.max_new_tokens, self.temperature = attributes, max_new_tokens, temperature
+
+    def answer(self, messages: list[dict[str, str]]) -> str:
+        """Print the answer while it is written; Ctrl-C ends it early."""
+        from transformers import TextStreamer
+
+        pieces: list[str] = []
+
+        class Screen(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                pieces.append(text)
+                print(text, end="\n" if stream_end else "", flush=True)
+
+        ids = self._ids(messages)
+        options: dict[str, Any] = {"do_sample": self.temperature > 0, "max_new_tokens": self.max_new_tokens}
+        if self.temperature > 0:
+            options["temperature"] = self.temperature
+        streamer = Screen(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        try:
+            self.model.generate(ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, **options)
+        except KeyboardInterrupt:
+            print()
+        return "".join(pieces).strip()
+
+    def _ids(self, messages: list[dict[str, str]]) -> Any:
+        import torch
+
+        if self.tokenizer.chat_template is None:
+            text = "\n".join(message["content"] for message in messages)
+        else:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, attributes=self.attributes
+            )
+        found = self.tokenizer(text, add_special_tokens=self.tokenizer.chat_template is None).input_ids
+        return torch.tensor([found], device=self.model.device)
+
+
+def _ask() -> str | None:
+    """A line of the user; None at the end."""
+    try:
+        said = input("\n> ") if sys.stdin.isatty() else next(iter(sys.stdin.readline, ""), None)
+    except (EOFError, KeyboardInterrupt):
+        return None
+    if said is None or said.strip() == EXIT:
+        return None
+    return said.rstrip("\n")

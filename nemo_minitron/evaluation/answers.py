@@ -1,0 +1,78 @@
+"""How likely a model finds given answers, and what it answers itself; through transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.progress import Progress
+
+Sequences = Sequence[tuple[list[int], list[int]]]
+"""Token ids of prompts and of answers."""
+TOKENS_PER_BATCH = 2048
+
+
+@torch.inference_mode()
+def answer_log_probs(model: Any, sequences: Sequences, progress: Progress, what: str) -> list[float]:
+    """log p(answer | prompt) of each, nats, summed over its tokens; batches hold answers of like length."""
+    order = sorted(range(len(sequences)), key=lambda index: sum(map(len, sequences[index])))
+    found: dict[int, float] = {}
+    with progress.bar(what, len(order), "answers") as bar:
+        for batch in _batches(order, sequences):
+            found.update(zip(batch, _log_probs(model, [sequences[index] for index in batch]), strict=True))
+            bar.advance(len(batch))
+    return [found[index] for index in range(len(sequences))]
+
+
+def _batches(order: Sequence[int], sequences: Sequences) -> list[list[int]]:
+    out: list[list[int]] = [[]]
+    for index in order:
+        # Sorted by length: the newest is the longest.
+        if out[-1] and (len(out[-1]) + 1) * sum(map(len, sequences[index])) > TOKENS_PER_BATCH:
+            out.append([])
+        out[-1].append(index)
+    return [batch for batch in out if batch]
+
+
+def _log_probs(model: Any, batch: Sequences) -> list[float]:
+    longest = max(len(prompt) + len(answer) for prompt, answer in batch)
+    tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
+    answers = torch.zeros(len(batch), longest, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(batch):
+        size = len(prompt) + len(answer)
+        tokens[row, :size] = torch.tensor(prompt + answer)
+        answers[row, len(prompt) : size] = True
+    tokens, answers = tokens.to(model.device), answers.to(model.device)
+    # Padding is on the right: causal attention never looks at it.
+    logits: Tensor = model(tokens[:, :-1]).logits.float()
+    at_next = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    return torch.where(answers[:, 1:], at_next, 0.0).sum(-1).tolist()
+
+
+@torch.inference_mode()
+def greedy_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, progress: Progress
+) -> list[tuple[str, int]]:
+    """(text, its tokens) for each prompt, up to the end of the turn."""
+    from transformers import GenerationConfig
+
+    ends = model.generation_config.eos_token_id
+    stops = set(ends if isinstance(ends, list) else [ends if ends is not None else tokenizer.eos_token_id])
+    stops.add(tokenizer.eos_token_id)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops))
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(stops), pad_token_id=padding
+    )
+    out = []
+    for prompt in progress.track(prompts, "answers", len(prompts), "answers"):
+        ids = torch.tensor([prompt], device=model.device)
+        # The folder's own generation config may ask for sampling or for penalties.
+        made = model.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=config, use_model_defaults=False
+        )[0, len(prompt) :].tolist()
+        end = next((place for place, token in enumerate(made) if token in stops), len(made))
+        out.append((tokenizer.decode(made[:end], skip_special_tokens=True), end))
+    return out

@@ -1,0 +1,80 @@
+"""Figures of aligned models, from numbers. Pure."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+NUM_BOOTSTRAPS, SEED = 1000, 0
+_FINAL = re.compile(r"####\s*([-+]?[\d,.]*\d)")
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+
+
+def preference_metrics(chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, float]:
+    """How often, and by how much (nats), the chosen answer is ahead; with standard errors over the pairs.
+
+    Args:
+        chosen, rejected: implicit rewards log pi / pi_ref, or log-probabilities. Equal ones count as half.
+    """
+    margin = np.asarray(chosen) - np.asarray(rejected)
+    ahead = (margin > 0) + 0.5 * (margin == 0)
+    return {
+        "pairs": len(margin),
+        "accuracy": float(ahead.mean()),
+        "accuracy_se": _standard_error(ahead),
+        "margin_nats": float(margin.mean()),
+        "margin_nats_se": _standard_error(margin),
+    }
+
+
+def _standard_error(values: NDArray[Any]) -> float:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def final_answer(text: str) -> str | None:
+    """The number behind `####`, as GSM8K marks it (2110.14168); without the mark the last number."""
+    marked = _FINAL.findall(text)
+    found = marked or _NUMBER.findall(text)
+    return found[-1].replace(",", "").rstrip(".") if found else None
+
+
+def is_exact_match(text: str, wanted: str) -> bool:
+    """Whether both end in the same number."""
+    one, other = final_answer(text), final_answer(wanted)
+    try:
+        return one is not None and other is not None and float(one) == float(other)
+    except ValueError:
+        return one == other
+
+
+def rank_correlation(levels: Sequence[Sequence[float]], lengths: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Spearman's rank correlation of lengths with asked levels, over all answers; error bar by bootstrap of prompts.
+
+    Args:
+        levels, lengths: [prompts][levels].
+    """
+    x, y = np.asarray(levels, dtype=float), np.asarray(lengths, dtype=float)
+    generator = np.random.default_rng(SEED)
+    draws = [generator.integers(0, len(x), len(x)) for _ in range(NUM_BOOTSTRAPS)]
+    spread = [_spearman(x[rows].ravel(), y[rows].ravel()) for rows in draws]
+    return {"prompts": len(x), "rank_correlation": _spearman(x.ravel(), y.ravel()), "se": float(np.std(spread))}
+
+
+def _spearman(x: NDArray[Any], y: NDArray[Any]) -> float:
+    ranks = _ranks(x), _ranks(y)
+    if min(rank.std() for rank in ranks) == 0:
+        return 0.0
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _ranks(values: NDArray[Any]) -> NDArray[Any]:
+    """Ranks, equal values with the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    means: NDArray[Any] = (ends - counts + ends - 1) / 2.0
+    return means[inverse]

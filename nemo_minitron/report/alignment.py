@@ -1,0 +1,132 @@
+"""The chapter on alignment: what each training did, what the models prefer, and what they answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nemo_minitron.artifacts.types import Artifact
+
+TRAINED = ("sft", "steerlm_sft", "dpo", "train_attribute_model")
+Rows = list[dict[str, Any]]
+
+
+def alignment_facts(stages: Sequence[Artifact]) -> dict[str, Any] | None:
+    """{trainings, curves, models, attributes, samples}; None where nothing was aligned or measured."""
+    trained = [stage for stage in stages if stage.kind in TRAINED]
+    measured = [stage for stage in stages if stage.kind == "evaluate_chat"]
+    if not trained and not measured:
+        return None
+    return {
+        "trainings": [_training(stage) for stage in trained],
+        "curves": {stage.stage: _curve(stage) for stage in trained},
+        "models": [_model(stage.result) for stage in measured],
+        "attributes": [row for stage in trained for row in _attributes(stage)],
+        "samples": _samples(measured),
+    }
+
+
+def _training(stage: Artifact) -> dict[str, Any]:
+    lengths = stage.result["lengths"]["train"]
+    keys = ("method", "num_steps", "first_valid_loss", "valid_loss")
+    facts = {key: stage.result[key] for key in keys}
+    return {"stage": stage.stage, **facts, "rows": lengths["rows"], "dropped_rows": lengths["dropped_rows"]}
+
+
+def _curve(stage: Artifact) -> Rows:
+    rows = [json.loads(line) for line in (stage.path / "curves.jsonl").read_text().splitlines()]
+    return [
+        {"step": row["step"], "train": row.get("train/loss"), "valid": row.get("val/loss")}
+        for row in rows
+        if "train/loss" in row or "val/loss" in row
+    ]
+
+
+def _model(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table: figure -> (value, standard error or None)."""
+    out: dict[str, Any] = {"label": result["label"]}
+    preferences = result.get("preferences")
+    if preferences:
+        plain = preferences["log_probs"]
+        out["preference accuracy"] = (plain["accuracy"], plain["accuracy_se"])
+        if "against_reference" in preferences:
+            gained = preferences["against_reference"]
+            out["reward accuracy"] = (gained["accuracy"], gained["accuracy_se"])
+            out["reward margin, nats"] = (gained["margin_nats"], gained["margin_nats_se"])
+    if "conversations" in result:
+        out["loss of answers"] = (result["conversations"]["loss_nats_per_token"], None)
+    if "exact_match" in result:
+        out["exact match"] = (result["exact_match"]["share"], result["exact_match"]["se"])
+    if "attribute" in result:
+        attribute = result["attribute"]
+        out[f"length ~ {attribute['name']}"] = (attribute["rank_correlation"], attribute["se"])
+    return out
+
+
+def _attributes(stage: Artifact) -> Rows:
+    """How an attribute model agrees with people."""
+    found = stage.result.get("agreement", {})
+    return [{"stage": stage.stage, "attribute": name, **values} for name, values in found.items()]
+
+
+def _samples(stages: Sequence[Artifact]) -> Rows:
+    by_prompt: dict[str, dict[str, str]] = {}
+    for stage in stages:
+        metrics = json.loads((stage.path / "metrics.json").read_text(encoding="utf-8"))
+        for sample in metrics["samples"]:
+            by_prompt.setdefault(sample["prompt"], {})[metrics["label"]] = sample["text"]
+    return [{"prompt": prompt, "texts": texts} for prompt, texts in by_prompt.items()]
+
+
+def tables(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the pages show as tables: [{title, header, rows}]; every cell is text."""
+    out = [_training_table(facts["trainings"])] if facts["trainings"] else []
+    if facts["models"]:
+        figures = list(dict.fromkeys(key for row in facts["models"] for key in row if key != "label"))
+        cells = [[row["label"], *(_cell(row.get(figure)) for figure in figures)] for row in facts["models"]]
+        out.append({"title": "On held-out rows", "header": ["model", *figures], "rows": cells})
+    if facts["attributes"]:
+        header = ["attribute", "rows", "squared error", "of the mean", "explained", "correlation"]
+        out.append({"title": "The attribute model beside people", "header": header, "rows": _attribute_rows(facts)})
+    return out
+
+
+def _training_table(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    rows = [
+        [
+            row["stage"],
+            f"{row['rows']:,}",
+            f"{row['num_steps']:,}",
+            _number(row["first_valid_loss"]),
+            _number(row["valid_loss"]),
+        ]
+        for row in trainings
+    ]
+    header = ["stage", "rows", "steps", "first held-out loss", "last"]
+    return {"title": "Trained by NeMo-Aligner", "header": header, "rows": rows}
+
+
+def _attribute_rows(facts: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        [
+            row["attribute"],
+            str(row["rows"]),
+            _number(row["mse"]),
+            _number(row["mse_of_mean"]),
+            f"{row['r2_over_mean']:.0%}",
+            _number(row.get("pearson")),
+        ]
+        for row in facts["attributes"]
+    ]
+
+
+def _cell(value: tuple[float, float | None] | Sequence[Any] | None) -> str:
+    if value is None:
+        return ""
+    number, error = value
+    return _number(number) if error is None else f"{number:.3f} ± {error:.3f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

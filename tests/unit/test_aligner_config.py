@@ -1,0 +1,94 @@
+"""Keys of NeMo-Aligner: NeMo-Aligner takes any, this package only those that it reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nemo_minitron.backends.aligner.config import DEAD_KEYS, base_config, complete_config, flat, override_problems
+from nemo_minitron.errors import ConfigError
+from tests.conftest import REPO, Cli
+
+RECIPE = REPO / "recipes/toy/aligned.yaml"
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("model.dpo.preference_avg_log_probs", True, "Use model.dpo.preference_average_log_probs"),
+        ("model.dpo.average_log_probs", True, "Use model.dpo.preference_average_log_probs"),
+        ("model.optim.weight_decy", 0.1, "Did you mean model.optim.weight_decay?"),
+        ("model.optim.weight_decay", "much", "of another type"),
+        ("model.optim.weight_decay", 3.0, "outside of [0.0, 1.0]"),
+        ("model.sequence_parallel", 1, "of another type"),
+        ("trainer.devices", 8, "set by the stage"),
+        ("nothing.of.the.kind", 1, "unknown to NeMo-Aligner's dpo"),
+    ],
+)
+def test_a_key_that_would_do_nothing_is_refused(key: str, value: Any, told: str) -> None:
+    (problem,) = override_problems("dpo", nested(key, value))
+    assert problem.startswith(key)
+    assert told in problem
+
+
+def test_keys_that_are_read_are_taken() -> None:
+    overrides = {"model": {"optim": {"weight_decay": 0.0}, "dpo": {"sft_average_log_probs": True}}}
+    assert not list(override_problems("dpo", overrides))
+
+
+def test_every_dead_key_has_a_live_one() -> None:
+    live = flat(base_config("dpo"))
+    assert all(key not in live for key in DEAD_KEYS)
+    assert all(right in live for right in DEAD_KEYS.values() if right.startswith("model."))
+
+
+def test_a_config_that_nobody_completed_is_a_defect() -> None:
+    with pytest.raises(AssertionError, match="nobody filled"):
+        complete_config("sft", {}, {}, on_cpu=True, where="stages.sft")
+    with pytest.raises(ConfigError, match="Did you mean"):
+        complete_config("sft", {}, {"model": {"sed": 1}}, on_cpu=True, where="stages.sft")
+
+
+def _check(minitron: Cli, tmp_path: Path, *overrides: str) -> str:
+    code, told = minitron("check", RECIPE, f"execution.run_root={tmp_path}", *overrides)
+    assert code == 2, told
+    return " ".join(told.split())
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("stages.dpo.aligner.model.dpo.preference_avg_log_probs=true", "preference_average_log_probs"),
+        ("stages.sft.global_batch_size=7", "not a multiple of micro_batch_size * dp = 4 * 1"),
+        ("stages.sft.global_batch_size=32", "valid_rows = 24"),
+        ("stages.dpo.inputs.chats=chat_data", "has rows: conversations, not pairs"),
+        ("stages.sft.warmup_steps=40", "must be fewer than num_steps"),
+        ("stages.sft.min_lr=1.0", "above lr"),
+        ("+execution.parallel_by_stage.sft.pp=3", "as many layers in every pipeline stage"),
+        ("stages.dpo.preference_loss=rpo", "rpo_bwd_kl"),
+    ],
+)
+def test_check_names_what_is_wrong(override: str, told: str, minitron: Cli, tmp_path: Path) -> None:
+    assert told in _check(minitron, tmp_path, override)
+
+
+def test_recipes_with_alignment_are_valid(minitron: Cli, tmp_path: Path) -> None:
+    code, told = minitron("check", RECIPE, f"execution.run_root={tmp_path}")
+    assert code == 0, told
+
+
+def test_configs_are_plain() -> None:
+    """No tags, no interpolation: what stands there is what NeMo-Aligner gets."""
+    for file in (REPO / "configs/align").glob("*.yaml"):
+        text = file.read_text()
+        assert "${" not in text, file
+        yaml.safe_load(text)
