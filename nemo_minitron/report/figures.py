@@ -156,7 +156,7 @@ def validation_curve(curves: Sequence[Mapping[str, Any]]) -> str:
     """Held-out loss over the tokens of the distillation, between where it began and the teacher."""
     out: list[str] = []
     x, valid = _validation(curves)
-    start, goal = valid[0]["valid_loss"], valid[0].get("valid_teacher_loss")
+    start, goal = valid[0]["valid_loss"], valid[-1].get("valid_teacher_loss")
     losses = [row["valid_loss"] for row in valid]
     levels = [(start, PRUNED, "pruned, before training")]
     alt = f"Held-out loss falls from {start:.3f} to {losses[-1]:.3f}"

@@ -113,7 +113,7 @@ def _distillation(model: Mapping[str, Any]) -> str:
     text = (
         f"{model.get('loss', 'next-token cross entropy')}; {model['tokens']:,} tokens in {model['num_steps']:,} steps."
     )
-    losses = [model.get(key) for key in ("initial_valid_loss", "final_valid_loss", "initial_valid_teacher_loss")]
+    losses = [model.get(key) for key in ("initial_valid_loss", "final_valid_loss", "final_valid_teacher_loss")]
     if None in losses:
         return text
     before, after, best = losses

@@ -16,6 +16,7 @@ PAYLOAD_FILE, ACCEPTED_FILE = "payload.json", "accepted_work.json"
 RESUMABLE_KINDS = ("distill", "train", "correct")
 ADJUSTABLE = {
     "lr",
+    "pretraining_lr",
     "min_lr",
     "warmup_steps",
     "adam_beta1",

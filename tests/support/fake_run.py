@@ -238,6 +238,7 @@ def _distill(root: Path, target: Mapping[str, int]) -> Artifact:
         "initial_valid_loss": 5.226,
         "final_valid_loss": 4.054,
         "initial_valid_teacher_loss": teacher_loss,
+        "final_valid_teacher_loss": teacher_loss,
         "initial_valid_kl": 1.912,
         "final_valid_kl": 0.811,
     }

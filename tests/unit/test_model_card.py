@@ -23,7 +23,7 @@ DISTILLED = {
     "num_steps": 140,
     "initial_valid_loss": 5.2264,
     "final_valid_loss": 4.0541,
-    "initial_valid_teacher_loss": 3.4801,
+    "final_valid_teacher_loss": 3.4801,
     "data_sources": ["asset:books", "my`text`.jsonl"],
 }
 METRICS = [
