@@ -31,6 +31,7 @@ ChatFormat = Literal[
     "oasst",
     "pairs",
     "hh",
+    "worked_answers",
 ]
 TemplateName = Literal["chatml", "llama3", "extra_id", "model"]
 

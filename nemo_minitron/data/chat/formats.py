@@ -103,6 +103,15 @@ def _pairs(row: Fields, renames: Renames) -> Row:
     return pair(prompt, chosen[-1]["content"], rejected[-1]["content"], rewards)
 
 
+def _worked_answers(row: Fields, renames: Renames) -> Row:
+    """GSM8K for preferences: the worked answer over the bare number behind its `####`."""
+    answer = _CALCULATOR.sub("", _string(row, "answer"))
+    bare = answer.rpartition("####")[2].strip()
+    if not bare or "####" not in answer:
+        raise BadRow("answer has no number behind ####")
+    return pair([*_system(row), _user(_string(row, "question"))], answer, bare, (1.0, 0.0))
+
+
 def _hh(row: Fields, renames: Renames) -> Row:
     chosen, rejected = (_hh_messages(_string(row, key), key) for key in ("chosen", "rejected"))
     return pair(_shared_prompt(chosen, rejected), chosen[-1]["content"], rejected[-1]["content"])
@@ -292,6 +301,7 @@ FORMATS: dict[str, Format] = {
     "prompt_completion": Format("conversations", _prompt_completion, _has(_PROMPTS, _ANSWERS)),
     "hh": Format("pairs", _hh, _is_hh),
     "pairs": Format("pairs", _pairs, _has(_CHOSEN, _REJECTED)),
+    "worked_answers": Format("pairs", _worked_answers, _has(("question",), ("answer",))),
 }
 FORMATS_OF: dict[str, tuple[str, ...]] = {
     rows: tuple(name for name, found in FORMATS.items() if found.rows == rows) for rows in ("conversations", "pairs")
