@@ -118,6 +118,11 @@ ADAPTED: tuple[tuple[str, Fields, Fields], ...] = (
         pair("A", "B", "C"),
     ),
     ("hh", {"chosen": f"{HH}Yes", "rejected": f"{HH}No"}, pair("Hi", "Ho", "Really?")),
+    (
+        "worked_answers",
+        {"question": "2 by 3?", "answer": "2*3=<<2*3=6>>6\n#### 6"},
+        {**pair("2 by 3?", chosen_reward=1.0, rejected_reward=0.0), "chosen": "2*3=6\n#### 6", "rejected": "6"},
+    ),
 )
 
 
@@ -182,6 +187,7 @@ BAD: tuple[tuple[str, Fields, str], ...] = (
     ("sharegpt", nemo("good"), "label 'good' is not of the form name:number"),
     ("gsm8k", {"question": "Hi"}, "there is no field answer; the row has question"),
     ("gsm8k", {"question": "Hi", "answer": 3}, "answer is 3, not text"),
+    ("worked_answers", {"question": "Hi", "answer": "6"}, "answer has no number behind ####"),
     ("helpsteer", {"prompt": "Hi", "response": "Ho", "tokens": 3}, "unknown attribute 'tokens'"),
     ("helpsteer", {"prompt": "Hi", "quality": 3}, "there is no field response; the row has prompt, quality"),
     ("prompt_completion", {"prompt": "Hi"}, "there is no field completion or output or response or answer"),
@@ -316,3 +322,11 @@ def test_text_files_are_no_chats(tmp_path: Path, make: Callable[[Path], Path]) -
     (tmp_path / "x.txt").write_text("Hi")
     with pytest.raises(DataError, match=r"allowed: \*\.jsonl\[\.gz\|\.zst\], \*\.json"):
         chat_files(make(tmp_path))
+
+
+def test_fields_can_be_left_out() -> None:
+    from nemo_minitron.config.schema import ChatSource
+    from nemo_minitron.stages.chat_data import _looked_at
+
+    source = ChatSource(source="x", leave_out=("context",))
+    assert _looked_at({"prompt": "Q", "context": "A text."}, source) == {"prompt": "Q"}
