@@ -49,7 +49,9 @@ def run_task(
     work_dir.mkdir(parents=True, exist_ok=True)
     for old in (RESULT_FILE, ERROR_FILE, STOP_FILE, PROGRESS_FILE):
         (work_dir / old).unlink(missing_ok=True)
-    (work_dir / TASK_FILE).write_text(json.dumps({**task, "task": name, "work_dir": str(work_dir)}))
+    (work_dir / TASK_FILE).write_text(
+        json.dumps({**task, "task": name, "work_dir": str(work_dir), "runner": os.getpid()})
+    )
     command = [str(python), str(ENTRY), str(work_dir / TASK_FILE)]
     if num_processes > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]

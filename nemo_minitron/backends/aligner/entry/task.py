@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 PROGRESS_FILE, CURVES_FILE, RESULT_FILE, ERROR_FILE = "aligner.json", "curves.jsonl", "result.json", "error.json"
+WATCH_INTERVAL_S = 1.0
 STOP_FILE = "STOP"
 """Appears in the work folder when the training is to end early, with a checkpoint."""
 
@@ -23,6 +26,7 @@ def is_main() -> bool:
 
 def answer(work_dir: Path, function: Callable[[Task], Mapping[str, Any]], task: Task) -> int:
     """Run the task; write its result, or what went wrong. Returns the exit code."""
+    threading.Thread(target=_end_with, args=(int(task["runner"]),), daemon=True).start()
     try:
         result = function(task)
     except BaseException as error:
@@ -34,6 +38,16 @@ def answer(work_dir: Path, function: Callable[[Task], Mapping[str, Any]], task: 
     if is_main():
         (work_dir / RESULT_FILE).write_text(json.dumps(dict(result)))
     return 0
+
+
+def _end_with(runner: int) -> None:
+    """A runner that was killed starts again, and must find its work folder to itself."""
+    while True:
+        try:
+            os.kill(runner, 0)
+        except ProcessLookupError:
+            os._exit(1)
+        time.sleep(WATCH_INTERVAL_S)
 
 
 class Curves:

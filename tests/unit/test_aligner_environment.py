@@ -1,0 +1,42 @@
+"""Making NeMo-Aligner's environment: what can go wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.backends.aligner import environment
+from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.progress import Progress
+
+PIN = re.compile(r"^[A-Za-z0-9_.-]+==[A-Za-z0-9_.+-]+$")
+
+
+def test_every_requirement_is_pinned() -> None:
+    lines = [line for line in environment.REQUIREMENTS.read_text().splitlines() if not line.startswith("#")]
+    assert all(PIN.match(line) for line in lines)
+    pinned = dict(line.split("==") for line in lines)
+    assert pinned["nemo-aligner"] == environment.SUPPORTED_ALIGNER
+    assert pinned["megatron-core"] == "0.10.0"
+    assert "torch" not in pinned  # that of this machine
+
+
+def test_the_folder_changes_with_the_requirements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = environment.environment_dir()
+    other = tmp_path / "requirements.txt"
+    other.write_text("nemo-aligner==0.8.0\n")
+    monkeypatch.setattr(environment, "REQUIREMENTS", other)
+    assert environment.environment_dir() != before
+
+
+def test_a_failed_installation_says_where_and_leaves_nothing_that_looks_ready(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(environment, "_torch", lambda: "torch==0.0.0")
+    with pytest.raises(EnvironmentProblem, match=r"torch==0\.0\.0 ended with code 1") as error:
+        environment.make_environment(Progress(silent=True), torch_index_url="file:///nowhere")
+    assert "aligner-" in str(error.value.where)
+    assert not environment.is_ready()
