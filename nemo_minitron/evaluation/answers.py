@@ -47,9 +47,13 @@ def _log_probs(model: Any, batch: Sequences) -> list[float]:
         answers[row, len(prompt) : size] = True
     tokens, answers = tokens.to(model.device), answers.to(model.device)
     # Padding is on the right: causal attention never looks at it.
-    logits: Tensor = model(tokens[:, :-1]).logits.float()
-    at_next = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-    return torch.where(answers[:, 1:], at_next, 0.0).sum(-1).tolist()
+    hidden: Tensor = model.base_model(tokens[:, :-1]).last_hidden_state
+    # The output layer is most of a small model's work, and only what precedes an answer's token needs it.
+    wanted = answers[:, 1:]
+    logits: Tensor = model.get_output_embeddings()(hidden[wanted]).float()
+    at_next = logits.log_softmax(-1).gather(-1, tokens[:, 1:][wanted][:, None])[:, 0]
+    per_row = torch.zeros(wanted.shape, dtype=at_next.dtype, device=at_next.device).masked_scatter(wanted, at_next)
+    return per_row.sum(-1).tolist()
 
 
 @torch.inference_mode()
