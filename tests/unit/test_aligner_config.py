@@ -68,6 +68,7 @@ def _check(minitron: Cli, tmp_path: Path, *overrides: str) -> str:
     ("override", "told"),
     [
         ("stages.dpo.aligner.model.dpo.preference_avg_log_probs=true", "preference_average_log_probs"),
+        ("execution.parallel.cp=2", "cp = 2: stages.sft needs whole sequences"),
         ("stages.sft.global_batch_size=7", "not a multiple of micro_batch_size * dp = 4 * 1"),
         ("stages.sft.global_batch_size=32", "valid_rows = 24"),
         ("stages.dpo.inputs.chats=chat_data", "has rows: conversations, not pairs"),
