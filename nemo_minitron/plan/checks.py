@@ -287,7 +287,7 @@ def _context(name: str, stage: Schema, layout: Parallel, seq_len: int) -> Iterat
     key, cp = "execution.parallel.cp", layout.cp
     if cp == 1:
         return
-    if isinstance(stage, ScoreStage | CacheTeacherStage):
+    if isinstance(stage, ScoreStage | CacheTeacherStage) or STAGES[stage.kind].starts_ranks:  # type: ignore[attr-defined]
         yield (
             f"{key} = {cp}: stages.{name} needs whole sequences. Allowed: 1. "
             f"Next: give it a layout of its own, execution.parallel_by_stage.{name}."
