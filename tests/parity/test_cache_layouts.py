@@ -43,6 +43,7 @@ def _distill(sparse: Sampled | TopK, **keys: object) -> DistillStage:
         global_batch_size=4,
         seq_len_tokens=32,
         lr=2e-3,
+        adam_eps=1e-6,  # else rounding decides which way near-zero gradients step
         warmup_steps=2,
         precision="fp32",
         valid_interval_steps=10,
@@ -113,8 +114,8 @@ def test_every_layout_learns_the_same_from_it(folders: dict[str, Path]) -> None:
     assert valid[-1] < valid[0], "the student must learn for this to mean anything"
     for name, parallel in READERS.items():
         found_train, found_valid = _read(name, parallel, cache, params, folders)
-        np.testing.assert_allclose(found_train, train, atol=1e-4, err_msg=name)
-        np.testing.assert_allclose(found_valid, valid, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(found_train, train, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(found_valid, valid, atol=2e-5, err_msg=name)
 
 
 def test_all_of_the_vocabulary_from_the_cache_is_the_live_teacher(folders: dict[str, Path]) -> None:
