@@ -93,3 +93,14 @@ def test_configs_are_plain() -> None:
         text = file.read_text()
         assert "${" not in text, file
         yaml.safe_load(text)
+
+
+def test_what_nemo_lacks_is_refused(tmp_path: Path) -> None:
+    from nemo_minitron.backends.aligner.model_config import nemo_model_config
+    from nemo_minitron.hf.checkpoint import Checkpoint
+    from tests.support.tiny_models import tiny_model_dir
+
+    for case, told in (("qwen3", "norms of queries and keys"), ("nemotron", "need Transformer Engine")):
+        shape = Checkpoint.open(tiny_model_dir(tmp_path, case)).shape
+        with pytest.raises(ConfigError, match=told):
+            nemo_model_config(shape, tmp_path, seq_len_tokens=64, on_cpu=True, where=case)

@@ -31,6 +31,12 @@ def nemo_model_config(
         ConfigError: NeMo 2.1 has no such model.
     """
     _require_known(shape, where)
+    if on_cpu and shape.norm == "layernorm1p":
+        raise ConfigError(
+            "Norms with 1 + weight (Nemotron, Minitron) need Transformer Engine in NeMo 2.1.",
+            where=where,
+            next_step="Align this model on a GPU.",
+        )
     return {
         "mcore_gpt": True,
         "transformer_engine": not on_cpu,
