@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nemo_minitron import __version__
+from nemo_minitron import __version__, cli_launch
 from nemo_minitron.cli_aligner import convert, env_app
 from nemo_minitron.cli_chat import chat
 from nemo_minitron.cli_show import show
@@ -65,12 +65,18 @@ def load_plan(file: Path, overrides: list[str] | None, *, checked: bool = True) 
 
 
 @app.command()
-def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    cluster: Annotated[bool, typer.Option(help="Look at the cluster too, from here.")] = False,
+) -> None:
     """Find every mistake in a recipe. Needs no GPU, no torch, no network."""
     from nemo_minitron.plan.epochs import epoch_warnings
 
     plan = load_plan(recipe, overrides)
     _print_warnings(list(epoch_warnings(plan)))
+    if cluster:
+        cli_launch.check_cluster(plan.recipe)
     console.print(f"[green]ok[/green] {plan.recipe.name}: {len(plan.calls)} stages")
 
 
@@ -160,6 +166,10 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     _print_report_path(run_dir(loaded))
 
 
+app.command()(cli_launch.launch)
+app.command()(cli_launch.logs)
+app.command()(cli_launch.cancel)
+app.command(hidden=True)(cli_launch.stage)
 app.command()(show)
 app.command()(convert)
 app.command()(chat)

@@ -57,5 +57,9 @@ class EnvironmentProblem(MinitronError):
     """The machine lacks something: a package, disk space, permissions, an asset."""
 
 
+class ProcessesDied(EnvironmentProblem):
+    """Processes of a stage ended without a word: killed, out of memory, or on a node that was lost."""
+
+
 class Interrupted(MinitronError):
     """The run stopped because it was asked to. Not a failure: the CLI exits with 130."""

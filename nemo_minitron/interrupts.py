@@ -20,6 +20,10 @@ REASONS = (*SIGNALS, f"the file {STOP_FILE}")
 WATCH_INTERVAL_S = 0.5
 
 
+STOP_VARIABLE = "MINITRON_STOP_FILE"
+"""Names a file in which the script of a job leaves the signal that it got."""
+
+
 class StopRequest:
     """Whether this process was asked to stop, and by what.
 
@@ -75,6 +79,12 @@ class StopRequest:
         self._signal = signal.Signals(number).name
         if not self._waits:
             raise KeyboardInterrupt(self._signal)
+
+
+def stop_file_of_job() -> Path | None:
+    """Where the script of a job tells that its time is nearly up; None outside such a job."""
+    name = os.environ.get(STOP_VARIABLE)
+    return Path(name) if name else None
 
 
 def exit_without_parent(other: int | None = None) -> None:

@@ -7,16 +7,18 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nemo_minitron.artifacts.manifest import Manifest, hash_files, read_manifest, sha256_of, write_manifest
 from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.errors import ArtifactError
 
 _WORK, _SUPERSEDED, _PARTIAL = ".work", ".superseded", ".partial-"
+LOCK_POLL_S = 1.0
 _LOCK, _ACCEPTED, _WORK_IDENTITY = ".lock", "accepted_drift.json", "fingerprint"
 
 
@@ -113,9 +115,10 @@ class Store:
         """Move a published stage out of the way; nothing is deleted."""
         self._move_away(self.published(stage), stage)
 
-    def remove_leftovers(self) -> None:
-        """Delete folders of runners that were killed while they wrote."""
-        for folder in self.root.glob(f"{_PARTIAL}*"):
+    def remove_leftovers(self, stage: str | None = None) -> None:
+        """Delete folders of runners that were killed while they wrote; of one stage, where others may be at work."""
+        pattern = f"{_PARTIAL}*" if stage is None else f"{_PARTIAL}{stage}-[0-9]*"
+        for folder in self.root.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _move_away(self, folder: Path, stage: str) -> None:
@@ -160,27 +163,42 @@ class Store:
     # --- lock ---------------------------------------------------------------------------------
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Held while a runner works in this folder; freed by the system when it dies.
+    def lock(self, stage: str | None = None, *, patience_s: float = 0.0) -> Iterator[None]:
+        """Held while a runner works in this folder, or only on one stage of it; freed by the system when it dies.
 
         Raises:
-            ArtifactError: another runner holds it.
+            ArtifactError: another runner holds it, and has not gone after `patience_s`.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / _LOCK).open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise ArtifactError(
-                    f"Another runner works on this run: {file.read().strip() or 'unknown process'}.",
-                    where=str(self.root),
-                    next_step="Wait for it (`minitron status RECIPE`), or give this run another name: name=...",
-                ) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {os.uname().nodename}: {' '.join(sys.argv)}\n")
-            file.flush()
+        with ExitStack() as held:
+            _hold(held.enter_context((self.root / _LOCK).open("a+")), self.root, patience_s, shared=stage is not None)
+            if stage is not None:
+                (self.root / _WORK).mkdir(exist_ok=True)
+                own = self.root / _WORK / f"{stage}{_LOCK}"
+                _hold(held.enter_context(own.open("a+")), self.root, patience_s, shared=False)
             yield
+
+
+def _hold(file: TextIO, root: Path, patience_s: float, *, shared: bool) -> None:
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() < until:
+                time.sleep(LOCK_POLL_S)
+                continue
+            file.seek(0)
+            raise ArtifactError(
+                f"Another runner works on this run: {file.read().strip() or 'jobs that run its stages'}.",
+                where=str(root),
+                next_step="Wait for it (`minitron status RECIPE`), or give this run another name: name=...",
+            ) from None
+    file.truncate(0)
+    if not shared:
+        file.write(f"process {os.getpid()} on {os.uname().nodename}: {' '.join(sys.argv)}\n")
+        file.flush()
 
 
 def _in_the_way(problem: str, where: Path) -> ArtifactError:

@@ -9,7 +9,9 @@ from typing import Any
 from nemo_minitron.config.schema import Recipe
 from nemo_minitron.errors import ConfigError
 
-RECIPES, CONFIGS = "recipes", "configs"
+RECIPES, CONFIGS, CLUSTER = "recipes", "configs", "cluster"
+SHORT = {"launcher": "execution.launcher", CLUSTER: "execution.cluster"}
+"""First words of overrides that stand for a longer key."""
 
 
 def compose(recipe: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -30,6 +32,7 @@ def compose(recipe: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from yaml import YAMLError
 
     file = require_recipe(recipe)
+    site, overrides = _split_cluster(overrides)
     search = f"hydra.searchpath=[file://{configs_dir(file)}]"
     GlobalHydra.instance().clear()
     try:
@@ -44,7 +47,49 @@ def compose(recipe: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         ) from error
     assert isinstance(out, dict)
     out.setdefault("name", recipe_name(file))
+    if site is not None:
+        execution = out.setdefault("execution", {})
+        execution["cluster"] = _over(_read_cluster(site, configs_dir(file)), execution.get("cluster") or {})
     return {str(key): value for key, value in out.items()}
+
+
+def _split_cluster(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
+    """(the site of `cluster=NAME`, the other overrides)."""
+    chosen = [text.split("=", 1)[1] for text in overrides if text.startswith(f"{CLUSTER}=")]
+    return (chosen[-1] if chosen else None), [text for text in overrides if not text.startswith(f"{CLUSTER}=")]
+
+
+def _read_cluster(site: str, configs: Path) -> dict[str, Any]:
+    """The site's file, by its name in configs/cluster/ or by its path."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    own = configs / CLUSTER / f"{site}.yaml"
+    file = next((path for path in (own, Path(site)) if path.is_file()), None)
+    if file is None:
+        raise ConfigError(
+            f"There is no cluster {site}.",
+            allowed=", ".join(sorted(path.stem for path in (configs / CLUSTER).glob("*.yaml"))) or None,
+            next_step=f"Copy one of {configs / CLUSTER} and change it, or name a file: cluster=path/to/site.yaml.",
+        )
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    except (OmegaConfBaseException, YAMLError, OSError) as error:
+        raise ConfigError("The cluster could not be read: " + _first_lines(error), where=str(file)) from error
+    if not isinstance(found, dict):
+        raise ConfigError("A cluster is a mapping of keys to values.", where=str(file))
+    return {str(key): value for key, value in found.items()}
+
+
+def _over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`, section by section."""
+    nested = {
+        key: _over(base[key], value)
+        for key, value in changes.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
+    return {**base, **changes, **nested}
 
 
 def require_recipe(recipe: Path) -> Path:
@@ -79,6 +124,9 @@ def configs_dir(file: Path) -> Path:
 
 def _lenient(override: str) -> str:
     """Let plain `a.b=1` set keys that only the schema knows; the schema refuses the wrong ones, by name."""
+    first = override.split("=", 1)[0].split(".")[0]
+    if first in SHORT:
+        override = SHORT[first] + override[len(first) :]
     key = override.split("=", 1)[0]
     if "=" in override and key.split(".")[0] in Recipe.model_fields and "@" not in key:
         return f"++{override}"

@@ -18,6 +18,7 @@ from nemo_minitron.data.chat.rows import ATTRIBUTES
 from nemo_minitron.hf.checkpoint import model_facts
 from nemo_minitron.stages.align_rows import Rows, write_rows
 from nemo_minitron.stages.annotate import agreement, predict, read_labels
+from nemo_minitron.stages.nodes import Nodes
 from nemo_minitron.stages.spec import Result, StageContext
 
 CURVES_FILE = "curves.jsonl"
@@ -172,6 +173,7 @@ def _train(job: Job, ctx: StageContext, out: Path) -> dict[str, Any]:
         ctx.stop,
         num_processes=layout.world_size,
         threads=ctx.execution.threads,
+        stage_work=ctx.work_dir,
     )
     shutil.copyfile(ctx.work_dir / "training" / CURVES_FILE, ctx.out_dir / CURVES_FILE)
     shutil.copyfile(ctx.work_dir / "aligner_config.json", ctx.out_dir / "aligner_config.json")
@@ -185,8 +187,10 @@ def _common(job: Job, layout: Parallel, work_dir: Path) -> dict[str, Any]:
     num_steps = params.num_steps or params.num_epochs * steps_per_epoch
     num_epochs = -(-num_steps // steps_per_epoch)
     interval = min(params.valid_interval_steps, num_steps)
+    nodes = Nodes.here().count if layout.world_size > 1 else 1
     return {
-        "trainer.devices": layout.world_size,
+        "trainer.num_nodes": nodes,
+        "trainer.devices": layout.world_size // nodes,
         "trainer.max_epochs": num_epochs,
         "trainer.max_steps": num_steps,
         f"trainer.{key}.max_epochs": num_epochs,

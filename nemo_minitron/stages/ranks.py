@@ -12,9 +12,10 @@ from typing import Any
 
 from nemo_minitron import errors
 from nemo_minitron.config.schema import Recipe
-from nemo_minitron.errors import EnvironmentProblem, Interrupted, MinitronError
+from nemo_minitron.errors import Interrupted, MinitronError, ProcessesDied
 from nemo_minitron.interrupts import RELAY_FILE, SIGNALS, StopRequest
 from nemo_minitron.plan.planner import StageCall
+from nemo_minitron.stages.nodes import Nodes, deaf_to_stops, start_everywhere
 
 CALL_FILE, RESULT_FILE, ERROR_FILE, STATUS_FILE = "call.json", "result.json", "error.json", "progress.json"
 TRAINING_KINDS = ("distill", "train", "correct", "candidate")
@@ -27,26 +28,26 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
 
     Raises:
         MinitronError: what a rank raised.
-        EnvironmentProblem: the ranks ended without a word.
+        ProcessesDied: the ranks ended without a word.
         Interrupted: the run was asked to stop.
     """
     for name in (RESULT_FILE, ERROR_FILE, RELAY_FILE):
         (work / name).unlink(missing_ok=True)
-    order = {"recipe": recipe.model_dump(mode="json"), "stage": call.name, "out_dir": str(out), "runner": os.getpid()}
+    order = {"recipe": recipe.model_dump(mode="json"), "stage": call.name, "out_dir": str(out)}
     (work / CALL_FILE).write_text(json.dumps(order))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={call.parallel.world_size}", "-m", "nemo_minitron.stages.worker"]
-    command += [str(work / CALL_FILE)]
+    nodes = Nodes.here()
+    command = nodes.agent_command(sys.executable, call.parallel.world_size)
+    command += ["-m", "nemo_minitron.stages.worker", str(work / CALL_FILE)]
     log = root / "logs" / f"{call.name}.ranks.log"
     with log.open("w") as file, stop.deferred():
-        process = _start(command, file)
+        process = start_everywhere(command, _environment(), nodes, work, lambda words, own: _start(words, own, file))
         code = _wait(process, call.kind, work, stop)
     if stop.asked_by() is not None and call.kind not in TRAINING_KINDS:
         raise Interrupted(f"Stopped in stage {call.name} as asked by {stop.asked_by()}; the same command goes on.")
     if (work / ERROR_FILE).is_file():
         raise load_error(work / ERROR_FILE)
     if code or not (work / RESULT_FILE).is_file():
-        raise EnvironmentProblem(
+        raise ProcessesDied(
             f"Stage {call.name} ended with code {code} on {call.parallel.world_size} processes.",
             where=str(log),
             next_step="Read the log; the same command goes on from the last checkpoint.",
@@ -54,23 +55,20 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
     return dict(json.loads((work / RESULT_FILE).read_text()))
 
 
-def _start(command: list[str], log: Any) -> subprocess.Popen[bytes]:
-    """torchrun, deaf to the signals that ask for a stop: it would give its ranks 30 s and then kill them.
-
-    Ignored signals stay ignored in a child. torchrun handles SIGTERM itself unless this variable says otherwise
-    (older versions than torch 2.9 do not read it).
-    """
-    environment = {
-        **os.environ,
+def _environment() -> dict[str, str]:
+    """torchrun handles SIGTERM itself unless this says otherwise (versions before torch 2.9 do not read it)."""
+    return {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT",
     }
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS.values()}
-    try:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=None if sys.stderr.isatty() else log)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+
+def _start(command: list[str], environment: dict[str, str], log: Any) -> subprocess.Popen[bytes]:
+    """torchrun, deaf to the signals that ask for a stop: it would give its ranks 30 s and then kill them."""
+    stderr = None if sys.stderr.isatty() else log
+    return deaf_to_stops(
+        tuple(SIGNALS.values()), lambda: subprocess.Popen(command, env=environment, stdout=log, stderr=stderr)
+    )
 
 
 def _wait(process: subprocess.Popen[bytes], kind: str, work: Path, stop: StopRequest) -> int:

@@ -22,7 +22,7 @@ from nemo_minitron.artifacts.manifest import Manifest, provenance
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import Recipe
 from nemo_minitron.errors import ArtifactError, EnvironmentProblem, Interrupted, MinitronError
-from nemo_minitron.interrupts import StopRequest
+from nemo_minitron.interrupts import StopRequest, stop_file_of_job
 from nemo_minitron.plan.epochs import repeated_text
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, StageCall, make_plan
@@ -55,7 +55,7 @@ def run_recipe(recipe: Recipe, options: RunOptions, *, quiet: bool = False) -> R
     """
     store = Store(run_dir(recipe))
     stop = StopRequest(store.root)
-    with _disk_errors(store.root), store.lock(), stop.listening():
+    with disk_errors(store.root), store.lock(), stop.listening():
         store.remove_leftovers()
         if stop.clear():
             Progress(silent=quiet).say(f"removed {stop.file}, which an earlier run was stopped with")
@@ -63,7 +63,7 @@ def run_recipe(recipe: Recipe, options: RunOptions, *, quiet: bool = False) -> R
         recipe = plan.recipe
         wanted = plan.needed_for(options.until)
         store.require_room(wanted)
-        (store.root / "plan.json").write_text(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
+        write_plan(recipe, store)
         for call in plan.calls:
             if call.name in wanted and plan.states[call.name].status != "finished":
                 _require_not_stopped(stop, f"before stage {call.name}")
@@ -126,6 +126,52 @@ def _drift_error(plan: RunPlan, left: set[str], store: Store) -> ArtifactError:
         "    name=NEW_NAME    keep this run and start another one\n"
         "    --accept-drift   go on with the old output",
     )
+
+
+def run_single(recipe: Recipe, stage: str, *, patience_s: float = 0.0, quiet: bool = False) -> None:
+    """Bring one stage to `finished`, beside runners of other stages; what it needs has finished.
+
+    Args:
+        patience_s: how long another runner of the stage may take to go.
+
+    Raises:
+        PlanError: no such stage.
+        ArtifactError: another runner works on it, what it needs is missing, or the recipe has changed since.
+        Interrupted: it was asked to stop.
+    """
+    store = Store(run_dir(recipe))
+    stop = StopRequest(store.root, stop_file_of_job())
+    with disk_errors(store.root), store.lock(stage, patience_s=patience_s), stop.listening():
+        plan = make_plan(recipe)
+        _require_stage(plan, stage)
+        if plan.states[stage].status == "finished":
+            return
+        if plan.states[stage].status == "changed":
+            raise _drift_error(plan, {stage}, store)
+        store.remove_leftovers(stage)
+        store.require_room([stage])
+        run_stage(plan.call(stage), plan.recipe, store, stop, RunOptions(), quiet=quiet)
+
+
+def settle(recipe: Recipe, options: RunOptions) -> RunPlan:
+    """What `run_recipe` does before its first stage: drift is settled, leftovers are gone, the recipe is written.
+
+    Raises:
+        MinitronError: the first problem.
+    """
+    store = Store(run_dir(recipe))
+    with disk_errors(store.root), store.lock():
+        store.remove_leftovers()
+        StopRequest(store.root).clear()
+        plan = _settle_drift(make_plan(recipe), store, options)
+        store.require_room(plan.needed_for(options.until))
+        write_plan(plan.recipe, store)
+    return plan
+
+
+def write_plan(recipe: Recipe, store: Store) -> None:
+    """The composed recipe, in the run's folder."""
+    (store.root / "plan.json").write_text(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
 
 
 def run_stage(
@@ -192,7 +238,7 @@ def _copy_report(call: StageCall, out: Path, root: Path) -> None:
 
 
 @contextmanager
-def _disk_errors(root: Path) -> Iterator[None]:
+def disk_errors(root: Path) -> Iterator[None]:
     """Turn what the disk refuses into a message."""
     try:
         yield

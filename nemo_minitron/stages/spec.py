@@ -66,20 +66,26 @@ class StageSpec:
     """Runs on execution.parallel.world_size processes inside a Megatron session."""
     starts_ranks: bool = False
     """Has a layout, and starts its processes itself: they run in another environment."""
+    one_gpu: bool = False
+    """Has no layout, and is faster on a GPU."""
+    needs_aligner: bool = False
+    """Runs where NeMo-Aligner is."""
 
     @property
     def has_layout(self) -> bool:
         return self.distributed or self.starts_ranks
+
+    @property
+    def uses_gpu(self) -> bool:
+        return self.has_layout or self.one_gpu
 
     def load(self) -> StageFunction:
         module, function = self.entry.split(":")
         return getattr(import_module(module), function)
 
 
-def _spec(
-    kind: str, module: str, *, version: int = 1, distributed: bool = False, starts_ranks: bool = False
-) -> StageSpec:
-    return StageSpec(kind, version, f"nemo_minitron.stages.{module}", distributed, starts_ranks)
+def _spec(kind: str, entry: str, *, version: int = 1, **flags: bool) -> StageSpec:
+    return StageSpec(kind, version, f"nemo_minitron.stages.{entry}", **flags)
 
 
 STAGES: dict[str, StageSpec] = {
@@ -90,12 +96,12 @@ STAGES: dict[str, StageSpec] = {
         _spec("init", "init:init"),
         _spec("tokenize", "tokenize:tokenize"),
         _spec("chat_data", "chat_data:chat_data"),
-        _spec("sft", "align:sft", starts_ranks=True),
-        _spec("steerlm_sft", "align:sft", starts_ranks=True),
-        _spec("dpo", "align:dpo", starts_ranks=True),
-        _spec("train_attribute_model", "align:train_attribute_model", starts_ranks=True),
-        _spec("annotate", "annotate:annotate"),
-        _spec("evaluate_chat", "evaluate_chat:evaluate_chat"),
+        _spec("sft", "align:sft", starts_ranks=True, needs_aligner=True),
+        _spec("steerlm_sft", "align:sft", starts_ranks=True, needs_aligner=True),
+        _spec("dpo", "align:dpo", starts_ranks=True, needs_aligner=True),
+        _spec("train_attribute_model", "align:train_attribute_model", starts_ranks=True, needs_aligner=True),
+        _spec("annotate", "annotate:annotate", one_gpu=True, needs_aligner=True),
+        _spec("evaluate_chat", "evaluate_chat:evaluate_chat", one_gpu=True),
         _spec("check_teacher", "check_teacher:check_teacher", distributed=True),
         _spec("score", "score:score", version=2, distributed=True),
         _spec("candidate", "candidate:candidate", distributed=True),
@@ -107,7 +113,7 @@ STAGES: dict[str, StageSpec] = {
         _spec("train", "train:train", distributed=True),
         _spec("correct", "train:train", distributed=True),
         _spec("evaluate", "evaluate:evaluate", distributed=True),
-        _spec("speed", "speed:speed"),
+        _spec("speed", "speed:speed", one_gpu=True),
         _spec("export", "export:export"),
         _spec("report", "report:report"),
     )

@@ -15,6 +15,7 @@ from nemo_minitron.interrupts import RELAY_FILE, StopRequest, exit_without_paren
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import make_plan
 from nemo_minitron.progress import Progress
+from nemo_minitron.stages.nodes import RUNNER_VARIABLE
 from nemo_minitron.stages.ranks import ERROR_FILE, RESULT_FILE, STATUS_FILE, save_error
 from nemo_minitron.stages.runner import call_stage
 from nemo_minitron.stages.spec import StageContext
@@ -23,7 +24,7 @@ from nemo_minitron.stages.spec import StageContext
 def main(call_file: Path) -> int:
     """Run the stage on this rank; rank 0 leaves the result, or the error, beside the call file."""
     order = json.loads(call_file.read_text())
-    exit_without_parent(order["runner"])
+    exit_without_parent(int(os.environ[RUNNER_VARIABLE]))
     recipe = Recipe.model_validate(order["recipe"])
     work, is_main = call_file.parent, os.environ.get("RANK", "0") == "0"
     # The runner hands on what it was asked; only one rank looks at files.

@@ -121,7 +121,7 @@ def self_test(python: Path, log: Path) -> dict[str, str]:
     work = log.with_name(f"self-test-{os.getpid()}-{time.time_ns()}")
     work.mkdir(parents=True)
     try:
-        (work / "task.json").write_text(json.dumps({"task": "self_test", "work_dir": str(work), "runner": os.getpid()}))
+        (work / "task.json").write_text(json.dumps({"task": "self_test", "work_dir": str(work)}))
         _run([str(python), str(ENTRY), str(work / "task.json")], log, "self-test")
         versions: dict[str, str] = json.loads((work / "result.json").read_text())["versions"]
     finally:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from nemo_minitron.backends.aligner.environment import ENTRY, aligner_python
-from nemo_minitron.errors import EnvironmentProblem, Interrupted
+from nemo_minitron.errors import EnvironmentProblem, Interrupted, ProcessesDied
 from nemo_minitron.interrupts import StopRequest
 from nemo_minitron.progress import Bar, Progress
+from nemo_minitron.stages.nodes import Nodes, start_everywhere
 
 TASK_FILE, RESULT_FILE, ERROR_FILE = "task.json", "result.json", "error.json"
 PROGRESS_FILE, STOP_FILE = "aligner.json", "STOP"
@@ -32,6 +33,7 @@ def run_task(
     *,
     num_processes: int = 1,
     threads: int | None = None,
+    stage_work: Path | None = None,
 ) -> dict[str, Any]:
     """The task's result.
 
@@ -40,6 +42,7 @@ def run_task(
         work_dir: orders and answers; what a training needs to go on.
         log: everything that the processes print.
         threads: of each process; None: the cores divided by the processes.
+        stage_work: the stage's work folder, where other nodes of the job look for orders; None: `work_dir`.
 
     Raises:
         EnvironmentProblem: no NeMo-Aligner, or the task failed.
@@ -49,23 +52,26 @@ def run_task(
     work_dir.mkdir(parents=True, exist_ok=True)
     for old in (RESULT_FILE, ERROR_FILE, STOP_FILE, PROGRESS_FILE):
         (work_dir / old).unlink(missing_ok=True)
-    (work_dir / TASK_FILE).write_text(
-        json.dumps({**task, "task": name, "work_dir": str(work_dir), "runner": os.getpid()})
-    )
+    (work_dir / TASK_FILE).write_text(json.dumps({**task, "task": name, "work_dir": str(work_dir)}))
+    nodes = Nodes.here() if num_processes > 1 else Nodes()
     command = [str(python), str(ENTRY), str(work_dir / TASK_FILE)]
     if num_processes > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-        command = [str(python), *torchrun, str(ENTRY / "__main__.py"), str(work_dir / TASK_FILE)]
+        command = nodes.agent_command(python, num_processes)
+        command += [str(ENTRY / "__main__.py"), str(work_dir / TASK_FILE)]
+    environment = _environment(threads or max(1, (os.cpu_count() or 1) * nodes.count // num_processes))
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file, stop.deferred():
-        process = _start(command, file, threads or max(1, (os.cpu_count() or 1) // num_processes))
+        process = start_everywhere(
+            command, environment, nodes, stage_work or work_dir, lambda words, own: _start(words, own, file)
+        )
         code = _wait(process, name, work_dir, progress, stop)
     return _result(name, code, work_dir, log, stop)
 
 
-def _start(command: list[str], log: IO[str], threads: int) -> subprocess.Popen[bytes]:
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
-    environment |= {
+def _environment(threads: int) -> dict[str, str]:
+    return {
+        "PYTHONPATH": "",  # what is set for this package is not for that environment
+        "PYTHONHOME": "",
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -75,6 +81,9 @@ def _start(command: list[str], log: IO[str], threads: int) -> subprocess.Popen[b
         "MASTER_PORT": str(_free_port()),
         "PYTHONWARNINGS": "ignore",
     }
+
+
+def _start(command: list[str], environment: dict[str, str], log: IO[str]) -> subprocess.Popen[bytes]:
     # In a session of its own: Ctrl-C reaches the runner, which asks for a checkpoint first.
     return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
@@ -131,7 +140,7 @@ def _result(name: str, code: int, work_dir: Path, log: Path, stop: StopRequest) 
     if (work_dir / ERROR_FILE).is_file():
         error = json.loads((work_dir / ERROR_FILE).read_text())
         reason = f": {error['type']}: {error['message']}"[:600]
-    raise EnvironmentProblem(
+    raise (EnvironmentProblem if reason else ProcessesDied)(
         f"NeMo-Aligner's {name} ended with code {code}{reason}",
         where=str(log),
         next_step="Read the log; the same command goes on from the last checkpoint.",

@@ -37,6 +37,7 @@ from nemo_minitron.config.schema.base import (
     WidthMethod,
 )
 from nemo_minitron.config.schema.chat_evaluation import EvaluateChatInputs, EvaluateChatStage
+from nemo_minitron.config.schema.cluster import Cluster, Container, Mount, Resources
 from nemo_minitron.config.schema.execution import (
     Execution,
     Parallel,
@@ -154,6 +155,8 @@ __all__ = [
     "ChatSource",
     "CheckTeacherInputs",
     "CheckTeacherStage",
+    "Cluster",
+    "Container",
     "CorrectStage",
     "DataSource",
     "DepthTask",
@@ -179,6 +182,7 @@ __all__ = [
     "LogitsLoss",
     "Loss",
     "LossGuard",
+    "Mount",
     "NewTokenizer",
     "Optimization",
     "Parallel",
@@ -188,6 +192,7 @@ __all__ = [
     "Recipe",
     "ReportInputs",
     "ReportStage",
+    "Resources",
     "RowKind",
     "Rung",
     "Sampled",

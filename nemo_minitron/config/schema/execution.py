@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from nemo_minitron.config.schema.base import Schema, StageName
+from nemo_minitron.config.schema.cluster import Cluster
 
 
 class Parallel(Schema):
@@ -53,3 +54,7 @@ class Execution(Schema):
     """Of one process, for the MFU that training shows; null: measured with a matrix product at the start."""
     parallel: Parallel = Parallel()
     parallel_by_stage: dict[StageName, Parallel] = Field(default_factory=dict)
+    launcher: Literal["local", "slurm"] = "local"
+    """For `minitron launch`; `launcher=slurm` is short for it."""
+    cluster: Cluster | None = None
+    """Where `minitron launch` submits; `cluster=NAME` takes it from configs/cluster/NAME.yaml."""

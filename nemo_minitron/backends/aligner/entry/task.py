@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 PROGRESS_FILE, CURVES_FILE, RESULT_FILE, ERROR_FILE = "aligner.json", "curves.jsonl", "result.json", "error.json"
+RUNNER_VARIABLE = "MINITRON_RUNNER"
+"""The process of this node with which this one ends."""
 WATCH_INTERVAL_S = 1.0
 STOP_FILE = "STOP"
 """Appears in the work folder when the training is to end early, with a checkpoint."""
@@ -26,7 +28,8 @@ def is_main() -> bool:
 
 def answer(work_dir: Path, function: Callable[[Task], Mapping[str, Any]], task: Task) -> int:
     """Run the task; write its result, or what went wrong. Returns the exit code."""
-    threading.Thread(target=_end_with, args=(int(task["runner"]),), daemon=True).start()
+    if RUNNER_VARIABLE in os.environ:
+        threading.Thread(target=_end_with, args=(int(os.environ[RUNNER_VARIABLE]),), daemon=True).start()
     try:
         result = function(task)
     except BaseException as error:

@@ -1,0 +1,67 @@
+"""What was submitted: a folder for each submission in `<run>/launch/`, with a list of its jobs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+LAUNCH_DIR, JOBS_FILE, RECIPE_FILE = "launch", "jobs.json", "recipe.json"
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """One job of a submission."""
+
+    name: str
+    stages: tuple[str, ...]
+    job_ids: tuple[str, ...]
+    """More than one: the links of a chain, in order."""
+    log: str
+    """Pattern of its log, with Slurm's %j, %A and %a."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """All jobs of one `minitron launch`."""
+
+    folder: Path
+    launcher: str
+    time: float
+    jobs: tuple[Submitted, ...] = field(default=())
+
+    @property
+    def job_ids(self) -> list[str]:
+        return [job_id for job in self.jobs for job_id in job.job_ids]
+
+    def write(self) -> None:
+        """Replace the list in the submission's folder."""
+        facts = {"launcher": self.launcher, "time": self.time, "jobs": [asdict(job) for job in self.jobs]}
+        partial = self.folder / f".{JOBS_FILE}"
+        partial.write_text(json.dumps(facts, indent=2) + "\n")
+        partial.replace(self.folder / JOBS_FILE)
+
+
+def new_folder(run: Path) -> Path:
+    """The folder of the next submission."""
+    number = max((int(folder.name) for folder in _folders(run)), default=0) + 1
+    folder = run / LAUNCH_DIR / f"{number:03d}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def newest(run: Path) -> Submission | None:
+    """The last submission of this run."""
+    for folder in sorted(_folders(run), reverse=True):
+        file = folder / JOBS_FILE
+        if file.is_file():
+            facts = json.loads(file.read_text())
+            jobs = tuple(
+                Submitted(job["name"], tuple(job["stages"]), tuple(job["job_ids"]), job["log"]) for job in facts["jobs"]
+            )
+            return Submission(folder, facts["launcher"], facts["time"], jobs)
+    return None
+
+
+def _folders(run: Path) -> list[Path]:
+    return [path for path in (run / LAUNCH_DIR).glob("[0-9]*") if path.is_dir()]

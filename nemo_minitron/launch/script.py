@@ -1,0 +1,212 @@
+"""The sbatch script of a job. Pure: the same job gives the same text; every value is quoted.
+
+What a script decides, it decides on files, never on exit codes: a stage has finished when its manifest is there.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_minitron.config.schema import Cluster
+from nemo_minitron.launch.containers import IN_CONTAINER, Place, inside, srun_options
+from nemo_minitron.launch.jobs import Job
+
+FIRST_PORT, NUM_PORTS = 20000, 20000
+"""The ranks of a job of several nodes meet on a port that its number gives."""
+
+PRELUDE = """\
+run={run}
+launch={launch}
+stages=({stages})
+stage=${{stages[${{SLURM_ARRAY_TASK_ID:-0}}]}}
+work="$run/.work/$stage"
+restarts=${{SLURM_RESTART_COUNT:-0}}
+id=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+id=${{id:-$SLURM_JOB_ID}}
+export MINITRON_STOP_FILE="$launch/$stage.stop"
+export MINITRON_FAILED_FILE="$launch/$stage.failed"
+
+say() {{ printf '%s minitron: job %s, restart %s, %s: %s\\n' "$(date '+%F %T')" "$id" "$restarts" "$stage" "$1"; }}
+is_done() {{ [ -f "$run/$stage/manifest.json" ]; }}
+# The names of what the stage has saved so far: they change with every checkpoint.
+saved() {{
+    find "$work" -mindepth 2 -type f -not -path '*partial*' -not -path '*/orders/*' 2>/dev/null | sort | cksum
+}}
+
+if is_done; then say 'has finished already'; exit 0; fi
+if [ -e "$MINITRON_FAILED_FILE" ]; then say "failed before: $(cat -- "$MINITRON_FAILED_FILE")"; exit 1; fi
+rm -f -- "$MINITRON_STOP_FILE"
+before=$(saved)
+# The time is nearly up: the stage finds this file, saves itself and ends.
+trap 'printf SIGUSR1 >"$MINITRON_STOP_FILE"; say "the time is nearly up: asked to save"' USR1
+say "starts on $SLURM_JOB_NODELIST"
+"""
+
+SEVERAL_NODES = """\
+host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MINITRON_NODES="$SLURM_JOB_NUM_NODES"
+export MINITRON_RENDEZVOUS="$host:$(({first_port} + SLURM_JOB_ID % {num_ports}))"
+export MINITRON_ATTEMPT="$SLURM_JOB_ID-$restarts"
+"""
+
+WAIT = """\
+step=$!
+# A trapped signal ends `wait` early.
+while :; do
+    wait "$step"
+    kill -0 "$step" 2>/dev/null || break
+done
+
+if is_done; then say 'finished'; exit 0; fi
+if [ -e "$MINITRON_FAILED_FILE" ]; then say "failed: $(cat -- "$MINITRON_FAILED_FILE")"; exit 1; fi
+if [ -e "$run/STOP" ]; then say "stopped by $run/STOP"; exit 1; fi
+if [ "$(saved)" = "$before" ]; then
+    say 'ended, and has saved nothing new in this job: not tried again' | tee "$MINITRON_FAILED_FILE"
+    exit 1
+fi
+if [ "$restarts" -ge {max_restarts} ]; then
+    say 'has been restarted {max_restarts} times: not tried again' | tee "$MINITRON_FAILED_FILE"
+    exit 1
+fi
+"""
+
+REQUEUE = """\
+say 'goes on in the next job'
+for _ in 1 2 3 4 5 6; do
+    scontrol requeue "$id" && sleep 600
+    sleep 20
+done
+say 'could not be queued again'
+exit 1
+"""
+
+LINK = """\
+if [ "${MINITRON_LAST_LINK:-no}" = yes ]; then
+    say 'was the last link of its chain: launch again, or raise execution.cluster.links'
+    exit 1
+fi
+say 'goes on in the next link of its chain'
+exit 0
+"""
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """Where a script finds its things."""
+
+    recipe_name: str
+    run_dir: Path
+    launch_dir: Path
+    """Of this submission: the composed recipe, the scripts, the notes that stages leave for them."""
+    place: Place
+    program: str
+    """`minitron` on the node, where no container is used."""
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.launch_dir / "recipe.json"
+
+
+def render(job: Job, cluster: Cluster, where: Scripted) -> str:
+    """The whole script."""
+    quoted_stages = " ".join(shlex.quote(stage) for stage in job.stages)
+    parts = [
+        "#!/bin/bash",
+        *(f"#SBATCH {option}" for option in sbatch_options(job, cluster, where)),
+        "set -uo pipefail",
+        f"cd -- {_quote(where.place.cwd)} || exit 1",
+        *_setup(cluster),
+        PRELUDE.format(run=_quote(where.run_dir), launch=_quote(where.launch_dir), stages=quoted_stages),
+    ]
+    if job.nodes > 1:
+        parts.append(SEVERAL_NODES.format(first_port=FIRST_PORT, num_ports=NUM_PORTS))
+    parts += [f"{_srun(job, cluster, where)} &", WAIT.format(max_restarts=job.asked.max_restarts)]
+    parts.append(REQUEUE if cluster.requeue else LINK)
+    return "\n".join(parts)
+
+
+def sbatch_options(job: Job, cluster: Cluster, where: Scripted) -> Iterator[str]:
+    """Without paths, which a line of #SBATCH cannot quote: those are words of the sbatch command."""
+    asked = job.asked
+    yield f"--job-name={job_name(where.recipe_name, job.name)}"
+    yield f"--nodes={job.nodes}"
+    yield "--ntasks-per-node=1"
+    optional = {
+        "partition": asked.partition,
+        "account": cluster.account,
+        "qos": asked.qos,
+        "constraint": asked.constraint,
+        "reservation": cluster.reservation,
+        "time": asked.time_min,
+        "cpus-per-task": asked.cpus_per_node,
+        "mem": None if asked.mem_gib is None else f"{asked.mem_gib}G",
+    }
+    yield from (f"--{name}={value}" for name, value in optional.items() if value is not None)
+    if asked.gpus_per_node and cluster.gpu_option == "gpus-per-node":
+        yield f"--gpus-per-node={asked.gpus_per_node}"
+    elif asked.gpus_per_node and cluster.gpu_option == "gres":
+        yield f"--gres=gpu:{asked.gpus_per_node}"
+    if cluster.exclusive and job.uses_gpu:
+        yield "--exclusive"
+    if job.is_array:
+        limit = f"%{cluster.array_limit}" if cluster.array_limit else ""
+        yield f"--array=0-{len(job.stages) - 1}{limit}"
+    yield "--requeue" if cluster.requeue else "--no-requeue"
+    yield "--open-mode=append"
+    yield f"--signal=B:USR1@{cluster.grace_s}"
+    yield from cluster.sbatch
+
+
+def sbatch_command(
+    job: Job, where: Scripted, *, after: Sequence[str], any_end: bool = False, export: str = ""
+) -> list[str]:
+    """The words that submit the job.
+
+    Args:
+        after: ids of jobs that it waits for.
+        any_end: wait for their end, not for their success.
+        export: `NAME=value` that the script sees besides the environment of the call.
+    """
+    log = f"{where.run_dir}/logs/slurm/{job.name}-{'%A_%a' if job.is_array else '%j'}.log"
+    path = str(where.run_dir).replace("%", "%%")
+    words = ["sbatch", "--parsable", f"--output={log.replace(str(where.run_dir), path, 1)}"]
+    words += [f"--chdir={where.place.cwd}"]
+    if after:
+        words += [f"--dependency={'afterany' if any_end else 'afterok'}:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
+    if export:
+        words.append(f"--export=ALL,{export}")
+    return [*words, str(script_file(job, where))]
+
+
+def script_file(job: Job, where: Scripted) -> Path:
+    return where.launch_dir / f"{job.name}.sh"
+
+
+def job_name(recipe_name: str, job: str) -> str:
+    return f"{recipe_name.replace('/', '.')}.{job}"
+
+
+def _setup(cluster: Cluster) -> Iterator[str]:
+    if cluster.setup_script is not None:
+        yield f"# shellcheck disable=SC1090,SC1091\n. {_quote(cluster.setup_script)}"
+    yield from (f"module load {shlex.quote(module)}" for module in cluster.modules)
+    yield from (f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items())
+    if cluster.agent != "torchrun":
+        yield f"export MINITRON_AGENT={shlex.quote(cluster.agent)}"
+
+
+def _srun(job: Job, cluster: Cluster, where: Scripted) -> str:
+    program = where.program if cluster.container.runtime == "none" else cluster.command or IN_CONTAINER
+    # The stage is a variable of the script: an array has one script for all.
+    command = inside([program, "stage", str(where.recipe_file)], cluster, job.environment, where.place)
+    words = ["srun", f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    words += [f"--cpus-per-task={job.asked.cpus_per_node}"] if job.asked.cpus_per_node else ["--cpu-bind=none"]
+    words += [*srun_options(cluster, job.environment, where.place), *command]
+    return " \\\n    ".join(shlex.quote(word) for word in words) + ' \\\n    "$stage"'
+
+
+def _quote(path: Path | str) -> str:
+    return shlex.quote(str(path))

@@ -1,0 +1,146 @@
+"""Bring a recipe to Slurm: settle what is on disk, write the scripts, submit them all at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nemo_minitron.config.schema import Cluster, Recipe
+from nemo_minitron.errors import ArtifactError, MinitronError, PlanError
+from nemo_minitron.launch import record, slurm
+from nemo_minitron.launch.containers import Place
+from nemo_minitron.launch.jobs import Job, jobs_of, problems
+from nemo_minitron.launch.script import Scripted, render, sbatch_command, script_file
+from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.plan.planner import RunPlan, make_plan
+from nemo_minitron.stages.runner import RunOptions, settle
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A job and its script."""
+
+    job: Job
+    text: str
+
+
+def cluster_of(recipe: Recipe) -> Cluster:
+    """Raises PlanError where the recipe has none."""
+    if recipe.execution.cluster is None:
+        raise PlanError(
+            "The launcher needs to know the site, and execution.cluster is not set.",
+            next_step="Add cluster=NAME (a file of configs/cluster/), or cluster=path/to/site.yaml.",
+        )
+    return recipe.execution.cluster
+
+
+def placed(recipe: Recipe, launch_dir: Path) -> Scripted:
+    """Where the scripts of a submission find their things, as absolute paths."""
+    cluster = cluster_of(recipe)
+    cwd, run = Path.cwd(), run_dir(recipe).absolute()
+    return Scripted(
+        recipe_name=recipe.name,
+        run_dir=run,
+        launch_dir=launch_dir.absolute(),
+        place=Place(cwd, (run, Path(recipe.execution.assets_dir).absolute(), cwd)),
+        program=cluster.command or str(Path(sys.executable).with_name("minitron")),
+    )
+
+
+def render_all(plan: RunPlan, where: Scripted, options: RunOptions) -> list[Rendered]:
+    """The scripts for all that is left to do.
+
+    Raises:
+        PlanError: keys of the cluster that do not fit the recipe.
+    """
+    cluster = cluster_of(plan.recipe)
+    jobs = jobs_of(plan, cluster, plan.needed_for(options.until))
+    wrong = list(problems(cluster, jobs))
+    if wrong:
+        raise PlanError("The cluster does not fit the recipe:\n" + "\n".join(f"  - {text}" for text in wrong))
+    return [Rendered(job, render(job, cluster, where)) for job in jobs]
+
+
+def dry_run(recipe: Recipe, options: RunOptions) -> list[tuple[list[str], str]]:
+    """(command, script) of each job as it would be submitted now; job ids stand as job names. Writes nothing."""
+    where = placed(recipe, run_dir(recipe) / record.LAUNCH_DIR / "NNN")
+    rendered = render_all(make_plan(recipe), where, options)
+    return [(sbatch_command(found.job, where, after=found.job.after), found.text) for found in rendered]
+
+
+def launch(recipe: Recipe, options: RunOptions, say: Say) -> record.Submission | None:
+    """Submit what is left to do; None when all has finished.
+
+    Raises:
+        ArtifactError: jobs of an earlier submission are still there, or the recipe has changed since.
+        EnvironmentProblem: Slurm refuses; nothing stays in its queue then.
+    """
+    slurm.require_slurm()
+    run = run_dir(recipe)
+    require_no_jobs(run)
+    plan = settle(recipe, options)
+    where = placed(plan.recipe, run / record.LAUNCH_DIR / "NNN")
+    if not render_all(plan, where, options):
+        return None
+    where = replace(where, launch_dir=record.new_folder(run).absolute())
+    rendered = render_all(plan, where, options)
+    where.recipe_file.write_text(json.dumps(plan.recipe.model_dump(mode="json"), indent=2) + "\n")
+    for found in rendered:
+        script_file(found.job, where).write_text(found.text)
+    (run / "logs/slurm").mkdir(parents=True, exist_ok=True)
+    return _submit_all([found.job for found in rendered], cluster_of(plan.recipe), where, say)
+
+
+def require_no_jobs(run: Path) -> None:
+    """Raises ArtifactError while jobs of the run's last submission wait or run."""
+    last = record.newest(run)
+    if last is None or last.launcher != "slurm":
+        return
+    active = [state.job_id for states in slurm.states(last.job_ids).values() for state in states if state.is_active]
+    if active:
+        raise ArtifactError(
+            f"Jobs of this run are still there: {', '.join(active[:8])}{' ...' if len(active) > 8 else ''}.",
+            where=str(last.folder),
+            next_step="Watch them with `minitron status RECIPE`, or end them first with `minitron cancel RECIPE`.",
+        )
+
+
+def _submit_all(jobs: list[Job], cluster: Cluster, where: Scripted, say: Say) -> record.Submission:
+    submission = record.Submission(where.launch_dir, "slurm", time.time())
+    last_of: dict[str, str] = {}
+    try:
+        for job in jobs:
+            ids = _submit(job, cluster, where, [last_of[name] for name in job.after], say)
+            last_of[job.name] = ids[-1]
+            log = next(word for word in sbatch_command(job, where, after=()) if word.startswith("--output="))
+            done = record.Submitted(job.name, job.stages, tuple(ids), log.removeprefix("--output="))
+            submission = replace(submission, jobs=(*submission.jobs, done))
+            submission.write()
+    except (MinitronError, KeyboardInterrupt):
+        say("taking back what was submitted")
+        slurm.cancel(submission.job_ids)
+        raise
+    return submission
+
+
+def _submit(job: Job, cluster: Cluster, where: Scripted, after: list[str], say: Say) -> list[str]:
+    """The job, or the links of its chain; only the last link fails when the stage has not finished."""
+    if cluster.requeue:
+        return [slurm.submit(sbatch_command(job, where, after=after), say)]
+    ids: list[str] = []
+    for number in range(cluster.links):
+        export = "MINITRON_LAST_LINK=yes" if number == cluster.links - 1 else "MINITRON_LAST_LINK=no"
+        waits = ids[-1:] or after
+        words = sbatch_command(job, where, after=waits, any_end=bool(ids), export=export)
+        try:
+            ids.append(slurm.submit(words, say))
+        except MinitronError:
+            slurm.cancel(ids)
+            raise
+    return ids

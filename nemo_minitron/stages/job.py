@@ -1,0 +1,37 @@
+"""A stage inside a job: run it on the first node, help on the others."""
+
+from __future__ import annotations
+
+from nemo_minitron.artifacts.store import Store
+from nemo_minitron.config.schema import Recipe
+from nemo_minitron.errors import ProcessesDied
+from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.stages.nodes import Nodes, dismiss, follow
+from nemo_minitron.stages.runner import run_single
+
+LOCK_PATIENCE_S = 150.0
+"""A node that was lost holds its lock until the file system gives it up."""
+
+
+def run_in_job(recipe: Recipe, stage: str) -> None:
+    """Bring the stage to `finished`, together with the other nodes of this job.
+
+    Raises:
+        MinitronError: as `run_single`; on other nodes than the first ProcessesDied alone.
+    """
+    nodes, store = Nodes.here(), Store(run_dir(recipe))
+    if nodes.rank == 0:
+        try:
+            run_single(recipe, stage, patience_s=LOCK_PATIENCE_S)
+        finally:
+            dismiss(nodes, store.work(stage))
+        return
+    logs = store.root / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with (logs / f"{stage}.node{nodes.rank}.log").open("a") as log:
+        code = follow(nodes, store.work(stage), lambda: store.manifest(stage) is not None, log)
+    if code:
+        raise ProcessesDied(
+            f"The processes of stage {stage} on this node ended with code {code}.",
+            where=str(logs / f"{stage}.node{nodes.rank}.log"),
+        )

@@ -1,0 +1,171 @@
+"""Several nodes on one stage: the first node's runner decides, the others start the same processes beside its own.
+
+The script of a job starts `minitron stage` on every node. On node 0 it runs the stage; whenever that needs a group of
+processes, it leaves an order (a JSON file in the stage's work folder, which every node sees), and starts its own part.
+The others wait for orders, carry them out, and end when node 0 says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from nemo_minitron.errors import EnvironmentProblem
+
+RUNNER_VARIABLE = "MINITRON_RUNNER"
+"""The process of this node with which its ranks end."""
+ORDERS, END, POLL_S, SHUTDOWN_TIMEOUT_S = "orders", "end", 0.2, 40.0
+FT_RESTARTS = 3
+"""How often ft_launcher starts the ranks of a node again."""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The nodes of this job, as its script describes them."""
+
+    count: int = 1
+    rank: int = 0
+    address: str = "127.0.0.1"
+    port: int = 0
+    attempt: str = ""
+    """Of this start of this job; orders of an earlier one are not for us."""
+    agent: str = "torchrun"
+
+    @staticmethod
+    def here(environment: Mapping[str, str] = os.environ) -> Nodes:
+        """From MINITRON_NODES, MINITRON_RENDEZVOUS (host:port), MINITRON_ATTEMPT and SLURM_NODEID; one node without.
+
+        Raises:
+            EnvironmentProblem: they are not complete.
+        """
+        agent = environment.get("MINITRON_AGENT", "torchrun")
+        count = int(environment.get("MINITRON_NODES", "1"))
+        if count == 1:
+            return Nodes(agent=agent)
+        try:
+            address, port = environment["MINITRON_RENDEZVOUS"].rsplit(":", 1)
+            return Nodes(
+                count, int(environment["SLURM_NODEID"]), address, int(port), environment["MINITRON_ATTEMPT"], agent
+            )
+        except (KeyError, ValueError) as error:
+            raise EnvironmentProblem(
+                f"MINITRON_NODES = {count}, but {error} is not set or no number.",
+                next_step="Start jobs of several nodes with `minitron launch`; its scripts set all of it.",
+            ) from None
+
+    def agent_command(self, python: Path | str, num_processes: int) -> list[str]:
+        """The program that starts this node's part of so many ranks, up to what they run; `{rank}`: of the node.
+
+        Raises:
+            EnvironmentProblem: the processes cannot be shared out evenly.
+        """
+        if num_processes % self.count:
+            raise EnvironmentProblem(f"{num_processes} processes cannot be shared out over {self.count} nodes.")
+        each = f"--nproc-per-node={num_processes // self.count}"
+        if self.agent == "ft_launcher":
+            beside = Path(python).with_name("ft_launcher")
+            start = [str(beside) if beside.is_file() else "ft_launcher", f"--max-restarts={FT_RESTARTS}"]
+        else:
+            start = [str(python), "-m", "torch.distributed.run"]
+        if self.count == 1:
+            return [*start, "--standalone", each]
+        where = [f"--nnodes={self.count}", "--node-rank={rank}", f"--master-addr={self.address}"]
+        return [*start, *where, f"--master-port={self.port}", each]
+
+
+def start_everywhere(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    nodes: Nodes,
+    work: Path,
+    start: Callable[[list[str], dict[str, str]], subprocess.Popen[bytes]],
+) -> subprocess.Popen[bytes]:
+    """Leave the order for the other nodes, and start this node's part.
+
+    Args:
+        command: with `{rank}` in the words that name the node.
+        environment: what is set besides the node's own.
+        work: the stage's work folder.
+    """
+    if nodes.count > 1:
+        folder = _folder(work, nodes)
+        folder.mkdir(parents=True, exist_ok=True)
+        number = len(list(folder.glob("*.json")))
+        _write(folder / f"{number}.json", {"command": list(command), "environment": dict(environment)})
+    own = {**os.environ, **environment, RUNNER_VARIABLE: str(os.getpid())}
+    return start(_for_node(command, 0), own)
+
+
+def dismiss(nodes: Nodes, work: Path) -> None:
+    """The stage is over: the other nodes may go."""
+    if nodes.count > 1:
+        folder = _folder(work, nodes)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / END, {})
+
+
+def follow(nodes: Nodes, work: Path, is_published: Callable[[], bool], log: IO[str]) -> int:
+    """What a node other than the first does: 0 when dismissed, else the code of the processes that failed."""
+    folder, number = _folder(work, nodes), 0
+    while not (folder / END).is_file() and not is_published():
+        order = folder / f"{number}.json"
+        if not order.is_file():
+            time.sleep(POLL_S)
+            continue
+        number += 1
+        code = _carry_out(json.loads(order.read_text()), nodes, log)
+        if code:
+            return code
+    return 0
+
+
+def deaf_to_stops(numbers: Sequence[int], start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    """Start a child that ignores these signals: ignored ones stay ignored in a child."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        return start()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _carry_out(order: Mapping[str, object], nodes: Nodes, log: IO[str]) -> int:
+    command, environment = order["command"], order["environment"]
+    assert isinstance(command, list)
+    assert isinstance(environment, dict)
+    own = {**os.environ, **environment, RUNNER_VARIABLE: str(os.getpid())}
+    process = deaf_to_stops(
+        (signal.SIGTERM, signal.SIGUSR1),
+        lambda: subprocess.Popen(_for_node(command, nodes.rank), env=own, stdout=log, stderr=log),
+    )
+    try:
+        return process.wait()
+    except BaseException:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(SHUTDOWN_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
+
+
+def _for_node(command: Sequence[str], rank: int) -> list[str]:
+    return [f"--node-rank={rank}" if word == "--node-rank={rank}" else word for word in command]
+
+
+def _folder(work: Path, nodes: Nodes) -> Path:
+    return work / ORDERS / nodes.attempt
+
+
+def _write(file: Path, facts: object) -> None:
+    """Whole or not at all: other nodes read it."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(facts))
+    partial.replace(file)
