@@ -33,7 +33,8 @@ say() {{ printf '%s minitron: job %s, restart %s, %s: %s\\n' "$(date '+%F %T')" 
 is_done() {{ [ -f "$run/$stage/manifest.json" ]; }}
 # The names of what the stage has saved so far: they change with every checkpoint.
 saved() {{
-    find "$work" -mindepth 2 -type f -not -path '*partial*' -not -path '*/orders/*' 2>/dev/null | sort | cksum
+    {{ cd -- "$work" && find . -mindepth 2 -type f -not -path '*partial*' -not -path './orders/*'; }} 2>/dev/null |
+        sort | cksum
 }}
 
 if is_done; then say 'has finished already'; exit 0; fi

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.slurm.cluster import SlurmCluster, Unavailable
+from tests.support.slurm.runs import Run, copy_of, prepare
 
 
 def _running(**options: object) -> Iterator[SlurmCluster]:
@@ -33,3 +34,17 @@ def slurm() -> Iterator[SlurmCluster]:
 @pytest.fixture(scope="session")
 def slurm_with_containers() -> Iterator[SlurmCluster]:
     yield from _running(nodes=2, containers=True)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Ready to be distilled."""
+    return prepare(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(prepared: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Distilled on this machine, by one process, without a stop."""
+    run = copy_of(prepared, tmp_path_factory.mktemp("undisturbed"), None)
+    run.call("run", "--until=distill")
+    return run

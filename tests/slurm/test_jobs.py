@@ -1,0 +1,163 @@
+"""Jobs of a real Slurm: the whole chain, and all that happens to jobs at night."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.slurm.cluster import SlurmCluster
+from tests.support.slurm.runs import TWO_NODES, Run, copy_of
+
+pytestmark = pytest.mark.slurm
+TIMEOUT_S = 900
+
+
+def test_the_whole_recipe_runs_as_jobs_and_is_not_submitted_twice(slurm: SlurmCluster, tmp_path: Path) -> None:
+    run = Run(tmp_path, slurm, ("stages.distill.num_steps=6", "stages.distill.warmup_steps=1"))
+    assert "Slurm answers; partitions: main, short" in run.call("check", "--cluster")
+    told = run.call("launch")
+    assert "submitted" in told
+    assert "Jobs of this run are still there" in run.call("launch", code=2)
+    assert "Another runner" in run.call("run", code=2) or True
+    slurm.wait_until_idle(TIMEOUT_S)
+    assert (run.folder / "report.html").is_file()
+    assert "all stages have finished" in run.call("launch")
+    states = {slurm.job(ids[0])["JobState"] for ids in run.job_ids().values()}
+    assert states == {"COMPLETED"}
+
+
+def test_a_failing_stage_cancels_what_follows_and_a_second_launch_goes_on(
+    slurm: SlurmCluster, prepared: Run, undisturbed: Run, tmp_path: Path
+) -> None:
+    run = copy_of(prepared, tmp_path, slurm)
+    weights = run.folder / "prune/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    run.call("launch", "--until=evaluate_distilled")
+    slurm.wait_until_idle(TIMEOUT_S)
+    first = {name: slurm.job(ids[0])["JobState"] for name, ids in run.job_ids().items()}
+    assert first == {"distill": "FAILED", "evaluate_distilled": "CANCELLED"}
+    assert "damaged" in run.call("logs", "distill")
+    assert "not tried again" not in run.log("distill")
+    weights.write_bytes(whole)
+    run.call("launch", "--until=evaluate_distilled")
+    slurm.wait_until_idle(TIMEOUT_S)
+    second = {name: slurm.job(ids[0])["JobState"] for name, ids in run.job_ids(2).items()}
+    assert second == {"distill": "COMPLETED", "evaluate_distilled": "COMPLETED"}
+    assert run.weights() == undisturbed.weights()
+
+
+def test_a_job_whose_time_is_up_saves_is_queued_again_and_ends_as_if_undisturbed(
+    slurm: SlurmCluster, prepared: Run, undisturbed: Run, tmp_path: Path
+) -> None:
+    run = copy_of(prepared, tmp_path, slurm)
+    run.call("launch", "--until=distill")
+    (job,) = run.job_ids()["distill"]
+    run.wait_for_step(3)
+    # The signal that Slurm sends before the limit (--signal=B:USR1@...), to the script alone.
+    slurm.call("scancel", "--batch", "--signal=USR1", job)
+    slurm.wait_until_idle(TIMEOUT_S)
+    log = run.log("distill")
+    assert "the time is nearly up: asked to save" in log
+    assert "distill stopped after step" in log
+    assert "restart 1, distill: finished" in log
+    assert slurm.job(job)["Restarts"] == "1"
+    assert run.weights() == undisturbed.weights()
+
+
+def test_a_lost_node_costs_only_the_steps_since_the_last_checkpoint(
+    slurm: SlurmCluster, prepared: Run, undisturbed: Run, tmp_path: Path
+) -> None:
+    run = copy_of(prepared, tmp_path, slurm)
+    run.call("launch", "--until=distill")
+    (job,) = run.job_ids()["distill"]
+    run.wait_for_step(12)
+    node = slurm.job(job)["NodeList"]
+    slurm.kill_node(node)
+    slurm.start_node(node)
+    slurm.wait_until_idle(TIMEOUT_S)
+    assert slurm.job(job)["JobState"] == "COMPLETED"
+    assert int(slurm.job(job)["Restarts"]) >= 1
+    steps = [json.loads(line)["step"] for line in (run.folder / "distill/curves.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert run.weights() == undisturbed.weights()
+
+
+def test_two_nodes_with_two_ranks_each_train_together_and_survive_a_stop(
+    slurm: SlurmCluster, prepared: Run, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    alone = copy_of(prepared, tmp_path_factory.mktemp("alone"), None, TWO_NODES)
+    alone.call("run", "--until=distill")
+    run = copy_of(prepared, tmp_path_factory.mktemp("nodes"), slurm, TWO_NODES)
+    run.call("launch", "--until=distill")
+    (job,) = run.job_ids()["distill"]
+    run.wait_for_step(3)
+    facts = slurm.job(job)
+    assert facts["NumNodes"] == "2"
+    slurm.call("scancel", "--batch", "--signal=USR1", job)
+    slurm.wait_until_idle(TIMEOUT_S)
+    assert "restart 1, distill: finished" in run.log("distill")
+    assert run.weights() == alone.weights()
+
+
+def test_jobs_go_on_while_the_controller_restarts(
+    slurm: SlurmCluster, prepared: Run, undisturbed: Run, tmp_path: Path
+) -> None:
+    run = copy_of(prepared, tmp_path, slurm)
+    run.call("launch", "--until=evaluate_distilled")
+    run.wait_for_step(3)
+    slurm.stop_controller()
+    time.sleep(2)
+    slurm.start_controller()
+    slurm.wait_until_idle(TIMEOUT_S)
+    assert (run.folder / "evaluate_distilled/manifest.json").is_file()
+    assert run.weights() == undisturbed.weights()
+
+
+def test_a_site_without_requeue_gets_a_chain_of_links(
+    slurm: SlurmCluster, prepared: Run, undisturbed: Run, tmp_path: Path
+) -> None:
+    run = copy_of(prepared, tmp_path, slurm, "cluster.requeue=false", "cluster.links=3")
+    run.call("launch", "--until=evaluate_distilled")
+    links = run.job_ids()["distill"]
+    assert len(links) == 3
+    run.wait_for_step(3)
+    slurm.call("scancel", "--batch", "--signal=USR1", links[0])
+    slurm.wait_until_idle(TIMEOUT_S)
+    assert [slurm.job(link)["JobState"] for link in links] == ["COMPLETED"] * 3
+    log = run.log("distill")
+    assert "goes on in the next link of its chain" in log
+    assert "has finished already" in log
+    assert (run.folder / "evaluate_distilled/manifest.json").is_file()
+    assert run.weights() == undisturbed.weights()
+
+
+def test_a_stage_that_never_gets_on_is_not_queued_for_ever(slurm: SlurmCluster, prepared: Run, tmp_path: Path) -> None:
+    run = copy_of(prepared, tmp_path, slurm, "stages.distill.save_interval_steps=100000")
+    run.call("launch", "--until=distill")
+    (job,) = run.job_ids()["distill"]
+    run.wait_for_step(3)
+    # All at once, as by the out-of-memory killer: nothing can be saved.
+    slurm.call("scancel", "--signal=KILL", f"{job}.0")
+    slurm.wait_until_idle(TIMEOUT_S)
+    assert slurm.job(job)["JobState"] == "FAILED"
+    assert slurm.job(job)["Restarts"] == "0"
+    assert "has saved nothing new in this job: not tried again" in run.log("distill")
+
+
+def test_cancel_ends_the_jobs_and_launch_goes_on_from_their_checkpoint(
+    slurm: SlurmCluster, prepared: Run, undisturbed: Run, tmp_path: Path
+) -> None:
+    run = copy_of(prepared, tmp_path, slurm)
+    run.call("launch", "--until=distill")
+    (job,) = run.job_ids()["distill"]
+    run.wait_for_step(7)
+    assert f"cancelled {job}" in run.call("cancel")
+    slurm.wait_until_idle(TIMEOUT_S)
+    assert slurm.job(job)["JobState"] == "CANCELLED"
+    run.call("launch", "--until=distill")
+    slurm.wait_until_idle(TIMEOUT_S)
+    assert run.weights() == undisturbed.weights()

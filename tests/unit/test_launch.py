@@ -1,0 +1,165 @@
+"""What each stage asks a cluster for; nodes that work together; what sinfo says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.cli import load_plan
+from nemo_minitron.config.schema import Cluster
+from nemo_minitron.errors import ConfigError, EnvironmentProblem, PlanError
+from nemo_minitron.launch.jobs import Job, jobs_of
+from nemo_minitron.launch.probe import minutes_of, partitions
+from nemo_minitron.launch.submit import cluster_of
+from nemo_minitron.stages.nodes import Nodes, dismiss, follow, start_everywhere
+from tests.conftest import REPO, TOY
+
+ALIGNED = REPO / "recipes/toy/aligned.yaml"
+SEARCH = REPO / "recipes/toy/search.yaml"
+
+
+def _jobs(recipe: Path, tmp_path: Path, *overrides: str) -> dict[str, Job]:
+    plan = load_plan(recipe, [f"execution.run_root={tmp_path}", "cluster=slurm", *overrides], checked=False)
+    cluster = cluster_of(plan.recipe)
+    return {job.name: job for job in jobs_of(plan, cluster, {call.name for call in plan.calls})}
+
+
+def test_a_layout_decides_nodes_and_gpus(tmp_path: Path) -> None:
+    layout = "execution.parallel_by_stage={distill: {tp: 2, dp: 16}, score: {dp: 3}}"
+    jobs = _jobs(TOY, tmp_path, layout, "cluster.exclusive=false")
+    assert (jobs["distill"].nodes, jobs["distill"].processes_per_node, jobs["distill"].asked.gpus_per_node) == (4, 8, 8)
+    assert (jobs["score"].nodes, jobs["score"].asked.gpus_per_node) == (1, 3)
+    assert (jobs["select"].nodes, jobs["select"].asked.gpus_per_node) == (1, 0)
+    assert jobs["speed"].asked.gpus_per_node == 1
+    assert _jobs(TOY, tmp_path)["score"].asked.gpus_per_node == 8, "whole nodes: all their GPUs"
+
+
+def test_nodes_that_cannot_be_filled_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="12 processes, and a node takes 8"):
+        _jobs(TOY, tmp_path, "execution.parallel_by_stage={distill: {dp: 12}}")
+
+
+def test_a_stage_waits_for_what_it_reads_and_not_for_more(tmp_path: Path) -> None:
+    jobs = _jobs(TOY, tmp_path)
+    assert jobs["prune_random"].after == ("teacher", "select_random")
+    assert set(jobs["distill"].after) >= {"prune", "data"}
+    assert "evaluate_random" not in jobs["distill"].after
+    order = list(jobs)
+    assert all(order.index(other) < order.index(name) for name, job in jobs.items() for other in job.after)
+
+
+def test_candidates_of_a_rung_are_one_array(tmp_path: Path) -> None:
+    jobs = _jobs(SEARCH, tmp_path)
+    arrays = [job for job in jobs.values() if job.is_array]
+    assert arrays
+    assert all(job.name.split("_rung")[0] == "search" for job in arrays)
+
+
+def test_stages_of_nemo_aligner_get_its_image(tmp_path: Path) -> None:
+    environments = {name: job.environment for name, job in _jobs(ALIGNED, tmp_path).items()}
+    assert environments["sft"] == environments["dpo"] == "aligner"
+    assert environments["distill"] == environments["evaluate_dpo"] == "core"
+
+
+def test_keys_for_one_stage_win_over_those_for_its_kind_over_the_clusters(tmp_path: Path) -> None:
+    keys = ["cluster.partition=gpu", "cluster.cpu={partition: cpu, time_min: 30}", "cluster.time_min=600"]
+    jobs = _jobs(TOY, tmp_path, *keys, "cluster.by_stage={select: {time_min: 5}, distill: {partition: big}}")
+    asked = {name: (job.asked.partition, job.asked.time_min) for name, job in jobs.items()}
+    assert asked["score"] == ("gpu", 600)
+    assert asked["distill"] == ("big", 600)
+    assert asked["prune"] == ("cpu", 30)
+    assert asked["select"] == ("cpu", 5)
+    with pytest.raises(PlanError, match="by_stage has dstill"):
+        _jobs(TOY, tmp_path, "cluster.by_stage={dstill: {time_min: 5}}")
+
+
+def test_a_cluster_is_a_file_by_name_or_by_path(tmp_path: Path) -> None:
+    own = tmp_path / "our site.yaml"
+    own.write_text("partition: ours\ngpus_per_node: 4\n")
+    plan = load_plan(TOY, [f"cluster={own}", "cluster.gpus_per_node=2", "launcher=slurm"])
+    assert plan.recipe.execution.cluster == Cluster(partition="ours", gpus_per_node=2)
+    assert plan.recipe.execution.launcher == "slurm"
+    with pytest.raises(ConfigError, match="There is no cluster slrum"):
+        load_plan(TOY, ["cluster=slrum"])
+    own.write_text("partion: ours\n")
+    with pytest.raises(ConfigError, match="partion"):
+        load_plan(TOY, [f"cluster={own}"])
+
+
+def test_what_sinfo_says() -> None:
+    found = partitions(
+        "batch|up|4:00:00|gpu:a100:8(S:0-1)|30\nbatch|up|4:00:00|gpu:4|2\ndebug|down|infinite|(null)|1\n"
+    )
+    assert (found["batch"].gpus, found["batch"].limit_min, found["batch"].nodes) == (8, 240, 32)
+    assert (found["debug"].is_up, found["debug"].limit_min, found["debug"].gpus) == (False, None, 0)
+    assert [minutes_of(text) for text in ("30:00", "1-12:30:00", "2-0")] == [30, 2190, 2880]
+
+
+FOLLOWER = """
+import sys
+from pathlib import Path
+from nemo_minitron.stages.nodes import Nodes, follow
+sys.exit(follow(Nodes(2, 1, "node1", 20001, "7-0"), Path(sys.argv[1]), lambda: False, sys.stderr))
+"""
+
+
+def _start(words: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(words, env=environment)
+
+
+def test_other_nodes_carry_out_the_orders_of_the_first_and_go_when_dismissed(tmp_path: Path) -> None:
+    first = Nodes(2, 0, "node1", 20001, "7-0")
+    write = "import sys, os; open(sys.argv[1] + os.environ['WORD'] + sys.argv[2][-1], 'w')"
+    other = subprocess.Popen([sys.executable, "-c", FOLLOWER, str(tmp_path)], cwd=REPO)
+    for word in ("a", "b"):
+        command = [sys.executable, "-c", write, f"{tmp_path}/", "--node-rank={rank}"]
+        assert start_everywhere(command, {"WORD": word}, first, tmp_path, _start).wait() == 0
+    dismiss(first, tmp_path)
+    assert other.wait(60) == 0
+    assert {"a0", "b0"} <= {path.name for path in tmp_path.iterdir()}
+    orders = sorted((tmp_path / "orders/7-0").glob("*.json"))
+    assert [json.loads(file.read_text())["environment"]["WORD"] for file in orders] == ["a", "b"]
+
+
+def test_a_node_whose_processes_fail_ends_with_their_code(tmp_path: Path) -> None:
+    first, second = (Nodes(2, rank, "node1", 20001, "7-1") for rank in (0, 1))
+    start_everywhere([sys.executable, "-c", "raise SystemExit(3)"], {}, first, tmp_path, _start).wait()
+    assert follow(second, tmp_path, lambda: False, (tmp_path / "log").open("w")) == 3
+
+
+def test_orders_of_an_earlier_attempt_are_not_carried_out(tmp_path: Path) -> None:
+    start_everywhere(
+        [sys.executable, "-c", "raise SystemExit(3)"], {}, Nodes(2, 0, "a", 1, "7-0"), tmp_path, _start
+    ).wait()
+    later = Nodes(2, 1, "a", 1, "7-1")
+    dismiss(later, tmp_path)
+    assert follow(later, tmp_path, lambda: False, (tmp_path / "log").open("w")) == 0
+
+
+def test_the_agent_of_several_nodes(tmp_path: Path) -> None:
+    several = {
+        "MINITRON_NODES": "2",
+        "MINITRON_RENDEZVOUS": "node1:20007",
+        "MINITRON_ATTEMPT": "7-0",
+        "SLURM_NODEID": "1",
+    }
+    nodes = Nodes.here(several)
+    words = nodes.agent_command("python", 4)
+    assert words[:3] == ["python", "-m", "torch.distributed.run"]
+    assert words[3:] == [
+        "--nnodes=2",
+        "--node-rank={rank}",
+        "--master-addr=node1",
+        "--master-port=20007",
+        "--nproc-per-node=2",
+    ]
+    assert Nodes.here({}).agent_command("python", 4)[3:] == ["--standalone", "--nproc-per-node=4"]
+    assert Nodes.here({"MINITRON_AGENT": "ft_launcher"}).agent_command(tmp_path / "python", 2)[0] == "ft_launcher"
+    with pytest.raises(EnvironmentProblem, match="3 processes cannot be shared out over 2 nodes"):
+        nodes.agent_command("python", 3)
+    with pytest.raises(EnvironmentProblem, match="MINITRON_NODES = 2"):
+        Nodes.here({"MINITRON_NODES": "2"})
