@@ -31,10 +31,11 @@ export MINITRON_FAILED_FILE="$launch/$stage.failed"
 
 say() {{ printf '%s minitron: job %s, restart %s, %s: %s\\n' "$(date '+%F %T')" "$id" "$restarts" "$stage" "$1"; }}
 is_done() {{ [ -f "$run/$stage/manifest.json" ]; }}
-# The names of what the stage has saved so far: they change with every checkpoint.
+# The names of the checkpoints and shards that the stage has saved so far.
 saved() {{
-    {{ cd -- "$work" && find . -mindepth 2 -type f -not -path '*partial*' -not -path './orders/*'; }} 2>/dev/null |
-        sort | cksum
+    {{
+        cd -- "$work" && find . \\( -name '*.distcp' -o -name '*.safetensors' \\) -not -path '*partial*'
+    }} 2>/dev/null | sort | cksum
 }}
 
 if is_done; then say 'has finished already'; exit 0; fi
