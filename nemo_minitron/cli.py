@@ -17,6 +17,7 @@ from nemo_minitron import __version__, cli_launch
 from nemo_minitron.cli_aligner import convert, env_app
 from nemo_minitron.cli_chat import chat
 from nemo_minitron.cli_show import show
+from nemo_minitron.cli_status import STYLES, status
 from nemo_minitron.errors import Interrupted, MinitronError
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ Overrides = Annotated[
 ]
 console = Console()
 INTERRUPTED = 130
-STYLES = {"finished": "green", "changed": "yellow", "to run": "cyan"}
 
 
 def load_recipe(file: Path, overrides: list[str] | None) -> Recipe:
@@ -131,30 +131,6 @@ def run(
 
 
 @app.command()
-def status(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
-    verify: Annotated[bool, typer.Option(help="Compare the contents of every file with its sha256.")] = False,
-) -> None:
-    """Show which stages are finished, and how far a running one is."""
-    from nemo_minitron.plan.describe import status_facts
-
-    found = load_plan(recipe, overrides, checked=False)
-    facts = status_facts(found, verify=verify)
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return
-    table = Table(title=f"{found.recipe.name}")
-    for column in ("stage", "status", "took", "result"):
-        table.add_column(column)
-    for name, stage in facts["stages"].items():
-        style = STYLES.get(stage["status"], "magenta")
-        table.add_row(name, f"[{style}]{stage['status']}[/{style}]", stage["took"], stage["summary"])
-    console.print(table)
-
-
-@app.command()
 def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Render the report again from the finished stages, and print where it is."""
     from nemo_minitron.plan.folder import run_dir
@@ -166,6 +142,7 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     _print_report_path(run_dir(loaded))
 
 
+app.command()(status)
 app.command()(cli_launch.launch)
 app.command()(cli_launch.logs)
 app.command()(cli_launch.cancel)

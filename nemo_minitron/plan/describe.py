@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from nemo_minitron.artifacts.store import Store
@@ -73,8 +75,13 @@ def _candidates(plan: RunPlan) -> list[dict[str, Any]]:
     ]
 
 
-def status_facts(plan: RunPlan, *, verify: bool) -> dict[str, Any]:
+def status_facts(
+    plan: RunPlan, *, verify: bool, jobs: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> dict[str, Any]:
     """State of each stage; a running one with its progress.
+
+    Args:
+        jobs: stage -> what a scheduler says of its job.
 
     Raises:
         ArtifactError: with `verify`, a file that is not as it was published.
@@ -83,13 +90,17 @@ def status_facts(plan: RunPlan, *, verify: bool) -> dict[str, Any]:
     return {
         "name": plan.recipe.name,
         "run_dir": str(store.root),
-        "stages": {call.name: _stage_facts(call.name, plan, store, verify) for call in plan.calls},
+        "stages": {
+            call.name: {**_stage_facts(call.name, plan, store, verify), "job": jobs.get(call.name)}
+            for call in plan.calls
+        },
     }
 
 
 def _stage_facts(name: str, plan: RunPlan, store: Store, verify: bool) -> dict[str, Any]:
     state, manifest = plan.states[name], store.manifest(name)
     facts: dict[str, Any] = {"status": state.status, "reason": state.reason, "took": "", "summary": state.reason}
+    facts |= {"running": False, "eta": ""}
     if manifest is not None:
         store.verify(name, manifest, full=verify)
         facts["wall_s"] = manifest.provenance.get("wall_s")
@@ -102,7 +113,9 @@ def _stage_facts(name: str, plan: RunPlan, store: Store, verify: bool) -> dict[s
         running = json.loads(progress.read_text())
         fields = " ".join(f"{key} {value}" for key, value in running["fields"].items())
         facts["status"] = f"{running['done']}/{running['total']} {running['unit']}"
-        facts["summary"] = fields
+        facts["running"] = True
+        facts["eta"] = f"{running['eta_s'] / 60:.0f} min" if running["eta_s"] is not None else ""
+        facts["summary"] = f"{fields} {facts['eta'] and 'left ' + facts['eta']}".strip()
     return facts
 
 

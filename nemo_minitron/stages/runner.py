@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import Recipe
 from nemo_minitron.errors import ArtifactError, EnvironmentProblem, Interrupted, MinitronError
 from nemo_minitron.interrupts import StopRequest, stop_file_of_job
+from nemo_minitron.notify import notify
 from nemo_minitron.plan.epochs import repeated_text
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, StageCall, make_plan
@@ -176,6 +178,22 @@ def write_plan(recipe: Recipe, store: Store) -> None:
 
 def run_stage(
     call: StageCall, recipe: Recipe, store: Store, stop: StopRequest, options: RunOptions, *, quiet: bool = False
+) -> None:
+    """Make the stage, and tell `execution.notify_command` how it went."""
+    tell = partial(notify, recipe.execution.notify_command, run=recipe.name, stage=call.name)
+    try:
+        _make_stage(call, recipe, store, stop, options, quiet=quiet)
+    except (Interrupted, KeyboardInterrupt) as error:
+        tell(status="stopped", message=str(error))
+        raise
+    except BaseException as error:
+        tell(status="failed", message=str(error))
+        raise
+    tell(status="finished")
+
+
+def _make_stage(
+    call: StageCall, recipe: Recipe, store: Store, stop: StopRequest, options: RunOptions, *, quiet: bool
 ) -> None:
     """Run one stage in this process, or on as many as its layout asks for, and publish it."""
     started = time.time()

@@ -54,6 +54,9 @@ class Execution(Schema):
     """Of one process, for the MFU that training shows; null: measured with a matrix product at the start."""
     parallel: Parallel = Parallel()
     parallel_by_stage: dict[StageName, Parallel] = Field(default_factory=dict)
+    notify_command: tuple[str, ...] = ()
+    """A program and its words, called when a stage has finished, failed or stopped; it finds MINITRON_RUN,
+    MINITRON_STAGE, MINITRON_STATUS and MINITRON_MESSAGE in its environment."""
     launcher: Literal["local", "slurm"] = "local"
     """For `minitron launch`; `launcher=slurm` is short for it."""
     cluster: Cluster | None = None

@@ -102,11 +102,11 @@ class SlurmCluster:
         self._port = _free_block(self.nodes + 2)
         self._write_configuration()
         self._start("munged", self._munged())
-        _until(lambda: (self.home / "munge.sock").exists(), "munged")
+        _until(lambda: (self.home / "munge.sock").exists(), self._tail)
         self.start_controller()
         for name in self.node_names:
             self.start_node(name)
-        _until(lambda: self._ready() == self.nodes, f"slurmd: {self._tail()}")
+        _until(lambda: self._ready() == self.nodes, self._tail)
 
     @property
     def node_names(self) -> list[str]:
@@ -203,7 +203,8 @@ class SlurmCluster:
         )
 
     def _tail(self) -> str:
-        return "\n".join((self.home / "log/slurmctld.log").read_text(errors="replace").splitlines()[-8:])
+        logs = sorted((self.home / "log").glob("*"))
+        return "\n".join(line for log in logs for line in log.read_text(errors="replace").splitlines()[-4:])
 
     def _write_configuration(self) -> None:
         home, plugins = self.home, f"{prefix()}/usr/{LIBRARIES}/slurm-wlm"
@@ -315,9 +316,9 @@ def _kill(process: int) -> None:
         os.kill(process, signal.SIGKILL)
 
 
-def _until(condition: Callable[[], bool], what: str) -> None:
+def _until(condition: Callable[[], bool], explain: Callable[[], str]) -> None:
     until = time.monotonic() + READY_TIMEOUT_S
     while not condition():
         if time.monotonic() > until:
-            raise Unavailable(f"did not come up: {what}")
+            raise Unavailable(f"did not come up:\n{explain()}")
         time.sleep(0.1)

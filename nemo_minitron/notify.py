@@ -1,0 +1,36 @@
+"""Tell a program of the user's that a stage has ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from collections.abc import Sequence
+from typing import Literal
+
+TIMEOUT_S = 60.0
+logger = logging.getLogger(__name__)
+
+
+def notify(
+    command: Sequence[str],
+    *,
+    run: str,
+    stage: str,
+    status: Literal["finished", "failed", "stopped"],
+    message: str = "",
+) -> None:
+    """Call the command, no shell between, with MINITRON_{RUN,STAGE,STATUS,MESSAGE} in its environment.
+
+    Its failure is a warning in the log: it never ends a run.
+    """
+    if not command:
+        return
+    facts = {"RUN": run, "STAGE": stage, "STATUS": status, "MESSAGE": message}
+    environment = {**os.environ, **{f"MINITRON_{key}": value.replace("\0", "") for key, value in facts.items()}}
+    try:
+        subprocess.run(
+            list(command), env=environment, stdin=subprocess.DEVNULL, timeout=TIMEOUT_S, check=True, capture_output=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("execution.notify_command did not work: %s", error)

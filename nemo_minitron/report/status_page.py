@@ -1,0 +1,85 @@
+"""A page about a run that goes on: one self-contained file that loads itself again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron import __version__
+from nemo_minitron.launch.logs import logs_of, tail
+from nemo_minitron.report.html import TEMPLATES
+
+LOG_LINES, CURVE_POINTS = 12, 200
+WIDTH, HEIGHT, MARGIN = 640, 120, 6
+"""Of a curve, in the units of its picture."""
+LOSS_KEYS = ("loss", "train/loss")
+
+
+def render_status(facts: Mapping[str, Any], *, reload_s: float) -> str:
+    """The page; all that comes from logs and recipes is escaped by the template.
+
+    Args:
+        facts: of `status_facts`.
+        reload_s: seconds after which a browser loads it again.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    run = Path(facts["run_dir"])
+    stages = facts["stages"]
+    running = [
+        {"name": name, **stage, "curve": curve(_losses(run, name)), "log": _last_lines(run, name)}
+        for name, stage in stages.items()
+        if stage["running"]
+    ]
+    return environment.get_template("status.html.j2").render(
+        name=facts["name"],
+        stages=stages,
+        running=running,
+        finished=sum(stage["status"] == "finished" for stage in stages.values()),
+        written=time.strftime("%Y-%m-%d %H:%M:%S"),
+        reload_s=max(1, round(reload_s)),
+        version=__version__,
+    )
+
+
+def curve(losses: Sequence[float]) -> str:
+    """Points of a polyline from left to right, the highest loss at the top; empty below two losses."""
+    finite = [loss for loss in losses if loss == loss and abs(loss) != float("inf")]
+    if len(finite) < 2:
+        return ""
+    kept = finite[:: -(-len(finite) // CURVE_POINTS)]
+    low, high = min(kept), max(kept)
+    across = (WIDTH - 2 * MARGIN) / max(1, len(kept) - 1)
+    up = (HEIGHT - 2 * MARGIN) / ((high - low) or 1.0)
+    return " ".join(f"{MARGIN + i * across:.1f},{MARGIN + (high - loss) * up:.1f}" for i, loss in enumerate(kept))
+
+
+def _losses(run: Path, stage: str) -> list[float]:
+    """Of a training that goes on: by Megatron-Core, or by NeMo-Aligner."""
+    work = run / ".work" / stage
+    file = next((path for path in (work / "curves.jsonl", work / "training/curves.jsonl") if path.is_file()), None)
+    if file is None:
+        return []
+    out = []
+    for line in file.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # its last line is being written
+            continue
+        out += [float(row[key]) for key in LOSS_KEYS if isinstance(row.get(key), int | float)][:1]
+    return out
+
+
+def _last_lines(run: Path, stage: str) -> list[str]:
+    found = logs_of(run, stage)
+    return tail(found[-1], LOG_LINES) if found else []

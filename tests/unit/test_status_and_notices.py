@@ -1,0 +1,100 @@
+"""What a person sees of a run that goes on, in the terminal, on a page, and from a command of theirs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.cli import load_plan
+from nemo_minitron.notify import notify
+from nemo_minitron.plan.describe import status_facts
+from nemo_minitron.report.status_page import HEIGHT, MARGIN, WIDTH, curve, render_status
+from tests.conftest import TOY, Cli
+
+EVIL = "<script>alert(1)</script>"
+
+
+def _running(root: Path) -> Path:
+    """A toy run in whose distillation somebody is at work."""
+    run = root / "toy/width"
+    work = run / ".work/distill"
+    work.mkdir(parents=True)
+    progress = {"description": "distill", "done": 12, "total": 40, "unit": "steps", "eta_s": 600.0}
+    (work / "progress.json").write_text(json.dumps({**progress, "fields": {"loss": "2.5"}, "time": 0}))
+    (work / "curves.jsonl").write_text(
+        "".join(json.dumps({"step": i, "loss": 5.0 - i / 10}) + "\n" for i in range(12)) + "{"
+    )
+    (run / "logs").mkdir()
+    (run / "logs/distill.log").write_text(f"first\n{EVIL}\n")
+    return run
+
+
+def test_status_shows_progress_time_left_and_jobs(tmp_path: Path) -> None:
+    _running(tmp_path)
+    plan = load_plan(TOY, [f"execution.run_root={tmp_path}"])
+    job = {"job": "77", "state": "running", "reason": "", "restarts": 2, "used": "", "left": "", "nodes": "node1"}
+    stages = status_facts(plan, verify=False, jobs={"distill": job})["stages"]
+    assert stages["distill"]["status"] == "12/40 steps"
+    assert stages["distill"]["summary"] == "loss 2.5 left 10 min"
+    assert stages["distill"]["job"]["restarts"] == 2
+    assert stages["score"]["job"] is None
+
+
+def test_the_page_is_whole_and_escapes_what_logs_say(tmp_path: Path, minitron: Cli) -> None:
+    _running(tmp_path)
+    page = tmp_path / "status.html"
+    code, output = minitron("status", TOY, f"execution.run_root={tmp_path}", "--html", page)
+    assert code == 0, output
+    text = page.read_text()
+    assert "0 of 16 stages have finished" in text
+    assert "12/40 steps" in text
+    assert "<polyline points=" in text
+    assert EVIL not in text
+    assert "&lt;script&gt;" in text
+    assert not re.search(r'(src|href)="', text), "it needs no other file"
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_page_can_be_made_before_anything_has_run(tmp_path: Path) -> None:
+    plan = load_plan(TOY, [f"execution.run_root={tmp_path}"])
+    assert "0 of 16" in render_status(status_facts(plan, verify=False), reload_s=5)
+
+
+def test_a_curve_goes_from_left_to_right_and_down() -> None:
+    points = [tuple(map(float, pair.split(","))) for pair in curve([4.0, float("nan"), 3.0, 2.0]).split()]
+    assert points[0] == (MARGIN, MARGIN)
+    assert points[-1] == (WIDTH - MARGIN, HEIGHT - MARGIN)
+    assert curve([1.0]) == ""
+    assert len(curve([float(i) for i in range(10_000)]).split()) <= 200
+
+
+def test_a_stage_that_ends_calls_the_users_program(tmp_path: Path, minitron: Cli) -> None:
+    program = (
+        "import os, sys; keys = ('RUN', 'STAGE', 'STATUS', 'MESSAGE'); "
+        "print(*(os.environ['MINITRON_' + key] for key in keys), file=open(sys.argv[1], 'a'))"
+    )
+    heard = tmp_path / "heard; touch pwned"
+    command = json.dumps([sys.executable, "-c", program, str(heard)])
+    overrides = [f"execution.run_root={tmp_path}", f"execution.notify_command={command}"]
+    code, output = minitron("run", TOY, *overrides, "--until", "select_random")
+    assert code == 0, output
+    assert heard.read_text() == "toy/width teacher finished \ntoy/width select_random finished \n"
+    (tmp_path / "toy/width/teacher/model.safetensors").write_bytes(b"")
+    code, _ = minitron("run", TOY, *overrides, "--until", "prune_random")
+    assert code == 2
+    assert (
+        heard.read_text().splitlines()[2].startswith("toy/width prune_random failed model.safetensors of stage teacher")
+    )
+    assert not list(tmp_path.glob("pwned"))
+
+
+@pytest.mark.parametrize("command", [("/nowhere/program",), (sys.executable, "-c", "raise SystemExit(1)")])
+def test_a_program_that_fails_is_a_warning(command: tuple[str, ...], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        notify(command, run="r", stage="s", status="failed", message="why\0")
+    assert "notify_command did not work" in caplog.text
