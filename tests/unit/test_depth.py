@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_minitron.backends.megatron.layout import stage_bounds
 from nemo_minitron.errors import PlanError
+from nemo_minitron.families.split import stage_bounds
 from nemo_minitron.pruning.depth import Removal, Run, lm_loss, logit_mse, runs_of, task_error
 
 NLL = torch.tensor([[1.0, 2.0, 9.0], [3.0, 4.0, 5.0]])

@@ -12,10 +12,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_minitron.backends.megatron.layers import block_spec
-from nemo_minitron.backends.megatron.layout import stage_bounds
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.errors import PlanError
 from nemo_minitron.families import ModelShape
+from nemo_minitron.families.split import padded_vocab_size, stage_bounds
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -25,11 +25,6 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
-
-
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Megatron splits the vocabulary evenly over the tensor-parallel ranks; the rows added are zeros."""
-    return -(-vocab_size // tp) * tp
 
 
 def transformer_config(shape: ModelShape, session: Session, precision: str) -> TransformerConfig:

@@ -12,7 +12,6 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from nemo_minitron.backends.megatron.build import padded_vocab_size
 from nemo_minitron.backends.megatron.context import own_rows, sum_over_context
 from nemo_minitron.backends.megatron.correction import Correction
 from nemo_minitron.backends.megatron.datasets import (
@@ -52,6 +51,7 @@ from nemo_minitron.distillation.sparse import SparseTeacher, uniforms_of
 from nemo_minitron.distillation.vocab import Vocab
 from nemo_minitron.errors import DataError
 from nemo_minitron.families import ModelShape
+from nemo_minitron.families.split import padded_vocab_size
 from nemo_minitron.hf.checkpoint import Checkpoint
 
 NEXT_TOKEN = Loss(logits=None, next_token=1.0)

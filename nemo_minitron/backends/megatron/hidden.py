@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from nemo_minitron.backends.megatron.context import sum_over_context
 from nemo_minitron.backends.megatron.forward import Batch
 from nemo_minitron.backends.megatron.head import bare
-from nemo_minitron.backends.megatron.layout import stage_bounds
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.config.schema import HiddenLoss
 from nemo_minitron.distillation.hidden import Pair, Tap, pairs_of, state_loss
 from nemo_minitron.families import ModelShape
+from nemo_minitron.families.split import stage_bounds
 
 States = dict[Tap, Tensor]
 """Outputs of norms [S / tp with sequence parallelism, B, D]."""

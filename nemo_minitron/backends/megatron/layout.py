@@ -7,42 +7,19 @@ stacked; each tensor-parallel rank holds a contiguous range of every split axis.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import accumulate
 from math import ceil
 
 import torch
 from torch import Tensor
 
-from nemo_minitron.errors import PlanError
 from nemo_minitron.families import ModelShape, Row
-
-SPLIT_AXES = frozenset({"vocab", "q", "kv", "ffn"})
-"""Axes that tensor parallelism splits; all others are whole on every rank."""
+from nemo_minitron.families.split import SPLIT_AXES
 
 
 def shard_range(size: int, tp_rank: int, tp: int, padded: int | None = None) -> tuple[int, int]:
     """[start, stop) of one rank on an axis of this size; the last ranks may get less (padded vocabulary)."""
     per_rank = ceil((padded or size) / tp)
     return min(tp_rank * per_rank, size), min((tp_rank + 1) * per_rank, size)
-
-
-def stage_bounds(num_layers: int, pp: int) -> list[tuple[int, int]]:
-    """[start, stop) of each pipeline stage's layers.
-
-    Where they do not divide, the stages in the middle, which hold neither embeddings nor head, get more.
-
-    Raises:
-        PlanError: fewer layers than stages.
-    """
-    middle = ceil(num_layers / pp)
-    while num_layers - middle * (pp - 2) < 2 and middle > 1:
-        middle -= 1
-    ends = num_layers - middle * (pp - 2) if num_layers % pp else 2 * middle
-    counts = [num_layers] if pp == 1 else [ends - ends // 2, *[middle] * (pp - 2), ends // 2]
-    if min(counts) < 1 or sum(counts) != num_layers:
-        raise PlanError(f"{num_layers} layers cannot be spread over {pp} pipeline stages.")
-    stops = list(accumulate(counts))
-    return list(zip([0, *stops], stops, strict=False))
 
 
 def shard_slices(

@@ -16,10 +16,10 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from nemo_minitron.backends.megatron.forward import Batch, evaluating, token_nll
-from nemo_minitron.backends.megatron.layout import stage_bounds
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.stream import layer_input
 from nemo_minitron.families import ModelShape
+from nemo_minitron.families.split import stage_bounds
 from nemo_minitron.progress import Progress
 from nemo_minitron.pruning.depth import DepthMetric, Removal, Run
 

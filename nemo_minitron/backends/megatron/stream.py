@@ -12,9 +12,9 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
-from nemo_minitron.backends.megatron.layout import stage_bounds
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.families import ModelShape
+from nemo_minitron.families.split import stage_bounds
 from nemo_minitron.pruning.importance import block_influence_sums
 
 

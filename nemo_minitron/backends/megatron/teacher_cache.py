@@ -10,7 +10,6 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from nemo_minitron.backends.megatron.build import padded_vocab_size
 from nemo_minitron.backends.megatron.datasets import (
     collate,
     eod_id_of,
@@ -38,6 +37,7 @@ from nemo_minitron.distillation.cache import (
 from nemo_minitron.distillation.linear import Head
 from nemo_minitron.distillation.sparse import SparseTeacher, sparsify, uniforms_of
 from nemo_minitron.distillation.vocab import Vocab
+from nemo_minitron.families.split import padded_vocab_size
 from nemo_minitron.progress import Progress
 
 
