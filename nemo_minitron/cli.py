@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,8 +15,9 @@ from rich.table import Table
 from nemo_minitron import __version__, cli_launch
 from nemo_minitron.cli_aligner import convert, env_app
 from nemo_minitron.cli_chat import chat
+from nemo_minitron.cli_plan import plan, print_warnings
 from nemo_minitron.cli_show import show
-from nemo_minitron.cli_status import STYLES, status
+from nemo_minitron.cli_status import status
 from nemo_minitron.errors import Interrupted, MinitronError
 
 if TYPE_CHECKING:
@@ -74,35 +74,10 @@ def check(
     from nemo_minitron.plan.epochs import epoch_warnings
 
     plan = load_plan(recipe, overrides)
-    _print_warnings(list(epoch_warnings(plan)))
+    print_warnings(list(epoch_warnings(plan)))
     if cluster:
         cli_launch.check_cluster(plan.recipe)
     console.print(f"[green]ok[/green] {plan.recipe.name}: {len(plan.calls)} stages")
-
-
-@app.command()
-def plan(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The whole plan, for programs.")] = False,
-) -> None:
-    """Show what `run` would do, and why; with the sizes of teacher and student."""
-    from nemo_minitron.plan.checks import find_problems
-    from nemo_minitron.plan.describe import plan_facts
-    from nemo_minitron.plan.epochs import epoch_warnings
-
-    found = load_plan(recipe, overrides, checked=False)
-    problems = list(find_problems(found))
-    facts = {**plan_facts(found), "problems": problems, "warnings": list(epoch_warnings(found))}
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return
-    _print_models(facts)
-    _print_candidates(facts["candidates"])
-    _print_stages(found)
-    _print_warnings(facts["warnings"])
-    for problem in problems:
-        console.print(f"[red]problem[/red] {problem}", highlight=False)
 
 
 @app.command()
@@ -142,6 +117,7 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     _print_report_path(run_dir(loaded))
 
 
+app.command()(plan)
 app.command()(status)
 app.command()(cli_launch.launch)
 app.command()(cli_launch.logs)
@@ -182,60 +158,6 @@ def assets_fetch(
 def version() -> None:
     """Print the version."""
     print(__version__)
-
-
-def _print_models(facts: dict[str, Any]) -> None:
-    for role in ("teacher", "student"):
-        model = facts[role]
-        if model is None:
-            until = "the search has found it" if role == "student" and facts["candidates"] else "it is imported"
-            console.print(f"{role}: unknown until {until}")
-            continue
-        share = f" ({model['share']:.1%} of the teacher)" if "share" in model else ""
-        console.print(
-            f"[bold]{role}[/bold] {model['num_params']:,} parameters{share}: {model['num_layers']} layers, "
-            f"hidden {model['hidden_size']}, ffn {model['ffn_hidden_size']}, heads {model['num_attention_heads']}"
-            f"/{model['num_query_groups']} groups of {model['kv_channels']}",
-            highlight=False,
-        )
-
-
-def _print_candidates(candidates: list[dict[str, Any]]) -> None:
-    if not candidates:
-        return
-    table = Table(title=f"{len(candidates)} candidates")
-    columns = {
-        "name": "name",
-        "num_params": "parameters",
-        "num_layers": "layers",
-        "hidden_size": "hidden",
-        "ffn_hidden_size": "ffn",
-        "num_attention_heads": "heads",
-        "num_query_groups": "groups",
-    }
-    for column in (*columns.values(), "memory, GiB", "token, ms"):
-        table.add_column(column, justify="right")
-    for found in candidates:
-        sizes = (f"{found[key]:,}" if key == "num_params" else str(found[key]) for key in columns)
-        table.add_row(*sizes, f"{found['memory_gib']:.2f}", f"{found['decode_ms']:.2f}")
-    console.print(table)
-
-
-def _print_stages(found: RunPlan) -> None:
-    table = Table(title=found.recipe.name)
-    for column in ("stage", "kind", "processes", "status", "why"):
-        table.add_column(column)
-    for call in found.calls:
-        state = found.states[call.name]
-        style = STYLES[state.status]
-        processes = str(call.parallel.world_size)
-        table.add_row(call.name, call.kind, processes, f"[{style}]{state.status}[/{style}]", state.reason)
-    console.print(table)
-
-
-def _print_warnings(warnings: list[str]) -> None:
-    for text in warnings:
-        console.print(f"[yellow]warning[/yellow] {_escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _print_report_path(folder: Path) -> None:

@@ -8,6 +8,7 @@ from pydantic import Field, PositiveInt
 
 from nemo_minitron.config.schema.base import Schema, StageName
 from nemo_minitron.config.schema.cluster import Cluster
+from nemo_minitron.config.schema.planning import Planning
 
 
 class Parallel(Schema):
@@ -61,3 +62,5 @@ class Execution(Schema):
     """For `minitron launch`; `launcher=slurm` is short for it."""
     cluster: Cluster | None = None
     """Where `minitron launch` submits; `cluster=NAME` takes it from configs/cluster/NAME.yaml."""
+    planning: Planning = Planning()
+    """What `minitron plan` assumes of machines and prices."""

@@ -1,0 +1,1 @@
+"""Memory, time, money and disk of a plan, before anything is queued. Pure functions of shapes; no torch."""

@@ -1,0 +1,90 @@
+"""Layouts that fit: which tp, pp, micro-batch and recomputation a stage could have on so many GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import log2
+
+from nemo_minitron.config.schema import Optimization, Parallel, Recipe
+from nemo_minitron.errors import PlanError
+from nemo_minitron.families import ModelShape
+from nemo_minitron.families.split import stage_bounds
+from nemo_minitron.plan.planner import StageCall
+from nemo_minitron.plan.resources.costs import Load, limit_gib, load_of
+from nemo_minitron.plan.resources.memory import GIB, memory_of
+
+MICRO_BATCHES = (1, 2, 4, 8)
+TP_LOSS, RECOMPUTE_SHARE, SMALL_BATCH_TOKENS = 0.06, 0.75, 4096
+"""Share of speed that each doubling of tp costs inside a node; speed with full recomputation (a third forward pass of
+four); tokens of a micro-batch below which products are small. Rules of thumb, for the order of proposals only."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A layout that fits, with its memory and its expected speed among the others."""
+
+    layout: Parallel
+    peak_gib: float
+    speed: float
+    """1 is every process at its best."""
+
+
+def proposals(call: StageCall, recipe: Recipe, num_gpus: int, gpus_per_node: int, *, most: int = 3) -> list[Proposal]:
+    """The fastest layouts that fit, best first; none where nothing fits or sizes are unknown."""
+    stage = recipe.stages[call.name]
+    limit = limit_gib(recipe)
+    if limit is None or not isinstance(stage, Optimization):
+        return []
+    found = []
+    for layout in _candidates(stage, num_gpus, gpus_per_node):
+        load = load_of(call, recipe, layout)
+        if load is None or not _divides(load, layout):
+            continue
+        peak = memory_of(load.work).peak / GIB
+        if peak <= limit:
+            found.append(Proposal(layout, peak, _speed(load, layout)))
+    return sorted(found, key=lambda proposal: -proposal.speed)[:most]
+
+
+def _candidates(stage: Optimization, num_gpus: int, gpus_per_node: int) -> Iterator[Parallel]:
+    """tp stays inside a node, and the global batch divides."""
+    tps = [tp for tp in (1, 2, 4, 8, 16) if tp <= gpus_per_node]
+    for tp, pp, micro, recompute in product(tps, (1, 2, 4, 8), MICRO_BATCHES, ("none", "full")):
+        if num_gpus % (tp * pp):
+            continue
+        dp = num_gpus // (tp * pp)
+        if stage.global_batch_size % (dp * micro) == 0:
+            yield Parallel(
+                tp=tp,
+                pp=pp,
+                dp=dp,
+                sequence_parallel=tp > 1,
+                micro_batch_size=micro,
+                distributed_optimizer=dp > 1,
+                recompute=recompute,  # type: ignore[arg-type]
+            )
+
+
+def _divides(load: Load, layout: Parallel) -> bool:
+    shapes = [shape for shape in (load.work.shape, load.work.teacher) if shape is not None]
+    return all(_shape_divides(shape, layout) for shape in shapes) and not load.work.seq_len_tokens % layout.tp
+
+
+def _shape_divides(shape: ModelShape, layout: Parallel) -> bool:
+    sizes = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)
+    try:
+        stage_bounds(shape.num_layers, layout.pp)
+    except PlanError:
+        return False
+    return not any(size % layout.tp for size in sizes)
+
+
+def _speed(load: Load, layout: Parallel) -> float:
+    micro_batches = load.work.num_micro_batches
+    bubble = micro_batches / (micro_batches + layout.pp - 1)
+    tokens = load.work.seq_len_tokens * layout.micro_batch_size
+    filled = min(1.0, (tokens / SMALL_BATCH_TOKENS) ** 0.25)
+    again = RECOMPUTE_SHARE if layout.recompute == "full" else 1.0
+    return bubble * filled * again * (1.0 - TP_LOSS * log2(layout.tp))

@@ -1,0 +1,70 @@
+"""All that the planner says of a run, as plain facts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nemo_minitron.config.schema import Optimization, Parallel
+from nemo_minitron.plan.planner import RunPlan
+from nemo_minitron.plan.resources.costs import estimates, totals
+from nemo_minitron.plan.resources.hardware import hardware_of, peak_tflops
+from nemo_minitron.plan.resources.layouts import Proposal, proposals
+
+
+def resource_facts(plan: RunPlan) -> dict[str, Any]:
+    """Stages with memory, time, cost and disk; their sum; what was assumed; and layouts that fit.
+
+    Layouts are proposed for stages that do not fit, and for all trainings where execution.planning.num_gpus is set.
+    """
+    found = estimates(plan)
+    execution = plan.recipe.execution
+    wanted = execution.planning.num_gpus
+    per_node = execution.cluster.gpus_per_node if execution.cluster else 8
+    proposed: dict[str, list[dict[str, Any]]] = {}
+    for call in plan.calls:
+        is_training = isinstance(plan.recipe.stages[call.name], Optimization)
+        if call.name in found and is_training and (wanted is not None or not found[call.name].fits):
+            best = proposals(call, plan.recipe, wanted or call.parallel.world_size, max(1, per_node))
+            proposed[call.name] = [_proposal_facts(one) for one in best]
+    hardware, planning = hardware_of(plan.recipe), execution.planning
+    return {
+        "stages": {name: estimate.facts() for name, estimate in found.items()},
+        "totals": totals(found),
+        "proposals": proposed,
+        "assumptions": {
+            "hardware": hardware.name,
+            "peak_tflops": peak_tflops(plan.recipe),
+            "mfu": planning.mfu or hardware.usual_mfu,
+            "mfu_from": "execution.planning.mfu" if planning.mfu else "usual for it",
+            "price_per_gpu_hour": planning.price_per_gpu_hour,
+            "reserve_gib": planning.reserve_gib,
+        },
+    }
+
+
+def memory_warnings(plan: RunPlan, resources: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each stage that would run out of memory, with what would not."""
+    for name, facts in resources["stages"].items():
+        if facts["fits"]:
+            continue
+        words = [line["words"] for line in resources["proposals"].get(name, [])]
+        processes = plan.call(name).parallel.world_size
+        instead = f"fits: {words[0]}" if words else f"nothing fits on {processes}: more GPUs, or larger ones"
+        yield (
+            f"{name}: {facts['memory']['peak_gib']:.1f} GiB of a process, {facts['limit_gib']:.1f} are usable; {instead}"
+        )
+
+
+def _proposal_facts(proposal: Proposal) -> dict[str, Any]:
+    return {
+        "layout": proposal.layout.model_dump(),
+        "peak_gib": proposal.peak_gib,
+        "words": f"{_words(proposal.layout)} ({proposal.peak_gib:.1f} GiB)",
+    }
+
+
+def _words(layout: Parallel) -> str:
+    """The keys that differ from the defaults, as a recipe has them."""
+    keys = layout.model_dump(exclude_defaults=True)
+    return "{" + ", ".join(f"{key}: {str(value).lower()}" for key, value in keys.items()) + "}"

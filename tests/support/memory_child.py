@@ -1,0 +1,84 @@
+"""What a training holds, measured in a process of its own: `python -m tests.support.memory_child JSON`."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+STEPS = 3
+FIXED_THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""glibc then gives freed tensors back at once, and the resident memory is what is in use."""
+
+
+def main(order: dict[str, Any]) -> dict[str, int]:
+    from nemo_minitron.backends.megatron import distill, training
+    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.config.schema import DistillStage, Parallel
+
+    params = DistillStage.model_validate(order["params"])
+    with open_session(Parallel(**order["parallel"]), device="cpu", threads=2) as session:
+        _warm_up()
+        before = _resident("VmRSS")
+        folders = (Path(order[name]) for name in ("student", "teacher", "data"))
+        job = distill.prepare(params, *folders, Path(order["work"]), session)
+        training.train_step(job, 0)
+        Path("/proc/self/clear_refs").write_text("5")
+        for step in range(1, STEPS):
+            training.train_step(job, step)
+        peak = _resident("VmHWM") - before
+        return {"peak": peak, "fixed": _held(job)}
+
+
+def _warm_up() -> None:
+    """Libraries make their threads and buffers at the first product of each kind."""
+    import torch
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(64, 64, dtype=dtype, requires_grad=True)
+        (x @ x).sum().backward()
+
+
+def _held(job: Any) -> int:
+    """Bytes of all tensors of both models, the gradient buffers and the optimizer, each storage once."""
+    storages: dict[int, int] = {}
+    for tensor in _tensors(job):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _tensors(job: Any) -> Iterator[Any]:
+    import torch
+    from megatron.core.models.gpt import GPTModel
+
+    trainable = job.trainable
+    # The teacher is inside a closure of the objective.
+    for model in (found for found in gc.get_objects() if type(found) is GPTModel):
+        yield from model.parameters()
+    for buffer in (*trainable.ddp.buffers, *trainable.ddp.expert_parallel_buffers):
+        yield buffer.grad_data
+        if buffer.param_data is not None:
+            yield buffer.param_data
+    optimizer = trainable.optimizer
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in single.optimizer.param_groups:
+            yield from group["params"]
+        for state in single.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def _resident(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(key)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    print(json.dumps(main(json.loads(sys.argv[1]))))
