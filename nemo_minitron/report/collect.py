@@ -115,6 +115,8 @@ def _cost(stages: Sequence[Artifact]) -> dict[str, Any]:
             "kind": stage.kind,
             "wall_s": _wall_s(stage),
             "tokens": _tokens(stage),
+            "peak_memory_gib": stage.result.get("peak_memory_gib"),
+            "planned": None,
         }
         for stage in stages
     ]

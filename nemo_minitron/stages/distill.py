@@ -13,7 +13,7 @@ from nemo_minitron.stages.spec import Result, StageContext
 
 if TYPE_CHECKING:
     from nemo_minitron.backends.megatron.curves import Curves
-    from nemo_minitron.backends.megatron.training import LoopOptions
+    from nemo_minitron.backends.megatron.training import Job, LoopOptions
 
 
 def distill(params: DistillStage, inputs: Inputs, ctx: StageContext, keys: str | None = None) -> Result:
@@ -46,7 +46,7 @@ def distill(params: DistillStage, inputs: Inputs, ctx: StageContext, keys: str |
         return {}
     return {
         **model_facts,
-        **training_facts(curves, job.tokens_per_step, params.num_steps, student, data, started_s),
+        **training_facts(job, curves, student, data, started_s),
         "loss": loss_in_words(params.loss, cached=cache is not None, corrected=params.of_teacher is not None),
     }
 
@@ -58,16 +58,17 @@ def loop_options(ctx: StageContext, keys: str | None = None) -> LoopOptions:
     return LoopOptions(ctx.execution, ctx.recipe_name, ctx.stop, ctx.name, keys or f"stages.{ctx.name}")
 
 
-def training_facts(
-    curves: Curves, tokens_per_step: int, num_steps: int, model: Artifact, data: Artifact, started_s: float
-) -> dict[str, Any]:
+def training_facts(job: Job, curves: Curves, model: Artifact, data: Artifact, started_s: float) -> dict[str, Any]:
     """What a manifest tells of a training; losses in nats per token."""
+    from nemo_minitron.backends.megatron.peak import peak_memory_gib
+
     measured = [key for key in ("valid_loss", "valid_kl", "valid_teacher_loss") if curves.has(key)]
     return {
         "license": model.result.get("license"),
         "data_sources": list(data.result.get("sources", ())),
-        "num_steps": num_steps,
-        "tokens": num_steps * tokens_per_step,
+        "num_steps": job.num_steps,
+        "tokens": job.num_steps * job.tokens_per_step,
+        "peak_memory_gib": peak_memory_gib(job.session.device),
         "wall_s": time.monotonic() - started_s,
         **{f"initial_{key}": curves.first(key) for key in measured},
         **{f"final_{key}": curves.last(key) for key in (*measured, "train_loss")},

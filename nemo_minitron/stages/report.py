@@ -12,7 +12,7 @@ import yaml
 
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.artifacts.types import Artifact, Inputs
-from nemo_minitron.config.schema import ReportStage
+from nemo_minitron.config.schema import Recipe, ReportStage
 from nemo_minitron.errors import PlanError
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan
@@ -24,11 +24,12 @@ LOCAL = ("run_root", "assets_dir")
 
 def report(params: ReportStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Render the finished stages."""
-    return render(params, inputs.many("stages"), ctx.recipe_name, _recipe_text(_read_plan(ctx)), ctx.out_dir)
+    plan = _read_plan(ctx)
+    return render(params, inputs.many("stages"), ctx.recipe_name, plan, ctx.out_dir)
 
 
 def render(
-    params: ReportStage, stages: Mapping[str, Artifact], recipe_name: str, recipe_text: str, folder: Path
+    params: ReportStage, stages: Mapping[str, Artifact], recipe_name: str, recipe: Mapping[str, Any], folder: Path
 ) -> Result:
     """Write the three files into a folder."""
     from nemo_minitron.report.collect import collect
@@ -36,10 +37,13 @@ def render(
     from nemo_minitron.report.markdown import render_markdown
 
     facts = collect(params.title or recipe_name, recipe_name, stages)
+    planned = _planned(recipe)
+    for row in facts["cost"]["stages"]:
+        row["planned"] = planned.get(row["stage"])
     pages = {
         "report.json": json.dumps(facts, indent=2) + "\n",
         "report.md": render_markdown(facts),
-        "report.html": render_html(facts, recipe_text),
+        "report.html": render_html(facts, _recipe_text(recipe)),
     }
     for name, text in pages.items():
         partial = folder / f".{name}.partial"
@@ -61,7 +65,22 @@ def render_now(plan: RunPlan) -> None:
         raise PlanError("No stage of this run has finished yet.", where=str(root), next_step="minitron run RECIPE")
     stages = {call.name: store.artifact(call.name) for call in calls}
     params = next((s for s in recipe.stages.values() if isinstance(s, ReportStage)), ReportStage(kind="report"))
-    render(params, stages, recipe.name, _recipe_text(recipe.model_dump(mode="json")), root)
+    render(params, stages, recipe.name, recipe.model_dump(mode="json"), root)
+
+
+def _planned(recipe: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """stage -> what the planner said of its trainings before they ran; empty where it can say nothing."""
+    from nemo_minitron.plan.planner import make_plan
+    from nemo_minitron.plan.resources.costs import estimates
+
+    if not recipe:
+        return {}
+    found = estimates(make_plan(Recipe.model_validate(recipe)))
+    return {
+        name: {"seconds": estimate.seconds, "peak_gib": estimate.memory.peak / 2**30}
+        for name, estimate in found.items()
+        if estimate.memory.optimizer
+    }
 
 
 def _read_plan(ctx: StageContext) -> dict[str, Any]:

@@ -30,4 +30,4 @@ def train(params: TrainStage, inputs: Inputs, ctx: StageContext) -> Result:
     model_facts = training.publish(job, model.path, ctx.work_dir, ctx.out_dir)
     if not ctx.is_main:
         return {}
-    return {**model_facts, **training_facts(curves, job.tokens_per_step, params.num_steps, model, data, started_s)}
+    return {**model_facts, **training_facts(job, curves, model, data, started_s)}

@@ -135,7 +135,7 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
 def test_the_three_files_are_written_and_tell_nothing_of_the_machine(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    result = render(ReportStage(kind="report"), fake_run(tmp_path / "run"), "a/recipe", "name: a", out)
+    result = render(ReportStage(kind="report"), fake_run(tmp_path / "run"), "a/recipe", {}, out)
     assert sorted(file.name for file in out.iterdir()) == ["report.html", "report.json", "report.md"]
     assert result["recovered_share"] == pytest.approx((1.669 - 1.264) / (1.669 - 1.107))
     for file in out.iterdir():

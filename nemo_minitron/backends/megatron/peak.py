@@ -1,7 +1,8 @@
-"""How fast this machine multiplies matrices: what a training's speed is held against."""
+"""How fast this machine multiplies matrices, which a training's speed is held against; and what memory it took."""
 
 from __future__ import annotations
 
+import resource
 import time
 
 import torch
@@ -23,3 +24,10 @@ def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
             torch.cuda.synchronize()
         best_s = min(best_s, time.perf_counter() - started_s)
     return 2.0 * size**3 / best_s
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Of this process so far: of tensors on a GPU, of everything on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

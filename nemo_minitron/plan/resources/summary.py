@@ -51,9 +51,8 @@ def memory_warnings(plan: RunPlan, resources: Mapping[str, Any]) -> Iterator[str
         words = [line["words"] for line in resources["proposals"].get(name, [])]
         processes = plan.call(name).parallel.world_size
         instead = f"fits: {words[0]}" if words else f"nothing fits on {processes}: more GPUs, or larger ones"
-        yield (
-            f"{name}: {facts['memory']['peak_gib']:.1f} GiB of a process, {facts['limit_gib']:.1f} are usable; {instead}"
-        )
+        peak, limit = facts["memory"]["peak_gib"], facts["limit_gib"]
+        yield f"{name}: {peak:.1f} GiB of a process, {limit:.1f} can be used; {instead}"
 
 
 def _proposal_facts(proposal: Proposal) -> dict[str, Any]:

@@ -1,0 +1,107 @@
+"""What the planner says of time, money, disk and layouts, against sums made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.cli import load_plan
+from nemo_minitron.plan.resources.costs import estimates, totals
+from nemo_minitron.plan.resources.hardware import HARDWARE
+from nemo_minitron.plan.resources.summary import memory_warnings, resource_facts
+from tests.conftest import REPO, TOY, Cli
+
+MINITRON_4B = REPO / "recipes/llama31_8b/width_4b.yaml"
+DGX_32 = "execution.parallel={tp: 8, dp: 32, sequence_parallel: true, micro_batch_size: 4}"
+
+
+def _plan(recipe: Path, tmp_path: Path, *overrides: str):  # type: ignore[no-untyped-def]
+    return load_plan(recipe, [f"execution.run_root={tmp_path}", *overrides], checked=False)
+
+
+def test_the_papers_distillation_takes_a_plausible_number_of_gpu_hours(tmp_path: Path) -> None:
+    """94B tokens on 32 DGX H100 (2408.11796, section 3): three passes of the student and one of the teacher."""
+    distill = estimates(_plan(MINITRON_4B, tmp_path, DGX_32))["distill"]
+    assert distill.tokens == 9961 * 1152 * 8192
+    # By hand: 2 operations a weight and pass, embeddings aside; and two products of attention, over half the sequence.
+    student, teacher = 4_512_746_496 - 128_256 * 3072, 8_030_261_248 - 128_256 * 4096
+    attention = 32 * 2 * 2 * (32 * 128) * 8192 / 2
+    by_hand = (6 * student + 2 * teacher + 4 * attention) * distill.tokens
+    assert distill.flops == pytest.approx(by_hand, rel=1e-3)
+    assert distill.gpu_hours == pytest.approx(distill.flops / (0.40 * 989.4e12) / 3600)
+    assert 2500 < distill.gpu_hours < 4000
+    assert distill.seconds / 3600 == pytest.approx(distill.gpu_hours / 256)
+    assert distill.fits
+
+
+def test_mfu_price_and_hardware_are_keys(tmp_path: Path) -> None:
+    usual = estimates(_plan(MINITRON_4B, tmp_path, DGX_32))["distill"]
+    half = estimates(_plan(MINITRON_4B, tmp_path, DGX_32, "execution.planning.mfu=0.2"))["distill"]
+    assert half.seconds == pytest.approx(2 * usual.seconds)
+    keys = ("execution.planning.hardware=A100", "execution.planning.price_per_gpu_hour=2")
+    other = estimates(_plan(MINITRON_4B, tmp_path, DGX_32, *keys))
+    assert other["distill"].cost == pytest.approx(2 * other["distill"].gpu_hours)
+    assert totals(other)["cost"] == pytest.approx(2 * totals(other)["gpu_hours"])
+    assert other["distill"].seconds > 2 * usual.seconds
+    assert all(found.peak_tflops > 0 for found in HARDWARE.values())
+
+
+def test_a_stage_that_does_not_fit_is_told_with_what_would(tmp_path: Path) -> None:
+    plan = _plan(MINITRON_4B, tmp_path, "execution.parallel={tp: 1, dp: 8, micro_batch_size: 4}")
+    facts = resource_facts(plan)
+    assert not facts["stages"]["distill"]["fits"]
+    (warning,) = memory_warnings(plan, facts)
+    assert warning.startswith("distill: ")
+    assert "74.0 can be used; fits: {" in warning
+    for proposal in facts["proposals"]["distill"]:
+        assert proposal["peak_gib"] <= 74.0
+        words = proposal["words"].split(" (")[0]
+        again = resource_facts(_plan(MINITRON_4B, tmp_path, f"execution.parallel={words}"))
+        assert again["stages"]["distill"]["fits"], "what is proposed can be put into the recipe as it stands"
+        assert again["stages"]["distill"]["memory"]["peak_gib"] == pytest.approx(proposal["peak_gib"], abs=1e-3)
+
+
+def test_proposals_divide_the_model_and_the_batch(tmp_path: Path) -> None:
+    plan = _plan(MINITRON_4B, tmp_path, DGX_32, "execution.planning.num_gpus=256")
+    proposed = resource_facts(plan)["proposals"]["distill"]
+    assert len(proposed) == 3
+    for one in proposed:
+        layout = one["layout"]
+        assert layout["tp"] * layout["pp"] * layout["dp"] == 256
+        assert 1152 % (layout["dp"] * layout["micro_batch_size"]) == 0
+        assert 8 % layout["tp"] == 0
+
+
+def test_disk_holds_weights_and_the_checkpoints_that_are_kept(tmp_path: Path) -> None:
+    count = 4_512_746_496
+    # bf16 weights; master and two moments in fp32 beside them; two checkpoints stay while a third is written.
+    expected = 2 * count + 3 * 14 * count
+    assert estimates(_plan(MINITRON_4B, tmp_path, DGX_32))["distill"].disk_bytes == expected
+
+
+def test_a_laptop_pays_nothing_and_a_cache_has_its_size(tmp_path: Path) -> None:
+    found = estimates(_plan(REPO / "recipes/toy/cached.yaml", tmp_path))
+    assert all(estimate.gpu_hours == 0 for estimate in found.values())
+    assert found["cache_teacher"].disk_bytes > 0
+    assert found["distill"].memory.teacher == 0, "it is read from the cache"
+    assert found["score"].memory.optimizer == 0
+
+
+def test_alignment_and_candidates_are_counted(tmp_path: Path) -> None:
+    aligned = estimates(_plan(REPO / "recipes/toy/aligned.yaml", tmp_path))
+    assert aligned["dpo"].memory.teacher == aligned["sft"].memory.weights, "the reference"
+    searched = estimates(_plan(REPO / "recipes/toy/search.yaml", tmp_path))
+    assert any(name.startswith("search_") for name in searched)
+
+
+def test_plan_shows_it_and_gives_it_to_programs(tmp_path: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, output = minitron("plan", TOY, f"execution.run_root={tmp_path}")
+    assert code == 0
+    assert "what it takes on CPU" in output
+    assert "Assumed: 0.15 TFLOPS of each process, MFU 50%" in output
+    facts = json.loads(minitron("plan", TOY, f"execution.run_root={tmp_path}", "--json")[1])["resources"]
+    assert facts["stages"]["distill"]["memory"]["peak_gib"] > 0
+    assert set(facts["totals"]) == {"hours", "gpu_hours", "cost", "disk_gib"}
