@@ -11,6 +11,8 @@ from nemo_minitron.plan.resources.costs import estimates, totals
 from nemo_minitron.plan.resources.hardware import hardware_of, peak_tflops
 from nemo_minitron.plan.resources.layouts import Proposal, proposals
 
+PROPOSED = ("tp", "pp", "dp", "micro_batch_size", "sequence_parallel", "distributed_optimizer", "recompute")
+
 
 def resource_facts(plan: RunPlan) -> dict[str, Any]:
     """Stages with memory, time, cost and disk; their sum; what was assumed; and layouts that fit.
@@ -64,6 +66,6 @@ def _proposal_facts(proposal: Proposal) -> dict[str, Any]:
 
 
 def _words(layout: Parallel) -> str:
-    """The keys that differ from the defaults, as a recipe has them."""
-    keys = layout.model_dump(exclude_defaults=True)
-    return "{" + ", ".join(f"{key}: {str(value).lower()}" for key, value in keys.items()) + "}"
+    """Every key that a proposal decides, whatever its default: an override is laid over what the recipe has."""
+    keys = layout.model_dump(include=set(PROPOSED))
+    return "{" + ", ".join(f"{key}: {str(keys[key]).lower()}" for key in PROPOSED) + "}"
