@@ -130,6 +130,7 @@ def _print_resources(resources: dict[str, Any]) -> None:
         f"{total['disk_gib']:.1f} GiB of disk. Assumed: {assumed['peak_tflops']:g} TFLOPS of each process, "
         f"MFU {assumed['mfu']:.0%} ({assumed['mfu_from']}). docs/PLANNING.md",
         highlight=False,
+        soft_wrap=True,
     )
     for stage, lines in resources["proposals"].items():
         for number, line in enumerate(lines):

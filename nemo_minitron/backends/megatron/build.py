@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_minitron.backends.megatron.layers import block_spec
 from nemo_minitron.backends.megatron.session import Session
+from nemo_minitron.backends.megatron.versions import known_fields, rope_scaling_options, squared_relu
 from nemo_minitron.errors import PlanError
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.split import padded_vocab_size, stage_bounds
@@ -73,8 +72,7 @@ def transformer_config(shape: ModelShape, session: Session, precision: str) -> T
     if shape.num_layers % parallel.pp:
         options["num_layers_in_first_pipeline_stage"] = bounds[0][1] - bounds[0][0]
         options["num_layers_in_last_pipeline_stage"] = bounds[-1][1] - bounds[-1][0]
-    known = {field.name for field in fields(TransformerConfig)}
-    return TransformerConfig(**{key: value for key, value in options.items() if key in known})
+    return TransformerConfig(**known_fields(TransformerConfig, options))
 
 
 def build_model(
@@ -108,7 +106,6 @@ def build_model(
         position_embedding_type="rope",
         rotary_percent=shape.rotary_fraction,
         rotary_base=shape.rope_theta,
-        rope_scaling=shape.rope_scaling is not None,
-        rope_scaling_factor=shape.rope_scaling.factor if shape.rope_scaling else 1.0,
+        **rope_scaling_options(shape),
     )
     return model.to(device=session.device, dtype=DTYPES[precision])

@@ -11,11 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.forward import Batch
 from nemo_minitron.backends.megatron.session import Session
+from nemo_minitron.backends.megatron.versions import get_batch_on_this_cp_rank
 
 
 def own_part(batch: Batch, session: Session) -> Batch:

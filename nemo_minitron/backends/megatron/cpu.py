@@ -36,7 +36,9 @@ def cuda_means_cpu() -> Iterator[None]:
         stack.enter_context(patch.object(megatron_random, "_CUDA_RNG_STATE_TRACKER", CpuRngTracker()))
         stack.enter_context(patch.object(megatron_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True))
         # Recomputation keeps and restores the state of the CUDA generator beside the CPU's.
-        stack.enter_context(patch.object(megatron_random, "_get_cuda_rng_state", lambda *_, **__: None))
+        # Versions before 0.11 ask torch itself.
+        stack.enter_context(patch.object(torch.cuda, "get_rng_state", lambda *_, **__: None))
+        stack.enter_context(patch.object(megatron_random, "_get_cuda_rng_state", lambda *_, **__: None, create=True))
         stack.enter_context(patch.object(megatron_random, "_set_cuda_rng_state", lambda *_, **__: None))
         stack.enter_context(_CudaArgumentsToCpu())
         yield

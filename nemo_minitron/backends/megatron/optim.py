@@ -13,6 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_minitron.backends.megatron.build import DTYPES
 from nemo_minitron.backends.megatron.hidden import sum_projection_gradient
+from nemo_minitron.backends.megatron.versions import known_fields
 from nemo_minitron.config.schema import Optimization, Parallel
 
 
@@ -74,20 +75,21 @@ def _finalize_gradients(models: list[Any], *args: Any, **kwargs: Any) -> None:
 
 
 def _optimizer_config(params: Optimization, parallel: Parallel) -> OptimizerConfig:
-    return OptimizerConfig(
-        optimizer="adam",
-        lr=params.lr,
-        min_lr=params.min_lr,
-        adam_beta1=params.adam_beta1,
-        adam_beta2=params.adam_beta2,
-        adam_eps=params.adam_eps,
-        weight_decay=params.weight_decay,
-        clip_grad=params.clip_grad,
-        bf16=params.precision == "bf16",
-        params_dtype=DTYPES[params.precision],
-        use_distributed_optimizer=parallel.distributed_optimizer,
-        overlap_param_gather=parallel.overlap_param_gather,
-    )
+    options = {
+        "optimizer": "adam",
+        "lr": params.lr,
+        "min_lr": params.min_lr,
+        "adam_beta1": params.adam_beta1,
+        "adam_beta2": params.adam_beta2,
+        "adam_eps": params.adam_eps,
+        "weight_decay": params.weight_decay,
+        "clip_grad": params.clip_grad,
+        "bf16": params.precision == "bf16",
+        "params_dtype": DTYPES[params.precision],
+        "use_distributed_optimizer": parallel.distributed_optimizer,
+        "overlap_param_gather": parallel.overlap_param_gather,
+    }
+    return OptimizerConfig(**known_fields(OptimizerConfig, options))
 
 
 def _schedule(optimizer: Any, params: Optimization, num_steps: int) -> OptimizerParamScheduler:
