@@ -23,7 +23,7 @@ COPY configs configs
 # Runs as any user: docker run --user "$(id -u):$(id -g)".
 ENV PYTHONUNBUFFERED=1 HOME=/tmp
 USER 1000
-HEALTHCHECK --interval=5m --timeout=1m CMD ["minitron", "version"]
+HEALTHCHECK --interval=5m --timeout=2m CMD ["minitron", "doctor", "--run-root", "/tmp"]
 CMD ["minitron", "--help"]
 
 # hadolint ignore=DL3006
@@ -42,5 +42,5 @@ COPY recipes recipes
 COPY configs configs
 ENV PYTHONUNBUFFERED=1 HOME=/tmp
 USER 1000
-HEALTHCHECK --interval=5m --timeout=1m CMD ["minitron", "version"]
+HEALTHCHECK --interval=5m --timeout=2m CMD ["minitron", "doctor", "--run-root", "/tmp", "--require", "aligner"]
 CMD ["minitron", "--help"]

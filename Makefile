@@ -18,10 +18,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH_INDEX := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL),)
 TEST_ENV := MINITRON_REQUIRE_ALIGNER=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: aligner demo test test-all test-slurm check claims results bench format install clean help
+.PHONY: aligner demo test test-all test-slurm test-faults check claims results bench format install clean help
 
 help:
-	@echo "make demo | aligner | test | test-all | test-slurm | check | claims | results | bench | format | clean"
+	@echo "make demo | aligner | test | test-all | test-slurm | test-faults | check | claims | results | bench | format | clean"
 
 install: $(STAMP)
 
@@ -55,6 +55,10 @@ test-all: aligner
 # A Slurm of four nodes on this machine, started and stopped by the tests; its programs are Debian's, unpacked, not installed.
 test-slurm: $(STAMP)
 	$(TEST_ENV) MINITRON_REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm $(ARGS)
+
+# Kills, full disks, damaged files, stops: the slow ones too.
+test-faults: aligner
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/fault $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

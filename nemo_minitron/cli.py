@@ -15,6 +15,7 @@ from rich.table import Table
 from nemo_minitron import __version__, cli_launch
 from nemo_minitron.cli_aligner import convert, env_app
 from nemo_minitron.cli_chat import chat
+from nemo_minitron.cli_doctor import doctor
 from nemo_minitron.cli_plan import plan, print_warnings
 from nemo_minitron.cli_show import show
 from nemo_minitron.cli_status import status
@@ -118,6 +119,7 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 app.command()(plan)
+app.command()(doctor)
 app.command()(status)
 app.command()(cli_launch.launch)
 app.command()(cli_launch.logs)

@@ -1,0 +1,204 @@
+"""What this machine has of all that the stages can use. Asks, changes nothing, never raises."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+Level = Literal["ok", "missing", "problem"]
+TIMEOUT_S, WRITTEN_MIB = 20.0, 64
+TORCH_ON_GPUS = """
+import torch
+sees = torch.cuda.is_available()
+print(sees, "CUDA", torch.version.cuda, "NCCL", torch.cuda.nccl.version() if sees else None)
+"""
+SUPPORTED: dict[str, tuple[str, str]] = {
+    "python": ("3.10", "3.12"),
+    "torch": ("2.6", "2.13"),
+    "megatron-core": ("0.10.0", "0.16.1"),
+}
+"""Oldest and newest version that the tests or the users run with."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table; `group` is what --require can name."""
+
+    group: str
+    what: str
+    level: Level
+    text: str
+    next_step: str = ""
+
+
+def examine(run_root: Path) -> list[Finding]:
+    """Everything, in the order of the table. A probe that fails is a finding."""
+    probes: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _machine,
+        lambda: _disk(run_root),
+        _core,
+        _gpus,
+        _aligner,
+        _slurm,
+        _containers,
+    )
+    found: list[Finding] = []
+    for probe in probes:
+        try:
+            found += probe()
+        except Exception as error:
+            found.append(Finding("core", "probe", "problem", f"{type(error).__name__}: {error}"))
+    return found
+
+
+def failures(found: Sequence[Finding], required: Sequence[str]) -> list[Finding]:
+    """What keeps the core from running, and whatever is not there of the required groups."""
+    groups = set(required)
+    return [one for one in found if one.level == "problem" or (one.group in groups and one.level != "ok")]
+
+
+def is_supported(name: str, found: str) -> bool:
+    """Whether a version lies within the supported ones; a newer patch of the newest counts as it."""
+    oldest, newest = (_numbers(text) for text in SUPPORTED[name])
+    own = _numbers(found)
+    return oldest <= own[: len(oldest)] and own[: len(newest)] <= newest
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = []
+    for part in text.split("+")[0].split("."):
+        digits = "".join(letter for letter in part if letter.isdigit())
+        if not digits:
+            break
+        parts.append(int(digits))
+    return tuple(parts)
+
+
+def _machine() -> Iterator[Finding]:
+    python = platform.python_version()
+    level: Level = "ok" if is_supported("python", python) else "problem"
+    yield Finding(
+        "core", "python", level, f"{python} ({sys.executable})", f"supported: {' to '.join(SUPPORTED['python'])}"
+    )
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        memory_gib = min(memory_gib, int(limit.read_text()) / 2**30)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding("core", "machine", "ok", f"{cores} cores, {memory_gib:.1f} GiB of memory, {platform.platform()}")
+
+
+def _disk(run_root: Path) -> Iterator[Finding]:
+    folder = next(path for path in (run_root.absolute(), *run_root.absolute().parents) if path.is_dir())
+    free_gib = shutil.disk_usage(folder).free / 2**30
+    if not os.access(folder, os.W_OK):
+        yield Finding("core", "disk", "problem", f"{folder} cannot be written", "set execution.run_root")
+        return
+    block, started_s = os.urandom(2**20), time.monotonic()
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".minitron-doctor-") as file:
+        for _ in range(WRITTEN_MIB):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    rate = WRITTEN_MIB / (time.monotonic() - started_s)
+    yield Finding("core", "disk", "ok", f"{free_gib:.1f} GiB free in {folder}, written with {rate:,.0f} MiB/s")
+
+
+def _core() -> Iterator[Finding]:
+    for name in ("torch", "megatron-core"):
+        found = _version(name)
+        if found is None:
+            yield Finding("core", name, "problem", "not installed", "make install, or pip install nemo-minitron")
+        else:
+            level: Level = "ok" if is_supported(name, found) else "problem"
+            yield Finding("core", name, level, found, f"supported: {' to '.join(SUPPORTED[name])}")
+    for name, use in (("transformer-engine", "faster layers on a GPU"), ("apex", "a faster optimizer on a GPU")):
+        found = _version(name)
+        yield Finding("gpu-extras", name, "ok" if found else "missing", found or f"not installed: {use}")
+
+
+def _gpus() -> Iterator[Finding]:
+    words = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    code, out = _run(words)
+    if code:
+        yield Finding("gpu", "GPUs", "missing", "no nvidia-smi: trainings run on the CPU", "in docker: --gpus all")
+        return
+    cards = [line.strip() for line in out.splitlines() if line.strip()]
+    yield Finding("gpu", "GPUs", "ok" if cards else "missing", "; ".join(cards) or "nvidia-smi lists none")
+    code, out = _run([sys.executable, "-c", TORCH_ON_GPUS])
+    sees = code == 0 and out.startswith("True")
+    yield Finding(
+        "gpu",
+        "torch on GPUs",
+        "ok" if sees else "problem",
+        out.strip() if sees else f"torch sees no GPU: {out.strip()[-200:]}",
+        "" if sees else "install the CUDA build of torch that fits the driver",
+    )
+
+
+def _aligner() -> Iterator[Finding]:
+    from nemo_minitron.backends.aligner.environment import SUPPORTED_ALIGNER, aligner_python
+    from nemo_minitron.errors import MinitronError
+
+    try:
+        python = aligner_python()
+    except MinitronError as error:
+        yield Finding("aligner", "NeMo-Aligner", "missing", error.what, "minitron env aligner")
+        return
+    yield Finding("aligner", "NeMo-Aligner", "ok", f"{SUPPORTED_ALIGNER} by {python}")
+
+
+def _slurm() -> Iterator[Finding]:
+    code, out = _run(["sbatch", "--version"])
+    if code:
+        yield Finding("slurm", "Slurm", "missing", "no sbatch here", "on a login node: minitron launch launcher=slurm")
+        return
+    _, names = _run(["sinfo", "--noheader", "--format=%R"])
+    yield Finding(
+        "slurm", "Slurm", "ok", f"{out.strip()}; partitions: {', '.join(sorted(set(names.split()))) or 'none'}"
+    )
+    _, text = _run(["srun", "--help"])
+    has = "--container-image" in text
+    yield Finding("pyxis", "pyxis", "ok" if has else "missing", "srun takes --container-image" if has else "not there")
+
+
+def _containers() -> Iterator[Finding]:
+    for name in ("docker", "enroot", "apptainer", "singularity"):
+        path = shutil.which(name)
+        if path is None:
+            yield Finding(name, name, "missing", "not there")
+            continue
+        code, out = _run([name, "version"] if name == "enroot" else [name, "--version"])
+        yield Finding(
+            name, name, "ok" if code == 0 else "missing", out.strip().splitlines()[0] if out.strip() else path
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _run(words: list[str]) -> tuple[int, str]:
+    """(exit code, what it printed); 127 where there is no such program, 124 where it hangs."""
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
+        )
+    except (FileNotFoundError, PermissionError):
+        return 127, ""
+    except subprocess.TimeoutExpired:
+        return 124, "it did not answer"
+    return done.returncode, done.stdout + (done.stderr if done.returncode else "")
