@@ -22,7 +22,7 @@ def doctor(
     require: Annotated[str, typer.Option(help="What must be there: gpu, aligner, slurm, pyxis, docker ...")] = "",
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Explain this machine: GPUs, versions, NeMo-Aligner, Slurm, containers, disk. Exit code 2: something is lacking."""
+    """Explain this machine: GPUs, versions, NeMo-Aligner, Slurm, containers, disk. Exits with 2 if something lacks."""
     from nemo_minitron.doctor import examine, failures
 
     found = examine(run_root)
