@@ -17,13 +17,13 @@ def _running(**options: object) -> Iterator[SlurmCluster]:
     cluster = SlurmCluster(Path(tempfile.mkdtemp(prefix="slurm-")), **options)  # type: ignore[arg-type]
     try:
         cluster.start()
+        yield cluster
     except Unavailable as error:
-        cluster.stop()
         if os.environ.get("MINITRON_REQUIRE_SLURM") == "1":
             raise
         pytest.skip(str(error))
-    yield cluster
-    cluster.stop()
+    finally:
+        cluster.stop()
 
 
 @pytest.fixture(scope="session")
