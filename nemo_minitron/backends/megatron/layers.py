@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -71,7 +72,9 @@ class SdpaCoreAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.layer_number = layer_number
-        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        # Versions before 0.12 hand no groups to their modules.
+        group = pg_collection.cp if pg_collection is not None else parallel_state.get_context_parallel_group()
+        self.context_group = group if config.context_parallel_size > 1 else None
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any
