@@ -58,7 +58,7 @@ def transformer_config(shape: ModelShape, session: Session, precision: str) -> T
         "bf16": precision == "bf16",
         "use_cpu_initialization": not session.on_gpu,
         "perform_initialization": False,
-        "bias_activation_fusion": session.on_gpu,
+        "bias_activation_fusion": session.on_gpu and shape.gated,  # Megatron refuses it for squared ReLU
         "bias_dropout_fusion": session.on_gpu,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
