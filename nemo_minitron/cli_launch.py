@@ -98,7 +98,7 @@ def cancel(recipe: RecipeFile, overrides: Overrides = None) -> None:
     if last is None or last.launcher != "slurm":
         console.print("nothing was submitted")
         return
-    active = [state.job_id for states in slurm.states(last.job_ids).values() for state in states if state.is_active]
+    active = slurm.active(last.job_ids)
     slurm.cancel(active)
     console.print(f"cancelled {', '.join(active)}" if active else "no job was left", highlight=False)
 

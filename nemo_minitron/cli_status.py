@@ -13,6 +13,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from nemo_minitron.files import write_whole
+
 STYLES = {"finished": "green", "changed": "yellow", "to run": "cyan"}
 MIN_WATCH_S = 1.0
 console = Console()
@@ -83,6 +85,4 @@ def _write_page(facts: dict[str, Any], html: Path | None, watch: float | None) -
         return
     from nemo_minitron.report.status_page import render_status
 
-    partial = html.with_name(f".{html.name}.partial")
-    partial.write_text(render_status(facts, reload_s=watch or 30.0))
-    partial.replace(html)
+    write_whole(html, render_status(facts, reload_s=watch or 30.0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+from nemo_minitron.files import write_whole
 
 T = TypeVar("T")
 LOG_INTERVAL_S = 15.0
@@ -121,9 +122,7 @@ class Progress:
             return
         payload = {"description": bar.description, "done": bar.done, "total": bar.total, "unit": bar.unit}
         payload |= {"eta_s": bar.eta_s, "fields": bar.fields, "time": time.time()}
-        partial = self.status_file.with_suffix(".partial")
-        partial.write_text(json.dumps(payload))
-        os.replace(partial, self.status_file)
+        write_whole(self.status_file, json.dumps(payload))
 
 
 def _rich_bar(console: Console) -> RichProgress:

@@ -17,13 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_minitron.distillation.chunks import CHUNK_BYTES, MIN_CHUNK_TOKENS
 from nemo_minitron.distillation.losses import LossAndGrad
 
 ChunkLoss = Callable[[Tensor, slice], LossAndGrad]
 """Student logits of a block [n, V] and which of the T tokens they are -> loss [n], gradient [n, V]."""
-CHUNK_BYTES = 2**28
-"""Of one chunk's logits in fp32. Smaller chunks make smaller, slower matrix products."""
-MIN_CHUNK_TOKENS = 32
 CPU_BLOCK_BYTES = 2**22
 """Of one block's logits in fp32."""
 MIN_BLOCK_TOKENS = 4

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemo_minitron.config.schema import Cluster, Container, Mount
 from nemo_minitron.errors import PlanError
-from nemo_minitron.launch.jobs import Environment
+from nemo_minitron.launch.jobs import Environment, image_of
 
 IN_CONTAINER = "minitron"
 
@@ -22,8 +22,9 @@ class Place:
     """Mounted at the same path: the run, the assets, the folder of the call."""
 
 
-def image_of(container: Container, environment: Environment) -> str:
-    image = container.aligner_image if environment == "aligner" else container.core_image
+def _image(container: Container, environment: Environment) -> str:
+    """Of jobs that `missing_images` has nothing to say of."""
+    image = image_of(container, environment)
     assert image is not None, environment
     return image
 
@@ -52,7 +53,7 @@ def srun_options(cluster: Cluster, environment: Environment, place: Place) -> li
     if container.runtime != "pyxis":
         return []
     return [
-        f"--container-image={image_of(container, environment)}",
+        f"--container-image={_image(container, environment)}",
         f"--container-mounts={','.join(_bind(mount) for mount in mounts_of(container, place))}",
         f"--container-workdir={place.cwd}",
         "--no-container-mount-home",
@@ -67,7 +68,7 @@ def inside(command: Sequence[str], cluster: Cluster, environment: Environment, p
     words = [container.runtime, "exec", "--no-home", f"--pwd={place.cwd}"]
     words += ["--nv"] if cluster.gpus_per_node else []
     words += [f"--bind={_bind(mount)}" for mount in mounts_of(container, place)]
-    return [*words, image_of(container, environment), *command]
+    return [*words, _image(container, environment), *command]
 
 
 def docker_run(
@@ -87,7 +88,7 @@ def docker_run(
     words += ["--ulimit=memlock=-1", "--ulimit=stack=67108864", f"--workdir={place.cwd}"]
     words += [f"--volume={_bind(mount)}" for mount in mounts_of(container, place)]
     words += [f"--env={name}={value}" for name, value in cluster.environment.items()]
-    return [*words, image_of(container, environment), *command]
+    return [*words, _image(container, environment), *command]
 
 
 def _bind(mount: Mount) -> str:

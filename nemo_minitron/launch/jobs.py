@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from nemo_minitron.config.schema import CandidateStage, Cluster, Resources
+from nemo_minitron.config.schema import CandidateStage, Cluster, Container, Resources
 from nemo_minitron.errors import PlanError
 from nemo_minitron.plan.expansion import search_of
 from nemo_minitron.plan.planner import RunPlan, StageCall
@@ -121,14 +121,24 @@ def _asked(call: StageCall, cluster: Cluster, *, uses_gpu: bool) -> Resources:
     return Resources(**found)
 
 
+def image_of(container: Container, environment: Environment) -> str | None:
+    """The image that the site names for an environment."""
+    return container.aligner_image if environment == "aligner" else container.core_image
+
+
+def missing_images(cluster: Cluster, jobs: list[Job]) -> Iterator[str]:
+    """Environments of these jobs for which the site's containers have no image."""
+    container = cluster.container
+    for environment in dict.fromkeys(job.environment for job in jobs):
+        if container.runtime != "none" and image_of(container, environment) is None:
+            stages = ", ".join(job.name for job in jobs if job.environment == environment)
+            yield f"execution.cluster.container.{environment}_image is not set; it is needed for {stages}."
+
+
 def problems(cluster: Cluster, jobs: list[Job]) -> Iterator[str]:
     """What is wrong with the cluster's keys for these jobs."""
     container = cluster.container
-    needed: dict[str, str | None] = {"core": container.core_image, "aligner": container.aligner_image}
-    for environment in dict.fromkeys(job.environment for job in jobs):
-        if container.runtime != "none" and needed[environment] is None:
-            stages = ", ".join(job.name for job in jobs if job.environment == environment)
-            yield f"execution.cluster.container.{environment}_image is not set; it is needed for {stages}."
+    yield from missing_images(cluster, jobs)
     if container.runtime == "docker":
         yield "execution.cluster.container.runtime = docker is for launcher=local; on Slurm: pyxis, apptainer or none."
     for job in jobs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -13,11 +12,11 @@ from nemo_minitron.config.schema import Recipe
 from nemo_minitron.errors import EnvironmentProblem, Interrupted, PlanError
 from nemo_minitron.launch import record
 from nemo_minitron.launch.containers import IN_CONTAINER, docker_run, inside
-from nemo_minitron.launch.jobs import Job, jobs_of
+from nemo_minitron.launch.jobs import jobs_of, missing_images
 from nemo_minitron.launch.submit import cluster_of, placed
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, make_plan
-from nemo_minitron.stages.runner import RunOptions, settle
+from nemo_minitron.stages.runner import RunOptions, settle, write_recipe
 
 INTERRUPTED = 130
 
@@ -38,9 +37,15 @@ def commands(plan: RunPlan, launch_dir: Path, options: RunOptions) -> list[tuple
     runtime = cluster.container.runtime
     if runtime == "pyxis":
         raise PlanError("execution.cluster.container.runtime = pyxis needs Slurm.", allowed="docker, apptainer, none")
+    # Here one node takes every process.
+    jobs = jobs_of(plan, cluster.model_copy(update={"ranks_per_node": 10**6}), plan.needed_for(options.until))
+    missing = list(missing_images(cluster, jobs))
+    if missing:
+        raise PlanError(
+            "\n".join(missing), next_step="Build it from the Dockerfile (docs/CLUSTER.md), and name it there."
+        )
     found = []
-    for job in jobs_of(plan, cluster.model_copy(update={"ranks_per_node": 10**6}), plan.needed_for(options.until)):
-        _require_image(job, plan.recipe)
+    for job in jobs:
         for stage in job.stages:
             program = cluster.command or IN_CONTAINER
             command = [program, "stage", str(where.recipe_file), stage]
@@ -68,9 +73,11 @@ def launch(recipe: Recipe, options: RunOptions) -> None:
             next_step="Install it, or set execution.cluster.container.runtime=none.",
         )
     plan = settle(recipe, options)
-    folder = record.new_folder(run_dir(recipe))
-    (folder / record.RECIPE_FILE).write_text(json.dumps(plan.recipe.model_dump(mode="json"), indent=2) + "\n")
-    for stage, command in commands(plan, folder, options):
+    folder = record.next_folder(run_dir(recipe))
+    to_run = commands(plan, folder, options)
+    folder.mkdir(parents=True)
+    write_recipe(plan.recipe, folder / record.RECIPE_FILE)
+    for stage, command in to_run:
         code = subprocess.run(command, check=False).returncode
         if code == INTERRUPTED:
             raise Interrupted(f"Stopped in stage {stage}; the same command goes on.")
@@ -81,13 +88,3 @@ def launch(recipe: Recipe, options: RunOptions) -> None:
 def dry_run(recipe: Recipe, options: RunOptions) -> list[tuple[str, list[str]]]:
     """The commands of `launch`. Writes nothing."""
     return commands(make_plan(recipe), run_dir(recipe) / record.LAUNCH_DIR / "NNN", options)
-
-
-def _require_image(job: Job, recipe: Recipe) -> None:
-    container = cluster_of(recipe).container
-    image = container.aligner_image if job.environment == "aligner" else container.core_image
-    if image is None:
-        raise PlanError(
-            f"execution.cluster.container.{job.environment}_image is not set; stage {job.stages[0]} needs it.",
-            next_step="Build it from the Dockerfile (docs/CLUSTER.md), and name it there.",
-        )

@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from nemo_minitron.files import write_whole
+
 LAUNCH_DIR, JOBS_FILE, RECIPE_FILE = "launch", "jobs.json", "recipe.json"
 
 
@@ -37,17 +39,13 @@ class Submission:
     def write(self) -> None:
         """Replace the list in the submission's folder."""
         facts = {"launcher": self.launcher, "time": self.time, "jobs": [asdict(job) for job in self.jobs]}
-        partial = self.folder / f".{JOBS_FILE}"
-        partial.write_text(json.dumps(facts, indent=2) + "\n")
-        partial.replace(self.folder / JOBS_FILE)
+        write_whole(self.folder / JOBS_FILE, json.dumps(facts, indent=2) + "\n")
 
 
-def new_folder(run: Path) -> Path:
-    """The folder of the next submission."""
+def next_folder(run: Path) -> Path:
+    """Where the next submission goes; not there yet."""
     number = max((int(folder.name) for folder in _folders(run)), default=0) + 1
-    folder = run / LAUNCH_DIR / f"{number:03d}"
-    folder.mkdir(parents=True)
-    return folder
+    return run / LAUNCH_DIR / f"{number:03d}"
 
 
 def newest(run: Path) -> Submission | None:

@@ -105,6 +105,11 @@ def states(job_ids: Sequence[str]) -> dict[str, list[JobState]]:
     return found
 
 
+def active(job_ids: Sequence[str]) -> list[str]:
+    """Those that wait or run; of an array its indices."""
+    return [state.job_id for found in states(job_ids).values() for state in found if state.is_active]
+
+
 def cancel(job_ids: Sequence[str]) -> None:
     """Cancel jobs; those that have ended are no error."""
     if job_ids:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from nemo_minitron.config.schema import Cluster, Recipe
@@ -17,17 +16,9 @@ from nemo_minitron.launch.jobs import Job, jobs_of, problems
 from nemo_minitron.launch.script import Scripted, render, sbatch_command, script_file
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, make_plan
-from nemo_minitron.stages.runner import RunOptions, settle
+from nemo_minitron.stages.runner import RunOptions, settle, write_recipe
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A job and its script."""
-
-    job: Job
-    text: str
 
 
 def cluster_of(recipe: Recipe) -> Cluster:
@@ -53,8 +44,8 @@ def placed(recipe: Recipe, launch_dir: Path) -> Scripted:
     )
 
 
-def render_all(plan: RunPlan, where: Scripted, options: RunOptions) -> list[Rendered]:
-    """The scripts for all that is left to do.
+def jobs_left(plan: RunPlan, options: RunOptions) -> list[Job]:
+    """All that is left to do.
 
     Raises:
         PlanError: keys of the cluster that do not fit the recipe.
@@ -64,14 +55,14 @@ def render_all(plan: RunPlan, where: Scripted, options: RunOptions) -> list[Rend
     wrong = list(problems(cluster, jobs))
     if wrong:
         raise PlanError("The cluster does not fit the recipe:\n" + "\n".join(f"  - {text}" for text in wrong))
-    return [Rendered(job, render(job, cluster, where)) for job in jobs]
+    return jobs
 
 
 def dry_run(recipe: Recipe, options: RunOptions) -> list[tuple[list[str], str]]:
     """(command, script) of each job as it would be submitted now; job ids stand as job names. Writes nothing."""
-    where = placed(recipe, run_dir(recipe) / record.LAUNCH_DIR / "NNN")
-    rendered = render_all(make_plan(recipe), where, options)
-    return [(sbatch_command(found.job, where, after=found.job.after), found.text) for found in rendered]
+    where, cluster = placed(recipe, run_dir(recipe) / record.LAUNCH_DIR / "NNN"), cluster_of(recipe)
+    jobs = jobs_left(make_plan(recipe), options)
+    return [(sbatch_command(job, where, after=job.after), render(job, cluster, where)) for job in jobs]
 
 
 def launch(recipe: Recipe, options: RunOptions, say: Say) -> record.Submission | None:
@@ -85,16 +76,18 @@ def launch(recipe: Recipe, options: RunOptions, say: Say) -> record.Submission |
     run = run_dir(recipe)
     require_no_jobs(run)
     plan = settle(recipe, options)
-    where = placed(plan.recipe, run / record.LAUNCH_DIR / "NNN")
-    if not render_all(plan, where, options):
+    jobs, cluster = jobs_left(plan, options), cluster_of(plan.recipe)
+    if not jobs:
         return None
-    where = replace(where, launch_dir=record.new_folder(run).absolute())
-    rendered = render_all(plan, where, options)
-    where.recipe_file.write_text(json.dumps(plan.recipe.model_dump(mode="json"), indent=2) + "\n")
-    for found in rendered:
-        script_file(found.job, where).write_text(found.text)
+    where = placed(plan.recipe, record.next_folder(run))
+    # All of them before anything is written: a path that no script can hold is refused.
+    scripts = {script_file(job, where): render(job, cluster, where) for job in jobs}
+    where.launch_dir.mkdir(parents=True)
+    write_recipe(plan.recipe, where.recipe_file)
+    for file, text in scripts.items():
+        file.write_text(text)
     (run / "logs/slurm").mkdir(parents=True, exist_ok=True)
-    return _submit_all([found.job for found in rendered], cluster_of(plan.recipe), where, say)
+    return _submit_all(jobs, cluster, where, say)
 
 
 def require_no_jobs(run: Path) -> None:
@@ -102,7 +95,7 @@ def require_no_jobs(run: Path) -> None:
     last = record.newest(run)
     if last is None or last.launcher != "slurm":
         return
-    active = [state.job_id for states in slurm.states(last.job_ids).values() for state in states if state.is_active]
+    active = slurm.active(last.job_ids)
     if active:
         raise ArtifactError(
             f"Jobs of this run are still there: {', '.join(active[:8])}{' ...' if len(active) > 8 else ''}.",

@@ -276,7 +276,7 @@ def _layouts(recipe: Recipe) -> Iterator[str]:
             for limit, why in _limits(shape):
                 if seq_len > limit:
                     found[f"stages.{name}.seq_len_tokens = {seq_len}: the {label} {why} at most {limit}."] = None
-            for text in _layout(shape, layout):
+            for text in layout_problems(shape, layout):
                 # One line for each layout and model, however many stages it fails in.
                 found.setdefault(f"{text} ({label})")
     yield from found
@@ -318,7 +318,8 @@ def _models_of(name: str, stage: Schema, recipe: Recipe) -> Iterator[tuple[str, 
             yield other, shape
 
 
-def _layout(shape: ModelShape, layout: Parallel) -> Iterator[str]:
+def layout_problems(shape: ModelShape, layout: Parallel) -> Iterator[str]:
+    """Sizes of a model that a layout cannot share out."""
     sizes = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)
     if any(size % layout.tp for size in sizes):
         allowed = [tp for tp in range(1, shape.num_query_groups + 1) if not any(size % tp for size in sizes)]

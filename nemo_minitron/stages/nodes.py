@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import IO
 
 from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.files import write_whole
+from nemo_minitron.interrupts import SIGNALS
 
 RUNNER_VARIABLE = "MINITRON_RUNNER"
 """The process of this node with which its ranks end."""
@@ -98,7 +100,8 @@ def start_everywhere(
         folder = _folder(work, nodes)
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.glob("*.json")))
-        _write(folder / f"{number}.json", {"command": list(command), "environment": dict(environment)})
+        order = {"command": list(command), "environment": dict(environment)}
+        write_whole(folder / f"{number}.json", json.dumps(order))
     own = {**os.environ, **environment, RUNNER_VARIABLE: str(os.getpid())}
     return start(_for_node(command, 0), own)
 
@@ -108,7 +111,7 @@ def dismiss(nodes: Nodes, work: Path) -> None:
     if nodes.count > 1:
         folder = _folder(work, nodes)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / END, {})
+        (folder / END).touch()
 
 
 def follow(nodes: Nodes, work: Path, is_published: Callable[[], bool], log: IO[str]) -> int:
@@ -126,9 +129,9 @@ def follow(nodes: Nodes, work: Path, is_published: Callable[[], bool], log: IO[s
     return 0
 
 
-def deaf_to_stops(numbers: Sequence[int], start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
-    """Start a child that ignores these signals: ignored ones stay ignored in a child."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+def deaf_to_stops(start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    """Start a child that ignores the signals that ask for a stop: ignored ones stay ignored in a child."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS.values()}
     try:
         return start()
     finally:
@@ -142,18 +145,22 @@ def _carry_out(order: Mapping[str, object], nodes: Nodes, log: IO[str]) -> int:
     assert isinstance(environment, dict)
     own = {**os.environ, **environment, RUNNER_VARIABLE: str(os.getpid())}
     process = deaf_to_stops(
-        (signal.SIGTERM, signal.SIGUSR1),
         lambda: subprocess.Popen(_for_node(command, nodes.rank), env=own, stdout=log, stderr=log),
     )
     try:
         return process.wait()
     except BaseException:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(SHUTDOWN_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        end_agent(process)
         raise
+
+
+def end_agent(process: subprocess.Popen[bytes]) -> None:
+    """torchrun ends its ranks on SIGINT; killed outright it would leave them behind."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(SHUTDOWN_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def _for_node(command: Sequence[str], rank: int) -> list[str]:
@@ -162,10 +169,3 @@ def _for_node(command: Sequence[str], rank: int) -> list[str]:
 
 def _folder(work: Path, nodes: Nodes) -> Path:
     return work / ORDERS / nodes.attempt
-
-
-def _write(file: Path, facts: object) -> None:
-    """Whole or not at all: other nodes read it."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(facts))
-    partial.replace(file)

@@ -13,14 +13,14 @@ from typing import Any
 from nemo_minitron import errors
 from nemo_minitron.config.schema import Recipe
 from nemo_minitron.errors import Interrupted, MinitronError, ProcessesDied
-from nemo_minitron.interrupts import RELAY_FILE, SIGNALS, StopRequest
+from nemo_minitron.interrupts import RELAY_FILE, StopRequest
 from nemo_minitron.plan.planner import StageCall
-from nemo_minitron.stages.nodes import Nodes, deaf_to_stops, start_everywhere
+from nemo_minitron.stages.nodes import Nodes, deaf_to_stops, end_agent, start_everywhere
 
 CALL_FILE, RESULT_FILE, ERROR_FILE, STATUS_FILE = "call.json", "result.json", "error.json", "progress.json"
 TRAINING_KINDS = ("distill", "train", "correct", "candidate")
 """Their ranks end by themselves, with a checkpoint, when they are asked to stop."""
-POLL_INTERVAL_S, SHUTDOWN_TIMEOUT_S = 0.2, 40.0
+POLL_INTERVAL_S = 0.2
 
 
 def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path, stop: StopRequest) -> dict[str, Any]:
@@ -66,9 +66,7 @@ def _environment() -> dict[str, str]:
 def _start(command: list[str], environment: dict[str, str], log: Any) -> subprocess.Popen[bytes]:
     """torchrun, deaf to the signals that ask for a stop: it would give its ranks 30 s and then kill them."""
     stderr = None if sys.stderr.isatty() else log
-    return deaf_to_stops(
-        tuple(SIGNALS.values()), lambda: subprocess.Popen(command, env=environment, stdout=log, stderr=stderr)
-    )
+    return deaf_to_stops(lambda: subprocess.Popen(command, env=environment, stdout=log, stderr=stderr))
 
 
 def _wait(process: subprocess.Popen[bytes], kind: str, work: Path, stop: StopRequest) -> int:
@@ -87,12 +85,7 @@ def _wait(process: subprocess.Popen[bytes], kind: str, work: Path, stop: StopReq
                 else:
                     process.send_signal(signal.SIGINT)
     except BaseException:
-        # torchrun ends its ranks on SIGINT; killed outright it would leave them behind.
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(SHUTDOWN_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        end_agent(process)
         raise
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from nemo_minitron.artifacts.store import Store
 from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.config.schema import Recipe, ReportStage
 from nemo_minitron.errors import PlanError
+from nemo_minitron.files import write_whole
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan
 from nemo_minitron.stages.spec import Result, StageContext
@@ -46,9 +46,7 @@ def render(
         "report.html": render_html(facts, _recipe_text(recipe)),
     }
     for name, text in pages.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, folder / name)
+        write_whole(folder / name, text)
     return {"recovered_share": facts["recovered_share"]}
 
 

@@ -58,18 +58,12 @@ def run_recipe(recipe: Recipe, options: RunOptions, *, quiet: bool = False) -> R
     store = Store(run_dir(recipe))
     stop = StopRequest(store.root)
     with disk_errors(store.root), store.lock(), stop.listening():
-        store.remove_leftovers()
-        if stop.clear():
-            Progress(silent=quiet).say(f"removed {stop.file}, which an earlier run was stopped with")
-        plan = _settle_drift(make_plan(recipe), store, options)
-        recipe = plan.recipe
+        plan = _settle(recipe, options, store, stop, quiet=quiet)
         wanted = plan.needed_for(options.until)
-        store.require_room(wanted)
-        write_plan(recipe, store)
         for call in plan.calls:
             if call.name in wanted and plan.states[call.name].status != "finished":
                 _require_not_stopped(stop, f"before stage {call.name}")
-                run_stage(call, recipe, store, stop, options, quiet=quiet)
+                run_stage(call, plan.recipe, store, stop, options, quiet=quiet)
     return plan
 
 
@@ -163,17 +157,23 @@ def settle(recipe: Recipe, options: RunOptions) -> RunPlan:
     """
     store = Store(run_dir(recipe))
     with disk_errors(store.root), store.lock():
-        store.remove_leftovers()
-        StopRequest(store.root).clear()
-        plan = _settle_drift(make_plan(recipe), store, options)
-        store.require_room(plan.needed_for(options.until))
-        write_plan(plan.recipe, store)
+        return _settle(recipe, options, store, StopRequest(store.root), quiet=True)
+
+
+def _settle(recipe: Recipe, options: RunOptions, store: Store, stop: StopRequest, *, quiet: bool) -> RunPlan:
+    """With the run's lock held."""
+    store.remove_leftovers()
+    if stop.clear():
+        Progress(silent=quiet).say(f"removed {stop.file}, which an earlier run was stopped with")
+    plan = _settle_drift(make_plan(recipe), store, options)
+    store.require_room(plan.needed_for(options.until))
+    write_recipe(plan.recipe, store.root / "plan.json")
     return plan
 
 
-def write_plan(recipe: Recipe, store: Store) -> None:
-    """The composed recipe, in the run's folder."""
-    (store.root / "plan.json").write_text(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
+def write_recipe(recipe: Recipe, file: Path) -> None:
+    """The composed recipe, for workers and jobs."""
+    file.write_text(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
 
 
 def run_stage(

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -24,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from nemo_minitron.backends.megatron.context import context_attention
+from nemo_minitron.backends.megatron.versions import context_group
 from nemo_minitron.errors import EnvironmentProblem
 
 
@@ -72,9 +72,7 @@ class SdpaCoreAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.layer_number = layer_number
-        # Versions before 0.12 hand no groups to their modules.
-        group = pg_collection.cp if pg_collection is not None else parallel_state.get_context_parallel_group()
-        self.context_group = group if config.context_parallel_size > 1 else None
+        self.context_group = context_group(pg_collection) if config.context_parallel_size > 1 else None
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
+from torch import distributed as dist
 
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.families import ModelShape
@@ -32,8 +34,6 @@ except ImportError:  # before 0.12
 
     def get_batch_on_this_cp_rank(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """This rank's two of 2 * cp parts of every sequence, as later versions have it: early and late ones balance."""
-        from megatron.core import parallel_state
-
         size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
         if size == 1:
             return batch
@@ -49,6 +49,11 @@ def known_fields(config: type, options: dict[str, Any]) -> dict[str, Any]:
     """Those of the options that this version's config class has; the others are newer switches."""
     known = {field.name for field in fields(config)}
     return {key: value for key, value in options.items() if key in known}
+
+
+def context_group(pg_collection: Any) -> dist.ProcessGroup:
+    """Of what a module is handed; versions before 0.12 hand nothing."""
+    return parallel_state.get_context_parallel_group() if pg_collection is None else pg_collection.cp
 
 
 def rope_scaling_options(shape: ModelShape) -> dict[str, Any]:
@@ -70,4 +75,4 @@ def rope_scaling_options(shape: ModelShape) -> dict[str, Any]:
     return options
 
 
-__all__ = ["get_batch_on_this_cp_rank", "known_fields", "rope_scaling_options", "squared_relu"]
+__all__ = ["context_group", "get_batch_on_this_cp_rank", "known_fields", "rope_scaling_options", "squared_relu"]

@@ -14,10 +14,10 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.build import build_model
-from nemo_minitron.backends.megatron.layout import SPLIT_AXES, fuse, shard_slices, split
+from nemo_minitron.backends.megatron.layout import fuse, shard_slices, split
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.families import ModelShape, Parameter, parameters, tensor_shape
-from nemo_minitron.families.split import stage_bounds
+from nemo_minitron.families.split import SPLIT_AXES, stage_bounds
 from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter
 
 

@@ -27,7 +27,7 @@ from nemo_minitron.distillation.flops import forward_flops_per_token, training_f
 from nemo_minitron.families import ModelShape, num_params
 from nemo_minitron.plan.planner import RunPlan, StageCall
 from nemo_minitron.plan.resources.hardware import hardware_of, peak_tflops
-from nemo_minitron.plan.resources.memory import GIB, Memory, Work, memory_of
+from nemo_minitron.plan.resources.memory import GIB, WEIGHT_BYTES, Memory, Work, memory_of, optimizer_bytes
 from nemo_minitron.plan.shapes import model_shape
 
 SPARSE_BYTES_PER_TOKEN = {"sampled": 160, "top_k": 400}
@@ -81,7 +81,6 @@ class Load:
     work: Work
     tokens: int
     flops_per_token: float
-    trains: bool = True
 
 
 def estimates(plan: RunPlan) -> dict[str, Estimate]:
@@ -113,7 +112,7 @@ def limit_gib(recipe: Recipe) -> float | None:
 
 def _estimate(load: Load, layout: Parallel, recipe: Recipe, disk_bytes: int) -> Estimate:
     hardware, planning = hardware_of(recipe), recipe.execution.planning
-    mfu = (planning.mfu or hardware.usual_mfu) * (1.0 if load.trains else FORWARD_MFU_SHARE)
+    mfu = (planning.mfu or hardware.usual_mfu) * (1.0 if load.work.trains else FORWARD_MFU_SHARE)
     flops = load.tokens * load.flops_per_token
     seconds = flops / (layout.world_size * peak_tflops(recipe) * 1e12 * mfu)
     gpu_hours = 0.0 if hardware.name == "CPU" else seconds / 3600 * layout.world_size
@@ -222,7 +221,7 @@ def _asking(stage: Any, layout: Parallel, recipe: Recipe) -> Load | None:
         return None
     precision = getattr(stage, "precision", "bf16")
     work = Work(shape, layout, precision, stage.seq_len_tokens, trains=False)
-    return Load(work, tokens, forward_flops_per_token(shape, stage.seq_len_tokens), trains=False)
+    return Load(work, tokens, forward_flops_per_token(shape, stage.seq_len_tokens))
 
 
 def _disk(call: StageCall, load: Load, recipe: Recipe) -> int:
@@ -231,9 +230,10 @@ def _disk(call: StageCall, load: Load, recipe: Recipe) -> int:
     count = num_params(load.work.shape)
     if isinstance(stage, CacheTeacherStage):
         return load.tokens * SPARSE_BYTES_PER_TOKEN.get(stage.sparse.kind, SPARSE_BYTES_PER_TOKEN["top_k"])
-    if not load.trains:
+    if not load.work.trains:
         return 0
-    wide = 2 if load.work.precision == "bf16" else 4
-    checkpoint = (14 if load.work.precision == "bf16" else 12) * count
+    precision = load.work.precision
+    weights = WEIGHT_BYTES[precision] * count
+    checkpoint = weights + optimizer_bytes(count, precision, Parallel())
     kept = stage.keep_checkpoints + 1 if isinstance(stage, Optimization) else 2
-    return wide * count + kept * checkpoint
+    return weights + kept * checkpoint

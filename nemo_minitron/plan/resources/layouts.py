@@ -8,9 +8,7 @@ from itertools import product
 from math import log2
 
 from nemo_minitron.config.schema import Optimization, Parallel, Recipe
-from nemo_minitron.errors import PlanError
-from nemo_minitron.families import ModelShape
-from nemo_minitron.families.split import stage_bounds
+from nemo_minitron.plan.checks import layout_problems
 from nemo_minitron.plan.planner import StageCall
 from nemo_minitron.plan.resources.costs import Load, limit_gib, load_of
 from nemo_minitron.plan.resources.memory import GIB, memory_of
@@ -69,16 +67,9 @@ def _candidates(stage: Optimization, num_gpus: int, gpus_per_node: int) -> Itera
 
 def _divides(load: Load, layout: Parallel) -> bool:
     shapes = [shape for shape in (load.work.shape, load.work.teacher) if shape is not None]
-    return all(_shape_divides(shape, layout) for shape in shapes) and not load.work.seq_len_tokens % layout.tp
-
-
-def _shape_divides(shape: ModelShape, layout: Parallel) -> bool:
-    sizes = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)
-    try:
-        stage_bounds(shape.num_layers, layout.pp)
-    except PlanError:
+    if load.work.seq_len_tokens % layout.tp:
         return False
-    return not any(size % layout.tp for size in sizes)
+    return not any(problem for shape in shapes for problem in layout_problems(shape, layout))
 
 
 def _speed(load: Load, layout: Parallel) -> float:

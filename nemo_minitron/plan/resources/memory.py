@@ -12,9 +12,9 @@ head size, a heads, g groups, f MLP size, V rows of the vocabulary; all of this 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 from nemo_minitron.config.schema import Parallel
+from nemo_minitron.distillation.chunks import CHUNK_BYTES, MIN_CHUNK_TOKENS
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.split import padded_vocab_size, params_of_rank, stage_bounds
 
@@ -22,9 +22,6 @@ GIB = 2**30
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 GRADIENT_BYTES, ADAM_BYTES, MASTER_BYTES = 4, 8, 4
 """Of each parameter, all in fp32; masters only beside bf16 weights."""
-CHUNK_BYTES, MIN_CHUNK_TOKENS = 2**28, 32
-"""As in distillation/linear.py, which needs torch; a test holds them together."""
-Learns = Literal["nothing", "itself"]
 
 
 @dataclass(frozen=True)
