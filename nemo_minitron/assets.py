@@ -206,6 +206,7 @@ ASSETS: dict[str, Asset] = {
         Asset("fine-grained-pairs", "apache-2.0", "2,616 preferred and other answers; ships with the package"),
         Asset("fine-grained-rated", "apache-2.0", "500 answers with attributes; ships with the package"),
         Asset("oasst2-rated", "apache-2.0", "357 dialogues rated by people; ships with the package"),
+        Asset("instructions", "apache-2.0", "24 prompts with rules that a program checks; ships with the package"),
     )
 }
 

@@ -19,6 +19,7 @@ BUILT_IN = {
     "fine-grained-pairs": _CHATS / "fine_grained_pairs.jsonl.zst",
     "fine-grained-rated": _CHATS / "fine_grained_rated.jsonl.zst",
     "oasst2-rated": _CHATS / "oasst2_rated.jsonl.zst",
+    "instructions": _CHATS / "instructions.jsonl",
 }
 """Assets that ship with the package; all others are fetched into the assets folder."""
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md")

@@ -14,6 +14,7 @@ from nemo_minitron.config.schema import (
     CandidateStage,
     ChatDataStage,
     DistillStage,
+    EvaluateChatStage,
     EvaluateStage,
     ImportStage,
     InitStage,
@@ -363,6 +364,8 @@ def _read_by(stage: Schema) -> Iterator[tuple[str, str]]:
         yield from ((f"sources.{i}.source", chats.source) for i, chats in enumerate(stage.sources))
     elif isinstance(stage, EvaluateStage) and stage.tasks and stage.tasks_source:
         yield "tasks_source", stage.tasks_source
+    elif isinstance(stage, EvaluateChatStage) and stage.instructions is not None:
+        yield "instructions", stage.instructions
     elif isinstance(stage, ScoreStage) and stage.depth_task is not None and stage.depth_task.source:
         yield "depth_task.source", stage.depth_task.source
 

@@ -10,6 +10,7 @@ from typing import Any
 from nemo_minitron.config.schema import (
     AdoptStage,
     ChatDataStage,
+    EvaluateChatStage,
     ImportStage,
     InitStage,
     Recipe,
@@ -43,6 +44,8 @@ def _sources(stage: Schema) -> list[str]:
         return [source.source for source in stage.tokenizer.sources] if stage.tokenizer is not None else []
     if isinstance(stage, ImportStage):
         return [stage.source]
+    if isinstance(stage, EvaluateChatStage):
+        return [stage.instructions] if stage.instructions is not None else []
     return [stage.path] if isinstance(stage, AdoptStage) else []
 
 

@@ -58,6 +58,8 @@ def _model(result: Mapping[str, Any]) -> dict[str, Any]:
         out["loss of answers"] = (result["conversations"]["loss_nats_per_token"], None)
     if "exact_match" in result:
         out["exact match"] = (result["exact_match"]["share"], result["exact_match"]["se"])
+    if "instructions" in result:
+        out["rules followed"] = (result["instructions"]["prompt_strict"], result["instructions"]["prompt_strict_se"])
     if "attribute" in result:
         attribute = result["attribute"]
         out[f"length ~ {attribute['name']}"] = (attribute["rank_correlation"], attribute["se"])

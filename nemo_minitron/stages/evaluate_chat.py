@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.types import Inputs
@@ -14,13 +16,14 @@ from nemo_minitron.data.chat.render import pair_row, read_normalised, sft_rows
 from nemo_minitron.data.chat.rows import Row
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.evaluation.chat_metrics import is_exact_match, preference_metrics, rank_correlation
+from nemo_minitron.hf.source import resolve_path
 from nemo_minitron.stages.spec import Result, StageContext
 
 LEVELS = (0, 1, 2, 3, 4)
 
 
 def evaluate_chat(params: EvaluateChatStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Preferences on pairs; loss of answers, exact match, and obedience to attributes on conversations.
+    """Preferences on pairs; loss of answers, exact match, and obedience to attributes on conversations; rules followed.
 
     Writes metrics.json and answers.jsonl.
 
@@ -43,6 +46,8 @@ def evaluate_chat(params: EvaluateChatStage, inputs: Inputs, ctx: StageContext) 
     else:
         metrics["conversations"] = _conversations(params, rows, template, model, ctx)
         metrics |= _generated(params, rows, template, model, answers, ctx)
+    if params.instructions is not None:
+        metrics["instructions"] = _instructions(params, params.instructions, template, model, answers, ctx)
     metrics["samples"] = _samples(params, template, model, ctx)
     (ctx.out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     (ctx.out_dir / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers), encoding="utf-8")
@@ -154,18 +159,42 @@ def _generated(
     return out
 
 
+def _instructions(
+    params: EvaluateChatStage,
+    source: str,
+    template: ChatTemplate,
+    model: Any,
+    answers: list[dict[str, Any]],
+    ctx: StageContext,
+) -> dict[str, float]:
+    """How often the model's answers follow rules that a program can check."""
+    from nemo_minitron.evaluation.instructions import follows, instruction_metrics, read_instructions
+
+    rows = read_instructions(resolve_path(source, Path(ctx.execution.assets_dir)), params.max_instructions)
+    made = _answers(params, [row.prompt for row in rows], template, model, ctx)
+    found = [follows(row, text) for row, (text, _) in zip(rows, made, strict=True)]
+    for row, (text, tokens), followed in zip(rows, made, found, strict=True):
+        rules = dict(zip(row.rules, followed["strict"], strict=True))
+        answers.append({"prompt": row.prompt, "answer": text, "tokens": tokens, "followed": rules})
+    return instruction_metrics(found)
+
+
 def _asked(params: EvaluateChatStage) -> dict[str, float]:
     return {str(name): value for name, value in params.other_attributes.items()}
 
 
 def _samples(params: EvaluateChatStage, template: ChatTemplate, model: Any, ctx: StageContext) -> list[dict[str, str]]:
+    made = _answers(params, params.prompts, template, model, ctx)
+    return [{"prompt": text, "text": answer} for text, (answer, _) in zip(params.prompts, made, strict=True)]
+
+
+def _answers(
+    params: EvaluateChatStage, questions: Sequence[str], template: ChatTemplate, model: Any, ctx: StageContext
+) -> list[tuple[str, int]]:
+    """What the model says to each question alone."""
     from nemo_minitron.evaluation.answers import greedy_answers
 
     prompts = [
-        template.ids(template.prompt([{"role": "user", "content": text}], _asked(params) or None))
-        for text in params.prompts
+        template.ids(template.prompt([{"role": "user", "content": text}], _asked(params) or None)) for text in questions
     ]
-    if not prompts:
-        return []
-    made = greedy_answers(model, template.tokenizer, prompts, params.max_new_tokens, ctx.progress)
-    return [{"prompt": text, "text": answer} for text, (answer, _) in zip(params.prompts, made, strict=True)]
+    return greedy_answers(model, template.tokenizer, prompts, params.max_new_tokens, ctx.progress) if prompts else []

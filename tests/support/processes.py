@@ -44,15 +44,15 @@ def processes_of(process: subprocess.Popen[str]) -> Iterator[psutil.Process]:
             continue
 
 
-def wait_for_step(curves: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(curves: Path, step: int, process: subprocess.Popen[str], *, timeout_s: float = 240) -> None:
     """Until the curve has a row of this step."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if curves.is_file() and any(json.loads(line)["step"] >= step for line in curves.read_text().splitlines()[:-1]):
             return
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
-    raise AssertionError("the distillation did not get that far")
+    raise AssertionError("the training did not get that far")
 
 
 def output_of(process: subprocess.Popen[str], timeout_s: float = 240) -> str:

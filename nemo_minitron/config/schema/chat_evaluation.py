@@ -39,5 +39,8 @@ class EvaluateChatStage(Schema):
     """What the prompt asks for besides."""
     prompts: tuple[str, ...] = ()
     """Questions whose answers the report shows."""
+    instructions: str | None = None
+    """Prompts with rules that a program can check, as IFEval has them: `asset:instructions`, or IFEval's own file."""
+    max_instructions: PositiveInt = 600
     max_new_tokens: PositiveInt = 128
     precision: Precision = "fp32"
