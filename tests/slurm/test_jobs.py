@@ -13,6 +13,7 @@ from tests.support.slurm.runs import TWO_NODES, Run, copy_of
 
 pytestmark = pytest.mark.slurm
 TIMEOUT_S = 900
+TIME_LIMIT_S = 120
 
 
 def test_the_whole_recipe_runs_as_jobs_and_is_not_submitted_twice(slurm: SlurmCluster, tmp_path: Path) -> None:
@@ -65,6 +66,26 @@ def test_a_job_whose_time_is_up_saves_is_queued_again_and_ends_as_if_undisturbed
     assert "restart 1, distill: finished" in log
     assert slurm.job(job)["Restarts"] == "1"
     assert run.weights() == undisturbed.weights()
+
+
+def test_slurms_own_time_limit_is_outlived(
+    slurm: SlurmCluster, prepared: Run, undisturbed: Run, tmp_path: Path
+) -> None:
+    # As many steps as take longer than the limit; Slurm's signal comes up to a minute before the 20 seconds asked for.
+    steps = int(TIME_LIMIT_S * 1.2 / undisturbed.seconds_per_step())
+    keys = (f"stages.distill.num_steps={steps}", f"stages.distill.save_interval_steps={steps}")
+    alone = copy_of(prepared, tmp_path / "alone", None, *keys)
+    alone.call("run", "--until=distill")
+    run = copy_of(
+        prepared, tmp_path / "jobs", slurm, *keys, f"cluster.time_min={TIME_LIMIT_S // 60}", "cluster.grace_s=20"
+    )
+    run.call("launch", "--until=distill")
+    (job,) = run.job_ids()["distill"]
+    slurm.wait_until_idle(TIMEOUT_S)
+    assert slurm.job(job)["JobState"] == "COMPLETED"
+    assert int(slurm.job(job)["Restarts"]) >= 1
+    assert "the time is nearly up: asked to save" in run.log("distill")
+    assert run.weights() == alone.weights()
 
 
 def test_a_lost_node_costs_only_the_steps_since_the_last_checkpoint(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -80,6 +81,12 @@ class Run:
                 return
             time.sleep(0.05)
         raise AssertionError(f"no step {step}:\n{self.log('distill')}")
+
+    def seconds_per_step(self) -> float:
+        """Of its finished distillation; the first steps warm up."""
+        rows = [json.loads(line) for line in (self.folder / "distill/curves.jsonl").read_text().splitlines()]
+        tokens_per_step = rows[-1]["tokens"] / rows[-1]["step"]
+        return tokens_per_step / statistics.median(row["tokens_per_s"] for row in rows if "tokens_per_s" in row)
 
     def weights(self) -> bytes:
         return (self.folder / "distill/model.safetensors").read_bytes()
