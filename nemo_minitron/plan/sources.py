@@ -1,8 +1,8 @@
-"""Size of the files that a stage reads from outside the run: an edited text makes its stage `changed`."""
+"""What a stage reads from outside the run, and its size: an edited text makes its stage `changed`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,33 @@ from typing import Any
 from nemo_minitron.config.schema import (
     AdoptStage,
     ChatDataStage,
+    EvaluateStage,
     ImportStage,
     InitStage,
     Recipe,
     Schema,
+    ScoreStage,
     TokenizeStage,
 )
 from nemo_minitron.hf.source import ASSET, HUB, asset_path
+
+
+def read_by(stage: Schema) -> Iterator[tuple[str, str]]:
+    """(key, source) of all that a stage reads from outside the run."""
+    if isinstance(stage, ImportStage):
+        yield "source", stage.source
+    elif isinstance(stage, AdoptStage):
+        yield "path", stage.path
+    elif isinstance(stage, InitStage) and stage.tokenizer is not None:
+        yield from ((f"tokenizer.sources.{i}.source", found.source) for i, found in enumerate(stage.tokenizer.sources))
+    elif isinstance(stage, TokenizeStage):
+        yield from ((f"sources.{i}.source", found.source) for i, found in enumerate(stage.sources))
+    elif isinstance(stage, ChatDataStage):
+        yield from ((f"sources.{i}.source", chats.source) for i, chats in enumerate(stage.sources))
+    elif isinstance(stage, EvaluateStage) and stage.tasks and stage.tasks_source:
+        yield "tasks_source", stage.tasks_source
+    elif isinstance(stage, ScoreStage) and stage.depth_task is not None and stage.depth_task.source:
+        yield "depth_task.source", stage.depth_task.source
 
 
 def source_facts(stage: Schema, recipe: Recipe, before: Mapping[str, Any]) -> dict[str, Any]:
