@@ -51,5 +51,11 @@ fi
 for recipe in json.load(open("manifest.json", encoding="utf-8"))["recipes"]:
     print(recipe["file"])' | while IFS= read -r recipe; do
     "$minitron" check "$recipe" </dev/null
-    printf '  cd "%s" && %s run "%s"\n' "$PWD" "$minitron" "$recipe"
 done
+"$PYTHON" - "$PWD" "$minitron" <<'END'
+import json, shlex, sys
+folder, minitron = map(shlex.quote, sys.argv[1:])
+print("ready: cd %s" % folder)
+for recipe in json.load(open("manifest.json", encoding="utf-8"))["recipes"]:
+    print("       %s run %s" % (minitron, shlex.quote(recipe["file"])))
+END
