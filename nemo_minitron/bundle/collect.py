@@ -12,7 +12,7 @@ from nemo_minitron.bundle.items import Item
 from nemo_minitron.bundle.places import ASSETS_DIR, items_of, place_of
 from nemo_minitron.config.compose import CONFIGS, RECIPES, compose, configs_dir, recipe_name, require_recipe, write_out
 from nemo_minitron.config.explain import validate
-from nemo_minitron.config.schema import Alignment, EvaluateStage, Recipe, Schema, ScoreStage
+from nemo_minitron.config.schema import EvaluateStage, Recipe, Schema, ScoreStage
 from nemo_minitron.errors import ConfigError, PlanError
 from nemo_minitron.hf.source import ASSET, BUILT_IN, HUB
 from nemo_minitron.plan.checks import require_valid
@@ -20,6 +20,7 @@ from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import make_plan
 from nemo_minitron.plan.sources import read_by
 from nemo_minitron.progress import Progress
+from nemo_minitron.stages.spec import STAGES
 
 _EXECUTION_ASSETS = "execution.assets_dir"
 
@@ -59,7 +60,7 @@ def collect(files: Sequence[Path], overrides: Sequence[str], progress: Progress)
         out.recipes.append(
             {"file": _member(file), "name": recipe.name, "made_from": str(file), "overrides": list(overrides)}
         )
-        out.needs_aligner |= any(isinstance(stage, Alignment) for stage in recipe.stages.values())
+        out.needs_aligner |= any(STAGES[stage.kind].needs_aligner for stage in recipe.stages.values())
         if recipe.execution.wandb_project is not None:
             out.warnings.append(
                 f"{file}: execution.wandb_project needs a network; set it to null, or WANDB_MODE=offline."

@@ -199,6 +199,11 @@ def test_what_one_recipe_of_a_bundle_makes_for_another_is_not_missed(work: Path,
     assert f"{export}/model.safetensors" in members
 
 
+def test_recipes_that_need_nemo_aligner_are_known() -> None:
+    assert not collect([TOY], [], SILENT).needs_aligner
+    assert collect([TOY.with_name("aligned.yaml")], [], SILENT).needs_aligner
+
+
 # --- the file -------------------------------------------------------------------------------------
 
 
