@@ -59,7 +59,7 @@ def core_wheels(torch_index_url: str | None, progress: Progress) -> list[Path]:
             own.unlink()
 
     kept = _kept("core", [pins, torch_requirement(), torch_index_url or ""], fill, progress)
-    return sorted([*kept.glob("*.whl")])
+    return sorted(kept.glob("*.whl"))
 
 
 def aligner_wheels(progress: Progress) -> list[Path]:
