@@ -14,6 +14,7 @@ from rich.table import Table
 
 from nemo_minitron import __version__, cli_launch
 from nemo_minitron.cli_aligner import convert, env_app
+from nemo_minitron.cli_bundle import bundle
 from nemo_minitron.cli_chat import chat
 from nemo_minitron.cli_doctor import doctor
 from nemo_minitron.cli_plan import plan, print_warnings
@@ -127,6 +128,7 @@ app.command()(cli_launch.cancel)
 app.command(hidden=True)(cli_launch.stage)
 app.command()(show)
 app.command()(convert)
+app.command()(bundle)
 app.command()(chat)
 
 

@@ -19,6 +19,10 @@ def make_aligner(
     torch_index_url: Annotated[
         str | None, typer.Option(envvar="TORCH_INDEX_URL", help="Where pip finds the build of torch for this machine.")
     ] = None,
+    find_links: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="A folder of wheels to take all from, with no network; may be repeated."),
+    ] = None,
     again: Annotated[bool, typer.Option(help="Remove the old environment first.")] = False,
 ) -> None:
     """Make the environment of NeMo-Aligner and test it: about 3 minutes and 2.3 GB. Nothing to do in a container."""
@@ -30,7 +34,9 @@ def make_aligner(
         console.print("[green]ready[/green] NeMo-Aligner is installed beside this package", highlight=False)
         console.print(", ".join(f"{name} {version}" for name, version in versions.items()), highlight=False)
         return
-    folder = environment.make_environment(Progress(), torch_index_url=torch_index_url, again=again)
+    folder = environment.make_environment(
+        Progress(), torch_index_url=torch_index_url, find_links=find_links or (), again=again
+    )
     versions = json.loads((folder / environment.READY_FILE).read_text())
     told = ", ".join(f"{name} {version}" for name, version in versions.items())
     console.print(f"[green]ready[/green] {folder}\n{told}", highlight=False, soft_wrap=True)

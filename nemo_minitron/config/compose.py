@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,37 @@ def compose(recipe: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, bad YAML, an unknown config group or a malformed override.
     """
+    return _compose(recipe, overrides)[1]
+
+
+def write_out(recipe: Path, overrides: Sequence[str], changes: Mapping[str, str]) -> str:
+    """The recipe as one YAML text that needs no configs: its defaults list and the overrides are carried out.
+
+    `${...}` stays, so that an override of the text still reaches all that follows it.
+
+    Args:
+        changes: key -> value to write instead of what stands there, for keys that are there.
+    """
+    from omegaconf import OmegaConf
+
+    as_written, resolved = _compose(recipe, overrides)
+    return OmegaConf.to_yaml(OmegaConf.create(_changed(as_written, resolved, changes, "")))
+
+
+def _changed(written: Any, resolved: Any, changes: Mapping[str, str], key: str) -> Any:
+    if key in changes:
+        return changes[key]
+    if isinstance(written, str) and any(other.startswith(f"{key}.") for other in changes):
+        written = resolved  # `${...}` that stands for a section in which something changes
+    if isinstance(written, dict):
+        return {name: _changed(written[name], resolved[name], changes, f"{key}.{name}".lstrip(".")) for name in written}
+    if isinstance(written, list):
+        return [_changed(*pair, changes, f"{key}.{i}") for i, pair in enumerate(zip(written, resolved, strict=True))]
+    return written
+
+
+def _compose(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The composed recipe, with `${...}` as written and with its values."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -38,13 +69,18 @@ def compose(recipe: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         with initialize_config_dir(str(file.parent), version_base="1.3", job_name="minitron"):
             composed = hydra_compose(file.stem, overrides=[search, *map(_lenient, overrides)])
-        out = OmegaConf.to_container(composed, resolve=True)
+        texts = (OmegaConf.to_container(composed, resolve=resolve) for resolve in (False, True))
+        as_written, resolved = (_with_name_and_site(text, file, site) for text in texts)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(
             "The recipe could not be composed: " + _first_lines(error),
             where=str(recipe),
             next_step="Overrides look like stages.distill.lr=1e-4; config groups are the folders of configs/.",
         ) from error
+    return as_written, resolved
+
+
+def _with_name_and_site(out: Any, file: Path, site: str | None) -> dict[str, Any]:
     assert isinstance(out, dict)
     out.setdefault("name", recipe_name(file))
     if site is not None:

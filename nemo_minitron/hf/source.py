@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import quote
 
 from nemo_minitron.errors import CheckpointError, EnvironmentProblem
 
@@ -31,6 +32,11 @@ def asset_path(name: str, assets_dir: Path) -> Path:
     return BUILT_IN.get(name, assets_dir / name)
 
 
+def hub_copy(name: str, revision: str | None, assets_dir: Path) -> Path:
+    """Where a copy of a model of the hub may lie, for machines without a network: `minitron bundle` puts it there."""
+    return assets_dir / "hub" / (name if revision is None else f"{name}@{quote(revision, safe='')}")
+
+
 NOT_FROM_HUB = ("original/*", "consolidated*", "*/*.safetensors")
 """Second copies of the weights in the authors' own formats."""
 ALLOWED = "asset:NAME, hf:ORG/NAME, a folder with config.json and *.safetensors, a .gguf file"
@@ -54,14 +60,16 @@ def resolve_path(source: str, assets_dir: Path) -> Path:
 
 
 def resolve_model(source: str, assets_dir: Path, revision: str | None) -> Path:
-    """A local folder (with config.json, if it is a model), or a .gguf file.
+    """A local folder (with config.json, if it is a model), or a .gguf file. The hub is asked only where no copy lies.
 
     Raises:
         CheckpointError: nothing there, several .gguf files to choose from, or the hub cannot be reached.
         EnvironmentProblem: the asset has not been fetched.
     """
     if source.startswith(HUB):
-        return _from_hub(source.removeprefix(HUB), revision)
+        name = source.removeprefix(HUB)
+        copy = hub_copy(name, revision, assets_dir)
+        return copy if copy.is_dir() else _from_hub(name, revision)
     path = resolve_path(source, assets_dir)
     if not path.exists() or (path.is_file() and path.suffix != ".gguf"):
         problem = "is not a .gguf file" if path.exists() else "does not exist"

@@ -8,16 +8,12 @@ from math import lcm
 from pathlib import Path
 
 from nemo_minitron.config.schema import (
-    AdoptStage,
     Alignment,
     CacheTeacherStage,
     CandidateStage,
     ChatDataStage,
     DistillStage,
-    EvaluateChatStage,
     EvaluateStage,
-    ImportStage,
-    InitStage,
     LearningRate,
     Optimization,
     Parallel,
@@ -27,7 +23,6 @@ from nemo_minitron.config.schema import (
     SearchStage,
     SelectStage,
     Target,
-    TokenizeStage,
     TrainStage,
 )
 from nemo_minitron.data.chat.formats import FORMATS_OF
@@ -38,13 +33,14 @@ from nemo_minitron.plan.align_checks import alignment_problems
 from nemo_minitron.plan.expansion import candidates_of
 from nemo_minitron.plan.planner import RunPlan, parallel_of
 from nemo_minitron.plan.shapes import model_shape
+from nemo_minitron.plan.sources import read_by
 from nemo_minitron.pruning.possible import impossible
 from nemo_minitron.stages.spec import STAGES
 
 
-def require_valid(plan: RunPlan) -> None:
-    """Raises PlanError with every problem."""
-    problems = list(find_problems(plan))
+def require_valid(plan: RunPlan, *, besides: tuple[str, ...] = ()) -> None:
+    """Raises PlanError with every problem, but for those that begin with a text of `besides`."""
+    problems = [text for text in find_problems(plan) if not text.startswith(besides)]
     if problems:
         raise PlanError(
             f"The recipe cannot be carried out ({len(problems)}):\n" + "\n".join(f"  - {text}" for text in problems),
@@ -346,28 +342,8 @@ def _sources(plan: RunPlan) -> Iterator[str]:
     """Files that a stage which still has to run would read."""
     for name, stage in plan.recipe.stages.items():
         if plan.states[name].status != "finished":
-            for key, source in _read_by(stage):
+            for key, source in read_by(stage):
                 yield from _source(f"stages.{name}.{key}", source, plan.recipe)
-
-
-def _read_by(stage: Schema) -> Iterator[tuple[str, str]]:
-    """(key, source) of all that a stage reads from outside the run."""
-    if isinstance(stage, ImportStage):
-        yield "source", stage.source
-    elif isinstance(stage, AdoptStage):
-        yield "path", stage.path
-    elif isinstance(stage, InitStage) and stage.tokenizer is not None:
-        yield from ((f"tokenizer.sources.{i}.source", found.source) for i, found in enumerate(stage.tokenizer.sources))
-    elif isinstance(stage, TokenizeStage):
-        yield from ((f"sources.{i}.source", found.source) for i, found in enumerate(stage.sources))
-    elif isinstance(stage, ChatDataStage):
-        yield from ((f"sources.{i}.source", chats.source) for i, chats in enumerate(stage.sources))
-    elif isinstance(stage, EvaluateStage) and stage.tasks and stage.tasks_source:
-        yield "tasks_source", stage.tasks_source
-    elif isinstance(stage, EvaluateChatStage) and stage.instructions is not None:
-        yield "instructions", stage.instructions
-    elif isinstance(stage, ScoreStage) and stage.depth_task is not None and stage.depth_task.source:
-        yield "depth_task.source", stage.depth_task.source
 
 
 def _source(key: str, source: str, recipe: Recipe) -> Iterator[str]:

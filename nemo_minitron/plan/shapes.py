@@ -25,7 +25,7 @@ from nemo_minitron.config.schema import (
 )
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.families import ModelShape, num_params, read_shape, target_shape
-from nemo_minitron.hf.source import ASSET, HUB, asset_path
+from nemo_minitron.hf.source import ASSET, HUB, asset_path, hub_copy
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.pruning.search import SEARCH_FILE, winner_of
 
@@ -86,10 +86,13 @@ def _folders(recipe: Recipe, stage: str) -> list[Path]:
     published = Store(run_dir(recipe)).published(stage)
     if isinstance(config, AdoptStage):
         return [Path(config.path).expanduser()]
-    if not isinstance(config, ImportStage) or config.source.startswith(HUB):
+    if not isinstance(config, ImportStage):
         return [published]
+    assets_dir = Path(recipe.execution.assets_dir)
+    if config.source.startswith(HUB):
+        return [published, hub_copy(config.source.removeprefix(HUB), config.revision, assets_dir)]
     if config.source.startswith(ASSET):
-        return [published, asset_path(config.source.removeprefix(ASSET), Path(recipe.execution.assets_dir))]
+        return [published, asset_path(config.source.removeprefix(ASSET), assets_dir)]
     return [published, Path(config.source).expanduser()]
 
 

@@ -1,8 +1,8 @@
-"""Size of the files that a stage reads from outside the run: an edited text makes its stage `changed`."""
+"""What a stage reads from outside the run, and its size: an edited text makes its stage `changed`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,35 @@ from nemo_minitron.config.schema import (
     AdoptStage,
     ChatDataStage,
     EvaluateChatStage,
+    EvaluateStage,
     ImportStage,
     InitStage,
     Recipe,
     Schema,
+    ScoreStage,
     TokenizeStage,
 )
 from nemo_minitron.hf.source import ASSET, HUB, asset_path
+
+
+def read_by(stage: Schema) -> Iterator[tuple[str, str]]:
+    """(key, source) of all that a stage reads from outside the run."""
+    if isinstance(stage, ImportStage):
+        yield "source", stage.source
+    elif isinstance(stage, AdoptStage):
+        yield "path", stage.path
+    elif isinstance(stage, InitStage) and stage.tokenizer is not None:
+        yield from ((f"tokenizer.sources.{i}.source", found.source) for i, found in enumerate(stage.tokenizer.sources))
+    elif isinstance(stage, TokenizeStage):
+        yield from ((f"sources.{i}.source", found.source) for i, found in enumerate(stage.sources))
+    elif isinstance(stage, ChatDataStage):
+        yield from ((f"sources.{i}.source", chats.source) for i, chats in enumerate(stage.sources))
+    elif isinstance(stage, EvaluateStage) and stage.tasks and stage.tasks_source:
+        yield "tasks_source", stage.tasks_source
+    elif isinstance(stage, EvaluateChatStage) and stage.instructions is not None:
+        yield "instructions", stage.instructions
+    elif isinstance(stage, ScoreStage) and stage.depth_task is not None and stage.depth_task.source:
+        yield "depth_task.source", stage.depth_task.source
 
 
 def source_facts(stage: Schema, recipe: Recipe, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,25 +50,13 @@ def source_facts(stage: Schema, recipe: Recipe, before: Mapping[str, Any]) -> di
             so that a finished run survives the removal of its raw data.
     """
     facts = {}
-    for source in _sources(stage):
+    for _, source in read_by(stage):
         files = [file for file in _files(source, Path(recipe.execution.assets_dir)) if file.is_file()]
         if files:
             facts[source] = {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
         elif source in before:
             facts[source] = before[source]
     return facts
-
-
-def _sources(stage: Schema) -> list[str]:
-    if isinstance(stage, TokenizeStage | ChatDataStage):
-        return [source.source for source in stage.sources]
-    if isinstance(stage, InitStage):
-        return [source.source for source in stage.tokenizer.sources] if stage.tokenizer is not None else []
-    if isinstance(stage, ImportStage):
-        return [stage.source]
-    if isinstance(stage, EvaluateChatStage):
-        return [stage.instructions] if stage.instructions is not None else []
-    return [stage.path] if isinstance(stage, AdoptStage) else []
 
 
 def _files(source: str, assets_dir: Path) -> Iterable[Path]:

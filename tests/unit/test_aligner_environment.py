@@ -35,7 +35,7 @@ def test_a_failed_installation_says_where_and_leaves_nothing_that_looks_ready(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(environment, "_torch", lambda: "torch==0.0.0")
+    monkeypatch.setattr(environment, "torch_requirement", lambda: "torch==0.0.0")
     with pytest.raises(EnvironmentProblem, match=r"torch==0\.0\.0 ended with code 1") as error:
         environment.make_environment(Progress(silent=True), torch_index_url="file:///nowhere")
     assert "aligner-" in str(error.value.where)

@@ -10,10 +10,12 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.files import cache_dir
 from nemo_minitron.progress import Progress
 
 ENTRY = Path(__file__).with_name("entry")
@@ -65,9 +67,8 @@ def versions_installed() -> dict[str, str]:
 
 def environment_dir() -> Path:
     """Where the environment is made; its name changes with the requirements."""
-    digest = hashlib.sha256(REQUIREMENTS.read_bytes() + _torch().encode()).hexdigest()[:8]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "nemo-minitron" / f"aligner-{digest}"
+    digest = hashlib.sha256(REQUIREMENTS.read_bytes() + torch_requirement().encode()).hexdigest()[:8]
+    return cache_dir() / f"aligner-{digest}"
 
 
 def is_ready() -> bool:
@@ -75,21 +76,31 @@ def is_ready() -> bool:
     return (environment_dir() / READY_FILE).is_file()
 
 
-def make_environment(progress: Progress, *, torch_index_url: str | None = None, again: bool = False) -> Path:
+def make_environment(
+    progress: Progress,
+    *,
+    torch_index_url: str | None = None,
+    find_links: Sequence[Path] = (),
+    again: bool = False,
+) -> Path:
     """Install NeMo-Aligner beside this package, test it, and return its folder.
 
     Args:
         torch_index_url: where pip finds the build of torch that the machine needs; None: pip's own index.
+        find_links: folders of wheels that everything is taken from, without any index; empty: from the indexes.
         again: remove the old environment first.
 
     Raises:
-        EnvironmentProblem: no fitting Python, or pip or the self-test failed.
+        EnvironmentProblem: no fitting Python, no such folder, or pip or the self-test failed.
     """
     folder = environment_dir()
     if again:
         shutil.rmtree(folder, ignore_errors=True)
     if is_ready():
         return folder
+    missing = [str(links) for links in find_links if not links.is_dir()]
+    if missing:
+        raise EnvironmentProblem(f"--find-links: there is no folder {', '.join(missing)}.")
     base = _base_python()
     log = folder.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -98,9 +109,12 @@ def make_environment(progress: Progress, *, torch_index_url: str | None = None, 
     shutil.rmtree(folder, ignore_errors=True)
     pip = [str(_python(folder)), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     index = ["--index-url", torch_index_url] if torch_index_url else []
+    if find_links:
+        pip += ["--no-index", *(f"--find-links={links.absolute()}" for links in find_links)]
+        index = []
     steps = [
         ("new environment", [base, "-m", "venv", str(folder)]),
-        (_torch(), [*pip, *index, _torch()]),
+        (torch_requirement(), [*pip, *index, torch_requirement()]),
         ("NeMo-Aligner and what it needs", [*pip, "--no-deps", "-r", str(REQUIREMENTS)]),
     ]
     for name, command in progress.track(steps, "aligner environment", len(steps), "steps"):
@@ -133,7 +147,7 @@ def self_test(python: Path, log: Path) -> dict[str, str]:
     return versions
 
 
-def _torch() -> str:
+def torch_requirement() -> str:
     """The torch of this environment: both are for the same machine."""
     return f"torch=={version('torch').split('+')[0]}"
 

@@ -1,0 +1,114 @@
+"""Where a source stands in a bundle, and which of its files are taken along."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from glob import has_magic
+from pathlib import Path
+
+from nemo_minitron.bundle.items import Item
+from nemo_minitron.config.schema import (
+    AdoptStage,
+    ChatDataStage,
+    EvaluateChatStage,
+    Execution,
+    ImportStage,
+    InitStage,
+    Recipe,
+    Schema,
+    TokenizeStage,
+)
+from nemo_minitron.hf.source import ASSET, BUILT_IN, HUB, HUB_FILES, NOT_FROM_HUB, hub_copy, resolve_model, resolve_path
+
+ASSETS_DIR = Execution().assets_dir
+"""A bundle is used from its own folder, with the default folders."""
+OUTSIDE = "outside"
+"""Folder of what stands above the folder of the call, or at an absolute path."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where files of a source go."""
+
+    source: str
+    """As the recipe of the bundle names it."""
+    base: Path
+    """The part of their paths that is replaced ..."""
+    prefix: str
+    """... by this one."""
+
+    def member(self, file: Path) -> str:
+        return _join(self.prefix, file, self.base)
+
+
+def place_of(source: str, revision: str | None, assets_dir: Path, outside: dict[str, int]) -> Place:
+    """Names of assets and of the hub stay, and relative paths inside this folder; other paths get a numbered folder.
+
+    Args:
+        outside: source -> its number; a new one is added.
+    """
+    if source.startswith(ASSET):
+        return Place(source, assets_dir, ASSETS_DIR)
+    if source.startswith(HUB):
+        name = source.removeprefix(HUB)
+        folder = resolve_model(source, assets_dir, revision)
+        return Place(source, folder, hub_copy(name, revision, Path(ASSETS_DIR)).as_posix())
+    path = Path(source).expanduser()
+    if not path.is_absolute() and not os.path.normpath(path).startswith(".."):
+        return Place(os.path.normpath(path) if ".." in path.parts else source, Path(), "")
+    base = path.parent
+    while has_magic(str(base)):
+        base = base.parent
+    prefix = f"{OUTSIDE}/{outside.setdefault(source, len(outside) + 1)}"
+    return Place(_join(prefix, path, base), base, prefix)
+
+
+def _join(prefix: str, path: Path, base: Path) -> str:
+    return Path(os.path.normpath(os.path.join(prefix, os.path.relpath(path, base)))).as_posix()
+
+
+def items_of(stage: Schema, source: str, place: Place, recipe: Recipe) -> Iterator[Item]:
+    """The files that the stage reads of a source; none of an asset that ships with the package.
+
+    Raises:
+        MinitronError: nothing there, or a model that is not whole.
+    """
+    if source.startswith(ASSET) and source.removeprefix(ASSET) in BUILT_IN:
+        return
+    assets_dir = Path(recipe.execution.assets_dir)
+    if isinstance(stage, ImportStage | AdoptStage):
+        for file in _model_files(resolve_model(source, assets_dir, getattr(stage, "revision", None))):
+            yield Item(place.member(file), file, "model")
+        return
+    for file in _data_files(stage, resolve_path(source, assets_dir)):
+        yield Item(place.member(file), file, "data")
+
+
+def _model_files(model: Path) -> list[Path]:
+    """What would be fetched from the hub: no pickled weights, no code."""
+    from nemo_minitron.hf.checkpoint import Checkpoint
+
+    if model.is_file():
+        return [model]
+    Checkpoint.open(model)
+    names = {file: file.relative_to(model).as_posix() for file in _all_files(model)}
+    wanted = [file for file, name in names.items() if any(fnmatch(name, pattern) for pattern in HUB_FILES)]
+    return [file for file in wanted if not any(fnmatch(names[file], pattern) for pattern in NOT_FROM_HUB)]
+
+
+def _data_files(stage: Schema, path: Path) -> list[Path]:
+    from nemo_minitron.data.chat.files import chat_files
+    from nemo_minitron.data.readers import source_files
+
+    if isinstance(stage, ChatDataStage | EvaluateChatStage):
+        return chat_files(path)
+    if isinstance(stage, TokenizeStage | InitStage):
+        return source_files(path)
+    return _all_files(path)
+
+
+def _all_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())

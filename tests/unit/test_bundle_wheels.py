@@ -1,0 +1,83 @@
+"""Wheels of a bundle: kept once they are whole, and what pip's failures become. The network is not asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.backends.aligner import environment
+from nemo_minitron.bundle import wheels
+from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.progress import Progress
+from tests.unit.test_assets import make_wheel
+
+SILENT = Progress(silent=True)
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only place where pip may look."""
+    make_wheel(tmp_path / "index")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "index"
+
+
+def kept(wanted: str = "tiny-asset==1.0", pins: str = "") -> list[str]:
+    def fill(folder: Path, scratch: Path) -> None:
+        wheels._pip_wheel(folder, [wanted], scratch, SILENT)
+
+    return [file.name for file in wheels._kept("tiny", [pins], fill, SILENT).iterdir()]
+
+
+def test_wheels_are_collected_once_and_again_when_the_pins_change(index: Path) -> None:
+    assert kept() == ["tiny_asset-1.0-py3-none-any.whl"]
+    (index / "tiny_asset-1.0-py3-none-any.whl").unlink()
+    assert kept() == ["tiny_asset-1.0-py3-none-any.whl"]
+    with pytest.raises(EnvironmentProblem):
+        kept(pins="other")
+
+
+def test_a_package_without_a_file_is_named_and_nothing_stays(index: Path, tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match=r"pip finds no file of tiny-asset==2\.0 for \w+ \w+, Python 3\.\d+"):
+        kept("tiny-asset==2.0")
+    assert list((tmp_path / "cache").rglob("*.whl")) == []
+    assert list((tmp_path / "cache/nemo-minitron").iterdir()) == []
+
+
+def test_another_failure_of_pip_is_quoted(index: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match=r"pip could not make the wheels: .*nowhere"):
+        kept("/nowhere/at/all")
+
+
+def test_surprises_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wheels, "version", lambda _: "2.13.0+cpu")
+    files = [Path("torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl"), Path("odd-1.0-cp311-cp311-linux_x86_64.whl")]
+    compiled, torch = wheels.warnings_about(files)
+    assert "odd-1.0-cp311-cp311-linux_x86_64.whl was compiled here" in compiled
+    assert "torch here is 2.13.0+cpu, in the bundle 2.13.0" in torch
+    assert not list(wheels.warnings_about([Path("torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl")]))
+
+
+def test_without_a_checkout_there_are_no_wheels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(wheels, "CONSTRAINTS", tmp_path / "core.txt")
+    with pytest.raises(EnvironmentProblem, match="Wheels are made from a checkout"):
+        wheels.core_wheels(None, SILENT)
+
+
+def test_the_aligner_environment_is_made_of_the_folders_alone(index: Path, tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match="there is no folder /nowhere"):
+        environment.make_environment(SILENT, find_links=[Path("/nowhere")])
+    wheel = index / "tiny_asset-1.0-py3-none-any.whl"
+    (tmp_path / "my wheels").mkdir()
+    wheel.rename(tmp_path / "my wheels" / wheel.name)
+    with pytest.raises(EnvironmentProblem, match=r"torch==.* ended with code 1") as error:
+        environment.make_environment(
+            SILENT, find_links=[tmp_path / "my wheels"], torch_index_url="https://index.invalid"
+        )
+    said = Path(str(error.value.where)).read_text()
+    assert "my wheels" in said
+    assert "index.invalid" not in said
