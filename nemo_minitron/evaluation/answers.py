@@ -12,7 +12,7 @@ from nemo_minitron.progress import Progress
 
 Sequences = Sequence[tuple[list[int], list[int]]]
 """Token ids of prompts and of answers."""
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH, PROMPTS_PER_BATCH = 2048, 16
 
 
 @torch.inference_mode()
@@ -70,13 +70,24 @@ def greedy_answers(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(stops), pad_token_id=padding
     )
-    out = []
-    for prompt in progress.track(prompts, "answers", len(prompts), "answers"):
-        ids = torch.tensor([prompt], device=model.device)
-        # The folder's own generation config may ask for sampling or for penalties.
-        made = model.generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=config, use_model_defaults=False
-        )[0, len(prompt) :].tolist()
-        end = next((place for place, token in enumerate(made) if token in stops), len(made))
-        out.append((tokenizer.decode(made[:end], skip_special_tokens=True), end))
-    return out
+    # Of like length: the padding of a batch is work for nothing.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    found: dict[int, tuple[str, int]] = {}
+    with progress.bar("answers", len(prompts), "answers") as bar:
+        for start in range(0, len(order), PROMPTS_PER_BATCH):
+            batch = order[start : start + PROMPTS_PER_BATCH]
+            for index, made in zip(batch, _continued(model, [prompts[i] for i in batch], config, padding), strict=True):
+                end = next((place for place, token in enumerate(made) if token in stops), len(made))
+                found[index] = tokenizer.decode(made[:end], skip_special_tokens=True), end
+            bar.advance(len(batch))
+    return [found[index] for index in range(len(prompts))]
+
+
+def _continued(model: Any, prompts: Sequence[list[int]], config: Any, padding: int) -> list[list[int]]:
+    """New tokens for each prompt, with padding behind the end of the shorter ones."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[padding] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    # The folder's own generation config may ask for sampling or for penalties.
+    made = model.generate(ids, attention_mask=seen, generation_config=config, use_model_defaults=False)
+    return made[:, longest:].tolist()

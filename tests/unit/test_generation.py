@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_minitron.evaluation.answers import greedy_answers
 from nemo_minitron.evaluation.generation import greedy_texts, load_for_inference, load_tokenizer
+from nemo_minitron.progress import Progress
 from tests.support.tiny_models import tiny_model_dir
 
 
@@ -40,6 +42,18 @@ def test_texts_are_greedy_and_the_same_each_time(model_dir: Path) -> None:
         expected = _by_hand(model, tokenizer(sample["prompt"]).input_ids, 12)
         assert sample["text"] == tokenizer.decode(expected, skip_special_tokens=True)
     assert texts == greedy_texts(model, tokenizer, prompts, 12)
+
+
+def test_answers_of_a_batch_are_those_of_each_prompt_alone(model_dir: Path) -> None:
+    model, tokenizer = load_for_inference(model_dir, "fp32", "cpu"), load_tokenizer(model_dir)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(5, 400, (3 + 7 * number % 31,), generator=generator).tolist() for number in range(20)]
+    found = greedy_answers(model, tokenizer, prompts, 12, Progress(silent=True))
+    stops = {0, tokenizer.eos_token_id}
+    for prompt, (text, tokens) in zip(prompts, found, strict=True):
+        expected = _by_hand(model, prompt, 12)
+        end = next((place for place, token in enumerate(expected) if token in stops), len(expected))
+        assert (text, tokens) == (tokenizer.decode(expected[:end], skip_special_tokens=True), end)
 
 
 def test_an_empty_prompt_starts_from_nothing(model_dir: Path) -> None:
