@@ -13,6 +13,7 @@ from tests.support.aligner import Border, Layout, answers_to, ask_teacher, losse
 from tests.support.tiny_models import load_transformers, tiny_model_dir, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
+ONE = Layout()
 TOP_K, NUM_ROWS = 12, 10
 """Of the rows, two do not fill a file."""
 
@@ -38,7 +39,7 @@ def cache(teacher: Border, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _cached(teacher, tmp_path_factory.mktemp("cache"))
 
 
-def _cached(teacher: Border, root: Path, layout: Layout = Layout()) -> Path:
+def _cached(teacher: Border, root: Path, layout: Layout = ONE) -> Path:
     write_rows("topk_logits", root / "rows.jsonl", NUM_ROWS)
     out = root / "train_CHUNK_ID.jsonl"
     ask_teacher(teacher.nemo, root / "rows.jsonl", out, root / "work", top_k=TOP_K, layout=layout)
@@ -83,7 +84,7 @@ def test_every_layout_caches_the_same(layout: Layout, teacher: Border, cache: Pa
 
 
 def _plain_kl(student: Border, rows: list[dict[str, Any]]) -> float:
-    """KL(teacher || student) over the teacher's tokens alone, each side made to sum to 1; mean of micro-batches of 2."""
+    """KL(teacher || student) over the teacher's tokens, each side made to sum to 1; mean of micro-batches of 2."""
     sums = []
     for row in rows:
         student_log = _log_probs(student.model, row["tokens"]).gather(1, torch.tensor(row["topk_token_ids"]))
