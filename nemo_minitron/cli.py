@@ -18,6 +18,7 @@ from nemo_minitron.cli_bundle import bundle
 from nemo_minitron.cli_chat import chat
 from nemo_minitron.cli_doctor import doctor
 from nemo_minitron.cli_plan import plan, print_warnings
+from nemo_minitron.cli_rlhf import rlhf
 from nemo_minitron.cli_show import show
 from nemo_minitron.cli_status import status
 from nemo_minitron.errors import Interrupted, MinitronError
@@ -130,6 +131,7 @@ app.command()(show)
 app.command()(convert)
 app.command()(bundle)
 app.command()(chat)
+app.command()(rlhf)
 
 
 @assets_app.command("list")

@@ -12,7 +12,7 @@ from rich.console import Console
 from nemo_minitron.errors import ArtifactError, ConfigError
 
 console = Console()
-LAST_FIRST = ("export", "dpo", "steerlm_sft", "sft", "distill", "prune")
+LAST_FIRST = ("export", "dpo", "steerlm_sft", "sft", "distill_offline", "distill", "prune")
 """Where the model of a run folder is looked for."""
 RESET, EXIT = "/reset", "/exit"
 

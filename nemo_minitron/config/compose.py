@@ -128,6 +128,27 @@ def _over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return {**base, **changes, **nested}
 
 
+def from_dotlist(texts: Sequence[str]) -> dict[str, Any]:
+    """`a.b=1` texts -> a nested dict.
+
+    Raises:
+        ConfigError: one of them is malformed.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    for text in texts:
+        if not text.partition("=")[1] or text.startswith("="):
+            raise ConfigError(f"{text}: not of the form KEY=VALUE.", next_step="For example: lr=1e-6")
+    try:
+        found = OmegaConf.to_container(OmegaConf.from_dotlist(list(texts)), resolve=True)
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise ConfigError("A setting could not be read: " + _first_lines(error)) from error
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
 def require_recipe(recipe: Path) -> Path:
     """The absolute path of an existing recipe file; `.yaml` may be left out."""
     for candidate in (recipe, recipe.with_name(recipe.name + ".yaml")):

@@ -11,11 +11,13 @@ from nemo_minitron.config.schema import (
     AnnotateStage,
     AttributeModelStage,
     ChatDataStage,
+    DistillOfflineStage,
     DpoStage,
     Parallel,
     Recipe,
     SteerlmSftStage,
 )
+from nemo_minitron.families import ModelShape
 from nemo_minitron.plan.planner import parallel_of
 from nemo_minitron.plan.shapes import model_shape
 
@@ -27,8 +29,13 @@ def alignment_problems(name: str, stage: Alignment, recipe: Recipe) -> Iterator[
     yield from _data(key, stage, recipe)
     yield from _sizes(key, stage, layout)
     shape = model_shape(recipe, stage.inputs.model)  # type: ignore[attr-defined]
-    if shape is None:
-        return
+    if isinstance(stage, DistillOfflineStage):
+        yield from _teacher(key, stage, shape, recipe, layout)
+    if shape is not None:
+        yield from _model(key, shape, layout)
+
+
+def _model(key: str, shape: ModelShape, layout: Parallel) -> Iterator[str]:
     reason = unknown_to_nemo(shape)
     if reason is not None:
         yield f"{key}: NeMo 2.1, which NeMo-Aligner builds on, has no models with {reason}."
@@ -40,7 +47,26 @@ def method_of(stage: Alignment) -> Method:
     """Which of NeMo-Aligner's trainings a stage is."""
     if isinstance(stage, DpoStage):
         return "dpo"
+    if isinstance(stage, DistillOfflineStage):
+        return "knowledge_distillation"
     return "reward_model" if isinstance(stage, AttributeModelStage) else "sft"
+
+
+def _teacher(
+    key: str, stage: DistillOfflineStage, student: ModelShape | None, recipe: Recipe, layout: Parallel
+) -> Iterator[str]:
+    if not (stage.kd_loss_weight or stage.sft_loss_weight):
+        yield f"{key}: kd_loss_weight and sft_loss_weight are both 0."
+    teacher = model_shape(recipe, stage.inputs.teacher)
+    if teacher is None:
+        return
+    yield from _model(f"{key}.inputs.teacher", teacher, layout)
+    if stage.top_k > teacher.vocab_size:
+        yield f"{key}.top_k = {stage.top_k}: the teacher's vocabulary has {teacher.vocab_size} tokens."
+    if teacher.vocab_size % layout.tp:
+        yield f"{key}: tp = {layout.tp}: must divide the vocabulary, {teacher.vocab_size}; top_k would hold padding."
+    if student is not None and student.vocab_size != teacher.vocab_size:
+        yield f"{key}: the student's vocabulary has {student.vocab_size} tokens, the teacher's {teacher.vocab_size}."
 
 
 def _data(key: str, stage: Alignment, recipe: Recipe) -> Iterator[str]:

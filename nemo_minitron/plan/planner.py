@@ -19,7 +19,19 @@ from nemo_minitron.stages.spec import STAGES, params_of
 InputNames = Mapping[str, Any]
 """role -> stage name, or a list or dict of stage names."""
 
-_MODELS = ("import", "adopt", "init", "train", "correct", "distill", "prune", "sft", "steerlm_sft", "dpo")
+_MODELS = (
+    "import",
+    "adopt",
+    "init",
+    "train",
+    "correct",
+    "distill",
+    "distill_offline",
+    "prune",
+    "sft",
+    "steerlm_sft",
+    "dpo",
+)
 ROLE_KINDS: dict[str, tuple[str, ...]] = {
     "tokenizer": ("import", "adopt", "init"),
     "teacher": _MODELS,

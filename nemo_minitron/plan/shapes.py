@@ -10,6 +10,7 @@ from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import (
     AdoptStage,
     CandidateStage,
+    DistillOfflineStage,
     DistillStage,
     DpoStage,
     ExportStage,
@@ -44,7 +45,7 @@ def model_shape(recipe: Recipe, stage: str, seen: frozenset[str] = frozenset()) 
         if config.architecture is not None:
             return read_shape(config.architecture, where=f"stages.{stage}.architecture")
         return model_shape(recipe, config.inputs.like or "", seen)
-    if isinstance(config, ExportStage | TrainStage | SftStage | SteerlmSftStage | DpoStage):
+    if isinstance(config, ExportStage | TrainStage | SftStage | SteerlmSftStage | DpoStage | DistillOfflineStage):
         return model_shape(recipe, config.inputs.model, seen)
     if isinstance(config, CandidateStage) and config.target != Target():
         source = model_shape(recipe, config.inputs.model, seen)

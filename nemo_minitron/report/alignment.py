@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_minitron.artifacts.types import Artifact
 
-TRAINED = ("sft", "steerlm_sft", "dpo", "train_attribute_model")
+TRAINED = ("distill_offline", "sft", "steerlm_sft", "dpo", "train_attribute_model")
 Rows = list[dict[str, Any]]
 
 

@@ -26,6 +26,7 @@ KINDS = (
     "prune",
     "distill",
     "chat_data",
+    "distill_offline",
     "sft",
     "train_attribute_model",
     "annotate",

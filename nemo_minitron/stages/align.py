@@ -53,12 +53,12 @@ def sft(params: SftStage | SteerlmSftStage, inputs: Inputs, ctx: StageContext) -
         for key, value in {
             "file_path": str(file),
             "global_batch_size": params.global_batch_size,
-            "micro_batch_size": _parallel(ctx).micro_batch_size,
+            "micro_batch_size": parallel(ctx).micro_batch_size,
             "max_seq_length": params.max_seq_len_tokens,
         }.items()
     }
     job = Job("sft", params, inputs["model"].path, rows, {**paths, "model.restore_from_path": ""})
-    return _train_and_publish(job, ctx)
+    return train_and_publish(job, ctx)
 
 
 def dpo(params: DpoStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -75,10 +75,10 @@ def dpo(params: DpoStage, inputs: Inputs, ctx: StageContext) -> Result:
         "model.dpo.sft_loss_weight": params.sft_loss_weight,
         "model.dpo.preference_average_log_probs": params.average_log_probs,
         "model.dpo.sft_average_log_probs": params.average_log_probs,
-        "model.dpo.log_prob_forward_micro_batch_size": _parallel(ctx).micro_batch_size,
+        "model.dpo.log_prob_forward_micro_batch_size": parallel(ctx).micro_batch_size,
         **_json_rows(rows, params),
     }
-    return _train_and_publish(Job("dpo", params, inputs["model"].path, rows, fill), ctx)
+    return train_and_publish(Job("dpo", params, inputs["model"].path, rows, fill), ctx)
 
 
 def train_attribute_model(params: AttributeModelStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -93,7 +93,7 @@ def train_attribute_model(params: AttributeModelStage, inputs: Inputs, ctx: Stag
         "model.reward_model_type": "regression" if regression else "binary_ranking",
         "model.regression.num_attributes": len(ATTRIBUTES) if regression else 1,
         "model.share_embeddings_and_output_weights": False,  # it has no output layer
-        "model.forward_micro_batch_size": _parallel(ctx).micro_batch_size,
+        "model.forward_micro_batch_size": parallel(ctx).micro_batch_size,
         **_json_rows(rows, params),
     }
     job = Job("reward_model", params, inputs["model"].path, rows, fill)
@@ -111,7 +111,7 @@ def train_attribute_model(params: AttributeModelStage, inputs: Inputs, ctx: Stag
 def _agreement(rows: Rows, ctx: StageContext) -> dict[str, Any]:
     """With people, on the held-out rows."""
     texts, labels = zip(*read_labels(rows.valid), strict=True)
-    found = predict(ctx.out_dir / NEMO_DIR, texts, _parallel(ctx).micro_batch_size, ctx)
+    found = predict(ctx.out_dir / NEMO_DIR, texts, parallel(ctx).micro_batch_size, ctx)
     return agreement(labels, found, (label for _, label in read_labels(rows.train)))
 
 
@@ -124,13 +124,14 @@ def _json_rows(rows: Rows, params: Alignment) -> dict[str, Any]:
     }
 
 
-def _train_and_publish(job: Job, ctx: StageContext) -> Result:
+def train_and_publish(job: Job, ctx: StageContext) -> Result:
+    """Train, and publish a Hugging Face model with its template and curves."""
     from nemo_minitron.data.chat.templates import set_template
 
     trained = ctx.work_dir / "trained"
     config = _train(job, ctx, trained)
     convert.from_nemo(
-        trained, config, job.model_dir, ctx.out_dir, ctx.work_dir / "border", _log(ctx), ctx.progress, ctx.stop
+        trained, config, job.model_dir, ctx.out_dir, ctx.work_dir / "border", log_file(ctx), ctx.progress, ctx.stop
     )
     set_template(ctx.out_dir, job.params.template)
     return {**model_facts(ctx.out_dir), **_facts(job, ctx)}
@@ -138,8 +139,8 @@ def _train_and_publish(job: Job, ctx: StageContext) -> Result:
 
 def _train(job: Job, ctx: StageContext, out: Path) -> dict[str, Any]:
     """Train into the NeMo checkpoint `out`; returns the model config of the start."""
-    on_cpu = _on_cpu(ctx)
-    layout, nemo = _parallel(ctx), _nemo(ctx)
+    cpu = on_cpu(ctx)
+    layout, nemo = parallel(ctx), _nemo(ctx)
     settings = ctx.work_dir / "model_config.json"
     if not (nemo.is_dir() and settings.is_file()):
         ctx.progress.say("the model goes to NeMo's format")
@@ -147,11 +148,11 @@ def _train(job: Job, ctx: StageContext, out: Path) -> dict[str, Any]:
             job.model_dir,
             nemo,
             ctx.work_dir / "border",
-            _log(ctx),
+            log_file(ctx),
             ctx.progress,
             ctx.stop,
             seq_len_tokens=job.params.max_seq_len_tokens,
-            on_cpu=on_cpu,
+            on_cpu=cpu,
             tp=layout.tp,
         )
         settings.write_text(json.dumps(config))
@@ -161,14 +162,14 @@ def _train(job: Job, ctx: StageContext, out: Path) -> dict[str, Any]:
     for key in ("model.restore_from_path", "pretrained_checkpoint.restore_from_path"):
         if key in fill:
             fill[key] = str(nemo)
-    complete = complete_config(job.method, fill, job.params.aligner, on_cpu=on_cpu, where=where)
+    complete = complete_config(job.method, fill, job.params.aligner, on_cpu=cpu, where=where)
     (ctx.work_dir / "aligner_config.json").write_text(json.dumps(complete, indent=2))
     task = {"config": complete, "nemo": str(nemo), "out": str(out), "base_model_only": job.method == "reward_model"}
     run_task(
         job.method,
         task,
         ctx.work_dir / "training",
-        _log(ctx),
+        log_file(ctx),
         ctx.progress,
         ctx.stop,
         num_processes=layout.world_size,
@@ -187,10 +188,8 @@ def _common(job: Job, layout: Parallel, work_dir: Path) -> dict[str, Any]:
     num_steps = params.num_steps or params.num_epochs * steps_per_epoch
     num_epochs = -(-num_steps // steps_per_epoch)
     interval = min(params.valid_interval_steps, num_steps)
-    nodes = Nodes.here().count if layout.world_size > 1 else 1
     return {
-        "trainer.num_nodes": nodes,
-        "trainer.devices": layout.world_size // nodes,
+        **trainer_keys(layout),
         "trainer.max_epochs": num_epochs,
         "trainer.max_steps": num_steps,
         f"trainer.{key}.max_epochs": num_epochs,
@@ -212,6 +211,12 @@ def _common(job: Job, layout: Parallel, work_dir: Path) -> dict[str, Any]:
     }
 
 
+def trainer_keys(layout: Parallel) -> dict[str, Any]:
+    """Processes and nodes of a layout."""
+    nodes = Nodes.here().count if layout.world_size > 1 else 1
+    return {"trainer.num_nodes": nodes, "trainer.devices": layout.world_size // nodes}
+
+
 def _facts(job: Job, ctx: StageContext) -> dict[str, Any]:
     rows = [json.loads(line) for line in (ctx.out_dir / CURVES_FILE).read_text().splitlines()]
     train = [row["train/loss"] for row in rows if "train/loss" in row]
@@ -227,7 +232,8 @@ def _facts(job: Job, ctx: StageContext) -> dict[str, Any]:
     }
 
 
-def _parallel(ctx: StageContext) -> Parallel:
+def parallel(ctx: StageContext) -> Parallel:
+    """The stage's layout."""
     return ctx.execution.parallel_by_stage.get(ctx.name, ctx.execution.parallel)
 
 
@@ -235,11 +241,13 @@ def _nemo(ctx: StageContext) -> Path:
     return ctx.work_dir / NEMO_DIR
 
 
-def _log(ctx: StageContext) -> Path:
+def log_file(ctx: StageContext) -> Path:
+    """What NeMo-Aligner's processes print."""
     return ctx.work_dir / "aligner.log"
 
 
-def _on_cpu(ctx: StageContext) -> bool:
+def on_cpu(ctx: StageContext) -> bool:
+    """Whether the stage has no GPU."""
     import torch
 
     return ctx.execution.device == "cpu" or not torch.cuda.is_available()

@@ -80,7 +80,9 @@ def require_one_tokenizer(inputs: Inputs, roles: tuple[str, ...]) -> None:
     from nemo_minitron.data.tokenization import tokenizer_fingerprint
 
     prints = {role: tokenizer_fingerprint(inputs[role].path) for role in roles}
-    prints["data"] = str(inputs["data"].result.get("tokenizer_sha256", prints[roles[0]]))
+    data = inputs.get("data")
+    if data is not None:
+        prints["data"] = str(data.result.get("tokenizer_sha256", prints[roles[0]]))
     if len(set(prints.values())) > 1:
         raise DataError(
             "Teacher, student and data were made with different tokenizers.",

@@ -99,6 +99,7 @@ STAGES: dict[str, StageSpec] = {
         _spec("sft", "align:sft", starts_ranks=True, needs_aligner=True),
         _spec("steerlm_sft", "align:sft", starts_ranks=True, needs_aligner=True),
         _spec("dpo", "align:dpo", starts_ranks=True, needs_aligner=True),
+        _spec("distill_offline", "distill_offline:distill_offline", starts_ranks=True, needs_aligner=True),
         _spec("train_attribute_model", "align:train_attribute_model", starts_ranks=True, needs_aligner=True),
         _spec("annotate", "annotate:annotate", one_gpu=True, needs_aligner=True),
         _spec("evaluate_chat", "evaluate_chat:evaluate_chat", one_gpu=True),

@@ -78,16 +78,26 @@ def write_rows(method: Method, file: Path, num_rows: int = 24, *, ranking: bool 
     rows: list[dict[str, Any]] = []
     for i in range(num_rows):
         asked, right, wrong = f"What is {i} and {i}?\n", f"It is {2 * i}.", f"No {i}"
-        if method == "sft":
+        if method in ("sft", "topk_logits"):
             rows.append({"input": asked, "output": right})
         elif method == "dpo":
             rewards = {"chosen_reward": 1.0 + i % 3, "rejected_reward": 0.5}
             rows.append({"prompt": asked, "chosen_response": right, "rejected_response": wrong, **rewards})
+        elif method == "steerlm2":
+            rows.append(answers_to(asked.strip(), [right, wrong, "Four."]))
         elif ranking:
             rows += [{"text": asked + right}, {"text": asked + wrong}]
         else:
             rows.append({"text": asked + (right if i % 2 else wrong), "label": [-100.0] * 4 + [4.0 * (i % 2)] * 5})
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def answers_to(asked: str, answers: list[str]) -> dict[str, Any]:
+    """A row of SteerLM 2.0; the first answer fits the attributes best. log(Q(y|a,x)) is the caller's to fill in."""
+    logs = [{"log(P(a|x,y))": -2.0 * i, "log(P(y|x))": 0.0, "log(Q(y|a,x))": 0.0} for i in range(len(answers))]
+    said = [{"from": "Assistant", "value": answer, **log} for answer, log in zip(answers, logs, strict=True)]
+    turns = [{"from": "User", "value": asked}]
+    return {"system": "", "prompt_turns": turns, "label": "correctness:4", "responses": said}
 
 
 def training_config(
@@ -103,6 +113,7 @@ def training_config(
     """A small training on the CPU."""
     key, sizes = TRAINER_KEYS[method], {"global_batch_size": 4, "micro_batch_size": 2}
     fill: dict[str, Any] = {
+        "trainer.num_nodes": 1,
         "trainer.devices": layout.tp * layout.pp * layout.dp,
         "exp_manager.explicit_log_dir": str(work / "experiment"),
         "exp_manager.checkpoint_callback_params.model_parallel_size": layout.tp * layout.pp,
@@ -118,7 +129,7 @@ def training_config(
         fill |= {f"trainer.{name}": value, f"trainer.{key}.{name}": value}
     fill |= {f"trainer.{key}.val_check_interval": 2, f"trainer.{key}.save_interval": 2}
     fill |= {f"model.{name}": value for name, value in sizes.items()}
-    if method == "sft":
+    if method in ("sft", "steerlm2"):
         fill["model.restore_from_path"] = str(nemo)
         for part in ("train_ds", "validation_ds"):
             values = {"file_path": str(rows), "max_seq_length": 128, **sizes}
@@ -127,6 +138,14 @@ def training_config(
         fill["pretrained_checkpoint.restore_from_path"] = str(nemo)
         fill["model.data.data_prefix"] = {part: [str(rows)] for part in ("train", "validation", "test")}
         fill["model.data.seq_length"] = 128
+    if method == "steerlm2":
+        fill |= {"model.steerlm2.micro_batch_size": 1, "model.steerlm2.forward_micro_batch_size": 1}
+    if method == "knowledge_distillation":
+        names = {"kd_loss": "fwd_kl", "kd_loss_weight": 1.0, "sft_loss_weight": 0.0}
+        fill |= {f"model.knowledge_distillation.{name}": value for name, value in names.items()}
+        fill["model.data.top_k"] = None
+        for name, value in files_of(rows).items():
+            fill[f"model.data.{name}"] = value
     if method == "dpo":
         fill |= {"model.dpo.log_prob_forward_micro_batch_size": 2, "model.dpo.ref_policy_kl_penalty": 0.1}
         fill["model.dpo.preference_loss"] = "dpo"
@@ -134,6 +153,34 @@ def training_config(
         fill |= {"model.reward_model_type": "regression", "model.regression.num_attributes": 9}
         fill |= {"model.share_embeddings_and_output_weights": False, "model.forward_micro_batch_size": 2}
     return complete_config(method, {**fill, **(keys or {})}, {}, on_cpu=True, where="test")
+
+
+def files_of(name: Path) -> dict[str, int]:
+    """How many files of a cache there are, and how many rows each has."""
+    files = list(name.parent.glob(name.name.replace("CHUNK_ID", "*")))
+    return {"n_chunks": len(files), "n_examples_per_chunk": len(files[0].read_text().splitlines())}
+
+
+def ask_teacher(nemo: Path, rows: Path, out: Path, work: Path, *, top_k: int, layout: Layout = Layout()) -> None:
+    """Cache a teacher's top logits, four rows in a file."""
+    sizes = {"micro_batch_size": 2, "global_batch_size": 4}
+    fill: dict[str, Any] = {
+        "output_path": str(out),
+        "top_k": top_k,
+        "trainer.devices": layout.tp * layout.pp * layout.dp,
+        "trainer.num_nodes": 1,
+        "pretrained_checkpoint.restore_from_path": str(nemo),
+        "model.tensor_model_parallel_size": layout.tp,
+        "model.pipeline_model_parallel_size": layout.pp,
+        "model.encoder_seq_length": 128,
+        "data.data.file_path": str(rows),
+        "data.data.max_seq_length": 128,
+        **{f"model.{name}": value for name, value in sizes.items()},
+    }
+    config = complete_config("topk_logits", fill, {}, on_cpu=True, where="test")
+    task = {"config": config, "nemo": str(nemo), "rows_per_file": 4}
+    num_processes = layout.tp * layout.pp * layout.dp
+    run_task("topk_logits", task, work, work / "log.txt", *quiet(), num_processes=num_processes, threads=1)
 
 
 def train(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nemo_minitron.backends.aligner.config import DEAD_KEYS, base_config, complete_config, flat, override_problems
+from nemo_minitron.backends.aligner.config import complete_config, override_problems
 from nemo_minitron.errors import ConfigError
 from tests.conftest import REPO, Cli
 
@@ -43,12 +43,6 @@ def test_a_key_that_would_do_nothing_is_refused(key: str, value: Any, told: str)
 def test_keys_that_are_read_are_taken() -> None:
     overrides = {"model": {"optim": {"weight_decay": 0.0}, "dpo": {"sft_average_log_probs": True}}}
     assert not list(override_problems("dpo", overrides))
-
-
-def test_every_dead_key_has_a_live_one() -> None:
-    live = flat(base_config("dpo"))
-    assert all(key not in live for key in DEAD_KEYS)
-    assert all(right in live for right in DEAD_KEYS.values() if right.startswith("model."))
 
 
 def test_a_config_that_nobody_completed_is_a_defect() -> None:

@@ -13,11 +13,34 @@ from typing import Any, Literal
 
 import yaml
 
+from nemo_minitron.backends.aligner.shipped import require_shipped
 from nemo_minitron.errors import ConfigError
 
-Method = Literal["sft", "dpo", "reward_model"]
-TRAINER_KEYS: dict[Method, str] = {"sft": "sft", "dpo": "dpo", "reward_model": "rm"}
-"""Where a method's trainer looks below `trainer`."""
+Method = Literal[
+    "sft",
+    "dpo",
+    "reward_model",
+    "topk_logits",
+    "knowledge_distillation",
+    "steerlm2",
+    "ppo_actor",
+    "ppo_critic",
+    "reinforce_actor",
+    "reward_server",
+]
+"""A file of configs/align."""
+TRAINER_KEYS: dict[Method, str] = {
+    "sft": "sft",
+    "dpo": "dpo",
+    "reward_model": "rm",
+    "knowledge_distillation": "knowledge_distillation",
+    "steerlm2": "sft",
+}
+"""Where the trainer of a method that entry/ runs looks below `trainer`."""
+FILLED_BY: dict[Method, str] = dict.fromkeys(
+    ("ppo_actor", "ppo_critic", "reinforce_actor", "reward_server"), "minitron rlhf"
+)
+"""What fills in the missing values, where it is not a stage."""
 CONFIGS = Path("configs/align")
 TO_FILL = "???"
 DEAD_KEYS = {
@@ -26,8 +49,14 @@ DEAD_KEYS = {
     "model.dpo.sft_avg_log_probs": "model.dpo.sft_average_log_probs",
     "model.dpo.beta": "model.dpo.ref_policy_kl_penalty",
     "model.optim.sched.max_steps": "the stage's num_steps",
+    "model.regression.loss_func": "model.loss_func",
+    "model.regression.loss_mask_val": "model.loss_mask_val",
+    "model.ppo.combine_rm_and_critic_server": "remote_critic_rm.combine_rm_and_critic_server",
+    "trainer.ppo.trt_model_dir": "model.ppo.trt_model_dir",
+    "trainer.reinforce.inference_micro_batch_size": "inference.inference_micro_batch_size",
+    "inference.micro_batch_size": "inference.inference_micro_batch_size",
 }
-"""Keys that stand in recipes on the net and that NeMo-Aligner 0.7 does not read."""
+"""Keys of its documentation, its own files or recipes on the net that NeMo-Aligner 0.7 does not read."""
 RANGES: dict[str, tuple[float, float]] = {
     "hidden_dropout": (0.0, 1.0),
     "attention_dropout": (0.0, 1.0),
@@ -39,6 +68,17 @@ RANGES: dict[str, tuple[float, float]] = {
     "constant_steps": (0, float("inf")),
     "save_top_k": (0, float("inf")),
     "num_nodes": (1, float("inf")),
+    "discount_factor": (0.0, 1.0),
+    "gae_lambda": (0.0, 1.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (0, float("inf")),
+    "repetition_penalty": (0.0, float("inf")),
+    "ratio_eps": (0.0, 1.0),
+    "loss_clip_val": (0.0, float("inf")),
+    "entropy_bonus": (0.0, float("inf")),
+    "critic_warmup_steps": (0, float("inf")),
+    "max_queue_delay_microseconds": (0, float("inf")),
+    "port": (1, 65535),
 }
 """By the last part of the key."""
 ON_CPU: dict[str, Any] = {
@@ -73,7 +113,7 @@ def override_problems(method: Method, overrides: Mapping[str, Any]) -> Iterator[
             hint = f" Did you mean {near[0]}?" if near else ""
             yield f"{key}: unknown to NeMo-Aligner's {method}.{hint} All keys: {CONFIGS}/{method}.yaml."
         elif base[key] == TO_FILL:
-            yield f"{key}: set by the stage from its own keys; leave it out."
+            yield f"{key}: set by {FILLED_BY.get(method, 'the stage')} from its own keys; leave it out."
         else:
             yield from _value_problems(key, value, base[key])
 
@@ -101,20 +141,25 @@ def complete_config(
 
     Raises:
         ConfigError: a key that NeMo-Aligner does not know, or a value out of range.
+        EnvironmentProblem: the container's NeMo-Aligner does not have our keys.
     """
     for problem in override_problems(method, overrides):
         raise ConfigError(problem, where=f"{where}.aligner")
     config = base_config(method)
-    values = {**fill, **flat(overrides), **(ON_CPU if on_cpu else {})}
     known = flat(config)
+    require_shipped(method, known)
+    values = {**fill, **flat(overrides)}
+    if on_cpu:
+        values |= {key: value for key, value in ON_CPU.items() if key in known}
     unknown = [key for key in values if key not in known]
     if unknown:
         raise AssertionError(f"not in {method}.yaml: {unknown}")
     for key, value in values.items():
         _set(config, key, value)
-    if config["model"]["optim"]["name"] != "distributed_fused_adam":
+    optim = config["model"].get("optim", {})
+    if optim.get("name") != "distributed_fused_adam":
         for key in OF_FUSED_ADAM:
-            config["model"]["optim"].pop(key, None)
+            optim.pop(key, None)
     empty = [key for key, value in flat(config).items() if value == TO_FILL]
     if empty:
         raise AssertionError(f"nobody filled {empty} of {method}.yaml")

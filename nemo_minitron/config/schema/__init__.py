@@ -14,6 +14,7 @@ from nemo_minitron.config.schema.aligner import (
     Alignment,
     AnnotateStage,
     AttributeModelStage,
+    DistillOfflineStage,
     DpoStage,
     SftStage,
     SteerlmSftStage,
@@ -123,6 +124,7 @@ StageConfig = Annotated[
     | SftStage
     | SteerlmSftStage
     | DpoStage
+    | DistillOfflineStage
     | AttributeModelStage
     | AnnotateStage
     | EvaluateChatStage,
@@ -161,6 +163,7 @@ __all__ = [
     "DataSource",
     "DepthTask",
     "DistillInputs",
+    "DistillOfflineStage",
     "DistillStage",
     "DpoStage",
     "EvaluateChatInputs",

@@ -11,6 +11,7 @@ from nemo_minitron.config.schema import (
     CacheTeacherStage,
     CandidateStage,
     CheckTeacherStage,
+    DistillOfflineStage,
     DistillStage,
     DpoStage,
     EvaluateStage,
@@ -137,7 +138,7 @@ def load_of(call: StageCall, recipe: Recipe, layout: Parallel | None = None) -> 
     if isinstance(stage, TrainStage):
         shape = model_shape(recipe, stage.inputs.model)
         return None if shape is None else _training(shape, None, stage, stage.num_steps, layout)
-    if isinstance(stage, SftStage | SteerlmSftStage | DpoStage | AttributeModelStage):
+    if isinstance(stage, SftStage | SteerlmSftStage | DpoStage | AttributeModelStage | DistillOfflineStage):
         return _alignment(stage, layout, recipe)
     return _asking(stage, layout, recipe)
 
@@ -187,11 +188,14 @@ def _training(
 
 
 def _alignment(
-    stage: SftStage | SteerlmSftStage | DpoStage | AttributeModelStage, layout: Parallel, recipe: Recipe
+    stage: SftStage | SteerlmSftStage | DpoStage | AttributeModelStage | DistillOfflineStage,
+    layout: Parallel,
+    recipe: Recipe,
 ) -> Load | None:
     """By NeMo-Aligner, in bf16; DPO's reference keeps its weights beside, and is asked about both answers.
 
-    Rows are counted at their greatest length, so tokens and hours are upper bounds.
+    Rows are counted at their greatest length, so tokens and hours are upper bounds; the pass of an offline
+    distillation's teacher before the training is left out.
     """
     shape = model_shape(recipe, stage.inputs.model)
     if shape is None or stage.num_steps is None:

@@ -18,6 +18,9 @@ TASKS = {
     "dpo": "dpo:train",
     "reward_model": "reward_model:train",
     "annotate": "reward_model:annotate",
+    "topk_logits": "distillation:topk_logits",
+    "knowledge_distillation": "distillation:train",
+    "steerlm2": "steerlm2:train",
     "preference_losses": "dpo:preference_losses",
 }
 

@@ -1,0 +1,157 @@
+"""Offline distillation: a teacher's top logits of every token, kept in files, and a student that learns them."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+from nemo.collections.nlp.modules.common.megatron.utils import get_ltor_masks_and_position_ids
+from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
+from nemo_aligner.algorithms.supervised import SupervisedTrainer
+from nemo_aligner.data.nlp.builders import (
+    ChunkedJsonl,
+    build_dataloader,
+    build_sft_dataset,
+    build_train_valid_test_knowledge_distillation_datasets,
+)
+from nemo_aligner.models.nlp.gpt.megatron_gpt_knowledge_distillation import GPTKnowledgeDistillationModel
+from nemo_aligner.utils.distributed import compute_topk_logits_in_batched_sequence
+from nemo_aligner.utils.train_script_utils import init_distributed
+from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
+from omegaconf import DictConfig, OmegaConf, open_dict
+from task import PROGRESS_FILE, STOP_FILE, Task, is_main
+from training import Loaders, StopTimer
+from training import train as train_with
+
+SEQ_MULTIPLE = 16
+"""Sequences are split among tensor-parallel ranks, and are filled up to this."""
+PADDING = {"tokens": None, "labels": None, "topk_token_ids": None, "loss_mask": 0, "topk_logits": 0.0}
+"""Of what a batch holds; None: the end of text."""
+
+
+def topk_logits(task: Task) -> dict[str, Any]:
+    """Write the `top_k` greatest logits of every token of the rows, `rows_per_file` of them in a file.
+
+    Rows are {"input", "output"}; what does not fill a file is left out. Files that are there already stay.
+    """
+    config = OmegaConf.create(dict(task["config"]))
+    config.model = load_and_override_model_config(task["nemo"], config.model)
+    with open_dict(config):
+        config.model.precision = config.trainer.precision
+        config.model.optim = {"name": "adamw", "lr": 1e-5}  # looked at when the model is made, and not used
+    trainer = MegatronTrainerBuilder(config).create_trainer()
+    model = load_from_nemo(MegatronGPTModel, config.model, trainer, strict=True, restore_path=task["nemo"])
+    init_distributed(trainer, model, config.model.get("transformer_engine", False))
+    model.eval()
+    dataset = build_sft_dataset(config.data.data, model.tokenizer, None, answer_only_loss=True, is_chat=False)
+    stop, each = StopTimer(Path(task["work_dir"]) / STOP_FILE), int(task["rows_per_file"])
+    num_files = len(dataset) // each
+    for number in range(num_files):
+        if stop.is_finished():
+            return {"finished": False, "step": number}
+        file = Path(config.output_path.replace(ChunkedJsonl.CHUNK_ID_STRING, str(number)))
+        if not file.is_file():
+            rows = _asked(model, dataset, range(number * each, (number + 1) * each), config)
+            _write(file, rows)
+        _tell(task, number + 1, num_files)
+    return {"finished": True, "num_files": num_files, "num_rows": num_files * each}
+
+
+def train(task: Task) -> dict[str, Any]:
+    """Train a student on such files."""
+    return train_with(task, "knowledge_distillation", GPTKnowledgeDistillationModel, _loaders, SupervisedTrainer)
+
+
+@torch.no_grad()
+def _asked(model: Any, dataset: Any, indices: range, config: DictConfig) -> list[dict[str, Any]]:
+    """The rows as tokens, with the teacher's logits; all ranks call this."""
+    micro, dp = config.model.micro_batch_size, parallel_state.get_data_parallel_world_size()
+    items = [dataset[index] for index in indices]
+    items += items[-1:] * (-len(items) % (micro * dp))  # every rank has as many
+    batch = dataset.collate_fn(items)
+    share = len(items) // dp
+    own = slice(parallel_state.get_data_parallel_rank() * share, (parallel_state.get_data_parallel_rank() + 1) * share)
+    device = torch.cuda.current_device()
+    logits, ids, log_sum = compute_topk_logits_in_batched_sequence(
+        model.model,
+        batch["tokens"][own].to(device),
+        batch["position_ids"][own].to(device),
+        batch["attention_mask"][own].to(device),
+        config.top_k,
+        config.trainer.precision,
+        forward_micro_batch_size=micro,
+    )
+    columns = {key: batch[key] for key in ("tokens", "labels", "loss_mask")}
+    columns |= {"topk_logits": logits.float().cpu(), "topk_token_ids": ids.cpu(), "log_sum_exp_logits": log_sum.cpu()}
+    return [
+        {key: column[row, : items[row]["token_count"] - 1].tolist() for key, column in columns.items()}
+        for row in range(len(indices))
+    ]
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    if is_main():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial_file = file.with_suffix(".partial")
+        partial_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        partial_file.replace(file)
+    torch.distributed.barrier()
+
+
+def _tell(task: Task, done: int, of: int) -> None:
+    if is_main():
+        (Path(task["work_dir"]) / PROGRESS_FILE).write_text(json.dumps({"step": done, "max_steps": of}))
+
+
+def _loaders(config: DictConfig, model: Any, consumed_samples: int) -> Loaders:
+    data = config.model.data
+    train_dataset, valid_dataset, _ = build_train_valid_test_knowledge_distillation_datasets(
+        cfg=config.model,
+        data_prefix=data.data_prefix,
+        data_impl=data.data_impl,
+        splits_string=None,
+        train_valid_test_num_samples=[-config.model.global_batch_size] * 3,
+        seq_length=data.seq_length,
+        seed=config.model.seed,
+        tokenizer=model.tokenizer,
+        n_chunks=data.n_chunks,
+        n_examples_per_chunk=data.n_examples_per_chunk,
+    )
+    loaders = [
+        build_dataloader(
+            cfg=config,
+            dataset=dataset,
+            consumed_samples=consumed,
+            mbs=config.model.micro_batch_size,
+            gbs=config.model.global_batch_size,
+            load_gbs=True,
+            pad_samples_to_global_batch_size=False,
+            collate_fn=partial(_collate, eos_id=model.tokenizer.eos_id, data=data),
+            use_random_sampler=is_training,
+        )
+        for dataset, consumed, is_training in ((train_dataset, consumed_samples, True), (valid_dataset, 0, False))
+    ]
+    return train_dataset, loaders[0], loaders[1]
+
+
+def _collate(rows: list[dict[str, torch.Tensor]], eos_id: int, data: DictConfig) -> dict[str, torch.Tensor]:
+    """Rows of [S] or [S, K] -> [B, S] or [B, S, K]."""
+    longest = max(len(row["tokens"]) for row in rows)
+    seq = -(-longest // SEQ_MULTIPLE) * SEQ_MULTIPLE
+    batch = {}
+    for key, filler in PADDING.items():
+        shape = (len(rows), seq, *rows[0][key].shape[1:])
+        batch[key] = torch.full(shape, eos_id if filler is None else filler, dtype=rows[0][key].dtype)
+        for row, out in zip(rows, batch[key], strict=True):
+            out[: len(row[key])] = row[key]
+    mask, _, positions = get_ltor_masks_and_position_ids(
+        batch["tokens"], eos_id, data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss
+    )
+    # The model looks at the first mask only, but a batch is cut into micro-batches row by row.
+    mask = mask.repeat(len(rows), 1, 1, 1) if len(mask) == 1 else mask
+    return {**batch, "attention_mask": mask, "position_ids": positions}

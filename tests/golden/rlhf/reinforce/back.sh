@@ -1,0 +1,7 @@
+#!/bin/bash
+# The trained model, as Hugging Face has it.
+set -euo pipefail
+export NEMO_ALIGNER_HOME="${NEMO_ALIGNER_HOME:-/opt/NeMo-Aligner}" HYDRA_FULL_ERROR=1
+export PYTHONPATH="${NEMO_ALIGNER_HOME}:${PYTHONPATH:-}"
+cd /shared/runs/llama31_8b/width_4b_instruct/rlhf_reinforce
+exec minitron convert /shared/runs/llama31_8b/width_4b_instruct/rlhf_reinforce/actor/checkpoints/reinforce_actor.nemo /shared/runs/llama31_8b/width_4b_instruct/rlhf_reinforce/trained --like /shared/runs/llama31_8b/width_4b_instruct/export
