@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.session import Session
+from nemo_minitron.backends.megatron.versions import checkpoint_buckets, write_checkpoint_file
 
 Bucket = tuple[str, str, tuple[list[Any], list[tuple[Any, Tensor]]]]
 """What goes into one file: its path, its name, (bytes, tensors); Megatron's WriteBucket."""
@@ -36,13 +37,13 @@ class Writing:
     def begin(cls, state: dict[str, Any], folder: Path, buffers: Buffers | None) -> Writing:
         """Copy the state and start to write it. With buffers=None it is not copied: it must stay until `finish`."""
         # In place of a queue that Megatron keeps in another process.
-        filesystem_async._results_queue = queue.Queue()
+        tell = filesystem_async._results_queue = queue.Queue()
         request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
         if request.async_fn is None:
             return cls(request, None)
-        found = request.preload_fn() if request.preload_fn is not None else request.async_fn_args[1]
+        found = checkpoint_buckets(request)
         buckets = found if buffers is None else [_staged(bucket, buffers) for bucket in found]
-        thread = threading.Thread(target=_write, args=(request, buckets), name="checkpoint", daemon=True)
+        thread = threading.Thread(target=_write, args=(request, buckets, tell), name="checkpoint", daemon=True)
         thread.start()
         return cls(request, thread)
 
@@ -77,21 +78,13 @@ def _staged(bucket: Bucket, buffers: Buffers) -> Bucket:
     return path, name, (blobs, copies)
 
 
-def _write(request: AsyncRequest, buckets: list[Bucket]) -> None:
-    """Write this rank's files; the results, or the first error, go to Megatron's queue."""
-    write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
-    # Newer versions of Megatron pass transforms of the stream first.
-    leading = getattr(request.async_fn, "args", ())[:1]
+def _write(request: AsyncRequest, buckets: list[Bucket], tell: queue.Queue[Any]) -> None:
+    """Write this rank's files; tell the results, or the first error."""
     results: dict[int, Any] = {}
-    answer: Any = results
     for number, bucket in enumerate(buckets):
-        told: queue.Queue[Any] = queue.Queue()
-        open_jobs: queue.Queue[int] = queue.Queue()
-        open_jobs.put(number)
-        write(*leading, number, bucket, told, open_jobs, True)
-        _, written = told.get()
+        written = write_checkpoint_file(request, number, bucket)
         if isinstance(written, Exception):
-            answer = written
-            break
+            tell.put(written)
+            return
         results[number] = written
-    request.async_fn_args[2].put(answer)
+    tell.put(results)
