@@ -8,6 +8,7 @@ from importlib.metadata import version
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -111,6 +112,11 @@ if _VERSION < (0, 13) and "serialization_format" in signature(torch_filesystem._
         return torch_filesystem._write_item(transforms, stream, data, item, key, as_before)
 
     filesystem_async._write_item = _write_item
+
+
+if _VERSION < (0, 15) and not hasattr(np, "product"):
+    # Their checkpoints of a distributed optimizer are checked with it; numpy 2 has no such name.
+    np.product = np.prod  # type: ignore[attr-defined]
 
 
 def rope_scaling_options(shape: ModelShape) -> dict[str, Any]:

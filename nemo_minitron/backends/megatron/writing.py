@@ -30,8 +30,10 @@ Buffers = dict[Any, Tensor]
 class Writing:
     """A checkpoint that is being written; every rank has its part."""
 
-    def __init__(self, request: AsyncRequest, thread: threading.Thread | None) -> None:
-        self._request, self._thread = request, thread
+    def __init__(self, request: AsyncRequest) -> None:
+        self._request = request
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
 
     @classmethod
     def begin(cls, state: dict[str, Any], folder: Path, buffers: Buffers | None) -> Writing:
@@ -39,13 +41,15 @@ class Writing:
         # In place of a queue that Megatron keeps in another process.
         tell = filesystem_async._results_queue = queue.Queue()
         request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
-        if request.async_fn is None:
-            return cls(request, None)
-        found = checkpoint_buckets(request)
-        buckets = found if buffers is None else [_staged(bucket, buffers) for bucket in found]
-        thread = threading.Thread(target=_write, args=(request, buckets, tell), name="checkpoint", daemon=True)
-        thread.start()
-        return cls(request, thread)
+        writing = cls(request)
+        if request.async_fn is not None:
+            found = checkpoint_buckets(request)
+            buckets = found if buffers is None else [_staged(bucket, buffers) for bucket in found]
+            writing._thread = threading.Thread(
+                target=writing._write, args=(buckets, tell), name="checkpoint", daemon=True
+            )
+            writing._thread.start()
+        return writing
 
     def then(self, function: Callable[[], None]) -> None:
         """Call it on every rank when all is written."""
@@ -57,12 +61,36 @@ class Writing:
         return self._thread is not None and self._thread.is_alive()
 
     def finish(self, session: Session) -> None:
-        """Wait for every rank; write Megatron's metadata; call what was to come then."""
+        """Wait for every rank; write Megatron's metadata; call what was to come then.
+
+        Raises:
+            OSError: on every rank, when one could not write its part.
+        """
         if self._thread is not None:
             self._thread.join()
-        session.barrier()
+        # Megatron before 0.14 leaves the others waiting for the one that failed.
+        failed = session.sum(torch.tensor([float(self._failure is not None)], device=session.device))
+        if failed.item():
+            raise OSError(str(self._failure or "another process could not write its part")) from self._failure
         for function in self._request.finalize_fns:
             function()
+
+    def _write(self, buckets: list[Bucket], tell: queue.Queue[Any]) -> None:
+        """Write this rank's files; the results go to Megatron's queue."""
+        results: dict[int, Any] = {}
+        for number, bucket in enumerate(buckets):
+            results[number] = write_checkpoint_file(self._request, number, bucket)
+            if isinstance(results[number], Exception):
+                self._failure = _first_cause(results[number])
+                return
+        tell.put(results)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What went wrong before torch stumbled over it when it closed the file."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 @torch.no_grad()
@@ -76,15 +104,3 @@ def _staged(bucket: Bucket, buffers: Buffers) -> Bucket:
             buffer = buffers[item.index] = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         copies.append((item, buffer.copy_(tensor)))
     return path, name, (blobs, copies)
-
-
-def _write(request: AsyncRequest, buckets: list[Bucket], tell: queue.Queue[Any]) -> None:
-    """Write this rank's files; tell the results, or the first error."""
-    results: dict[int, Any] = {}
-    for number, bucket in enumerate(buckets):
-        written = write_checkpoint_file(request, number, bucket)
-        if isinstance(written, Exception):
-            tell.put(written)
-            return
-        results[number] = written
-    tell.put(results)
