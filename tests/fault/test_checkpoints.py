@@ -136,6 +136,27 @@ def test_a_write_that_fails_is_a_users_error_and_keeps_the_checkpoint_before(
         assert [path.name for path in checkpoints(kept.folder)] == ["step_00000001"]
 
 
+def _error_of_a_disk_that_is_full_for_one(folders: Folders, full: int) -> str:
+    with open_session(Parallel(pp=2), device="cpu", threads=1) as session:
+        job = _job(folders, session)
+        kept = Checkpoints(folders["work"] / "checkpoints", session, keep=1, in_background=True)
+        if session.rank == full:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            _save_and_wait(kept, job)
+        except CheckpointError as error:
+            return str(error)
+    return "none"
+
+
+def test_a_write_that_fails_on_one_rank_ends_all_of_them(folders: Folders) -> None:
+    other, own = run_ranks(2, _error_of_a_disk_that_is_full_for_one, folders, 1)
+    assert "File too large" in own
+    assert "could not be written: another process" in other
+    assert checkpoints(folders["work"] / "checkpoints") == []
+
+
 def _rates_after_resume(folders: Folders, parallel: Parallel, lr: float, num_steps: int) -> dict[int, float]:
     """Step -> learning rate of a training that goes on in the work folder."""
     params = PARAMS.model_copy(update={"lr": lr, "min_lr": lr, "warmup_steps": 0, "num_steps": num_steps})

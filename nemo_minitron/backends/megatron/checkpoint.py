@@ -190,10 +190,10 @@ def _sharded_state(trainable: Trainable, *, is_loading: bool) -> dict[str, Any]:
 
 @contextmanager
 def _write_errors(folder: Path) -> Iterator[None]:
-    """Megatron reports a failed write as an exception that `except Exception` does not catch."""
+    """A failed write is an error of the user's; Megatron's own is one that `except Exception` does not catch."""
     try:
         yield
-    except CheckpointException as error:
+    except (CheckpointException, OSError) as error:
         raise CheckpointError(
             f"A training checkpoint could not be written: {error}",
             where=str(folder),

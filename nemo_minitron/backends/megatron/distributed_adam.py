@@ -4,10 +4,14 @@ Megatron was written for the fused Adam of Transformer Engine or Apex, which cou
 counts them for each parameter, and Megatron's loading then gives all parameters one and the same counter: every step
 after a resume counts as many steps as there are parameters. What is here keeps the counters apart; with a fused Adam
 it leaves everything to Megatron.
+
+The files have whole tensors, or before 0.15 each rank's part of them; both can be read in another layout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +21,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Whole tensors on disk, so that a resume may have another layout."""
+_HAS_WHOLE_TENSORS = hasattr(DistributedOptimizer, "load_parameter_state_from_fully_reshardable")
 
 
 def sharded_optimizer_state(
@@ -26,7 +31,13 @@ def sharded_optimizer_state(
     only = _only(optimizer)
     if is_loading and _is_torch_adam(only):
         _make_states(only)
-    state: dict[str, Any] = only.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING)
+    if _HAS_WHOLE_TENSORS:
+        return dict(only.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING))
+    if not _is_torch_adam(only):
+        return dict(only.sharded_state_dict(model_state, is_loading=is_loading))
+    state = dict(only.state_dict())
+    with _without_counters(only):
+        state["param_state"] = only.sharded_param_state_fs_model_space(model_state, is_loading)
     return state
 
 
@@ -37,14 +48,23 @@ def load_optimizer_state(chained: MegatronOptimizer, state: dict[str, Any]) -> N
         optimizer.load_state_dict(state)
         return
     optimizer.load_state_dict({key: value for key, value in state.items() if key != "param_state"})
-    step = float(optimizer.optimizer.param_groups[0]["step"])
-    states = optimizer.optimizer.state.values()
-    for tensors in states:
-        # Megatron copies every tensor that it finds here, and its files have no counters.
-        del tensors["step"]
-    optimizer.load_parameter_state_from_fully_reshardable(state["param_state"])
-    for tensors in states:
-        tensors["step"] = torch.tensor(step)
+    with _without_counters(optimizer):
+        if _HAS_WHOLE_TENSORS:
+            optimizer.load_parameter_state_from_fully_reshardable(state["param_state"])
+        else:
+            optimizer.load_parameter_state_from_fs_model_space(state["param_state"])
+
+
+@contextmanager
+def _without_counters(optimizer: DistributedOptimizer) -> Iterator[None]:
+    """Megatron takes every state for one of its parameter's size; afterwards each parameter has its own counter."""
+    states = list(optimizer.optimizer.state.values())
+    steps = [float(tensors.pop("step")) for tensors in states]
+    try:
+        yield
+    finally:
+        for tensors, step in zip(states, steps, strict=True):
+            tensors["step"] = torch.tensor(step)
 
 
 def _only(optimizer: MegatronOptimizer) -> DistributedOptimizer:

@@ -71,7 +71,9 @@ class Projection(nn.Linear):
         self.weight.sequence_parallel = session.parallel.sequence_parallel and session.parallel.tp > 1  # type: ignore[attr-defined]
         # The gradient norm counts it once, on the first stage.
         self.weight.shared = session.pp_rank > 0  # type: ignore[attr-defined]
-        self._replica = (session.pp_rank, session.tp_rank, session.cp_rank, session.dp_rank)
+        # Of three parts, as Megatron's own: pipeline, tensor, and all that share the gradients.
+        parallel = session.parallel
+        self._replica = (session.pp_rank, session.tp_rank, session.dp_rank * parallel.cp + session.cp_rank)
 
     def sharded_state_dict(self, prefix: str = "", *_: Any, **__: Any) -> dict[str, Any]:
         """For Megatron's checkpoints: whole on every rank."""

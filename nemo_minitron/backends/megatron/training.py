@@ -24,6 +24,7 @@ from nemo_minitron.backends.megatron.guard import LossWatch
 from nemo_minitron.backends.megatron.optim import Trainable
 from nemo_minitron.backends.megatron.peak import matmul_flops_per_s
 from nemo_minitron.backends.megatron.session import Session
+from nemo_minitron.backends.megatron.versions import share_of_loss
 from nemo_minitron.backends.megatron.weights import save_model
 from nemo_minitron.config.schema import Execution, Optimization
 from nemo_minitron.data.used import DATA_USED_FILE, Sources, data_used
@@ -273,7 +274,7 @@ def _forward_step(forward: ForwardStep, found: list[Parts]) -> Callable[..., Any
         def loss(output: Tensor) -> tuple[Tensor, Parts]:
             value, parts = loss_of(output)
             found.append({"train_loss": value.detach().clone(), **parts})
-            return value, {}
+            return share_of_loss(value), {}
 
         return output, loss
 

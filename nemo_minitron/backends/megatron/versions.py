@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import queue
 from dataclasses import fields
 from importlib.metadata import version
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.checkpoint import filesystem as torch_filesystem
 
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.families import ModelShape
 
 LLAMA_31_ROPE_FACTOR = 8.0
+_VERSION = tuple(int(part) for part in version("megatron-core").split(".")[:2])
+_OLDER_NAMES = {
+    "num_layers_in_first_pipeline_stage": "first_pipeline_num_layers",
+    "num_layers_in_last_pipeline_stage": "last_pipeline_num_layers",
+}
+"""Of a config's fields, before 0.11."""
+_NOT_NEEDED = {
+    "recompute_modules",  # before 0.12 selective recomputation is of the core attention, and of nothing else
+    "overlap_param_gather",  # of the optimizer; older ones read the data-parallel wrapper's
+}
+"""Fields that a version may lack."""
 
 try:
     from megatron.core.activations import squared_relu
@@ -46,14 +62,61 @@ def _two_parts(value: Tensor, size: int, rank: int, dim: int) -> Tensor:
 
 
 def known_fields(config: type, options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options that this version's config class has; the others are newer switches."""
+    """The options under the names that this version's config class has for them."""
     known = {field.name for field in fields(config)}
-    return {key: value for key, value in options.items() if key in known}
+    named = {_OLDER_NAMES.get(key, key) if key not in known else key: value for key, value in options.items()}
+    unknown = named.keys() - known - _NOT_NEEDED
+    if unknown:
+        raise AssertionError(f"{config.__name__} of Megatron-Core {version('megatron-core')} has no {sorted(unknown)}")
+    return {key: value for key, value in named.items() if key in known}
+
+
+def share_of_loss(loss: Tensor) -> Tensor:
+    """A context-parallel rank's share of a loss, for Megatron's schedule.
+
+    It averages gradients over the ranks that hold shares, and since 0.12 multiplies the loss by their number before.
+    """
+    return loss if _VERSION >= (0, 12) else loss * parallel_state.get_context_parallel_world_size()
 
 
 def context_group(pg_collection: Any) -> dist.ProcessGroup:
     """Of what a module is handed; versions before 0.12 hand nothing."""
     return parallel_state.get_context_parallel_group() if pg_collection is None else pg_collection.cp
+
+
+def checkpoint_buckets(request: AsyncRequest) -> list[Any]:
+    """What this rank is to write, a file each, in the memory of the host; None of it is a copy."""
+    if _VERSION < (0, 12):
+        return list(request.async_fn_args[0])
+    return list(request.preload_fn() if request.preload_fn is not None else request.async_fn_args[1])
+
+
+def write_checkpoint_file(request: AsyncRequest, number: int, bucket: Any) -> Any:
+    """Write one bucket of a request; what Megatron wants to hear of it, an exception for a failure."""
+    told: queue.Queue[Any] = queue.Queue()
+    open_jobs: queue.Queue[int] = queue.Queue()
+    open_jobs.put(number)
+    # Since 0.12 transforms of the stream come first.
+    leading = getattr(request.async_fn, "args", ())[:1]
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data(*leading, number, bucket, told, open_jobs, True)
+    return told.get()[1]
+
+
+if _VERSION < (0, 13) and "serialization_format" in signature(torch_filesystem._write_item).parameters:
+
+    def _write_item(*given: Any) -> Any:
+        """As these versions call torch's: without what torch 2.7 asks for, a format, and before 0.12 transforms."""
+        transforms = given[0] if len(given) > 4 else torch_filesystem._StorageWriterTransforms()
+        stream, data, item, key = given[-4:]
+        as_before = torch_filesystem.SerializationFormat.TORCH_SAVE
+        return torch_filesystem._write_item(transforms, stream, data, item, key, as_before)
+
+    filesystem_async._write_item = _write_item
+
+
+if _VERSION < (0, 15) and not hasattr(np, "product"):
+    # Their checkpoints of a distributed optimizer are checked with it; numpy 2 has no such name.
+    np.product = np.prod  # type: ignore[attr-defined]
 
 
 def rope_scaling_options(shape: ModelShape) -> dict[str, Any]:
@@ -75,4 +138,13 @@ def rope_scaling_options(shape: ModelShape) -> dict[str, Any]:
     return options
 
 
-__all__ = ["context_group", "get_batch_on_this_cp_rank", "known_fields", "rope_scaling_options", "squared_relu"]
+__all__ = [
+    "checkpoint_buckets",
+    "context_group",
+    "get_batch_on_this_cp_rank",
+    "known_fields",
+    "rope_scaling_options",
+    "share_of_loss",
+    "squared_relu",
+    "write_checkpoint_file",
+]

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.session import Session
+from nemo_minitron.backends.megatron.versions import checkpoint_buckets, write_checkpoint_file
 
 Bucket = tuple[str, str, tuple[list[Any], list[tuple[Any, Tensor]]]]
 """What goes into one file: its path, its name, (bytes, tensors); Megatron's WriteBucket."""
@@ -29,22 +30,26 @@ Buffers = dict[Any, Tensor]
 class Writing:
     """A checkpoint that is being written; every rank has its part."""
 
-    def __init__(self, request: AsyncRequest, thread: threading.Thread | None) -> None:
-        self._request, self._thread = request, thread
+    def __init__(self, request: AsyncRequest) -> None:
+        self._request = request
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
 
     @classmethod
     def begin(cls, state: dict[str, Any], folder: Path, buffers: Buffers | None) -> Writing:
         """Copy the state and start to write it. With buffers=None it is not copied: it must stay until `finish`."""
         # In place of a queue that Megatron keeps in another process.
-        filesystem_async._results_queue = queue.Queue()
+        tell = filesystem_async._results_queue = queue.Queue()
         request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
-        if request.async_fn is None:
-            return cls(request, None)
-        found = request.preload_fn() if request.preload_fn is not None else request.async_fn_args[1]
-        buckets = found if buffers is None else [_staged(bucket, buffers) for bucket in found]
-        thread = threading.Thread(target=_write, args=(request, buckets), name="checkpoint", daemon=True)
-        thread.start()
-        return cls(request, thread)
+        writing = cls(request)
+        if request.async_fn is not None:
+            found = checkpoint_buckets(request)
+            buckets = found if buffers is None else [_staged(bucket, buffers) for bucket in found]
+            writing._thread = threading.Thread(
+                target=writing._write, args=(buckets, tell), name="checkpoint", daemon=True
+            )
+            writing._thread.start()
+        return writing
 
     def then(self, function: Callable[[], None]) -> None:
         """Call it on every rank when all is written."""
@@ -56,12 +61,36 @@ class Writing:
         return self._thread is not None and self._thread.is_alive()
 
     def finish(self, session: Session) -> None:
-        """Wait for every rank; write Megatron's metadata; call what was to come then."""
+        """Wait for every rank; write Megatron's metadata; call what was to come then.
+
+        Raises:
+            OSError: on every rank, when one could not write its part.
+        """
         if self._thread is not None:
             self._thread.join()
-        session.barrier()
+        # Megatron before 0.14 leaves the others waiting for the one that failed.
+        failed = session.sum(torch.tensor([float(self._failure is not None)], device=session.device))
+        if failed.item():
+            raise OSError(str(self._failure or "another process could not write its part")) from self._failure
         for function in self._request.finalize_fns:
             function()
+
+    def _write(self, buckets: list[Bucket], tell: queue.Queue[Any]) -> None:
+        """Write this rank's files; the results go to Megatron's queue."""
+        results: dict[int, Any] = {}
+        for number, bucket in enumerate(buckets):
+            results[number] = write_checkpoint_file(self._request, number, bucket)
+            if isinstance(results[number], Exception):
+                self._failure = _first_cause(results[number])
+                return
+        tell.put(results)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What went wrong before torch stumbled over it when it closed the file."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 @torch.no_grad()
@@ -75,23 +104,3 @@ def _staged(bucket: Bucket, buffers: Buffers) -> Bucket:
             buffer = buffers[item.index] = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         copies.append((item, buffer.copy_(tensor)))
     return path, name, (blobs, copies)
-
-
-def _write(request: AsyncRequest, buckets: list[Bucket]) -> None:
-    """Write this rank's files; the results, or the first error, go to Megatron's queue."""
-    write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
-    # Newer versions of Megatron pass transforms of the stream first.
-    leading = getattr(request.async_fn, "args", ())[:1]
-    results: dict[int, Any] = {}
-    answer: Any = results
-    for number, bucket in enumerate(buckets):
-        told: queue.Queue[Any] = queue.Queue()
-        open_jobs: queue.Queue[int] = queue.Queue()
-        open_jobs.put(number)
-        write(*leading, number, bucket, told, open_jobs, True)
-        _, written = told.get()
-        if isinstance(written, Exception):
-            answer = written
-            break
-        results[number] = written
-    request.async_fn_args[2].put(answer)
