@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch import Tensor
 
+from nemo_minitron.artifacts.manifest import file_facts
 from nemo_minitron.backends.megatron.session import Session
 
 Bucket = tuple[str, str, tuple[list[Any], list[tuple[Any, Tensor]]]]
@@ -29,8 +30,10 @@ Buffers = dict[Any, Tensor]
 class Writing:
     """A checkpoint that is being written; every rank has its part."""
 
-    def __init__(self, request: AsyncRequest, thread: threading.Thread | None) -> None:
+    def __init__(self, request: AsyncRequest, thread: threading.Thread | None, written: dict[str, Any]) -> None:
         self._request, self._thread = request, thread
+        self.written = written
+        """This rank's files, when it has finished: name -> {bytes, sha256}."""
 
     @classmethod
     def begin(cls, state: dict[str, Any], folder: Path, buffers: Buffers | None) -> Writing:
@@ -39,12 +42,13 @@ class Writing:
         filesystem_async._results_queue = queue.Queue()
         request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
         if request.async_fn is None:
-            return cls(request, None)
+            return cls(request, None, {})
         found = request.preload_fn() if request.preload_fn is not None else request.async_fn_args[1]
         buckets = found if buffers is None else [_staged(bucket, buffers) for bucket in found]
-        thread = threading.Thread(target=_write, args=(request, buckets), name="checkpoint", daemon=True)
+        written: dict[str, Any] = {}
+        thread = threading.Thread(target=_write, args=(request, buckets, written), name="checkpoint", daemon=True)
         thread.start()
-        return cls(request, thread)
+        return cls(request, thread, written)
 
     def then(self, function: Callable[[], None]) -> None:
         """Call it on every rank when all is written."""
@@ -77,8 +81,8 @@ def _staged(bucket: Bucket, buffers: Buffers) -> Bucket:
     return path, name, (blobs, copies)
 
 
-def _write(request: AsyncRequest, buckets: list[Bucket]) -> None:
-    """Write this rank's files; the results, or the first error, go to Megatron's queue."""
+def _write(request: AsyncRequest, buckets: list[Bucket], checked: dict[str, Any]) -> None:
+    """Write this rank's files and take their checksums; the results, or the first error, go to Megatron's queue."""
     write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
     # Newer versions of Megatron pass transforms of the stream first.
     leading = getattr(request.async_fn, "args", ())[:1]
@@ -94,4 +98,10 @@ def _write(request: AsyncRequest, buckets: list[Bucket]) -> None:
             answer = written
             break
         results[number] = written
+    if answer is results:
+        try:
+            found = file_facts(Path(bucket[0]) for bucket in buckets)
+            checked.update({file.name: facts for file, facts in found.items()})
+        except OSError as error:
+            answer = error
     request.async_fn_args[2].put(answer)

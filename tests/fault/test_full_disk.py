@@ -1,0 +1,111 @@
+"""A disk that is full at each stage: one message, nothing half-published, and with room the same bits as ever."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.backends.megatron.checkpoint import checkpoints, step_of
+from tests.conftest import REPO, TOY, Cli
+from tests.support.disks import SmallDisk, small_disk
+from tests.support.part_runs import computed, copy_before
+
+CACHED = REPO / "recipes/toy/cached.yaml"
+SEARCH = REPO / "recipes/toy/search.yaml"
+FEW = (0.0, 0.5, 1.0)
+"""Room that is left, in shares of what the stage publishes. It needs a little more: a work folder, a log."""
+MANY = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    with small_disk(tmp_path / "disk") as made:
+        yield made
+
+
+def _published_bytes(stage: Path) -> int:
+    return sum(-(-file.stat().st_size // 4096) * 4096 for file in stage.rglob("*") if file.is_file())
+
+
+def _require_clean_failure(code: int, output: str, run: Path, stage: str, finished: set[str]) -> None:
+    flat = " ".join(output.split())
+    assert code == 2, output
+    assert flat.count("error:") == 1
+    assert "Traceback" not in output
+    assert "disk is full" in flat
+    assert "Free space" in flat
+    assert f"where: {run}" in flat
+    assert not (run / stage).exists()
+    assert not list(run.glob(".partial-*"))
+    assert {file.parent.name for file in run.glob("*/manifest.json")} == finished
+
+
+def _fill_again_and_again(
+    minitron: Cli, disk: SmallDisk, run: Path, stage: str, recipe: Path, sizes: list[int], *overrides: str
+) -> int:
+    """Try with more and more room, at last with plenty; returns how often the disk was full."""
+    finished = {file.parent.name for file in run.glob("*/manifest.json")}
+    command = ("run", recipe, f"execution.run_root={disk.path}", *overrides, "--until", stage)
+    failed = 0
+    for free_bytes in sizes:
+        disk.leave(free_bytes)
+        code, output = minitron(*command)
+        if code == 0:
+            break
+        _require_clean_failure(code, output, run, stage, finished)
+        failed += 1
+    disk.leave(1 << 29)
+    code, output = minitron(*command)
+    assert code == 0, output
+    assert not list(run.glob(".partial-*"))
+    return failed
+
+
+STAGES = ("teacher", "data", "check_teacher", "score", "select", "prune", "evaluate_pruned", "speed", "export", "report")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_disk_that_is_full_at_a_stage(stage: str, disk: SmallDisk, toy_run: Path, minitron: Cli) -> None:
+    whole = toy_run / "toy/width" / stage
+    run = copy_before(toy_run, disk.path, stage)
+    sizes = [int(share * _published_bytes(whole)) for share in FEW]
+    assert _fill_again_and_again(minitron, disk, run, stage, TOY, sizes) >= 2
+    assert computed(run / stage) == computed(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_disk_that_grows_by_little_steps(stage: str, disk: SmallDisk, toy_run: Path, minitron: Cli) -> None:
+    whole = toy_run / "toy/width" / stage
+    run = copy_before(toy_run, disk.path, stage)
+    size = _published_bytes(whole)
+    # Of small stages every page: each of their writes is the one that fails.
+    sizes = [page * 4096 for page in range(16)] if size < 1 << 16 else [int(share * size) for share in MANY]
+    assert _fill_again_and_again(minitron, disk, run, stage, TOY, sizes) >= 3
+    assert computed(run / stage) == computed(whole)
+
+
+def test_a_disk_that_fills_up_in_a_training_loses_no_checkpoint(
+    disk: SmallDisk, toy_run: Path, minitron: Cli
+) -> None:
+    """Room for one checkpoint, then for two, then for all but what is published."""
+    run = copy_before(toy_run, disk.path, "distill")
+    kept = run / ".work/distill/checkpoints"
+    one_checkpoint = 16 * json.loads((run / "prune/manifest.json").read_text())["result"]["num_params"]
+    finished = {file.parent.name for file in run.glob("*/manifest.json")}
+    command = ("run", TOY, f"execution.run_root={disk.path}", "--until", "distill")
+    reached = []
+    for share in (0.5, 1.5, 2.5):
+        disk.leave(int(share * one_checkpoint))
+        code, output = minitron(*command)
+        _require_clean_failure(code, output, run, "distill", finished)
+        reached.append([step_of(folder) for folder in checkpoints(kept)])
+    assert reached == [], reached
+    disk.leave(1 << 29)
+    code, output = minitron(*command)
+    assert code == 0, output
+    assert "distill 20/30" in output
+    assert computed(run / "distill") == computed(toy_run / "toy/width/distill")
