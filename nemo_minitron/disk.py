@@ -68,7 +68,9 @@ def disk_problem(error: BaseException, root: Path) -> MinitronError | None:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:
-            return _told(cause.errno, cause.filename, root)
+            # A copy that fails names what it reads first, then where it writes.
+            writes = _PROBLEMS.get(cause.errno) is _FULL and cause.filename2 is not None
+            return _told(cause.errno, cause.filename2 if writes else cause.filename, root)
         if _FULL_IN_WORDS.search(str(cause)):
             return _told(errno.ENOSPC, None, root)
         cause = cause.__cause__

@@ -61,6 +61,13 @@ class Store:
         path = Path(manifest.result.get("adopted_path", self.published(stage)))
         return Artifact(stage, manifest.kind, path, manifest.fingerprint, manifest.result, manifest.provenance)
 
+    def intact(self, stage: str, name: str) -> Path | None:
+        """A small file of a finished stage; None when it is not there, or not as it was published."""
+        file, manifest = self.published(stage) / name, self.manifest(stage)
+        if not file.is_file() or (manifest is not None and file_facts([file])[file] != manifest.files.get(name)):
+            return None
+        return file
+
     def inputs(self, names: Mapping[str, Any], contents: Contents = "sizes") -> Inputs:
         """Load every artifact that a stage reads. Raises as `artifact`."""
         single = {role: self.artifact(name, contents) for role, name in names.items() if isinstance(name, str)}

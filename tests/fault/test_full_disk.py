@@ -64,7 +64,9 @@ def _fill_again_and_again(
     return failed
 
 
-STAGES = ("teacher", "data", "check_teacher", "score", "select", "prune", "evaluate_pruned", "speed", "export", "report")
+STAGES = (
+    "teacher", "data", "check_teacher", "score", "select", "prune", "evaluate_pruned", "speed", "export", "report"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -88,9 +90,7 @@ def test_a_disk_that_grows_by_little_steps(stage: str, disk: SmallDisk, toy_run:
     assert computed(run / stage) == computed(whole)
 
 
-def test_a_disk_that_fills_up_in_a_training_loses_no_checkpoint(
-    disk: SmallDisk, toy_run: Path, minitron: Cli
-) -> None:
+def test_a_disk_that_fills_up_in_a_training_loses_no_checkpoint(disk: SmallDisk, toy_run: Path, minitron: Cli) -> None:
     """Room for one checkpoint, then for two, then for all but what is published."""
     run = copy_before(toy_run, disk.path, "distill")
     kept = run / ".work/distill/checkpoints"

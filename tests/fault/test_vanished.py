@@ -17,7 +17,7 @@ from tests.support.part_runs import computed, copy_before
 from tests.support.tiny_models import tiny_model_dir
 
 LINE = json.dumps({"text": "The hound went over the moor, and what it saw there nobody knows. " * 40}) + "\n"
-LONG = 3000
+LONG = 700
 """Lines that take long enough to be disturbed."""
 
 
