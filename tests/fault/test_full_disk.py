@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from nemo_minitron.artifacts.store import Store
+from nemo_minitron.backends.aligner.environment import aligner_python
+from nemo_minitron.backends.megatron import distill, training
 from nemo_minitron.backends.megatron.checkpoint import checkpoints, step_of
+from nemo_minitron.backends.megatron.session import open_session
+from nemo_minitron.cli import load_plan
+from nemo_minitron.config.schema import DistillStage
+from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.progress import Progress
+from nemo_minitron.stages.work import open_work
 from tests.conftest import REPO, TOY, Cli
 from tests.support.disks import SmallDisk, small_disk
 from tests.support.part_runs import computed, copy_before
 
 CACHED = REPO / "recipes/toy/cached.yaml"
 SEARCH = REPO / "recipes/toy/search.yaml"
+ALIGNED = REPO / "recipes/toy/aligned.yaml"
 FEW = (0.0, 0.5, 1.0)
 """Room that is left, in shares of what the stage publishes. It needs a little more: a work folder, a log."""
 MANY = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1)
@@ -90,22 +101,84 @@ def test_a_disk_that_grows_by_little_steps(stage: str, disk: SmallDisk, toy_run:
     assert computed(run / stage) == computed(whole)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_a_training_loses_no_checkpoint(disk: SmallDisk, toy_run: Path, minitron: Cli) -> None:
-    """Room for one checkpoint, then for two, then for all but what is published."""
+    """Room for half a checkpoint; for one; for another one."""
     run = copy_before(toy_run, disk.path, "distill")
     kept = run / ".work/distill/checkpoints"
-    one_checkpoint = 16 * json.loads((run / "prune/manifest.json").read_text())["result"]["num_params"]
+    # Weights and two moments, in fp32.
+    one_checkpoint = 12 * json.loads((run / "prune/manifest.json").read_text())["result"]["num_params"]
     finished = {file.parent.name for file in run.glob("*/manifest.json")}
     command = ("run", TOY, f"execution.run_root={disk.path}", "--until", "distill")
     reached = []
-    for share in (0.5, 1.5, 2.5):
+    for share in (0.5, 1.5, 1.5):
         disk.leave(int(share * one_checkpoint))
         code, output = minitron(*command)
         _require_clean_failure(code, output, run, "distill", finished)
+        assert not list(kept.glob(".partial*"))
         reached.append([step_of(folder) for folder in checkpoints(kept)])
-    assert reached == [], reached
+    assert reached == [[], [10], [10, 20]]
     disk.leave(1 << 29)
     code, output = minitron(*command)
     assert code == 0, output
     assert "distill 20/30" in output
     assert computed(run / "distill") == computed(toy_run / "toy/width/distill")
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_when_a_training_is_published(disk: SmallDisk, toy_run: Path, minitron: Cli) -> None:
+    run = copy_before(toy_run, disk.path, "distill")
+    _train_to_the_end(run, disk.path)
+    work = run / ".work/distill"
+    sizes = [int(share * _published_bytes(toy_run / "toy/width/distill")) for share in (0.1, 0.4, 0.9)]
+    assert _fill_again_and_again(minitron, disk, run, "distill", TOY, sizes) == 3
+    assert computed(run / "distill") == computed(toy_run / "toy/width/distill")
+    assert not work.exists()
+
+
+def _train_to_the_end(run: Path, root: Path) -> None:
+    """What the work folder holds when a runner dies between the last step and publishing."""
+    plan = load_plan(TOY, [f"execution.run_root={root}"])
+    silent = Progress(silent=True)
+    work, _ = open_work(plan.call("distill"), Store(run), accept_drift=False, progress=silent)
+    folders = (run / stage for stage in ("prune", "teacher", "data"))
+    params = plan.recipe.stages["distill"]
+    assert isinstance(params, DistillStage)
+    with open_session(plan.call("distill").parallel, device="cpu", threads=os.cpu_count()) as session:
+        training.run(distill.prepare(params, *folders, work, session), work, silent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "name", "stage"),
+    [(CACHED, "toy/cached", "cache_teacher"), (SEARCH, "toy/search", "search_c01")],
+    ids=["cache_teacher", "candidate"],
+)
+def test_a_disk_that_is_full_at_a_stage_of_another_recipe(
+    recipe: Path, name: str, stage: str, disk: SmallDisk, toy_run: Path, minitron: Cli, tmp_path: Path
+) -> None:
+    _require_same_when_full(recipe, name, stage, copy_before(toy_run, disk.path, "score", recipe, name), disk, minitron)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_disk_that_is_full_at_an_alignment(stage: str, disk: SmallDisk, toy_run: Path, minitron: Cli) -> None:
+    try:
+        aligner_python()
+    except EnvironmentProblem:
+        if os.environ.get("MINITRON_REQUIRE_ALIGNER"):
+            raise
+        pytest.skip("minitron env aligner has not been run")
+    run = copy_before(toy_run, disk.path, "export", ALIGNED, "toy/aligned")
+    _require_same_when_full(ALIGNED, "toy/aligned", stage, run, disk, minitron)
+
+
+def _require_same_when_full(recipe: Path, name: str, stage: str, run: Path, disk: SmallDisk, minitron: Cli) -> None:
+    """Make a stage with all the room that it likes, take it away, and make it with too little."""
+    code, output = minitron("run", recipe, f"execution.run_root={disk.path}", "--until", stage)
+    assert code == 0, output
+    whole = disk.path / "whole"
+    (run / stage).rename(whole)
+    size = _published_bytes(whole)
+    assert _fill_again_and_again(minitron, disk, run, stage, recipe, [int(share * size) for share in FEW]) >= 2
+    assert computed(run / stage) == computed(whole)

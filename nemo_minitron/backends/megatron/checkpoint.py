@@ -55,9 +55,7 @@ class Checkpoints:
         self.folder, self._session, self._keep, self._in_background = folder, session, keep, in_background
         self._writing: Writing | None = None
         self._buffers: Buffers | None = {} if in_background else None
-        if session.is_main:
-            for left in folder.glob(f"{_PARTIAL}*"):
-                shutil.rmtree(left, ignore_errors=True)
+        self._drop_partial()
 
     def save(self, trainable: Trainable, progressed: Progressed) -> None:
         """Begin to write the state after this step; with `in_background`, `poll` or `finish` publish it."""
@@ -86,9 +84,14 @@ class Checkpoints:
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, and publish it."""
         writing, self._writing = self._writing, None
-        if writing is not None:
+        if writing is None:
+            return
+        try:
             with _write_errors(self.folder):
                 writing.finish(self._session)
+        except Exception:
+            self._drop_partial()
+            raise
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -117,6 +120,12 @@ class Checkpoints:
                 raise _none_before(found[-1], problem)
             aside = self._set_aside(found[-1])
             tell(f"{found[-1].name} is damaged ({problem}): goes on from {found[-2].name}; it is kept as {aside}")
+
+    def _drop_partial(self) -> None:
+        """What a kill or a full disk has left of a checkpoint."""
+        if self._session.is_main:
+            for left in self.folder.glob(f"{_PARTIAL}*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def _set_aside(self, checkpoint: Path) -> Path:
         """Rename it, so that it does not count as one of those that are kept."""
