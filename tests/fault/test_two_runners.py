@@ -47,7 +47,11 @@ def _start_stage(root: Path, stage: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("stages", [("prune", "prune_random"), ("prune", "prune")], ids=["two stages", "one stage"])
+@pytest.mark.parametrize(
+    "stages",
+    [pytest.param(("prune", "prune_random"), marks=pytest.mark.slow), ("prune", "prune")],
+    ids=["two stages", "one stage"],
+)
 def test_two_jobs_at_once(stages: tuple[str, str], toy_run: Path, tmp_path: Path) -> None:
     run = copy_before(toy_run, tmp_path, "prune")
     for name in ("prune_random", "evaluate_random"):
@@ -120,6 +124,7 @@ def test_the_words_of_another_host_hold_nothing(toy_run: Path, minitron: Cli, tm
     assert not list(run.glob(".partial-*"))
 
 
+@pytest.mark.slow
 def test_a_job_waits_for_the_lock_of_the_one_before(toy_run: Path, tmp_path: Path) -> None:
     run = copy_before(toy_run, tmp_path, "select")
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], cwd=REPO, stdout=subprocess.PIPE, text=True)
