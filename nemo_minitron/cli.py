@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -21,6 +22,7 @@ from nemo_minitron.cli_plan import plan, print_warnings
 from nemo_minitron.cli_rlhf import rlhf
 from nemo_minitron.cli_show import show
 from nemo_minitron.cli_status import status
+from nemo_minitron.disk import disk_errors
 from nemo_minitron.errors import Interrupted, MinitronError
 
 if TYPE_CHECKING:
@@ -176,7 +178,8 @@ def main() -> None:
     """Entry point: a user's error is a message and exit code 2, never a traceback."""
     try:
         # Outside standalone mode an exit, an interrupt (130) among them, comes back as a number.
-        code = app(standalone_mode=False)
+        with disk_errors(Path.cwd()):
+            code = app(standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(code)
@@ -199,8 +202,12 @@ def _unexpected(error: Exception) -> int:
     if show is not None:
         show()
         return 2
-    log = Path("minitron-crash.log")
-    log.write_text(f"{' '.join(sys.argv)}\n{traceback.format_exc()}")
+    log, text = Path("minitron-crash.log"), f"{' '.join(sys.argv)}\n{traceback.format_exc()}"
+    try:
+        log.write_text(text)
+    except OSError:
+        log = Path(tempfile.gettempdir()) / log.name
+        log.write_text(text)
     Console(stderr=True).print(
         f"[red]unexpected error:[/red] {type(error).__name__}: {_escape(str(error))}\n"
         f"  This is a bug of nemo-minitron. Please report it with {log.resolve()}.",

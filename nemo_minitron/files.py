@@ -1,16 +1,64 @@
-"""Writing files that others may read at any moment; and where this package keeps what it can make again."""
+"""Small files that others may read at any moment, and that tell when they were damaged; where caches are."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from nemo_minitron.errors import ArtifactError
+
+SEAL = "sha256"
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Replace a file: a reader finds the old text or the new one, never a part."""
+    """Replace a file: a reader finds the old text or the new one, never a part, and a full disk leaves the old one."""
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def read_json(file: Path, next_step: str) -> Any:
+    """The contents of a JSON file of a run.
+
+    Raises:
+        ArtifactError: it is damaged; with what to do then.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{file.name} is damaged: {error}", where=str(file), next_step=next_step) from error
+
+
+def sealed(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts, as JSON has them, with their own checksum."""
+    plain = json.loads(json.dumps(facts))
+    return {**plain, SEAL: _digest(plain)}
+
+
+def unsealed(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts without their checksum; those of older versions have none.
+
+    Raises:
+        ValueError: they were changed since they were sealed.
+    """
+    facts = {key: value for key, value in found.items() if key != SEAL}
+    if SEAL in found and found[SEAL] != _digest(facts):
+        raise ValueError("its own checksum is another one")
+    return facts
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def cache_dir() -> Path:

@@ -10,16 +10,25 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from math import inf
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
-from nemo_minitron.artifacts.manifest import Manifest, hash_files, read_manifest, sha256_of, write_manifest
+from nemo_minitron.artifacts.compared import changed_file
+from nemo_minitron.artifacts.manifest import Manifest, file_facts, hash_files, read_manifest, write_manifest
 from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.errors import ArtifactError
+from nemo_minitron.files import read_json, write_whole
 
-_WORK, _SUPERSEDED, _PARTIAL = ".work", ".superseded", ".partial-"
+_WORK, _SUPERSEDED, _PARTIAL, _COMPARED = ".work", ".superseded", ".partial-", ".compared"
+_CHANGED = "was changed or damaged after the stage finished"
 LOCK_POLL_S = 1.0
 _LOCK, _ACCEPTED, _WORK_IDENTITY = ".lock", "accepted_drift.json", "fingerprint"
+SMALL_BYTES = 64 << 20
+"""Files up to here are compared even where large ones are not read."""
+Contents = Literal["sizes", "small", "unseen", "all"]
+"""Of which files the contents are compared with the manifest: none; small ones that have not been compared as they are
+now; all that have not; all."""
 
 
 class Store:
@@ -35,46 +44,63 @@ class Store:
         """The manifest of a finished stage, or None."""
         return read_manifest(self.published(stage))
 
-    def artifact(self, stage: str) -> Artifact:
+    def artifact(self, stage: str, contents: Contents = "sizes") -> Artifact:
         """The output of a finished stage.
 
         Raises:
-            ArtifactError: not finished, or its files are gone or of another size.
+            ArtifactError: not finished, or its files are gone, of another size, or of other contents.
         """
         manifest = self.manifest(stage)
         if manifest is None:
-            raise ArtifactError(f"Stage {stage} has not finished.", where=str(self.published(stage)))
-        self.verify(stage, manifest, full=False)
+            raise ArtifactError(
+                f"Stage {stage} has not finished, or its folder is gone.",
+                where=str(self.published(stage)),
+                next_step="Put the folder back, or run the same command again: what is missing is made then.",
+            )
+        self.verify(stage, manifest, contents)
         path = Path(manifest.result.get("adopted_path", self.published(stage)))
         return Artifact(stage, manifest.kind, path, manifest.fingerprint, manifest.result, manifest.provenance)
 
-    def inputs(self, names: Mapping[str, Any]) -> Inputs:
-        """Load every artifact that a stage reads."""
-        single = {role: self.artifact(name) for role, name in names.items() if isinstance(name, str)}
+    def intact(self, stage: str, name: str) -> Path | None:
+        """A small file of a finished stage; None when it is not there, or not as it was published."""
+        file, manifest = self.published(stage) / name, self.manifest(stage)
+        if not file.is_file() or (manifest is not None and file_facts([file])[file] != manifest.files.get(name)):
+            return None
+        return file
+
+    def inputs(self, names: Mapping[str, Any], contents: Contents = "sizes") -> Inputs:
+        """Load every artifact that a stage reads. Raises as `artifact`."""
+        single = {role: self.artifact(name, contents) for role, name in names.items() if isinstance(name, str)}
         groups = {}
         for role, value in names.items():
             if isinstance(value, Mapping):
-                groups[role] = {label: self.artifact(name) for label, name in value.items()}
+                groups[role] = {label: self.artifact(name, contents) for label, name in value.items()}
             elif not isinstance(value, str):
-                groups[role] = {name: self.artifact(name) for name in value}
+                groups[role] = {name: self.artifact(name, contents) for name in value}
         return Inputs(single, groups)
 
-    def verify(self, stage: str, manifest: Manifest, *, full: bool) -> None:
-        """Compare the files with the manifest: sizes, and contents too when `full`.
+    def verify(self, stage: str, manifest: Manifest, contents: Contents) -> None:
+        """Compare the files with the manifest: sizes, and some contents. An adopted model's lie outside the run.
 
         Raises:
             ArtifactError: naming the first file that differs.
         """
-        for name, facts in manifest.files.items():
-            file = self.published(stage) / name
-            size = file.stat().st_size if file.is_file() else None
-            if size != facts["bytes"] or (full and sha256_of(file) != facts["sha256"]):
-                problem = "is missing" if size is None else "was changed or damaged after the stage finished"
-                raise ArtifactError(
-                    f"{name} of stage {stage} {problem}.",
-                    where=str(file),
-                    next_step=f"Make it again with --rerun {stage}, or restore the file.",
-                )
+        listed = {**manifest.files, **manifest.result.get("adopted_files", {})}
+        files = {self.published(stage) / name: facts for name, facts in listed.items()}
+        for file, facts in files.items():
+            if not file.is_file():
+                raise _unusable(file, stage, "is missing")
+            if file.stat().st_size != facts["bytes"]:
+                raise _unusable(file, stage, _CHANGED)
+        if contents == "all":
+            found = file_facts(files)
+            bad = next((file for file, facts in files.items() if found[file]["sha256"] != facts["sha256"]), None)
+        else:
+            most = {"sizes": -1, "small": SMALL_BYTES, "unseen": inf}[contents]
+            read = {file: facts for file, facts in files.items() if facts["bytes"] <= most}
+            bad = changed_file(read, self.root / _COMPARED / f"{stage}.json")
+        if bad is not None:
+            raise _unusable(bad, stage, _CHANGED)
 
     def require_room(self, stages: Iterable[str]) -> None:
         """Outputs can be put where they belong; asked before hours of work, not after.
@@ -137,8 +163,7 @@ class Store:
     def open_work(self, stage: str, fingerprint: str) -> Path:
         """The stage's work folder; one that was begun for something else is moved away."""
         folder = self.work(stage)
-        identity = folder / _WORK_IDENTITY
-        if folder.exists() and not (identity.is_file() and identity.read_text() == fingerprint):
+        if folder.exists() and not _is_claimed(folder, fingerprint):
             self._move_away(folder, f"work-{stage}")
         folder.mkdir(parents=True, exist_ok=True)
         self.claim_work(folder, fingerprint)
@@ -147,18 +172,19 @@ class Store:
     @staticmethod
     def claim_work(folder: Path, fingerprint: str) -> None:
         """Say for what the contents of a work folder were begun."""
-        (folder / _WORK_IDENTITY).write_text(fingerprint)
+        if not _is_claimed(folder, fingerprint):
+            write_whole(folder / _WORK_IDENTITY, fingerprint)
 
     # --- accepted drift -----------------------------------------------------------------------
 
     def accepted_drift(self) -> dict[str, str]:
         """fingerprint asked for -> fingerprint on disk that the user accepted for it."""
         file = self.root / _ACCEPTED
-        return dict(json.loads(file.read_text())) if file.is_file() else {}
+        return dict(read_json(file, "Delete it, and say --accept-drift again.")) if file.is_file() else {}
 
     def accept_drift(self, asked: str, found: str) -> None:
         accepted = {**self.accepted_drift(), asked: found}
-        (self.root / _ACCEPTED).write_text(json.dumps(accepted, indent=2) + "\n")
+        write_whole(self.root / _ACCEPTED, json.dumps(accepted, indent=2) + "\n")
 
     # --- lock ---------------------------------------------------------------------------------
 
@@ -199,6 +225,19 @@ def _hold(file: TextIO, root: Path, patience_s: float, *, shared: bool) -> None:
     if not shared:
         file.write(f"process {os.getpid()} on {os.uname().nodename}: {' '.join(sys.argv)}\n")
         file.flush()
+
+
+def _is_claimed(work: Path, fingerprint: str) -> bool:
+    identity = work / _WORK_IDENTITY
+    return identity.is_file() and identity.read_bytes() == fingerprint.encode()
+
+
+def _unusable(file: Path, stage: str, problem: str) -> ArtifactError:
+    return ArtifactError(
+        f"{file.name} of stage {stage} {problem}.",
+        where=str(file),
+        next_step=f"Make it again with --rerun {stage}, or restore the file.",
+    )
 
 
 def _in_the_way(problem: str, where: Path) -> ArtifactError:

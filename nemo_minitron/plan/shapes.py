@@ -61,10 +61,10 @@ def student_shape(recipe: Recipe, select: SelectStage, seen: frozenset[str] = fr
     source = model_shape(recipe, select.inputs.model, seen)
     target = select.target
     if select.inputs.search is not None:
-        folder = Store(run_dir(recipe)).published(select.inputs.search)
-        if not (folder / SEARCH_FILE).is_file():
+        found = Store(run_dir(recipe)).intact(select.inputs.search, SEARCH_FILE)
+        if found is None:
             return None
-        target = winner_of(folder)
+        target = winner_of(found.parent)
     return None if source is None else target_shape(source, target, select.drop_layers)
 
 
@@ -73,28 +73,31 @@ def _given_shape(recipe: Recipe, stage: str) -> ModelShape | None:
     config = recipe.stages[stage]
     if isinstance(config, ImportStage) and config.architecture:
         return read_shape(config.architecture, where=f"stages.{stage}.architecture")
-    for folder in _folders(recipe, stage):
-        if (folder / "config.json").is_file():
-            try:
-                return read_shape(json.loads((folder / "config.json").read_text()), where=str(folder))
-            except json.JSONDecodeError as error:
-                raise CheckpointError(f"config.json is not valid JSON: {error}", where=str(folder)) from error
-    return None
+    # A damaged output is told by the stage that reads it; the plan must not stand in the way of making it again.
+    published = None if isinstance(config, AdoptStage) else Store(run_dir(recipe)).intact(stage, "config.json")
+    outside = _folder_outside(recipe, stage)
+    file = published or (outside / "config.json" if outside is not None else None)
+    if file is None or not file.is_file():
+        return None
+    try:
+        return read_shape(json.loads(file.read_text(encoding="utf-8")), where=str(file.parent))
+    except ValueError as error:
+        raise CheckpointError(f"config.json is not valid JSON: {error}", where=str(file.parent)) from error
 
 
-def _folders(recipe: Recipe, stage: str) -> list[Path]:
+def _folder_outside(recipe: Recipe, stage: str) -> Path | None:
+    """The folder that an import or adopt stage names."""
     config = recipe.stages[stage]
-    published = Store(run_dir(recipe)).published(stage)
     if isinstance(config, AdoptStage):
-        return [Path(config.path).expanduser()]
+        return Path(config.path).expanduser()
     if not isinstance(config, ImportStage):
-        return [published]
+        return None
     assets_dir = Path(recipe.execution.assets_dir)
     if config.source.startswith(HUB):
-        return [published, hub_copy(config.source.removeprefix(HUB), config.revision, assets_dir)]
+        return hub_copy(config.source.removeprefix(HUB), config.revision, assets_dir)
     if config.source.startswith(ASSET):
-        return [published, asset_path(config.source.removeprefix(ASSET), assets_dir)]
-    return [published, Path(config.source).expanduser()]
+        return asset_path(config.source.removeprefix(ASSET), assets_dir)
+    return Path(config.source).expanduser()
 
 
 def shape_facts(shape: ModelShape) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from nemo_minitron.backends.aligner.process import run_task
 from nemo_minitron.config.schema import AttributeModelStage, DpoStage, Parallel, SftStage, SteerlmSftStage
 from nemo_minitron.config.schema.aligner import Alignment
 from nemo_minitron.data.chat.rows import ATTRIBUTES
+from nemo_minitron.files import write_whole
 from nemo_minitron.hf.checkpoint import model_facts
 from nemo_minitron.stages.align_rows import Rows, write_rows
 from nemo_minitron.stages.annotate import agreement, predict, read_labels
@@ -155,7 +156,7 @@ def _train(job: Job, ctx: StageContext, out: Path) -> dict[str, Any]:
             on_cpu=cpu,
             tp=layout.tp,
         )
-        settings.write_text(json.dumps(config))
+        write_whole(settings, json.dumps(config))
     config = json.loads(settings.read_text())
     where = f"stages.{ctx.name}"
     fill = {**_common(job, layout, ctx.work_dir), **job.fill}

@@ -13,7 +13,7 @@ from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.config.schema import ChatRendering, EvaluateChatStage
 from nemo_minitron.data.chat.lengths import LengthStats
 from nemo_minitron.data.chat.render import pair_row, read_normalised, sft_rows
-from nemo_minitron.data.chat.rows import Row
+from nemo_minitron.data.chat.rows import Row, question
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.evaluation.chat_metrics import is_exact_match, preference_metrics, rank_correlation
 from nemo_minitron.hf.source import resolve_path
@@ -125,10 +125,11 @@ def _generated(
     answers: list[dict[str, Any]],
     ctx: StageContext,
 ) -> dict[str, Any]:
-    """What the model answers to held-out questions by itself."""
+    """What the model answers to held-out questions by itself; a question with many answers is asked once."""
     from nemo_minitron.evaluation.answers import greedy_answers
 
-    chosen = rows[: params.num_generated]
+    by_question = {question(row): row for row in reversed(rows)}
+    chosen = [row for row in rows if by_question[question(row)] is row][: params.num_generated]
     if not chosen:
         return {}
     levels = LEVELS if params.vary_attribute is not None else (None,)

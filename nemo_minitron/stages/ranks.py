@@ -21,6 +21,7 @@ CALL_FILE, RESULT_FILE, ERROR_FILE, STATUS_FILE = "call.json", "result.json", "e
 TRAINING_KINDS = ("distill", "train", "correct", "candidate")
 """Their ranks end by themselves, with a checkpoint, when they are asked to stop."""
 POLL_INTERVAL_S = 0.2
+ERROR_BYTES = 8192
 
 
 def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path, stop: StopRequest) -> dict[str, Any]:
@@ -31,8 +32,10 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
         ProcessesDied: the ranks ended without a word.
         Interrupted: the run was asked to stop.
     """
-    for name in (RESULT_FILE, ERROR_FILE, RELAY_FILE):
+    for name in (RESULT_FILE, RELAY_FILE):
         (work / name).unlink(missing_ok=True)
+    # Room for a message, which a full disk would not have.
+    (work / ERROR_FILE).write_text(" " * ERROR_BYTES)
     order = {"recipe": recipe.model_dump(mode="json"), "stage": call.name, "out_dir": str(out)}
     (work / CALL_FILE).write_text(json.dumps(order))
     nodes = Nodes.here()
@@ -44,8 +47,9 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
         code = _wait(process, call.kind, work, stop)
     if stop.asked_by() is not None and call.kind not in TRAINING_KINDS:
         raise Interrupted(f"Stopped in stage {call.name} as asked by {stop.asked_by()}; the same command goes on.")
-    if (work / ERROR_FILE).is_file():
-        raise load_error(work / ERROR_FILE)
+    error = load_error(work / ERROR_FILE)
+    if error is not None:
+        raise error
     if code or not (work / RESULT_FILE).is_file():
         raise ProcessesDied(
             f"Stage {call.name} ended with code {code} on {call.parallel.world_size} processes.",
@@ -90,13 +94,20 @@ def _wait(process: subprocess.Popen[bytes], kind: str, work: Path, stop: StopReq
 
 
 def save_error(error: MinitronError, file: Path) -> None:
-    """Hand a user's error from a worker to the runner."""
+    """Hand a user's error from a worker to the runner, in the room that it has kept."""
     fields = {key: getattr(error, key) for key in ("what", "where", "allowed", "next_step")}
-    file.write_text(json.dumps({"type": type(error).__name__, **fields}))
+    text = json.dumps({"type": type(error).__name__, **fields})
+    with file.open("r+b" if file.is_file() else "wb") as stream:
+        stream.write(text.ljust(ERROR_BYTES).encode())
+        stream.truncate()
 
 
-def load_error(file: Path) -> MinitronError:
-    fields = json.loads(file.read_text())
+def load_error(file: Path) -> MinitronError | None:
+    """What a worker has left; None: nothing."""
+    text = file.read_text().strip() if file.is_file() else ""
+    if not text:
+        return None
+    fields = json.loads(text)
     kind = getattr(errors, fields.pop("type"), MinitronError)
     error: MinitronError = kind(fields.pop("what"), **fields)
     return error

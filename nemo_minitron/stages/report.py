@@ -61,7 +61,7 @@ def render_now(plan: RunPlan) -> None:
     calls = [call for call in plan.calls if call.kind != "report" and store.manifest(call.name)]
     if not calls:
         raise PlanError("No stage of this run has finished yet.", where=str(root), next_step="minitron run RECIPE")
-    stages = {call.name: store.artifact(call.name) for call in calls}
+    stages = {call.name: store.artifact(call.name, "small") for call in calls}
     params = next((s for s in recipe.stages.values() if isinstance(s, ReportStage)), ReportStage(kind="report"))
     render(params, stages, recipe.name, recipe.model_dump(mode="json"), root)
 

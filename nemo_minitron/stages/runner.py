@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,12 +21,15 @@ from nemo_minitron import errors
 from nemo_minitron.artifacts.manifest import Manifest, provenance
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import Recipe
-from nemo_minitron.errors import ArtifactError, EnvironmentProblem, Interrupted, MinitronError
+from nemo_minitron.disk import disk_errors
+from nemo_minitron.errors import ArtifactError, DataError, Interrupted
+from nemo_minitron.files import write_whole
 from nemo_minitron.interrupts import StopRequest, stop_file_of_job
 from nemo_minitron.notify import notify
 from nemo_minitron.plan.epochs import repeated_text
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, StageCall, make_plan
+from nemo_minitron.plan.sources import source_facts
 from nemo_minitron.progress import Progress
 from nemo_minitron.stages.ranks import STATUS_FILE, run_ranks
 from nemo_minitron.stages.spec import STAGES, StageContext
@@ -173,7 +175,7 @@ def _settle(recipe: Recipe, options: RunOptions, store: Store, stop: StopRequest
 
 def write_recipe(recipe: Recipe, file: Path) -> None:
     """The composed recipe, for workers and jobs."""
-    file.write_text(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
+    write_whole(file, json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
 
 
 def run_stage(
@@ -197,7 +199,7 @@ def _make_stage(
 ) -> None:
     """Run one stage in this process, or on as many as its layout asks for, and publish it."""
     started = time.time()
-    inputs = store.inputs(call.inputs)
+    inputs = store.inputs(call.inputs, "small" if STAGES[call.kind].reads_results else "unseen")
     progress = Progress(store.work(call.name) / STATUS_FILE, silent=quiet)
     progress.say(f"[bold]{call.name}[/bold] ({call.kind})")
     for text in repeated_text(call.name, recipe.stages[call.name], store):
@@ -209,6 +211,7 @@ def _make_stage(
             result = call_stage(call.kind, recipe, inputs, context, call)
         else:
             result = run_ranks(call, recipe, store.root, out, work, stop)
+        _require_same_sources(call, recipe)
         manifest = Manifest(
             recipe=recipe.name,
             stage=call.name,
@@ -221,6 +224,23 @@ def _make_stage(
         )
         _copy_report(call, out, store.root)
         store.publish(call.name, out, manifest)
+
+
+def _require_same_sources(call: StageCall, recipe: Recipe) -> None:
+    """Files from outside the run are as they were when it began: else nobody could say what the stage has read."""
+    was, now = call.payload["sources"], source_facts(recipe.stages[call.name], recipe, {})
+    for source, facts in was.items():
+        if now.get(source) != facts:
+            found = _size_in_words(now[source]) if source in now else "gone"
+            raise DataError(
+                f"Stage {call.name} is not kept: its source changed since the run began.",
+                where=f"{source}: it was {_size_in_words(facts)}, and is {found}",
+                next_step="Put it back, or wait until nothing writes there; then run the same command again.",
+            )
+
+
+def _size_in_words(facts: Mapping[str, int]) -> str:
+    return f"{facts['bytes']:,} bytes in {facts['files']} file{'s' * (facts['files'] != 1)}"
 
 
 def call_stage(kind: str, recipe: Recipe, inputs: Any, context: StageContext, call: StageCall) -> dict[str, Any]:
@@ -253,38 +273,6 @@ def _copy_report(call: StageCall, out: Path, root: Path) -> None:
         return
     for file in out.glob("report.*"):
         shutil.copyfile(file, root / file.name)
-
-
-@contextmanager
-def disk_errors(root: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a message."""
-    try:
-        yield
-    except OSError as error:
-        raise disk_problem(error, root) from error
-    except RuntimeError as error:
-        # safetensors and torch report a full disk as text.
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise disk_problem(OSError(errno.ENOSPC, str(error)), root) from error
-        raise
-
-
-def disk_problem(error: OSError, root: Path) -> MinitronError:
-    """The message for a full, read-only or forbidden disk."""
-    where = str(error.filename or root)
-    if error.errno == errno.ENOSPC:
-        return EnvironmentProblem(
-            "The disk is full; nothing half-written was kept.",
-            where=where,
-            next_step="Free space or set execution.run_root to another disk, then run the same command again.",
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return EnvironmentProblem(
-            "No permission to write here.", where=where, next_step="Set execution.run_root to a folder of yours."
-        )
-    if error.errno == errno.ENOTDIR:
-        return EnvironmentProblem("A file stands where a folder is needed.", where=where)
-    raise error
 
 
 @contextmanager

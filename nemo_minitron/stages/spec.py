@@ -66,6 +66,8 @@ class StageSpec:
     """Runs on execution.parallel.world_size processes inside a Megatron session."""
     starts_ranks: bool = False
     """Has a layout, and starts its processes itself: they run in another environment."""
+    reads_results: bool = False
+    """Of many stages it reads figures and small files, not their weights."""
     one_gpu: bool = False
     """Has no layout, and is faster on a GPU."""
     needs_aligner: bool = False
@@ -106,7 +108,7 @@ STAGES: dict[str, StageSpec] = {
         _spec("check_teacher", "check_teacher:check_teacher", distributed=True),
         _spec("score", "score:score", version=2, distributed=True),
         _spec("candidate", "candidate:candidate", distributed=True),
-        _spec("search", "search:search"),
+        _spec("search", "search:search", reads_results=True),
         _spec("select", "select:select", version=2),
         _spec("prune", "prune:prune", version=2),
         _spec("cache_teacher", "cache_teacher:cache_teacher", version=2, distributed=True),
@@ -116,7 +118,7 @@ STAGES: dict[str, StageSpec] = {
         _spec("evaluate", "evaluate:evaluate", distributed=True),
         _spec("speed", "speed:speed", one_gpu=True),
         _spec("export", "export:export"),
-        _spec("report", "report:report"),
+        _spec("report", "report:report", reads_results=True),
     )
 }
 

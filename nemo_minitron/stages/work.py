@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.store import Store
+from nemo_minitron.files import read_json, write_whole
 from nemo_minitron.plan.fingerprint import differences, fingerprint
 from nemo_minitron.plan.planner import StageCall
 from nemo_minitron.progress import Progress
 
 PAYLOAD_FILE, ACCEPTED_FILE = "payload.json", "accepted_work.json"
+FORGOTTEN = "the stage goes on, and only forgets with which other keys it was begun"
 RESUMABLE_KINDS = ("distill", "train", "correct")
 ADJUSTABLE = {
     "lr",
@@ -49,18 +51,36 @@ def open_work(
             _accept(folder, call, changed)
         else:
             progress.say(f"starts again, as it was begun with other keys ({told}); --accept-drift would go on with it")
+    if _is_begun_for(call, folder):
+        # Whatever has become of the file that says so.
+        store.claim_work(folder, call.fingerprint)
     work = store.open_work(call.name, call.fingerprint)
-    (work / PAYLOAD_FILE).write_text(json.dumps(call.payload))
-    accepted = work / ACCEPTED_FILE
-    return work, json.loads(accepted.read_text()) if accepted.is_file() else []
+    if not _is_begun_for(call, work):
+        write_whole(work / PAYLOAD_FILE, json.dumps(call.payload))
+    return work, _accepted(work)
+
+
+def _begun_with(folder: Path) -> Any:
+    """The payload for which a work folder was begun; None when it does not say."""
+    file = folder / PAYLOAD_FILE
+    return read_json(file, f"Delete it: {FORGOTTEN}.") if file.is_file() else None
+
+
+def _is_begun_for(call: StageCall, folder: Path) -> bool:
+    begun = _begun_with(folder)
+    return begun is not None and fingerprint(begun) == call.fingerprint
+
+
+def _accepted(folder: Path) -> list[dict[str, Any]]:
+    file = folder / ACCEPTED_FILE
+    return list(read_json(file, f"Delete it: {FORGOTTEN}.")) if file.is_file() else []
 
 
 def _changed_keys(folder: Path, call: StageCall) -> list[str]:
     """How the keys differ from those with which a training in this folder was begun, when it could go on with them."""
-    file = folder / PAYLOAD_FILE
-    if call.kind not in RESUMABLE_KINDS or not file.is_file():
+    begun = _begun_with(folder)
+    if call.kind not in RESUMABLE_KINDS or begun is None:
         return []
-    begun = json.loads(file.read_text())
     if fingerprint(begun) == call.fingerprint or _unadjustable(begun) != _unadjustable(call.payload):
         return []
     return [text.removeprefix("params.") for text in differences(begun, call.payload)]
@@ -80,8 +100,6 @@ def _without_adjustable(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 def _accept(folder: Path, call: StageCall, changed: list[str]) -> None:
     """Give the folder to this call, and remember what it was."""
-    file = folder / ACCEPTED_FILE
-    known = json.loads(file.read_text()) if file.is_file() else []
-    begun = fingerprint(json.loads((folder / PAYLOAD_FILE).read_text()))
-    file.write_text(json.dumps([*known, {"fingerprint": begun, "changed": changed}]))
+    entry = {"fingerprint": fingerprint(_begun_with(folder)), "changed": changed}
+    write_whole(folder / ACCEPTED_FILE, json.dumps([*_accepted(folder), entry]))
     Store.claim_work(folder, call.fingerprint)

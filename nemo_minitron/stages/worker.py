@@ -10,13 +10,14 @@ from pathlib import Path
 
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import Recipe
+from nemo_minitron.disk import disk_errors
 from nemo_minitron.errors import Interrupted, MinitronError
 from nemo_minitron.interrupts import RELAY_FILE, StopRequest, exit_without_parent
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import make_plan
 from nemo_minitron.progress import Progress
 from nemo_minitron.stages.nodes import RUNNER_VARIABLE
-from nemo_minitron.stages.ranks import ERROR_FILE, RESULT_FILE, STATUS_FILE, save_error
+from nemo_minitron.stages.ranks import ERROR_FILE, RESULT_FILE, STATUS_FILE, load_error, save_error
 from nemo_minitron.stages.runner import call_stage
 from nemo_minitron.stages.spec import StageContext
 
@@ -42,7 +43,7 @@ def main(call_file: Path) -> int:
     )
     warnings.simplefilter("ignore")
     try:
-        with stop.listening():
+        with stop.listening(), disk_errors(run_dir(recipe)):
             inputs = Store(run_dir(recipe)).inputs(call.inputs)
             result = call_stage(call.kind, recipe, inputs, context, call)
     except KeyboardInterrupt as error:
@@ -55,7 +56,9 @@ def main(call_file: Path) -> int:
             save_error(error, work / ERROR_FILE)
         return 0
     except MinitronError as error:
-        save_error(error, work / ERROR_FILE)
+        # The main rank knows best; another speaks where nobody has.
+        if is_main or load_error(work / ERROR_FILE) is None:
+            save_error(error, work / ERROR_FILE)
         return 2
     if is_main:
         (work / RESULT_FILE).write_text(json.dumps(result))

@@ -22,7 +22,7 @@ def test_every_stage_is_published_with_hashes_and_provenance(toy_run: Path) -> N
         assert manifest.files
         assert all(len(facts["sha256"]) == 64 for facts in manifest.files.values())
         assert {"versions", "argv", "wall_s", "started"} <= manifest.provenance.keys()
-        store.verify(stage, manifest, full=True)
+        store.verify(stage, manifest, "all")
 
 
 def test_the_report_tells_what_pruning_lost_and_distillation_won(toy_run: Path) -> None:

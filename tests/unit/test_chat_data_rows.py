@@ -126,6 +126,17 @@ ADAPTED: tuple[tuple[str, Fields, Fields], ...] = (
 )
 
 
+@pytest.mark.parametrize(
+    "row", [pair("Hi", "Ho", "Really?"), {"chosen": f"{HH}Yes", "rejected": f"{HH}No"}], ids=["pairs", "hh"]
+)
+def test_an_answer_of_a_pair_becomes_a_conversation_when_it_is_asked_for(row: Fields) -> None:
+    for which, answer in (("chosen", "Yes"), ("rejected", "No")):
+        found = FORMATS[f"{which}_answers"].adapt(row, {})
+        assert [message["content"] for message in found["messages"]] == ["Hi", "Ho", "Really?", answer]
+    with pytest.raises(BadRow, match="no known format"):
+        detect(row, "conversations")
+
+
 def rows_of(name: str) -> Any:
     return FORMATS[name].rows
 
@@ -137,7 +148,7 @@ def test_a_public_row_is_recognised_and_brought_to_the_one_form(name: str, row: 
 
 
 def test_every_format_is_tried() -> None:
-    assert {name for name, _, _ in ADAPTED} == FORMATS.keys()
+    assert {name for name, _, _ in ADAPTED} | {"chosen_answers", "rejected_answers"} == FORMATS.keys()
 
 
 def test_what_was_written_is_read_again_unchanged() -> None:

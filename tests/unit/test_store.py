@@ -50,9 +50,9 @@ def test_full_verification_finds_a_change_of_equal_size(tmp_path: Path) -> None:
     (tmp_path / "prune/file.txt").write_text("weightz")
     manifest = store.manifest("prune")
     assert manifest is not None
-    store.verify("prune", manifest, full=False)
+    store.verify("prune", manifest, "sizes")
     with pytest.raises(ArtifactError, match="changed or damaged"):
-        store.verify("prune", manifest, full=True)
+        store.verify("prune", manifest, "all")
 
 
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from nemo_minitron.backends.aligner.environment import ENTRY, aligner_python
+from nemo_minitron.disk import disk_problem
 from nemo_minitron.errors import EnvironmentProblem, Interrupted, ProcessesDied
 from nemo_minitron.interrupts import StopRequest
 from nemo_minitron.progress import Bar, Progress
 from nemo_minitron.stages.nodes import Nodes, start_everywhere
 
 TASK_FILE, RESULT_FILE, ERROR_FILE = "task.json", "result.json", "error.json"
+ERROR_BYTES = 8192
 PROGRESS_FILE, STOP_FILE = "aligner.json", "STOP"
 """As in entry/task.py, which cannot import this package."""
 POLL_S, SHUTDOWN_TIMEOUT_S = 0.5, 60.0
@@ -50,8 +52,10 @@ def run_task(
     """
     python = aligner_python()
     work_dir.mkdir(parents=True, exist_ok=True)
-    for old in (RESULT_FILE, ERROR_FILE, STOP_FILE, PROGRESS_FILE):
+    for old in (RESULT_FILE, STOP_FILE, PROGRESS_FILE):
         (work_dir / old).unlink(missing_ok=True)
+    # Room for a message, which a full disk would not have.
+    (work_dir / ERROR_FILE).write_text(" " * ERROR_BYTES)
     (work_dir / TASK_FILE).write_text(json.dumps({**task, "task": name, "work_dir": str(work_dir)}))
     nodes = Nodes.here() if num_processes > 1 else Nodes()
     command = [str(python), str(ENTRY), str(work_dir / TASK_FILE)]
@@ -136,10 +140,13 @@ def _result(name: str, code: int, work_dir: Path, log: Path, stop: StopRequest) 
         return result
     if stop.asked_by() is not None:
         raise Interrupted(f"Stopped in {name} as asked by {stop.asked_by()}; the same command goes on.")
-    reason = ""
-    if (work_dir / ERROR_FILE).is_file():
-        error = json.loads((work_dir / ERROR_FILE).read_text())
+    reason, told = "", (work_dir / ERROR_FILE).read_text().strip()
+    if told:
+        error = json.loads(told)
         reason = f": {error['type']}: {error['message']}"[:600]
+        problem = disk_problem(RuntimeError(reason), work_dir)
+        if problem is not None:
+            raise problem
     raise (EnvironmentProblem if reason else ProcessesDied)(
         f"NeMo-Aligner's {name} ended with code {code}{reason}",
         where=str(log),

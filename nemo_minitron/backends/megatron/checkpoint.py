@@ -1,14 +1,14 @@
 """Training checkpoints: Megatron's distributed format in the stage's work folder.
 
 A checkpoint is written beside its final name and renamed when every rank is done, so a kill
-at any moment leaves the newest complete one to resume from.
+at any moment leaves the newest complete one to resume from. It has the checksums of its files: a
+damaged one is set aside, and the one before it is taken.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,12 +21,14 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch.distributed.checkpoint import CheckpointException
 
 from nemo_minitron.backends.megatron.distributed_adam import load_optimizer_state, sharded_optimizer_state
+from nemo_minitron.backends.megatron.intact import FACTS_FILE, damage, read_facts, write_facts
 from nemo_minitron.backends.megatron.optim import Trainable
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.writing import Buffers, Writing
+from nemo_minitron.disk import disk_problem
 from nemo_minitron.errors import CheckpointError
 
-_PREFIX, _PARTIAL, _FACTS = "step_", ".partial_", "training.json"
+_PREFIX, _PARTIAL, _DAMAGED = "step_", ".partial_", "damaged_"
 _FROM_THE_RECIPE = ("max_lr", "min_lr", "weight_decay", "betas", "eps")
 """Fields of the optimizer's groups that a checkpoint must not bring back: the recipe may say otherwise by now."""
 
@@ -53,9 +55,7 @@ class Checkpoints:
         self.folder, self._session, self._keep, self._in_background = folder, session, keep, in_background
         self._writing: Writing | None = None
         self._buffers: Buffers | None = {} if in_background else None
-        if session.is_main:
-            for left in folder.glob(f"{_PARTIAL}*"):
-                shutil.rmtree(left, ignore_errors=True)
+        self._drop_partial()
 
     def save(self, trainable: Trainable, progressed: Progressed) -> None:
         """Begin to write the state after this step; with `in_background`, `poll` or `finish` publish it."""
@@ -67,9 +67,9 @@ class Checkpoints:
         self._session.barrier()
         state = _sharded_state(trainable, is_loading=False)
         with _write_errors(self.folder):
-            self._writing = Writing.begin(state, partial_dir, self._buffers)
+            writing = self._writing = Writing.begin(state, partial_dir, self._buffers)
             facts = {**asdict(progressed), "distributed_optimizer": trainable.has_distributed_optimizer}
-            self._writing.then(partial(self._publish, partial_dir, facts))
+            writing.then(partial(self._publish, partial_dir, facts, writing.written))
         if not self._in_background:
             self.finish()
 
@@ -84,42 +84,75 @@ class Checkpoints:
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, and publish it."""
         writing, self._writing = self._writing, None
-        if writing is not None:
+        if writing is None:
+            return
+        try:
             with _write_errors(self.folder):
                 writing.finish(self._session)
+        except Exception:
+            self._drop_partial()
+            raise
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint."""
         found = checkpoints(self.folder)
         return found[-1] if found else None
 
-    def resume(self, trainable: Trainable) -> Progressed:
-        """Load the newest checkpoint, when there is one.
+    def resume(self, trainable: Trainable, tell: Callable[[str], None] = lambda _: None) -> Progressed:
+        """Load the newest checkpoint that is as it was written, when there is one; damaged ones are set aside.
+
+        Args:
+            tell: hears of those.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: all are damaged, or it cannot be read.
         """
-        newest = self.newest()
-        # No rank may publish or remove a checkpoint before all have looked.
-        self._session.barrier()
-        return Progressed() if newest is None else _load(trainable, newest)
+        while True:
+            found = checkpoints(self.folder)
+            # No rank may publish or remove a checkpoint before all have looked.
+            self._session.barrier()
+            if not found:
+                return Progressed()
+            problem = damage(found[-1], self._session)
+            if problem is None:
+                return _load(trainable, found[-1])
+            if len(found) == 1:
+                raise _none_before(found[-1], problem)
+            aside = self._set_aside(found[-1])
+            tell(f"{found[-1].name} is damaged ({problem}): goes on from {found[-2].name}; it is kept as {aside}")
 
-    def _publish(self, partial_dir: Path, facts: dict[str, Any]) -> None:
+    def _drop_partial(self) -> None:
+        """What a kill or a full disk has left of a checkpoint."""
         if self._session.is_main:
-            (partial_dir / _FACTS).write_text(json.dumps(facts))
+            for left in self.folder.glob(f"{_PARTIAL}*"):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def _set_aside(self, checkpoint: Path) -> Path:
+        """Rename it, so that it does not count as one of those that are kept."""
+        aside = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
+        self._session.barrier()
+        if self._session.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+        self._session.barrier()
+        return aside
+
+    def _publish(self, partial_dir: Path, facts: dict[str, Any], written: dict[str, Any]) -> None:
+        write_facts(partial_dir, facts, written, self._session)
+        if self._session.is_main:
             final = self.folder / f"{_PREFIX}{facts['step']:08d}"
             shutil.rmtree(final, ignore_errors=True)
             partial_dir.rename(final)
             for old in checkpoints(self.folder)[: -self._keep]:
                 # First what makes it complete: a kill may come before the rest is gone.
-                (old / _FACTS).unlink()
+                (old / FACTS_FILE).unlink()
                 shutil.rmtree(old)
         self._session.barrier()
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob(f"{_PREFIX}*") if (path / _FACTS).is_file())
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if (path / FACTS_FILE).is_file())
 
 
 def step_of(checkpoint: Path) -> int:
@@ -129,7 +162,7 @@ def step_of(checkpoint: Path) -> int:
 
 def _load(trainable: Trainable, checkpoint: Path) -> Progressed:
     try:
-        facts = json.loads((checkpoint / _FACTS).read_text())
+        facts = read_facts(checkpoint)
         step = int(facts["step"])
         _require_same_optimizer(trainable, bool(facts.get("distributed_optimizer", False)), checkpoint)
         state = dist_checkpointing.load(_sharded_state(trainable, is_loading=True), str(checkpoint))
@@ -194,8 +227,21 @@ def _write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (CheckpointException, OSError) as error:
+        # Megatron's metadata phase collects the failures of ranks; only the main rank knows them.
+        failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+        failed = next((failure for failure, _ in failures), None)
+        problem = None if failed is None else disk_problem(failed, folder)
+        why = f"{failed or 'another process says why'}".removeprefix("Worker failure: ")
         raise CheckpointError(
-            f"A training checkpoint could not be written: {error}",
+            f"A training checkpoint could not be written: {problem.what if problem else why}",
             where=str(folder),
-            next_step="Is the disk full? The same command goes on from the checkpoint before it.",
+            next_step="Free space, or look after the disk; the same command goes on from the checkpoint before it.",
         ) from error
+
+
+def _none_before(checkpoint: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"The only training checkpoint is damaged: {problem}.",
+        where=str(checkpoint),
+        next_step="Restore it; or delete its folder, and the same command starts the training from its first step.",
+    )

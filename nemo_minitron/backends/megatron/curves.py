@@ -11,6 +11,7 @@ from uuid import uuid4
 from torch.utils.tensorboard import SummaryWriter
 
 from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.files import write_whole
 
 WANDB_ID_FILE = "wandb_run_id"
 
@@ -98,7 +99,7 @@ class Curves:
     def flush(self) -> None:
         """Rewrite the file from what is in memory."""
         if self._enabled:
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def has(self, key: str) -> bool:
         """Whether any row has it."""

@@ -16,6 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_minitron.backends.megatron.context import own_part
 from nemo_minitron.backends.megatron.forward import Batch
+from nemo_minitron.backends.megatron.index_cache import drop_unless_whole, mark_whole
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.data.windows import heldout_windows
 from nemo_minitron.errors import DataError
@@ -61,8 +62,10 @@ def training_samples(data_dir: Path, *, num_samples: int, seq_len_tokens: int, s
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config)
-    return builder.build()[0]
+    drop_unless_whole(cache_dir)
+    samples = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config).build()[0]
+    mark_whole(cache_dir)
+    return samples
 
 
 def samples_of_each(samples: Any, num_sources: int, num_samples: int) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from rich.markup import escape
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.build import DTYPES
@@ -30,6 +31,7 @@ from nemo_minitron.config.schema import Execution, Optimization
 from nemo_minitron.data.used import DATA_USED_FILE, Sources, data_used
 from nemo_minitron.errors import Interrupted, NumericsError
 from nemo_minitron.families import ModelShape
+from nemo_minitron.files import write_whole
 from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files, model_facts
 from nemo_minitron.interrupts import REASONS, StopRequest
 from nemo_minitron.progress import Bar, Progress
@@ -138,7 +140,7 @@ def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | Non
     checkpoints = Checkpoints(
         work_dir / "checkpoints", job.session, keep=params.keep_checkpoints, in_background=execution.async_checkpoints
     )
-    before = checkpoints.resume(job.trainable)
+    before = checkpoints.resume(job.trainable, lambda text: progress.say(f"{options.stage}: {escape(text)}"))
     curves = Curves(work_dir, first_step=before.step or -1, enabled=job.session.is_main, tracker=_tracker(options))
     loop = _Loop(job, curves, checkpoints, LossWatch(params.guard, before.good_losses), options, peak)
     if before.step == 0:
@@ -201,7 +203,7 @@ def _advance(loop: _Loop, step: int, bar: Bar) -> None:
 
 def _write_data_used(job: Job, num_steps: int, folder: Path) -> list[dict[str, Any]]:
     used = job.data_used(num_steps)
-    (folder / DATA_USED_FILE).write_text(json.dumps(used, indent=2) + "\n")
+    write_whole(folder / DATA_USED_FILE, json.dumps(used, indent=2) + "\n")
     return used
 
 

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch import Tensor
 
+from nemo_minitron.artifacts.manifest import file_facts
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.versions import checkpoint_buckets, write_checkpoint_file
 
@@ -34,6 +35,8 @@ class Writing:
         self._request = request
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self.written: dict[str, Any] = {}
+        """This rank's files, when it has finished: name -> {bytes, sha256}."""
 
     @classmethod
     def begin(cls, state: dict[str, Any], folder: Path, buffers: Buffers | None) -> Writing:
@@ -76,13 +79,19 @@ class Writing:
             function()
 
     def _write(self, buckets: list[Bucket], tell: queue.Queue[Any]) -> None:
-        """Write this rank's files; the results go to Megatron's queue."""
+        """Write this rank's files and take their checksums; the results go to Megatron's queue."""
         results: dict[int, Any] = {}
         for number, bucket in enumerate(buckets):
             results[number] = write_checkpoint_file(self._request, number, bucket)
             if isinstance(results[number], Exception):
                 self._failure = _first_cause(results[number])
                 return
+        try:
+            found = file_facts(Path(bucket[0]) for bucket in buckets)
+        except OSError as error:
+            self._failure = error
+            return
+        self.written.update({file.name: facts for file, facts in found.items()})
         tell.put(results)
 
 

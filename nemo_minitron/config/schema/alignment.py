@@ -26,6 +26,8 @@ ChatFormat = Literal[
     "messages",
     "sharegpt",
     "prompt_completion",
+    "chosen_answers",
+    "rejected_answers",
     "gsm8k",
     "helpsteer",
     "oasst",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nemo_minitron.config.schema import RowKind
@@ -101,6 +102,12 @@ def _pairs(row: Fields, renames: Renames) -> Row:
         prompt = [*_system(row), *prompt]
     rewards = (_first(row, _CHOSEN_REWARD), _first(row, _REJECTED_REWARD))
     return pair(prompt, chosen[-1]["content"], rejected[-1]["content"], rewards)
+
+
+def _answer_of_pair(row: Fields, renames: Renames, *, which: str) -> Row:
+    """One answer of a pair as a conversation, for an attribute model to rate."""
+    found = (_hh if _is_hh(row) else _pairs)(row, renames)
+    return conversation([*found["prompt"], _assistant(found[which])], {})
 
 
 def _worked_answers(row: Fields, renames: Renames) -> Row:
@@ -288,6 +295,11 @@ def _is_helpsteer(row: Fields) -> bool:
     return "prompt" in row and "response" in row and any(name in row for name in ATTRIBUTES)
 
 
+def _only_by_name(row: Fields) -> bool:
+    """Two formats would fit, or half of the row would be left out: the recipe has to ask for it."""
+    return False
+
+
 def _is_hh(row: Fields) -> bool:
     return isinstance(row.get("chosen"), str) and not any(row.get(name) for name in _PROMPTS)
 
@@ -299,6 +311,8 @@ FORMATS: dict[str, Format] = {
     "gsm8k": Format("conversations", _gsm8k, _has(("question",), ("answer",))),
     "helpsteer": Format("conversations", _helpsteer, _is_helpsteer),
     "prompt_completion": Format("conversations", _prompt_completion, _has(_PROMPTS, _ANSWERS)),
+    "chosen_answers": Format("conversations", partial(_answer_of_pair, which="chosen"), _only_by_name),
+    "rejected_answers": Format("conversations", partial(_answer_of_pair, which="rejected"), _only_by_name),
     "hh": Format("pairs", _hh, _is_hh),
     "pairs": Format("pairs", _pairs, _has(_CHOSEN, _REJECTED)),
     "worked_answers": Format("pairs", _worked_answers, _has(("question",), ("answer",))),

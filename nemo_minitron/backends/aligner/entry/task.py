@@ -34,13 +34,20 @@ def answer(work_dir: Path, function: Callable[[Task], Mapping[str, Any]], task: 
         result = function(task)
     except BaseException as error:
         if is_main():
-            facts = {"type": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
-            (work_dir / ERROR_FILE).write_text(json.dumps(facts))
+            facts = {"type": type(error).__name__, "message": str(error)[:1000]}
+            _tell(json.dumps(facts), work_dir / ERROR_FILE)
         traceback.print_exc()
         return 1
     if is_main():
         (work_dir / RESULT_FILE).write_text(json.dumps(dict(result)))
     return 0
+
+
+def _tell(text: str, file: Path) -> None:
+    """In the room that the runner has kept: a full disk has no other."""
+    with file.open("r+b" if file.is_file() else "wb") as stream:
+        stream.write(text.encode())
+        stream.truncate()
 
 
 def _end_with(runner: int) -> None:
@@ -63,8 +70,12 @@ class Curves:
         self._file, self._now = work_dir / CURVES_FILE, work_dir / PROGRESS_FILE
         self._max_steps = max_steps
         if is_main() and self._file.is_file():
-            kept = [line for line in self._file.read_text().splitlines() if json.loads(line)["step"] <= first_step]
-            self._file.write_text("".join(line + "\n" for line in kept))
+            # A last line without an end was cut off by a kill or a full disk.
+            whole = self._file.read_text().rpartition("\n")[0].splitlines()
+            kept = [line for line in whole if json.loads(line)["step"] <= first_step]
+            partial = self._file.with_suffix(".partial")
+            partial.write_text("".join(line + "\n" for line in kept))
+            partial.replace(self._file)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Called with `train/...` before the step is counted, and with `val/...` after it."""

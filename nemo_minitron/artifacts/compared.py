@@ -1,0 +1,57 @@
+"""Which published files have been compared with their checksums, as they are now.
+
+Reading 16 GB for a checksum takes seconds to a minute, so it is done when a stage first reads a file, and again when
+the file has changed: its size, inode or one of its times is another one then.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.manifest import file_facts
+from nemo_minitron.files import sealed, unsealed, write_whole
+
+Facts = Mapping[str, Any]
+"""What a manifest says of a file: {bytes, sha256}."""
+_State = list[int]
+
+
+def changed_file(files: Mapping[Path, Facts], memory: Path) -> Path | None:
+    """The first file whose contents are not those of its manifest. Files that `memory` knows as they are, are not read.
+
+    Args:
+        files: all there, with the right sizes.
+        memory: written anew when something was compared; nothing is lost without it.
+    """
+    known, states = _read(memory), {file: _state(file) for file in files}
+    unseen = [file for file, facts in files.items() if known.get(str(file)) != [states[file], facts["sha256"]]]
+    if not unseen:
+        return None
+    found = file_facts(unseen)
+    bad = next((file for file in unseen if found[file]["sha256"] != files[file]["sha256"]), None)
+    if bad is None:
+        _write(memory, {**known, **{str(file): [states[file], facts["sha256"]] for file, facts in files.items()}})
+    return bad
+
+
+def _state(file: Path) -> _State:
+    found = file.stat()
+    return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _read(memory: Path) -> dict[str, Any]:
+    try:
+        return unsealed(json.loads(memory.read_text()))
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _write(memory: Path, states: dict[str, Any]) -> None:
+    """A disk that takes nothing more costs time, not the stage."""
+    with suppress(OSError):
+        memory.parent.mkdir(exist_ok=True)
+        write_whole(memory, json.dumps(sealed(states)))

@@ -1,0 +1,151 @@
+"""Training checkpoints and index files that were damaged: the ones before them, or new ones, take their place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_minitron.backends.megatron import distill, training
+from nemo_minitron.backends.megatron.checkpoint import checkpoints
+from nemo_minitron.backends.megatron.datasets import training_samples
+from nemo_minitron.backends.megatron.session import open_session
+from nemo_minitron.config.schema import Parallel, TrainStage
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.progress import Progress
+from tests.support.distributed import run_ranks
+from tests.support.part_runs import cut, flip
+from tests.support.tiny_data import tiny_data_dir
+from tests.support.tiny_models import tiny_model_dir
+
+PARAMS = TrainStage(
+    kind="train",
+    num_steps=6,
+    global_batch_size=4,
+    seq_len_tokens=32,
+    lr=2e-3,
+    precision="fp32",
+    valid_num_tokens=128,
+    save_interval_steps=2,
+    keep_checkpoints=2,
+)
+Folders = dict[str, Path]
+Rows = list[dict[str, Any]]
+
+
+def _train(folders: Folders, work: Path, dp: int = 1) -> tuple[dict[str, torch.Tensor], Rows]:
+    """(weights at the end, curves without times)."""
+    work.mkdir(exist_ok=True)
+    with open_session(Parallel(dp=dp), device="cpu", threads=1) as session:
+        job = distill.prepare_training(PARAMS, folders["model"], folders["data"], work, session)
+        curves = training.run(job, work, Progress(silent=not session.is_main))
+        weights = {name: weight.detach().clone() for name, weight in job.trainable.model.named_parameters()}
+    return weights, [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")} for row in curves.rows]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """A model, its data, and the work folder of a training that has just ended."""
+    root = tmp_path_factory.mktemp("trained")
+    made = {"model": tiny_model_dir(root / "model", "llama_gqa_tied"), "data": tiny_data_dir(root / "data")}
+    weights, rows = _train(made, root / "work")
+    torch.save({"weights": weights, "rows": rows}, root / "expected.pt")
+    return {**made, "work": root / "work", "expected": root / "expected.pt"}
+
+
+def _copy_work(folders: Folders, tmp_path: Path) -> tuple[Path, Path]:
+    """(work folder, its newest checkpoint)."""
+    work = tmp_path / "work"
+    shutil.copytree(folders["work"], work)
+    found = checkpoints(work / "checkpoints")
+    assert [path.name for path in found] == ["step_00000004", "step_00000006"]
+    return work, found[-1]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "damage"),
+    [("*.distcp", flip), ("*.distcp", cut), (".metadata", flip), ("common.pt", flip), ("training.json", flip),
+     ("training.json", cut), ("*.distcp", Path.unlink)],
+)  # fmt: skip
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    pattern: str,
+    damage: Callable[[Path], None],
+    folders: Folders,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    work, newest = _copy_work(folders, tmp_path)
+    file = sorted(newest.glob(pattern))[-1]
+    damage(file)
+    weights, rows = _train(folders, work)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"training: step_00000006 is damaged ({file.name}" in said
+    assert "goes on from step_00000004" in said
+    assert "training 4/6" in said
+    expected = torch.load(folders["expected"], weights_only=True)
+    assert weights.keys() == expected["weights"].keys()
+    assert all(torch.equal(weight, expected["weights"][name]) for name, weight in weights.items())
+    assert rows == expected["rows"]
+    assert [path.name for path in checkpoints(work / "checkpoints")] == ["step_00000004", "step_00000006"]
+    assert (work / "checkpoints/damaged_step_00000006").is_dir()
+
+
+def test_the_only_checkpoint_is_not_thrown_away(folders: Folders, tmp_path: Path) -> None:
+    work, newest = _copy_work(folders, tmp_path)
+    shutil.rmtree(checkpoints(work / "checkpoints")[0])
+    flip(next(newest.glob("*.distcp")))
+    with pytest.raises(CheckpointError, match="The only training checkpoint is damaged") as told:
+        _train(folders, work)
+    assert told.value.where == str(newest)
+    assert "starts the training from its first step" in str(told.value)
+    assert checkpoints(work / "checkpoints") == [newest]
+    shutil.rmtree(newest)
+    weights, _ = _train(folders, work)
+    expected = torch.load(folders["expected"], weights_only=True)["weights"]
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+
+
+def test_a_checkpoint_of_an_older_version_is_taken_as_it_is(folders: Folders, tmp_path: Path) -> None:
+    work, newest = _copy_work(folders, tmp_path)
+    (newest / "training.json").write_text('{"step": 6, "good_losses": [], "distributed_optimizer": false}')
+    _train(folders, work)
+    assert not list((work / "checkpoints").glob("damaged_*"))
+
+
+def _train_damage_train(folders: Folders, work: Path, dp: int) -> tuple[Any, Any]:
+    first = _train(folders, work, dp)
+    newest = checkpoints(work / "checkpoints")[-1]
+    if os.environ["RANK"] == "0":
+        assert len(list(newest.glob("*.distcp"))) >= 2
+        flip(sorted(newest.glob("__1_*.distcp"))[0])
+        assert not list(newest.glob("written_*"))
+    return first, _train(folders, work, dp)
+
+
+@pytest.mark.slow
+def test_all_ranks_agree_that_a_checkpoint_is_damaged(folders: Folders, tmp_path: Path) -> None:
+    """What rank 1 has written is damaged; all go back to the one before, and end with the same bits."""
+    for (first, rows), (second, again) in run_ranks(2, _train_damage_train, folders, tmp_path / "work", 2):
+        assert all(torch.equal(first[name], weight) for name, weight in second.items())
+        assert rows == again
+    assert (tmp_path / "work/checkpoints/damaged_step_00000006").is_dir()
+
+
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+def test_a_damaged_index_is_made_again(damage: Callable[[Path], None], folders: Folders, tmp_path: Path) -> None:
+    def first_tokens() -> list[torch.Tensor]:
+        samples = training_samples(
+            folders["data"], num_samples=24, seq_len_tokens=32, seed=3, cache_dir=tmp_path / "index"
+        )
+        return [torch.as_tensor(samples[number]["tokens"]) for number in range(24)]
+
+    expected = first_tokens()
+    for file in sorted((tmp_path / "index").iterdir()):
+        damage(file)
+        found = first_tokens()
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), file.name
