@@ -92,6 +92,7 @@ def test_what_the_message_says_repairs_it(
     assert (run / ".superseded" / f"{row.maker}-1" / Path(row.file).name).is_file()
 
 
+@pytest.mark.slow
 def test_a_damaged_teacher_cache_is_found(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
     run = copy_before(toy_run, tmp_path, "distill", CACHED, "toy/cached")
     command = ("run", CACHED, f"execution.run_root={tmp_path}", "--until")

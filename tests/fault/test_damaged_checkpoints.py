@@ -38,10 +38,10 @@ Folders = dict[str, Path]
 Rows = list[dict[str, Any]]
 
 
-def _train(folders: Folders, work: Path, dp: int = 1) -> tuple[dict[str, torch.Tensor], Rows]:
+def _train(folders: Folders, work: Path, tp: int = 1) -> tuple[dict[str, torch.Tensor], Rows]:
     """(weights at the end, curves without times)."""
     work.mkdir(exist_ok=True)
-    with open_session(Parallel(dp=dp), device="cpu", threads=1) as session:
+    with open_session(Parallel(tp=tp), device="cpu", threads=1) as session:
         job = distill.prepare_training(PARAMS, folders["model"], folders["data"], work, session)
         curves = training.run(job, work, Progress(silent=not session.is_main))
         weights = {name: weight.detach().clone() for name, weight in job.trainable.model.named_parameters()}
@@ -117,14 +117,13 @@ def test_a_checkpoint_of_an_older_version_is_taken_as_it_is(folders: Folders, tm
     assert not list((work / "checkpoints").glob("damaged_*"))
 
 
-def _train_damage_train(folders: Folders, work: Path, dp: int) -> tuple[Any, Any]:
-    first = _train(folders, work, dp)
+def _train_damage_train(folders: Folders, work: Path, tp: int) -> tuple[Any, Any]:
+    first = _train(folders, work, tp)
     newest = checkpoints(work / "checkpoints")[-1]
     if os.environ["RANK"] == "0":
-        assert len(list(newest.glob("*.distcp"))) >= 2
         flip(sorted(newest.glob("__1_*.distcp"))[0])
         assert not list(newest.glob("written_*"))
-    return first, _train(folders, work, dp)
+    return first, _train(folders, work, tp)
 
 
 @pytest.mark.slow
