@@ -15,7 +15,6 @@ from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerB
 from nemo_aligner.algorithms.supervised import SupervisedTrainer
 from nemo_aligner.data.nlp.builders import (
     ChunkedJsonl,
-    build_dataloader,
     build_sft_dataset,
     build_train_valid_test_knowledge_distillation_datasets,
 )
@@ -24,8 +23,8 @@ from nemo_aligner.utils.distributed import compute_topk_logits_in_batched_sequen
 from nemo_aligner.utils.train_script_utils import init_distributed
 from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
 from omegaconf import DictConfig, OmegaConf, open_dict
-from task import PROGRESS_FILE, STOP_FILE, Task, is_main
-from training import Loaders, StopTimer
+from task import STOP_FILE, Task, is_main, tell
+from training import Loaders, StopTimer, batch_loaders, jsonl_arguments
 from training import train as train_with
 
 SEQ_MULTIPLE = 16
@@ -58,7 +57,7 @@ def topk_logits(task: Task) -> dict[str, Any]:
         if not file.is_file():
             rows = _asked(model, dataset, range(number * each, (number + 1) * each), config)
             _write(file, rows)
-        _tell(task, number + 1, num_files)
+        tell(task, number + 1, num_files)
     return {"finished": True, "num_files": num_files, "num_rows": num_files * each}
 
 
@@ -103,40 +102,13 @@ def _write(file: Path, rows: list[dict[str, Any]]) -> None:
     torch.distributed.barrier()
 
 
-def _tell(task: Task, done: int, of: int) -> None:
-    if is_main():
-        (Path(task["work_dir"]) / PROGRESS_FILE).write_text(json.dumps({"step": done, "max_steps": of}))
-
-
 def _loaders(config: DictConfig, model: Any, consumed_samples: int) -> Loaders:
     data = config.model.data
     train_dataset, valid_dataset, _ = build_train_valid_test_knowledge_distillation_datasets(
-        cfg=config.model,
-        data_prefix=data.data_prefix,
-        data_impl=data.data_impl,
-        splits_string=None,
-        train_valid_test_num_samples=[-config.model.global_batch_size] * 3,
-        seq_length=data.seq_length,
-        seed=config.model.seed,
-        tokenizer=model.tokenizer,
-        n_chunks=data.n_chunks,
-        n_examples_per_chunk=data.n_examples_per_chunk,
+        **jsonl_arguments(config, model), n_chunks=data.n_chunks, n_examples_per_chunk=data.n_examples_per_chunk
     )
-    loaders = [
-        build_dataloader(
-            cfg=config,
-            dataset=dataset,
-            consumed_samples=consumed,
-            mbs=config.model.micro_batch_size,
-            gbs=config.model.global_batch_size,
-            load_gbs=True,
-            pad_samples_to_global_batch_size=False,
-            collate_fn=partial(_collate, eos_id=model.tokenizer.eos_id, data=data),
-            use_random_sampler=is_training,
-        )
-        for dataset, consumed, is_training in ((train_dataset, consumed_samples, True), (valid_dataset, 0, False))
-    ]
-    return train_dataset, loaders[0], loaders[1]
+    collate = partial(_collate, eos_id=model.tokenizer.eos_id, data=data)
+    return batch_loaders(config, train_dataset, valid_dataset, consumed_samples, collate)
 
 
 def _collate(rows: list[dict[str, torch.Tensor]], eos_id: int, data: DictConfig) -> dict[str, torch.Tensor]:

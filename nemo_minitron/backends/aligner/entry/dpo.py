@@ -7,17 +7,13 @@ from typing import Any
 
 import torch
 from nemo_aligner.algorithms.dpo import DPOTrainer, dpo_custom_collate
-from nemo_aligner.data.nlp.builders import (
-    build_dataloader,
-    build_train_valid_test_dpo_datasets,
-    identity_collate,
-)
+from nemo_aligner.data.nlp.builders import build_train_valid_test_dpo_datasets, identity_collate
 from nemo_aligner.models.nlp.gpt.megatron_gpt_dpo_model import MegatronGPTDPOModel
 from nemo_aligner.utils.utils import retrieve_model_state_dict_in_cpu
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from task import Task
-from training import Loaders
+from training import Loaders, batch_loaders, jsonl_arguments
 from training import train as train_with
 
 
@@ -80,29 +76,5 @@ def _keep_reference(model: Any, config: DictConfig) -> None:
 
 
 def _loaders(config: DictConfig, model: Any, consumed_samples: int) -> Loaders:
-    data = config.model.data
-    train_dataset, valid_dataset, _ = build_train_valid_test_dpo_datasets(
-        cfg=config.model,
-        data_prefix=data.data_prefix,
-        data_impl=data.data_impl,
-        splits_string=None,
-        train_valid_test_num_samples=[-config.model.global_batch_size] * 3,
-        seq_length=data.seq_length,
-        seed=config.model.seed,
-        tokenizer=model.tokenizer,
-    )
-    loaders = [
-        build_dataloader(
-            cfg=config,
-            dataset=dataset,
-            consumed_samples=consumed,
-            mbs=config.model.micro_batch_size,
-            gbs=config.model.global_batch_size,
-            load_gbs=True,
-            pad_samples_to_global_batch_size=False,
-            collate_fn=identity_collate,
-            use_random_sampler=is_training,
-        )
-        for dataset, consumed, is_training in ((train_dataset, consumed_samples, True), (valid_dataset, 0, False))
-    ]
-    return train_dataset, loaders[0], loaders[1]
+    train_dataset, valid_dataset, _ = build_train_valid_test_dpo_datasets(**jsonl_arguments(config, model))
+    return batch_loaders(config, train_dataset, valid_dataset, consumed_samples, identity_collate)

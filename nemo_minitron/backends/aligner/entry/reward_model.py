@@ -17,8 +17,8 @@ from nemo_aligner.data.nlp.builders import (
 from nemo_aligner.models.nlp.gpt.reward_model_classes import REWARD_MODEL_CLASS_DICT, RewardModelType
 from nemo_aligner.utils.utils import load_from_nemo
 from omegaconf import DictConfig, OmegaConf
-from task import Task
-from training import Loaders
+from task import Task, tell
+from training import Loaders, jsonl_arguments
 from training import train as train_with
 
 DATASETS = {
@@ -57,31 +57,15 @@ def annotate(task: Task) -> dict[str, Any]:
         model.forward_micro_batch_size = len(batch)
         rewards = model.infer((padded, torch.tensor([len(tokens[index]) for index in batch])))
         found.update(zip(batch, rewards.float().cpu().tolist(), strict=True))
-        _tell(task, len(found), len(order))
+        tell(task, len(found), len(order))
     Path(task["out"]).write_text("".join(json.dumps(found[index]) + "\n" for index in range(len(texts))))
     return {"num_rows": len(texts)}
 
 
-def _tell(task: Task, done: int, of: int) -> None:
-    from task import PROGRESS_FILE
-
-    (Path(task["work_dir"]) / PROGRESS_FILE).write_text(json.dumps({"step": done, "max_steps": of}))
-
-
 def _loaders(config: DictConfig, model: Any, consumed_samples: int) -> Loaders:
-    data = config.model.data
     kind = RewardModelType(config.model.reward_model_type)
-    train_dataset, valid_dataset, _ = DATASETS[kind](
-        cfg=config.model,
-        data_prefix=data.data_prefix,
-        data_impl=data.data_impl,
-        splits_string=None,
-        train_valid_test_num_samples=[-config.model.global_batch_size] * 3,
-        seq_length=data.seq_length,
-        seed=config.model.seed,
-        tokenizer=model.tokenizer,
-    )
-    drop_last = data.validation_drop_last
+    train_dataset, valid_dataset, _ = DATASETS[kind](**jsonl_arguments(config, model))
+    drop_last = config.model.data.validation_drop_last
     options = {"cfg": config, "mbs": config.model.micro_batch_size, "gbs": config.model.global_batch_size}
     loader = build_dataloader(
         dataset=train_dataset,

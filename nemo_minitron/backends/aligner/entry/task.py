@@ -60,6 +60,12 @@ def _end_with(runner: int) -> None:
         time.sleep(WATCH_INTERVAL_S)
 
 
+def tell(task: Task, step: int, max_steps: int) -> None:
+    """How far the task is, for the bar of the stage."""
+    if is_main():
+        (Path(task["work_dir"]) / PROGRESS_FILE).write_text(json.dumps({"step": step, "max_steps": max_steps}))
+
+
 class Curves:
     """A logger for NeMo-Aligner's trainers: one JSON line for each step, and the newest in a file to look at.
 

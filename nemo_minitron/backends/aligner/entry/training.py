@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from checkpoints import save_nemo
 from nemo.utils.exp_manager import exp_manager
+from nemo_aligner.data.nlp.builders import build_dataloader
 from nemo_aligner.utils.distributed import Timer
 from nemo_aligner.utils.train_script_utils import (
     CustomLoggerWrapper,
@@ -102,6 +103,66 @@ def train(
     if finished:
         save_nemo(model, Path(task["out"]))
     return {"finished": finished, "step": int(aligner.step), "seconds": time.monotonic() - started_s}
+
+
+def jsonl_arguments(config: DictConfig, model: Any) -> dict[str, Any]:
+    """What NeMo-Aligner's builders of datasets from .jsonl files take."""
+    data = config.model.data
+    return {
+        "cfg": config.model,
+        "data_prefix": data.data_prefix,
+        "data_impl": data.data_impl,
+        "splits_string": None,
+        "train_valid_test_num_samples": [-config.model.global_batch_size] * 3,
+        "seq_length": data.seq_length,
+        "seed": config.model.seed,
+        "tokenizer": model.tokenizer,
+    }
+
+
+def batch_loaders(
+    config: DictConfig, train_dataset: Any, valid_dataset: Any, consumed_samples: int, collate_fn: Callable[..., Any]
+) -> Loaders:
+    """Of datasets with one batch size, the training rows in random order."""
+    loaders = [
+        build_dataloader(
+            cfg=config,
+            dataset=dataset,
+            consumed_samples=consumed,
+            mbs=config.model.micro_batch_size,
+            gbs=config.model.global_batch_size,
+            load_gbs=True,
+            pad_samples_to_global_batch_size=False,
+            collate_fn=collate_fn,
+            use_random_sampler=is_training,
+        )
+        for dataset, consumed, is_training in ((train_dataset, consumed_samples, True), (valid_dataset, 0, False))
+    ]
+    return train_dataset, loaders[0], loaders[1]
+
+
+def sft_loaders(config: DictConfig, consumed_samples: int, make_dataset: Callable[[DictConfig], Any]) -> Loaders:
+    """Of `train_ds` and `validation_ds`, which have settings of their own."""
+    parts = []
+    for data, consumed, is_training in (
+        (config.model.data.train_ds, consumed_samples, True),
+        (config.model.data.validation_ds, 0, False),
+    ):
+        dataset = make_dataset(data)
+        loader = build_dataloader(
+            cfg=config,
+            dataset=dataset,
+            consumed_samples=consumed,
+            mbs=data.micro_batch_size,
+            gbs=data.global_batch_size,
+            collate_fn=dataset.collate_fn,
+            drop_last=data.drop_last,
+            pad_samples_to_global_batch_size=not data.drop_last,
+            load_gbs=True,
+            use_random_sampler=is_training,
+        )
+        parts.append((dataset, loader))
+    return parts[0][0], parts[0][1], parts[1][1]
 
 
 def _prepare(task: Task, key: str) -> tuple[DictConfig, Any]:
