@@ -49,7 +49,7 @@ def test_a_bundle_installs_and_runs_to_its_report_without_a_network(tmp_path: Pa
     listed = sealed(bundle, ".venv/bin/python", "-m", "pip", "list", "--format=json", home=tmp_path)
     found = {row["name"].replace("-", "_").lower(): row["version"] for row in json.loads(listed.stdout)}
     assert {name.replace(".", "_").lower(): version for name, version in versions.items()}.items() <= found.items()
-    assert ("nvidia_nccl_cu12" in found) <= ("+cpu" not in found["torch"])
+    assert "+cpu" not in found["torch"] or not any(name.startswith(("nvidia", "triton")) for name in found)
 
     done = sealed(bundle, ".venv/bin/minitron", "run", "recipes/toy/width.yaml", home=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
