@@ -128,8 +128,10 @@ def _generated(
     """What the model answers to held-out questions by itself; a question with many answers is asked once."""
     from nemo_minitron.evaluation.answers import greedy_answers
 
-    by_question = {question(row): row for row in reversed(rows)}
-    chosen = [row for row in rows if by_question[question(row)] is row][: params.num_generated]
+    first_rows: dict[str, Row] = {}
+    for row in rows:
+        first_rows.setdefault(question(row), row)
+    chosen = list(first_rows.values())[: params.num_generated]
     if not chosen:
         return {}
     levels = LEVELS if params.vary_attribute is not None else (None,)

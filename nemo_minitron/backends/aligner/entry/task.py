@@ -35,7 +35,7 @@ def answer(work_dir: Path, function: Callable[[Task], Mapping[str, Any]], task: 
     except BaseException as error:
         if is_main():
             facts = {"type": type(error).__name__, "message": str(error)[:1000]}
-            _tell(json.dumps(facts), work_dir / ERROR_FILE)
+            _write_in_place(json.dumps(facts), work_dir / ERROR_FILE)
         traceback.print_exc()
         return 1
     if is_main():
@@ -43,7 +43,7 @@ def answer(work_dir: Path, function: Callable[[Task], Mapping[str, Any]], task: 
     return 0
 
 
-def _tell(text: str, file: Path) -> None:
+def _write_in_place(text: str, file: Path) -> None:
     """In the room that the runner has kept: a full disk has no other."""
     with file.open("r+b" if file.is_file() else "wb") as stream:
         stream.write(text.encode())
