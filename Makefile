@@ -19,10 +19,10 @@ TORCH_INDEX := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL),)
 QUIET_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 TEST_ENV := MINITRON_REQUIRE_ALIGNER=1 $(QUIET_ENV)
 
-.PHONY: aligner demo test test-all test-compat test-slurm test-faults check claims results bench format install clean help
+.PHONY: aligner demo test test-all test-compat test-slurm test-faults test-gpu check claims results bench format install clean help
 
 help:
-	@echo "make demo | aligner | test | test-all | test-compat | test-slurm | test-faults | check | claims | results | bench | format | clean"
+	@echo "make demo | aligner | test | test-all | test-compat | test-slurm | test-faults | test-gpu | check | claims | results | bench | format | clean"
 
 install: $(STAMP)
 
@@ -47,7 +47,7 @@ demo: $(STAMP)
 	else echo "To go on with SFT and preferences by NeMo-Aligner (about 10 minutes): make aligner demo"; fi
 
 test: aligner
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not slurm" $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not slurm and not gpu" $(ARGS)
 
 test-all: aligner
 	$(BIN)/minitron assets fetch
@@ -68,6 +68,11 @@ test-compat:
 # A Slurm of four nodes on this machine, started and stopped by the tests; its programs are Debian's, unpacked, not installed.
 test-slurm: $(STAMP)
 	$(TEST_ENV) MINITRON_REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm $(ARGS)
+
+# The same models and trainings on one CUDA GPU as on the CPU; with Transformer Engine's layers too, where it is installed.
+# In a container with its own torch, without make: pytest tests/gpu
+test-gpu: $(STAMP)
+	$(QUIET_ENV) MINITRON_REQUIRE_GPU=1 $(BIN)/python -m pytest tests/gpu $(ARGS)
 
 # Kills, full disks, damaged files, stops: the slow ones too.
 test-faults: aligner

@@ -31,6 +31,7 @@ from nemo_minitron.cli import load_recipe
 from nemo_minitron.config.schema import DistillStage, Parallel
 from nemo_minitron.distillation.flops import training_flops_per_token
 from nemo_minitron.families import ModelShape
+from nemo_minitron.plan.resources.memory import GIB, Work, memory_of
 from nemo_minitron.plan.shapes import model_shape
 
 ROUNDS = 5
@@ -60,12 +61,17 @@ def random_model(shape: ModelShape, session: Session, params: DistillStage) -> t
     return model
 
 
-def make_job(recipe_name: str, params: DistillStage, session: Session) -> Job:
-    """Teacher and student of a recipe, ready to train."""
+def shapes_of(recipe_name: str) -> tuple[ModelShape, ModelShape]:
+    """Of a recipe's student and teacher."""
     recipe = load_recipe(ROOT / f"recipes/{recipe_name}.yaml", [])
-    shapes = [model_shape(recipe, stage) for stage in ("distill", "teacher")]
-    assert shapes[0] is not None
-    assert shapes[1] is not None
+    student, teacher = (model_shape(recipe, stage) for stage in ("distill", "teacher"))
+    assert student is not None
+    assert teacher is not None
+    return student, teacher
+
+
+def make_job(shapes: tuple[ModelShape, ModelShape], params: DistillStage, session: Session) -> Job:
+    """Student and teacher, ready to train."""
     student, teacher = (random_model(shape, session, params) for shape in shapes)
     teacher.requires_grad_(False).eval()
     vocab_size, nothing = shapes[0].vocab_size, HeldOutBatches([], 0)
@@ -100,7 +106,7 @@ def measure(job: Job, *, with_optimizer: bool) -> dict[str, float]:
         "tokens_per_s": tokens_per_s,
         "matmul_tflops_per_s": rate / 1e12,
         "mfu_of_measured_matmul": tokens_per_s * job.flops_per_token / rate,
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if job.session.on_gpu else 0.0,
+        "measured_peak_gib": torch.cuda.max_memory_allocated() / 2**30 if job.session.on_gpu else 0.0,
     }
 
 
@@ -124,11 +130,15 @@ def main() -> None:
     if arguments.no_transformer_engine:
         without.start()
     with open_session(Parallel(**layout)) as session:
-        job = make_job(arguments.recipe, params, session)
-        found = measure(job, with_optimizer=not arguments.steps_without_optimizer)
+        shapes = shapes_of(arguments.recipe)
+        found = measure(make_job(shapes, params, session), with_optimizer=not arguments.steps_without_optimizer)
+        micro_batches = arguments.global_batch_size // arguments.dp
+        work = Work(
+            shapes[0], session.parallel, params.precision, params.seq_len_tokens, micro_batches, teacher=shapes[1]
+        )
         if session.is_main:
-            engine = layers.has_transformer_engine()
-            print(json.dumps({"recipe": arguments.recipe, **layout, "transformer_engine": engine, **found}, indent=2))
+            facts = {"recipe": arguments.recipe, **layout, "transformer_engine": layers.has_transformer_engine()}
+            print(json.dumps({**facts, **found, "planned_peak_gib": memory_of(work).peak / GIB}, indent=2))
 
 
 if __name__ == "__main__":

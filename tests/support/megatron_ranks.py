@@ -22,23 +22,30 @@ SILENT = Progress(silent=True)
 
 
 def logits_of(
-    models: list[tuple[Path, Path | None]], parallel: Parallel, tokens: list[list[int]]
+    models: list[tuple[Path, Path | None]],
+    parallel: Parallel,
+    tokens: list[list[int]],
+    device: str = "cpu",
+    precision: str = "fp32",
 ) -> list[NDArray | None]:
     """Of each (model, folder to save it to again): the whole logits on the last stage's first rank, else None."""
     from nemo_minitron.backends.megatron.session import open_session
 
-    with open_session(parallel, device="cpu", threads=1) as session:
-        return [_logits(model_dir, out_dir, session, torch.tensor(tokens)) for model_dir, out_dir in models]
+    with open_session(parallel, device=device, threads=1) as session:
+        ids = torch.tensor(tokens, device=session.device)
+        return [_logits(model_dir, out_dir, session, ids, precision) for model_dir, out_dir in models]
 
 
-def _logits(model_dir: Path, out_dir: Path | None, session: Session, tokens: torch.Tensor) -> NDArray | None:
+def _logits(
+    model_dir: Path, out_dir: Path | None, session: Session, tokens: torch.Tensor, precision: str
+) -> NDArray | None:
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     from nemo_minitron.backends.megatron.forward import evaluating, forward_batches
     from nemo_minitron.backends.megatron.weights import load_model, save_model
     from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter
 
-    model, shape = load_model(model_dir, session, precision="fp32", seq_len_tokens=tokens.shape[1])
+    model, shape = load_model(model_dir, session, precision=precision, seq_len_tokens=tokens.shape[1])
     collected = []
     with evaluating(model):
         forward_batches(model, [{"tokens": tokens}], session, lambda logits, _: collected.append(logits))
@@ -50,17 +57,17 @@ def _logits(model_dir: Path, out_dir: Path | None, session: Session, tokens: tor
     if not collected:
         return None
     whole = gather_from_tensor_model_parallel_region(collected[0])[..., : shape.vocab_size]
-    return whole.numpy() if session.tp_rank == 0 else None
+    return whole.float().cpu().numpy() if session.tp_rank == 0 else None
 
 
 def distill_losses(
-    params: DistillStage, parallel: Parallel, student: Path, teacher: Path, data: Path, work: Path
+    params: DistillStage, parallel: Parallel, student: Path, teacher: Path, data: Path, work: Path, device: str = "cpu"
 ) -> tuple[list[float], list[float]]:
     """(training losses, validation KLs) of a short distillation."""
     from nemo_minitron.backends.megatron import distill, training
     from nemo_minitron.backends.megatron.session import open_session
 
-    with open_session(parallel, device="cpu", threads=1) as session:
+    with open_session(parallel, device=device, threads=1) as session:
         job = distill.prepare(params, student, teacher, data, work, session)
         curves = training.run(job, work, SILENT)
     rows = curves.rows
@@ -71,7 +78,14 @@ def distill_losses(
 
 
 def distill_until(
-    params: DistillStage, parallel: Parallel, student: Path, teacher: Path, data: Path, work: Path, last_step: int
+    params: DistillStage,
+    parallel: Parallel,
+    student: Path,
+    teacher: Path,
+    data: Path,
+    work: Path,
+    last_step: int,
+    device: str = "cpu",
 ) -> list[float]:
     """Training losses of all steps so far, after going on from the work folder up to a step."""
     from dataclasses import replace
@@ -79,7 +93,7 @@ def distill_until(
     from nemo_minitron.backends.megatron import distill, training
     from nemo_minitron.backends.megatron.session import open_session
 
-    with open_session(parallel, device="cpu", threads=1) as session:
+    with open_session(parallel, device=device, threads=1) as session:
         job = replace(distill.prepare(params, student, teacher, data, work, session), num_steps=last_step)
         rows = training.run(job, work, SILENT).rows
     return [row["train_loss"] for row in rows if "train_loss" in row]
@@ -118,12 +132,17 @@ def rows_until(job: Job, work: Path, last_step: int) -> list[Row]:
 
 
 def scores_of(
-    models: dict[str, Path], data: Path, parallel: Parallel, work: Path, cases: dict[str, tuple[str, ScoreStage]]
+    models: dict[str, Path],
+    data: Path,
+    parallel: Parallel,
+    work: Path,
+    cases: dict[str, tuple[str, ScoreStage]],
+    device: str = "cpu",
 ) -> dict[tuple[str, str], dict[str, NDArray]]:
     """(model, case) -> every score; a case is a precision and the keys of a score stage."""
     from nemo_minitron.backends.megatron.session import open_session
 
-    with open_session(parallel, device="cpu", threads=1) as session:
+    with open_session(parallel, device=device, threads=1) as session:
         return {
             (model, case): _scores(folder, data, session, work, precision, params)
             for model, folder in models.items()

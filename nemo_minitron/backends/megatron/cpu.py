@@ -1,8 +1,8 @@
-"""What Megatron-Core needs to run on a machine without CUDA.
+"""What Megatron-Core needs to run on the CPU, with or without a GPU in the machine.
 
 Megatron-Core names the CUDA device in places that its public switches do not reach. While
-`cuda_means_cpu()` is active those places see the CPU instead. Nothing is patched where CUDA is
-there, and everything is restored on leaving.
+`cuda_means_cpu()` is active, in sessions on the CPU only, those places see the CPU instead.
+Everything is restored on leaving.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ CPU = torch.device("cpu")
 
 @contextmanager
 def cuda_means_cpu() -> Iterator[None]:
-    """Redirect Megatron's CUDA devices to the CPU for the duration; nothing happens where CUDA is there."""
-    if torch.cuda.is_available():
-        yield
-        return
+    """Redirect Megatron's CUDA devices to the CPU for the duration."""
     from megatron.core.tensor_parallel import random as megatron_random
 
     with ExitStack() as stack:
+        # Chooses layers, kernels and fusions, here and in Megatron.
+        stack.enter_context(patch.object(torch.cuda, "is_available", lambda: False))
+        _use_torch_optimizer(stack)
         # Used as `device=` for communication buffers.
         stack.enter_context(patch.object(torch.cuda, "current_device", lambda: CPU))
         # Called around pipeline sends and receives.
@@ -42,6 +42,24 @@ def cuda_means_cpu() -> Iterator[None]:
         stack.enter_context(patch.object(megatron_random, "_set_cuda_rng_state", lambda *_, **__: None))
         stack.enter_context(_CudaArgumentsToCpu())
         yield
+
+
+def _use_torch_optimizer(stack: ExitStack) -> None:
+    """Transformer Engine and Apex, where they are installed, bring kernels for CUDA's tensors alone."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.optimizer import optimizer as mixed_precision
+
+    stack.enter_context(patch.multiple(optimizer, Adam=torch.optim.AdamW, USING_PYTORCH_OPTIMIZER=True, create=True))
+    torch_kernels = {
+        "multi_tensor_applier": utils.local_multi_tensor_applier,
+        "l2_norm_impl": utils.local_multi_tensor_l2_norm,
+        "multi_tensor_scale_impl": utils.local_multi_tensor_scale,
+    }
+    for module in (clip_grads, mixed_precision):
+        for name, kernel in torch_kernels.items():
+            if hasattr(module, name):
+                stack.enter_context(patch.object(module, name, kernel))
 
 
 class _NoStream:

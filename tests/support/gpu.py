@@ -1,0 +1,50 @@
+"""For the tests on a GPU: which of the two kinds of layers a child process runs."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+from tests.support.distributed import run_ranks
+
+TORCH, ENGINE = "torch", "transformer_engine"
+LAYERS = [TORCH, *([ENGINE] if importlib.util.find_spec("transformer_engine_torch") else [])]
+
+
+def on_gpu(layers: str, function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args) in a process of its own, with these layers."""
+    return run_ranks(1, _with_layers, layers, function, *args)[0]
+
+
+def _with_layers(kind: str, function: Callable[..., Any], *args: Any) -> Any:
+    from nemo_minitron.backends.megatron import layers
+
+    if kind == ENGINE:
+        assert layers.has_transformer_engine(), "Transformer Engine is installed and cannot be used"
+        return function(*args)
+    with patch.object(layers, "has_transformer_engine", lambda: False):
+        return function(*args)
+
+
+def distill_peak_bytes(order: dict[str, Any]) -> dict[str, int]:
+    """What torch allocated at most in two steps after the first, and what is held between steps."""
+    from pathlib import Path
+
+    import torch
+
+    from nemo_minitron.backends.megatron import distill, training
+    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.config.schema import DistillStage, Parallel
+
+    params = DistillStage.model_validate(order["params"])
+    with open_session(Parallel(**order["parallel"]), device="cuda") as session:
+        folders = (Path(order[name]) for name in ("student", "teacher", "data"))
+        job = distill.prepare(params, *folders, Path(order["work"]), session)
+        training.train_step(job, 0)
+        fixed = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        for step in (1, 2):
+            training.train_step(job, step)
+        return {"peak": torch.cuda.max_memory_allocated(), "fixed": fixed}
