@@ -11,13 +11,18 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+PRELOADED = ["nemo_minitron.backends.megatron.distill", "nemo_minitron.backends.megatron.training", "transformers"]
+"""Importing torch and Megatron takes seconds: once for each test process, not for each rank."""
+
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """function(*args) on every rank, each its own process; returns the results in rank order.
 
-    The function must be importable; results must survive a pipe (tensors do).
+    The function must be importable; results must survive a pipe (tensors do). The processes are forked from one that
+    has the libraries imported and has done nothing else; its environment is that of this process's first call.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     port = _free_port()
     queue = context.SimpleQueue()
     processes = [
