@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nemo_minitron.config.schema import DistillStage, Parallel
 from tests.support.distributed import run_ranks
-from tests.support.megatron_ranks import distill_losses, distill_until
+from tests.support.megatron_ranks import distill_losses, distill_losses_beside_a_gpu, distill_until
 from tests.support.tiny_data import tiny_data_dir
 from tests.support.tiny_models import tiny_model_dir
 
@@ -69,6 +70,17 @@ def test_twenty_steps_have_the_losses_of_one_process(name: str, folders: dict[st
     assert len(found_train) == 20
     np.testing.assert_allclose(found_train, train, atol=1e-4)
     np.testing.assert_allclose(found_valid, valid, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu does this with a real one")
+def test_a_gpu_in_the_machine_changes_nothing_on_the_cpu(folders: dict[str, Path]) -> None:
+    layout = Parallel(micro_batch_size=4)
+    models = [folders[key] for key in ("student", "teacher", "data")]
+    work = folders["work"] / "beside"
+    work.mkdir()
+    assert run_ranks(1, distill_losses_beside_a_gpu, PARAMS, layout, *models, work)[0] == _losses(
+        "one", layout, **folders
+    )
 
 
 def test_documents_stay_apart_where_their_sequences_are_split(folders: dict[str, Path]) -> None:

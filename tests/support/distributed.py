@@ -19,10 +19,12 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     """function(*args) on every rank, each its own process; returns the results in rank order.
 
     The function must be importable; results must survive a pipe (tensors do). The processes are forked from one that
-    has the libraries imported and has done nothing else; its environment is that of this process's first call.
+    has the libraries imported and has done nothing else; its environment is that of this process's first call. Where
+    CUDA is there each starts anew: the imports may begin with CUDA, which no fork survives.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(PRELOADED)
     port = _free_port()
     queue = context.SimpleQueue()
     processes = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -97,6 +97,23 @@ def distill_until(
         job = replace(distill.prepare(params, student, teacher, data, work, session), num_steps=last_step)
         rows = training.run(job, work, SILENT).rows
     return [row["train_loss"] for row in rows if "train_loss" in row]
+
+
+def distill_losses_beside_a_gpu(*args: Any) -> tuple[list[float], list[float]]:
+    """distill_losses on the CPU of a machine with a GPU and Transformer Engine, as far as anyone can see.
+
+    This torch has no CUDA, so whoever reaches for it fails, and so does whoever takes the engine's layers.
+    """
+    import sys
+    from types import ModuleType
+    from unittest.mock import patch
+
+    engine = {name: ModuleType(name) for name in ("transformer_engine", "transformer_engine.pytorch")}
+    from nemo_minitron.backends.megatron import layers
+
+    with patch.object(torch.cuda, "is_available", lambda: True), patch.dict(sys.modules, engine):
+        assert layers.has_transformer_engine()
+        return distill_losses(*args)
 
 
 Row = dict[str, float]

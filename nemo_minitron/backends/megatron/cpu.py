@@ -18,17 +18,24 @@ from torch.overrides import TorchFunctionMode
 CPU = torch.device("cpu")
 
 
+def _cpu_device() -> Any:
+    return CPU
+
+
+def cuda_is_cpu() -> bool:
+    """Whether `cuda_means_cpu()` is active: a session on the CPU is open."""
+    return torch.cuda.current_device is _cpu_device
+
+
 @contextmanager
 def cuda_means_cpu() -> Iterator[None]:
     """Redirect Megatron's CUDA devices to the CPU for the duration."""
     from megatron.core.tensor_parallel import random as megatron_random
 
     with ExitStack() as stack:
-        # Chooses layers, kernels and fusions, here and in Megatron.
-        stack.enter_context(patch.object(torch.cuda, "is_available", lambda: False))
         _use_torch_optimizer(stack)
         # Used as `device=` for communication buffers.
-        stack.enter_context(patch.object(torch.cuda, "current_device", lambda: CPU))
+        stack.enter_context(patch.object(torch.cuda, "current_device", _cpu_device))
         # Called around pipeline sends and receives.
         stack.enter_context(patch.object(torch.cuda, "synchronize", lambda *_, **__: None))
         stack.enter_context(patch.object(torch.cuda, "current_stream", lambda *_, **__: _NoStream()))

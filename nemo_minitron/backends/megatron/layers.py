@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from nemo_minitron.backends.megatron.context import context_attention
+from nemo_minitron.backends.megatron.cpu import cuda_is_cpu
 from nemo_minitron.backends.megatron.versions import context_group
 from nemo_minitron.errors import EnvironmentProblem
 
@@ -90,8 +91,8 @@ class SdpaCoreAttention(nn.Module):
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine can be imported and has a GPU to run on."""
-    if not torch.cuda.is_available():
+    """Whether Transformer Engine can be imported and this session has a GPU for it to run on."""
+    if cuda_is_cpu() or not torch.cuda.is_available():
         return False
     try:
         import transformer_engine.pytorch  # noqa: F401
