@@ -40,11 +40,17 @@ def _curve(run: Path, stage: str) -> list[dict[str, Any]]:
     return [{key: row[key] for key in figures if key in row} for row in rows]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("whole")
+    process = _start(root)
+    told = output_of(process, 900)
+    assert process.returncode == 0, told
+    return root / "toy/aligned"
+
+
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])
-def test_sft_and_dpo_go_on_after_the_runner_has_gone(how: str, tmp_path: Path) -> None:
-    whole = _start(tmp_path / "whole")
-    told = output_of(whole, 900)
-    assert whole.returncode == 0, told
+def test_sft_and_dpo_go_on_after_the_runner_has_gone(how: str, undisturbed: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut/toy/aligned"
     for stage, step in (("sft", 25), ("dpo", 6)):
         process = _start(tmp_path / "cut")
@@ -57,14 +63,14 @@ def test_sft_and_dpo_go_on_after_the_runner_has_gone(how: str, tmp_path: Path) -
     told = output_of(last, 900)
     assert last.returncode == 0, told
     for stage in ("sft", "dpo"):
-        one, other = (_curve(run, stage) for run in (tmp_path / "whole/toy/aligned", cut))
+        one, other = (_curve(run, stage) for run in (undisturbed, cut))
         # A stop makes a validation of its own.
         trained, expected = ([row for row in rows if "train/loss" in row] for rows in (other, one))
         assert [row["step"] for row in trained] == [row["step"] for row in expected]
         for row, wanted in zip(trained, expected, strict=True):
             assert row == pytest.approx(wanted, rel=1e-6), stage
         weights, wanted_weights = (
-            load_file(run / stage / "model.safetensors") for run in (cut, tmp_path / "whole/toy/aligned")
+            load_file(run / stage / "model.safetensors") for run in (cut, undisturbed)
         )
         for name, wanted_tensor in wanted_weights.items():
             assert weights[name].float().numpy() == pytest.approx(wanted_tensor.float().numpy(), abs=1e-6), name
