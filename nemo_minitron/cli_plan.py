@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -101,28 +102,8 @@ def _print_resources(resources: dict[str, Any]) -> None:
     if not resources["stages"]:
         return
     assumed = resources["assumptions"]
-    table = Table(title=f"what it takes on {assumed['hardware']}")
-    columns = ("stage", "GiB of a process", "weights", "teacher", "grads", "Adam", "activations", "loss")
-    money = ("cost",) if assumed["price_per_gpu_hour"] is not None else ()
-    for column in (*columns, "tokens", "tokens/s", "hours", "GPU-hours", *money, "disk, GiB"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    for name, facts in resources["stages"].items():
-        memory = facts["memory"]
-        parts = ("weights", "teacher", "gradients", "optimizer", "activations", "loss")
-        style = "" if facts["fits"] else "red"
-        price = (f"{facts['cost']:,.0f}",) if money else ()
-        table.add_row(
-            name,
-            f"[{style}]{memory['peak_gib']:.2f}[/]" if style else f"{memory['peak_gib']:.2f}",
-            *(f"{memory[part + '_gib']:.2f}" for part in parts),
-            _short(facts["tokens"]),
-            _short(facts["tokens_per_s"] or 0),
-            f"{facts['hours']:.2f}",
-            f"{facts['gpu_hours']:,.1f}",
-            *price,
-            f"{facts['disk_gib']:.2f}",
-        )
-    console.print(table)
+    console.print(_memory_table(resources))
+    console.print(_time_table(resources))
     total = resources["totals"]
     cost = "" if total["cost"] is None else f", cost {total['cost']:,.0f}"
     console.print(
@@ -137,6 +118,54 @@ def _print_resources(resources: dict[str, Any]) -> None:
             console.print(
                 f"{'fits ' + stage if not number else ' ' * (5 + len(stage))}: {line['words']}", highlight=False
             )
+
+
+# Two tables, so that no figure is cut in 80 columns.
+def _memory_table(resources: dict[str, Any]) -> Table:
+    parts = {
+        "weights": "weights",
+        "teacher": "teacher",
+        "gradients": "grads",
+        "optimizer": "Adam",
+        "activations": "activa-\ntions",
+        "loss": "loss",
+    }
+    table = _table("GiB of a process", "peak", *parts.values())
+    for name, facts in resources["stages"].items():
+        memory = facts["memory"]
+        peak = f"{memory['peak_gib']:.2f}"
+        table.add_row(
+            name,
+            peak if facts["fits"] else f"[red]{peak}[/]",
+            *(f"{memory[part + '_gib']:.2f}" for part in parts),
+        )
+    return table
+
+
+def _time_table(resources: dict[str, Any]) -> Table:
+    assumed = resources["assumptions"]
+    money = ("cost",) if assumed["price_per_gpu_hour"] is not None else ()
+    columns = ("tokens", "tokens/s", "hours", "GPU-\nhours", *money, "disk,\nGiB")
+    table = _table(f"what it takes on {assumed['hardware']}", *columns)
+    for name, facts in resources["stages"].items():
+        table.add_row(
+            name,
+            _short(facts["tokens"]),
+            _short(facts["tokens_per_s"] or 0),
+            f"{facts['hours']:.2f}",
+            f"{facts['gpu_hours']:,.1f}",
+            *((f"{facts['cost']:,.0f}",) if money else ()),
+            f"{facts['disk_gib']:.2f}",
+        )
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("stage", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
 
 
 def _short(number: float) -> str:

@@ -97,10 +97,11 @@ def test_alignment_and_candidates_are_counted(tmp_path: Path) -> None:
 
 
 def test_plan_shows_it_and_gives_it_to_programs(tmp_path: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     code, output = minitron("plan", TOY, f"execution.run_root={tmp_path}")
     assert code == 0
     assert "what it takes on CPU" in output
+    assert "…" not in output[output.index("GiB of a process") :], "no figure is cut"
     assert "Assumed: 0.15 TFLOPS of each process, MFU 50%" in output
     facts = json.loads(minitron("plan", TOY, f"execution.run_root={tmp_path}", "--json")[1])["resources"]
     assert facts["stages"]["distill"]["memory"]["peak_gib"] > 0

@@ -85,8 +85,9 @@ class Run:
     def seconds_per_step(self) -> float:
         """Of its finished distillation; the first steps warm up."""
         rows = [json.loads(line) for line in (self.folder / "distill/curves.jsonl").read_text().splitlines()]
-        tokens_per_step = rows[-1]["tokens"] / rows[-1]["step"]
-        return tokens_per_step / statistics.median(row["tokens_per_s"] for row in rows if "tokens_per_s" in row)
+        trained = [row for row in rows if "tokens_per_s" in row]
+        tokens_per_step = trained[-1]["tokens"] / trained[-1]["step"]
+        return tokens_per_step / statistics.median(row["tokens_per_s"] for row in trained)
 
     def weights(self) -> bytes:
         return (self.folder / "distill/model.safetensors").read_bytes()
