@@ -15,7 +15,7 @@ SAME = (
     "data_used.json", "data.json", "cache.json", "metrics.json", "search.json", "train.jsonl", "valid.jsonl",
 )  # fmt: skip
 """Files that must be the same bit for bit: all that is computed, without times and folders."""
-TIMES = ("tokens_per_s", "mfu")
+TIMES = ("tokens_per_s", "mfu", "train/step_time", "val/validation_step_time")
 
 
 def copy_before(finished: Path, root: Path, stage: str, recipe: Path = TOY, name: str = "toy/width") -> Path:
