@@ -69,8 +69,6 @@ def test_sft_and_dpo_go_on_after_the_runner_has_gone(how: str, undisturbed: Path
         assert [row["step"] for row in trained] == [row["step"] for row in expected]
         for row, wanted in zip(trained, expected, strict=True):
             assert row == pytest.approx(wanted, rel=1e-6), stage
-        weights, wanted_weights = (
-            load_file(run / stage / "model.safetensors") for run in (cut, undisturbed)
-        )
+        weights, wanted_weights = (load_file(run / stage / "model.safetensors") for run in (cut, undisturbed))
         for name, wanted_tensor in wanted_weights.items():
             assert weights[name].float().numpy() == pytest.approx(wanted_tensor.float().numpy(), abs=1e-6), name
