@@ -18,7 +18,7 @@ from nemo_minitron.artifacts.manifest import sha256_of
 from tests.conftest import REPO, TOY
 from tests.support.processes import MARK
 
-NUM_KILLS, SEED, MAX_DELAY_S = 50, 11, 9.0
+NUM_KILLS, SEED = 50, 11
 STEPS = ("stages.distill.num_steps=24", "stages.distill.save_interval_steps=2", "stages.distill.warmup_steps=2")
 UNTIL = "export"
 SAME = ("model.safetensors", "scores.safetensors", "prune_plan.json", "data_used.json", "data.json", "metrics.json")
@@ -59,14 +59,17 @@ def _computed(root: Path) -> dict[str, str]:
 def test_fifty_random_kills_over_the_pipeline_change_no_bit(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, cut, generator = tmp_path / "whole", tmp_path / "cut", random.Random(SEED)
+    started_s = time.monotonic()
     subprocess.run(_command(whole), cwd=REPO, env=environment, check=True, capture_output=True, timeout=900)
+    # A busy machine needs longer to get anywhere.
+    max_delay_s = (time.monotonic() - started_s) / 4
     killed_in: list[str] = []
     for _ in range(NUM_KILLS):
         mark = uuid4().hex
         process = subprocess.Popen(
             _command(cut), cwd=REPO, env={**environment, MARK: mark}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
-        time.sleep(generator.uniform(1.0, MAX_DELAY_S))
+        time.sleep(generator.uniform(1.0, max_delay_s))
         if process.poll() is not None:
             assert process.returncode == 0, process.communicate()[1].decode()
             break
