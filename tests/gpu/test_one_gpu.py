@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_minitron.config.schema import DistillStage, Parallel, ScoreStage
+from nemo_minitron.config.schema import Parallel, ScoreStage
 from nemo_minitron.families import read_shape
 from nemo_minitron.plan.resources.memory import Work, memory_of
 from tests.conftest import REPO, TOY
@@ -21,6 +21,7 @@ from tests.support.distributed import run_ranks
 from tests.support.gpu import ENGINE, LAYERS, TORCH, distill_peak_bytes, on_gpu
 from tests.support.megatron_ranks import distill_losses, distill_until, logits_of, scores_of
 from tests.support.tiny_data import tiny_data_dir
+from tests.support.tiny_distill import TWENTY_STEPS, distill_folders
 from tests.support.tiny_models import FAMILY_CASES, load_transformers, tiny_model_dir
 
 pytestmark = [
@@ -30,31 +31,14 @@ pytestmark = [
     ),
 ]
 TOKENS = torch.randint(0, 400, (2, 64), generator=torch.Generator().manual_seed(1)).tolist()
-PARAMS = DistillStage(
-    kind="distill",
-    num_steps=20,
-    global_batch_size=4,
-    seq_len_tokens=32,
-    lr=2e-3,
-    warmup_steps=2,
-    precision="fp32",
-    valid_interval_steps=10,
-    valid_num_tokens=256,
-    save_interval_steps=100,
-)
+PARAMS = TWENTY_STEPS
 BF16 = PARAMS.model_copy(update={"precision": "bf16"})
 WHOLE = Parallel(micro_batch_size=4)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("gpu")
-    return {
-        "student": tiny_model_dir(root / "student", "llama_gqa_tied", intermediate_size=64, seed=1),
-        "teacher": tiny_model_dir(root / "teacher", "llama_gqa_tied"),
-        "data": tiny_data_dir(root / "data"),
-        "work": root,
-    }
+    return distill_folders(tmp_path_factory.mktemp("gpu"))
 
 
 def _work(folders: dict[str, Path], name: str) -> tuple[Path, Path, Path, Path]:

@@ -9,24 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_minitron.config.schema import DistillStage, Parallel
+from nemo_minitron.config.schema import Parallel
 from tests.support.distributed import run_ranks
 from tests.support.megatron_ranks import distill_losses, distill_losses_beside_a_gpu, distill_until
-from tests.support.tiny_data import tiny_data_dir
-from tests.support.tiny_models import tiny_model_dir
+from tests.support.tiny_distill import TWENTY_STEPS, distill_folders
 
-PARAMS = DistillStage(
-    kind="distill",
-    num_steps=20,
-    global_batch_size=4,
-    seq_len_tokens=32,
-    lr=2e-3,
-    warmup_steps=2,
-    precision="fp32",
-    valid_interval_steps=10,
-    valid_num_tokens=256,
-    save_interval_steps=100,
-)
+PARAMS = TWENTY_STEPS
 LAYOUTS = {
     "tp2": Parallel(tp=2, micro_batch_size=2),
     "tp2 with sequence parallel": Parallel(tp=2, micro_batch_size=2, sequence_parallel=True),
@@ -46,13 +34,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("distill")
-    return {
-        "student": tiny_model_dir(root / "student", "llama_gqa_tied", intermediate_size=64, seed=1),
-        "teacher": tiny_model_dir(root / "teacher", "llama_gqa_tied"),
-        "data": tiny_data_dir(root / "data"),
-        "work": root,
-    }
+    return distill_folders(tmp_path_factory.mktemp("distill"))
 
 
 @cache

@@ -15,8 +15,7 @@ from nemo_minitron.config.schema import CorrectStage, DistillStage, Parallel
 from nemo_minitron.errors import NumericsError
 from tests.support.distributed import run_ranks
 from tests.support.megatron_ranks import SILENT, Row, corrected_rows, rows_until
-from tests.support.tiny_data import tiny_data_dir
-from tests.support.tiny_models import tiny_model_dir
+from tests.support.tiny_distill import distill_folders
 
 SHARED = {
     "num_steps": 6,
@@ -48,13 +47,7 @@ Folders = dict[str, Path]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    root = tmp_path_factory.mktemp("correction")
-    return {
-        "student": tiny_model_dir(root / "student", "llama_gqa_tied", intermediate_size=64, seed=1),
-        "teacher": tiny_model_dir(root / "teacher", "llama_gqa_tied"),
-        "data": tiny_data_dir(root / "data"),
-        "work": root,
-    }
+    return distill_folders(tmp_path_factory.mktemp("correction"))
 
 
 @cache
