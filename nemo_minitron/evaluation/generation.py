@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from nemo_minitron.heap import keep_freed_memory
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -15,6 +17,8 @@ def load_for_inference(model_dir: Path, precision: str, device: str) -> Any:
     """The model as `transformers` loads it from its folder."""
     from transformers import AutoModelForCausalLM
 
+    if device == "cpu":
+        keep_freed_memory()
     model: Any = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=DTYPES[precision], local_files_only=True)
     return model.to(device).eval()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,20 @@ def test_every_layout_caches_the_same(layout: Layout, teacher: Border, cache: Pa
         assert one["topk_token_ids"] == other["topk_token_ids"]
         for key in ("topk_logits", "log_sum_exp_logits"):
             torch.testing.assert_close(torch.tensor(one[key]), torch.tensor(other[key]), atol=1e-4, rtol=0.0)
+
+
+def test_a_half_made_cache_is_made_whole(teacher: Border, cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(cache.parent, folder)
+    name, files = folder / cache.name, sorted(folder.glob("train_*.jsonl"))
+    kept, lost = files
+    wanted = lost.read_bytes()
+    lost.rename(lost.with_suffix(".partial"))  # as a kill leaves it
+    before_ns = kept.stat().st_mtime_ns
+    ask_teacher(teacher.nemo, folder / "rows.jsonl", name, folder / "work", top_k=TOP_K)
+    assert lost.read_bytes() == wanted
+    assert kept.stat().st_mtime_ns == before_ns
+    assert sorted(folder.glob("train_*")) == files
 
 
 def _plain_kl(student: Border, rows: list[dict[str, Any]]) -> float:

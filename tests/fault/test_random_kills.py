@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import signal
 import time
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
 from nemo_minitron.config.schema import DistillStage
+from tests.support.distributed import process_context
 from tests.support.training_child import distill_to_the_end
 
 NUM_STEPS, NUM_KILLS, SEED = 60, 20, 7
@@ -32,13 +32,6 @@ PARAMS = DistillStage(
 """As in recipes/toy/width.yaml, but longer and with more checkpoints."""
 
 
-def _context() -> ForkServerContext:
-    """Children start with the imports done: they take most of the time of a short run."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.training_child", "nemo_minitron.backends.megatron.distill"])
-    return context
-
-
 def _rows(curves: Path) -> list[dict[str, float]]:
     rows = []
     for line in curves.read_text().splitlines() if curves.is_file() else []:
@@ -49,7 +42,7 @@ def _rows(curves: Path) -> list[dict[str, float]]:
     return rows
 
 
-def _kill_after(child: ForkServerProcess, curves: Path, step: int, delay_s: float) -> bool:
+def _kill_after(child: BaseProcess, curves: Path, step: int, delay_s: float) -> bool:
     """SIGKILL some time after the step; whether it was still running."""
     while child.is_alive() and not any(row["step"] >= step for row in _rows(curves)):
         time.sleep(0.002)
@@ -61,13 +54,13 @@ def _kill_after(child: ForkServerProcess, curves: Path, step: int, delay_s: floa
 
 @pytest.mark.slow
 def test_twenty_random_kills_change_no_bit(toy_run: Path, tmp_path: Path) -> None:
-    run, context, generator = toy_run / "toy/width", _context(), random.Random(SEED)
+    run, context, generator = toy_run / "toy/width", process_context(), random.Random(SEED)
     folders = {"student": run / "prune", "teacher": run / "teacher", "data": run / "data"}
     works = {name: tmp_path / name for name in ("whole", "cut")}
     for work in works.values():
         work.mkdir()
 
-    def start(name: str) -> ForkServerProcess:
+    def start(name: str) -> BaseProcess:
         child = context.Process(target=distill_to_the_end, args=(PARAMS, folders, works[name]))
         child.start()
         return child

@@ -1,4 +1,4 @@
-"""Run a function on several processes that form one world, as torchrun would."""
+"""Run functions in processes of their own: several that form one world, as torchrun would, or any."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -15,16 +16,25 @@ PRELOADED = ["nemo_minitron.backends.megatron.distill", "nemo_minitron.backends.
 """Importing torch and Megatron takes seconds: once for each test process, not for each rank."""
 
 
+def process_context() -> BaseContext:
+    """Forks from one process that has the libraries imported and has done nothing else, with its environment.
+
+    Where CUDA is there each process starts anew: the imports may begin with CUDA, which no fork survives.
+    """
+    if torch.cuda.is_available():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """function(*args) on every rank, each its own process; returns the results in rank order.
 
-    The function must be importable; results must survive a pipe (tensors do). The processes are forked from one that
-    has the libraries imported and has done nothing else; its environment is that of this process's first call. Where
-    CUDA is there each starts anew: the imports may begin with CUDA, which no fork survives.
+    The function must be importable; results must survive a pipe (tensors do). The environment is that of this
+    process's first call.
     """
-    context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload(PRELOADED)
+    context = process_context()
     port = _free_port()
     queue = context.SimpleQueue()
     processes = [

@@ -151,6 +151,13 @@ def test_every_format_is_tried() -> None:
     assert {name for name, _, _ in ADAPTED} | {"chosen_answers", "rejected_answers"} == FORMATS.keys()
 
 
+@pytest.mark.parametrize(("which", "answer"), [("chosen", "3 + 3 = 6\n#### 6"), ("rejected", "6")])
+def test_one_answer_of_a_pair_of_any_format_is_a_conversation(which: str, answer: str) -> None:
+    row = {"question": "What is 3 + 3?", "answer": "3 + 3 = <<3+3=6>>6\n#### 6"}
+    found = FORMATS[f"{which}_answers"].adapt(row, {})
+    assert [message["content"] for message in found["messages"]] == ["What is 3 + 3?", answer]
+
+
 def test_what_was_written_is_read_again_unchanged() -> None:
     for name, row, expected in ADAPTED:
         again = "oasst" if "attributes" in expected else "messages" if "messages" in expected else "pairs"

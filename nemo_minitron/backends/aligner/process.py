@@ -14,6 +14,7 @@ from typing import IO, Any
 from nemo_minitron.backends.aligner.environment import ENTRY, aligner_python
 from nemo_minitron.disk import disk_problem
 from nemo_minitron.errors import EnvironmentProblem, Interrupted, ProcessesDied
+from nemo_minitron.heap import environment_of_children
 from nemo_minitron.interrupts import StopRequest
 from nemo_minitron.progress import Bar, Progress
 from nemo_minitron.stages.nodes import Nodes, start_everywhere
@@ -74,6 +75,7 @@ def run_task(
 
 def _environment(threads: int) -> dict[str, str]:
     return {
+        **environment_of_children(),
         "PYTHONPATH": "",  # what is set for this package is not for that environment
         "PYTHONHOME": "",
         "OMP_NUM_THREADS": str(threads),

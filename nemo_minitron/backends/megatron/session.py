@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from nemo_minitron.backends.megatron.cpu import cuda_means_cpu
 from nemo_minitron.config.schema import Parallel
 from nemo_minitron.errors import EnvironmentProblem, PlanError
+from nemo_minitron.heap import keep_freed_memory
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -77,8 +78,10 @@ def open_session(
         PlanError: the number of processes is not tp * pp * cp * dp.
     """
     chosen = _choose_device(device)
-    if chosen.type == "cpu" and threads:
-        torch.set_num_threads(threads)
+    if chosen.type == "cpu":
+        keep_freed_memory()
+        if threads:
+            torch.set_num_threads(threads)
     with ExitStack() as stack:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)

@@ -105,8 +105,8 @@ def _pairs(row: Fields, renames: Renames) -> Row:
 
 
 def _answer_of_pair(row: Fields, renames: Renames, *, which: str) -> Row:
-    """One answer of a pair as a conversation, for an attribute model to rate."""
-    found = (_hh if _is_hh(row) else _pairs)(row, renames)
+    """One answer of a pair, in any format of pairs, as a conversation for an attribute model to rate."""
+    found = FORMATS[detect(row, "pairs")].adapt(row, renames)
     return conversation([*found["prompt"], _assistant(found[which])], {})
 
 
