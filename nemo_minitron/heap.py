@@ -1,7 +1,7 @@
 """glibc's heap on a CPU: keep what tensors free, for the next ones.
 
 By default glibc maps every large tensor anew and gives it back when it is freed, so each step of a training pays for
-the kernel's zeroing of every page: a fifth to a third of its time with the logits of a large vocabulary.
+the kernel's zeroing of every page: a tenth to a third of its time with the logits of a large vocabulary.
 """
 
 from __future__ import annotations
