@@ -20,6 +20,7 @@ from tests.support.tiny_models import load_transformers, tiny_model_dir
 
 pytestmark = pytest.mark.slow
 
+NUM_ROWS = 24
 METHODS: dict[str, tuple[Method, dict[str, Any]]] = {
     "sft": ("sft", {}),
     **{kind: ("dpo", {"model.dpo.preference_loss": kind}) for kind in ("dpo", "ipo", "rpo_sq", "rpo_bwd_kl")},
@@ -48,11 +49,12 @@ def border(tmp_path_factory: pytest.TempPathFactory) -> Border:
 @pytest.mark.parametrize("name", METHODS)
 def test_the_loss_goes_down_and_the_model_comes_back(name: str, border: Border, tmp_path: Path) -> None:
     method, keys = METHODS[name]
-    write_rows(method, tmp_path / "rows.jsonl", ranking=name == "ranking")
-    work = tmp_path / "work"
-    config = training_config(method, border.nemo, tmp_path / "rows.jsonl", work, num_steps=12, keys=keys)
+    rows, work = tmp_path / "rows.jsonl", tmp_path / "work"
+    write_rows(method, rows, NUM_ROWS, ranking=name == "ranking")
+    # Batches of all rows: the first loss is the untouched model's (validations come after steps only) on the very
+    # rows of the last validation.
+    config = training_config(method, border.nemo, rows, work, num_steps=12, rows_per_batch=NUM_ROWS, keys=keys)
     found = train(method, config, border.nemo, work)
-    # The first figure is of the untouched model; validations come after steps only.
     assert losses(found, "val/loss")[-1] < losses(found)[0]
     if method == "reward_model":
         return

@@ -108,10 +108,11 @@ def training_config(
     *,
     num_steps: int,
     layout: Layout = Layout(),
+    rows_per_batch: int = 4,
     keys: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A small training on the CPU."""
-    key, sizes = TRAINER_KEYS[method], {"global_batch_size": 4, "micro_batch_size": 2}
+    key, sizes = TRAINER_KEYS[method], {"global_batch_size": rows_per_batch, "micro_batch_size": 2}
     fill: dict[str, Any] = {
         "trainer.num_nodes": 1,
         "trainer.devices": layout.tp * layout.pp * layout.dp,
