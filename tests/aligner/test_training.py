@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from torch.distributed.checkpoint import FileSystemReader, load
 
 from nemo_minitron.backends.aligner.config import Method
 from nemo_minitron.backends.aligner.process import run_task
@@ -56,13 +58,38 @@ def test_the_loss_goes_down_and_the_model_comes_back(name: str, border: Border, 
     config = training_config(method, border.nemo, rows, work, num_steps=12, rows_per_batch=NUM_ROWS, keys=keys)
     found = train(method, config, border.nemo, work)
     assert losses(found, "val/loss")[-1] < losses(found)[0]
+    exported = load_transformers(border.back(tmp_path / "hf", work / "trained"))
     if method == "reward_model":
+        expected = rewards_by_transformers(exported, work / "trained", rows, border.model)
+        torch.testing.assert_close(torch.tensor(ratings(border, rows, work)), expected, atol=1e-4, rtol=0.0)
         return
     tokens = torch.randint(0, 400, (2, 60), generator=torch.Generator().manual_seed(0))
-    exported = border.back(tmp_path / "hf", work / "trained")
     with torch.no_grad():
-        expected = load_transformers(exported)(tokens).logits
+        expected = exported(tokens).logits
     torch.testing.assert_close(border.logits(tokens, work / "trained"), expected, atol=1e-4, rtol=0.0)
+
+
+def ratings(border: Border, rows: Path, work: Path) -> list[list[float]]:
+    """What the reward model trained in `work` says of every row, by `annotate`."""
+    tokenizer = border.nemo.with_name("nemo.tokenizer")
+    paths = {"nemo": work / "trained", "tokenizer": tokenizer, "rows": rows, "out": work / "found.jsonl"}
+    task = {**{key: str(path) for key, path in paths.items()}, "batch_size": 5}
+    run_task("annotate", task, work / "annotation", work / "log.txt", *quiet())
+    return [json.loads(line) for line in (work / "found.jsonl").read_text().splitlines()]
+
+
+@torch.no_grad()
+def rewards_by_transformers(trunk: Any, nemo: Path, rows: Path, model_dir: Path) -> torch.Tensor:
+    """The head's numbers, [row, attribute], at the last token of each text, from transformers' hidden states."""
+    reader = FileSystemReader(nemo / "model_weights")
+    kept = reader.read_metadata().state_dict_metadata
+    head = {name: torch.empty(kept[name].size) for name in ("model.rm_head.weight", "model.rm_head.bias")}
+    load(head, storage_reader=reader, no_dist=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+    texts = [json.loads(line)["text"] for line in rows.read_text().splitlines()]
+    tokens = [torch.tensor([tokenizer(text, add_special_tokens=False).input_ids]) for text in texts]
+    last = torch.cat([trunk.model(row).last_hidden_state[:, -1] for row in tokens])
+    return last @ head["model.rm_head.weight"].T + head["model.rm_head.bias"]
 
 
 LAYOUTS = {"tp2": Layout(tp=2), "pp2": Layout(pp=2), "dp2": Layout(dp=2)}
@@ -132,11 +159,7 @@ def test_an_attribute_model_gives_numbers_to_every_row(border: Border, tmp_path:
     write_rows("reward_model", rows)
     config = training_config("reward_model", border.nemo, rows, work, num_steps=40)
     train("reward_model", config, border.nemo, work)
-    tokenizer = border.nemo.with_name("nemo.tokenizer")
-    paths = {"nemo": work / "trained", "tokenizer": tokenizer, "rows": rows, "out": work / "found.jsonl"}
-    task = {**{key: str(path) for key, path in paths.items()}, "batch_size": 5}
-    run_task("annotate", task, work / "annotation", work / "log.txt", *quiet())
-    helpfulness = [json.loads(line)[4] for line in (work / "found.jsonl").read_text().splitlines()]
+    helpfulness = [rating[4] for rating in ratings(border, rows, work)]
     right, wrong = helpfulness[1::2], helpfulness[::2]
     assert len(helpfulness) == 24
     assert min(right) > max(wrong)
