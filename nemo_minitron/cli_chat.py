@@ -88,6 +88,17 @@ def parse_attributes(text: str | None) -> dict[str, float]:
     return out
 
 
+def until(stop: str | None, text: str, *, last: bool) -> tuple[str, str]:
+    """(what can be shown, what waits because it may begin `stop`); behind a stop nothing is shown any more."""
+    if stop is None:
+        return text, ""
+    if stop in text:
+        return text[: text.index(stop)], stop
+    sizes = range(min(len(stop) - 1, len(text)), 0, -1)
+    kept = 0 if last else next((size for size in sizes if stop.startswith(text[-size:])), 0)
+    return text[: len(text) - kept], text[len(text) - kept :]
+
+
 class _Speaker:
     """A loaded model that streams its answers."""
 
@@ -95,6 +106,7 @@ class _Speaker:
         import torch
         import transformers
 
+        from nemo_minitron.data.chat.tokenizing import ChatTemplate
         from nemo_minitron.evaluation.generation import load_for_inference, load_tokenizer
 
         transformers.logging.set_verbosity_error()
@@ -106,8 +118,11 @@ class _Speaker:
                 where=str(folder),
                 next_step="Leave --attributes out, or chat with a model of a steerlm_sft stage.",
             )
+        self.stop = None
         if template is None:
             console.print("[yellow]no chat template: the text is continued as it stands[/yellow]")
+        else:
+            self.stop = ChatTemplate.bind(self.tokenizer, "model", whole_markers=False).spelled_stop()
         self.model: Any = load_for_inference(folder, "fp32", "cuda" if torch.cuda.is_available() else "cpu")
         self.attributes, self.max_new_tokens, self.temperature = attributes, max_new_tokens, temperature
 
@@ -116,16 +131,21 @@ class _Speaker:
         from transformers import TextStreamer
 
         pieces: list[str] = []
+        stop, waiting = self.stop, ""
 
         class Screen(TextStreamer):
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                pieces.append(text)
-                print(text, end="\n" if stream_end else "", flush=True)
+                nonlocal waiting
+                shown, waiting = until(stop, waiting + text, last=stream_end)
+                pieces.append(shown)
+                print(shown, end="\n" if stream_end else "", flush=True)
 
         ids = self._ids(messages)
         options: dict[str, Any] = {"do_sample": self.temperature > 0, "max_new_tokens": self.max_new_tokens}
         if self.temperature > 0:
             options["temperature"] = self.temperature
+        if stop is not None:
+            options |= {"stop_strings": [stop], "tokenizer": self.tokenizer}
         streamer = Screen(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
             self.model.generate(ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, **options)

@@ -58,9 +58,14 @@ def _log_probs(model: Any, batch: Sequences) -> list[float]:
 
 @torch.inference_mode()
 def greedy_answers(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, progress: Progress
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    progress: Progress,
+    spelled_stop: str | None = None,
 ) -> list[tuple[str, int]]:
-    """(text, its tokens) for each prompt, up to the end of the turn."""
+    """(text, its tokens) for each prompt, up to the end of the turn: an eos token, or the text `spelled_stop`."""
     from transformers import GenerationConfig
 
     ends = model.generation_config.eos_token_id
@@ -68,7 +73,11 @@ def greedy_answers(
     stops.add(tokenizer.eos_token_id)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops))
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(stops), pad_token_id=padding
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=sorted(stops),
+        pad_token_id=padding,
+        stop_strings=None if spelled_stop is None else [spelled_stop],
     )
     # Of like length: the padding of a batch is work for nothing.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -76,18 +85,31 @@ def greedy_answers(
     with progress.bar("answers", len(prompts), "answers") as bar:
         for start in range(0, len(order), PROMPTS_PER_BATCH):
             batch = order[start : start + PROMPTS_PER_BATCH]
-            for index, made in zip(batch, _continued(model, [prompts[i] for i in batch], config, padding), strict=True):
+            continued = _continued(model, tokenizer, [prompts[i] for i in batch], config)
+            for index, made in zip(batch, continued, strict=True):
                 end = next((place for place, token in enumerate(made) if token in stops), len(made))
-                found[index] = tokenizer.decode(made[:end], skip_special_tokens=True), end
+                found[index] = _before(spelled_stop, made[:end], tokenizer)
             bar.advance(len(batch))
     return [found[index] for index in range(len(prompts))]
 
 
-def _continued(model: Any, prompts: Sequence[list[int]], config: Any, padding: int) -> list[list[int]]:
+def _before(stop: str | None, tokens: list[int], tokenizer: Any) -> tuple[str, int]:
+    """(the text before `stop`, its tokens)."""
+    text: str = tokenizer.decode(tokens, skip_special_tokens=True)
+    if stop is None or stop not in text:
+        return text, len(tokens)
+    text, size = text[: text.index(stop)], len(tokens)
+    while len(tokenizer.decode(tokens[:size], skip_special_tokens=True)) > len(text):
+        size -= 1
+    return text, size
+
+
+def _continued(model: Any, tokenizer: Any, prompts: Sequence[list[int]], config: Any) -> list[list[int]]:
     """New tokens for each prompt, with padding behind the end of the shorter ones."""
-    longest = max(map(len, prompts))
+    longest, padding = max(map(len, prompts)), config.pad_token_id
     ids = torch.tensor([[padding] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
     seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     # The folder's own generation config may ask for sampling or for penalties.
-    made = model.generate(ids, attention_mask=seen, generation_config=config, use_model_defaults=False)
+    options = {"generation_config": config, "use_model_defaults": False, "tokenizer": tokenizer}
+    made = model.generate(ids, attention_mask=seen, **options)
     return made[:, longest:].tolist()

@@ -126,8 +126,6 @@ def _generated(
     ctx: StageContext,
 ) -> dict[str, Any]:
     """What the model answers to held-out questions by itself; a question with many answers is asked once."""
-    from nemo_minitron.evaluation.answers import greedy_answers
-
     first_rows: dict[str, Row] = {}
     for row in rows:
         first_rows.setdefault(question(row), row)
@@ -142,7 +140,7 @@ def _generated(
             if params.vary_attribute is not None and level is not None:
                 asked[params.vary_attribute] = level
             prompts.append(template.ids(template.prompt(row["messages"][:-1], asked or None)))
-    made = greedy_answers(model, template.tokenizer, prompts, params.max_new_tokens, ctx.progress)
+    made = _continued(params, prompts, template, model, ctx)
     for number, (text, tokens) in enumerate(made):
         row, level = chosen[number // len(levels)], levels[number % len(levels)]
         answers.append({"origin": row["origin"], "level": level, "answer": text, "tokens": tokens})
@@ -195,9 +193,18 @@ def _answers(
     params: EvaluateChatStage, questions: Sequence[str], template: ChatTemplate, model: Any, ctx: StageContext
 ) -> list[tuple[str, int]]:
     """What the model says to each question alone."""
-    from nemo_minitron.evaluation.answers import greedy_answers
-
     prompts = [
         template.ids(template.prompt([{"role": "user", "content": text}], _asked(params) or None)) for text in questions
     ]
-    return greedy_answers(model, template.tokenizer, prompts, params.max_new_tokens, ctx.progress) if prompts else []
+    return _continued(params, prompts, template, model, ctx)
+
+
+def _continued(
+    params: EvaluateChatStage, prompts: list[list[int]], template: ChatTemplate, model: Any, ctx: StageContext
+) -> list[tuple[str, int]]:
+    from nemo_minitron.evaluation.answers import greedy_answers
+
+    if not prompts:
+        return []
+    stop = template.spelled_stop()
+    return greedy_answers(model, template.tokenizer, prompts, params.max_new_tokens, ctx.progress, stop)

@@ -104,7 +104,7 @@ STAGES: dict[str, StageSpec] = {
         _spec("distill_offline", "distill_offline:distill_offline", starts_ranks=True, needs_aligner=True),
         _spec("train_attribute_model", "align:train_attribute_model", starts_ranks=True, needs_aligner=True),
         _spec("annotate", "annotate:annotate", one_gpu=True, needs_aligner=True),
-        _spec("evaluate_chat", "evaluate_chat:evaluate_chat", one_gpu=True),
+        _spec("evaluate_chat", "evaluate_chat:evaluate_chat", version=2, one_gpu=True),
         _spec("check_teacher", "check_teacher:check_teacher", distributed=True),
         _spec("score", "score:score", version=2, distributed=True),
         _spec("candidate", "candidate:candidate", distributed=True),

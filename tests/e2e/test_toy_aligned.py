@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from nemo_minitron.backends.aligner.environment import aligner_python
 from nemo_minitron.errors import EnvironmentProblem
 from tests.conftest import REPO, Cli
+from tests.support.aligner import finished
 
 RECIPE = REPO / "recipes/toy/aligned.yaml"
 
@@ -20,18 +20,7 @@ RECIPE = REPO / "recipes/toy/aligned.yaml"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run."""
-    from nemo_minitron.cli import load_recipe
-    from nemo_minitron.stages.runner import RunOptions, run_recipe
-
-    try:
-        aligner_python()
-    except EnvironmentProblem:
-        if os.environ.get("MINITRON_REQUIRE_ALIGNER"):
-            raise
-        pytest.skip("minitron env aligner has not been run")
-    root = tmp_path_factory.mktemp("aligned")
-    run_recipe(load_recipe(RECIPE, [f"execution.run_root={root}"]), RunOptions(), quiet=True)
-    return root / "toy/aligned"
+    return finished(RECIPE, tmp_path_factory.mktemp("aligned"))
 
 
 def test_both_trainings_learn(run: Path) -> None:
@@ -60,6 +49,7 @@ def test_preferences_are_measured_against_the_reference(run: Path) -> None:
     assert metrics["preferences"]["against_reference"]["accuracy"] > 0.9
     assert metrics["preferences"]["against_reference"]["pairs"] == 16
     assert {sample["prompt"] for sample in metrics["samples"]} == {"Spell moor.", "How many letters has hound?"}
+    assert not any("<|im_end|>" in sample["text"] for sample in metrics["samples"])  # spelled out by this tokenizer
 
 
 def test_the_report_has_a_chapter(run: Path) -> None:

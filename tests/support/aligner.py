@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_minitron.backends.aligner import convert
 from nemo_minitron.backends.aligner.config import TRAINER_KEYS, Method, complete_config
+from nemo_minitron.backends.aligner.environment import aligner_python
 from nemo_minitron.backends.aligner.process import run_task
+from nemo_minitron.cli import load_recipe
+from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.interrupts import StopRequest
 from nemo_minitron.progress import Progress
+from nemo_minitron.stages.runner import RunOptions, run_recipe
 
 
 @dataclass
@@ -58,6 +64,19 @@ class Border:
 
 def quiet() -> tuple[Progress, StopRequest]:
     return Progress(silent=True), StopRequest()
+
+
+def finished(recipe: Path, root: Path) -> Path:
+    """The folder of a run of the recipe, from beginning to end; skips where there is no NeMo-Aligner."""
+    try:
+        aligner_python()
+    except EnvironmentProblem:
+        if os.environ.get("MINITRON_REQUIRE_ALIGNER"):
+            raise
+        pytest.skip("minitron env aligner has not been run")
+    loaded = load_recipe(recipe, [f"execution.run_root={root}"])
+    run_recipe(loaded, RunOptions(), quiet=True)
+    return root / loaded.name
 
 
 def same_tensors(one: Path, other: Path) -> bool:

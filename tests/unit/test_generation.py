@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_minitron.cli_chat import until
 from nemo_minitron.evaluation.answers import greedy_answers
 from nemo_minitron.evaluation.generation import greedy_texts, load_for_inference, load_tokenizer
 from nemo_minitron.progress import Progress
@@ -54,6 +55,34 @@ def test_answers_of_a_batch_are_those_of_each_prompt_alone(model_dir: Path) -> N
         expected = _by_hand(model, prompt, 12)
         end = next((place for place, token in enumerate(expected) if token in stops), len(expected))
         assert (text, tokens) == (tokenizer.decode(expected[:end], skip_special_tokens=True), end)
+
+
+def test_a_turn_ends_at_a_text_too(model_dir: Path) -> None:
+    model, tokenizer = load_for_inference(model_dir, "fp32", "cpu"), load_tokenizer(model_dir)
+    prompts = [[7, 8, 9], [11, 300, 20, 21, 22]]
+    for prompt in prompts:
+        tokens = _by_hand(model, prompt, 12)
+        whole = tokenizer.decode(tokens)
+        stop = tokenizer.decode(tokens[4:7])  # several tokens of it
+        text, size = greedy_answers(model, tokenizer, [prompt], 12, Progress(silent=True), stop)[0]
+        assert text == whole[: whole.index(stop)]
+        assert tokenizer.decode(tokens[:size]) == text
+
+
+@pytest.mark.parametrize("pieces", [["4.<", "|im_", "end|>", ">>"], ["4.<|im_end|>>>"], ["4", ".<|im_end|", ">"]])
+def test_what_is_streamed_ends_before_the_stop(pieces: list[str]) -> None:
+    shown, waiting = "", ""
+    for number, piece in enumerate(pieces):
+        more, waiting = until("<|im_end|>", waiting + piece, last=number == len(pieces) - 1)
+        shown += more
+    assert shown == "4."
+
+
+def test_what_only_looks_like_a_stop_is_streamed() -> None:
+    assert until("<|im_end|>", "a <|im", last=False) == ("a ", "<|im")
+    assert until("<|im_end|>", "<|im here", last=False) == ("<|im here", "")
+    assert until("<|im_end|>", "1 <", last=True) == ("1 <", "")
+    assert until(None, "1 <", last=False) == ("1 <", "")
 
 
 def test_an_empty_prompt_starts_from_nothing(model_dir: Path) -> None:

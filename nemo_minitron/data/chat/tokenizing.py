@@ -92,6 +92,10 @@ class ChatTemplate:
         """Token ids; nothing is added to the text, which has all its special tokens."""
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
+    def spelled_stop(self) -> str | None:
+        """The end of a turn where the tokenizer has no single token for it, so that no token id ends an answer."""
+        return self.stop if self.stop is not None and len(self.ids(self.stop)) > 1 else None
+
     def require_boundary(self, prompt: str, answer: str) -> tuple[int, int]:
         """Tokens of prompt and answer.
 
