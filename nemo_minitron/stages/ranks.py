@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -41,9 +40,14 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
     nodes = Nodes.here()
     command = nodes.agent_command(sys.executable, call.parallel.world_size)
     command += ["-m", "nemo_minitron.stages.worker", str(work / CALL_FILE)]
+    environment = {
+        "OMP_NUM_THREADS": str(recipe.execution.threads or nodes.threads_of_each(call.parallel.world_size)),
+        # torchrun handles SIGTERM itself unless this says otherwise (versions before torch 2.9 do not read it).
+        "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT",
+    }
     log = root / "logs" / f"{call.name}.ranks.log"
     with log.open("w") as file, stop.deferred():
-        process = start_everywhere(command, _environment(), nodes, work, lambda words, own: _start(words, own, file))
+        process = start_everywhere(command, environment, nodes, work, lambda words, own: _start(words, own, file))
         code = _wait(process, call.kind, work, stop)
     if stop.asked_by() is not None and call.kind not in TRAINING_KINDS:
         raise Interrupted(f"Stopped in stage {call.name} as asked by {stop.asked_by()}; the same command goes on.")
@@ -57,14 +61,6 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
             next_step="Read the log; the same command goes on from the last checkpoint.",
         )
     return dict(json.loads((work / RESULT_FILE).read_text()))
-
-
-def _environment() -> dict[str, str]:
-    """torchrun handles SIGTERM itself unless this says otherwise (versions before torch 2.9 do not read it)."""
-    return {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT",
-    }
 
 
 def _start(command: list[str], environment: dict[str, str], log: Any) -> subprocess.Popen[bytes]:

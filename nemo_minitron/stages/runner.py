@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import time
 import warnings
@@ -31,6 +30,7 @@ from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, StageCall, make_plan
 from nemo_minitron.plan.sources import source_facts
 from nemo_minitron.progress import Progress
+from nemo_minitron.stages.nodes import Nodes
 from nemo_minitron.stages.ranks import STATUS_FILE, run_ranks
 from nemo_minitron.stages.spec import STAGES, StageContext
 from nemo_minitron.stages.work import open_work
@@ -253,7 +253,7 @@ def call_stage(kind: str, recipe: Recipe, inputs: Any, context: StageContext, ca
     from nemo_minitron.backends.megatron.session import open_session
 
     execution = recipe.execution
-    threads = execution.threads or max(1, (os.cpu_count() or 1) // call.parallel.world_size)
+    threads = execution.threads or Nodes.here().threads_of_each(call.parallel.world_size)
     with open_session(call.parallel, device=execution.device, threads=threads) as session:
         inside = StageContext(
             context.name,

@@ -163,3 +163,12 @@ def test_the_agent_of_several_nodes(tmp_path: Path) -> None:
         nodes.agent_command("python", 3)
     with pytest.raises(EnvironmentProblem, match="MINITRON_NODES = 2"):
         Nodes.here({"MINITRON_NODES": "2"})
+
+
+def test_threads_are_the_users_or_share_out_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    assert Nodes().threads_of_each(1, {}) == 16
+    assert Nodes().threads_of_each(8, {"OMP_NUM_THREADS": ""}) == 2
+    assert Nodes(count=2).threads_of_each(8, {}) == 4  # four of them on each node
+    assert Nodes().threads_of_each(64, {}) == 1
+    assert Nodes().threads_of_each(1, {"OMP_NUM_THREADS": "3"}) == 3

@@ -44,7 +44,7 @@ def run_task(
         name: of a task in entry/__main__.py.
         work_dir: orders and answers; what a training needs to go on.
         log: everything that the processes print.
-        threads: of each process; None: the cores divided by the processes.
+        threads: of each process; None: see `Nodes.threads_of_each`.
         stage_work: the stage's work folder, where other nodes of the job look for orders; None: `work_dir`.
 
     Raises:
@@ -63,7 +63,7 @@ def run_task(
     if num_processes > 1:
         command = nodes.agent_command(python, num_processes)
         command += [str(ENTRY / "__main__.py"), str(work_dir / TASK_FILE)]
-    environment = _environment(threads or max(1, (os.cpu_count() or 1) * nodes.count // num_processes))
+    environment = _environment(threads or nodes.threads_of_each(num_processes))
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file, stop.deferred():
         process = start_everywhere(

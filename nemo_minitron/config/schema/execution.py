@@ -43,7 +43,7 @@ class Execution(Schema):
     assets_dir: str = "assets"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: PositiveInt | None = None
-    """CPU threads of each process; None: cores divided by processes."""
+    """CPU threads of each process; None: OMP_NUM_THREADS where that is set, else cores divided by processes."""
     workers: PositiveInt | None = None
     """Processes for tokenization; None: all cores."""
     async_checkpoints: bool = True
