@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -95,23 +96,27 @@ def _start(command: list[str], environment: dict[str, str], log: IO[str]) -> sub
 
 
 def _wait(process: subprocess.Popen[bytes], name: str, work_dir: Path, progress: Progress, stop: StopRequest) -> int:
+    """The exit code; meanwhile a bar, from the first step on, and a request to stop is handed on."""
     bar: Bar | None = None
-    try:
-        while True:
-            try:
-                return process.wait(POLL_S)
-            except subprocess.TimeoutExpired:
-                pass
-            if stop.asked_by() is not None:
-                (work_dir / STOP_FILE).touch()
-            seen = _seen(work_dir)
-            if seen is not None:
-                bar = bar or Bar(name, int(seen["max_steps"]), "steps", progress, int(seen["step"]))
-                fields = {"loss": float(seen["loss"])} if "loss" in seen else {}
-                bar.advance(int(seen["step"]) - bar.done, **fields)
-    except BaseException:
-        _end(process)
-        raise
+    with ExitStack() as shown:
+        try:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL_S)
+                code = process.poll()  # before the last look at the progress
+                if stop.asked_by() is not None:
+                    (work_dir / STOP_FILE).touch()
+                seen = _seen(work_dir)
+                if seen is not None:
+                    step, last = int(seen["step"]), int(seen["max_steps"])
+                    bar = bar or shown.enter_context(progress.bar(name, last, "steps", done=step))
+                    fields = {"loss": float(seen["loss"])} if "loss" in seen else {}
+                    bar.advance(step - bar.done, **fields)
+                if code is not None:
+                    return code
+        except BaseException:
+            _end(process)
+            raise
 
 
 def _seen(work_dir: Path) -> dict[str, Any] | None:
