@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from nemo_minitron.artifacts.types import Artifact
 
 TRAINED = ("distill_offline", "sft", "steerlm_sft", "dpo", "train_attribute_model")
+QUESTIONS_BY_LEVEL = 3
 Rows = list[dict[str, Any]]
 
 
 def alignment_facts(stages: Sequence[Artifact]) -> dict[str, Any] | None:
-    """{trainings, curves, models, attributes, samples}; None where nothing was aligned or measured."""
+    """{trainings, curves, models, attributes, lengths, samples}; None where nothing was aligned or measured."""
     trained = [stage for stage in stages if stage.kind in TRAINED]
     measured = [stage for stage in stages if stage.kind == "evaluate_chat"]
     if not trained and not measured:
@@ -23,7 +25,8 @@ def alignment_facts(stages: Sequence[Artifact]) -> dict[str, Any] | None:
         "curves": {stage.stage: _curve(stage) for stage in trained},
         "models": [_model(stage.result) for stage in measured],
         "attributes": [row for stage in trained for row in _attributes(stage)],
-        "samples": _samples(measured),
+        "lengths": [row for stage in measured for row in _lengths(stage)],
+        "samples": [*_samples(measured), *(sample for stage in measured for sample in _by_level(stage))],
     }
 
 
@@ -81,6 +84,25 @@ def _samples(stages: Sequence[Artifact]) -> Rows:
     return [{"prompt": prompt, "texts": texts} for prompt, texts in by_prompt.items()]
 
 
+def _lengths(stage: Artifact) -> Rows:
+    """Mean tokens of answers by the level of an attribute that was asked for."""
+    found = stage.result.get("attribute")
+    return [{"label": stage.result["label"], **found}] if found else []
+
+
+def _by_level(stage: Artifact) -> Rows:
+    """Questions with the answers to every level of the attribute."""
+    found = stage.result.get("attribute")
+    if not found:
+        return []
+    rows = [json.loads(line) for line in (stage.path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    out: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if row.get("level") is not None and "prompt" in row:
+            out.setdefault(row["prompt"], {})[f"{found['name']} {row['level']}"] = row["answer"]
+    return [{"prompt": prompt, "texts": texts} for prompt, texts in islice(out.items(), QUESTIONS_BY_LEVEL)]
+
+
 def tables(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the pages show as tables: [{title, header, rows}]; every cell is text."""
     out = [_training_table(facts["trainings"])] if facts["trainings"] else []
@@ -88,6 +110,11 @@ def tables(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
         figures = list(dict.fromkeys(key for row in facts["models"] for key in row if key != "label"))
         cells = [[row["label"], *(_cell(row.get(figure)) for figure in figures)] for row in facts["models"]]
         out.append({"title": "On held-out rows", "header": ["model", *figures], "rows": cells})
+    for row in facts["lengths"]:
+        by_level = row["mean_tokens_by_level"]
+        header = [row["name"], *by_level]
+        cells = [[row["label"], *(f"{tokens:.1f}" for tokens in by_level.values())]]
+        out.append({"title": f"Tokens of an answer, by the {row['name']} asked for", "header": header, "rows": cells})
     if facts["attributes"]:
         header = ["attribute", "rows", "squared error", "of the mean", "explained", "correlation"]
         out.append({"title": "The attribute model beside people", "header": header, "rows": _attribute_rows(facts)})

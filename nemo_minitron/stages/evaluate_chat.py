@@ -143,7 +143,10 @@ def _generated(
     made = _continued(params, prompts, template, model, ctx)
     for number, (text, tokens) in enumerate(made):
         row, level = chosen[number // len(levels)], levels[number % len(levels)]
-        answers.append({"origin": row["origin"], "level": level, "answer": text, "tokens": tokens})
+        asked_text = row["messages"][-2]["content"]
+        answers.append(
+            {"origin": row["origin"], "prompt": asked_text, "level": level, "answer": text, "tokens": tokens}
+        )
     out: dict[str, Any] = {"mean_answer_tokens": sum(tokens for _, tokens in made) / len(made)}
     if params.vary_attribute is not None:
         sizes = [[tokens for _, tokens in made[i : i + len(levels)]] for i in range(0, len(made), len(levels))]
