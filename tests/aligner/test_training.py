@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from nemo_minitron.backends.aligner.config import Method
 from nemo_minitron.backends.aligner.process import run_task
 from tests.support.aligner import Border, Layout, curves, losses, quiet, train, training_config, write_rows
+from tests.support.processes import MARK, marked
 from tests.support.tiny_models import load_transformers, tiny_model_dir
 
 pytestmark = pytest.mark.slow
@@ -127,12 +129,13 @@ def test_a_killed_training_goes_on_with_the_same_losses(border: Border, tmp_path
             str(tmp_path / "rows.jsonl"),
             str(work),
         ],
+        env=os.environ | {MARK: str(work)},
         start_new_session=True,
     )
     _wait_for_step(work, 5, child)
-    child.send_signal(signal.SIGKILL)  # NeMo-Aligner's process follows by itself
+    child.send_signal(signal.SIGKILL)  # NeMo-Aligner's processes follow by themselves
     child.wait()
-    _wait_for_end(work)
+    _wait_for_end(str(work))
     found = train("sft", config(work), border.nemo, work)
     assert losses(found) == pytest.approx(losses(whole), rel=1e-6)
     assert losses(found, "val/loss")[-1] == pytest.approx(losses(whole, "val/loss")[-1], rel=1e-6)
@@ -147,10 +150,10 @@ def _wait_for_step(work: Path, step: int, child: subprocess.Popen[bytes]) -> Non
     raise AssertionError("the training ended before it could be killed")
 
 
-def _wait_for_end(work: Path) -> None:
+def _wait_for_end(mark: str) -> None:
     until = time.monotonic() + 60
-    while subprocess.run(["pgrep", "-f", str(work / "task.json")], capture_output=True, check=False).returncode == 0:
-        assert time.monotonic() < until, "NeMo-Aligner's process outlives its runner"
+    while left := list(marked(mark)):
+        assert time.monotonic() < until, f"these outlive their runner: {[found.cmdline() for found in left]}"
         time.sleep(0.2)
 
 

@@ -36,9 +36,14 @@ def start_run(root: Path, *overrides: str) -> subprocess.Popen[str]:
 
 def processes_of(process: subprocess.Popen[str]) -> Iterator[psutil.Process]:
     """All that carry the run's mark, orphans too."""
+    return marked(process.mark)  # type: ignore[attr-defined]
+
+
+def marked(mark: str) -> Iterator[psutil.Process]:
+    """All processes with this mark."""
     for found in psutil.process_iter():
         try:
-            if found.environ().get(MARK) == process.mark and found.status() != psutil.STATUS_ZOMBIE:  # type: ignore[attr-defined]
+            if found.environ().get(MARK) == mark and found.status() != psutil.STATUS_ZOMBIE:
                 yield found
         except psutil.Error:
             continue

@@ -117,6 +117,9 @@ def _wait(process: subprocess.Popen[bytes], name: str, work_dir: Path, progress:
         except BaseException:
             _end(process)
             raise
+        finally:
+            with suppress(ProcessLookupError):  # what a killed process leaves behind
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _seen(work_dir: Path) -> dict[str, Any] | None:

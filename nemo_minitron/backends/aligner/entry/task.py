@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 import traceback
@@ -56,7 +57,7 @@ def _end_with(runner: int) -> None:
         try:
             os.kill(runner, 0)
         except ProcessLookupError:
-            os._exit(1)
+            os.killpg(0, signal.SIGKILL)  # the whole group: a helper that a library has spawned would stay for ever
         time.sleep(WATCH_INTERVAL_S)
 
 
