@@ -138,7 +138,8 @@ def bench_step(root: Path) -> dict[str, float]:
     with open_session(parallel, device="cpu") as session:
         (root / "cache").mkdir()
         cache = CacheTeacherStage.model_validate({"kind": "cache_teacher", **cache_keys})
-        write_facts(root / "cache", write_cache(cache, teacher, data, root / "cache", session, silent))
+        facts = write_cache(cache, teacher, data, root / "cache", session, silent)
+        write_facts(root / "cache", facts)
         live = distill.prepare(live_keys, student, teacher, data, root / "live", session)
         cached = distill.prepare_cached(cached_keys, student, root / "cache", data, root / "cached", session)
         model, _ = load_model(teacher, session, precision="bf16", seq_len_tokens=256)
@@ -169,7 +170,7 @@ def bench_step(root: Path) -> dict[str, float]:
         "live_over_parts": times["live"] / parts,
         "live_over_cached": times["live"] / times["cached"],
         # Of random weights, whose draws hardly ever meet: text takes less.
-        "cache_bytes_per_token": written / (cache.num_samples * cache.seq_len_tokens),
+        "cache_bytes_per_token": written / ((facts.num_samples + facts.num_heldout) * facts.seq_len_tokens),
     }
 
 
