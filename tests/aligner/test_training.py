@@ -27,6 +27,7 @@ pytestmark = pytest.mark.slow
 NUM_ROWS = 24
 METHODS: dict[str, tuple[Method, dict[str, Any]]] = {
     "sft": ("sft", {}),
+    "attribute-conditioned sft": ("sft", {}),
     **{kind: ("dpo", {"model.dpo.preference_loss": kind}) for kind in ("dpo", "ipo", "rpo_sq", "rpo_bwd_kl")},
     "rpo_fwd_kl": ("dpo", {"model.dpo.preference_loss": "rpo_fwd_kl"}),
     "regression": ("reward_model", {}),
@@ -54,7 +55,7 @@ def border(tmp_path_factory: pytest.TempPathFactory) -> Border:
 def test_the_loss_goes_down_and_the_model_comes_back(name: str, border: Border, tmp_path: Path) -> None:
     method, keys = METHODS[name]
     rows, work = tmp_path / "rows.jsonl", tmp_path / "work"
-    write_rows(method, rows, NUM_ROWS, ranking=name == "ranking")
+    write_rows(method, rows, NUM_ROWS, ranking=name == "ranking", conditioned=name.startswith("attribute"))
     # Batches of all rows: the first loss is the untouched model's (validations come after steps only) on the very
     # rows of the last validation.
     config = training_config(method, border.nemo, rows, work, num_steps=12, rows_per_batch=NUM_ROWS, keys=keys)

@@ -92,11 +92,18 @@ class Layout:
     dp: int = 1
 
 
-def write_rows(method: Method, file: Path, num_rows: int = 24, *, ranking: bool = False) -> None:
+def write_rows(
+    method: Method, file: Path, num_rows: int = 24, *, ranking: bool = False, conditioned: bool = False
+) -> None:
     """Rows of a method, of sums."""
     rows: list[dict[str, Any]] = []
     for i in range(num_rows):
         asked, right, wrong = f"What is {i} and {i}?\n", f"It is {2 * i}.", f"No {i}"
+        if conditioned:
+            asked, right = (
+                f"{asked}Attributes: verbosity:{4 * (i % 2)}\n",
+                (right, f"{i} and {i} are {2 * i}. {right}")[i % 2],
+            )
         if method in ("sft", "topk_logits"):
             rows.append({"input": asked, "output": right})
         elif method == "dpo":
