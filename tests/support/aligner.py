@@ -100,10 +100,8 @@ def write_rows(
     for i in range(num_rows):
         asked, right, wrong = f"What is {i} and {i}?\n", f"It is {2 * i}.", f"No {i}"
         if conditioned:
-            asked, right = (
-                f"{asked}Attributes: verbosity:{4 * (i % 2)}\n",
-                (right, f"{i} and {i} are {2 * i}. {right}")[i % 2],
-            )
+            asked += f"Attributes: verbosity:{4 * (i % 2)}\n"
+            right = f"{i} and {i} are {2 * i}. {right}" if i % 2 else right
         if method in ("sft", "topk_logits"):
             rows.append({"input": asked, "output": right})
         elif method == "dpo":
