@@ -65,9 +65,9 @@ class Nodes:
     def threads_of_each(self, num_processes: int, environment: Mapping[str, str] = os.environ) -> int:
         """CPU threads for each of so many processes: OMP_NUM_THREADS, else a node's cores divided by its processes."""
         said = environment.get("OMP_NUM_THREADS", "")
-        return (
-            int(said) if said.isdigit() and int(said) else max(1, (os.cpu_count() or 1) * self.count // num_processes)
-        )
+        if said.isdigit() and int(said):
+            return int(said)
+        return max(1, (os.cpu_count() or 1) * self.count // num_processes)
 
     def agent_command(self, python: Path | str, num_processes: int) -> list[str]:
         """The program that starts this node's part of so many ranks, up to what they run; `{rank}`: of the node.

@@ -10,16 +10,15 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.backends.aligner.environment import aligner_python
 from nemo_minitron.backends.megatron import distill, training
 from nemo_minitron.backends.megatron.checkpoint import checkpoints, step_of
 from nemo_minitron.backends.megatron.session import open_session
 from nemo_minitron.cli import load_plan
 from nemo_minitron.config.schema import DistillStage
-from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.progress import Progress
 from nemo_minitron.stages.work import open_work
 from tests.conftest import REPO, TOY, Cli
+from tests.support.aligner import require_aligner
 from tests.support.disks import PAGE, SmallDisk, small_disk
 from tests.support.part_runs import computed, copy_before
 
@@ -174,12 +173,7 @@ def test_a_disk_that_is_full_under_several_processes(disk: SmallDisk, toy_run: P
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_a_disk_that_is_full_at_an_alignment(stage: str, disk: SmallDisk, toy_run: Path, minitron: Cli) -> None:
-    try:
-        aligner_python()
-    except EnvironmentProblem:
-        if os.environ.get("MINITRON_REQUIRE_ALIGNER"):
-            raise
-        pytest.skip("minitron env aligner has not been run")
+    require_aligner()
     run = copy_before(toy_run, disk.path, "export", ALIGNED, "toy/aligned")
     _require_same_when_full(ALIGNED, "toy/aligned", stage, run, disk, minitron)
 

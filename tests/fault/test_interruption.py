@@ -76,13 +76,13 @@ def test_a_second_runner_is_told_of_the_first(tmp_path: Path) -> None:
     try:
         _wait_for_step(tmp_path / "toy/width/.work/distill/curves.jsonl", 1, first)
         second = _start(tmp_path, "stages.distill.num_steps=50000")
-        _, output = second.communicate(timeout=180)
+        _, output = second.communicate(timeout=120)
         assert second.returncode == 2
         assert f"Another runner works on this run: process {first.pid}" in output
         assert "Traceback" not in output
     finally:
         first.send_signal(signal.SIGINT)
-        _, output = first.communicate(timeout=180)
+        _, output = first.communicate(timeout=60)
     assert first.returncode == 130
     assert "the same command goes on" in output
     assert "times text is worth less and less" in " ".join(output.split()), "the text is too little for so many steps"

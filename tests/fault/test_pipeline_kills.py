@@ -16,7 +16,7 @@ import pytest
 
 from nemo_minitron.artifacts.manifest import sha256_of
 from tests.conftest import REPO, TOY
-from tests.support.processes import MARK
+from tests.support.processes import MARK, marked
 
 NUM_KILLS, SEED = 50, 11
 STEPS = ("stages.distill.num_steps=24", "stages.distill.save_interval_steps=2", "stages.distill.warmup_steps=2")
@@ -32,13 +32,7 @@ def _command(root: Path) -> list[str]:
 
 def _kill_all(mark: str) -> None:
     """Every process of the run at once, as when a machine loses power."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == mark:
-                found.append(process)
-        except psutil.Error:
-            continue
+    found = list(marked(mark))
     for process in found:
         try:
             process.kill()

@@ -66,14 +66,19 @@ def quiet() -> tuple[Progress, StopRequest]:
     return Progress(silent=True), StopRequest()
 
 
-def finished(recipe: Path, root: Path) -> Path:
-    """The folder of a run of the recipe, from beginning to end; skips where there is no NeMo-Aligner."""
+def require_aligner() -> None:
+    """Skip where there is no NeMo-Aligner; `make test` makes its environment, and sets the variable that forbids it."""
     try:
         aligner_python()
     except EnvironmentProblem:
         if os.environ.get("MINITRON_REQUIRE_ALIGNER"):
             raise
         pytest.skip("minitron env aligner has not been run")
+
+
+def finished(recipe: Path, root: Path) -> Path:
+    """The folder of a run of the recipe, from beginning to end; skips where there is no NeMo-Aligner."""
+    require_aligner()
     loaded = load_recipe(recipe, [f"execution.run_root={root}"])
     run_recipe(loaded, RunOptions(), quiet=True)
     return root / loaded.name

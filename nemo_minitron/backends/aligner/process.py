@@ -132,11 +132,10 @@ def _seen(work_dir: Path) -> dict[str, Any] | None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask; who asks kills what is left."""
     os.killpg(process.pid, signal.SIGTERM)
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(SHUTDOWN_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _result(name: str, code: int, work_dir: Path, log: Path, stop: StopRequest) -> dict[str, Any]:
