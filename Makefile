@@ -51,7 +51,7 @@ test: aligner
 
 test-all: aligner
 	$(BIN)/minitron assets fetch
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	MINITRON_MANY_EXAMPLES=1 $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # The core tests with another Megatron-Core, by default the oldest supported one: make test-compat MCORE=0.12.2
 # Everything else is as `make test` has it. Without what that version's package asks for beside torch: nothing here uses it.
