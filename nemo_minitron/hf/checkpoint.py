@@ -5,53 +5,55 @@ Memory: reading holds one tensor (or the slice asked for); writing holds one sha
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.families import ModelShape, num_params, parameters, read_shape, tensor_shape
+from nemo_minitron.families import (
+    ModelShape,
+    explicit_config,
+    num_params,
+    parameters,
+    read_shape,
+    tensor_shape,
+)
+from nemo_minitron.hf.folder_hints import no_config
+from nemo_minitron.hf.json_file import read_json_object, write_json
+from nemo_minitron.hf.side_files import copy_side_files, side_files
+from nemo_minitron.hf.tensor_names import misnamed
+from nemo_minitron.hf.weight_files import BUFFERS, INDEX_FILE, SINGLE_FILE, StoredTensor, opened, stored_tensors
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+__all__ = [
+    "CONFIG_FILE",
+    "DTYPES",
+    "HEAD",
+    "INDEX_FILE",
+    "MAX_SHARD_BYTES",
+    "SINGLE_FILE",
+    "Checkpoint",
+    "CheckpointWriter",
+    "StoredTensor",
+    "copy_side_files",
+    "model_facts",
+    "read_config",
+    "require_tied_head",
+    "side_files",
+    "write_json",
+]
+
+CONFIG_FILE = "config.json"
 MAX_SHARD_BYTES = 5 * 10**9
-SIDE_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-"""What belongs to a model beside its weights."""
 HEAD = "lm_head.weight"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 """safetensors' word -> torch's."""
-_NOT_PARAMETERS = ("rotary_emb.inv_freq",)
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """What the header of a safetensors file says of one tensor."""
-
-    file: Path
-    dims: tuple[int, ...]
-    dtype: str
-    """In safetensors' words: F32, BF16."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Checkpoint:
 
     path: Path
     config: Mapping[str, Any]
+    """config.json as it was understood: see `explicit_config`."""
     shape: ModelShape
     tensors: Mapping[str, StoredTensor]
 
@@ -73,16 +76,16 @@ class Checkpoint:
             CheckpointError: missing or damaged files, unknown architecture, or tensors that are missing,
                 unexpected, of another shape, or not floating point.
         """
-        config = read_config(path)
-        shape = read_shape(config, where=str(path / "config.json"))
-        checkpoint = cls(path, config, shape, _stored_tensors(path))
+        found, where = read_config(path), str(path / CONFIG_FILE)
+        shape = read_shape(found, where=where)
+        checkpoint = cls(path, explicit_config(found, where=where), shape, stored_tensors(path))
         _require_names(checkpoint)
         _require_dims_and_dtypes(checkpoint)
         return checkpoint
 
     def read(self, name: str, part: tuple[slice, ...] | None = None) -> Tensor:
         """One tensor, or a slice of it; only the bytes of the slice are read."""
-        with _opened(self.tensors[name].file) as file:
+        with opened(self.tensors[name].file) as file:
             if part is None:
                 return file.get_tensor(name)
             return file.get_slice(name)[part]
@@ -109,7 +112,7 @@ class Checkpoint:
 
 def _require_names(checkpoint: Checkpoint) -> None:
     expected = {parameter.hf for parameter in parameters(checkpoint.shape)}
-    tolerated = {name for name in checkpoint.tensors if name.endswith(_NOT_PARAMETERS)}
+    tolerated = {name for name in checkpoint.tensors if name.endswith(BUFFERS)}
     if checkpoint.shape.tied_embeddings:
         tolerated.add(HEAD)
     missing = sorted(expected - checkpoint.tensors.keys())
@@ -120,7 +123,8 @@ def _require_names(checkpoint: Checkpoint) -> None:
             f"{len(extra)} unexpected (e.g. {', '.join((missing + extra)[:3])}).",
             where=str(checkpoint.path),
             allowed=f"exactly the {len(expected)} tensors that config.json implies",
-            next_step="Is the download complete, and is config.json of the same model?",
+            next_step=misnamed(checkpoint.tensors, expected)
+            or "Is the download complete, and is config.json of the same model?",
         )
 
 
@@ -131,7 +135,7 @@ def _require_dims_and_dtypes(checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"{parameter.hf} has shape {list(stored.dims)}; config.json asks for {list(dims)}.",
                 where=str(stored.file),
-                next_step="config.json and the weights are of different models.",
+                next_step="config.json and the weights are of different models, or the tensor is transposed.",
             )
         if stored.dtype not in DTYPES:
             raise CheckpointError(
@@ -171,87 +175,15 @@ def _row_blocks(num_rows: int) -> Iterator[tuple[slice]]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder.
+    """config.json of a checkpoint folder, as it stands there.
 
     Raises:
         CheckpointError: there is none, or it is not a JSON object.
     """
-    file = path / "config.json"
-    if not file.is_file():
-        raise CheckpointError(
-            "There is no config.json: not a Hugging Face model folder.",
-            where=str(path),
-            next_step="Give a folder with config.json and *.safetensors, a .gguf file, hf:ORG/NAME or asset:NAME.",
-        )
-    return _read_json_object(file)
-
-
-def _read_json_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(file, error) from error
-    if not isinstance(content, dict):
-        raise _damaged(file, "it is not a JSON object")
-    return content
-
-
-def _damaged(file: Path, why: object) -> CheckpointError:
-    return CheckpointError(
-        f"{file.name} is damaged or cut off: {why}",
-        where=str(file),
-        next_step="Download or copy the file again; compare its size with the source's.",
-    )
-
-
-def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a folder, from the headers of its safetensors files."""
-    single, index = path / SINGLE_FILE, path / INDEX_FILE
-    if single.is_file():
-        return _header(single)
-    if not index.is_file():
-        pickles = " Pickled weights (*.bin) are there, which are not read." if [*path.glob("*.bin")] else ""
-        raise CheckpointError(
-            f"There is neither {SINGLE_FILE} nor {INDEX_FILE}.{pickles}",
-            where=str(path),
-            next_step="Convert the weights to safetensors first: load the model with transformers where you trust "
-            "its files, and save_pretrained(FOLDER, safe_serialization=True).",
-        )
-    weight_map = _read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise _damaged(index, "it has no weight_map")
-    shards = {file: _header(_shard(path, str(file))) for file in sorted(set(map(str, weight_map.values())))}
-    for name, file in weight_map.items():
-        if name not in shards[str(file)]:
-            raise _damaged(path / str(file), f"{name} should be in it")
-    return {name: shards[str(file)][name] for name, file in weight_map.items()}
-
-
-def _shard(path: Path, file: str) -> Path:
-    shard = path / file
-    if Path(file).name != file or not shard.is_file():
-        raise CheckpointError(
-            f"Shard {file} is missing.", where=str(path), next_step="Complete the download of the model."
-        )
-    return shard
-
-
-def _header(file: Path) -> dict[str, StoredTensor]:
-    with _opened(file) as opened:
-        views = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        return {name: StoredTensor(file, tuple(v.get_shape()), str(v.get_dtype())) for name, v in views.items()}
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """An open safetensors file; what is wrong with it becomes a CheckpointError."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            yield opened
-    except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from error
+    file = path / CONFIG_FILE
+    if not (file.is_file() or file.is_symlink()):
+        raise no_config(path)
+    return read_json_object(file)
 
 
 class CheckpointWriter:
@@ -343,23 +275,6 @@ def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(file)) from error
     # safetensors makes its files private; let those read it who may read the folder.
     file.chmod(file.parent.stat().st_mode & 0o666)
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Indented, with sorted keys."""
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def side_files(model_dir: Path) -> Iterator[Path]:
-    """Tokenizer, chat template, generation config and licence files of a model folder."""
-    for pattern in SIDE_FILES:
-        yield from sorted(path for path in model_dir.glob(pattern) if path.is_file())
-
-
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy everything that belongs to a model beside its weights and config."""
-    for file in side_files(source):
-        shutil.copyfile(file, target / file.name)
 
 
 def model_facts(model_dir: Path) -> dict[str, Any]:

@@ -8,49 +8,107 @@ from __future__ import annotations
 
 import mmap
 import struct
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.hf.impostors import require_content
+
 _MAGIC = b"GGUF"
-_STRING, _ARRAY = 8, 9
+_BEFORE_GGUF = (b"lmgg", b"fmgg", b"tjgg", b"algg")
+"""First bytes of llama.cpp's formats of 2023: GGML, GGMF, GGJT and GGLA."""
+_VERSIONS = (2, 3)
+_STRING, _ARRAY, _UINT32 = 8, 9, 4
 _SIZES_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Value type -> size, for those of fixed size."""
 _MAX_DIMS = 4
+_ALIGNMENT_KEY, _ALIGNMENT = b"general.alignment", 32
+_CONVERT_AGAIN = "Convert the model again with a current llama.cpp, or import it from its Hugging Face folder."
 
 
-def require_sound_header(file: Path) -> None:
-    """Every count and length of the header stays within the file.
+@dataclass(frozen=True)
+class TensorInfo:
+    """What the header says of one tensor."""
+
+    name: str
+    num_values: int
+    kind: int
+    """GGML's number of its type."""
+    start: int
+    """Byte of the file at which its data begins."""
+
+
+def scan_header(file: Path) -> list[TensorInfo]:
+    """The tensors of a file whose header stays within the file.
 
     Raises:
-        ValueError: it does not, or this is no GGUF file.
+        ValueError: a count or length leads out of it, or a value cannot be.
+        CheckpointError: the file is of another format or version.
     """
+    require_content(file, may_be_empty=True)
     if file.stat().st_size == 0:
         raise ValueError("the file is empty")
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        _Walk(data).header()
+        _require_version(data[:8], file)
+        return _Walk(data).tensors()
+
+
+def _require_version(start: bytes, file: Path) -> None:
+    if start[:4] in _BEFORE_GGUF:
+        raise _other_version("The file is of a format that llama.cpp had before GGUF.", file)
+    if start[:4] != _MAGIC:
+        raise ValueError("it does not begin with GGUF")
+    if len(start) < 8:
+        raise ValueError("it ends after its first bytes")
+    little, big = struct.unpack("<I", start[4:])[0], struct.unpack(">I", start[4:])[0]
+    if little not in _VERSIONS and big in _VERSIONS:
+        raise CheckpointError(
+            "The GGUF file is big-endian.",
+            where=str(file),
+            allowed="little-endian files",
+            next_step=f"python -m gguf.scripts.gguf_convert_endian {file.name} little (it changes the file in place)",
+        )
+    if little == 1 or _VERSIONS[-1] < little < 100:
+        raise _other_version(f"The GGUF file has version {little}.", file)
+    if little not in _VERSIONS:
+        raise ValueError(f"version {little} is not 2 or 3")
+
+
+def _other_version(what: str, file: Path) -> CheckpointError:
+    return CheckpointError(what, where=str(file), allowed="GGUF versions 2 and 3", next_step=_CONVERT_AGAIN)
 
 
 class _Walk:
     """A position in the file, moved forward by each read."""
 
     def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 0
+        self.data, self.at, self.alignment = data, 8, _ALIGNMENT
 
-    def header(self) -> None:
-        if self.data[:4] != _MAGIC:
-            raise ValueError("it does not begin with GGUF")
-        self.at = 4
-        version, num_tensors, num_values = self.number("<I"), self.number("<Q"), self.number("<Q")
-        if version not in (2, 3):
-            raise ValueError(f"version {version} is not 2 or 3")
+    def tensors(self) -> list[TensorInfo]:
+        num_tensors, num_values = self.number("<Q"), self.number("<Q")
         for _ in range(num_values):
-            self.string()
-            self.value(self.number("<I"))
-        for _ in range(num_tensors):
-            self.string()
-            num_dims = self.number("<I")
-            if num_dims > _MAX_DIMS:
-                raise ValueError(f"a tensor has {num_dims} dimensions")
-            self.skip(8 * num_dims + 4 + 8)  # dimensions, type, offset
+            self.key_and_value()
+        found = [self.tensor() for _ in range(num_tensors)]
+        start = -(-self.at // self.alignment) * self.alignment
+        return [TensorInfo(info.name, info.num_values, info.kind, start + info.start) for info in found]
+
+    def key_and_value(self) -> None:
+        key, kind = self.string(), self.number("<I")
+        if key == _ALIGNMENT_KEY and kind == _UINT32:
+            self.alignment = self.number("<I")
+            if self.alignment == 0 or self.alignment & (self.alignment - 1):
+                raise ValueError(f"general.alignment = {self.alignment} is not a power of two")
+            return
+        self.value(kind)
+
+    def tensor(self) -> TensorInfo:
+        """The info of a tensor, with its start counted from the first byte of all data."""
+        name, num_dims = self.string(), self.number("<I")
+        if num_dims > _MAX_DIMS:
+            raise ValueError(f"a tensor has {num_dims} dimensions")
+        dims = [self.number("<Q") for _ in range(num_dims)]
+        return TensorInfo(name.decode("utf-8", "replace"), prod(dims), self.number("<I"), self.number("<Q"))
 
     def number(self, layout: str) -> int:
         start = self.at
@@ -62,8 +120,10 @@ class _Walk:
             raise ValueError(f"its header leads to byte {self.at + num_bytes:,} of {len(self.data):,}")
         self.at += num_bytes
 
-    def string(self) -> None:
-        self.skip(self.number("<Q"))
+    def string(self) -> bytes:
+        length = self.number("<Q")
+        self.skip(length)
+        return self.data[self.at - length : self.at]
 
     def value(self, kind: int) -> None:
         if kind == _STRING:

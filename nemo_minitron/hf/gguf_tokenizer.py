@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.hf.gguf_header import FROM_FOLDER
 
+_TEMPLATE = "tokenizer.chat_template"
 _CONTROL, _USER_DEFINED = 3, 4
 """Token types of GGUF: special tokens, and text that is never split."""
 
@@ -43,6 +45,8 @@ def save_tokenizer(fields: Mapping[str, Any], file: Path, out_dir: Path) -> None
     from transformers import PreTrainedTokenizerFast
 
     kind = fields.get("tokenizer.ggml.model")
+    if kind is None:
+        raise CheckpointError("The GGUF file has no tokenizer.", where=str(file), next_step=FROM_FOLDER)
     if kind not in _BUILDERS:
         raise CheckpointError(
             f"The GGUF file's tokenizer ({kind}) is not supported.", where=str(file), allowed=", ".join(_BUILDERS)
@@ -50,18 +54,28 @@ def save_tokenizer(fields: Mapping[str, Any], file: Path, out_dir: Path) -> None
     try:
         tokenizer, special = _BUILDERS[kind](fields, file), _special_tokens(fields)
         _add_special(tokenizer, fields, special.get("bos_token"))
-    except CheckpointError:
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            clean_up_tokenization_spaces=False,
+            model_max_length=fields.get(f"{fields['general.architecture']}.context_length"),
+            **special,
+        )
+        fast.chat_template = _chat_templates(fields)
+        fast.save_pretrained(out_dir)
+    except (CheckpointError, OSError):
         raise
     except Exception as error:  # tokenizers raises nothing more specific
         raise CheckpointError(f"The GGUF file's tokenizer is damaged: {error!r}", where=str(file)) from error
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        clean_up_tokenization_spaces=False,
-        model_max_length=fields.get(f"{fields['general.architecture']}.context_length"),
-        **special,
-    )
-    fast.chat_template = fields.get("tokenizer.chat_template")
-    fast.save_pretrained(out_dir)
+
+
+def _chat_templates(fields: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """The chat template, or name -> template where the file holds several."""
+    default = fields.get(_TEMPLATE)
+    others = fields.get("tokenizer.chat_templates") or []
+    named = {name: fields[f"{_TEMPLATE}.{name}"] for name in others if f"{_TEMPLATE}.{name}" in fields}
+    if not named:
+        return default
+    return {**named, **({} if default is None else {"default": default})}
 
 
 def _special_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
@@ -101,7 +115,7 @@ def _pre_tokenizer(rule: str, file: Path) -> Any:
             f"The tokenizer splits text by the rule {rule!r}, which is not known here.",
             where=str(file),
             allowed=", ".join([*_PATTERNS, *_GPT2]),
-            next_step="Import the model from its Hugging Face folder instead.",
+            next_step=FROM_FOLDER,
         )
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if rule == "smollm":

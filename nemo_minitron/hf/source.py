@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from nemo_minitron.errors import CheckpointError, EnvironmentProblem
+from nemo_minitron.hf.gguf_parts import split_part
 
 ASSET = "asset:"
 HUB = "hf:"
@@ -23,8 +24,11 @@ BUILT_IN = {
     "instructions": _CHATS / "instructions.jsonl",
 }
 """Assets that ship with the package; all others are fetched into the assets folder."""
-HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
-"""What is downloaded from the hub: never pickled weights, never code."""
+HUB_FILES = (
+    *("*.json", "*.safetensors", "*.model", "tokenizer.model.*", "*.tiktoken", "*.txt", "*.jinja"),
+    *("README.md", "LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "COPYING*", "USE_POLICY*"),
+)
+"""What is downloaded from the hub: never pickled weights, never code. `*` also matches the folders of a name."""
 
 
 def asset_path(name: str, assets_dir: Path) -> Path:
@@ -71,25 +75,44 @@ def resolve_model(source: str, assets_dir: Path, revision: str | None) -> Path:
         copy = hub_copy(name, revision, assets_dir)
         return copy if copy.is_dir() else _from_hub(name, revision)
     path = resolve_path(source, assets_dir)
-    if not path.exists() or (path.is_file() and path.suffix != ".gguf"):
-        problem = "is not a .gguf file" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {problem}.", where=f"source: {source}", allowed=ALLOWED)
-    if path.is_dir() and not (path / "config.json").is_file():
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist.", where=f"source: {source}", allowed=ALLOWED)
+    if path.is_file():
+        _require_gguf_name(path, source)
+    elif not (path / "config.json").is_file():
         return _only_gguf(path, source)
     return path
 
 
+def is_gguf(file: Path) -> bool:
+    """Whether a file is a GGUF file by its name, in any capitals."""
+    return file.suffix.lower() == ".gguf"
+
+
+def _require_gguf_name(file: Path, source: str) -> None:
+    if is_gguf(file):
+        return
+    inside = file.suffix in (".safetensors", ".json", ".bin")
+    raise CheckpointError(
+        f"{file} is not a .gguf file.",
+        where=f"source: {source}",
+        allowed=ALLOWED,
+        next_step=f"Give the folder of the model: {file.parent}." if inside else None,
+    )
+
+
 def _only_gguf(folder: Path, source: str) -> Path:
     """The one .gguf file of a folder; the folder itself when there is none."""
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) > 1:
+    files = sorted(file for file in folder.iterdir() if is_gguf(file))
+    models = [file for file in files if not (part := split_part(file.name)) or part[0] == 1]
+    if len(models) > 1:
         raise CheckpointError(
-            f"{folder} holds {len(files)} .gguf files.",
+            f"{folder} holds {len(models)} .gguf files.",
             where=f"source: {source}",
-            allowed=", ".join(file.name for file in files),
+            allowed=", ".join(file.name for file in models),
             next_step="Name one of them.",
         )
-    return files[0] if files else folder
+    return next(iter(models or files), folder)
 
 
 def _from_hub(name: str, revision: str | None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from nemo_minitron.config.schema import (
     Target,
     TrainStage,
 )
-from nemo_minitron.errors import CheckpointError
 from nemo_minitron.families import ModelShape, num_params, read_shape, target_shape
+from nemo_minitron.hf.json_file import read_json_object
 from nemo_minitron.hf.source import ASSET, HUB, asset_path, hub_copy
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.pruning.search import SEARCH_FILE, winner_of
@@ -79,10 +78,7 @@ def _given_shape(recipe: Recipe, stage: str) -> ModelShape | None:
     file = published or (outside / "config.json" if outside is not None else None)
     if file is None or not file.is_file():
         return None
-    try:
-        return read_shape(json.loads(file.read_text(encoding="utf-8")), where=str(file.parent))
-    except ValueError as error:
-        raise CheckpointError(f"config.json is not valid JSON: {error}", where=str(file.parent)) from error
+    return read_shape(read_json_object(file), where=str(file))
 
 
 def _folder_outside(recipe: Recipe, stage: str) -> Path | None:

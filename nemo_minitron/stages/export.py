@@ -13,18 +13,19 @@ from nemo_minitron.stages.spec import Result, StageContext
 def export(params: ExportStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Hugging Face folder with tokenizer, chat template, generation config and a model card.
 
-    Tensors pass through one by one. config.json spells out what a reader would otherwise have to infer: head_dim.
+    Tensors pass through one by one. config.json spells out what a reader would otherwise have to infer (head_dim),
+    in the words of transformers 4 and 5.
     """
     import torch
 
-    from nemo_minitron.families import explicit_config, parameters
+    from nemo_minitron.families import parameters
     from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files, model_facts
     from nemo_minitron.report.model_card import render_card
 
     model, teacher = inputs["model"], inputs["teacher"]
     source = Checkpoint.open(model.path)
     dtype = None if params.dtype == "keep" else getattr(torch, params.dtype)
-    writer = CheckpointWriter(ctx.out_dir, explicit_config(source.config), dtype=dtype)
+    writer = CheckpointWriter(ctx.out_dir, source.config, dtype=dtype)
     names = [parameter.hf for parameter in parameters(source.shape)]
     for name in ctx.progress.track(names, "export", len(names), "tensors"):
         writer.add(name, source.read(name))

@@ -6,24 +6,27 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.config.schema import ImportStage
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.stages.spec import Result, StageContext
 
+if TYPE_CHECKING:
+    from nemo_minitron.hf.checkpoint import Checkpoint
+
 
 def import_model(params: ImportStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Folder, hub name or GGUF file -> checked Hugging Face checkpoint in this run.
 
-    With `dtype: keep`, or when it is the stored one, the weights of a folder are copied bit for bit;
-    a GGUF file becomes fp32.
+    With `dtype: keep`, or when it is the stored one, the weights of a folder are copied bit for bit; a GGUF file
+    becomes fp32. config.json is written as it was understood, so that every later reader understands the same.
 
     Raises:
         CheckpointError: missing, damaged or unsupported, or not the architecture that the recipe expects.
     """
-    from nemo_minitron.hf.checkpoint import model_facts, read_config
+    from nemo_minitron.hf.checkpoint import CONFIG_FILE, model_facts, read_config
     from nemo_minitron.hf.license import read_license
     from nemo_minitron.hf.source import HUB, resolve_model
 
@@ -31,25 +34,28 @@ def import_model(params: ImportStage, inputs: Inputs, ctx: StageContext) -> Resu
     ctx.progress.say(f"import {source}")
     license_id = read_license(source) if source.is_dir() else None
     if source.is_dir():
-        require_architecture(read_config(source), params.architecture, params.source)
+        require_architecture(read_config(source), params.architecture, str(source / CONFIG_FILE))
         _copy_folder(source, ctx.out_dir, params.dtype, may_link=params.source.startswith(HUB))
     else:
         from nemo_minitron.hf.gguf import convert_gguf
 
         license_id = convert_gguf(source, ctx.out_dir, _torch_dtype(params.dtype))
-        require_architecture(read_config(ctx.out_dir), params.architecture, params.source)
+        require_architecture(read_config(ctx.out_dir), params.architecture, str(source))
     return {**model_facts(ctx.out_dir), "license": params.license or license_id, "source": params.source}
 
 
-def require_architecture(config: dict[str, Any], expected: dict[str, Any] | None, source: str) -> None:
+def require_architecture(config: dict[str, Any], expected: dict[str, Any] | None, where: str) -> None:
     """Every key that the recipe expects has that value in config.json, or as transformers fills it in.
+
+    Args:
+        where: the file that the config was read from.
 
     Raises:
         CheckpointError: naming each key that differs.
     """
     from nemo_minitron.families import explicit_config
 
-    found = explicit_config(config)
+    found = explicit_config(config, where=where)
     different = [
         f"{key} = {found.get(key)!r} (recipe: {value!r})"
         for key, value in (expected or {}).items()
@@ -58,12 +64,14 @@ def require_architecture(config: dict[str, Any], expected: dict[str, Any] | None
     if different:
         raise CheckpointError(
             f"Wrong architecture: {'; '.join(different)}.",
-            where=source,
+            where=where,
             next_step="Point source at the model that the recipe was written for, or correct `architecture`.",
         )
 
 
 def _equal(found: Any, expected: Any) -> bool:
+    if isinstance(expected, dict) and isinstance(found, dict):
+        return expected.keys() == found.keys() and all(_equal(found[key], value) for key, value in expected.items())
     if isinstance(expected, float) and isinstance(found, int | float):
         return abs(found - expected) <= 1e-6 * abs(expected)
     return json.dumps(found, sort_keys=True) == json.dumps(expected, sort_keys=True)
@@ -71,20 +79,30 @@ def _equal(found: Any, expected: Any) -> bool:
 
 def _copy_folder(source: Path, out_dir: Path, dtype: str, *, may_link: bool) -> None:
     from nemo_minitron.families import parameters
-    from nemo_minitron.hf.checkpoint import INDEX_FILE, Checkpoint, CheckpointWriter, copy_side_files
+    from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files, require_tied_head
 
     checkpoint = Checkpoint.open(source)
+    require_tied_head(checkpoint)
     copy_side_files(source, out_dir)
     if dtype == "keep" or checkpoint.dtypes == {dtype}:
-        for file in checkpoint.files:
-            (_link_or_copy if may_link else shutil.copyfile)(file, out_dir / file.name)
-        for name in ("config.json", *([INDEX_FILE] if len(checkpoint.files) > 1 else [])):
-            shutil.copyfile(source / name, out_dir / name)
+        _copy_weights(checkpoint, out_dir, may_link=may_link)
         return
     writer = CheckpointWriter(out_dir, checkpoint.config, dtype=_torch_dtype(dtype))
     for parameter in parameters(checkpoint.shape):
         writer.add(parameter.hf, checkpoint.read(parameter.hf))
     writer.close()
+
+
+def _copy_weights(checkpoint: Checkpoint, out_dir: Path, *, may_link: bool) -> None:
+    """The files of the weights as they are, beside a config.json in the words of transformers 4 and 5."""
+    from nemo_minitron.hf.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, write_json
+
+    for file in checkpoint.files:
+        (_link_or_copy if may_link else shutil.copyfile)(file, out_dir / file.name)
+    if [file.name for file in checkpoint.files] != [SINGLE_FILE]:
+        shutil.copyfile(checkpoint.path / INDEX_FILE, out_dir / INDEX_FILE)
+    stored = {"dtype": checkpoint.dtype, "torch_dtype": checkpoint.dtype}
+    write_json(out_dir / CONFIG_FILE, {**checkpoint.config, **stored})
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -27,19 +27,20 @@ def init(params: InitStage, inputs: Inputs, ctx: StageContext) -> Result:
         ConfigError: the tokenizer and the architecture have vocabularies of different sizes.
         CheckpointError: an architecture that is not supported.
     """
-    from nemo_minitron.hf.checkpoint import copy_side_files, model_facts, read_config
+    from nemo_minitron.families import explicit_config
+    from nemo_minitron.hf.checkpoint import CONFIG_FILE, copy_side_files, model_facts, read_config
 
     like = inputs.get("like")
     if like is not None:
-        config = read_config(like.path)
+        config, where = read_config(like.path), str(like.path / CONFIG_FILE)
         copy_side_files(like.path, ctx.out_dir)
     else:
         assert params.architecture is not None
         assert params.tokenizer is not None
-        config = _with_ends(params.architecture)
+        config, where = _with_ends(params.architecture), f"stages.{ctx.name}.architecture"
         _require_vocabulary(params, ctx.name)
         train_tokenizer(params.tokenizer, ctx)
-    _write_weights(params, config, ctx.out_dir)
+    _write_weights(params, explicit_config(config, where=where), ctx.out_dir)
     license_id = params.license or (like.result.get("license") if like is not None else None)
     return {**model_facts(ctx.out_dir), "license": license_id}
 
@@ -103,7 +104,7 @@ def _write_weights(params: InitStage, config: dict[str, Any], out_dir: Path) -> 
     from nemo_minitron.families import parameters, read_shape
     from nemo_minitron.hf.checkpoint import CheckpointWriter
 
-    shape = read_shape(config, where="architecture")
+    shape = read_shape(config)
     generator = torch.Generator().manual_seed(params.seed)
     writer = CheckpointWriter(out_dir, config, dtype=getattr(torch, params.dtype))
     for parameter in parameters(shape):

@@ -52,7 +52,11 @@ def test_an_imported_folder_is_bit_identical_and_holds_no_links(model_dir: Path,
     assert {file.name for file in out.iterdir()} == {file.name for file in model_dir.iterdir()}
     for file in out.iterdir():
         assert not file.is_symlink()
-        assert file.read_bytes() == (model_dir / file.name).read_bytes()
+        if file.name != "config.json":
+            assert file.read_bytes() == (model_dir / file.name).read_bytes()
+    # config.json is written as it was understood: nothing that it said is lost.
+    said, written = read_config(model_dir), read_config(out)
+    assert {key: written[key] for key in said} == said
 
 
 def test_import_of_a_symlinked_hub_snapshot_takes_the_files_not_the_links(model_dir: Path, tmp_path: Path) -> None:
@@ -259,5 +263,8 @@ def test_adoption_is_refused_for_other_weights_and_incomplete_folders(model_dir:
     with pytest.raises(CheckpointError, match="sha256 is"):
         _adopt(tmp_path, model_dir, sha256="0" * 64)
     shutil.rmtree(model_dir)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        _adopt(tmp_path, model_dir)
+    model_dir.mkdir()
     with pytest.raises(CheckpointError, match=r"There is no config.json"):
         _adopt(tmp_path, model_dir)

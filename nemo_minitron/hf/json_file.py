@@ -1,0 +1,43 @@
+"""JSON files of a model folder, with errors that name the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.hf.impostors import damaged, require_content
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file in UTF-8 or UTF-16, with or without a byte order mark.
+
+    Raises:
+        CheckpointError: unreadable, no JSON, no object, or a key that has two different values.
+    """
+    require_content(file)
+    try:
+        content = json.loads(file.read_bytes(), object_pairs_hook=_unique)
+    except (OSError, ValueError) as error:
+        raise damaged(file, error) from error
+    except RecursionError as error:
+        raise damaged(file, "it is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise damaged(file, "it is not a JSON object")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; JSON allows a key to come twice, and each reader takes another one."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            raise ValueError(f"key {key!r} is there twice: {found[key]!r} and {value!r}")
+        found[key] = value
+    return found
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Indented, with sorted keys."""
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

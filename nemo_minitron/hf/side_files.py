@@ -1,0 +1,46 @@
+"""What belongs to a model beside its weights and config.json: tokenizer, chat templates, generation config, licence."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from nemo_minitron.hf.impostors import require_content
+
+_TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json", "spiece.model", "spm.model")
+_SPECIAL = ("sentencepiece*.model", "special_tokens_map.json", "added_tokens.json")
+_LICENSES = ("license*", "licence*", "notice*", "copying*", "use_policy*")
+"""In any capitals; the other names are exact, as transformers has them."""
+SIDE_FILES = (*_TOKENIZER, *_SPECIAL, "chat_template*", "generation_config.json")
+"""What transformers 4 and 5 load from the folder itself."""
+TEMPLATES_DIR = "additional_chat_templates"
+"""transformers' folder of named chat templates beside the default one."""
+
+
+def side_files(model_dir: Path) -> Iterator[Path]:
+    """The side files of a model folder, sorted; those of a subfolder last."""
+    for path in sorted(model_dir.iterdir()):
+        # A broken link is no file, and must not be passed over in silence.
+        if (path.is_file() or path.is_symlink()) and _belongs(path.name) and not path.is_dir():
+            yield path
+    yield from sorted(path for path in (model_dir / TEMPLATES_DIR).glob("*.jinja") if path.is_file())
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy everything that belongs to a model beside its weights and config.
+
+    Raises:
+        CheckpointError: one is a broken link, a Git LFS pointer or a web page, or a JSON file that is empty.
+    """
+    for file in side_files(source):
+        require_content(file, may_be_empty=file.suffix != ".json")
+        copied = target / file.relative_to(source)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copied)
+
+
+def _belongs(name: str) -> bool:
+    exact = any(fnmatchcase(name, pattern) for pattern in SIDE_FILES)
+    return exact or any(fnmatchcase(name.lower(), pattern) for pattern in _LICENSES)

@@ -1,0 +1,122 @@
+"""The safetensors files of a model folder: which they are, and what their headers say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.hf.folder_hints import no_weights
+from nemo_minitron.hf.impostors import damaged, require_content
+from nemo_minitron.hf.json_file import read_json_object
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+BUFFERS = ("rotary_emb.inv_freq",)
+"""Ends of names that old exports store and no model needs."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What the header of a safetensors file says of one tensor."""
+
+    file: Path
+    dims: tuple[int, ...]
+    dtype: str
+    """In safetensors' words: F32, BF16."""
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a folder, from the headers of its safetensors files.
+
+    Raises:
+        CheckpointError: no such files, damaged ones, or an index that does not describe them.
+    """
+    single, index = path / SINGLE_FILE, path / INDEX_FILE
+    if single.is_symlink() or single.is_file():
+        require_content(single)
+        _refuse_second_weights(path)
+        return _header(single)
+    if not (index.is_symlink() or index.is_file()):
+        raise no_weights(path)
+    weight_map = _weight_map(index)
+    shards = {file: _header(_shard(path, file)) for file in sorted(set(weight_map.values()))}
+    for name, file in weight_map.items():
+        if name not in shards[file]:
+            raise damaged(path / file, f"{name} should be in it")
+    _refuse_unlisted(path, weight_map, shards)
+    return {name: shards[file][name] for name, file in weight_map.items()}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise damaged(index, "it has no weight_map")
+    return {name: str(file) for name, file in weight_map.items()}
+
+
+def _shard(path: Path, file: str) -> Path:
+    shard = path / file
+    if Path(file).name != file:
+        raise CheckpointError(
+            f"Shard {file} of {INDEX_FILE} is missing: only files of the folder itself are read.",
+            where=str(path),
+            next_step="Put the shards beside their index, without folders in its weight_map.",
+        )
+    if not shard.is_file() and not shard.is_symlink():
+        raise CheckpointError(
+            f"Shard {file} is missing.", where=str(path), next_step="Complete the download of the model."
+        )
+    require_content(shard)
+    return shard
+
+
+def _refuse_second_weights(path: Path) -> None:
+    """Beside model.safetensors there are no shards of an index and no adapter: either could be what is meant."""
+    index = path / INDEX_FILE
+    others: list[str] = []
+    if index.is_file():
+        named = set(_weight_map(index).values()) - {SINGLE_FILE}
+        others = sorted(file for file in named if (path / file).is_file())
+    if (path / "adapter_config.json").is_file():
+        others += sorted(file.name for file in path.glob("adapter_model.*"))
+    if others:
+        raise CheckpointError(
+            f"There is {SINGLE_FILE}, and also {', '.join(others[:3])}: it is not certain which weights are meant.",
+            where=str(path),
+            next_step="Move the ones that are not meant to another folder. An adapter is merged with its model first.",
+        )
+
+
+def _refuse_unlisted(path: Path, weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, Any]]) -> None:
+    """A tensor that a shard holds and the index does not list, or lists for another shard, would be lost in silence."""
+    for file, header in shards.items():
+        for name in sorted(header):
+            if weight_map.get(name) != file and not name.endswith(BUFFERS):
+                listed = f"lists it in {weight_map[name]}" if name in weight_map else "does not list it"
+                raise CheckpointError(
+                    f"{file} holds {name}; {INDEX_FILE} {listed}.",
+                    where=str(path),
+                    next_step="The index and the shards are of different versions: download both again.",
+                )
+
+
+def _header(file: Path) -> dict[str, StoredTensor]:
+    with opened(file) as stream:
+        views = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118
+        return {name: StoredTensor(file, tuple(v.get_shape()), str(v.get_dtype())) for name, v in views.items()}
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """An open safetensors file; what is wrong with it becomes a CheckpointError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt") as stream:
+            yield stream
+    except (SafetensorError, OSError) as error:
+        raise damaged(file, error) from error
