@@ -61,8 +61,9 @@ def convert_gguf(file: Path, out_dir: Path, dtype: Any) -> str | None:
 def _load_config(file: Path, header: Header) -> Any:
     from transformers import AutoConfig
 
+    extra = _left_out_by_transformers(header)
     with _reading(file):
-        return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, **_left_out_by_transformers(header))
+        return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, **extra)
 
 
 def _load_model(file: Path, config: Any) -> Any:

@@ -23,6 +23,7 @@ def tiny_gguf(
     leave_out: tuple[str, ...] = (),
     pre: str = "gpt-2",
     rope_factors: list[float] | None = None,
+    without: tuple[str, ...] = (),
     **fields: Any,
 ) -> Path:
     """The GGUF file of a folder.
@@ -31,15 +32,16 @@ def tiny_gguf(
         quantization: of the matrices; norms and biases stay fp32.
         leave_out: Hugging Face names of tensors that are not written.
         pre: tokenizer.ggml.pre.
-        fields: further keys, with `__` for a dot.
+        without: keys that are not written.
+        fields: further keys, or other values of keys, with `__` for a dot.
     """
     config = json.loads((model_dir / "config.json").read_text())
     writer = gguf.GGUFWriter(str(file), arch := _architecture(config))
     _sizes(writer, config)
     _tokenizer(writer, model_dir, pre)
-    for key, value in fields.items():
-        name = key.replace("__", ".")
-        writer.add_string(name, value) if isinstance(value, str) else writer.add_uint32(name, value)
+    for key in without:
+        del writer.kv_data[0][key]
+    _fields(writer, fields)
     _tensors(writer, model_dir, config, arch, quantization, leave_out)
     if rope_factors is not None:
         writer.add_tensor("rope_freqs.weight", np.array(rope_factors, dtype=np.float32))
@@ -53,6 +55,14 @@ def tiny_gguf(
 def _architecture(config: dict[str, Any]) -> str:
     # llama.cpp has no architecture of its own for Mistral.
     return "llama" if config["model_type"] == "mistral" else str(config["model_type"])
+
+
+def _fields(writer: gguf.GGUFWriter, fields: dict[str, Any]) -> None:
+    add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+    for key, value in fields.items():
+        name = key.replace("__", ".")
+        writer.kv_data[0].pop(name, None)
+        add[type(value)](name, value)
 
 
 def _sizes(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.config.schema import AdoptStage, Execution, ImportStage
 from nemo_minitron.errors import CheckpointError, EnvironmentProblem
 from nemo_minitron.families import num_params
-from nemo_minitron.hf.checkpoint import Checkpoint, read_config
+from nemo_minitron.hf.checkpoint import INDEX_FILE, Checkpoint, read_config
 from nemo_minitron.hf.source import HUB_FILES, NOT_FROM_HUB, resolve_model
 from nemo_minitron.progress import Progress
 from nemo_minitron.stages.adopt import adopt
@@ -67,6 +68,69 @@ def test_import_of_a_symlinked_hub_snapshot_takes_the_files_not_the_links(model_
     out, _ = _import(tmp_path, snapshot)
     assert not any(file.is_symlink() for file in out.iterdir())
     assert (out / "model.safetensors").read_bytes() == (model_dir / "model.safetensors").read_bytes()
+
+
+def _as_transformers_5_writes(folder: Path, **rope: Any) -> None:
+    config = {key: value for key, value in read_config(folder).items() if key not in ("rope_theta", "rope_scaling")}
+    config |= {
+        "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default", **rope},
+        "transformers_version": "5.8.1",
+    }
+    del config["head_dim"]
+    config["dtype"] = config.pop("torch_dtype", "float32")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
+def test_a_config_of_transformers_5_is_imported_in_words_that_transformers_4_reads_alike(
+    dtype: str, model_dir: Path, tmp_path: Path
+) -> None:
+    ids = torch.arange(3, 83)[None]
+    expected = load_transformers(model_dir)(ids).logits
+    _as_transformers_5_writes(model_dir)
+    assert (load_transformers(model_dir)(ids).logits - expected).abs().max() > 1, "transformers 4 reads another base"
+    out, _ = _import(tmp_path, model_dir, dtype=dtype, architecture={"rope_theta": 100000.0})
+    config = read_config(out)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100000.0
+    assert config["torch_dtype"] == config["dtype"] == ("float32" if dtype == "keep" else dtype)
+    if dtype == "keep":
+        assert torch.equal(load_transformers(out)(ids).logits, expected)
+        assert (out / "model.safetensors").read_bytes() == (model_dir / "model.safetensors").read_bytes()
+
+
+def test_an_only_shard_comes_with_its_index(model_dir: Path, tmp_path: Path) -> None:
+    name = "model-00001-of-00001.safetensors"
+    (model_dir / "model.safetensors").rename(model_dir / name)
+    names = dict.fromkeys(Checkpoint.open(tiny_model_dir(tmp_path / "again", "llama_gqa_tied")).tensors, name)
+    (model_dir / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    out, result = _import(tmp_path, model_dir)
+    assert result["num_params"] == num_params(Checkpoint.open(out).shape)
+
+
+def test_messages_name_the_folder_that_was_given_not_the_one_that_is_being_written(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model_dir / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors, model_dir / "model.safetensors", metadata={"format": "pt"})
+    for dtype in ("keep", "bfloat16"):
+        with pytest.raises(CheckpointError, match="ties the embeddings") as caught:
+            _import(tmp_path, model_dir, dtype=dtype)
+        assert caught.value.where == str(model_dir / "model.safetensors")
+    with pytest.raises(CheckpointError, match="Wrong architecture") as caught:
+        _import(tmp_path, model_dir, architecture={"hidden_size": 1})
+    assert caught.value.where == str(model_dir / "config.json")
+
+
+def test_named_chat_templates_reach_the_run(model_dir: Path, tmp_path: Path) -> None:
+    (model_dir / "additional_chat_templates").mkdir()
+    (model_dir / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    out, _ = _import(tmp_path, model_dir)
+    assert (out / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
+    adopted = _adopt(tmp_path, model_dir)["adopted_files"]
+    assert str(model_dir / "additional_chat_templates" / "tool_use.jinja") in adopted
 
 
 def test_import_converts_to_the_dtype_asked_for(model_dir: Path, tmp_path: Path) -> None:
@@ -142,8 +206,6 @@ def test_a_wrong_architecture_is_refused_with_every_key_that_differs(model_dir: 
 def test_an_expected_key_that_config_json_leaves_out_counts_with_transformers_default(
     model_dir: Path, tmp_path: Path
 ) -> None:
-    import json
-
     config = read_config(model_dir)
     for key in ("head_dim", "rms_norm_eps"):
         config.pop(key)
@@ -226,7 +288,13 @@ def test_no_pickles_and_no_second_copies_are_asked_of_the_hub(tmp_path: Path, mo
         "model-00001-of-00002.safetensors",
         "model.safetensors.index.json",
         "tokenizer.model",
+        "tokenizer.model.v3",
+        "qwen.tiktoken",
+        "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
         "LICENSE",
+        "LICENCE.md",
+        "USE_POLICY.md",
         "pytorch_model.bin",
         "consolidated.safetensors",
         "original/consolidated.00.pth",
@@ -235,7 +303,7 @@ def test_no_pickles_and_no_second_copies_are_asked_of_the_hub(tmp_path: Path, mo
         "model.pkl",
     ]
     taken = list(filter_repo_objects(repository, allow_patterns=HUB_FILES, ignore_patterns=NOT_FROM_HUB))
-    assert taken == repository[:5]
+    assert taken == repository[:11]
     assert asked["allow_patterns"] == list(HUB_FILES)
     assert asked["ignore_patterns"] == list(NOT_FROM_HUB)
 
@@ -257,6 +325,13 @@ def test_an_adopted_folder_stays_where_it_is(model_dir: Path, tmp_path: Path) ->
     assert result["adopted_path"] == str(model_dir)
     assert result["num_params"] == num_params(Checkpoint.open(model_dir).shape)
     assert list((tmp_path / "run" / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "hf:someone/model"])
+def test_adoption_of_what_is_no_folder_says_what_import_takes(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist") as caught:
+        _adopt(tmp_path, name)
+    assert "kind import" in (caught.value.next_step or "")
 
 
 def test_adoption_is_refused_for_other_weights_and_incomplete_folders(model_dir: Path, tmp_path: Path) -> None:
