@@ -23,7 +23,7 @@ def rope_config(header: Header) -> dict[str, Any]:
         CheckpointError: a scaling other than Llama 3.1's, or one that turns only a part of a Llama or Qwen head.
     """
     _refuse_scaling(header)
-    config = dict(_partial_rotary(header))
+    config: dict[str, Any] = dict(_partial_rotary(header))
     if header.rope_factors is not None and max(header.rope_factors, default=1.0) != 1.0:
         config["rope_scaling"] = _llama3_rope(header, header.rope_factors)
     return config
@@ -66,7 +66,8 @@ def _llama3_rope(header: Header, factors: tuple[float, ...]) -> dict[str, Any]:
         CheckpointError: no Llama 3.1 scaling gives these factors.
     """
     theta, factor = header.number("rope.freq_base") or DEFAULT_THETA, max(factors)
-    if not np.allclose(factors, llama3_factors(len(factors), theta, factor), rtol=1e-4):
+    sound = theta > 0.0 and np.isfinite(factors).all() and factor >= 1.0
+    if not sound or not np.allclose(factors, llama3_factors(len(factors), theta, factor), rtol=1e-4):
         raise CheckpointError(
             "The rope scaling factors are not Llama 3.1's.",
             where=f"{header.file}, tensor {ROPE_FACTORS}",

@@ -66,12 +66,20 @@ def _shard(path: Path, file: str) -> Path:
             where=str(path),
             next_step="Put the shards beside their index, without folders in its weight_map.",
         )
-    if not shard.is_file() and not shard.is_symlink():
+    if not _is_there(shard):
         raise CheckpointError(
             f"Shard {file} is missing.", where=str(path), next_step="Complete the download of the model."
         )
     require_content(shard)
     return shard
+
+
+def _is_there(file: Path) -> bool:
+    """Whether there is a file or a link of this name; a name that no file can have is not there."""
+    try:
+        return file.is_file() or file.is_symlink()
+    except (OSError, ValueError):
+        return False
 
 
 def _refuse_second_weights(path: Path) -> None:
@@ -80,7 +88,7 @@ def _refuse_second_weights(path: Path) -> None:
     others: list[str] = []
     if index.is_file():
         named = set(_weight_map(index).values()) - {SINGLE_FILE}
-        others = sorted(file for file in named if (path / file).is_file())
+        others = sorted(file for file in named if _is_there(path / file))
     if (path / "adapter_config.json").is_file():
         others += sorted(file.name for file in path.glob("adapter_model.*"))
     if others:
