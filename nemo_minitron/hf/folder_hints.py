@@ -89,7 +89,10 @@ def _other_formats(path: Path) -> tuple[str, str]:
             return f"{nothing} {found[0]} is in {whose} format.", _CONVERT
     if [file for file in _files(path) if file.suffix.lower() == ".gguf"]:
         return f"{nothing} There is a .gguf file.", "Give the .gguf file itself as the source."
-    return nothing, "Complete the download of the model: its weights are in *.safetensors files."
+    return nothing, (
+        "Complete the download. Of a model on the hub only *.safetensors files are fetched: if it has none, convert it, "
+        "or download its .gguf file and give that."
+    )
 
 
 def _without_config(path: Path) -> tuple[str, str]:
