@@ -90,8 +90,8 @@ def _other_formats(path: Path) -> tuple[str, str]:
     if [file for file in _files(path) if file.suffix.lower() == ".gguf"]:
         return f"{nothing} There is a .gguf file.", "Give the .gguf file itself as the source."
     return nothing, (
-        "Complete the download. Of a model on the hub only *.safetensors files are fetched: if it has none, convert it, "
-        "or download its .gguf file and give that."
+        "Complete the download. Of a model on the hub only *.safetensors files are fetched: if it has none, convert "
+        "it, or download its .gguf file and give that."
     )
 
 
