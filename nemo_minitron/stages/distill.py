@@ -77,7 +77,7 @@ def training_facts(job: Job, curves: Curves, model: Artifact, data: Artifact, st
 
 def require_one_tokenizer(inputs: Inputs, roles: tuple[str, ...]) -> None:
     """Raises DataError unless the models and the data have one tokenizer."""
-    from nemo_minitron.data.tokenization import tokenizer_fingerprint
+    from nemo_minitron.hf.tokenizer import tokenizer_fingerprint
 
     prints = {role: tokenizer_fingerprint(inputs[role].path) for role in roles}
     data = inputs.get("data")

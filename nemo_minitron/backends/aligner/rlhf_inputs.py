@@ -14,9 +14,9 @@ from nemo_minitron.config.schema.rlhf import Rlhf
 from nemo_minitron.data.chat.render import read_normalised
 from nemo_minitron.data.chat.rows import BadRow
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
-from nemo_minitron.data.tokenization import tokenizer_fingerprint
 from nemo_minitron.errors import ArtifactError, DataError
 from nemo_minitron.hf.checkpoint import Checkpoint
+from nemo_minitron.hf.tokenizer import tokenizer_fingerprint
 
 PARTS = ("train", "valid")
 

@@ -13,8 +13,8 @@ from jinja2 import TemplateError
 from nemo_minitron.config.schema import TemplateName
 from nemo_minitron.data.chat.rows import BadRow, Message
 from nemo_minitron.data.chat.templates import TEMPLATES
-from nemo_minitron.data.tokenization import load_fast_tokenizer
 from nemo_minitron.errors import DataError
+from nemo_minitron.hf.tokenizer import load_fast_tokenizer
 
 Attributes = Mapping[str, float]
 
