@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from nemo_minitron.data.readers import Text
 from nemo_minitron.errors import CheckpointError, DataError, EnvironmentProblem
-from nemo_minitron.hf.tokenizer import load_fast_tokenizer
+from nemo_minitron.hf.tokenizer import load_tokenizer
 
 BATCH_CHARS = 1 << 18
 """Text that goes to a process at a time."""
@@ -61,7 +61,7 @@ class DocumentTokenizer:
             CheckpointError: there is no readable tokenizer.
             DataError: its end-of-document token is beyond the model's vocabulary.
         """
-        tokenizer = load_fast_tokenizer(model_dir)
+        tokenizer = load_tokenizer(model_dir)
         backend = tokenizer.backend_tokenizer
         known = [backend.token_to_id(token) for token in EOD_TOKENS]
         eod_id = next((number for number in known if number is not None), tokenizer.eos_token_id)

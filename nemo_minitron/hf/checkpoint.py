@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.families import ModelShape, num_params, parameters, read_shape, tensor_shape
+from nemo_minitron.hf.tokenizer_files import repairs
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ SIDE_FILES = (
     "vocab.*",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",
@@ -356,10 +358,22 @@ def side_files(model_dir: Path) -> Iterator[Path]:
         yield from sorted(path for path in model_dir.glob(pattern) if path.is_file())
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy everything that belongs to a model beside its weights and config."""
+def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copy everything that belongs to a model beside its weights and config; returns what was repaired, in words.
+
+    Tokenizer files are repaired where versions of transformers would read them differently. Damaged ones are copied as
+    they are: whoever loads the tokenizer says what is wrong.
+    """
     for file in side_files(source):
-        shutil.copyfile(file, target / file.name)
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+    try:
+        found = repairs(source)
+    except CheckpointError:
+        return []
+    found.write(target)
+    return found.notes
 
 
 def model_facts(model_dir: Path) -> dict[str, Any]:

@@ -32,7 +32,9 @@ def import_model(params: ImportStage, inputs: Inputs, ctx: StageContext) -> Resu
     license_id = read_license(source) if source.is_dir() else None
     if source.is_dir():
         require_architecture(read_config(source), params.architecture, params.source)
-        _copy_folder(source, ctx.out_dir, params.dtype, may_link=params.source.startswith(HUB))
+        notes = _copy_folder(source, ctx.out_dir, params.dtype, may_link=params.source.startswith(HUB))
+        for note in notes:
+            ctx.progress.say(note)
     else:
         from nemo_minitron.hf.gguf import convert_gguf
 
@@ -69,22 +71,24 @@ def _equal(found: Any, expected: Any) -> bool:
     return json.dumps(found, sort_keys=True) == json.dumps(expected, sort_keys=True)
 
 
-def _copy_folder(source: Path, out_dir: Path, dtype: str, *, may_link: bool) -> None:
+def _copy_folder(source: Path, out_dir: Path, dtype: str, *, may_link: bool) -> list[str]:
+    """Returns what was repaired in the tokenizer's files, in words."""
     from nemo_minitron.families import parameters
     from nemo_minitron.hf.checkpoint import INDEX_FILE, Checkpoint, CheckpointWriter, copy_side_files
 
     checkpoint = Checkpoint.open(source)
-    copy_side_files(source, out_dir)
+    notes = copy_side_files(source, out_dir)
     if dtype == "keep" or checkpoint.dtypes == {dtype}:
         for file in checkpoint.files:
             (_link_or_copy if may_link else shutil.copyfile)(file, out_dir / file.name)
         for name in ("config.json", *([INDEX_FILE] if len(checkpoint.files) > 1 else [])):
             shutil.copyfile(source / name, out_dir / name)
-        return
+        return notes
     writer = CheckpointWriter(out_dir, checkpoint.config, dtype=_torch_dtype(dtype))
     for parameter in parameters(checkpoint.shape):
         writer.add(parameter.hf, checkpoint.read(parameter.hf))
     writer.close()
+    return notes
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -29,7 +29,7 @@ def tokenize(params: TokenizeStage, inputs: Inputs, ctx: StageContext) -> Result
     """
     from nemo_minitron.data.tokenization import DocumentTokenizer
     from nemo_minitron.hf.checkpoint import read_config, write_json
-    from nemo_minitron.hf.tokenizer import tokenizer_fingerprint
+    from nemo_minitron.hf.tokenizer_identity import tokenizer_fingerprint
 
     model_dir = inputs["tokenizer"].path
     tokenizer = DocumentTokenizer.load(model_dir, int(read_config(model_dir)["vocab_size"]))

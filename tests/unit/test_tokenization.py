@@ -20,7 +20,7 @@ from nemo_minitron.data.readers import Text, read_documents
 from nemo_minitron.data.tokenization import DocumentTokenizer, is_heldout, processes_for
 from nemo_minitron.errors import CheckpointError, DataError, EnvironmentProblem
 from nemo_minitron.hf.source import BUILT_IN
-from nemo_minitron.hf.tokenizer import tokenizer_fingerprint
+from nemo_minitron.hf.tokenizer_identity import tokenizer_fingerprint
 from nemo_minitron.progress import Progress
 from nemo_minitron.stages.spec import StageContext
 from nemo_minitron.stages.tokenize import tokenize

@@ -10,7 +10,7 @@ from typing import Any
 from nemo_minitron.backends.aligner.border import read_megatron_tensors, write_megatron_tensors
 from nemo_minitron.backends.aligner.model_config import nemo_model_config
 from nemo_minitron.backends.aligner.process import run_task
-from nemo_minitron.hf.checkpoint import Checkpoint, side_files
+from nemo_minitron.hf.checkpoint import Checkpoint, copy_side_files
 from nemo_minitron.interrupts import StopRequest
 from nemo_minitron.progress import Progress
 
@@ -75,8 +75,8 @@ def from_nemo(
 def _copy_tokenizer(model_dir: Path, out: Path) -> None:
     """For transformers 4, which NeMo is pinned to: transformers 5 writes class names that 4 does not know."""
     out.mkdir(parents=True, exist_ok=True)
-    for file in [*side_files(model_dir), model_dir / "config.json"]:
-        shutil.copyfile(file, out / file.name)
+    copy_side_files(model_dir, out)
+    shutil.copyfile(model_dir / "config.json", out / "config.json")
     settings = out / "tokenizer_config.json"
     if settings.is_file():
         content = json.loads(settings.read_text(encoding="utf-8"))

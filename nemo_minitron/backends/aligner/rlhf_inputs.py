@@ -16,7 +16,7 @@ from nemo_minitron.data.chat.rows import BadRow
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import ArtifactError, DataError
 from nemo_minitron.hf.checkpoint import Checkpoint
-from nemo_minitron.hf.tokenizer import tokenizer_fingerprint
+from nemo_minitron.hf.tokenizer_identity import tokenizer_fingerprint
 
 PARTS = ("train", "valid")
 
