@@ -37,7 +37,7 @@ def chat(
 
     folder = find_model(model)
     asked = parse_attributes(attributes)
-    day = parse_day(date, "--date") or datetime.now().date()
+    day = datetime.now().date() if date is None else parse_day(date, "--date")
     speaker = _Speaker(folder, asked, max_new_tokens, temperature, day)
     before = [{"role": "system", "content": system}] if system else []
     if once is not None:

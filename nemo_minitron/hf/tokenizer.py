@@ -38,7 +38,12 @@ def load_tokenizer(model_dir: Path) -> Any:
         )
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
-    _keep_prefix_only(tokenizer)
+    try:
+        _keep_prefix_only(tokenizer)
+    except (MinitronError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # it loads, but cannot tokenize
+        raise _unreadable(model_dir, error) from error
     tokenizer.name_or_path = str(model_dir)
     return tokenizer
 

@@ -136,10 +136,14 @@ def _repair_config(folder: Path, content: dict[str, Any], out: Repairs) -> None:
     found = read_object(file) if file.is_file() else {}
     config = dict(found)
     name = config.get("tokenizer_class")
-    if "backend" in config or isinstance(config.get("extra_special_tokens"), list) or not is_known_class(name):
+    version_5 = "backend" in config or isinstance(config.get("extra_special_tokens"), list)
+    if version_5 or not is_known_class(name) or _needs_conversion(folder, config):
         config["tokenizer_class"] = PLAIN_CLASS
     for key in ("backend", "is_local", "auto_map"):
         config.pop(key, None)
+    length = config.get("model_max_length")
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int | float)):
+        del config["model_max_length"]  # a warning about long texts compares it with a number
     if isinstance(config.get("extra_special_tokens"), list):
         special = [*_listed(config.get("additional_special_tokens")), *config.pop("extra_special_tokens")]
         # A token twice would be added twice.
@@ -150,6 +154,12 @@ def _repair_config(folder: Path, content: dict[str, Any], out: Repairs) -> None:
         out.files[CONFIG_FILE] = _text(config)
     if found and config != found:
         out.notes.append(f"{CONFIG_FILE} is rewritten so that transformers 4 and 5 both read it ({name})")
+
+
+def _needs_conversion(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether Llama's class would convert a tokenizer.model that is not there, because of this key."""
+    llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
+    return llama and config.get("add_prefix_space") is not None and not (folder / "tokenizer.model").is_file()
 
 
 def is_known_class(name: Any) -> bool:

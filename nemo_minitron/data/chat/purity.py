@@ -52,14 +52,12 @@ def clock(day: date) -> Callable[[str], str]:
     return strftime_now
 
 
-def parse_day(text: str | None, option: str) -> date | None:
+def parse_day(text: str, option: str) -> date:
     """The day of a command line's `YYYY-MM-DD`.
 
     Raises:
         ConfigError: it is something else.
     """
-    if text is None:
-        return None
     try:
         return date.fromisoformat(text)
     except ValueError as error:
