@@ -134,6 +134,18 @@ def test_every_spelling_gives_the_same_ids_here_and_in_what_is_written(tmp_path:
     assert isinstance(config.get("extra_special_tokens", {}), dict), "version 4 reads a dict, version 5 too"
 
 
+def test_a_vocabulary_with_merges_is_enough(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": 512}))
+    model = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "".join(f"{' '.join(merge)}\n" for merge in model["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}")
+    text = "The quick brown fox"
+    assert load_tokenizer(folder)(text).input_ids == tiny_tokenizer()(text).input_ids
+
+
 def test_what_needs_no_repair_is_copied_byte_for_byte(tmp_path: Path) -> None:
     folder, out = saved(tmp_path / "model"), tmp_path / "out"
     out.mkdir()
@@ -276,6 +288,14 @@ def test_markers_beyond_the_embeddings_are_refused_when_the_template_is_bound(tm
     edit(folder / "config.json", vocab_size=300)
     with pytest.raises(DataError, match=r"Token '.*' has id \d+, beyond the model's vocabulary of 300"):
         sft_rows(CHAT, ChatTemplate.load(folder, "model"))
+
+
+def test_chat_refuses_ids_beyond_the_embeddings(tmp_path: Path) -> None:
+    from nemo_minitron.cli_chat import chat
+
+    folder = saved(tmp_path / "model", vocab_size=2)
+    with pytest.raises(DataError, match="marker"):
+        chat(folder, once="hello")
 
 
 # --- the day --------------------------------------------------------------------------------------
