@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import date, datetime, time
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.ext import Extension
@@ -18,7 +18,7 @@ _RANDOM = {"random": "the filter random", "lipsum": "the function lipsum"}
 class _Generation(Extension):
     """The block {% generation %} of transformers, which marks an answer."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - as the base class declares it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
