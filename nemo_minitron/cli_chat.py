@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from datetime import date as date_type
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -26,11 +28,17 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     once: Annotated[str | None, typer.Option(help="Answer this and exit.")] = None,
+    date: Annotated[
+        str | None, typer.Option(help="Day that the chat template writes, YYYY-MM-DD; today unless given.")
+    ] = None,
 ) -> None:
     """Talk to a finished model. /reset forgets the dialogue, /exit or Ctrl-D ends."""
+    from nemo_minitron.data.chat.purity import parse_day
+
     folder = find_model(model)
     asked = parse_attributes(attributes)
-    speaker = _Speaker(folder, asked, max_new_tokens, temperature)
+    day = datetime.now().date() if date is None else parse_day(date, "--date")
+    speaker = _Speaker(folder, asked, max_new_tokens, temperature, day)
     before = [{"role": "system", "content": system}] if system else []
     if once is not None:
         speaker.answer([*before, {"role": "user", "content": once}])
@@ -102,27 +110,33 @@ def until(stop: str | None, text: str, *, last: bool) -> tuple[str, str]:
 class _Speaker:
     """A loaded model that streams its answers."""
 
-    def __init__(self, folder: Path, attributes: dict[str, float], max_new_tokens: int, temperature: float) -> None:
+    def __init__(
+        self, folder: Path, attributes: dict[str, float], max_new_tokens: int, temperature: float, day: date_type
+    ) -> None:
         import torch
         import transformers
 
         from nemo_minitron.data.chat.tokenizing import ChatTemplate
-        from nemo_minitron.evaluation.generation import load_for_inference, load_tokenizer
+        from nemo_minitron.evaluation.generation import load_for_inference
+        from nemo_minitron.hf.checkpoint import read_config
+        from nemo_minitron.hf.tokenizer import load_tokenizer
 
         transformers.logging.set_verbosity_error()
         self.tokenizer: Any = load_tokenizer(folder)
-        template = self.tokenizer.chat_template
-        if attributes and "attributes" not in (template or ""):
+        self.vocab_size = int(read_config(folder)["vocab_size"])
+        self.template: ChatTemplate | None = None
+        if self.tokenizer.chat_template is None:
+            console.print("[yellow]no chat template: the text is continued as it stands[/yellow]")
+        else:
+            options: dict[str, Any] = {"where": str(folder), "vocab_size": self.vocab_size, "day": day}
+            self.template = ChatTemplate.bind(self.tokenizer, "model", whole_markers=False, **options)
+        if attributes and (self.template is None or "attributes" not in self.template.jinja):
             raise ConfigError(
                 "This model was not trained with attributes: its chat template has no place for them.",
                 where=str(folder),
                 next_step="Leave --attributes out, or chat with a model of a steerlm_sft stage.",
             )
-        self.stop = None
-        if template is None:
-            console.print("[yellow]no chat template: the text is continued as it stands[/yellow]")
-        else:
-            self.stop = ChatTemplate.bind(self.tokenizer, "model", whole_markers=False).spelled_stop()
+        self.stop = None if self.template is None else self.template.spelled_stop()
         self.model: Any = load_for_inference(folder, "fp32", "cuda" if torch.cuda.is_available() else "cpu")
         self.attributes, self.max_new_tokens, self.temperature = attributes, max_new_tokens, temperature
 
@@ -156,13 +170,17 @@ class _Speaker:
     def _ids(self, messages: list[dict[str, str]]) -> Any:
         import torch
 
-        if self.tokenizer.chat_template is None:
-            text = "\n".join(message["content"] for message in messages)
+        from nemo_minitron.data.chat.rows import BadRow
+        from nemo_minitron.hf.tokenizer import require_known_ids
+
+        if self.template is None:
+            found = self.tokenizer("\n".join(message["content"] for message in messages)).input_ids
+            require_known_ids(found, self.vocab_size, self.tokenizer, str(self.tokenizer.name_or_path))
         else:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, attributes=self.attributes
-            )
-        found = self.tokenizer(text, add_special_tokens=self.tokenizer.chat_template is None).input_ids
+            try:
+                found = self.template.ids(self.template.prompt(messages, self.attributes))
+            except BadRow as reason:
+                raise ConfigError(f"The dialogue cannot be written: {reason}", where="minitron chat") from reason
         return torch.tensor([found], device=self.model.device)
 
 

@@ -47,7 +47,7 @@ def rlhf(
         raise ConfigError("The target exists already.", where=str(target), next_step="Name a new folder with --out.")
     rows = find_stage(folder, PROMPT_KINDS, chats, "--chats")
     start = (model or find_model(folder)).resolve()
-    template = ChatTemplate.load(start, asked.template, whole_markers=asked.whole_markers)
+    template = ChatTemplate.load(start, asked.template, whole_markers=asked.whole_markers, day=asked.template_date)
     prompts = read_prompts(asked, rows, template)
     facts = gather_facts(start, template, find_stage(folder, REWARD_KINDS, reward, "--reward"), prompts)
     problems = list(rlhf_problems(asked, facts))

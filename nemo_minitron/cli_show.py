@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from nemo_minitron.config.schema.base import TEMPLATE_DATE
 from nemo_minitron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,9 +34,11 @@ def show(
     template: Annotated[str, typer.Option(help="chatml, llama3, extra_id, or model: the folder's own.")] = "model",
     attributes: Annotated[bool, typer.Option(help="Ratings stand before the last answer.")] = True,
     whole_markers: Annotated[bool, typer.Option(help="Refuse a tokenizer that spells the markers out.")] = True,
+    template_date: Annotated[str, typer.Option(help="Day that a template writes.")] = TEMPLATE_DATE.isoformat(),
 ) -> None:
     """Show rows of a finished chat_data or annotate stage, or with --model the exact training text and its tokens."""
     from nemo_minitron.config.schema import TemplateName
+    from nemo_minitron.data.chat.purity import parse_day
     from nemo_minitron.data.chat.render import read_normalised
     from nemo_minitron.data.chat.tokenizing import ChatTemplate
 
@@ -45,7 +48,8 @@ def show(
     console = Console(highlight=False, soft_wrap=True)
     bound = None
     if model is not None:
-        bound = ChatTemplate.load(model, cast(TemplateName, template), whole_markers=whole_markers)
+        day = parse_day(template_date, "--template-date")
+        bound = ChatTemplate.load(model, cast(TemplateName, template), whole_markers=whole_markers, day=day)
     for row in found:
         console.rule(row["origin"], align="left")
         for text in _data(row) if bound is None else _rendered(row, bound, attributes=attributes):

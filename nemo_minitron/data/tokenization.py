@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 from collections import deque
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from nemo_minitron.data.readers import Text
 from nemo_minitron.errors import CheckpointError, DataError, EnvironmentProblem
+from nemo_minitron.hf.tokenizer import load_tokenizer
 
 BATCH_CHARS = 1 << 18
 """Text that goes to a process at a time."""
@@ -61,7 +61,7 @@ class DocumentTokenizer:
             CheckpointError: there is no readable tokenizer.
             DataError: its end-of-document token is beyond the model's vocabulary.
         """
-        tokenizer = load_fast_tokenizer(model_dir)
+        tokenizer = load_tokenizer(model_dir)
         backend = tokenizer.backend_tokenizer
         known = [backend.token_to_id(token) for token in EOD_TOKENS]
         eod_id = next((number for number in known if number is not None), tokenizer.eos_token_id)
@@ -85,33 +85,6 @@ class DocumentTokenizer:
                     yield Document(closed, len(text.text.encode("utf-8")), text.position_bytes)
 
 
-def load_fast_tokenizer(model_dir: Path) -> Any:
-    """The transformers tokenizer of a folder; code beside it is never run.
-
-    Raises:
-        CheckpointError: there is no readable tokenizer, or it has no fast version.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(model_dir), use_fast=True, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # the library raises many types, bare Exception among them
-        raise CheckpointError(
-            f"The tokenizer cannot be loaded: {_first_line(error)}",
-            where=str(model_dir),
-            next_step="The model folder needs tokenizer.json and tokenizer_config.json.",
-        ) from error
-    if not tokenizer.is_fast:
-        raise CheckpointError(
-            "The tokenizer has no fast version.",
-            where=str(model_dir),
-            next_step="Add a tokenizer.json beside the model.",
-        )
-    return tokenizer
-
-
 def processes_for(size_bytes: int, workers: int | None) -> int:
     """How many processes are worth starting for so much text; 1: this one.
 
@@ -127,25 +100,6 @@ def is_heldout(seed: int, source: int, document: int, fraction: float) -> bool:
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-def tokenizer_fingerprint(model_dir: Path) -> str:
-    """sha256 of the vocabulary: equal for the teacher and what was cut from it.
-
-    Raises:
-        CheckpointError: there is no tokenizer, or it cannot be read.
-    """
-    file = model_dir / "tokenizer.json"
-    if file.is_file():
-        try:
-            vocab = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"The tokenizer cannot be read: {error!r}", where=str(file)) from error
-        return hashlib.sha256(json.dumps(vocab, sort_keys=True).encode()).hexdigest()
-    for name in ("tokenizer.model", "vocab.json"):
-        if (model_dir / name).is_file():
-            return hashlib.sha256((model_dir / name).read_bytes()).hexdigest()
-    raise CheckpointError("There is no tokenizer beside the model.", where=str(model_dir))
-
-
 def _require_known(token_id: int, vocab_size: int, where: str) -> None:
     if token_id >= vocab_size:
         raise DataError(
@@ -153,10 +107,6 @@ def _require_known(token_id: int, vocab_size: int, where: str) -> None:
             where=where,
             next_step="The tokenizer is of another model: check the files beside the weights.",
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _batches(texts: Iterable[Text]) -> Iterator[list[Text]]:

@@ -70,10 +70,14 @@ def load_choice_task(name: str, tokenizer: Any, *, data_dir: Path | None, limit:
 
 
 def _encode(tokenizer: Any, question: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """As lm-eval does: spaces between the two belong to the answer, and they are tokenized together."""
+    """As lm-eval does.
+
+    Spaces between the two belong to the answer, they are tokenized together, and a tokenizer that begins every text
+    with a bos token does so here.
+    """
     spaces = len(question) - len(question.rstrip())
     if spaces:
         question, answer = question[:-spaces], question[-spaces:] + answer
-    whole = tokenizer.encode(question + answer, add_special_tokens=False)
-    start = len(tokenizer.encode(question, add_special_tokens=False))
+    whole = tokenizer.encode(question + answer)
+    start = len(tokenizer.encode(question))
     return tuple(whole[:start]), tuple(whole[start:])

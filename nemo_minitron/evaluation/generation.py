@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nemo_minitron.heap import keep_freed_memory
+from nemo_minitron.hf.tokenizer import require_known_ids
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -21,13 +22,6 @@ def load_for_inference(model_dir: Path, precision: str, device: str) -> Any:
         keep_freed_memory()
     model: Any = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=DTYPES[precision], local_files_only=True)
     return model.to(device).eval()
-
-
-def load_tokenizer(model_dir: Path) -> Any:
-    """The tokenizer of a model folder."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
 
 
 @torch.inference_mode()
@@ -46,11 +40,13 @@ def greedy_texts(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tok
     )
     out = []
     for prompt in prompts:
-        ids = torch.tensor([tokenizer(prompt).input_ids or [config.pad_token_id]], device=model.device)
+        found = tokenizer(prompt).input_ids
+        require_known_ids(found, model.config.vocab_size, tokenizer, str(tokenizer.name_or_path))
+        ids = torch.tensor([found or [config.pad_token_id]], device=model.device)
         # The folder's own generation config may ask for sampling or for penalties.
-        found = model.generate(
+        made = model.generate(
             ids, attention_mask=torch.ones_like(ids), generation_config=config, use_model_defaults=False
         )
-        text = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+        text = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
         out.append({"prompt": prompt, "text": text})
     return out

@@ -10,13 +10,15 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from nemo_minitron.errors import DataError, EnvironmentProblem, PlanError
+from nemo_minitron.errors import CheckpointError, DataError, EnvironmentProblem, PlanError
 from nemo_minitron.evaluation.choices import Answer, score_answers
+from nemo_minitron.hf.tokenizer import require_known_ids
 
 if TYPE_CHECKING:
     from nemo_minitron.progress import Progress
@@ -50,7 +52,8 @@ def run_tasks(
     Raises:
         EnvironmentProblem: lm-eval is not installed, or the hub cannot be reached.
         PlanError: lm-eval does not know a task, or a task has no offline data.
-        DataError: offline data that cannot be read.
+        DataError: offline data that cannot be read, or tokens beyond the model's vocabulary.
+        CheckpointError: the tokenizer has no eos token, which stands for an empty context.
     """
     try:
         import lm_eval
@@ -59,6 +62,12 @@ def run_tasks(
         raise EnvironmentProblem(
             f"lm-eval cannot be imported: {error}", next_step="pip install 'nemo-minitron[eval]', or set tasks=[]"
         ) from error
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(
+            "The tokenizer has no end-of-text token, which lm-eval needs.",
+            where=str(tokenizer.name_or_path),
+            next_step='Set "eos_token" in tokenizer_config.json.',
+        )
     work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work_dir) as scratch, offline(data_dir is not None), quiet():
         if data_dir is None:
@@ -144,8 +153,17 @@ def _language_model(model: Any, tokenizer: Any, progress: Progress) -> Any:
     """
     from lm_eval.models.huggingface import HFLM
 
+    vocab_size, where = model.config.vocab_size, str(tokenizer.name_or_path)
+
     class SharedQuestions(HFLM):  # type: ignore[misc]
+        def tok_batch_encode(self, strings: list[str], **options: Any) -> Any:
+            ids, mask = super().tok_batch_encode(strings, **options)
+            require_known_ids([int(ids.max())], vocab_size, tokenizer, where)
+            return ids, mask
+
         def _loglikelihood_tokens(self, requests: _TOKENS, **options: Any) -> list[Answer]:
+            for _, question, answer in requests:
+                require_known_ids(chain(question, answer), vocab_size, tokenizer, where)
             window = getattr(model.config, "sliding_window", None) or self.max_length
             longest = min(self.max_length, window)
             fits = [len(question) + len(answer) <= longest for _, question, answer in requests]

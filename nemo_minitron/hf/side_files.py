@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from nemo_minitron.errors import CheckpointError
 from nemo_minitron.hf.impostors import require_content
+from nemo_minitron.hf.tokenizer_files import repairs
 
 _TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json", "spiece.model", "spm.model")
 _SPECIAL = ("sentencepiece*.model", "special_tokens_map.json", "added_tokens.json")
@@ -28,8 +30,11 @@ def side_files(model_dir: Path) -> Iterator[Path]:
     yield from sorted(path for path in (model_dir / TEMPLATES_DIR).glob("*.jinja") if path.is_file())
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy everything that belongs to a model beside its weights and config.
+def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copy everything that belongs to a model beside its weights and config; return what was repaired, in words.
+
+    Tokenizer files are repaired where versions of transformers would read them differently. Damaged ones are copied as
+    they are: whoever loads the tokenizer says what is wrong.
 
     Raises:
         CheckpointError: one is a broken link, a Git LFS pointer or a web page, or a JSON file that is empty.
@@ -39,6 +44,12 @@ def copy_side_files(source: Path, target: Path) -> None:
         copied = target / file.relative_to(source)
         copied.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copied)
+    try:
+        found = repairs(source)
+    except CheckpointError:
+        return []
+    found.write(target)
+    return found.notes
 
 
 def _belongs(name: str) -> bool:

@@ -105,6 +105,7 @@ def train_attribute_model(params: AttributeModelStage, inputs: Inputs, ctx: Stag
         "reward": params.reward,
         "template": params.template,
         "whole_markers": params.whole_markers,
+        "template_date": params.template_date.isoformat(),
     }
     return {**facts, "agreement": _agreement(rows, ctx)} if regression else facts
 

@@ -40,7 +40,9 @@ def write_rows(params: Alignment, inputs: Inputs, ctx: StageContext) -> Rows:
     """
     purpose = _purpose(params)
     _require_kind(purpose, inputs, ctx)
-    template = ChatTemplate.load(inputs["model"].path, params.template, whole_markers=params.whole_markers)
+    template = ChatTemplate.load(
+        inputs["model"].path, params.template, whole_markers=params.whole_markers, day=params.template_date
+    )
     folder = ctx.work_dir / "rows"
     folder.mkdir(parents=True, exist_ok=True)
     counts, facts = {}, {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.backends.aligner.process import run_task
 from nemo_minitron.config.schema import AnnotateStage, ChatRendering
+from nemo_minitron.config.schema.base import TEMPLATE_DATE
 from nemo_minitron.data.chat.lengths import LengthStats
 from nemo_minitron.data.chat.render import MISSING, rated_row, read_normalised
 from nemo_minitron.data.chat.rows import ATTRIBUTES, Row
@@ -40,7 +42,10 @@ def annotate(params: AnnotateStage, inputs: Inputs, ctx: StageContext) -> Result
             where=f"stages.{ctx.name}.inputs",
         )
     template = ChatTemplate.load(
-        model.path / "nemo.tokenizer", model.result["template"], whole_markers=model.result["whole_markers"]
+        model.path / "nemo.tokenizer",
+        model.result["template"],
+        whole_markers=model.result["whole_markers"],
+        day=learnt_day(model.result),
     )
     facts: dict[str, Any] = {"rows": "conversations"}
     for part in PARTS:
@@ -57,6 +62,11 @@ def annotate(params: AnnotateStage, inputs: Inputs, ctx: StageContext) -> Result
         facts |= {f"{part}_rows": len(rows), f"{part}_lengths": stats.facts()}
     (ctx.out_dir / "facts.json").write_text(json.dumps(facts, indent=2))
     return facts
+
+
+def learnt_day(result: Mapping[str, Any]) -> date:
+    """The day in the texts that an attribute model was trained on; manifests of older versions do not say it."""
+    return date.fromisoformat(result.get("template_date", TEMPLATE_DATE.isoformat()))
 
 
 def answer_text(row: Row, template: ChatTemplate, max_seq_len_tokens: int, stats: LengthStats) -> str | None:

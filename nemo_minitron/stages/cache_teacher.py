@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.config.schema import CacheTeacherStage
-from nemo_minitron.stages.distill import require_one_tokenizer
+from nemo_minitron.stages.one_tokenizer import require_one_tokenizer
 from nemo_minitron.stages.spec import Result, StageContext
 
 
@@ -26,7 +26,7 @@ def cache_teacher(params: CacheTeacherStage, inputs: Inputs, ctx: StageContext) 
     from nemo_minitron.distillation.cache import write_facts
 
     teacher, data = inputs["teacher"], inputs["data"]
-    require_one_tokenizer(inputs, ("teacher",))
+    require_one_tokenizer(inputs, ("teacher",), ctx)
     facts = write_cache(params, teacher.path, data.path, ctx.work_dir, ctx.open_session, ctx.progress)
     if not ctx.is_main:
         return {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.config.schema import DistillStage
 from nemo_minitron.distillation.words import loss_in_words
-from nemo_minitron.errors import DataError
+from nemo_minitron.stages.one_tokenizer import require_one_tokenizer
 from nemo_minitron.stages.spec import Result, StageContext
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def distill(params: DistillStage, inputs: Inputs, ctx: StageContext, keys: str |
     from nemo_minitron.backends.megatron import training
 
     student, teacher, data = inputs["student"], inputs["teacher"], inputs["data"]
-    require_one_tokenizer(inputs, ("student", "teacher"))
+    require_one_tokenizer(inputs, ("student", "teacher"), ctx)
     started_s = time.monotonic()
     cache, session = inputs.get("cache"), ctx.open_session
     if cache is not None:
@@ -73,19 +73,3 @@ def training_facts(job: Job, curves: Curves, model: Artifact, data: Artifact, st
         **{f"initial_{key}": curves.first(key) for key in measured},
         **{f"final_{key}": curves.last(key) for key in (*measured, "train_loss")},
     }
-
-
-def require_one_tokenizer(inputs: Inputs, roles: tuple[str, ...]) -> None:
-    """Raises DataError unless the models and the data have one tokenizer."""
-    from nemo_minitron.data.tokenization import tokenizer_fingerprint
-
-    prints = {role: tokenizer_fingerprint(inputs[role].path) for role in roles}
-    data = inputs.get("data")
-    if data is not None:
-        prints["data"] = str(data.result.get("tokenizer_sha256", prints[roles[0]]))
-    if len(set(prints.values())) > 1:
-        raise DataError(
-            "Teacher, student and data were made with different tokenizers.",
-            where=", ".join(f"{role} {inputs[role].path} ({value[:8]})" for role, value in prints.items()),
-            next_step="Both models must share one vocabulary: tokenize the data with the teacher's tokenizer.",
-        )

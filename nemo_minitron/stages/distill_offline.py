@@ -14,7 +14,7 @@ from nemo_minitron.backends.aligner.process import run_task
 from nemo_minitron.config.schema import DistillOfflineStage
 from nemo_minitron.stages import align
 from nemo_minitron.stages.align_rows import Rows, write_rows
-from nemo_minitron.stages.distill import require_one_tokenizer
+from nemo_minitron.stages.one_tokenizer import require_one_tokenizer
 from nemo_minitron.stages.spec import Result, StageContext
 
 CHUNK_ID = "CHUNK_ID"
@@ -30,8 +30,8 @@ def distill_offline(params: DistillOfflineStage, inputs: Inputs, ctx: StageConte
         DataError: rows that cannot be used, or two tokenizers.
         As `align.sft`.
     """
-    require_one_tokenizer(inputs, ("model", "teacher"))
     rows = write_rows(params, inputs, ctx)
+    require_one_tokenizer(inputs, ("model", "teacher"), ctx, texts=(rows.train, rows.valid))
     # Whole files only; their size divides a batch, so that no batch is lost.
     per_file = math.gcd(params.global_batch_size, MAX_ROWS_PER_FILE)
     names = _cache(params, inputs["teacher"].path, rows, per_file, ctx)

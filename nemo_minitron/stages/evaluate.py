@@ -53,9 +53,10 @@ def _through_transformers(params: EvaluateStage, model_dir: Path, ctx: StageCont
     """{tasks, samples}; the model is loaded once, and only if one of them is asked for."""
     if not params.tasks and not params.prompts:
         return {"tasks": {}, "samples": []}
-    from nemo_minitron.evaluation.generation import greedy_texts, load_for_inference, load_tokenizer
+    from nemo_minitron.evaluation.generation import greedy_texts, load_for_inference
     from nemo_minitron.evaluation.tasks import run_tasks
     from nemo_minitron.hf.source import resolve_path
+    from nemo_minitron.hf.tokenizer import load_tokenizer
 
     model = load_for_inference(model_dir, params.precision, str(ctx.open_session.device))
     tokenizer = load_tokenizer(model_dir)

@@ -33,7 +33,9 @@ def evaluate_chat(params: EvaluateChatStage, inputs: Inputs, ctx: StageContext) 
     """
     from nemo_minitron.evaluation.generation import load_for_inference
 
-    template = ChatTemplate.load(inputs["model"].path, params.template, whole_markers=params.whole_markers)
+    template = ChatTemplate.load(
+        inputs["model"].path, params.template, whole_markers=params.whole_markers, day=params.template_date
+    )
     rows = list(islice(read_normalised(inputs["chats"].path / "valid.jsonl"), params.max_rows))
     device = _device(ctx)
     model = load_for_inference(inputs["model"].path, params.precision, device)

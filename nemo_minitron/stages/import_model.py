@@ -35,7 +35,8 @@ def import_model(params: ImportStage, inputs: Inputs, ctx: StageContext) -> Resu
     license_id = read_license(source) if source.is_dir() else None
     if source.is_dir():
         require_architecture(read_config(source), params.architecture, str(source / CONFIG_FILE))
-        _copy_folder(source, ctx.out_dir, params.dtype, may_link=params.source.startswith(HUB))
+        for note in _copy_folder(source, ctx.out_dir, params.dtype, may_link=params.source.startswith(HUB)):
+            ctx.progress.say(note)
     else:
         from nemo_minitron.hf.gguf import convert_gguf
 
@@ -77,20 +78,22 @@ def _equal(found: Any, expected: Any) -> bool:
     return json.dumps(found, sort_keys=True) == json.dumps(expected, sort_keys=True)
 
 
-def _copy_folder(source: Path, out_dir: Path, dtype: str, *, may_link: bool) -> None:
+def _copy_folder(source: Path, out_dir: Path, dtype: str, *, may_link: bool) -> list[str]:
+    """Returns what was repaired in the tokenizer's files, in words."""
     from nemo_minitron.families import parameters
     from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files, require_tied_head
 
     checkpoint = Checkpoint.open(source)
     require_tied_head(checkpoint)
-    copy_side_files(source, out_dir)
+    notes = copy_side_files(source, out_dir)
     if dtype == "keep" or checkpoint.dtypes == {dtype}:
         _copy_weights(checkpoint, out_dir, may_link=may_link)
-        return
+        return notes
     writer = CheckpointWriter(out_dir, checkpoint.config, dtype=_torch_dtype(dtype))
     for parameter in parameters(checkpoint.shape):
         writer.add(parameter.hf, checkpoint.read(parameter.hf))
     writer.close()
+    return notes
 
 
 def _copy_weights(checkpoint: Checkpoint, out_dir: Path, *, may_link: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,9 +78,16 @@ def _task(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> ChoiceTask |
     if "task" not in params.layer_metrics or params.depth_task is None:
         return None
     from nemo_minitron.evaluation.choice_task import load_choice_task
-    from nemo_minitron.evaluation.generation import load_tokenizer
+    from nemo_minitron.hf.checkpoint import read_config
     from nemo_minitron.hf.source import resolve_path
+    from nemo_minitron.hf.tokenizer import load_tokenizer, require_known_ids
 
     task = params.depth_task
     folder = None if task.source is None else resolve_path(task.source, Path(ctx.execution.assets_dir))
-    return load_choice_task(task.name, load_tokenizer(inputs["model"].path), data_dir=folder, limit=task.limit)
+    model_dir = inputs["model"].path
+    tokenizer = load_tokenizer(model_dir)
+    loaded = load_choice_task(task.name, tokenizer, data_dir=folder, limit=task.limit)
+    vocab_size = int(read_config(model_dir)["vocab_size"])
+    for pair in loaded.pairs:
+        require_known_ids(chain(*pair), vocab_size, tokenizer, str(model_dir))
+    return loaded

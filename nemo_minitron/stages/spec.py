@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.config.schema import Execution, Schema
+from nemo_minitron.config.schema.base import TEMPLATE_DATE
 from nemo_minitron.interrupts import StopRequest
 from nemo_minitron.progress import Progress
 
@@ -126,4 +127,8 @@ STAGES: dict[str, StageSpec] = {
 def params_of(stage: Schema) -> dict[str, Any]:
     """The part of a stage's config that decides its output: not its kind, its inputs, nor when training gives up."""
     left_out = {"kind": True, "inputs": True, "guard": True, "retraining": {"guard": True}}
-    return stage.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
+    dump: dict[str, Any] = stage.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
+    if dump.get("template_date") == TEMPLATE_DATE.isoformat():
+        # The key is newer than many runs; at its default it leaves their fingerprints as they are.
+        del dump["template_date"]
+    return dump

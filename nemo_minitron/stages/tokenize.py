@@ -27,8 +27,9 @@ def tokenize(params: TokenizeStage, inputs: Inputs, ctx: StageContext) -> Result
     Raises:
         DataError: unreadable text, or a source without a train and a validation document.
     """
-    from nemo_minitron.data.tokenization import DocumentTokenizer, tokenizer_fingerprint
+    from nemo_minitron.data.tokenization import DocumentTokenizer
     from nemo_minitron.hf.checkpoint import read_config, write_json
+    from nemo_minitron.hf.tokenizer_identity import tokenizer_fingerprint
 
     model_dir = inputs["tokenizer"].path
     tokenizer = DocumentTokenizer.load(model_dir, int(read_config(model_dir)["vocab_size"]))

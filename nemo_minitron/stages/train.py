@@ -6,7 +6,8 @@ import time
 
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.config.schema import TrainStage
-from nemo_minitron.stages.distill import loop_options, require_one_tokenizer, training_facts
+from nemo_minitron.stages.distill import loop_options, training_facts
+from nemo_minitron.stages.one_tokenizer import require_one_tokenizer
 from nemo_minitron.stages.spec import Result, StageContext
 
 
@@ -23,7 +24,7 @@ def train(params: TrainStage, inputs: Inputs, ctx: StageContext) -> Result:
     from nemo_minitron.backends.megatron import distill, training
 
     model, data = inputs["model"], inputs["data"]
-    require_one_tokenizer(inputs, ("model",))
+    require_one_tokenizer(inputs, ("model",), ctx)
     started_s = time.monotonic()
     job = distill.prepare_training(params, model.path, data.path, ctx.work_dir, ctx.open_session)
     curves = training.run(job, ctx.work_dir, ctx.progress, loop_options(ctx))

@@ -10,7 +10,8 @@ import torch
 
 from nemo_minitron.cli_chat import until
 from nemo_minitron.evaluation.answers import greedy_answers
-from nemo_minitron.evaluation.generation import greedy_texts, load_for_inference, load_tokenizer
+from nemo_minitron.evaluation.generation import greedy_texts, load_for_inference
+from nemo_minitron.hf.tokenizer import load_tokenizer
 from nemo_minitron.progress import Progress
 from tests.support.tiny_models import tiny_model_dir
 

@@ -17,9 +17,10 @@ from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.config.schema import DataSource, Execution, TokenizeStage
 from nemo_minitron.data import tokenization
 from nemo_minitron.data.readers import Text, read_documents
-from nemo_minitron.data.tokenization import DocumentTokenizer, is_heldout, processes_for, tokenizer_fingerprint
+from nemo_minitron.data.tokenization import DocumentTokenizer, is_heldout, processes_for
 from nemo_minitron.errors import CheckpointError, DataError, EnvironmentProblem
 from nemo_minitron.hf.source import BUILT_IN
+from nemo_minitron.hf.tokenizer_identity import tokenizer_fingerprint
 from nemo_minitron.progress import Progress
 from nemo_minitron.stages.spec import StageContext
 from nemo_minitron.stages.tokenize import tokenize

@@ -11,6 +11,8 @@ from nemo_minitron.backends.aligner.border import read_megatron_tensors, write_m
 from nemo_minitron.backends.aligner.model_config import nemo_model_config
 from nemo_minitron.backends.aligner.process import run_task
 from nemo_minitron.hf.checkpoint import Checkpoint, copy_side_files
+from nemo_minitron.hf.tokenizer import load_tokenizer
+from nemo_minitron.hf.tokenizer_files import TOKENIZER_FILE
 from nemo_minitron.interrupts import StopRequest
 from nemo_minitron.progress import Progress
 
@@ -73,10 +75,12 @@ def from_nemo(
 
 
 def _copy_tokenizer(model_dir: Path, out: Path) -> None:
-    """For transformers 4, which NeMo is pinned to: transformers 5 writes class names that 4 does not know."""
+    """For transformers 4, which NeMo is pinned to: the class that takes everything from tokenizer.json."""
     out.mkdir(parents=True, exist_ok=True)
     copy_side_files(model_dir, out)
     shutil.copyfile(model_dir / "config.json", out / "config.json")
+    if not (out / TOKENIZER_FILE).is_file():
+        load_tokenizer(model_dir).backend_tokenizer.save(str(out / TOKENIZER_FILE))
     settings = out / "tokenizer_config.json"
     if settings.is_file():
         content = json.loads(settings.read_text(encoding="utf-8"))

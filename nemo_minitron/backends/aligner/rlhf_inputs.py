@@ -10,13 +10,14 @@ import yaml
 
 from nemo_minitron.artifacts.manifest import Manifest, read_manifest
 from nemo_minitron.backends.aligner.rlhf_checks import Limits, RlhfFacts, longest_prompt_tokens
+from nemo_minitron.config.schema.base import TEMPLATE_DATE
 from nemo_minitron.config.schema.rlhf import Rlhf
 from nemo_minitron.data.chat.render import read_normalised
 from nemo_minitron.data.chat.rows import BadRow
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
-from nemo_minitron.data.tokenization import tokenizer_fingerprint
 from nemo_minitron.errors import ArtifactError, DataError
 from nemo_minitron.hf.checkpoint import Checkpoint
+from nemo_minitron.hf.tokenizer_identity import tokenizer_fingerprint
 
 PARTS = ("train", "valid")
 
@@ -110,6 +111,10 @@ def _misunderstandings(model: Path, template: ChatTemplate, tokenizer: Path, man
             f"template: the reward model (stage {manifest.stage}, template {result['template']}) has learnt another "
             "chat template than the model writes."
         )
+    elif "strftime_now" in template.jinja and (day := result.get("template_date", str(TEMPLATE_DATE))) != str(
+        template.day
+    ):
+        yield f"template_date: the reward model has learnt texts of {day}, and the prompts say {template.day}."
     elif result["reward"] == "regression" and learnt.rated_end:
         yield (
             f"template: the reward model has learnt to rate at {learnt.rated_end!r}, and is asked at the end of the "

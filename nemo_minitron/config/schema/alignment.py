@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from nemo_minitron.config.schema.base import Fraction, Inputless, Schema
+from nemo_minitron.config.schema.base import TEMPLATE_DATE, Fraction, Inputless, Schema
 
 AttributeName = Literal[
     "quality",
@@ -90,3 +91,6 @@ class ChatRendering(Schema):
     """The template's markers must be single tokens; false lets a tokenizer spell them out, for trials."""
     max_bad_fraction: Fraction = 0.0
     """Share of rows that may be unusable with this tokenizer."""
+    template_date: date = TEMPLATE_DATE
+    """The day that templates of Llama 3.1 and later write into every text: always the same, so that rows do not
+    depend on when a stage runs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,6 +20,10 @@ StageName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 WidthMethod = Literal["activation", "taylor"]
 LayerMetric = Literal["block_influence", "lm_loss", "logit_mse", "task"]
 """Names of the metrics; their functions are in pruning/importance.py and pruning/depth.py."""
+
+
+TEMPLATE_DATE = date(2024, 7, 26)
+"""What the templates of Llama 3 write where nobody tells them the day."""
 
 
 class Inputless(Schema):

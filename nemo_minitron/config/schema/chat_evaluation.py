@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
 from nemo_minitron.config.schema.alignment import AttributeName, TemplateName
-from nemo_minitron.config.schema.base import Precision, Schema, StageName
+from nemo_minitron.config.schema.base import TEMPLATE_DATE, Precision, Schema, StageName
 
 
 class EvaluateChatInputs(Schema):
@@ -27,6 +28,8 @@ class EvaluateChatStage(Schema):
     """Row of the report."""
     template: TemplateName = "model"
     whole_markers: bool = True
+    template_date: date = TEMPLATE_DATE
+    """As of the stages that train: the day that a template writes."""
     max_rows: PositiveInt = 200
     """Held-out rows that are looked at, the first ones."""
     max_seq_len_tokens: PositiveInt = 1024

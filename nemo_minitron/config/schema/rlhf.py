@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from nemo_minitron.config.schema.alignment import AttributeName, TemplateName
-from nemo_minitron.config.schema.base import Schema
+from nemo_minitron.config.schema.base import TEMPLATE_DATE, Schema
 
 Rate = Annotated[float, Field(ge=0.0)]
 
@@ -71,6 +72,8 @@ class Rlhf(Schema):
     template: TemplateName = "model"
     whole_markers: bool = True
     """Refuse a tokenizer that spells the template's markers out."""
+    template_date: date = TEMPLATE_DATE
+    """The day that a template writes into the prompts."""
     trt_llm: bool = True
     """Answers by TensorRT-LLM; else by NeMo, much slower."""
     actor_layout: RlhfLayout = RlhfLayout()

@@ -8,6 +8,7 @@ Each takes an optional variable `attributes` (a dict of ratings), written as one
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from nemo_minitron.data.chat.rows import ATTRIBUTES
 from nemo_minitron.errors import CheckpointError
 
 TEMPLATE_FILE, CONFIG_FILE, GENERATION_FILE = "chat_template.jinja", "tokenizer_config.json", "generation_config.json"
+NAMED_TEMPLATES = "additional_chat_templates"
+"""Folder of a template for tools, and the like."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def set_template(model_dir: Path, name: TemplateName) -> None:
     """Make a template the chat template of a Hugging Face folder, and its stop token one that ends generation.
 
     The template goes into both places from which versions of transformers read it: a file of its own, which the newer
-    ones prefer, and tokenizer_config.json. `model` changes nothing.
+    ones prefer, and tokenizer_config.json. The named templates that the folder had besides are removed: the model was
+    not trained on them. `model` changes nothing.
 
     Raises:
         CheckpointError: there is no readable tokenizer_config.json.
@@ -101,6 +105,7 @@ def set_template(model_dir: Path, name: TemplateName) -> None:
         return
     template = TEMPLATES[name]
     config = _read(model_dir / CONFIG_FILE)
+    shutil.rmtree(model_dir / NAMED_TEMPLATES, ignore_errors=True)
     (model_dir / TEMPLATE_FILE).write_text(template.jinja, encoding="utf-8")
     _write(model_dir / CONFIG_FILE, {**config, "chat_template": template.jinja})
     stop_id = _token_id(model_dir, template.stop)

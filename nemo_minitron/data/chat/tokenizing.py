@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from nemo_minitron.config.schema import TemplateName
+from nemo_minitron.config.schema.base import TEMPLATE_DATE
+from nemo_minitron.data.chat.purity import clock, require_pure
 from nemo_minitron.data.chat.rows import BadRow, Message
 from nemo_minitron.data.chat.templates import TEMPLATES
-from nemo_minitron.data.tokenization import load_fast_tokenizer
 from nemo_minitron.errors import DataError
+from nemo_minitron.hf.checkpoint import read_config
+from nemo_minitron.hf.tokenizer import beyond_vocabulary, load_tokenizer, require_known_ids
 
 Attributes = Mapping[str, float]
 
@@ -30,19 +32,43 @@ class ChatTemplate:
     markers: re.Pattern[str]
     """Tokens that no text of a row may hold: they would end turns, or begin them."""
     rated_end: str = ""
+    vocab_size: int | None = None
+    """Of the model that reads the ids; None: not known."""
+    day: date = TEMPLATE_DATE
+    """What a template writes that asks for the date."""
 
     @classmethod
-    def load(cls, model_dir: Path, name: TemplateName, *, whole_markers: bool = True) -> ChatTemplate:
+    def load(
+        cls, model_dir: Path, name: TemplateName, *, whole_markers: bool = True, day: date = TEMPLATE_DATE
+    ) -> ChatTemplate:
         """The template of this name with the tokenizer of a model folder.
 
         Raises:
             CheckpointError: there is no readable tokenizer.
-            DataError: it has no chat template (name = model), or does not know the markers as single tokens.
+            DataError: it has no chat template (name = model), does not know the markers as single tokens, or the model
+                has no embeddings for them; or the template depends on more than the messages.
         """
-        return cls.bind(load_fast_tokenizer(model_dir), name, whole_markers=whole_markers, where=str(model_dir))
+        size = read_config(model_dir).get("vocab_size") if (model_dir / "config.json").is_file() else None
+        return cls.bind(
+            load_tokenizer(model_dir),
+            name,
+            whole_markers=whole_markers,
+            where=str(model_dir),
+            vocab_size=None if size is None else int(size),
+            day=day,
+        )
 
     @classmethod
-    def bind(cls, tokenizer: Any, name: TemplateName, *, whole_markers: bool = True, where: str = "") -> ChatTemplate:
+    def bind(
+        cls,
+        tokenizer: Any,
+        name: TemplateName,
+        *,
+        whole_markers: bool = True,
+        where: str = "",
+        vocab_size: int | None = None,
+        day: date = TEMPLATE_DATE,
+    ) -> ChatTemplate:
         """As `load`, with a tokenizer that is there already."""
         special = tuple(tokenizer.all_special_tokens)
         if name == "model":
@@ -50,13 +76,16 @@ class ChatTemplate:
             # A folder that was given a named template: its ends of turns are known.
             named = next((known for known, template in TEMPLATES.items() if template.jinja == own), None)
             if named is None:
-                return cls(tokenizer, own, None, _any_of(special))
+                require_pure(own, where)
+                _require_embedded(tokenizer, own, vocab_size, where)
+                return cls(tokenizer, own, None, _any_of(special), vocab_size=vocab_size, day=day)
             name = named
         template = TEMPLATES[name]
         if whole_markers:
             _require_whole(tokenizer, name, where)
+        _require_embedded(tokenizer, " ".join(template.markers), vocab_size, where)
         markers = _any_of({*template.markers, *special})
-        return cls(tokenizer, template.jinja, template.stop, markers, template.rated_end)
+        return cls(tokenizer, template.jinja, template.stop, markers, template.rated_end, vocab_size, day)
 
     def prompt(self, messages: Sequence[Message], attributes: Attributes | None = None) -> str:
         """Text up to and with the generation prompt.
@@ -89,8 +118,14 @@ class ChatTemplate:
         return dialogue[len(prompt) : end] + self._end_of_turn(dialogue[end:])
 
     def ids(self, text: str) -> list[int]:
-        """Token ids; nothing is added to the text, which has all its special tokens."""
-        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        """Token ids; nothing is added to the text, which has all its special tokens.
+
+        Raises:
+            DataError: the model has no embedding for one of them.
+        """
+        found: list[int] = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        require_known_ids(found, self.vocab_size, self.tokenizer, str(self.tokenizer.name_or_path))
+        return found
 
     def spelled_stop(self) -> str | None:
         """The end of a turn where the tokenizer has no single token for it, so that no token id ends an answer."""
@@ -124,8 +159,9 @@ class ChatTemplate:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 attributes=dict(attributes or {}),
+                strftime_now=clock(self.day),
             )
-        except TemplateError as error:  # some refuse a system text, for example
+        except Exception as error:  # some refuse a system text; and a template is a program that may fail in any way
             raise BadRow(f"the chat template refuses the messages: {error}") from error
 
 
@@ -153,11 +189,24 @@ def _require_whole(tokenizer: Any, name: TemplateName, where: str) -> None:
     )
 
 
+def _require_embedded(tokenizer: Any, written: str, vocab_size: int | None, where: str) -> None:
+    """Raises DataError if the model has no embedding for an added token that the template writes."""
+    if vocab_size is None:
+        return
+    named = {key: getattr(tokenizer, key) for key in ("bos_token", "eos_token") if key in written}
+    for token, number in sorted(tokenizer.get_added_vocab().items(), key=lambda item: int(item[1])):
+        if number >= vocab_size and (token in written or token in named.values()):
+            raise beyond_vocabulary(f"The chat template's marker {token}", number, vocab_size, where)
+
+
 def _own_template(tokenizer: Any, where: str) -> str:
     try:
         # Of several named ones, the default.
-        return tokenizer.get_chat_template()
-    except ValueError as error:
+        own = tokenizer.get_chat_template()
+        if not isinstance(own, str):
+            raise ValueError("it is no text")
+        return own
+    except (ValueError, TypeError) as error:
         raise DataError(
             "The tokenizer has no chat template of its own, or several and no default.",
             where=where,

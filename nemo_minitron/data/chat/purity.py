@@ -1,0 +1,64 @@
+"""What a chat template may depend on: the messages, the options of the call, and a day that the recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import date, datetime, time
+from typing import Any
+
+from jinja2 import Environment, TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+
+from nemo_minitron.errors import ConfigError, DataError
+
+_RANDOM = {"random": "the filter random", "lipsum": "the function lipsum"}
+
+
+class _Generation(Extension):
+    """The block {% generation %} of transformers, which marks an answer."""
+
+    tags = {"generation"}  # noqa: RUF012 - as the base class declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def require_pure(jinja: str, where: str) -> None:
+    """Raises DataError for a template that is no valid Jinja, or writes something else each time it is rendered."""
+    environment = Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    try:
+        tree = environment.parse(jinja)
+    except (TemplateError, RecursionError) as error:
+        raise DataError(f"The chat template is not valid Jinja: {error}", where=where or None) from error
+    filters = {str(found.name) for found in tree.find_all(nodes.Filter)}
+    names = {str(found.name) for found in tree.find_all(nodes.Name)}
+    for name, what in _RANDOM.items():
+        if name in filters | names:
+            raise DataError(
+                f"The chat template uses {what}: it writes another text each time.",
+                where=where or None,
+                next_step="Choose another template; the rows of a training have to be the same on every start.",
+            )
+
+
+def clock(day: date) -> Callable[[str], str]:
+    """Jinja's `strftime_now`, as templates of transformers call it, at midnight of a day that never changes."""
+
+    def strftime_now(form: Any) -> str:
+        return datetime.combine(day, time()).strftime(str(form))
+
+    return strftime_now
+
+
+def parse_day(text: str, option: str) -> date:
+    """The day of a command line's `YYYY-MM-DD`.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} {text} is no day.", allowed="YYYY-MM-DD, such as 2024-07-26") from error

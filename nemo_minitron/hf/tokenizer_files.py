@@ -1,0 +1,225 @@
+"""The tokenizer files of a model folder, changed where the versions of transformers would read them differently.
+
+transformers 5 writes class names and keys that version 4 cannot read. Training tools leave truncation and padding in
+tokenizer.json. `repairs` finds what has to change so that every reader makes the same token ids; files that need
+nothing stay as they are, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.errors import CheckpointError
+
+TOKENIZER_FILE, CONFIG_FILE, MAP_FILE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+ADDED_FILE = "added_tokens.json"
+PLAIN_CLASS = "PreTrainedTokenizerFast"
+"""Takes everything from tokenizer.json; versions 4 and 5 of transformers know the name."""
+_KNOWN_CLASSES = {PLAIN_CLASS} | {
+    f"{name}Tokenizer{end}" for name in ("Llama", "GPT2", "Qwen2") for end in ("", "Fast")
+}
+"""Of the supported families, so that transformers need not be imported to ask for them."""
+_BOM = b"\xef\xbb\xbf"
+_SPECIAL_IDS = ("bos_token", "eos_token", "pad_token")
+
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+TEKKEN_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Mistral's tokenizers since NeMo split text; some of its folders were published with Llama 3's pattern."""
+MISTRAL_TYPES = ("mistral", "mistral3", "ministral", "pixtral", "voxtral")
+_MISTRAL_TOKEN = "[INST]"
+"""Every tokenizer of Mistral has it, and no tokenizer of Llama 3."""
+
+
+@dataclass(frozen=True)
+class Repairs:
+    """New contents of a folder's files, and what they change, in words."""
+
+    files: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        """Write the changed files into a folder."""
+        for name, text in self.files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def repairs(folder: Path) -> Repairs:
+    """What has to change in the tokenizer files of a folder.
+
+    Raises:
+        CheckpointError: a file is not the JSON that it should be.
+    """
+    out = Repairs()
+    if not (folder / TOKENIZER_FILE).is_file():
+        return out
+    content = read_object(folder / TOKENIZER_FILE)
+    _repair_config(folder, content, out)
+    for name in (MAP_FILE, ADDED_FILE):
+        if _has_bom(folder / name):
+            out.files[name] = _text(read_object(folder / name))
+    notes = _repair_tokenizer(content, _read_leniently(folder / "config.json").get("model_type"))
+    if notes or _has_bom(folder / TOKENIZER_FILE):
+        out.files[TOKENIZER_FILE] = _text(content)
+    out.notes.extend(notes)
+    return out
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object; a byte order mark before it is skipped.
+
+    Raises:
+        CheckpointError: the file is something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(file, str(error)) from error
+    if not isinstance(content, dict):
+        raise _damaged(file, "it is not a JSON object")
+    return content
+
+
+def _damaged(file: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"The tokenizer cannot be read: {file.name} is damaged: {why}",
+        where=str(file),
+        next_step="Download or copy the file again; compare its size with the source's.",
+    )
+
+
+def _repair_tokenizer(content: dict[str, Any], model_type: Any) -> list[str]:
+    """Change the content of tokenizer.json; returns what was changed, in words."""
+    notes = []
+    for key in ("truncation", "padding"):
+        if content.get(key) is not None:
+            content[key] = None
+            notes.append(f"{TOKENIZER_FILE} was saved with {key} switched on; it is switched off")
+    if model_type in MISTRAL_TYPES and _MISTRAL_TOKEN in _added_contents(content):
+        split = _first_split(content.get("pre_tokenizer"))
+        if split is not None and split["pattern"].get("Regex") == LLAMA3_PATTERN:
+            split["pattern"] = {"Regex": TEKKEN_PATTERN}
+            notes.append(f"{TOKENIZER_FILE} splits text by the pattern of Llama 3; it is given Mistral's own")
+    return notes
+
+
+def _added_contents(content: dict[str, Any]) -> set[str]:
+    return {str(token["content"]) for token in added_tokens(content)}
+
+
+def added_tokens(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The added tokens of a tokenizer.json: dictionaries with an id and a content."""
+    listed = content.get("added_tokens")
+    tokens = listed if isinstance(listed, list) else []
+    return [token for token in tokens if isinstance(token, dict) and {"id", "content"} <= token.keys()]
+
+
+def _first_split(pre_tokenizer: Any) -> dict[str, Any] | None:
+    """The first rule of a pre-tokenizer, if it is a split by a pattern."""
+    if not isinstance(pre_tokenizer, dict):
+        return None
+    rules = pre_tokenizer.get("pretokenizers")
+    first = rules[0] if isinstance(rules, list) and rules else pre_tokenizer
+    return first if isinstance(first, dict) and isinstance(first.get("pattern"), dict) else None
+
+
+def _repair_config(folder: Path, content: dict[str, Any], out: Repairs) -> None:
+    """tokenizer_config.json as both versions of transformers read it; made from the other files where it is missing."""
+    file = folder / CONFIG_FILE
+    found = read_object(file) if file.is_file() else {}
+    config = dict(found)
+    name = config.get("tokenizer_class")
+    version_5 = "backend" in config or isinstance(config.get("extra_special_tokens"), list)
+    if version_5 or not is_known_class(name) or _needs_conversion(folder, config):
+        config["tokenizer_class"] = PLAIN_CLASS
+    for key in ("backend", "is_local", "auto_map"):
+        config.pop(key, None)
+    length = config.get("model_max_length")
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int | float)):
+        del config["model_max_length"]  # a warning about long texts compares it with a number
+    if isinstance(config.get("extra_special_tokens"), list):
+        special = [*_listed(config.get("additional_special_tokens")), *config.pop("extra_special_tokens")]
+        # A token twice would be added twice.
+        config["additional_special_tokens"] = list({_content(token): token for token in special}.values())
+    if not isinstance(name, str):
+        config |= {key: token for key, token in _from_ids(folder, content).items() if key not in config}
+    if config != found or _has_bom(file):
+        out.files[CONFIG_FILE] = _text(config)
+    if found and config != found:
+        out.notes.append(f"{CONFIG_FILE} is rewritten so that transformers 4 and 5 both read it ({name})")
+
+
+def _needs_conversion(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether Llama's class would convert a tokenizer.model that is not there, because of this key."""
+    llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
+    return llama and config.get("add_prefix_space") is not None and not (folder / "tokenizer.model").is_file()
+
+
+def is_known_class(name: Any) -> bool:
+    """Whether transformers 4 has a fast tokenizer of this name."""
+    if not isinstance(name, str) or name in _KNOWN_CLASSES:
+        return isinstance(name, str)
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    found = tokenizer_class_from_name(name if name.endswith("Fast") else f"{name}Fast")
+    return found is not None
+
+
+def _from_ids(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Special tokens of a folder whose tokenizer_config.json does not say them.
+
+    special_tokens_map.json goes first; what it lacks comes from the ids in config.json.
+    """
+    if (folder / MAP_FILE).is_file():
+        return read_object(folder / MAP_FILE)
+    config = _read_leniently(folder / "config.json")
+    ids = {key: config.get(f"{key}_id") for key in _SPECIAL_IDS}
+    ids = {key: number[0] if isinstance(number, list) and number else number for key, number in ids.items()}
+    names = token_names(content)
+    return {key: names[number] for key, number in ids.items() if isinstance(number, int) and number in names}
+
+
+def token_names(content: dict[str, Any]) -> dict[int, str]:
+    """Token id -> token of a tokenizer.json."""
+    model = content.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    names: dict[int, str] = {}
+    if isinstance(vocab, dict):
+        names = {number: token for token, number in vocab.items() if isinstance(number, int)}
+    elif isinstance(vocab, list):
+        names = {number: str(piece[0]) for number, piece in enumerate(vocab) if isinstance(piece, list) and piece}
+    return names | {token["id"]: str(token["content"]) for token in added_tokens(content)}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _content(token: Any) -> str:
+    return str(token.get("content")) if isinstance(token, dict) else str(token)
+
+
+def _read_leniently(file: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is none."""
+    try:
+        return read_object(file)
+    except CheckpointError:
+        return {}
+
+
+def _has_bom(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(_BOM)) == _BOM
+
+
+def _text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,112 @@
+"""Whether two tokenizers make the same ids of the same text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.hf.tokenizer_files import TOKENIZER_FILE, added_tokens, read_object
+
+_WITHOUT_DEFINITION = ("tokenizer.model", "vocab.json")
+_TOKEN_RULES = ("lstrip", "rstrip", "single_word", "normalized")
+"""Flags of an added token that decide where it is found in a text."""
+
+
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """sha256 of each part that decides the ids of a text; empty: not known."""
+
+    vocab: str
+    """Tokens and ids of the model: all that manifests of older versions hold."""
+    merges: str = ""
+    rules: str = ""
+    """How text is normalized and split before the model sees it."""
+    added: str = ""
+    """Added tokens: they may differ where no text holds them."""
+
+    @classmethod
+    def of(cls, model_dir: Path) -> TokenizerIdentity:
+        """Of the tokenizer in a folder.
+
+        Raises:
+            CheckpointError: there is none, or it cannot be read.
+        """
+        file = model_dir / TOKENIZER_FILE
+        if not file.is_file():
+            return cls(_other_file(model_dir))
+        content = read_object(file)
+        model = content.get("model")
+        if not isinstance(model, dict) or "vocab" not in model:
+            raise CheckpointError(f"The tokenizer cannot be read: {file.name} has no vocabulary.", where=str(file))
+        # Older files write a merge as "a b", newer ones as ["a", "b"].
+        merges = [part if isinstance(part, str) else " ".join(map(str, part)) for part in model.get("merges") or ()]
+        return cls(
+            _digest(model["vocab"]),
+            _digest([model.get("type"), merges]),
+            _digest([content.get("normalizer"), content.get("pre_tokenizer")]),
+            _digest(sorted(_added(content).items())),
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> TokenizerIdentity:
+        """The inverse of `str`; manifests of older versions hold the first part alone."""
+        return cls(*text.split("-")[:4])
+
+    def __str__(self) -> str:
+        return "-".join(part for part in (self.vocab, self.merges, self.rules, self.added) if part)
+
+    def differences(self, other: TokenizerIdentity) -> list[str]:
+        """Names of the parts that both know and that differ."""
+        parts = {name: (getattr(self, name), getattr(other, name)) for name in ("vocab", "merges", "rules", "added")}
+        return [name for name, (mine, theirs) in parts.items() if mine and theirs and mine != theirs]
+
+
+def tokenizer_fingerprint(model_dir: Path) -> str:
+    """The identity of a folder's tokenizer as text, for manifests.
+
+    Raises:
+        CheckpointError: there is no tokenizer, or it cannot be read.
+    """
+    return str(TokenizerIdentity.of(model_dir))
+
+
+def differing_added_tokens(one: Path, other: Path) -> dict[int, tuple[str | None, str | None]]:
+    """Id -> the added tokens of two folders, where they differ; None: no added token has this id there."""
+    mine, theirs = (_added(_content(folder)) for folder in (one, other))
+    return {
+        number: (_name(mine.get(number)), _name(theirs.get(number)))
+        for number in sorted(mine.keys() | theirs.keys())
+        if mine.get(number) != theirs.get(number)
+    }
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    file = folder / TOKENIZER_FILE
+    return read_object(file) if file.is_file() else {}
+
+
+def _added(content: Mapping[str, Any]) -> dict[int, list[Any]]:
+    return {
+        int(token["id"]): [str(token["content"]), *(bool(token.get(rule)) for rule in _TOKEN_RULES)]
+        for token in added_tokens(dict(content))
+    }
+
+
+def _name(token: list[Any] | None) -> str | None:
+    return None if token is None else str(token[0])
+
+
+def _other_file(model_dir: Path) -> str:
+    for name in _WITHOUT_DEFINITION:
+        if (model_dir / name).is_file():
+            return hashlib.sha256((model_dir / name).read_bytes()).hexdigest()
+    raise CheckpointError("There is no tokenizer beside the model.", where=str(model_dir))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

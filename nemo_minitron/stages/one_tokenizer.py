@@ -1,0 +1,105 @@
+"""Checks that models and data which meet in a stage have one tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+
+from rich.markup import escape
+
+from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.errors import DataError
+from nemo_minitron.hf.tokenizer_identity import TokenizerIdentity, differing_added_tokens
+from nemo_minitron.stages.spec import StageContext
+
+_MOST_NAMED = 8
+_WORDS = {"vocab": "vocabularies", "merges": "merges"}
+AddedTokens = Mapping[int, tuple[str | None, str | None]]
+
+
+def require_one_tokenizer(
+    inputs: Inputs, roles: tuple[str, ...], ctx: StageContext, texts: tuple[Path, ...] = ()
+) -> None:
+    """Check that the models and the data share one tokenizer.
+
+    Vocabulary and merges must be equal. Added tokens may differ if neither the data nor `texts` hold one of these
+    tokens; that, and another way of splitting text, is said as a warning: the ids that are trained on are the same for
+    both models, but the student's own tokenizer may give it others later.
+
+    Args:
+        roles: names of the inputs that are models.
+        texts: files of rendered rows that both models read, where there is no tokenized data.
+
+    Raises:
+        DataError: they do not share one tokenizer.
+    """
+    identities = {role: TokenizerIdentity.of(inputs[role].path) for role in roles}
+    data = inputs.get("data")
+    recorded = None if data is None else data.result.get("tokenizer_sha256")
+    if recorded is not None:
+        identities["data"] = TokenizerIdentity.parse(str(recorded))
+    for one, other in combinations(identities, 2):
+        parts = identities[one].differences(identities[other])
+        broken = [_WORDS[part] for part in parts if part in _WORDS]
+        if broken:
+            raise _different(inputs, identities, one, other, broken)
+        if "rules" in parts:
+            _warn(ctx, f"the tokenizers of {one} and {other} normalize or split text differently.")
+        if "added" in parts:
+            _check_added(inputs, one, other, ctx, texts)
+
+
+def _different(
+    inputs: Inputs, identities: Mapping[str, TokenizerIdentity], one: str, other: str, broken: list[str]
+) -> DataError:
+    return DataError(
+        f"Teacher, student and data were made with different tokenizers: {one} and {other} have different "
+        f"{' and '.join(broken)}.",
+        where=", ".join(f"{role} {inputs[role].path} ({found.vocab[:8]})" for role, found in identities.items()),
+        next_step="Both models must share one vocabulary: tokenize the data with the teacher's tokenizer.",
+    )
+
+
+def _check_added(inputs: Inputs, one: str, other: str, ctx: StageContext, texts: tuple[Path, ...]) -> None:
+    if other == "data":
+        _warn(ctx, f"the data were tokenized with other added tokens than those of {one}.")
+        return
+    tokens = differing_added_tokens(inputs[one].path, inputs[other].path)
+    used = _used(inputs, tokens, texts)
+    if used:
+        raise DataError(
+            f"{one} and {other} have different added tokens, and what they are trained on uses them: "
+            f"{_named(used, one, other)}.",
+            where=f"{one} {inputs[one].path}, {other} {inputs[other].path}",
+            next_step="Give both models the same tokenizer files, or leave these tokens out of the texts.",
+        )
+    _warn(ctx, f"{one} and {other} have different added tokens, which nothing here uses: {_named(tokens, one, other)}.")
+
+
+def _used(inputs: Inputs, tokens: AddedTokens, texts: tuple[Path, ...]) -> AddedTokens:
+    """The tokens that occur in the tokenized data, or by their names in the texts."""
+    data = inputs.get("data")
+    found: set[int] = set()
+    if data is not None:
+        from nemo_minitron.backends.megatron.used_ids import used_ids
+
+        found = used_ids(data.path, tokens.keys())
+    for file in texts:
+        with file.open(encoding="utf-8") as lines:
+            for line in lines:
+                found |= {number for number, names in tokens.items() if any(name and name in line for name in names)}
+    return {number: names for number, names in tokens.items() if number in found}
+
+
+def _named(tokens: AddedTokens, one: str, other: str) -> str:
+    named = [
+        f"{number} ({one} {mine or 'none'}, {other} {theirs or 'none'})" for number, (mine, theirs) in tokens.items()
+    ]
+    more = [f"and {len(named) - _MOST_NAMED} more"] if len(named) > _MOST_NAMED else []
+    return ", ".join([*named[:_MOST_NAMED], *more])
+
+
+def _warn(ctx: StageContext, text: str) -> None:
+    if ctx.is_main:
+        ctx.progress.say(f"[yellow]warning[/yellow] {escape(text)}")
