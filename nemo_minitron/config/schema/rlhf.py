@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from nemo_minitron.config.schema.alignment import AttributeName, TemplateName
-from nemo_minitron.config.schema.base import Schema
+from nemo_minitron.config.schema.base import Fraction, Schema
 
 Rate = Annotated[float, Field(ge=0.0)]
 
@@ -71,6 +71,8 @@ class Rlhf(Schema):
     template: TemplateName = "model"
     whole_markers: bool = True
     """Refuse a tokenizer that spells the template's markers out."""
+    max_bad_fraction: Fraction = 0.0
+    """Share of rows that may be unusable with this tokenizer; they are left out."""
     trt_llm: bool = True
     """Answers by TensorRT-LLM; else by NeMo, much slower."""
     actor_layout: RlhfLayout = RlhfLayout()
