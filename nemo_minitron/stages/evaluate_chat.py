@@ -4,40 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.config.schema import EvaluateChatStage
-from nemo_minitron.data.chat.bad_rows import BadRows
-from nemo_minitron.data.chat.heldout import HeldOut, read_heldout
-from nemo_minitron.data.chat.rows import BadRow, Message, Row, question
+from nemo_minitron.data.chat.heldout import HeldOut
+from nemo_minitron.data.chat.rows import Row
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
-from nemo_minitron.errors import DataError
 from nemo_minitron.evaluation.chat_metrics import is_exact_match, preference_metrics, rank_correlation
 from nemo_minitron.evaluation.metrics import perplexity
-from nemo_minitron.hf.source import resolve_path
+from nemo_minitron.stages.chat_questions import LEVELS, Questions, Tokens, prepare
 from nemo_minitron.stages.spec import Result, StageContext
-
-if TYPE_CHECKING:
-    from nemo_minitron.evaluation.instructions import InstructionRow
-
-LEVELS = (0, 1, 2, 3, 4)
-Tokens = list[int]
-
-
-@dataclass(frozen=True)
-class _Questions:
-    """All that the model is asked, as token ids. Made before the model is loaded, so that mistakes show early."""
-
-    heldout: HeldOut
-    generated: list[tuple[Row, int | None, Tokens]]
-    """Row, level of the varied attribute, and prompt."""
-    instructions: list[tuple[InstructionRow, Tokens]]
-    bad_instructions: BadRows
-    samples: list[tuple[str, Tokens]]
 
 
 def evaluate_chat(params: EvaluateChatStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -52,7 +30,9 @@ def evaluate_chat(params: EvaluateChatStage, inputs: Inputs, ctx: StageContext) 
     from nemo_minitron.evaluation.generation import load_for_inference
 
     template = ChatTemplate.load(inputs["model"].path, params.template, whole_markers=params.whole_markers)
-    asked = _questions(params, inputs, template, ctx)
+    asked = prepare(params, inputs["chats"], template, name=ctx.name, assets_dir=Path(ctx.execution.assets_dir))
+    for text in asked.left_out():
+        ctx.progress.say(text)
     device = _device(ctx)
     model = load_for_inference(inputs["model"].path, params.precision, device)
     metrics: dict[str, Any] = {"label": params.label, **asked.heldout.facts()}
@@ -80,102 +60,6 @@ def _device(ctx: StageContext) -> str:
 
     wanted = ctx.execution.device
     return wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
-# --- what the model is asked --------------------------------------------------------------------
-
-
-def _questions(params: EvaluateChatStage, inputs: Inputs, template: ChatTemplate, ctx: StageContext) -> _Questions:
-    where, chats = f"stages.{ctx.name}", inputs["chats"]
-    if _asks_attributes(params) and "attributes" not in template.jinja:
-        raise DataError(
-            "The chat template of the model has no place for attributes, so that asking for them changes nothing.",
-            where=where,
-            allowed="template = chatml, llama3, extra_id, or a model that was trained with one of these",
-            next_step="Choose the template of the training, or leave out vary_attribute and other_attributes.",
-        )
-    heldout = read_heldout(chats.path, chats.result["rows"], template, params, where=where)
-    if len(heldout.rows) < heldout.bad.num_rows:
-        ctx.progress.say(heldout.left_out())
-    generated = _rows_to_answer(params, heldout, template) if chats.result["rows"] != "pairs" else []
-    instructions, bad = _instruction_prompts(params, template, ctx)
-    return _Questions(heldout, generated, instructions, bad, _sample_prompts(params, template, where))
-
-
-def _asks_attributes(params: EvaluateChatStage) -> bool:
-    return params.vary_attribute is not None or bool(params.other_attributes)
-
-
-def _rows_to_answer(
-    params: EvaluateChatStage, heldout: HeldOut, template: ChatTemplate
-) -> list[tuple[Row, int | None, Tokens]]:
-    """Prompts of the first `num_generated` questions; a question with many answers is asked once."""
-    first_rows: dict[str, Row] = {}
-    for row in heldout.rows:
-        first_rows.setdefault(question(row), row)
-    levels = LEVELS if params.vary_attribute is not None else (None,)
-    out: list[tuple[Row, int | None, Tokens]] = []
-    for row in list(first_rows.values())[: params.num_generated]:
-        for level in levels:
-            attributes = _attributes(params)
-            if params.vary_attribute is not None and level is not None:
-                attributes[params.vary_attribute] = level
-            out.append((row, level, _prompt(row["messages"][:-1], attributes, template)))
-    return out
-
-
-def _instruction_prompts(
-    params: EvaluateChatStage, template: ChatTemplate, ctx: StageContext
-) -> tuple[list[tuple[InstructionRow, Tokens]], BadRows]:
-    from nemo_minitron.evaluation.instructions import read_instructions
-
-    bad, out = BadRows(), []
-    if params.instructions is None:
-        return [], bad
-    source = resolve_path(params.instructions, Path(ctx.execution.assets_dir))
-    for row in read_instructions(source, params.max_instructions, bad):
-        try:
-            out.append((row, _prompt([{"role": "user", "content": row.prompt}], _attributes(params), template)))
-        except BadRow as reason:
-            bad.add(row.where, reason)
-    where = f"stages.{ctx.name}"
-    bad.require_few(params.max_bad_fraction, where)
-    if not out:
-        raise bad.none_left(f"{where}.instructions")
-    if bad.num_bad:
-        left_out = f"{bad.num_bad} of {bad.num_rows} instructions are left out"
-        ctx.progress.say(f"{left_out}; the first: {bad.first[0]}")
-    return out, bad
-
-
-def _sample_prompts(params: EvaluateChatStage, template: ChatTemplate, where: str) -> list[tuple[str, Tokens]]:
-    out = []
-    for number, text in enumerate(params.prompts):
-        try:
-            out.append((text, _prompt([{"role": "user", "content": text}], _attributes(params), template)))
-        except BadRow as reason:
-            raise DataError(f"The prompt cannot be asked: {reason}", where=f"{where}.prompts.{number}") from reason
-    return out
-
-
-def _prompt(messages: Sequence[Message], attributes: Mapping[str, float], template: ChatTemplate) -> Tokens:
-    """Token ids of a prompt.
-
-    Raises:
-        BadRow: the template refuses it, or a text holds one of its markers.
-    """
-    template.require_no_marker(messages)
-    ids = template.ids(template.prompt(messages, attributes or None))
-    if not ids:
-        raise BadRow("the chat template writes an empty prompt")
-    return ids
-
-
-def _attributes(params: EvaluateChatStage) -> dict[str, float]:
-    return {str(name): value for name, value in params.other_attributes.items()}
-
-
-# --- figures ------------------------------------------------------------------------------------
 
 
 def _preferences(
@@ -262,7 +146,7 @@ def _generated(
 
 def _instructions(
     params: EvaluateChatStage,
-    asked: _Questions,
+    asked: Questions,
     template: ChatTemplate,
     model: Any,
     answers: list[dict[str, Any]],
