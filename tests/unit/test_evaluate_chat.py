@@ -10,15 +10,20 @@ import pytest
 from pydantic import TypeAdapter
 
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.config.schema import EvaluateChatStage, Recipe
+from nemo_minitron.backends.aligner.rlhf_inputs import read_prompts
+from nemo_minitron.config.schema import AnnotateStage, EvaluateChatStage, Recipe
+from nemo_minitron.config.schema.rlhf import Rlhf
 from nemo_minitron.data.chat.heldout import HeldOut, read_heldout
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import DataError
+from nemo_minitron.evaluation.answers import greedy_answers
 from nemo_minitron.plan.align_checks import alignment_problems
+from nemo_minitron.progress import Progress
 from nemo_minitron.report.alignment import alignment_facts, tables
+from nemo_minitron.stages.annotate import _readable
 from nemo_minitron.stages.rehearse import rehearse_evaluations
 from tests.conftest import Cli
-from tests.support.tiny_models import CHAT_TEMPLATE, tiny_model_dir, tiny_tokenizer
+from tests.support.tiny_models import CHAT_TEMPLATE, load_transformers, tiny_model_dir, tiny_tokenizer
 
 Row = dict[str, Any]
 
@@ -104,6 +109,51 @@ def test_no_held_out_row_names_the_stage(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Stage chats holds no held-out rows") as caught:
         heldout(tmp_path, [])
     assert "Raise valid_rows" in str(caught.value)
+
+
+# --- other readers of rows ----------------------------------------------------------------------
+
+
+def files(folder: Path, rows: list[Row]) -> None:
+    heldout(folder, rows, max_bad_fraction=1.0)
+    (folder / "train.jsonl").write_bytes((folder / "valid.jsonl").read_bytes())
+
+
+def test_prompts_of_rlhf_leave_out_a_few_bad_rows(tmp_path: Path) -> None:
+    files(tmp_path, MARKED)
+    bound = ChatTemplate.bind(tiny_tokenizer(), "chatml")
+    found = read_prompts(Rlhf(algorithm="ppo", max_bad_fraction=0.25), tmp_path, bound)
+    assert [len(found[part]) for part in ("train", "valid")] == [3, 3]
+    with pytest.raises(DataError, match=r"x\.jsonl:2: a text of user holds") as caught:
+        read_prompts(Rlhf(algorithm="ppo"), tmp_path, bound)
+    assert "leave them out with max_bad_fraction=0.251" in str(caught.value)
+
+
+def test_an_annotation_leaves_out_a_few_bad_rows_and_needs_some(tmp_path: Path) -> None:
+    files(tmp_path, MARKED)
+    bound = ChatTemplate.bind(tiny_tokenizer(), "chatml")
+
+    def readable(**keys: Any) -> int:
+        params = AnnotateStage(kind="annotate", **keys)
+        rows, texts, stats = _readable(tmp_path / "train.jsonl", bound, params, "stages.annotate")
+        assert len(rows) == len(texts) == stats.num_rows
+        return len(rows)
+
+    assert readable(max_bad_fraction=0.25) == 3
+    with pytest.raises(DataError, match=r"stages\.annotate\.max_bad_fraction=0\.251"):
+        readable()
+    with pytest.raises(DataError, match=r"0 of 3 rows of train\.jsonl fit into max_seq_len_tokens = 4"):
+        readable(max_bad_fraction=0.25, max_seq_len_tokens=4)
+
+
+def test_a_tokenizer_without_eos_ends_answers_where_the_model_does(tmp_path: Path) -> None:
+    folder = tiny_model_dir(tmp_path, "llama_mha")
+    model, tokenizer = load_transformers(folder), tiny_tokenizer()
+    (wanted,) = greedy_answers(model, tokenizer, [[5, 6, 7]], 3, Progress(silent=True))
+    tokenizer.eos_token = tokenizer.pad_token = None
+    assert greedy_answers(model, tokenizer, [[5, 6, 7]], 3, Progress(silent=True)) == [wanted]
+    model.generation_config.eos_token_id = None
+    assert len(greedy_answers(model, tokenizer, [[5, 6, 7]], 3, Progress(silent=True))) == 1
 
 
 # --- known from the recipe ----------------------------------------------------------------------
