@@ -86,7 +86,10 @@ def _artifact(recipe: Path, stage: str, overrides: list[str] | None) -> Artifact
 
 def _data(row: dict[str, Any]) -> list[Text]:
     """Messages by role; then what is said of them."""
-    out = [_said(message["role"], message["content"]) for message in row.get("messages") or row["prompt"]]
+    out = []
+    for message in row.get("messages") or row["prompt"]:
+        out += [_said("reasoning", message["reasoning_content"])] if "reasoning_content" in message else []
+        out.append(_said(message["role"], message["content"]))
     out += [_said(key, row[key]) for key in ("chosen", "rejected") if key in row]
     rest = {key: row[key] for key in ("attributes", "chosen_reward", "rejected_reward") if key in row}
     return [*out, Text(json.dumps(rest))] if rest else out

@@ -69,13 +69,13 @@ def greedy_answers(
     from transformers import GenerationConfig
 
     ends = model.generation_config.eos_token_id
-    stops = set(ends if isinstance(ends, list) else [ends if ends is not None else tokenizer.eos_token_id])
-    stops.add(tokenizer.eos_token_id)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops))
+    known = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    stops = {token for token in known if token is not None}
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=sorted(stops),
+        eos_token_id=sorted(stops) or None,
         pad_token_id=padding,
         stop_strings=None if spelled_stop is None else [spelled_stop],
     )

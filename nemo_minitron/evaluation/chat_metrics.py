@@ -15,11 +15,14 @@ _FINAL = re.compile(r"####\s*([-+]?[\d,.]*\d)")
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
 
 
-def preference_metrics(chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, float]:
+def preference_metrics(chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, float | None]:
     """How often, and by how much (nats), the chosen answer is ahead; with standard errors over the pairs.
 
+    One pair has no standard error: None.
+
     Args:
-        chosen, rejected: implicit rewards log pi / pi_ref, or log-probabilities. Equal ones count as half.
+        chosen, rejected: implicit rewards log pi / pi_ref, or log-probabilities, of at least one pair. Equal ones count
+            as half.
     """
     margin = np.asarray(chosen) - np.asarray(rejected)
     ahead = (margin > 0) + 0.5 * (margin == 0)
@@ -32,8 +35,8 @@ def preference_metrics(chosen: Sequence[float], rejected: Sequence[float]) -> di
     }
 
 
-def _standard_error(values: NDArray[Any]) -> float:
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else float("nan")
+def _standard_error(values: NDArray[Any]) -> float | None:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def final_answer(text: str) -> str | None:

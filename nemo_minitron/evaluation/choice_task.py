@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.errors import PlanError
+from nemo_minitron.errors import DataError, PlanError
 from nemo_minitron.evaluation.tasks import data_errors, offline, offline_name, quiet, write_offline_tasks
 
 METRICS = ("acc_norm", "acc")
@@ -61,6 +61,8 @@ def load_choice_task(name: str, tokenizer: Any, *, data_dir: Path | None, limit:
         if getattr(task, "OUTPUT_TYPE", None) != "multiple_choice":
             raise PlanError(f"Task {name} is not a multiple-choice task.", where="depth_task.name")
         task.build_all_requests(limit=limit, rank=0, world_size=1)
+    if not task.instances:
+        raise DataError(f"Task {name} has no example.", where=str(data_dir or "the hub"))
     instances = tuple(sorted(task.instances, key=lambda instance: (instance.doc_id, instance.idx)))
     metric = next((metric for metric in METRICS if metric in task.aggregation()), None)
     if metric is None:

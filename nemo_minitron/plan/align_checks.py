@@ -1,4 +1,4 @@
-"""Rules of the stages that NeMo-Aligner runs."""
+"""Rules of the stages that align a model, rate answers, or measure what came of it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from nemo_minitron.config.schema import (
     ChatDataStage,
     DistillOfflineStage,
     DpoStage,
+    EvaluateChatStage,
     Parallel,
     Recipe,
+    Schema,
     SteerlmSftStage,
 )
 from nemo_minitron.families import ModelShape
@@ -22,8 +24,17 @@ from nemo_minitron.plan.planner import parallel_of
 from nemo_minitron.plan.shapes import model_shape
 
 
-def alignment_problems(name: str, stage: Alignment, recipe: Recipe) -> Iterator[str]:
-    """What is wrong with one stage, one line each."""
+def alignment_problems(name: str, stage: Schema, recipe: Recipe) -> Iterator[str]:
+    """What is wrong with one stage, one line each; nothing for stages of other kinds."""
+    if isinstance(stage, Alignment):
+        yield from _training(name, stage, recipe)
+    elif isinstance(stage, EvaluateChatStage):
+        yield from _evaluation(name, stage, recipe)
+    elif isinstance(stage, AnnotateStage):
+        yield from _annotation(name, stage, recipe)
+
+
+def _training(name: str, stage: Alignment, recipe: Recipe) -> Iterator[str]:
     key, layout = f"stages.{name}", parallel_of(recipe, name)
     yield from (f"{key}.aligner.{problem}" for problem in override_problems(method_of(stage), stage.aligner))
     yield from _data(key, stage, recipe)
@@ -98,3 +109,61 @@ def _sizes(key: str, stage: Alignment, layout: Parallel) -> Iterator[str]:
         yield f"{key}.min_lr = {stage.min_lr}: above lr = {stage.lr}."
     if stage.num_steps is not None and stage.warmup_steps >= stage.num_steps:
         yield f"{key}.warmup_steps = {stage.warmup_steps}: must be fewer than num_steps = {stage.num_steps}."
+
+
+def _evaluation(name: str, stage: EvaluateChatStage, recipe: Recipe) -> Iterator[str]:
+    """What an evaluation of chats asks for and cannot get."""
+    key, chats = f"stages.{name}", stage.inputs.chats
+    held = _chat_source(recipe, chats)
+    if held is not None and held.valid_rows == 0:
+        yield f"{key}.inputs.chats: stage {chats} has valid_rows = 0, and the evaluation needs held-out rows."
+    if held is not None and held.rows == "pairs":
+        if stage.num_generated:
+            yield f"{key}.num_generated = {stage.num_generated}: needs conversations, and stage {chats} has pairs."
+    elif stage.inputs.reference is not None and held is not None:
+        yield f"{key}.inputs.reference: compares preferences, and stage {chats} has conversations; leave it out."
+    if stage.vary_attribute is not None and not stage.num_generated:
+        yield f"{key}.vary_attribute = {stage.vary_attribute}: is asked of generated answers; set num_generated."
+    yield from _stricter_than_training(key, stage, recipe)
+
+
+def _stricter_than_training(key: str, stage: EvaluateChatStage, recipe: Recipe) -> Iterator[str]:
+    """Bad rows that a training leaves out must not stop the evaluation that comes after it."""
+    for name, trained in _trainings_before(stage.inputs.model, recipe):
+        same = trained.inputs.chats == stage.inputs.chats  # type: ignore[attr-defined]
+        if same and trained.max_bad_fraction > stage.max_bad_fraction:
+            yield (
+                f"{key}.max_bad_fraction = {stage.max_bad_fraction:g}: stage {name} leaves out up to "
+                f"{trained.max_bad_fraction:g} of the rows of {stage.inputs.chats}; the evaluation would stop at them. "
+                f"Next: {key}.max_bad_fraction={trained.max_bad_fraction:g}."
+            )
+
+
+def _trainings_before(model: str, recipe: Recipe) -> Iterator[tuple[str, Alignment]]:
+    """The alignments that a model has come through, the last one first."""
+    seen: set[str] = set()
+    while model in recipe.stages and model not in seen:
+        seen.add(model)
+        stage = recipe.stages[model]
+        if isinstance(stage, Alignment):
+            yield model, stage
+        inputs = getattr(stage, "inputs", None)
+        model = getattr(inputs, "model", None) or getattr(inputs, "student", None) or ""
+
+
+def _annotation(name: str, stage: AnnotateStage, recipe: Recipe) -> Iterator[str]:
+    held = _chat_source(recipe, stage.inputs.chats)
+    if held is not None and held.rows == "pairs":
+        yield f"stages.{name}.inputs.chats: stage {stage.inputs.chats} has pairs, and annotate needs conversations."
+    model = recipe.stages.get(stage.inputs.attribute_model)
+    if isinstance(model, AttributeModelStage) and model.reward != "regression":
+        used = f"stage {stage.inputs.attribute_model} has reward = {model.reward}"
+        yield f"stages.{name}.inputs.attribute_model: {used}, and annotate needs regression."
+
+
+def _chat_source(recipe: Recipe, name: str) -> ChatDataStage | None:
+    """The chat_data stage whose rows a stage holds."""
+    stage = recipe.stages.get(name)
+    if isinstance(stage, AnnotateStage):
+        stage = recipe.stages.get(stage.inputs.chats)
+    return stage if isinstance(stage, ChatDataStage) else None

@@ -8,7 +8,6 @@ from math import lcm
 from pathlib import Path
 
 from nemo_minitron.config.schema import (
-    Alignment,
     CacheTeacherStage,
     CandidateStage,
     ChatDataStage,
@@ -66,7 +65,7 @@ def find_problems(plan: RunPlan) -> Iterator[str]:
             yield from _score(name, stage, recipe)
         elif isinstance(stage, ChatDataStage):
             yield from _chat_data(f"stages.{name}", stage)
-        elif isinstance(stage, Alignment):
+        else:
             yield from alignment_problems(name, stage, recipe)
     yield from _layouts(recipe)
     yield from _labels(recipe)

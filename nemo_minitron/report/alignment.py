@@ -47,8 +47,11 @@ def _curve(stage: Artifact) -> Rows:
 
 
 def _model(result: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the table: figure -> (value, standard error or None)."""
+    """A row of the table: figure -> (value, standard error or None), or text."""
     out: dict[str, Any] = {"label": result["label"]}
+    if "measured_rows" in result:
+        left_out = result["measured_rows"] < result["rows"]
+        out["rows"] = f"{result['measured_rows']:,} of {result['rows']:,}" if left_out else f"{result['rows']:,}"
     preferences = result.get("preferences")
     if preferences:
         plain = preferences["log_probs"]
@@ -150,9 +153,10 @@ def _attribute_rows(facts: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def _cell(value: tuple[float, float | None] | Sequence[Any] | None) -> str:
-    if value is None:
-        return ""
+def _cell(value: Any) -> str:
+    """Text, or (number, standard error or None)."""
+    if value is None or isinstance(value, str):
+        return value or ""
     number, error = value
     return _number(number) if error is None else f"{number:.3f} ± {error:.3f}"
 

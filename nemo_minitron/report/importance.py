@@ -73,11 +73,15 @@ def importance_share(scores: NDArray[np.float32], keep: str | Mapping[str, str])
     """
     rows = {"0": scores} if scores.ndim == 1 else {str(layer): row for layer, row in enumerate(scores)}
     lists = keep if isinstance(keep, Mapping) else {layer: keep for layer in rows}
-    shares = [
-        float(rows[layer][list(_kept(ranges, rows[layer].size))].sum() / rows[layer].sum())
-        for layer, ranges in lists.items()
-    ]
-    return float(np.mean(shares))
+    return float(
+        np.mean([_share(rows[layer], list(_kept(ranges, rows[layer].size))) for layer, ranges in lists.items()])
+    )
+
+
+def _share(scores: NDArray[np.float32], kept: list[int]) -> float:
+    total = float(scores.sum())
+    # A layer that scores nothing, as a dead one does, loses nothing.
+    return float(scores[kept].sum()) / total if total else 1.0
 
 
 def _kept(ranges: str, size: int) -> Sequence[int]:

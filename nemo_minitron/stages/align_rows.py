@@ -122,7 +122,8 @@ def _write(file: Path, rows: Iterable[list[dict[str, Any]]]) -> int:
 def _require_batch(found: int, needed: int, part: str, stats: LengthStats, ctx: StageContext) -> None:
     if found < needed:
         raise DataError(
-            f"{found} rows of the {part} part are left, and a batch takes {needed}; {stats.num_dropped} were too long.",
+            f"{found} rows of the {part} part are left, and a batch takes {needed}; "
+            f"{stats.num_dropped} were too long, {stats.bad.num_bad} of {stats.bad.num_rows} bad.",
             where=f"stages.{ctx.name}.global_batch_size",
             next_step="Lower global_batch_size, raise max_seq_len_tokens or the chat_data stage's valid_rows, "
             "or set too_long: cut_turns.",

@@ -17,9 +17,9 @@ from nemo_minitron.config.schema import AnnotateStage, ChatRendering
 from nemo_minitron.config.schema.base import TEMPLATE_DATE
 from nemo_minitron.data.chat.lengths import LengthStats
 from nemo_minitron.data.chat.render import MISSING, rated_row, read_normalised
-from nemo_minitron.data.chat.rows import ATTRIBUTES, Row
+from nemo_minitron.data.chat.rows import ATTRIBUTES, BadRow, Row
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
-from nemo_minitron.errors import PlanError
+from nemo_minitron.errors import DataError, PlanError
 from nemo_minitron.stages.align_rows import PARTS
 from nemo_minitron.stages.spec import Result, StageContext
 
@@ -34,6 +34,7 @@ def annotate(params: AnnotateStage, inputs: Inputs, ctx: StageContext) -> Result
 
     Raises:
         PlanError: the model ranks, or the data are pairs.
+        DataError: too many rows that the model's template cannot carry, or none left.
     """
     model, data = inputs["attribute_model"], inputs["chats"]
     if model.result.get("reward") != "regression" or data.result.get("rows") != "conversations":
@@ -49,12 +50,7 @@ def annotate(params: AnnotateStage, inputs: Inputs, ctx: StageContext) -> Result
     )
     facts: dict[str, Any] = {"rows": "conversations"}
     for part in PARTS:
-        rows, texts, stats = [], [], LengthStats()
-        for row in read_normalised(data.path / f"{part}.jsonl"):
-            text = answer_text(row, template, params.max_seq_len_tokens, stats)
-            if text is not None:
-                rows.append(row)
-                texts.append(text)
+        rows, texts, stats = _readable(data.path / f"{part}.jsonl", template, params, f"stages.{ctx.name}")
         found = predict(model.path / "nemo", texts, params.batch_size, ctx) if texts else []
         with (ctx.out_dir / f"{part}.jsonl").open("w", encoding="utf-8") as out:
             for row, values in zip(rows, found, strict=True):
@@ -67,6 +63,37 @@ def annotate(params: AnnotateStage, inputs: Inputs, ctx: StageContext) -> Result
 def learnt_day(result: Mapping[str, Any]) -> date:
     """The day in the texts that an attribute model was trained on; manifests of older versions do not say it."""
     return date.fromisoformat(result.get("template_date", TEMPLATE_DATE.isoformat()))
+
+
+def _readable(
+    file: Path, template: ChatTemplate, params: AnnotateStage, where: str
+) -> tuple[list[Row], list[str], LengthStats]:
+    """The rows that the attribute model can read, and their texts.
+
+    Raises:
+        DataError: too many bad rows, or none left.
+    """
+    rows, texts, stats = [], [], LengthStats()
+    for row in read_normalised(file):
+        stats.bad.num_rows += 1
+        try:
+            text = answer_text(row, template, params.max_seq_len_tokens, stats)
+        except BadRow as reason:
+            stats.bad.add(row["origin"], reason)
+            continue
+        if text is not None:
+            rows.append(row)
+            texts.append(text)
+    stats.bad.require_few(params.max_bad_fraction, where)
+    if stats.num_dropped and not rows:
+        raise DataError(
+            f"0 of {stats.num_dropped} rows of {file.name} fit into max_seq_len_tokens = {params.max_seq_len_tokens}.",
+            where=f"{where}.max_seq_len_tokens",
+            next_step="Raise it, up to what the attribute model was trained with, or choose shorter rows.",
+        )
+    if stats.bad.num_bad and not rows:
+        raise stats.bad.none_left(where)
+    return rows, texts, stats
 
 
 def answer_text(row: Row, template: ChatTemplate, max_seq_len_tokens: int, stats: LengthStats) -> str | None:

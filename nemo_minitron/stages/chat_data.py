@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.config.schema import ChatDataStage, ChatSource
 from nemo_minitron.data.chat.bad_rows import BadRows
+from nemo_minitron.data.chat.fields import Fields
 from nemo_minitron.data.chat.files import RawRow, chat_files, read_rows
 from nemo_minitron.data.chat.formats import FORMATS, FORMATS_OF, detect
 from nemo_minitron.data.chat.rows import ATTRIBUTES, BadRow, Row, question, with_system
@@ -22,6 +24,7 @@ from nemo_minitron.hf.source import resolve_path
 from nemo_minitron.stages.spec import Result, StageContext
 
 SPLITS = ("train", "valid")
+_LISTED_FIELDS = 20
 
 
 @dataclass
@@ -47,6 +50,8 @@ def chat_data(params: ChatDataStage, inputs: Inputs, ctx: StageContext) -> Resul
     found = _Collected(ctx.work_dir / "rows.jsonl")
     _collect(params, ctx, found)
     found.bad.require_few(params.max_bad_fraction, f"stages.{ctx.name}")
+    if not found.questions:
+        raise found.bad.none_left(f"stages.{ctx.name}")
     counts = _split(params, found, ctx.out_dir)
     _require_both(params, counts, sum(found.questions.values()), ctx.name)
     rated = {name: values for name, values in found.ratings.items() if values}
@@ -64,7 +69,9 @@ def chat_data(params: ChatDataStage, inputs: Inputs, ctx: StageContext) -> Resul
 
 def _collect(params: ChatDataStage, ctx: StageContext, found: _Collected) -> None:
     bad_file = ctx.out_dir / "bad_rows.jsonl"
-    with found.file.open("w", encoding="utf-8") as good, bad_file.open("w", encoding="utf-8") as bad:
+    # Names of files can hold what UTF-8 cannot; in JSON its escape means the same.
+    text = partial(Path.open, mode="w", encoding="utf-8", errors="backslashreplace")
+    with text(found.file) as good, text(bad_file) as bad:
         for number, source in enumerate(params.sources):
             found.sources.append(_collect_source(params, number, source, ctx, found, good, bad))
     if found.bad.num_bad == 0:
@@ -82,6 +89,7 @@ def _collect_source(
 ) -> dict[str, Any]:
     """Facts of one source."""
     num_rows, bad_before = 0, found.bad.num_bad
+    unused: Counter[str] = Counter()
     name: str | None = None if source.format == "auto" else source.format
     files = chat_files(resolve_path(source.source, Path(ctx.execution.assets_dir)))
     for raw in _rows(files, source.source, ctx):
@@ -89,7 +97,8 @@ def _collect_source(
         try:
             if name is None:
                 name = _detected(raw, params, source, number, ctx)
-            row = with_system(_adapted(raw, name, source), params.system)
+            row, left = _adapted(raw, name, source)
+            row = with_system(row, params.system)
         except BadRow as reason:
             found.bad.add(raw.where, reason)
             bad.write(_line({"origin": raw.origin, "source": source.source, "reason": str(reason)}))
@@ -99,16 +108,26 @@ def _collect_source(
         for attribute, value in row.get("attributes", {}).items():
             found.ratings[attribute].append(value)
         good.write(f"{number}\t{key}\t{text_hash(params.seed, _line(row))}\t{_line({**row, 'origin': raw.origin})}")
+        unused.update(left)
         num_rows += 1
         if num_rows == source.max_rows:
             break
+    _tell_unused(unused, source.source, ctx)
     return {
         "source": source.source,
         "format": name,
         "rows": num_rows,
         "bad_rows": found.bad.num_bad - bad_before,
         "weight": source.weight,
+        "unused_fields": dict(unused.most_common(_LISTED_FIELDS)),
     }
+
+
+def _tell_unused(unused: Counter[str], source: str, ctx: StageContext) -> None:
+    if unused:
+        listed = [f"{field} ({count:,})" for field, count in unused.most_common(_LISTED_FIELDS)]
+        more = [f"and {len(unused) - len(listed)} more"] if len(unused) > len(listed) else []
+        ctx.progress.say(f"{source}: fields that are not used, and in how many rows: {', '.join([*listed, *more])}")
 
 
 def _rows(files: list[Path], source: str, ctx: StageContext) -> Iterator[RawRow]:
@@ -139,10 +158,12 @@ def _detected(raw: RawRow, params: ChatDataStage, source: ChatSource, number: in
     return name
 
 
-def _adapted(raw: RawRow, name: str, source: ChatSource) -> Row:
+def _adapted(raw: RawRow, name: str, source: ChatSource) -> tuple[Row, list[str]]:
+    """The checked row, and the fields that are not in it."""
     if isinstance(raw.content, BadRow):
         raise raw.content
-    return FORMATS[name].adapt(_looked_at(raw.content, source), source.attributes)
+    fields = Fields(raw.content, source.leave_out)
+    return FORMATS[name].read(fields, source.attributes), fields.unread()
 
 
 def _looked_at(content: Mapping[str, Any], source: ChatSource) -> Mapping[str, Any]:

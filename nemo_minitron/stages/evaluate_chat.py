@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import ChatRendering, EvaluateChatStage
-from nemo_minitron.data.chat.lengths import LengthStats
-from nemo_minitron.data.chat.render import pair_row, read_normalised, sft_rows
-from nemo_minitron.data.chat.rows import Row, question
+from nemo_minitron.config.schema import EvaluateChatStage
+from nemo_minitron.data.chat.heldout import HeldOut
+from nemo_minitron.data.chat.rows import Row
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.evaluation.chat_metrics import is_exact_match, preference_metrics, rank_correlation
-from nemo_minitron.hf.source import resolve_path
+from nemo_minitron.evaluation.metrics import perplexity
+from nemo_minitron.stages.chat_questions import LEVELS, Questions, Tokens, prepare
 from nemo_minitron.stages.spec import Result, StageContext
-
-LEVELS = (0, 1, 2, 3, 4)
 
 
 def evaluate_chat(params: EvaluateChatStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -29,28 +25,33 @@ def evaluate_chat(params: EvaluateChatStage, inputs: Inputs, ctx: StageContext) 
 
     Raises:
         CheckpointError: a model cannot be read.
-        DataError: its tokenizer has no chat template.
+        DataError: its tokenizer has no chat template, too many rows do not fit it, or none is left to measure.
     """
     from nemo_minitron.evaluation.generation import load_for_inference
 
     template = ChatTemplate.load(
         inputs["model"].path, params.template, whole_markers=params.whole_markers, day=params.template_date
     )
-    rows = list(islice(read_normalised(inputs["chats"].path / "valid.jsonl"), params.max_rows))
+    asked = prepare(params, inputs["chats"], template, name=ctx.name, assets_dir=Path(ctx.execution.assets_dir))
+    for text in asked.left_out():
+        ctx.progress.say(text)
     device = _device(ctx)
     model = load_for_inference(inputs["model"].path, params.precision, device)
-    metrics: dict[str, Any] = {"label": params.label, "rows": len(rows)}
+    metrics: dict[str, Any] = {"label": params.label, **asked.heldout.facts()}
     answers: list[dict[str, Any]] = []
     if inputs["chats"].result["rows"] == "pairs":
         reference = inputs.get("reference")
         other = load_for_inference(reference.path, params.precision, device) if reference else None
-        metrics["preferences"] = _preferences(params, rows, template, model, other, ctx)
+        metrics["preferences"] = _preferences(asked.heldout, template, model, other, ctx)
     else:
-        metrics["conversations"] = _conversations(params, rows, template, model, ctx)
-        metrics |= _generated(params, rows, template, model, answers, ctx)
+        metrics["conversations"] = _conversations(asked.heldout, template, model, ctx)
+        metrics |= _generated(params, asked.generated, template, model, answers, ctx)
     if params.instructions is not None:
-        metrics["instructions"] = _instructions(params, params.instructions, template, model, answers, ctx)
-    metrics["samples"] = _samples(params, template, model, ctx)
+        metrics["instructions"] = _instructions(params, asked, template, model, answers, ctx)
+    texts = _continued(params, [prompt for _, prompt in asked.samples], template, model, ctx)
+    metrics["samples"] = [
+        {"prompt": prompt, "text": text} for (prompt, _), (text, _) in zip(asked.samples, texts, strict=True)
+    ]
     (ctx.out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     (ctx.out_dir / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers), encoding="utf-8")
     return {key: value for key, value in metrics.items() if key != "samples"}
@@ -63,19 +64,14 @@ def _device(ctx: StageContext) -> str:
     return wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _options(params: EvaluateChatStage) -> ChatRendering:
-    return ChatRendering(turns="last", max_seq_len_tokens=params.max_seq_len_tokens, condition_on_attributes=False)
-
-
 def _preferences(
-    params: EvaluateChatStage, rows: list[Row], template: ChatTemplate, model: Any, reference: Any, ctx: StageContext
+    heldout: HeldOut, template: ChatTemplate, model: Any, reference: Any, ctx: StageContext
 ) -> dict[str, Any]:
     from nemo_minitron.evaluation.answers import answer_log_probs
 
-    stats = LengthStats()
-    pairs = [pair for row in rows if (pair := pair_row(row, template, _options(params), stats)) is not None]
+    pairs = heldout.rendered
     sequences = [
-        (template.ids(pair["prompt"]), template.ids(pair["prompt"] + pair[key])[len(template.ids(pair["prompt"])) :])
+        _sequence(template, pair["prompt"], pair[key])
         for key in ("chosen_response", "rejected_response")
         for pair in pairs
     ]
@@ -91,7 +87,7 @@ def _preferences(
             )
         ),
         "mean_tokens": {"chosen": sum(sizes[:half]) / half, "rejected": sum(sizes[half:]) / half},
-        "too_long": stats.num_dropped,
+        "too_long": heldout.too_long,
     }
     if reference is not None:
         before = answer_log_probs(reference, sequences, ctx.progress, "reference")
@@ -100,65 +96,50 @@ def _preferences(
     return out
 
 
-def _conversations(
-    params: EvaluateChatStage, rows: list[Row], template: ChatTemplate, model: Any, ctx: StageContext
-) -> dict[str, Any]:
+def _sequence(template: ChatTemplate, prompt: str, answer: str) -> tuple[Tokens, Tokens]:
+    ids = template.ids(prompt)
+    return ids, template.ids(prompt + answer)[len(ids) :]
+
+
+def _conversations(heldout: HeldOut, template: ChatTemplate, model: Any, ctx: StageContext) -> dict[str, Any]:
     """Loss of the held-out answers, over answer tokens alone."""
     from nemo_minitron.evaluation.answers import answer_log_probs
 
-    stats = LengthStats()
-    texts = [text for row in rows for text in sft_rows(row, template, _options(params), stats)]
-    sequences = []
-    for text in texts:
-        prompt = template.ids(text["input"])
-        sequences.append((prompt, template.ids(text["input"] + text["output"])[len(prompt) :]))
+    sequences = [_sequence(template, text["input"], text["output"]) for text in heldout.rendered]
     found = answer_log_probs(model, sequences, ctx.progress, "held-out answers")
     tokens = sum(len(answer) for _, answer in sequences)
     loss = -sum(found) / tokens
-    facts = {"answers": len(found), "answer_tokens": tokens, "too_long": stats.num_dropped}
-    return {**facts, "loss_nats_per_token": loss, "perplexity": math.exp(loss)}
+    facts = {"answers": len(found), "answer_tokens": tokens, "too_long": heldout.too_long}
+    return {**facts, "loss_nats_per_token": loss, "perplexity": perplexity(loss)}
 
 
 def _generated(
     params: EvaluateChatStage,
-    rows: list[Row],
+    asked: list[tuple[Row, int | None, Tokens]],
     template: ChatTemplate,
     model: Any,
     answers: list[dict[str, Any]],
     ctx: StageContext,
 ) -> dict[str, Any]:
-    """What the model answers to held-out questions by itself; a question with many answers is asked once."""
-    first_rows: dict[str, Row] = {}
-    for row in rows:
-        first_rows.setdefault(question(row), row)
-    chosen = list(first_rows.values())[: params.num_generated]
-    if not chosen:
+    """What the model answers to held-out questions by itself."""
+    if not asked:
         return {}
-    levels = LEVELS if params.vary_attribute is not None else (None,)
-    prompts = []
-    for row in chosen:
-        for level in levels:
-            asked = _asked(params)
-            if params.vary_attribute is not None and level is not None:
-                asked[params.vary_attribute] = level
-            prompts.append(template.ids(template.prompt(row["messages"][:-1], asked or None)))
-    made = _continued(params, prompts, template, model, ctx)
-    for number, (text, tokens) in enumerate(made):
-        row, level = chosen[number // len(levels)], levels[number % len(levels)]
+    made = _continued(params, [prompt for _, _, prompt in asked], template, model, ctx)
+    for (row, level, _), (text, tokens) in zip(asked, made, strict=True):
         asked_text = row["messages"][-2]["content"]
         answers.append(
             {"origin": row["origin"], "prompt": asked_text, "level": level, "answer": text, "tokens": tokens}
         )
     out: dict[str, Any] = {"mean_answer_tokens": sum(tokens for _, tokens in made) / len(made)}
+    wanted = [row["messages"][-1]["content"] for row, _, _ in asked]
     if params.vary_attribute is not None:
-        sizes = [[tokens for _, tokens in made[i : i + len(levels)]] for i in range(0, len(made), len(levels))]
+        per_row = len(LEVELS)
+        sizes = [[tokens for _, tokens in made[i : i + per_row]] for i in range(0, len(made), per_row)]
         by_level = {str(level): sum(row[level] for row in sizes) / len(sizes) for level in LEVELS}
         found = rank_correlation([LEVELS] * len(sizes), sizes)
         out["attribute"] = {"name": params.vary_attribute, **found, "mean_tokens_by_level": by_level}
-    elif all("####" in row["messages"][-1]["content"] for row in chosen):
-        right = [
-            is_exact_match(text, row["messages"][-1]["content"]) for (text, _), row in zip(made, chosen, strict=True)
-        ]
+    elif all("####" in text for text in wanted):
+        right = [is_exact_match(text, answer) for (text, _), answer in zip(made, wanted, strict=True)]
         share = sum(right) / len(right)
         error = math.sqrt(share * (1 - share) / len(right))
         out["exact_match"] = {"questions": len(right), "share": share, "se": error}
@@ -167,45 +148,26 @@ def _generated(
 
 def _instructions(
     params: EvaluateChatStage,
-    source: str,
+    asked: Questions,
     template: ChatTemplate,
     model: Any,
     answers: list[dict[str, Any]],
     ctx: StageContext,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """How often the model's answers follow rules that a program can check."""
-    from nemo_minitron.evaluation.instructions import follows, instruction_metrics, read_instructions
+    from nemo_minitron.evaluation.instructions import follows, instruction_metrics
 
-    rows = read_instructions(resolve_path(source, Path(ctx.execution.assets_dir)), params.max_instructions)
-    made = _answers(params, [row.prompt for row in rows], template, model, ctx)
+    made = _continued(params, [prompt for _, prompt in asked.instructions], template, model, ctx)
+    rows = [row for row, _ in asked.instructions]
     found = [follows(row, text) for row, (text, _) in zip(rows, made, strict=True)]
     for row, (text, tokens), followed in zip(rows, made, found, strict=True):
         rules = dict(zip(row.rules, followed["strict"], strict=True))
         answers.append({"prompt": row.prompt, "answer": text, "tokens": tokens, "followed": rules})
-    return instruction_metrics(found)
-
-
-def _asked(params: EvaluateChatStage) -> dict[str, float]:
-    return {str(name): value for name, value in params.other_attributes.items()}
-
-
-def _samples(params: EvaluateChatStage, template: ChatTemplate, model: Any, ctx: StageContext) -> list[dict[str, str]]:
-    made = _answers(params, params.prompts, template, model, ctx)
-    return [{"prompt": text, "text": answer} for text, (answer, _) in zip(params.prompts, made, strict=True)]
-
-
-def _answers(
-    params: EvaluateChatStage, questions: Sequence[str], template: ChatTemplate, model: Any, ctx: StageContext
-) -> list[tuple[str, int]]:
-    """What the model says to each question alone."""
-    prompts = [
-        template.ids(template.prompt([{"role": "user", "content": text}], _asked(params) or None)) for text in questions
-    ]
-    return _continued(params, prompts, template, model, ctx)
+    return {**instruction_metrics(found), **asked.bad_instructions.facts()}
 
 
 def _continued(
-    params: EvaluateChatStage, prompts: list[list[int]], template: ChatTemplate, model: Any, ctx: StageContext
+    params: EvaluateChatStage, prompts: list[Tokens], template: ChatTemplate, model: Any, ctx: StageContext
 ) -> list[tuple[str, int]]:
     from nemo_minitron.evaluation.answers import greedy_answers
 

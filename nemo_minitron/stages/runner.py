@@ -32,6 +32,7 @@ from nemo_minitron.plan.sources import source_facts
 from nemo_minitron.progress import Progress
 from nemo_minitron.stages.nodes import Nodes
 from nemo_minitron.stages.ranks import STATUS_FILE, run_ranks
+from nemo_minitron.stages.rehearse import rehearse_evaluations
 from nemo_minitron.stages.spec import STAGES, StageContext
 from nemo_minitron.stages.work import open_work
 
@@ -65,6 +66,7 @@ def run_recipe(recipe: Recipe, options: RunOptions, *, quiet: bool = False) -> R
         for call in plan.calls:
             if call.name in wanted and plan.states[call.name].status != "finished":
                 _require_not_stopped(stop, f"before stage {call.name}")
+                rehearse_evaluations(call.name, plan.recipe, store, wanted)
                 run_stage(call, plan.recipe, store, stop, options, quiet=quiet)
     return plan
 
@@ -148,6 +150,7 @@ def run_single(recipe: Recipe, stage: str, *, patience_s: float = 0.0, quiet: bo
             raise _drift_error(plan, {stage}, store)
         store.remove_leftovers(stage)
         store.require_room([stage])
+        rehearse_evaluations(stage, plan.recipe, store, plan.recipe.stages)
         run_stage(plan.call(stage), plan.recipe, store, stop, RunOptions(), quiet=quiet)
 
 

@@ -98,7 +98,7 @@ STAGES: dict[str, StageSpec] = {
         _spec("adopt", "adopt:adopt"),
         _spec("init", "init:init"),
         _spec("tokenize", "tokenize:tokenize"),
-        _spec("chat_data", "chat_data:chat_data"),
+        _spec("chat_data", "chat_data:chat_data", version=2),
         _spec("sft", "align:sft", starts_ranks=True, needs_aligner=True),
         _spec("steerlm_sft", "align:sft", starts_ranks=True, needs_aligner=True),
         _spec("dpo", "align:dpo", starts_ranks=True, needs_aligner=True),

@@ -180,10 +180,14 @@ BAD: tuple[tuple[str, Fields, str], ...] = (
     (
         "messages",
         {"messages": [{"role": "tool", "content": "x"}]},
-        "message 1 has the role 'tool'; known: system, user",
+        "message 1 has the role 'tool'; known: system, developer, user",
     ),
     ("messages", {"messages": [{"role": "user", "content": None}]}, "message 1 has no text"),
-    ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1 has no text"),
+    (
+        "messages",
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        "message 1 has a part of type 'image'",
+    ),
     ("messages", {"messages": [{"role": "system", "content": "S"}]}, "there is no message"),
     ("messages", {"messages": said("Hi", " \n")}, "message 2 (assistant) is empty"),
     (

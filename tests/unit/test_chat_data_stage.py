@@ -55,7 +55,8 @@ def test_every_row_goes_into_one_part_and_knows_its_place(tmp_path: Path) -> Non
     result, train, valid = prepare(tmp_path / "a", source)
     assert (len(train), len(valid)) == (190, 10) == (result["train_rows"], result["valid_rows"])
     assert {row["origin"] for row in [*train, *valid]} == {f"x.jsonl:{number}" for number in range(1, 201)}
-    assert result["sources"] == [{"source": source, "format": "gsm8k", "rows": 200, "bad_rows": 0, "weight": 1.0}]
+    facts = {"source": source, "format": "gsm8k", "rows": 200, "bad_rows": 0, "weight": 1.0, "unused_fields": {}}
+    assert result["sources"] == [facts]
     assert train[0]["messages"][1] == {"role": "assistant", "content": "0"}
 
 

@@ -12,10 +12,11 @@ from nemo_minitron.artifacts.manifest import Manifest, read_manifest
 from nemo_minitron.backends.aligner.rlhf_checks import Limits, RlhfFacts, longest_prompt_tokens
 from nemo_minitron.config.schema.base import TEMPLATE_DATE
 from nemo_minitron.config.schema.rlhf import Rlhf
+from nemo_minitron.data.chat.bad_rows import BadRows
 from nemo_minitron.data.chat.render import read_normalised
 from nemo_minitron.data.chat.rows import BadRow
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
-from nemo_minitron.errors import ArtifactError, DataError
+from nemo_minitron.errors import ArtifactError
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.hf.tokenizer_identity import tokenizer_fingerprint
 
@@ -56,18 +57,22 @@ def _fits(manifest: Manifest, kinds: tuple[str, ...]) -> bool:
 
 
 def read_prompts(settings: Rlhf, rows: Path, template: ChatTemplate) -> dict[str, list[str]]:
-    """Part -> what comes before the last answer of every conversation; long ones are left out.
+    """Part -> what comes before the last answer of every conversation; long ones and a few bad ones are left out.
 
     Raises:
-        DataError: the template refuses a row.
+        DataError: the template refuses too many rows.
     """
     most, found = longest_prompt_tokens(settings), {}
     for part in PARTS:
-        file = rows / f"{part}.jsonl"
-        try:
-            texts = [template.prompt(row["messages"][:-1]) for row in read_normalised(file)]
-        except BadRow as reason:
-            raise DataError(f"A row cannot be a prompt: {reason}", where=str(file)) from reason
+        file, bad, texts = rows / f"{part}.jsonl", BadRows(), []
+        for row in read_normalised(file):
+            bad.num_rows += 1
+            try:
+                template.require_no_marker(row["messages"][:-1])
+                texts.append(template.prompt(row["messages"][:-1]))
+            except BadRow as reason:
+                bad.add(row["origin"], reason)
+        bad.require_few(settings.max_bad_fraction, str(file), "max_bad_fraction")
         found[part] = [text for text in texts if len(template.ids(text)) <= most]
     return found
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, PositiveInt
 
 from nemo_minitron.config.schema.alignment import AttributeName, ChatRendering
-from nemo_minitron.config.schema.base import Schema, StageName
+from nemo_minitron.config.schema.base import Fraction, Schema, StageName
 
 
 class Alignment(ChatRendering):
@@ -129,3 +129,5 @@ class AnnotateStage(Schema):
     """Attributes that a row already has stay as they are."""
     max_seq_len_tokens: PositiveInt = 4096
     batch_size: PositiveInt = 8
+    max_bad_fraction: Fraction = 0.0
+    """Share of rows that may be unusable with the attribute model's tokenizer; they are left out and counted."""

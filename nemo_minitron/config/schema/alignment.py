@@ -51,7 +51,7 @@ class ChatSource(Schema):
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     """How often each training row is written: 2 twice, 0.5 every second one, chosen by hash."""
     leave_out: tuple[str, ...] = ()
-    """Fields of the rows that are not looked at, such as a long `context`."""
+    """Fields to ignore, of rows and of their messages, such as a long `context` or `tool_calls`."""
     attributes: dict[str, AttributeName | None] = Field(default_factory=dict)
     """Other names of attributes in these rows: {factuality: correctness}; null leaves one out."""
 

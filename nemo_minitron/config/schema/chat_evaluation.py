@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from nemo_minitron.config.schema.alignment import AttributeName, TemplateName
-from nemo_minitron.config.schema.base import TEMPLATE_DATE, Precision, Schema, StageName
+from nemo_minitron.config.schema.base import TEMPLATE_DATE, Fraction, Precision, Schema, StageName
 
 
 class EvaluateChatInputs(Schema):
@@ -34,6 +34,8 @@ class EvaluateChatStage(Schema):
     """Held-out rows that are looked at, the first ones."""
     max_seq_len_tokens: PositiveInt = 1024
     """Longer rows are left out."""
+    max_bad_fraction: Fraction = 0.0
+    """Share of rows, and of instructions, that may be unusable with this tokenizer; they are left out and counted."""
     num_generated: Annotated[int, Field(ge=0)] = 0
     """Prompts of held-out conversations that the model answers itself: length, and exact match of final numbers."""
     vary_attribute: AttributeName | None = None

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from nemo_minitron.config.schema.alignment import AttributeName, TemplateName
-from nemo_minitron.config.schema.base import TEMPLATE_DATE, Schema
+from nemo_minitron.config.schema.base import TEMPLATE_DATE, Fraction, Schema
 
 Rate = Annotated[float, Field(ge=0.0)]
 
@@ -74,6 +74,8 @@ class Rlhf(Schema):
     """Refuse a tokenizer that spells the template's markers out."""
     template_date: date = TEMPLATE_DATE
     """The day that a template writes into the prompts."""
+    max_bad_fraction: Fraction = 0.0
+    """Share of rows that may be unusable with this tokenizer; they are left out."""
     trt_llm: bool = True
     """Answers by TensorRT-LLM; else by NeMo, much slower."""
     actor_layout: RlhfLayout = RlhfLayout()

@@ -29,22 +29,35 @@ class BadRows:
         """For manifests."""
         return {"bad_rows": self.num_bad, "first_bad_rows": list(self.first)}
 
-    def require_few(self, max_fraction: float, where: str) -> None:
+    def require_few(self, max_fraction: float, where: str, key: str | None = None) -> None:
         """Raises DataError with the first ten when more than the tolerated share is bad.
 
         Args:
-            where: the recipe's key above `max_bad_fraction`.
+            where: the stage's key in the recipe.
+            key: of the tolerated share; None: `max_bad_fraction` of the stage.
         """
+        key = key or f"{where}.max_bad_fraction"
         if self.num_bad <= max_fraction * self.num_rows:
             return
-        share = self.num_bad / self.num_rows
-        more = [f"... and {self.num_bad - len(self.first)} more"] if self.num_bad > len(self.first) else []
-        listed = "".join(f"\n  - {line}" for line in [*self.first, *more])
+        if self.num_bad == self.num_rows:
+            raise self.none_left(where)
         # Rounded up, so that the advice is enough.
-        enough = min(1.0, int(share * 1000 + 1) / 1000)
+        enough = min(1.0, int(self.num_bad / self.num_rows * 1000 + 1) / 1000)
         raise DataError(
-            f"{self.num_bad} of {self.num_rows} rows are bad ({share:.1%}):{listed}",
+            f"{self.num_bad} of {self.num_rows} rows are bad ({self.num_bad / self.num_rows:.1%}):{self._listed()}",
             where=where,
-            allowed=f"{where}.max_bad_fraction = {max_fraction}",
-            next_step=f"Correct the rows, or leave them out with {where}.max_bad_fraction={enough:g}.",
+            allowed=f"{key} = {max_fraction}",
+            next_step=f"Correct the rows, or leave them out with {key}={enough:g}.",
         )
+
+    def none_left(self, where: str) -> DataError:
+        """The error where every row is bad, so that leaving the bad ones out would leave nothing."""
+        return DataError(
+            f"All {self.num_rows} rows are bad:{self._listed()}",
+            where=where,
+            next_step="Correct the rows, or what does not fit them: the source's `format`, or the chat template.",
+        )
+
+    def _listed(self) -> str:
+        more = [f"... and {self.num_bad - len(self.first)} more"] if self.num_bad > len(self.first) else []
+        return "".join(f"\n  - {line}" for line in [*self.first, *more])

@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_minitron.data.blocks import read_blocks
 from nemo_minitron.data.chat.rows import BadRow
+from nemo_minitron.data.chat.shown import shown_name
 from nemo_minitron.data.readers import file_format, open_parquet, read_lines, source_files
 from nemo_minitron.errors import DataError
 
@@ -67,20 +68,44 @@ Numbered = Iterator[tuple[int, Mapping[str, Any] | BadRow]]
 
 
 def _jsonl(file: Path) -> Numbered:
+    is_first = True
     for number, (line, _) in enumerate(read_lines(file), start=1):
-        if line.strip():
-            yield number, _parsed(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if not line.strip():
+            continue
+        if is_first and line.strip() in (b"[", b"{"):
+            raise DataError(
+                "The file holds JSON over several lines, not one row a line.",
+                where=f"{file}:{number}",
+                next_step="If it is a list of rows, name it .json; else write each row on one line.",
+            )
+        is_first = False
+        yield number, _parsed(line)
 
 
 def _parsed(line: bytes) -> Mapping[str, Any] | BadRow:
     try:
-        return _object(json.loads(line.decode("utf-8")))
+        return _object(json.loads(line.decode("utf-8"), object_pairs_hook=_without_repeats))
+    except BadRow as error:
+        return error
     except UnicodeDecodeError as error:
         return BadRow(f"not UTF-8: byte 0x{line[error.start]:02x} in column {error.start + 1}")
     except json.JSONDecodeError as error:
         return BadRow(f"not JSON: {error.msg} in column {error.colno}")
+    except ValueError:
+        return BadRow("not JSON: a number has too many digits")
     except RecursionError:
         return BadRow("not JSON: nested too deeply")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; JSON would keep the last of two fields of one name and drop the other without a word."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadRow(f"the field {shown_name(twice)} stands twice in one object")
+    return found
 
 
 def _object(row: Any) -> Mapping[str, Any] | BadRow:
@@ -102,11 +127,15 @@ def _json_type(value: Any) -> str:
 def _json(file: Path) -> Numbered:
     data = b"".join(block.data for block in read_blocks(file)).removeprefix(codecs.BOM_UTF8)
     try:
-        rows = json.loads(data.decode("utf-8")) if data.strip() else []
-    except (ValueError, RecursionError) as error:
+        rows = json.loads(data.decode("utf-8"), object_pairs_hook=_without_repeats) if data.strip() else []
+    except json.JSONDecodeError as error:
         raise DataError(
-            f"Not JSON: {error}.", where=str(file), next_step="If it holds one row a line, name it .jsonl."
+            f"Not JSON: {error.msg} in column {error.colno}.",
+            where=f"{file}:{error.lineno}",
+            next_step="If it holds one row a line, name it .jsonl.",
         ) from error
+    except (BadRow, ValueError, RecursionError) as error:
+        raise DataError(f"Not a list of rows: {str(error).partition(';')[0]}.", where=str(file)) from error
     if not isinstance(rows, list):
         raise DataError(
             f"The file holds {_json_type(rows)}, not a list.",
@@ -128,5 +157,6 @@ def _parquet(file: Path) -> Numbered:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"Not a readable parquet file: {error}", where=str(file)) from error
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        after = f" after row {number}" if number else ""
+        raise DataError(f"Not a readable parquet file{after}: {error}", where=str(file)) from error

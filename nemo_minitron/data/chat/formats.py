@@ -9,11 +9,21 @@ from functools import partial
 from typing import Any
 
 from nemo_minitron.config.schema import RowKind
-from nemo_minitron.data.chat.rows import ATTRIBUTES, MAX_RATING, ROLES, BadRow, Message, Row, conversation, pair
-
-Fields = Mapping[str, Any]
-Renames = Mapping[str, str | None]
-"""Attribute in the row -> ours; None: left out."""
+from nemo_minitron.data.chat.fields import Fields, first, is_empty, required, string, unpacked
+from nemo_minitron.data.chat.messages import (
+    CONTAINERS,
+    assistant,
+    messages_of,
+    plain_text,
+    read,
+    reasoning_of,
+    require_carried,
+    system_of,
+    user,
+)
+from nemo_minitron.data.chat.ratings import Renames, is_rating, label_string, labels, ratings, renamed
+from nemo_minitron.data.chat.rows import ATTRIBUTES, ROLES, BadRow, Message, Row, conversation, pair
+from nemo_minitron.data.chat.shown import shown, shown_names
 
 _PROMPTS = ("prompt", "instruction", "input", "question")
 _ANSWERS = ("completion", "output", "response", "answer")
@@ -31,12 +41,25 @@ class Format:
     """One public format."""
 
     rows: RowKind
-    adapt: Callable[[Fields, Renames], Row]
-    fits: Callable[[Fields], bool]
+    reader: Callable[[Fields, Renames], Row]
+    fits: Callable[[Mapping[str, Any]], bool]
     """Whether a row looks like it; the first of the table that fits is taken."""
 
+    def adapt(self, row: Mapping[str, Any], renames: Renames) -> Row:
+        """The checked row.
 
-def detect(row: Fields, rows: RowKind) -> str:
+        Raises:
+            BadRow: what is wrong with it.
+        """
+        return self.read(Fields(row), renames)
+
+    def read(self, row: Fields, renames: Renames) -> Row:
+        """As `adapt`; afterwards `row.unread()` names what is not in the checked row."""
+        require_carried(row)
+        return self.reader(row, renames)
+
+
+def detect(row: Mapping[str, Any], rows: RowKind) -> str:
     """The name of the format that a row's keys tell.
 
     Raises:
@@ -45,49 +68,69 @@ def detect(row: Fields, rows: RowKind) -> str:
     for name in FORMATS_OF[rows]:
         if FORMATS[name].fits(row):
             return name
-    raise BadRow(f"no known format of {rows} has the fields {_names(row)}")
+    raise BadRow(f"no known format of {rows} has the fields {shown_names(row)}")
 
 
 # --- conversations ------------------------------------------------------------------------------
 
 
 def _messages(row: Fields, renames: Renames) -> Row:
-    return conversation(_read(row, ("messages",)), _renamed(_ratings(row, renames), renames))
+    return conversation(_after_system(row, read(row, ("messages",))), renamed(ratings(row, renames), renames))
 
 
 def _oasst(row: Fields, renames: Renames) -> Row:
     """Messages with ratings from 0 to 4, or `labels` from 0 to 1, as OASST publishes them."""
-    found = {**_labels(row.get("labels")), **_ratings(row, renames)}
+    found = {**labels(row), **ratings(row, renames)}
     rated = {name: value for name, value in found.items() if name in renames or name not in _UNRATED}
-    return conversation(_read(row, ("messages",)), _renamed(rated, renames))
+    row.mark_lost(f"attributes.{name}" for name in sorted(found.keys() - rated.keys()))
+    return conversation(_after_system(row, read(row, ("messages",))), renamed(rated, renames))
 
 
 def _sharegpt(row: Fields, renames: Renames) -> Row:
-    turns = _field(row, ("conversations", "conversation"))
-    messages = _system(row) + _messages_of(turns, "conversations")
-    label = turns[-1].get("label")
-    return conversation(messages, _renamed({**_ratings(row, renames), **_label_string(label)}, renames))
+    name = "conversation" if row.get("conversations") is None else "conversations"
+    value = required(row, ("conversations", "conversation"))
+    turns = unpacked(value) if isinstance(value, str) else value
+    turns, rated = _without_labels(turns)
+    messages = _after_system(row, messages_of(row, turns, name))
+    _require_questions_masked(row)
+    if not all(map(is_empty, rated[:-1])):
+        row.mark_lost([f"{name}.label"])
+    return conversation(messages, renamed({**ratings(row, renames), **label_string(rated[-1])}, renames))
+
+
+def _without_labels(turns: Any) -> tuple[Any, list[Any]]:
+    """The turns without NeMo's `label`, and the label of each."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return turns, []
+    plain = [{name: value for name, value in turn.items() if name != "label"} for turn in turns]
+    return plain, [turn.get("label") for turn in turns]
+
+
+def _require_questions_masked(row: Fields) -> None:
+    """NeMo's `mask` names whose turns are not learned; ours are those of the user."""
+    mask = row.get("mask")
+    if not is_empty(mask) and ROLES.get(str(mask).strip().lower()) != "user":
+        raise BadRow(f"mask is {shown(mask)}, but the turns of the user are those that are not learned")
+    if mask is not None:
+        row.mark_read("type")  # says where the label stands, which the kind of training decides here
 
 
 def _prompt_completion(row: Fields, renames: Renames) -> Row:
-    instructed = "instruction" in row
-    messages = [*_system(row), *_prompt(row), *_read(row, _ANSWERS, role="assistant")]
-    if instructed and "prompt" not in row and row.get("input"):
-        # Alpaca: the instruction first, then what it is about.
-        messages[-2] = {"role": "user", "content": f"{_string(row, 'instruction')}\n\n{_string(row, 'input')}"}
-    return conversation(messages, _renamed(_ratings(row, renames), renames))
+    messages = [*system_of(row), *_history(row), *_prompt(row), *read(row, _ANSWERS, role="assistant")]
+    return conversation(_with_reasoning(row, messages), renamed(ratings(row, renames), renames))
 
 
 def _gsm8k(row: Fields, renames: Renames) -> Row:
-    answer = _CALCULATOR.sub("", _string(row, "answer"))
-    return conversation([*_system(row), _user(_string(row, "question")), _assistant(answer)], {})
+    answer = _CALCULATOR.sub("", string(row, "answer"))
+    messages = [*system_of(row), user(_in_context(row, string(row, "question"))), assistant(answer)]
+    return conversation(_with_reasoning(row, messages), renamed(ratings(row, renames), renames))
 
 
 def _helpsteer(row: Fields, renames: Renames) -> Row:
     """Every number beside prompt and response is a rating; one that is none has to be renamed to null."""
-    rated = {name: value for name, value in row.items() if _is_rating(value) or name in ATTRIBUTES}
-    messages = [*_system(row), *_prompt(row), *_read(row, ("response",), role="assistant")]
-    return conversation(messages, _renamed(rated, renames))
+    rated = {name: row[name] for name, value in row.content.items() if is_rating(value) or name in ATTRIBUTES}
+    messages = [*system_of(row), *_prompt(row), *read(row, ("response",), role="assistant")]
+    return conversation(messages, renamed(rated, renames))
 
 
 # --- pairs --------------------------------------------------------------------------------------
@@ -95,33 +138,47 @@ def _helpsteer(row: Fields, renames: Renames) -> Row:
 
 def _pairs(row: Fields, renames: Renames) -> Row:
     """Chosen and rejected as texts, as one message, or as whole conversations that begin alike."""
-    chosen = _read(row, _CHOSEN, role="assistant")
-    rejected = _read(row, _REJECTED, role="assistant")
-    prompt = _shared_prompt(chosen, rejected) or _prompt(row)
-    if prompt[0]["role"] != "system":
-        prompt = [*_system(row), *prompt]
-    rewards = (_first(row, _CHOSEN_REWARD), _first(row, _REJECTED_REWARD))
-    return pair(prompt, chosen[-1]["content"], rejected[-1]["content"], rewards)
+    chosen = read(row, _CHOSEN, role="assistant")
+    rejected = read(row, _REJECTED, role="assistant")
+    prompt = _shared_prompt(chosen, rejected)
+    if prompt:
+        _mark_repeated_prompt(row, prompt)
+    else:
+        prompt = [*_history(row), *_prompt(row, (*_PROMPTS, *CONTAINERS))]
+    rewards = (first(row, _CHOSEN_REWARD), first(row, _REJECTED_REWARD))
+    texts = (plain_text(chosen[-1], "chosen"), plain_text(rejected[-1], "rejected"))
+    return pair(_after_system(row, prompt), *texts, rewards)
+
+
+def _mark_repeated_prompt(row: Fields, prompt: Sequence[Message]) -> None:
+    """Mark a prompt field as read where chosen and rejected, which are whole conversations, repeat it."""
+    said = [message["content"].strip() for message in prompt if message["role"] == "user"]
+    for name in _PROMPTS:
+        if isinstance(row.content.get(name), str) and row.content[name].strip() in said:
+            row.mark_read(name)
 
 
 def _answer_of_pair(row: Fields, renames: Renames, *, which: str) -> Row:
     """One answer of a pair, in any format of pairs, as a conversation for an attribute model to rate."""
-    found = FORMATS[detect(row, "pairs")].adapt(row, renames)
-    return conversation([*found["prompt"], _assistant(found[which])], {})
+    found = FORMATS[detect(row.content, "pairs")].read(row, renames)
+    return conversation([*found["prompt"], assistant(found[which])], {})
 
 
 def _worked_answers(row: Fields, renames: Renames) -> Row:
     """GSM8K for preferences: the worked answer over the bare number behind its `####`."""
-    answer = _CALCULATOR.sub("", _string(row, "answer"))
+    answer = _CALCULATOR.sub("", string(row, "answer"))
     bare = answer.rpartition("####")[2].strip()
     if not bare or "####" not in answer:
         raise BadRow("answer has no number behind ####")
-    return pair([*_system(row), _user(_string(row, "question"))], answer, bare, (1.0, 0.0))
+    question = user(_in_context(row, string(row, "question")))
+    return pair([*system_of(row), question], answer, bare, (1.0, 0.0))
 
 
 def _hh(row: Fields, renames: Renames) -> Row:
-    chosen, rejected = (_hh_messages(_string(row, key), key) for key in ("chosen", "rejected"))
-    return pair(_shared_prompt(chosen, rejected), chosen[-1]["content"], rejected[-1]["content"])
+    chosen, rejected = (_hh_messages(string(row, key), key) for key in ("chosen", "rejected"))
+    prompt = _after_system(row, _shared_prompt(chosen, rejected))
+    rewards = (first(row, _CHOSEN_REWARD), first(row, _REJECTED_REWARD))
+    return pair(prompt, chosen[-1]["content"], rejected[-1]["content"], rewards)
 
 
 def _hh_messages(text: str, key: str) -> list[Message]:
@@ -143,165 +200,73 @@ def _shared_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> li
 # --- parts of rows ------------------------------------------------------------------------------
 
 
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text}
+def _prompt(row: Fields, names: Sequence[str] = _PROMPTS) -> list[Message]:
+    """The prompt's messages; Alpaca's `input` follows its instruction, and a `context` precedes the question."""
+    name = next((name for name in names if row.get(name) is not None), "")
+    found = read(row, names, role="user")
+    if name == "instruction" and not is_empty(row.get("input")):
+        found[-1] = {**found[-1], "content": f"{found[-1]['content']}\n\n{string(row, 'input')}"}
+    return [*found[:-1], {**found[-1], "content": _in_context(row, found[-1]["content"])}]
 
 
-def _assistant(text: str) -> Message:
-    return {"role": "assistant", "content": text}
+def _in_context(row: Fields, question: str) -> str:
+    """A `context` comes before the question, as a passage does before what is asked of it."""
+    return question if is_empty(row.get("context")) else f"{string(row, 'context')}\n\n{question}"
 
 
-def _prompt(row: Fields) -> list[Message]:
-    """The prompt's messages; a `context` comes before the question, as a passage does before what is asked of it."""
-    found = _read(row, _PROMPTS, role="user")
-    if row.get("context"):
-        found[-1] = {**found[-1], "content": f"{_string(row, 'context')}\n\n{found[-1]['content']}"}
-    return found
+def _history(row: Fields) -> list[Message]:
+    """Earlier turns as LLaMA-Factory writes them: `history: [[question, answer], ...]`."""
+    turns = row.get("history")
+    if is_empty(turns):
+        return []
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns
+    ):
+        raise BadRow(f"history is {shown(turns)}, not a list of [question, answer]")
+    return [said for question, answer in turns for said in (user(question), assistant(answer))]
 
 
-def _system(row: Fields) -> list[Message]:
-    return [{"role": "system", "content": _string(row, "system")}] if row.get("system") else []
+def _after_system(row: Fields, messages: list[Message]) -> list[Message]:
+    """The messages with the row's `system` in front; they may repeat it, but not say another one."""
+    system = system_of(row)
+    if not system or messages[0]["role"] != "system":
+        return [*system, *messages]
+    if messages[0]["content"].strip() != system[0]["content"].strip():
+        raise BadRow("the field system and the first message, which is from system, differ")
+    return messages
 
 
-def _read(row: Fields, names: Sequence[str], role: str = "user") -> list[Message]:
-    """The messages of the first of these fields; a plain text is one message of the role."""
-    name = next((name for name in names if row.get(name) is not None), names[0])
-    value = _field(row, names)
-    if isinstance(value, str) and name != "messages":
-        return [{"role": role, "content": value}]
-    return _messages_of([value] if isinstance(value, dict) else value, name)
-
-
-def _messages_of(value: Any, name: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise BadRow(f"{name} is {value!r:.40}, not a list of messages")
-    return [_message(turn, number) for number, turn in enumerate(value, start=1)]
-
-
-def _message(turn: Any, number: int) -> Message:
-    if not isinstance(turn, dict):
-        raise BadRow(f"message {number} is {turn!r:.40}, not an object")
-    role, content = _first(turn, ("role", "from")), _first(turn, ("content", "value"))
-    if not isinstance(role, str) or role.lower() not in ROLES:
-        raise BadRow(f"message {number} has the role {role!r}; known: {', '.join(ROLES)}")
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
-    if not isinstance(content, str):
-        raise BadRow(f"message {number} has no text")
-    return {"role": ROLES[role.lower()], "content": content}
-
-
-def _first(row: Fields, names: Sequence[str]) -> Any:
-    return next((row[name] for name in names if row.get(name) is not None), None)
-
-
-def _field(row: Fields, names: Sequence[str]) -> Any:
-    value = _first(row, names)
-    if value is None:
-        raise BadRow(f"there is no field {' or '.join(names)}; the row has {_names(row)}")
-    return value
-
-
-def _string(row: Fields, name: str) -> str:
-    value = _field(row, (name,))
-    if not isinstance(value, str):
-        raise BadRow(f"{name} is {value!r:.40}, not text")
-    return value
-
-
-def _object(row: Fields, name: str) -> Fields:
-    value = row.get(name) or {}
-    if not isinstance(value, dict):
-        raise BadRow(f"{name} is {value!r:.40}, not an object")
-    return value
-
-
-def _names(row: Fields) -> str:
-    return ", ".join(row) or "no field"
-
-
-# --- ratings ------------------------------------------------------------------------------------
-
-
-def _ratings(row: Fields, renames: Renames) -> dict[str, Any]:
-    """Ratings under `attributes`, and those that stand beside the text under a known or renamed name."""
-    plain = {name: value for name, value in row.items() if name in ATTRIBUTES or name in renames}
-    return {**plain, **_object(row, "attributes")}
-
-
-def _renamed(ratings: Fields, renames: Renames) -> dict[str, Any]:
-    """Our names; what the row leaves open (null) is left out."""
-    out: dict[str, Any] = {}
-    for name, value in ratings.items():
-        ours = renames.get(name, name)
-        if ours is None or value is None:
-            continue
-        if ours in out:
-            raise BadRow(f"two attributes are called {ours}")
-        out[ours] = value
-    return out
-
-
-def _labels(labels: Any) -> dict[str, Any]:
-    """{name: {value, count}}, {name: value} or {name: [...], value: [...]}, from 0 to 1 -> whole ratings."""
-    if not isinstance(labels, dict):
-        return {}
-    if isinstance(labels.get("name"), list) and isinstance(labels.get("value"), list):
-        labels = dict(zip(labels["name"], labels["value"], strict=False))
-    values = {name: found.get("value") if isinstance(found, dict) else found for name, found in labels.items()}
-    out = {}
-    for name in ATTRIBUTES:
-        value = values.get(name)
-        if value is None:
-            continue
-        if not _is_rating(value) or not 0 <= value <= 1:
-            raise BadRow(f"label {name} is {value!r}, not a number from 0 to 1")
-        out[name] = round(value * MAX_RATING)
-    return out
-
-
-def _label_string(label: Any) -> dict[str, float]:
-    """NeMo's "helpfulness:3,correctness:4"."""
-    if label is None or label == "":
-        return {}
-    out = {}
-    for part in str(label).split(","):
-        name, _, value = part.partition(":")
-        try:
-            number = float(value)
-        except ValueError as error:
-            raise BadRow(f"label {label!r:.60} is not of the form name:number,name:number") from error
-        out[name.strip()] = int(number) if number.is_integer() else number
-    return out
-
-
-def _is_rating(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _with_reasoning(row: Fields, messages: list[Message]) -> list[Message]:
+    """A row's own `reasoning_content` belongs to its answer."""
+    found = reasoning_of(row, "the row")
+    if found and messages[-1]["role"] == "assistant":
+        return [*messages[:-1], {**messages[-1], **found}]
+    return messages
 
 
 # --- the table ----------------------------------------------------------------------------------
 
 
-def _has(*groups: Sequence[str]) -> Callable[[Fields], bool]:
+def _has(*groups: Sequence[str]) -> Callable[[Mapping[str, Any]], bool]:
     """Whether a row has one field of each group."""
-    return lambda row: all(_first(row, names) is not None for names in groups)
+    return lambda row: all(first(row, names) is not None for names in groups)
 
 
-def _is_oasst(row: Fields) -> bool:
+def _is_oasst(row: Mapping[str, Any]) -> bool:
     return "messages" in row and any(name in row for name in ("attributes", "labels", *ATTRIBUTES))
 
 
-def _is_helpsteer(row: Fields) -> bool:
+def _is_helpsteer(row: Mapping[str, Any]) -> bool:
     return "prompt" in row and "response" in row and any(name in row for name in ATTRIBUTES)
 
 
-def _only_by_name(row: Fields) -> bool:
+def _only_by_name(row: Mapping[str, Any]) -> bool:
     """Two formats would fit, or half of the row would be left out: the recipe has to ask for it."""
     return False
 
 
-def _is_hh(row: Fields) -> bool:
-    return isinstance(row.get("chosen"), str) and not any(row.get(name) for name in _PROMPTS)
+def _is_hh(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("chosen"), str) and not any(row.get(name) for name in (*_PROMPTS, *CONTAINERS))
 
 
 FORMATS: dict[str, Format] = {

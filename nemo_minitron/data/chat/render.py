@@ -76,7 +76,7 @@ def sft_rows(
     for index in answers if options.turns == "all" else answers[-1:]:
         rated = options.condition_on_attributes and index == answers[-1]
         attributes = conversation.get("attributes") if rated else None
-        fitted.append(_fitted(messages[:index], [messages[index]["content"]], template, options, attributes))
+        fitted.append(_fitted(messages[:index], [messages[index]], template, options, attributes))
     _count(fitted, stats)
     return [{"input": found.prompt, "output": found.answers[0]} for found in fitted if found is not None]
 
@@ -90,7 +90,8 @@ def pair_row(
         BadRow: the template or the tokenizer cannot carry the row.
     """
     options, stats = options or ChatRendering(), stats or LengthStats()
-    found = _fitted(pair["prompt"], [pair["chosen"], pair["rejected"]], template, options)
+    texts = [{"role": "assistant", "content": pair[key]} for key in ("chosen", "rejected")]
+    found = _fitted(pair["prompt"], texts, template, options)
     _count([found], stats)
     if found is None:
         return None
@@ -115,7 +116,7 @@ def rated_row(
     if not attributes:
         raise BadRow("the row has no attributes to learn")
     *before, last = conversation["messages"]
-    found = _fitted(before, [last["content"]], template, options)
+    found = _fitted(before, [last], template, options)
     _count([found], stats)
     if found is None:
         return None
@@ -148,7 +149,7 @@ def _count(fitted: Sequence[_Fitted | None], stats: LengthStats) -> None:
 
 def _fitted(
     before: Sequence[Message],
-    answers: Sequence[str],
+    answers: Sequence[Message],
     template: ChatTemplate,
     options: ChatRendering,
     attributes: Attributes | None = None,
@@ -157,10 +158,7 @@ def _fitted(
     most, cut = options.max_seq_len_tokens, False
     while True:
         prompt = template.prompt(before, attributes)
-        texts = [
-            template.answer(prompt, [*before, {"role": "assistant", "content": answer.strip()}], attributes)
-            for answer in answers
-        ]
+        texts = [template.answer(prompt, [*before, answer], attributes) for answer in answers]
         sizes = [template.require_boundary(prompt, text) for text in texts]
         if most is None or max(map(sum, sizes)) <= most:
             return _Fitted(prompt, texts, sizes[0][0], [size for _, size in sizes], cut)

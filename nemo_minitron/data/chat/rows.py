@@ -1,6 +1,7 @@
 """The one form of rows that all sources are brought to, and what makes a row bad.
 
 conversations: {"messages": [{"role", "content"}, ...], "attributes": {name: 0..4} (optional), "origin"}
+    an answer may have "reasoning_content": what the assistant thinks before it
 pairs: {"prompt": [messages], "chosen": str, "rejected": str, "chosen_reward", "rejected_reward" (optional), "origin"}
 
 Texts are stripped of white space at both ends: a tokenizer would join it with what the template puts there.
@@ -13,16 +14,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from nemo_minitron.config.schema import AttributeName
+from nemo_minitron.data.chat.shown import shown
 
 ATTRIBUTES: tuple[str, ...] = get_args(AttributeName)
 MAX_RATING = 4
 ROLES = {
-    "system": "system",
+    **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "ai", "bot", "model"), "assistant"),
 }
 """Names of the roles in public data, in lower case."""
 Message = dict[str, str]
+"""role, content, and for some answers reasoning_content."""
 Row = dict[str, Any]
 
 
@@ -53,8 +56,8 @@ def pair(prompt: Sequence[Message], chosen: str, rejected: str, rewards: tuple[A
     """
     row: Row = {
         "prompt": _checked(prompt, last="user"),
-        "chosen": _text(chosen, "chosen"),
-        "rejected": _text(rejected, "rejected"),
+        "chosen": checked_text(chosen, "chosen"),
+        "rejected": checked_text(rejected, "rejected"),
     }
     if row["chosen"] == row["rejected"]:
         raise BadRow("chosen and rejected are the same text")
@@ -68,7 +71,7 @@ def pair(prompt: Sequence[Message], chosen: str, rejected: str, rewards: tuple[A
 def with_system(row: Row, system: str | None) -> Row:
     """The row with a system message, if it has none of its own."""
     key = "messages" if "messages" in row else "prompt"
-    if system is None or row[key][0]["role"] == "system":
+    if system is None or not system.strip() or row[key][0]["role"] == "system":
         return row
     return {**row, key: [{"role": "system", "content": system.strip()}, *row[key]]}
 
@@ -84,14 +87,17 @@ def question(row: Row) -> str:
 
 
 def _checked(messages: Sequence[Message], *, last: str) -> list[Message]:
-    found = [{"role": message["role"], "content": message["content"].strip()} for message in messages]
+    found = [{name: text.strip() for name, text in message.items()} for message in messages]
     if found and found[0] == {"role": "system", "content": ""}:
         found = found[1:]
     turns = found[1:] if found and found[0]["role"] == "system" else found
     if not turns:
         raise BadRow("there is no message")
     for number, message in enumerate(found, start=1):
-        _text(message["content"], f"message {number} ({message['role']})")
+        for name, text in message.items():
+            checked_text(
+                text, f"message {number} ({message['role']})" if name == "content" else f"{name} of message {number}"
+            )
     for index, message in enumerate(turns):
         expected = "assistant" if index % 2 else "user"
         if message["role"] != expected:
@@ -102,7 +108,12 @@ def _checked(messages: Sequence[Message], *, last: str) -> list[Message]:
     return found
 
 
-def _text(value: str, what: str) -> str:
+def checked_text(value: str, what: str) -> str:
+    """The text without white space at its ends.
+
+    Raises:
+        BadRow: it is empty, or no UTF-8 can write it.
+    """
     text = value.strip()
     if not text:
         raise BadRow(f"{what} is empty")
@@ -115,19 +126,26 @@ def _text(value: str, what: str) -> str:
 
 def _rating(name: str, value: Any) -> float:
     if name not in ATTRIBUTES:
-        raise BadRow(f"unknown attribute {name!r}; known: {', '.join(ATTRIBUTES)}; `attributes` of a source renames")
+        raise BadRow(
+            f"unknown attribute {shown(name)}; known: {', '.join(ATTRIBUTES)}; `attributes` of a source renames"
+        )
     if not _is_number(value):
-        raise BadRow(f"attribute {name} is {value!r}, not a number")
+        raise BadRow(f"attribute {name} is {shown(value)}, not a number")
     if not 0 <= value <= MAX_RATING:
-        raise BadRow(f"attribute {name} is {value}, out of the range 0 to {MAX_RATING}")
+        raise BadRow(f"attribute {name} is {shown(value)}, out of the range 0 to {MAX_RATING}")
     return value
 
 
 def _reward(key: str, value: Any) -> float:
     if not _is_number(value):
-        raise BadRow(f"{key} is {value!r}, not a number")
+        raise BadRow(f"{key} is {shown(value)}, not a number")
     return value
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond any float
+        return False

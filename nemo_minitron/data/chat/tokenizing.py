@@ -101,21 +101,29 @@ class ChatTemplate:
         Raises:
             BadRow: a text holds a marker, or the template writes a dialogue that does not go on from its own prompt.
         """
-        for message in messages:
-            found = self.markers.search(message["content"])
-            if found:
-                raise BadRow(
-                    f"a text of {message['role']} holds {found.group()}, which the tokenizer takes for a marker"
-                )
+        self.require_no_marker(messages)
         if attributes and "attributes" not in self.jinja:
             raise BadRow("the chat template of the model has no place for attributes")
         dialogue = self._apply(messages, attributes, add_generation_prompt=False)
-        text = messages[-1]["content"].strip()
-        start = dialogue.find(text, len(prompt))
+        text, reasoning = messages[-1]["content"].strip(), messages[-1].get("reasoning_content", "").strip()
+        thought = dialogue.find(reasoning, len(prompt))
+        if dialogue.startswith(prompt) and thought < 0:
+            raise BadRow("the chat template leaves out the reasoning_content of the answer")
+        # The reasoning may hold the answer's words, too.
+        start = dialogue.find(text, thought + len(reasoning))
         if not dialogue.startswith(prompt) or start < 0:
             raise BadRow("the chat template does not continue its own generation prompt with the answer")
         end = start + len(text)
         return dialogue[len(prompt) : end] + self._end_of_turn(dialogue[end:])
+
+    def require_no_marker(self, messages: Sequence[Message]) -> None:
+        """Raises BadRow when a text holds a token that would end a turn, or begin one."""
+        for message in messages:
+            for text in message.values():
+                if found := self.markers.search(text):
+                    raise BadRow(
+                        f"a text of {message['role']} holds {found.group()}, which the tokenizer takes for a marker"
+                    )
 
     def ids(self, text: str) -> list[int]:
         """Token ids; nothing is added to the text, which has all its special tokens.
@@ -142,6 +150,8 @@ class ChatTemplate:
             raise BadRow(
                 f"the end of the prompt {prompt[-12:]!r} has other tokens before the answer {answer[:12]!r} than alone"
             )
+        if len(together) == len(alone):
+            raise BadRow(f"the tokenizer has no token for the answer {answer[:12]!r}")
         return len(alone), len(together) - len(alone)
 
     def _end_of_turn(self, tail: str) -> str:

@@ -1,0 +1,141 @@
+"""Messages of public rows -> checked messages. What a message says beyond its text is carried, refused or counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nemo_minitron.data.chat.fields import Fields, first, is_empty, required, string, unpacked
+from nemo_minitron.data.chat.rows import ROLES, BadRow, Message
+from nemo_minitron.data.chat.shown import shown
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names of what an assistant thinks before its answer; rows here call it by the first."""
+CONTAINERS = ("messages", "conversations", "conversation")
+_ROLE, _CONTENT = ("role", "from"), ("content", "value")
+_REFUSED = ("tool_calls", "function_call", "images", "image", "audio", "videos", "video")
+_REFUSED_OF_ROW = ("tools", "functions", "images", "image", "audios", "audio", "videos", "video")
+_LEARNED = ("weight", "train", "training", "trainable")
+"""Whether an answer is to be learned; here all of a row's answers are."""
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def system_of(row: Fields) -> list[Message]:
+    """The message of a `system` field; none where it is empty."""
+    return [{"role": "system", "content": string(row, "system")}] if not is_empty(row.get("system")) else []
+
+
+def read(row: Fields, names: Sequence[str], role: str = "user") -> list[Message]:
+    """The messages of the first of these fields; a plain text is one message of the role."""
+    name = next((name for name in names if row.get(name) is not None), names[0])
+    value = required(row, names)
+    if isinstance(value, str):
+        value = unpacked(value)
+        if name not in CONTAINERS and not _is_messages(value):
+            return [{"role": role, "content": row[name]}]
+    return messages_of(row, [value] if isinstance(value, dict) else value, name)
+
+
+def _is_messages(value: Any) -> bool:
+    """Whether what a text holds is messages; any other JSON is simply what somebody wrote."""
+    turns = value if isinstance(value, list) else [value]
+    return bool(turns) and all(
+        isinstance(turn, dict) and any(key in turn for key in _ROLE) and any(key in turn for key in _CONTENT)
+        for turn in turns
+    )
+
+
+def messages_of(row: Fields, value: Any, name: str) -> list[Message]:
+    """The messages of a list, which may be written as JSON text."""
+    turns = unpacked(value) if isinstance(value, str) else value
+    if not isinstance(turns, list) or not turns:
+        raise BadRow(f"{name} is {shown(value)}, not a list of messages")
+    return [_message(row, turn, number, name) for number, turn in enumerate(turns, start=1)]
+
+
+def _message(row: Fields, turn: Any, number: int, name: str) -> Message:
+    what = f"message {number}"
+    if not isinstance(turn, dict):
+        raise BadRow(f"{what} is {shown(turn)}, not an object")
+    fields = row.message(turn)
+    role = first(fields, _ROLE)
+    known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    if known is None:
+        raise BadRow(f"{what} has the role {shown(role)}; known: {', '.join(ROLES)}")
+    _require_carried(fields, what, known)
+    out = {"role": known, "content": _content(fields, what)}
+    if known == "assistant":
+        out |= reasoning_of(fields, what)
+    row.mark_lost(f"{name}.{field}" for field in fields.unread())
+    return out
+
+
+def _content(fields: Fields, what: str) -> str:
+    """The text of a message; parts of type text are joined."""
+    content = first(fields, _CONTENT)
+    if isinstance(content, list) and content:
+        return "".join(_part(part, what) for part in content)
+    if not isinstance(content, str):
+        raise BadRow(f"{what} has no text" if is_empty(content) else f"{what} has no text but {shown(content)}")
+    return content
+
+
+def _part(part: Any, what: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text":
+        raise BadRow(f"{what} has a part of type {shown(kind)}; only text can be carried")
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise BadRow(f"{what} has a part whose text is {shown(text)}")
+    return text
+
+
+def reasoning_of(fields: Fields, what: str) -> dict[str, str]:
+    """The reasoning before an answer, under the name that chat templates read; empty where there is none."""
+    value = first(fields, REASONING)
+    if is_empty(value):
+        return {}
+    if not isinstance(value, str):
+        raise BadRow(f"{what} has reasoning that is {shown(value)}, not text")
+    # Some tables repeat it under another name.
+    fields.mark_read(*(name for name in REASONING if fields.content.get(name) == value))
+    return {REASONING[0]: value}
+
+
+def plain_text(answer: Mapping[str, str], what: str) -> str:
+    """The text of an answer of a pair, which has no place for reasoning."""
+    if REASONING[0] in answer:
+        raise BadRow(f"{what} has {REASONING[0]}, which pairs cannot carry; {_way_out(REASONING[0])}")
+    return answer["content"]
+
+
+def require_carried(row: Fields) -> None:
+    """Refuse a row whose conversation cannot be understood without what no chat row here carries."""
+    for name in _REFUSED_OF_ROW:
+        if not is_empty(row.content.get(name)):
+            raise BadRow(f"the row has {name}, which cannot be carried; {_way_out(name)}")
+
+
+def _require_carried(fields: Fields, what: str, role: str) -> None:
+    for name in _REFUSED:
+        if not is_empty(fields.content.get(name)):
+            raise BadRow(f"{what} has {name}, which cannot be carried; {_way_out(name)}")
+    for name in _LEARNED:
+        value = fields.content.get(name)
+        if role == "assistant" and value is not None and value not in (1, 1.0, True):
+            raise BadRow(f"{what} has {name} = {shown(value)}, but every answer is learned; {_way_out(name)}")
+        fields.mark_read(name)
+    if fields.content.get("prefix") is True:
+        raise BadRow(f"{what} is marked as a prefix, but answers are learned whole; {_way_out('prefix')}")
+    fields.mark_read("prefix")
+
+
+def _way_out(name: str) -> str:
+    return f"`leave_out: [{name}]` of the source drops it"

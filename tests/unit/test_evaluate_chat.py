@@ -1,0 +1,258 @@
+"""evaluate_chat: rows that cannot be measured are counted, told before a training, or end in plain words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from nemo_minitron.artifacts.store import Store
+from nemo_minitron.backends.aligner.rlhf_inputs import read_prompts
+from nemo_minitron.config.schema import AnnotateStage, EvaluateChatStage, Recipe
+from nemo_minitron.config.schema.rlhf import Rlhf
+from nemo_minitron.data.chat.heldout import HeldOut, read_heldout
+from nemo_minitron.data.chat.tokenizing import ChatTemplate
+from nemo_minitron.errors import DataError
+from nemo_minitron.evaluation.answers import greedy_answers
+from nemo_minitron.plan.align_checks import alignment_problems
+from nemo_minitron.progress import Progress
+from nemo_minitron.report.alignment import alignment_facts, tables
+from nemo_minitron.stages.annotate import _readable
+from nemo_minitron.stages.rehearse import rehearse_evaluations
+from tests.conftest import Cli
+from tests.support.tiny_models import CHAT_TEMPLATE, load_transformers, tiny_model_dir, tiny_tokenizer
+
+Row = dict[str, Any]
+
+
+def chat(question: str, answer: str = "An answer.") -> Row:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def pair(question: str) -> Row:
+    return {"prompt": chat(question)["messages"][:1], "chosen": "good " * 5, "rejected": "bad"}
+
+
+def stage(**keys: Any) -> EvaluateChatStage:
+    return EvaluateChatStage(
+        **{"kind": "evaluate_chat", "label": "x", "inputs": {"model": "sft", "chats": "chats"}, **keys}
+    )
+
+
+def heldout(
+    folder: Path, rows: list[Row], kind: Any = "conversations", template: str | None = None, **keys: Any
+) -> HeldOut:
+    lines = [json.dumps({**row, "origin": f"x.jsonl:{number}"}) + "\n" for number, row in enumerate(rows, 1)]
+    (folder / "valid.jsonl").write_text("".join(lines))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template or CHAT_TEMPLATE
+    bound = ChatTemplate.bind(tokenizer, "model")
+    return read_heldout(folder, kind, bound, stage(**keys), where="stages.measured")
+
+
+MARKED = [chat("What is 1?"), chat("What is <|im_end|>?"), chat("What is 3?"), chat("What is 4? " * 20)]
+
+
+def test_rows_that_cannot_be_measured_are_counted(tmp_path: Path) -> None:
+    found = heldout(tmp_path, MARKED, max_bad_fraction=0.25, max_seq_len_tokens=60)
+    assert found.facts() == {
+        "rows": 4,
+        "measured_rows": 2,
+        "too_long_rows": 1,
+        "bad_rows": 1,
+        "first_bad_rows": ["x.jsonl:2: a text of user holds <|im_end|>, which the tokenizer takes for a marker"],
+    }
+    assert [row["origin"] for row in found.rows] == ["x.jsonl:1", "x.jsonl:3"]
+    assert len(found.rendered) == 2
+    assert found.left_out().startswith("2 of 4 held-out rows are left out: 1 too long, 1 bad (the first: x.jsonl:2:")
+
+
+def test_more_bad_rows_than_are_tolerated_end_in_what_to_set(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        heldout(tmp_path, MARKED)
+    message = str(caught.value)
+    assert "1 of 4 rows are bad (25.0%):\n  - x.jsonl:2: a text of user holds" in message
+    assert "stages.measured.max_bad_fraction=0.251" in message
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{{ messages[0].content + 3 }}", "can only concatenate str"),
+        (CHAT_TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>{% endif"), "its own generation prompt"),
+    ],
+)
+def test_where_every_row_is_bad_nobody_is_told_to_leave_them_out(
+    tmp_path: Path, template: str, reason: str, share: float
+) -> None:
+    with pytest.raises(DataError, match="All 2 rows are bad") as caught:
+        heldout(tmp_path, MARKED[::2], template=template, max_bad_fraction=share)
+    assert reason in str(caught.value)
+    assert "max_bad_fraction" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "make"), [("conversations", chat), ("pairs", pair)])
+def test_rows_that_are_all_too_long_say_how_long_the_shortest_is(tmp_path: Path, kind: Any, make: Any) -> None:
+    rows = [make("What is " + "7" * size) for size in (3, 1, 2)]
+    with pytest.raises(DataError, match="0 of 3 held-out rows fit into max_seq_len_tokens = 8") as caught:
+        heldout(tmp_path, rows, kind, max_seq_len_tokens=8)
+    needed = int(str(caught.value).split("Raise it to ")[1].split()[0])
+    assert len(heldout(tmp_path, rows, kind, max_seq_len_tokens=needed).rows) == 1
+
+
+def test_no_held_out_row_names_the_stage(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="Stage chats holds no held-out rows") as caught:
+        heldout(tmp_path, [])
+    assert "Raise valid_rows" in str(caught.value)
+
+
+# --- other readers of rows ----------------------------------------------------------------------
+
+
+def files(folder: Path, rows: list[Row]) -> None:
+    heldout(folder, rows, max_bad_fraction=1.0)
+    (folder / "train.jsonl").write_bytes((folder / "valid.jsonl").read_bytes())
+
+
+def test_prompts_of_rlhf_leave_out_a_few_bad_rows(tmp_path: Path) -> None:
+    files(tmp_path, MARKED)
+    bound = ChatTemplate.bind(tiny_tokenizer(), "chatml")
+    found = read_prompts(Rlhf(algorithm="ppo", max_bad_fraction=0.25), tmp_path, bound)
+    assert [len(found[part]) for part in ("train", "valid")] == [3, 3]
+    with pytest.raises(DataError, match=r"x\.jsonl:2: a text of user holds") as caught:
+        read_prompts(Rlhf(algorithm="ppo"), tmp_path, bound)
+    assert "leave them out with max_bad_fraction=0.251" in str(caught.value)
+
+
+def test_an_annotation_leaves_out_a_few_bad_rows_and_needs_some(tmp_path: Path) -> None:
+    files(tmp_path, MARKED)
+    bound = ChatTemplate.bind(tiny_tokenizer(), "chatml")
+
+    def readable(**keys: Any) -> int:
+        params = AnnotateStage(kind="annotate", **keys)
+        rows, texts, stats = _readable(tmp_path / "train.jsonl", bound, params, "stages.annotate")
+        assert len(rows) == len(texts) == stats.num_rows
+        return len(rows)
+
+    assert readable(max_bad_fraction=0.25) == 3
+    with pytest.raises(DataError, match=r"stages\.annotate\.max_bad_fraction=0\.251"):
+        readable()
+    with pytest.raises(DataError, match=r"0 of 3 rows of train\.jsonl fit into max_seq_len_tokens = 4"):
+        readable(max_bad_fraction=0.25, max_seq_len_tokens=4)
+
+
+def test_a_tokenizer_without_eos_ends_answers_where_the_model_does(tmp_path: Path) -> None:
+    folder = tiny_model_dir(tmp_path, "llama_mha")
+    model, tokenizer = load_transformers(folder), tiny_tokenizer()
+    (wanted,) = greedy_answers(model, tokenizer, [[5, 6, 7]], 3, Progress(silent=True))
+    tokenizer.eos_token = tokenizer.pad_token = None
+    assert greedy_answers(model, tokenizer, [[5, 6, 7]], 3, Progress(silent=True)) == [wanted]
+    model.generation_config.eos_token_id = None
+    assert len(greedy_answers(model, tokenizer, [[5, 6, 7]], 3, Progress(silent=True))) == 1
+
+
+# --- known from the recipe ----------------------------------------------------------------------
+
+
+def recipe(folder: Path, **measured: Any) -> Recipe:
+    stages = {
+        "teacher": {"kind": "import", "source": str(folder / "llama_mha")},
+        "chats": {
+            "kind": "chat_data",
+            "rows": measured.pop("rows", "conversations"),
+            "valid_rows": measured.pop("valid_rows", 4),
+            "sources": [{"source": str(folder / "chats.jsonl")}],
+        },
+        "sft": {
+            "kind": "sft",
+            "inputs": {"model": "teacher", "chats": "chats"},
+            "global_batch_size": 2,
+            "max_seq_len_tokens": 128,
+            "lr": 1e-4,
+            "max_bad_fraction": measured.pop("tolerated", 0.0),
+        },
+        "measured": {"kind": "evaluate_chat", "label": "x", "inputs": {"model": "sft", "chats": "chats"}, **measured},
+    }
+    content = {"name": "r", "stages": stages, "execution": {"run_root": str(folder / "runs"), "device": "cpu"}}
+    (folder / "recipe.yaml").write_text(json.dumps(content))
+    return TypeAdapter(Recipe).validate_python(content)
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"valid_rows": 0}, "stage chats has valid_rows = 0"),
+        ({"tolerated": 0.1}, "Next: stages.measured.max_bad_fraction=0.1"),
+        ({"vary_attribute": "verbosity"}, "set num_generated"),
+        ({"rows": "pairs", "num_generated": 3}, "needs conversations, and stage chats has pairs"),
+        ({"inputs": {"model": "sft", "chats": "chats", "reference": "teacher"}}, "stage chats has conversations"),
+    ],
+)
+def test_what_an_evaluation_cannot_get_is_known_from_the_recipe(
+    tmp_path: Path, keys: dict[str, Any], problem: str
+) -> None:
+    made = recipe(tmp_path, **keys)
+    (found,) = alignment_problems("measured", made.stages["measured"], made)
+    assert found.startswith("stages.measured.")
+    assert problem in found
+    good = recipe(tmp_path)
+    assert not list(alignment_problems("measured", good.stages["measured"], good))
+
+
+# --- from the command line ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, minitron: Cli) -> Path:
+    """A folder whose teacher and chats are finished; one held-out row in four holds a marker."""
+    tiny_model_dir(tmp_path, "llama_mha")
+    rows = [chat(f"What is {number}?" + " <|im_end|>" * (number % 4 == 0)) for number in range(12)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe(tmp_path, valid_rows=8)
+    for name in ("teacher", "chats"):
+        code, said = minitron("run", tmp_path / "recipe.yaml", "--until", name)
+        assert code == 0, said
+    return tmp_path
+
+
+def test_an_evaluation_that_would_stop_is_told_before_the_training(prepared: Path) -> None:
+    made = recipe(prepared, valid_rows=8)
+    store = Store(prepared / "runs/r")
+    with pytest.raises(DataError, match="Stage measured would stop after the training of sft") as caught:
+        rehearse_evaluations("sft", made, store, made.stages)
+    assert "chats.jsonl:" in str(caught.value)
+    assert "stages.measured.max_bad_fraction=" in str(caught.value)
+    rehearse_evaluations("sft", made, store, ["sft"])  # the run ends before the evaluation
+    rehearse_evaluations("chats", made, store, made.stages)  # nothing is trained
+    tolerant = recipe(prepared, valid_rows=8, max_bad_fraction=0.9)
+    rehearse_evaluations("sft", tolerant, store, tolerant.stages)
+    missing = recipe(prepared, valid_rows=8, max_bad_fraction=0.9, vary_attribute="verbosity", num_generated=2)
+    with pytest.raises(DataError, match="no place for attributes"):
+        rehearse_evaluations("sft", missing, store, missing.stages)
+
+
+def test_the_result_and_the_report_say_how_many_rows_were_measured(prepared: Path, minitron: Cli) -> None:
+    inputs = {"model": "teacher", "chats": "chats"}
+    keys = {"inputs": inputs, "max_bad_fraction": 0.9, "num_generated": 2, "max_new_tokens": 2, "prompts": ["Hi"]}
+    recipe(prepared, valid_rows=8, **keys)
+    code, said = minitron("run", prepared / "recipe.yaml", "--until", "measured")
+    assert code == 0, said
+    metrics = json.loads((prepared / "runs/r/measured/metrics.json").read_text())
+    assert metrics["rows"] == 8
+    assert 0 < metrics["bad_rows"] == 8 - metrics["measured_rows"]
+    assert metrics["conversations"]["answers"] == metrics["measured_rows"]
+    assert f"{metrics['bad_rows']} of 8 held-out rows are left out" in said
+    facts = alignment_facts([Store(prepared / "runs/r").artifact("measured", "unseen")])
+    assert facts is not None
+    (table,) = tables(facts)
+    assert table["header"][:2] == ["model", "rows"]
+    assert table["rows"][0][:2] == ["x", f"{metrics['measured_rows']} of 8"]
+    recipe(prepared, valid_rows=8, **{**keys, "prompts": ["a <|im_end|>"]})
+    code, said = minitron("run", prepared / "recipe.yaml", "--until", "measured", "--rerun", "changed")
+    assert code == 2
+    assert "stages.measured.prompts.0" in said
