@@ -10,9 +10,11 @@ import numpy as np
 from nemo_minitron.data.word_cuts import CUT, can_be_cut, split_at_spaces
 from nemo_minitron.errors import DataError
 
-MOST_REMEMBERED_BYTES = 96 << 20
-_BYTES_PER_ENTRY = 400
-"""Of two dicts, two strings and the ids, beside the text itself."""
+MOST_REMEMBERED_BYTES = 64 << 20
+_BYTES_PER_ENTRY = 250
+"""Of a dict, a string and the ids, beside the text itself."""
+_RELEARN_CHARS = 1 << 29
+"""After so much text a full memory starts anew: the words of the next files may be others."""
 _LONGEST_STRETCH = 1 << 20
 """Characters of a document that are split into words at a time: a book must not take a list of all its words."""
 
@@ -36,11 +38,11 @@ class Encoder:
         self._tokenizer = open_tokenizer(definition)
         self._eod = np.array([eod_id], self.dtype).tobytes()
         self._cuts = can_be_cut(definition)
-        self._parts: dict[str, bytes] = {}
-        """Ids of what stands between two cuts, as it stands in a text."""
         self._words: dict[str, bytes] = {}
-        """The same for what stands between two spaces at which a text may be cut, without the first space."""
-        self._size = 0
+        """Ids of a space and the word, of words that may stand between two cuts."""
+        self._edges: dict[str, bytes] = {}
+        """Ids of other beginnings and ends of texts, as they stand there."""
+        self._size_bytes = self._chars = 0
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text and eod.
@@ -50,14 +52,14 @@ class Encoder:
         """
         if not self._cuts:
             return [ids + self._eod for ids in self._whole(texts)]
-        if self._size > MOST_REMEMBERED_BYTES:
-            self._forget()
         stretches = [list(_stretches(text)) for text in texts]
         flat = [stretch for parts in stretches for stretch in parts]
         ids = iter(self._by_words(flat))
         return [b"".join([next(ids) for _ in parts]) + self._eod for parts in stretches]
 
     def _whole(self, texts: Sequence[str]) -> list[bytes]:
+        if not texts:
+            return []
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [self._to_bytes(row.ids) for row in encoded]
 
@@ -68,24 +70,30 @@ class Encoder:
     def _by_words(self, texts: Sequence[str]) -> list[bytes]:
         """Ids without eod; what is not known yet is learned for all texts together."""
         splits = [split_at_spaces(text, self._words) for text in texts]
-        inside = {word for split in splits for word in split.unknown}
-        self._learn([f" {word}" for word in inside])
-        self._words.update((word, self._parts[f" {word}"]) for word in inside)
-        self._learn({part for split in splits for part in (split.first, split.last)} - self._parts.keys())
-        parts, words = self._parts, self._words
-        return [
-            b"".join([parts[split.first], *map(words.__getitem__, split.inside), parts[split.last]]) for split in splits
+        new_words = {word for split in splits for word in split.unknown}
+        new_edges = {edge for split in splits for edge in (split.first, split.last) if edge not in self._edges}
+        words, edges = self._words, self._edges
+        words.update(zip(new_words, self._whole([f" {word}" for word in new_words]), strict=True))
+        edges.update(zip(new_edges, self._whole(list(new_edges)), strict=True))
+        found = [
+            b"".join([edges[split.first], *map(words.__getitem__, split.inside), edges[split.last]]) for split in splits
         ]
+        self._bound_memory(new_words, new_edges, sum(map(len, texts)))
+        return found
 
-    def _learn(self, unknown: Collection[str]) -> None:
-        for part, ids in zip(unknown, self._whole(list(unknown)) if unknown else [], strict=True):
-            self._parts[part] = ids
-            self._size += len(part) + len(ids) + _BYTES_PER_ENTRY
-
-    def _forget(self) -> None:
-        self._parts.clear()
-        self._words.clear()
-        self._size = 0
+    def _bound_memory(self, new_words: Collection[str], new_edges: Collection[str], chars: int) -> None:
+        self._chars += chars
+        if self._size_bytes < MOST_REMEMBERED_BYTES:
+            new = len(new_words) + len(new_edges)
+            self._size_bytes += sum(map(len, new_words)) + sum(map(len, new_edges)) + _BYTES_PER_ENTRY * new
+            return
+        for known, added in ((self._words, new_words), (self._edges, new_edges)):
+            for text in added:
+                del known[text]
+        if self._chars > _RELEARN_CHARS:
+            self._words.clear()
+            self._edges.clear()
+            self._size_bytes = self._chars = 0
 
 
 def _stretches(text: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -57,7 +58,7 @@ def find_files(path: Path, formats: Sequence[str] = FORMATS) -> Found:
     listed = sorted(_below(path) if path.is_dir() else _matches(path))
     present = _once([file for file in listed if file.is_file()])
     files = [file for file in present if _is_text(file, formats)]
-    lost = next((file for file in listed if file.is_symlink() and not file.exists() and _known(file, formats)), None)
+    lost = next((file for file in listed if _known(file, formats) and _leads_nowhere(file)), None)
     if lost is not None:
         raise DataError(
             "The link leads nowhere.", where=str(lost), next_step="Bring back what it stands for, or remove the link."
@@ -136,6 +137,17 @@ def _once(files: Sequence[Path]) -> list[Path]:
         if real[file] not in names or os.path.abspath(file) == real[file]:
             names[real[file]] = file
     return [file for file in files if names[real[file]] == file]
+
+
+def _leads_nowhere(file: Path) -> bool:
+    """Whether it is a link without a target; links in a circle are other names of what is read."""
+    if not file.is_symlink():
+        return False
+    try:
+        file.stat()
+    except OSError as error:
+        return error.errno == errno.ENOENT
+    return False
 
 
 def _held_out_folders(files: Iterable[Path], root: Path) -> list[str]:

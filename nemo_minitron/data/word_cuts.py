@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 _VISIBLE = r"[\w!-~]"
 CUT = re.compile(rf"(?<={_VISIBLE}) (?={_VISIBLE})")
@@ -33,15 +32,14 @@ KNOWN_EXPRESSIONS = frozenset(
 """GPT-2; Llama 3 and Qwen 2; Mistral-NeMo and o200k."""
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """A text in parts that may be tokenized one by one."""
 
     first: str
     inside: list[str]
     """Each follows a space, which is left out here."""
     last: str
-    """With its space; empty where the text is one part."""
+    """With its space; empty where the last part is one of `inside`."""
     unknown: set[str]
     """Of those inside."""
 
@@ -52,12 +50,19 @@ def split_at_spaces(text: str, known: Mapping[str, object]) -> Split:
     Args:
         known: words from inside earlier texts; only others need a look.
     """
-    first, *rest = text.split(" ")
-    unknown = set(rest[:-1]).difference(known)
-    if rest and not (_is_visible(first[-1:]) and _is_visible(rest[-1][:1]) and all(map(_is_plain, unknown))):
-        first, *rest = CUT.split(text)
-        unknown = set(rest[:-1]).difference(known)
-    return Split(first, rest[:-1], f" {rest[-1]}" if rest else "", unknown)
+    first, *inside = text.split(" ")
+    if not inside:
+        return Split(first, inside, "", set())
+    last = ""
+    if inside[-1] not in known and not _is_plain(inside[-1]):
+        last = f" {inside.pop()}"
+    unknown = set(inside).difference(known)
+    starts_well = _is_visible(first[-1:]) and (not last or _is_visible(last[1:2]))
+    if not starts_well or not all(map(_is_plain, unknown)):
+        first, *inside = CUT.split(text)
+        last = f" {inside.pop()}" if inside else ""
+        unknown = set(inside).difference(known)
+    return Split(first, inside, last, unknown)
 
 
 def _is_plain(word: str) -> bool:

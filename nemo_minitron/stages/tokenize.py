@@ -78,8 +78,7 @@ def _make_shards(
     ]
     plan = ShardPlan(sources, folder)
     found = plan.take_finished()
-    if found:
-        ctx.progress.say(f"goes on: {found} of {plan.num_tasks} shards are there")
+    ctx.progress.say(f"{found} of {plan.num_tasks} shards are there" if found else f"{plan.num_tasks} shards to make")
     num_processes = min(processes_for(plan.bytes_left, ctx.execution.workers), max(1, plan.num_tasks - found))
     with (
         ctx.progress.bar("tokenize", plan.num_bytes, "bytes", done=plan.num_bytes - plan.bytes_left) as bar,
