@@ -59,13 +59,17 @@ def make_text(folder: Path, assets_dir: Path, num_bytes: int) -> None:
 class Run:
     """A recipe of two stages in a folder of its own."""
 
-    def __init__(self, scratch: Path, name: str, checkout: Path, teacher: str, assets_dir: Path, workers: int) -> None:
+    def __init__(
+        self, scratch: Path, name: str, arguments: argparse.Namespace, *, checkout: Path = REPO, workers: int
+    ) -> None:
         self.folder, self.checkout = scratch / "runs" / name, checkout
+        assets_dir, teacher = arguments.assets_dir.resolve(), arguments.teacher
+        text = scratch / "text" if arguments.text is None else arguments.text.resolve()
         self.recipe = scratch / f"{name}.yaml"
         execution = {"device": "cpu", "run_root": str(scratch / "runs"), "assets_dir": str(assets_dir)}
         stages = {
             "teacher": {"kind": "import", "source": teacher},
-            "data": {"kind": "tokenize", "sources": [{"source": str(scratch / "text")}]},
+            "data": {"kind": "tokenize", "sources": [{"source": str(text)}]},
         }
         content = {"stages": stages, "execution": {**execution, "workers": workers}}
         self.recipe.write_text(json.dumps({"defaults": ["_self_"], **content}))
@@ -150,21 +154,22 @@ def base_speed(run: Run, log: Path, most_s: float) -> dict[str, object]:
 
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, object]]:
-    assets_dir, cores = arguments.assets_dir.resolve(), usable_cores()
-    make_text(scratch / "text", assets_dir, arguments.mb * 10**6)
+    cores = usable_cores()
+    if arguments.text is None:
+        make_text(scratch / "text", arguments.assets_dir, arguments.mb * 10**6)
     yield "cores", cores
-    run = Run(scratch, "shards", REPO, arguments.teacher, assets_dir, cores)
+    run = Run(scratch, "shards", arguments, workers=cores)
     found = tokenize(run, scratch / "shards.log", arguments.kills)
     speed = int(str(found["documents"])) / float(str(found["wall_s"]))
     yield "shards", {**found, "documents_per_s": speed}
     shutil.rmtree(run.folder)
     if arguments.base is not None:
-        older = Run(scratch, "base", arguments.base.resolve(), arguments.teacher, assets_dir, cores)
+        older = Run(scratch, "base", arguments, checkout=arguments.base.resolve(), workers=cores)
         base = base_speed(older, scratch / "base.log", arguments.base_s)
         yield "base", base
         yield "ratio", speed / float(str(base["documents_per_s"]))
     if not arguments.fast:
-        alone = tokenize(Run(scratch, "alone", REPO, arguments.teacher, assets_dir, 1), scratch / "alone.log", kills=0)
+        alone = tokenize(Run(scratch, "alone", arguments, workers=1), scratch / "alone.log", kills=0)
         yield "one_process", alone
         yield "same_bytes", alone["sha256"] == found["sha256"]
 
@@ -172,6 +177,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> Iterator[tuple[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=int, default=200)
+    parser.add_argument("--text", type=Path, help="a folder of text to use instead of making some")
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--teacher", default="asset:toy-llama", help="whose tokenizer")
     parser.add_argument("--assets-dir", type=Path, default=Path("assets"))
