@@ -70,6 +70,11 @@ def find_files(path: Path, formats: Sequence[str] = FORMATS) -> Found:
     raise _nothing(path, present, formats)
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file, folder or glob pattern stands for anything; a name may look like a pattern."""
+    return path.exists() or any(True for _ in _matches(path))
+
+
 def _nothing(path: Path, present: list[Path], formats: Sequence[str]) -> DataError:
     if present:
         return DataError(
