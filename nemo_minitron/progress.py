@@ -41,11 +41,14 @@ class Bar:
         self.progress.update(self)
 
     @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.started_s
+
+    @property
     def eta_s(self) -> float | None:
         """Seconds left, from the pace since this process began; None before the first step."""
         fresh = self.done - self.first_done
-        elapsed = time.monotonic() - self.started_s
-        return elapsed / fresh * (self.total - self.done) if fresh > 0 else None
+        return self.elapsed_s / fresh * (self.total - self.done) if fresh > 0 else None
 
 
 def _show(value: object) -> str:

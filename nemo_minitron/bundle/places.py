@@ -101,7 +101,7 @@ def _model_files(model: Path) -> list[Path]:
 
 def _data_files(stage: Schema, path: Path) -> list[Path]:
     from nemo_minitron.data.chat.files import chat_files
-    from nemo_minitron.data.readers import source_files
+    from nemo_minitron.data.found import source_files
 
     if isinstance(stage, ChatDataStage | EvaluateChatStage):
         return chat_files(path)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from nemo_minitron.errors import DataError
 
-COMPRESSIONS = (".gz", ".zst")
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 BLOCK_BYTES = 1 << 20
 _PACKED_BYTES = BLOCK_BYTES // 8
 """Of zstd at a time: it unpacks to 3 to 10 times as much text."""
@@ -28,27 +30,38 @@ class Block:
     """How much of the file on disk was read for it and all before it."""
 
 
-def read_blocks(file: Path) -> Iterator[Block]:
-    """The bytes of a file, decompressed by its suffix (.gz, .zst).
+def read_blocks(file: Path, start: int = 0) -> Iterator[Block]:
+    """The bytes of a file, decompressed by its suffix.
+
+    Args:
+        start: of a file that is not compressed, where to begin.
 
     Raises:
         DataError: the compressed data are damaged or end too early.
         OSError: the file cannot be read.
     """
+    kind = file.suffix.lower()
     with file.open("rb") as raw:
-        if file.suffix.lower() == ".gz":
-            yield from _gzip_blocks(raw, file)
-        elif file.suffix.lower() == ".zst":
+        if kind == ".zst":
             yield from _zstd_blocks(raw, file)
+        elif kind in COMPRESSIONS:
+            yield from _library_blocks(raw, file, kind)
         else:
+            raw.seek(start)
             yield from (Block(data, raw.tell()) for data in iter(lambda: raw.read(BLOCK_BYTES), b""))
 
 
-def _gzip_blocks(raw: IO[bytes], file: Path) -> Iterator[Block]:
+def _library_blocks(raw: IO[bytes], file: Path, kind: str) -> Iterator[Block]:
+    kinds: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     try:
-        with gzip.GzipFile(fileobj=raw) as stream:
+        with kinds[kind](raw, "rb") as stream:
             yield from (Block(data, raw.tell()) for data in iter(lambda: stream.read(BLOCK_BYTES), b""))
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        raise _damaged(file, str(error)) from error
+    except OSError as error:
+        # bz2 has no error of its own.
+        if error.errno is not None:
+            raise
         raise _damaged(file, str(error)) from error
 
 

@@ -1,4 +1,4 @@
-"""Documents from .txt, .jsonl and .parquet files, each also compressed. Memory does not grow with the file.
+"""Documents from .txt, .jsonl, .json and .parquet files, each also compressed. Memory does not grow with the file.
 
 A file is read as blocks of decompressed bytes, which are decoded here: only so can an error name the byte.
 """
@@ -8,19 +8,19 @@ from __future__ import annotations
 import codecs
 import io
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config.schema import DataSource
-from nemo_minitron.data.blocks import COMPRESSIONS, read_blocks
+from nemo_minitron.data.blocks import read_blocks
+from nemo_minitron.data.found import file_format
 from nemo_minitron.errors import DataError
 
-FORMATS = (".txt", ".jsonl", ".parquet")
-_ROWS_PER_BATCH = 1024
+Span = tuple[int, int]
+"""Lines that begin at these bytes of a file, the second excluded."""
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
@@ -32,90 +32,66 @@ class Text:
     """How much of the file on disk had been read by then; for progress."""
 
 
-def source_files(path: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
-    """Files of a file, folder (searched below, sorted, hidden ones left out) or glob pattern.
-
-    Raises:
-        DataError: nothing there, or nothing in a known format.
-    """
-    if path.is_file():
-        file_format(path, formats)
-        return [path]
-    found = sorted(path.rglob("*")) if path.is_dir() else sorted(map(Path, glob(str(path), recursive=True)))
-    present = [file for file in found if file.is_file() and not _hidden(file, path)]
-    files = [file for file in present if _known(file, formats)]
-    if files:
-        return files
-    if present:
-        raise DataError(
-            f"{len(present)} files at {path}, none of a known type: the first is {present[0].name}.",
-            allowed=_patterns(formats),
-        )
-    raise DataError(
-        f"No file matches {path}." if has_magic(str(path)) else f"There is no text at {path}.",
-        allowed=f"a file, folder or glob of {_patterns(formats)}",
-        next_step="Check the path; assets are fetched with `minitron assets fetch`.",
-    )
-
-
-def read_documents(file: Path, source: DataSource) -> Iterator[Text]:
+def read_documents(file: Path, source: DataSource, span: Span | None = None) -> Iterator[Text]:
     """The documents of one file, in order; blank and null ones are left out.
+
+    Args:
+        span: a part of a .jsonl that is not compressed; it may hold no document.
 
     Raises:
         DataError: an empty file, bad encoding, bad rows, missing columns, damaged compression; with file and line.
     """
-    reader = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[file_format(file)]
     count = 0
     try:
-        for document in reader(file, source):
+        for document in _documents(file, source, span):
             if document.text.strip():
                 count += 1
                 yield document
-        if count == 0:
-            raise _no_document(file)
+        if count == 0 and span is None:
+            raise no_document(file)
     except OSError as error:
         raise DataError(f"The file cannot be read: {error}", where=str(file)) from error
 
 
-def _no_document(file: Path) -> DataError:
+def _documents(file: Path, source: DataSource, span: Span | None) -> Iterator[Text]:
+    kind = file_format(file)
+    if kind == ".txt":
+        return _read_text(file, source)
+    if kind == ".jsonl":
+        return _read_jsonl(file, source, span)
+    if kind == ".json":
+        return _read_json(file, source)
+    from nemo_minitron.data.columns import read_column
+
+    return (Text(text, position) for text, position in read_column(file, source.text_field))
+
+
+def require_separator_is_used(files: list[Path], source: DataSource, key: str) -> None:
+    """Refuse a `document_separator` where nothing would be split.
+
+    Raises:
+        DataError: none of the files is a .txt.
+    """
+    if source.document_separator is None or any(file_format(file) == ".txt" for file in files):
+        return
+    raise DataError(
+        f"document_separator splits .txt files, and source {source.source} has none: rows are documents already.",
+        where=key,
+        next_step="Remove document_separator from this source.",
+    )
+
+
+def no_document(file: Path) -> DataError:
     problem = "is empty" if file.stat().st_size == 0 else "holds no text"
     return DataError(f"The file {problem}.", where=str(file), next_step="Remove it from the source, or fill it.")
 
 
-def _hidden(file: Path, root: Path) -> bool:
-    inside = file.relative_to(root).parts if root.is_dir() else ()
-    return any(part.startswith(".") for part in inside)
-
-
-def file_format(file: Path, formats: Sequence[str] = FORMATS) -> str:
-    """The suffix without that of a compression: `.jsonl` of rows.jsonl.zst.
-
-    Raises:
-        DataError: it is none of the formats.
-    """
-    if not _known(file, formats):
-        suffixes = "".join(file.suffixes) or "(none)"
-        raise DataError(f"Unknown file type {suffixes}.", where=str(file), allowed=_patterns(formats))
-    return _bare(file).suffix.lower()
-
-
-def _known(file: Path, formats: Sequence[str]) -> bool:
-    return _bare(file).suffix.lower() in formats
-
-
-def _bare(file: Path) -> Path:
-    return file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
-
-
-def _patterns(formats: Sequence[str]) -> str:
-    return ", ".join(f"*{suffix}[.gz|.zst]" for suffix in formats)
-
-
 def _read_text(file: Path, source: DataSource) -> Iterator[Text]:
-    separator = source.document_separator
-    if separator is None:
+    if source.document_separator is None:
         yield Text("".join(text for text, _ in _decoded(file)), file.stat().st_size)
         return
+    # Line ends of the text are read as \n, so those of the separator have to be.
+    separator = source.document_separator.replace("\r\n", "\n").replace("\r", "\n")
     parts, position = [""], 0
     for text, position in _decoded(file):
         # The separator can lie across two blocks: the last part is what may be its beginning.
@@ -135,15 +111,18 @@ def _decoded(file: Path) -> Iterator[tuple[str, int]]:
     """Text of a file with Unix line ends and no byte order mark, and the position after it."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    offset, line = 0, 1
+    offset, line, started = 0, 1, False
     for block in read_blocks(file):
+        if offset == 0:
+            _require_not_utf16(block.data, file)
         pending = len(decoder.getstate()[0])
         try:
             text = decoder.decode(block.data)
         except UnicodeDecodeError as error:
             line += error.object[: error.start].count(b"\n")
             raise _not_utf8(error, f"{file}:{line}", offset - pending) from error
-        text = text.removeprefix("\ufeff") if offset == 0 else text
+        if text and not started:
+            text, started = text.removeprefix("\ufeff"), True
         offset += len(block.data)
         line += text.count("\n")
         yield newlines.decode(text), block.position_bytes
@@ -152,6 +131,17 @@ def _decoded(file: Path) -> Iterator[tuple[str, int]]:
     except UnicodeDecodeError as error:
         raise _not_utf8(error, f"{file}:{line}", offset - len(error.object)) from error
     yield newlines.decode("", final=True), file.stat().st_size
+
+
+def _require_not_utf16(start: bytes, file: Path) -> None:
+    """UTF-16 begins with a mark, or every other byte of it is zero: which UTF-8 allows, but no text has."""
+    start = start[:4096]
+    if start.startswith(_UTF16_MARKS) or start.count(0) > len(start) // 4:
+        raise DataError(
+            "The text looks like UTF-16, not UTF-8.",
+            where=str(file),
+            next_step="Convert the file, e.g. `iconv -f utf-16 -t utf-8`; if it is no text, remove it from the source.",
+        )
 
 
 def _not_utf8(error: UnicodeDecodeError, where: str, offset: int) -> DataError:
@@ -163,22 +153,109 @@ def _not_utf8(error: UnicodeDecodeError, where: str, offset: int) -> DataError:
     )
 
 
-def _read_jsonl(file: Path, source: DataSource) -> Iterator[Text]:
-    offset = 0
-    for number, (line, position) in enumerate(read_lines(file), start=1):
-        if number == 1 and line.startswith(codecs.BOM_UTF8):
-            offset, line = len(codecs.BOM_UTF8), line[len(codecs.BOM_UTF8) :]
-        text = _row_text(line, source, f"{file}:{number}", offset) if line.strip() else None
-        offset += len(line) + 1
-        if text is not None:
-            yield Text(text, position)
+# --- rows -----------------------------------------------------------------------------------------
 
 
-def read_lines(file: Path) -> Iterator[tuple[bytes, int]]:
-    """Lines without their ends, and how much of the file on disk had been read by then."""
-    parts: list[bytes] = []
-    position = 0
+def _read_jsonl(file: Path, source: DataSource, span: Span | None = None) -> Iterator[Text]:
+    first = span is None or span[0] == 0
+    lines = _lines_from_start(file) if span is None else _lines_of(file, span)
+    for number, (line, offset, position) in enumerate(lines, start=1):
+        if first:
+            _require_not_utf16(line, file)
+            if line.startswith(codecs.BOM_UTF8):
+                line, offset = line[len(codecs.BOM_UTF8) :], offset + len(codecs.BOM_UTF8)
+            first = False
+        if line.strip():
+            place = _Place(file, number, offset, span)
+            text = _text_of(_parse(line, place, offset), source, place)
+            if text is not None:
+                yield Text(text, position)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Of a line; its number in the file is counted only when someone asks."""
+
+    file: Path
+    number: int
+    """In the span."""
+    offset: int
+    span: Span | None
+
+    def __str__(self) -> str:
+        before = 0 if self.span is None else _count_lines(self.file, self.offset) - self.number + 1
+        return f"{self.file}:{self.number + before}"
+
+
+def _count_lines(file: Path, end: int) -> int:
+    """Line ends before a byte of the file."""
+    count = done = 0
     for block in read_blocks(file):
+        count += block.data[: end - done].count(b"\n")
+        done += len(block.data)
+        if done >= end:
+            break
+    return count
+
+
+def _lines_from_start(file: Path) -> Iterator[tuple[bytes, int, int]]:
+    """(line, its offset, position in the file on disk)."""
+    offset = 0
+    for line, position in read_lines(file):
+        yield line, offset, position
+        offset += len(line) + 1
+
+
+def _lines_of(file: Path, span: Span) -> Iterator[tuple[bytes, int, int]]:
+    start, end = span
+    # From the byte before: whether a line begins at `start` shows there.
+    offset = max(0, start - 1)
+    lines = read_lines(file, offset)
+    if start > 0:
+        offset += len(next(lines)[0]) + 1
+    for line, position in lines:
+        if offset >= end:
+            return
+        yield line, offset, position
+        offset += len(line) + 1
+
+
+def _read_json(file: Path, source: DataSource) -> Iterator[Text]:
+    """Rows one a line, as many data sets have them under this name; or one list of rows, or one row."""
+    if _has_rows_as_lines(file):
+        yield from _read_jsonl(file, source)
+        return
+    data = b"".join(block.data for block in read_blocks(file)).removeprefix(codecs.BOM_UTF8)
+    content = _parse(data, file, 0) if data.strip() else []
+    rows = content if isinstance(content, list) else [content]
+    for number, row in enumerate(rows, start=1):
+        text = _text_of(row, source, f"{file}, row {number}")
+        if text is not None:
+            yield Text(text, file.stat().st_size * number // len(rows))
+
+
+def _has_rows_as_lines(file: Path) -> bool:
+    """Whether the first line that is not blank is a whole JSON object."""
+    for line, _ in read_lines(file):
+        line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
+            _require_not_utf16(line, file)
+            try:
+                return isinstance(json.loads(line.decode("utf-8")), dict)
+            except (ValueError, RecursionError):
+                return False
+    return False
+
+
+def read_lines(file: Path, start: int = 0) -> Iterator[tuple[bytes, int]]:
+    """Lines without their ends, and how much of the file on disk had been read by then.
+
+    Args:
+        start: of a file that is not compressed, the byte to begin at.
+    """
+    parts: list[bytes] = []
+    position = start
+    for block in read_blocks(file, start):
         position = block.position_bytes
         first, *rest = block.data.split(b"\n")
         parts.append(first)
@@ -188,80 +265,59 @@ def read_lines(file: Path) -> Iterator[tuple[bytes, int]]:
     yield b"".join(parts), position
 
 
-def _row_text(line: bytes, source: DataSource, where: str, offset: int) -> str | None:
+def _parse(data: bytes, place: object, offset: int) -> Any:
+    """One JSON value.
+
+    Args:
+        place: its text names the place in an error.
+        offset: of the data in the file.
+    """
     try:
-        row = json.loads(line.decode("utf-8"))
-        text = _field(row, source, where)
-        if text is not None:
-            text.encode("utf-8")
+        return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise _not_utf8(error, where, offset) from error
-    except UnicodeEncodeError as error:
-        raise DataError(f"The text holds half a surrogate pair at character {error.start}.", where=where) from error
+        raise _not_utf8(error, str(place), offset) from error
     except json.JSONDecodeError as error:
-        raise DataError(f"Not JSON: {error.msg} at column {error.colno}.", where=where) from error
+        raise DataError(f"Not JSON: {error.msg} at column {error.colno}.", where=str(place)) from error
+    except ValueError as error:  # a number of more than 4300 digits
+        raise DataError(f"The JSON cannot be read: {error}.", where=str(place)) from error
     except RecursionError as error:
-        raise DataError("The JSON is nested too deeply.", where=where) from error
-    return text
+        raise DataError("The JSON is nested too deeply.", where=str(place)) from error
 
 
-def _field(row: Any, source: DataSource, where: str) -> str | None:
-    name = source.text_field
-    if not isinstance(row, dict) or name not in row:
-        present = (", ".join(row) or "(none)") if isinstance(row, dict) else f"it is a {type(row).__name__}"
-        raise DataError(
-            f"The row has no field {name!r}.",
-            where=where,
-            allowed=f"fields of this row: {present}",
-            next_step="Set text_field of this source.",
-        )
-    text = row[name]
-    if text is not None and not isinstance(text, str):
-        raise DataError(f"Field {name!r} is {type(text).__name__}, not text.", where=where)
-    return text
-
-
-def _read_parquet(file: Path, source: DataSource) -> Iterator[Text]:
-    import pyarrow as pa
-
+def _text_of(row: Any, source: DataSource, place: object) -> str | None:
+    text = _field(row, source.text_field, place)
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise DataError(f"Field {source.text_field!r} is {type(text).__name__}, not text.", where=str(place))
     try:
-        with open_parquet(file) as table:
-            _check_column(table.schema_arrow, source.text_field, file)
-            size, num_rows, done = file.stat().st_size, max(1, table.metadata.num_rows), 0
-            for batch in table.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[source.text_field]):
-                done += batch.num_rows
-                position = size * done // num_rows
-                yield from (Text(text, position) for text in batch.column(0).to_pylist() if text is not None)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"Not a readable parquet file: {error}", where=str(file)) from error
-
-
-@contextmanager
-def open_parquet(file: Path) -> Iterator[Any]:
-    """A pyarrow ParquetFile, decompressed by its suffix."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if file.suffix.lower() in COMPRESSIONS:
-        # Parquet is read from its end, so a compressed one has to be unpacked as a whole.
-        with pq.ParquetFile(pa.BufferReader(b"".join(block.data for block in read_blocks(file)))) as table:
-            yield table
-    else:
-        with pq.ParquetFile(file) as table:
-            yield table
-
-
-def _check_column(schema: Any, name: str, file: Path) -> None:
-    import pyarrow as pa
-
-    if name not in schema.names:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
         raise DataError(
-            f"There is no column {name!r}.",
-            where=str(file),
-            allowed=", ".join(schema.names),
-            next_step="Set text_field of this source.",
-        )
-    kind = schema.field(name).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise DataError(f"Column {name!r} is {kind}, not text.", where=str(file))
+            f"The text holds half a surrogate pair at character {error.start}.", where=str(place)
+        ) from error
+    return text
+
+
+def _field(row: Any, name: str, place: object) -> Any:
+    """The value of a field, or, of `a.b`, of field b of the object in a."""
+    if isinstance(row, dict) and name in row:
+        return row[name]
+    value = row
+    for part in name.split("."):
+        if value is None and row is not None:
+            return None
+        if not isinstance(value, dict) or part not in value:
+            raise _no_field(row, name, place)
+        value = value[part]
+    return value
+
+
+def _no_field(row: Any, name: str, place: object) -> DataError:
+    present = (", ".join(row) or "(none)") if isinstance(row, dict) else f"it is a {type(row).__name__}"
+    return DataError(
+        f"The row has no field {name!r}.",
+        where=str(place),
+        allowed=f"fields of this row: {present}",
+        next_step="Set text_field of this source.",
+    )

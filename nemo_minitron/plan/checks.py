@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from glob import glob
+from glob import has_magic
 from math import lcm
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from nemo_minitron.config.schema import (
     TrainStage,
 )
 from nemo_minitron.data.chat.formats import FORMATS_OF
+from nemo_minitron.data.found import is_there
 from nemo_minitron.errors import PlanError
 from nemo_minitron.families import ModelShape
 from nemo_minitron.hf.source import ASSET, HUB, asset_path
@@ -348,13 +349,10 @@ def _sources(plan: RunPlan) -> Iterator[str]:
 def _source(key: str, source: str, recipe: Recipe) -> Iterator[str]:
     if source.startswith(HUB):
         return
-    if any(sign in source for sign in "*?["):
-        if not glob(str(Path(source).expanduser()), recursive=True):
-            yield f"{key} = {source}: matches no file."
-        return
     if source.startswith(ASSET):
         name = source.removeprefix(ASSET)
         if not asset_path(name, Path(recipe.execution.assets_dir)).exists():
             yield f"{key} = {source}: not fetched yet. Next: minitron assets fetch {name}"
-    elif not Path(source).expanduser().exists():
-        yield f"{key} = {source}: there is no such file or folder."
+    elif not is_there(Path(source).expanduser()):
+        problem = "matches no file" if has_magic(source) else "there is no such file or folder"
+        yield f"{key} = {source}: {problem}."

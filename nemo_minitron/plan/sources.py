@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from nemo_minitron.config.schema import (
     ScoreStage,
     TokenizeStage,
 )
+from nemo_minitron.data.found import CHAT_FORMATS, FORMATS, source_files
+from nemo_minitron.errors import DataError
 from nemo_minitron.hf.source import ASSET, HUB, asset_path
 
 
@@ -51,7 +54,7 @@ def source_facts(stage: Schema, recipe: Recipe, before: Mapping[str, Any]) -> di
     """
     facts = {}
     for _, source in read_by(stage):
-        files = [file for file in _files(source, Path(recipe.execution.assets_dir)) if file.is_file()]
+        files = _files(stage, source, Path(recipe.execution.assets_dir))
         if files:
             facts[source] = {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
         elif source in before:
@@ -59,11 +62,25 @@ def source_facts(stage: Schema, recipe: Recipe, before: Mapping[str, Any]) -> di
     return facts
 
 
-def _files(source: str, assets_dir: Path) -> Iterable[Path]:
+def source_path(source: str, assets_dir: Path) -> Path:
+    """Where a source that is not on the hub is, or would be."""
+    if source.startswith(ASSET):
+        return asset_path(source.removeprefix(ASSET), assets_dir)
+    return Path(source).expanduser()
+
+
+def _files(stage: Schema, source: str, assets_dir: Path) -> list[Path]:
+    """What the stage would read of a source; of models and tasks, all files."""
     if source.startswith(HUB):
         return []
-    name = source.removeprefix(ASSET)
-    path = asset_path(name, assets_dir) if source.startswith(ASSET) else Path(source).expanduser()
+    path = source_path(source, assets_dir)
+    if isinstance(stage, TokenizeStage | InitStage | ChatDataStage | EvaluateChatStage):
+        formats = CHAT_FORMATS if isinstance(stage, ChatDataStage | EvaluateChatStage) else FORMATS
+        # What is wrong with it says the stage, or `check`.
+        with suppress(DataError):
+            return source_files(path, formats)
+        return []
     if path.is_dir():
-        return path.rglob("*")
-    return [path] if path.exists() else map(Path, glob(str(path), recursive=True))
+        return [file for file in path.rglob("*") if file.is_file()]
+    found = [path] if path.exists() else map(Path, glob(str(path), recursive=True))
+    return [file for file in found if file.is_file()]

@@ -83,12 +83,15 @@ def train_tokenizer(params: NewTokenizer, ctx: StageContext) -> None:
 
 
 def _texts(params: NewTokenizer, assets_dir: Path) -> Iterator[str]:
-    from nemo_minitron.data.readers import read_documents, source_files
+    from nemo_minitron.data.found import source_files
+    from nemo_minitron.data.readers import read_documents, require_separator_is_used
     from nemo_minitron.hf.source import resolve_path
 
-    for source in params.sources:
+    for number, source in enumerate(params.sources):
         count = 0
-        for file in source_files(resolve_path(source.source, assets_dir)):
+        files = source_files(resolve_path(source.source, assets_dir))
+        require_separator_is_used(files, source, f"tokenizer.sources.{number}")
+        for file in files:
             for document in read_documents(file, source):
                 yield document.text
                 count += 1

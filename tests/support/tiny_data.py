@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nemo_minitron.data.tokenization import Document
+from nemo_minitron.backends.megatron.indexed import Document
 
 
 def tiny_data_dir(folder: Path, *, vocab_size: int = 512, num_documents: int = 40, seed: int = 0) -> Path:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
+import os
 import random
 import tracemalloc
 from collections.abc import Callable
@@ -16,7 +19,8 @@ import zstandard
 
 from nemo_minitron.config.schema import DataSource
 from nemo_minitron.data import blocks
-from nemo_minitron.data.readers import read_documents, source_files
+from nemo_minitron.data.found import find_files, source_files
+from nemo_minitron.data.readers import read_documents, require_separator_is_used
 from nemo_minitron.errors import DataError
 
 TEXTS = ["One.\nTwo.", "caf\u00e9 \u4e16\u754c \U0001f642", " three "]
@@ -24,6 +28,8 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
     "": lambda data: data,
     ".gz": lambda data: gzip.compress(data, 1, mtime=0),
     ".zst": zstandard.ZstdCompressor().compress,
+    ".bz2": bz2.compress,
+    ".xz": lambda data: lzma.compress(data, preset=0),
 }
 
 
@@ -53,6 +59,7 @@ def parquet(column: list[object], name: str = "text") -> bytes:
     [
         ("x.txt", "\f".join(TEXTS).encode(), {"document_separator": "\f"}),
         ("x.jsonl", jsonl(TEXTS), {}),
+        ("x.json", jsonl(TEXTS), {}),
         ("x.parquet", parquet(list(TEXTS)), {}),
     ],
 )
@@ -74,6 +81,64 @@ def test_a_byte_order_mark_is_no_text_in_jsonl(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + jsonl(["a"]))
     assert read(file) == ["a"]
+
+
+@pytest.mark.parametrize("separator", ["\n---\n", "\r\n---\r\n", "\r---\r"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_line_ends_of_a_separator_are_read_as_those_of_the_text(tmp_path: Path, separator: str, line_end: str) -> None:
+    file = tmp_path / "x.txt"
+    file.write_bytes(f"{line_end}---{line_end}".join(["", "one", "two.*", ""]).encode())
+    assert read(file, document_separator=separator) == ["one", "two.*"]
+    assert read(file, document_separator=".*") == ["\n---\none\n---\ntwo", "\n---\n"]
+
+
+def test_a_separator_without_a_txt_is_refused(tmp_path: Path) -> None:
+    source = DataSource(source="x", document_separator="\n")
+    with pytest.raises(DataError, match=r"document_separator splits \.txt files"):
+        require_separator_is_used([tmp_path / "x.jsonl"], source, "stages.data.sources.0")
+    require_separator_is_used([tmp_path / "x.jsonl", tmp_path / "y.txt.gz"], source, "stages.data.sources.0")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'[{"text": "a"}, {"text": null}, {"text": "b"}]', b'[\n{"text": "a"},\n{"text": "b"}\n]', jsonl(["a", "b"])],
+)
+def test_json_holds_a_list_or_rows_as_lines(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "c4.00000-of-00001.json.gz"
+    file.write_bytes(gzip.compress(content))
+    assert read(file) == ["a", "b"]
+    file.write_bytes(gzip.compress(b'\xef\xbb\xbf{\n "text":\n "one row"\n}\n'))
+    assert read(file) == ["one row"]
+
+
+def test_a_field_inside_another_one_is_read(tmp_path: Path) -> None:
+    rows, table = tmp_path / "x.jsonl", tmp_path / "x.parquet"
+    rows.write_bytes(b'{"a": {"b": "one"}}\n{"a": null}\n{"a": {"b": null}}\n{"a.b": "two"}\n')
+    pq.write_table(pa.table({"a": [{"b": "one", "c": 1}, None, {"b": "two", "c": 2}]}), table)
+    assert read(rows, text_field="a.b") == read(table, text_field="a.b") == ["one", "two"]
+    assert "no field 'a.c'" in problem(rows, text_field="a.c")
+    assert "no column 'a.d'" in problem(table, text_field="a.d")
+    assert "is int64, not text" in problem(table, text_field="a.c")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(["a", None, "b"], pa.large_string()),
+        pa.array(["a", "b", "a"]).dictionary_encode(),
+        pa.array([b"a", None, b"b"]),
+    ],
+)
+def test_text_columns_of_every_type_are_read(tmp_path: Path, column: pa.Array) -> None:
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": column}), file)
+    assert set(read(file)) == {"a", "b"}
+
+
+def test_a_column_of_bytes_that_are_no_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": [b"\xff\xfe"]}), file)
+    assert str(file) in problem(file)
 
 
 @pytest.mark.parametrize("block_bytes", [1, 2, 3, 5, 64])
@@ -111,7 +176,7 @@ def test_positions_grow_to_the_size_of_the_file(tmp_path: Path) -> None:
     assert positions[-1] == file.stat().st_size
 
 
-@pytest.mark.parametrize("compression", PACK)
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, compression: str) -> None:
     file = tmp_path / f"x.txt{compression}"
     documents = random.Random(0)
@@ -141,6 +206,72 @@ def test_a_glob_is_sorted(tmp_path: Path) -> None:
     assert source_files(tmp_path / "*.txt") == [tmp_path / "1.txt", tmp_path / "2.txt"]
 
 
+def texts_in(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(exist_ok=True, parents=True)
+        (root / name).write_text("x")
+
+
+def test_links_are_followed_and_each_file_is_read_once(tmp_path: Path) -> None:
+    texts_in(tmp_path, "text/a.txt", "text/z/b.txt", "elsewhere/deep/c.txt", "lone.txt")
+    text = tmp_path / "text"
+    (text / "more").symlink_to(tmp_path / "elsewhere")
+    (text / "again").symlink_to(text / "z")
+    (text / "loop").symlink_to(text)
+    (text / "0.txt").symlink_to(text / "a.txt")
+    (text / "1.txt").symlink_to(tmp_path / "lone.txt")
+    names = ["1.txt", "a.txt", "more/deep/c.txt", "z/b.txt"]
+    assert source_files(text) == [text / name for name in names]
+    by_glob = source_files(text / "**/*.txt")
+    assert sorted(map(os.path.realpath, by_glob)) == sorted(os.path.realpath(text / name) for name in names)
+
+
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    texts_in(
+        tmp_path, "a.jsonl", "c4.json.gz", "README.md", "a.jsonl.sha256", "dataset_info.json", "._a.jsonl", "test/b.txt"
+    )
+    found = find_files(tmp_path)
+    assert [file.name for file in found.files] == ["a.jsonl", "c4.json.gz", "b.txt"]
+    first, second = found.remarks()
+    assert first == f"3 files left out, the first is {tmp_path / 'README.md'}"
+    assert second == "folders named test are read as training text too"
+
+
+def test_names_are_taken_as_they_are(tmp_path: Path) -> None:
+    names = ["[old] a*.txt", "\u4e16\u754c.txt", "a b/{x,y}.txt", "Z.txt", "a.txt"]
+    texts_in(tmp_path, *names)
+    assert source_files(tmp_path) == sorted(tmp_path / name for name in names)
+    for name in names:
+        assert source_files(tmp_path / name) == [tmp_path / name]
+
+
+def test_braces_and_double_stars_are_patterns(tmp_path: Path) -> None:
+    texts_in(tmp_path, "train/1.txt", "valid/2.txt", "test/3.txt", "train/deep/4.txt")
+    assert source_files(tmp_path / "{train,valid}/*.txt") == [tmp_path / "train/1.txt", tmp_path / "valid/2.txt"]
+    assert len(source_files(tmp_path / "**/*.txt")) == 4
+
+
+def test_text_that_cannot_be_reached_is_not_left_out_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts_in(tmp_path, "a.txt", "closed/b.txt")
+    link = tmp_path / "gone.jsonl"
+    link.symlink_to(tmp_path / "nowhere.jsonl")
+    with pytest.raises(DataError, match="leads nowhere"):
+        source_files(tmp_path)
+    link.unlink()
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match="Permission denied"):
+        source_files(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("path", "says"),
     [
@@ -155,7 +286,7 @@ def test_a_source_without_text_names_what_is_allowed(tmp_path: Path, path: str, 
     with pytest.raises(DataError) as caught:
         source_files(tmp_path / path)
     assert says in str(caught.value)
-    assert "*.jsonl[.gz|.zst]" in str(caught.value)
+    assert "*.jsonl[.gz|.zst|.bz2|.xz]" in str(caught.value)
 
 
 # --- bad files ------------------------------------------------------------------------------------
@@ -200,6 +331,8 @@ def test_bad_encoding_is_found_at_its_line_and_byte(
         (b'{"text": 5}', "is int, not text"),
         (b'{"text": "\\ud800"}', "half a surrogate pair"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"text": "a", "id": ' + b"1" * 5000 + b"}", "cannot be read"),
+        (b'{"text": ["a"]}', "is list, not text"),
     ],
 )
 def test_a_bad_jsonl_row_is_named_by_line(tmp_path: Path, row: bytes, says: str) -> None:
@@ -236,6 +369,17 @@ def test_a_parquet_column_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ("x.parquet", b"PAR1 and nothing of the kind", "Not a readable parquet file"),
         ("x.txt.gz", b"not gzip at all", "damaged"),
         ("x.txt.gz", gzip.compress(b"text " * 99, mtime=0)[:-9], "damaged"),
+        ("x.txt.bz2", b"not bz2 at all", "damaged"),
+        ("x.txt.bz2", bz2.compress(b"text " * 99)[:-9], "damaged"),
+        ("x.txt.xz", b"not xz at all", "damaged"),
+        ("x.txt.xz", lzma.compress(b"text " * 99)[:-9], "damaged"),
+        ("x.json", b"[]", "holds no text"),
+        ("x.txt", "text".encode("utf-16"), "UTF-16"),
+        ("x.txt", "text".encode("utf-16-le"), "UTF-16"),
+        ("x.jsonl", jsonl(["a"]).decode().encode("utf-16"), "UTF-16"),
+        ("x.json", jsonl(["a"]).decode().encode("utf-16-le"), "UTF-16"),
+        ("x.json", b'{"text": "a"', "Not JSON"),
+        ("x.json", b'"text"', "no field 'text'"),
         ("x.txt.zst", b"not zstd at all", "damaged"),
         ("x.txt.zst", PACK[".zst"](b"text " * 99)[:-4], "damaged: it ends in the middle"),
     ],

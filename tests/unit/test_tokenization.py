@@ -1,4 +1,4 @@
-"""Text to ids to indexed datasets: what is appended, what is held out, and that processes change nothing."""
+"""Text to ids to indexed datasets: what is appended, what is held out, and that processes and stops change nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,20 @@ import pytest
 
 from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.config.schema import DataSource, Execution, TokenizeStage
-from nemo_minitron.data import tokenization
-from nemo_minitron.data.readers import Text, read_documents
-from nemo_minitron.data.tokenization import DocumentTokenizer, is_heldout, processes_for
-from nemo_minitron.errors import CheckpointError, DataError, EnvironmentProblem
+from nemo_minitron.data import pieces, shard_pool
+from nemo_minitron.data.encoder import Encoder
+from nemo_minitron.data.readers import read_documents
+from nemo_minitron.data.shard_pool import processes_for
+from nemo_minitron.data.shards import RECORD, ShardFolder
+from nemo_minitron.data.tokenization import DocumentTokenizer, is_heldout
+from nemo_minitron.data.word_cuts import can_be_cut
+from nemo_minitron.errors import CheckpointError, DataError, EnvironmentProblem, Interrupted
 from nemo_minitron.hf.source import BUILT_IN
 from nemo_minitron.hf.tokenizer_identity import tokenizer_fingerprint
+from nemo_minitron.interrupts import StopRequest
 from nemo_minitron.progress import Progress
 from nemo_minitron.stages.spec import StageContext
-from nemo_minitron.stages.tokenize import tokenize
+from nemo_minitron.stages.tokenize import SHARDS, tokenize
 
 TOY_MODEL, TOY_TEXT = BUILT_IN["toy-llama"], BUILT_IN["toy-text"]
 
@@ -33,23 +37,40 @@ def tokenizer() -> DocumentTokenizer:
     return DocumentTokenizer.load(TOY_MODEL, 512)
 
 
-def toy_texts() -> Iterator[Text]:
-    return read_documents(TOY_TEXT, DataSource(source="asset:toy-text"))
+def toy_texts() -> list[str]:
+    return [text.text for text in read_documents(TOY_TEXT, DataSource(source="asset:toy-text"))]
 
 
-def context(folder: Path, **execution: Any) -> StageContext:
-    folder.mkdir(parents=True)
-    return StageContext("data", "test", folder, folder, Execution(**execution), Progress(silent=True))
+def ids(tokenizer: DocumentTokenizer, texts: list[str]) -> list[list[int]]:
+    return [np.frombuffer(row, np.uint16).tolist() for row in tokenizer.encoder("uint16", "x").encode(texts)]
 
 
-def run_stage(folder: Path, sources: list[dict[str, Any]], *, model: Path = TOY_MODEL, **params: Any) -> dict[str, Any]:
+def context(folder: Path, stop: StopRequest | None = None, **execution: Any) -> StageContext:
+    out, work = folder / "out", folder / "work"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    work.mkdir(exist_ok=True)
+    progress = Progress(silent=True)
+    return StageContext("data", "test", out, work, Execution(**execution), progress, stop=stop or StopRequest())
+
+
+def run_stage(
+    folder: Path,
+    sources: list[dict[str, Any]],
+    *,
+    model: Path = TOY_MODEL,
+    workers: int = 1,
+    stop: StopRequest | None = None,
+    **params: Any,
+) -> dict[str, Any]:
+    """Writes into the folder `out`; what survives a stop is in `work`."""
     stage = TokenizeStage(kind="tokenize", sources=sources, **params)
     inputs = Inputs({"tokenizer": Artifact("teacher", "import", model, "", {})})
-    return dict(tokenize(stage, inputs, context(folder)))
+    return dict(tokenize(stage, inputs, context(folder, stop, workers=workers)))
 
 
-def die(_: list[str]) -> None:
-    os._exit(9)
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (folder / "out").iterdir()}
 
 
 def edited_tokenizer(folder: Path, **changes: Any) -> Path:
@@ -68,38 +89,13 @@ def test_ids_are_those_of_transformers_with_eod_and_nothing_else_added(tokenizer
 
     reference = AutoTokenizer.from_pretrained(str(TOY_MODEL))
     texts = ["The moor at night.", "caf\u00e9 \U0001f642", "x " * 5000]
-    found = list(tokenizer.documents([Text(text, 1) for text in texts], where="x"))
-    assert [document.ids.tolist() for document in found] == [
-        [*reference(text, add_special_tokens=False).input_ids, 0] for text in texts
-    ]
-    assert [document.num_bytes for document in found] == [len(text.encode()) for text in texts]
+    expected = [[*reference(text, add_special_tokens=False).input_ids, 0] for text in texts]
+    assert ids(tokenizer, texts) == expected
 
 
-def test_the_number_of_processes_changes_nothing(tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenization, "BATCH_CHARS", 5000)
-    alone = list(tokenizer.documents(toy_texts(), where="x"))
-    shared = list(tokenizer.documents(toy_texts(), where="x", num_processes=2))
-    assert len(alone) == 740
-    for one, other in zip(alone, shared, strict=True):
-        assert np.array_equal(one.ids, other.ids)
-        assert (one.num_bytes, one.position_bytes) == (other.num_bytes, other.position_bytes)
-
-
-def test_an_error_while_reading_stops_the_processes_and_is_shown(tokenizer: DocumentTokenizer) -> None:
-    def texts() -> Iterator[Text]:
-        yield Text("fine", 1)
-        raise DataError("bad row")
-
-    with pytest.raises(DataError, match="bad row"):
-        list(tokenizer.documents(texts(), where="x", num_processes=2))
-
-
-def test_a_killed_process_is_a_clear_error(tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenization, "_encode_here", die)
-    texts = [Text("fine", 1)] * 3
-    monkeypatch.setattr(tokenization, "BATCH_CHARS", 1)
-    with pytest.raises(EnvironmentProblem, match=r"killed(.|\n)*execution\.workers"):
-        list(tokenizer.documents(texts, where="x", num_processes=2))
+def test_no_more_processes_start_than_cores_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_pool, "usable_cores", lambda: 3)
+    assert processes_for(1 << 40, None) == 3
 
 
 @pytest.mark.parametrize(
@@ -135,7 +131,7 @@ def test_eod_is_what_the_base_model_saw_between_documents(
 def test_a_tokenizer_of_a_larger_vocabulary_is_refused(tokenizer: DocumentTokenizer) -> None:
     small = DocumentTokenizer(tokenizer.definition, 300, 0)
     with pytest.raises(DataError, match=r"Tokenizer mismatch: token id \d+ is beyond the model's vocabulary of 300"):
-        list(small.documents(toy_texts(), where="x"))
+        ids(small, toy_texts())
 
 
 def test_an_eod_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
@@ -206,26 +202,26 @@ def test_the_dataset_artifact_holds_every_document_once(tmp_path: Path) -> None:
         {"source": "asset:toy-text", "weight": 3.0, "max_documents": 300},
         {"source": str(text), "document_separator": "\f"},
     ]
+    result = run_stage(tmp_path, sources, valid_fraction=0.1)
     out = tmp_path / "out"
-    result = run_stage(out, sources, valid_fraction=0.1)
 
     facts = json.loads((out / "data.json").read_text())
     assert (facts["vocab_size"], facts["eod_id"]) == (512, 0)
     assert facts["tokenizer_sha256"] == result["tokenizer_sha256"] == tokenizer_fingerprint(TOY_MODEL)
     assert [entry["weight"] for entry in facts["train"]] == [3.0, 1.0]
-    reference = list(DocumentTokenizer.load(TOY_MODEL, 512).documents([Text(row, 0) for row in rows], where="x"))
+    reference = ids(DocumentTokenizer.load(TOY_MODEL, 512), rows)
     expected: dict[str, list[Any]] = {"train_01": [], "valid_01": []}
-    for number, document in enumerate(reference):
+    for number, document in enumerate(zip(reference, rows, strict=True)):
         expected["valid_01" if is_heldout(1234, 1, number, 0.1) else "train_01"].append(document)
     for name, documents in expected.items():
         store = IndexedDataset(str(out / name))
         assert len(store) == len(documents) == len(store.document_indices) - 1
-        assert all(np.array_equal(store[i], document.ids) for i, document in enumerate(documents))
+        assert all(store[i].tolist() == row for i, (row, _) in enumerate(documents))
         entry = next(entry for split in ("train", "valid") for entry in facts[split] if entry["prefix"] == name)
-        assert entry["num_tokens"] == sum(len(document.ids) for document in documents)
-        assert entry["num_bytes"] == sum(document.num_bytes for document in documents)
+        assert entry["num_tokens"] == sum(len(row) for row, _ in documents)
+        assert entry["num_bytes"] == sum(len(text) for _, text in documents)
         sizes = np.load(out / f"{name}.bytes.npy", allow_pickle=False)
-        assert sizes.tolist() == [document.num_bytes for document in documents]
+        assert sizes.tolist() == [len(text) for _, text in documents]
     first = [facts[split][0]["num_documents"] for split in ("train", "valid")]
     assert sum(first) == 300
     assert result["train_num_documents"] + result["valid_num_documents"] == 500
@@ -237,19 +233,16 @@ def test_the_dataset_artifact_holds_every_document_once(tmp_path: Path) -> None:
 def test_the_same_stage_twice_writes_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         run_stage(tmp_path / name, [{"source": "asset:toy-text", "max_documents": 100}], valid_fraction=0.1)
-    files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert files == ["data.json"] + [
+    assert sorted(contents(tmp_path / "one")) == ["data.json"] + [
         f"{split}_00.{ending}" for split in ("train", "valid") for ending in ("bin", "bytes.npy", "idx")
     ]
-    for name in files:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 def test_a_large_vocabulary_is_stored_in_wide_integers(tmp_path: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    from nemo_minitron.backends.megatron.indexed import indexed_writers
-    from nemo_minitron.data.tokenization import Document
+    from nemo_minitron.backends.megatron.indexed import Document, indexed_writers
 
     for vocab_size, dtype in ((49_152, np.uint16), (128_256, np.int32)):
         prefix = tmp_path / str(vocab_size)
@@ -258,3 +251,196 @@ def test_a_large_vocabulary_is_stored_in_wide_integers(tmp_path: Path) -> None:
         store = IndexedDataset(str(prefix))
         assert store[0].tolist() == [vocab_size - 1, 0]
         assert store[0].dtype == dtype
+
+
+def test_the_index_is_the_one_that_megatron_would_write(tmp_path: Path) -> None:
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    from nemo_minitron.backends.megatron.indexed import Document, indexed_writers
+
+    documents = [np.arange(length) for length in (3, 1, 40, 7)]
+    for vocab_size in (512, 128_256):
+        ours, theirs = tmp_path / f"ours{vocab_size}", tmp_path / f"theirs{vocab_size}"
+        builder = IndexedDatasetBuilder(f"{theirs}.bin", dtype=DType.optimal_dtype(vocab_size))
+        with indexed_writers(ours, vocab_size=vocab_size) as (writer,):
+            for document in documents:
+                writer.add(Document(document, 1))
+                builder.add_document(torch.from_numpy(document), [len(document)])
+        builder.finalize(f"{theirs}.idx")
+        for ending in ("bin", "idx"):
+            assert Path(f"{ours}.{ending}").read_bytes() == Path(f"{theirs}.{ending}").read_bytes()
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a few kB are divided as hundreds of GB are."""
+    monkeypatch.setattr(pieces, "SMALLEST_BYTES", 4000)
+    monkeypatch.setattr(shard_pool, "BYTES_PER_PROCESS", 1)
+
+
+def text_folder(folder: Path) -> Path:
+    """One large .jsonl, which is divided, and small files of other formats."""
+    texts = toy_texts()[:120]
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:80]))
+    (folder / "b.txt").write_text("\f".join(texts[80:100]))
+    (folder / "c.json").write_text(json.dumps([{"text": text} for text in texts[100:]]))
+    return folder
+
+
+def sources_of(folder: Path, **keys: Any) -> list[dict[str, Any]]:
+    return [{"source": str(folder), "document_separator": "\f", **keys}]
+
+
+def made_names(folder: Path) -> dict[str, int]:
+    """Shards that count, and when each was made."""
+    return {file.name: file.stat().st_mtime_ns for file in (folder / "work" / SHARDS).glob(f"*{RECORD}")}
+
+
+class StopAfter(StopRequest):
+    """Asked to stop as soon as this many shards are there."""
+
+    def __init__(self, folder: Path, shards: int) -> None:
+        super().__init__()
+        self.folder, self.shards = folder, shards
+
+    def asked_by(self) -> str | None:
+        return "SIGTERM" if len(made_names(self.folder)) >= self.shards else None
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("most", [None, 1, 57, 90, 1000])
+def test_processes_and_pieces_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int | None) -> None:
+    keys = {} if most is None else {"max_documents": most}
+    sources = sources_of(text_folder(tmp_path / "text"), **keys)
+    if most == 1:
+        with pytest.raises(DataError, match="has 1 document, and none"):
+            run_stage(tmp_path / "one", sources, valid_fraction=0.1)
+        return
+    run_stage(tmp_path / "many", sources, valid_fraction=0.1)
+    assert len(made_names(tmp_path / "many")) > 5
+    monkeypatch.setattr(pieces, "SMALLEST_BYTES", 1 << 30)
+    run_stage(tmp_path / "one", sources, valid_fraction=0.1)
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+    facts = json.loads(contents(tmp_path / "one")["data.json"])
+    assert facts["train"][0]["num_documents"] + facts["valid"][0]["num_documents"] == min(most or 120, 120)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_two_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
+    sources = sources_of(text_folder(tmp_path / "text"))
+    for workers in (1, 2):
+        run_stage(tmp_path / str(workers), sources, workers=workers, valid_fraction=0.1)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_stop_keeps_finished_shards_and_the_next_start_reads_only_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = sources_of(text_folder(tmp_path / "text"))
+    run_stage(tmp_path / "whole", sources, valid_fraction=0.1)
+    made: list[str] = []
+    make = ShardFolder.make
+
+    def counted(self: ShardFolder, task: Any, *rest: Any) -> Any:
+        made.append(task.name)
+        return make(self, task, *rest)
+
+    monkeypatch.setattr(ShardFolder, "make", counted)
+    folder = tmp_path / "stopped"
+    (folder / "work").mkdir(parents=True)
+    for shards in (1, 3, 4):
+        with pytest.raises(Interrupted, match="as asked by SIGTERM"):
+            run_stage(folder, sources, stop=StopAfter(folder, shards), valid_fraction=0.1)
+    run_stage(folder, sources, valid_fraction=0.1)
+    assert contents(folder) == contents(tmp_path / "whole")
+    assert sorted(set(made)) == sorted(name.removesuffix(RECORD) for name in made_names(folder))
+    assert len(made) == len(set(made)), "a finished shard is not made again"
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("damage", ["cut", "record", "source", "partial"])
+def test_a_shard_that_no_longer_holds_is_made_again(tmp_path: Path, damage: str) -> None:
+    text = text_folder(tmp_path / "text")
+    run_stage(tmp_path, sources_of(text), valid_fraction=0.1)
+    before, whole = made_names(tmp_path), contents(tmp_path)
+    name = sorted(before)[0]
+    record = tmp_path / "work" / SHARDS / name
+    if damage == "cut":
+        os.truncate(record.with_name(name.removesuffix(RECORD) + ".ids"), 3)
+    elif damage == "record":
+        record.write_text(record.read_text().replace('num_documents": 1', 'num_documents": 2'))
+    elif damage == "partial":
+        record.unlink()
+    else:
+        os.utime(text / "a.jsonl", ns=(1, 1))
+    run_stage(tmp_path, sources_of(text), valid_fraction=0.1)
+    again = {other for other, made in made_names(tmp_path).items() if before[other] != made}
+    spans_of_a = {other for other in before if json.loads((record.parent / other).read_text())["made_from"]["span"]}
+    assert again == (spans_of_a if damage == "source" else {name})
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_bad_row_is_named_by_its_line_in_the_whole_file(tmp_path: Path) -> None:
+    text = text_folder(tmp_path / "text")
+    lines = (text / "a.jsonl").read_text().splitlines(keepends=True)
+    lines[60] = "{\n"
+    (text / "a.jsonl").write_text("".join(lines))
+    with pytest.raises(DataError, match=rf"{text}/a\.jsonl:61"):
+        run_stage(tmp_path / "out", sources_of(text), workers=2, valid_fraction=0.1)
+    # Nobody looks beyond max_documents.
+    result = run_stage(tmp_path / "limited", sources_of(text, max_documents=60), valid_fraction=0.1)
+    assert result["train_num_documents"] + result["valid_num_documents"] == 60
+    with pytest.raises(DataError, match=rf"{text}/a\.jsonl:61"):
+        run_stage(tmp_path / "more", sources_of(text, max_documents=61), valid_fraction=0.1)
+
+
+def die(*_: object) -> None:
+    os._exit(9)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_killed_process_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_pool, "_make_here", die)
+    with pytest.raises(EnvironmentProblem, match=r"killed(.|\n)*execution\.workers"):
+        run_stage(tmp_path, sources_of(text_folder(tmp_path / "text")), workers=2)
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def test_tokenizers_are_cut_only_where_that_is_known_to_be_safe() -> None:
+    definition = json.loads((TOY_MODEL / "tokenizer.json").read_text())
+
+    def changed(**keys: Any) -> bool:
+        return can_be_cut(json.dumps({**definition, **keys}))
+
+    assert changed()
+    assert changed(normalizer={"type": "NFC"})
+    assert not changed(normalizer={"type": "Prepend", "prepend": "\u2581"})
+    assert not changed(pre_tokenizer=None)
+    assert not changed(pre_tokenizer={**definition["pre_tokenizer"], "add_prefix_space": True})
+    assert not changed(model={**definition["model"], "dropout": 0.1})
+    token = {**definition["added_tokens"][0], "id": 511, "content": "two words"}
+    assert not changed(added_tokens=[token])
+    assert not changed(added_tokens=[{**token, "content": "<mask>", "lstrip": True}])
+
+
+def test_a_full_memory_of_words_changes_nothing(tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_minitron.data import encoder as module
+
+    texts = toy_texts()
+    expected = ids(tokenizer, texts)
+    monkeypatch.setattr(module, "MOST_REMEMBERED_BYTES", 50_000)
+    monkeypatch.setattr(module, "_RELEARN_CHARS", 100_000)
+    monkeypatch.setattr(module, "_LONGEST_STRETCH", 100)
+    encoder: Encoder = tokenizer.encoder("uint16", "x")
+    found = [encoder.encode(texts[start : start + 10]) for start in range(0, len(texts), 10)]
+    assert [np.frombuffer(row, np.uint16).tolist() for batch in found for row in batch] == expected
+    assert len(encoder._words) < 2000

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_minitron.data.tokenization import Document
+from nemo_minitron.backends.megatron.indexed import Document
 from nemo_minitron.errors import DataError
 
 SEQ_LEN = 16

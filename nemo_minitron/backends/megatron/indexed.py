@@ -2,41 +2,85 @@
 
 from __future__ import annotations
 
-from array import array
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
+from megatron.core.datasets.indexed_dataset import DType, get_bin_path, get_idx_path
+from numpy.typing import NDArray
 
-from nemo_minitron.data.tokenization import Document
+_HEADER, _VERSION = b"MMIDIDX\x00\x00", 1
+
+
+@dataclass(frozen=True)
+class Document:
+    """One tokenized document."""
+
+    ids: NDArray[np.int64]
+    """Token ids, ending in eod."""
+    num_bytes: int
+    """UTF-8 size of the text."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
+    """The integer type in which a dataset of this vocabulary is stored."""
+    return np.dtype(DType.optimal_dtype(vocab_size))
 
 
 class IndexedWriter:
-    """One `<prefix>.bin/.idx` pair and its `.bytes.npy`, growing document by document."""
+    """One `<prefix>.bin/.idx` pair and its `.bytes.npy`.
+
+    Megatron's own builder keeps lists of Python numbers, which for a few hundred million documents need more memory
+    than a node has; the files are the same.
+    """
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         self.prefix = prefix
-        self._builder = IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=DType.optimal_dtype(vocab_size))
-        self._bytes = array("I")
+        self._dtype = token_dtype(vocab_size)
+        self._out = Path(get_bin_path(str(prefix))).open("wb")  # noqa: SIM115
+        self._lengths, self._bytes = bytearray(), bytearray()
+        """Arrays of int32 and uint32."""
+        self.num_documents = 0
         self.num_tokens = 0
         self.num_bytes = 0
 
-    @property
-    def num_documents(self) -> int:
-        return len(self._bytes)
-
     def add(self, document: Document) -> None:
-        self._builder.add_document(torch.from_numpy(document.ids), [len(document.ids)])
-        self._bytes.append(document.num_bytes)
-        self.num_tokens += len(document.ids)
-        self.num_bytes += document.num_bytes
+        lengths, num_bytes = np.array([len(document.ids)]), np.array([document.num_bytes])
+        self.add_run(memoryview(document.ids.astype(self._dtype).tobytes()), lengths, num_bytes)
+
+    def add_run(self, ids: memoryview, lengths: NDArray[np.int64], num_bytes: NDArray[np.int64]) -> None:
+        """Add documents that lie one after the other.
+
+        Args:
+            ids: bytes of all their ids, in the type of the dataset.
+            lengths: tokens of each.
+            num_bytes: UTF-8 size of each text.
+        """
+        self._out.write(ids)
+        self._lengths += lengths.astype(np.int32).tobytes()
+        self._bytes += num_bytes.astype(np.uint32).tobytes()
+        self.num_documents += len(lengths)
+        self.num_tokens += int(lengths.sum())
+        self.num_bytes += int(num_bytes.sum())
 
     def close(self) -> None:
-        self._builder.finalize(get_idx_path(str(self.prefix)))
-        np.save(f"{self.prefix}.bytes.npy", np.array(self._bytes, dtype=np.uint32), allow_pickle=False)
+        self._out.close()
+        write_index(Path(get_idx_path(str(self.prefix))), np.frombuffer(self._lengths, np.int32), self._dtype)
+        np.save(f"{self.prefix}.bytes.npy", np.frombuffer(self._bytes, np.uint32), allow_pickle=False)
+
+
+def write_index(file: Path, lengths: NDArray[np.int32], dtype: np.dtype[np.generic]) -> None:
+    """The .idx file of a dataset whose documents are one sequence each."""
+    starts = np.zeros(len(lengths), np.int64)
+    np.cumsum(lengths[:-1], out=starts[1:])
+    with file.open("wb") as out:
+        out.write(_HEADER + struct.pack("<QB", _VERSION, DType.code_from_dtype(dtype.type)))
+        out.write(struct.pack("<QQ", len(lengths), len(lengths) + 1))
+        for column in (lengths, starts * dtype.itemsize, np.arange(len(lengths) + 1, dtype=np.int64)):
+            out.write(column.tobytes())
 
 
 @contextmanager

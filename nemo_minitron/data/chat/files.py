@@ -12,10 +12,11 @@ from typing import Any
 from nemo_minitron.data.blocks import read_blocks
 from nemo_minitron.data.chat.rows import BadRow
 from nemo_minitron.data.chat.shown import shown_name
-from nemo_minitron.data.readers import file_format, open_parquet, read_lines, source_files
+from nemo_minitron.data.columns import open_parquet
+from nemo_minitron.data.found import CHAT_FORMATS, file_format, source_files
+from nemo_minitron.data.readers import read_lines
 from nemo_minitron.errors import DataError
 
-FORMATS = (".jsonl", ".json", ".parquet")
 _ROWS_PER_BATCH = 256
 
 
@@ -44,7 +45,7 @@ def chat_files(path: Path) -> list[Path]:
     Raises:
         DataError: nothing there, or nothing in a known format.
     """
-    return source_files(path, FORMATS)
+    return source_files(path, CHAT_FORMATS)
 
 
 def read_rows(file: Path) -> Iterator[RawRow]:
@@ -53,7 +54,7 @@ def read_rows(file: Path) -> Iterator[RawRow]:
     Raises:
         DataError: the file as a whole cannot be read, or is empty.
     """
-    reader = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}[file_format(file, FORMATS)]
+    reader = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}[file_format(file, CHAT_FORMATS)]
     number = 0
     try:
         for number, content in reader(file):

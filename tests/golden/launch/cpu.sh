@@ -27,7 +27,8 @@ is_done() { [ -f "$run/$stage/manifest.json" ]; }
 # The names of the checkpoints and shards that the stage has saved so far.
 saved() {
     {
-        cd -- "$work" && find . \( -name '*.distcp' -o -name '*.safetensors' \) -not -path '*partial*'
+        cd -- "$work" && find . \( -name '*.distcp' -o -name '*.safetensors' -o -name '*.shard.json' \) \
+            -not -path '*partial*'
     } 2>/dev/null | sort | cksum
 }
 

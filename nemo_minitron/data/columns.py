@@ -1,0 +1,98 @@
+"""Columns of parquet files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.data.blocks import COMPRESSIONS, read_blocks
+from nemo_minitron.errors import DataError
+
+_ROWS_PER_BATCH = 1024
+
+
+def read_column(file: Path, name: str) -> Iterator[tuple[str, int]]:
+    """Texts of a column (`a.b`: of field b of the structs in a), and how much of the file had been read by then.
+
+    Raises:
+        DataError: no such column, no text in it, or not a readable file.
+    """
+    import pyarrow as pa
+
+    try:
+        with open_parquet(file) as table:
+            path = _column_path(table.schema_arrow, name, file)
+            size, num_rows, done = file.stat().st_size, max(1, table.metadata.num_rows), 0
+            for batch in table.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[name]):
+                done += batch.num_rows
+                position = size * done // num_rows
+                yield from ((text, position) for text in _texts(batch.column(0), path) if text is not None)
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"Not a readable parquet file: {error}", where=str(file)) from error
+    except OSError as error:
+        # pyarrow reports damaged pages so, without a number of the system.
+        if error.errno is not None:
+            raise
+        raise DataError(f"Not a readable parquet file: {error}", where=str(file)) from error
+
+
+def _texts(column: Any, path: list[str]) -> list[str | None]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for field in path[1:]:
+        column = pc.struct_field(column, field)
+    values = column.to_pylist()
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if _is_binary(kind):
+        return [None if value is None else value.decode("utf-8") for value in values]
+    return list(values)
+
+
+@contextmanager
+def open_parquet(file: Path) -> Iterator[Any]:
+    """A pyarrow ParquetFile, decompressed by its suffix."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if file.suffix.lower() in COMPRESSIONS:
+        # Parquet is read from its end, so a compressed one has to be unpacked as a whole.
+        with pq.ParquetFile(pa.BufferReader(b"".join(block.data for block in read_blocks(file)))) as table:
+            yield table
+    else:
+        with pq.ParquetFile(file) as table:
+            yield table
+
+
+def _column_path(schema: Any, name: str, file: Path) -> list[str]:
+    """The names of the column and of the fields inside; its type is text."""
+    import pyarrow as pa
+
+    if name in schema.names:
+        path, kind = [name], schema.field(name).type
+    else:
+        path = name.split(".")
+        kind = schema.field(path[0]).type if path[0] in schema.names else None
+        for field in path[1:]:
+            inside = kind.get_field_index(field) if kind is not None and pa.types.is_struct(kind) else -1
+            kind = None if kind is None or inside < 0 else kind.field(inside).type
+    if kind is None:
+        raise DataError(
+            f"There is no column {name!r}.",
+            where=str(file),
+            allowed=", ".join(schema.names),
+            next_step="Set text_field of this source.",
+        )
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or _is_binary(kind)):
+        raise DataError(f"Column {name!r} is {kind}, not text.", where=str(file))
+    return path
+
+
+def _is_binary(kind: Any) -> bool:
+    """Spark and others write text as bytes without saying that it is text."""
+    import pyarrow as pa
+
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))

@@ -1,0 +1,163 @@
+"""Which shards are to be made, in which order, and what to do when one cannot be made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from nemo_minitron.config.schema import DataSource
+from nemo_minitron.data.pieces import divide
+from nemo_minitron.data.readers import no_document
+from nemo_minitron.data.shard_pool import Makers
+from nemo_minitron.data.shards import Shard, ShardFolder, Task
+from nemo_minitron.errors import DataError
+
+POLL_S = 0.25
+
+
+@dataclass
+class SourceShards:
+    """The tasks of a source, and what has become of them."""
+
+    source: DataSource
+    tasks: list[Task]
+    shards: dict[int, Shard] = field(default_factory=dict)
+    errors: dict[int, DataError] = field(default_factory=dict)
+
+    def has_enough(self) -> bool:
+        """Whether the first shards, which are there without a gap, hold `max_documents`."""
+        most, count = self.source.max_documents, 0
+        if most is None:
+            return False
+        for number in range(len(self.tasks)):
+            if number not in self.shards:
+                return False
+            count += self.shards[number].num_documents
+            if count >= most:
+                return True
+        return False
+
+    @property
+    def num_documents(self) -> int:
+        count = sum(shard.num_documents for shard in self.shards.values())
+        return min(count, self.source.max_documents or count)
+
+    def in_order(self) -> Iterator[tuple[Shard, int]]:
+        """(shard, how many of its first documents are wanted).
+
+        Raises:
+            DataError: a large file that was divided holds no document in any part.
+        """
+        left = self.source.max_documents
+        of_file: dict[Path, int] = {}
+        for number, task in enumerate(self.tasks):
+            if left == 0:
+                return
+            shard = self.shards[number]
+            count = shard.num_documents if left is None else min(left, shard.num_documents)
+            left = None if left is None else left - count
+            if task.piece.span is not None:
+                file = task.piece.files[0]
+                of_file[file] = of_file.get(file, 0) + count
+                if task.piece.span[1] >= file.stat().st_size and of_file[file] == 0:
+                    raise no_document(file)
+            yield shard, count
+
+
+def plan_source(number: int, source: DataSource, files: Sequence[Path]) -> SourceShards:
+    """The tasks of source `number`."""
+    pieces = divide(files)
+    tasks = [
+        Task(f"source_{number:02d}_{index:06d}", piece, source, source.max_documents)
+        for index, piece in enumerate(pieces)
+    ]
+    return SourceShards(source, tasks)
+
+
+class ShardPlan:
+    """All shards of a stage."""
+
+    def __init__(self, sources: Sequence[SourceShards], folder: ShardFolder) -> None:
+        self._sources, self._folder = sources, folder
+
+    @property
+    def num_tasks(self) -> int:
+        return sum(len(source.tasks) for source in self._sources)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(task.piece.num_bytes for source in self._sources for task in source.tasks)
+
+    @property
+    def bytes_left(self) -> int:
+        return sum(
+            task.piece.num_bytes
+            for source in self._sources
+            for number, task in enumerate(source.tasks)
+            if number not in source.shards
+        )
+
+    def take_finished(self) -> int:
+        """Take over the shards of an earlier start; how many there are."""
+        for source in self._sources:
+            found = {number: self._folder.find(task) for number, task in enumerate(source.tasks)}
+            source.shards = {number: shard for number, shard in found.items() if shard is not None}
+        return sum(len(source.shards) for source in self._sources)
+
+    def run(self, makers: Makers) -> Iterator[None]:
+        """Make what is missing; yields often, so that the caller can show progress or stop.
+
+        Raises:
+            DataError: a text that is needed cannot be read. In a source with `max_documents`, what lies beyond them
+                may be unreadable.
+        """
+        waiting = iter([(source, number) for source in self._sources for number in range(len(source.tasks))])
+        under_way: dict[Future[Shard], tuple[SourceShards, int]] = {}
+        while True:
+            # One more than there are makers, so that none of them waits.
+            while len(under_way) < (1 if makers.size == 1 else makers.size + 1):
+                following = next((entry for entry in waiting if _is_needed(*entry)), None)
+                if following is None:
+                    break
+                source, number = following
+                under_way[makers.submit(source.tasks[number])] = following
+                if makers.size == 1:
+                    yield
+            if not under_way:
+                break
+            for future in wait(under_way, POLL_S, FIRST_COMPLETED).done:
+                _note(future, *under_way.pop(future))
+            yield
+        for source in self._sources:
+            yield from self._settle(source, makers)
+
+    def _settle(self, source: SourceShards, makers: Makers) -> Iterator[None]:
+        """Shards that could not be made count only when their documents are among the first `max_documents`."""
+        count = 0
+        for number, task in enumerate(source.tasks):
+            most = source.source.max_documents
+            if most is not None and count >= most:
+                return
+            if number in source.errors:
+                assert most is not None
+                future = makers.submit(replace(task, most_documents=most - count))
+                while not future.done():
+                    wait([future], POLL_S)
+                    yield
+                source.shards[number] = future.result()
+            count += source.shards[number].num_documents
+
+
+def _is_needed(source: SourceShards, number: int) -> bool:
+    return number not in source.shards and not source.has_enough()
+
+
+def _note(future: Future[Shard], source: SourceShards, number: int) -> None:
+    try:
+        source.shards[number] = future.result()
+    except DataError as error:
+        if source.source.max_documents is None:
+            raise
+        source.errors[number] = error

@@ -1,0 +1,169 @@
+"""Processes that make shards, or this process alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from nemo_minitron.cores import usable_cores
+from nemo_minitron.data.encoder import Encoder
+from nemo_minitron.data.shards import Shard, ShardFolder, Task
+from nemo_minitron.data.tokenization import DocumentTokenizer
+from nemo_minitron.errors import EnvironmentProblem, Interrupted
+from nemo_minitron.interrupts import exit_without_parent
+
+BYTES_PER_PROCESS = 1 << 22
+"""A process takes about a second to start: it has to have this much to do."""
+_BYTES, _DOCUMENTS, _STOP = 0, 1, 2
+
+
+def processes_for(size_bytes: int, workers: int | None) -> int:
+    """How many processes are worth starting for so much text; 1: this one.
+
+    Args:
+        workers: at most so many; None: as many as there are cores to use.
+    """
+    return max(1, min(workers or usable_cores(), size_bytes // BYTES_PER_PROCESS))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every process needs to make shards."""
+
+    folder: ShardFolder
+    tokenizer: DocumentTokenizer
+    dtype: str
+    where: str
+    """The tokenizer's folder."""
+
+    def encoder(self) -> Encoder:
+        return self.tokenizer.encoder(self.dtype, self.where)
+
+
+class Makers(Protocol):
+    """Who makes shards."""
+
+    size: int
+    """How many at a time."""
+
+    def submit(self, task: Task) -> Future[Shard]: ...
+
+    def done(self) -> tuple[int, int]:
+        """(bytes of files, documents) since the start."""
+
+
+@contextmanager
+def shard_makers(work: Work, num_processes: int, check_stop: Callable[[], None]) -> Iterator[Makers]:
+    """Makers of shards; whatever ends this block ends their work.
+
+    Args:
+        check_stop: called often in this process; raises to stop.
+
+    Raises:
+        EnvironmentProblem: a process was killed.
+    """
+    if num_processes == 1:
+        yield _Alone(work, check_stop)
+        return
+    makers = _Pool(work, num_processes)
+    try:
+        yield makers
+    except BrokenProcessPool as error:
+        raise EnvironmentProblem(
+            "A tokenizer process was killed.",
+            next_step="Is there enough memory? execution.workers sets the number of processes.",
+        ) from error
+    finally:
+        makers.close()
+
+
+class _Alone:
+    """This process; a task is done when `submit` returns."""
+
+    size = 1
+
+    def __init__(self, work: Work, check_stop: Callable[[], None]) -> None:
+        self._work, self._check_stop = work, check_stop
+        self._encoder = work.encoder()
+        self._counts = [0, 0]
+
+    def submit(self, task: Task) -> Future[Shard]:
+        future: Future[Shard] = Future()
+        try:
+            future.set_result(self._work.folder.make(task, self._encoder, self._report))
+        except Interrupted:
+            raise
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def done(self) -> tuple[int, int]:
+        return self._counts[_BYTES], self._counts[_DOCUMENTS]
+
+    def _report(self, num_bytes: int, documents: int) -> None:
+        self._counts[_BYTES] += num_bytes
+        self._counts[_DOCUMENTS] += documents
+        self._check_stop()
+
+
+class _Pool:
+    def __init__(self, work: Work, num_processes: int) -> None:
+        self.size = num_processes
+        # Spawned, not forked: torch and tokenizers hold threads and locks that do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        self._counts = context.Array("q", 3)
+        threads = max(1, usable_cores() // num_processes)
+        self._executor = ProcessPoolExecutor(
+            num_processes, context, initializer=_start_worker, initargs=(work, self._counts, threads)
+        )
+
+    def submit(self, task: Task) -> Future[Shard]:
+        return self._executor.submit(_make_here, task)
+
+    def done(self) -> tuple[int, int]:
+        return self._counts[_BYTES], self._counts[_DOCUMENTS]
+
+    def close(self) -> None:
+        self._counts[_STOP] = 1
+        self._executor.shutdown(cancel_futures=True)
+
+
+# --- inside a process ---------------------------------------------------------------------------
+
+
+class _Worker:
+    """Set once in each worker process, which does nothing else."""
+
+    work: Work
+    encoder: Encoder
+    counts: Any
+
+
+def _start_worker(work: Work, counts: Any, threads: int) -> None:
+    exit_without_parent()
+    # Ctrl-C reaches every process of the terminal; the main one tells the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The library's own threads serve tokenizers that need whole documents; they read this when they start.
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    _Worker.work, _Worker.encoder, _Worker.counts = work, work.encoder(), counts
+
+
+def _make_here(task: Task) -> Shard:
+    return _Worker.work.folder.make(task, _Worker.encoder, _report_here)
+
+
+def _report_here(num_bytes: int, documents: int) -> None:
+    counts = _Worker.counts
+    with counts.get_lock():
+        counts[_BYTES] += num_bytes
+        counts[_DOCUMENTS] += documents
+    if counts[_STOP]:
+        raise Interrupted("Another process asked this one to stop.")

@@ -1,0 +1,54 @@
+"""How many cores may be used: affinity, and quotas of control groups of both versions."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.cores import usable_cores
+
+
+@pytest.fixture(autouse=True)
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+
+
+def machine(folder: Path, groups: str, files: dict[str, str]) -> tuple[Path, Path]:
+    proc, mounted = folder / "proc", folder / "cgroup"
+    for name, content in {"proc/self/cgroup": groups, **{f"cgroup/{key}": text for key, text in files.items()}}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    return proc, mounted
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/\n", {}, 8),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, 8),
+        ("0::/\n", {"cpu.max": "300000 100000\n"}, 3),
+        ("0::/\n", {"cpu.max": "50000 100000\n"}, 1),
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),
+        ("0::/slurm/job_1\n", {"slurm/job_1/cpu.max": "max 100000", "slurm/cpu.max": "400000 100000"}, 4),
+        ("0::/docker/abc\n", {"cpu.max": "200000 100000"}, 2),
+        ("0::/docker/abc\n", {"cpu.max": "nonsense"}, 8),
+        (
+            "4:cpu,cpuacct:/job\n3:memory:/job\n",
+            {"cpu,cpuacct/job/cpu.cfs_quota_us": "500000", "cpu,cpuacct/job/cpu.cfs_period_us": "100000"},
+            5,
+        ),
+        ("4:cpu:/job\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+    ],
+)
+def test_the_tightest_limit_counts(tmp_path: Path, groups: str, files: dict[str, str], cores: int) -> None:
+    assert usable_cores(*machine(tmp_path, groups, files)) == cores
+
+
+def test_affinity_counts_where_it_is_tighter_and_nothing_needs_to_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
+    assert usable_cores(*machine(tmp_path, "0::/\n", {"cpu.max": "600000 100000"})) == 2
+    assert usable_cores(tmp_path / "none", tmp_path / "none") == 2
