@@ -140,11 +140,18 @@ def _expanded(fields: list[str]) -> Iterator[JobState]:
     assert state
     assert job
     number, index, ranges = job[1], job[2], job[3]
-    name = state[1].rstrip("_")
+    name = _whole_state(state[1].rstrip("_"), word)
     rest = {"reason": "" if reason == "None" else reason, "used": used, "left": left, "nodes": nodes}
     count = int(restarts) if restarts.isascii() and restarts.isdigit() and len(restarts) < 10 else 0
     for one in _indices(ranges) if ranges is not None else [index]:
         yield JobState(f"{number}_{one}" if one is not None else number, name, **rest, restarts=count)
+
+
+def _whole_state(name: str, word: str) -> str:
+    """The state of a word that Slurm has cut off with a `+`, such as OUT_OF_ME+."""
+    if f"{name}+" not in word:
+        return name
+    return next((ended for ended in ENDED if ended.startswith(name)), name)
 
 
 def _indices(ranges: str) -> list[str]:

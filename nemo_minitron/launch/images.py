@@ -58,15 +58,11 @@ def missing(runtime: str, image: str, folder: Path) -> str | None:
 
 
 def _for_pyxis(image: str, folder: Path) -> str | None:
-    if image.startswith(("/", "./")):
-        return None
-    if is_file_name(image):
-        return f"{image} is no file for pyxis: write {absolute(image, folder)}, or ./{image.removeprefix('./')}"
-    name = re.sub(r"^(docker|dockerd|podman)://", "", image)
-    if image.startswith(("dockerd://", "podman://")):
-        return None
-    match = _REGISTRY.match(name)
-    if match and not Path(absolute(image, folder)).is_absolute():
+    if absolute("pyxis", image, folder) != image or image.startswith(("/", "./")):
+        return None  # a file: the script gets its absolute path
+    name = image.removeprefix("docker://")
+    match = None if has_scheme(name) else _REGISTRY.match(name)
+    if match:
         start = image.removesuffix(name)
         return f"{image} would be asked of Docker Hub: write {start}{match[1]}#{name[match.end() :]}"
     return None
