@@ -25,6 +25,8 @@ from packaging.utils import canonicalize_name
 KEPT = frozenset({"numpy", "scipy", "pandas", "protobuf", "pillow", "apex", "nemo-toolkit", "nemo-aligner"})
 """Packages that an image builds itself, or builds others against."""
 KEPT_PREFIXES = ("torch", "triton", "pytorch-triton", "nvidia-", "cuda-", "cupy", "transformer-engine", "flash-attn")
+UNPINNED = frozenset({"tensorboard"})
+"""Packages whose newest versions refuse what images have (an older protobuf): pip takes a version that fits."""
 OF_MEGATRON = "transformer-engine"
 """Its version must be one that the installed megatron-core names."""
 
@@ -60,11 +62,11 @@ def pins(own: Iterable[str], image: Iterable[str], have: Mapping[str, str]) -> l
     found = {name: f"{name}=={version}" for name, version in have.items() if is_kept(name)}
     for line in requirements_of(image):
         name = canonicalize_name(line.name)
-        if is_kept(name) and name not in found:
+        if is_kept(name) and name not in found and line.url is None:
             found[name] = str(line)
     for line in requirements_of(own):
         name = canonicalize_name(line.name)
-        if name in found or is_kept(name):
+        if name in found or name in UNPINNED or is_kept(name):
             continue
         if _is_refused(line, have):
             found[name] = f"{name}=={have[name]}"
