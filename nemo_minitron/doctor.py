@@ -166,10 +166,10 @@ def _slurm() -> Iterator[Finding]:
     if code:
         yield Finding("slurm", "Slurm", "missing", "no sbatch here", "on a login node: minitron launch launcher=slurm")
         return
-    from nemo_minitron.launch.answers import lines_of, partitions
+    from nemo_minitron.launch.answers import lines_of, partition_names
 
-    _, sinfo = _run(["sinfo", "--noheader", "--format=%R|%a|%l|%G|%D"])
-    names = ", ".join(sorted(partitions(sinfo))) or "none"
+    _, sinfo = _run(["sinfo", "--noheader", "--format=%R"])
+    names = ", ".join(partition_names(sinfo)) or "none"
     yield Finding("slurm", "Slurm", "ok", f"{(lines_of(out) or ['?'])[-1]}; partitions: {names}")
     _, text = _run(["srun", "--help"])
     has = "--container-image" in text

@@ -220,6 +220,13 @@ def _most(one: int | None, other: int | None) -> int | None:
     return None if one is None or other is None else max(one, other)
 
 
+def partition_names(sinfo: str) -> list[str]:
+    """Each name that `sinfo --format=%R` prints, once."""
+    return sorted(
+        {line for line in lines_of(sinfo) if re.fullmatch(r"[A-Za-z0-9_.+-]*[A-Za-z0-9][A-Za-z0-9_.+-]*", line)}
+    )
+
+
 def default_partition(sinfo: str) -> str | None:
     """The name that `sinfo --format=%P` marks with a star."""
     names = [line[:-1] for line in lines_of(sinfo) if re.fullmatch(r"[\w.+-]+\*", line)]
