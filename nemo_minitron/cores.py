@@ -1,45 +1,69 @@
-"""How many CPU cores this process may use."""
+"""How many cores this process may use: a scheduler or a container often allows fewer than the machine has."""
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
-CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
-def usable_cores() -> int:
-    """The cores of this process's affinity mask, at most its CPU quota in cgroups; at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quotas = [quota for folder in _own_cgroups() for quota in (_quota(folder),) if quota is not None]
-    return max(1, min([cores, *(int(quota + 0.5) for quota in quotas)]))
+def usable_cores(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
+    """Cores that this process may run on, no more than the CPU quota of its control group; at least 1.
+
+    Args:
+        proc: where the process's control groups are listed.
+        cgroups: where the control groups are mounted.
+    """
+    quota = _quota(proc, cgroups)
+    cores = _allowed_cores()
+    return max(1, cores if quota is None else min(cores, math.ceil(quota)))
 
 
-def _own_cgroups() -> list[Path]:
-    """The cgroup folders of this process and those above them, of both versions."""
+def _allowed_cores() -> int:
     try:
-        lines = OWN_CGROUPS.read_text().splitlines()
-    except OSError:
-        return []
-    found: list[Path] = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
+
+
+def _quota(proc: Path, cgroups: Path) -> float | None:
+    """The tightest quota of the process's control groups and of those above them, in cores; None: no limit."""
+    found = []
+    for line in _read(proc / "self" / "cgroup").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers == "":
+            roots = [cgroups, cgroups / "unified"]
+        elif "cpu" in controllers.split(","):
+            roots = [cgroups / controllers, cgroups / "cpu"]
+        else:
             continue
-        top = CGROUPS / controllers if controllers else CGROUPS
-        own = top / path.lstrip("/")
-        # In a container, the path is the host's, and the container's own group is at the top.
-        found += [own, *(folder for folder in own.parents if folder.is_relative_to(top))]
-    return list(dict.fromkeys(found))
+        # A container sees its own group as the root, under another name than the one listed.
+        groups = [root / path.strip("/") for root in roots]
+        for group, root in zip(groups, roots, strict=True):
+            found += [quota for folder in _up_to(group, root) if (quota := _quota_of(folder)) is not None]
+    return min(found, default=None)
 
 
-def _quota(folder: Path) -> float | None:
-    """Cores per period; None without a limit."""
+def _up_to(group: Path, root: Path) -> list[Path]:
+    return [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
+
+
+def _quota_of(group: Path) -> float | None:
+    """Version 2 keeps `quota period` in one file, version 1 in two."""
+    words = _read(group / "cpu.max").split()
+    if not words:
+        words = [*_read(group / "cpu.cfs_quota_us").split(), *_read(group / "cpu.cfs_period_us").split()]
     try:
-        if (folder / "cpu.max").is_file():
-            limit, period = (folder / "cpu.max").read_text().split()
-            return None if limit == "max" else int(limit) / int(period)
-        quota = int((folder / "cpu.cfs_quota_us").read_text())
-        return None if quota <= 0 else quota / int((folder / "cpu.cfs_period_us").read_text())
-    except (OSError, ValueError, ZeroDivisionError):
+        quota, period = (float(word) for word in words)
+    except ValueError:  # `max`, or not there
         return None
+    return quota / period if quota > 0 and period > 0 else None
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

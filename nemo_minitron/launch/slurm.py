@@ -104,23 +104,33 @@ def submit(words: Sequence[str], say: Callable[[str], None], known: Collection[s
 
 
 def _id_in(answer: str, script: str, known: Collection[str]) -> str:
+    """The id that sbatch has printed; where it has printed more than that, the queue is asked, too."""
     ids = [job_id for job_id in submitted_ids(answer) if job_id not in known]
-    if len(set(ids)) == 1:
+    if ids and len(lines_of(answer)) == 1:
         return ids[0]
     queued = _queued(lambda command: command == script, known)
     if ids:
-        # Lines of a banner can look like ids; where the queue knows better, it decides.
+        # A line of a banner can look like an id, and the id can be written in another way.
         confirmed = [job_id for job_id in ids if split_id(job_id)[0] in queued]
         return (confirmed or (queued if len(queued) == 1 else ids))[-1]
-    cancel(queued)
-    found = f"Its job {', '.join(queued)} was found in the queue and cancelled." if queued else None
     raise EnvironmentProblem(
         f"sbatch answered {answer.strip()[:400]!r}, which has no line with a job id alone.",
-        where=f"squeue, by the script {script}: {found or 'no job'}",
+        where=script,
         allowed="NUMBER or NUMBER;CLUSTER, as sbatch --parsable prints",
-        next_step="See whether `sbatch --parsable SCRIPT` prints the id on a line of its own at this site"
-        + ("." if found else f", and whether `squeue --me` shows a job of {Path(script).name}: end it with scancel."),
+        next_step=_taken_back(queued),
     )
+
+
+def _taken_back(queued: Sequence[str]) -> str:
+    """Cancel jobs whose ids sbatch did not say, and tell the user what is left to do."""
+    if not queued:
+        return "See with `squeue --me` whether the job is there all the same, and end it with scancel."
+    named = ", ".join(queued)
+    try:
+        cancel(queued)
+    except EnvironmentProblem as error:
+        return f"Its job {named} was found in the queue: end it with scancel ({error.what})"
+    return f"Its job {named} was found in the queue and cancelled. Make sbatch print the id on a line of its own."
 
 
 def queued_below(folder: Path) -> list[str]:

@@ -131,10 +131,12 @@ def test_the_pip_steps_of_the_core_image_resolve_under_nvidias_constraints(
     old = ["packaging==23.2", "typing-extensions==4.12.2", "numpy==1.26.4", "protobuf==5.29.4"]
     subprocess.run([python, "-m", "pip", "install", "-q", f"torch=={version}", *old], check=True)
     (tmp_path / "constraint.txt").write_text("\n".join([*old, f"torch=={version}"]))
-    for name in ("constraints", "nemo_minitron", "recipes", "configs"):
-        shutil.copytree(REPO / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copyfile(REPO / name, tmp_path / name)
+    copies = re.findall(r"^COPY (.*) \S+$", (REPO / "Dockerfile").read_text(), re.MULTILINE)
+    for name in dict.fromkeys(" ".join(copies).split()):
+        if (REPO / name).is_dir():
+            shutil.copytree(REPO / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(REPO / name, tmp_path / name)
     (tmp_path / "tmp").mkdir()
     environment = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}", "PYTHONPATH": ""}
 

@@ -1,4 +1,4 @@
-"""Variables of an outer job or launcher, users that the machine does not know, and cores."""
+"""Variables of an outer job or launcher, and users that the machine does not know."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron import cores
-from nemo_minitron.cores import usable_cores
 from nemo_minitron.outer_job import dropped_defaults, for_slurm, outside
 from nemo_minitron.stages import nodes
 from nemo_minitron.stages.nodes import Nodes, start_everywhere
@@ -121,31 +119,3 @@ def test_gloo_is_told_an_interface_where_the_nodes_name_is_the_loopback(monkeypa
     assert nodes.gloo_interface(several, {}) == {}
     wrong |= {"node2": "127.0.0.1", "node1": "127.0.0.1"}
     assert nodes.gloo_interface(several, {}) == {}, "all nodes are this machine"
-
-
-@pytest.mark.parametrize(
-    ("files", "own", "expected"),
-    [
-        ({"job/step/cpu.max": "200000 100000", "job/cpu.max": "max 100000"}, "0::/job/step\n", 2),
-        ({"job/step/cpu.max": "max 100000", "job/cpu.max": "150000 100000"}, "0::/job/step\n", 2),
-        ({"cpu.max": "50000 100000"}, "0::/elsewhere\n", 1),
-        (
-            {"cpu,cpuacct/job/cpu.cfs_quota_us": "300000", "cpu,cpuacct/job/cpu.cfs_period_us": "100000"},
-            "4:memory:/x\n3:cpu,cpuacct:/job\n",
-            3,
-        ),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "3:cpu:/\n", 8),
-        ({}, "", 8),
-    ],
-)
-def test_cores_are_bounded_by_affinity_and_by_cgroups(
-    files: dict[str, str], own: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    (tmp_path / "own").write_text(own)
-    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
-    monkeypatch.setattr(cores, "OWN_CGROUPS", tmp_path / "own")
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
-    assert usable_cores() == expected

@@ -23,10 +23,18 @@ def _submit(known: tuple[str, ...] = ()) -> str:
     return slurm.submit(SUBMIT, lambda text: None, known)
 
 
-def test_an_id_behind_a_banner_is_taken_and_the_queue_is_not_asked(fake: FakeSlurm) -> None:
-    fake.set("sbatch", "echo '2 node hours will be charged'; echo '101;alps'")
+def test_an_id_alone_is_taken_as_it_stands_and_one_behind_a_banner_too(fake: FakeSlurm) -> None:
+    fake.set("sbatch", "echo '101;alps'")
     assert _submit() == "101;alps"
     assert fake.calls("squeue") == []
+    fake.set("sbatch", "echo '2 node hours will be charged'; echo '101;alps'")
+    assert _submit() == "101;alps"
+
+
+def test_a_number_of_the_banner_is_no_id_where_the_queue_knows_better(fake: FakeSlurm) -> None:
+    fake.set("sbatch", "echo 2; echo 'Ihr Auftrag 101 wurde angenommen'")
+    fake.set("squeue", f"echo '101|{SCRIPT}'; echo '2|/of/another/run.sh'")
+    assert _submit() == "101"
 
 
 def test_the_queue_decides_between_lines_that_look_like_ids(fake: FakeSlurm) -> None:
