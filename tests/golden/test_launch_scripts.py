@@ -220,3 +220,30 @@ def test_the_site_decides_over_the_homes_and_caches_of_containers() -> None:
     text = render(_job(), _cluster("pyxis", environment={"HF_HOME": "/site/hub"}), _where())
     assert "    HF_HOME=/site/hub \\\n" in text
     assert "HF_HOME=/shared/assets" not in text
+
+
+def test_steps_see_nothing_of_an_outer_job_and_nodes_are_named_behind_a_banner(tmp_path: Path) -> None:
+    inherited = {"SLURM_MEM_PER_CPU": "4000", "SLURM_MEM_PER_NODE": "8000", "SLURM_CPU_BIND_TYPE": "mask_cpu:"}
+    inherited |= {"SRUN_CPUS_PER_TASK": "2", "SBATCH_EXPORT": "NONE", "SLURM_EXPORT_ENV": "NONE", "PMIX_RANK": "1"}
+    inherited |= {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "elsewhere", "PYTHONPATH": "/host"}
+    programs, where = tmp_path / "bin", _where(str(tmp_path))
+    programs.mkdir()
+    where.place.cwd.mkdir(parents=True)
+    where.launch_dir.mkdir(parents=True)
+    stub = {"scontrol": "echo '== be nice =='; echo node1; echo node2", "srun": f"env >{tmp_path}/seen"}
+    for name, body in stub.items():
+        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
+        (programs / name).chmod(0o755)
+    script = tmp_path / "script.sh"
+    script.write_text(render(_job(nodes=2), _cluster("pyxis"), where))
+    job = {"SLURM_JOB_ID": "39999", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    own = {"PATH": f"{programs}:{os.environ['PATH']}", **job, **inherited}
+    subprocess.run(["bash", str(script)], env=own, capture_output=True, check=False)
+    seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines() if "=" in line)
+    assert not set(inherited) & set(seen)
+    assert set(job) <= set(seen)
+    host, port = seen["MINITRON_RENDEZVOUS"].split(":")
+    assert host == "node1"
+    assert 20000 <= int(port) < 32768, "below the ports that Linux gives out itself"
+    assert where.place.home.is_dir()
+    assert where.place.hub.is_dir()
