@@ -2,26 +2,35 @@
 #   docker build --target core    -t nemo-minitron:core .       everything but NeMo-Aligner's stages
 #   docker build --target aligner -t nemo-minitron:aligner .    SFT, preferences, reward models, SteerLM
 #   docker run --rm --gpus all nemo-minitron:core minitron version
-# Pins are those of constraints/core.txt. Not built by the tests: docs/CLUSTER.md has the commands that show it, and `minitron env
-# aligner` in the second image checks that its NeMo-Aligner is the supported one.
-ARG CORE_IMAGE=nvcr.io/nvidia/pytorch:25.06-py3
-ARG ALIGNER_IMAGE=nvcr.io/nvidia/nemo:25.02
+# Pins are those of constraints/core.txt; constraints/image.py keeps what the base image brings in builds of its own (torch, CUDA's
+# packages, Transformer Engine, numpy), and checks at the end that nothing of it has changed. The tests run these pip steps
+# without docker; the commands that show the images themselves are in docs/CLUSTER.md.
+#
+# The core image needs Python 3.12 and a Transformer Engine that the pinned megatron-core takes: 0.16 wants 2.9 to 2.11, which
+# the releases around 25.12 have (torch 2.10, CUDA 13.1). With any other one the build stops and says so.
+ARG CORE_IMAGE=nvcr.io/nvidia/pytorch:25.12-py3
+# NeMo-Aligner 0.7.0 was made for NeMo 2.1 and Megatron-Core 0.10. This image has both, with an older NeMo-Aligner.
+ARG ALIGNER_IMAGE=nvcr.io/nvidia/nemo:24.12
 
 # hadolint ignore=DL3006
 FROM ${CORE_IMAGE} AS core
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/nemo-minitron
+# NVIDIA's images pin every package of theirs by this variable, in pip's build environments, too. See constraints/image.py.
+ENV PIP_CONSTRAINT=""
 COPY constraints constraints
-# What the image brings in builds of its own stays: torch, numpy and their like.
-RUN grep -viE '^(torch|numpy|scipy|pandas|protobuf|pillow)==' constraints/core.txt > /tmp/constraints.txt \
+RUN python constraints/image.py kept > /tmp/kept.json \
+    && python constraints/image.py pins constraints/core.txt /etc/pip/constraint.txt > /tmp/constraints.txt \
     && pip install --no-cache-dir -c /tmp/constraints.txt megatron-core transformers hydra-core pydantic typer
 COPY pyproject.toml README.md LICENSE ./
 COPY nemo_minitron nemo_minitron
-RUN pip install --no-cache-dir -c /tmp/constraints.txt '.[eval]'
 COPY recipes recipes
 COPY configs configs
-# Runs as any user: docker run --user "$(id -u):$(id -g)".
-ENV PYTHONUNBUFFERED=1 HOME=/tmp
+RUN pip install --no-cache-dir -c /tmp/constraints.txt '.[eval]' \
+    && python constraints/image.py check /tmp/kept.json \
+    && python -c "import torch, megatron.core, nemo_minitron"
+# Runs as any user: docker run --user "$(id -u):$(id -g)". Torch asks for the user's name and home.
+ENV PYTHONUNBUFFERED=1 HOME=/tmp USER=minitron LOGNAME=minitron
 USER 1000
 HEALTHCHECK --interval=5m --timeout=2m CMD ["minitron", "doctor", "--run-root", "/tmp"]
 CMD ["minitron", "--help"]
@@ -30,17 +39,26 @@ CMD ["minitron", "--help"]
 FROM ${ALIGNER_IMAGE} AS aligner
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/nemo-minitron
+ENV PIP_CONSTRAINT=""
 COPY constraints constraints
 COPY pyproject.toml README.md LICENSE ./
 COPY nemo_minitron nemo_minitron
-# The image's own torch, Megatron-Core, NeMo and NeMo-Aligner stay; ours needs only small packages beside them.
-RUN grep -iE '^(pydantic|pydantic-core|typer|rich|hydra-core|omegaconf|jinja2|zstandard|annotated-types)==' \
-        constraints/core.txt > /tmp/small.txt \
-    && pip install --no-cache-dir -r /tmp/small.txt \
-    && pip install --no-cache-dir --no-deps .
 COPY recipes recipes
 COPY configs configs
-ENV PYTHONUNBUFFERED=1 HOME=/tmp
+# From its repository: the wheel lacks the programs and configs that stages and `minitron rlhf` look for in /opt/NeMo-Aligner.
+RUN version=$(sed -n 's/^nemo-aligner==//p' nemo_minitron/backends/aligner/requirements.txt) \
+    && rm -rf /opt/NeMo-Aligner \
+    && git clone --depth 1 --branch "v$version" https://github.com/NVIDIA/NeMo-Aligner.git /opt/NeMo-Aligner \
+    && pip install --no-cache-dir --no-deps /opt/NeMo-Aligner
+# The image's own torch, Megatron-Core and NeMo stay; ours needs only small packages beside them.
+RUN python constraints/image.py kept megatron-core > /tmp/kept.json \
+    && python constraints/image.py pins constraints/core.txt /etc/pip/constraint.txt > /tmp/constraints.txt \
+    && grep -iE '^(pydantic|pydantic-core|typer|rich|hydra-core|omegaconf|jinja2|zstandard|annotated-types)==' \
+        /tmp/constraints.txt > /tmp/small.txt \
+    && pip install --no-cache-dir -r /tmp/small.txt \
+    && pip install --no-cache-dir --no-deps . \
+    && python constraints/image.py check /tmp/kept.json
+ENV PYTHONUNBUFFERED=1 HOME=/tmp USER=minitron LOGNAME=minitron
 USER 1000
 HEALTHCHECK --interval=5m --timeout=2m CMD ["minitron", "doctor", "--run-root", "/tmp", "--require", "aligner"]
 CMD ["minitron", "--help"]

@@ -4,10 +4,13 @@
 #   launchers/shell.sh slurm [srun options ...]     pyxis, on a node: launchers/shell.sh slurm -p interactive --gpus=1
 set -euo pipefail
 cd "$(dirname "$0")/.."
-image=${IMAGE:-nemo-minitron:core}
 if [ "${1:-docker}" = slurm ]; then
     shift
+    # A file: pyxis looks for other names on Docker Hub, unless a registry with # stands before them.
+    image=${IMAGE:-$PWD/nemo-minitron-core.sqsh}
     exec srun --pty "--container-image=$image" "--container-mounts=$PWD:$PWD" "--container-workdir=$PWD" "$@" bash
 fi
+image=${IMAGE:-nemo-minitron:core}
 exec docker run --rm --init --interactive --tty --gpus=all --ipc=host --ulimit=memlock=-1 --ulimit=stack=67108864 \
-    "--user=$(id -u):$(id -g)" --env=HOME=/tmp "--volume=$PWD:$PWD" "--workdir=$PWD" "$image" bash
+    "--user=$(id -u):$(id -g)" --env=HOME=/tmp --env=USER=minitron --env=LOGNAME=minitron --env=HF_TOKEN \
+    "--volume=$PWD:$PWD" "--workdir=$PWD" "$image" bash

@@ -24,6 +24,7 @@ from nemo_minitron.cli_show import show
 from nemo_minitron.cli_status import status
 from nemo_minitron.disk import disk_errors
 from nemo_minitron.errors import Interrupted, MinitronError
+from nemo_minitron.outer_job import leave_launcher, name_the_user
 
 if TYPE_CHECKING:
     from nemo_minitron.config.schema import Recipe
@@ -176,6 +177,8 @@ def _print_report_path(folder: Path) -> None:
 
 def main() -> None:
     """Entry point: a user's error is a message and exit code 2, never a traceback."""
+    name_the_user()
+    leave_launcher()
     try:
         # Outside standalone mode an exit, an interrupt (130) among them, comes back as a number.
         with disk_errors(Path.cwd()):

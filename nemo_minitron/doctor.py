@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from nemo_minitron.cores import usable_cores
+
 Level = Literal["ok", "missing", "problem"]
 TIMEOUT_S, WRITTEN_MIB = 20.0, 64
 TORCH_ON_GPUS = """
@@ -94,8 +96,9 @@ def _machine() -> Iterator[Finding]:
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and limit.read_text().strip().isdigit():
         memory_gib = min(memory_gib, int(limit.read_text()) / 2**30)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding("core", "machine", "ok", f"{cores} cores, {memory_gib:.1f} GiB of memory, {platform.platform()}")
+    yield Finding(
+        "core", "machine", "ok", f"{usable_cores()} cores, {memory_gib:.1f} GiB of memory, {platform.platform()}"
+    )
 
 
 def _disk(run_root: Path) -> Iterator[Finding]:
@@ -163,10 +166,11 @@ def _slurm() -> Iterator[Finding]:
     if code:
         yield Finding("slurm", "Slurm", "missing", "no sbatch here", "on a login node: minitron launch launcher=slurm")
         return
-    _, names = _run(["sinfo", "--noheader", "--format=%R"])
-    yield Finding(
-        "slurm", "Slurm", "ok", f"{out.strip()}; partitions: {', '.join(sorted(set(names.split()))) or 'none'}"
-    )
+    from nemo_minitron.launch.answers import lines_of, partition_names
+
+    _, sinfo = _run(["sinfo", "--noheader", "--format=%R"])
+    names = ", ".join(partition_names(sinfo)) or "none"
+    yield Finding("slurm", "Slurm", "ok", f"{(lines_of(out) or ['?'])[-1]}; partitions: {names}")
     _, text = _run(["srun", "--help"])
     has = "--container-image" in text
     yield Finding("pyxis", "pyxis", "ok" if has else "missing", "srun takes --container-image" if has else "not there")

@@ -8,9 +8,21 @@ from pathlib import Path
 
 from nemo_minitron.config.schema import Cluster, Container, Mount
 from nemo_minitron.errors import PlanError
+from nemo_minitron.launch import images
 from nemo_minitron.launch.jobs import Environment, image_of
 
 IN_CONTAINER = "minitron"
+USER = "minitron"
+"""The name of the user inside; the image's list of users need not have the caller."""
+BY_NAME = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HF_ENDPOINT",
+    "WANDB_API_KEY",
+    *(f"{kind}_proxy" for kind in ("http", "https", "no", "all")),
+    *(f"{kind}_PROXY" for kind in ("HTTP", "HTTPS", "NO", "ALL")),
+)
+"""Handed to docker without their values, which may be secret; pyxis and Apptainer hand on the caller's environment."""
 
 
 @dataclass(frozen=True)
@@ -18,15 +30,51 @@ class Place:
     """What the stages of one run need to see, and where they start."""
 
     cwd: Path
-    folders: tuple[Path, ...]
-    """Mounted at the same path: the run, the assets, the folder of the call."""
+    run: Path
+    assets: Path
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Mounted at the same path."""
+        return (self.run, self.assets, self.cwd)
+
+    @property
+    def home(self) -> Path:
+        """The home folder inside containers, which belongs to the run."""
+        return self.run / ".home"
+
+    @property
+    def hub(self) -> Path:
+        """Where the Hugging Face hub's downloads lie, for containers."""
+        return self.assets / ".huggingface"
 
 
-def _image(container: Container, environment: Environment) -> str:
-    """Of jobs that `missing_images` has nothing to say of."""
+def folders_to_make(place: Place) -> tuple[Path, ...]:
+    """What must be there before a container starts: a mount that is missing would be refused, or made by root."""
+    return (place.home, place.hub)
+
+
+def inner_environment(cluster: Cluster, place: Place) -> dict[str, str]:
+    """Variables of processes inside a container; those of the site win.
+
+    Torch and Triton ask for the user's name and keep caches in the home folder, and a container has neither.
+    """
+    own = {
+        "HOME": str(place.home),
+        "USER": USER,
+        "LOGNAME": USER,
+        "TORCHINDUCTOR_CACHE_DIR": str(place.home / "torchinductor"),
+        "TRITON_CACHE_DIR": str(place.home / "triton"),
+        "HF_HOME": str(place.hub),
+    }
+    return {**own, **cluster.environment}
+
+
+def _image(container: Container, environment: Environment, place: Place) -> str:
+    """The image of a job that has one; see `missing_images`."""
     image = image_of(container, environment)
     assert image is not None, environment
-    return image
+    return images.absolute(container.runtime, image, place.cwd)
 
 
 def mounts_of(container: Container, place: Place) -> list[Mount]:
@@ -53,7 +101,7 @@ def srun_options(cluster: Cluster, environment: Environment, place: Place) -> li
     if container.runtime != "pyxis":
         return []
     return [
-        f"--container-image={_image(container, environment)}",
+        f"--container-image={_image(container, environment, place)}",
         f"--container-mounts={','.join(_bind(mount) for mount in mounts_of(container, place))}",
         f"--container-workdir={place.cwd}",
         "--no-container-mount-home",
@@ -63,12 +111,16 @@ def srun_options(cluster: Cluster, environment: Environment, place: Place) -> li
 def inside(command: Sequence[str], cluster: Cluster, environment: Environment, place: Place) -> list[str]:
     """The command as the node starts it."""
     container = cluster.container
-    if container.runtime not in ("apptainer", "singularity"):
+    if container.runtime == "none":
         return list(command)
+    # Set inside, where neither the image nor the runtime changes them any more.
+    command = ["env", *(f"{name}={value}" for name, value in inner_environment(cluster, place).items()), *command]
+    if container.runtime not in images.APPTAINER:
+        return command
     words = [container.runtime, "exec", "--no-home", f"--pwd={place.cwd}"]
     words += ["--nv"] if cluster.gpus_per_node else []
     words += [f"--bind={_bind(mount)}" for mount in mounts_of(container, place)]
-    return [*words, _image(container, environment), *command]
+    return [*words, _image(container, environment, place), *command]
 
 
 def docker_run(
@@ -81,14 +133,15 @@ def docker_run(
         terminal: whether a person watches.
     """
     container = cluster.container
-    words = ["docker", "run", "--rm", "--init", f"--user={user}", "--env=HOME=/tmp"]
+    words = ["docker", "run", "--rm", "--init", f"--user={user}"]
     words += ["--interactive", "--tty"] if terminal else []
     words += ["--gpus=all"] if cluster.gpus_per_node else []
     words += [f"--shm-size={container.shm_gib}g"] if container.shm_gib else ["--ipc=host"]
     words += ["--ulimit=memlock=-1", "--ulimit=stack=67108864", f"--workdir={place.cwd}"]
     words += [f"--volume={_bind(mount)}" for mount in mounts_of(container, place)]
-    words += [f"--env={name}={value}" for name, value in cluster.environment.items()]
-    return [*words, _image(container, environment), *command]
+    words += [f"--env={name}={value}" for name, value in inner_environment(cluster, place).items()]
+    words += [f"--env={name}" for name in BY_NAME if name not in cluster.environment]
+    return [*words, _image(container, environment, place), *command]
 
 
 def _bind(mount: Mount) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from nemo_minitron.config.schema import CandidateStage, Cluster, Container, Resources
 from nemo_minitron.errors import PlanError
+from nemo_minitron.launch import images
 from nemo_minitron.plan.expansion import search_of
 from nemo_minitron.plan.planner import RunPlan, StageCall
 from nemo_minitron.stages.spec import STAGES
@@ -133,6 +135,27 @@ def missing_images(cluster: Cluster, jobs: list[Job]) -> Iterator[str]:
         if container.runtime != "none" and image_of(container, environment) is None:
             stages = ", ".join(job.name for job in jobs if job.environment == environment)
             yield f"execution.cluster.container.{environment}_image is not set; it is needed for {stages}."
+
+
+def images_of(cluster: Cluster, jobs: list[Job]) -> dict[str, str]:
+    """Key below execution.cluster.container -> the image, for the environments that these jobs run in."""
+    container = cluster.container
+    if container.runtime == "none":
+        return {}
+    named = {environment: image_of(container, environment) for environment in sorted({job.environment for job in jobs})}
+    return {f"{environment}_image": image for environment, image in named.items() if image is not None}
+
+
+def misspelt_images(cluster: Cluster, jobs: list[Job], folder: Path) -> Iterator[str]:
+    """What is wrong with the names of the jobs' images for the site's runtime.
+
+    Args:
+        folder: where relative paths begin.
+    """
+    for key, image in images_of(cluster, jobs).items():
+        wrong = images.problem(cluster.container.runtime, image, folder)
+        if wrong is not None:
+            yield f"execution.cluster.container.{key}: {wrong}"
 
 
 def problems(cluster: Cluster, jobs: list[Job]) -> Iterator[str]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from nemo_minitron.config.schema import Recipe
 from nemo_minitron.errors import EnvironmentProblem, Interrupted, PlanError
 from nemo_minitron.launch import record
-from nemo_minitron.launch.containers import IN_CONTAINER, docker_run, inside
-from nemo_minitron.launch.jobs import jobs_of, missing_images
+from nemo_minitron.launch.containers import IN_CONTAINER, docker_run, folders_to_make, inside
+from nemo_minitron.launch.jobs import jobs_of, missing_images, misspelt_images
 from nemo_minitron.launch.submit import cluster_of, placed
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, make_plan
@@ -39,7 +39,7 @@ def commands(plan: RunPlan, launch_dir: Path, options: RunOptions) -> list[tuple
         raise PlanError("execution.cluster.container.runtime = pyxis needs Slurm.", allowed="docker, apptainer, none")
     # Here one node takes every process.
     jobs = jobs_of(plan, cluster.model_copy(update={"ranks_per_node": 10**6}), plan.needed_for(options.until))
-    missing = list(missing_images(cluster, jobs))
+    missing = [*missing_images(cluster, jobs), *misspelt_images(cluster, jobs, where.place.cwd)]
     if missing:
         raise PlanError(
             "\n".join(missing), next_step="Build it from the Dockerfile (docs/CLUSTER.md), and name it there."
@@ -76,6 +76,8 @@ def launch(recipe: Recipe, options: RunOptions) -> None:
     folder = record.next_folder(run_dir(recipe))
     to_run = commands(plan, folder, options)
     folder.mkdir(parents=True)
+    for made in folders_to_make(placed(recipe, folder).place):
+        made.mkdir(parents=True, exist_ok=True)
     write_recipe(plan.recipe, folder / record.RECIPE_FILE)
     for stage, command in to_run:
         code = subprocess.run(command, check=False).returncode

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Literal
 
 from nemo_minitron.config.schema import Cluster, Recipe
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.launch import slurm
+from nemo_minitron.launch import images, slurm
+from nemo_minitron.launch.answers import Partition, default_partition, partitions
 from nemo_minitron.launch.containers import mounts_of
-from nemo_minitron.launch.jobs import Job, jobs_of, problems
+from nemo_minitron.launch.jobs import Job, images_of, jobs_of, misspelt_images, problems
 from nemo_minitron.launch.submit import cluster_of, placed
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import make_plan
@@ -24,17 +24,6 @@ Level = Literal["ok", "warning", "problem"]
 class Finding:
     level: Level
     text: str
-
-
-@dataclass(frozen=True)
-class Partition:
-    """As sinfo tells it; minutes and GPUs of one node."""
-
-    name: str
-    is_up: bool
-    limit_min: int | None
-    gpus: int
-    nodes: int
 
 
 def probe(recipe: Recipe) -> list[Finding]:
@@ -51,14 +40,16 @@ def probe(recipe: Recipe) -> list[Finding]:
         found += [*_partitions(cluster, jobs), *_plugin(cluster)]
     except MinitronError as error:
         found.append(Finding("problem", error.what))
-    found += _paths(cluster, recipe)
+    found += [*_images(cluster, jobs), *_paths(cluster, recipe)]
     return found
 
 
 def _partitions(cluster: Cluster, jobs: list[Job]) -> Iterator[Finding]:
-    known = partitions(slurm.ask(["sinfo", "--noheader", "--format=%R|%a|%l|%G|%D"]))
-    default = slurm.ask(["sinfo", "--noheader", "--format=%P"])
-    first = next((name.strip("*") for name in default.split() if name.endswith("*")), None)
+    known = partitions(slurm.ask(["sinfo", "--noheader", "--format=%R|%a|%l|%G|%D|%c|%m|%t"]))
+    first = default_partition(slurm.ask(["sinfo", "--noheader", "--format=%P"]))
+    if not known:
+        yield Finding("problem", "sinfo names no partition here")
+        return
     yield Finding("ok", f"Slurm answers; partitions: {', '.join(sorted(known))}")
     for job in jobs:
         name = job.asked.partition or first
@@ -67,6 +58,22 @@ def _partitions(cluster: Cluster, jobs: list[Job]) -> Iterator[Finding]:
             continue
         for part in (known[part] for part in name.split(",")):
             yield from _fits(job, part)
+    yield from _shared_cores(cluster, jobs)
+
+
+def _shared_cores(cluster: Cluster, jobs: list[Job]) -> Iterator[Finding]:
+    """Jobs that do not say what they need get what the site gives by default, mostly one core."""
+    modest = [
+        job.name
+        for job in jobs
+        if not (cluster.exclusive and job.uses_gpu) and (job.asked.cpus_per_node is None or job.asked.mem_gib is None)
+    ]
+    if modest and "--exclusive" not in cluster.sbatch:
+        names = ", ".join(modest[:4]) + (" ..." if len(modest) > 4 else "")
+        yield Finding(
+            "warning",
+            f"{names}: no cpus_per_node or mem_gib in the site's file: on shared nodes Slurm's default, mostly 1 core",
+        )
 
 
 def _fits(job: Job, partition: Partition) -> Iterator[Finding]:
@@ -79,35 +86,13 @@ def _fits(job: Job, partition: Partition) -> Iterator[Finding]:
         yield Finding("problem", f"{where}: {job.asked.gpus_per_node} GPUs of a node, it has {partition.gpus}")
     if job.nodes > partition.nodes:
         yield Finding("problem", f"{where}: {job.nodes} nodes, it has {partition.nodes}")
-
-
-def partitions(sinfo: str) -> dict[str, Partition]:
-    """From lines of `%R|%a|%l|%G|%D`; the best node of each partition counts."""
-    found: dict[str, Partition] = {}
-    for line in sinfo.splitlines():
-        name, up, limit, gres, nodes = (word.strip() for word in line.split("|"))
-        gpus = sum(int(count) for count in re.findall(r"gpu(?::[A-Za-z][\w.-]*)?:(\d+)", gres))
-        before = found.get(name, Partition(name, False, 0, 0, 0))
-        minutes = minutes_of(limit)
-        longest = None if minutes is None or before.limit_min is None else max(minutes, before.limit_min)
-        found[name] = Partition(
-            name, before.is_up or up == "up", longest, max(gpus, before.gpus), before.nodes + int(nodes)
-        )
-    return found
-
-
-def minutes_of(limit: str) -> int | None:
-    """Slurm's [days-]hours:minutes:seconds or minutes:seconds; None for infinite."""
-    if limit in ("infinite", "UNLIMITED", "n/a"):
-        return None
-    days, _, clock = limit.rpartition("-")
-    parts = [int(part) for part in clock.split(":")]
-    if days:
-        parts += [0] * (3 - len(parts))
-    seconds = 0
-    for part in parts:
-        seconds = seconds * 60 + part
-    return int(days or 0) * 1440 + seconds // 60
+    elif partition.usable is not None and job.nodes > partition.usable:
+        yield Finding("warning", f"{where}: {job.nodes} nodes, {partition.usable} are up now; the job would wait")
+    cpus, mem_gib = job.asked.cpus_per_node or 0, job.asked.mem_gib or 0
+    if partition.cpus is not None and cpus > partition.cpus:
+        yield Finding("problem", f"{where}: {cpus} cores of a node, it has {partition.cpus}")
+    if partition.mem_mib is not None and mem_gib * 1024 > partition.mem_mib:
+        yield Finding("problem", f"{where}: {mem_gib} GiB of a node, it has {partition.mem_mib / 1024:.1f}")
 
 
 def _plugin(cluster: Cluster) -> Iterator[Finding]:
@@ -121,13 +106,17 @@ def _plugin(cluster: Cluster) -> Iterator[Finding]:
         yield Finding("warning", f"whether the nodes have {cluster.container.runtime} cannot be seen from here")
 
 
+def _images(cluster: Cluster, jobs: list[Job]) -> Iterator[Finding]:
+    yield from (Finding("problem", text) for text in misspelt_images(cluster, jobs, Path.cwd()))
+    for key, image in images_of(cluster, jobs).items():
+        absent = images.missing(cluster.container.runtime, image, Path.cwd())
+        if absent is not None:
+            yield Finding("problem", f"container.{key}: there is no file {absent}")
+
+
 def _paths(cluster: Cluster, recipe: Recipe) -> Iterator[Finding]:
     container = cluster.container
     if container.runtime != "none":
-        for key in ("core_image", "aligner_image"):
-            image = getattr(container, key)
-            if image is not None and image.startswith(("/", "./")) and not Path(image).is_file():
-                yield Finding("problem", f"container.{key}: there is no file {image}")
         # The run's folder and the assets are made when they are needed.
         for mount in mounts_of(container, placed(recipe, run_dir(recipe)).place):
             if not Path(mount.source).exists() and mount in container.mounts:

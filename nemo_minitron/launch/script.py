@@ -11,11 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_minitron.config.schema import Cluster
-from nemo_minitron.launch.containers import IN_CONTAINER, Place, inside, srun_options
+from nemo_minitron.launch.containers import IN_CONTAINER, Place, folders_to_make, inside, srun_options
 from nemo_minitron.launch.jobs import Job
 
-FIRST_PORT, NUM_PORTS = 20000, 20000
-"""The ranks of a job of several nodes meet on a port that its number gives."""
+FIRST_PORT, NUM_PORTS = 20000, 12000
+"""The ranks of a job of several nodes meet on a port that its number gives, below those that Linux gives out itself."""
+
+CLEAN = """\
+# Steps take their memory, binding and environment from this job, not from one that it was submitted in.
+unset "${!SRUN_@}" "${!SBATCH_@}" "${!SALLOC_@}" "${!SLURM_MEM_PER_@}" "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" \\
+    SLURM_EXPORT_ENV "${!PMI@}" "${!OMPI_@}" "${!TORCHELASTIC_@}" \\
+    RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT
+"""
 
 PRELUDE = """\
 run={run}
@@ -48,8 +55,15 @@ trap 'printf SIGUSR1 >"$MINITRON_STOP_FILE"; say "the time is nearly up: asked t
 say "starts on $SLURM_JOB_NODELIST"
 """
 
+HOST_PYTHON = """\
+# Of the host; the image has a Python of its own.
+unset PYTHONPATH PYTHONHOME
+"""
+
 SEVERAL_NODES = """\
-host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# The last lines are the names; a banner would stand before them.
+host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n "$SLURM_JOB_NUM_NODES" | head -n 1)
+if [ -z "$host" ]; then say "scontrol does not name the nodes of $SLURM_JOB_NODELIST"; exit 1; fi
 export MINITRON_NODES="$SLURM_JOB_NUM_NODES"
 export MINITRON_RENDEZVOUS="$host:$(({first_port} + SLURM_JOB_ID % {num_ports}))"
 export MINITRON_ATTEMPT="$SLURM_JOB_ID-$restarts"
@@ -115,17 +129,21 @@ class Scripted:
 
 def render(job: Job, cluster: Cluster, where: Scripted) -> str:
     """The whole script."""
+    in_container = cluster.container.runtime != "none"
     quoted_stages = " ".join(shlex.quote(stage) for stage in job.stages)
     parts = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in sbatch_options(job, cluster, where)),
         "set -uo pipefail",
         f"cd -- {_quote(where.place.cwd)} || exit 1",
+        CLEAN + (HOST_PYTHON if in_container else ""),
         *_setup(cluster),
         PRELUDE.format(run=_quote(where.run_dir), launch=_quote(where.launch_dir), stages=quoted_stages),
     ]
     if job.nodes > 1:
         parts.append(SEVERAL_NODES.format(first_port=FIRST_PORT, num_ports=NUM_PORTS))
+    if in_container:
+        parts.append(f"mkdir -p -- {' '.join(_quote(folder) for folder in folders_to_make(where.place))}")
     parts += [f"{_srun(job, cluster, where)} &", WAIT.format(max_restarts=job.asked.max_restarts)]
     parts.append(REQUEUE if cluster.requeue else LINK)
     return "\n".join(parts)
@@ -145,7 +163,7 @@ def sbatch_options(job: Job, cluster: Cluster, where: Scripted) -> Iterator[str]
         "reservation": cluster.reservation,
         "time": asked.time_min,
         "cpus-per-task": asked.cpus_per_node,
-        "mem": None if asked.mem_gib is None else f"{asked.mem_gib}G",
+        "mem": _memory(asked.mem_gib),
     }
     yield from (f"--{name}={value}" for name, value in optional.items() if value is not None)
     if asked.gpus_per_node and cluster.gpu_option == "gpus-per-node":
@@ -161,6 +179,12 @@ def sbatch_options(job: Job, cluster: Cluster, where: Scripted) -> Iterator[str]
     yield "--open-mode=append"
     yield f"--signal=B:USR1@{cluster.grace_s}"
     yield from cluster.sbatch
+
+
+def _memory(mem_gib: int | None) -> str | None:
+    if mem_gib is None:
+        return None
+    return f"{mem_gib}G" if mem_gib else "0"
 
 
 def sbatch_command(

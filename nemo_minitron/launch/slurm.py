@@ -1,55 +1,54 @@
-"""What is asked of Slurm's own programs, and what they answer."""
+"""Calls of Slurm's own programs. What they print is read in `answers`."""
 
 from __future__ import annotations
 
-import re
+import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 
 from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.launch.answers import (
+    FORGOTTEN,
+    UNKNOWN,
+    JobState,
+    accounted_states,
+    job_states,
+    lines_of,
+    queued_commands,
+    split_id,
+    submitted_ids,
+    with_cluster,
+)
+from nemo_minitron.outer_job import for_slurm
 
 TIMEOUT_S = 60.0
 PATIENCE_S, RETRY_S = 300.0, 5.0
 """A controller that restarts does not answer for a while."""
 NOT_ANSWERING = (
     "Unable to contact slurm controller",
+    "Unable to connect to",
     "Connection refused",
+    "Connection reset",
+    "Connection timed out",
     "Socket timed out",
     "Zero Bytes",
     "Transport endpoint",
+    "Communication connection failure",
+    "standby mode",
+    "temporarily unable",
+    "Resource temporarily unavailable",
+    "Unable to establish controller",
+    "Message receive failure",
+    "No route to host",
 )
-ENDED = (
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "BOOT_FAIL",
-    "DEADLINE",
-    "PREEMPTED",
-)
+NO_SUCH_JOB = "Invalid job id"
+HAS_ENDED = (NO_SUCH_JOB, "already completing or completed", "Job/step already")
+"""What scancel says of jobs that are over."""
 _FIELDS = "JobArrayID:64|,State:32|,Reason:64|,TimeUsed:32|,TimeLeft:32|,NodeList:128|,RestartCnt:16|"
-
-
-@dataclass(frozen=True)
-class JobState:
-    """One job, or one index of an array, as Slurm sees it."""
-
-    job_id: str
-    state: str
-    reason: str = ""
-    used: str = ""
-    left: str = ""
-    nodes: str = ""
-    restarts: int = 0
-
-    @property
-    def is_active(self) -> bool:
-        return self.state not in ENDED and self.state != "FORGOTTEN"
+_NONE: frozenset[str] = frozenset()
 
 
 def require_slurm() -> None:
@@ -73,76 +72,190 @@ def ask(words: Sequence[str], *, patience_s: float = 0.0, say: Callable[[str], N
         code, out, error = _run(words)
         if code == 0:
             return out
-        silent = any(text in error for text in NOT_ANSWERING)
-        if not silent or time.monotonic() + RETRY_S > until:
-            raise EnvironmentProblem(
-                f"{words[0]} failed: {' '.join(error.split()) or f'code {code}'}",
-                next_step="Slurm's controller does not answer; try again in a few minutes." if silent else None,
-            )
+        if not _is_silent(error) or time.monotonic() + RETRY_S > until:
+            raise _failure(words[0], code, error)
         say("Slurm's controller does not answer; trying again")
         time.sleep(RETRY_S)
 
 
-def submit(words: Sequence[str], say: Callable[[str], None]) -> str:
-    """The id of the job that this sbatch command makes."""
-    answer = ask(words, patience_s=PATIENCE_S, say=say).strip()
-    found = re.match(r"(\d+)", answer)
-    if found is None:
-        raise EnvironmentProblem(f"sbatch answered {answer!r}, which is no job id.")
-    return found[1]
+def submit(words: Sequence[str], say: Callable[[str], None], known: Collection[str] = _NONE) -> str:
+    """The id of the job that this sbatch command makes; its last word is the script.
+
+    Args:
+        known: ids of other jobs of the same script.
+
+    Raises:
+        EnvironmentProblem: sbatch refuses, or does not say which job it made; that one is cancelled.
+    """
+    until = time.monotonic() + PATIENCE_S
+    script = words[-1]
+    while True:
+        code, out, error = _run(words)
+        if code == 0:
+            return _id_in(out, script, known)
+        if not _is_silent(error) or time.monotonic() + RETRY_S > until:
+            raise _failure(words[0], code, error)
+        say("Slurm's controller does not answer; trying again")
+        time.sleep(RETRY_S)
+        # The controller may have taken the job and only its answer was lost: a second one would do the work twice.
+        queued = _queued(lambda command: command == script, known)
+        if queued:
+            return queued[-1]
+
+
+def _id_in(answer: str, script: str, known: Collection[str]) -> str:
+    """The id that sbatch has printed; where it has printed more than that, the queue is asked, too."""
+    ids = [job_id for job_id in submitted_ids(answer) if job_id not in known]
+    if ids and len(lines_of(answer)) == 1:
+        return ids[0]
+    queued = _queued(lambda command: command == script, known)
+    if ids:
+        # A line of a banner can look like an id, and the id can be written in another way.
+        confirmed = [job_id for job_id in ids if split_id(job_id)[0] in queued]
+        return (confirmed or (queued if len(queued) == 1 else ids))[-1]
+    raise EnvironmentProblem(
+        f"sbatch answered {answer.strip()[:400]!r}, which has no line with a job id alone.",
+        where=script,
+        allowed="NUMBER or NUMBER;CLUSTER, as sbatch --parsable prints",
+        next_step=_taken_back(queued),
+    )
+
+
+def _taken_back(queued: Sequence[str]) -> str:
+    """Cancel jobs whose ids sbatch did not say, and tell the user what is left to do."""
+    if not queued:
+        return "See with `squeue --me` whether the job is there all the same, and end it with scancel."
+    named = ", ".join(queued)
+    try:
+        cancel(queued)
+    except EnvironmentProblem as error:
+        return f"Its job {named} was found in the queue: end it with scancel ({error.what})"
+    return f"Its job {named} was found in the queue and cancelled. Make sbatch print the id on a line of its own."
+
+
+def queued_below(folder: Path) -> list[str]:
+    """Numbers of this user's jobs whose scripts lie in a folder; empty where squeue does not answer."""
+    return _queued(lambda command: Path(command).parent == folder, _NONE)
+
+
+def _queued(is_wanted: Callable[[str], bool], known: Collection[str]) -> list[str]:
+    words = ["squeue", "--noheader", "--states=all", f"--user={os.getuid()}", "--format=%F|%o"]
+    code, out, _ = _run(words)
+    numbers = {split_id(job_id)[0] for job_id in known}
+    found = [number for number, command in queued_commands(out) if is_wanted(command)] if code == 0 else []
+    return sorted({number for number in found if number not in numbers}, key=int)
 
 
 def states(job_ids: Sequence[str]) -> dict[str, list[JobState]]:
-    """job id -> its state, or those of its array's indices; FORGOTTEN where Slurm knows it no longer."""
-    found: dict[str, list[JobState]] = {job_id: [] for job_id in job_ids}
+    """job id -> its state, or those of its array's indices.
+
+    FORGOTTEN where Slurm says that it knows the job no longer, UNKNOWN where it does not answer.
+    """
+    found: dict[str, list[JobState]] = {}
+    failed: str | None = None
     for job_id in job_ids:
-        # One by one: squeue refuses a whole list for one job that is forgotten.
-        code, out, _ = _run(
-            ["squeue", "--noheader", "--states=all", "--array", f"--jobs={job_id}", f"--Format={_FIELDS}"]
-        )
-        found[job_id] = [_state(line) for line in out.splitlines() if line.strip()] if code == 0 else []
-        found[job_id] = found[job_id] or _from_accounting(job_id) or [JobState(job_id, "FORGOTTEN")]
+        # One by one: squeue refuses a whole list for one job that is forgotten. After a failure the rest is not asked.
+        found[job_id] = _states_of(job_id) if failed is None else [JobState(split_id(job_id)[0], UNKNOWN, failed)]
+        failed = found[job_id][0].reason if found[job_id][0].state == UNKNOWN else None
     return found
 
 
-def active(job_ids: Sequence[str]) -> list[str]:
-    """Those that wait or run; of an array its indices."""
-    return [state.job_id for found in states(job_ids).values() for state in found if state.is_active]
+def _states_of(job_id: str) -> list[JobState]:
+    number, cluster = split_id(job_id)
+    where = [f"--clusters={cluster}"] if cluster else []
+    words = ["squeue", "--noheader", "--states=all", "--array", f"--jobs={number}", f"--Format={_FIELDS}"]
+    code, out, error = _run([*words, *where])
+    seen = job_states(out, number) if code == 0 else []
+    if seen:
+        return seen
+    accounted = _from_accounting(number, where)
+    if NO_SUCH_JOB in error or (code == 0 and not _is_silent(error) and number not in out):
+        # The controller has forgotten it. Accounts may still call a job running that was lost in a crash.
+        ended = [state for state in accounted if not state.is_active]
+        return ended or [JobState(number, FORGOTTEN)]
+    return accounted or [JobState(number, UNKNOWN, _failure("squeue", code, error or out).what)]
+
+
+def active(job_ids: Sequence[str], *, patience_s: float = TIMEOUT_S) -> list[str]:
+    """Those that wait or run; of an array its indices.
+
+    Raises:
+        EnvironmentProblem: Slurm does not answer, so that nobody knows.
+    """
+    until = time.monotonic() + patience_s
+    while True:
+        seen = [(split_id(job_id)[1], state) for job_id, found in states(job_ids).items() for state in found]
+        unknown = next((state for _, state in seen if state.state == UNKNOWN), None)
+        if unknown is None:
+            return [with_cluster(state.job_id, cluster) for cluster, state in seen if state.is_active]
+        if not _is_silent(unknown.reason) or time.monotonic() + RETRY_S > until:
+            raise EnvironmentProblem(
+                f"Slurm does not say whether job {unknown.job_id} is still there: {unknown.reason}",
+                next_step="Try again when `squeue` works here.",
+            )
+        time.sleep(RETRY_S)
 
 
 def cancel(job_ids: Sequence[str]) -> None:
-    """Cancel jobs; those that have ended are no error."""
-    if job_ids:
-        ask(["scancel", *job_ids], patience_s=TIMEOUT_S)
+    """Cancel jobs; those that have ended are no error.
+
+    Raises:
+        EnvironmentProblem: scancel failed, in its words.
+    """
+    by_cluster: dict[str | None, list[str]] = {}
+    for job_id in job_ids:
+        number, cluster = split_id(job_id)
+        by_cluster.setdefault(cluster, []).append(number)
+    for cluster, numbers in by_cluster.items():
+        words = ["scancel", *([f"--clusters={cluster}"] if cluster else []), *numbers]
+        until = time.monotonic() + TIMEOUT_S
+        while True:
+            code, _, error = _run(words)
+            lines = lines_of(error)
+            if code == 0 or (lines and all(any(text in line for text in HAS_ENDED) for line in lines)):
+                break
+            if not _is_silent(error) or time.monotonic() + RETRY_S > until:
+                raise _failure(words[0], code, error)
+            time.sleep(RETRY_S)
 
 
-def _state(line: str) -> JobState:
-    job_id, state, reason, used, left, nodes, restarts = (word.strip() for word in line.split("|")[:7])
-    return JobState(job_id, state, "" if reason == "None" else reason, used, left, nodes, int(restarts or 0))
-
-
-def _from_accounting(job_id: str) -> list[JobState]:
-    """Where the site keeps accounts."""
+def _from_accounting(number: str, where: Sequence[str]) -> list[JobState]:
+    """What sacct knows, where the site keeps accounts."""
     if shutil.which("sacct") is None:
         return []
-    words = [
-        "sacct",
-        "--noheader",
-        "--parsable2",
-        "--allocations",
-        f"--jobs={job_id}",
-        "--format=JobID,State,Elapsed,NodeList",
-    ]
-    code, out, _ = _run(words)
-    rows = [line.split("|") for line in out.splitlines() if line.count("|") == 3] if code == 0 else []
-    return [JobState(row[0], row[1].split()[0], used=row[2], nodes=row[3]) for row in rows]
+    words = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={number}"]
+    code, out, _ = _run([*words, "--format=JobID,State,Elapsed,NodeList", *where])
+    return accounted_states(out, number) if code == 0 else []
+
+
+def _is_silent(error: str) -> bool:
+    return any(text.lower() in error.lower() for text in NOT_ANSWERING)
+
+
+def _failure(program: str, code: int, error: str) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"{program} failed: {' '.join(error.split())[:1000] or f'code {code}'}",
+        next_step="Slurm's controller does not answer; try again in a few minutes." if _is_silent(error) else None,
+    )
 
 
 def _run(words: Sequence[str]) -> tuple[int, str, str]:
+    """Exit code, output and errors; what is no UTF-8 is replaced."""
     try:
-        done = subprocess.run(list(words), capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(
+            list(words),
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=TIMEOUT_S,
+            check=False,
+            env=for_slurm(os.environ, exported=words[0] == "sbatch"),
+            stdin=subprocess.DEVNULL,
+        )
     except FileNotFoundError:
         return 127, "", f"there is no {words[0]} on this machine"
+    except OSError as error:
+        return 126, "", f"{words[0]} cannot be started: {error.strerror}"
     except subprocess.TimeoutExpired:
         return 124, "", f"Socket timed out after {TIMEOUT_S:.0f} s"
     return done.returncode, done.stdout, done.stderr

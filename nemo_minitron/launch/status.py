@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.launch import record, slurm
+from nemo_minitron.launch.answers import UNKNOWN, JobState, split_id
 from nemo_minitron.launch.record import Submitted
-from nemo_minitron.launch.slurm import JobState
 
 
 def job_facts(run: Path) -> dict[str, dict[str, Any]]:
@@ -42,8 +43,9 @@ def _facts(job: Submitted, index: int, states: Mapping[str, list[JobState]]) -> 
 def _of_stage(job: Submitted, index: int, states: Mapping[str, list[JobState]]) -> JobState:
     """Of a chain of links the one that is at work, else the last."""
     if len(job.stages) > 1:
-        name = f"{job.job_ids[0]}_{index}"
+        number = split_id(job.job_ids[0])[0]
         known = {state.job_id: state for state in states.get(job.job_ids[0], [])}
-        return known.get(name, JobState(name, "UNKNOWN"))
-    links = [states.get(job_id, [JobState(job_id, "UNKNOWN")])[0] for job_id in job.job_ids]
+        whole = known.get(number, JobState(number, UNKNOWN))
+        return known.get(f"{number}_{index}", replace(whole, job_id=f"{number}_{index}"))
+    links = [states.get(job_id, [JobState(split_id(job_id)[0], UNKNOWN)])[0] for job_id in job.job_ids]
     return next((link for link in links if link.is_active), links[-1])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from nemo_minitron.config.schema import Cluster, Recipe
 from nemo_minitron.errors import ArtifactError, MinitronError, PlanError
 from nemo_minitron.launch import record, slurm
 from nemo_minitron.launch.containers import Place
-from nemo_minitron.launch.jobs import Job, jobs_of, problems
+from nemo_minitron.launch.jobs import Job, jobs_of, misspelt_images, problems
 from nemo_minitron.launch.script import Scripted, render, sbatch_command, script_file
+from nemo_minitron.outer_job import dropped_defaults
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, make_plan
 from nemo_minitron.stages.runner import RunOptions, settle, write_recipe
@@ -39,7 +41,7 @@ def placed(recipe: Recipe, launch_dir: Path) -> Scripted:
         recipe_name=recipe.name,
         run_dir=run,
         launch_dir=launch_dir.absolute(),
-        place=Place(cwd, (run, Path(recipe.execution.assets_dir).absolute(), cwd)),
+        place=Place(cwd, run, Path(recipe.execution.assets_dir).absolute()),
         program=cluster.command or str(Path(sys.executable).with_name("minitron")),
     )
 
@@ -52,10 +54,14 @@ def jobs_left(plan: RunPlan, options: RunOptions) -> list[Job]:
     """
     cluster = cluster_of(plan.recipe)
     jobs = jobs_of(plan, cluster, plan.needed_for(options.until))
-    wrong = list(problems(cluster, jobs))
-    if wrong:
-        raise PlanError("The cluster does not fit the recipe:\n" + "\n".join(f"  - {text}" for text in wrong))
+    _require_none(problems(cluster, jobs))
     return jobs
+
+
+def _require_none(problems: Iterable[str]) -> None:
+    wrong = "\n".join(f"  - {text}" for text in problems)
+    if wrong:
+        raise PlanError(f"The cluster does not fit the recipe:\n{wrong}")
 
 
 def dry_run(recipe: Recipe, options: RunOptions) -> list[tuple[list[str], str]]:
@@ -79,6 +85,10 @@ def launch(recipe: Recipe, options: RunOptions, say: Say) -> record.Submission |
     jobs, cluster = jobs_left(plan, options), cluster_of(plan.recipe)
     if not jobs:
         return None
+    _require_none(misspelt_images(cluster, jobs, Path.cwd()))
+    dropped = dropped_defaults(os.environ)
+    if dropped:
+        say(f"not passed on to sbatch: {', '.join(dropped)} (a site's options are keys of its file)")
     where = placed(plan.recipe, record.next_folder(run))
     # All of them before anything is written: a path that no script can hold is refused.
     scripts = {script_file(job, where): render(job, cluster, where) for job in jobs}
@@ -107,33 +117,47 @@ def require_no_jobs(run: Path) -> None:
 def _submit_all(jobs: list[Job], cluster: Cluster, where: Scripted, say: Say) -> record.Submission:
     submission = record.Submission(where.launch_dir, "slurm", time.time())
     last_of: dict[str, str] = {}
+    ids: list[str] = []
     try:
         for job in jobs:
-            ids = _submit(job, cluster, where, [last_of[name] for name in job.after], say)
-            last_of[job.name] = ids[-1]
+            mine = _submit(job, cluster, where, [last_of[name] for name in job.after], say, ids)
+            last_of[job.name] = mine[-1]
             log = next(word for word in sbatch_command(job, where, after=()) if word.startswith("--output="))
-            done = record.Submitted(job.name, job.stages, tuple(ids), log.removeprefix("--output="))
+            done = record.Submitted(job.name, job.stages, tuple(mine), log.removeprefix("--output="))
             submission = replace(submission, jobs=(*submission.jobs, done))
             submission.write()
     except (MinitronError, KeyboardInterrupt):
-        say("taking back what was submitted")
-        slurm.cancel(submission.job_ids)
+        _take_back(ids, where, say)
         raise
     return submission
 
 
-def _submit(job: Job, cluster: Cluster, where: Scripted, after: list[str], say: Say) -> list[str]:
-    """The job, or the links of its chain; only the last link fails when the stage has not finished."""
+def _take_back(ids: list[str], where: Scripted, say: Say) -> None:
+    """Cancel what was submitted, and what the queue has of this folder's scripts although sbatch did not say so."""
+    numbers = {slurm.split_id(job_id)[0] for job_id in ids}
+    left = [*ids, *(number for number in slurm.queued_below(where.launch_dir) if number not in numbers)]
+    say("taking back what was submitted")
+    try:
+        slurm.cancel(left)
+    except MinitronError as error:
+        say(f"these jobs could not be cancelled: {' '.join(left)} ({error.what})")
+
+
+def _submit(job: Job, cluster: Cluster, where: Scripted, after: list[str], say: Say, submitted: list[str]) -> list[str]:
+    """The job, or the links of its chain; only the last link fails when the stage has not finished.
+
+    Args:
+        submitted: gets each id as soon as it is known.
+    """
+    after = [slurm.split_id(job_id)[0] for job_id in after]
     if cluster.requeue:
-        return [slurm.submit(sbatch_command(job, where, after=after), say)]
+        submitted.append(slurm.submit(sbatch_command(job, where, after=after), say))
+        return submitted[-1:]
     ids: list[str] = []
     for number in range(cluster.links):
         export = "MINITRON_LAST_LINK=yes" if number == cluster.links - 1 else "MINITRON_LAST_LINK=no"
-        waits = ids[-1:] or after
+        waits = [slurm.split_id(job_id)[0] for job_id in ids[-1:]] or after
         words = sbatch_command(job, where, after=waits, any_end=bool(ids), export=export)
-        try:
-            ids.append(slurm.submit(words, say))
-        except MinitronError:
-            slurm.cancel(ids)
-            raise
+        ids.append(slurm.submit(words, say, known=ids))
+        submitted.append(ids[-1])
     return ids

@@ -11,6 +11,7 @@ from typing import Any
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.backends.aligner import convert
 from nemo_minitron.backends.aligner.config import TRAINER_KEYS, Method, complete_config
+from nemo_minitron.backends.aligner.environment import require_gpu_kernels
 from nemo_minitron.backends.aligner.process import run_task
 from nemo_minitron.config.schema import AttributeModelStage, DpoStage, Parallel, SftStage, SteerlmSftStage
 from nemo_minitron.config.schema.aligner import Alignment
@@ -133,7 +134,15 @@ def train_and_publish(job: Job, ctx: StageContext) -> Result:
     trained = ctx.work_dir / "trained"
     config = _train(job, ctx, trained)
     convert.from_nemo(
-        trained, config, job.model_dir, ctx.out_dir, ctx.work_dir / "border", log_file(ctx), ctx.progress, ctx.stop
+        trained,
+        config,
+        job.model_dir,
+        ctx.out_dir,
+        ctx.work_dir / "border",
+        log_file(ctx),
+        ctx.progress,
+        ctx.stop,
+        on_cpu=on_cpu(ctx),
     )
     set_template(ctx.out_dir, job.params.template)
     return {**model_facts(ctx.out_dir), **_facts(job, ctx)}
@@ -177,6 +186,7 @@ def _train(job: Job, ctx: StageContext, out: Path) -> dict[str, Any]:
         num_processes=layout.world_size,
         threads=ctx.execution.threads,
         stage_work=ctx.work_dir,
+        on_cpu=cpu,
     )
     shutil.copyfile(ctx.work_dir / "training" / CURVES_FILE, ctx.out_dir / CURVES_FILE)
     shutil.copyfile(ctx.work_dir / "aligner_config.json", ctx.out_dir / "aligner_config.json")
@@ -249,7 +259,14 @@ def log_file(ctx: StageContext) -> Path:
 
 
 def on_cpu(ctx: StageContext) -> bool:
-    """Whether the stage has no GPU."""
+    """Whether the stage uses no GPU.
+
+    Raises:
+        EnvironmentProblem: there is a GPU, and NeMo-Aligner's environment is not made for one.
+    """
     import torch
 
-    return ctx.execution.device == "cpu" or not torch.cuda.is_available()
+    if ctx.execution.device == "cpu" or not torch.cuda.is_available():
+        return True
+    require_gpu_kernels()
+    return False

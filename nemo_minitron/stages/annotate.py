@@ -118,7 +118,9 @@ def predict(nemo: Path, texts: Sequence[str], batch_size: int, ctx: StageContext
         "out": str(out),
         "batch_size": batch_size,
     }
-    run_task("annotate", task, work, ctx.work_dir / "aligner.log", ctx.progress, ctx.stop)
+    # On the CPU if that was asked for; else wherever its Python can.
+    on_cpu = True if ctx.execution.device == "cpu" else None
+    run_task("annotate", task, work, ctx.work_dir / "aligner.log", ctx.progress, ctx.stop, on_cpu=on_cpu)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 

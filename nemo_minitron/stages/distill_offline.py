@@ -81,6 +81,7 @@ def _cache(params: DistillOfflineStage, teacher: Path, rows: Rows, per_file: int
             num_processes=layout.world_size,
             threads=ctx.execution.threads,
             stage_work=ctx.work_dir,
+            on_cpu=align.on_cpu(ctx),
         )
     finished.touch()
     shutil.rmtree(nemo.parent)

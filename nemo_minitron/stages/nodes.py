@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from nemo_minitron.cores import usable_cores
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.files import write_whole
 from nemo_minitron.interrupts import SIGNALS
+from nemo_minitron.outer_job import of_a_launcher, outside
 
 RUNNER_VARIABLE = "MINITRON_RUNNER"
 """The process of this node with which its ranks end."""
@@ -37,7 +40,7 @@ class Nodes:
     address: str = "127.0.0.1"
     port: int = 0
     attempt: str = ""
-    """Of this start of this job; orders of an earlier one are not for us."""
+    """Identifies this start of the job, so that orders left over from an earlier start are ignored."""
     agent: str = "torchrun"
 
     @staticmethod
@@ -63,11 +66,11 @@ class Nodes:
             ) from None
 
     def threads_of_each(self, num_processes: int, environment: Mapping[str, str] = os.environ) -> int:
-        """CPU threads for each of so many processes: OMP_NUM_THREADS, else a node's cores divided by its processes."""
+        """CPU threads for each process: OMP_NUM_THREADS, else this job's cores of a node divided by its processes."""
         said = environment.get("OMP_NUM_THREADS", "")
         if said.isdigit() and int(said):
             return int(said)
-        return max(1, (os.cpu_count() or 1) * self.count // num_processes)
+        return max(1, usable_cores() * self.count // num_processes)
 
     def agent_command(self, python: Path | str, num_processes: int) -> list[str]:
         """The program that starts this node's part of so many ranks, up to what they run; `{rank}`: of the node.
@@ -95,6 +98,8 @@ def start_everywhere(
     nodes: Nodes,
     work: Path,
     start: Callable[[list[str], dict[str, str]], subprocess.Popen[bytes]],
+    *,
+    outside_job: bool = False,
 ) -> subprocess.Popen[bytes]:
     """Leave the order for the other nodes, and start this node's part.
 
@@ -102,15 +107,52 @@ def start_everywhere(
         command: with `{rank}` in the words that name the node.
         environment: what is set besides the node's own.
         work: the stage's work folder.
+        outside_job: hide Slurm's variables from the processes.
     """
     if nodes.count > 1:
         folder = _folder(work, nodes)
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.glob("*.json")))
-        order = {"command": list(command), "environment": dict(environment)}
+        order = {"command": list(command), "environment": dict(environment), "outside_job": outside_job}
         write_whole(folder / f"{number}.json", json.dumps(order))
-    own = {**os.environ, **environment, RUNNER_VARIABLE: str(os.getpid())}
-    return start(_for_node(command, 0), own)
+    return start(_for_node(command, 0), _own_environment(environment, nodes, outside_job=outside_job))
+
+
+def _own_environment(environment: Mapping[str, str], nodes: Nodes, *, outside_job: bool) -> dict[str, str]:
+    """This node's environment with what an order sets; without the ranks of another launcher."""
+    own = outside(os.environ) if outside_job else {**os.environ}
+    for name in of_a_launcher(own):
+        del own[name]
+    return {**own, **gloo_interface(nodes, own), **environment, RUNNER_VARIABLE: str(os.getpid())}
+
+
+def gloo_interface(nodes: Nodes, environment: Mapping[str, str]) -> dict[str, str]:
+    """GLOO_SOCKET_IFNAME where this node's own name stands for the loopback, which gloo would offer to other nodes.
+
+    Debian writes `127.0.1.1 NAME` into /etc/hosts. Empty for one node, and where the name or the user says it right.
+    """
+    if nodes.count == 1 or "GLOO_SOCKET_IFNAME" in environment:
+        return {}
+    own, first = _address_of(socket.gethostname()), _address_of(nodes.address)
+    is_wrong = own.startswith("127.") and (own != "127.0.0.1" or not first.startswith("127."))
+    interface = _default_interface() if is_wrong else None
+    return {"GLOO_SOCKET_IFNAME": interface} if interface else {}
+
+
+def _address_of(host: str) -> str:
+    try:
+        return socket.gethostbyname(host)
+    except OSError:
+        return ""
+
+
+def _default_interface() -> str | None:
+    """The network interface of the default route."""
+    try:
+        rows = [line.split() for line in Path("/proc/net/route").read_text().splitlines()[1:]]
+    except OSError:
+        return None
+    return next((row[0] for row in rows if len(row) > 1 and row[1] == "00000000"), None)
 
 
 def dismiss(nodes: Nodes, work: Path) -> None:
@@ -150,7 +192,7 @@ def _carry_out(order: Mapping[str, object], nodes: Nodes, log: IO[str]) -> int:
     command, environment = order["command"], order["environment"]
     assert isinstance(command, list)
     assert isinstance(environment, dict)
-    own = {**os.environ, **environment, RUNNER_VARIABLE: str(os.getpid())}
+    own = _own_environment(environment, nodes, outside_job=bool(order.get("outside_job")))
     process = deaf_to_stops(
         lambda: subprocess.Popen(_for_node(command, nodes.rank), env=own, stdout=log, stderr=log),
     )

@@ -16,18 +16,22 @@ from pydantic import ValidationError
 
 from nemo_minitron.config.schema import Cluster, Resources
 from nemo_minitron.errors import PlanError
-from nemo_minitron.launch.containers import Place, docker_run
+from nemo_minitron.launch.containers import BY_NAME, Place, docker_run
 from nemo_minitron.launch.jobs import Job
 from nemo_minitron.launch.script import Scripted, render, sbatch_command
 from tests.conftest import REPO
 
 GOLDEN = Path(__file__).parent / "launch"
 PLAIN = Cluster(account="llm", partition="batch", gpus_per_node=8)
-IMAGES = {"core_image": "nvcr.io#org/minitron:core", "aligner_image": "/images/aligner.sqsh"}
+CORE_IMAGES = {
+    "pyxis": "nvcr.io#org/minitron:core",
+    "apptainer": "docker://nvcr.io/org/minitron:core",
+    "docker": "nvcr.io/org/minitron:core",
+}
 
 
 def _cluster(runtime: str, **keys: Any) -> Cluster:
-    images = IMAGES if runtime != "none" else {}
+    images = {"core_image": CORE_IMAGES[runtime], "aligner_image": "./aligner.sqsh"} if runtime != "none" else {}
     return Cluster.model_validate({**PLAIN.model_dump(), "container": {"runtime": runtime, **images}, **keys})
 
 
@@ -39,7 +43,7 @@ def _job(name: str = "distill", **keys: Any) -> Job:
 
 def _where(folder: str = "/shared") -> Scripted:
     run = Path(folder, "runs/llama31_8b/width_4b")
-    place = Place(Path(folder, "checkout"), (run, Path(folder, "assets"), Path(folder, "checkout")))
+    place = Place(Path(folder, "checkout"), run, Path(folder, "assets"))
     return Scripted("llama31_8b/width_4b", run, run / "launch/001", place, "/shared/venv/bin/minitron")
 
 
@@ -185,10 +189,61 @@ def test_the_commands_that_submit() -> None:
 def test_docker_gets_gpus_memory_user_and_mounts() -> None:
     cluster = _cluster("docker", environment={"NCCL_DEBUG": "WARN"})
     words = docker_run(["minitron", "stage"], cluster, "core", _where().place, user="1000:1000", terminal=False)
+    by_name = " ".join(f"--env={name}" for name in BY_NAME)
     assert shlex.join(words) == (
-        "docker run --rm --init --user=1000:1000 --env=HOME=/tmp --gpus=all --ipc=host --ulimit=memlock=-1 "
+        "docker run --rm --init --user=1000:1000 --gpus=all --ipc=host --ulimit=memlock=-1 "
         "--ulimit=stack=67108864 --workdir=/shared/checkout "
         "--volume=/shared/runs/llama31_8b/width_4b:/shared/runs/llama31_8b/width_4b "
         "--volume=/shared/assets:/shared/assets "
-        "--volume=/shared/checkout:/shared/checkout --env=NCCL_DEBUG=WARN 'nvcr.io#org/minitron:core' minitron stage"
+        "--volume=/shared/checkout:/shared/checkout "
+        "--env=HOME=/shared/runs/llama31_8b/width_4b/.home --env=USER=minitron --env=LOGNAME=minitron "
+        "--env=TORCHINDUCTOR_CACHE_DIR=/shared/runs/llama31_8b/width_4b/.home/torchinductor "
+        "--env=TRITON_CACHE_DIR=/shared/runs/llama31_8b/width_4b/.home/triton "
+        "--env=HF_HOME=/shared/assets/.huggingface --env=NCCL_DEBUG=WARN "
+        f"{by_name} nvcr.io/org/minitron:core minitron stage"
     )
+
+
+@pytest.mark.parametrize("runtime", ["pyxis", "apptainer", "docker"])
+def test_secrets_go_into_containers_by_name_and_stand_in_no_script(
+    runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in BY_NAME:
+        monkeypatch.setenv(name, "s3cret")
+    cluster = _cluster(runtime)
+    words = docker_run(["minitron"], cluster, "core", _where().place, user="1:1", terminal=False)
+    assert {"--env=HF_TOKEN", "--env=https_proxy", "--env=HTTPS_PROXY", "--env=WANDB_API_KEY"} <= set(words)
+    assert "s3cret" not in render(_job(), cluster, _where()) + shlex.join(words)
+
+
+def test_the_site_decides_over_the_homes_and_caches_of_containers() -> None:
+    text = render(_job(), _cluster("pyxis", environment={"HF_HOME": "/site/hub"}), _where())
+    assert "    HF_HOME=/site/hub \\\n" in text
+    assert "HF_HOME=/shared/assets" not in text
+
+
+def test_steps_see_nothing_of_an_outer_job_and_nodes_are_named_behind_a_banner(tmp_path: Path) -> None:
+    inherited = {"SLURM_MEM_PER_CPU": "4000", "SLURM_MEM_PER_NODE": "8000", "SLURM_CPU_BIND_TYPE": "mask_cpu:"}
+    inherited |= {"SRUN_CPUS_PER_TASK": "2", "SBATCH_EXPORT": "NONE", "SLURM_EXPORT_ENV": "NONE", "PMIX_RANK": "1"}
+    inherited |= {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "elsewhere", "PYTHONPATH": "/host"}
+    programs, where = tmp_path / "bin", _where(str(tmp_path))
+    programs.mkdir()
+    where.place.cwd.mkdir(parents=True)
+    where.launch_dir.mkdir(parents=True)
+    stub = {"scontrol": "echo '== be nice =='; echo node1; echo node2", "srun": f"env >{tmp_path}/seen"}
+    for name, body in stub.items():
+        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
+        (programs / name).chmod(0o755)
+    script = tmp_path / "script.sh"
+    script.write_text(render(_job(nodes=2), _cluster("pyxis"), where))
+    job = {"SLURM_JOB_ID": "39999", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    own = {"PATH": f"{programs}:{os.environ['PATH']}", **job, **inherited}
+    subprocess.run(["bash", str(script)], env=own, capture_output=True, check=False)
+    seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines() if "=" in line)
+    assert not set(inherited) & set(seen)
+    assert set(job) <= set(seen)
+    host, port = seen["MINITRON_RENDEZVOUS"].split(":")
+    assert host == "node1"
+    assert 20000 <= int(port) < 32768, "below the ports that Linux gives out itself"
+    assert where.place.home.is_dir()
+    assert where.place.hub.is_dir()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,9 @@ pytestmark = pytest.mark.slurm
 TIMEOUT_S = 900
 
 
-def _launch(recipe: str, cluster: SlurmCluster, *overrides: str) -> str:
+def _launch(recipe: str, cluster: SlurmCluster, *overrides: str, outer: Mapping[str, str] | None = None) -> str:
     command = [sys.executable, "-m", "nemo_minitron", "launch", recipe, *SITE, *overrides]
-    environment = {**cluster.environment, "OMP_NUM_THREADS": "1"}
+    environment = {**cluster.environment, "OMP_NUM_THREADS": "1", **(outer or {})}
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=600, check=False)
     return done.stdout + done.stderr
 
@@ -40,14 +42,14 @@ def test_stages_see_only_their_container_and_what_is_mounted(
     slurm_with_containers: SlurmCluster, prepared: Run, tmp_path: Path
 ) -> None:
     cluster = slurm_with_containers
-    site = ("cluster.container.runtime=pyxis", "cluster.container.core_image=nvcr.io/x/nemo-minitron:core")
+    site = ("cluster.container.runtime=pyxis", "cluster.container.core_image='nvcr.io#x/nemo-minitron:core'")
     run = copy_of(prepared, tmp_path, cluster, *site, f"cluster.command={Path(sys.executable).with_name('minitron')}")
     assert "srun takes --container-image (pyxis)" in run.call("check", "--cluster")
     run.call("launch", "--until=distill")
     cluster.wait_until_idle(TIMEOUT_S)
     assert (run.folder / "distill/manifest.json").is_file(), run.log("distill")
     image, mounts, workdir = (cluster.home / "log/containers.log").read_text().splitlines()[-1].split("\t")
-    assert image == "nvcr.io/x/nemo-minitron:core"
+    assert image == "nvcr.io#x/nemo-minitron:core"
     assert f"{run.folder}:{run.folder}" in mounts.split(",")
     assert workdir == str(REPO)
 
@@ -78,4 +80,54 @@ def test_slurm_refusing_a_job_leaves_nothing_queued(slurm: SlurmCluster, prepare
     told = run.call("launch", "--until=evaluate_distilled", code=2)
     assert "sbatch failed" in told
     assert "taking back what was submitted" in told
+    slurm.wait_until_idle(30)
+
+
+OUTER = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_MEM_PER_CPU": "4000",
+    "SLURM_CPU_BIND": "quiet,mask_cpu:0x1",
+    "SLURM_CPUS_PER_TASK": "7",
+    "SLURM_NTASKS": "3",
+    "SBATCH_EXPORT": "NONE",
+    "SBATCH_PARTITION": "nowhere",
+    "SRUN_CPUS_PER_TASK": "7",
+    "SQUEUE_FORMAT": "%j",
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+}
+"""Of an interactive job, from which `launch` is called."""
+
+
+def _site_with(sbatch: str, cluster: SlurmCluster, folder: Path) -> dict[str, str]:
+    """A PATH on which sbatch is a script of the site; $sbatch is Slurm's own."""
+    real = subprocess.run(
+        ["bash", "-c", "command -v sbatch"], env=cluster.environment, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    folder.mkdir()
+    program = folder / "sbatch"
+    program.write_text(f"#!/bin/bash\nsbatch={real}\n{sbatch}\n")
+    program.chmod(0o755)
+    return {"PATH": f"{folder}:{cluster.environment['PATH']}"}
+
+
+def test_a_launch_from_inside_a_job_and_behind_a_banner(slurm: SlurmCluster, tmp_path: Path) -> None:
+    banner = 'echo "-- Welcome --"; echo "2 node hours will be charged"; exec "$sbatch" "$@"'
+    outer = {**OUTER, **_site_with(banner, slurm, tmp_path / "bin")}
+    root = f"execution.run_root={tmp_path}"
+    told = _launch("recipes/toy/width.yaml", slurm, root, "--until=check_teacher", outer=outer)
+    assert "submitted" in told, told
+    assert "not passed on to sbatch: SBATCH_EXPORT, SBATCH_PARTITION" in told
+    slurm.wait_until_idle(TIMEOUT_S)
+    run = tmp_path / "toy/width"
+    assert (run / "check_teacher/manifest.json").is_file(), told
+    jobs = json.loads((run / "launch/001/jobs.json").read_text())["jobs"]
+    assert {slurm.job(job["job_ids"][0])["JobState"] for job in jobs} == {"COMPLETED"}
+
+
+def test_jobs_whose_ids_nobody_said_are_taken_back(slurm: SlurmCluster, tmp_path: Path) -> None:
+    mute = '"$sbatch" --begin=now+1hour "$@" >/dev/null; echo "your job is welcome"'
+    outer = _site_with(mute, slurm, tmp_path / "bin")
+    told = _launch("recipes/toy/width.yaml", slurm, f"execution.run_root={tmp_path}", outer=outer)
+    assert "was found in the queue and cancelled" in told, told
     slurm.wait_until_idle(30)

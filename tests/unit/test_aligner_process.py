@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -10,9 +11,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from nemo_minitron.backends.aligner import process
+from nemo_minitron.backends.aligner import environment, process
+from nemo_minitron.cli import load_plan
+from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.interrupts import StopRequest
 from nemo_minitron.progress import Progress
+from nemo_minitron.stages import align
+from nemo_minitron.stages.spec import StageContext
+from tests.conftest import REPO
 
 STEPS = """
 import json, os, sys, time
@@ -42,3 +48,79 @@ def test_the_bar_goes_to_the_last_step(terminal: bool, tmp_path: Path, monkeypat
         assert lines[0] == "sft 3/5 steps"  # a run that went on: no pace yet
         assert "eta" in next(line for line in lines if line.startswith("sft 4/5"))
         assert lines[-1] == "sft 5/5 steps loss 0.2"
+
+
+SAYS = """
+import json, os, sys
+task = json.load(open(sys.argv[2]))
+json.dump({"result": dict(os.environ), "finished": True}, open(os.path.join(task["work_dir"], "result.json"), "w"))
+"""
+JOB = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NNODES": "2",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+}
+"""What a stage of one process sees on the second of two nodes."""
+
+
+def _environment_of_a_task(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: bool) -> dict[str, str]:
+    """What a task gets from a Python that stands for NeMo-Aligner's."""
+    python = folder / "bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "{folder}/says.py" "$@"\n')
+    python.chmod(0o755)
+    (folder / "says.py").write_text(SAYS)
+    monkeypatch.setenv("MINITRON_ALIGNER_PYTHON", str(python))
+    monkeypatch.setattr(process, "has_gpu_kernels", lambda python: True)
+    progress = Progress(silent=True)
+    result = process.run_task("sft", {}, folder / "work", folder / "log", progress, StopRequest(), **options)  # type: ignore[arg-type]
+    return dict(result["result"])
+
+
+def test_a_single_process_does_not_see_the_job_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning would take it for one of the job's tasks, and refuse two nodes where it was told of one."""
+    for name, value in JOB.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    seen = _environment_of_a_task(tmp_path, monkeypatch)
+    assert not set(JOB) & set(seen)
+    assert seen["NCCL_DEBUG"] == "WARN"
+    assert (seen["MASTER_ADDR"], seen["PYTHONPATH"]) == ("127.0.0.1", "")
+
+
+@pytest.mark.parametrize(("on_cpu", "devices"), [(True, ""), (False, "0,1")])
+def test_gpus_are_hidden_from_a_task_that_is_to_run_on_the_cpu(
+    on_cpu: bool, devices: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert _environment_of_a_task(tmp_path, monkeypatch, on_cpu=on_cpu)["CUDA_VISIBLE_DEVICES"] == devices
+
+
+def test_an_environment_without_apex_beside_a_gpu_is_refused_and_the_image_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("MINITRON_ALIGNER_PYTHON", sys.executable)
+    recipe = load_plan(REPO / "recipes/toy/aligned.yaml", [f"execution.run_root={tmp_path}"], checked=False).recipe
+    either, cpu = (recipe.execution.model_copy(update={"device": device}) for device in ("auto", "cpu"))
+    context = StageContext("sft", "x", tmp_path, tmp_path, either, Progress(silent=True))
+    with pytest.raises(EnvironmentProblem, match="lacks Apex or Transformer Engine") as error:
+        align.on_cpu(context)
+    assert "aligner_image" in str(error.value)
+    assert align.on_cpu(dataclasses.replace(context, execution=cpu))
+    for name in ("apex", "transformer_engine"):
+        (tmp_path / "packages" / name).mkdir(parents=True)
+        (tmp_path / "packages" / name / "__init__.py").write_text("")
+    # The same Python, as in a container: packages may come by PYTHONPATH, and the look sees what the task will see.
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    environment.has_gpu_kernels.cache_clear()
+    assert not align.on_cpu(context)
+    environment.has_gpu_kernels.cache_clear()
+
+
+def test_pythonpath_stays_for_this_python_and_for_no_other() -> None:
+    assert environment.environment_of(Path(sys.executable)) == {}
+    assert environment.environment_of(Path("/elsewhere/bin/python")) == {"PYTHONPATH": "", "PYTHONHOME": ""}

@@ -39,8 +39,18 @@ def test_every_package_that_it_names_is_pinned_in_the_constraints_and_there_alon
 
 
 def test_the_small_packages_of_the_aligner_image_are_all_found() -> None:
-    (pattern,) = re.findall(r"RUN grep -iE '\^\(([^)]*)\)=='", TEXT)
+    (pattern,) = re.findall(r"grep -iE '\^\(([^)]*)\)=='", TEXT)
     assert set(pattern.split("|")) <= PINNED
+
+
+def test_what_the_base_images_bring_is_looked_at_before_the_first_and_after_the_last_installation() -> None:
+    for stage in re.split(r"^FROM ", TEXT, flags=re.MULTILINE)[1:]:
+        assert 'ENV PIP_CONSTRAINT=""' in stage.partition("RUN")[0], "NVIDIA's images pin all their packages by it"
+        before, after = stage.index("image.py kept"), stage.index("image.py check")
+        # NeMo-Aligner's own code comes before: it is the one thing that is replaced.
+        others = [match.start() for match in re.finditer(r"pip install (?!.*/opt/NeMo-Aligner)", stage)]
+        assert before < min(others)
+        assert max(others) < after
 
 
 def test_both_images_are_pinned_by_tag_and_run_as_nobody_special() -> None:

@@ -12,8 +12,8 @@ import pytest
 from nemo_minitron.cli import load_plan
 from nemo_minitron.config.schema import Cluster
 from nemo_minitron.errors import ConfigError, EnvironmentProblem, PlanError
+from nemo_minitron.launch.answers import minutes_of, partitions
 from nemo_minitron.launch.jobs import Job, jobs_of
-from nemo_minitron.launch.probe import minutes_of, partitions
 from nemo_minitron.launch.submit import cluster_of
 from nemo_minitron.stages.nodes import Nodes, dismiss, follow, start_everywhere
 from tests.conftest import REPO, TOY
@@ -166,7 +166,7 @@ def test_the_agent_of_several_nodes(tmp_path: Path) -> None:
 
 
 def test_threads_are_the_users_or_share_out_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr("nemo_minitron.stages.nodes.usable_cores", lambda: 16)
     assert Nodes().threads_of_each(1, {}) == 16
     assert Nodes().threads_of_each(8, {"OMP_NUM_THREADS": ""}) == 2
     assert Nodes(count=2).threads_of_each(8, {}) == 4  # four of them on each node

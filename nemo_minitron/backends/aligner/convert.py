@@ -46,7 +46,7 @@ def to_nemo(
     write_megatron_tensors(model_dir, weights)
     try:
         task = {"weights": str(weights), "model_config": config, "out": str(out)}
-        run_task("to_nemo", task, work_dir, log, progress, stop)
+        run_task("to_nemo", task, work_dir, log, progress, stop, on_cpu=on_cpu)
     finally:
         shutil.rmtree(weights, ignore_errors=True)
     return config
@@ -61,6 +61,8 @@ def from_nemo(
     log: Path,
     progress: Progress,
     stop: StopRequest,
+    *,
+    on_cpu: bool | None = None,
 ) -> None:
     """Write a NeMo checkpoint as Hugging Face does, with the config, the dtype and the tokenizer of `like`."""
     weights = work_dir / "weights"
@@ -68,7 +70,7 @@ def from_nemo(
     dtype = Checkpoint.open(like).dtype
     try:
         task = {"nemo": str(nemo_dir), "model_config": model_config, "out": str(weights), "dtype": dtype}
-        run_task("from_nemo", task, work_dir, log, progress, stop)
+        run_task("from_nemo", task, work_dir, log, progress, stop, on_cpu=on_cpu)
         read_megatron_tensors(weights, like, out)
     finally:
         shutil.rmtree(weights, ignore_errors=True)

@@ -10,12 +10,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.files import cache_dir
+from nemo_minitron.outer_job import outside
 from nemo_minitron.progress import Progress
 
 ENTRY = Path(__file__).with_name("entry")
@@ -47,6 +49,41 @@ def aligner_python() -> Path:
         allowed=f"a container with NeMo-Aligner {SUPPORTED_ALIGNER}, or the environment at {environment_dir()}",
         next_step="minitron env aligner    makes it: about 3 minutes and 2.3 GB",
     )
+
+
+def environment_of(python: Path) -> dict[str, str]:
+    """What processes of that Python get besides this one's environment.
+
+    PYTHONPATH stays in a container, whose NeMo and Megatron may come by it; for another Python, what is set for this
+    package is cleared.
+    """
+    return {} if _is_this(python) else {"PYTHONPATH": "", "PYTHONHOME": ""}
+
+
+def _is_this(python: Path) -> bool:
+    """Whether a path names the interpreter that runs this; links are not followed, since a venv's is one."""
+    return os.path.abspath(python) == os.path.abspath(sys.executable)
+
+
+@cache
+def has_gpu_kernels(python: Path) -> bool:
+    """Whether that Python has Apex and Transformer Engine, which NeMo trains with on a GPU."""
+    look = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ('apex', 'transformer_engine'))))"
+    environment = {**os.environ, **environment_of(python)}
+    return subprocess.run([str(python), "-c", look], env=environment, capture_output=True, check=False).returncode == 0
+
+
+def require_gpu_kernels() -> None:
+    """Raises EnvironmentProblem where the Python that has NeMo-Aligner cannot train on a GPU."""
+    python = aligner_python()
+    if not has_gpu_kernels(python):
+        raise EnvironmentProblem(
+            "This machine has a GPU, but NeMo-Aligner's environment lacks Apex or Transformer Engine, "
+            "which NeMo needs on a GPU.",
+            where=str(python),
+            allowed="the aligner image of the Dockerfile (execution.cluster.container.aligner_image)",
+            next_step="Run this stage in that image (docs/CLUSTER.md), or on the CPU: execution.device=cpu",
+        )
 
 
 def is_installed_here() -> bool:
@@ -136,7 +173,7 @@ def self_test(python: Path, log: Path) -> dict[str, str]:
     work.mkdir(parents=True)
     try:
         (work / "task.json").write_text(json.dumps({"task": "self_test", "work_dir": str(work)}))
-        _run([str(python), str(ENTRY), str(work / "task.json")], log, "self-test")
+        _run([str(python), str(ENTRY), str(work / "task.json")], log, "self-test", environment_of(python))
         versions: dict[str, str] = json.loads((work / "result.json").read_text())["versions"]
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -172,9 +209,10 @@ def _python(folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
-def _run(command: list[str], log: Path, what: str) -> None:
+def _run(command: list[str], log: Path, what: str, environment: Mapping[str, str] | None = None) -> None:
+    own = {**outside(os.environ), **(environment or {})}
     with log.open("a") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        code = subprocess.run(command, env=own, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     if code:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
         raise EnvironmentProblem(

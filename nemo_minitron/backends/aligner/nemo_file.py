@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from nemo_minitron.backends.aligner import convert
+from nemo_minitron.backends.aligner.environment import aligner_python, has_gpu_kernels
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.interrupts import StopRequest
@@ -36,7 +37,7 @@ def from_hugging_face(model: Path, out: Path, work: Path, progress: Progress, st
         progress,
         stop,
         seq_len_tokens=min(shape.max_position_embeddings, 4096),
-        on_cpu=not _has_cuda(),
+        on_cpu=not (_has_cuda() and has_gpu_kernels(aligner_python())),
     )
     (work / "nemo.tokenizer").rename(built / TOKENIZER_DIR)
     target = out.absolute()

@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from nemo_minitron.backends.aligner.environment import ENTRY, aligner_python
+from nemo_minitron.backends.aligner.environment import ENTRY, aligner_python, environment_of, has_gpu_kernels
 from nemo_minitron.disk import disk_problem
 from nemo_minitron.errors import EnvironmentProblem, Interrupted, ProcessesDied
 from nemo_minitron.heap import environment_of_children
@@ -38,6 +38,7 @@ def run_task(
     num_processes: int = 1,
     threads: int | None = None,
     stage_work: Path | None = None,
+    on_cpu: bool | None = None,
 ) -> dict[str, Any]:
     """The task's result.
 
@@ -47,6 +48,7 @@ def run_task(
         log: everything that the processes print.
         threads: of each process; None: see `Nodes.threads_of_each`.
         stage_work: the stage's work folder, where other nodes of the job look for orders; None: `work_dir`.
+        on_cpu: whether GPUs are hidden from the task; None: where its Python cannot use them.
 
     Raises:
         EnvironmentProblem: no NeMo-Aligner, or the task failed.
@@ -64,21 +66,29 @@ def run_task(
     if num_processes > 1:
         command = nodes.agent_command(python, num_processes)
         command += [str(ENTRY / "__main__.py"), str(work_dir / TASK_FILE)]
-    environment = _environment(threads or nodes.threads_of_each(num_processes))
+    hidden = not has_gpu_kernels(python) if on_cpu is None else on_cpu
+    environment = _environment(python, threads or nodes.threads_of_each(num_processes), on_cpu=hidden)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file, stop.deferred():
+        # Lightning would take a single process for one of the tasks of the job around it.
         process = start_everywhere(
-            command, environment, nodes, stage_work or work_dir, lambda words, own: _start(words, own, file)
+            command,
+            environment,
+            nodes,
+            stage_work or work_dir,
+            lambda words, own: _start(words, own, file),
+            outside_job=True,
         )
         code = _wait(process, name, work_dir, progress, stop)
     return _result(name, code, work_dir, log, stop)
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment(python: Path, threads: int, *, on_cpu: bool) -> dict[str, str]:
     return {
         **environment_of_children(),
-        "PYTHONPATH": "",  # what is set for this package is not for that environment
-        "PYTHONHOME": "",
+        **environment_of(python),
+        # The task looks for CUDA, not at its config: with a GPU in sight it would run as if NeMo could use that.
+        **({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

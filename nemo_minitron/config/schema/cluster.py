@@ -21,8 +21,8 @@ class Resources(Schema):
     qos: Word | None = None
     constraint: Word | None = None
     time_min: PositiveInt | None = None
-    mem_gib: PositiveInt | None = None
-    """Of each node."""
+    mem_gib: NonNegativeInt | None = None
+    """Of each node; 0: all that it has."""
     gpus_per_node: NonNegativeInt | None = None
     cpus_per_node: PositiveInt | None = None
     max_restarts: NonNegativeInt | None = None
@@ -42,7 +42,11 @@ class Container(Schema):
 
     runtime: Literal["none", "pyxis", "apptainer", "singularity", "docker"] = "none"
     core_image: str | None = None
-    """A name in a registry, or a file (.sqsh for pyxis, .sif for Apptainer)."""
+    """A file (./NAME.sqsh for pyxis, NAME.sif for Apptainer), or a name in a registry as the runtime writes it.
+
+    nvcr.io#nvidia/nemo:24.12 for pyxis, docker://nvcr.io/nvidia/nemo:24.12 for Apptainer, nvcr.io/nvidia/nemo:24.12 for
+    docker.
+    """
     aligner_image: str | None = None
     """For the stages of NeMo-Aligner."""
     mounts: tuple[Mount, ...] = ()
@@ -65,8 +69,8 @@ class Cluster(Schema):
     gpu_option: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
     """How GPUs are asked for; none: the partition gives whole nodes."""
     cpus_per_node: PositiveInt | None = None
-    mem_gib: PositiveInt | None = None
-    """Memory of each node to ask for; null: the site's default."""
+    mem_gib: NonNegativeInt | None = None
+    """Memory of each node to ask for; 0: all that it has; null: the site's default."""
     exclusive: bool = False
     """Whole nodes for stages that use GPUs."""
     time_min: PositiveInt = 240

@@ -11,6 +11,13 @@
 #SBATCH --signal=B:USR1@300
 set -uo pipefail
 cd -- /shared/checkout || exit 1
+# Steps take their memory, binding and environment from this job, not from one that it was submitted in.
+unset "${!SRUN_@}" "${!SBATCH_@}" "${!SALLOC_@}" "${!SLURM_MEM_PER_@}" "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" \
+    SLURM_EXPORT_ENV "${!PMI@}" "${!OMPI_@}" "${!TORCHELASTIC_@}" \
+    RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT
+# Of the host; the image has a Python of its own.
+unset PYTHONPATH PYTHONHOME
+
 run=/shared/runs/llama31_8b/width_4b
 launch=/shared/runs/llama31_8b/width_4b/launch/001
 stages=(distill)
@@ -40,11 +47,14 @@ before=$(saved)
 trap 'printf SIGUSR1 >"$MINITRON_STOP_FILE"; say "the time is nearly up: asked to save"' USR1
 say "starts on $SLURM_JOB_NODELIST"
 
-host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# The last lines are the names; a banner would stand before them.
+host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n "$SLURM_JOB_NUM_NODES" | head -n 1)
+if [ -z "$host" ]; then say "scontrol does not name the nodes of $SLURM_JOB_NODELIST"; exit 1; fi
 export MINITRON_NODES="$SLURM_JOB_NUM_NODES"
-export MINITRON_RENDEZVOUS="$host:$((20000 + SLURM_JOB_ID % 20000))"
+export MINITRON_RENDEZVOUS="$host:$((20000 + SLURM_JOB_ID % 12000))"
 export MINITRON_ATTEMPT="$SLURM_JOB_ID-$restarts"
 
+mkdir -p -- /shared/runs/llama31_8b/width_4b/.home /shared/assets/.huggingface
 srun \
     --nodes=2 \
     --ntasks=2 \
@@ -59,7 +69,14 @@ srun \
     --bind=/shared/runs/llama31_8b/width_4b:/shared/runs/llama31_8b/width_4b \
     --bind=/shared/assets:/shared/assets \
     --bind=/shared/checkout:/shared/checkout \
-    'nvcr.io#org/minitron:core' \
+    docker://nvcr.io/org/minitron:core \
+    env \
+    HOME=/shared/runs/llama31_8b/width_4b/.home \
+    USER=minitron \
+    LOGNAME=minitron \
+    TORCHINDUCTOR_CACHE_DIR=/shared/runs/llama31_8b/width_4b/.home/torchinductor \
+    TRITON_CACHE_DIR=/shared/runs/llama31_8b/width_4b/.home/triton \
+    HF_HOME=/shared/assets/.huggingface \
     minitron \
     stage \
     /shared/runs/llama31_8b/width_4b/launch/001/recipe.json \

@@ -11,6 +11,13 @@
 #SBATCH --signal=B:USR1@300
 set -uo pipefail
 cd -- /shared/checkout || exit 1
+# Steps take their memory, binding and environment from this job, not from one that it was submitted in.
+unset "${!SRUN_@}" "${!SBATCH_@}" "${!SALLOC_@}" "${!SLURM_MEM_PER_@}" "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" \
+    SLURM_EXPORT_ENV "${!PMI@}" "${!OMPI_@}" "${!TORCHELASTIC_@}" \
+    RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT
+# Of the host; the image has a Python of its own.
+unset PYTHONPATH PYTHONHOME
+
 run=/shared/runs/llama31_8b/width_4b
 launch=/shared/runs/llama31_8b/width_4b/launch/001
 stages=(distill)
@@ -40,6 +47,7 @@ before=$(saved)
 trap 'printf SIGUSR1 >"$MINITRON_STOP_FILE"; say "the time is nearly up: asked to save"' USR1
 say "starts on $SLURM_JOB_NODELIST"
 
+mkdir -p -- /shared/runs/llama31_8b/width_4b/.home /shared/assets/.huggingface
 srun \
     --nodes=1 \
     --ntasks=1 \
@@ -50,6 +58,13 @@ srun \
     --container-mounts=/shared/runs/llama31_8b/width_4b:/shared/runs/llama31_8b/width_4b,/shared/assets:/shared/assets,/shared/checkout:/shared/checkout \
     --container-workdir=/shared/checkout \
     --no-container-mount-home \
+    env \
+    HOME=/shared/runs/llama31_8b/width_4b/.home \
+    USER=minitron \
+    LOGNAME=minitron \
+    TORCHINDUCTOR_CACHE_DIR=/shared/runs/llama31_8b/width_4b/.home/torchinductor \
+    TRITON_CACHE_DIR=/shared/runs/llama31_8b/width_4b/.home/triton \
+    HF_HOME=/shared/assets/.huggingface \
     minitron \
     stage \
     /shared/runs/llama31_8b/width_4b/launch/001/recipe.json \

@@ -12,6 +12,11 @@
 #SBATCH --mail-type=FAIL
 set -uo pipefail
 cd -- /shared/checkout || exit 1
+# Steps take their memory, binding and environment from this job, not from one that it was submitted in.
+unset "${!SRUN_@}" "${!SBATCH_@}" "${!SALLOC_@}" "${!SLURM_MEM_PER_@}" "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" \
+    SLURM_EXPORT_ENV "${!PMI@}" "${!OMPI_@}" "${!TORCHELASTIC_@}" \
+    RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT
+
 # shellcheck disable=SC1090,SC1091
 . '/etc/site setup.sh'
 module load cuda/12.4

@@ -23,6 +23,9 @@ SITE = (
     "cluster.gpus_per_node=0",
     "cluster.exclusive=false",
     "cluster.cpus_per_node=2",
+    "cluster.mem_gib=8",
+    "cluster.cpu.cpus_per_node=2",
+    "cluster.cpu.mem_gib=8",
     "cluster.ranks_per_node=2",
 )
 DISTILL = (f"stages.distill.num_steps={STEPS}", "stages.distill.save_interval_steps=5", "stages.distill.warmup_steps=2")

@@ -1,0 +1,42 @@
+"""Stand-ins for Slurm's programs: shell scripts that print what a real site printed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+CONTROLLER_IS_AWAY = 'echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1'
+NO_SUCH_JOB = 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1'
+
+
+class FakeSlurm:
+    """A folder that goes first on the PATH."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        (folder / "bin").mkdir(parents=True)
+        monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+        monkeypatch.setattr("nemo_minitron.launch.slurm.RETRY_S", 0.01)
+        monkeypatch.setattr("nemo_minitron.launch.slurm.PATIENCE_S", 1.0)
+        monkeypatch.setattr("nemo_minitron.launch.slurm.TIMEOUT_S", 10.0)
+        for name in ("sbatch", "squeue", "sacct", "sinfo", "srun", "scancel", "scontrol"):
+            self.set(name, "exit 1")
+
+    def set(self, name: str, body: str) -> None:
+        """What a program does; each call and its environment are noted in files."""
+        program = self.folder / "bin" / name
+        note = f'printf "%s\\n" "$*" >>"{self.folder}/{name}.calls"; env >"{self.folder}/{name}.env"'
+        program.write_text(f"#!/bin/bash\n{note}\n{body}\n")
+        program.chmod(0o755)
+
+    def calls(self, name: str) -> list[str]:
+        """The words of each call."""
+        file = self.folder / f"{name}.calls"
+        return file.read_text().splitlines() if file.is_file() else []
+
+    def environment(self, name: str) -> dict[str, str]:
+        """What the last call had."""
+        lines = (self.folder / f"{name}.env").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line)
