@@ -15,11 +15,11 @@ COPY constraints constraints
 # What the image brings in builds of its own stays: torch, numpy and their like.
 RUN grep -viE '^(torch|numpy|scipy|pandas|protobuf|pillow)==' constraints/core.txt > /tmp/constraints.txt \
     && pip install --no-cache-dir -c /tmp/constraints.txt megatron-core transformers hydra-core pydantic typer
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY nemo_minitron nemo_minitron
-RUN pip install --no-cache-dir -c /tmp/constraints.txt '.[eval]'
-COPY recipes recipes
 COPY configs configs
+COPY recipes recipes
+RUN pip install --no-cache-dir -c /tmp/constraints.txt '.[eval]'
 # Runs as any user: docker run --user "$(id -u):$(id -g)".
 ENV PYTHONUNBUFFERED=1 HOME=/tmp
 USER 1000
@@ -31,15 +31,15 @@ FROM ${ALIGNER_IMAGE} AS aligner
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/nemo-minitron
 COPY constraints constraints
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY nemo_minitron nemo_minitron
+COPY configs configs
+COPY recipes recipes
 # The image's own torch, Megatron-Core, NeMo and NeMo-Aligner stay; ours needs only small packages beside them.
 RUN grep -iE '^(pydantic|pydantic-core|typer|rich|hydra-core|omegaconf|jinja2|zstandard|annotated-types)==' \
         constraints/core.txt > /tmp/small.txt \
     && pip install --no-cache-dir -r /tmp/small.txt \
     && pip install --no-cache-dir --no-deps .
-COPY recipes recipes
-COPY configs configs
 ENV PYTHONUNBUFFERED=1 HOME=/tmp
 USER 1000
 HEALTHCHECK --interval=5m --timeout=2m CMD ["minitron", "doctor", "--run-root", "/tmp", "--require", "aligner"]

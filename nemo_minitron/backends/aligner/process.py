@@ -19,6 +19,7 @@ from nemo_minitron.heap import environment_of_children
 from nemo_minitron.interrupts import StopRequest
 from nemo_minitron.progress import Bar, Progress
 from nemo_minitron.stages.nodes import Nodes, start_everywhere
+from nemo_minitron.stages.same_code import SAFE_PATH
 
 TASK_FILE, RESULT_FILE, ERROR_FILE = "task.json", "result.json", "error.json"
 ERROR_BYTES = 8192
@@ -63,7 +64,7 @@ def run_task(
     command = [str(python), str(ENTRY), str(work_dir / TASK_FILE)]
     if num_processes > 1:
         command = nodes.agent_command(python, num_processes)
-        command += [str(ENTRY / "__main__.py"), str(work_dir / TASK_FILE)]
+        command += [str(ENTRY), str(work_dir / TASK_FILE)]
     environment = _environment(threads or nodes.threads_of_each(num_processes))
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file, stop.deferred():
@@ -77,6 +78,7 @@ def run_task(
 def _environment(threads: int) -> dict[str, str]:
     return {
         **environment_of_children(),
+        **SAFE_PATH,
         "PYTHONPATH": "",  # what is set for this package is not for that environment
         "PYTHONHOME": "",
         "OMP_NUM_THREADS": str(threads),
