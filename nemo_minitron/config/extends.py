@@ -15,7 +15,7 @@ from nemo_minitron.config.places import configs_dirs, nearest_recipes, recipe_ro
 from nemo_minitron.errors import ConfigError
 
 SELF, GLOBAL, OPTIONAL, OVERRIDE = "_self_", "_global_", "optional ", "override "
-_HEADER = re.compile(r"\A(?:\s*(?:#[^\n]*)?\n)*?\s*#\s*@package\s+(\S+)")
+_HEADER = re.compile(r"\A\s*#\s*@package\s+(\S+)")
 _NEXT = "A base is named as in `defaults: [smollm2_135m/width, _self_]`, or by its path; a group as in `- /data: NAME`."
 
 
@@ -146,7 +146,7 @@ def _is_config(name: str, file: Path) -> bool:
 
 
 def _package_of(file: Path) -> str | None:
-    """What a line `# @package X` at the top says."""
+    """What a line `# @package X` says; as for Hydra, only at the very top."""
     try:
         found = _HEADER.match(file.read_text(encoding="utf-8", errors="replace"))
     except OSError:
