@@ -69,6 +69,8 @@ def require_shipped_recipe(name: str) -> Path:
 
 def with_suffix(path: Path) -> Path | None:
     """The file that a path with or without its YAML suffix names; None: there is none."""
+    if not path.name:
+        return None
     for suffix in ("", *SUFFIXES):
         candidate = path.parent / f"{path.name}{suffix}"
         try:
@@ -82,8 +84,10 @@ def with_suffix(path: Path) -> Path | None:
 def nearest_recipes(name: str) -> list[str]:
     """Shipped recipes with a similar name; all of them when none is similar."""
     known = shipped_recipes()
-    bare = Path(name).with_suffix("").as_posix().removeprefix(f"{RECIPES}/")
-    near = [other for other in known if bare in other or bare.rpartition("/")[2] == other.rpartition("/")[2]]
+    bare = name.removeprefix(f"{RECIPES}/")
+    for suffix in SUFFIXES:
+        bare = bare.removesuffix(suffix)
+    near = [other for other in known if (bare and bare in other) or bare.rpartition("/")[2] == other.rpartition("/")[2]]
     return near or get_close_matches(bare, known, n=NEAREST, cutoff=0.6) or known
 
 
