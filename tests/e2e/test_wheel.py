@@ -167,7 +167,7 @@ def test_every_method_of_nemo_aligner_starts_from_the_wheel(installed: Path, els
     """The tests of its trainings, run by the environment with the wheel, where there is no checkout."""
     require_aligner()
     shutil.copytree(REPO / "tests", tmp_path / "only tests/tests", ignore=shutil.ignore_patterns("__pycache__"))
-    chosen = "the_loss_goes_down or likeliest or learns_the_teacher or steerlm2"
+    chosen = "(loss_goes_down and (dpo or regression or sft)) or likeliest or learns_the_teacher or steerlm2"
     files = ["tests/aligner/test_training.py", "tests/aligner/test_distillation.py"]
     words = [str(installed / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen]
     said = must(words, cwd=tmp_path / "only tests", MINITRON_REQUIRE_ALIGNER="1")
