@@ -22,10 +22,10 @@ COPY constraints constraints
 RUN python constraints/image.py kept > /tmp/kept.json \
     && python constraints/image.py pins constraints/core.txt /etc/pip/constraint.txt > /tmp/constraints.txt \
     && pip install --no-cache-dir -c /tmp/constraints.txt megatron-core transformers hydra-core pydantic typer
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY nemo_minitron nemo_minitron
-COPY recipes recipes
 COPY configs configs
+COPY recipes recipes
 RUN pip install --no-cache-dir -c /tmp/constraints.txt '.[eval]' \
     && python constraints/image.py check /tmp/kept.json \
     && python -c "import torch, megatron.core, nemo_minitron"
@@ -41,10 +41,10 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/nemo-minitron
 ENV PIP_CONSTRAINT=""
 COPY constraints constraints
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY nemo_minitron nemo_minitron
-COPY recipes recipes
 COPY configs configs
+COPY recipes recipes
 # From its repository: the wheel lacks the programs and configs that stages and `minitron rlhf` look for in /opt/NeMo-Aligner.
 RUN version=$(sed -n 's/^nemo-aligner==//p' nemo_minitron/backends/aligner/requirements.txt) \
     && rm -rf /opt/NeMo-Aligner \

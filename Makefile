@@ -27,7 +27,7 @@ help:
 install: $(STAMP)
 
 # torch first and by itself, so that the index chosen for it serves nothing else.
-$(STAMP): pyproject.toml $(CONSTRAINTS)
+$(STAMP): pyproject.toml setup.py $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
 		|| { echo "nemo-minitron needs Python 3.10 to 3.12; set PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -19,6 +19,7 @@ from nemo_minitron.cli_bundle import bundle
 from nemo_minitron.cli_chat import chat
 from nemo_minitron.cli_doctor import doctor
 from nemo_minitron.cli_plan import plan, print_warnings
+from nemo_minitron.cli_recipes import recipes
 from nemo_minitron.cli_rlhf import rlhf
 from nemo_minitron.cli_show import show
 from nemo_minitron.cli_status import status
@@ -43,7 +44,10 @@ assets_app = typer.Typer(no_args_is_help=True, help="Models and texts that recip
 app.add_typer(assets_app, name="assets")
 app.add_typer(env_app, name="env")
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe YAML, e.g. recipes/toy/width.yaml.")]
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(metavar="RECIPE", help="A recipe YAML, or the name of one of `minitron recipes`, e.g. toy/width."),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of any key of the recipe.")
 ]
@@ -124,6 +128,7 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 app.command()(plan)
+app.command()(recipes)
 app.command()(doctor)
 app.command()(status)
 app.command()(cli_launch.launch)

@@ -19,7 +19,10 @@ from nemo_minitron.cores import usable_cores
 
 Level = Literal["ok", "missing", "problem"]
 TIMEOUT_S, WRITTEN_MIB = 20.0, 64
+# Without the working folder on the import path, where anything may be called torch.py.
 TORCH_ON_GPUS = """
+import sys
+sys.path[:] = [folder for folder in sys.path if folder]
 import torch
 sees = torch.cuda.is_available()
 print(sees, "CUDA", torch.version.cuda, "NCCL", torch.cuda.nccl.version() if sees else None)

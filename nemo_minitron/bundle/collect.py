@@ -10,8 +10,9 @@ from typing import Any
 from nemo_minitron import assets
 from nemo_minitron.bundle.items import Item
 from nemo_minitron.bundle.places import ASSETS_DIR, items_of, place_of
-from nemo_minitron.config.compose import CONFIGS, RECIPES, compose, configs_dir, recipe_name, require_recipe, write_out
+from nemo_minitron.config.compose import compose, write_out
 from nemo_minitron.config.explain import validate
+from nemo_minitron.config.places import CONFIGS, RECIPES, configs_dirs, recipe_name, require_recipe
 from nemo_minitron.config.schema import EvaluateStage, Recipe, Schema, ScoreStage
 from nemo_minitron.errors import ConfigError, PlanError
 from nemo_minitron.hf.source import ASSET, BUILT_IN, HUB
@@ -124,6 +125,9 @@ def _texts(file: Path, overrides: Sequence[str], moved: Mapping[str, str]) -> It
         raise ConfigError(f"{made_from!r} has a line break.", next_step="Rename the recipe, or leave the break out.")
     text = f"# Made by: {made_from}\n" + write_out(file, overrides, moved)
     yield Item(_member(file), text.encode(), "recipe")
-    configs = configs_dir(require_recipe(file))
-    for config in sorted(configs.rglob("*.yaml")):
-        yield Item(f"{CONFIGS}/{config.relative_to(configs).as_posix()}", config, "config")
+    found: dict[str, Path] = {}
+    for configs in configs_dirs(require_recipe(file)):
+        for config in sorted(configs.rglob("*.yaml")):
+            found.setdefault(config.relative_to(configs).as_posix(), config)
+    for name, config in found.items():
+        yield Item(f"{CONFIGS}/{name}", config, "config")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from nemo_minitron.backends.aligner.environment import REQUIREMENTS, SUPPORTED_PYTHONS, torch_requirement
 from nemo_minitron.bundle.archive import MEMBER_TIME_S
+from nemo_minitron.config.places import CONFIGS, RECIPES
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.files import cache_dir
 from nemo_minitron.progress import Progress
@@ -130,8 +131,9 @@ def _source(scratch: Path) -> Path:
     folder = scratch / "source"
     if not folder.exists():
         hide = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(CHECKOUT / _PACKAGE, folder / _PACKAGE, ignore=hide)
-        for name in (_PROJECT, "README.md", "LICENSE"):
+        for name in (_PACKAGE, RECIPES, CONFIGS):
+            shutil.copytree(CHECKOUT / name, folder / name, ignore=hide)
+        for name in (_PROJECT, "setup.py", "README.md", "LICENSE"):
             shutil.copyfile(CHECKOUT / name, folder / name)
     return folder
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.config.extends import GLOBAL, SELF, Chain, first_lines, load_mapping, read_chain
+from nemo_minitron.config.places import SUFFIXES, configs_dirs, recipe_name, require_recipe, with_suffix
 from nemo_minitron.config.schema import Recipe
 from nemo_minitron.errors import ConfigError
 
-RECIPES, CONFIGS, CLUSTER = "recipes", "configs", "cluster"
+CLUSTER = "cluster"
 SHORT = {"launcher": "execution.launcher", CLUSTER: "execution.cluster"}
 """First words of overrides that stand for a longer key."""
+_PRIMARY, _BODIES = "minitron_recipe", "minitron_recipes"
+"""Names in Hydra's store; no file of a recipe's folder may have them."""
 
 
 def compose(recipe: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -55,7 +60,7 @@ def _changed(written: Any, resolved: Any, changes: Mapping[str, str], key: str) 
 def _compose(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The composed recipe, with `${...}` as written and with its values."""
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
+    from hydra import initialize
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -63,21 +68,50 @@ def _compose(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], di
     from yaml import YAMLError
 
     file = require_recipe(recipe)
+    chain = read_chain(file)
     site, overrides = _split_cluster(overrides)
-    search = f"hydra.searchpath=[file://{configs_dir(file)}]"
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(file.parent), version_base="1.3", job_name="minitron"):
-            composed = hydra_compose(file.stem, overrides=[search, *map(_lenient, overrides)])
-        texts = (OmegaConf.to_container(composed, resolve=resolve) for resolve in (False, True))
-        as_written, resolved = (_with_name_and_site(text, file, site) for text in texts)
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        with _stored(chain), initialize(config_path=None, version_base="1.3", job_name="minitron"):
+            composed = hydra_compose(_PRIMARY, overrides=[_lenient(text) for text in overrides])
+        as_written, resolved = (OmegaConf.to_container(composed, resolve=resolve) for resolve in (False, True))
+    except RecursionError:
+        raise ConfigError("The recipe is nested too deeply, or refers to itself.", where=str(recipe)) from None
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
-            "The recipe could not be composed: " + _first_lines(error),
+            "The recipe could not be composed: " + _with_files(first_lines(error), chain),
             where=str(recipe),
+            allowed=", ".join(getattr(error, "options", None) or ()) or None,
             next_step="Overrides look like stages.distill.lr=1e-4; config groups are the folders of configs/.",
         ) from error
-    return as_written, resolved
+    return _with_name_and_site(as_written, file, site), _with_name_and_site(resolved, file, site)
+
+
+@contextmanager
+def _stored(chain: Chain) -> Iterator[None]:
+    """Hand a chain of recipes to Hydra, which keeps configs that are not files in one store of the process."""
+    from hydra.core.config_store import ConfigStore
+
+    defaults: list[Any] = [SELF]
+    defaults += [f"/{_BODIES}/{entry}" if isinstance(entry, int) else entry for entry in chain.entries]
+    defaults += chain.overrides.values()
+    primary = {"defaults": defaults, "hydra": {"searchpath": [f"file://{folder}" for folder in chain.places]}}
+    store = ConfigStore.instance()
+    before, store.repo = store.repo, dict(store.repo)
+    try:
+        store.store(name=_PRIMARY, node=primary)
+        for number, body in enumerate(chain.bodies):
+            store.store(group=_BODIES, name=str(number), node=body, package=GLOBAL)
+        yield
+    finally:
+        store.repo = before
+
+
+def _with_files(text: str, chain: Chain) -> str:
+    """A message of Hydra's with the names of files, not of what was stored."""
+    for number, file in enumerate(chain.files):
+        text = text.replace(f"{_BODIES}/{number}", str(file))
+    return text.replace(_PRIMARY, str(chain.files[-1]))
 
 
 def _with_name_and_site(out: Any, file: Path, site: str | None) -> dict[str, Any]:
@@ -85,7 +119,7 @@ def _with_name_and_site(out: Any, file: Path, site: str | None) -> dict[str, Any
     out.setdefault("name", recipe_name(file))
     if site is not None:
         execution = out.setdefault("execution", {})
-        execution["cluster"] = _over(_read_cluster(site, configs_dir(file)), execution.get("cluster") or {})
+        execution["cluster"] = _over(_read_cluster(site, file), execution.get("cluster") or {})
     return {str(key): value for key, value in out.items()}
 
 
@@ -95,27 +129,28 @@ def _split_cluster(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
     return (chosen[-1] if chosen else None), [text for text in overrides if not text.startswith(f"{CLUSTER}=")]
 
 
-def _read_cluster(site: str, configs: Path) -> dict[str, Any]:
+def _read_cluster(site: str, file: Path) -> dict[str, Any]:
     """The site's file, by its name in configs/cluster/ or by its path."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
-    own = configs / CLUSTER / f"{site}.yaml"
-    file = next((path for path in (own, Path(site)) if path.is_file()), None)
-    if file is None:
+    folders = [folder / CLUSTER for folder in configs_dirs(file)]
+    candidates = [folder / f"{site}{suffix}" for folder in folders for suffix in SUFFIXES]
+    found = next((path for path in map(with_suffix, [*candidates, Path(site).expanduser()]) if path is not None), None)
+    if found is None or not site:
+        known = sorted({path.stem for folder in folders for path in folder.glob("*.y*ml")})
         raise ConfigError(
             f"There is no cluster {site}.",
-            allowed=", ".join(sorted(path.stem for path in (configs / CLUSTER).glob("*.yaml"))) or None,
-            next_step=f"Copy one of {configs / CLUSTER} and change it, or name a file: cluster=path/to/site.yaml.",
+            allowed=", ".join(known) or None,
+            next_step=f"Copy one of {folders[-1]} to configs/cluster/ and change it, or name a file: "
+            "cluster=path/to/site.yaml.",
         )
     try:
-        found = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
-    except (OmegaConfBaseException, YAMLError, OSError) as error:
-        raise ConfigError("The cluster could not be read: " + _first_lines(error), where=str(file)) from error
-    if not isinstance(found, dict):
-        raise ConfigError("A cluster is a mapping of keys to values.", where=str(file))
-    return {str(key): value for key, value in found.items()}
+        resolved = OmegaConf.to_container(OmegaConf.create(load_mapping(found, "cluster")), resolve=True)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError("The cluster could not be read: " + first_lines(error), where=str(found)) from error
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
 
 
 def _over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -144,39 +179,9 @@ def from_dotlist(texts: Sequence[str]) -> dict[str, Any]:
     try:
         found = OmegaConf.to_container(OmegaConf.from_dotlist(list(texts)), resolve=True)
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise ConfigError("A setting could not be read: " + _first_lines(error)) from error
+        raise ConfigError("A setting could not be read: " + first_lines(error)) from error
     assert isinstance(found, dict)
     return {str(key): value for key, value in found.items()}
-
-
-def require_recipe(recipe: Path) -> Path:
-    """The absolute path of an existing recipe file; `.yaml` may be left out."""
-    for candidate in (recipe, recipe.with_name(recipe.name + ".yaml")):
-        if candidate.is_file():
-            return candidate.resolve()
-    near = sorted(str(p) for p in recipe.parent.glob("*.yaml")) if recipe.parent.is_dir() else []
-    raise ConfigError(
-        f"There is no recipe {recipe}.",
-        allowed=", ".join(near) or None,
-        next_step="See recipes/README.md for the recipes that come with the package.",
-    )
-
-
-def recipe_name(file: Path) -> str:
-    """The recipe's path below the recipes folder, without .yaml."""
-    parts = file.with_suffix("").parts
-    # The last of this name: the checkout itself may be called so.
-    folders = [number for number, part in enumerate(parts[:-1]) if part == RECIPES]
-    below = parts[folders[-1] + 1 :] if folders else parts[-1:]
-    return "/".join(below)
-
-
-def configs_dir(file: Path) -> Path:
-    """The configs folder beside the recipes folder; the package's own when there is none."""
-    for parent in file.parents:
-        if (parent / CONFIGS).is_dir():
-            return parent / CONFIGS
-    return Path(__file__).resolve().parents[2] / CONFIGS
 
 
 def _lenient(override: str) -> str:
@@ -188,8 +193,3 @@ def _lenient(override: str) -> str:
     if "=" in override and key.split(".")[0] in Recipe.model_fields and "@" not in key:
         return f"++{override}"
     return override
-
-
-def _first_lines(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3]) or type(error).__name__

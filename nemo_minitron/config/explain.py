@@ -70,9 +70,10 @@ def _explain(problem: Any, raw: Mapping[str, Any]) -> str:
 
 
 def _wrong_kind(name: str, raw: Mapping[str, Any]) -> str:
-    stage = raw["stages"].get(name)
+    stages = {str(other): stage for other, stage in raw["stages"].items()}
+    stage = stages.get(name)
     found = stage.get("kind") if isinstance(stage, Mapping) else None
-    meant = get_close_matches(name, [other for other in raw["stages"] if other != name], n=1, cutoff=0.75)
+    meant = get_close_matches(name, [other for other in stages if other != name], n=1, cutoff=0.75)
     if found is None and meant:
         return f": unknown stage without a kind. Did you mean stages.{meant[0]}?"
     return f".kind = {found!r}: not a kind of stage. Allowed: {', '.join(sorted(stage_classes()))}."

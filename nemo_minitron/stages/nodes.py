@@ -23,6 +23,7 @@ from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.files import write_whole
 from nemo_minitron.interrupts import SIGNALS
 from nemo_minitron.outer_job import of_a_launcher, outside
+from nemo_minitron.stages.same_code import START
 
 RUNNER_VARIABLE = "MINITRON_RUNNER"
 """The process of this node with which its ranks end."""
@@ -85,7 +86,7 @@ class Nodes:
             beside = Path(python).with_name("ft_launcher")
             start = [str(beside) if beside.is_file() else "ft_launcher", f"--max-restarts={FT_RESTARTS}"]
         else:
-            start = [str(python), "-m", "torch.distributed.run"]
+            start = [str(python), str(START), "torch.distributed.run"]
         if self.count == 1:
             return [*start, "--standalone", each]
         where = [f"--nnodes={self.count}", "--node-rank={rank}", f"--master-addr={self.address}"]

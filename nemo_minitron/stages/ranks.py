@@ -15,6 +15,7 @@ from nemo_minitron.errors import Interrupted, MinitronError, ProcessesDied
 from nemo_minitron.interrupts import RELAY_FILE, StopRequest
 from nemo_minitron.plan.planner import StageCall
 from nemo_minitron.stages.nodes import Nodes, deaf_to_stops, end_agent, start_everywhere
+from nemo_minitron.stages.same_code import SAFE_PATH, START, of_this_process
 
 CALL_FILE, RESULT_FILE, ERROR_FILE, STATUS_FILE = "call.json", "result.json", "error.json", "progress.json"
 TRAINING_KINDS = ("distill", "train", "correct", "candidate")
@@ -36,11 +37,13 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
     # Room for a message, which a full disk would not have.
     (work / ERROR_FILE).write_text(" " * ERROR_BYTES)
     order = {"recipe": recipe.model_dump(mode="json"), "stage": call.name, "out_dir": str(out)}
+    order["code"] = of_this_process()
     (work / CALL_FILE).write_text(json.dumps(order))
     nodes = Nodes.here()
     command = nodes.agent_command(sys.executable, call.parallel.world_size)
-    command += ["-m", "nemo_minitron.stages.worker", str(work / CALL_FILE)]
+    command += [str(START), "worker", str(work / CALL_FILE)]
     environment = {
+        **SAFE_PATH,
         "OMP_NUM_THREADS": str(recipe.execution.threads or nodes.threads_of_each(call.parallel.world_size)),
         # torchrun handles SIGTERM itself unless this says otherwise (versions before torch 2.9 do not read it).
         "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT",

@@ -1,17 +1,16 @@
-"""One rank of a distributed stage: `torchrun -m nemo_minitron.stages.worker call.json`."""
+"""One rank of a distributed stage; `nemo_minitron/start` calls it with the file that the runner has left."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import warnings
 from pathlib import Path
 
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import Recipe
 from nemo_minitron.disk import disk_errors
-from nemo_minitron.errors import Interrupted, MinitronError
+from nemo_minitron.errors import EnvironmentProblem, Interrupted, MinitronError
 from nemo_minitron.interrupts import RELAY_FILE, StopRequest, exit_without_parent
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import make_plan
@@ -19,6 +18,7 @@ from nemo_minitron.progress import Progress
 from nemo_minitron.stages.nodes import RUNNER_VARIABLE
 from nemo_minitron.stages.ranks import ERROR_FILE, RESULT_FILE, STATUS_FILE, load_error, save_error
 from nemo_minitron.stages.runner import call_stage
+from nemo_minitron.stages.same_code import require_same
 from nemo_minitron.stages.spec import StageContext
 
 
@@ -26,8 +26,13 @@ def main(call_file: Path) -> int:
     """Run the stage on this rank; rank 0 leaves the result, or the error, beside the call file."""
     order = json.loads(call_file.read_text())
     exit_without_parent(int(os.environ[RUNNER_VARIABLE]))
-    recipe = Recipe.model_validate(order["recipe"])
     work, is_main = call_file.parent, os.environ.get("RANK", "0") == "0"
+    try:
+        require_same(order["code"])
+    except EnvironmentProblem as error:
+        save_error(error, work / ERROR_FILE)
+        return 2
+    recipe = Recipe.model_validate(order["recipe"])
     # The runner hands on what it was asked; only one rank looks at files.
     stop = StopRequest(run_dir(recipe), work / RELAY_FILE) if is_main else StopRequest()
     plan = make_plan(recipe)
@@ -63,7 +68,3 @@ def main(call_file: Path) -> int:
     if is_main:
         (work / RESULT_FILE).write_text(json.dumps(result))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))

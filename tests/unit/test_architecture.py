@@ -23,7 +23,7 @@ DOORS = {
     "transformer_engine": "backends/megatron/",
     "torch.distributed": "backends/megatron/",
     "hydra": "config/compose.py",
-    "omegaconf": "config/compose.py",
+    "omegaconf": "config/",
     "lm_eval": "evaluation/",
     "wandb": "backends/megatron/curves.py",
 }

@@ -16,6 +16,7 @@ from nemo_minitron.launch.answers import minutes_of, partitions
 from nemo_minitron.launch.jobs import Job, jobs_of
 from nemo_minitron.launch.submit import cluster_of
 from nemo_minitron.stages.nodes import Nodes, dismiss, follow, start_everywhere
+from nemo_minitron.stages.same_code import START
 from tests.conftest import REPO, TOY
 
 ALIGNED = REPO / "recipes/toy/aligned.yaml"
@@ -149,7 +150,8 @@ def test_the_agent_of_several_nodes(tmp_path: Path) -> None:
     }
     nodes = Nodes.here(several)
     words = nodes.agent_command("python", 4)
-    assert words[:3] == ["python", "-m", "torch.distributed.run"]
+    # Not `-m`, which would put the working folder first on the import path.
+    assert words[:3] == ["python", str(START), "torch.distributed.run"]
     assert words[3:] == [
         "--nnodes=2",
         "--node-rank={rank}",

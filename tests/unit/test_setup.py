@@ -78,12 +78,16 @@ def test_every_package_that_the_code_imports_is_declared() -> None:
 def test_files_beside_the_code_are_in_the_wheel() -> None:
     """Every tracked file of the package that is no Python file matches a package-data pattern."""
     config = read_configuration(REPO / "pyproject.toml", expand=False)
-    patterns = config["tool"]["setuptools"]["package-data"]["nemo_minitron"]
+    data = config["tool"]["setuptools"]["package-data"]
+    patterns = data["nemo_minitron"]
     package = REPO / "nemo_minitron"
     covered = {path for pattern in patterns for path in package.glob(pattern)}
     files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert files
     assert files <= covered
+    for name in ("configs", "recipes"):
+        shipped = {path for pattern in data[f"nemo_minitron._shipped.{name}"] for path in (REPO / name).glob(pattern)}
+        assert {path for path in (REPO / name).rglob("*") if path.is_file()} <= shipped
 
 
 def test_the_licence_is_apache_2() -> None:

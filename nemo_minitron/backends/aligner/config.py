@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from nemo_minitron.backends.aligner.shipped import require_shipped
+from nemo_minitron.config.places import CONFIGS, shipped_dir
 from nemo_minitron.errors import ConfigError
 
 Method = Literal[
@@ -41,7 +42,6 @@ FILLED_BY: dict[Method, str] = dict.fromkeys(
     ("ppo_actor", "ppo_critic", "reinforce_actor", "reward_server"), "minitron rlhf"
 )
 """What fills in the missing values, where it is not a stage."""
-CONFIGS = Path("configs/align")
 TO_FILL = "???"
 DEAD_KEYS = {
     "model.dpo.preference_avg_log_probs": "model.dpo.preference_average_log_probs",
@@ -97,9 +97,13 @@ OF_FUSED_ADAM = ("bucket_cap_mb", "overlap_grad_sync", "overlap_param_sync", "co
 
 def base_config(method: Method) -> dict[str, Any]:
     """The complete config of a method, as it stands in configs/align."""
-    folder = Path(__file__).resolve().parents[3] / CONFIGS
-    config: dict[str, Any] = yaml.safe_load((folder / f"{method}.yaml").read_text(encoding="utf-8"))
+    config: dict[str, Any] = yaml.safe_load(config_file(method).read_text(encoding="utf-8"))
     return config
+
+
+def config_file(method: Method) -> Path:
+    """The package's own file: a recipe changes single keys, which are checked against it."""
+    return shipped_dir(CONFIGS) / "align" / f"{method}.yaml"
 
 
 def override_problems(method: Method, overrides: Mapping[str, Any]) -> Iterator[str]:
@@ -111,7 +115,7 @@ def override_problems(method: Method, overrides: Mapping[str, Any]) -> Iterator[
         elif key not in base:
             near = difflib.get_close_matches(key, base, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]}?" if near else ""
-            yield f"{key}: unknown to NeMo-Aligner's {method}.{hint} All keys: {CONFIGS}/{method}.yaml."
+            yield f"{key}: unknown to NeMo-Aligner's {method}.{hint} All keys: {config_file(method)}."
         elif base[key] == TO_FILL:
             yield f"{key}: set by {FILLED_BY.get(method, 'the stage')} from its own keys; leave it out."
         else:

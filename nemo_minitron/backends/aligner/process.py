@@ -19,6 +19,7 @@ from nemo_minitron.heap import environment_of_children
 from nemo_minitron.interrupts import StopRequest
 from nemo_minitron.progress import Bar, Progress
 from nemo_minitron.stages.nodes import Nodes, start_everywhere
+from nemo_minitron.stages.same_code import SAFE_PATH
 
 TASK_FILE, RESULT_FILE, ERROR_FILE = "task.json", "result.json", "error.json"
 ERROR_BYTES = 8192
@@ -65,7 +66,7 @@ def run_task(
     command = [str(python), str(ENTRY), str(work_dir / TASK_FILE)]
     if num_processes > 1:
         command = nodes.agent_command(python, num_processes)
-        command += [str(ENTRY / "__main__.py"), str(work_dir / TASK_FILE)]
+        command += [str(ENTRY), str(work_dir / TASK_FILE)]
     hidden = not has_gpu_kernels(python) if on_cpu is None else on_cpu
     environment = _environment(python, threads or nodes.threads_of_each(num_processes), on_cpu=hidden)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +88,7 @@ def _environment(python: Path, threads: int, *, on_cpu: bool) -> dict[str, str]:
     return {
         **environment_of_children(),
         **environment_of(python),
+        **SAFE_PATH,
         # The task looks for CUDA, not at its config: with a GPU in sight it would run as if NeMo could use that.
         **({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),
         "OMP_NUM_THREADS": str(threads),

@@ -135,7 +135,7 @@ StageConfig = Annotated[
 class Recipe(Schema):
     """One complete, named run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*$")]
+    name: Annotated[str, Field(pattern=r"^[^\W_][\w.-]*(/[^\W_][\w.-]*)*$")]
     """Folder under run_root; the recipe file's path below recipes/ unless given."""
     stages: Annotated[dict[StageName, StageConfig], Field(min_length=1)]
     execution: Execution = Execution()

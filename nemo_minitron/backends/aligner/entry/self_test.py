@@ -13,15 +13,18 @@ PACKAGES = ("nemo_toolkit", "megatron-core", "nemo-aligner", "torch", "lightning
 
 def self_test(task: Task) -> dict[str, Any]:
     """Import what the tasks import, and run one small Megatron layer's worth of parallel state."""
+    import checkpoints
+    import distillation
     import dpo
     import reward_model
     import sft
+    import steerlm2
     import torch
 
     total = torch.ones(4, device="cuda").sum().item()
     if total != 4.0:
         raise RuntimeError(f"1 + 1 + 1 + 1 = {total}")
-    tested = [module.__name__ for module in (dpo, reward_model, sft)]
+    tested = [module.__name__ for module in (checkpoints, distillation, dpo, reward_model, sft, steerlm2)]
     return {
         "tested": tested,
         "versions": {name: version(name) for name in PACKAGES},

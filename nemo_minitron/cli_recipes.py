@@ -1,0 +1,33 @@
+"""`minitron recipes`: those that come with the package."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+console = Console()
+
+
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Print this one: minitron recipes template > mine.yaml")
+    ] = None,
+) -> None:
+    """List the recipes that come with the package, each with the first line of its text; or print one."""
+    from nemo_minitron.config.places import RECIPES, require_shipped_recipe, shipped_dir, shipped_recipes
+
+    if name is not None:
+        print(require_shipped_recipe(name).read_text(encoding="utf-8"), end="")
+        return
+    table = Table()
+    for column in ("recipe", "what"):
+        table.add_column(column, no_wrap=column == "recipe")
+    for found in shipped_recipes():
+        text = (shipped_dir(RECIPES) / f"{found}.yaml").read_text(encoding="utf-8")
+        first = text.partition("\n")[0]
+        table.add_row(found, escape(first.removeprefix("#").strip()) if first.startswith("#") else "")
+    console.print(table)

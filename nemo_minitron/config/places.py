@@ -1,0 +1,158 @@
+"""Where recipes and configs are: a user's own folders first, then those that come with the package."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+
+from nemo_minitron.errors import ConfigError
+
+RECIPES, CONFIGS = "recipes", "configs"
+SUFFIXES = (".yaml", ".yml")
+_SHIPPED = "_shipped"
+"""The wheel's folder for what the repository keeps at its top level; setup.py puts it there."""
+NEAREST = 5
+"""How many names a message lists beside a wrong one."""
+
+
+def shipped_dir(name: str) -> Path:
+    """`recipes` or `configs` as they come with the package: in the wheel, or at the top level of a checkout."""
+    inside = Path(str(files("nemo_minitron"))) / _SHIPPED / name
+    return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / name
+
+
+def shipped_recipes() -> list[str]:
+    """Names such as `toy/width`, sorted."""
+    folder = shipped_dir(RECIPES)
+    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+
+
+def require_recipe(recipe: Path) -> Path:
+    """The absolute path of a recipe: a file, with or without its suffix, or the name of a shipped recipe.
+
+    A file goes first, then one below ./recipes, then the shipped one. `recipes/toy/width.yaml` names the shipped
+    recipe too, so that commands from the documentation work where the package is installed without its checkout.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    folders = [Path(), Path(RECIPES), *_shipped_roots(recipe)]
+    for folder in folders:
+        found = with_suffix(folder / recipe.expanduser())
+        if found is not None:
+            return found.resolve()
+    if _is_dir(recipe):
+        raise ConfigError(f"{recipe} is a folder.", allowed=_listed(_beside(recipe)), next_step="Name one recipe.")
+    raise ConfigError(
+        f"There is no recipe {recipe}.",
+        allowed=_listed([*_beside(recipe.parent), *nearest_recipes(str(recipe))]),
+        next_step="`minitron recipes` lists those that come with the package; they can be run by name: toy/width.",
+    )
+
+
+def require_shipped_recipe(name: str) -> Path:
+    """The file of a recipe that comes with the package.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    for root in _shipped_roots(Path(name)):
+        found = with_suffix(root / name)
+        if found is not None:
+            return found
+    raise ConfigError(f"No recipe {name} comes with the package.", allowed=_listed(nearest_recipes(name)))
+
+
+def with_suffix(path: Path) -> Path | None:
+    """The file that a path with or without its YAML suffix names; None: there is none."""
+    if not path.name:
+        return None
+    for suffix in ("", *SUFFIXES):
+        candidate = path.parent / f"{path.name}{suffix}"
+        try:
+            if candidate.is_file():
+                return candidate
+        except OSError:  # a name that no file can have
+            return None
+    return None
+
+
+def nearest_recipes(name: str) -> list[str]:
+    """Shipped recipes with a similar name; all of them when none is similar."""
+    known = shipped_recipes()
+    bare = name.removeprefix(f"{RECIPES}/")
+    for suffix in SUFFIXES:
+        bare = bare.removesuffix(suffix)
+    near = [other for other in known if (bare and bare in other) or bare.rpartition("/")[2] == other.rpartition("/")[2]]
+    return near or get_close_matches(bare, known, n=NEAREST, cutoff=0.6) or known
+
+
+def recipe_name(file: Path) -> str:
+    """The name of a recipe's run: its path below the recipes folder, without the suffix.
+
+    What a name cannot have, such as spaces, becomes a hyphen.
+    """
+    parts = [*file.parts[:-1], file.stem if file.suffix in SUFFIXES else file.name]
+    # The last folder of this name: the checkout itself may be called so.
+    folders = [number for number, part in enumerate(parts[:-1]) if part == RECIPES]
+    below = parts[folders[-1] + 1 :] if folders else parts[-1:]
+    return "/".join(_as_name(part) for part in below)
+
+
+def recipe_roots(file: Path) -> list[Path]:
+    """Folders that the name of another recipe may start from, the nearest first."""
+    own = [parent for parent in file.parents if parent.name == RECIPES][:1]
+    return _distinct([*own, Path(RECIPES).absolute(), shipped_dir(RECIPES)])
+
+
+def configs_dirs(file: Path) -> list[Path]:
+    """Folders of configs for a recipe: beside its recipes folder, in the working folder, and the package's."""
+    beside = [parent / CONFIGS for parent in file.parents if _is_dir(parent / CONFIGS)][:1]
+    shipped = shipped_dir(CONFIGS)
+    own = [folder for folder in beside if folder != shipped]
+    return _distinct([*own, Path(CONFIGS).absolute(), shipped])
+
+
+def _shipped_roots(recipe: Path) -> Iterator[Path]:
+    """Where a relative path may stand for a shipped recipe."""
+    if not recipe.is_absolute() and ".." not in recipe.parts:
+        shipped = shipped_dir(RECIPES)
+        yield shipped
+        if recipe.parts[:1] == (RECIPES,):
+            yield shipped.parent
+
+
+def _distinct(folders: list[Path]) -> list[Path]:
+    return list({folder.resolve(): None for folder in folders if _is_dir(folder)})
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def _beside(folder: Path) -> list[str]:
+    if not _is_dir(folder):
+        return []
+    return sorted(str(path) for path in folder.iterdir() if path.suffix in SUFFIXES)
+
+
+def _listed(names: list[str]) -> str | None:
+    return ", ".join(names) or None
+
+
+def _as_name(part: str) -> str:
+    text = unicodedata.normalize("NFC", part)
+    kept = "".join(sign if sign in "._-" or _is_letter(sign) else "-" for sign in text)
+    return re.sub("-+", "-", kept).strip("-_.") or "recipe"
+
+
+def _is_letter(sign: str) -> bool:
+    category = unicodedata.category(sign)
+    return category[0] in "LM" or category == "Nd"

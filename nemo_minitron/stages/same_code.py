@@ -1,0 +1,31 @@
+"""Runner and ranks run the same code: how ranks are started, and what they compare."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import nemo_minitron
+from nemo_minitron.errors import EnvironmentProblem
+
+START = Path(nemo_minitron.__file__).resolve().with_name("start")
+"""The folder that starts processes without the working folder on their import path."""
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""From Python 3.11 on, the same for what those processes start in turn."""
+
+
+def of_this_process() -> dict[str, str]:
+    """What identifies the code that runs here."""
+    return {"version": nemo_minitron.__version__, "package": str(Path(nemo_minitron.__file__).resolve().parent)}
+
+
+def require_same(runner: Mapping[str, str]) -> None:
+    """Raises EnvironmentProblem where the runner has another version of this package, or one in another place."""
+    here = of_this_process()
+    if dict(runner) != here:
+        raise EnvironmentProblem(
+            f"The runner has nemo-minitron {runner.get('version')} and a rank has {here['version']}.",
+            where=f"runner: {runner.get('package')}; rank: {here['package']}, by {sys.executable}",
+            next_step="Install one version on all nodes, and take other copies off PYTHONPATH.",
+        )
