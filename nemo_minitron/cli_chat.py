@@ -107,7 +107,8 @@ class _Speaker:
         import transformers
 
         from nemo_minitron.data.chat.tokenizing import ChatTemplate
-        from nemo_minitron.evaluation.generation import load_for_inference, load_tokenizer
+        from nemo_minitron.evaluation.agreement import load_compared, memory_of
+        from nemo_minitron.evaluation.generation import load_tokenizer
 
         transformers.logging.set_verbosity_error()
         self.tokenizer: Any = load_tokenizer(folder)
@@ -123,7 +124,8 @@ class _Speaker:
             console.print("[yellow]no chat template: the text is continued as it stands[/yellow]")
         else:
             self.stop = ChatTemplate.bind(self.tokenizer, "model", whole_markers=False).spelled_stop()
-        self.model: Any = load_for_inference(folder, "fp32", "cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model: Any = load_compared(folder, "fp32", device, memory=memory_of(folder))
         self.attributes, self.max_new_tokens, self.temperature = attributes, max_new_tokens, temperature
 
     def answer(self, messages: list[dict[str, str]]) -> str:

@@ -29,19 +29,20 @@ def evaluate_chat(params: EvaluateChatStage, inputs: Inputs, ctx: StageContext) 
 
     Raises:
         CheckpointError: a model cannot be read.
+        NumericsError: transformers and Megatron do not compute the same logits of a model.
         DataError: its tokenizer has no chat template.
     """
-    from nemo_minitron.evaluation.generation import load_for_inference
+    from nemo_minitron.evaluation.agreement import load_compared
 
     template = ChatTemplate.load(inputs["model"].path, params.template, whole_markers=params.whole_markers)
     rows = list(islice(read_normalised(inputs["chats"].path / "valid.jsonl"), params.max_rows))
     device = _device(ctx)
-    model = load_for_inference(inputs["model"].path, params.precision, device)
+    model = load_compared(inputs["model"].path, params.precision, device, memory=ctx.logits_memory)
     metrics: dict[str, Any] = {"label": params.label, "rows": len(rows)}
     answers: list[dict[str, Any]] = []
     if inputs["chats"].result["rows"] == "pairs":
         reference = inputs.get("reference")
-        other = load_for_inference(reference.path, params.precision, device) if reference else None
+        other = load_compared(reference.path, params.precision, device, memory=ctx.logits_memory) if reference else None
         metrics["preferences"] = _preferences(params, rows, template, model, other, ctx)
     else:
         metrics["conversations"] = _conversations(params, rows, template, model, ctx)
