@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.families.shape import Llama3RopeScaling, ModelShape
+from nemo_minitron.families.rope import Rope, read_rope, rope_keys
+from nemo_minitron.families.shape import ModelShape
+from nemo_minitron.families.values import positive, size, switch
 
 FAMILIES: dict[str, str] = {
     "LlamaForCausalLM": "llama",
@@ -18,11 +20,8 @@ FAMILIES: dict[str, str] = {
 }
 """Architecture in config.json -> family. A new family is one line here and its switches below."""
 
-_LLAMA3_CONSTANTS = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+_SPELLINGS = {"swish": "silu"}
+"""Other names under which transformers knows an activation."""
 _SWIGLU: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "partial_rotary_factor": 1.0}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {**_SWIGLU, "max_position_embeddings": 2048},
@@ -46,24 +45,33 @@ _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attentio
 _SWITCHED_OFF: dict[str, tuple[str, ...]] = {
     "llama": ("attention_bias", "mlp_bias"),
     "mistral": (),
-    "qwen2": ("use_sliding_window",),
-    "qwen3": ("attention_bias", "use_sliding_window"),
+    "qwen2": (),
+    "qwen3": ("attention_bias",),
     "nemotron": ("attention_bias", "mlp_bias"),
 }
 """Features that the family's code in transformers has and the axis table has not."""
+_SLIDES_BY_LAYER = ("qwen2", "qwen3")
+_FULL = "full_attention"
+_WRAPPED = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Where multimodal models keep the config of their language model."""
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_shape(config: Mapping[str, Any], *, where: str = "config.json") -> ModelShape:
     """The shape that a config.json describes; keys that it lacks are read as transformers reads them.
 
     Raises:
-        CheckpointError: an architecture or a feature that is not supported, a missing or impossible size.
+        CheckpointError: an architecture or a feature that is not supported, a missing or impossible size, values of
+            the wrong type, or keys that contradict each other.
     """
     family = _family(config, where)
     filled = {**_DEFAULTS[family], **config}
-    sizes = {key: _size(filled.get(key), key, where) for key in _SIZES}
+    sizes = {key: size(filled.get(key), key, where) for key in _SIZES}
+    rope = _read_rope(config, family, where)
     _refuse_unsupported(filled, family, where)
-    shape = _shape(filled, sizes, family, where)
+    _refuse_sliding_layers(filled, family, sizes["num_hidden_layers"], where)
+    _require_token_ids(filled, where)
+    shape = _shape(filled, sizes, family, rope, where)
     if shape.num_attention_heads % shape.num_query_groups:
         raise CheckpointError(
             f"num_attention_heads = {shape.num_attention_heads} is not a multiple of "
@@ -73,111 +81,166 @@ def read_shape(config: Mapping[str, Any], *, where: str = "config.json") -> Mode
     return shape
 
 
-def explicit_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json in which keys that transformers fills in itself stand with their values."""
-    shape = read_shape(config)
+def explicit_config(config: Mapping[str, Any], *, where: str = "config.json") -> dict[str, Any]:
+    """A config.json that leaves nothing to a reader: transformers 4 and 5 read this shape from it.
+
+    Raises:
+        CheckpointError: see `read_shape`.
+    """
+    shape = read_shape(config, where=where)
     return write_config({**_DEFAULTS[shape.family], **config}, shape)
 
 
 def _family(config: Mapping[str, Any], where: str) -> str:
-    names = config.get("architectures") or ["(none)"]
-    if names[0] not in FAMILIES:
+    """By `architectures`, or by `model_type` where that is missing; transformers goes by `model_type` alone."""
+    wrapper = next((key for key in _WRAPPED if config.get(key)), None)
+    if wrapper:
         raise CheckpointError(
-            f"Architecture {names[0]} is not supported.", where=where, allowed=", ".join(sorted(FAMILIES))
+            f"This is a multimodal model: the config of its language model is inside {wrapper}.",
+            where=where,
+            allowed=", ".join(sorted(FAMILIES)),
+            next_step="Save the language model by itself with transformers, and give that folder.",
         )
-    return FAMILIES[names[0]]
-
-
-def _size(value: Any, key: str, where: str) -> int:
-    if value is None:
+    names, kind = config.get("architectures"), config.get("model_type")
+    if not names and kind in FAMILIES.values():
+        return str(kind)
+    listed = names if isinstance(names, list) else [names]
+    if len(listed) != 1 or not isinstance(listed[0], str) or listed[0] not in FAMILIES:
+        said = ", ".join(map(str, listed)) if names else "(none)"
         raise CheckpointError(
-            f"config.json has no key '{key}'.", where=where, next_step="Is this a complete Hugging Face model?"
+            f"Architecture {said}{'' if kind is None else f' (model_type {kind!r})'} is not supported.",
+            where=where,
+            allowed=f"one of {', '.join(sorted(FAMILIES))}",
         )
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{key} = {value!r} is not a size.", where=where, allowed="a whole number from 1")
-    return value
+    family = FAMILIES[listed[0]]
+    if kind is not None and kind != family:
+        raise CheckpointError(
+            f"architectures says {listed[0]}, model_type says {kind!r}.",
+            where=where,
+            allowed=f"model_type {family!r} with this architecture",
+            next_step="transformers goes by model_type, others by architectures. Correct the wrong one.",
+        )
+    return family
 
 
-def _shape(config: Mapping[str, Any], sizes: Mapping[str, int], family: str, where: str) -> ModelShape:
+def _read_rope(config: Mapping[str, Any], family: str, where: str) -> Rope:
+    defaults = _DEFAULTS[family]
+    rope = read_rope(
+        {"max_position_embeddings": defaults["max_position_embeddings"], **config},
+        default_fraction=defaults["partial_rotary_factor"],
+        llama3=family != "nemotron",
+        where=where,
+    )
+    if family != "nemotron" and rope.fraction != 1.0:
+        raise CheckpointError(
+            f"partial_rotary_factor = {rope.fraction} is not supported for {family}.", where=where, allowed="1.0"
+        )
+    return rope
+
+
+def _shape(config: Mapping[str, Any], sizes: Mapping[str, int], family: str, rope: Rope, where: str) -> ModelShape:
     heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
-    rope = _rope(config)
+    eps = "norm_eps" if family == "nemotron" else "rms_norm_eps"
     return ModelShape(
         family=family,
         num_layers=sizes["num_hidden_layers"],
         hidden_size=hidden,
         ffn_hidden_size=sizes["intermediate_size"],
         num_attention_heads=heads,
-        num_query_groups=_size(config.get("num_key_value_heads") or heads, "num_key_value_heads", where),
-        kv_channels=_size(config.get("head_dim") or hidden // heads, "head_dim", where),
+        num_query_groups=_size_or(heads, config, "num_key_value_heads", where),
+        kv_channels=_size_or(hidden // heads, config, "head_dim", where),
         vocab_size=sizes["vocab_size"],
-        max_position_embeddings=_size(config["max_position_embeddings"], "max_position_embeddings", where),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        max_position_embeddings=size(config["max_position_embeddings"], "max_position_embeddings", where),
+        tied_embeddings=switch(config.get("tie_word_embeddings"), "tie_word_embeddings", where),
         norm="layernorm1p" if family == "nemotron" else "rmsnorm",
-        norm_eps=float(config["norm_eps" if family == "nemotron" else "rms_norm_eps"]),
+        norm_eps=positive(config[eps], eps, where),
         activation="squared_relu" if family == "nemotron" else "swiglu",
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        rotary_fraction=float(rope.get("partial_rotary_factor") or config["partial_rotary_factor"]),
-        rope_scaling=_rope_scaling(rope, family, where),
-        # Llama and Nemotron have none whatever the key says, Qwen only with use_sliding_window, which is refused.
-        sliding_window_tokens=config.get("sliding_window") if family == "mistral" else None,
+        rope_theta=rope.theta,
+        rotary_fraction=rope.fraction,
+        rope_scaling=rope.scaling,
+        # Llama and Nemotron have none whatever the key says, Qwen only in layers that are refused.
+        sliding_window_tokens=_window(config, where) if family == "mistral" else None,
     )
 
 
-def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    # transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters.
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+def _size_or(default: int, config: Mapping[str, Any], key: str, where: str) -> int:
+    """A size; null means the default."""
+    value = config.get(key)
+    return size(default if value is None else value, key, where)
 
 
-def _rope_scaling(rope: Mapping[str, Any], family: str, where: str) -> Llama3RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3" or family == "nemotron":
-        allowed = "default" if family == "nemotron" else "default, llama3"
-        raise CheckpointError(f"rope_type {kind!r} is not supported for {family}.", where=where, allowed=allowed)
-    for key, value in _LLAMA3_CONSTANTS.items():
-        if rope.get(key, value) != value:
-            raise CheckpointError(
-                f"rope_scaling.{key} = {rope[key]} is not supported.", where=where, allowed=f"{value}"
-            )
-    if not isinstance(rope.get("factor"), int | float):
-        raise CheckpointError("rope_scaling has no factor.", where=where, allowed="a number from 1")
-    return Llama3RopeScaling(factor=float(rope["factor"]))
+def _window(config: Mapping[str, Any], where: str) -> int | None:
+    value = config.get("sliding_window")
+    return None if value is None else size(value, "sliding_window", where)
 
 
 def _refuse_unsupported(config: Mapping[str, Any], family: str, where: str) -> None:
     expected = {"hidden_act": _DEFAULTS[family]["hidden_act"], **dict.fromkeys(_SWITCHED_OFF[family], False)}
-    if family != "nemotron":
-        expected["partial_rotary_factor"] = 1.0
     for key, value in expected.items():
-        found = config.get(key)
-        if (found or False) != value:
+        found = config.get(key) if key == "hidden_act" else switch(config.get(key), key, where)
+        if (_SPELLINGS.get(str(found), found)) != value:
             raise CheckpointError(
                 f"{key} = {found!r} is not supported for {family}.", where=where, allowed=json.dumps(value)
             )
-    if config.get("quantization_config"):
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise CheckpointError(
-            "The weights are quantized (quantization_config).",
+            f"The weights are quantized (quantization_config: {method or 'of an unnamed method'}).",
             where=where,
             next_step="Use the model's unquantized version: float32, bfloat16 or float16.",
         )
-    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
+
+
+def _refuse_sliding_layers(config: Mapping[str, Any], family: str, num_layers: int, where: str) -> None:
+    """Layers whose attention has a window of their own; `layer_types` goes before the older keys."""
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list):
+            raise CheckpointError(
+                f"layer_types = {kinds!r} is not a list.", where=where, allowed=f"null, or a list of {_FULL}"
+            )
+        others = sorted({str(kind) for kind in kinds} - {_FULL})
+        if others:
+            raise CheckpointError(f"layer_types holds {', '.join(others)}.", where=where, allowed=_FULL)
+        return
+    if family not in _SLIDES_BY_LAYER or not switch(config.get("use_sliding_window"), "use_sliding_window", where):
+        return
+    first = config.get("max_window_layers")
+    if config.get("sliding_window") is not None and (not isinstance(first, int) or first < num_layers):
         raise CheckpointError(
-            f"layer_types holds {', '.join(sorted(map(str, kinds)))}.", where=where, allowed="full_attention"
+            f"use_sliding_window = True is not supported for {family} with max_window_layers = {first}.",
+            where=where,
+            allowed=f"false, or max_window_layers from {num_layers}",
         )
 
 
-def write_config(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
-    """A copy of `config` with the sizes of `shape`; everything that is not a size stays.
+def _require_token_ids(config: Mapping[str, Any], where: str) -> None:
+    for key in _TOKEN_IDS:
+        value = config.get(key)
+        ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if value is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+            raise CheckpointError(
+                f"{key} = {value!r} is not a token id.",
+                where=where,
+                allowed="a whole number, null" + (", a list of whole numbers" if key == "eos_token_id" else ""),
+            )
 
-    `head_dim` is always explicit: after width pruning hidden_size / heads is not the head size. A config of
-    transformers 5 also gets the names of transformers 4 (rope_theta, rope_scaling), so that both read it alike.
+
+def write_config(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
+    """A copy of `config` with the sizes of `shape`; keys that describe no size or spelling of it stay.
+
+    `head_dim` is always explicit: after width pruning hidden_size / heads is not the head size. Rotary embeddings are
+    written as transformers 4 and as transformers 5 read them.
     """
-    out = {key: value for key, value in config.items() if key not in ("_name_or_path", "auto_map")}
+    out = {
+        key: value for key, value in config.items() if key not in ("_name_or_path", "auto_map", "compression_config")
+    }
     out.update(
+        architectures=[name for name, family in FAMILIES.items() if family == shape.family],
+        model_type=shape.family,
         num_hidden_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.ffn_hidden_size,
@@ -186,12 +249,15 @@ def write_config(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]
         head_dim=shape.kv_channels,
         vocab_size=shape.vocab_size,
         tie_word_embeddings=shape.tied_embeddings,
-        rope_theta=shape.rope_theta,
+        hidden_act=_DEFAULTS[shape.family]["hidden_act"],
+        **rope_keys(Rope(shape.rope_theta, shape.rotary_fraction, shape.rope_scaling)),
     )
-    if shape.rope_scaling is not None:
-        out["rope_scaling"] = {"rope_type": "llama3", "factor": shape.rope_scaling.factor, **_LLAMA3_CONSTANTS}
+    # null and {} mean that nothing is quantized, but only some readers know it.
+    out.pop("quantization_config", None)
     if out.get("layer_types"):
-        out["layer_types"] = list(out["layer_types"])[: shape.num_layers]
-    if out.get("max_window_layers") is not None:
+        out["layer_types"] = [_FULL] * shape.num_layers
+    if shape.family in _SLIDES_BY_LAYER and "use_sliding_window" in out:
+        out["use_sliding_window"] = False
+    if isinstance(out.get("max_window_layers"), int):
         out["max_window_layers"] = min(out["max_window_layers"], shape.num_layers)
     return out

@@ -10,7 +10,15 @@ import pytest
 from safetensors import safe_open
 
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.families import num_params, parameters, read_shape, rows, tensor_shape, write_config
+from nemo_minitron.families import (
+    explicit_config,
+    num_params,
+    parameters,
+    read_shape,
+    rows,
+    tensor_shape,
+    write_config,
+)
 from tests.support.tiny_models import FAMILY_CASES, load_transformers, tiny_config, tiny_model, tiny_model_dir
 
 LLAMA: dict[str, Any] = {
@@ -188,15 +196,116 @@ def test_rows_of_one_model_have_unique_names() -> None:
         assert len(names) == len(set(names))
 
 
-def test_transformers_5_rope_parameters_are_understood_and_written_in_both_dialects() -> None:
-    rope = {"rope_type": "llama3", "factor": 32.0, "rope_theta": 500000.0, "original_max_position_embeddings": 8192}
-    shape = read_shape({**LLAMA, "rope_parameters": rope})
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+ROPE_SPELLINGS: dict[str, dict[str, Any]] = {
+    "transformers 4": {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE},
+    "transformers 4, old key": {
+        "rope_theta": 500000,
+        "rope_scaling": {"type": "llama3", **{key: v for key, v in LLAMA3_ROPE.items() if key != "rope_type"}},
+    },
+    "transformers 5": {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}},
+    "transformers 5, theta outside": {"rope_parameters": LLAMA3_ROPE, "rope_theta": 5e5},
+    "both": {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}, "rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE},
+    "scaling null": {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}, "rope_scaling": None},
+    "by type of layer": {"rope_parameters": {"full_attention": {**LLAMA3_ROPE, "rope_theta": 5e5}}},
+    "a type that no layer has": {
+        "layer_types": ["full_attention"] * 32,
+        "rope_parameters": {
+            "full_attention": {**LLAMA3_ROPE, "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "the other constants left out": {
+        "rope_parameters": {
+            "rope_type": "llama3", "factor": 32, "rope_theta": 5e5, "original_max_position_embeddings": 8192
+        }
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ROPE_SPELLINGS)
+def test_every_spelling_of_rope_is_read_alike_and_written_for_transformers_4_and_5(case: str) -> None:
+    config = {**LLAMA, "max_position_embeddings": 131072, **ROPE_SPELLINGS[case]}
+    shape = read_shape(config)
     assert shape.rope_theta == 500000.0
     assert shape.rope_scaling is not None
-    written = write_config({**LLAMA, "rope_parameters": rope}, shape)
-    assert written["rope_theta"] == 500000.0
-    assert written["rope_scaling"]["factor"] == 32.0
-    assert written["rope_parameters"] == rope
+    assert shape.rope_scaling.factor == 32.0
+    written = explicit_config(config)
+    assert (written["rope_theta"], written["rope_scaling"]) == (500000.0, LLAMA3_ROPE)
+    assert written["rope_parameters"] == {**LLAMA3_ROPE, "rope_theta": 500000.0}
+    assert read_shape(written) == shape
+    assert explicit_config(written) == written
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"rope_scaling": None},
+        {"rope_scaling": {}},
+        {"rope_scaling": {"type": "default"}},
+        {"rope_scaling": {"type": "linear", "factor": 1.0}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        {"rope_parameters": {"rope_theta": 10000}, "rope_theta": 10000.0},
+        {"rope_theta": None},
+        {"partial_rotary_factor": 1.0},
+    ],
+)
+def test_no_scaling_has_many_spellings(keys: dict[str, Any]) -> None:
+    written = explicit_config({**LLAMA, **keys})
+    assert written["rope_scaling"] is None
+    assert written["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+    assert read_shape({**LLAMA, **keys}) == read_shape(LLAMA)
+
+
+def test_the_rotary_part_of_a_head_may_stand_in_rope_parameters() -> None:
+    inside = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}}
+    written = explicit_config({**NEMOTRON, **inside})
+    assert read_shape({**NEMOTRON, **inside}).rotary_fraction == 0.25
+    assert written["partial_rotary_factor"] == written["rope_parameters"]["partial_rotary_factor"] == 0.25
+    assert read_shape(NEMOTRON).rotary_fraction == 0.5
+    whole = explicit_config({**NEMOTRON, "partial_rotary_factor": 1.0})
+    assert whole["partial_rotary_factor"] == 1.0
+
+
+SAME_MODEL: dict[str, dict[str, Any]] = {
+    "no architectures": {"architectures": None, "model_type": "llama"},
+    "groups null": {"num_key_value_heads": None, "num_attention_heads": 8},
+    "head size null": {"head_dim": None},
+    "activation spelled otherwise": {"hidden_act": "swish"},
+    "tied null": {"tie_word_embeddings": None},
+    "nothing quantized": {"quantization_config": None},
+    "several ends": {"eos_token_id": [128001, 128008, 128009]},
+    "layer types longer than the model": {"layer_types": ["full_attention"] * 40},
+}
+
+
+@pytest.mark.parametrize("case", SAME_MODEL)
+def test_keys_that_are_left_out_or_null_are_written_out(case: str) -> None:
+    config = {**LLAMA, **SAME_MODEL[case]}
+    written, shape = explicit_config(config), read_shape(config)
+    assert (written["architectures"], written["model_type"]) == (["LlamaForCausalLM"], "llama")
+    assert written["num_key_value_heads"] == shape.num_query_groups == 8
+    assert written["head_dim"] == shape.kv_channels
+    assert written["hidden_act"] == "silu"
+    assert written["tie_word_embeddings"] is False
+    assert written.get("eos_token_id") == config.get("eos_token_id")
+    assert "quantization_config" not in written
+    assert len(written.get("layer_types") or ["full_attention"] * 32) == 32
+
+
+def test_a_qwen_whose_layers_all_lie_below_the_window_slides_nowhere() -> None:
+    qwen = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 4096}
+    assert explicit_config({**qwen, "max_window_layers": 32})["use_sliding_window"] is False
+    with pytest.raises(CheckpointError, match="max_window_layers = 28"):
+        read_shape({**qwen, "max_window_layers": 28})
+    explicit_config({**qwen, "max_window_layers": 28, "layer_types": ["full_attention"] * 32})
 
 
 def test_sliding_window_counts_only_where_transformers_applies_it() -> None:
@@ -227,9 +336,58 @@ REFUSED = {
     "quantized weights": ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
     "sliding layers": ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding_attention"),
     "qwen sliding window": (
-        {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True},
+        {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 4096},
         "use_sliding_window",
     ),
+    "two architectures": ({"architectures": ["LlamaForCausalLM", "MistralForCausalLM"]}, "LlamaForCausalLM, Mistral"),
+    "architectures as text": ({"architectures": "GPT2LMHeadModel"}, "GPT2LMHeadModel"),
+    "unknown model type": ({"architectures": None, "model_type": "gpt2"}, "model_type 'gpt2'"),
+    "another model type": ({"model_type": "mistral"}, "model_type says 'mistral'"),
+    "multimodal": ({"architectures": ["LlavaForConditionalGeneration"], "text_config": {"a": 1}}, "inside text_config"),
+    "rope_scaling a word": ({"rope_scaling": "linear"}, "rope_scaling = 'linear'"),
+    "rope_scaling a list": ({"rope_scaling": [1]}, "rope_scaling = [1]"),
+    "rope_parameters a word": ({"rope_parameters": "default"}, "rope_parameters = 'default'"),
+    "linear": ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, "'linear'"),
+    "dynamic": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+    "longrope": ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "'longrope'"),
+    "two rope types": ({"rope_scaling": {"rope_type": "default", "type": "linear", "factor": 2.0}}, "two types"),
+    "factor without type": ({"rope_scaling": {"factor": 4.0}}, "has a factor, 4.0, and no rope_type"),
+    "two thetas": ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta is 10000.0 and 1000000.0"),
+    "two scalings": (
+        {"rope_parameters": LLAMA3_ROPE, "rope_scaling": {**LLAMA3_ROPE, "factor": 8.0}},
+        "rope_parameters and rope_scaling disagree",
+    ),
+    "original length of the whole model": (
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}, "max_position_embeddings": 131072},
+        "original_max_position_embeddings = 131072",
+    ),
+    "original length outside": (
+        {"rope_scaling": LLAMA3_ROPE, "original_max_position_embeddings": 4096},
+        "original_max_position_embeddings = 4096",
+    ),
+    "rope by type of layer": (
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
+        "full_attention, sliding_attention",
+    ),
+    "rope by type and flat": ({"rope_parameters": {"full_attention": {}, "rope_theta": 1e4}}, "rope_theta"),
+    "theta as text": ({"rope_theta": "10000"}, "rope_theta = '10000'"),
+    "theta negative": ({"rope_theta": -1}, "rope_theta = -1"),
+    "theta true": ({"rope_theta": True}, "rope_theta = True"),
+    "theta beyond all numbers": ({"rope_theta": 10**400}, "rope_theta = 1000"),
+    "eps not a number": ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan"),
+    "size as a fraction": ({"hidden_size": 4096.0}, "hidden_size = 4096.0"),
+    "size true": ({"vocab_size": True}, "vocab_size = True"),
+    "groups zero": ({"num_key_value_heads": 0}, "num_key_value_heads = 0"),
+    "head size zero": ({"head_dim": 0}, "head_dim = 0"),
+    "more layers than any model has": ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"),
+    "tied as text": ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false'"),
+    "mlp bias": ({"mlp_bias": True}, "mlp_bias"),
+    "window as text": ({"architectures": ["MistralForCausalLM"], "sliding_window": "4k"}, "sliding_window = '4k'"),
+    "layer types as text": ({"layer_types": "full_attention"}, "is not a list"),
+    "fp8": ({"quantization_config": {"quant_method": "fp8"}}, "quantized (quantization_config: fp8)"),
+    "compressed tensors": ({"compression_config": {"format": "pack"}}, "quantized"),
+    "end as text": ({"eos_token_id": "</s>"}, "eos_token_id = '</s>'"),
+    "partial rotary inside": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
 }
 
 

@@ -1,0 +1,68 @@
+"""Typed access to the values of a config.json, with errors that name the key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_minitron.errors import CheckpointError
+
+MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 10_000
+"""More layers than any model has; a larger number would only keep the checks busy."""
+
+
+def size(value: Any, key: str, where: str) -> int:
+    """A whole number from 1.
+
+    Raises:
+        CheckpointError: the key is missing, or its value is something else.
+    """
+    if value is None:
+        raise CheckpointError(
+            f"config.json has no key '{key}'.", where=where, next_step="Is this a complete Hugging Face model?"
+        )
+    most = MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise CheckpointError(f"{key} = {value!r} is not a size.", where=where, allowed=f"a whole number, 1 to {most}")
+    return value
+
+
+def positive(value: Any, key: str, where: str) -> float:
+    """A finite number above 0.
+
+    Raises:
+        CheckpointError: anything else, also a number written as text.
+    """
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+    if not (math.isfinite(number) and number > 0.0):
+        raise CheckpointError(f"{key} = {value!r} is not supported.", where=where, allowed="a number above 0")
+    return number
+
+
+def switch(value: Any, key: str, where: str) -> bool:
+    """true or false; null means false.
+
+    Raises:
+        CheckpointError: anything else: transformers would take the text "false" for true.
+    """
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"{key} = {value!r} is not a switch.", where=where, allowed="true, false")
+    return bool(value)
+
+
+def table(value: Any, key: str, where: str) -> Mapping[str, Any]:
+    """A JSON object; null means an empty one.
+
+    Raises:
+        CheckpointError: anything else.
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise CheckpointError(f"{key} = {value!r} is not an object.", where=where, allowed="null, or {...}")
+    return value or {}
