@@ -96,11 +96,12 @@ def _compare(checkpoint: Checkpoint, session: Session | None) -> dict[str, float
         raise NumericsError(
             "The model's logits are not finite.",
             where=str(checkpoint.path),
-            next_step="The weights hold NaN or infinite values; was the training stopped by a loss that was not finite?",
+            next_step="The weights hold NaN or infinite values. Take the last checkpoint before the loss went wrong.",
         )
+    reading = "; ".join(differs) or "Both read config.json alike"
     raise NumericsError(
         "transformers and Megatron do not compute the same logits for this model, so what is measured would not be "
-        f"what is trained: they differ by up to {difference:.3g}. {'; '.join(differs) or 'Both read config.json alike'}.",
+        f"what is trained: they differ by up to {difference:.3g}. {reading}.",
         where=str(checkpoint.path),
         allowed=f"a difference of at most {limit:.3g}",
         next_step=f"Correct config.json, or install another version of transformers (here: {version('transformers')}) "

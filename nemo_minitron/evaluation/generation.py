@@ -61,15 +61,18 @@ def _require_no_adapter(model_dir: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that layers of the file are left out."""
+    """No progress bar, and no warning that layers of the file are left out."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(model_dir: Path) -> Any:
