@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nemo_minitron import __version__
 from nemo_minitron.artifacts.compared import COMPARED, LOGITS_FILE, file_state, read_memory, write_memory
+from nemo_minitron.artifacts.manifest import installed_version
 from nemo_minitron.errors import NumericsError
 from nemo_minitron.evaluation.generation import load_for_inference
 from nemo_minitron.families import ModelShape, num_params
@@ -72,7 +73,7 @@ def _identity(checkpoint: Checkpoint) -> str:
     """Changes with the config, the files of the weights, and the code on both sides."""
     facts = {
         "probe": PROBE_VERSION,
-        "versions": {name: version(name) for name in ("nemo-minitron", "torch", "transformers", "megatron-core")},
+        "versions": [__version__, *(installed_version(name) for name in ("torch", "transformers", "megatron-core"))],
         "config": checkpoint.config,
         "files": {str(file.resolve()): file_state(file) for file in checkpoint.files},
     }
@@ -104,8 +105,8 @@ def _compare(checkpoint: Checkpoint, session: Session | None) -> dict[str, float
         f"what is trained: they differ by up to {difference:.3g}. {reading}.",
         where=str(checkpoint.path),
         allowed=f"a difference of at most {limit:.3g}",
-        next_step=f"Correct config.json, or install another version of transformers (here: {version('transformers')}) "
-        f"or of megatron-core (here: {version('megatron-core')}).",
+        next_step="Correct config.json, or install another version of transformers (here: "
+        f"{installed_version('transformers')}) or of megatron-core (here: {installed_version('megatron-core')}).",
     )
 
 
