@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nemo_minitron.evaluation import generation
-from tests.conftest import Cli
+from tests.conftest import REPO, Cli
 from tests.support.model_folders import save_spelled
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
 
@@ -21,6 +21,17 @@ STAGES = {
     "evaluate_chat": "{label: x, inputs: {model: teacher, chats: chats}, precision: fp32, max_new_tokens: 2}",
     "speed": "{inputs: {models: {teacher: teacher}}, prompt_tokens: 4, new_tokens: 2, rounds: 1, precision: fp32}",
 }
+
+
+def test_models_are_loaded_in_one_place() -> None:
+    """`hf/gguf.py` converts weights; everything that computes with a model goes through the compared loader."""
+    package = REPO / "nemo_minitron"
+    texts = {str(file.relative_to(package)): file.read_text() for file in package.rglob("*.py")}
+    written_out = "report/model_card.py"  # tells the model's users how to load it
+    loading = {name for name, text in texts.items() if "AutoModel" in text} - {written_out}
+    assert loading == {"evaluation/generation.py", "hf/gguf.py"}
+    callers = {name for name, text in texts.items() if "load_for_inference" in text}
+    assert callers == {"evaluation/generation.py", "evaluation/agreement.py"}
 
 
 @pytest.fixture
