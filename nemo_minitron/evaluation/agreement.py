@@ -13,7 +13,7 @@ from torch import Tensor
 from nemo_minitron import __version__
 from nemo_minitron.artifacts.compared import COMPARED, LOGITS_FILE, file_state, read_memory, write_memory
 from nemo_minitron.artifacts.manifest import installed_version
-from nemo_minitron.errors import NumericsError
+from nemo_minitron.errors import MinitronError, NumericsError
 from nemo_minitron.evaluation.generation import load_for_inference
 from nemo_minitron.families import ModelShape, num_params
 from nemo_minitron.files import cache_dir
@@ -34,11 +34,13 @@ PROBE_VERSION = 1
 """Raised when what was compared before has to be compared again."""
 
 
-def load_compared(model_dir: Path, precision: str, device: str, *, memory: Path, session: Session | None = None) -> Any:
+def load_compared(
+    model_dir: Path, precision: str, device: str, *, memory: Path | None, session: Session | None = None
+) -> Any:
     """The model in transformers, in eval mode, after its logits have been compared with Megatron's.
 
     Args:
-        memory: file that remembers what has been compared.
+        memory: file that remembers what has been compared; None: nothing does.
         session: the open Megatron session of this process, if there is one.
 
     Raises:
@@ -49,24 +51,32 @@ def load_compared(model_dir: Path, precision: str, device: str, *, memory: Path,
     return load_for_inference(model_dir, precision, device)
 
 
-def memory_of(model_dir: Path) -> Path:
-    """Where the comparison of a model is remembered: in the run that published it, else in the user's cache."""
-    is_published = (model_dir / "manifest.json").is_file()
-    return (model_dir.resolve().parent / COMPARED if is_published else cache_dir() / "compared") / LOGITS_FILE
+def memory_of(model_dir: Path) -> Path | None:
+    """Where the comparison of a model is remembered: in the run that published it, else in the user's cache.
+
+    None: the user has no home folder, so the model is compared each time.
+    """
+    if (model_dir / "manifest.json").is_file():
+        return model_dir.resolve().parent / COMPARED / LOGITS_FILE
+    try:
+        return cache_dir() / "compared" / LOGITS_FILE
+    except (RuntimeError, MinitronError):
+        return None
 
 
-def require_agreement(model_dir: Path, memory: Path, session: Session | None = None) -> None:
+def require_agreement(model_dir: Path, memory: Path | None, session: Session | None = None) -> None:
     """transformers and Megatron compute the same logits of this folder; asked once for each state of its files.
 
     Raises:
         NumericsError: they do not, or the logits are not finite.
     """
     checkpoint = Checkpoint.open(model_dir)
-    key, known = _identity(checkpoint), read_memory(memory)
+    key, known = _identity(checkpoint), {} if memory is None else read_memory(memory)
     if key in known:
         return
     known[key] = {"model": str(model_dir), **_compare(checkpoint, session)}
-    write_memory(memory, known)
+    if memory is not None:
+        write_memory(memory, known)
 
 
 def _identity(checkpoint: Checkpoint) -> str:

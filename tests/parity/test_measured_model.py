@@ -118,6 +118,18 @@ def test_the_memory_is_that_of_the_run_or_the_users(tmp_path: Path, monkeypatch:
     assert memory_of(tmp_path / "run" / "distill") == tmp_path / "run" / ".compared" / "logits.json"
 
 
+def test_without_a_home_a_model_is_compared_each_time(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(agreement, "cache_dir", no_home)
+    folder = save_spelled(tmp_path, tiny_model("qwen2"))
+    assert memory_of(folder) is None
+    require_agreement(folder, None, session)
+
+
 def _published(**sizes: int) -> ModelShape:
     named = {
         "hidden_size": 4096,
