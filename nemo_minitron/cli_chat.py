@@ -17,6 +17,8 @@ console = Console()
 LAST_FIRST = ("export", "dpo", "steerlm_sft", "sft", "distill_offline", "distill", "prune")
 """Where the model of a run folder is looked for."""
 RESET, EXIT = "/reset", "/exit"
+SAMPLED_FROM = 50
+"""With a temperature, one of so many likeliest tokens."""
 
 
 def chat(
@@ -117,7 +119,7 @@ class _Speaker:
         import transformers
 
         from nemo_minitron.data.chat.tokenizing import ChatTemplate
-        from nemo_minitron.evaluation.generation import load_for_inference
+        from nemo_minitron.evaluation.agreement import load_compared, memory_of
         from nemo_minitron.hf.checkpoint import read_config
         from nemo_minitron.hf.tokenizer import load_tokenizer
 
@@ -137,12 +139,15 @@ class _Speaker:
                 next_step="Leave --attributes out, or chat with a model of a steerlm_sft stage.",
             )
         self.stop = None if self.template is None else self.template.spelled_stop()
-        self.model: Any = load_for_inference(folder, "fp32", "cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model: Any = load_compared(folder, "fp32", device, memory=memory_of(folder))
         self.attributes, self.max_new_tokens, self.temperature = attributes, max_new_tokens, temperature
 
     def answer(self, messages: list[dict[str, str]]) -> str:
         """Print the answer while it is written; Ctrl-C ends it early."""
-        from transformers import TextStreamer
+        from transformers import GenerationConfig, TextStreamer
+
+        from nemo_minitron.evaluation.answers import PADDING, turn_ends
 
         pieces: list[str] = []
         stop, waiting = self.stop, ""
@@ -155,11 +160,17 @@ class _Speaker:
                 print(shown, end="\n" if stream_end else "", flush=True)
 
         ids = self._ids(messages)
-        options: dict[str, Any] = {"do_sample": self.temperature > 0, "max_new_tokens": self.max_new_tokens}
-        if self.temperature > 0:
-            options["temperature"] = self.temperature
-        if stop is not None:
-            options |= {"stop_strings": [stop], "tokenizer": self.tokenizer}
+        is_sampling = self.temperature > 0
+        config = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=is_sampling,
+            eos_token_id=turn_ends(self.model, self.tokenizer) or None,
+            pad_token_id=PADDING,
+            stop_strings=None if stop is None else [stop],
+            **({"temperature": self.temperature, "top_k": SAMPLED_FROM} if is_sampling else {}),
+        )
+        options: dict[str, Any] = {"generation_config": config, "use_model_defaults": False}
+        options["tokenizer"] = self.tokenizer
         streamer = Screen(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
             self.model.generate(ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, **options)

@@ -17,6 +17,10 @@ from nemo_minitron.files import sealed, unsealed, write_whole
 
 Facts = Mapping[str, Any]
 """What a manifest says of a file: {bytes, sha256}."""
+COMPARED = ".compared"
+"""The folder of a run in which it is kept; may be deleted."""
+LOGITS_FILE = "logits.json"
+"""Which models there compute the same logits in transformers and in Megatron; see evaluation/agreement.py."""
 _State = list[int]
 
 
@@ -27,31 +31,33 @@ def changed_file(files: Mapping[Path, Facts], memory: Path) -> Path | None:
         files: all there, with the right sizes.
         memory: written anew when something was compared; nothing is lost without it.
     """
-    known, states = _read(memory), {file: _state(file) for file in files}
+    known, states = read_memory(memory), {file: file_state(file) for file in files}
     unseen = [file for file, facts in files.items() if known.get(str(file)) != [states[file], facts["sha256"]]]
     if not unseen:
         return None
     found = file_facts(unseen)
     bad = next((file for file in unseen if found[file]["sha256"] != files[file]["sha256"]), None)
     if bad is None:
-        _write(memory, {**known, **{str(file): [states[file], facts["sha256"]] for file, facts in files.items()}})
+        write_memory(memory, {**known, **{str(file): [states[file], facts["sha256"]] for file, facts in files.items()}})
     return bad
 
 
-def _state(file: Path) -> _State:
+def file_state(file: Path) -> _State:
+    """Changes when the file does: size, inode, and the times of its contents and of its entry."""
     found = file.stat()
     return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 
 
-def _read(memory: Path) -> dict[str, Any]:
+def read_memory(memory: Path) -> dict[str, Any]:
+    """What was kept; nothing when the file is missing or damaged."""
     try:
         return unsealed(json.loads(memory.read_text()))
     except (OSError, ValueError, AttributeError):
         return {}
 
 
-def _write(memory: Path, states: dict[str, Any]) -> None:
+def write_memory(memory: Path, facts: Mapping[str, Any]) -> None:
     """A disk that takes nothing more costs time, not the stage."""
     with suppress(OSError):
-        memory.parent.mkdir(exist_ok=True)
-        write_whole(memory, json.dumps(sealed(states)))
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(memory, json.dumps(sealed(facts)))

@@ -101,7 +101,7 @@ def provenance(started: float) -> dict[str, Any]:
     """Who made it, with what, when. Never part of the identity."""
     return {
         "nemo_minitron": __version__,
-        "versions": {name: found for name in _VERSIONS if (found := _version(name))},
+        "versions": {name: found for name in _VERSIONS if (found := installed_version(name))},
         "python": platform.python_version(),
         "host": platform.node(),
         "argv": sys.argv,
@@ -111,7 +111,8 @@ def provenance(started: float) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """None where it is not installed as a package, as in containers that only put its source on the path."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -14,13 +14,13 @@ from math import inf
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from nemo_minitron.artifacts.compared import changed_file
+from nemo_minitron.artifacts.compared import COMPARED, changed_file
 from nemo_minitron.artifacts.manifest import Manifest, file_facts, hash_files, read_manifest, write_manifest
 from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.files import read_json, write_whole
 
-_WORK, _SUPERSEDED, _PARTIAL, _COMPARED = ".work", ".superseded", ".partial-", ".compared"
+_WORK, _SUPERSEDED, _PARTIAL = ".work", ".superseded", ".partial-"
 _CHANGED = "was changed or damaged after the stage finished"
 LOCK_POLL_S = 1.0
 _LOCK, _ACCEPTED, _WORK_IDENTITY = ".lock", "accepted_drift.json", "fingerprint"
@@ -98,7 +98,7 @@ class Store:
         else:
             most = {"sizes": -1, "small": SMALL_BYTES, "unseen": inf}[contents]
             read = {file: facts for file, facts in files.items() if facts["bytes"] <= most}
-            bad = changed_file(read, self.root / _COMPARED / f"{stage}.json")
+            bad = changed_file(read, self.root / COMPARED / f"{stage}.json")
         if bad is not None:
             raise _unusable(bad, stage, _CHANGED)
 

@@ -13,6 +13,9 @@ from nemo_minitron.progress import Progress
 Sequences = Sequence[tuple[list[int], list[int]]]
 """Token ids of prompts and of answers."""
 TOKENS_PER_BATCH, PROMPTS_PER_BATCH = 2048, 16
+PADDING = 0
+"""Never seen: it is masked before a prompt, and follows the end of an answer. A tokenizer's own padding token may lie
+outside the embeddings."""
 
 
 @torch.inference_mode()
@@ -68,15 +71,12 @@ def greedy_answers(
     """(text, its tokens) for each prompt, up to the end of the turn: an eos token, or the text `spelled_stop`."""
     from transformers import GenerationConfig
 
-    ends = model.generation_config.eos_token_id
-    known = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
-    stops = {token for token in known if token is not None}
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
+    stops = turn_ends(model, tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=sorted(stops) or None,
-        pad_token_id=padding,
+        eos_token_id=stops or None,
+        pad_token_id=PADDING,
         stop_strings=None if spelled_stop is None else [spelled_stop],
     )
     # Of like length: the padding of a batch is work for nothing.
@@ -91,6 +91,13 @@ def greedy_answers(
                 found[index] = _before(spelled_stop, made[:end], tokenizer)
             bar.advance(len(batch))
     return [found[index] for index in range(len(prompts))]
+
+
+def turn_ends(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: those of the model, and the tokenizer's eos."""
+    found = model.generation_config.eos_token_id
+    ends = {*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id}
+    return sorted(ends - {None})
 
 
 def _before(stop: str | None, tokens: list[int], tokenizer: Any) -> tuple[str, int]:

@@ -2,26 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.evaluation.model_config import generation_config, model_config
 from nemo_minitron.heap import keep_freed_memory
+from nemo_minitron.hf.checkpoint import Checkpoint, require_tied_head
 from nemo_minitron.hf.tokenizer import require_known_ids
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_for_inference(model_dir: Path, precision: str, device: str) -> Any:
-    """The model as `transformers` loads it from its folder."""
+def load_for_inference(model_dir: Path, precision: str, device: str, *, num_layers: int | None = None) -> Any:
+    """The model in transformers, by our own reading of its folder. Stages call `agreement.load_compared` instead.
+
+    Args:
+        num_layers: only so many layers, from the first on; None: all.
+
+    Raises:
+        CheckpointError: the folder is not a complete, supported model, or it holds an adapter as well.
+    """
     from transformers import AutoModelForCausalLM
 
+    checkpoint = Checkpoint.open(model_dir)
+    require_tied_head(checkpoint)
+    _require_no_adapter(model_dir)
+    shape = checkpoint.shape if num_layers is None else checkpoint.shape.resized(num_layers=num_layers)
     if device == "cpu":
         keep_freed_memory()
-    model: Any = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=DTYPES[precision], local_files_only=True)
+    with _quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(model_dir),
+            config=model_config(shape),
+            generation_config=generation_config(checkpoint),
+            dtype=DTYPES[precision],
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
     return model.to(device).eval()
+
+
+def _require_no_adapter(model_dir: Path) -> None:
+    # transformers adds it to the weights when peft is installed; Megatron never does.
+    file = model_dir / "adapter_config.json"
+    if file.is_file():
+        raise CheckpointError(
+            "An adapter lies beside the model's weights: it is not certain which model is meant.",
+            where=str(file),
+            next_step="Merge the adapter into the weights, or move adapter_config.json elsewhere.",
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar, and no warning that layers of the file are left out."""
+    from transformers.utils import logging
+
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 @torch.inference_mode()

@@ -92,7 +92,7 @@ def _cut_and_measure(params: CandidateStage, inputs: Inputs, ctx: StageContext, 
         _cut(params, inputs, ctx, partial)
         os.replace(partial, folder)
     if ctx.is_main and params.measure_speed is not None and not rates.is_file():
-        rates.write_text(json.dumps(_speed(params.measure_speed, folder)))
+        rates.write_text(json.dumps(_speed(params.measure_speed, folder, ctx)))
     ctx.open_session.barrier()
     found: dict[str, float] = json.loads(rates.read_text()) if rates.is_file() else {}
     return found
@@ -114,13 +114,13 @@ def _cut(params: CandidateStage, inputs: Inputs, ctx: StageContext, folder: Path
     return prune_checkpoint(model, plan, folder, ctx.progress)
 
 
-def _speed(params: SpeedMeasurement, folder: Path) -> Mapping[str, float]:
-    from nemo_minitron.evaluation.generation import load_for_inference
+def _speed(params: SpeedMeasurement, folder: Path, ctx: StageContext) -> Mapping[str, float]:
+    from nemo_minitron.evaluation.agreement import load_compared
     from nemo_minitron.evaluation.speed import measure_speed
 
-    models = {"candidate": load_for_inference(folder, params.precision, "cpu")}
+    model = load_compared(folder, params.precision, "cpu", memory=ctx.logits_memory, session=ctx.open_session)
     return measure_speed(
-        models,
+        {"candidate": model},
         prompt_tokens=params.prompt_tokens,
         new_tokens=params.new_tokens,
         rounds=params.rounds,

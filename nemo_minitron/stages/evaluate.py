@@ -15,12 +15,19 @@ def evaluate(params: EvaluateStage, inputs: Inputs, ctx: StageContext) -> Result
     """Held-out loss through Megatron on every rank; tasks and sample texts through transformers on the main one.
 
     Writes metrics.json.
+
+    Raises:
+        NumericsError: transformers and Megatron do not compute the same logits.
     """
     from nemo_minitron.backends.megatron.evaluate import heldout_loss
     from nemo_minitron.evaluation.metrics import bits_per_byte, perplexity
     from nemo_minitron.hf.checkpoint import model_facts
 
     model_dir = inputs["model"].path
+    if ctx.is_main and _uses_transformers(params):
+        from nemo_minitron.evaluation.agreement import require_agreement
+
+        require_agreement(model_dir, ctx.logits_memory, ctx.open_session)
     heldout = heldout_loss(
         model_dir,
         inputs["data"].path,
@@ -49,16 +56,22 @@ def evaluate(params: EvaluateStage, inputs: Inputs, ctx: StageContext) -> Result
     return {key: value for key, value in metrics.items() if key != "samples"}
 
 
+def _uses_transformers(params: EvaluateStage) -> bool:
+    return bool(params.tasks or params.prompts)
+
+
 def _through_transformers(params: EvaluateStage, model_dir: Path, ctx: StageContext) -> dict[str, Any]:
     """{tasks, samples}; the model is loaded once, and only if one of them is asked for."""
-    if not params.tasks and not params.prompts:
+    if not _uses_transformers(params):
         return {"tasks": {}, "samples": []}
-    from nemo_minitron.evaluation.generation import greedy_texts, load_for_inference
+    from nemo_minitron.evaluation.agreement import load_compared
+    from nemo_minitron.evaluation.generation import greedy_texts
     from nemo_minitron.evaluation.tasks import run_tasks
     from nemo_minitron.hf.source import resolve_path
     from nemo_minitron.hf.tokenizer import load_tokenizer
 
-    model = load_for_inference(model_dir, params.precision, str(ctx.open_session.device))
+    device = str(ctx.open_session.device)
+    model = load_compared(model_dir, params.precision, device, memory=ctx.logits_memory, session=ctx.open_session)
     tokenizer = load_tokenizer(model_dir)
     tasks: dict[str, dict[str, float]] = {}
     if params.tasks:

@@ -26,8 +26,9 @@ def evaluate_chat(params: EvaluateChatStage, inputs: Inputs, ctx: StageContext) 
     Raises:
         CheckpointError: a model cannot be read.
         DataError: its tokenizer has no chat template, too many rows do not fit it, or none is left to measure.
+        NumericsError: transformers and Megatron do not compute the same logits of a model.
     """
-    from nemo_minitron.evaluation.generation import load_for_inference
+    from nemo_minitron.evaluation.agreement import load_compared
 
     template = ChatTemplate.load(
         inputs["model"].path, params.template, whole_markers=params.whole_markers, day=params.template_date
@@ -36,12 +37,12 @@ def evaluate_chat(params: EvaluateChatStage, inputs: Inputs, ctx: StageContext) 
     for text in asked.left_out():
         ctx.progress.say(text)
     device = _device(ctx)
-    model = load_for_inference(inputs["model"].path, params.precision, device)
+    model = load_compared(inputs["model"].path, params.precision, device, memory=ctx.logits_memory)
     metrics: dict[str, Any] = {"label": params.label, **asked.heldout.facts()}
     answers: list[dict[str, Any]] = []
     if inputs["chats"].result["rows"] == "pairs":
         reference = inputs.get("reference")
-        other = load_for_inference(reference.path, params.precision, device) if reference else None
+        other = load_compared(reference.path, params.precision, device, memory=ctx.logits_memory) if reference else None
         metrics["preferences"] = _preferences(asked.heldout, template, model, other, ctx)
     else:
         metrics["conversations"] = _conversations(asked.heldout, template, model, ctx)

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.artifacts.compared import COMPARED, LOGITS_FILE
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.config.schema import Execution, Schema
 from nemo_minitron.config.schema.base import TEMPLATE_DATE
@@ -42,6 +43,11 @@ class StageContext:
     def is_main(self) -> bool:
         """Whether this process writes files (rank 0)."""
         return self.session is None or self.session.is_main
+
+    @property
+    def logits_memory(self) -> Path:
+        """Which models of the run have been compared between transformers and Megatron."""
+        return self.out_dir.parent / COMPARED / LOGITS_FILE
 
     @property
     def open_session(self) -> Session:

@@ -10,10 +10,14 @@ from nemo_minitron.stages.spec import Result, StageContext
 
 
 def speed(params: SpeedStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Time all models in one process with interleaved rounds, so that the ratios mean something. Writes speed.json."""
+    """Time all models in one process with interleaved rounds, so that the ratios mean something. Writes speed.json.
+
+    Raises:
+        NumericsError: transformers and Megatron do not compute the same logits of a model.
+    """
     import torch
 
-    from nemo_minitron.evaluation.generation import load_for_inference
+    from nemo_minitron.evaluation.agreement import load_compared
     from nemo_minitron.evaluation.speed import measure_speed
     from nemo_minitron.hf.checkpoint import model_facts
 
@@ -22,7 +26,10 @@ def speed(params: SpeedStage, inputs: Inputs, ctx: StageContext) -> Result:
         torch.set_num_threads(ctx.execution.threads)
     device = "cuda" if use_cuda else "cpu"
     folders = {label: model.path for label, model in inputs.many("models").items()}
-    models = {label: load_for_inference(path, params.precision, device) for label, path in folders.items()}
+    models = {
+        label: load_compared(path, params.precision, device, memory=ctx.logits_memory)
+        for label, path in folders.items()
+    }
     with ctx.progress.bar("speed", params.rounds + 1, "rounds") as bar:
         measured = measure_speed(
             models,
