@@ -55,7 +55,7 @@ class BadRows:
         return DataError(
             f"All {self.num_rows} rows are bad:{self._listed()}",
             where=where,
-            next_step="Correct the rows, or what does not fit them: the source's `format`, or the chat template.",
+            next_step="Correct the rows, or what does not fit them: `format`, `leave_out`, or the chat template.",
         )
 
     def _listed(self) -> str:

@@ -6,14 +6,15 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-_CHARACTERS, _NAMES = 40, 12
+_CHARACTERS, _MOST, _NAMES = 40, 100, 12
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _CHARACTERS
 
 
 def shown(value: Any) -> str:
     """A short form of any value."""
-    return _SHORT.repr(value)
+    text = _SHORT.repr(value)
+    return text if len(text) <= _MOST else f"{text[: _MOST - 3]}..."
 
 
 def shown_name(name: str) -> str:
