@@ -52,7 +52,7 @@ def read_blocks(file: Path, start: int = 0) -> Iterator[Block]:
 
 
 def _library_blocks(raw: IO[bytes], file: Path, kind: str) -> Iterator[Block]:
-    kinds: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    kinds: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     try:
         with kinds[kind](raw, "rb") as stream:
             yield from (Block(data, raw.tell()) for data in iter(lambda: stream.read(BLOCK_BYTES), b""))
