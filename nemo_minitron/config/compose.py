@@ -6,19 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config.schema import Recipe
-from nemo_minitron.errors import ConfigError
+from pydantic import BaseModel
 
-RECIPES, CONFIGS, CLUSTER = "recipes", "configs", "cluster"
-SHORT = {"launcher": "execution.launcher", CLUSTER: "execution.cluster"}
-"""First words of overrides that stand for a longer key."""
+from nemo_minitron.config.keys import value_kind
+from nemo_minitron.config.overrides import CLUSTER, KEY, for_hydra, require_form, unknown_key
+from nemo_minitron.errors import ConfigError, MinitronError
+
+RECIPES, CONFIGS = "recipes", "configs"
 
 
 def compose(recipe: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a recipe with its defaults list and apply overrides such as `stages.distill.lr=1e-4`.
 
     Any key of the schema can be overridden, whether the recipe mentions it or not; `group=choice`
-    and Hydra's own `~key` and `+key` work as in Hydra.
+    and Hydra's own `~key` and `+key` work as in Hydra. Texts need no quotes but the shell's.
 
     Raises:
         ConfigError: no such file, bad YAML, an unknown config group or a malformed override.
@@ -62,22 +63,40 @@ def _compose(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], di
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    require_form(recipe, overrides)
     file = require_recipe(recipe)
     site, overrides = _split_cluster(overrides)
     search = f"hydra.searchpath=[file://{configs_dir(file)}]"
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(file.parent), version_base="1.3", job_name="minitron"):
-            composed = hydra_compose(file.stem, overrides=[search, *map(_lenient, overrides)])
+            composed = hydra_compose(file.stem, overrides=[search, *map(for_hydra, overrides)])
         texts = (OmegaConf.to_container(composed, resolve=resolve) for resolve in (False, True))
         as_written, resolved = (_with_name_and_site(text, file, site) for text in texts)
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise ConfigError(
-            "The recipe could not be composed: " + _first_lines(error),
-            where=str(recipe),
-            next_step="Overrides look like stages.distill.lr=1e-4; config groups are the folders of configs/.",
-        ) from error
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
+        raise _not_composed(recipe, file, overrides, error) from error
     return as_written, resolved
+
+
+def _not_composed(recipe: Path, file: Path, overrides: Sequence[str], error: Exception) -> ConfigError:
+    """The message, about an override whose key is unknown where there is one."""
+    if overrides:
+        try:
+            stages = list(_compose(recipe, ())[1].get("stages") or {})
+        except MinitronError:
+            # The recipe itself cannot be composed: its error is the one to show.
+            stages = []
+        folders = (configs_dir(file), file.parent)
+        groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
+        unknown = unknown_key(overrides, groups, stages) if stages else None
+        if unknown is not None:
+            return unknown
+    next_step = "Overrides look like stages.distill.lr=1e-4; config groups are the folders of configs/."
+    if "Interpolation key" in str(error):
+        next_step = "${a.b} is another key of the recipe; ${oc.env:HOME} is a variable of the environment."
+    return ConfigError(
+        "The recipe could not be composed: " + _first_lines(error), where=str(recipe), next_step=next_step
+    )
 
 
 def _with_name_and_site(out: Any, file: Path, site: str | None) -> dict[str, Any]:
@@ -102,7 +121,7 @@ def _read_cluster(site: str, configs: Path) -> dict[str, Any]:
     from yaml import YAMLError
 
     own = configs / CLUSTER / f"{site}.yaml"
-    file = next((path for path in (own, Path(site)) if path.is_file()), None)
+    file = next((path for path in (own, Path(site).expanduser()) if path.is_file()), None)
     if file is None:
         raise ConfigError(
             f"There is no cluster {site}.",
@@ -128,8 +147,11 @@ def _over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return {**base, **changes, **nested}
 
 
-def from_dotlist(texts: Sequence[str]) -> dict[str, Any]:
+def from_dotlist(texts: Sequence[str], root: type[BaseModel]) -> dict[str, Any]:
     """`a.b=1` texts -> a nested dict.
+
+    Args:
+        root: the schema of the keys. Where it has text, the value is taken as it is; elsewhere as in YAML.
 
     Raises:
         ConfigError: one of them is malformed.
@@ -138,15 +160,23 @@ def from_dotlist(texts: Sequence[str]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    found = OmegaConf.create({})
     for text in texts:
-        if not text.partition("=")[1] or text.startswith("="):
+        key, sign, value = text.partition("=")
+        if not sign or not KEY.fullmatch(key):
             raise ConfigError(f"{text}: not of the form KEY=VALUE.", next_step="For example: lr=1e-6")
+        try:
+            parsed = value if value_kind(key, root) == "text" else OmegaConf.from_dotlist([f"value={value}"])["value"]
+            # YAML would drop what follows ` #` from a text.
+            OmegaConf.update(found, key, value if isinstance(parsed, str) else parsed, force_add=True)
+        except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{text} could not be read: " + _first_lines(error)) from error
     try:
-        found = OmegaConf.to_container(OmegaConf.from_dotlist(list(texts)), resolve=True)
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        out = OmegaConf.to_container(found, resolve=True)
+    except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError("A setting could not be read: " + _first_lines(error)) from error
-    assert isinstance(found, dict)
-    return {str(key): value for key, value in found.items()}
+    assert isinstance(out, dict)
+    return {str(key): value for key, value in out.items()}
 
 
 def require_recipe(recipe: Path) -> Path:
@@ -179,17 +209,8 @@ def configs_dir(file: Path) -> Path:
     return Path(__file__).resolve().parents[2] / CONFIGS
 
 
-def _lenient(override: str) -> str:
-    """Let plain `a.b=1` set keys that only the schema knows; the schema refuses the wrong ones, by name."""
-    first = override.split("=", 1)[0].split(".")[0]
-    if first in SHORT:
-        override = SHORT[first] + override[len(first) :]
-    key = override.split("=", 1)[0]
-    if "=" in override and key.split(".")[0] in Recipe.model_fields and "@" not in key:
-        return f"++{override}"
-    return override
-
-
 def _first_lines(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3]) or type(error).__name__
+    """The error's own words; where Hydra only names the override that failed, those of its cause as well."""
+    causes = [error, *([error.__cause__] if error.__cause__ is not None else [])]
+    lines = [line.strip() for one in causes for line in str(one).splitlines() if line.strip()]
+    return " ".join(lines[: 3 * len(causes)]) or type(error).__name__

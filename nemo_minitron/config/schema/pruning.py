@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from nemo_minitron.config.schema.base import LayerMetric, Precision, Schema, StageName, WidthMethod
+from nemo_minitron.config.schema.base import LayerMetric, Precision, Schema, Seed, StageName, WidthMethod
 
 
 class ScoreInputs(Schema):
@@ -52,7 +52,7 @@ class ScoreStage(Schema):
     depth_task: DepthTask | None = None
     """Task of the layer metric `task`."""
     precision: Precision = "bf16"
-    seed: int = 1234
+    seed: Seed = 1234
 
 
 class Target(Schema):
@@ -88,7 +88,7 @@ class SelectionRules(Schema):
     head_merge: Literal["off", "printed", "opposite", "mean"] = "off"
     """What kept heads take in from cut ones (2407.14679, section 2.3): `head + (head - cut)` as printed there, with
     the opposite sign as in Layer Collapse, or the mean; see pruning/merge.py."""
-    seed: int = 1234
+    seed: Seed = 1234
 
 
 class SelectStage(SelectionRules):
