@@ -76,12 +76,17 @@ def check(
     cluster: Annotated[bool, typer.Option(help="Look at the cluster too, from here.")] = False,
 ) -> None:
     """Find every mistake in a recipe. Needs no GPU, no torch, no network."""
+    from nemo_minitron.plan.checks import require_valid
     from nemo_minitron.plan.epochs import epoch_warnings
 
-    plan = load_plan(recipe, overrides)
+    plan = load_plan(recipe, overrides, checked=False)
+    try:
+        if cluster:
+            cli_launch.check_cluster(plan.recipe)
+    finally:
+        # What the cluster lacks is on the screen; the recipe's own problems are said in any case.
+        require_valid(plan)
     print_warnings(list(epoch_warnings(plan)))
-    if cluster:
-        cli_launch.check_cluster(plan.recipe)
     console.print(f"[green]ok[/green] {plan.recipe.name}: {len(plan.calls)} stages")
 
 

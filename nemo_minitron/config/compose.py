@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from nemo_minitron.config.keys import value_kind
 from nemo_minitron.config.overrides import CLUSTER, KEY, for_hydra, require_form, unknown_key
 from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.files import user_path
 
 RECIPES, CONFIGS = "recipes", "configs"
 
@@ -121,7 +122,7 @@ def _read_cluster(site: str, configs: Path) -> dict[str, Any]:
     from yaml import YAMLError
 
     own = configs / CLUSTER / f"{site}.yaml"
-    file = next((path for path in (own, Path(site).expanduser()) if path.is_file()), None)
+    file = next((path for path in (own, user_path(site)) if path.is_file()), None)
     if file is None:
         raise ConfigError(
             f"There is no cluster {site}.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,21 @@ def probe(recipe: Recipe) -> list[Finding]:
         found.append(Finding("problem", error.what))
     found += _paths(cluster, recipe)
     return found
+
+
+def missing_here(recipe: Recipe) -> list[str]:
+    """What a launch needs and this machine does not have: the launcher's program, images, mounts, the set-up script.
+
+    Raises:
+        PlanError: the recipe names no cluster.
+    """
+    cluster = cluster_of(recipe)
+    runtime = cluster.container.runtime
+    program = "sbatch" if recipe.execution.launcher == "slurm" else runtime
+    found = []
+    if program != "none" and shutil.which(program) is None:
+        found.append(f"{program}: there is no such program on this machine.")
+    return [*found, *(finding.text for finding in _paths(cluster, recipe) if finding.level == "problem")]
 
 
 def _partitions(cluster: Cluster, jobs: list[Job]) -> Iterator[Finding]:
@@ -121,12 +137,16 @@ def _plugin(cluster: Cluster) -> Iterator[Finding]:
         yield Finding("warning", f"whether the nodes have {cluster.container.runtime} cannot be seen from here")
 
 
+def _names_a_file(image: str) -> bool:
+    return image.startswith(("/", "./")) or image.endswith((".sqsh", ".sif"))
+
+
 def _paths(cluster: Cluster, recipe: Recipe) -> Iterator[Finding]:
     container = cluster.container
     if container.runtime != "none":
         for key in ("core_image", "aligner_image"):
             image = getattr(container, key)
-            if image is not None and image.startswith(("/", "./")) and not Path(image).is_file():
+            if image is not None and _names_a_file(image) and not Path(image).is_file():
                 yield Finding("problem", f"container.{key}: there is no file {image}")
         # The run's folder and the assets are made when they are needed.
         for mount in mounts_of(container, placed(recipe, run_dir(recipe)).place):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from glob import glob
 from math import lcm
-from pathlib import Path
 
 from nemo_minitron.config.schema import (
     Alignment,
@@ -28,19 +26,26 @@ from nemo_minitron.config.schema import (
 from nemo_minitron.data.chat.formats import FORMATS_OF
 from nemo_minitron.errors import PlanError
 from nemo_minitron.families import ModelShape
-from nemo_minitron.hf.source import ASSET, HUB, asset_path
 from nemo_minitron.plan.align_checks import alignment_problems
 from nemo_minitron.plan.expansion import candidates_of
+from nemo_minitron.plan.missing import missing_sources
 from nemo_minitron.plan.planner import RunPlan, parallel_of
 from nemo_minitron.plan.shapes import model_shape
-from nemo_minitron.plan.sources import read_by
 from nemo_minitron.pruning.possible import impossible
 from nemo_minitron.stages.spec import STAGES
 
 
 def require_valid(plan: RunPlan, *, besides: tuple[str, ...] = ()) -> None:
     """Raises PlanError with every problem, but for those that begin with a text of `besides`."""
-    problems = [text for text in find_problems(plan) if not text.startswith(besides)]
+    _refuse(plan, [text for text in find_problems(plan) if not text.startswith(besides)])
+
+
+def require_possible(plan: RunPlan) -> None:
+    """Raises PlanError where the recipe breaks a rule, wherever it runs; what only is not here yet may be missing."""
+    _refuse(plan, list(broken_rules(plan)))
+
+
+def _refuse(plan: RunPlan, problems: list[str]) -> None:
     if problems:
         raise PlanError(
             f"The recipe cannot be carried out ({len(problems)}):\n" + "\n".join(f"  - {text}" for text in problems),
@@ -49,7 +54,13 @@ def require_valid(plan: RunPlan, *, besides: tuple[str, ...] = ()) -> None:
 
 
 def find_problems(plan: RunPlan) -> Iterator[str]:
-    """Every rule that the recipe breaks, as one line each."""
+    """Every rule that the recipe breaks, and everything that it reads and is not here, as one line each."""
+    yield from broken_rules(plan)
+    yield from missing_sources(plan)
+
+
+def broken_rules(plan: RunPlan) -> Iterator[str]:
+    """Every rule that the recipe breaks, on whatever machine, as one line each."""
     recipe = plan.recipe
     for name, stage in recipe.stages.items():
         if isinstance(stage, SelectStage):
@@ -70,7 +81,6 @@ def find_problems(plan: RunPlan) -> Iterator[str]:
             yield from alignment_problems(name, stage, recipe)
     yield from _layouts(recipe)
     yield from _labels(recipe)
-    yield from _sources(plan)
 
 
 def _select(name: str, stage: SelectStage, recipe: Recipe) -> Iterator[str]:
@@ -336,26 +346,3 @@ def _labels(recipe: Recipe) -> Iterator[str]:
             if stage.label in seen:
                 yield f"stages.{name}.label = {stage.label}: stage {seen[stage.label]} has the same label."
             seen[stage.label] = name
-
-
-def _sources(plan: RunPlan) -> Iterator[str]:
-    """Files that a stage which still has to run would read."""
-    for name, stage in plan.recipe.stages.items():
-        if plan.states[name].status != "finished":
-            for key, source in read_by(stage):
-                yield from _source(f"stages.{name}.{key}", source, plan.recipe)
-
-
-def _source(key: str, source: str, recipe: Recipe) -> Iterator[str]:
-    if source.startswith(HUB):
-        return
-    if any(sign in source for sign in "*?["):
-        if not glob(str(Path(source).expanduser()), recursive=True):
-            yield f"{key} = {source}: matches no file."
-        return
-    if source.startswith(ASSET):
-        name = source.removeprefix(ASSET)
-        if not asset_path(name, Path(recipe.execution.assets_dir)).exists():
-            yield f"{key} = {source}: not fetched yet. Next: minitron assets fetch {name}"
-    elif not Path(source).expanduser().exists():
-        yield f"{key} = {source}: there is no such file or folder."

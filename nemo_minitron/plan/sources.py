@@ -19,6 +19,7 @@ from nemo_minitron.config.schema import (
     ScoreStage,
     TokenizeStage,
 )
+from nemo_minitron.files import user_path
 from nemo_minitron.hf.source import ASSET, HUB, asset_path
 
 
@@ -63,7 +64,7 @@ def _files(source: str, assets_dir: Path) -> Iterable[Path]:
     if source.startswith(HUB):
         return []
     name = source.removeprefix(ASSET)
-    path = asset_path(name, assets_dir) if source.startswith(ASSET) else Path(source).expanduser()
+    path = asset_path(name, assets_dir) if source.startswith(ASSET) else user_path(source)
     if path.is_dir():
         return path.rglob("*")
     return [path] if path.exists() else map(Path, glob(str(path), recursive=True))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from nemo_minitron.artifacts.manifest import file_facts
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.config.schema import AdoptStage
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.files import user_path
 from nemo_minitron.stages.spec import Result, StageContext
 
 
@@ -20,7 +19,7 @@ def adopt(params: AdoptStage, inputs: Inputs, ctx: StageContext) -> Result:
     from nemo_minitron.hf.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, model_facts, side_files
     from nemo_minitron.hf.license import read_license
 
-    path = Path(params.path).expanduser().resolve()
+    path = user_path(params.path).resolve()
     facts = model_facts(path)
     named = path / (SINGLE_FILE if (path / SINGLE_FILE).is_file() else INDEX_FILE)
     files = file_facts({path / "config.json", named, *Checkpoint.open(path).files, *side_files(path)})

@@ -73,7 +73,8 @@ def test_short_forms_and_indices_are_written_out(tmp_path: Path) -> None:
         TOY, [f"cluster={site}", "cluster.container.core_image=nvcr.io#x", "stages.data.sources[0].source=~/x"]
     )
     cluster = recipe.execution.cluster
-    assert cluster is not None and (cluster.partition, cluster.container.core_image) == ("big", "nvcr.io#x")
+    assert cluster is not None
+    assert (cluster.partition, cluster.container.core_image) == ("big", "nvcr.io#x")
     assert recipe.stages["data"].sources[0].source == "~/x"  # type: ignore[union-attr]
 
 
@@ -83,7 +84,8 @@ def test_a_cluster_of_the_home_folder_needs_no_shell_to_find_it(
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "site.yaml").write_text("partition: mine\n")
     cluster = load_recipe(TOY, ["cluster=~/site.yaml"]).execution.cluster
-    assert cluster is not None and cluster.partition == "mine"
+    assert cluster is not None
+    assert cluster.partition == "mine"
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Schema(BaseModel):
@@ -14,6 +15,19 @@ class Schema(BaseModel):
 
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _expanded(text: str) -> str:
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        raise ValueError("nobody knows the home folder that ~ stands for; write the whole path") from None
+
+
+UserPath = Annotated[str, Field(min_length=1), AfterValidator(_expanded)]
+"""A path of this machine; `~` is expanded, as shells leave it alone after KEY=."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What numpy takes."""
 Precision = Literal["fp32", "bf16"]
