@@ -187,7 +187,7 @@ def _composed(file: Path) -> Recipe:
         return Recipe.model_validate(json.loads(file.read_text()))
     except FileNotFoundError:
         raise ConfigError(f"There is no {file}.", next_step="Submit again with `minitron launch`.") from None
-    except (ValidationError, json.JSONDecodeError) as error:
+    except (ValidationError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"This is no composed recipe of this version: {str(error).splitlines()[0]}",
             where=str(file),

@@ -43,7 +43,9 @@ def require_form(recipe: Path, words: Sequence[str]) -> None:
     Raises:
         ConfigError: naming the first such word.
     """
-    if "=" in str(recipe) and not recipe.exists():
+    if not recipe.name:
+        raise ConfigError("No recipe is named.", next_step="For example: recipes/toy/width.yaml")
+    if "=" in str(recipe) and not recipe.is_file():
         later = next((word for word in words if Path(word).suffix in (".yaml", ".yml")), "RECIPE")
         raise ConfigError(
             f"{recipe} stands where the recipe goes.",

@@ -34,6 +34,9 @@ from nemo_minitron.plan.shapes import model_shape
 from nemo_minitron.pruning.possible import impossible
 from nemo_minitron.stages.spec import STAGES
 
+MOST_SAMPLES = 2**32
+"""An index of so many takes some 50 GB; text for it does not exist."""
+
 
 def require_valid(plan: RunPlan, *, besides: tuple[str, ...] = ()) -> None:
     """Raises PlanError with every problem, but for those that begin with a text of `besides`."""
@@ -81,6 +84,7 @@ def broken_rules(plan: RunPlan) -> Iterator[str]:
             yield from alignment_problems(name, stage, recipe)
     yield from _layouts(recipe)
     yield from _labels(recipe)
+    yield from _cache_sizes(recipe)
 
 
 def _select(name: str, stage: SelectStage, recipe: Recipe) -> Iterator[str]:
@@ -160,11 +164,14 @@ def _layers_scored(key: str, stage: SelectStage, drops: int, scores: str | None,
 def _score(name: str, stage: ScoreStage, recipe: Recipe) -> Iterator[str]:
     layout = parallel_of(recipe, name)
     size = layout.dp * layout.micro_batch_size
-    by_removal = {"lm_loss", "logit_mse"} & set(stage.layer_metrics)
-    for key in ("num_samples", *(("depth_samples",) if by_removal else ())):
+    yield from _countable(f"stages.{name}.num_samples", max(stage.num_samples, stage.depth_samples))
+    for key in ("num_samples", *(("depth_samples",) if stage.draws_depth_samples else ())):
         value = getattr(stage, key)
         if value % size:
             yield f"stages.{name}.{key} = {value}: must be a multiple of dp * micro_batch_size = {size}."
+    for key, count in (("batch_aggregation", "num_samples"), ("sequence_aggregation", "seq_len_tokens")):
+        if getattr(stage, key) == "var" and getattr(stage, count) < 2:
+            yield f"stages.{name}.{key} = var: needs stages.{name}.{count} of 2 or more; one value has no variance."
     if "task" in stage.layer_metrics and stage.depth_task is None:
         yield f"stages.{name}.layer_metrics: task needs stages.{name}.depth_task, with the name of an lm-eval task."
     shape = model_shape(recipe, stage.inputs.model)
@@ -201,10 +208,17 @@ def _training(
             f"{key}.global_batch_size = {stage.global_batch_size}: must be a multiple of "
             f"dp * micro_batch_size = {layout.dp} * {layout.micro_batch_size} = {size}."
         )
+    yield from _countable(f"{steps_key or key + '.num_steps'} * global_batch_size", num_steps * stage.global_batch_size)
     yield from _learning_rate(key, stage, num_steps, steps_key or "num_steps")
     yield from _options(name, stage, layout)
     if layout.sequence_parallel and stage.seq_len_tokens % layout.tp:
         yield f"{key}.seq_len_tokens = {stage.seq_len_tokens}: must be a multiple of tp = {layout.tp}."
+
+
+def _countable(what: str, count: int) -> Iterator[str]:
+    """Samples are listed in memory before the first is read."""
+    if count > MOST_SAMPLES:
+        yield f"{what} = {count:,} samples: more than any index of samples can hold. Allowed: up to {MOST_SAMPLES:,}."
 
 
 def _learning_rate(key: str, rate: LearningRate, num_steps: int, steps_key: str) -> Iterator[str]:
@@ -337,6 +351,12 @@ def layout_problems(shape: ModelShape, layout: Parallel) -> Iterator[str]:
     if layout.pp > shape.num_layers:
         most = shape.num_layers
         yield f"execution.parallel.pp = {layout.pp}: more stages than the {most} layers. Allowed: 1 to {most}."
+
+
+def _cache_sizes(recipe: Recipe) -> Iterator[str]:
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, CacheTeacherStage):
+            yield from _countable(f"stages.{name}.num_samples", stage.num_samples)
 
 
 def _labels(recipe: Recipe) -> Iterator[str]:

@@ -48,11 +48,18 @@ class ScoreStage(Schema):
     iterative_drops: Annotated[int, Field(ge=0)] = 0
     """Layers to take away one after the other, measuring anew each time, for `layer_removal: iterative`."""
     depth_samples: PositiveInt = 16
-    """Calibration samples for lm_loss and logit_mse, which need a pass for each layer or run."""
+    """Calibration samples for lm_loss and logit_mse, which need a pass for each layer or run, and for
+    block_influence where layers are taken away one after the other."""
     depth_task: DepthTask | None = None
     """Task of the layer metric `task`."""
     precision: Precision = "bf16"
     seed: Seed = 1234
+
+    @property
+    def draws_depth_samples(self) -> bool:
+        """Whether a metric needs a pass of its own over calibration samples."""
+        by_loss = {"lm_loss", "logit_mse"} & set(self.layer_metrics)
+        return bool(by_loss) or ("block_influence" in self.layer_metrics and self.iterative_drops > 0)
 
 
 class Target(Schema):

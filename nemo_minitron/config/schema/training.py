@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from nemo_minitron.config.schema.base import Fraction, Precision, Schema, Seed, StageName
+from nemo_minitron.config.schema.base import Precision, Schema, Seed, StageName
 from nemo_minitron.config.schema.losses import Loss, Sampled, Sparse
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class DistillInputs(Schema):
@@ -52,8 +54,8 @@ class Optimization(LearningRate):
     seq_len_tokens: PositiveInt
     reset_attention_mask: bool = False
     """Tokens do not look back over the end of a document inside a packed sample."""
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.95
+    adam_beta1: Beta = 0.9
+    adam_beta2: Beta = 0.95
     adam_eps: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     clip_grad: Annotated[float, Field(ge=0.0)] = 1.0
