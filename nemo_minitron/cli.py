@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +27,7 @@ from nemo_minitron.cli_rlhf import rlhf
 from nemo_minitron.cli_show import show
 from nemo_minitron.cli_status import status
 from nemo_minitron.disk import disk_errors
-from nemo_minitron.errors import Interrupted, MinitronError
+from nemo_minitron.errors import EnvironmentProblem, Interrupted, MinitronError
 from nemo_minitron.outer_job import leave_launcher, name_the_user
 
 if TYPE_CHECKING:
@@ -53,6 +56,8 @@ Overrides = Annotated[
 ]
 console = Console()
 INTERRUPTED = 130
+PIPE_CLOSED = 141
+"""What shells say of a program that SIGPIPE has ended."""
 
 
 def load_recipe(file: Path, overrides: list[str] | None) -> Recipe:
@@ -81,12 +86,17 @@ def check(
     cluster: Annotated[bool, typer.Option(help="Look at the cluster too, from here.")] = False,
 ) -> None:
     """Find every mistake in a recipe. Needs no GPU, no torch, no network."""
+    from nemo_minitron.plan.checks import require_valid
     from nemo_minitron.plan.epochs import epoch_warnings
 
-    plan = load_plan(recipe, overrides)
+    plan = load_plan(recipe, overrides, checked=False)
+    try:
+        if cluster:
+            cli_launch.check_cluster(plan.recipe)
+    finally:
+        # What the cluster lacks is on the screen; the recipe's own problems are said in any case.
+        require_valid(plan)
     print_warnings(list(epoch_warnings(plan)))
-    if cluster:
-        cli_launch.check_cluster(plan.recipe)
     console.print(f"[green]ok[/green] {plan.recipe.name}: {len(plan.calls)} stages")
 
 
@@ -182,15 +192,20 @@ def _print_report_path(folder: Path) -> None:
 
 def main() -> None:
     """Entry point: a user's error is a message and exit code 2, never a traceback."""
+    _make_streams_safe()
     name_the_user()
     leave_launcher()
     try:
         # Outside standalone mode an exit, an interrupt (130) among them, comes back as a number.
-        with disk_errors(Path.cwd()):
+        with disk_errors(_working_folder()):
             code = app(standalone_mode=False)
+            sys.stdout.flush()
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(code)
+    except BrokenPipeError:
+        _forget_stdout()
+        sys.exit(PIPE_CLOSED)
     except Interrupted as error:
         Console(stderr=True).print(_escape(str(error)), highlight=False, soft_wrap=True)
         sys.exit(INTERRUPTED)
@@ -200,8 +215,39 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         Console(stderr=True).print("interrupted; the same command goes on from where it was")
         sys.exit(INTERRUPTED)
+    except MemoryError as error:
+        print(f"error: The memory of this machine is used up{': ' if str(error) else ''}{error}.", file=sys.stderr)
+        sys.exit(2)
     except Exception as error:
         sys.exit(_unexpected(error))
+
+
+def _make_streams_safe() -> None:
+    """Any text can be printed: streams that were closed swallow it, and what an encoding lacks is written as escapes.
+
+    A program that is started without open streams has None in their place.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _working_folder() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise EnvironmentProblem(
+            "The folder in which this was started has been deleted.", next_step="Change to another folder (cd)."
+        ) from None
+
+
+def _forget_stdout() -> None:
+    """Nobody reads it any more: `minitron plan ... | head`. Python would complain when it flushes it at the end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _unexpected(error: Exception) -> int:
@@ -210,19 +256,26 @@ def _unexpected(error: Exception) -> int:
     if show is not None:
         show()
         return 2
-    log, text = Path("minitron-crash.log"), f"{' '.join(sys.argv)}\n{traceback.format_exc()}"
-    try:
-        log.write_text(text)
-    except OSError:
-        log = Path(tempfile.gettempdir()) / log.name
-        log.write_text(text)
+    text = f"{' '.join(sys.argv)}\n{traceback.format_exc()}"
+    log = _kept(text)
+    report = f"Please report it with {log}." if log else f"Please report it with what follows.\n{text}"
     Console(stderr=True).print(
         f"[red]unexpected error:[/red] {type(error).__name__}: {_escape(str(error))}\n"
-        f"  This is a bug of nemo-minitron. Please report it with {log.resolve()}.",
+        f"  This is a bug of nemo-minitron. {_escape(report)}",
         highlight=False,
         soft_wrap=True,
     )
     return 1
+
+
+def _kept(text: str) -> Path | None:
+    """Where the text was written: here, or in the folder for temporary files where this one takes nothing."""
+    for folder in (Path(), Path(tempfile.gettempdir())):
+        with suppress(OSError):
+            log = folder / "minitron-crash.log"
+            log.write_text(text, encoding="utf-8", errors="backslashreplace")
+            return log.absolute()
+    return None
 
 
 def _escape(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from datetime import date as date_type
 from datetime import datetime
@@ -87,7 +88,7 @@ def parse_attributes(text: str | None) -> dict[str, float]:
         if not part.strip():
             continue
         name, _, value = (piece.strip() for piece in part.partition("="))
-        number = float(value) if value.replace(".", "", 1).isdigit() else -1.0
+        number = float(value) if re.fullmatch(r"\d*\.?\d+", value, re.ASCII) else -1.0
         if name not in get_args(AttributeName) or not 0 <= number <= 4:
             raise ConfigError(
                 f"--attributes {part.strip()}: not an attribute with a value from 0 to 4.",

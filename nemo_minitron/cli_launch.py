@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nemo_minitron.errors import ConfigError, EnvironmentProblem, Interrupted, MinitronError, ProcessesDied
@@ -18,6 +19,7 @@ from nemo_minitron.errors import ConfigError, EnvironmentProblem, Interrupted, M
 if TYPE_CHECKING:
     from nemo_minitron.config.schema import Recipe
     from nemo_minitron.launch.record import Submission
+    from nemo_minitron.plan.planner import RunPlan
     from nemo_minitron.stages.runner import RunOptions
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE")]
@@ -35,17 +37,30 @@ def launch(
 ) -> None:
     """Bring a recipe to a cluster (`launcher=slurm cluster=NAME`), or run it here, in its containers."""
     from nemo_minitron.cli import load_recipe
-    from nemo_minitron.plan.checks import require_valid
+    from nemo_minitron.plan.checks import require_possible, require_valid
     from nemo_minitron.plan.planner import make_plan
     from nemo_minitron.stages.runner import RunOptions
 
     loaded = load_recipe(recipe, overrides)
-    require_valid(make_plan(loaded))
+    plan = make_plan(loaded)
+    (require_possible if dry_run else require_valid)(plan)
+    if dry_run:
+        _print_missing(plan)
     options = RunOptions(tuple(rerun or ()), accept_drift, until)
     if loaded.execution.launcher == "slurm":
         _to_slurm(loaded, options, dry_run=dry_run)
     else:
         _here(loaded, options, dry_run=dry_run)
+
+
+def _print_missing(plan: RunPlan) -> None:
+    """What is not on this machine, on stderr: stdout has the scripts."""
+    from nemo_minitron.cli_plan import missing_for_launch
+    from nemo_minitron.plan.missing import missing_sources
+
+    screen = Console(stderr=True)
+    for text in (*missing_sources(plan), *missing_for_launch(plan)):
+        screen.print(f"[yellow]missing here[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def stage(
@@ -158,7 +173,7 @@ def _here(loaded: Recipe, options: RunOptions, *, dry_run: bool) -> None:
         else:
             local.launch(loaded, options)
     elif dry_run:
-        print(shlex.join(["minitron", "run", *sys.argv[2:]]).replace(" --dry-run", ""))
+        print(shlex.join(["minitron", "run", *(word for word in sys.argv[2:] if word != "--dry-run")]))
     else:
         run_recipe(loaded, options)
 
@@ -172,7 +187,7 @@ def _composed(file: Path) -> Recipe:
         return Recipe.model_validate(json.loads(file.read_text()))
     except FileNotFoundError:
         raise ConfigError(f"There is no {file}.", next_step="Submit again with `minitron launch`.") from None
-    except (ValidationError, json.JSONDecodeError) as error:
+    except (ValidationError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"This is no composed recipe of this version: {str(error).splitlines()[0]}",
             where=str(file),

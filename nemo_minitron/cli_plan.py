@@ -33,7 +33,7 @@ def plan(
     from nemo_minitron.plan.resources.summary import memory_warnings, resource_facts
 
     found = load_plan(recipe, overrides, checked=False)
-    problems = list(find_problems(found))
+    problems = [*find_problems(found), *missing_for_launch(found)]
     resources = resource_facts(found)
     facts = {**plan_facts(found), "problems": problems, "resources": resources}
     facts["warnings"] = [*epoch_warnings(found), *memory_warnings(found, resources)]
@@ -46,7 +46,16 @@ def plan(
     _print_resources(resources)
     print_warnings(facts["warnings"])
     for problem in problems:
-        console.print(f"[red]problem[/red] {problem}", highlight=False)
+        console.print(f"[red]problem[/red] {escape(problem)}", highlight=False, soft_wrap=True)
+
+
+def missing_for_launch(found: RunPlan) -> list[str]:
+    """What the chosen launcher would not find on this machine; nothing where no site is named."""
+    if found.recipe.execution.cluster is None:
+        return []
+    from nemo_minitron.launch.probe import missing_here
+
+    return missing_here(found.recipe)
 
 
 def _print_models(facts: dict[str, Any]) -> None:
@@ -94,7 +103,7 @@ def _print_stages(found: RunPlan) -> None:
         state = found.states[call.name]
         style = STYLES[state.status]
         processes = str(call.parallel.world_size)
-        table.add_row(call.name, call.kind, processes, f"[{style}]{state.status}[/{style}]", state.reason)
+        table.add_row(call.name, call.kind, processes, f"[{style}]{state.status}[/{style}]", escape(state.reason))
     console.print(table)
 
 

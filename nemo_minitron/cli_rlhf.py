@@ -79,7 +79,7 @@ def parse_settings(algorithm: str, texts: list[str]) -> Rlhf:
     from nemo_minitron.config.schema.rlhf import Rlhf
 
     try:
-        return Rlhf.model_validate({**from_dotlist(texts), "algorithm": algorithm})
+        return Rlhf.model_validate({**from_dotlist(texts, Rlhf), "algorithm": algorithm})
     except ValidationError as error:
         problems = []
         for problem in error.errors(include_url=False):

@@ -30,6 +30,14 @@ _PROBLEMS = {
     errno.EACCES: _FORBIDDEN,
     errno.EPERM: _FORBIDDEN,
     errno.ENOTDIR: ("A file stands where a folder is needed.", "Move it away, or set execution.run_root."),
+    errno.EISDIR: ("A folder stands where a file is needed.", "Name a file, or move the folder away."),
+    errno.EEXIST: ("Something else stands where this goes.", "Move it away, or choose another name."),
+    errno.ENAMETOOLONG: ("The name is too long for the file system.", "Choose a shorter one."),
+    errno.ELOOP: ("The link leads back to itself.", "Repair or remove the link."),
+    errno.EMFILE: ("Too many files are open.", f"Raise the limit (`ulimit -n 65536`), {_AGAIN}"),
+    errno.ENFILE: ("The machine has too many open files.", f"End what opens them, {_AGAIN}"),
+    errno.ETXTBSY: ("The file is in use as a program.", f"Wait until it has ended, {_AGAIN}"),
+    errno.EBUSY: ("The file is in use.", f"Wait until it is free, {_AGAIN}"),
     errno.ENOENT: ("A file that is needed is gone.", f"Was it moved or deleted meanwhile? Put it back, {_AGAIN}"),
     errno.EIO: _BROKEN,
     errno.ESTALE: _BROKEN,
@@ -86,6 +94,8 @@ def _told(code: int, filename: object, root: Path) -> MinitronError | None:
     if known is _FORBIDDEN and not _touch(Path(where), root):
         known = _UNREADABLE
     what, next_step = known
+    if code == errno.ENOENT and not Path(where).parent.is_dir():
+        what, next_step = "The folder of this file does not exist.", "Make it, or name a file elsewhere."
     return EnvironmentProblem(what, where=where, next_step=next_step)
 
 

@@ -22,11 +22,22 @@ class MinitronError(Exception):
         next_step: str | None = None,
     ) -> None:
         self.what, self.where, self.allowed, self.next_step = what, where, allowed, next_step
-        lines = [what]
-        for label, text in (("where", where), ("allowed", allowed), ("next", next_step)):
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        lines = [self.what]
+        for label, text in (("where", self.where), ("allowed", self.allowed), ("next", self.next_step)):
             if text:
                 lines.append(f"  {label}: {text}")
-        super().__init__("\n".join(lines))
+        return "\n".join(lines)
+
+    def rename(self, old: str, new: str) -> None:
+        """Write `new` wherever the message says `old`: a folder that exists under that name only while it is made."""
+        for field in ("what", "where", "allowed", "next_step"):
+            text = getattr(self, field)
+            if text:
+                setattr(self, field, text.replace(old, new))
+        self.args = (self._text(),)
 
 
 class ConfigError(MinitronError):

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.errors import ArtifactError
+from nemo_minitron.errors import ArtifactError, EnvironmentProblem
 
 SEAL = "sha256"
 
@@ -61,6 +61,21 @@ def _digest(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def user_path(text: str | Path) -> Path:
+    """A path as a person writes it: `~` and `~name` are expanded.
+
+    Raises:
+        EnvironmentProblem: that user has no home folder here.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise EnvironmentProblem(
+            f"{text}: nobody knows the home folder that ~ stands for.",
+            next_step="Write the whole path, or set HOME.",
+        ) from None
+
+
 def cache_dir() -> Path:
     """Environments and wheels; may be removed at any time that nothing runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo-minitron"
+    return Path(os.environ.get("XDG_CACHE_HOME") or user_path("~/.cache")) / "nemo-minitron"

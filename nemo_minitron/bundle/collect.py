@@ -15,6 +15,7 @@ from nemo_minitron.config.explain import validate
 from nemo_minitron.config.places import CONFIGS, RECIPES, configs_dirs, recipe_name, require_recipe
 from nemo_minitron.config.schema import EvaluateStage, Recipe, Schema, ScoreStage
 from nemo_minitron.errors import ConfigError, PlanError
+from nemo_minitron.files import user_path
 from nemo_minitron.hf.source import ASSET, BUILT_IN, HUB
 from nemo_minitron.plan.checks import require_valid
 from nemo_minitron.plan.folder import run_dir
@@ -80,7 +81,7 @@ def _is_made(source: str, made_here: Sequence[Path]) -> bool:
     """Whether a run of one of the recipes makes it."""
     if source.startswith((ASSET, HUB)):
         return False
-    path = Path(source).expanduser().absolute()
+    path = user_path(source).absolute()
     return any(path.is_relative_to(run) for run in made_here)
 
 

@@ -21,6 +21,7 @@ from nemo_minitron.config.schema import (
     Schema,
     TokenizeStage,
 )
+from nemo_minitron.files import user_path
 from nemo_minitron.hf.source import ASSET, BUILT_IN, HUB, HUB_FILES, NOT_FROM_HUB, hub_copy, resolve_model, resolve_path
 
 ASSETS_DIR = Execution().assets_dir
@@ -56,7 +57,7 @@ def place_of(source: str, revision: str | None, assets_dir: Path, outside: dict[
         name = source.removeprefix(HUB)
         folder = resolve_model(source, assets_dir, revision)
         return Place(source, folder, hub_copy(name, revision, Path(ASSETS_DIR)).as_posix())
-    path = Path(source).expanduser()
+    path = user_path(source)
     if not path.is_absolute() and not os.path.normpath(path).startswith(".."):
         return Place(os.path.normpath(path) if ".." in path.parts else source, Path(), "")
     base = path.parent

@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config.extends import GLOBAL, SELF, Chain, first_lines, load_mapping, read_chain
-from nemo_minitron.config.places import SUFFIXES, configs_dirs, recipe_name, require_recipe, with_suffix
-from nemo_minitron.config.schema import Recipe
-from nemo_minitron.errors import ConfigError
+from pydantic import BaseModel
 
-CLUSTER = "cluster"
-SHORT = {"launcher": "execution.launcher", CLUSTER: "execution.cluster"}
-"""First words of overrides that stand for a longer key."""
+from nemo_minitron.config.extends import GLOBAL, SELF, Chain, first_lines, load_mapping, read_chain
+from nemo_minitron.config.keys import value_kind
+from nemo_minitron.config.overrides import CLUSTER, KEY, for_hydra, require_form, unknown_key
+from nemo_minitron.config.places import SUFFIXES, configs_dirs, recipe_name, require_recipe, with_suffix
+from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.files import user_path
+
 _PRIMARY, _BODIES = "minitron_recipe", "minitron_recipes"
 """Names in Hydra's store; no file of a recipe's folder may have them."""
 
@@ -23,7 +24,7 @@ def compose(recipe: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a recipe with its defaults list and apply overrides such as `stages.distill.lr=1e-4`.
 
     Any key of the schema can be overridden, whether the recipe mentions it or not; `group=choice`
-    and Hydra's own `~key` and `+key` work as in Hydra.
+    and Hydra's own `~key` and `+key` work as in Hydra. Texts need no quotes but the shell's.
 
     Raises:
         ConfigError: no such file, bad YAML, an unknown config group or a malformed override.
@@ -67,23 +68,19 @@ def _compose(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], di
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    require_form(recipe, overrides)
     file = require_recipe(recipe)
     chain = read_chain(file)
     site, overrides = _split_cluster(overrides)
     GlobalHydra.instance().clear()
     try:
         with _stored(chain), initialize(config_path=None, version_base="1.3", job_name="minitron"):
-            composed = hydra_compose(_PRIMARY, overrides=[_lenient(text) for text in overrides])
+            composed = hydra_compose(_PRIMARY, overrides=[for_hydra(text) for text in overrides])
         as_written, resolved = (OmegaConf.to_container(composed, resolve=resolve) for resolve in (False, True))
     except RecursionError:
         raise ConfigError("The recipe is nested too deeply, or refers to itself.", where=str(recipe)) from None
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            "The recipe could not be composed: " + _with_files(first_lines(error), chain),
-            where=str(recipe),
-            allowed=", ".join(getattr(error, "options", None) or ()) or None,
-            next_step="Overrides look like stages.distill.lr=1e-4; config groups are the folders of configs/.",
-        ) from error
+        raise _not_composed(recipe, file, chain, overrides, error) from error
     return _with_name_and_site(as_written, file, site), _with_name_and_site(resolved, file, site)
 
 
@@ -114,6 +111,30 @@ def _with_files(text: str, chain: Chain) -> str:
     return text.replace(_PRIMARY, str(chain.files[-1]))
 
 
+def _not_composed(recipe: Path, file: Path, chain: Chain, overrides: Sequence[str], error: Exception) -> ConfigError:
+    """The message, about an override whose key is unknown where there is one."""
+    if overrides:
+        try:
+            stages = list(_compose(recipe, ())[1].get("stages") or {})
+        except MinitronError:
+            # The recipe itself cannot be composed: its error is the one to show.
+            stages = []
+        folders = (*configs_dirs(file), file.parent)
+        groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
+        unknown = unknown_key(overrides, groups, stages) if stages else None
+        if unknown is not None:
+            return unknown
+    next_step = "Overrides look like stages.distill.lr=1e-4; config groups are the folders of configs/."
+    if "Interpolation key" in str(error):
+        next_step = "${a.b} is another key of the recipe; ${oc.env:HOME} is a variable of the environment."
+    return ConfigError(
+        "The recipe could not be composed: " + _with_files(first_lines(error), chain),
+        where=str(recipe),
+        allowed=", ".join(getattr(error, "options", None) or ()) or None,
+        next_step=next_step,
+    )
+
+
 def _with_name_and_site(out: Any, file: Path, site: str | None) -> dict[str, Any]:
     assert isinstance(out, dict)
     out.setdefault("name", recipe_name(file))
@@ -136,7 +157,7 @@ def _read_cluster(site: str, file: Path) -> dict[str, Any]:
 
     folders = [folder / CLUSTER for folder in configs_dirs(file)]
     candidates = [folder / f"{site}{suffix}" for folder in folders for suffix in SUFFIXES]
-    found = next((path for path in map(with_suffix, [*candidates, Path(site).expanduser()]) if path is not None), None)
+    found = next((path for path in map(with_suffix, [*candidates, user_path(site)]) if path is not None), None)
     if found is None or not site:
         known = sorted({path.stem for folder in folders for path in folder.glob("*.y*ml")})
         raise ConfigError(
@@ -163,8 +184,11 @@ def _over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return {**base, **changes, **nested}
 
 
-def from_dotlist(texts: Sequence[str]) -> dict[str, Any]:
+def from_dotlist(texts: Sequence[str], root: type[BaseModel]) -> dict[str, Any]:
     """`a.b=1` texts -> a nested dict.
+
+    Args:
+        root: the schema of the keys. Where it has text, the value is taken as it is; elsewhere as in YAML.
 
     Raises:
         ConfigError: one of them is malformed.
@@ -173,23 +197,20 @@ def from_dotlist(texts: Sequence[str]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    found = OmegaConf.create({})
     for text in texts:
-        if not text.partition("=")[1] or text.startswith("="):
+        key, sign, value = text.partition("=")
+        if not sign or not KEY.fullmatch(key):
             raise ConfigError(f"{text}: not of the form KEY=VALUE.", next_step="For example: lr=1e-6")
+        try:
+            parsed = value if value_kind(key, root) == "text" else OmegaConf.from_dotlist([f"value={value}"])["value"]
+            # YAML would drop what follows ` #` from a text.
+            OmegaConf.update(found, key, value if isinstance(parsed, str) else parsed, force_add=True)
+        except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{text} could not be read: " + first_lines(error)) from error
     try:
-        found = OmegaConf.to_container(OmegaConf.from_dotlist(list(texts)), resolve=True)
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        out = OmegaConf.to_container(found, resolve=True)
+    except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError("A setting could not be read: " + first_lines(error)) from error
-    assert isinstance(found, dict)
-    return {str(key): value for key, value in found.items()}
-
-
-def _lenient(override: str) -> str:
-    """Let plain `a.b=1` set keys that only the schema knows; the schema refuses the wrong ones, by name."""
-    first = override.split("=", 1)[0].split(".")[0]
-    if first in SHORT:
-        override = SHORT[first] + override[len(first) :]
-    key = override.split("=", 1)[0]
-    if "=" in override and key.split(".")[0] in Recipe.model_fields and "@" not in key:
-        return f"++{override}"
-    return override
+    assert isinstance(out, dict)
+    return {str(key): value for key, value in out.items()}

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from nemo_minitron.config.schema import Recipe, StageConfig
+from nemo_minitron.config.keys import stage_classes
+from nemo_minitron.config.schema import Recipe
 from nemo_minitron.errors import ConfigError
 
 Location = tuple[Any, ...]
@@ -32,12 +33,6 @@ def validate(composed: Mapping[str, Any], *, where: str) -> Recipe:
             where=where,
             next_step="All keys with their defaults: nemo_minitron/config/schema/.",
         ) from None
-
-
-def stage_classes() -> dict[str, type[BaseModel]]:
-    """Stage kind -> its class in the schema."""
-    union = get_args(StageConfig)[0]
-    return {get_args(cls.model_fields["kind"].annotation)[0]: cls for cls in get_args(union)}
 
 
 def _with_kinds(composed: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,6 +60,10 @@ def _explain(problem: Any, raw: Mapping[str, Any]) -> str:
         return f"{text}{_wrong_kind(str(path[-1]), raw)}"
     if kind == "literal_error":
         return f"{text} = {problem['input']!r}: allowed are {context['expected']}."
+    if kind == "string_type" and isinstance(problem["input"], bool | int | float):
+        return f"{text} = {problem['input']!r}: is read as no text; write it in quotes in the recipe."
+    if kind == "tuple_type":
+        return f"{text} = {problem['input']!r}: must be a list, such as [{problem['input']}]."
     message = problem["msg"][0].lower() + problem["msg"][1:]
     return f"{text} = {problem['input']!r}: {message}."
 

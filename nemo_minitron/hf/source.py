@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from nemo_minitron.errors import CheckpointError, EnvironmentProblem
+from nemo_minitron.files import user_path
 from nemo_minitron.hf.gguf_parts import split_part
 
 ASSET = "asset:"
@@ -53,7 +54,7 @@ def resolve_path(source: str, assets_dir: Path) -> Path:
         EnvironmentProblem: the asset has not been fetched.
     """
     if not source.startswith(ASSET):
-        return Path(source).expanduser()
+        return user_path(source)
     name = source.removeprefix(ASSET)
     path = asset_path(name, assets_dir)
     if not path.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,21 @@ def probe(recipe: Recipe) -> list[Finding]:
         found.append(Finding("problem", error.what))
     found += [*_images(cluster, jobs), *_paths(cluster, recipe)]
     return found
+
+
+def missing_here(recipe: Recipe) -> list[str]:
+    """What a launch needs and this machine does not have: the launcher's program, images, mounts, the set-up script.
+
+    Raises:
+        PlanError: the recipe names no cluster.
+    """
+    cluster = cluster_of(recipe)
+    runtime = cluster.container.runtime
+    program = "sbatch" if recipe.execution.launcher == "slurm" else runtime
+    found = []
+    if program != "none" and shutil.which(program) is None:
+        found.append(f"{program}: there is no such program on this machine.")
+    return [*found, *(finding.text for finding in _paths(cluster, recipe) if finding.level == "problem")]
 
 
 def _partitions(cluster: Cluster, jobs: list[Job]) -> Iterator[Finding]:

@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from nemo_minitron.files import write_whole
+from nemo_minitron.errors import ArtifactError
+from nemo_minitron.files import read_json, write_whole
 
 LAUNCH_DIR, JOBS_FILE, RECIPE_FILE = "launch", "jobs.json", "recipe.json"
 
@@ -53,12 +54,20 @@ def newest(run: Path) -> Submission | None:
     for folder in sorted(_folders(run), reverse=True):
         file = folder / JOBS_FILE
         if file.is_file():
-            facts = json.loads(file.read_text())
-            jobs = tuple(
-                Submitted(job["name"], tuple(job["stages"]), tuple(job["job_ids"]), job["log"]) for job in facts["jobs"]
-            )
-            return Submission(folder, facts["launcher"], facts["time"], jobs)
+            return _read(file)
     return None
+
+
+def _read(file: Path) -> Submission:
+    next_step = f"Move {file.parent} away; jobs of that submission are then unknown here (`squeue` still has them)."
+    facts = read_json(file, next_step)
+    try:
+        jobs = tuple(
+            Submitted(job["name"], tuple(job["stages"]), tuple(job["job_ids"]), job["log"]) for job in facts["jobs"]
+        )
+        return Submission(file.parent, facts["launcher"], facts["time"], jobs)
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{file.name} lacks {error}.", where=str(file), next_step=next_step) from error
 
 
 def _folders(run: Path) -> list[Path]:

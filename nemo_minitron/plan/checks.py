@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from glob import has_magic
 from math import lcm
-from pathlib import Path
 
 from nemo_minitron.config.schema import (
     CacheTeacherStage,
@@ -25,22 +23,31 @@ from nemo_minitron.config.schema import (
     TrainStage,
 )
 from nemo_minitron.data.chat.formats import FORMATS_OF
-from nemo_minitron.data.found import is_there
 from nemo_minitron.errors import PlanError
 from nemo_minitron.families import ModelShape
-from nemo_minitron.hf.source import ASSET, HUB, asset_path
 from nemo_minitron.plan.align_checks import alignment_problems
 from nemo_minitron.plan.expansion import candidates_of
+from nemo_minitron.plan.missing import missing_sources
 from nemo_minitron.plan.planner import RunPlan, parallel_of
 from nemo_minitron.plan.shapes import model_shape
-from nemo_minitron.plan.sources import read_by
 from nemo_minitron.pruning.possible import impossible
 from nemo_minitron.stages.spec import STAGES
+
+MOST_SAMPLES = 2**32
+"""An index of so many takes some 50 GB; text for it does not exist."""
 
 
 def require_valid(plan: RunPlan, *, besides: tuple[str, ...] = ()) -> None:
     """Raises PlanError with every problem, but for those that begin with a text of `besides`."""
-    problems = [text for text in find_problems(plan) if not text.startswith(besides)]
+    _refuse(plan, [text for text in find_problems(plan) if not text.startswith(besides)])
+
+
+def require_possible(plan: RunPlan) -> None:
+    """Raises PlanError where the recipe breaks a rule, wherever it runs; what only is not here yet may be missing."""
+    _refuse(plan, list(broken_rules(plan)))
+
+
+def _refuse(plan: RunPlan, problems: list[str]) -> None:
     if problems:
         raise PlanError(
             f"The recipe cannot be carried out ({len(problems)}):\n" + "\n".join(f"  - {text}" for text in problems),
@@ -49,7 +56,13 @@ def require_valid(plan: RunPlan, *, besides: tuple[str, ...] = ()) -> None:
 
 
 def find_problems(plan: RunPlan) -> Iterator[str]:
-    """Every rule that the recipe breaks, as one line each."""
+    """Every rule that the recipe breaks, and everything that it reads and is not here, as one line each."""
+    yield from broken_rules(plan)
+    yield from missing_sources(plan)
+
+
+def broken_rules(plan: RunPlan) -> Iterator[str]:
+    """Every rule that the recipe breaks, on whatever machine, as one line each."""
     recipe = plan.recipe
     for name, stage in recipe.stages.items():
         if isinstance(stage, SelectStage):
@@ -70,7 +83,7 @@ def find_problems(plan: RunPlan) -> Iterator[str]:
             yield from alignment_problems(name, stage, recipe)
     yield from _layouts(recipe)
     yield from _labels(recipe)
-    yield from _sources(plan)
+    yield from _cache_sizes(recipe)
 
 
 def _select(name: str, stage: SelectStage, recipe: Recipe) -> Iterator[str]:
@@ -150,11 +163,14 @@ def _layers_scored(key: str, stage: SelectStage, drops: int, scores: str | None,
 def _score(name: str, stage: ScoreStage, recipe: Recipe) -> Iterator[str]:
     layout = parallel_of(recipe, name)
     size = layout.dp * layout.micro_batch_size
-    by_removal = {"lm_loss", "logit_mse"} & set(stage.layer_metrics)
-    for key in ("num_samples", *(("depth_samples",) if by_removal else ())):
+    yield from _countable(f"stages.{name}.num_samples", max(stage.num_samples, stage.depth_samples))
+    for key in ("num_samples", *(("depth_samples",) if stage.draws_depth_samples else ())):
         value = getattr(stage, key)
         if value % size:
             yield f"stages.{name}.{key} = {value}: must be a multiple of dp * micro_batch_size = {size}."
+    for key, count in (("batch_aggregation", "num_samples"), ("sequence_aggregation", "seq_len_tokens")):
+        if getattr(stage, key) == "var" and getattr(stage, count) < 2:
+            yield f"stages.{name}.{key} = var: needs stages.{name}.{count} of 2 or more; one value has no variance."
     if "task" in stage.layer_metrics and stage.depth_task is None:
         yield f"stages.{name}.layer_metrics: task needs stages.{name}.depth_task, with the name of an lm-eval task."
     shape = model_shape(recipe, stage.inputs.model)
@@ -191,10 +207,17 @@ def _training(
             f"{key}.global_batch_size = {stage.global_batch_size}: must be a multiple of "
             f"dp * micro_batch_size = {layout.dp} * {layout.micro_batch_size} = {size}."
         )
+    yield from _countable(f"{steps_key or key + '.num_steps'} * global_batch_size", num_steps * stage.global_batch_size)
     yield from _learning_rate(key, stage, num_steps, steps_key or "num_steps")
     yield from _options(name, stage, layout)
     if layout.sequence_parallel and stage.seq_len_tokens % layout.tp:
         yield f"{key}.seq_len_tokens = {stage.seq_len_tokens}: must be a multiple of tp = {layout.tp}."
+
+
+def _countable(what: str, count: int) -> Iterator[str]:
+    """Samples are listed in memory before the first is read."""
+    if count > MOST_SAMPLES:
+        yield f"{what} = {count:,} samples: more than any index of samples can hold. Allowed: up to {MOST_SAMPLES:,}."
 
 
 def _learning_rate(key: str, rate: LearningRate, num_steps: int, steps_key: str) -> Iterator[str]:
@@ -329,6 +352,12 @@ def layout_problems(shape: ModelShape, layout: Parallel) -> Iterator[str]:
         yield f"execution.parallel.pp = {layout.pp}: more stages than the {most} layers. Allowed: 1 to {most}."
 
 
+def _cache_sizes(recipe: Recipe) -> Iterator[str]:
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, CacheTeacherStage):
+            yield from _countable(f"stages.{name}.num_samples", stage.num_samples)
+
+
 def _labels(recipe: Recipe) -> Iterator[str]:
     seen: dict[str, str] = {}
     for name, stage in recipe.stages.items():
@@ -336,23 +365,3 @@ def _labels(recipe: Recipe) -> Iterator[str]:
             if stage.label in seen:
                 yield f"stages.{name}.label = {stage.label}: stage {seen[stage.label]} has the same label."
             seen[stage.label] = name
-
-
-def _sources(plan: RunPlan) -> Iterator[str]:
-    """Files that a stage which still has to run would read."""
-    for name, stage in plan.recipe.stages.items():
-        if plan.states[name].status != "finished":
-            for key, source in read_by(stage):
-                yield from _source(f"stages.{name}.{key}", source, plan.recipe)
-
-
-def _source(key: str, source: str, recipe: Recipe) -> Iterator[str]:
-    if source.startswith(HUB):
-        return
-    if source.startswith(ASSET):
-        name = source.removeprefix(ASSET)
-        if not asset_path(name, Path(recipe.execution.assets_dir)).exists():
-            yield f"{key} = {source}: not fetched yet. Next: minitron assets fetch {name}"
-    elif not is_there(Path(source).expanduser()):
-        problem = "matches no file" if has_magic(source) else "there is no such file or folder"
-        yield f"{key} = {source}: {problem}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -108,15 +109,24 @@ def _stage_facts(name: str, plan: RunPlan, store: Store, verify: bool) -> dict[s
         facts["summary"] = ", ".join(
             _show(key, manifest.result[key]) for key in _SUMMARY_KEYS if key in manifest.result
         )
-    progress = store.work(name) / "progress.json"
-    if manifest is None and progress.is_file():
-        running = json.loads(progress.read_text())
+    running = _progress(store.work(name) / "progress.json") if manifest is None else None
+    if running is not None:
         fields = " ".join(f"{key} {value}" for key, value in running["fields"].items())
         facts["status"] = f"{running['done']}/{running['total']} {running['unit']}"
         facts["running"] = True
         facts["eta"] = f"{running['eta_s'] / 60:.0f} min" if running["eta_s"] is not None else ""
         facts["summary"] = f"{fields} {facts['eta'] and 'left ' + facts['eta']}".strip()
     return facts
+
+
+def _progress(file: Path) -> dict[str, Any] | None:
+    """What a running stage says of itself; None when it says nothing, or nothing that can be read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    keys = {"done", "total", "unit", "eta_s", "fields"}
+    return found if isinstance(found, dict) and keys <= found.keys() and isinstance(found["fields"], dict) else None
 
 
 def _show(key: str, value: Any) -> str:

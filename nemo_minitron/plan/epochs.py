@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import DistillStage, Schema, TrainStage
 from nemo_minitron.data.used import MOST_EPOCHS, expected_use
+from nemo_minitron.errors import ArtifactError
+from nemo_minitron.files import read_json
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan
 
@@ -30,7 +31,11 @@ def repeated_text(name: str, stage: Schema, store: Store) -> Iterator[str]:
     if not file.is_file():
         return
     tokens = stage.num_steps * stage.global_batch_size * stage.seq_len_tokens
-    for use in expected_use(json.loads(file.read_text())["train"], tokens):
+    next_step = f"Make it again with --rerun {stage.inputs.data}, or restore the file."
+    facts = read_json(file, next_step)
+    if not isinstance(facts, dict) or not isinstance(facts.get("train"), list):
+        raise ArtifactError(f"{file.name} does not list its sources.", where=str(file), next_step=next_step)
+    for use in expected_use(facts["train"], tokens):
         if use["epochs"] > MOST_EPOCHS:
             yield (
                 f"stages.{name}: {use['source']} will be read {use['epochs']:.1f} times, {use['tokens']:,.0f} tokens; "

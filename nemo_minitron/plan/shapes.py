@@ -24,6 +24,7 @@ from nemo_minitron.config.schema import (
     TrainStage,
 )
 from nemo_minitron.families import ModelShape, num_params, read_shape, target_shape
+from nemo_minitron.files import user_path
 from nemo_minitron.hf.json_file import read_json_object
 from nemo_minitron.hf.source import ASSET, HUB, asset_path, hub_copy
 from nemo_minitron.plan.folder import run_dir
@@ -85,7 +86,7 @@ def _folder_outside(recipe: Recipe, stage: str) -> Path | None:
     """The folder that an import or adopt stage names."""
     config = recipe.stages[stage]
     if isinstance(config, AdoptStage):
-        return Path(config.path).expanduser()
+        return user_path(config.path)
     if not isinstance(config, ImportStage):
         return None
     assets_dir = Path(recipe.execution.assets_dir)
@@ -93,7 +94,7 @@ def _folder_outside(recipe: Recipe, stage: str) -> Path | None:
         return hub_copy(config.source.removeprefix(HUB), config.revision, assets_dir)
     if config.source.startswith(ASSET):
         return asset_path(config.source.removeprefix(ASSET), assets_dir)
-    return Path(config.source).expanduser()
+    return user_path(config.source)
 
 
 def shape_facts(shape: ModelShape) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from nemo_minitron.config.schema import (
 )
 from nemo_minitron.data.found import CHAT_FORMATS, FORMATS, source_files
 from nemo_minitron.errors import DataError
+from nemo_minitron.files import user_path
 from nemo_minitron.hf.source import ASSET, HUB, asset_path
 
 
@@ -66,7 +67,7 @@ def source_path(source: str, assets_dir: Path) -> Path:
     """Where a source that is not on the hub is, or would be."""
     if source.startswith(ASSET):
         return asset_path(source.removeprefix(ASSET), assets_dir)
-    return Path(source).expanduser()
+    return user_path(source)
 
 
 def _files(stage: Schema, source: str, assets_dir: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from nemo_minitron.artifacts.manifest import file_facts
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.config.schema import AdoptStage
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.files import user_path
 from nemo_minitron.stages.spec import Result, StageContext
 
 
@@ -21,7 +22,7 @@ def adopt(params: AdoptStage, inputs: Inputs, ctx: StageContext) -> Result:
     from nemo_minitron.hf.impostors import require_content
     from nemo_minitron.hf.license import read_license
 
-    path = Path(params.path).expanduser().resolve()
+    path = user_path(params.path).resolve()
     _require_folder(path, params.path)
     facts = model_facts(path)
     named = path / (SINGLE_FILE if (path / SINGLE_FILE).is_file() else INDEX_FILE)

@@ -208,7 +208,7 @@ def _make_stage(
     for text in repeated_text(call.name, recipe.stages[call.name], store):
         progress.say(f"[yellow]warning[/yellow] {escape(text)}")
     work, accepted = open_work(call, store, accept_drift=options.accept_drift, progress=progress)
-    with store.building(call.name) as out, _log_file(store.root, call.name):
+    with store.building(call.name) as out, _published_names(out, call.name, store), _log_file(store.root, call.name):
         if call.parallel.world_size == 1 or not STAGES[call.kind].distributed:
             context = StageContext(call.name, recipe.name, out, work, recipe.execution, progress, stop=stop)
             result = call_stage(call.kind, recipe, inputs, context, call)
@@ -227,6 +227,17 @@ def _make_stage(
         )
         _copy_report(call, out, store.root)
         store.publish(call.name, out, manifest)
+
+
+@contextmanager
+def _published_names(out: Path, stage: str, store: Store) -> Iterator[None]:
+    """Errors name the stage's folder as it is published: the one that it is made in is deleted when they are read."""
+    try:
+        with disk_errors(store.root):
+            yield
+    except errors.MinitronError as error:
+        error.rename(out.name, stage)
+        raise
 
 
 def _require_same_sources(call: StageCall, recipe: Recipe) -> None:

@@ -35,7 +35,8 @@ def score(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Result:
         inputs["model"].path, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens
     )
     scores = activation_scores(model, shape, _calibration(params, inputs, ctx), params, session)
-    samples = DepthSamples(list(_batches(params, inputs, ctx, params.depth_samples)), _task(params, inputs, ctx))
+    drawn = list(_batches(params, inputs, ctx, params.depth_samples)) if params.draws_depth_samples else []
+    samples = DepthSamples(drawn, _task(params, inputs, ctx))
     layers, whole = depth_scores(model, shape, params, samples, session, ctx.progress)
     scores |= layers
     require_finite(scores)
@@ -58,13 +59,14 @@ def _calibration(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Itera
 
 
 def _batches(params: ScoreStage, inputs: Inputs, ctx: StageContext, num_samples: int) -> Iterator[Batch]:
+    """This rank's micro-batches of the first `num_samples` samples: the layers are judged on those of the widths."""
     from nemo_minitron.backends.megatron.datasets import step_batches, training_samples
 
     session = ctx.open_session
     micro = session.parallel.micro_batch_size
     samples = training_samples(
         inputs["data"].path,
-        num_samples=params.num_samples,
+        num_samples=max(params.num_samples, num_samples),
         seq_len_tokens=params.seq_len_tokens,
         seed=params.seed,
         cache_dir=ctx.work_dir / "data_index",

@@ -18,11 +18,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ENTRY = PACKAGE / "backends/aligner/entry"
 """Scripts that run in NeMo-Aligner's environment, which has other versions of everything."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_RECIPE_LINES = 400, 60, 60
-DOORS = {
+DOORS: dict[str, str | tuple[str, ...]] = {
     "megatron": "backends/megatron/",
     "transformer_engine": "backends/megatron/",
     "torch.distributed": "backends/megatron/",
-    "hydra": "config/compose.py",
+    "hydra": ("config/compose.py", "config/overrides.py"),
     "omegaconf": "config/",
     "lm_eval": "evaluation/",
     "wandb": "backends/megatron/curves.py",

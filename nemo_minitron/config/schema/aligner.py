@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, PositiveInt
 
 from nemo_minitron.config.schema.alignment import AttributeName, ChatRendering
-from nemo_minitron.config.schema.base import Fraction, Schema, StageName
+from nemo_minitron.config.schema.base import Fraction, Schema, Seed, StageName
 
 
 class Alignment(ChatRendering):
@@ -25,7 +25,7 @@ class Alignment(ChatRendering):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     valid_interval_steps: PositiveInt = 50
     """Also the interval of checkpoints."""
-    seed: int = 1234
+    seed: Seed = 1234
     aligner: dict[str, Any] = Field(default_factory=dict)
     """Any other key of NeMo-Aligner's config, nested as in configs/align; unknown ones are refused."""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from nemo_minitron.config.schema.base import TEMPLATE_DATE, Fraction, Inputless, Schema
+from nemo_minitron.config.schema.base import TEMPLATE_DATE, Fraction, Inputless, Schema, Seed
 
 AttributeName = Literal[
     "quality",
@@ -66,7 +66,7 @@ class ChatDataStage(Schema):
     sources: Annotated[tuple[ChatSource, ...], Field(min_length=1)]
     valid_rows: Annotated[int, Field(ge=0)] = 100
     """Held out, at most: rows that begin with the same question stay together."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Of the choice of the held-out rows."""
     system: str | None = None
     """System text of rows that have none."""

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from datetime import date
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Schema(BaseModel):
-    """Frozen; an unknown key is an error."""
+    """Frozen; an unknown key is an error, and so are NaN and infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _expanded(text: str) -> str:
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        raise ValueError("nobody knows the home folder that ~ stands for; write the whole path") from None
+
+
+UserPath = Annotated[str, Field(min_length=1), AfterValidator(_expanded)]
+"""A path of this machine; `~` is expanded, as shells leave it alone after KEY=."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What numpy takes."""
 Precision = Literal["fp32", "bf16"]
 StageName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 WidthMethod = Literal["activation", "taylor"]

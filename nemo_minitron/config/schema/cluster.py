@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from nemo_minitron.config.schema.base import Schema, StageName
+from nemo_minitron.config.schema.base import Schema, StageName, UserPath
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:/@=+\[\]%&|*()-]+$")]
 """One word of a scheduler's option: no space, quote, `$` or line break, as it stands in an #SBATCH line."""
@@ -31,7 +31,7 @@ class Resources(Schema):
 class Mount(Schema):
     """A folder or file of the node, inside the container."""
 
-    source: str
+    source: UserPath
     target: str | None = None
     """null: the same path."""
     read_only: bool = False
@@ -41,13 +41,13 @@ class Container(Schema):
     """What the stages run in. The run's folder, the assets and the folder of the call are always mounted."""
 
     runtime: Literal["none", "pyxis", "apptainer", "singularity", "docker"] = "none"
-    core_image: str | None = None
+    core_image: UserPath | None = None
     """A file (./NAME.sqsh for pyxis, NAME.sif for Apptainer), or a name in a registry as the runtime writes it.
 
     nvcr.io#nvidia/nemo:24.12 for pyxis, docker://nvcr.io/nvidia/nemo:24.12 for Apptainer, nvcr.io/nvidia/nemo:24.12 for
     docker.
     """
-    aligner_image: str | None = None
+    aligner_image: UserPath | None = None
     """For the stages of NeMo-Aligner."""
     mounts: tuple[Mount, ...] = ()
     shm_gib: PositiveInt | None = None
@@ -91,7 +91,7 @@ class Cluster(Schema):
     """More options for every job, such as --mail-type=FAIL."""
     modules: tuple[Word, ...] = ()
     """Environment modules to load on the node."""
-    setup_script: str | None = None
+    setup_script: UserPath | None = None
     """A bash file that every job sources on the node first."""
     environment: dict[EnvironmentName, str] = Field(default_factory=dict)
     """Set in every job."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from nemo_minitron.config.schema.base import Schema, StageName
+from nemo_minitron.config.schema.base import Schema, StageName, UserPath
 from nemo_minitron.config.schema.cluster import Cluster
 from nemo_minitron.config.schema.planning import Planning
 
@@ -39,8 +39,8 @@ class Parallel(Schema):
 class Execution(Schema):
     """Where and how; two runs that differ only here give the same artifacts."""
 
-    run_root: str = "runs"
-    assets_dir: str = "assets"
+    run_root: UserPath = "runs"
+    assets_dir: UserPath = "assets"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: PositiveInt | None = None
     """CPU threads of each process; None: OMP_NUM_THREADS where that is set, else cores divided by processes."""

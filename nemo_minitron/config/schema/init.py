@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from nemo_minitron.config.schema.base import Schema, StageName
+from nemo_minitron.config.schema.base import Schema, Seed, StageName
 from nemo_minitron.config.schema.sources import DataSource
 
 
@@ -35,7 +35,7 @@ class InitStage(Schema):
     init_std: Annotated[float, Field(gt=0.0)] = 0.02
     """Of all matrices; those that write into the residual stream get init_std / sqrt(2 * layers), as in GPT-2."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 1234
+    seed: Seed = 1234
     license: str | None = None
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from nemo_minitron.config.schema.base import LayerMetric, Precision, Schema, StageName, WidthMethod
+from nemo_minitron.config.schema.base import LayerMetric, Precision, Schema, Seed, StageName, WidthMethod
 
 
 class ScoreInputs(Schema):
@@ -48,11 +48,18 @@ class ScoreStage(Schema):
     iterative_drops: Annotated[int, Field(ge=0)] = 0
     """Layers to take away one after the other, measuring anew each time, for `layer_removal: iterative`."""
     depth_samples: PositiveInt = 16
-    """Calibration samples for lm_loss and logit_mse, which need a pass for each layer or run."""
+    """Calibration samples for lm_loss and logit_mse, which need a pass for each layer or run, and for
+    block_influence where layers are taken away one after the other."""
     depth_task: DepthTask | None = None
     """Task of the layer metric `task`."""
     precision: Precision = "bf16"
-    seed: int = 1234
+    seed: Seed = 1234
+
+    @property
+    def draws_depth_samples(self) -> bool:
+        """Whether a metric needs a pass of its own over calibration samples."""
+        by_loss = {"lm_loss", "logit_mse"} & set(self.layer_metrics)
+        return bool(by_loss) or ("block_influence" in self.layer_metrics and self.iterative_drops > 0)
 
 
 class Target(Schema):
@@ -88,7 +95,7 @@ class SelectionRules(Schema):
     head_merge: Literal["off", "printed", "opposite", "mean"] = "off"
     """What kept heads take in from cut ones (2407.14679, section 2.3): `head + (head - cut)` as printed there, with
     the opposite sign as in Layer Collapse, or the mean; see pruning/merge.py."""
-    seed: int = 1234
+    seed: Seed = 1234
 
 
 class SelectStage(SelectionRules):

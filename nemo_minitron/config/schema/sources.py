@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from nemo_minitron.config.schema.base import Inputless, Schema, StageName
+from nemo_minitron.config.schema.base import Inputless, Schema, Seed, StageName
 
 
 class ImportStage(Schema):
@@ -61,4 +61,4 @@ class TokenizeStage(Schema):
     sources: Annotated[tuple[DataSource, ...], Field(min_length=1)]
     valid_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02
     """Share of the documents of each source that is held out."""
-    seed: int = 1234
+    seed: Seed = 1234

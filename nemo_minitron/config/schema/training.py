@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from nemo_minitron.config.schema.base import Fraction, Precision, Schema, StageName
+from nemo_minitron.config.schema.base import Precision, Schema, Seed, StageName
 from nemo_minitron.config.schema.losses import Loss, Sampled, Sparse
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class DistillInputs(Schema):
@@ -52,8 +54,8 @@ class Optimization(LearningRate):
     seq_len_tokens: PositiveInt
     reset_attention_mask: bool = False
     """Tokens do not look back over the end of a document inside a packed sample."""
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.95
+    adam_beta1: Beta = 0.9
+    adam_beta2: Beta = 0.95
     adam_eps: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     clip_grad: Annotated[float, Field(ge=0.0)] = 1.0
@@ -64,7 +66,7 @@ class Optimization(LearningRate):
     save_interval_steps: PositiveInt = 100
     keep_checkpoints: PositiveInt = 2
     """Newest training checkpoints kept in the work folder."""
-    seed: int = 1234
+    seed: Seed = 1234
     guard: LossGuard | None = LossGuard()
     """Stops a training whose loss has blown up; null: only NaN and infinity do."""
 
@@ -129,7 +131,7 @@ class CacheTeacherStage(Schema):
     """At least num_steps * global_batch_size of the distillation."""
     seq_len_tokens: PositiveInt
     precision: Precision = "bf16"
-    seed: int = 1234
+    seed: Seed = 1234
     """Of the order of the samples and of the draws; as in the distillation."""
     reset_attention_mask: bool = False
     """The teacher's tokens do not look back over the end of a document; as in the distillation."""

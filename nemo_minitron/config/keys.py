@@ -1,0 +1,74 @@
+"""What the schema says about a key of a recipe: whether its value is text, a list, or something else."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from nemo_minitron.config.schema import Recipe, StageConfig
+
+Kind = Literal["text", "list", "other", "unknown"]
+
+
+def stage_classes() -> dict[str, type[BaseModel]]:
+    """Stage kind -> its class in the schema."""
+    union = get_args(StageConfig)[0]
+    return {get_args(cls.model_fields["kind"].annotation)[0]: cls for cls in get_args(union)}
+
+
+def value_kind(key: str, root: type[BaseModel] = Recipe) -> Kind:
+    """What a dotted key such as `stages.teacher.source` holds.
+
+    A stage whose kind the recipe tells (its name is no kind) may be of any kind that has the key. Keys that the
+    schema does not have, and keys that may hold anything, are `unknown`.
+    """
+    found = [leaf for annotation in _at(key.split("."), root) for leaf in _parts(annotation)]
+    kinds = {_kind_of(leaf) for leaf in found if leaf is not type(None)}
+    return kinds.pop() if len(kinds) == 1 else "other" if kinds else "unknown"
+
+
+def _kind_of(leaf: Any) -> Kind:
+    if leaf is str or (get_origin(leaf) is Literal and all(isinstance(value, str) for value in get_args(leaf))):
+        return "text"
+    if get_origin(leaf) in (tuple, list):
+        return "list"
+    return "unknown" if leaf is Any else "other"
+
+
+def _at(steps: Sequence[str], root: type[BaseModel]) -> list[Any]:
+    """The annotations that the schema has at a path."""
+    found: list[Any] = [root]
+    for number, step in enumerate(steps):
+        if number == 1 and steps[0] == "stages" and root is Recipe:
+            known = stage_classes()
+            found = [known[step]] if step in known else list(known.values())
+        else:
+            found = [inner for annotation in found for inner in _below(annotation, step)]
+    return found
+
+
+def _below(annotation: Any, step: str) -> Iterator[Any]:
+    for part in _parts(annotation):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            if step in part.model_fields:
+                yield part.model_fields[step].annotation
+        elif get_origin(part) is dict:
+            yield get_args(part)[1]
+        elif get_origin(part) is tuple and step.isdigit():
+            yield get_args(part)[0]
+        elif part is Any:
+            yield Any
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """The members of unions and what is annotated."""
+    if get_origin(annotation) is Annotated:
+        yield from _parts(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, types.UnionType):
+        for part in get_args(annotation):
+            yield from _parts(part)
+    else:
+        yield annotation

@@ -1,0 +1,196 @@
+"""Overrides as people type them -> overrides as Hydra's grammar accepts them.
+
+Hydra reads `~`, `#`, `=`, parentheses, commas and most letters beyond ASCII as its own syntax. Here the schema decides:
+the value of a key that holds text is that text, whatever it looks like. Other values are Hydra's where its grammar
+accepts them, and text where it does not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nemo_minitron.config.keys import value_kind
+from nemo_minitron.config.schema import Recipe
+from nemo_minitron.errors import ConfigError
+
+CLUSTER = "cluster"
+SHORT = {"launcher": "execution.launcher", CLUSTER: "execution.cluster"}
+"""First words of overrides that stand for a longer key."""
+_FORM = re.compile(r"(\+\+|\+|~)?([^=]*)=(.*)", re.DOTALL)
+_DELETION = re.compile(r"~[A-Za-z_][\w./@:-]*")
+KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
+_PLAIN_DICT_KEY = re.compile(r"[A-Za-z_][\w-]*|\d+")
+_EXAMPLE = "stages.distill.lr=1e-4"
+
+
+class Override(NamedTuple):
+    """One KEY=VALUE."""
+
+    prefix: str
+    """Hydra's `+` or `++`, or nothing."""
+    key: str
+    """With short forms written out."""
+    value: str
+
+
+def require_form(recipe: Path, words: Sequence[str]) -> None:
+    """Refuse words that are no overrides, and say what was probably meant.
+
+    Raises:
+        ConfigError: naming the first such word.
+    """
+    if not recipe.name:
+        raise ConfigError("No recipe is named.", next_step="For example: recipes/toy/width.yaml")
+    if "=" in str(recipe) and not recipe.is_file():
+        later = next((word for word in words if Path(word).suffix in (".yaml", ".yml")), "RECIPE")
+        raise ConfigError(
+            f"{recipe} stands where the recipe goes.",
+            next_step=f"The recipe comes first, overrides follow: minitron COMMAND {later} {recipe}",
+        )
+    for number, word in enumerate(words):
+        found = _FORM.fullmatch(word)
+        if found is None and _DELETION.fullmatch(word):
+            continue
+        if found is None or not found[2].strip():
+            raise ConfigError(f"{word!r} is no override.", next_step=_meant(number, words))
+        if found[2] != found[2].strip():
+            raise ConfigError(f"{word!r}: there is a space in the key.", next_step=f"Write KEY=VALUE: {_EXAMPLE}")
+
+
+def _meant(number: int, words: Sequence[str]) -> str:
+    word = words[number]
+    before, after = words[number - 1] if number else "", words[number + 1] if number + 1 < len(words) else ""
+    if word.startswith("=") or before.endswith("=") or after.startswith("="):
+        return f"Leave no spaces around the =, as in {_EXAMPLE}; quote a value that has spaces."
+    if word.startswith("-"):
+        return "What follows -- is taken as overrides; put options before it."
+    if Path(word).suffix in (".yaml", ".yml"):
+        return "Give one recipe, and after it overrides."
+    if ":" in word and KEY.fullmatch(word.split(":", 1)[0]):
+        key, value = word.split(":", 1)
+        return f"Write {key}={value.strip()}"
+    return f"Overrides are KEY=VALUE, such as {_EXAMPLE}; a value with spaces needs quotes."
+
+
+def for_hydra(word: str) -> str:
+    """An override that sets what the word says; keys that only the schema knows are allowed, as it refuses wrong ones.
+
+    Raises:
+        ConfigError: a value that is no value: several of them, or a list that is not closed.
+    """
+    found = _FORM.fullmatch(word)
+    if found is None or found[1] == "~":
+        return word
+    key = _long(found[2])
+    if key.split(".")[0] not in Recipe.model_fields or "@" in key:
+        return word
+    if not KEY.fullmatch(key):
+        raise ConfigError(f"{found[2]} is no key.", next_step=f"Keys are names joined by dots, as in {_EXAMPLE}")
+    override = Override(found[1] or "++", key, found[3])
+    return f"{override.prefix}{key}={_value(override)}"
+
+
+def _long(key: str) -> str:
+    """With short forms written out, and `[0]` as `.0`."""
+    first = re.split(r"[.\[]", key, maxsplit=1)[0]
+    if first in SHORT:
+        key = SHORT[first] + key[len(first) :]
+    return re.sub(r"\[(\d+)\]", r".\1", key)
+
+
+def _value(override: Override) -> str:
+    from hydra.errors import HydraException
+
+    kind, value = value_kind(override.key), override.value
+    try:
+        parsed = _parsed(value)
+    except (HydraException, RecursionError):
+        # What Hydra cannot read may still be a list or a mapping in YAML.
+        is_nested = kind != "text" and value.lstrip()[:1] in ("[", "{")
+        return _nested(override) if is_nested else _quoted(value)
+    if kind == "text":
+        is_quoted = value.strip()[:1] in ("'", '"') and not parsed.is_sweep_override()
+        return value if is_quoted or value.strip().lower() == "null" else _quoted(value)
+    if not parsed.is_sweep_override():
+        return value
+    if kind == "unknown":
+        return _quoted(value)
+    raise ConfigError(
+        f"{override.key} = {value}: several values, where one is needed.",
+        next_step=f"Write a list with brackets: {override.key}=[{value}]"
+        if kind == "list"
+        else "A recipe has one value for each key; start one run for each value, with names of their own (name=...).",
+    )
+
+
+def _parsed(value: str) -> Any:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_override(f"key={value}")
+
+
+def _quoted(text: str) -> str:
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+def _nested(override: Override) -> str:
+    """A list or mapping with texts that need quotes, such as [~/a.txt], in Hydra's grammar."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        return _written(OmegaConf.to_container(OmegaConf.create(override.value), resolve=False))
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
+        first = str(error).strip().splitlines()[:1]
+        raise ConfigError(
+            f"{override.key}: {override.value} is no list or mapping: {''.join(first)}",
+            next_step="Write [a, b] or {key: value}; put quotes around texts with commas, colons or brackets.",
+        ) from error
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, dict):
+        odd = [key for key in value if not _PLAIN_DICT_KEY.fullmatch(str(key))]
+        if odd:
+            raise ValueError(f"the key {odd[0]!r} is no plain name")
+        return "{" + ",".join(f"{key}:{_written(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_written, value)) + "]"
+    if isinstance(value, str):
+        return _quoted(value)
+    return "null" if value is None else str(value).lower()
+
+
+def unknown_key(words: Sequence[str], groups: Sequence[str], stages: Sequence[str]) -> ConfigError | None:
+    """A message for the first override whose first word means nothing here; None when all are known.
+
+    Args:
+        groups: config groups that can be chosen from.
+        stages: stages of the recipe.
+    """
+    known = list(dict.fromkeys((*Recipe.model_fields, *SHORT, *groups, "hydra")))
+    for word in words:
+        found = _FORM.fullmatch(word)
+        key = found[2] if found else word.lstrip("~")
+        first = re.split(r"[./@:\[]", key, maxsplit=1)[0]
+        if first in known:
+            continue
+        if first in stages:
+            hint = f"Did you mean stages.{key}?"
+        else:
+            near = get_close_matches(first, [*known[:-1], *stages], n=1, cutoff=0.6)
+            prefix = "stages." if near and near[0] in stages else ""
+            hint = f"Did you mean {prefix}{near[0]}{key[len(first) :]}?" if near else ""
+        return ConfigError(
+            f"{key}: unknown key.{' ' + hint if hint else ''}",
+            allowed=f"keys that begin with one of {', '.join(known[:-1])}",
+            next_step="All keys with their defaults: nemo_minitron/config/schema/.",
+        )
+    return None

@@ -1,0 +1,38 @@
+"""Files that a recipe reads and that are not on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from glob import has_magic
+from pathlib import Path
+
+from nemo_minitron.config.schema import Recipe
+from nemo_minitron.data.found import is_there
+from nemo_minitron.files import user_path
+from nemo_minitron.hf.source import ASSET, HUB, asset_path
+from nemo_minitron.plan.planner import RunPlan
+from nemo_minitron.plan.sources import read_by
+
+
+def missing_sources(plan: RunPlan) -> Iterator[str]:
+    """What the stages that still have to run would not find, as one line each."""
+    for name, stage in plan.recipe.stages.items():
+        if plan.states[name].status != "finished":
+            for key, source in read_by(stage):
+                yield from _source(f"stages.{name}.{key}", source, plan.recipe)
+
+
+def _source(key: str, source: str, recipe: Recipe) -> Iterator[str]:
+    if not source.removeprefix(ASSET).removeprefix(HUB).strip():
+        yield f"{key}: is empty; it needs the name of a file, a folder, asset:NAME or hf:ORG/NAME."
+        return
+    if source.startswith(HUB):
+        return
+    if source.startswith(ASSET):
+        name = source.removeprefix(ASSET)
+        if not asset_path(name, Path(recipe.execution.assets_dir)).exists():
+            yield f"{key} = {source}: not fetched yet. Next: minitron assets fetch {name}"
+        return
+    if not is_there(user_path(source)):
+        problem = "matches no file" if has_magic(source) else "there is no such file or folder"
+        yield f"{key} = {source}: {problem}."

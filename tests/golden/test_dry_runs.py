@@ -1,0 +1,94 @@
+"""Every recipe that ships can be planned and its scripts printed on a machine that has no data, no assets, no Slurm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO, Cli
+
+RECIPES = [
+    file
+    for file in sorted((REPO / "recipes").glob("*/*.yaml"))
+    if file.parent.name != "claims" or file.stem == "smollm2_135m"
+]
+SITES = {"slurm_pyxis": ("launcher=slurm", "cluster=slurm_pyxis"), "dgx": ("cluster=dgx",)}
+
+
+@pytest.fixture(autouse=True)
+def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder, and no programs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: str(file.relative_to(REPO / "recipes")))
+def test_a_recipe_is_planned_and_its_scripts_are_printed_without_the_data(recipe: Path, minitron: Cli) -> None:
+    code, told = minitron("plan", recipe, "--json", *SITES["slurm_pyxis"])
+    assert code == 0, told
+    problems = json.loads(told)["problems"]
+    assert "sbatch: there is no such program on this machine." in problems
+    assert any("there is no file nemo-minitron-core.sqsh" in problem for problem in problems)
+    for site, words in SITES.items():
+        code, told = minitron("launch", "--dry-run", recipe, *words)
+        assert code == 0, told
+        assert ("#SBATCH" if site == "slurm_pyxis" else "docker run") in told
+        missing = [line for line in told.splitlines() if line.startswith("missing here")]
+        assert len(missing) >= (3 if site == "slurm_pyxis" else 1)
+    assert not list(Path.cwd().iterdir())
+
+
+WIDTH = REPO / "recipes/llama31_8b/width_4b.yaml"
+NO_DATA = "stages.data.sources.0.source = ./data/*.jsonl.gz: matches no file."
+
+
+def test_what_is_missing_is_listed_by_plan_and_dry_run_and_refused_by_all_that_would_start(minitron: Cli) -> None:
+    code, told = minitron("plan", WIDTH)
+    assert (code, f"problem {NO_DATA}" in told) == (0, True)
+    code, told = minitron("launch", "--dry-run", WIDTH)
+    assert (code, f"missing here {NO_DATA}" in told) == (0, True)
+    assert f"minitron run {WIDTH}" in told
+    for command in ("check", "run", "launch"):
+        code, told = minitron(command, WIDTH)
+        assert (code, f"- {NO_DATA}" in told) == (2, True), command
+
+
+def test_a_dry_run_refuses_what_no_machine_could_run(minitron: Cli) -> None:
+    code, told = minitron("launch", "--dry-run", WIDTH, "stages.distill.min_lr=1", *SITES["dgx"])
+    assert (code, "above lr" in told) == (2, True)
+    code, told = minitron("launch", "--dry-run", WIDTH, "stages.distil.lr=1", *SITES["dgx"])
+    assert (code, "Did you mean stages.distill?" in told) == (2, True)
+
+
+def test_check_with_a_cluster_says_what_both_lack(minitron: Cli) -> None:
+    code, told = minitron("check", "--cluster", WIDTH, *SITES["slurm_pyxis"])
+    assert (code, NO_DATA in told, "no sbatch" in told) == (2, True, True)
+
+
+def test_a_pattern_with_brackets_is_shown_whole(minitron: Cli) -> None:
+    code, told = minitron("plan", WIDTH, "stages.data.sources=[{source: 'x/[ab]*.txt'}]")
+    assert (code, "x/[ab]*.txt: matches no file." in told) == (0, True)
+
+
+@pytest.mark.parametrize("source", ["", " ", "asset:", "hf:"])
+def test_an_empty_source_is_refused(source: str, minitron: Cli) -> None:
+    code, told = minitron("check", REPO / "recipes/toy/width.yaml", f"stages.teacher.source={source}")
+    assert (code, "stages.teacher.source: is empty" in told) == (2, True)
+
+
+def test_a_tilde_is_the_home_folder_whatever_the_key(minitron: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_minitron.cli import load_recipe
+
+    home = Path.cwd()
+    monkeypatch.setenv("HOME", str(home))
+    (home / "a [1].jsonl").write_text('{"text": "x"}\n')
+    words = ["execution.run_root=~/runs", "stages.data.sources=[{source: '~/a [1].jsonl'}]"]
+    assert load_recipe(WIDTH, words).execution.run_root == str(home / "runs")
+    code, told = minitron("check", WIDTH, *words)
+    assert code == 0, told
+    code, told = minitron("check", WIDTH, "stages.data.sources=[{source: ~nobody_of_this_name/x}]")
+    assert (code, "home folder" in told) == (2, True)
+    code, told = minitron("check", WIDTH, "execution.run_root=~nobody_of_this_name/x")
+    assert (code, "home folder" in told) == (2, True)
