@@ -208,7 +208,7 @@ def load_mapping(file: Path, what: str) -> dict[str, Any]:
 
 
 def first_lines(error: Exception) -> str:
-    """The gist of a library's error, on one line; where Hydra names only the override that failed, its cause as well."""
+    """The gist of a library's error on one line; where Hydra names only the override that failed, its cause as well."""
     causes = [error, *([error.__cause__] if error.__cause__ is not None else [])]
     lines = [line.strip() for one in causes for line in str(one).splitlines() if line.strip()]
     return " ".join(lines[: 3 * len(causes)]) or type(error).__name__
