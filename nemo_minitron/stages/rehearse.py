@@ -45,7 +45,7 @@ def _rehearse(name: str, stage: EvaluateChatStage, recipe: Recipe, store: Store)
         return
     folder, template = found
     try:
-        bound = ChatTemplate.load(folder, template, whole_markers=stage.whole_markers)
+        bound = ChatTemplate.load(folder, template, whole_markers=stage.whole_markers, day=stage.template_date)
         prepare(stage, chats, bound, name=name, assets_dir=Path(recipe.execution.assets_dir))
     except CheckpointError:
         return  # the stages that need the tokenizer say better what is wrong with it
