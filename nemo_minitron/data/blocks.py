@@ -6,10 +6,10 @@ import bz2
 import gzip
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from nemo_minitron.errors import DataError
 
@@ -52,7 +52,7 @@ def read_blocks(file: Path, start: int = 0) -> Iterator[Block]:
 
 
 def _library_blocks(raw: IO[bytes], file: Path, kind: str) -> Iterator[Block]:
-    kinds: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    kinds: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     try:
         with kinds[kind](raw, "rb") as stream:
             yield from (Block(data, raw.tell()) for data in iter(lambda: stream.read(BLOCK_BYTES), b""))
