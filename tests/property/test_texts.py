@@ -202,14 +202,16 @@ def definition(number: int) -> str:
     )
     rows = read_documents(BUILT_IN["toy-text"], DataSource(source="x"))
     texts = [text.text for text, _ in zip(rows, range(40), strict=False)]
-    tokenizer.train_from_iterator([*texts, "  a  b\n\n  c .\n -- 12 345\n\n\n"] * 3, trainer)
+    tokenizer.train_from_iterator([*texts, *["a   b    c  \n\n  d .\n -- 12 345\n\n\n"] * 400], trainer)
     tokenizer.add_tokens([AddedToken("<x>", normalized=False)])
     return str(tokenizer.to_str())
 
 
 PIECES = st.one_of(
     st.text(CHARACTERS, max_size=8),
-    st.sampled_from(["hound", "moor's", "<|endoftext|>", "<x>", " ", "  ", "\n", "\n\n", " \n", "I'll", "3.14", "..."]),
+    st.sampled_from(
+        ["hound", "moor's", "<|endoftext|>", "<x>", " ", "  ", "\n", "\n\n", "a   b  ", " \n", "I'll", "3.14", "..."]
+    ),
 )
 
 

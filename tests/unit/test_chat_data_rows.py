@@ -342,7 +342,7 @@ def test_a_file_that_cannot_be_read_is_a_clear_error(tmp_path: Path, name: str, 
 @pytest.mark.parametrize("make", [lambda folder: folder / "x.txt", lambda folder: folder])
 def test_text_files_are_no_chats(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     (tmp_path / "x.txt").write_text("Hi")
-    with pytest.raises(DataError, match=r"allowed: \*\.jsonl\[\.gz\|\.zst\], \*\.json"):
+    with pytest.raises(DataError, match=r"allowed: \*\.jsonl\[\.gz\|\.zst\|\.bz2\|\.xz\], \*\.json"):
         chat_files(make(tmp_path))
 
 

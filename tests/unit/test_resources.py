@@ -106,3 +106,13 @@ def test_plan_shows_it_and_gives_it_to_programs(tmp_path: Path, minitron: Cli, m
     facts = json.loads(minitron("plan", TOY, f"execution.run_root={tmp_path}", "--json")[1])["resources"]
     assert facts["stages"]["distill"]["memory"]["peak_gib"] > 0
     assert set(facts["totals"]) == {"hours", "gpu_hours", "cost", "disk_gib"}
+
+
+def test_the_disk_holds_tokens_twice_while_they_are_joined(tmp_path: Path) -> None:
+    text = tmp_path / "x.jsonl"
+    text.write_text('{"text": "a"}\n')
+    before = resource_facts(_plan(TOY, tmp_path))["totals"]["disk_gib"]
+    toy_bytes = next((REPO / "nemo_minitron/toy").glob("text*")).stat().st_size
+    plan = _plan(TOY, tmp_path, f"stages.data.sources=[{{source: {text}}}]")
+    found = resource_facts(plan)["totals"]["disk_gib"] - before
+    assert found * 2**30 == pytest.approx(2 * text.stat().st_size - 2 * toy_bytes)

@@ -24,6 +24,7 @@ from nemo_minitron.config.schema import (
     Training,
     TrainStage,
 )
+from nemo_minitron.data.blocks import COMPRESSIONS
 from nemo_minitron.distillation.flops import forward_flops_per_token, training_flops_per_token
 from nemo_minitron.families import ModelShape, num_params
 from nemo_minitron.plan.planner import RunPlan, StageCall
@@ -34,6 +35,9 @@ from nemo_minitron.plan.shapes import model_shape
 SPARSE_BYTES_PER_TOKEN = {"sampled": 160, "top_k": 400}
 """Of a cached teacher, on disk: measured with 50 draws (docs/DISTILLATION.md); 128 values of 16 bits and their indices,
 compressed."""
+TOKENIZED_BYTES, UNPACKED_BYTES = 2, 4
+"""Of shards and result together for a byte of text, at four characters and up to four bytes a token; of text for a byte
+of a compressed file."""
 FORWARD_MFU_SHARE = 0.8
 """A pass without its backward pass reaches less of the peak: its batches are smaller."""
 
@@ -94,14 +98,24 @@ def estimates(plan: RunPlan) -> dict[str, Estimate]:
     return found
 
 
-def totals(found: Mapping[str, Estimate]) -> dict[str, Any]:
+def tokenized_bytes(plan: RunPlan) -> int:
+    """Disk that tokenization takes while it joins its shards, where the text is there."""
+    stages = [call for call in plan.calls if call.kind == "tokenize"]
+    return sum(
+        TOKENIZED_BYTES * facts["bytes"] * (UNPACKED_BYTES if source.endswith(COMPRESSIONS) else 1)
+        for call in stages
+        for source, facts in call.payload["sources"].items()
+    )
+
+
+def totals(found: Mapping[str, Estimate], more_disk_bytes: int = 0) -> dict[str, Any]:
     """Of the whole run, one stage after the other; the disk also holds the imported teacher."""
     costs = [estimate.cost for estimate in found.values() if estimate.cost is not None]
     return {
         "hours": sum(estimate.seconds for estimate in found.values()) / 3600,
         "gpu_hours": sum(estimate.gpu_hours for estimate in found.values()),
         "cost": sum(costs) if costs else None,
-        "disk_gib": sum(estimate.disk_bytes for estimate in found.values()) / GIB,
+        "disk_gib": (more_disk_bytes + sum(estimate.disk_bytes for estimate in found.values())) / GIB,
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_minitron.config.schema import Optimization, Parallel
 from nemo_minitron.plan.planner import RunPlan
-from nemo_minitron.plan.resources.costs import estimates, totals
+from nemo_minitron.plan.resources.costs import estimates, tokenized_bytes, totals
 from nemo_minitron.plan.resources.hardware import hardware_of, peak_tflops
 from nemo_minitron.plan.resources.layouts import Proposal, proposals
 
@@ -32,7 +32,7 @@ def resource_facts(plan: RunPlan) -> dict[str, Any]:
     hardware, planning = hardware_of(plan.recipe), execution.planning
     return {
         "stages": {name: estimate.facts() for name, estimate in found.items()},
-        "totals": totals(found),
+        "totals": totals(found, tokenized_bytes(plan)),
         "proposals": proposed,
         "assumptions": {
             "hardware": hardware.name,
