@@ -15,7 +15,8 @@ STOP_FILE = "STOP"
 """In the folder of a run: put there by a person."""
 RELAY_FILE = "stop_request"
 """In the work folder of a stage: the runner tells its ranks which signal it got."""
-SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1}
+SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1, "SIGHUP": signal.SIGHUP}
+"""SIGHUP: the terminal, or the connection to it, is gone."""
 REASONS = (*SIGNALS, f"the file {STOP_FILE}")
 WATCH_INTERVAL_S = 0.5
 
@@ -64,11 +65,15 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle SIGTERM and SIGUSR1; does nothing outside the main thread, where Python allows no handlers."""
+        """Handle SIGNALS; does nothing outside the main thread, where Python allows no handlers.
+
+        A SIGHUP that is ignored stays ignored: `nohup` asks for that.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS.values()}
+        handled = [number for number in SIGNALS.values() if number != signal.SIGHUP or not _is_ignored(number)]
+        before = {number: signal.signal(number, self._on_signal) for number in handled}
         try:
             yield
         finally:
@@ -79,6 +84,10 @@ class StopRequest:
         self._signal = signal.Signals(number).name
         if not self._waits:
             raise KeyboardInterrupt(self._signal)
+
+
+def _is_ignored(number: signal.Signals) -> bool:
+    return signal.getsignal(number) is signal.SIG_IGN
 
 
 def stop_file_of_job() -> Path | None:

@@ -97,8 +97,13 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
-def provenance(started: float) -> dict[str, Any]:
-    """Who made it, with what, when. Never part of the identity."""
+def provenance(started_s: float) -> dict[str, Any]:
+    """Who made it, with what, when. Never part of the identity.
+
+    Args:
+        started_s: of `time.monotonic`; the clock on the wall may be set while a stage runs.
+    """
+    wall_s = time.monotonic() - started_s
     return {
         "nemo_minitron": __version__,
         "versions": {name: found for name in _VERSIONS if (found := installed_version(name))},
@@ -106,8 +111,8 @@ def provenance(started: float) -> dict[str, Any]:
         "host": platform.node(),
         "argv": sys.argv,
         "git_commit": _git_commit(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "wall_s": round(time.time() - started, 3),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - wall_s)),
+        "wall_s": round(wall_s, 3),
     }
 
 

@@ -175,7 +175,7 @@ def _scratch() -> Iterator[Path]:
 def _pip_wheel(folder: Path, wanted: Sequence[str], scratch: Path, progress: Progress) -> None:
     """pip shows its own progress."""
     log = scratch / "pip.log"
-    command = [sys.executable, "-m", "pip", "wheel", "--no-input", "--disable-pip-version-check"]
+    command = [sys.executable, "-Im", "pip", "wheel", "--no-input", "--disable-pip-version-check"]
     command += [] if progress.console.is_terminal and not progress.silent else ["--quiet"]
     command += [f"--log={log}", f"--wheel-dir={folder}", *wanted]
     environment = {**os.environ, "TMPDIR": str(scratch), "SOURCE_DATE_EPOCH": str(MEMBER_TIME_S)}

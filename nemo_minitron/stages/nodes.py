@@ -13,7 +13,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -23,12 +24,13 @@ from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.files import write_whole
 from nemo_minitron.interrupts import SIGNALS
 from nemo_minitron.outer_job import of_a_launcher, outside
+from nemo_minitron.stages.agent import meeting_folder
 from nemo_minitron.stages.same_code import START
 
 RUNNER_VARIABLE = "MINITRON_RUNNER"
 """The process of this node with which its ranks end."""
 ORDERS, END, POLL_S, SHUTDOWN_TIMEOUT_S = "orders", "end", 0.2, 40.0
-FT_RESTARTS = 3
+FT_LAUNCHER, FT_RESTARTS = "ft_launcher", 3
 """How often ft_launcher starts the ranks of a node again."""
 
 
@@ -73,24 +75,46 @@ class Nodes:
             return int(said)
         return max(1, usable_cores() * self.count // num_processes)
 
-    def agent_command(self, python: Path | str, num_processes: int) -> list[str]:
-        """The program that starts this node's part of so many ranks, up to what they run; `{rank}`: of the node.
+    def command(self, python: Path | str, num_processes: int, script: Sequence[str]) -> list[str]:
+        """The words that start this node's part of so many ranks; `{rank}` stands for the rank of the node.
+
+        Args:
+            python: runs the ranks, and the agent unless that is a program of its own.
+            script: a file or folder for that Python, and its words.
 
         Raises:
             EnvironmentProblem: the processes cannot be shared out evenly.
         """
         if num_processes % self.count:
             raise EnvironmentProblem(f"{num_processes} processes cannot be shared out over {self.count} nodes.")
+        if self.agent != FT_LAUNCHER and self.count == 1:
+            return [str(python), str(START), "ranks", str(num_processes), str(python), "-u", *script]
         each = f"--nproc-per-node={num_processes // self.count}"
-        if self.agent == "ft_launcher":
-            beside = Path(python).with_name("ft_launcher")
-            start = [str(beside) if beside.is_file() else "ft_launcher", f"--max-restarts={FT_RESTARTS}"]
+        if self.agent == FT_LAUNCHER:
+            beside = Path(python).with_name(FT_LAUNCHER)
+            start = [str(beside) if beside.is_file() else FT_LAUNCHER, f"--max-restarts={FT_RESTARTS}"]
         else:
             start = [str(python), str(START), "torch.distributed.run"]
-        if self.count == 1:
-            return [*start, "--standalone", each]
-        where = [f"--nnodes={self.count}", "--node-rank={rank}", f"--master-addr={self.address}"]
-        return [*start, *where, f"--master-port={self.port}", each]
+        port = self.port or free_port()
+        # A static rendezvous: the other one keeps its state as a pickle in a store that everybody can reach.
+        where = ["--rdzv-backend=static", f"--nnodes={self.count}", "--node-rank={rank}"]
+        return [*start, *where, f"--master-addr={self.address}", f"--master-port={port}", each, *script]
+
+    @contextmanager
+    def meeting(self) -> Iterator[dict[str, str]]:
+        """What ranks of one node need in their environment to find each other; those of several ask the first node."""
+        if self.count > 1:
+            yield {}
+            return
+        with meeting_folder() as variables:
+            yield variables
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def start_everywhere(
@@ -205,7 +229,7 @@ def _carry_out(order: Mapping[str, object], nodes: Nodes, log: IO[str]) -> int:
 
 
 def end_agent(process: subprocess.Popen[bytes]) -> None:
-    """torchrun ends its ranks on SIGINT; killed outright it would leave them behind."""
+    """An agent ends its ranks on SIGINT; killed outright it would leave them behind."""
     process.send_signal(signal.SIGINT)
     try:
         process.wait(SHUTDOWN_TIMEOUT_S)

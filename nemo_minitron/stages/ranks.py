@@ -1,4 +1,4 @@
-"""Run a stage on several processes: torchrun around `nemo_minitron.stages.worker`."""
+"""Run a stage on several processes: an agent on each node around `nemo_minitron.stages.worker`."""
 
 from __future__ import annotations
 
@@ -40,8 +40,7 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
     order["code"] = of_this_process()
     (work / CALL_FILE).write_text(json.dumps(order))
     nodes = Nodes.here()
-    command = nodes.agent_command(sys.executable, call.parallel.world_size)
-    command += [str(START), "worker", str(work / CALL_FILE)]
+    command = nodes.command(sys.executable, call.parallel.world_size, [str(START), "worker", str(work / CALL_FILE)])
     environment = {
         **SAFE_PATH,
         "OMP_NUM_THREADS": str(recipe.execution.threads or nodes.threads_of_each(call.parallel.world_size)),
@@ -49,8 +48,9 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
         "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT",
     }
     log = root / "logs" / f"{call.name}.ranks.log"
-    with log.open("w") as file, stop.deferred():
-        process = start_everywhere(command, environment, nodes, work, lambda words, own: _start(words, own, file))
+    with log.open("w") as file, stop.deferred(), nodes.meeting() as meeting:
+        start = lambda words, own: _start(words, own, file)  # noqa: E731
+        process = start_everywhere(command, {**environment, **meeting}, nodes, work, start)
         code = _wait(process, call.kind, work, stop)
     if stop.asked_by() is not None and call.kind not in TRAINING_KINDS:
         raise Interrupted(f"Stopped in stage {call.name} as asked by {stop.asked_by()}; the same command goes on.")
@@ -67,7 +67,7 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
 
 
 def _start(command: list[str], environment: dict[str, str], log: Any) -> subprocess.Popen[bytes]:
-    """torchrun, deaf to the signals that ask for a stop: it would give its ranks 30 s and then kill them."""
+    """The agent, deaf to the signals that ask for a stop: it would end its ranks before they have saved themselves."""
     stderr = None if sys.stderr.isatty() else log
     return deaf_to_stops(lambda: subprocess.Popen(command, env=environment, stdout=log, stderr=stderr))
 

@@ -201,7 +201,7 @@ def _make_stage(
     call: StageCall, recipe: Recipe, store: Store, stop: StopRequest, options: RunOptions, *, quiet: bool
 ) -> None:
     """Run one stage in this process, or on as many as its layout asks for, and publish it."""
-    started = time.time()
+    started_s = time.monotonic()
     inputs = store.inputs(call.inputs, "small" if STAGES[call.kind].reads_results else "unseen")
     progress = Progress(store.work(call.name) / STATUS_FILE, silent=quiet)
     progress.say(f"[bold]{call.name}[/bold] ({call.kind})")
@@ -223,7 +223,7 @@ def _make_stage(
             payload=call.payload,
             inputs=call.inputs,
             result=dict(result),
-            provenance={**provenance(started), **({"accepted_work": accepted} if accepted else {})},
+            provenance={**provenance(started_s), **({"accepted_work": accepted} if accepted else {})},
         )
         _copy_report(call, out, store.root)
         store.publish(call.name, out, manifest)

@@ -15,6 +15,7 @@ from nemo_minitron.interrupts import RELAY_FILE, StopRequest, exit_without_paren
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import make_plan
 from nemo_minitron.progress import Progress
+from nemo_minitron.stages.agent import a_rank_failed
 from nemo_minitron.stages.nodes import RUNNER_VARIABLE
 from nemo_minitron.stages.ranks import ERROR_FILE, RESULT_FILE, STATUS_FILE, load_error, save_error
 from nemo_minitron.stages.runner import call_stage
@@ -52,11 +53,13 @@ def main(call_file: Path) -> int:
             inputs = Store(run_dir(recipe)).inputs(call.inputs)
             result = call_stage(call.kind, recipe, inputs, context, call)
     except KeyboardInterrupt as error:
+        if a_rank_failed():
+            return 1
         told = f"Stopped in stage {call.name} by {error}; the same command goes on."
         save_error(Interrupted(told), work / ERROR_FILE)
         return 0
     except Interrupted as error:
-        # All ranks end in the same way: torchrun need not kill any.
+        # All ranks end in the same way: the agent need not end any.
         if is_main:
             save_error(error, work / ERROR_FILE)
         return 0

@@ -7,26 +7,34 @@ by its path has nothing before it but itself, and there is nothing else in this 
 
 import runpy
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def _worker(call_file: str) -> int:
-    """A rank, with the code that the runner has: the package that this file belongs to, wherever else there is one."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+def _own(module: str) -> ModuleType:
+    """A module of the package that this file belongs to, wherever else there is one of that name."""
+    sys.path.insert(0, str(PACKAGE.parent))
     try:
         import nemo_minitron  # noqa: F401
     finally:
         del sys.path[0]
-    from nemo_minitron.stages.worker import main
-
-    return main(Path(call_file))
+    return import_module(module)
 
 
 def _main() -> int:
     what, *words = sys.argv[1:]
     if what == "worker":
-        return _worker(*words)
-    # torchrun: of this Python, which need not have nemo-minitron.
+        return int(_own("nemo_minitron.stages.worker").main(Path(*words)))
+    if what == "probe":
+        _own("nemo_minitron.backends.megatron.probe").main(Path(*words))
+        return 0
+    if what == "ranks":
+        # By its path: this Python need not have nemo-minitron or what it imports.
+        return int(runpy.run_path(str(PACKAGE / "stages" / "agent.py"))["main"](*words))
+    # torchrun, of this Python.
     sys.argv[1:] = words
     runpy.run_module(what, run_name="__main__", alter_sys=True)
     return 0

@@ -149,22 +149,31 @@ def test_the_agent_of_several_nodes(tmp_path: Path) -> None:
         "SLURM_NODEID": "1",
     }
     nodes = Nodes.here(several)
-    words = nodes.agent_command("python", 4)
+    words = nodes.command("python", 4, ["script"])
     # Not `-m`, which would put the working folder first on the import path.
     assert words[:3] == ["python", str(START), "torch.distributed.run"]
     assert words[3:] == [
+        "--rdzv-backend=static",
         "--nnodes=2",
         "--node-rank={rank}",
         "--master-addr=node1",
         "--master-port=20007",
         "--nproc-per-node=2",
+        "script",
     ]
-    assert Nodes.here({}).agent_command("python", 4)[3:] == ["--standalone", "--nproc-per-node=4"]
-    assert Nodes.here({"MINITRON_AGENT": "ft_launcher"}).agent_command(tmp_path / "python", 2)[0] == "ft_launcher"
     with pytest.raises(EnvironmentProblem, match="3 processes cannot be shared out over 2 nodes"):
-        nodes.agent_command("python", 3)
+        nodes.command("python", 3, ["script"])
     with pytest.raises(EnvironmentProblem, match="MINITRON_NODES = 2"):
         Nodes.here({"MINITRON_NODES": "2"})
+
+
+def test_the_agent_of_one_node_listens_on_nothing_and_ft_launcher_meets_on_the_loopback(tmp_path: Path) -> None:
+    words = Nodes.here({}).command("python", 4, ["script", "word"])
+    assert words == ["python", str(START), "ranks", "4", "python", "-u", "script", "word"]
+    words = Nodes.here({"MINITRON_AGENT": "ft_launcher"}).command(tmp_path / "python", 2, ["script"])
+    assert words[0] == "ft_launcher"
+    assert {"--rdzv-backend=static", "--nnodes=1", "--master-addr=127.0.0.1"} <= set(words)
+    assert "--standalone" not in words
 
 
 def test_threads_are_the_users_or_share_out_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.files import cache_dir
 from nemo_minitron.outer_job import outside
 from nemo_minitron.progress import Progress
+from nemo_minitron.stages.same_code import SAFE_PATH
 
 ENTRY = Path(__file__).with_name("entry")
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
@@ -68,8 +69,12 @@ def _is_this(python: Path) -> bool:
 @cache
 def has_gpu_kernels(python: Path) -> bool:
     """Whether that Python has Apex and Transformer Engine, which NeMo trains with on a GPU."""
-    look = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ('apex', 'transformer_engine'))))"
-    environment = {**os.environ, **environment_of(python)}
+    # An empty word stands for the working folder, which `-c` puts first.
+    look = (
+        "import sys; sys.path[:] = filter(None, sys.path); import importlib.util as u; "
+        "sys.exit(not all(map(u.find_spec, ('apex', 'transformer_engine'))))"
+    )
+    environment = {**os.environ, **environment_of(python), **SAFE_PATH}
     return subprocess.run([str(python), "-c", look], env=environment, capture_output=True, check=False).returncode == 0
 
 
@@ -144,13 +149,13 @@ def make_environment(
     log.write_text("")
     # Not moved into place when done: a virtual environment knows its own path. READY_FILE says that it is whole.
     shutil.rmtree(folder, ignore_errors=True)
-    pip = [str(_python(folder)), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    pip = [str(_python(folder)), "-Im", "pip", "install", "--disable-pip-version-check", "--no-input"]
     index = ["--index-url", torch_index_url] if torch_index_url else []
     if find_links:
         pip += ["--no-index", *(f"--find-links={links.absolute()}" for links in find_links)]
         index = []
     steps = [
-        ("new environment", [base, "-m", "venv", str(folder)]),
+        ("new environment", [base, "-Im", "venv", str(folder)]),
         (torch_requirement(), [*pip, *index, torch_requirement()]),
         ("NeMo-Aligner and what it needs", [*pip, "--no-deps", "-r", str(REQUIREMENTS)]),
     ]
@@ -173,7 +178,12 @@ def self_test(python: Path, log: Path) -> dict[str, str]:
     work.mkdir(parents=True)
     try:
         (work / "task.json").write_text(json.dumps({"task": "self_test", "work_dir": str(work)}))
-        _run([str(python), str(ENTRY), str(work / "task.json")], log, "self-test", environment_of(python))
+        _run(
+            [str(python), str(ENTRY), str(work / "task.json")],
+            log,
+            "self-test",
+            {**environment_of(python), **SAFE_PATH},
+        )
         versions: dict[str, str] = json.loads((work / "result.json").read_text())["versions"]
     finally:
         shutil.rmtree(work, ignore_errors=True)

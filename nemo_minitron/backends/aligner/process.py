@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -63,18 +62,16 @@ def run_task(
     (work_dir / ERROR_FILE).write_text(" " * ERROR_BYTES)
     (work_dir / TASK_FILE).write_text(json.dumps({**task, "task": name, "work_dir": str(work_dir)}))
     nodes = Nodes.here() if num_processes > 1 else Nodes()
-    command = [str(python), str(ENTRY), str(work_dir / TASK_FILE)]
-    if num_processes > 1:
-        command = nodes.agent_command(python, num_processes)
-        command += [str(ENTRY), str(work_dir / TASK_FILE)]
+    script = [str(ENTRY), str(work_dir / TASK_FILE)]
+    command = nodes.command(python, num_processes, script) if num_processes > 1 else [str(python), *script]
     hidden = not has_gpu_kernels(python) if on_cpu is None else on_cpu
     environment = _environment(python, threads or nodes.threads_of_each(num_processes), on_cpu=hidden)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file, stop.deferred():
+    with log.open("a") as file, stop.deferred(), nodes.meeting() as meeting:
         # Lightning would take a single process for one of the tasks of the job around it.
         process = start_everywhere(
             command,
-            environment,
+            {**environment, **(meeting if num_processes > 1 else {})},
             nodes,
             stage_work or work_dir,
             lambda words, own: _start(words, own, file),
@@ -97,7 +94,6 @@ def _environment(python: Path, threads: int, *, on_cpu: bool) -> dict[str, str]:
         # Its checkpoints hold pickled facts, and only those that it has written itself are read.
         "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
         "PYTHONWARNINGS": "ignore",
     }
 
@@ -173,9 +169,3 @@ def _result(name: str, code: int, work_dir: Path, log: Path, stop: StopRequest) 
         where=str(log),
         next_step="Read the log; the same command goes on from the last checkpoint.",
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,6 +1,6 @@
 """Megatron's logits of a few tokens, for the comparison with another implementation of the same model.
 
-python -m nemo_minitron.backends.megatron.probe ORDER.json
+`python nemo_minitron/start probe ORDER.json` computes them in a process of its own.
 """
 
 from __future__ import annotations
@@ -21,15 +21,25 @@ from torch import Tensor
 
 from nemo_minitron.backends.megatron.build import build_model
 from nemo_minitron.backends.megatron.forward import evaluating, model_logits
+from nemo_minitron.backends.megatron.meeting import MEETING_VARIABLE
 from nemo_minitron.backends.megatron.session import Session, open_session
 from nemo_minitron.backends.megatron.weights import load_weights
 from nemo_minitron.config.schema import Parallel
 from nemo_minitron.errors import ProcessesDied
 from nemo_minitron.hf.checkpoint import Checkpoint
+from nemo_minitron.stages.same_code import SAFE_PATH, START
 
-PACKAGE = Path(__file__).resolve().parents[3]
-_WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun tells its ranks."""
+_WORLD = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    MEETING_VARIABLE,
+)
+"""What an agent tells its ranks."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +99,11 @@ def _place(rotary: torch.nn.Module, positions: Tensor) -> None:
 
 def _ask_child(model_dir: Path, probe: Probe) -> Answer:
     environment = {key: value for key, value in os.environ.items() if key not in _WORLD}
-    # This package, not one of the same name in the working folder.
-    environment |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([str(PACKAGE), *_python_path()])}
+    environment |= SAFE_PATH
     with tempfile.TemporaryDirectory() as folder:
         order, out = Path(folder) / "order.json", Path(folder) / "answer.safetensors"
         order.write_text(json.dumps({"model": str(model_dir.resolve()), "probe": asdict(probe), "out": str(out)}))
-        command = [sys.executable, "-m", "nemo_minitron.backends.megatron.probe", str(order)]
+        command = [sys.executable, str(START), "probe", str(order)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode or not out.is_file():
             last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
@@ -106,18 +115,11 @@ def _ask_child(model_dir: Path, probe: Probe) -> Answer:
         return Answer(**load_file(out))
 
 
-def _python_path() -> list[str]:
-    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-
-
-def _main(order_file: Path) -> None:
+def main(order_file: Path) -> None:
+    """Answer what `ask` has left in the file."""
     order: dict[str, Any] = json.loads(order_file.read_text())
     told = order["probe"]
     probe = Probe(tuple(told["tokens"]), tuple(told["positions"]), told["num_layers"])
     with open_session(Parallel(), device="cpu") as session:
         found = answer(Path(order["model"]), probe, session)
     save_file({name: tensor.contiguous() for name, tensor in vars(found).items()}, order["out"])
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]))

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from nemo_minitron.backends.megatron.cpu import cuda_means_cpu
+from nemo_minitron.backends.megatron.meeting import StrangerError, among_ourselves, join
 from nemo_minitron.config.schema import Parallel
 from nemo_minitron.errors import EnvironmentProblem, PlanError
 from nemo_minitron.heap import keep_freed_memory
@@ -71,10 +72,10 @@ class Session:
 def open_session(
     parallel: Parallel, *, device: str = "auto", seed: int = 1234, threads: int | None = None
 ) -> Iterator[Session]:
-    """Join the world that torchrun describes (or make one of a single process) and set Megatron up in it.
+    """Join the other ranks (or make a world of a single process) and set Megatron up in it.
 
     Raises:
-        EnvironmentProblem: CUDA was asked for and is not there.
+        EnvironmentProblem: CUDA was asked for and is not there, or another user has joined.
         PlanError: the number of processes is not tp * pp * cp * dp.
     """
     chosen = _choose_device(device)
@@ -87,6 +88,7 @@ def open_session(
             torch.cuda.set_device(chosen)
         else:
             stack.enter_context(cuda_means_cpu())
+        stack.enter_context(_without_strangers())
         _join_world(chosen, parallel)
         stack.callback(dist.destroy_process_group)
         parallel_state.initialize_model_parallel(parallel.tp, parallel.pp, context_parallel_size=parallel.cp)
@@ -123,10 +125,19 @@ def _join_world(device: torch.device, parallel: Parallel) -> None:
             f"(tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} x dp {parallel.dp}).",
             next_step="Start as many processes as tp * pp * cp * dp.",
         )
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    join(backend, TIMEOUT)
+
+
+@contextmanager
+def _without_strangers() -> Iterator[None]:
+    try:
+        with among_ourselves():
+            yield
+    except StrangerError as error:
+        raise EnvironmentProblem(
+            str(error),
+            next_step="Run on a machine that you do not share, or report that user; the same command goes on.",
+        ) from error
 
 
 def _seed(seed: int, device: torch.device) -> None:

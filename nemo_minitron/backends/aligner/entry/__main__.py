@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from task import answer
+from task import Task, answer
 
 TASKS = {
     "self_test": "self_test:self_test",
@@ -31,8 +33,16 @@ def main() -> int:
 
     task = json.loads(Path(sys.argv[1]).read_text())
     cpu.enable()
-    module, function = TASKS[task["task"]].split(":")
-    return answer(Path(task["work_dir"]), getattr(import_module(module), function), task)
+    return answer(Path(task["work_dir"]), _run, task)
+
+
+def _run(task: Task) -> Mapping[str, Any]:
+    from world import joined
+
+    module, name = TASKS[task["task"]].split(":")
+    function: Callable[[Task], Mapping[str, Any]] = getattr(import_module(module), name)
+    with joined():
+        return function(task)
 
 
 if __name__ == "__main__":

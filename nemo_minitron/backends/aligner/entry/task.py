@@ -23,7 +23,7 @@ Task = Mapping[str, Any]
 
 
 def is_main() -> bool:
-    """Whether this process answers: rank 0 under torchrun, or the only one."""
+    """Whether this process answers: rank 0 of several, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
