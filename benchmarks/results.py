@@ -33,8 +33,8 @@ from nemo_minitron.backends.megatron.weights import load_model
 from nemo_minitron.cli import load_recipe
 from nemo_minitron.config.schema import Parallel, ScoreStage, SelectStage
 from nemo_minitron.evaluation.choice_task import ChoiceTask, load_choice_task
-from nemo_minitron.evaluation.generation import load_tokenizer
 from nemo_minitron.hf.checkpoint import Checkpoint
+from nemo_minitron.hf.tokenizer import load_tokenizer
 from nemo_minitron.progress import Progress
 from nemo_minitron.pruning.depth import task_error
 from nemo_minitron.pruning.magnitude import magnitude_scores

@@ -55,7 +55,7 @@ def missing_for_launch(found: RunPlan) -> list[str]:
         return []
     from nemo_minitron.launch.probe import missing_here
 
-    return missing_here(found.recipe)
+    return missing_here(found)
 
 
 def _print_models(facts: dict[str, Any]) -> None:

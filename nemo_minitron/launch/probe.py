@@ -16,7 +16,7 @@ from nemo_minitron.launch.containers import mounts_of
 from nemo_minitron.launch.jobs import Job, images_of, jobs_of, misspelt_images, problems
 from nemo_minitron.launch.submit import cluster_of, placed
 from nemo_minitron.plan.folder import run_dir
-from nemo_minitron.plan.planner import make_plan
+from nemo_minitron.plan.planner import RunPlan, make_plan
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -45,19 +45,22 @@ def probe(recipe: Recipe) -> list[Finding]:
     return found
 
 
-def missing_here(recipe: Recipe) -> list[str]:
+def missing_here(plan: RunPlan) -> list[str]:
     """What a launch needs and this machine does not have: the launcher's program, images, mounts, the set-up script.
 
     Raises:
         PlanError: the recipe names no cluster.
     """
+    recipe = plan.recipe
     cluster = cluster_of(recipe)
     runtime = cluster.container.runtime
     program = "sbatch" if recipe.execution.launcher == "slurm" else runtime
     found = []
     if program != "none" and shutil.which(program) is None:
         found.append(f"{program}: there is no such program on this machine.")
-    return [*found, *(finding.text for finding in _paths(cluster, recipe) if finding.level == "problem")]
+    jobs = jobs_of(plan, cluster, {call.name for call in plan.calls})
+    seen = [*_images(cluster, jobs), *_paths(cluster, recipe)]
+    return [*found, *(finding.text for finding in seen if finding.level == "problem")]
 
 
 def _partitions(cluster: Cluster, jobs: list[Job]) -> Iterator[Finding]:

@@ -49,12 +49,12 @@ TABLE = (
         "x.jsonl.gz",
         ("The compressed file is damaged", "x.jsonl.gz"),
     ),
-    Bad("an empty folder", lambda folder: None, ".", ("There is no text at", "*.jsonl[.gz|.zst]")),
+    Bad("an empty folder", lambda folder: None, ".", ("There is no text at", "*.jsonl[.gz|.zst|.bz2|.xz]")),
     Bad(
         "an unknown type",
         lambda folder: (folder / "x.csv").write_text("a,b"),
         "x.csv",
-        ("Unknown file type .csv.", "*.parquet[.gz|.zst]"),
+        ("Unknown file type .csv.", "*.parquet[.gz|.zst|.bz2|.xz]"),
     ),
     Bad("a glob without matches", lambda folder: None, "*.jsonl", ("matches no file", "*.jsonl")),
     Bad(

@@ -376,8 +376,7 @@ def renamed(folder: Path, **names: str) -> Path:
 
 
 def inputs_of(tmp_path: Path, ids: list[int], **folders: Path) -> Inputs:
-    from nemo_minitron.backends.megatron.indexed import indexed_writers
-    from nemo_minitron.data.tokenization import Document
+    from nemo_minitron.backends.megatron.indexed import Document, indexed_writers
 
     data = tmp_path / "data"
     data.mkdir(exist_ok=True)
