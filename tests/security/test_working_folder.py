@@ -51,12 +51,12 @@ def test_an_agent_and_its_ranks(hostile: Path, tmp_path_factory: pytest.TempPath
     assert (done.returncode, _has_run(hostile)) == (0, "")
 
 
-def test_a_rank_and_the_process_that_compares_models(hostile: Path) -> None:
-    """Both end at a file that is not there, after they have imported everything."""
-    for what in ("worker", "probe"):
-        words = [sys.executable, str(START), what, "nosuch.json"]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        assert "nosuch.json" in done.stderr
+@pytest.mark.parametrize("what", ["worker", pytest.param("probe", marks=pytest.mark.slow)])
+def test_a_rank_and_the_process_that_compares_models(what: str, hostile: Path) -> None:
+    """They end at a file that is not there, after they have imported everything."""
+    words = [sys.executable, str(START), what, "nosuch.json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert "nosuch.json" in done.stderr
     assert _has_run(hostile) == ""
 
 
