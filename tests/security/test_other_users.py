@@ -61,7 +61,8 @@ def _connection_of(uid: int) -> Iterator[set[str]]:
     """The inode of an accepted connection whose other end is this user's."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = "import os, socket, sys; os.setuid(int(sys.argv[2])) if os.getuid() == 0 else None\n"
-        code += "s = socket.create_connection(('127.0.0.1', int(sys.argv[1]))); sys.stdin.read()"
+        code += "s = socket.socket(); s.connect(('127.0.0.1', int(sys.argv[1]))); sys.stdin.read()"
+        server.settimeout(30)
         words = [sys.executable, "-c", code, str(server.getsockname()[1]), str(uid)]
         child = subprocess.Popen(words, stdin=subprocess.PIPE)
         accepted, _ = server.accept()
