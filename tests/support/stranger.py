@@ -46,7 +46,7 @@ def stranger(mark: str, marker: Path) -> Iterator[Seen]:
     """
     seen, over = Seen(), threading.Event()
     words = [sys.executable, "-m", "tests.support.stranger", str(marker)]
-    child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     watcher = threading.Thread(target=_watch, args=(mark, child, seen, over))
@@ -103,6 +103,8 @@ def _attack(address: str, marker: str) -> dict[str, Any]:
         try:
             with socket.create_connection((host, int(port)), ANSWER_S) as line:
                 line.sendall(said)
+        except ConnectionRefusedError:  # its process has ended
+            return {"address": address, "is_store": False}
         except OSError:
             pass
     return {"address": address, "is_store": _is_store(host, int(port), poison)}
@@ -125,7 +127,6 @@ def _is_store(host: str, port: int, poison: bytes) -> bool:
 
 def _main(marker: str) -> None:
     # Now: this Python may be out of the other user's reach.
-
     import torch.distributed  # noqa: F401
 
     "host".encode("idna")  # loads the codec that names of hosts need
