@@ -44,7 +44,7 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
     environment = {
         **SAFE_PATH,
         "OMP_NUM_THREADS": str(recipe.execution.threads or nodes.threads_of_each(call.parallel.world_size)),
-        # torchrun handles SIGTERM and SIGHUP itself unless this says otherwise (versions before torch 2.9 do not read it).
+        # torchrun handles SIGTERM and SIGHUP itself unless this says otherwise (from torch 2.9 on).
         "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGQUIT",
     }
     log = root / "logs" / f"{call.name}.ranks.log"

@@ -102,8 +102,10 @@ def test_ranks_end_when_their_runner_is_gone(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT + WAITS)
     words = Nodes().command(sys.executable, 2, [str(tmp_path / "script.py"), str(tmp_path)])
     code = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.sleep(60)"
-    runner = subprocess.Popen([sys.executable, "-c", code, *words], env={**os.environ, MEETING_VARIABLE: str(tmp_path)})
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    runner = subprocess.Popen([sys.executable, "-c", code, *words], env={**os.environ, MEETING_VARIABLE: str(meeting)})
     pids = [int(rank["pid"]) for rank in _ranks(tmp_path)]
     runner.kill()
     runner.wait()
-    _wait_until(lambda: not any(_lives(pid) for pid in pids))
+    _wait_until(lambda: not any(_lives(pid) for pid in pids) and not meeting.exists())
