@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -72,7 +73,7 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        handled = [number for number in SIGNALS.values() if number != signal.SIGHUP or not _is_ignored(number)]
+        handled = [number for number in SIGNALS.values() if number != signal.SIGHUP or _kills(number)]
         before = {number: signal.signal(number, self._on_signal) for number in handled}
         try:
             yield
@@ -82,12 +83,25 @@ class StopRequest:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
+        if number == signal.SIGHUP:
+            leave_terminal()
         if not self._waits:
             raise KeyboardInterrupt(self._signal)
 
 
-def _is_ignored(number: signal.Signals) -> bool:
-    return signal.getsignal(number) is signal.SIG_IGN
+def leave_terminal(*_: object) -> None:
+    """Write to nowhere from now on what would go to a terminal: writing to one that is gone is an error."""
+    for stream in (1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)
+
+
+def _kills(number: signal.Signals) -> bool:
+    """Whether the signal would end this process: nobody has asked for something else."""
+    return signal.getsignal(number) is signal.SIG_DFL
 
 
 def stop_file_of_job() -> Path | None:

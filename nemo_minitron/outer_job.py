@@ -32,6 +32,7 @@ LAUNCHER_NAMES = (
     "ROLE_WORLD_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
+    "MINITRON_MEETING",
     "PET_MASTER_ADDR",
     "PET_MASTER_PORT",
     "PET_NNODES",
@@ -43,7 +44,7 @@ LAUNCHER_NAMES = (
     "PET_RDZV_ID",
     "PET_STANDALONE",
 )
-"""What torchrun, MPI and enroot's PyTorch hook tell each process about its place."""
+"""What agents, MPI and enroot's PyTorch hook tell each process about its place."""
 DEVICE_NAMES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "NVIDIA_VISIBLE_DEVICES")
 """The GPUs of this machine or job, which say nothing about those of another."""
 USER_NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")

@@ -18,6 +18,7 @@ from nemo_minitron.data.shards import Shard, ShardFolder, Task
 from nemo_minitron.data.tokenization import DocumentTokenizer
 from nemo_minitron.errors import EnvironmentProblem, Interrupted
 from nemo_minitron.interrupts import exit_without_parent
+from nemo_minitron.stages.same_code import safe_path_of_children
 
 BYTES_PER_PROCESS = 1 << 22
 """A process takes about a second to start: it has to have this much to do."""
@@ -74,7 +75,8 @@ def shard_makers(work: Work, num_processes: int, check_stop: Callable[[], None])
         return
     makers = _Pool(work, num_processes)
     try:
-        yield makers
+        with safe_path_of_children():
+            yield makers
     except BrokenProcessPool as error:
         raise EnvironmentProblem(
             "A tokenizer process was killed.",
@@ -148,8 +150,9 @@ class _Worker:
 
 def _start_worker(work: Work, counts: Any, threads: int) -> None:
     exit_without_parent()
-    # Ctrl-C reaches every process of the terminal; the main one tells the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C, and the end of a terminal, reach every process of it; the main one tells the others.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     # The library's own threads serve tokenizers that need whole documents; they read this when they start.
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(threads)

@@ -148,7 +148,7 @@ def _require_known(tasks: Sequence[str], known: Sequence[str]) -> None:
 def _language_model(model: Any, tokenizer: Any, progress: Progress) -> Any:
     """lm-eval's model of transformers, which reads every question once.
 
-    It gets a model that is loaded already: given a name it would join the ranks that torchrun started, and wait for
+    It gets a model that is loaded already: given a name it would join the other ranks of the stage, and wait for
     those that do not evaluate.
     """
     from lm_eval.models.huggingface import HFLM

@@ -55,6 +55,8 @@ def main(num_ranks: str, *command: str) -> int:
         return _watch(ranks, runner, asked)
     finally:
         _end(ranks, signal.SIGKILL)
+        if os.getppid() != runner and MEETING_VARIABLE in os.environ:
+            shutil.rmtree(os.environ[MEETING_VARIABLE], ignore_errors=True)
 
 
 def _watch(ranks: Sequence[subprocess.Popen[bytes]], runner: int, asked: Sequence[int]) -> int:

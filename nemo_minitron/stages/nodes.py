@@ -24,7 +24,7 @@ from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.files import write_whole
 from nemo_minitron.interrupts import SIGNALS
 from nemo_minitron.outer_job import of_a_launcher, outside
-from nemo_minitron.stages.agent import meeting_folder
+from nemo_minitron.stages.agent import MEETING_VARIABLE, meeting_folder
 from nemo_minitron.stages.same_code import START
 
 RUNNER_VARIABLE = "MINITRON_RUNNER"
@@ -107,7 +107,9 @@ class Nodes:
             yield {}
             return
         with meeting_folder() as variables:
-            yield variables
+            # ft_launcher takes pickles from sockets with names that can be foretold, in the folder for temporary files.
+            own = {"TMPDIR": variables[MEETING_VARIABLE]} if self.agent == FT_LAUNCHER else {}
+            yield {**variables, **own}
 
 
 def free_port() -> int:

@@ -44,8 +44,8 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
     environment = {
         **SAFE_PATH,
         "OMP_NUM_THREADS": str(recipe.execution.threads or nodes.threads_of_each(call.parallel.world_size)),
-        # torchrun handles SIGTERM itself unless this says otherwise (versions before torch 2.9 do not read it).
-        "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT",
+        # torchrun handles SIGTERM and SIGHUP itself unless this says otherwise (from torch 2.9 on).
+        "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGQUIT",
     }
     log = root / "logs" / f"{call.name}.ranks.log"
     with log.open("w") as file, stop.deferred(), nodes.meeting() as meeting:

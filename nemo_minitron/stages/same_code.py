@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import nemo_minitron
@@ -13,6 +15,21 @@ START = Path(nemo_minitron.__file__).resolve().with_name("start")
 """The folder that starts processes without the working folder on their import path."""
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 """From Python 3.11 on, the same for what those processes start in turn."""
+
+
+@contextmanager
+def safe_path_of_children() -> Iterator[None]:
+    """Inside, Python's own ways to start processes keep the working folder off their import path (from 3.11 on)."""
+    kept = {name: os.environ.get(name) for name in SAFE_PATH}
+    os.environ.update(SAFE_PATH)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def of_this_process() -> dict[str, str]:

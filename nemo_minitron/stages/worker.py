@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import warnings
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import Recipe
 from nemo_minitron.disk import disk_errors
 from nemo_minitron.errors import EnvironmentProblem, Interrupted, MinitronError
-from nemo_minitron.interrupts import RELAY_FILE, StopRequest, exit_without_parent
+from nemo_minitron.interrupts import RELAY_FILE, StopRequest, exit_without_parent, leave_terminal
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import make_plan
 from nemo_minitron.progress import Progress
@@ -27,6 +28,8 @@ def main(call_file: Path) -> int:
     """Run the stage on this rank; rank 0 leaves the result, or the error, beside the call file."""
     order = json.loads(call_file.read_text())
     exit_without_parent(int(os.environ[RUNNER_VARIABLE]))
+    # The runner asks for the stop; this process only loses its terminal.
+    signal.signal(signal.SIGHUP, leave_terminal)
     work, is_main = call_file.parent, os.environ.get("RANK", "0") == "0"
     try:
         require_same(order["code"])

@@ -17,7 +17,7 @@ from nemo_minitron.config.compose import compose
 from nemo_minitron.config.explain import validate
 from nemo_minitron.config.places import shipped_recipes
 from nemo_minitron.plan.planner import make_plan
-from nemo_minitron.stages.nodes import RUNNER_VARIABLE
+from nemo_minitron.stages.nodes import RUNNER_VARIABLE, free_port
 from nemo_minitron.stages.ranks import ERROR_FILE, load_error
 from nemo_minitron.stages.same_code import START
 from tests.conftest import REPO
@@ -127,7 +127,8 @@ def test_an_agent_and_its_ranks_import_nothing_from_the_working_folder(elsewhere
         "import json, os, sys, torch, yaml\nprint(json.dumps([os.getcwd(), sys.path]))\n"
     )
     # As with Python 3.10, which does not know PYTHONSAFEPATH.
-    words = [sys.executable, str(START), "torch.distributed.run", "--standalone", "--nproc-per-node=1", str(script)]
+    where = ["--rdzv-backend=static", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    words = [sys.executable, str(START), "torch.distributed.run", *where, "--nproc-per-node=1", str(script)]
     cwd, path = json.loads(must(words, cwd=elsewhere))
     assert cwd == str(elsewhere)
     assert not {cwd, ""} & set(path)

@@ -23,6 +23,12 @@ def _sigterm_to_the_runner(process: subprocess.Popen[str], _: Path) -> None:
     process.send_signal(signal.SIGTERM)
 
 
+def _sighup_to_every_process(process: subprocess.Popen[str], _: Path) -> None:
+    """As the end of a terminal does."""
+    for found in list(processes_of(process)):
+        found.send_signal(signal.SIGHUP)
+
+
 def _sigusr1_to_every_process(process: subprocess.Popen[str], _: Path) -> None:
     """As a scheduler does before a job's time is up."""
     for found in list(processes_of(process)):
@@ -53,6 +59,8 @@ def _stop_file(_: subprocess.Popen[str], root: Path) -> None:
         (_sigterm_to_the_last_rank, "SIGTERM", 2),
         pytest.param(_sigterm_to_every_process, "SIGTERM", 2, marks=pytest.mark.slow),
         (_sigusr1_to_every_process, "SIGUSR1", 2),
+        (_sighup_to_every_process, "SIGHUP", 1),
+        pytest.param(_sighup_to_every_process, "SIGHUP", 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_training_stops_after_its_step_and_goes_on(ask: Ask, reason: str, dp: int, tmp_path: Path) -> None:

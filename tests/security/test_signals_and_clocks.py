@@ -1,0 +1,71 @@
+"""A terminal that goes away, and a clock that is set while a stage runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.artifacts.manifest import provenance
+from nemo_minitron.interrupts import StopRequest
+from tests.conftest import REPO
+
+
+def test_the_end_of_a_terminal_asks_for_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemo_minitron.interrupts.leave_terminal", lambda: None)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        stop = StopRequest()
+        with stop.listening(), stop.deferred():
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.asked_by() == "SIGHUP"
+        with pytest.raises(KeyboardInterrupt, match="SIGHUP"), stop.listening():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_nohup_has_started_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopRequest()
+        with stop.listening():
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.asked_by() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_nothing_is_written_to_a_terminal_that_is_gone(tmp_path: Path) -> None:
+    """A run that dies of its own last words has saved nothing."""
+    code = f"""
+import signal, sys, time
+from nemo_minitron.interrupts import StopRequest
+stop = StopRequest()
+with stop.listening(), stop.deferred():
+    print("ready", flush=True)
+    while not stop.asked_by():
+        time.sleep(0.01)
+    print("to nobody", file=sys.stderr, flush=True)
+    open({str(tmp_path / "saved")!r}, "w").write(stop.asked_by())
+"""
+    ours, theirs = os.openpty()
+    words = [sys.executable, "-c", code]
+    child = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, cwd=REPO, start_new_session=True)
+    os.close(theirs)
+    assert b"ready" in os.read(ours, 100)
+    os.close(ours)
+    child.send_signal(signal.SIGHUP)
+    assert child.wait(60) == 0
+    assert (tmp_path / "saved").read_text() == "SIGHUP"
+
+
+def test_a_clock_that_is_set_back_makes_no_negative_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    started_s, now = time.monotonic() - 5.0, time.time()
+    monkeypatch.setattr("time.time", lambda: now - 86400.0)
+    assert provenance(started_s)["wall_s"] == pytest.approx(5.0, abs=2.0)

@@ -1,0 +1,89 @@
+"""Files in the working folder that are called like modules: no process of a run imports them."""
+
+from __future__ import annotations
+
+import ast
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.backends.aligner import environment
+from nemo_minitron.stages.nodes import Nodes
+from nemo_minitron.stages.same_code import START, safe_path_of_children
+from tests.conftest import REPO
+
+NAMES = (
+    "abc", "argparse", "contextlib", "datetime", "importlib", "json", "multiprocessing", "pathlib", "pickle", "random",
+    "runpy", "shutil", "signal", "socket", "subprocess", "tempfile", "threading", "torch", "types", "typing", "yaml",
+)  # fmt: skip
+EXEMPT = {"nemo_minitron/doctor.py", "nemo_minitron/backends/aligner/environment.py"}
+"""Their `-c` takes the working folder off the path first, or imports nothing."""
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder; whatever is imported from it leaves a file there."""
+    for name in NAMES:
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write('{name} ')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    return tmp_path
+
+
+def _has_run(folder: Path) -> str:
+    return (folder / "ran").read_text() if (folder / "ran").is_file() else ""
+
+
+def test_the_files_would_run_otherwise(hostile: Path) -> None:
+    subprocess.run([sys.executable, "-c", "import datetime"], check=True)
+    assert _has_run(hostile) == "datetime "
+
+
+def test_an_agent_and_its_ranks(hostile: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    script = tmp_path_factory.mktemp("script")
+    (script / "__main__.py").write_text("import datetime, json, multiprocessing, pathlib, runpy, socket, typing")
+    # As with Python 3.10, which does not know PYTHONSAFEPATH.
+    done = subprocess.run(Nodes().command(sys.executable, 2, [str(script)]), check=False)
+    assert (done.returncode, _has_run(hostile)) == (0, "")
+
+
+@pytest.mark.parametrize("what", ["worker", pytest.param("probe", marks=pytest.mark.slow)])
+def test_a_rank_and_the_process_that_compares_models(what: str, hostile: Path) -> None:
+    """They end at a file that is not there, after they have imported everything."""
+    words = [sys.executable, str(START), what, "nosuch.json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert "nosuch.json" in done.stderr
+    assert _has_run(hostile) == ""
+
+
+def test_the_look_for_gpu_kernels(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "SAFE_PATH", {})
+    environment.has_gpu_kernels.__wrapped__(Path(sys.executable))
+    assert _has_run(hostile) == ""
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 knows no safe path")
+def test_processes_of_tokenization(hostile: Path) -> None:
+    with safe_path_of_children():
+        process = multiprocessing.get_context("spawn").Process(target=os.getpid)
+        process.start()
+        process.join()
+    assert (process.exitcode, _has_run(hostile)) == (0, "")
+    assert "PYTHONSAFEPATH" not in os.environ
+
+
+def test_no_process_is_started_with_the_working_folder_on_its_path() -> None:
+    """`python -m` and `python -c` put it first; `-Im` does not."""
+    found = {
+        str(file.relative_to(REPO))
+        for file in (REPO / "nemo_minitron").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.List)
+        and any(isinstance(word, ast.Constant) and word.value in ("-m", "-c") for word in node.elts)
+        and any("python" in ast.unparse(word).lower() or "executable" in ast.unparse(word) for word in node.elts)
+    }
+    assert found <= EXEMPT

@@ -1,0 +1,111 @@
+"""The agent of one node: what its ranks get, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.stages.agent import FAILED_FILE, MEETING_VARIABLE
+from nemo_minitron.stages.nodes import Nodes
+
+SCRIPT = """
+import json, os, signal, sys, time
+from pathlib import Path
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+def last_words(number, _):
+    (folder / f"asked.{rank}").write_text(f"{number} {Path(os.environ['MINITRON_MEETING'], 'failed').exists()}")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, last_words)
+signal.signal(signal.SIGINT, last_words)
+place = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+(folder / f"new.{rank}").write_text(json.dumps({"pid": os.getpid(), **place}))
+os.replace(folder / f"new.{rank}", folder / f"rank.{rank}")
+"""
+WAITS = "time.sleep(60)"
+
+
+def _start(folder: Path, last_line: str) -> subprocess.Popen[bytes]:
+    (folder / "script.py").write_text(SCRIPT + last_line)
+    words = Nodes().command(sys.executable, 2, [str(folder / "script.py"), str(folder)])
+    return subprocess.Popen(words, env={**os.environ, MEETING_VARIABLE: str(folder)})
+
+
+def _ranks(folder: Path) -> list[dict[str, str]]:
+    files = [folder / f"rank.{rank}" for rank in (0, 1)]
+    _wait_until(lambda: all(file.is_file() for file in files))
+    return [json.loads(file.read_text()) for file in files]
+
+
+def _wait_until(is_true: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not is_true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def test_every_rank_gets_its_place(tmp_path: Path) -> None:
+    agent = _start(tmp_path, "sys.exit(0)")
+    assert agent.wait(60) == 0
+    for rank, found in enumerate(_ranks(tmp_path)):
+        del found["pid"]
+        assert found == {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(("end", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGKILL)", 137)])
+def test_a_rank_that_fails_ends_the_others_who_know_why(end: str, code: int, tmp_path: Path) -> None:
+    wait = "while not (folder / 'rank.0').exists(): time.sleep(0.01)\n"
+    agent = _start(tmp_path, f"if rank == '1':\n    {wait}    {end}\n{WAITS}")
+    assert agent.wait(60) == code
+    assert (tmp_path / "asked.0").read_text() == f"{int(signal.SIGTERM)} True"
+    assert (tmp_path / FAILED_FILE).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_reaches_every_rank(number: signal.Signals, tmp_path: Path) -> None:
+    agent = _start(tmp_path, WAITS)
+    _ranks(tmp_path)
+    agent.send_signal(number)
+    assert agent.wait(60) == 128 + number
+    for rank in (0, 1):
+        assert (tmp_path / f"asked.{rank}").read_text() == f"{int(number)} False"
+
+
+def test_a_rank_that_does_not_listen_is_killed(tmp_path: Path) -> None:
+    code = "import sys; from nemo_minitron.stages import agent; agent.GRACE_S = 0.5; "
+    code += "sys.exit(agent.main('2', *sys.argv[1:]))"
+    (tmp_path / "script.py").write_text(SCRIPT + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WAITS)
+    words = [sys.executable, "-c", code, sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
+    agent = subprocess.Popen(words, env={**os.environ, MEETING_VARIABLE: str(tmp_path)})
+    pids = [int(rank["pid"]) for rank in _ranks(tmp_path)]
+    time.sleep(0.3)
+    agent.send_signal(signal.SIGTERM)
+    assert agent.wait(60) == 128 + signal.SIGTERM
+    assert not any(_lives(pid) for pid in pids)
+
+
+def test_ranks_end_when_their_runner_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT + WAITS)
+    words = Nodes().command(sys.executable, 2, [str(tmp_path / "script.py"), str(tmp_path)])
+    code = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.sleep(60)"
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    runner = subprocess.Popen([sys.executable, "-c", code, *words], env={**os.environ, MEETING_VARIABLE: str(meeting)})
+    pids = [int(rank["pid"]) for rank in _ranks(tmp_path)]
+    runner.kill()
+    runner.wait()
+    _wait_until(lambda: not any(_lives(pid) for pid in pids) and not meeting.exists())
