@@ -210,12 +210,11 @@ def _unexpected(error: Exception) -> int:
     if show is not None:
         show()
         return 2
-    log, text = Path("minitron-crash.log"), f"{' '.join(sys.argv)}\n{traceback.format_exc()}"
+    text = f"{' '.join(sys.argv)}\n{traceback.format_exc()}"
     try:
-        log.write_text(text)
+        log = _crash_log(Path(), text)
     except OSError:
-        log = Path(tempfile.gettempdir()) / log.name
-        log.write_text(text)
+        log = _crash_log(Path(tempfile.gettempdir()), text)
     Console(stderr=True).print(
         f"[red]unexpected error:[/red] {type(error).__name__}: {_escape(str(error))}\n"
         f"  This is a bug of nemo-minitron. Please report it with {log.resolve()}.",
@@ -223,6 +222,14 @@ def _unexpected(error: Exception) -> int:
         soft_wrap=True,
     )
     return 1
+
+
+def _crash_log(folder: Path, text: str) -> Path:
+    """For this user alone, under a name that nobody can have taken: the folder may be /tmp."""
+    number, name = tempfile.mkstemp(prefix="minitron-crash-", suffix=".log", dir=folder)
+    with open(number, "w", encoding="utf-8", errors="replace") as log:
+        log.write(text)
+    return Path(name)
 
 
 def _escape(text: str) -> str:

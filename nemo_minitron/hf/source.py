@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 from nemo_minitron.errors import CheckpointError, EnvironmentProblem
 from nemo_minitron.hf.gguf_parts import split_part
+from nemo_minitron.hf.links import require_inside
 
 ASSET = "asset:"
 HUB = "hf:"
@@ -112,6 +113,8 @@ def _only_gguf(folder: Path, source: str) -> Path:
             allowed=", ".join(file.name for file in models),
             next_step="Name one of them.",
         )
+    for file in files:
+        require_inside(file, folder)
     return next(iter(models or files), folder)
 
 

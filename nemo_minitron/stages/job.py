@@ -6,6 +6,7 @@ from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import Recipe
 from nemo_minitron.errors import ProcessesDied
 from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.safe_files import open_log, own_folder
 from nemo_minitron.stages.nodes import Nodes, dismiss, follow
 from nemo_minitron.stages.runner import run_single
 
@@ -26,10 +27,9 @@ def run_in_job(recipe: Recipe, stage: str) -> None:
         finally:
             dismiss(nodes, store.work(stage))
         return
-    logs = store.root / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    with (logs / f"{stage}.node{nodes.rank}.log").open("a") as log:
-        code = follow(nodes, store.work(stage), lambda: store.manifest(stage) is not None, log)
+    logs = own_folder(store.root, "logs")
+    with open_log(logs / f"{stage}.node{nodes.rank}.log") as log:
+        code = follow(nodes, store.own_work(stage), lambda: store.manifest(stage) is not None, log)
     if code:
         raise ProcessesDied(
             f"The processes of stage {stage} on this node ended with code {code}.",
