@@ -64,8 +64,7 @@ def _errors_name(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename, error.filename2 = str(file), None
-        raise
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def copy_whole(source: Path, target: Path) -> None:

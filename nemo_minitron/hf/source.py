@@ -51,7 +51,7 @@ def resolve_path(source: str, assets_dir: Path) -> Path:
     """The local path of an asset or a path; `~` is expanded.
 
     Raises:
-        EnvironmentProblem: the asset has not been fetched.
+        EnvironmentProblem: the asset has not been fetched, or its files are other ones.
     """
     if not source.startswith(ASSET):
         return Path(source).expanduser()
@@ -61,6 +61,9 @@ def resolve_path(source: str, assets_dir: Path) -> Path:
         raise EnvironmentProblem(
             f"Asset {name} is not there.", where=str(path), next_step=f"minitron assets fetch {name}"
         )
+    from nemo_minitron.assets import require_right  # which knows the places of this module
+
+    require_right(name, assets_dir)
     return path
 
 

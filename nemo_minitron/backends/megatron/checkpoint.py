@@ -172,9 +172,10 @@ def _load(trainable: Trainable, checkpoint: Path) -> Progressed:
             state = dist_checkpointing.load(wanted, str(checkpoint))
     except CheckpointError:
         raise
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch's own is no Exception
+        failed = next(iter(error.failures.values()), (error,))[0] if isinstance(error, CheckpointException) else error
         raise CheckpointError(
-            f"The training checkpoint cannot be read: {type(error).__name__}: {error}",
+            f"The training checkpoint cannot be read: {type(failed).__name__}: {failed}",
             where=str(checkpoint),
             next_step="Delete this folder; the same command then resumes from the one before it.",
         ) from error
