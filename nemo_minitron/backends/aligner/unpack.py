@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -19,13 +20,17 @@ from nemo_minitron.families import ModelShape
 from nemo_minitron.hf.links import require_inside
 
 CONFIG_FILE = "model_config.yaml"
-MOST_MEMBERS, MOST_CONFIG_BYTES, MOST_VALUE_CHARACTERS = 100_000, 1 << 20, 200
+MOST_MEMBERS, MOST_CONFIG_BYTES, MOST_VALUE_CHARACTERS = 100_000, 1 << 18, 200
+MOST_BRACKETS = 1000
+"""In a config: deep nesting takes YAML's reader seconds and more."""
 MOST_TIMES_AS_LARGE = 100
 """As a packed .nemo file; weights hardly shrink."""
 MOST_EXTRA_ROWS = 1 << 16
 """That NeMo adds to a vocabulary, to share it out."""
 _SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 _OURS = ("tokenizer", "dist_ckpt_format", *_SHAPE)
+MOST_READ_BYTES = 1 << 26
+_DAMAGED = (OSError, tarfile.TarError, zlib.error, EOFError, ValueError, LookupError, ArithmeticError, RecursionError)
 _GZIP = b"\x1f\x8b"
 _BLOCK_BYTES = 1 << 20
 
@@ -41,13 +46,30 @@ def unpacked(nemo: Path, work: Path) -> Path:
             require_inside(path, nemo)
         return nemo
     folder = work / "unpacked"
-    with _archive_errors(nemo), _plain_tar(nemo, work) as plain, tarfile.open(plain, "r:") as archive:
+    with (
+        _archive_errors(nemo),
+        _plain_tar(nemo, work) as plain,
+        plain.open("rb") as file,
+        tarfile.open(fileobj=_Clipped(file), mode="r:") as archive,  # type: ignore[call-overload]
+    ):
         members = list(_members(archive, nemo))
         needed = sum(member.size for member in members)
         if needed > shutil.disk_usage(work).free:
             raise _refused(nemo, f"{needed / 1e6:,.0f} MB do not fit on the disk of {work.parent}.")
         archive.extractall(folder, members=members, filter="data")
     return folder
+
+
+class _Clipped:
+    """A file of which one read takes as much as there is, at most: tarfile asks for whatever a header says."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._size = file, os.fstat(file.fileno()).st_size
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._file.tell())
+        return self._file.read(min(left if size < 0 else size, left, MOST_READ_BYTES))
 
 
 def model_config(folder: Path, nemo: Path, shape: ModelShape, tokenizer: Path) -> dict[str, Any]:
@@ -66,9 +88,12 @@ def model_config(folder: Path, nemo: Path, shape: ModelShape, tokenizer: Path) -
     if not file.is_file():
         raise CheckpointError(f"Not a NeMo checkpoint: there is no {CONFIG_FILE}.", where=str(nemo))
     if file.stat().st_size > MOST_CONFIG_BYTES:
-        raise _refused(nemo, f"{CONFIG_FILE} has more than {MOST_CONFIG_BYTES / 1e6:.0f} MB.")
+        raise _refused(nemo, f"{CONFIG_FILE} has more than {MOST_CONFIG_BYTES / 1e3:.0f} kB.")
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > MOST_BRACKETS:
+            raise ValueError(f"more than {MOST_BRACKETS} brackets")
+        found = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _refused(nemo, f"{CONFIG_FILE} cannot be read: {error}"[:500]) from error
     if not isinstance(found, Mapping):
@@ -135,7 +160,7 @@ def _archive_errors(nemo: Path) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except (OSError, tarfile.TarError, zlib.error, EOFError, ValueError, KeyError, RecursionError) as error:
+    except _DAMAGED as error:
         raise _refused(nemo, f"The .nemo file cannot be read: {error}"[:500]) from error
 
 
