@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -109,7 +110,8 @@ def _stage_facts(name: str, plan: RunPlan, store: Store, verify: bool) -> dict[s
             _show(key, manifest.result[key]) for key in _SUMMARY_KEYS if key in manifest.result
         )
     progress = store.work(name) / "progress.json"
-    if manifest is None and progress.is_file():
+    # Work may be closed to other users, who look at the run.
+    if manifest is None and os.access(progress, os.R_OK):
         running = json.loads(progress.read_text())
         fields = " ".join(f"{key} {value}" for key, value in running["fields"].items())
         facts["status"] = f"{running['done']}/{running['total']} {running['unit']}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import Recipe
-from nemo_minitron.errors import ProcessesDied
+from nemo_minitron.errors import ArtifactError, ProcessesDied
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.safe_files import open_log, own_folder
 from nemo_minitron.stages.nodes import Nodes, dismiss, follow
@@ -25,7 +27,8 @@ def run_in_job(recipe: Recipe, stage: str) -> None:
         try:
             run_single(recipe, stage, patience_s=LOCK_PATIENCE_S)
         finally:
-            dismiss(nodes, store.work(stage))
+            with suppress(ArtifactError):  # not this user's folder: then the other nodes have refused it as well
+                dismiss(nodes, store.own_work(stage))
         return
     logs = own_folder(store.root, "logs")
     with open_log(logs / f"{stage}.node{nodes.rank}.log") as log:

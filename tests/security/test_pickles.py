@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader, metadata
 from torch.distributed.checkpoint import filesystem as torch_filesystem
 
 from nemo_minitron.artifacts.manifest import file_facts
-from nemo_minitron.backends.megatron import distill, known_pickles, training
+from nemo_minitron.backends.megatron import distill, index_cache, known_pickles, training
 from nemo_minitron.backends.megatron.checkpoint import checkpoints
 from nemo_minitron.backends.megatron.known_pickles import load_known, only_known_pickles, require_known_backend
 from nemo_minitron.backends.megatron.session import open_session
@@ -205,3 +205,16 @@ def test_a_program_in_place_of_tensors_is_refused(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), program)
     with pytest.raises(pickle.UnpicklingError, match="TorchScript"):
         load_known(program)
+
+
+def test_an_index_of_a_dataset_that_numpy_would_unpickle_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    folder.mkdir()
+    np.save(folder / "a.npy", np.arange(3))
+    index_cache.mark_whole(folder)
+    index_cache.drop_unless_whole(folder)
+    assert folder.is_dir()
+    (folder / "a.npy").write_bytes(pickle.dumps(Marker(tmp_path / "marker")))
+    index_cache.write_whole(folder / index_cache.MARK, json.dumps(sealed(index_cache._files(folder))))
+    index_cache.drop_unless_whole(folder)
+    assert not folder.exists()
