@@ -18,7 +18,8 @@ from typing import IO, Any
 
 from nemo_minitron.errors import ArtifactError
 
-_PRIVATE = 0o600
+_PRIVATE, ROOT_MODE = 0o600, 0o775
+"""Of files for this user alone, and of a run's folder, from which the umask is taken: never open to every user."""
 _NAME_CHARACTERS = 40
 TEMPORARY = ".partial"
 """The end of temporary names; they begin with a dot and the name of the file that they will be."""
@@ -119,7 +120,7 @@ def own_folder(root: Path, *names: str, mode: int = 0o777) -> Path:
     Raises:
         ArtifactError: one of the names below the root is a link, or no folder.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(mode=ROOT_MODE, parents=True, exist_ok=True)
     folder = root
     for name in names:
         folder = folder / name

@@ -20,7 +20,7 @@ from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.files import read_json, write_whole
 from nemo_minitron.ownership import require_own, require_own_tree, work_mode
-from nemo_minitron.safe_files import TEMPORARY, open_lock, own_folder, require_real_folder
+from nemo_minitron.safe_files import ROOT_MODE, TEMPORARY, open_lock, own_folder, require_real_folder
 
 _WORK, _SUPERSEDED, _PARTIAL = ".work", ".superseded", ".partial-"
 _CHANGED = "was changed or damaged after the stage finished"
@@ -126,7 +126,7 @@ class Store:
         """A fresh folder to write into; it disappears unless `publish` takes it."""
         name = f"{_PARTIAL}{stage}-{os.getpid()}"
         shutil.rmtree(self.root / name, ignore_errors=True)
-        self.root.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(mode=ROOT_MODE, parents=True, exist_ok=True)
         folder = self.root / name
         folder.mkdir()  # an error where something, a link among others, has that name
         try:
@@ -220,7 +220,7 @@ class Store:
         Raises:
             ArtifactError: another runner holds it, and has not gone after `patience_s`; or it is another user's folder.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(mode=ROOT_MODE, parents=True, exist_ok=True)
         require_own(self.root, shared=True)
         with ExitStack() as held:
             _hold(held.enter_context(open_lock(self.root / _LOCK)), self.root, patience_s, shared=stage is not None)

@@ -237,10 +237,11 @@ def test_with_any_umask_a_run_goes_on_with_its_own_work(umask: int, run: Path, m
     monkeypatch.setattr(ownership, "_is_private_group", lambda gid: False)
     before = os.umask(umask)
     try:
-        with Store(run).lock():
-            _work(run)
-        with Store(run).lock("distill"):
-            Store(run).open_work("distill", "fingerprint")
+        new = run / "new"
+        with Store(new).lock():
+            _work(new)
+        with Store(new).lock("distill"):
+            Store(new).open_work("distill", "fingerprint")
     finally:
         os.umask(before)
 
