@@ -128,7 +128,8 @@ class Store:
         shutil.rmtree(self.root / name, ignore_errors=True)
         self.root.mkdir(mode=ROOT_MODE, parents=True, exist_ok=True)
         folder = self.root / name
-        folder.mkdir()  # an error where something, a link among others, has that name
+        require_real_folder(folder)
+        folder.mkdir()
         try:
             yield folder
         finally:

@@ -89,10 +89,11 @@ _REPLACED: Mapping[tuple[str, str], Callable[..., Any]] = {
 }
 
 
-_STEPS: dict[int, Any] = pickle._Unpickler.dispatch  # type: ignore[attr-defined]
+_Steps: Any = pickle._Unpickler
+"""The unpickler in Python, of which single steps can be replaced."""
 
 
-class KnownUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+class KnownUnpickler(_Steps):  # type: ignore[misc]
     """An unpickler that finds only what checkpoints hold, and leaves classes as they are."""
 
     def find_class(self, module_name: str, name: str) -> Any:
@@ -132,7 +133,7 @@ class KnownUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         super().load_build()
 
     dispatch: ClassVar[dict[int, Any]] = {
-        **{code: step for code, step in _STEPS.items() if code not in b"\x82\x83\x84io"},
+        **{code: step for code, step in _Steps.dispatch.items() if code not in b"\x82\x83\x84io"},
         pickle.BUILD[0]: load_build,
     }
     """Without extension codes and the two old ways to make an object, which nothing has written for twenty years."""
@@ -223,8 +224,8 @@ def require_known_backend(folder: Path) -> None:
 def only_known_pickles() -> Iterator[None]:
     """Inside, checkpoints are read by the functions of this file."""
     filesystem = import_module(_FILESYSTEM)
-    before = torch.load, filesystem.pickle  # type: ignore[attr-defined]
-    torch.load, filesystem.pickle = load_known, _known_pickle  # type: ignore[attr-defined,assignment]
+    before = torch.load, filesystem.pickle
+    torch.load, filesystem.pickle = load_known, _known_pickle  # type: ignore[attr-defined]
     try:
         yield
     finally:
@@ -233,7 +234,7 @@ def only_known_pickles() -> Iterator[None]:
 
 def read_only_known_pickles() -> None:
     """The same for the rest of this process, for `pickle.load` of any file, and without Megatron's zarr format."""
-    pickle.load = _KnownPickle.load  # type: ignore[assignment]
+    pickle.load = _KnownPickle.load
     torch.load = load_known  # type: ignore[assignment]
     import_module(_FILESYSTEM).pickle = _known_pickle  # type: ignore[attr-defined]
     sys.modules[_ZARR] = None  # type: ignore[assignment]  # an import of it fails, in Megatron's own words
