@@ -234,7 +234,7 @@ def only_known_pickles() -> Iterator[None]:
 
 def read_only_known_pickles() -> None:
     """The same for the rest of this process, for `pickle.load` of any file, and without Megatron's zarr format."""
-    pickle.load = _KnownPickle.load
-    torch.load = load_known  # type: ignore[assignment]
+    pickle.load = _KnownPickle.load  # type: ignore[assignment]
+    torch.load = load_known
     import_module(_FILESYSTEM).pickle = _known_pickle  # type: ignore[attr-defined]
     sys.modules[_ZARR] = None  # type: ignore[assignment]  # an import of it fails, in Megatron's own words
