@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -218,3 +219,21 @@ def test_an_index_of_a_dataset_that_numpy_would_unpickle_is_made_again(tmp_path:
     index_cache.write_whole(folder / index_cache.MARK, json.dumps(sealed(index_cache._files(folder))))
     index_cache.drop_unless_whole(folder)
     assert not folder.exists()
+
+
+def test_tensors_that_processes_send_each_other_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.arange(4.0).reshape(2, 2)
+    sent = pickle.dumps({"a": tensor})
+    assert torch.equal(known_pickles._KnownPickle.loads(sent)["a"], tensor)
+    monkeypatch.setattr(torch, "load", load_known)
+    assert torch.equal(pickle.loads(sent)["a"], tensor)
+    assert torch.equal(copy.deepcopy({"a": tensor})["a"], tensor)
+
+
+def test_the_old_format_in_memory_runs_nothing(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    torch.save({"a": Marker(tmp_path / "marker")}, stream, _use_new_zipfile_serialization=False)
+    stream.seek(0)
+    with pytest.raises(pickle.UnpicklingError, match="mkdir"):
+        load_known(stream)
+    assert not (tmp_path / "marker").exists()

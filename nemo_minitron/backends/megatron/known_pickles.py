@@ -9,6 +9,7 @@ Needs torch alone: NeMo-Aligner's processes load this file by its path.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -29,7 +30,7 @@ _ZARR = "megatron.core.dist_checkpointing.strategies.zarr"
 _CONTENTS = "torch.distributed.checkpoint.metadata"
 _SHARDED = "torch.distributed._shard"
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
-_ZIP = b"PK\x03\x04"
+_ZIP, _OLD = b"PK\x03\x04", pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 _KNOWN: Mapping[str, frozenset[str]] = {
     module: frozenset(names.split())
     for module, names in {
@@ -76,8 +77,6 @@ def _latin1(text: str, encoding: str = "latin1") -> bytes:
 
 def _stored_tensor(content: bytes) -> Any:
     """In place of `torch.storage._load_from_bytes`."""
-    import io
-
     return load_known(io.BytesIO(content))
 
 
@@ -168,8 +167,6 @@ class _KnownPickle(ModuleType):
     @staticmethod
     def loads(content: bytes, **options: Any) -> Any:
         """As `pickle.loads`."""
-        import io
-
         return _KnownPickle.load(io.BytesIO(content), **options)
 
 
@@ -189,14 +186,19 @@ def load_known(f: Any, map_location: Any = None, pickle_module: Any = None, **op
 
 
 def _require_saved_by_torch(f: Any) -> None:
-    """A zip file, as torch writes since 1.6, and no program."""
+    """A zip file, as torch writes since 1.6, and no program; in memory also the older format.
+
+    torch itself still uses that one for tensors that processes send each other, and for copies of storages.
+    """
     if isinstance(f, str | os.PathLike):
         with open(f, "rb") as opened:
             return _require_saved_by_torch(opened)
     start = f.tell()
-    is_zip = f.read(len(_ZIP)) == _ZIP
+    found = f.read(len(_OLD))
     f.seek(start)
-    if not is_zip:
+    if isinstance(f, io.BytesIO) and found == _OLD:
+        return None
+    if not found.startswith(_ZIP):
         raise pickle.UnpicklingError("it is not in the format of torch.save")
     records = torch._C.PyTorchFileReader(f).get_all_records()
     f.seek(start)
