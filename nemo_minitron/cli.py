@@ -269,12 +269,16 @@ def _unexpected(error: Exception) -> int:
 
 
 def _kept(text: str) -> Path | None:
-    """Where the text was written: here, or in the folder for temporary files where this one takes nothing."""
+    """Where the text was written: here, or in the folder for temporary files where this one takes nothing.
+
+    For this user alone, under a name that nobody can have taken.
+    """
     for folder in (Path(), Path(tempfile.gettempdir())):
         with suppress(OSError):
-            log = folder / "minitron-crash.log"
-            log.write_text(text, encoding="utf-8", errors="backslashreplace")
-            return log.absolute()
+            number, name = tempfile.mkstemp(prefix="minitron-crash-", suffix=".log", dir=folder)
+            with open(number, "w", encoding="utf-8", errors="backslashreplace") as log:
+                log.write(text)
+            return Path(name).absolute()
     return None
 
 

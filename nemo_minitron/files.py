@@ -6,25 +6,15 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import ArtifactError, EnvironmentProblem
+from nemo_minitron.safe_files import write_whole
+
+__all__ = ["SEAL", "cache_dir", "read_json", "sealed", "unsealed", "user_path", "write_whole"]
 
 SEAL = "sha256"
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Replace a file: a reader finds the old text or the new one, never a part, and a full disk leaves the old one."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink()
-        raise
 
 
 def read_json(file: Path, next_step: str) -> Any:

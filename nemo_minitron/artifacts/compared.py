@@ -14,6 +14,7 @@ from typing import Any
 
 from nemo_minitron.artifacts.manifest import file_facts
 from nemo_minitron.files import sealed, unsealed, write_whole
+from nemo_minitron.safe_files import require_real_folder
 
 Facts = Mapping[str, Any]
 """What a manifest says of a file: {bytes, sha256}."""
@@ -58,6 +59,7 @@ def read_memory(memory: Path) -> dict[str, Any]:
 
 def write_memory(memory: Path, facts: Mapping[str, Any]) -> None:
     """A disk that takes nothing more costs time, not the stage."""
+    require_real_folder(memory.parent)
     with suppress(OSError):
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_whole(memory, json.dumps(sealed(facts)))

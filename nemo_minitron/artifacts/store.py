@@ -9,16 +9,18 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from math import inf
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import IO, Any, Literal
 
 from nemo_minitron.artifacts.compared import COMPARED, changed_file
 from nemo_minitron.artifacts.manifest import Manifest, file_facts, hash_files, read_manifest, write_manifest
 from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.files import read_json, write_whole
+from nemo_minitron.ownership import require_own, require_own_tree, work_mode
+from nemo_minitron.safe_files import ROOT_MODE, TEMPORARY, open_lock, own_folder, require_real_folder
 
 _WORK, _SUPERSEDED, _PARTIAL = ".work", ".superseded", ".partial-"
 _CHANGED = "was changed or damaged after the stage finished"
@@ -122,9 +124,12 @@ class Store:
     @contextmanager
     def building(self, stage: str) -> Iterator[Path]:
         """A fresh folder to write into; it disappears unless `publish` takes it."""
-        folder = self.root / f"{_PARTIAL}{stage}-{os.getpid()}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        name = f"{_PARTIAL}{stage}-{os.getpid()}"
+        shutil.rmtree(self.root / name, ignore_errors=True)
+        self.root.mkdir(mode=ROOT_MODE, parents=True, exist_ok=True)
+        folder = self.root / name
+        require_real_folder(folder)
+        folder.mkdir()
         try:
             yield folder
         finally:
@@ -134,7 +139,9 @@ class Store:
         """Hash the files, write the manifest last, and rename the folder to its final name."""
         complete = Manifest(**{**vars(manifest), "files": hash_files(folder)})
         write_manifest(folder, complete)
+        require_real_folder(self.published(stage))
         folder.rename(self.published(stage))
+        require_real_folder(self.root / _WORK)
         shutil.rmtree(self.work(stage), ignore_errors=True)
 
     def supersede(self, stage: str) -> None:
@@ -146,12 +153,16 @@ class Store:
         pattern = f"{_PARTIAL}*" if stage is None else f"{_PARTIAL}{stage}-[0-9]*"
         for folder in self.root.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
+        if stage is None:
+            for file in self.root.glob(f".*{TEMPORARY}"):
+                with suppress(OSError):
+                    file.unlink()
 
     def _move_away(self, folder: Path, stage: str) -> None:
         if not folder.exists():
             return
-        target = self.root / _SUPERSEDED
-        target.mkdir(parents=True, exist_ok=True)
+        require_real_folder(folder)
+        target = own_folder(self.root, _SUPERSEDED)
         number = sum(1 for _ in target.glob(f"{stage}-*")) + 1
         folder.rename(target / f"{stage}-{number}")
 
@@ -162,11 +173,26 @@ class Store:
 
     def open_work(self, stage: str, fingerprint: str) -> Path:
         """The stage's work folder; one that was begun for something else is moved away."""
-        folder = self.work(stage)
+        folder = self.own_work(stage)
         if folder.exists() and not _is_claimed(folder, fingerprint):
             self._move_away(folder, f"work-{stage}")
-        folder.mkdir(parents=True, exist_ok=True)
+        own_folder(self.root, _WORK, stage)
         self.claim_work(folder, fingerprint)
+        return folder
+
+    def own_work(self, stage: str) -> Path:
+        """The stage's work folder, which need not be there, when nobody else can have put anything into it.
+
+        What lies there decides which programs a stage starts and from where a training goes on.
+
+        Raises:
+            ArtifactError: it is a link, or another user owns it or can write there.
+        """
+        own_folder(self.root, _WORK, mode=work_mode())
+        folder = self.work(stage)
+        require_real_folder(folder)
+        require_own(self.root / _WORK)
+        require_own_tree(folder, below=self.root / _WORK)
         return folder
 
     @staticmethod
@@ -193,19 +219,19 @@ class Store:
         """Held while a runner works in this folder, or only on one stage of it; freed by the system when it dies.
 
         Raises:
-            ArtifactError: another runner holds it, and has not gone after `patience_s`.
+            ArtifactError: another runner holds it, and has not gone after `patience_s`; or it is another user's folder.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(mode=ROOT_MODE, parents=True, exist_ok=True)
+        require_own(self.root, shared=True)
         with ExitStack() as held:
-            _hold(held.enter_context((self.root / _LOCK).open("a+")), self.root, patience_s, shared=stage is not None)
+            _hold(held.enter_context(open_lock(self.root / _LOCK)), self.root, patience_s, shared=stage is not None)
             if stage is not None:
-                (self.root / _WORK).mkdir(exist_ok=True)
-                own = self.root / _WORK / f"{stage}{_LOCK}"
-                _hold(held.enter_context(own.open("a+")), self.root, patience_s, shared=False)
+                own = own_folder(self.root, _WORK, mode=work_mode()) / f"{stage}{_LOCK}"
+                _hold(held.enter_context(open_lock(own)), self.root, patience_s, shared=False)
             yield
 
 
-def _hold(file: TextIO, root: Path, patience_s: float, *, shared: bool) -> None:
+def _hold(file: IO[str], root: Path, patience_s: float, *, shared: bool) -> None:
     until = time.monotonic() + patience_s
     while True:
         try:

@@ -15,6 +15,7 @@ from typing import IO, Any
 from nemo_minitron.bundle.items import Item, sorted_items
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.progress import Bar, Progress
+from nemo_minitron.safe_files import replacing
 
 SUFFIX = ".tar"
 MANIFEST_FILE, SUMS_FILE, INSTALL_FILE = "manifest.json", "SHA256SUMS", "install.sh"
@@ -48,21 +49,17 @@ def write_archive(out: Path, items: Iterable[Item], facts: Mapping[str, Any], pr
         EnvironmentProblem: no room, or a file that cannot be read or was changed meanwhile.
     """
     require_new(out)
-    partial = out.with_name(f".{out.name}.partial")
     try:
         content = sorted_items(items)
         total = sum(item.size_bytes for item in content)
         _require_room(out, total + _ROOM_OF_A_MEMBER_BYTES * len(content))
-        with partial.open("wb") as file, progress.bar("bundle", total, "bytes") as bar:
+        with replacing(out) as file, progress.bar("bundle", total, "bytes") as bar:
             stream = _Hashed(file)
             with tarfile.open(fileobj=stream, mode="w|", bufsize=_BLOCK_BYTES, copybufsize=_BLOCK_BYTES) as tar:  # type: ignore[call-overload]
                 files = [_add(tar, out.stem, item, bar) for item in content]
                 _add_lists(tar, out.stem, facts, files)
-        partial.rename(out)
     except OSError as error:
         raise _problem(error, out) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return {"files": files, "sha256": stream.digest.hexdigest(), "size_bytes": out.stat().st_size}
 
 

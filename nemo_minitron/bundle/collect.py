@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_minitron import assets
 from nemo_minitron.bundle.items import Item
-from nemo_minitron.bundle.places import ASSETS_DIR, items_of, place_of
+from nemo_minitron.bundle.places import ASSETS_DIR, items_of, links_out, place_of
 from nemo_minitron.config.compose import compose, write_out
 from nemo_minitron.config.explain import validate
 from nemo_minitron.config.places import CONFIGS, RECIPES, configs_dirs, recipe_name, require_recipe
@@ -24,6 +24,7 @@ from nemo_minitron.plan.sources import read_by
 from nemo_minitron.progress import Progress
 from nemo_minitron.stages.spec import STAGES
 
+MOST_LINKS_NAMED = 20
 _EXECUTION_ASSETS = "execution.assets_dir"
 
 
@@ -57,6 +58,10 @@ def collect(files: Sequence[Path], overrides: Sequence[str], progress: Progress)
                 continue
             place = place_of(source, getattr(stage, "revision", None), Path(recipe.execution.assets_dir), outside)
             out.items += items_of(stage, source, place, recipe)
+            out.warnings += [
+                f"{key}: {file} is packed as the file that a link leads to: {file.resolve()}"
+                for file in links_out(stage, source, Path(recipe.execution.assets_dir))[:MOST_LINKS_NAMED]
+            ]
             moved[key] = place.source
         out.items += _texts(file, overrides, moved)
         out.recipes.append(

@@ -22,6 +22,7 @@ from nemo_minitron.config.schema import (
     TokenizeStage,
 )
 from nemo_minitron.files import user_path
+from nemo_minitron.hf.links import leads_out, require_inside
 from nemo_minitron.hf.source import ASSET, BUILT_IN, HUB, HUB_FILES, NOT_FROM_HUB, hub_copy, resolve_model, resolve_path
 
 ASSETS_DIR = Execution().assets_dir
@@ -97,7 +98,10 @@ def _model_files(model: Path) -> list[Path]:
     Checkpoint.open(model)
     names = {file: file.relative_to(model).as_posix() for file in _all_files(model)}
     wanted = [file for file, name in names.items() if any(fnmatch(name, pattern) for pattern in HUB_FILES)]
-    return [file for file in wanted if not any(fnmatch(names[file], pattern) for pattern in NOT_FROM_HUB)]
+    taken = [file for file in wanted if not any(fnmatch(names[file], pattern) for pattern in NOT_FROM_HUB)]
+    for file in taken:
+        require_inside(file, model)
+    return taken
 
 
 def _data_files(stage: Schema, path: Path) -> list[Path]:
@@ -109,6 +113,14 @@ def _data_files(stage: Schema, path: Path) -> list[Path]:
     if isinstance(stage, TokenizeStage | InitStage):
         return source_files(path)
     return _all_files(path)
+
+
+def links_out(stage: Schema, source: str, assets_dir: Path) -> list[Path]:
+    """Files of data that are packed although they lie elsewhere: a link stands for them in the folder of the source."""
+    if source.startswith((ASSET, HUB)) or isinstance(stage, ImportStage | AdoptStage):
+        return []
+    path = resolve_path(source, assets_dir)
+    return [file for file in _data_files(stage, path) if path.is_dir() and leads_out(file, path)]
 
 
 def _all_files(folder: Path) -> list[Path]:

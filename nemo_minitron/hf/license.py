@@ -6,12 +6,15 @@ from pathlib import Path
 
 import yaml
 
+from nemo_minitron.hf.links import require_inside
+
 
 def read_license(model_dir: Path) -> str | None:
     """The `license:` of the model card's YAML header, or None."""
     card = model_dir / "README.md"
     if not card.is_file():
         return None
+    require_inside(card, model_dir)
     parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
     if len(parts) < 3 or parts[0].strip():
         return None

@@ -8,6 +8,7 @@ from urllib.parse import quote
 from nemo_minitron.errors import CheckpointError, EnvironmentProblem
 from nemo_minitron.files import user_path
 from nemo_minitron.hf.gguf_parts import split_part
+from nemo_minitron.hf.links import require_inside
 
 ASSET = "asset:"
 HUB = "hf:"
@@ -51,7 +52,7 @@ def resolve_path(source: str, assets_dir: Path) -> Path:
     """The local path of an asset or a path; `~` is expanded.
 
     Raises:
-        EnvironmentProblem: the asset has not been fetched.
+        EnvironmentProblem: the asset has not been fetched, or its files are other ones.
     """
     if not source.startswith(ASSET):
         return user_path(source)
@@ -61,6 +62,9 @@ def resolve_path(source: str, assets_dir: Path) -> Path:
         raise EnvironmentProblem(
             f"Asset {name} is not there.", where=str(path), next_step=f"minitron assets fetch {name}"
         )
+    from nemo_minitron.assets import require_right  # which knows the places of this module
+
+    require_right(name, assets_dir)
     return path
 
 
@@ -113,6 +117,8 @@ def _only_gguf(folder: Path, source: str) -> Path:
             allowed=", ".join(file.name for file in models),
             next_step="Name one of them.",
         )
+    for file in files:
+        require_inside(file, folder)
     return next(iter(models or files), folder)
 
 

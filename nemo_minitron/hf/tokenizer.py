@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import CheckpointError, DataError, MinitronError
+from nemo_minitron.hf.links import require_inside
 from nemo_minitron.hf.tokenizer_files import CONFIG_FILE, PLAIN_CLASS, TOKENIZER_FILE, Repairs, read_object, repairs
 
 _PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*chat_template*")
@@ -159,6 +160,7 @@ def _view(model_dir: Path, found: Repairs, *, with_config: bool, plain: bool = F
         view = Path(name)
         patterns = [*_PATTERNS, "config.json"] if with_config else _PATTERNS
         for file in {file for pattern in patterns for file in model_dir.glob(pattern)}:
+            require_inside(file, model_dir)
             if file.name not in found.files:
                 (view / file.name).symlink_to(file.resolve())
         found.write(view)

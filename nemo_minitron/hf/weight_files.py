@@ -12,6 +12,7 @@ from nemo_minitron.errors import CheckpointError
 from nemo_minitron.hf.folder_hints import no_weights
 from nemo_minitron.hf.impostors import damaged, require_content
 from nemo_minitron.hf.json_file import read_json_object
+from nemo_minitron.hf.links import require_inside
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -38,10 +39,13 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     single, index = path / SINGLE_FILE, path / INDEX_FILE
     if single.is_symlink() or single.is_file():
         require_content(single)
+        require_inside(single, path)
         _refuse_second_weights(path)
         return _header(single)
     if not (index.is_symlink() or index.is_file()):
         raise no_weights(path)
+    require_content(index)
+    require_inside(index, path)
     weight_map = _weight_map(index)
     shards = {file: _header(_shard(path, file)) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
@@ -71,6 +75,7 @@ def _shard(path: Path, file: str) -> Path:
             f"Shard {file} is missing.", where=str(path), next_step="Complete the download of the model."
         )
     require_content(shard)
+    require_inside(shard, path)
     return shard
 
 

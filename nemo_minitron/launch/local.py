@@ -16,6 +16,7 @@ from nemo_minitron.launch.jobs import jobs_of, missing_images, misspelt_images
 from nemo_minitron.launch.submit import cluster_of, placed
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, make_plan
+from nemo_minitron.safe_files import own_folder
 from nemo_minitron.stages.runner import RunOptions, settle, write_recipe
 
 INTERRUPTED = 130
@@ -75,7 +76,8 @@ def launch(recipe: Recipe, options: RunOptions) -> None:
     plan = settle(recipe, options)
     folder = record.next_folder(run_dir(recipe))
     to_run = commands(plan, folder, options)
-    folder.mkdir(parents=True)
+    own_folder(run_dir(recipe), folder.parent.name)
+    folder.mkdir()
     for made in folders_to_make(placed(recipe, folder).place):
         made.mkdir(parents=True, exist_ok=True)
     write_recipe(plan.recipe, folder / record.RECIPE_FILE)

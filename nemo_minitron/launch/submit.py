@@ -18,6 +18,7 @@ from nemo_minitron.launch.script import Scripted, render, sbatch_command, script
 from nemo_minitron.outer_job import dropped_defaults
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, make_plan
+from nemo_minitron.safe_files import own_folder
 from nemo_minitron.stages.runner import RunOptions, settle, write_recipe
 
 Say = Callable[[str], None]
@@ -92,11 +93,12 @@ def launch(recipe: Recipe, options: RunOptions, say: Say) -> record.Submission |
     where = placed(plan.recipe, record.next_folder(run))
     # All of them before anything is written: a path that no script can hold is refused.
     scripts = {script_file(job, where): render(job, cluster, where) for job in jobs}
-    where.launch_dir.mkdir(parents=True)
+    own_folder(run, where.launch_dir.parent.name)
+    where.launch_dir.mkdir()
     write_recipe(plan.recipe, where.recipe_file)
     for file, text in scripts.items():
         file.write_text(text)
-    (run / "logs/slurm").mkdir(parents=True, exist_ok=True)
+    own_folder(run, "logs", "slurm")
     return _submit_all(jobs, cluster, where, say)
 
 

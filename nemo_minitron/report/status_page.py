@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,7 +68,9 @@ def curve(losses: Sequence[float]) -> str:
 def _losses(run: Path, stage: str) -> list[float]:
     """Of a training that goes on: by Megatron-Core, or by NeMo-Aligner."""
     work = run / ".work" / stage
-    file = next((path for path in (work / "curves.jsonl", work / "training/curves.jsonl") if path.is_file()), None)
+    file = next(
+        (path for path in (work / "curves.jsonl", work / "training/curves.jsonl") if os.access(path, os.R_OK)), None
+    )
     if file is None:
         return []
     out = []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import Recipe
-from nemo_minitron.errors import ProcessesDied
+from nemo_minitron.errors import ArtifactError, ProcessesDied
 from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.safe_files import open_log, own_folder
 from nemo_minitron.stages.nodes import Nodes, dismiss, follow
 from nemo_minitron.stages.runner import run_single
 
@@ -24,12 +27,12 @@ def run_in_job(recipe: Recipe, stage: str) -> None:
         try:
             run_single(recipe, stage, patience_s=LOCK_PATIENCE_S)
         finally:
-            dismiss(nodes, store.work(stage))
+            with suppress(ArtifactError):  # not this user's folder: then the other nodes have refused it as well
+                dismiss(nodes, store.own_work(stage))
         return
-    logs = store.root / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    with (logs / f"{stage}.node{nodes.rank}.log").open("a") as log:
-        code = follow(nodes, store.work(stage), lambda: store.manifest(stage) is not None, log)
+    logs = own_folder(store.root, "logs")
+    with open_log(logs / f"{stage}.node{nodes.rank}.log") as log:
+        code = follow(nodes, store.own_work(stage), lambda: store.manifest(stage) is not None, log)
     if code:
         raise ProcessesDied(
             f"The processes of stage {stage} on this node ended with code {code}.",

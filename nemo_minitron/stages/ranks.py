@@ -14,6 +14,7 @@ from nemo_minitron.config.schema import Recipe
 from nemo_minitron.errors import Interrupted, MinitronError, ProcessesDied
 from nemo_minitron.interrupts import RELAY_FILE, StopRequest
 from nemo_minitron.plan.planner import StageCall
+from nemo_minitron.safe_files import open_log, own_folder, write_reserved, write_whole
 from nemo_minitron.stages.nodes import Nodes, deaf_to_stops, end_agent, start_everywhere
 from nemo_minitron.stages.same_code import SAFE_PATH, START, of_this_process
 
@@ -35,10 +36,10 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
     for name in (RESULT_FILE, RELAY_FILE):
         (work / name).unlink(missing_ok=True)
     # Room for a message, which a full disk would not have.
-    (work / ERROR_FILE).write_text(" " * ERROR_BYTES)
+    write_whole(work / ERROR_FILE, " " * ERROR_BYTES)
     order = {"recipe": recipe.model_dump(mode="json"), "stage": call.name, "out_dir": str(out)}
     order["code"] = of_this_process()
-    (work / CALL_FILE).write_text(json.dumps(order))
+    write_whole(work / CALL_FILE, json.dumps(order))
     nodes = Nodes.here()
     command = nodes.command(sys.executable, call.parallel.world_size, [str(START), "worker", str(work / CALL_FILE)])
     environment = {
@@ -47,8 +48,8 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
         # torchrun handles SIGTERM and SIGHUP itself unless this says otherwise (from torch 2.9 on).
         "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGQUIT",
     }
-    log = root / "logs" / f"{call.name}.ranks.log"
-    with log.open("w") as file, stop.deferred(), nodes.meeting() as meeting:
+    log = own_folder(root, "logs") / f"{call.name}.ranks.log"
+    with open_log(log, append=False) as file, stop.deferred(), nodes.meeting() as meeting:
         start = lambda words, own: _start(words, own, file)  # noqa: E731
         process = start_everywhere(command, {**environment, **meeting}, nodes, work, start)
         code = _wait(process, call.kind, work, stop)
@@ -84,7 +85,7 @@ def _wait(process: subprocess.Popen[bytes], kind: str, work: Path, stop: StopReq
             if reason is not None and not told:
                 told = True
                 if kind in TRAINING_KINDS:
-                    (work / RELAY_FILE).write_text(reason)
+                    write_whole(work / RELAY_FILE, reason)
                 else:
                     process.send_signal(signal.SIGINT)
     except BaseException:
@@ -96,9 +97,7 @@ def save_error(error: MinitronError, file: Path) -> None:
     """Hand a user's error from a worker to the runner, in the room that it has kept."""
     fields = {key: getattr(error, key) for key in ("what", "where", "allowed", "next_step")}
     text = json.dumps({"type": type(error).__name__, **fields})
-    with file.open("r+b" if file.is_file() else "wb") as stream:
-        stream.write(text.ljust(ERROR_BYTES).encode())
-        stream.truncate()
+    write_reserved(file, text.ljust(ERROR_BYTES).encode())
 
 
 def load_error(file: Path) -> MinitronError | None:

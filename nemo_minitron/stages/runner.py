@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -30,6 +29,7 @@ from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, StageCall, make_plan
 from nemo_minitron.plan.sources import source_facts
 from nemo_minitron.progress import Progress
+from nemo_minitron.safe_files import copy_whole, open_log, own_folder
 from nemo_minitron.stages.nodes import Nodes
 from nemo_minitron.stages.ranks import STATUS_FILE, run_ranks
 from nemo_minitron.stages.rehearse import rehearse_evaluations
@@ -286,15 +286,14 @@ def _copy_report(call: StageCall, out: Path, root: Path) -> None:
     if call.kind != "report":
         return
     for file in out.glob("report.*"):
-        shutil.copyfile(file, root / file.name)
+        copy_whole(file, root / file.name)
 
 
 @contextmanager
 def _log_file(root: Path, stage: str) -> Iterator[None]:
     """Library chatter and warnings go to logs/<stage>.log instead of the terminal."""
-    folder = root / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"{stage}.log")
+    log = open_log(own_folder(root, "logs") / f"{stage}.log")
+    handler = logging.StreamHandler(log)
     # A full disk is told once, by the stage that it stops; not by every line that the log could not take.
     handler.handleError = lambda record: None  # type: ignore[method-assign]
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
@@ -309,3 +308,4 @@ def _log_file(root: Path, stage: str) -> Iterator[None]:
         logging.captureWarnings(False)
         top.handlers[:] = before
         handler.close()
+        log.close()

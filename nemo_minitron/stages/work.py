@@ -42,7 +42,7 @@ def open_work(
     A training that was begun with another learning rate or the like goes on when the user accepts it; else, and
     for everything else, a folder that was begun for something else is moved away.
     """
-    folder = store.work(call.name)
+    folder = store.own_work(call.name)
     changed = _changed_keys(folder, call)
     if changed:
         told = "; ".join(changed)

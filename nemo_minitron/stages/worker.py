@@ -16,6 +16,7 @@ from nemo_minitron.interrupts import RELAY_FILE, StopRequest, exit_without_paren
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import make_plan
 from nemo_minitron.progress import Progress
+from nemo_minitron.safe_files import write_whole
 from nemo_minitron.stages.agent import a_rank_failed
 from nemo_minitron.stages.nodes import RUNNER_VARIABLE
 from nemo_minitron.stages.ranks import ERROR_FILE, RESULT_FILE, STATUS_FILE, load_error, save_error
@@ -72,5 +73,5 @@ def main(call_file: Path) -> int:
             save_error(error, work / ERROR_FILE)
         return 2
     if is_main:
-        (work / RESULT_FILE).write_text(json.dumps(result))
+        write_whole(work / RESULT_FILE, json.dumps(result))
     return 0

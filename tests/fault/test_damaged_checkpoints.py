@@ -109,9 +109,15 @@ def test_the_only_checkpoint_is_not_thrown_away(folders: Folders, tmp_path: Path
     assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
 
 
-def test_a_checkpoint_of_an_older_version_is_taken_as_it_is(folders: Folders, tmp_path: Path) -> None:
+def test_a_checkpoint_without_checksums_is_taken_only_where_the_user_trusts_it(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work, newest = _copy_work(folders, tmp_path)
     (newest / "training.json").write_text('{"step": 6, "good_losses": [], "distributed_optimizer": false}')
+    with pytest.raises(CheckpointError, match=r"has no checksum of training\.json") as told:
+        _train(folders, work)
+    assert f"MINITRON_TRUSTED_FOLDERS={newest}" in str(told.value)
+    monkeypatch.setenv("MINITRON_TRUSTED_FOLDERS", str(newest))
     _train(folders, work)
     assert not list((work / "checkpoints").glob("damaged_*"))
 

@@ -83,8 +83,18 @@ def test_recipes_stay_small() -> None:
 def test_no_pickle_and_no_shell() -> None:
     for file in FILES:
         text = file.read_text()
-        for banned in ("shell=True", "weights_only=False", "yaml.load(", "import pickle", "os.system("):
-            assert banned not in text, f"{file}: {banned}"
+        for banned in ("shell=True", "weights_only=False", "yaml.load(", "import pickle", "os.system(", "WEIGHTS_ONLY"):
+            # The one that reads pickles of checkpoints, with a list of what may be in them.
+            reads = file.name == "known_pickles.py" and banned == "import pickle"
+            assert reads or banned not in text, f"{file}: {banned}"
+
+
+def test_files_of_a_run_are_opened_without_following_links() -> None:
+    """Those that several people may reach; a stage's output and work are inside folders that were looked at."""
+    for name in ("artifacts/store.py", "artifacts/compared.py", "stages/runner.py", "stages/ranks.py", "stages/job.py"):
+        text = (PACKAGE / name).read_text()
+        for banned in (".write_text(", '.open("', "copyfile(", "FileHandler("):
+            assert banned not in text, f"{name}: {banned}"
 
 
 def _children_cpu_s() -> float:

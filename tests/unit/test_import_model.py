@@ -61,10 +61,12 @@ def test_an_imported_folder_is_bit_identical_and_holds_no_links(model_dir: Path,
 
 
 def test_import_of_a_symlinked_hub_snapshot_takes_the_files_not_the_links(model_dir: Path, tmp_path: Path) -> None:
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
+    snapshot, blobs = (tmp_path / "models--org--name" / part for part in ("snapshots/0123", "blobs"))
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
     for file in model_dir.iterdir():
-        (snapshot / file.name).symlink_to(file)
+        shutil.copyfile(file, blobs / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
     out, _ = _import(tmp_path, snapshot)
     assert not any(file.is_symlink() for file in out.iterdir())
     assert (out / "model.safetensors").read_bytes() == (model_dir / "model.safetensors").read_bytes()

@@ -65,7 +65,7 @@ def nemo_model_config(
         "max_position_embeddings": shape.max_position_embeddings,
         "tokenizer": _tokenizer(tokenizer_dir),
         **_TRAINING_SWITCHES,
-        **(_WITHOUT_FUSED_KERNELS if on_cpu else {}),
+        **(WITHOUT_FUSED_KERNELS if on_cpu else {}),
     }
 
 
@@ -112,7 +112,7 @@ _TRAINING_SWITCHES: dict[str, Any] = {
     "dist_ckpt_format": "torch_dist",
     "dist_ckpt_load_on_device": False,
 }
-_WITHOUT_FUSED_KERNELS = {
+WITHOUT_FUSED_KERNELS = {
     "persist_layer_norm": False,
     "bias_activation_fusion": False,
     "masked_softmax_fusion": False,

@@ -5,18 +5,18 @@ from __future__ import annotations
 import shutil
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from nemo_minitron.backends.aligner import convert
 from nemo_minitron.backends.aligner.environment import aligner_python, has_gpu_kernels
+from nemo_minitron.backends.aligner.unpack import CONFIG_FILE, model_config, unpacked
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.interrupts import StopRequest
 from nemo_minitron.progress import Progress
 
-CONFIG_FILE, TOKENIZER_DIR, SUFFIX = "model_config.yaml", "tokenizer", ".nemo"
+TOKENIZER_DIR, SUFFIX = "tokenizer", ".nemo"
 
 
 def from_hugging_face(model: Path, out: Path, work: Path, progress: Progress, stop: StopRequest) -> None:
@@ -60,33 +60,16 @@ def to_hugging_face(nemo: Path, like: Path, out: Path, work: Path, progress: Pro
         CheckpointError: `out` exists, or one of the inputs cannot be read.
     """
     _require_new(out)
-    folder = _unpacked(nemo, work)
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        raise CheckpointError("Not a NeMo checkpoint: there is no model_config.yaml.", where=str(nemo))
-    config: dict[str, Any] = yaml.safe_load(file.read_text())
-    config["tokenizer"]["type"] = str(like.absolute())
+    folder = unpacked(nemo, work)
+    config = model_config(folder, nemo, Checkpoint.open(like).shape, like.absolute())
     building = work / "hf"
     building.mkdir()
     convert.from_nemo(folder, config, like, building, work / "border", work / "log.txt", progress, stop)
     shutil.move(building, out)
 
 
-def _unpacked(nemo: Path, work: Path) -> Path:
-    """The folder of a checkpoint; an archive's members must stay inside it."""
-    if nemo.is_dir():
-        return nemo
-    folder = work / "unpacked"
-    try:
-        with tarfile.open(nemo) as archive:
-            archive.extractall(folder, filter="data")
-    except (OSError, tarfile.TarError) as error:
-        raise CheckpointError(f"The .nemo file cannot be read: {error}", where=str(nemo)) from error
-    return folder
-
-
 def _require_new(out: Path) -> None:
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise CheckpointError("The target exists already.", where=str(out), next_step="Choose a new name.")
 
 

@@ -17,6 +17,7 @@ from nemo_minitron.errors import EnvironmentProblem, Interrupted, ProcessesDied
 from nemo_minitron.heap import environment_of_children
 from nemo_minitron.interrupts import StopRequest
 from nemo_minitron.progress import Bar, Progress
+from nemo_minitron.safe_files import open_log, write_whole
 from nemo_minitron.stages.nodes import Nodes, start_everywhere
 from nemo_minitron.stages.same_code import SAFE_PATH
 
@@ -59,15 +60,15 @@ def run_task(
     for old in (RESULT_FILE, STOP_FILE, PROGRESS_FILE):
         (work_dir / old).unlink(missing_ok=True)
     # Room for a message, which a full disk would not have.
-    (work_dir / ERROR_FILE).write_text(" " * ERROR_BYTES)
-    (work_dir / TASK_FILE).write_text(json.dumps({**task, "task": name, "work_dir": str(work_dir)}))
+    write_whole(work_dir / ERROR_FILE, " " * ERROR_BYTES)
+    write_whole(work_dir / TASK_FILE, json.dumps({**task, "task": name, "work_dir": str(work_dir)}))
     nodes = Nodes.here() if num_processes > 1 else Nodes()
     script = [str(ENTRY), str(work_dir / TASK_FILE)]
     command = nodes.command(python, num_processes, script) if num_processes > 1 else [str(python), *script]
     hidden = not has_gpu_kernels(python) if on_cpu is None else on_cpu
     environment = _environment(python, threads or nodes.threads_of_each(num_processes), on_cpu=hidden)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file, stop.deferred(), nodes.meeting() as meeting:
+    with open_log(log) as file, stop.deferred(), nodes.meeting() as meeting:
         # Lightning would take a single process for one of the tasks of the job around it.
         process = start_everywhere(
             command,
@@ -91,8 +92,6 @@ def _environment(python: Path, threads: int, *, on_cpu: bool) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Its checkpoints hold pickled facts, and only those that it has written itself are read.
-        "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",
         "MASTER_ADDR": "127.0.0.1",
         "PYTHONWARNINGS": "ignore",
     }

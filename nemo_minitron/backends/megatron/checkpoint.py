@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from nemo_minitron.backends.megatron.distributed_adam import load_optimizer_state, sharded_optimizer_state
 from nemo_minitron.backends.megatron.intact import FACTS_FILE, damage, read_facts, write_facts
+from nemo_minitron.backends.megatron.known_pickles import only_known_pickles, require_known_backend
 from nemo_minitron.backends.megatron.optim import Trainable
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.writing import Buffers, Writing
@@ -165,12 +166,16 @@ def _load(trainable: Trainable, checkpoint: Path) -> Progressed:
         facts = read_facts(checkpoint)
         step = int(facts["step"])
         _require_same_optimizer(trainable, bool(facts.get("distributed_optimizer", False)), checkpoint)
-        state = dist_checkpointing.load(_sharded_state(trainable, is_loading=True), str(checkpoint))
+        require_known_backend(checkpoint)
+        wanted = _sharded_state(trainable, is_loading=True)
+        with only_known_pickles():
+            state = dist_checkpointing.load(wanted, str(checkpoint))
     except CheckpointError:
         raise
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch's own is no Exception
+        failed = next(iter(error.failures.values()), (error,))[0] if isinstance(error, CheckpointException) else error
         raise CheckpointError(
-            f"The training checkpoint cannot be read: {type(error).__name__}: {error}",
+            f"The training checkpoint cannot be read: {type(failed).__name__}: {failed}",
             where=str(checkpoint),
             next_step="Delete this folder; the same command then resumes from the one before it.",
         ) from error

@@ -12,6 +12,8 @@ from nemo_minitron.artifacts.manifest import hash_files
 from nemo_minitron.files import sealed, unsealed, write_whole
 
 MARK = "whole.json"
+ARRAY = b"\x93NUMPY"
+"""The first bytes of an .npy file."""
 
 
 def drop_unless_whole(folder: Path) -> None:
@@ -33,9 +35,18 @@ def _is_main() -> bool:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        return unsealed(dict(json.loads((folder / MARK).read_text()))) == _files(folder)
+        return unsealed(dict(json.loads((folder / MARK).read_text()))) == _files(folder) and _has_arrays_only(folder)
     except (OSError, ValueError, TypeError):
         return False
+
+
+def _has_arrays_only(folder: Path) -> bool:
+    """Megatron lets numpy unpickle what does not begin as an array; mapped arrays, as it asks for, hold no objects."""
+    for file in folder.rglob("*.np[yz]"):
+        with file.open("rb") as opened:
+            if opened.read(len(ARRAY)) != ARRAY:
+                return False
+    return True
 
 
 def _files(folder: Path) -> dict[str, object]:

@@ -11,10 +11,14 @@ import torch
 
 from nemo_minitron.artifacts.manifest import file_facts
 from nemo_minitron.backends.megatron.session import Session
-from nemo_minitron.files import sealed, unsealed
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.files import SEAL, sealed, unsealed
+from nemo_minitron.ownership import TRUST_VARIABLE, is_trusted
 
 FACTS_FILE = "training.json"
 """Written last: it makes a checkpoint complete. Holds the checksums of all other files, and its own."""
+READ = (".metadata", ".json", ".pt", ".distcp")
+"""Ends of the names of what is read of a checkpoint."""
 _WRITTEN = "written_{rank:05d}.json"
 
 
@@ -46,16 +50,29 @@ def read_facts(folder: Path) -> dict[str, Any]:
         ValueError: damaged.
         OSError: it cannot be read.
     """
-    return unsealed(dict(json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))))
+    return unsealed(_read(folder))
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / FACTS_FILE).read_text(encoding="utf-8")))
 
 
 def damage(folder: Path, session: Session) -> str | None:
-    """What is wrong with a checkpoint, the same on every rank; None: nothing. Ranks share the reading of its files."""
+    """What is wrong with a checkpoint, the same on every rank; None: nothing. Ranks share the reading of its files.
+
+    Raises:
+        CheckpointError: it has no checksums, and the user has not said that it is trusted.
+    """
     try:
-        # Those of older versions have no checksums.
-        listed = sorted(read_facts(folder).get("files", {}).items())
+        found = _read(folder)
+        listed = sorted(dict(unsealed(found).get("files", {})).items())
+        added = _unlisted(folder, found)
     except (OSError, ValueError, TypeError) as error:
         return f"{FACTS_FILE}: {error}"
+    if added:
+        if not is_trusted(folder):
+            raise _without_checksums(folder, added)
+        listed = []
     bad = torch.zeros(len(listed), device=session.device)
     for number in range(session.rank, len(listed), session.world_size):
         name, facts = listed[number]
@@ -63,6 +80,24 @@ def damage(folder: Path, session: Session) -> str | None:
     session.sum(bad)
     names = [name for (name, _), is_bad in zip(listed, bad.tolist(), strict=True) if is_bad]
     return f"{', '.join(names)} was changed since it was written" if names else None
+
+
+def _unlisted(folder: Path, facts: Mapping[str, Any]) -> list[str]:
+    """Files of a checkpoint without a checksum; the list itself, when it has none of its own."""
+    if SEAL not in facts:
+        return [FACTS_FILE]
+    names = {file.name for file in folder.iterdir() if file.name.endswith(READ)}
+    return sorted(names - facts.get("files", {}).keys() - {FACTS_FILE})
+
+
+def _without_checksums(folder: Path, files: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"The training checkpoint has no checksum of {', '.join(files[:3])}: an old version has written it, or "
+        "somebody has changed it.",
+        where=str(folder),
+        next_step=f"If you have written it yourself: export {TRUST_VARIABLE}={folder.resolve()}. "
+        "Else delete this folder; the same command then goes on from the one before it, or starts again.",
+    )
 
 
 def _is_as_written(file: Path, facts: Mapping[str, Any]) -> bool:

@@ -32,7 +32,8 @@ class AdoptStage(Schema):
     inputs: Inputless = Inputless()
     path: str
     sha256: str | None = None
-    """Of model.safetensors (or its index); checked when given."""
+    """Of model.safetensors, checked when given; of a model in shards, what
+    `sha256sum model.safetensors.index.json *.safetensors | sha256sum` prints in its folder."""
 
 
 class DataSource(Schema):

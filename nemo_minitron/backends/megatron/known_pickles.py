@@ -1,0 +1,242 @@
+"""Read the pickles of Megatron's distributed checkpoints, and nothing else that a pickle could hold.
+
+A pickle can name any function and have it called. A checkpoint needs a few dozen classes: those of its table of
+contents (`.metadata`, by torch.distributed.checkpoint), of tensors, and of plain values. They are listed here, as found
+in files that Megatron-Core 0.10 to 0.16 and NeMo 2.1 have written; anything else is refused before it is imported.
+
+Needs torch alone: NeMo-Aligner's processes load this file by its path.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import sys
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any, ClassVar
+
+import torch
+
+MOST_METADATA_JSON_BYTES = 1 << 20
+_FILESYSTEM = "torch.distributed.checkpoint.filesystem"
+_ZARR = "megatron.core.dist_checkpointing.strategies.zarr"
+_CONTENTS = "torch.distributed.checkpoint.metadata"
+_SHARDED = "torch.distributed._shard"
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+_ZIP, _OLD = b"PK\x03\x04", pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+_KNOWN: Mapping[str, frozenset[str]] = {
+    module: frozenset(names.split())
+    for module, names in {
+        "builtins": "dict list set frozenset tuple int float bool str complex",
+        "collections": "OrderedDict defaultdict",
+        "pathlib": "PosixPath PurePosixPath",
+        "typing": "Any",
+        "_io": "BytesIO",
+        "torch": "Size device",
+        "torch._utils": "_rebuild_tensor _rebuild_tensor_v2 _rebuild_parameter",
+        "torch.nn.parameter": "Parameter",
+        "torch.serialization": "_get_layout",
+        _CONTENTS: "Metadata MetadataIndex StorageMeta ChunkStorageMetadata TensorStorageMetadata BytesStorageMetadata "
+        "TensorProperties _MEM_FORMAT_ENCODING",
+        _FILESYSTEM: "_StorageInfo",
+        "torch.distributed.checkpoint.planner": "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
+        f"{_SHARDED}.metadata": "ShardMetadata",
+        f"{_SHARDED}.sharded_tensor.metadata": "TensorProperties MEM_FORMAT_ENCODING",
+        _MEGATRON: "MCoreMetadata MCoreSavePlan",
+        "numpy": "ndarray dtype",
+        "numpy.core.multiarray": "_reconstruct scalar",
+        "numpy._core.multiarray": "_reconstruct scalar",
+        "omegaconf.base": "ContainerMetadata Metadata",
+        "omegaconf.dictconfig": "DictConfig",
+        "omegaconf.listconfig": "ListConfig",
+        "omegaconf.nodes": "AnyNode StringNode IntegerNode FloatNode BooleanNode",
+        # What Transformer Engine keeps of fp8.
+        "transformer_engine.common.recipe": "DelayedScaling Format _FormatHelper",
+    }.items()
+}
+
+
+def _bytes(value: bytes = b"") -> bytes:
+    """In place of `bytes`, which makes as many bytes as a number says."""
+    return bytes(memoryview(value))
+
+
+def _latin1(text: str, encoding: str = "latin1") -> bytes:
+    """In place of `_codecs.encode`: how protocol 2 keeps bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _stored_tensor(content: bytes) -> Any:
+    """In place of `torch.storage._load_from_bytes`."""
+    return load_known(io.BytesIO(content))
+
+
+_REPLACED: Mapping[tuple[str, str], Callable[..., Any]] = {
+    ("builtins", "bytes"): _bytes,
+    ("builtins", "bytearray"): lambda value=b"": bytearray(_bytes(value)),
+    ("_codecs", "encode"): _latin1,
+    ("torch.storage", "_load_from_bytes"): _stored_tensor,
+}
+
+
+_Steps: Any = pickle._Unpickler
+"""The unpickler in Python, of which single steps can be replaced."""
+
+
+class KnownUnpickler(_Steps):  # type: ignore[misc]
+    """An unpickler that finds only what checkpoints hold, and leaves classes as they are."""
+
+    def find_class(self, module_name: str, name: str) -> Any:
+        """Called for everything that a pickle names.
+
+        Raises:
+            UnpicklingError: checkpoints do not hold it.
+        """
+        if self.proto < 3:
+            module_name, name = NAME_MAPPING.get((module_name, name), (module_name, name))
+            module_name = IMPORT_MAPPING.get(module_name, module_name)
+        if (module_name, name) in _REPLACED:
+            return _REPLACED[module_name, name]
+        if name in _KNOWN.get(module_name, ()):
+            return getattr(import_module(module_name), name)
+        if module_name == "torch" and _is_type_of_numbers(name):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it holds {module_name}.{name}, which no checkpoint of Megatron or NeMo does")
+
+    def load(self) -> Any:
+        """The object.
+
+        Raises:
+            UnpicklingError: it is damaged, or holds something unknown.
+        """
+        try:
+            return super().load()
+        except (pickle.UnpicklingError, MemoryError, OSError):
+            raise
+        except Exception as error:
+            raise pickle.UnpicklingError(f"it is damaged: {type(error).__name__}: {error}"[:300]) from error
+
+    def load_build(self) -> None:
+        """Set attributes of an object; of a class they would change what is used everywhere."""
+        if isinstance(self.stack[-2], type | ModuleType) or callable(self.stack[-2]):
+            raise pickle.UnpicklingError("it changes a class")
+        super().load_build()
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **{code: step for code, step in _Steps.dispatch.items() if code not in b"\x82\x83\x84io"},
+        pickle.BUILD[0]: load_build,
+    }
+    """Without extension codes and the two old ways to make an object, which nothing has written for twenty years."""
+
+
+def _is_type_of_numbers(name: str) -> bool:
+    found = getattr(torch, name, None) if name.isidentifier() else None
+    return isinstance(found, torch.dtype | torch.layout | torch.memory_format) or (
+        isinstance(found, type) and name.endswith("Storage")
+    )
+
+
+class _KnownPickle(ModuleType):
+    """The module `pickle` with another way to load."""
+
+    Unpickler = KnownUnpickler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(pickle, name)
+
+    @staticmethod
+    def load(file: IO[bytes], **options: Any) -> Any:
+        """As `pickle.load`; a checkpoint's table of contents may only name files beside it."""
+        found = KnownUnpickler(file, **options).load()
+        if isinstance(getattr(found, "storage_data", None), dict):
+            for info in found.storage_data.values():
+                name = getattr(info, "relative_path", None)
+                if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
+                    raise pickle.UnpicklingError(f"it names the file {name!r}, which is not beside it")
+        return found
+
+    @staticmethod
+    def loads(content: bytes, **options: Any) -> Any:
+        """As `pickle.loads`."""
+        return _KnownPickle.load(io.BytesIO(content), **options)
+
+
+_known_pickle = _KnownPickle("known_pickle")
+_torch_load = torch.load
+
+
+def load_known(f: Any, map_location: Any = None, pickle_module: Any = None, **options: Any) -> Any:
+    """In place of `torch.load`: what torch.save has written of tensors and plain values.
+
+    Raises:
+        UnpicklingError: it holds something else, or it is of another format.
+    """
+    _require_saved_by_torch(f)
+    options["weights_only"] = False
+    return _torch_load(f, map_location=map_location, pickle_module=_known_pickle, **options)
+
+
+def _require_saved_by_torch(f: Any) -> None:
+    """A zip file, as torch writes since 1.6, and no program; in memory also the older format.
+
+    torch itself still uses that one for tensors that processes send each other, and for copies of storages.
+    """
+    if isinstance(f, str | os.PathLike):
+        with open(f, "rb") as opened:
+            return _require_saved_by_torch(opened)
+    start = f.tell()
+    found = f.read(len(_OLD))
+    f.seek(start)
+    if isinstance(f, io.BytesIO) and found == _OLD:
+        return None
+    if not found.startswith(_ZIP):
+        raise pickle.UnpicklingError("it is not in the format of torch.save")
+    records = torch._C.PyTorchFileReader(f).get_all_records()
+    f.seek(start)
+    if "constants.pkl" in records:
+        raise pickle.UnpicklingError("it is a TorchScript program, no checkpoint")
+    return None
+
+
+def require_known_backend(folder: Path) -> None:
+    """Refuse a checkpoint in another of Megatron's formats: zarr's files can name a pickle as their compression.
+
+    Raises:
+        ValueError: its metadata.json says so, or cannot be read.
+    """
+    file = folder / "metadata.json"
+    if file.stat().st_size > MOST_METADATA_JSON_BYTES:
+        raise ValueError(f"{file.name} is too large")
+    found = json.loads(file.read_text(encoding="utf-8"))
+    backends = (found.get("sharded_backend"), found.get("common_backend", "torch")) if isinstance(found, dict) else None
+    if backends != ("torch_dist", "torch"):
+        raise ValueError(f"{file.name} names the formats {backends}, not torch_dist and torch")
+
+
+@contextmanager
+def only_known_pickles() -> Iterator[None]:
+    """Inside, checkpoints are read by the functions of this file."""
+    filesystem = import_module(_FILESYSTEM)
+    before = torch.load, filesystem.pickle
+    torch.load, filesystem.pickle = load_known, _known_pickle  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.load, filesystem.pickle = before  # type: ignore[attr-defined]
+
+
+def read_only_known_pickles() -> None:
+    """The same for the rest of this process, for `pickle.load` of any file, and without Megatron's zarr format."""
+    pickle.load = _KnownPickle.load  # type: ignore[assignment]
+    torch.load = load_known
+    import_module(_FILESYSTEM).pickle = _known_pickle  # type: ignore[attr-defined]
+    sys.modules[_ZARR] = None  # type: ignore[assignment]  # an import of it fails, in Megatron's own words

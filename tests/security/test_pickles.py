@@ -1,0 +1,239 @@
+"""Checkpoints from somebody else: nothing that they hold is run, and what they rightly hold is read."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import pickle
+import shutil
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader, metadata
+from torch.distributed.checkpoint import filesystem as torch_filesystem
+
+from nemo_minitron.artifacts.manifest import file_facts
+from nemo_minitron.backends.megatron import distill, index_cache, known_pickles, training
+from nemo_minitron.backends.megatron.checkpoint import checkpoints
+from nemo_minitron.backends.megatron.known_pickles import load_known, only_known_pickles, require_known_backend
+from nemo_minitron.backends.megatron.session import open_session
+from nemo_minitron.config.schema import Parallel, TrainStage
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.files import sealed
+from nemo_minitron.progress import Progress
+from tests.support.tiny_data import tiny_data_dir
+from tests.support.tiny_models import tiny_model_dir
+
+PARAMS = TrainStage(
+    kind="train",
+    num_steps=2,
+    global_batch_size=2,
+    seq_len_tokens=16,
+    lr=1e-3,
+    precision="fp32",
+    valid_num_tokens=32,
+    save_interval_steps=1,
+    keep_checkpoints=1,
+)
+
+
+class Marker:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file: Path, function: Callable[..., Any] = os.mkdir) -> None:
+        self.call = (function, (str(file),))
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model, data, and the work folder of a training."""
+    root = tmp_path_factory.mktemp("trained")
+    folders = {"model": tiny_model_dir(root / "model", "llama_gqa_tied"), "data": tiny_data_dir(root / "data")}
+    folders["work"] = root / "work"
+    folders["work"].mkdir()
+    _train(folders, folders["work"])
+    return folders
+
+
+def _train(folders: dict[str, Path], work: Path) -> None:
+    with open_session(Parallel(), device="cpu", threads=1) as session:
+        job = distill.prepare_training(PARAMS, folders["model"], folders["data"], work, session)
+        training.run(job, work, Progress(silent=True))
+
+
+def _seal(checkpoint: Path) -> None:
+    """As whoever prepares a checkpoint can do it, too."""
+    rest = [file for file in checkpoint.iterdir() if file.name != "training.json"]
+    files = {file.name: facts for file, facts in file_facts(rest).items()}
+    facts = {"step": 2, "good_losses": [], "distributed_optimizer": False, "files": files}
+    (checkpoint / "training.json").write_text(json.dumps(sealed(facts)))
+
+
+def _zarr(checkpoint: Path, marker: Path) -> None:
+    (checkpoint / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
+
+
+def _contents_name_another_file(checkpoint: Path, marker: Path) -> None:
+    found = pickle.loads((checkpoint / ".metadata").read_bytes())
+    info = next(iter(found.storage_data.values()))
+    info.relative_path = "../../other.distcp"
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(found))
+
+
+def _contents(checkpoint: Path, marker: Path) -> None:
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Marker(marker)))
+
+
+def _contents_with_a_marker(checkpoint: Path, marker: Path) -> None:
+    found = pickle.loads((checkpoint / ".metadata").read_bytes())
+    found.planner_data = Marker(marker)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(found))
+
+
+def _common(checkpoint: Path, marker: Path) -> None:
+    torch.save({"optimizer": Marker(marker)}, checkpoint / "common.pt")
+
+
+def _common_of_old(checkpoint: Path, marker: Path) -> None:
+    torch.save({"optimizer": Marker(marker)}, checkpoint / "common.pt", _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [_contents, _contents_with_a_marker, _contents_name_another_file, _common, _common_of_old, _zarr],
+)
+def test_a_prepared_training_checkpoint_runs_nothing(
+    prepare: Callable[[Path, Path], None], trained: dict[str, Path], tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(trained["work"], work)
+    newest = checkpoints(work / "checkpoints")[-1]
+    prepare(newest, tmp_path / "marker")
+    _seal(newest)
+    with pytest.raises(CheckpointError, match="cannot be read") as told:
+        _train(trained, work)
+    assert told.value.where == str(newest)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_file_without_a_checksum_is_not_read(trained: dict[str, Path], tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(trained["work"], work)
+    newest = checkpoints(work / "checkpoints")[-1]
+    facts = json.loads((newest / "training.json").read_text())
+    facts.pop("sha256")
+    del facts["files"][".metadata"]
+    (newest / "training.json").write_text(json.dumps(sealed(facts)))
+    with pytest.raises(CheckpointError, match=r"has no checksum of \.metadata"):
+        _train(trained, work)
+
+
+def test_a_sound_checkpoint_is_read(trained: dict[str, Path]) -> None:
+    newest = checkpoints(trained["work"] / "checkpoints")[-1]
+    require_known_backend(newest)
+    before = torch.load
+    with only_known_pickles():
+        found = FileSystemReader(newest).read_metadata()
+        assert isinstance(torch.load(newest / "common.pt"), dict)
+    assert isinstance(found, metadata.Metadata)
+    assert torch.load is before
+    assert torch_filesystem.pickle is pickle
+
+
+_VALUES = [
+    {"a": [1, 2.5, None, True, "x", b"bytes", (1,), {2}, frozenset({3}), 1j, bytearray(b"y")]},
+    OrderedDict(a=torch.arange(6).reshape(2, 3)[:, 1]),
+    defaultdict(dict, {0: {"exp_avg": torch.zeros(2, dtype=torch.bfloat16)}}),
+    torch.nn.Parameter(torch.ones(2)),
+    [torch.float32, torch.Size([1, 2]), torch.device("cpu"), torch.strided],
+    np.random.RandomState(0).get_state(),
+    np.float64(1.5),
+    io.BytesIO(b"fp8"),
+    PurePosixPath("a/b"),
+]
+
+
+@pytest.mark.parametrize("value", _VALUES, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_checkpoints_hold_is_read(value: Any, protocol: int) -> None:
+    stream = io.BytesIO()
+    torch.save({"value": value}, stream, pickle_protocol=protocol)
+    stream.seek(0)
+    found = load_known(stream)["value"]
+    assert type(found) is type(value)
+    if not isinstance(value, io.BytesIO):
+        assert repr(found) == repr(value)
+
+
+_HOSTILE: list[tuple[str, bytes]] = [
+    ("a function", b"cposix\nsystem\n(S'true'\ntR."),
+    ("by protocol 4", pickle.dumps(Marker(Path("/nonexistent/x")), protocol=4)),
+    ("eval", b"c__builtin__\neval\n(S'1'\ntR."),
+    ("getattr", b"cbuiltins\ngetattr\n(S'a'\nS'b'\ntR."),
+    ("a dotted name", b"\x80\x04\x8c\x05torch\x8c\x0aos.system.x\x93."),
+    ("a name inside an allowed module", b"ctorch.serialization\nload\n(S'x'\ntR."),
+    ("torch.load", b"ctorch\nload\n(S'x'\ntR."),
+    ("a million bytes", b"c__builtin__\nbytearray\n(I1000000000000\ntR."),
+    ("an extension code", b"\x80\x02\x82\x01."),
+    ("an old instance", b"(iposix\nsystem\n."),
+    ("an attribute of a class", b"\x80\x02ccollections\nOrderedDict\n(N}(U\x01aK\x01utb."),
+    ("another codec", b"c_codecs\nencode\n(S'x'\nS'zip'\ntR."),
+    ("nothing", b""),
+    ("an unknown code", b"\xff"),
+    ("an empty stack", b"."),
+    ("a mark alone", b"(R."),
+]
+
+
+@pytest.mark.parametrize("content", [content for _, content in _HOSTILE], ids=[name for name, _ in _HOSTILE])
+def test_anything_else_is_refused(content: bytes) -> None:
+    with pytest.raises(pickle.UnpicklingError):
+        known_pickles._KnownPickle.loads(content)
+
+
+def test_a_program_in_place_of_tensors_is_refused(tmp_path: Path) -> None:
+    program = tmp_path / "common.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), program)
+    with pytest.raises(pickle.UnpicklingError, match="TorchScript"):
+        load_known(program)
+
+
+def test_an_index_of_a_dataset_that_numpy_would_unpickle_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    folder.mkdir()
+    np.save(folder / "a.npy", np.arange(3))
+    index_cache.mark_whole(folder)
+    index_cache.drop_unless_whole(folder)
+    assert folder.is_dir()
+    (folder / "a.npy").write_bytes(pickle.dumps(Marker(tmp_path / "marker")))
+    index_cache.write_whole(folder / index_cache.MARK, json.dumps(sealed(index_cache._files(folder))))
+    index_cache.drop_unless_whole(folder)
+    assert not folder.exists()
+
+
+def test_tensors_that_processes_send_each_other_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.arange(4.0).reshape(2, 2)
+    sent = pickle.dumps({"a": tensor})
+    assert torch.equal(known_pickles._KnownPickle.loads(sent)["a"], tensor)
+    monkeypatch.setattr(torch, "load", load_known)
+    assert torch.equal(pickle.loads(sent)["a"], tensor)
+    assert torch.equal(copy.deepcopy({"a": tensor})["a"], tensor)
+
+
+def test_the_old_format_in_memory_runs_nothing(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    torch.save({"a": Marker(tmp_path / "marker")}, stream, _use_new_zipfile_serialization=False)
+    stream.seek(0)
+    with pytest.raises(pickle.UnpicklingError, match="mkdir"):
+        load_known(stream)
+    assert not (tmp_path / "marker").exists()
