@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import __version__
+from nemo_minitron.disclosure import told_command
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.files import sealed, unsealed
 
@@ -98,13 +99,12 @@ def sha256_of(file: Path) -> str:
 
 
 def provenance(started: float) -> dict[str, Any]:
-    """Who made it, with what, when. Never part of the identity."""
+    """With what it was made, and when; no host, no user, no values of overrides. Never part of the identity."""
     return {
         "nemo_minitron": __version__,
         "versions": {name: found for name in _VERSIONS if (found := installed_version(name))},
         "python": platform.python_version(),
-        "host": platform.node(),
-        "argv": sys.argv,
+        "command": told_command(sys.argv),
         "git_commit": _git_commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "wall_s": round(time.time() - started, 3),

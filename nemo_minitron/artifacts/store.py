@@ -17,6 +17,7 @@ from typing import Any, Literal, TextIO
 from nemo_minitron.artifacts.compared import COMPARED, changed_file
 from nemo_minitron.artifacts.manifest import Manifest, file_facts, hash_files, read_manifest, write_manifest
 from nemo_minitron.artifacts.types import Artifact, Inputs
+from nemo_minitron.disclosure import told_command
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.files import read_json, write_whole
 
@@ -197,11 +198,14 @@ class Store:
         """
         self.root.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
-            _hold(held.enter_context((self.root / _LOCK).open("a+")), self.root, patience_s, shared=stage is not None)
+            file = held.enter_context((self.root / _LOCK).open("a+"))
+            _hold(file, self.root, patience_s, shared=stage is not None)
             if stage is not None:
                 (self.root / _WORK).mkdir(exist_ok=True)
-                own = self.root / _WORK / f"{stage}{_LOCK}"
-                _hold(held.enter_context(own.open("a+")), self.root, patience_s, shared=False)
+                file = held.enter_context((self.root / _WORK / f"{stage}{_LOCK}").open("a+"))
+                _hold(file, self.root, patience_s, shared=False)
+            # Who works here, and where, is nobody's business afterwards.
+            held.callback(file.truncate, 0)
             yield
 
 
@@ -223,7 +227,7 @@ def _hold(file: TextIO, root: Path, patience_s: float, *, shared: bool) -> None:
             ) from None
     file.truncate(0)
     if not shared:
-        file.write(f"process {os.getpid()} on {os.uname().nodename}: {' '.join(sys.argv)}\n")
+        file.write(f"process {os.getpid()} on {os.uname().nodename}: {' '.join(told_command(sys.argv))}\n")
         file.flush()
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from nemo_minitron.config.extends import GLOBAL, SELF, Chain, first_lines, load_mapping, read_chain
 from nemo_minitron.config.keys import value_kind
+from nemo_minitron.config.outside import require_public_values
 from nemo_minitron.config.overrides import CLUSTER, KEY, for_hydra, require_form, unknown_key
 from nemo_minitron.config.places import SUFFIXES, configs_dirs, recipe_name, require_recipe, with_suffix
 from nemo_minitron.errors import ConfigError, MinitronError
@@ -76,6 +77,7 @@ def _compose(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], di
     try:
         with _stored(chain), initialize(config_path=None, version_base="1.3", job_name="minitron"):
             composed = hydra_compose(_PRIMARY, overrides=[for_hydra(text) for text in overrides])
+        require_public_values(composed, str(recipe))
         as_written, resolved = (OmegaConf.to_container(composed, resolve=resolve) for resolve in (False, True))
     except RecursionError:
         raise ConfigError("The recipe is nested too deeply, or refers to itself.", where=str(recipe)) from None
@@ -126,7 +128,7 @@ def _not_composed(recipe: Path, file: Path, chain: Chain, overrides: Sequence[st
             return unknown
     next_step = "Overrides look like stages.distill.lr=1e-4; config groups are the folders of configs/."
     if "Interpolation key" in str(error):
-        next_step = "${a.b} is another key of the recipe; ${oc.env:HOME} is a variable of the environment."
+        next_step = "${a.b} is another key of the recipe; in execution, ${oc.env:HOME} is a variable."
     return ConfigError(
         "The recipe could not be composed: " + _with_files(first_lines(error), chain),
         where=str(recipe),

@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_minitron import errors
 from nemo_minitron.config.schema import Recipe
+from nemo_minitron.disclosure import masked, write_private
 from nemo_minitron.errors import Interrupted, MinitronError, ProcessesDied
 from nemo_minitron.interrupts import RELAY_FILE, StopRequest
 from nemo_minitron.plan.planner import StageCall
@@ -38,7 +39,7 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
     (work / ERROR_FILE).write_text(" " * ERROR_BYTES)
     order = {"recipe": recipe.model_dump(mode="json"), "stage": call.name, "out_dir": str(out)}
     order["code"] = of_this_process()
-    (work / CALL_FILE).write_text(json.dumps(order))
+    write_private(work / CALL_FILE, json.dumps(order))
     nodes = Nodes.here()
     command = nodes.agent_command(sys.executable, call.parallel.world_size)
     command += [str(START), "worker", str(work / CALL_FILE)]
@@ -94,7 +95,8 @@ def _wait(process: subprocess.Popen[bytes], kind: str, work: Path, stop: StopReq
 
 def save_error(error: MinitronError, file: Path) -> None:
     """Hand a user's error from a worker to the runner, in the room that it has kept."""
-    fields = {key: getattr(error, key) for key in ("what", "where", "allowed", "next_step")}
+    told = {key: getattr(error, key) for key in ("what", "where", "allowed", "next_step")}
+    fields = {key: None if value is None else masked(value) for key, value in told.items()}
     text = json.dumps({"type": type(error).__name__, **fields})
     with file.open("r+b" if file.is_file() else "wb") as stream:
         stream.write(text.ljust(ERROR_BYTES).encode())
