@@ -41,6 +41,7 @@ _SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 _NAMES_A_PLACE = re.compile(r"(_(DIR|FILE|PATH|SOCK|HOME)|^PWD|^OLDPWD|^NO_PROXY)$", re.IGNORECASE)
+_ONLY_NAMED = re.compile(r"\$\{oc\.env:\w+\}")
 _IN_ADDRESS = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
 
 
@@ -84,6 +85,22 @@ def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     secrets = environment_of(recipe)
     found: dict[str, Any] = masked_values(masked_values({**recipe, "execution": shown}), secrets)
     return found
+
+
+def portable_recipe(written: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as it was written, for another machine: without the values of `PRIVATE_KEYS`.
+
+    `${oc.env:NAME}` stays: it holds no value.
+    """
+    execution = written.get("execution")
+    if not isinstance(execution, Mapping):
+        return dict(written)
+    kept = {key: value for key, value in execution.items() if key != "notify_command"}
+    cluster = kept.get("cluster")
+    if isinstance(cluster, Mapping) and isinstance(cluster.get("environment"), Mapping):
+        named = {key: value for key, value in cluster["environment"].items() if _ONLY_NAMED.fullmatch(str(value))}
+        kept["cluster"] = {**cluster, "environment": named}
+    return {**written, "execution": kept}
 
 
 def environment_of(recipe: Mapping[str, Any]) -> dict[str, str]:

@@ -63,7 +63,7 @@ class Screen(Console):
         words = visible(masked(str(text)))
         self.print(Text.assemble((visible(mark), style), " " if mark and words else "", words), soft_wrap=True)
 
-    def render_str(self, text: str, **options: object) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: object) -> Text:
         return super().render_str(visible(masked(text)), **options)  # type: ignore[arg-type]
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:

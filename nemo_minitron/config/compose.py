@@ -14,6 +14,7 @@ from nemo_minitron.config.keys import value_kind
 from nemo_minitron.config.outside import require_public_values
 from nemo_minitron.config.overrides import CLUSTER, KEY, for_hydra, require_form, unknown_key
 from nemo_minitron.config.places import SUFFIXES, configs_dirs, recipe_name, require_recipe, with_suffix
+from nemo_minitron.disclosure import portable_recipe
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.files import user_path
 
@@ -36,7 +37,8 @@ def compose(recipe: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def write_out(recipe: Path, overrides: Sequence[str], changes: Mapping[str, str]) -> str:
     """The recipe as one YAML text that needs no configs: its defaults list and the overrides are carried out.
 
-    `${...}` stays, so that an override of the text still reaches all that follows it.
+    `${...}` stays, so that an override of the text still reaches all that follows it. Values that may be secret are
+    left out (`disclosure.portable_recipe`): the text is passed on.
 
     Args:
         changes: key -> value to write instead of what stands there, for keys that are there.
@@ -44,7 +46,7 @@ def write_out(recipe: Path, overrides: Sequence[str], changes: Mapping[str, str]
     from omegaconf import OmegaConf
 
     as_written, resolved = _compose(recipe, overrides)
-    return OmegaConf.to_yaml(OmegaConf.create(_changed(as_written, resolved, changes, "")))
+    return OmegaConf.to_yaml(OmegaConf.create(portable_recipe(_changed(as_written, resolved, changes, ""))))
 
 
 def _changed(written: Any, resolved: Any, changes: Mapping[str, str], key: str) -> Any:

@@ -21,15 +21,15 @@ def require_public_values(composed: Any, where: str) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     found = composed.copy()
+    OmegaConf.set_struct(found, False)
     execution = found._get_node(EXECUTION)
     if OmegaConf.is_dict(execution):
-        with open_dict(execution):
-            for key in set(_PRIVATE) & set(execution):
-                execution[key] = f"${{{VARIABLE}:{EXECUTION}.{key}}}"
+        for key in set(_PRIVATE) & set(execution):
+            execution[key] = f"${{{VARIABLE}:{EXECUTION}.{key}}}"
     for key in found:
         if key == EXECUTION:
             continue
