@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -71,7 +72,14 @@ def launching(run: Path) -> Iterator[None]:
     (run / LAUNCH_DIR).mkdir(parents=True, exist_ok=True)
     file = run / LAUNCH_DIR / LOCK_FILE
     # The programs that are started meanwhile do not inherit it: it ends with this process.
-    number = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        number = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ArtifactError(
+            "The lock is a link.", where=str(file), next_step="Remove it; it was not made here."
+        ) from None
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -102,8 +110,8 @@ def newest(run: Path) -> Submission | None:
 
 def _read(file: Path) -> Submission:
     next_step = f"Move {file.parent} away; jobs of that submission are then unknown here (`squeue` still has them)."
-    facts = read_json(file, next_step)
     try:
+        facts = read_json(file, next_step)
         jobs = tuple(
             Submitted(job["name"], tuple(job["stages"]), tuple(job["job_ids"]), job["log"]) for job in facts["jobs"]
         )
@@ -111,7 +119,7 @@ def _read(file: Path) -> Submission:
         return Submission(file.parent, facts["launcher"], facts["time"], jobs, facts.get("complete", True))
     except KeyError as error:
         raise ArtifactError(f"{file.name} lacks {error}.", where=str(file), next_step=next_step) from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{file.name} is damaged: {error}", where=str(file), next_step=next_step) from error
 
 

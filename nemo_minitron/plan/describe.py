@@ -123,7 +123,7 @@ def _progress(file: Path) -> dict[str, Any] | None:
     """What a running stage says of itself; None when it says nothing, or nothing that can be read."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     keys = {"done", "total", "unit", "eta_s", "fields"}
     if not isinstance(found, dict) or not keys <= found.keys() or not isinstance(found["fields"], dict):
