@@ -50,8 +50,23 @@ def write(text: str, *, end: str = "\n") -> None:
 class Screen(Console):
     """rich's console for text from anywhere: square brackets are square brackets, `:smile:` is no picture."""
 
-    def __init__(self, *, stderr: bool = False, file: IO[str] | None = None) -> None:
-        super().__init__(stderr=stderr, file=file, markup=False, emoji=False, highlight=False)
+    def __init__(
+        self,
+        *,
+        stderr: bool = False,
+        file: IO[str] | None = None,
+        force_terminal: bool | None = None,
+        width: int | None = None,
+    ) -> None:
+        super().__init__(
+            stderr=stderr,
+            file=file,
+            force_terminal=force_terminal,
+            width=width,
+            markup=False,
+            emoji=False,
+            highlight=False,
+        )
 
     def say(self, text: object, mark: str = "", style: str = "") -> None:
         """A line, however long, with a colored word before it.

@@ -40,16 +40,10 @@ def _require_harmless(text: str) -> None:
             assert unicodedata.bidirectional(sign) not in BIDIRECTIONAL, ascii(sign)
 
 
-def _screen(*, is_terminal: bool) -> Screen:
-    screen = Screen(file=StringIO())
-    screen._force_terminal = is_terminal
-    return screen
-
-
 @given(TEXT, TEXT, st.booleans())
 @budget(40)
 def test_any_text_is_shown_and_none_is_obeyed(text: str, other: str, is_terminal: bool) -> None:
-    screen = _screen(is_terminal=is_terminal)
+    screen = Screen(file=StringIO(), force_terminal=is_terminal, width=80)
     screen.say(text, other, "red")
     table = Table(title=text)
     table.add_column(other)
