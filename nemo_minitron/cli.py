@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nemo_minitron import __version__, cli_launch
 from nemo_minitron.cli_aligner import convert, env_app
@@ -26,9 +26,11 @@ from nemo_minitron.cli_recipes import recipes
 from nemo_minitron.cli_rlhf import rlhf
 from nemo_minitron.cli_show import show
 from nemo_minitron.cli_status import status
+from nemo_minitron.disclosure import masked, told_command
 from nemo_minitron.disk import disk_errors
 from nemo_minitron.errors import EnvironmentProblem, Interrupted, MinitronError
 from nemo_minitron.outer_job import leave_launcher, name_the_user
+from nemo_minitron.terminal import Screen
 
 if TYPE_CHECKING:
     from nemo_minitron.config.schema import Recipe
@@ -54,7 +56,7 @@ RecipeFile = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of any key of the recipe.")
 ]
-console = Console()
+console = Screen()
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 """What shells say of a program that SIGPIPE has ended."""
@@ -97,7 +99,7 @@ def check(
         # What the cluster lacks is on the screen; the recipe's own problems are said in any case.
         require_valid(plan)
     print_warnings(list(epoch_warnings(plan)))
-    console.print(f"[green]ok[/green] {plan.recipe.name}: {len(plan.calls)} stages")
+    console.say(f"{plan.recipe.name}: {len(plan.calls)} stages", "ok", "green")
 
 
 @app.command()
@@ -121,7 +123,7 @@ def run(
     require_valid(make_plan(loaded))
     started_s = time.monotonic()
     run_recipe(loaded, RunOptions(tuple(rerun or ()), accept_drift, until))
-    console.print(f"[green]done[/green] in {time.monotonic() - started_s:.0f} s: {run_dir(loaded)}")
+    console.say(f"in {time.monotonic() - started_s:.0f} s: {run_dir(loaded)}", "done", "green")
     _print_report_path(run_dir(loaded))
 
 
@@ -161,7 +163,7 @@ def assets_list(assets_dir: Annotated[Path, typer.Option(help="Where assets are 
     for column in ("asset", "licence", "here", "what"):
         table.add_column(column)
     for asset in list_assets():
-        here = "[green]yes[/green]" if asset.is_here(assets_dir) else "no"
+        here = Text("yes", "green") if asset.is_here(assets_dir) else "no"
         table.add_row(asset.name, asset.license, here, asset.description)
     console.print(table)
 
@@ -187,7 +189,7 @@ def version() -> None:
 def _print_report_path(folder: Path) -> None:
     file = folder / "report.html"
     if file.is_file():
-        console.print(f"report: {file.resolve()}", soft_wrap=True, highlight=False)
+        console.say(f"report: {file.resolve()}")
 
 
 def main() -> None:
@@ -207,16 +209,17 @@ def main() -> None:
         _forget_stdout()
         sys.exit(PIPE_CLOSED)
     except Interrupted as error:
-        Console(stderr=True).print(_escape(str(error)), highlight=False, soft_wrap=True)
+        Screen(stderr=True).say(error)
         sys.exit(INTERRUPTED)
     except MinitronError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        Screen(stderr=True).say(error, "error:", "red")
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
-        Console(stderr=True).print("interrupted; the same command goes on from where it was")
+        Screen(stderr=True).say("interrupted; the same command goes on from where it was")
         sys.exit(INTERRUPTED)
     except MemoryError as error:
-        print(f"error: The memory of this machine is used up{': ' if str(error) else ''}{error}.", file=sys.stderr)
+        told = f"The memory of this machine is used up{': ' if str(error) else ''}{error}."
+        Screen(stderr=True).say(told, "error:", "red")
         sys.exit(2)
     except Exception as error:
         sys.exit(_unexpected(error))
@@ -252,20 +255,24 @@ def _forget_stdout() -> None:
 
 def _unexpected(error: Exception) -> int:
     """Usage errors in the parser's words; our own bugs with a traceback in a file."""
-    show = getattr(error, "show", None)
-    if show is not None:
-        show()
+    words = getattr(error, "format_message", None)
+    if words is not None:
+        _say_usage(error, words())
         return 2
-    text = f"{' '.join(sys.argv)}\n{traceback.format_exc()}"
+    text = masked(f"{' '.join(told_command(sys.argv))}\n{traceback.format_exc()}")
     log = _kept(text)
     report = f"Please report it with {log}." if log else f"Please report it with what follows.\n{text}"
-    Console(stderr=True).print(
-        f"[red]unexpected error:[/red] {type(error).__name__}: {_escape(str(error))}\n"
-        f"  This is a bug of nemo-minitron. {_escape(report)}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    told = f"{type(error).__name__}: {error}\n  This is a bug of nemo-minitron. {report}"
+    Screen(stderr=True).say(told, "unexpected error:", "red")
     return 1
+
+
+def _say_usage(error: Exception, words: str) -> None:
+    """Not by the parser's own `show`, which takes what was typed for markup."""
+    screen, context = Screen(stderr=True), getattr(error, "ctx", None)
+    if context is not None:
+        screen.say(f"{context.get_usage()}\nTry '{context.command_path} --help' for help.")
+    screen.say(words, "error:", "red")
 
 
 def _kept(text: str) -> Path | None:
@@ -280,9 +287,3 @@ def _kept(text: str) -> Path | None:
                 log.write(text)
             return Path(name).absolute()
     return None
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

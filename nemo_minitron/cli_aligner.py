@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-console = Console()
+from nemo_minitron.terminal import Screen
+
+console = Screen()
 env_app = typer.Typer(no_args_is_help=True, help="Environments beside this one.")
 
 
@@ -31,15 +32,15 @@ def make_aligner(
 
     if environment.is_installed_here():
         versions = environment.versions_installed()
-        console.print("[green]ready[/green] NeMo-Aligner is installed beside this package", highlight=False)
-        console.print(", ".join(f"{name} {version}" for name, version in versions.items()), highlight=False)
+        console.say("NeMo-Aligner is installed beside this package", "ready", "green")
+        console.say(", ".join(f"{name} {version}" for name, version in versions.items()))
         return
     folder = environment.make_environment(
         Progress(), torch_index_url=torch_index_url, find_links=find_links or (), again=again
     )
     versions = json.loads((folder / environment.READY_FILE).read_text())
     told = ", ".join(f"{name} {version}" for name, version in versions.items())
-    console.print(f"[green]ready[/green] {folder}\n{told}", highlight=False, soft_wrap=True)
+    console.say(f"{folder}\n{told}", "ready", "green")
 
 
 @env_app.command("has-aligner")
@@ -71,4 +72,4 @@ def convert(
             nemo_file.from_hugging_face(model, out, Path(work), Progress(), StopRequest())
         else:
             nemo_file.to_hugging_face(model, like, out, Path(work), Progress(), StopRequest())
-    console.print(f"[green]written[/green] {out}", highlight=False, soft_wrap=True)
+    console.say(out, "written", "green")

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from nemo_minitron.cli_plan import print_warnings
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.terminal import Screen
 
 if TYPE_CHECKING:
     from nemo_minitron.bundle.items import Item
     from nemo_minitron.progress import Progress
 
-console = Console()
+console = Screen()
 
 
 def bundle(
@@ -109,9 +109,9 @@ def _print(out: Path, written: dict[str, Any]) -> None:
         sizes = [file["size_bytes"] for file in written["files"] if file["what"] == what]
         table.add_row(what, str(len(sizes)), f"{sum(sizes) / 1e6:,.1f}")
     console.print(table)
+    console.say(f"{out}, {written['size_bytes'] / 1e6:,.1f} MB", "written", "green")
     for line in (
-        f"[green]written[/green] {out}, {written['size_bytes'] / 1e6:,.1f} MB",
         f"sha256 {written['sha256']}",
         f"there: tar xf {shlex.quote(out.name)} && {shlex.quote(out.stem)}/install.sh",
     ):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.say(line)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
-from rich.console import Console
 
 from nemo_minitron.errors import ArtifactError, ConfigError
+from nemo_minitron.terminal import Screen, write
 
-console = Console()
+console = Screen()
 LAST_FIRST = ("export", "dpo", "steerlm_sft", "sft", "distill_offline", "distill", "prune")
 """Where the model of a run folder is looked for."""
 RESET, EXIT = "/reset", "/exit"
@@ -46,7 +46,7 @@ def chat(
     if once is not None:
         speaker.answer([*before, {"role": "user", "content": once}])
         return
-    console.print(f"[dim]{folder} · {RESET} forgets, {EXIT} ends[/dim]", highlight=False)
+    console.say(f"{RESET} forgets, {EXIT} ends", f"{folder} ·", "dim")
     messages = list(before)
     while (said := _ask()) is not None:
         if said == RESET:
@@ -129,7 +129,7 @@ class _Speaker:
         self.vocab_size = int(read_config(folder)["vocab_size"])
         self.template: ChatTemplate | None = None
         if self.tokenizer.chat_template is None:
-            console.print("[yellow]no chat template: the text is continued as it stands[/yellow]")
+            console.say("the text is continued as it stands", "no chat template:", "yellow")
         else:
             options: dict[str, Any] = {"where": str(folder), "vocab_size": self.vocab_size, "day": day}
             self.template = ChatTemplate.bind(self.tokenizer, "model", whole_markers=False, **options)
@@ -153,12 +153,12 @@ class _Speaker:
         pieces: list[str] = []
         stop, waiting = self.stop, ""
 
-        class Screen(TextStreamer):
+        class Shown(TextStreamer):
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
                 nonlocal waiting
                 shown, waiting = until(stop, waiting + text, last=stream_end)
                 pieces.append(shown)
-                print(shown, end="\n" if stream_end else "", flush=True)
+                write(shown, end="\n" if stream_end else "")
 
         ids = self._ids(messages)
         is_sampling = self.temperature > 0
@@ -172,11 +172,11 @@ class _Speaker:
         )
         options: dict[str, Any] = {"generation_config": config, "use_model_defaults": False}
         options["tokenizer"] = self.tokenizer
-        streamer = Screen(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = Shown(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
             self.model.generate(ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, **options)
         except KeyboardInterrupt:
-            print()
+            write("")
         return "".join(pieces).strip()
 
     def _ids(self, messages: list[dict[str, str]]) -> Any:

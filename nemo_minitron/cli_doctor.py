@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.terminal import Screen, write
 
 STYLES = {"ok": "green", "missing": "yellow", "problem": "red"}
 
@@ -32,7 +32,7 @@ def doctor(
         groups = ", ".join(sorted({one.group for one in found}))
         raise EnvironmentProblem(f"--require knows no {', '.join(unknown)}.", allowed=groups)
     if as_json:
-        print(json.dumps([asdict(one) for one in found], indent=2))
+        write(json.dumps([asdict(one) for one in found], indent=2))
     else:
         table = Table()
         for column in ("what", "", "found", "next"):
@@ -40,7 +40,7 @@ def doctor(
         for one in found:
             step = one.next_step if one.level != "ok" else ""
             table.add_row(one.what, Text(one.level, style=STYLES[one.level]), Text(one.text), Text(step))
-        Console().print(table)
+        Screen().print(table)
     wrong = failures(found, wanted)
     absent = [group for group in wanted if group not in {one.group for one in found}]
     if wrong or absent:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from nemo_minitron.disclosure import masked
 from nemo_minitron.errors import ConfigError, EnvironmentProblem, Interrupted, MinitronError, ProcessesDied
+from nemo_minitron.terminal import Screen, write
 
 if TYPE_CHECKING:
     from nemo_minitron.config.schema import Recipe
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
-console = Console()
+console = Screen()
 
 
 def launch(
@@ -58,9 +58,9 @@ def _print_missing(plan: RunPlan) -> None:
     from nemo_minitron.cli_plan import missing_for_launch
     from nemo_minitron.plan.missing import missing_sources
 
-    screen = Console(stderr=True)
+    screen = Screen(stderr=True)
     for text in (*missing_sources(plan), *missing_for_launch(plan)):
-        screen.print(f"[yellow]missing here[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
+        screen.say(text, "missing here", "yellow")
 
 
 def stage(
@@ -78,7 +78,7 @@ def stage(
     except MinitronError as error:
         # The script of the job finds it, and does not try again what a person must repair.
         if failed:
-            Path(failed).write_text(f"{error}\n")
+            Path(failed).write_text(f"{masked(str(error))}\n")
         raise
 
 
@@ -98,24 +98,27 @@ def logs(
     if not found:
         raise EnvironmentProblem(f"Stage {name} has no log yet.", where=str(run / "logs"))
     for file in found:
-        console.print(f"[bold]{file}[/bold]", soft_wrap=True)
+        console.say("", str(file), "bold")
         for line in tail(file, lines):
-            print(line)
+            write(masked(line))
 
 
 def cancel(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Cancel the jobs of the last submission; what they have saved stays, and `launch` goes on from it."""
     from nemo_minitron.cli import load_recipe
     from nemo_minitron.launch import record, slurm
+    from nemo_minitron.launch.submit import last_submission
     from nemo_minitron.plan.folder import run_dir
 
-    last = record.newest(run_dir(load_recipe(recipe, overrides)))
-    if last is None or last.launcher != "slurm":
-        console.print("nothing was submitted")
+    run = run_dir(load_recipe(recipe, overrides))
+    if record.newest(run) is None:
+        console.say("nothing was submitted")
         return
-    active = slurm.active(last.job_ids)
-    slurm.cancel(active)
-    console.print(f"cancelled {', '.join(active)}" if active else "no job was left", highlight=False)
+    with record.launching(run):
+        last = last_submission(run)
+        active = slurm.active(last.job_ids) if last else []
+        slurm.cancel(active)
+    console.say(f"cancelled {', '.join(active)}" if active else "no job was left")
 
 
 def check_cluster(loaded: Recipe) -> None:
@@ -129,8 +132,7 @@ def check_cluster(loaded: Recipe) -> None:
     findings = probe(loaded)
     styles = {"ok": "green", "warning": "yellow", "problem": "red"}
     for found in findings:
-        console.print(f"[{styles[found.level]}]{found.level}[/{styles[found.level]}]", end=" ")
-        console.print(found.text, highlight=False, markup=False, soft_wrap=True)
+        console.say(found.text, found.level, styles[found.level])
     wrong = [found.text for found in findings if found.level == "problem"]
     if wrong:
         raise EnvironmentProblem(f"The cluster cannot take this recipe: {len(wrong)} problems, above.")
@@ -141,12 +143,12 @@ def _to_slurm(loaded: Recipe, options: RunOptions, *, dry_run: bool) -> None:
 
     if dry_run:
         for command, text in submit.dry_run(loaded, options):
-            print(f"# {shlex.join(command)}" if "\n" not in "".join(command) else f"# {command!r}")
-            print(text)
+            write(f"# {shlex.join(command)}" if "\n" not in "".join(command) else f"# {command!r}")
+            write(text)
         return
-    done = submit.launch(loaded, options, lambda text: console.print(text, highlight=False))
+    done = submit.launch(loaded, options, console.say)
     if done is None:
-        console.print("[green]all stages have finished[/green]; nothing was submitted")
+        console.say("nothing was submitted", "all stages have finished;", "green")
         return
     _print_submission(done)
 
@@ -159,7 +161,7 @@ def _print_submission(done: Submission) -> None:
         stages = job.stages[0] if len(job.stages) == 1 else f"{len(job.stages)}: {job.stages[0]} ..."
         table.add_row(job.name, stages, ", ".join(job.job_ids))
     console.print(table)
-    console.print("watch: minitron status RECIPE     end: minitron cancel RECIPE", highlight=False)
+    console.say("watch: minitron status RECIPE     end: minitron cancel RECIPE")
 
 
 def _here(loaded: Recipe, options: RunOptions, *, dry_run: bool) -> None:
@@ -169,11 +171,11 @@ def _here(loaded: Recipe, options: RunOptions, *, dry_run: bool) -> None:
     if local.uses_containers(loaded):
         if dry_run:
             for _, command in local.dry_run(loaded, options):
-                print(shlex.join(command))
+                write(shlex.join(command))
         else:
             local.launch(loaded, options)
     elif dry_run:
-        print(shlex.join(["minitron", "run", *(word for word in sys.argv[2:] if word != "--dry-run")]))
+        write(shlex.join(["minitron", "run", *(word for word in sys.argv[2:] if word != "--dry-run")]))
     else:
         run_recipe(loaded, options)
 

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from nemo_minitron.cli_status import STYLES
+from nemo_minitron.terminal import Screen, write
 
 if TYPE_CHECKING:
     from nemo_minitron.plan.planner import RunPlan
 
-console = Console()
+console = Screen()
 
 
 def plan(
@@ -38,7 +38,7 @@ def plan(
     facts = {**plan_facts(found), "problems": problems, "resources": resources}
     facts["warnings"] = [*epoch_warnings(found), *memory_warnings(found, resources)]
     if as_json:
-        print(json.dumps(facts, indent=2))
+        write(json.dumps(facts, indent=2))
         return
     _print_models(facts)
     _print_candidates(facts["candidates"])
@@ -46,7 +46,7 @@ def plan(
     _print_resources(resources)
     print_warnings(facts["warnings"])
     for problem in problems:
-        console.print(f"[red]problem[/red] {escape(problem)}", highlight=False, soft_wrap=True)
+        console.say(problem, "problem", "red")
 
 
 def missing_for_launch(found: RunPlan) -> list[str]:
@@ -63,14 +63,15 @@ def _print_models(facts: dict[str, Any]) -> None:
         model = facts[role]
         if model is None:
             until = "the search has found it" if role == "student" and facts["candidates"] else "it is imported"
-            console.print(f"{role}: unknown until {until}")
+            console.say(f"{role}: unknown until {until}")
             continue
         share = f" ({model['share']:.1%} of the teacher)" if "share" in model else ""
-        console.print(
-            f"[bold]{role}[/bold] {model['num_params']:,} parameters{share}: {model['num_layers']} layers, "
+        console.say(
+            f"{model['num_params']:,} parameters{share}: {model['num_layers']} layers, "
             f"hidden {model['hidden_size']}, ffn {model['ffn_hidden_size']}, heads {model['num_attention_heads']}"
             f"/{model['num_query_groups']} groups of {model['kv_channels']}",
-            highlight=False,
+            role,
+            "bold",
         )
 
 
@@ -103,7 +104,7 @@ def _print_stages(found: RunPlan) -> None:
         state = found.states[call.name]
         style = STYLES[state.status]
         processes = str(call.parallel.world_size)
-        table.add_row(call.name, call.kind, processes, f"[{style}]{state.status}[/{style}]", escape(state.reason))
+        table.add_row(call.name, call.kind, processes, Text(state.status, style), state.reason)
     console.print(table)
 
 
@@ -115,18 +116,14 @@ def _print_resources(resources: dict[str, Any]) -> None:
     console.print(_time_table(resources))
     total = resources["totals"]
     cost = "" if total["cost"] is None else f", cost {total['cost']:,.0f}"
-    console.print(
+    console.say(
         f"in all {total['hours']:.1f} hours one after the other, {total['gpu_hours']:,.0f} GPU-hours{cost}, "
         f"{total['disk_gib']:.1f} GiB of disk. Assumed: {assumed['peak_tflops']:g} TFLOPS of each process, "
         f"MFU {assumed['mfu']:.0%} ({assumed['mfu_from']}). docs/PLANNING.md",
-        highlight=False,
-        soft_wrap=True,
     )
     for stage, lines in resources["proposals"].items():
         for number, line in enumerate(lines):
-            console.print(
-                f"{'fits ' + stage if not number else ' ' * (5 + len(stage))}: {line['words']}", highlight=False
-            )
+            console.say(f"{'fits ' + stage if not number else ' ' * (5 + len(stage))}: {line['words']}")
 
 
 # Two tables, so that no figure is cut in 80 columns.
@@ -145,7 +142,7 @@ def _memory_table(resources: dict[str, Any]) -> Table:
         peak = f"{memory['peak_gib']:.2f}"
         table.add_row(
             name,
-            peak if facts["fits"] else f"[red]{peak}[/]",
+            peak if facts["fits"] else Text(peak, "red"),
             *(f"{memory[part + '_gib']:.2f}" for part in parts),
         )
     return table
@@ -188,4 +185,4 @@ def _short(number: float) -> str:
 def print_warnings(warnings: list[str]) -> None:
     """One line each."""
     for text in warnings:
-        console.print(f"[yellow]warning[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
+        console.say(text, "warning", "yellow")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-console = Console()
+from nemo_minitron.terminal import Screen, write
+
+console = Screen()
 
 
 def recipes(
@@ -21,7 +21,7 @@ def recipes(
     from nemo_minitron.config.places import RECIPES, require_shipped_recipe, shipped_dir, shipped_recipes
 
     if name is not None:
-        print(require_shipped_recipe(name).read_text(encoding="utf-8"), end="")
+        write(require_shipped_recipe(name).read_text(encoding="utf-8"), end="")
         return
     table = Table()
     for column in ("recipe", "what"):
@@ -29,5 +29,5 @@ def recipes(
     for found in shipped_recipes():
         text = (shipped_dir(RECIPES) / f"{found}.yaml").read_text(encoding="utf-8")
         first = text.partition("\n")[0]
-        table.add_row(found, escape(first.removeprefix("#").strip()) if first.startswith("#") else "")
+        table.add_row(found, first.removeprefix("#").strip() if first.startswith("#") else "")
     console.print(table)

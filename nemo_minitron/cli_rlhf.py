@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.terminal import Screen
 
 if TYPE_CHECKING:
     from nemo_minitron.config.schema.rlhf import Rlhf
 
-console = Console(highlight=False, soft_wrap=True)
+console = Screen()
 WHERE = "minitron rlhf"
 PROMPT_KINDS, REWARD_KINDS = ("chat_data", "annotate"), ("train_attribute_model",)
 
@@ -60,9 +60,9 @@ def rlhf(
     for name, text in files.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).write_text(text, encoding="utf-8")
-    console.print(f"[green]written[/green] {target}: {', '.join(files)}")
+    console.say(f"{target}: {', '.join(files)}", "written", "green")
     _start_model(start, target, dry_run=dry_run)
-    console.print("In the container: server.sh; beside it actor.sh; when that has ended, back.sh.")
+    console.say("In the container: server.sh; beside it actor.sh; when that has ended, back.sh.")
 
 
 def parse_settings(algorithm: str, texts: list[str]) -> Rlhf:
@@ -113,7 +113,7 @@ def _start_model(model: Path, target: Path, *, dry_run: bool) -> None:
     if dry_run:
         import shlex
 
-        console.print(f"Still to do: {shlex.join(['minitron', 'convert', str(model), str(target / ACTOR_NEMO)])}")
+        console.say(f"Still to do: {shlex.join(['minitron', 'convert', str(model), str(target / ACTOR_NEMO)])}")
         return
     with tempfile.TemporaryDirectory(dir=target, prefix=".convert-") as work:
         nemo_file.from_hugging_face(model, target / ACTOR_NEMO, Path(work), Progress(), StopRequest())

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from nemo_minitron.config.schema.base import TEMPLATE_DATE
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.terminal import Screen
 
 if TYPE_CHECKING:
     from nemo_minitron.artifacts.types import Artifact
@@ -45,7 +45,7 @@ def show(
     _require_one_of("--split", split, ("train", "valid"))
     _require_one_of("--template", template, get_args(TemplateName))
     found = list(islice(read_normalised(_artifact(recipe, stage, overrides).path / f"{split}.jsonl"), rows))
-    console = Console(highlight=False, soft_wrap=True)
+    console = Screen()
     bound = None
     if model is not None:
         day = parse_day(template_date, "--template-date")
@@ -53,7 +53,7 @@ def show(
     for row in found:
         console.rule(row["origin"], align="left")
         for text in _data(row) if bound is None else _rendered(row, bound, attributes=attributes):
-            console.print(text)
+            console.print(text, soft_wrap=True)
 
 
 def _require_one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

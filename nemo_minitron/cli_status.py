@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from nemo_minitron.files import write_whole
+from nemo_minitron.terminal import Screen, write
 
 STYLES = {"finished": "green", "changed": "yellow", "to run": "cyan"}
 MIN_WATCH_S = 1.0
-console = Console()
+console = Screen()
 
 
 def status(
@@ -35,7 +35,7 @@ def status(
 
     facts = look()
     if as_json:
-        print(json.dumps(facts, indent=2))
+        write(json.dumps(facts, indent=2))
         return
     _write_page(facts, html, watch)
     if watch is None:

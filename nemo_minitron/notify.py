@@ -32,5 +32,10 @@ def notify(
         subprocess.run(
             list(command), env=environment, stdin=subprocess.DEVNULL, timeout=TIMEOUT_S, check=True, capture_output=True
         )
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("execution.notify_command did not work: %s", error)
+    except subprocess.CalledProcessError as error:
+        # Not the words of the error itself: they hold the command, in which addresses and tokens stand.
+        logger.warning("execution.notify_command did not work: it ended with code %d", error.returncode)
+    except subprocess.TimeoutExpired:
+        logger.warning("execution.notify_command did not work: it took longer than %.0f s", TIMEOUT_S)
+    except OSError as error:
+        logger.warning("execution.notify_command did not work: %s", error.strerror)

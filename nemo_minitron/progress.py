@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from nemo_minitron.files import write_whole
+from nemo_minitron.terminal import Screen, visible
 
 T = TypeVar("T")
 LOG_INTERVAL_S = 15.0
@@ -67,7 +67,7 @@ class Progress:
         self.status_file, self.silent = status_file, silent
         # Bound now: libraries are silenced by redirecting sys.stderr while bars go on.
         self.stream = sys.stderr
-        self.console = Console(file=self.stream)
+        self.console = Screen(file=self.stream)
         self._rich: RichProgress | None = None
         self._task: int | None = None
         self._last_line_s = 0.0
@@ -81,7 +81,7 @@ class Progress:
             return
         if self.console.is_terminal:
             with _rich_bar(self.console) as self._rich:
-                self._task = self._rich.add_task(description, total=total, completed=done, info="")
+                self._task = self._rich.add_task(visible(description), total=total, completed=done, info="")
                 try:
                     yield bar
                 finally:
@@ -98,10 +98,14 @@ class Progress:
                 yield item
                 bar.advance()
 
-    def say(self, text: str) -> None:
-        """One line for the person who watches."""
+    def say(self, text: str, mark: str = "", style: str = "") -> None:
+        """One line for the person who watches, with a colored word before it."""
         if not self.silent:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.say(text, mark, style)
+
+    def warn(self, text: str) -> None:
+        """One line that should be read."""
+        self.say(text, "warning", "yellow")
 
     def update(self, bar: Bar) -> None:
         if self.silent:
@@ -118,7 +122,8 @@ class Progress:
     def _line(self, bar: Bar) -> None:
         info = " ".join(f"{key} {value}" for key, value in bar.fields.items())
         eta = f" eta {bar.eta_s:.0f}s" if bar.eta_s is not None and bar.done < bar.total else ""
-        print(f"{bar.description} {bar.done}/{bar.total} {bar.unit} {info}{eta}".rstrip(), file=self.stream, flush=True)
+        line = visible(f"{bar.description} {bar.done}/{bar.total} {bar.unit} {info}{eta}").rstrip()
+        print(line, file=self.stream, flush=True)
 
     def _write_status(self, bar: Bar) -> None:
         if self.status_file is None:
@@ -128,12 +133,12 @@ class Progress:
         write_whole(self.status_file, json.dumps(payload))
 
 
-def _rich_bar(console: Console) -> RichProgress:
+def _rich_bar(console: Screen) -> RichProgress:
     return RichProgress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[info]}"),
+        TextColumn("{task.fields[info]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import __version__
+from nemo_minitron.disclosure import told_command
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.files import sealed, unsealed
 
@@ -98,7 +99,7 @@ def sha256_of(file: Path) -> str:
 
 
 def provenance(started_s: float) -> dict[str, Any]:
-    """Who made it, with what, when. Never part of the identity.
+    """With what it was made, and when; no host, no user, no values of overrides. Never part of the identity.
 
     Args:
         started_s: of `time.monotonic`; the clock on the wall may be set while a stage runs.
@@ -108,8 +109,7 @@ def provenance(started_s: float) -> dict[str, Any]:
         "nemo_minitron": __version__,
         "versions": {name: found for name in _VERSIONS if (found := installed_version(name))},
         "python": platform.python_version(),
-        "host": platform.node(),
-        "argv": sys.argv,
+        "command": told_command(sys.argv),
         "git_commit": _git_commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - wall_s)),
         "wall_s": round(wall_s, 3),

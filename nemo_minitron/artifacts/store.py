@@ -17,6 +17,7 @@ from typing import IO, Any, Literal
 from nemo_minitron.artifacts.compared import COMPARED, changed_file
 from nemo_minitron.artifacts.manifest import Manifest, file_facts, hash_files, read_manifest, write_manifest
 from nemo_minitron.artifacts.types import Artifact, Inputs
+from nemo_minitron.disclosure import told_command
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.files import read_json, write_whole
 from nemo_minitron.ownership import require_own, require_own_tree, work_mode
@@ -224,10 +225,14 @@ class Store:
         self.root.mkdir(mode=ROOT_MODE, parents=True, exist_ok=True)
         require_own(self.root, shared=True)
         with ExitStack() as held:
-            _hold(held.enter_context(open_lock(self.root / _LOCK)), self.root, patience_s, shared=stage is not None)
+            lock = held.enter_context(open_lock(self.root / _LOCK))
+            _hold(lock, self.root, patience_s, shared=stage is not None)
             if stage is not None:
                 own = own_folder(self.root, _WORK, mode=work_mode()) / f"{stage}{_LOCK}"
-                _hold(held.enter_context(open_lock(own)), self.root, patience_s, shared=False)
+                lock = held.enter_context(open_lock(own))
+                _hold(lock, self.root, patience_s, shared=False)
+            # Who works here, and where, is nobody's business afterwards.
+            held.callback(lock.truncate, 0)
             yield
 
 
@@ -249,7 +254,7 @@ def _hold(file: IO[str], root: Path, patience_s: float, *, shared: bool) -> None
             ) from None
     file.truncate(0)
     if not shared:
-        file.write(f"process {os.getpid()} on {os.uname().nodename}: {' '.join(sys.argv)}\n")
+        file.write(f"process {os.getpid()} on {os.uname().nodename}: {' '.join(told_command(sys.argv))}\n")
         file.flush()
 
 

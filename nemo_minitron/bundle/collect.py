@@ -1,4 +1,4 @@
-"""What recipes need beside the package: their own text, configs, models and data."""
+"""What recipes need beside the package: their own text, models and data."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron import assets
+from nemo_minitron import __version__, assets
 from nemo_minitron.bundle.items import Item
 from nemo_minitron.bundle.places import ASSETS_DIR, items_of, links_out, place_of
 from nemo_minitron.config.compose import compose, write_out
 from nemo_minitron.config.explain import validate
-from nemo_minitron.config.places import CONFIGS, RECIPES, configs_dirs, recipe_name, require_recipe
+from nemo_minitron.config.places import RECIPES, recipe_name, require_recipe
 from nemo_minitron.config.schema import EvaluateStage, Recipe, Schema, ScoreStage
-from nemo_minitron.errors import ConfigError, PlanError
+from nemo_minitron.errors import PlanError
 from nemo_minitron.files import user_path
 from nemo_minitron.hf.source import ASSET, BUILT_IN, HUB
 from nemo_minitron.plan.checks import require_valid
@@ -34,7 +34,7 @@ class Collection:
 
     items: list[Item] = field(default_factory=list)
     recipes: list[dict[str, Any]] = field(default_factory=list)
-    """For the manifest: file, name, what it was made from."""
+    """For the manifest: file and name."""
     warnings: list[str] = field(default_factory=list)
     needs_aligner: bool = False
 
@@ -63,10 +63,9 @@ def collect(files: Sequence[Path], overrides: Sequence[str], progress: Progress)
                 for file in links_out(stage, source, Path(recipe.execution.assets_dir))[:MOST_LINKS_NAMED]
             ]
             moved[key] = place.source
-        out.items += _texts(file, overrides, moved)
-        out.recipes.append(
-            {"file": _member(file), "name": recipe.name, "made_from": str(file), "overrides": list(overrides)}
-        )
+        out.items.append(_text(file, overrides, moved))
+        out.recipes.append({"file": _member(file), "name": recipe.name})
+        out.warnings += _left_out(file, recipe)
         out.needs_aligner |= any(STAGES[stage.kind].needs_aligner for stage in recipe.stages.values())
         if recipe.execution.wandb_project is not None:
             out.warnings.append(
@@ -124,16 +123,17 @@ def _member(file: Path) -> str:
     return f"{RECIPES}/{recipe_name(require_recipe(file))}.yaml"
 
 
-def _texts(file: Path, overrides: Sequence[str], moved: Mapping[str, str]) -> Iterator[Item]:
-    """The recipe, written out; and the configs that overrides such as `cluster=NAME` choose from."""
-    made_from = " ".join(["minitron bundle", str(file), *overrides])
-    if any(ord(sign) < 32 for sign in made_from):
-        raise ConfigError(f"{made_from!r} has a line break.", next_step="Rename the recipe, or leave the break out.")
-    text = f"# Made by: {made_from}\n" + write_out(file, overrides, moved)
-    yield Item(_member(file), text.encode(), "recipe")
-    found: dict[str, Path] = {}
-    for configs in configs_dirs(require_recipe(file)):
-        for config in sorted(configs.rglob("*.yaml")):
-            found.setdefault(config.relative_to(configs).as_posix(), config)
-    for name, config in found.items():
-        yield Item(f"{CONFIGS}/{name}", config, "config")
+def _text(file: Path, overrides: Sequence[str], moved: Mapping[str, str]) -> Item:
+    """The recipe, written out: it needs no config, and says nothing of the command and of this site's variables."""
+    text = f"# Made by `minitron bundle` of nemo-minitron {__version__}.\n"
+    text += write_out(file, overrides, moved)
+    return Item(_member(file), text.encode(), "recipe")
+
+
+def _left_out(file: Path, recipe: Recipe) -> Iterator[str]:
+    execution = recipe.execution
+    keys = [f"cluster.environment.{name}" for name in (execution.cluster.environment if execution.cluster else {})]
+    keys += ["notify_command"] if execution.notify_command else []
+    if keys:
+        listed = ", ".join(f"execution.{key}" for key in keys)
+        yield f"{file}: not in the bundle, as it may be secret: {listed}. Set it on the other machine."

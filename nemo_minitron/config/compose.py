@@ -11,8 +11,10 @@ from pydantic import BaseModel
 
 from nemo_minitron.config.extends import GLOBAL, SELF, Chain, first_lines, load_mapping, read_chain
 from nemo_minitron.config.keys import value_kind
+from nemo_minitron.config.outside import require_public_values
 from nemo_minitron.config.overrides import CLUSTER, KEY, for_hydra, require_form, unknown_key
 from nemo_minitron.config.places import SUFFIXES, configs_dirs, recipe_name, require_recipe, with_suffix
+from nemo_minitron.disclosure import portable_recipe
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.files import user_path
 
@@ -35,7 +37,8 @@ def compose(recipe: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def write_out(recipe: Path, overrides: Sequence[str], changes: Mapping[str, str]) -> str:
     """The recipe as one YAML text that needs no configs: its defaults list and the overrides are carried out.
 
-    `${...}` stays, so that an override of the text still reaches all that follows it.
+    `${...}` stays, so that an override of the text still reaches all that follows it. Values that may be secret are
+    left out (`disclosure.portable_recipe`): the text is passed on.
 
     Args:
         changes: key -> value to write instead of what stands there, for keys that are there.
@@ -43,7 +46,7 @@ def write_out(recipe: Path, overrides: Sequence[str], changes: Mapping[str, str]
     from omegaconf import OmegaConf
 
     as_written, resolved = _compose(recipe, overrides)
-    return OmegaConf.to_yaml(OmegaConf.create(_changed(as_written, resolved, changes, "")))
+    return OmegaConf.to_yaml(OmegaConf.create(portable_recipe(_changed(as_written, resolved, changes, ""))))
 
 
 def _changed(written: Any, resolved: Any, changes: Mapping[str, str], key: str) -> Any:
@@ -76,6 +79,7 @@ def _compose(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], di
     try:
         with _stored(chain), initialize(config_path=None, version_base="1.3", job_name="minitron"):
             composed = hydra_compose(_PRIMARY, overrides=[for_hydra(text) for text in overrides])
+        require_public_values(composed, str(recipe))
         as_written, resolved = (OmegaConf.to_container(composed, resolve=resolve) for resolve in (False, True))
     except RecursionError:
         raise ConfigError("The recipe is nested too deeply, or refers to itself.", where=str(recipe)) from None
@@ -126,7 +130,7 @@ def _not_composed(recipe: Path, file: Path, chain: Chain, overrides: Sequence[st
             return unknown
     next_step = "Overrides look like stages.distill.lr=1e-4; config groups are the folders of configs/."
     if "Interpolation key" in str(error):
-        next_step = "${a.b} is another key of the recipe; ${oc.env:HOME} is a variable of the environment."
+        next_step = "${a.b} is another key of the recipe; in execution, ${oc.env:HOME} is a variable."
     return ConfigError(
         "The recipe could not be composed: " + _with_files(first_lines(error), chain),
         where=str(recipe),

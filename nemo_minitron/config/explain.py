@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from nemo_minitron.config.keys import stage_classes
 from nemo_minitron.config.schema import Recipe
+from nemo_minitron.disclosure import is_private_key
 from nemo_minitron.errors import ConfigError
 
 Location = tuple[Any, ...]
@@ -60,11 +61,15 @@ def _explain(problem: Any, raw: Mapping[str, Any]) -> str:
         return f"{text}{_wrong_kind(str(path[-1]), raw)}"
     if kind == "literal_error":
         return f"{text} = {problem['input']!r}: allowed are {context['expected']}."
+    if is_private_key(text) and kind in ("string_type", "tuple_type"):
+        return f"{text}: must be {'a text, in quotes' if kind == 'string_type' else 'a list'}."
     if kind == "string_type" and isinstance(problem["input"], bool | int | float):
         return f"{text} = {problem['input']!r}: is read as no text; write it in quotes in the recipe."
     if kind == "tuple_type":
         return f"{text} = {problem['input']!r}: must be a list, such as [{problem['input']}]."
     message = problem["msg"][0].lower() + problem["msg"][1:]
+    if is_private_key(text):
+        return f"{text}: {message}."
     return f"{text} = {problem['input']!r}: {message}."
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import yaml
 
 from nemo_minitron.hf.links import require_inside
+
+_HEADER = re.compile(r"\s*^---[ \t]*$\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
+"""Between two lines that are `---` and nothing else; inside, texts may hold the three dashes."""
 
 
 def read_license(model_dir: Path) -> str | None:
@@ -15,12 +19,12 @@ def read_license(model_dir: Path) -> str | None:
     if not card.is_file():
         return None
     require_inside(card, model_dir)
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
-    if len(parts) < 3 or parts[0].strip():
+    found = _HEADER.match(card.read_text(encoding="utf-8-sig", errors="replace"))
+    if found is None:
         return None
     try:
-        header = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        header = yaml.safe_load(found[1])
+    except (yaml.YAMLError, ValueError, RecursionError):
         return None
     name = header.get("license") if isinstance(header, dict) else None
     return str(name) if name else None

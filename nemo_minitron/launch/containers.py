@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_minitron.config.schema import Cluster, Container, Mount
+from nemo_minitron.disclosure import looks_secret
 from nemo_minitron.errors import PlanError
 from nemo_minitron.launch import images
 from nemo_minitron.launch.jobs import Environment, image_of
@@ -23,6 +24,10 @@ BY_NAME = (
     *(f"{kind}_PROXY" for kind in ("HTTP", "HTTPS", "NO", "ALL")),
 )
 """Handed to docker without their values, which may be secret; pyxis and Apptainer hand on the caller's environment."""
+ENVIRONMENT_FILE = "environment.sh"
+"""In the folder of a submission, for its owner alone: `execution.cluster.environment`, as a shell reads it."""
+_SOURCING = '. "$1" && shift && exec "$@"'
+"""For a shell inside a container: take the variables of a file, then become the program."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,12 @@ class Place:
     cwd: Path
     run: Path
     assets: Path
+    launch: Path
+    """Folder of this submission, in the run's."""
+
+    @property
+    def environment_file(self) -> Path:
+        return self.launch / ENVIRONMENT_FILE
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -55,7 +66,7 @@ def folders_to_make(place: Place) -> tuple[Path, ...]:
 
 
 def inner_environment(cluster: Cluster, place: Place) -> dict[str, str]:
-    """Variables of processes inside a container; those of the site win.
+    """Variables of processes inside a container, but for those that the site sets itself.
 
     Torch and Triton ask for the user's name and keep caches in the home folder, and a container has neither.
     """
@@ -67,7 +78,7 @@ def inner_environment(cluster: Cluster, place: Place) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(place.home / "triton"),
         "HF_HOME": str(place.hub),
     }
-    return {**own, **cluster.environment}
+    return {name: value for name, value in own.items() if name not in cluster.environment}
 
 
 def _image(container: Container, environment: Environment, place: Place) -> str:
@@ -113,8 +124,11 @@ def inside(command: Sequence[str], cluster: Cluster, environment: Environment, p
     container = cluster.container
     if container.runtime == "none":
         return list(command)
-    # Set inside, where neither the image nor the runtime changes them any more.
-    command = ["env", *(f"{name}={value}" for name, value in inner_environment(cluster, place).items()), *command]
+    # Set inside, where neither the image nor the runtime changes them any more. The site's come from a file: everybody
+    # on a node can read command lines.
+    words = ["env", *(f"{name}={value}" for name, value in inner_environment(cluster, place).items())]
+    words += ["sh", "-c", _SOURCING, "sh", str(place.environment_file)] if cluster.environment else []
+    command = [*words, *command]
     if container.runtime not in images.APPTAINER:
         return command
     words = [container.runtime, "exec", "--no-home", f"--pwd={place.cwd}"]
@@ -139,9 +153,21 @@ def docker_run(
     words += [f"--shm-size={container.shm_gib}g"] if container.shm_gib else ["--ipc=host"]
     words += ["--ulimit=memlock=-1", "--ulimit=stack=67108864", f"--workdir={place.cwd}"]
     words += [f"--volume={_bind(mount)}" for mount in mounts_of(container, place)]
-    words += [f"--env={name}={value}" for name, value in inner_environment(cluster, place).items()]
-    words += [f"--env={name}" for name in BY_NAME if name not in cluster.environment]
+    own = inner_environment(cluster, place)
+    own |= {name: value for name, value in cluster.environment.items() if _is_read_by_docker(name)}
+    words += [f"--env={name}={value}" for name, value in own.items()]
+    words += [f"--env={name}" for name in dict.fromkeys([*docker_environment(cluster), *BY_NAME])]
     return [*words, _image(container, environment, place), *command]
+
+
+def docker_environment(cluster: Cluster) -> dict[str, str]:
+    """What the docker program itself needs in its environment: it hands these on by name, without showing values."""
+    return {name: value for name, value in cluster.environment.items() if not _is_read_by_docker(name)}
+
+
+def _is_read_by_docker(name: str) -> bool:
+    """Whether the variable would change what the docker program does, so that it cannot be handed on by name."""
+    return not looks_secret(name) and (name in ("PATH", "HOME") or name.startswith(("DOCKER_", "LD_", "XDG_")))
 
 
 def _bind(mount: Mount) -> str:

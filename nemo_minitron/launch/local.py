@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nemo_minitron.config.schema import Recipe
+from nemo_minitron.config.schema import Cluster, Recipe
+from nemo_minitron.disclosure import environment_script, write_private
 from nemo_minitron.errors import EnvironmentProblem, Interrupted, PlanError
 from nemo_minitron.launch import record
-from nemo_minitron.launch.containers import IN_CONTAINER, docker_run, folders_to_make, inside
+from nemo_minitron.launch.containers import IN_CONTAINER, docker_environment, docker_run, folders_to_make, inside
 from nemo_minitron.launch.jobs import jobs_of, missing_images, misspelt_images
 from nemo_minitron.launch.submit import cluster_of, placed
 from nemo_minitron.plan.folder import run_dir
@@ -73,16 +74,24 @@ def launch(recipe: Recipe, options: RunOptions) -> None:
             f"There is no {cluster.container.runtime} on this machine.",
             next_step="Install it, or set execution.cluster.container.runtime=none.",
         )
+    with record.launching(run_dir(recipe)):
+        _launch(recipe, options, cluster)
+
+
+def _launch(recipe: Recipe, options: RunOptions, cluster: Cluster) -> None:
     plan = settle(recipe, options)
     folder = record.next_folder(run_dir(recipe))
     to_run = commands(plan, folder, options)
     own_folder(run_dir(recipe), folder.parent.name)
     folder.mkdir()
-    for made in folders_to_make(placed(recipe, folder).place):
+    place = placed(recipe, folder).place
+    for made in folders_to_make(place):
         made.mkdir(parents=True, exist_ok=True)
     write_recipe(plan.recipe, folder / record.RECIPE_FILE)
+    write_private(place.environment_file, environment_script(cluster.environment))
+    own = {**os.environ, **(docker_environment(cluster) if cluster.container.runtime == "docker" else {})}
     for stage, command in to_run:
-        code = subprocess.run(command, check=False).returncode
+        code = subprocess.run(command, env=own, check=False).returncode
         if code == INTERRUPTED:
             raise Interrupted(f"Stopped in stage {stage}; the same command goes on.")
         if code:

@@ -137,7 +137,7 @@ def render(job: Job, cluster: Cluster, where: Scripted) -> str:
         "set -uo pipefail",
         f"cd -- {_quote(where.place.cwd)} || exit 1",
         CLEAN + (HOST_PYTHON if in_container else ""),
-        *_setup(cluster),
+        *_setup(cluster, where),
         PRELUDE.format(run=_quote(where.run_dir), launch=_quote(where.launch_dir), stages=quoted_stages),
     ]
     if job.nodes > 1:
@@ -216,11 +216,13 @@ def job_name(recipe_name: str, job: str) -> str:
     return f"{recipe_name.replace('/', '.')}.{job}"
 
 
-def _setup(cluster: Cluster) -> Iterator[str]:
+def _setup(cluster: Cluster, where: Scripted) -> Iterator[str]:
     if cluster.setup_script is not None:
         yield f"# shellcheck disable=SC1090,SC1091\n. {_quote(cluster.setup_script)}"
     yield from (f"module load {shlex.quote(module)}" for module in cluster.modules)
-    yield from (f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items())
+    if cluster.environment:
+        yield f"# Sets {', '.join(cluster.environment)}; their values stand in no script."
+        yield f"# shellcheck disable=SC1090,SC1091\n. {_quote(where.place.environment_file)} || exit 1"
     if cluster.agent != "torchrun":
         yield f"export MINITRON_AGENT={shlex.quote(cluster.agent)}"
 

@@ -48,6 +48,7 @@ NO_SUCH_JOB = "Invalid job id"
 HAS_ENDED = (NO_SUCH_JOB, "already completing or completed", "Job/step already")
 """What scancel says of jobs that are over."""
 _FIELDS = "JobArrayID:64|,State:32|,Reason:64|,TimeUsed:32|,TimeLeft:32|,NodeList:128|,RestartCnt:16|"
+_QUEUE = ("squeue", "--noheader", "--states=all", f"--user={os.getuid()}", "--format=%F|%o")
 _NONE: frozenset[str] = frozenset()
 
 
@@ -138,9 +139,21 @@ def queued_below(folder: Path) -> list[str]:
     return _queued(lambda command: Path(command).parent == folder, _NONE)
 
 
+def queued_scripts(folder: Path) -> dict[str, list[str]]:
+    """Name of a script in a folder, without its ending -> numbers of this user's jobs that run it.
+
+    Raises:
+        EnvironmentProblem: squeue does not answer, so that nobody knows.
+    """
+    found: dict[str, list[str]] = {}
+    for number, command in queued_commands(ask(_QUEUE, patience_s=TIMEOUT_S)):
+        if Path(command).parent == folder:
+            found.setdefault(Path(command).stem, []).append(number)
+    return {name: sorted(set(numbers), key=int) for name, numbers in found.items()}
+
+
 def _queued(is_wanted: Callable[[str], bool], known: Collection[str]) -> list[str]:
-    words = ["squeue", "--noheader", "--states=all", f"--user={os.getuid()}", "--format=%F|%o"]
-    code, out, _ = _run(words)
+    code, out, _ = _run(_QUEUE)
     numbers = {split_id(job_id)[0] for job_id in known}
     found = [number for number, command in queued_commands(out) if is_wanted(command)] if code == 0 else []
     return sorted({number for number in found if number not in numbers}, key=int)

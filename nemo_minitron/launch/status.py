@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.launch import record, slurm
 from nemo_minitron.launch.answers import UNKNOWN, JobState, split_id
 from nemo_minitron.launch.record import Submitted
+from nemo_minitron.launch.submit import last_submission
 
 
 def job_facts(run: Path) -> dict[str, dict[str, Any]]:
@@ -23,8 +26,11 @@ def job_facts(run: Path) -> dict[str, dict[str, Any]]:
         return {}
     states: Mapping[str, list[JobState]] = {}
     if shutil.which("squeue") is not None:
+        with suppress(EnvironmentProblem):  # what is recorded is shown in any case
+            last = last_submission(run) or last
         states = slurm.states(last.job_ids)
-    return {stage: _facts(job, index, states) for job in last.jobs for index, stage in enumerate(job.stages)}
+    jobs = [job for job in last.jobs if job.job_ids]
+    return {stage: _facts(job, index, states) for job in jobs for index, stage in enumerate(job.stages)}
 
 
 def _facts(job: Submitted, index: int, states: Mapping[str, list[JobState]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nemo_minitron.config.schema import Cluster, Recipe
+from nemo_minitron.disclosure import environment_script, write_private
 from nemo_minitron.errors import ArtifactError, MinitronError, PlanError
 from nemo_minitron.launch import record, slurm
 from nemo_minitron.launch.containers import Place
@@ -42,7 +43,7 @@ def placed(recipe: Recipe, launch_dir: Path) -> Scripted:
         recipe_name=recipe.name,
         run_dir=run,
         launch_dir=launch_dir.absolute(),
-        place=Place(cwd, run, Path(recipe.execution.assets_dir).absolute()),
+        place=Place(cwd, run, Path(recipe.execution.assets_dir).absolute(), launch_dir.absolute()),
         program=cluster.command or str(Path(sys.executable).with_name("minitron")),
     )
 
@@ -76,12 +77,18 @@ def launch(recipe: Recipe, options: RunOptions, say: Say) -> record.Submission |
     """Submit what is left to do; None when all has finished.
 
     Raises:
-        ArtifactError: jobs of an earlier submission are still there, or the recipe has changed since.
+        ArtifactError: jobs of an earlier submission are still there, another launch is at work, or the recipe has
+            changed since.
         EnvironmentProblem: Slurm refuses; nothing stays in its queue then.
     """
     slurm.require_slurm()
     run = run_dir(recipe)
-    require_no_jobs(run)
+    with record.launching(run):
+        require_no_jobs(run)
+        return _launch(recipe, options, run, say)
+
+
+def _launch(recipe: Recipe, options: RunOptions, run: Path, say: Say) -> record.Submission | None:
     plan = settle(recipe, options)
     jobs, cluster = jobs_left(plan, options), cluster_of(plan.recipe)
     if not jobs:
@@ -96,16 +103,17 @@ def launch(recipe: Recipe, options: RunOptions, say: Say) -> record.Submission |
     own_folder(run, where.launch_dir.parent.name)
     where.launch_dir.mkdir()
     write_recipe(plan.recipe, where.recipe_file)
+    write_private(where.place.environment_file, environment_script(cluster.environment))
     for file, text in scripts.items():
-        file.write_text(text)
+        write_private(file, text)
     own_folder(run, "logs", "slurm")
     return _submit_all(jobs, cluster, where, say)
 
 
 def require_no_jobs(run: Path) -> None:
     """Raises ArtifactError while jobs of the run's last submission wait or run."""
-    last = record.newest(run)
-    if last is None or last.launcher != "slurm":
+    last = last_submission(run)
+    if last is None:
         return
     active = slurm.active(last.job_ids)
     if active:
@@ -116,26 +124,51 @@ def require_no_jobs(run: Path) -> None:
         )
 
 
+def last_submission(run: Path) -> record.Submission | None:
+    """The last one to Slurm, with jobs that were submitted and not recorded, as `launch` was killed meanwhile.
+
+    Raises:
+        EnvironmentProblem: Slurm has to be asked for those, and does not answer.
+    """
+    last = record.newest(run)
+    if last is None or last.launcher != "slurm":
+        return None
+    return last if last.complete else last.with_ids(slurm.queued_scripts(last.folder))
+
+
 def _submit_all(jobs: list[Job], cluster: Cluster, where: Scripted, say: Say) -> record.Submission:
-    submission = record.Submission(where.launch_dir, "slurm", time.time())
+    # Before the first one is submitted: if this process is killed, the next one knows for what to look in the queue.
+    planned = tuple(record.Submitted(job.name, job.stages, (), _log_of(job, where)) for job in jobs)
+    submission = record.Submission(where.launch_dir, "slurm", time.time(), planned, complete=False)
+    submission.write()
     last_of: dict[str, str] = {}
     ids: list[str] = []
     try:
         for job in jobs:
             mine = _submit(job, cluster, where, [last_of[name] for name in job.after], say, ids)
             last_of[job.name] = mine[-1]
-            log = next(word for word in sbatch_command(job, where, after=()) if word.startswith("--output="))
-            done = record.Submitted(job.name, job.stages, tuple(mine), log.removeprefix("--output="))
-            submission = replace(submission, jobs=(*submission.jobs, done))
+            submission = submission.with_ids({job.name: mine})
             submission.write()
     except (MinitronError, KeyboardInterrupt):
-        _take_back(ids, where, say)
+        if _take_back(ids, where, say):
+            replace(submission, complete=True).write()
         raise
+    submission = replace(submission, complete=True)
+    submission.write()
     return submission
 
 
-def _take_back(ids: list[str], where: Scripted, say: Say) -> None:
-    """Cancel what was submitted, and what the queue has of this folder's scripts although sbatch did not say so."""
+def _log_of(job: Job, where: Scripted) -> str:
+    words = sbatch_command(job, where, after=())
+    return next(word for word in words if word.startswith("--output=")).removeprefix("--output=")
+
+
+def _take_back(ids: list[str], where: Scripted, say: Say) -> bool:
+    """Cancel what was submitted, and what the queue has of this folder's scripts although sbatch did not say so.
+
+    Returns:
+        Whether nothing is left.
+    """
     numbers = {slurm.split_id(job_id)[0] for job_id in ids}
     left = [*ids, *(number for number in slurm.queued_below(where.launch_dir) if number not in numbers)]
     say("taking back what was submitted")
@@ -143,6 +176,8 @@ def _take_back(ids: list[str], where: Scripted, say: Say) -> None:
         slurm.cancel(left)
     except MinitronError as error:
         say(f"these jobs could not be cancelled: {' '.join(left)} ({error.what})")
+        return False
+    return True
 
 
 def _submit(job: Job, cluster: Cluster, where: Scripted, after: list[str], say: Say, submitted: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 from math import lcm
 
 from nemo_minitron.config.schema import (
@@ -27,6 +28,7 @@ from nemo_minitron.errors import PlanError
 from nemo_minitron.families import ModelShape
 from nemo_minitron.plan.align_checks import alignment_problems
 from nemo_minitron.plan.expansion import candidates_of
+from nemo_minitron.plan.folder import FOLDERS_OF_A_RUN
 from nemo_minitron.plan.missing import missing_sources
 from nemo_minitron.plan.planner import RunPlan, parallel_of
 from nemo_minitron.plan.shapes import model_shape
@@ -81,9 +83,21 @@ def broken_rules(plan: RunPlan) -> Iterator[str]:
             yield from _chat_data(f"stages.{name}", stage)
         else:
             yield from alignment_problems(name, stage, recipe)
+    yield from _names(recipe)
     yield from _layouts(recipe)
     yield from _labels(recipe)
     yield from _cache_sizes(recipe)
+
+
+def _names(recipe: Recipe) -> Iterator[str]:
+    """Names that nothing answers to, and names of folders that belong to the run itself."""
+    for name in sorted(set(recipe.execution.parallel_by_stage) - set(recipe.stages)):
+        near = get_close_matches(name, recipe.stages, n=1)
+        meant = f" Did you mean {near[0]}?" if near else f" Allowed: {', '.join(recipe.stages)}."
+        yield f"execution.parallel_by_stage.{name}: this recipe has no such stage.{meant}"
+    for name in recipe.stages:
+        if name in FOLDERS_OF_A_RUN:
+            yield f"stages.{name}: the run keeps a folder of its own by this name. Next: call the stage something else."
 
 
 def _select(name: str, stage: SelectStage, recipe: Recipe) -> Iterator[str]:

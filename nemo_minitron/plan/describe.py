@@ -105,7 +105,7 @@ def _stage_facts(name: str, plan: RunPlan, store: Store, verify: bool) -> dict[s
     if manifest is not None:
         store.verify(name, manifest, "all" if verify else "sizes")
         facts["wall_s"] = manifest.provenance.get("wall_s")
-        facts["took"] = f"{facts['wall_s']:.0f} s"
+        facts["took"] = f"{facts['wall_s']:.0f} s" if _is_number(facts["wall_s"]) else ""
         facts["summary"] = ", ".join(
             _show(key, manifest.result[key]) for key in _SUMMARY_KEYS if key in manifest.result
         )
@@ -123,11 +123,20 @@ def _progress(file: Path) -> dict[str, Any] | None:
     """What a running stage says of itself; None when it says nothing, or nothing that can be read."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     keys = {"done", "total", "unit", "eta_s", "fields"}
-    return found if isinstance(found, dict) and keys <= found.keys() and isinstance(found["fields"], dict) else None
+    if not isinstance(found, dict) or not keys <= found.keys() or not isinstance(found["fields"], dict):
+        return None
+    return found if found["eta_s"] is None or _is_number(found["eta_s"]) else None
+
+
+def _is_number(value: Any) -> bool:
+    """Finite, and not so large that it could not be written."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
 
 
 def _show(key: str, value: Any) -> str:
+    if not _is_number(value):
+        return f"{key} {value}"
     return f"{key} {value:,}" if isinstance(value, int) else f"{key} {value:.4g}"

@@ -7,25 +7,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_minitron.report.alignment import tables
+from nemo_minitron.terminal import visible
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; bars and line breaks in cells are escaped."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
 
     return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
 
 
 def plain(text: str) -> str:
-    """Text from data as one line of Markdown that shows it as it is."""
-    return re.sub(r"([\\`*\[\]<>~&])", r"\\\1", " ".join(text.split()))
+    """Text from data as one line of Markdown that shows it as it is: no markup, no link, no unseen character."""
+    escaped = re.sub(r"([\\`*\[\]<>~&])", r"\\\1", visible(" ".join(text.split())))
+    # GitHub makes links of bare addresses.
+    return re.sub(r"(?i)(:)(?=//)|(?<=\bwww)(\.)|(?<=\w)(@)(?=\w)", r"\\\g<0>", escaped)
 
 
 def code(text: str) -> str:
     """Text from data as a code span."""
-    return "`" + " ".join(text.replace("`", "'").split()) + "`"
+    return "`" + visible(" ".join(text.replace("`", "'").split())) + "`"
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:
@@ -129,7 +132,7 @@ def _validation(curves: Sequence[Mapping[str, Any]]) -> str:
 def _pruning(pruning: Mapping[str, Any]) -> str:
     rows = [
         [
-            axis["axis"],
+            plain(axis["axis"]),
             f"{axis['source']:,}",
             f"{axis['kept']:,}",
             f"{axis['share']:.0%}",
@@ -160,13 +163,13 @@ def _alignment(facts: Mapping[str, Any]) -> str:
     parts = []
     for found in tables(facts):
         rows = [[plain(cell) for cell in row] for row in found["rows"]]
-        parts.append(f"{found['title']}:\n\n{table(found['header'], rows)}")
+        parts.append(f"{plain(found['title'])}:\n\n{table([plain(cell) for cell in found['header']], rows)}")
     return "\n\n".join([*parts, _samples(facts["samples"])])
 
 
 def _cost(cost: Mapping[str, Any]) -> str:
     rows = [
-        [stage["stage"], "" if stage["tokens"] is None else f"{stage['tokens']:,}", duration(stage["wall_s"])]
+        [plain(stage["stage"]), "" if stage["tokens"] is None else f"{stage['tokens']:,}", duration(stage["wall_s"])]
         for stage in cost["stages"]
     ]
     return table(["stage", "tokens", "time"], [*rows, ["total", "", duration(cost["total_wall_s"])]])
@@ -181,6 +184,6 @@ def _data_used(uses: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _lineage(report: Mapping[str, Any]) -> str:
-    rows = [[row["stage"], row["kind"], code(row["fingerprint"][:12])] for row in report["lineage"]]
-    versions = ", ".join(f"{name} {version}" for name, version in report["lineage"][-1]["versions"].items())
+    rows = [[plain(row["stage"]), plain(row["kind"]), code(row["fingerprint"][:12])] for row in report["lineage"]]
+    versions = ", ".join(plain(f"{name} {version}") for name, version in report["lineage"][-1]["versions"].items())
     return table(["stage", "kind", "fingerprint"], rows) + (f"\n\nMade with {versions}." if versions else "")

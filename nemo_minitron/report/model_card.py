@@ -105,14 +105,13 @@ def _lineage(facts: Mapping[str, Any], teacher: Mapping[str, Any], model: Mappin
     if "tokens" in model:
         steps.append(f"**Distilled**: {_distillation(model)}")
     stored = f", {mebibytes(facts['checkpoint_bytes'])} MiB of weights" if "checkpoint_bytes" in facts else ""
-    steps.append(f"**Stored** as {facts.get('dtype', 'it was')}{stored}.")
+    steps.append(f"**Stored** as {plain(str(facts.get('dtype', 'it was')))}{stored}.")
     return "\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
 
 
 def _distillation(model: Mapping[str, Any]) -> str:
-    text = (
-        f"{model.get('loss', 'next-token cross entropy')}; {model['tokens']:,} tokens in {model['num_steps']:,} steps."
-    )
+    loss = plain(str(model.get("loss", "next-token cross entropy")))
+    text = f"{loss}; {model['tokens']:,} tokens in {model['num_steps']:,} steps."
     losses = [model.get(key) for key in ("initial_valid_loss", "final_valid_loss", "final_valid_teacher_loss")]
     if None in losses:
         return text
@@ -136,9 +135,9 @@ def _results(metrics: Sequence[Mapping[str, Any]]) -> str:
         ["parameters", *(f"{found['num_params']:,}" for found in metrics)],
         ["bits per byte", *(f"{found['bits_per_byte']:.4f}" for found in metrics)],
         ["perplexity", *(f"{found['perplexity']:.2f}" for found in metrics)],
-        *([task, *(_score(found["tasks"].get(task, {})) for found in metrics)] for task in tasks),
+        *([plain(task), *(_score(found["tasks"].get(task, {})) for found in metrics)] for task in tasks),
     ]
-    told = table(["", *(found["label"] for found in metrics)], rows)
+    told = table(["", *(plain(str(found["label"])) for found in metrics)], rows)
     notes = ["Bits per byte and perplexity (per token) are on held-out documents of the training text."]
     if tasks:
         limit = next((found["tasks_limit"] for found in metrics if found.get("tasks_limit")), None)

@@ -74,12 +74,13 @@ def _losses(run: Path, stage: str) -> list[float]:
     if file is None:
         return []
     out = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:  # its last line is being written
+        except (ValueError, RecursionError):  # its last line is being written
             continue
-        out += [float(row[key]) for key in LOSS_KEYS if isinstance(row.get(key), int | float)][:1]
+        if isinstance(row, dict):
+            out += [float(row[key]) for key in LOSS_KEYS if isinstance(row.get(key), float)][:1]
     return out
 
 

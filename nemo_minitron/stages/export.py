@@ -7,6 +7,7 @@ from typing import Any
 
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.config.schema import ExportStage
+from nemo_minitron.disclosure import masked
 from nemo_minitron.stages.spec import Result, StageContext
 
 
@@ -39,7 +40,8 @@ def export(params: ExportStage, inputs: Inputs, ctx: StageContext) -> Result:
         model=model.result,
         metrics=_metrics(inputs),
     )
-    (ctx.out_dir / "README.md").write_text(card, encoding="utf-8")
+    environment = dict(ctx.execution.cluster.environment) if ctx.execution.cluster else {}
+    (ctx.out_dir / "README.md").write_text(masked(masked(card), environment), encoding="utf-8")
     return {**facts, "license": teacher.result.get("license"), "teacher": teacher.result.get("source")}
 
 

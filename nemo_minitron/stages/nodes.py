@@ -54,17 +54,21 @@ class Nodes:
             EnvironmentProblem: they are not complete.
         """
         agent = environment.get("MINITRON_AGENT", "torchrun")
-        count = int(environment.get("MINITRON_NODES", "1"))
-        if count == 1:
-            return Nodes(agent=agent)
+        said = environment.get("MINITRON_NODES", "1")
         try:
+            count = int(said)
+            if count < 1:
+                raise ValueError("a number of nodes")
+            if count == 1:
+                return Nodes(agent=agent)
             address, port = environment["MINITRON_RENDEZVOUS"].rsplit(":", 1)
             return Nodes(
                 count, int(environment["SLURM_NODEID"]), address, int(port), environment["MINITRON_ATTEMPT"], agent
             )
         except (KeyError, ValueError) as error:
             raise EnvironmentProblem(
-                f"MINITRON_NODES = {count}, but {error} is not set or no number.",
+                f"MINITRON_NODES = {said}: this, or what goes with it, is not set or no number ({error}).",
+                where="MINITRON_NODES, MINITRON_RENDEZVOUS, MINITRON_ATTEMPT, SLURM_NODEID",
                 next_step="Start jobs of several nodes with `minitron launch`; its scripts set all of it.",
             ) from None
 

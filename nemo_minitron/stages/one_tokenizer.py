@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 
-from rich.markup import escape
-
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.errors import DataError
 from nemo_minitron.hf.tokenizer_identity import TokenizerIdentity, differing_added_tokens
@@ -102,4 +100,4 @@ def _named(tokens: AddedTokens, one: str, other: str) -> str:
 
 def _warn(ctx: StageContext, text: str) -> None:
     if ctx.is_main:
-        ctx.progress.say(f"[yellow]warning[/yellow] {escape(text)}")
+        ctx.progress.warn(text)

@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_minitron import errors
 from nemo_minitron.config.schema import Recipe
+from nemo_minitron.disclosure import masked, write_private
 from nemo_minitron.errors import Interrupted, MinitronError, ProcessesDied
 from nemo_minitron.interrupts import RELAY_FILE, StopRequest
 from nemo_minitron.plan.planner import StageCall
@@ -39,7 +40,7 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
     write_whole(work / ERROR_FILE, " " * ERROR_BYTES)
     order = {"recipe": recipe.model_dump(mode="json"), "stage": call.name, "out_dir": str(out)}
     order["code"] = of_this_process()
-    write_whole(work / CALL_FILE, json.dumps(order))
+    write_private(work / CALL_FILE, json.dumps(order))
     nodes = Nodes.here()
     command = nodes.command(sys.executable, call.parallel.world_size, [str(START), "worker", str(work / CALL_FILE)])
     environment = {
@@ -95,7 +96,8 @@ def _wait(process: subprocess.Popen[bytes], kind: str, work: Path, stop: StopReq
 
 def save_error(error: MinitronError, file: Path) -> None:
     """Hand a user's error from a worker to the runner, in the room that it has kept."""
-    fields = {key: getattr(error, key) for key in ("what", "where", "allowed", "next_step")}
+    told = {key: getattr(error, key) for key in ("what", "where", "allowed", "next_step")}
+    fields = {key: None if value is None else masked(value) for key, value in told.items()}
     text = json.dumps({"type": type(error).__name__, **fields})
     write_reserved(file, text.ljust(ERROR_BYTES).encode())
 

@@ -12,14 +12,12 @@ import yaml
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.config.schema import Recipe, ReportStage
+from nemo_minitron.disclosure import environment_of, masked_values, public_recipe
 from nemo_minitron.errors import PlanError
 from nemo_minitron.files import write_whole
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan
 from nemo_minitron.stages.spec import Result, StageContext
-
-LOCAL = ("run_root", "assets_dir")
-"""Keys of `execution` that name folders."""
 
 
 def report(params: ReportStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -36,7 +34,8 @@ def render(
     from nemo_minitron.report.html import render_html
     from nemo_minitron.report.markdown import render_markdown
 
-    facts = collect(params.title or recipe_name, recipe_name, stages)
+    facts = masked_values(collect(params.title or recipe_name, recipe_name, stages))
+    facts = masked_values(facts, environment_of(recipe))
     planned = _planned(recipe)
     for row in facts["cost"]["stages"]:
         row["planned"] = planned.get(row["stage"])
@@ -87,6 +86,5 @@ def _read_plan(ctx: StageContext) -> dict[str, Any]:
 
 
 def _recipe_text(recipe: Mapping[str, Any]) -> str:
-    """The resolved recipe as YAML, without this machine's folders: the page is made to be passed on."""
-    execution = {key: value for key, value in recipe.get("execution", {}).items() if key not in LOCAL}
-    return yaml.safe_dump({**recipe, "execution": execution}, sort_keys=False, allow_unicode=True) if recipe else ""
+    """The resolved recipe as YAML, as it may be passed on."""
+    return yaml.safe_dump(public_recipe(recipe), sort_keys=False, allow_unicode=True) if recipe else ""

@@ -13,15 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from nemo_minitron import errors
 from nemo_minitron.artifacts.manifest import Manifest, provenance
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import Recipe
+from nemo_minitron.disclosure import MaskingFormatter, masked, write_private
 from nemo_minitron.disk import disk_errors
 from nemo_minitron.errors import ArtifactError, DataError, Interrupted
-from nemo_minitron.files import write_whole
 from nemo_minitron.interrupts import StopRequest, stop_file_of_job
 from nemo_minitron.notify import notify
 from nemo_minitron.plan.epochs import repeated_text
@@ -177,8 +175,8 @@ def _settle(recipe: Recipe, options: RunOptions, store: Store, stop: StopRequest
 
 
 def write_recipe(recipe: Recipe, file: Path) -> None:
-    """The composed recipe, for workers and jobs."""
-    write_whole(file, json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
+    """The composed recipe, for workers and jobs; with values of `execution.cluster`, so for its owner alone."""
+    write_private(file, json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
 
 
 def run_stage(
@@ -189,10 +187,10 @@ def run_stage(
     try:
         _make_stage(call, recipe, store, stop, options, quiet=quiet)
     except (Interrupted, KeyboardInterrupt) as error:
-        tell(status="stopped", message=str(error))
+        tell(status="stopped", message=masked(str(error)))
         raise
     except BaseException as error:
-        tell(status="failed", message=str(error))
+        tell(status="failed", message=masked(str(error)))
         raise
     tell(status="finished")
 
@@ -204,9 +202,9 @@ def _make_stage(
     started_s = time.monotonic()
     inputs = store.inputs(call.inputs, "small" if STAGES[call.kind].reads_results else "unseen")
     progress = Progress(store.work(call.name) / STATUS_FILE, silent=quiet)
-    progress.say(f"[bold]{call.name}[/bold] ({call.kind})")
+    progress.say(f"({call.kind})", call.name, "bold")
     for text in repeated_text(call.name, recipe.stages[call.name], store):
-        progress.say(f"[yellow]warning[/yellow] {escape(text)}")
+        progress.warn(text)
     work, accepted = open_work(call, store, accept_drift=options.accept_drift, progress=progress)
     with store.building(call.name) as out, _published_names(out, call.name, store), _log_file(store.root, call.name):
         if call.parallel.world_size == 1 or not STAGES[call.kind].distributed:
@@ -296,7 +294,7 @@ def _log_file(root: Path, stage: str) -> Iterator[None]:
     handler = logging.StreamHandler(log)
     # A full disk is told once, by the stage that it stops; not by every line that the log could not take.
     handler.handleError = lambda record: None  # type: ignore[method-assign]
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    handler.setFormatter(MaskingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     top = logging.getLogger()
     before = list(top.handlers)
     top.handlers[:] = [handler]

@@ -15,6 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 from nemo_minitron.config.schema import Cluster, Resources
+from nemo_minitron.disclosure import environment_script, write_private
 from nemo_minitron.errors import PlanError
 from nemo_minitron.launch.containers import BY_NAME, Place, docker_run
 from nemo_minitron.launch.jobs import Job
@@ -43,7 +44,7 @@ def _job(name: str = "distill", **keys: Any) -> Job:
 
 def _where(folder: str = "/shared") -> Scripted:
     run = Path(folder, "runs/llama31_8b/width_4b")
-    place = Place(Path(folder, "checkout"), run, Path(folder, "assets"))
+    place = Place(Path(folder, "checkout"), run, Path(folder, "assets"), run / "launch/001")
     return Scripted("llama31_8b/width_4b", run, run / "launch/001", place, "/shared/venv/bin/minitron")
 
 
@@ -133,6 +134,7 @@ def test_what_a_recipe_says_reaches_programs_as_it_stands_and_a_shell_never(host
     setup = folder / "setup.sh"
     setup.write_text("")
     cluster = _cluster("none", environment={"SITE": hostile}, setup_script=str(setup))
+    write_private(where.place.environment_file, environment_script(cluster.environment))
     script = tmp_path / "script.sh"
     script.write_text(render(_job(nodes=2), cluster, Scripted(**{**vars(where), "program": f"/bin/{hostile}"})))
     environment = {
@@ -199,7 +201,7 @@ def test_docker_gets_gpus_memory_user_and_mounts() -> None:
         "--env=HOME=/shared/runs/llama31_8b/width_4b/.home --env=USER=minitron --env=LOGNAME=minitron "
         "--env=TORCHINDUCTOR_CACHE_DIR=/shared/runs/llama31_8b/width_4b/.home/torchinductor "
         "--env=TRITON_CACHE_DIR=/shared/runs/llama31_8b/width_4b/.home/triton "
-        "--env=HF_HOME=/shared/assets/.huggingface --env=NCCL_DEBUG=WARN "
+        "--env=HF_HOME=/shared/assets/.huggingface --env=NCCL_DEBUG "
         f"{by_name} nvcr.io/org/minitron:core minitron stage"
     )
 
@@ -218,8 +220,9 @@ def test_secrets_go_into_containers_by_name_and_stand_in_no_script(
 
 def test_the_site_decides_over_the_homes_and_caches_of_containers() -> None:
     text = render(_job(), _cluster("pyxis", environment={"HF_HOME": "/site/hub"}), _where())
-    assert "    HF_HOME=/site/hub \\\n" in text
-    assert "HF_HOME=/shared/assets" not in text
+    assert "HF_HOME=" not in text, "its value is in a file, which the shell in the container reads"
+    assert shlex.quote('. "$1" && shift && exec "$@"') in text
+    assert text.count(str(_where().place.environment_file)) == 2
 
 
 def test_steps_see_nothing_of_an_outer_job_and_nodes_are_named_behind_a_banner(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from nemo_minitron.backends.aligner import environment, process
 from nemo_minitron.cli import load_plan
@@ -18,6 +17,7 @@ from nemo_minitron.interrupts import StopRequest
 from nemo_minitron.progress import Progress
 from nemo_minitron.stages import align
 from nemo_minitron.stages.spec import StageContext
+from nemo_minitron.terminal import Screen
 from tests.conftest import REPO
 
 STEPS = """
@@ -36,7 +36,7 @@ def test_the_bar_goes_to_the_last_step(terminal: bool, tmp_path: Path, monkeypat
     monkeypatch.setattr("nemo_minitron.progress.LOG_INTERVAL_S", 0.0)
     progress = Progress(tmp_path / "status.json")
     progress.stream = io.StringIO()
-    progress.console = Console(file=progress.stream, force_terminal=terminal, width=120)
+    progress.console = Screen(file=progress.stream, force_terminal=terminal, width=120)
     words = [sys.executable, "-c", STEPS, process.PROGRESS_FILE, str(4 * process.POLL_S)]
     child = subprocess.Popen(words, cwd=tmp_path, start_new_session=True)
     assert process._wait(child, "sft", tmp_path, progress, StopRequest()) == 7

@@ -131,12 +131,10 @@ def test_files_keep_their_relative_paths_and_others_get_a_folder(work: Path, tmp
     assert not list(bundle.rglob("pwned"))
 
 
-def test_a_path_from_the_environment_is_written_out(
-    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_that_another_key_holds_is_written_out(work: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("A text.")
-    monkeypatch.setenv("MY_TEXTS", str(tmp_path))
-    bundle = bundled(tmp_path, write_recipe(work, "asset:toy-llama", "${oc.env:MY_TEXTS}/a.txt"))
+    recipe = write_recipe(work, "asset:toy-llama", "${execution.run_root}/a.txt")
+    bundle = bundled(tmp_path, recipe, f"execution.run_root={tmp_path}")
     assert sources_of(bundle)[1] == "outside/1/a.txt"
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from rich.markup import escape
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.build import DTYPES
@@ -140,7 +139,7 @@ def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | Non
     checkpoints = Checkpoints(
         work_dir / "checkpoints", job.session, keep=params.keep_checkpoints, in_background=execution.async_checkpoints
     )
-    before = checkpoints.resume(job.trainable, lambda text: progress.say(f"{options.stage}: {escape(text)}"))
+    before = checkpoints.resume(job.trainable, lambda text: progress.say(f"{options.stage}: {text}"))
     curves = Curves(work_dir, first_step=before.step or -1, enabled=job.session.is_main, tracker=_tracker(options))
     loop = _Loop(job, curves, checkpoints, LossWatch(params.guard, before.good_losses), options, peak)
     if before.step == 0:

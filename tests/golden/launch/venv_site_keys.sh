@@ -20,7 +20,9 @@ unset "${!SRUN_@}" "${!SBATCH_@}" "${!SALLOC_@}" "${!SLURM_MEM_PER_@}" "${!SLURM
 # shellcheck disable=SC1090,SC1091
 . '/etc/site setup.sh'
 module load cuda/12.4
-export NCCL_DEBUG=WARN
+# Sets NCCL_DEBUG; their values stand in no script.
+# shellcheck disable=SC1090,SC1091
+. /shared/runs/llama31_8b/width_4b/launch/001/environment.sh || exit 1
 run=/shared/runs/llama31_8b/width_4b
 launch=/shared/runs/llama31_8b/width_4b/launch/001
 stages=(distill)

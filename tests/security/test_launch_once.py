@@ -1,0 +1,121 @@
+"""Jobs are submitted once, and every job that was submitted is known to `status`, `cancel` and the next `launch`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.cli import load_recipe
+from nemo_minitron.config.schema import Recipe
+from nemo_minitron.errors import ArtifactError, EnvironmentProblem
+from nemo_minitron.launch import record
+from nemo_minitron.launch.status import job_facts
+from nemo_minitron.launch.submit import launch
+from nemo_minitron.stages.runner import RunOptions
+from tests.conftest import TOY, Cli
+from tests.support.fake_slurm import FakeSlurm
+
+OPTIONS = RunOptions(until="data")
+QUEUED = "PENDING             |None|0:00|1:00|||0|"
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    """A Slurm that remembers: jobs that sbatch has taken are in squeue's answers until scancel was called for them."""
+    fake = FakeSlurm(tmp_path / "slurm", monkeypatch)
+    queue = tmp_path / "queue"
+    queue.touch()
+    fake.set("sbatch", f'n=$(($(wc -l <{queue}) + 41)); echo "$n|${{@: -1}}" >>{queue}; echo $n')
+    states = f"sed -n \"s/^${{job#--jobs=}}|.*/${{job#--jobs=}}|{QUEUED}/p\" {queue} | tr -d ' '"
+    fake.set("squeue", f'for job in "$@"; do case $job in --jobs=*) {states}; exit;; esac; done; cat {queue}')
+    fake.set("scancel", "exit 0")
+    return fake
+
+
+def _recipe(tmp_path: Path) -> Recipe:
+    site = ["launcher=slurm", "cluster=slurm", "cluster.partition=null", "cluster.account=null"]
+    return load_recipe(TOY, [f"execution.run_root={tmp_path}/runs", *site])
+
+
+def _slow(fake: FakeSlurm, seconds: float) -> None:
+    file = fake.folder / "bin/sbatch"
+    file.write_text(file.read_text().replace("#!/bin/bash\n", f"#!/bin/bash\nsleep {seconds}\n"))
+
+
+def test_a_second_launch_while_sbatch_is_slow_submits_nothing(tmp_path: Path, fake: FakeSlurm) -> None:
+    _slow(fake, 0.6)
+    recipe = _recipe(tmp_path)
+    first = threading.Thread(target=launch, args=(recipe, OPTIONS, print))
+    first.start()
+    while not (tmp_path / "runs/toy/width/launch/001").is_dir():
+        time.sleep(0.02)
+    with pytest.raises(ArtifactError, match="Another `minitron launch` of this run is at work"):
+        launch(recipe, OPTIONS, print)
+    first.join()
+    jobs = [call for call in fake.calls("sbatch") if call.endswith(".sh")]
+    assert len(jobs) == len(set(jobs)) == 2
+    last = record.newest(tmp_path / "runs/toy/width")
+    assert last is not None
+    assert last.complete
+    assert last.job_ids == ["41", "42"]
+    with pytest.raises(ArtifactError, match="Jobs of this run are still there: 41, 42"):
+        launch(recipe, OPTIONS, print)
+
+
+KILLED = """
+import sys
+from tests.security.test_launch_once import OPTIONS, _recipe
+from nemo_minitron.launch.submit import launch
+from pathlib import Path
+launch(_recipe(Path(sys.argv[1])), OPTIONS, print)
+"""
+
+
+def test_a_launch_that_is_killed_leaves_no_job_that_nobody_knows(
+    tmp_path: Path, fake: FakeSlurm, minitron: Cli
+) -> None:
+    recipe, run = _recipe(tmp_path), tmp_path / "runs/toy/width"
+    body = (fake.folder / "bin/sbatch").read_text()
+    # sbatch has made the job, and its caller is gone before it hears of it.
+    (fake.folder / "bin/sbatch").write_text(f"{body.rsplit('; echo', 1)[0]}; kill -KILL $PPID\n")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    recorded = json.loads((run / "launch/001/jobs.json").read_text())
+    assert not recorded["complete"]
+    assert [job["job_ids"] for job in recorded["jobs"]] == [[], []]
+    assert job_facts(run)["teacher"]["job"] == "41"
+    with pytest.raises(ArtifactError, match="Jobs of this run are still there: 41"):
+        launch(recipe, OPTIONS, print)
+    code, said = minitron("cancel", TOY, f"execution.run_root={tmp_path}/runs")
+    assert (code, said.strip()) == (0, "cancelled 41")
+    assert fake.calls("scancel") == ["41"]
+
+
+def test_where_the_queue_cannot_be_asked_after_a_kill_nothing_is_submitted(tmp_path: Path, fake: FakeSlurm) -> None:
+    recipe, run = _recipe(tmp_path), tmp_path / "runs/toy/width"
+    folder = record.next_folder(run)
+    folder.mkdir(parents=True)
+    record.Submission(folder, "slurm", 0.0, (record.Submitted("teacher", ("teacher",), (), "x"),), False).write()
+    fake.set("squeue", "echo 'slurm_load_jobs error: Invalid user' >&2; exit 1")
+    with pytest.raises(EnvironmentProblem, match="Invalid user"):
+        launch(recipe, OPTIONS, print)
+    assert job_facts(run) == {}, "status shows what is recorded"
+    assert not fake.calls("sbatch")
+
+
+def test_the_lock_is_no_link_that_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "launch/.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(ArtifactError, match="The lock is a link"), record.launching(tmp_path):
+        pass
+    assert (tmp_path / "precious").read_text() == "mine"
