@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.errors import CheckpointError, shortened
 from nemo_minitron.hf.gguf_header import FROM_FOLDER
 from nemo_minitron.hf.tokenizer_files import LLAMA3_PATTERN, TEKKEN_PATTERN
 
@@ -61,7 +61,9 @@ def save_tokenizer(fields: Mapping[str, Any], file: Path, out_dir: Path) -> None
     except (CheckpointError, OSError):
         raise
     except Exception as error:  # tokenizers raises nothing more specific
-        raise CheckpointError(f"The GGUF file's tokenizer is damaged: {error!r}", where=str(file)) from error
+        raise CheckpointError(
+            f"The GGUF file's tokenizer is damaged: {shortened(repr(error))}", where=str(file)
+        ) from error
 
 
 def _chat_templates(fields: Mapping[str, Any]) -> str | dict[str, str] | None:
