@@ -21,6 +21,7 @@ from nemo_minitron.limits import PATTERN_SECONDS
 _MAX_GROWTH = 100.0
 """By how much all rules together may lengthen a text. Those of real tokenizers replace one sign by one or a few."""
 _MAX_RULES = 200
+_SEQUENCES = ("normalizers", "pretokenizers", "decoders")
 _MAX_PIECE = 1000
 """Characters that a single rule may put into a text."""
 _KNOWN = frozenset(
@@ -76,7 +77,7 @@ def _rules(part: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
     """The rules of a normalizer, pre-tokenizer or decoder, with those of its sequences."""
     if not isinstance(part, dict) or depth > _MAX_RULES:
         return
-    inner = [part.get(key) for key in ("normalizers", "pretokenizers", "decoders") if isinstance(part.get(key), list)]
+    inner = [rules for key in _SEQUENCES if isinstance(rules := part.get(key), list)]
     if not inner:
         yield part
     for rules in inner:

@@ -49,7 +49,7 @@ ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 12))
 REFERENCES = "a0: xxxxxxxxxx\n" + "".join(f"a{i}: '{f'${{a{i - 1}}}' * 9}'\n" for i in range(1, 12))
 SECTIONS = "a0: {x: 1, y: 2}\n" + "".join(
-    f"a{i}: {{{', '.join(f'k{j}: ${{a{i - 1}}}' for j in range(9))}}}\n" for i in range(1, 12)
+    f"a{i}:\n" + "".join(f"  k{j}: ${{a{i - 1}}}\n" for j in range(9)) for i in range(1, 12)
 )
 LONG_REFERENCES = f"a0: {'x' * 100_000}\n" + "".join(f"a{i}: '{f'${{a{i - 1}}}' * 50}'\n" for i in range(1, 4))
 
@@ -66,8 +66,8 @@ LONG_REFERENCES = f"a0: {'x' * 100_000}\n" + "".join(f"a{i}: '{f'${{a{i - 1}}}' 
         ("a: " + "{a: " * 5_000, "nested deeper than 100 levels"),
         ("".join(f"{' ' * i}a:\n" for i in range(500)), "nested deeper than 100 levels"),
         ("a: 'x'\n" * 60_000, "MINITRON_MAX_YAML_BYTES"),
-        ("a: ${a}", "refers"),
-        ("a: ${b}\nb: ${a}", "refers"),
+        ("a: ${a}", "Recursive interpolation"),
+        ("a: ${b}\nb: ${a}", "Recursive interpolation"),
         (f"a: {'9' * 5_000}", "integer"),
     ],
     ids=lambda value: value[:12],
@@ -77,7 +77,7 @@ def test_a_recipe_that_multiplies_itself_is_refused(tmp_path: Path, text: str, s
     file.write_text(text)
     with pytest.raises(ConfigError) as caught:
         compose(file)
-    assert says in str(caught.value).replace("nested too deeply, or refers", "refers")
+    assert says in str(caught.value)
     assert len(str(caught.value)) < 2000
 
 
@@ -98,7 +98,7 @@ def test_a_recipe_of_a_real_size_is_untouched(tmp_path: Path, monkeypatch: pytes
     many = "".join(f"  s{i}: &s{i} {{kind: prune, note: 'text {i}'}}\n" for i in range(1500))
     (tmp_path / "mine.yaml").write_text(f"stages:\n{many}more: [{', '.join(f'*s{i}' for i in range(1500))}]\n")
     assert len(compose(tmp_path / "mine.yaml")["more"]) == 1500
-    (tmp_path / "mine.yaml").write_text("a: 'x'\n" * 60_000)
+    (tmp_path / "mine.yaml").write_text("a: 'x'\n" * 40_000)
     monkeypatch.setenv("MINITRON_MAX_YAML_BYTES", "10000000")
     with pytest.raises(ConfigError, match="duplicate key"):
         compose(tmp_path / "mine.yaml")
