@@ -12,8 +12,10 @@ from pydantic import BaseModel, ValidationError
 from nemo_minitron.config.keys import stage_classes
 from nemo_minitron.config.schema import Recipe
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.shown import shown
 
 Location = tuple[Any, ...]
+_MAX_SAID_CHARS, _QUOTE = 300, "'"
 
 
 def validate(composed: Mapping[str, Any], *, where: str) -> Recipe:
@@ -59,13 +61,23 @@ def _explain(problem: Any, raw: Mapping[str, Any]) -> str:
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return f"{text}{_wrong_kind(str(path[-1]), raw)}"
     if kind == "literal_error":
-        return f"{text} = {problem['input']!r}: allowed are {context['expected']}."
+        return f"{text} = {_said(problem['input'])}: allowed are {context['expected']}."
     if kind == "string_type" and isinstance(problem["input"], bool | int | float):
-        return f"{text} = {problem['input']!r}: is read as no text; write it in quotes in the recipe."
+        return f"{text} = {_said(problem['input'])}: is read as no text; write it in quotes in the recipe."
     if kind == "tuple_type":
-        return f"{text} = {problem['input']!r}: must be a list, such as [{problem['input']}]."
+        said = _said(problem["input"])
+        return f"{text} = {said}: must be a list, such as [{said.strip(_QUOTE)}]."
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{text} = {problem['input']!r}: {message}."
+    return f"{text} = {_said(problem['input'])}: {message}."
+
+
+def _said(value: Any) -> str:
+    """A wrong value as it stands in the recipe, unless it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more than 4,300 digits, or too deep
+        return shown(value)
+    return text if len(text) <= _MAX_SAID_CHARS else shown(value)
 
 
 def _wrong_kind(name: str, raw: Mapping[str, Any]) -> str:
@@ -75,7 +87,7 @@ def _wrong_kind(name: str, raw: Mapping[str, Any]) -> str:
     meant = get_close_matches(name, [other for other in stages if other != name], n=1, cutoff=0.75)
     if found is None and meant:
         return f": unknown stage without a kind. Did you mean stages.{meant[0]}?"
-    return f".kind = {found!r}: not a kind of stage. Allowed: {', '.join(sorted(stage_classes()))}."
+    return f".kind = {_said(found)}: not a kind of stage. Allowed: {', '.join(sorted(stage_classes()))}."
 
 
 def _path(location: Location, raw: Mapping[str, Any]) -> Location:
