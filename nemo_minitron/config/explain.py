@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -16,6 +16,7 @@ from nemo_minitron.shown import shown
 
 Location = tuple[Any, ...]
 _MAX_SAID_CHARS, _QUOTE = 300, "'"
+_MAX_BITS = 1000
 
 
 def validate(composed: Mapping[str, Any], *, where: str) -> Recipe:
@@ -25,6 +26,7 @@ def validate(composed: Mapping[str, Any], *, where: str) -> Recipe:
         ConfigError: listing every wrong key and value, with what is allowed.
     """
     raw = _with_kinds(composed)
+    _refuse_long_numbers(raw, where)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -35,6 +37,21 @@ def validate(composed: Mapping[str, Any], *, where: str) -> Recipe:
             where=where,
             next_step="All keys with their defaults: nemo_minitron/config/schema/.",
         ) from None
+
+
+def _refuse_long_numbers(raw: Mapping[str, Any], where: str) -> None:
+    """YAML reads hexadecimal numbers of any length; Python does not write one of 4,300 digits."""
+    waiting: list[tuple[str, Any]] = [("", raw)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            raise ConfigError(f"{key}: a number of more than 300 digits.", where=where)
+        items: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, Mapping):
+            items = value.items()
+        elif isinstance(value, list):
+            items = enumerate(value)
+        waiting.extend((f"{key}.{name}".lstrip("."), inner) for name, inner in items)
 
 
 def _with_kinds(composed: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -400,3 +402,31 @@ def test_odd_numbers_in_a_recipe_are_said(tmp_path: Path, minitron: Cli, overrid
     code, said = minitron("check", TOY, override, f"execution.run_root={tmp_path}")
     assert code == 2, said
     assert "unexpected" not in said
+
+
+def test_numbers_that_python_does_not_write_are_said(tmp_path: Path, minitron: Cli) -> None:
+    """YAML reads hexadecimal numbers of any length, and Python refuses to write one of 4,300 digits."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"defaults: [toy/width, _self_]\nstages: {{distill: {{num_steps: 0x{'f' * 6000}}}}}\n")
+    code, said = minitron("check", recipe)
+    assert code == 2, said
+    assert "stages.distill.num_steps" in said
+    assert "unexpected" not in said
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- 2>&-"])
+def test_chat_without_open_streams_ends_with_a_message(tmp_path: Path, closed: str) -> None:
+    words = f"{sys.executable} -m nemo_minitron chat {tmp_path} {closed}"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "unexpected" not in done.stdout + done.stderr
+
+
+def test_a_deleted_working_folder_is_said(tmp_path: Path) -> None:
+    words = f"mkdir {tmp_path}/gone && cd {tmp_path}/gone && rmdir {tmp_path}/gone && {sys.executable} -m nemo_minitron"
+    for command in (f"check {TOY}", "chat x", "status toy/width"):
+        done = subprocess.run(
+            ["bash", "-c", f"{words} {command}"], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 2, done.stderr
+        assert "has been deleted" in done.stderr
