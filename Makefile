@@ -74,9 +74,9 @@ test-slurm: $(STAMP)
 test-gpu: $(STAMP)
 	$(QUIET_ENV) MINITRON_REQUIRE_GPU=1 $(BIN)/python -m pytest tests/gpu $(ARGS)
 
-# Kills, full disks, damaged files, stops: the slow ones too.
+# Kills, full disks, damaged files, stops, and 20,000 hostile inputs for all readers: the slow ones too.
 test-faults: aligner
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/fault $(ARGS)
+	MINITRON_MANY_EXAMPLES=1 $(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/fault $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

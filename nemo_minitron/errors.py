@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+MAX_LINE_CHARS, MAX_LINES = 5000, 500
+"""Of a message. A path may have 4,096 characters; a recipe may have many problems."""
+
+
+def shortened(text: object, most: int = 300) -> str:
+    """Text from outside as it may stand in a message: the middle of a long one is left out."""
+    whole = str(text)
+    if len(whole) <= most:
+        return whole
+    head, tail = most * 2 // 3, most // 4
+    return f"{whole[:head]} [... {len(whole) - head - tail:,} characters ...] {whole[-tail:]}"
+
 
 class MinitronError(Exception):
     """A problem that the user can fix.
@@ -21,7 +33,8 @@ class MinitronError(Exception):
         allowed: str | None = None,
         next_step: str | None = None,
     ) -> None:
-        self.what, self.where, self.allowed, self.next_step = what, where, allowed, next_step
+        self.what, self.where = _bounded(what) or "", _bounded(where)
+        self.allowed, self.next_step = _bounded(allowed), _bounded(next_step)
         super().__init__(self._text())
 
     def _text(self) -> str:
@@ -38,6 +51,15 @@ class MinitronError(Exception):
             if text:
                 setattr(self, field, text.replace(old, new))
         self.args = (self._text(),)
+
+
+def _bounded(text: str | None) -> str | None:
+    """A part of a message that stays readable whatever was put into it."""
+    if text is None or len(text) <= MAX_LINE_CHARS:
+        return text
+    lines = text.split("\n")
+    more = [f"[... {len(lines) - MAX_LINES:,} more lines]"] if len(lines) > MAX_LINES else []
+    return "\n".join([*(shortened(line, MAX_LINE_CHARS) for line in lines[:MAX_LINES]), *more])
 
 
 class ConfigError(MinitronError):

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from nemo_minitron.config.bounded import bounded
 from nemo_minitron.config.extends import GLOBAL, SELF, Chain, first_lines, load_mapping, read_chain
 from nemo_minitron.config.keys import value_kind
 from nemo_minitron.config.outside import require_public_values
@@ -63,6 +64,13 @@ def _changed(written: Any, resolved: Any, changes: Mapping[str, str], key: str) 
 
 def _compose(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The composed recipe, with `${...}` as written and with its values."""
+    require_form(recipe, overrides)
+    file = require_recipe(recipe)
+    with bounded(str(recipe)):
+        return _compose_file(recipe, file, overrides)
+
+
+def _compose_file(recipe: Path, file: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     from hydra import compose as hydra_compose
     from hydra import initialize
     from hydra.core.global_hydra import GlobalHydra
@@ -71,8 +79,6 @@ def _compose(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], di
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    require_form(recipe, overrides)
-    file = require_recipe(recipe)
     chain = read_chain(file)
     site, overrides = _split_cluster(overrides)
     GlobalHydra.instance().clear()

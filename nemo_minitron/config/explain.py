@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -13,8 +13,11 @@ from nemo_minitron.config.keys import stage_classes
 from nemo_minitron.config.schema import Recipe
 from nemo_minitron.disclosure import is_private_key
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.shown import shown
 
 Location = tuple[Any, ...]
+_MAX_SAID_CHARS, _QUOTE = 300, "'"
+_MAX_BITS = 1000
 
 
 def validate(composed: Mapping[str, Any], *, where: str) -> Recipe:
@@ -24,6 +27,7 @@ def validate(composed: Mapping[str, Any], *, where: str) -> Recipe:
         ConfigError: listing every wrong key and value, with what is allowed.
     """
     raw = _with_kinds(composed)
+    _refuse_long_numbers(raw, where)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -34,6 +38,21 @@ def validate(composed: Mapping[str, Any], *, where: str) -> Recipe:
             where=where,
             next_step="All keys with their defaults: nemo_minitron/config/schema/.",
         ) from None
+
+
+def _refuse_long_numbers(raw: Mapping[str, Any], where: str) -> None:
+    """YAML reads hexadecimal numbers of any length; Python does not write one of 4,300 digits."""
+    waiting: list[tuple[str, Any]] = [("", raw)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            raise ConfigError(f"{key}: a number of more than 300 digits.", where=where)
+        items: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, Mapping):
+            items = value.items()
+        elif isinstance(value, list):
+            items = enumerate(value)
+        waiting.extend((f"{key}.{name}".lstrip("."), inner) for name, inner in items)
 
 
 def _with_kinds(composed: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,17 +79,27 @@ def _explain(problem: Any, raw: Mapping[str, Any]) -> str:
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return f"{text}{_wrong_kind(str(path[-1]), raw)}"
     if kind == "literal_error":
-        return f"{text} = {problem['input']!r}: allowed are {context['expected']}."
+        return f"{text} = {_said(problem['input'])}: allowed are {context['expected']}."
     if is_private_key(text) and kind in ("string_type", "tuple_type"):
         return f"{text}: must be {'a text, in quotes' if kind == 'string_type' else 'a list'}."
     if kind == "string_type" and isinstance(problem["input"], bool | int | float):
-        return f"{text} = {problem['input']!r}: is read as no text; write it in quotes in the recipe."
+        return f"{text} = {_said(problem['input'])}: is read as no text; write it in quotes in the recipe."
     if kind == "tuple_type":
-        return f"{text} = {problem['input']!r}: must be a list, such as [{problem['input']}]."
+        said = _said(problem["input"])
+        return f"{text} = {said}: must be a list, such as [{said.strip(_QUOTE)}]."
     message = problem["msg"][0].lower() + problem["msg"][1:]
     if is_private_key(text):
         return f"{text}: {message}."
-    return f"{text} = {problem['input']!r}: {message}."
+    return f"{text} = {_said(problem['input'])}: {message}."
+
+
+def _said(value: Any) -> str:
+    """A wrong value as it stands in the recipe, unless it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more than 4,300 digits, or too deep
+        return shown(value)
+    return text if len(text) <= _MAX_SAID_CHARS else shown(value)
 
 
 def _wrong_kind(name: str, raw: Mapping[str, Any]) -> str:
@@ -80,7 +109,7 @@ def _wrong_kind(name: str, raw: Mapping[str, Any]) -> str:
     meant = get_close_matches(name, [other for other in stages if other != name], n=1, cutoff=0.75)
     if found is None and meant:
         return f": unknown stage without a kind. Did you mean stages.{meant[0]}?"
-    return f".kind = {found!r}: not a kind of stage. Allowed: {', '.join(sorted(stage_classes()))}."
+    return f".kind = {_said(found)}: not a kind of stage. Allowed: {', '.join(sorted(stage_classes()))}."
 
 
 def _path(location: Location, raw: Mapping[str, Any]) -> Location:

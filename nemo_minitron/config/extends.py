@@ -13,6 +13,7 @@ from typing import Any
 
 from nemo_minitron.config.places import configs_dirs, nearest_recipes, recipe_roots, with_suffix
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.files import user_path
 
 SELF, GLOBAL, OPTIONAL, OVERRIDE = "_self_", "_global_", "optional ", "override "
 _HEADER = re.compile(r"\A\s*#\s*@package\s+(\S+)")
@@ -117,7 +118,7 @@ def _find_base(name: str, file: Path, users: Sequence[Path]) -> Path | None:
     """
     absolute = name.startswith("/")
     bare = name.strip("/")
-    candidates = [Path(name).expanduser()] if absolute or name.startswith("~") else [file.parent / name]
+    candidates = [user_path(name)] if absolute or name.startswith("~") else [file.parent / name]
     candidates += [root / bare for root in recipe_roots(file)]
     own = False
     for candidate in candidates:
@@ -142,7 +143,7 @@ def _find_base(name: str, file: Path, users: Sequence[Path]) -> Path | None:
 
 def _is_config(name: str, file: Path) -> bool:
     bare = name.strip("/")
-    return any((folder / f"{bare}.yaml").is_file() for folder in [file.parent, *configs_dirs(file)])
+    return any(with_suffix(folder / f"{bare}.yaml") is not None for folder in [file.parent, *configs_dirs(file)])
 
 
 def _package_of(file: Path) -> str | None:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.data.blocks import COMPRESSIONS, read_blocks
-from nemo_minitron.errors import DataError
+from nemo_minitron.data.blocks import COMPRESSIONS, read_whole
+from nemo_minitron.errors import DataError, shortened
 
 _ROWS_PER_BATCH = 1024
 
@@ -30,12 +30,12 @@ def read_column(file: Path, name: str) -> Iterator[tuple[str, int]]:
                 position = size * done // num_rows
                 yield from ((text, position) for text in _texts(batch.column(0), path) if text is not None)
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"Not a readable parquet file: {error}", where=str(file)) from error
+        raise DataError(f"Not a readable parquet file: {shortened(error)}", where=str(file)) from error
     except OSError as error:
         # pyarrow reports damaged pages so, without a number of the system.
         if error.errno is not None:
             raise
-        raise DataError(f"Not a readable parquet file: {error}", where=str(file)) from error
+        raise DataError(f"Not a readable parquet file: {shortened(error)}", where=str(file)) from error
 
 
 def _texts(column: Any, path: list[str]) -> list[str | None]:
@@ -59,7 +59,7 @@ def open_parquet(file: Path) -> Iterator[Any]:
 
     if file.suffix.lower() in COMPRESSIONS:
         # Parquet is read from its end, so a compressed one has to be unpacked as a whole.
-        with pq.ParquetFile(pa.BufferReader(b"".join(block.data for block in read_blocks(file)))) as table:
+        with pq.ParquetFile(pa.BufferReader(read_whole(file))) as table:
             yield table
     else:
         with pq.ParquetFile(file) as table:
@@ -82,12 +82,12 @@ def _column_path(schema: Any, name: str, file: Path) -> list[str]:
         raise DataError(
             f"There is no column {name!r}.",
             where=str(file),
-            allowed=", ".join(schema.names),
+            allowed=shortened(", ".join(schema.names)),
             next_step="Set text_field of this source.",
         )
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or _is_binary(kind)):
-        raise DataError(f"Column {name!r} is {kind}, not text.", where=str(file))
+        raise DataError(f"Column {name!r} is {shortened(kind)}, not text.", where=str(file))
     return path
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from glob import glob, has_magic
+from glob import has_magic
 from pathlib import Path
 
 from nemo_minitron.data.blocks import COMPRESSIONS
+from nemo_minitron.data.globs import Look, matches
 from nemo_minitron.errors import DataError
 
 FORMATS = (".txt", ".jsonl", ".json", ".parquet")
@@ -55,7 +55,7 @@ def find_files(path: Path, formats: Sequence[str] = FORMATS) -> Found:
     if path.is_file():
         file_format(path, formats)
         return Found([path])
-    listed = sorted(_below(path) if path.is_dir() else _matches(path))
+    listed = sorted(_below(path, Look(path)) if path.is_dir() else matches(path))
     present = _once([file for file in listed if file.is_file()])
     files = [file for file in present if _is_text(file, formats)]
     lost = next((file for file in listed if _known(file, formats) and _leads_nowhere(file)), None)
@@ -72,7 +72,7 @@ def find_files(path: Path, formats: Sequence[str] = FORMATS) -> Found:
 
 def is_there(path: Path) -> bool:
     """Whether a file, folder or glob pattern stands for anything; a name may look like a pattern."""
-    return path.exists() or any(True for _ in _matches(path))
+    return path.exists() or any(True for _ in matches(path))
 
 
 def _nothing(path: Path, present: list[Path], formats: Sequence[str]) -> DataError:
@@ -91,20 +91,21 @@ def _nothing(path: Path, present: list[Path], formats: Sequence[str]) -> DataErr
 # --- looking --------------------------------------------------------------------------------------
 
 
-def _below(root: Path) -> Iterator[Path]:
+def _below(root: Path, look: Look) -> Iterator[Path]:
     """What lies in a folder and below, each real folder once. Its own folders come before those behind links."""
     waiting, seen = [root], set[str]()
     while waiting:
         links: list[Path] = []
         for folder in waiting:
-            yield from _walk(folder, seen, links)
+            yield from _walk(folder, seen, links, look)
         waiting = sorted(links)
 
 
-def _walk(root: Path, seen: set[str], links: list[Path]) -> Iterator[Path]:
+def _walk(root: Path, seen: set[str], links: list[Path], look: Look) -> Iterator[Path]:
     """Without following links to folders, which are added to `links`."""
     for name, folders, files in os.walk(root, onerror=_cannot_list):
         folder = Path(name)
+        look.at(1 + len(folders) + len(files))
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
@@ -118,20 +119,6 @@ def _walk(root: Path, seen: set[str], links: list[Path]) -> Iterator[Path]:
 
 def _cannot_list(error: OSError) -> None:
     raise DataError(f"The folder cannot be read: {error.strerror}.", where=str(error.filename)) from error
-
-
-def _matches(pattern: Path) -> set[Path]:
-    return {Path(name) for one in _without_braces(str(pattern)) for name in glob(one, recursive=True)}
-
-
-def _without_braces(pattern: str) -> Iterator[str]:
-    """`a{b,c}` as a shell has it: `ab` and `ac`."""
-    found = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
-    if found is None:
-        yield pattern
-        return
-    for choice in found[1].split(","):
-        yield from _without_braces(pattern[: found.start()] + choice + pattern[found.end() :])
 
 
 def _once(files: Sequence[Path]) -> list[Path]:

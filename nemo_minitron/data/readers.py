@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config.schema import DataSource
-from nemo_minitron.data.blocks import read_blocks
+from nemo_minitron.data.blocks import read_blocks, read_whole
 from nemo_minitron.data.found import file_format
-from nemo_minitron.errors import DataError
+from nemo_minitron.errors import DataError, shortened
+from nemo_minitron.limits import DOCUMENT_BYTES, LINE_BYTES
+from nemo_minitron.shown import shown_names
 
 Span = tuple[int, int]
 """Lines that begin at these bytes of a file, the second excluded."""
@@ -87,8 +89,9 @@ def no_document(file: Path) -> DataError:
 
 
 def _read_text(file: Path, source: DataSource) -> Iterator[Text]:
+    limit = _DocumentLimit(file)
     if source.document_separator is None:
-        yield Text("".join(text for text, _ in _decoded(file)), file.stat().st_size)
+        yield Text("".join(limit.of(text) for text, _ in _decoded(file)), file.stat().st_size)
         return
     # Line ends of the text are read as \n, so those of the separator have to be.
     separator = source.document_separator.replace("\r\n", "\n").replace("\r", "\n")
@@ -99,12 +102,32 @@ def _read_text(file: Path, source: DataSource) -> Iterator[Text]:
         if separator in joined:
             first, *whole, last = joined.split(separator)
             yield Text("".join([*parts, first]), position)
+            limit = _DocumentLimit(file)
             yield from (Text(document, position) for document in whole)
             parts = [last]
         else:
             border = max(0, len(joined) - len(separator) + 1)
+            limit.of(text)
             parts += [joined[:border], joined[border:]]
     yield Text("".join(parts), position)
+
+
+class _DocumentLimit:
+    """Counts the characters of one document."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.seen, self.most = file, 0, DOCUMENT_BYTES.value()
+
+    def of(self, text: str) -> str:
+        """The text; raises DataError when the document becomes too long."""
+        self.seen += len(text)
+        if self.seen > self.most:
+            raise DataError(
+                f"One document has more than {self.most:,} characters.",
+                where=str(self.file),
+                next_step="Set document_separator of this source. " + DOCUMENT_BYTES.how_to_raise(),
+            )
+        return text
 
 
 def _decoded(file: Path) -> Iterator[tuple[str, int]]:
@@ -225,7 +248,7 @@ def _read_json(file: Path, source: DataSource) -> Iterator[Text]:
     if _has_rows_as_lines(file):
         yield from _read_jsonl(file, source)
         return
-    data = b"".join(block.data for block in read_blocks(file)).removeprefix(codecs.BOM_UTF8)
+    data = read_whole(file).removeprefix(codecs.BOM_UTF8)
     content = _parse(data, file, 0) if data.strip() else []
     rows = content if isinstance(content, list) else [content]
     for number, row in enumerate(rows, start=1):
@@ -254,14 +277,21 @@ def read_lines(file: Path, start: int = 0) -> Iterator[tuple[bytes, int]]:
         start: of a file that is not compressed, the byte to begin at.
     """
     parts: list[bytes] = []
-    position = start
+    position, size, most = start, 0, LINE_BYTES.value()
     for block in read_blocks(file, start):
         position = block.position_bytes
         first, *rest = block.data.split(b"\n")
         parts.append(first)
+        size += len(first)
+        if size > most:
+            raise DataError(
+                f"A line has more than {most:,} bytes.",
+                where=str(file),
+                next_step="Rows stand one a line, each with one document. " + LINE_BYTES.how_to_raise(),
+            )
         for line in rest:
             yield b"".join(parts), position
-            parts = [line]
+            parts, size = [line], len(line)
     yield b"".join(parts), position
 
 
@@ -279,7 +309,7 @@ def _parse(data: bytes, place: object, offset: int) -> Any:
     except json.JSONDecodeError as error:
         raise DataError(f"Not JSON: {error.msg} at column {error.colno}.", where=str(place)) from error
     except ValueError as error:  # a number of more than 4300 digits
-        raise DataError(f"The JSON cannot be read: {error}.", where=str(place)) from error
+        raise DataError(f"The JSON cannot be read: {shortened(error)}.", where=str(place)) from error
     except RecursionError as error:
         raise DataError("The JSON is nested too deeply.", where=str(place)) from error
 
@@ -314,7 +344,7 @@ def _field(row: Any, name: str, place: object) -> Any:
 
 
 def _no_field(row: Any, name: str, place: object) -> DataError:
-    present = (", ".join(row) or "(none)") if isinstance(row, dict) else f"it is a {type(row).__name__}"
+    present = shown_names(row) if isinstance(row, dict) else f"it is a {type(row).__name__}"
     return DataError(
         f"The row has no field {name!r}.",
         where=str(place),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import DataError, PlanError
-from nemo_minitron.evaluation.tasks import data_errors, offline, offline_name, quiet, write_offline_tasks
+from nemo_minitron.evaluation.tasks import data_errors, offline, offline_name, quiet, require_known, write_offline_tasks
 
 METRICS = ("acc_norm", "acc")
 """What a task is judged by: the first of these that it has."""
@@ -56,6 +56,7 @@ def load_choice_task(name: str, tokenizer: Any, *, data_dir: Path | None, limit:
             manager = TaskManager(include_path=scratch, include_defaults=False)
         else:
             manager = TaskManager()
+            require_known([name], manager.all_tasks)
         known = offline_name(name) if data_dir else name
         task = get_task_dict([known], manager)[known]
         if getattr(task, "OUTPUT_TYPE", None) != "multiple_choice":

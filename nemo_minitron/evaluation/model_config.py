@@ -11,9 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.errors import CheckpointError, shortened
 from nemo_minitron.families import ModelShape, write_config
 from nemo_minitron.hf.checkpoint import Checkpoint
+from nemo_minitron.limits import CONFIG_BYTES, too_large
 
 GENERATION_FILE = "generation_config.json"
 _NEVER = ("attention_bias", "mlp_bias", "use_sliding_window")
@@ -74,9 +75,9 @@ def end_tokens(checkpoint: Checkpoint) -> int | list[int] | None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        content = str(error)
+        content = too_large(file, CONFIG_BYTES) or json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        content = shortened(error)
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{file.name} is damaged: {content if isinstance(content, str) else 'it is not a JSON object'}",

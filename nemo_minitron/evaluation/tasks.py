@@ -72,7 +72,7 @@ def run_tasks(
     with tempfile.TemporaryDirectory(dir=work_dir) as scratch, offline(data_dir is not None), quiet():
         if data_dir is None:
             manager = TaskManager()
-            _require_known(tasks, manager.all_tasks)
+            require_known(tasks, manager.all_tasks)
         else:
             write_offline_tasks(tasks, data_dir, Path(scratch))
             # Without the stock tasks, which take seconds to list: each file names what it includes.
@@ -138,7 +138,8 @@ def read_scores(result: Mapping[str, Any]) -> dict[str, float]:
     return {key.removesuffix(",none"): float(value) for key, value in numbers.items()}
 
 
-def _require_known(tasks: Sequence[str], known: Sequence[str]) -> None:
+def require_known(tasks: Sequence[str], known: Sequence[str]) -> None:
+    """Raises PlanError for a name that is not lm-eval's own: it would be read as a file, which can run code."""
     for task in tasks:
         if task not in known:
             near = ", ".join(difflib.get_close_matches(task, known, 5))
@@ -191,6 +192,12 @@ def data_errors(data_dir: Path | None) -> Iterator[None]:
             f"The data of a task cannot be read: {error.__cause__ or error}",
             where=str(data_dir or "the hub"),
             next_step="Fetch it again.",
+        ) from error
+    except ValueError as error:
+        if "unsafe" not in str(error):
+            raise
+        raise PlanError(
+            "A task runs code that the model writes, which is not done here.", next_step="Choose other tasks."
         ) from error
     except (DatasetNotFoundError, ConnectionError) as error:
         raise EnvironmentProblem(

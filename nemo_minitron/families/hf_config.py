@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.errors import CheckpointError, shortened
 from nemo_minitron.families.rope import Rope, read_rope, rope_keys
 from nemo_minitron.families.shape import ModelShape
 from nemo_minitron.families.values import positive, size, switch
+from nemo_minitron.shown import shown, shown_name
 
 FAMILIES: dict[str, str] = {
     "LlamaForCausalLM": "llama",
@@ -106,16 +107,16 @@ def _family(config: Mapping[str, Any], where: str) -> str:
         return str(kind)
     listed = names if isinstance(names, list) else [names]
     if len(listed) != 1 or not isinstance(listed[0], str) or listed[0] not in FAMILIES:
-        said = ", ".join(map(str, listed)) if names else "(none)"
+        said = ", ".join(shown_name(str(one)) for one in listed[:5]) if names else "(none)"
         raise CheckpointError(
-            f"Architecture {said}{'' if kind is None else f' (model_type {kind!r})'} is not supported.",
+            f"Architecture {said}{'' if kind is None else f' (model_type {shown(kind)})'} is not supported.",
             where=where,
             allowed=f"one of {', '.join(sorted(FAMILIES))}",
         )
     family = FAMILIES[listed[0]]
     if kind is not None and kind != family:
         raise CheckpointError(
-            f"architectures says {listed[0]}, model_type says {kind!r}.",
+            f"architectures says {listed[0]}, model_type says {shown(kind)}.",
             where=where,
             allowed=f"model_type {family!r} with this architecture",
             next_step="transformers goes by model_type, others by architectures. Correct the wrong one.",
@@ -182,7 +183,7 @@ def _refuse_unsupported(config: Mapping[str, Any], family: str, where: str) -> N
         found = config.get(key) if key == "hidden_act" else switch(config.get(key), key, where)
         if (_SPELLINGS.get(str(found), found)) != value:
             raise CheckpointError(
-                f"{key} = {found!r} is not supported for {family}.", where=where, allowed=json.dumps(value)
+                f"{key} = {shown(found)} is not supported for {family}.", where=where, allowed=json.dumps(value)
             )
     quantization = config.get("quantization_config") or config.get("compression_config")
     if quantization:
@@ -200,11 +201,11 @@ def _refuse_sliding_layers(config: Mapping[str, Any], family: str, num_layers: i
     if kinds is not None:
         if not isinstance(kinds, list):
             raise CheckpointError(
-                f"layer_types = {kinds!r} is not a list.", where=where, allowed=f"null, or a list of {_FULL}"
+                f"layer_types = {shown(kinds)} is not a list.", where=where, allowed=f"null, or a list of {_FULL}"
             )
         others = sorted({str(kind) for kind in kinds} - {_FULL})
         if others:
-            raise CheckpointError(f"layer_types holds {', '.join(others)}.", where=where, allowed=_FULL)
+            raise CheckpointError(f"layer_types holds {shortened(', '.join(others))}.", where=where, allowed=_FULL)
         return
     if family not in _SLIDES_BY_LAYER or not switch(config.get("use_sliding_window"), "use_sliding_window", where):
         return
@@ -223,7 +224,7 @@ def _require_token_ids(config: Mapping[str, Any], where: str) -> None:
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
         if value is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
             raise CheckpointError(
-                f"{key} = {value!r} is not a token id.",
+                f"{key} = {shown(value)} is not a token id.",
                 where=where,
                 allowed="a whole number, null" + (", a list of whole numbers" if key == "eos_token_id" else ""),
             )

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.errors import CheckpointError, shortened
 from nemo_minitron.families.shape import Llama3RopeScaling
 from nemo_minitron.families.values import positive, table
+from nemo_minitron.shown import shown
 
 LLAMA3_CONSTANTS: dict[str, float | int] = {
     "low_freq_factor": 1.0,
@@ -97,7 +98,7 @@ def _flat(found: Mapping[str, Any], key: str, config: Mapping[str, Any], where: 
     unclear = not config.get("layer_types") and any(value != chosen for value in nested.values())
     if len(nested) < len(found) or not all(name.endswith(_TYPE_SUFFIX) for name in nested) or unclear:
         raise CheckpointError(
-            f"{key} holds {', '.join(found)}.",
+            f"{key} holds {shortened(', '.join(found))}.",
             where=where,
             allowed=f"the same for all layers, or {_LAYER_TYPE} and layer_types that name no other type",
         )
@@ -134,11 +135,11 @@ def _scaling(
         return None
     if kind == "default":
         if found.get("factor") is not None and positive(found["factor"], f"{key}.factor", where) != 1.0:
-            raise CheckpointError(f"{key} has a factor, {found['factor']}, and no rope_type.", where=where)
+            raise CheckpointError(f"{key} has a factor, {shown(found['factor'])}, and no rope_type.", where=where)
         return None
     if kind != "llama3" or not llama3:
         raise CheckpointError(
-            f"rope_type {kind!r} is not supported for this family.",
+            f"rope_type {shown(kind)} is not supported for this family.",
             where=f"{where}, key {key}",
             allowed="default, llama3" if llama3 else "default",
         )
@@ -157,7 +158,7 @@ def _require_constants(found: Mapping[str, Any], key: str, config: Mapping[str, 
     for name, value in {**given, _ORIGINAL_LENGTH: length}.items():
         if value != LLAMA3_CONSTANTS[name]:
             raise CheckpointError(
-                f"{key}.{name} = {value!r} is not supported.", where=where, allowed=str(LLAMA3_CONSTANTS[name])
+                f"{key}.{name} = {shown(value)} is not supported.", where=where, allowed=str(LLAMA3_CONSTANTS[name])
             )
 
 

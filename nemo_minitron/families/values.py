@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.shown import shown
 
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 10_000
@@ -25,7 +26,9 @@ def size(value: Any, key: str, where: str) -> int:
         )
     most = MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise CheckpointError(f"{key} = {value!r} is not a size.", where=where, allowed=f"a whole number, 1 to {most}")
+        raise CheckpointError(
+            f"{key} = {shown(value)} is not a size.", where=where, allowed=f"a whole number, 1 to {most}"
+        )
     return value
 
 
@@ -42,7 +45,7 @@ def positive(value: Any, key: str, where: str) -> float:
         except OverflowError:
             number = math.inf
     if not (math.isfinite(number) and number > 0.0):
-        raise CheckpointError(f"{key} = {value!r} is not supported.", where=where, allowed="a number above 0")
+        raise CheckpointError(f"{key} = {shown(value)} is not supported.", where=where, allowed="a number above 0")
     return number
 
 
@@ -53,7 +56,7 @@ def switch(value: Any, key: str, where: str) -> bool:
         CheckpointError: anything else: transformers would take the text "false" for true.
     """
     if value is not None and not isinstance(value, bool):
-        raise CheckpointError(f"{key} = {value!r} is not a switch.", where=where, allowed="true, false")
+        raise CheckpointError(f"{key} = {shown(value)} is not a switch.", where=where, allowed="true, false")
     return bool(value)
 
 
@@ -64,5 +67,5 @@ def table(value: Any, key: str, where: str) -> Mapping[str, Any]:
         CheckpointError: anything else.
     """
     if value is not None and not isinstance(value, Mapping):
-        raise CheckpointError(f"{key} = {value!r} is not an object.", where=where, allowed="null, or {...}")
+        raise CheckpointError(f"{key} = {shown(value)} is not an object.", where=where, allowed="null, or {...}")
     return value or {}

@@ -63,7 +63,7 @@ def _load_config(file: Path, header: Header) -> Any:
 
     extra = _left_out_by_transformers(header)
     with _reading(file):
-        return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, **extra)
+        return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False, **extra)
 
 
 def _load_model(file: Path, config: Any) -> Any:
@@ -73,7 +73,9 @@ def _load_model(file: Path, config: Any) -> Any:
 
     loader: Any = AutoModelForCausalLM
     with _reading(file):
-        return loader.from_pretrained(str(file.parent), gguf_file=file.name, config=config, dtype=torch.float32)
+        return loader.from_pretrained(
+            str(file.parent), gguf_file=file.name, config=config, dtype=torch.float32, trust_remote_code=False
+        )
 
 
 def _left_out_by_transformers(header: Header) -> dict[str, Any]:

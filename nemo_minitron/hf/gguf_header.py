@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.errors import CheckpointError, shortened
 from nemo_minitron.hf.gguf_parts import refuse_part
 from nemo_minitron.hf.gguf_scan import TensorInfo, scan_header
 
@@ -161,7 +161,7 @@ def _require_kind(header: Header) -> None:
 def damaged_gguf(file: Path, why: object) -> CheckpointError:
     """The error for a GGUF file that is cut off, or whose contents contradict each other."""
     return CheckpointError(
-        f"The GGUF file cannot be read: {why}",
+        f"The GGUF file cannot be read: {shortened(why)}",
         where=str(file),
         next_step="Compare its size and sha256 with the source's, and download it again if they differ.",
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.hf.impostors import require_content
+from nemo_minitron.limits import GGUF_VALUES
 
 _MAGIC = b"GGUF"
 _BEFORE_GGUF = (b"lmgg", b"fmgg", b"tjgg", b"algg")
@@ -23,6 +24,8 @@ _STRING, _ARRAY, _UINT32 = 8, 9, 4
 _SIZES_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Value type -> size, for those of fixed size."""
 _MAX_DIMS = 4
+_MAX_KEYS, _MAX_TENSORS = 10_000, 200_000
+"""A model has some 40 keys, and 12 tensors a layer."""
 _ALIGNMENT_KEY, _ALIGNMENT = b"general.alignment", 32
 _CONVERT_AGAIN = "Convert the model again with a current llama.cpp, or import it from its Hugging Face folder."
 
@@ -83,10 +86,15 @@ class _Walk:
     """A position in the file, moved forward by each read."""
 
     def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at, self.alignment = data, 8, _ALIGNMENT
+        self.data, self.at, self.alignment, self.elements = data, 8, _ALIGNMENT, 0
 
     def tensors(self) -> list[TensorInfo]:
         num_tensors, num_values = self.number("<Q"), self.number("<Q")
+        if num_values > _MAX_KEYS or num_tensors > _MAX_TENSORS:
+            raise ValueError(
+                f"it has {num_values:,} keys and {num_tensors:,} tensors; "
+                f"at most {_MAX_KEYS:,} and {_MAX_TENSORS:,} are read"
+            )
         for _ in range(num_values):
             self.key_and_value()
         found = [self.tensor() for _ in range(num_tensors)]
@@ -135,6 +143,10 @@ class _Walk:
 
     def array(self) -> None:
         kind, count = self.number("<I"), self.number("<Q")
+        self.elements += count
+        if self.elements > GGUF_VALUES.value():
+            # The gguf package makes several objects of each.
+            raise ValueError(f"its arrays hold more than {GGUF_VALUES.value():,} values. {GGUF_VALUES.how_to_raise()}")
         if kind != _STRING:
             self.skip(count * self.size_bytes(kind))
             return

@@ -6,11 +6,12 @@ the file says not to add, and splits text by one rule whatever the file asks for
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.errors import CheckpointError, shortened
 from nemo_minitron.hf.gguf_header import FROM_FOLDER
 from nemo_minitron.hf.tokenizer_files import LLAMA3_PATTERN, TEKKEN_PATTERN
 
@@ -61,7 +62,9 @@ def save_tokenizer(fields: Mapping[str, Any], file: Path, out_dir: Path) -> None
     except (CheckpointError, OSError):
         raise
     except Exception as error:  # tokenizers raises nothing more specific
-        raise CheckpointError(f"The GGUF file's tokenizer is damaged: {error!r}", where=str(file)) from error
+        raise CheckpointError(
+            f"The GGUF file's tokenizer is damaged: {shortened(repr(error))}", where=str(file)
+        ) from error
 
 
 def _chat_templates(fields: Mapping[str, Any]) -> str | dict[str, str] | None:
@@ -124,7 +127,10 @@ def _sentencepiece(fields: Mapping[str, Any], file: Path) -> Any:
     from transformers import AutoTokenizer
 
     loaded: Any = AutoTokenizer
-    return loaded.from_pretrained(str(file.parent), gguf_file=file.name).backend_tokenizer
+    # Alone in a folder: a tokenizer_config.json beside the file could name code, or another class.
+    with tempfile.TemporaryDirectory(prefix="minitron-gguf-") as folder:
+        (Path(folder) / file.name).symlink_to(file.resolve())
+        return loaded.from_pretrained(folder, gguf_file=file.name, trust_remote_code=False).backend_tokenizer
 
 
 _BUILDERS: dict[str, Callable[[Mapping[str, Any], Path], Any]] = {"gpt2": _byte_level_bpe, "llama": _sentencepiece}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.errors import CheckpointError, shortened
 
 _LFS = b"version https://git-lfs.github.com/spec"
 _PAGES = (b"<!doctype html", b"<html")
@@ -46,7 +46,7 @@ def require_content(file: Path, *, may_be_empty: bool = False) -> None:
 def damaged(file: Path, why: object) -> CheckpointError:
     """The error for a file that is there and cannot be read."""
     return CheckpointError(
-        f"{file.name} is damaged or cut off: {why}",
+        f"{file.name} is damaged or cut off: {shortened(why)}",
         where=str(file),
         next_step="Download or copy the file again; compare its size with the source's.",
     )

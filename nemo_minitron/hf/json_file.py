@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.hf.impostors import damaged, require_content
+from nemo_minitron.limits import CONFIG_BYTES, Limit, too_large
+from nemo_minitron.shown import shown
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path, limit: Limit = CONFIG_BYTES) -> dict[str, Any]:
     """The object in a JSON file in UTF-8 or UTF-16, with or without a byte order mark.
 
     Raises:
-        CheckpointError: unreadable, no JSON, no object, or a key that has two different values.
+        CheckpointError: unreadable, too large, no JSON, no object, or a key that has two different values.
     """
     require_content(file)
     try:
+        if reason := too_large(file, limit):
+            raise ValueError(reason)
         content = json.loads(file.read_bytes(), object_pairs_hook=_unique)
     except (OSError, ValueError) as error:
         raise damaged(file, error) from error
@@ -33,7 +37,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found and found[key] != value:
-            raise ValueError(f"key {key!r} is there twice: {found[key]!r} and {value!r}")
+            raise ValueError(f"key {shown(key)} is there twice: {shown(found[key])} and {shown(value)}")
         found[key] = value
     return found
 

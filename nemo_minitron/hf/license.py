@@ -7,7 +7,9 @@ from pathlib import Path
 
 import yaml
 
+from nemo_minitron.config.bounded import safe_load
 from nemo_minitron.hf.links import require_inside
+from nemo_minitron.limits import YAML_BYTES
 
 _HEADER = re.compile(r"\s*^---[ \t]*$\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
 """Between two lines that are `---` and nothing else; inside, texts may hold the three dashes."""
@@ -19,11 +21,13 @@ def read_license(model_dir: Path) -> str | None:
     if not card.is_file():
         return None
     require_inside(card, model_dir)
-    found = _HEADER.match(card.read_text(encoding="utf-8-sig", errors="replace"))
+    # The header comes first; the rest of a card may be long.
+    with card.open(encoding="utf-8-sig", errors="replace") as file:
+        found = _HEADER.match(file.read(YAML_BYTES.value()))
     if found is None:
         return None
     try:
-        header = yaml.safe_load(found[1])
+        header = safe_load(found[1])
     except (yaml.YAMLError, ValueError, RecursionError):
         return None
     name = header.get("license") if isinstance(header, dict) else None

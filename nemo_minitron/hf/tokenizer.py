@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_minitron.errors import CheckpointError, DataError, MinitronError
 from nemo_minitron.hf.links import require_inside
+from nemo_minitron.hf.tokenizer_bounds import require_bounded_rules
 from nemo_minitron.hf.tokenizer_files import CONFIG_FILE, PLAIN_CLASS, TOKENIZER_FILE, Repairs, read_object, repairs
 
 _PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*chat_template*")
@@ -30,6 +31,7 @@ def load_tokenizer(model_dir: Path) -> Any:
     """
     _require_files(model_dir)
     found = repairs(model_dir)
+    require_bounded_rules(found.definition, model_dir)
     tokenizer = _load(model_dir, found)
     if not tokenizer.is_fast:
         raise CheckpointError(

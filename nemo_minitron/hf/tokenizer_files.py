@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.errors import CheckpointError, shortened
+from nemo_minitron.limits import TOKENIZER_BYTES, too_large
 
 TOKENIZER_FILE, CONFIG_FILE, MAP_FILE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 ADDED_FILE = "added_tokens.json"
@@ -44,6 +45,8 @@ class Repairs:
 
     files: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    definition: dict[str, Any] = field(default_factory=dict)
+    """The content of tokenizer.json; empty where there is none."""
 
     def write(self, folder: Path) -> None:
         """Write the changed files into a folder."""
@@ -57,10 +60,10 @@ def repairs(folder: Path) -> Repairs:
     Raises:
         CheckpointError: a file is not the JSON that it should be.
     """
-    out = Repairs()
     if not (folder / TOKENIZER_FILE).is_file():
-        return out
+        return Repairs()
     content = read_object(folder / TOKENIZER_FILE)
+    out = Repairs(definition=content)
     _repair_config(folder, content, out)
     for name in (MAP_FILE, ADDED_FILE):
         if _has_bom(folder / name):
@@ -79,9 +82,11 @@ def read_object(file: Path) -> dict[str, Any]:
         CheckpointError: the file is something else.
     """
     try:
+        if reason := too_large(file, TOKENIZER_BYTES):
+            raise ValueError(reason)
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(file, str(error)) from error
+        raise _damaged(file, shortened(error)) from error
     if not isinstance(content, dict):
         raise _damaged(file, "it is not a JSON object")
     return content

@@ -13,6 +13,7 @@ from nemo_minitron.hf.folder_hints import no_weights
 from nemo_minitron.hf.impostors import damaged, require_content
 from nemo_minitron.hf.json_file import read_json_object
 from nemo_minitron.hf.links import require_inside
+from nemo_minitron.limits import INDEX_BYTES, SAFETENSORS_HEADER_BYTES
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -56,7 +57,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json_object(index).get("weight_map")
+    weight_map = read_json_object(index, INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict):
         raise damaged(index, "it has no weight_map")
     return {name: str(file) for name, file in weight_map.items()}
@@ -117,6 +118,14 @@ def _refuse_unlisted(path: Path, weight_map: Mapping[str, str], shards: Mapping[
                 )
 
 
+def _require_short_header(file: Path) -> None:
+    """The file says in its first eight bytes how long its header is; all of it is read into memory."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+    if SAFETENSORS_HEADER_BYTES.value() < length <= file.stat().st_size:
+        raise damaged(file, f"its header has {length:,} bytes. {SAFETENSORS_HEADER_BYTES.how_to_raise()}")
+
+
 def _header(file: Path) -> dict[str, StoredTensor]:
     with opened(file) as stream:
         views = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118
@@ -129,6 +138,7 @@ def opened(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        _require_short_header(file)
         with safe_open(str(file), framework="pt") as stream:
             yield stream
     except (SafetensorError, OSError) as error:

@@ -32,6 +32,7 @@ from nemo_minitron.plan.folder import FOLDERS_OF_A_RUN
 from nemo_minitron.plan.missing import missing_sources
 from nemo_minitron.plan.planner import RunPlan, parallel_of
 from nemo_minitron.plan.shapes import model_shape
+from nemo_minitron.plan.task_names import unknown_tasks
 from nemo_minitron.pruning.possible import impossible
 from nemo_minitron.stages.spec import STAGES
 
@@ -61,6 +62,7 @@ def find_problems(plan: RunPlan) -> Iterator[str]:
     """Every rule that the recipe breaks, and everything that it reads and is not here, as one line each."""
     yield from broken_rules(plan)
     yield from missing_sources(plan)
+    yield from unknown_tasks(plan)
 
 
 def broken_rules(plan: RunPlan) -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from nemo_minitron.config.schema import (
     TokenizeStage,
 )
 from nemo_minitron.data.found import CHAT_FORMATS, FORMATS, source_files
+from nemo_minitron.data.globs import files_below, matches
 from nemo_minitron.errors import DataError
 from nemo_minitron.files import user_path
 from nemo_minitron.hf.source import ASSET, HUB, asset_path
@@ -82,6 +82,7 @@ def _files(stage: Schema, source: str, assets_dir: Path) -> list[Path]:
             return source_files(path, formats)
         return []
     if path.is_dir():
-        return [file for file in path.rglob("*") if file.is_file()]
-    found = [path] if path.exists() else map(Path, glob(str(path), recursive=True))
-    return [file for file in found if file.is_file()]
+        return [file for file in files_below(path) if file.is_file()]
+    with suppress(DataError):
+        return [file for file in ([path] if path.exists() else matches(path)) if file.is_file()]
+    return []

@@ -33,6 +33,23 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What numpy takes."""
 Precision = Literal["fp32", "bf16"]
 StageName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+def _task(name: str) -> str:
+    if (
+        not name.strip()
+        or "/" in name
+        or "\\" in name
+        or name.startswith(".")
+        or name.endswith((".yaml", ".yml", ".py"))
+    ):
+        # lm-eval would read the file, and run the Python code that it names.
+        raise ValueError("is not the name of a task of lm-eval; files of tasks are not read, as they can run code")
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(_task)]
+"""A task or group that comes with lm-eval, such as arc_easy."""
 WidthMethod = Literal["activation", "taylor"]
 LayerMetric = Literal["block_influence", "lm_loss", "logit_mse", "task"]
 """Names of the metrics; their functions are in pruning/importance.py and pruning/depth.py."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from nemo_minitron.config.schema.base import Precision, Schema, StageName
+from nemo_minitron.config.schema.base import Precision, Schema, StageName, TaskName
 
 
 class CheckTeacherInputs(Schema):
@@ -41,7 +41,7 @@ class EvaluateStage(Schema):
     num_tokens: PositiveInt = 32768
     """Held-out tokens for loss and bits per byte."""
     seq_len_tokens: PositiveInt = 512
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[TaskName, ...] = ()
     """lm-eval task names."""
     tasks_source: str | None = None
     """`asset:NAME` with offline copies of the task data; null: lm-eval's own (needs the hub)."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from nemo_minitron.config.schema.base import LayerMetric, Precision, Schema, Seed, StageName, WidthMethod
+from nemo_minitron.config.schema.base import LayerMetric, Precision, Schema, Seed, StageName, TaskName, WidthMethod
 
 
 class ScoreInputs(Schema):
@@ -17,7 +17,7 @@ class ScoreInputs(Schema):
 class DepthTask(Schema):
     """A multiple-choice task of lm-eval that layers are judged by (2408.11796, section 4 used Winogrande)."""
 
-    name: str
+    name: TaskName
     source: str | None = None
     """`asset:NAME` or a folder with offline copies of the task data; null: lm-eval's own (needs the hub)."""
     limit: PositiveInt | None = 100

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.data.blocks import read_blocks
+from nemo_minitron.data.blocks import read_whole
 from nemo_minitron.data.chat.rows import BadRow
-from nemo_minitron.data.chat.shown import shown_name
 from nemo_minitron.data.columns import open_parquet
 from nemo_minitron.data.found import CHAT_FORMATS, file_format, source_files
 from nemo_minitron.data.readers import read_lines
-from nemo_minitron.errors import DataError
+from nemo_minitron.errors import DataError, shortened
+from nemo_minitron.shown import shown_name
 
 _ROWS_PER_BATCH = 256
 
@@ -126,7 +126,7 @@ def _json_type(value: Any) -> str:
 
 
 def _json(file: Path) -> Numbered:
-    data = b"".join(block.data for block in read_blocks(file)).removeprefix(codecs.BOM_UTF8)
+    data = read_whole(file).removeprefix(codecs.BOM_UTF8)
     try:
         rows = json.loads(data.decode("utf-8"), object_pairs_hook=_without_repeats) if data.strip() else []
     except json.JSONDecodeError as error:
@@ -136,7 +136,7 @@ def _json(file: Path) -> Numbered:
             next_step="If it holds one row a line, name it .jsonl.",
         ) from error
     except (BadRow, ValueError, RecursionError) as error:
-        raise DataError(f"Not a list of rows: {str(error).partition(';')[0]}.", where=str(file)) from error
+        raise DataError(f"Not a list of rows: {shortened(str(error).partition(';')[0])}.", where=str(file)) from error
     if not isinstance(rows, list):
         raise DataError(
             f"The file holds {_json_type(rows)}, not a list.",
@@ -160,4 +160,4 @@ def _parquet(file: Path) -> Numbered:
                     yield number, row
     except (pa.ArrowException, ValueError, OverflowError) as error:
         after = f" after row {number}" if number else ""
-        raise DataError(f"Not a readable parquet file{after}: {error}", where=str(file)) from error
+        raise DataError(f"Not a readable parquet file{after}: {shortened(error)}", where=str(file)) from error

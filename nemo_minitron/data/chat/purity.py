@@ -10,9 +10,11 @@ from jinja2 import Environment, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from nemo_minitron.errors import ConfigError, DataError
+from nemo_minitron.errors import ConfigError, DataError, shortened
 
 _RANDOM = {"random": "the filter random", "lipsum": "the function lipsum"}
+
+_MAX_FACTOR = 1000
 
 
 class _Generation(Extension):
@@ -31,7 +33,8 @@ def require_pure(jinja: str, where: str) -> None:
     try:
         tree = environment.parse(jinja)
     except (TemplateError, RecursionError) as error:
-        raise DataError(f"The chat template is not valid Jinja: {error}", where=where or None) from error
+        raise DataError(f"The chat template is not valid Jinja: {shortened(error)}", where=where or None) from error
+    _require_short_sums(tree, where)
     filters = {str(found.name) for found in tree.find_all(nodes.Filter)}
     names = {str(found.name) for found in tree.find_all(nodes.Name)}
     for name, what in _RANDOM.items():
@@ -41,6 +44,33 @@ def require_pure(jinja: str, where: str) -> None:
                 where=where or None,
                 next_step="Choose another template; the rows of a training have to be the same on every start.",
             )
+
+
+def _require_short_sums(tree: nodes.Template, where: str) -> None:
+    """Refuse arithmetic whose single steps could take hours, which nothing can interrupt."""
+    unbounded: list[nodes.Expr] = [node for node in tree.find_all((nodes.Pow, nodes.Mul)) if not _is_small(node)]
+    unbounded += [node for node in tree.find_all(nodes.Filter) if node.name == "int" and _has_base(node)]
+    if unbounded:
+        raise DataError(
+            "The chat template multiplies or takes powers of values that are not fixed: it could run without end.",
+            where=f"{where}, line {unbounded[0].lineno} of the template".lstrip(", "),
+            allowed=f"products with a number up to {_MAX_FACTOR:,}",
+            next_step="Choose another template.",
+        )
+
+
+def _is_small(node: nodes.BinExpr) -> bool:
+    sides = [node.left, node.right]
+    fixed = [isinstance(side, nodes.Const) and _is_small_constant(side.value) for side in sides]
+    return any(fixed) if isinstance(node, nodes.Mul) else all(fixed)
+
+
+def _is_small_constant(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= _MAX_FACTOR
+
+
+def _has_base(node: nodes.Filter) -> bool:
+    return len(node.args) > 1 or any(keyword.key == "base" for keyword in node.kwargs)
 
 
 def clock(day: date) -> Callable[[str], str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from nemo_minitron.config.schema import TemplateName
 from nemo_minitron.data.chat.rows import ATTRIBUTES
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.errors import CheckpointError, shortened
 
 TEMPLATE_FILE, CONFIG_FILE, GENERATION_FILE = "chat_template.jinja", "tokenizer_config.json", "generation_config.json"
 NAMED_TEMPLATES = "additional_chat_templates"
@@ -134,9 +134,9 @@ def _token_id(model_dir: Path, token: str) -> int | None:
 def _read(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
-            f"The file cannot be read: {error}",
+            f"The file cannot be read: {shortened(error)}",
             where=str(file),
             next_step="The folder needs tokenizer.json and tokenizer_config.json, as `export` writes them.",
         ) from error

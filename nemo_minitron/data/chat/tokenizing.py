@@ -14,9 +14,10 @@ from nemo_minitron.config.schema.base import TEMPLATE_DATE
 from nemo_minitron.data.chat.purity import clock, require_pure
 from nemo_minitron.data.chat.rows import BadRow, Message
 from nemo_minitron.data.chat.templates import TEMPLATES
-from nemo_minitron.errors import DataError
+from nemo_minitron.errors import DataError, shortened
 from nemo_minitron.hf.checkpoint import read_config
 from nemo_minitron.hf.tokenizer import beyond_vocabulary, load_tokenizer, require_known_ids
+from nemo_minitron.limits import TEMPLATE_BYTES, TEMPLATE_SECONDS, Limit, TimeIsUp, cpu_seconds, memory
 
 Attributes = Mapping[str, float]
 
@@ -163,16 +164,32 @@ class ChatTemplate:
 
     def _apply(self, messages: Sequence[Message], attributes: Attributes | None, *, add_generation_prompt: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=self.jinja,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                attributes=dict(attributes or {}),
-                strftime_now=clock(self.day),
-            )
+            with cpu_seconds(TEMPLATE_SECONDS), memory(TEMPLATE_BYTES):
+                text: str = self.tokenizer.apply_chat_template(
+                    list(messages),
+                    chat_template=self.jinja,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    attributes=dict(attributes or {}),
+                    strftime_now=clock(self.day),
+                )
+        except TimeIsUp:
+            # It would be as slow for the next row.
+            raise self._endless(f"takes more than {TEMPLATE_SECONDS.value()} s", TEMPLATE_SECONDS) from None
+        except MemoryError:
+            raise self._endless(f"takes more than {TEMPLATE_BYTES.value():,} bytes", TEMPLATE_BYTES) from None
         except Exception as error:  # some refuse a system text; and a template is a program that may fail in any way
-            raise BadRow(f"the chat template refuses the messages: {error}") from error
+            raise BadRow(f"the chat template refuses the messages: {shortened(error)}") from error
+        if len(text) > TEMPLATE_BYTES.value() // 10:
+            raise self._endless(f"writes {len(text):,} characters", TEMPLATE_BYTES)
+        return text
+
+    def _endless(self, does: str, limit: Limit) -> DataError:
+        return DataError(
+            f"The chat template {does} for one dialogue.",
+            where=str(self.tokenizer.name_or_path),
+            next_step=f"Choose another template. {limit.how_to_raise()}",
+        )
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:

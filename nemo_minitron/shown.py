@@ -13,7 +13,10 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _CHARACTERS
 
 def shown(value: Any) -> str:
     """A short form of any value."""
-    text = _SHORT.repr(value)
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= _MOST else f"{text[: _MOST - 3]}..."
 
 

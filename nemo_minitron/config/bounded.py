@@ -1,0 +1,172 @@
+"""YAML and `${...}` of recipes within limits: their size, their depth, and what aliases and references multiply."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import yaml
+
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.limits import RECIPE_SECONDS, YAML_BYTES, YAML_DEPTH, YAML_NODES, TimeIsUp, cpu_seconds
+
+_REFERENCE_WEIGHT = 20
+"""To look up one reference takes 0.3 ms."""
+
+
+class TooMuch(yaml.YAMLError):
+    """A YAML text that is too large, too deep, or made of too many aliases."""
+
+
+class _Bounded:
+    """A mixin for loaders of PyYAML: refuses before anything is constructed."""
+
+    def __init__(self, stream: Any) -> None:
+        text: Any = stream if isinstance(stream, str | bytes) else stream.read(YAML_BYTES.value() + 1)
+        if len(text) > YAML_BYTES.value():
+            raise TooMuch(f"it has more than {YAML_BYTES.value():,} bytes. {YAML_BYTES.how_to_raise()}")
+        if text is not stream and isinstance(text, str):
+            # As a stream again: of a text, errors would quote whole lines.
+            named = io.StringIO(text)
+            vars(named)["name"] = getattr(stream, "name", "<file>")
+            text = named
+        self._depth = 0
+        super().__init__(text)  # type: ignore[call-arg]
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._depth += 1
+        if self._depth > YAML_DEPTH:
+            raise TooMuch(f"it is nested deeper than {YAML_DEPTH} levels")
+        node = super().compose_node(parent, index)  # type: ignore[misc]
+        self._depth -= 1
+        return node
+
+    def construct_document(self, node: Any) -> Any:
+        if expanded(node) > YAML_NODES.value():
+            raise TooMuch(
+                f"with its aliases written out it has more than {YAML_NODES.value():,} values. "
+                f"{YAML_NODES.how_to_raise()}"
+            )
+        return super().construct_document(node)  # type: ignore[misc]
+
+
+def expanded(root: yaml.Node) -> int:
+    """How many values a YAML document has with its aliases written out.
+
+    Raises:
+        TooMuch: a value holds itself.
+    """
+    sizes: dict[int, int] = {}
+    inside: set[int] = set()
+
+    def size(node: yaml.Node) -> int:
+        if not isinstance(node, yaml.CollectionNode):
+            return 1
+        if id(node) in inside:
+            raise TooMuch("a value holds itself")
+        if id(node) not in sizes:
+            inside.add(id(node))
+            parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
+            sizes[id(node)] = 1 + sum(map(size, parts))
+            inside.remove(id(node))
+        return sizes[id(node)]
+
+    return size(root)
+
+
+def bounded_loader(base: Any) -> Any:
+    """A loader class of PyYAML within the limits."""
+    return base if issubclass(base, _Bounded) else type("BoundedLoader", (_Bounded, base), {})
+
+
+def safe_load(text: str) -> Any:
+    """As yaml.safe_load, within the limits.
+
+    Raises:
+        yaml.YAMLError: no YAML, or too much of it.
+    """
+    return bounded_loader(yaml.SafeLoader)(text).get_single_data()
+
+
+@contextmanager
+def bounded(where: str) -> Iterator[None]:
+    """Limit what OmegaConf and Hydra read and resolve, and the time that it takes.
+
+    Raises:
+        ConfigError: references multiply without end, or time is up.
+    """
+    from omegaconf import _utils, basecontainer
+    from omegaconf.base import Container
+
+    make, resolve = _utils.get_yaml_loader, Container.resolve_parse_tree
+    counter = _Counter()
+
+    def loader() -> Any:
+        return bounded_loader(make())
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        counter.add(_REFERENCE_WEIGHT)
+        found = resolve(self, *args, **options)
+        counter.add(_weight(found))
+        return found
+
+    kept = vars(basecontainer)["get_yaml_loader"]
+    vars(_utils)["get_yaml_loader"] = vars(basecontainer)["get_yaml_loader"] = loader
+    Container.resolve_parse_tree = counted  # type: ignore[method-assign]
+    try:
+        with cpu_seconds(RECIPE_SECONDS):
+            yield
+    except TimeIsUp:
+        raise ConfigError(
+            f"The recipe takes more than {RECIPE_SECONDS.value()} s of processor time to read.",
+            where=where,
+            next_step=RECIPE_SECONDS.how_to_raise(),
+        ) from None
+    except _TooManyReferences:
+        raise ConfigError(
+            f"${{...}} makes more than {YAML_NODES.value():,} values of the recipe, or texts of that weight.",
+            where=where,
+            next_step=YAML_NODES.how_to_raise(),
+        ) from None
+    except RecursionError:
+        raise ConfigError("The recipe is nested too deeply, or refers to itself.", where=where) from None
+    finally:
+        vars(_utils)["get_yaml_loader"], vars(basecontainer)["get_yaml_loader"] = make, kept
+        Container.resolve_parse_tree = resolve  # type: ignore[method-assign]
+
+
+class _Counter:
+    """What all references together have made so far."""
+
+    def __init__(self) -> None:
+        self.made, self.most = 0, YAML_NODES.value()
+
+    def add(self, weight: int) -> None:
+        """Raises _TooManyReferences when it becomes too much."""
+        self.made += weight
+        if self.made > self.most:
+            raise _TooManyReferences
+
+
+class _TooManyReferences(BaseException):
+    """No Exception: OmegaConf would take it for an error of its own."""
+
+
+def _weight(found: Any) -> int:
+    """Values of what a reference stands for; of a text, each 100 characters."""
+    if isinstance(found, str):
+        return len(found) // 100
+    waiting, count = [found], 0
+    while waiting:
+        node = waiting.pop()
+        content = getattr(node, "_content", node)
+        inner = getattr(content, "_content", content) if not isinstance(content, dict | list) else content
+        if isinstance(inner, dict):
+            waiting.extend(inner.values())
+            count += len(inner)
+        elif isinstance(inner, list):
+            waiting.extend(inner)
+            count += len(inner)
+    return count

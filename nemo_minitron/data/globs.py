@@ -1,0 +1,132 @@
+"""Glob patterns and folders, looked through up to a number of entries: `/**/*.txt` would look at a whole machine."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import translate
+from functools import lru_cache
+from glob import has_magic
+from pathlib import Path
+
+from nemo_minitron.errors import DataError
+from nemo_minitron.limits import FILES_LOOKED_AT
+
+_ANY_FOLDERS = "**"
+
+
+class Look:
+    """Counts the entries that the search for one source looks at."""
+
+    def __init__(self, source: Path) -> None:
+        self.source, self.seen, self.most = source, 0, FILES_LOOKED_AT.value()
+
+    def at(self, count: int) -> None:
+        """Raises DataError when there are too many."""
+        self.seen += count
+        if self.seen > self.most:
+            raise DataError(
+                f"The search for text stopped after {self.most:,} files and folders.",
+                where=str(self.source),
+                next_step="Name a folder or pattern with fewer files. " + FILES_LOOKED_AT.how_to_raise(),
+            )
+
+
+def matches(pattern: Path) -> set[Path]:
+    """What a pattern stands for, as glob.glob(recursive=True) has it, with braces: `a{b,c}` is `ab` and `ac`.
+
+    Raises:
+        DataError: too much had to be looked at.
+    """
+    look, found = Look(pattern), set[Path]()
+    for one in _without_braces(str(pattern), look):
+        path = Path(one)
+        found.update(Path(name) for name in _matching(path.anchor, path.parts[bool(path.anchor) :], look))
+    return found
+
+
+def files_below(root: Path) -> Iterator[Path]:
+    """Everything in a folder and below, without following links to folders.
+
+    Raises:
+        DataError: there is too much.
+    """
+    look = Look(root)
+    for name, folders, files in os.walk(root):
+        look.at(1 + len(folders) + len(files))
+        yield from (Path(name) / entry for entry in files)
+
+
+def _without_braces(pattern: str, look: Look) -> Iterator[str]:
+    found = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
+    if found is None:
+        yield pattern
+        return
+    for choice in found[1].split(","):
+        look.at(1)
+        yield from _without_braces(pattern[: found.start()] + choice + pattern[found.end() :], look)
+
+
+def _matching(folder: str, parts: Sequence[str], look: Look) -> Iterator[str]:
+    if not parts:
+        yield folder
+        return
+    first, rest = parts[0], parts[1:]
+    if first == _ANY_FOLDERS:
+        yield from _below(folder, rest, look, ())
+    elif has_magic(first):
+        for name, is_folder in _entries(folder, look):
+            if _matches_name(name, first) and (is_folder or not rest):
+                yield from _matching(os.path.join(folder, name), rest, look)
+    else:
+        look.at(1)
+        path = os.path.join(folder, first)
+        if os.path.lexists(path):
+            yield from _matching(path, rest, look)
+
+
+def _below(folder: str, rest: Sequence[str], look: Look, above: tuple[str, ...]) -> Iterator[str]:
+    """The matches of `**/` and what follows, in a folder and all below it; a link to a folder above ends there."""
+    real = os.path.realpath(folder or ".")
+    if real in above:
+        return
+    yield from _matching(folder, rest, look)
+    for name, is_folder in _entries(folder, look):
+        if name.startswith("."):
+            continue
+        path = os.path.join(folder, name)
+        if is_folder:
+            yield from _below(path, rest, look, (*above, real))
+        elif not rest:
+            yield path
+
+
+def _entries(folder: str, look: Look) -> list[tuple[str, bool]]:
+    """(name, whether it is a folder) of what lies in a folder; nothing where it cannot be read."""
+    found = []
+    try:
+        with os.scandir(folder or ".") as entries:
+            for entry in entries:
+                look.at(1)
+                found.append((entry.name, _is_folder(entry)))
+    except OSError:
+        pass
+    return found
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _matches_name(name: str, pattern: str) -> bool:
+    """As glob: a hidden file is matched by a pattern that begins with a dot only."""
+    return (pattern.startswith(".") or not name.startswith(".")) and _compiled(pattern).match(name) is not None
+
+
+@lru_cache(maxsize=256)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(translate(pattern))

@@ -1,0 +1,71 @@
+"""Whether lm-eval has a task, asked of the files of the installed package: importing it takes seconds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from nemo_minitron.config.schema import EvaluateStage, Recipe, ScoreStage
+from nemo_minitron.data.globs import matches
+from nemo_minitron.hf.source import HUB
+from nemo_minitron.plan.planner import RunPlan
+from nemo_minitron.plan.sources import source_path
+
+DATA_FILE = "validation.arrow"
+"""An offline copy is <folder>/<name of the task in lm-eval>/validation.arrow."""
+
+
+def unknown_tasks(plan: RunPlan) -> Iterator[str]:
+    """Tasks of lm-eval that stages still have to run and that are not there, as one line each."""
+    recipe = plan.recipe
+    for name, stage in recipe.stages.items():
+        if plan.states[name].status == "finished":
+            continue
+        if isinstance(stage, EvaluateStage):
+            for number, named in enumerate(stage.tasks):
+                yield from _problem(f"stages.{name}.tasks.{number}", named, stage.tasks_source, recipe)
+        elif isinstance(stage, ScoreStage) and stage.depth_task is not None:
+            yield from _problem(
+                f"stages.{name}.depth_task.name", stage.depth_task.name, stage.depth_task.source, recipe
+            )
+
+
+def _problem(key: str, task: str, source: str | None, recipe: Recipe) -> Iterator[str]:
+    if source is not None and not source.startswith(HUB):
+        folder = source_path(source, Path(recipe.execution.assets_dir))
+        present = sorted(file.parent.name for file in matches(folder / "*" / DATA_FILE)) if folder.is_dir() else []
+        if present:
+            if task not in present:
+                yield f"{key} = {task!r}: there is no data for it in {folder}. Allowed: {', '.join(present)}."
+            return
+    if not is_known(task):
+        near = get_close_matches(task, _file_stems(), 3, 0.7)
+        yield f"{key} = {task!r}: lm-eval has no such task.{f' Did you mean {near[0]}?' if near else ''}"
+
+
+@lru_cache(maxsize=1024)
+def is_known(task: str) -> bool:
+    """Whether the installed lm-eval has a task or group of this name; True where it is not installed here."""
+    folder = _folder()
+    if folder is None or task in _file_stems():
+        return True
+    # Some names stand inside a file only, and some are made by putting a language behind a name.
+    word = re.compile(rb"(?<![\w-])" + re.escape(task.encode()) + rb"(?![\w-])")
+    return any(word.search(file.read_bytes()) for file in folder.rglob("*") if "yaml" in file.name and file.is_file())
+
+
+@lru_cache(maxsize=1)
+def _file_stems() -> frozenset[str]:
+    folder = _folder()
+    return frozenset() if folder is None else frozenset(file.stem for file in folder.rglob("*.yaml"))
+
+
+def _folder() -> Path | None:
+    found = find_spec("lm_eval")
+    places = [] if found is None else list(found.submodule_search_locations or [])
+    folder = Path(places[0]) / "tasks" if places else None
+    return folder if folder is not None and folder.is_dir() else None

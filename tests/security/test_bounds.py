@@ -1,0 +1,435 @@
+"""Small files that would take hours or all memory: each is refused at once, with a message that says how to go on."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from nemo_minitron.config.compose import compose
+from nemo_minitron.config.schema import DataSource
+from nemo_minitron.data.chat.rows import BadRow
+from nemo_minitron.data.chat.tokenizing import ChatTemplate
+from nemo_minitron.data.found import find_files
+from nemo_minitron.data.readers import read_documents
+from nemo_minitron.errors import CheckpointError, ConfigError, DataError, MinitronError, shortened
+from nemo_minitron.families.hf_config import read_shape
+from nemo_minitron.hf.gguf_header import read_header
+from nemo_minitron.hf.json_file import read_json_object
+from nemo_minitron.hf.license import read_license
+from nemo_minitron.hf.tokenizer import load_tokenizer
+from nemo_minitron.hf.weight_files import stored_tensors
+from nemo_minitron.limits import Limit
+from tests.conftest import REPO, TOY, Cli
+from tests.support.tiny_models import tiny_tokenizer
+
+TOY_MODEL = REPO / "nemo_minitron" / "toy" / "model"
+
+
+@pytest.fixture(autouse=True)
+def soon() -> Iterator[None]:
+    """Whatever is refused is refused in seconds of processor time."""
+    begun = time.process_time()
+    yield
+    assert time.process_time() - begun < 10
+
+
+# --- YAML -----------------------------------------------------------------------------------------
+
+ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 12))
+REFERENCES = "a0: xxxxxxxxxx\n" + "".join(f"a{i}: '{f'${{a{i - 1}}}' * 9}'\n" for i in range(1, 12))
+SECTIONS = "a0: {x: 1, y: 2}\n" + "".join(
+    f"a{i}:\n" + "".join(f"  k{j}: ${{a{i - 1}}}\n" for j in range(9)) for i in range(1, 12)
+)
+LONG_REFERENCES = f"a0: {'x' * 100_000}\n" + "".join(f"a{i}: '{f'${{a{i - 1}}}' * 50}'\n" for i in range(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (ALIASES, "MINITRON_MAX_YAML_NODES"),
+        (MERGES, "MINITRON_MAX_YAML_NODES"),
+        (REFERENCES, "MINITRON_MAX_YAML_NODES"),
+        (SECTIONS, "MINITRON_MAX_YAML_NODES"),
+        (LONG_REFERENCES, "MINITRON_MAX_YAML_NODES"),
+        ("a: " + "[" * 50_000, "nested deeper than 100 levels"),
+        ("a: " + "{a: " * 5_000, "nested deeper than 100 levels"),
+        ("".join(f"{' ' * i}a:\n" for i in range(500)), "nested deeper than 100 levels"),
+        ("a: 'x'\n" * 60_000, "MINITRON_MAX_YAML_BYTES"),
+        ("a: ${a}", "Recursive interpolation"),
+        ("a: ${b}\nb: ${a}", "Recursive interpolation"),
+        (f"a: {'9' * 5_000}", "integer"),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_a_recipe_that_multiplies_itself_is_refused(
+    tmp_path: Path, text: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "${" in text:  # the same in a fifth of the time
+        monkeypatch.setenv("MINITRON_MAX_YAML_NODES", "20000")
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        compose(file)
+    assert says in str(caught.value)
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("text", [ALIASES, REFERENCES], ids=["aliases", "references"])
+def test_a_config_beside_a_recipe_is_bounded_too(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINITRON_MAX_YAML_NODES", "20000")
+    (tmp_path / "bomb.yaml").write_text(f"# @package x\n{text}".replace("${a", "${x.a"))
+    (tmp_path / "mine.yaml").write_text("defaults: [bomb, _self_]\n")
+    with pytest.raises(ConfigError, match="MINITRON_MAX_YAML_NODES"):
+        compose(tmp_path / "mine.yaml")
+
+
+def test_an_override_is_bounded_too() -> None:
+    with pytest.raises(ConfigError):
+        compose(TOY, ["stages.data.sources=" + "[" * 3000])
+
+
+def test_a_recipe_of_a_real_size_is_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = "".join(f"  s{i}: &s{i} {{kind: prune, note: 'text {i}'}}\n" for i in range(300))
+    (tmp_path / "mine.yaml").write_text(f"stages:\n{many}more: [{', '.join(f'*s{i}' for i in range(300))}]\n")
+    assert len(compose(tmp_path / "mine.yaml")["more"]) == 300
+    (tmp_path / "mine.yaml").write_text("a: 'x'\n" * 40_000)
+    monkeypatch.setenv("MINITRON_MAX_YAML_BYTES", "10000000")
+    with pytest.raises(ConfigError, match="duplicate key"):
+        compose(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", [ALIASES, "a: " + "[" * 50_000, "license: " + "9" * 5_000], ids=["alias", "deep", "int"]
+)
+def test_the_header_of_a_model_card_is_bounded(tmp_path: Path, text: str) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{text}\n---\n# Card")
+    assert read_license(tmp_path) is None
+
+
+# --- files that are searched ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["**/*.txt", "*/*/*.txt", "", "{0,1,2,3,4,5,6,7,8,9}" * 4])
+def test_a_search_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    for i in range(6):
+        (tmp_path / f"{i}/{i}").mkdir(parents=True)
+        for j in range(6):
+            (tmp_path / f"{i}/{i}/{j}.txt").write_text("x")
+    found = find_files(tmp_path / pattern) if "{" not in pattern else None
+    assert found is None or len(found.files) == 36
+    monkeypatch.setenv("MINITRON_MAX_FILES_LOOKED_AT", "30")
+    with pytest.raises(DataError, match="stopped after 30 files and folders") as caught:
+        find_files(tmp_path / pattern)
+    assert "MINITRON_MAX_FILES_LOOKED_AT" in str(caught.value)
+
+
+def test_check_says_that_a_search_was_too_wide(tmp_path: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINITRON_MAX_FILES_LOOKED_AT", "500")
+    code, said = minitron(
+        "check", TOY, "stages.data.sources=[{source: '/usr/**/*.nosuch'}]", f"execution.run_root={tmp_path}"
+    )
+    assert code == 2
+    assert "stopped after 500" in said
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def _gguf(*arrays: tuple[int, int, bytes], keys: int = 0) -> bytes:
+    def text(word: bytes) -> bytes:
+        return struct.pack("<Q", len(word)) + word
+
+    out = b"GGUF" + struct.pack("<IQQ", 3, 0, len(arrays) + keys)
+    for number, (kind, count, data) in enumerate(arrays):
+        out += text(b"k%d" % number) + struct.pack("<IIQ", 9, kind, count) + data
+    return out + b"".join(text(b"x%d" % number) + struct.pack("<IB", 0, 1) for number in range(keys))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [_gguf((0, 8_000_000, bytes(8_000_000))), _gguf((8, 3_100_000, bytes(24_800_000))), _gguf(keys=50_000)],
+    ids=["numbers", "texts", "keys"],
+)
+def test_a_gguf_header_has_few_values(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "model.gguf").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"MINITRON_MAX_GGUF_VALUES|at most 10,000"):
+        read_header(tmp_path / "model.gguf")
+
+
+def test_a_safetensors_header_is_bounded_and_never_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.safetensors"
+    header = json.dumps({"x" * 3_000_000: {"dtype": "y" * 3_000_000, "shape": [], "data_offsets": [0, 0]}}).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(CheckpointError) as caught:
+        stored_tensors(tmp_path)
+    assert len(str(caught.value)) < 1000
+    monkeypatch.setenv("MINITRON_MAX_SAFETENSORS_HEADER_BYTES", "1000000")
+    with pytest.raises(CheckpointError, match="MINITRON_MAX_SAFETENSORS_HEADER_BYTES"):
+        stored_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"[" * 1_000_000, "nested too deeply"),
+        (b'{"a": ' * 1_000_000, "nested too deeply"),
+        (b'{"a": ' + b"9" * 5_000 + b"}", "integer"),
+        (b'{"a": "' + b"x" * 17_000_000 + b'"}', "MINITRON_MAX_CONFIG_BYTES"),
+        (b'{"a": "' + b"x" * 100_000 + b'", "a": 1}', "is there twice"),
+    ],
+    ids=["lists", "objects", "digits", "size", "twice"],
+)
+def test_config_json_is_bounded(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        read_json_object(tmp_path / "config.json")
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 300_000_000},
+        {"architectures": [["x"]]},
+        {"architectures": {"x": 1}},
+        {"rope_scaling": "x"},
+        {"rope_scaling": ["x"]},
+        {"rms_norm_eps": float("nan")},
+        {"rms_norm_eps": float("inf")},
+        {"rms_norm_eps": -1e-5},
+        {"rms_norm_eps": "1e-5"},
+        {"rope_theta": float("nan")},
+        {"hidden_size": 10**5000},
+        {"hidden_act": ["x"] * 100_000},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_values_that_no_model_has_are_refused(changes: dict[str, Any]) -> None:
+    config = json.loads((TOY_MODEL / "config.json").read_text())
+    with pytest.raises(CheckpointError) as caught:
+        read_shape({**config, **changes})
+    assert len(str(caught.value)) < 2000
+
+
+# --- tokenizers -----------------------------------------------------------------------------------
+
+
+def _tokenizer(folder: Path, **changes: Any) -> Path:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((TOY_MODEL / name).read_bytes())
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**content, **changes}))
+    return folder
+
+
+def _doubling(key: str, times: int) -> dict[str, Any]:
+    rules = [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"} for _ in range(times)]
+    return {"type": "Sequence", key: [{"type": "Sequence", key: rules}]}
+
+
+@pytest.mark.parametrize("key", ["normalizer", "decoder"])
+def test_replacements_cannot_multiply_a_text(tmp_path: Path, key: str) -> None:
+    folder = _tokenizer(tmp_path, **{key: _doubling(f"{key}s", 40)})
+    with pytest.raises(CheckpointError, match="40 rules that make a text up to"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("pattern", ["(x+x+)+y"])
+def test_a_pattern_that_tries_without_end_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    monkeypatch.setenv("MINITRON_MAX_PATTERN_SECONDS", "1")
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    with pytest.raises(CheckpointError, match="by a pattern that takes more than 1 s"):
+        load_tokenizer(_tokenizer(tmp_path, pre_tokenizer=split))
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+
+def _read(file: Path, **options: Any) -> list[str]:
+    return [found.text for found in read_documents(file, DataSource(source=str(file), **options))]
+
+
+def test_a_compressed_file_cannot_fill_the_memory(tmp_path: Path) -> None:
+    file = tmp_path / "x.txt.zst"
+    packer = zstandard.ZstdCompressor(level=1).compressobj()
+    block = b"x" * (1 << 20)
+    with file.open("wb") as stream:
+        for _ in range(400):
+            stream.write(packer.compress(block))
+        stream.write(packer.flush())
+    assert file.stat().st_size < 262_144
+    with pytest.raises(DataError, match="unpack to more than 1,000 times as many"):
+        _read(file)
+
+
+def test_a_window_of_a_gigabyte_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=False)
+    frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "x.txt.zst").write_bytes(frame.compress(b"text") + frame.flush())
+    with pytest.raises(DataError, match="MINITRON_MAX_WINDOW_BYTES"):
+        _read(tmp_path / "x.txt.zst")
+    monkeypatch.setenv("MINITRON_MAX_WINDOW_BYTES", str(1 << 28))
+    assert _read(tmp_path / "x.txt.zst") == ["text"]
+
+
+def test_long_lines_and_documents_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "x" * 3_000_000}) + "\n" + '{"text": "y"}\n')
+    (tmp_path / "x.txt").write_text("x" * 3_000_000)
+    (tmp_path / "x.json").write_text(json.dumps([{"text": "x" * 3_000_000}]))
+    assert len(_read(tmp_path / "x.jsonl")) == 2
+    monkeypatch.setenv("MINITRON_MAX_LINE_BYTES", "1000000")
+    monkeypatch.setenv("MINITRON_MAX_DOCUMENT_BYTES", "1000000")
+    for name in ("x.jsonl", "x.txt", "x.json"):
+        with pytest.raises(DataError, match=r"MINITRON_MAX_(LINE|DOCUMENT)_BYTES"):
+            _read(tmp_path / name)
+
+
+def test_a_number_of_five_thousand_digits_names_its_row(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "y"}\n{"text": ' + "9" * 5_000 + "}\n")
+    with pytest.raises(DataError, match=r"x\.jsonl:2"):
+        _read(tmp_path / "x.jsonl")
+
+
+# --- templates ------------------------------------------------------------------------------------
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{{ '' }}{% endfor %}{% endfor %}"
+DOUBLING = "{% set n = namespace(x='x') %}{% for a in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
+
+
+@pytest.mark.parametrize(
+    ("jinja", "says"),
+    [
+        (LOOPS, "takes more than 1 s for one dialogue"),
+        (DOUBLING, "takes more than 300,000,000 bytes"),
+        ("{{ 'x'.center(900000000) }}", "takes more than 300,000,000 bytes"),
+        ("{{ '%0999999999d' % 1 }}", "takes more than 300,000,000 bytes"),
+        ("{{ 'x' * messages[0].content | length * 9 ** 99 }}", "multiplies or takes powers"),
+        ("{{ 99999999 ** 99999999 }}", "multiplies or takes powers"),
+        ("{{ 'xx' * 1000000000000 }}", "multiplies or takes powers"),
+        ("{{ ('f' * 10) | int(base=16) }}", "multiplies or takes powers"),
+        ("{{ 'x'.center(40000000) }}", "writes 40,000,000 characters"),
+    ],
+)
+def test_a_template_cannot_run_without_end(monkeypatch: pytest.MonkeyPatch, jinja: str, says: str) -> None:
+    monkeypatch.setenv("MINITRON_MAX_TEMPLATE_SECONDS", "1")
+    monkeypatch.setenv("MINITRON_MAX_TEMPLATE_BYTES", "300000000")
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(tokenizer, "chat_template", jinja)
+    with pytest.raises(DataError, match=says):
+        ChatTemplate.bind(tokenizer, "model", where="here").prompt(MESSAGES)
+
+
+def test_a_template_that_fails_is_a_reason_of_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    for jinja in ("{{ 1 / 0 }}", "{{ raise_exception('x' * 900) }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"):
+        monkeypatch.setattr(tokenizer, "chat_template", jinja)
+        with pytest.raises(BadRow) as caught:
+            ChatTemplate.bind(tokenizer, "model", where="here").prompt(MESSAGES)
+        assert len(str(caught.value)) < 500
+
+
+def test_limits_of_a_template_cost_microseconds() -> None:
+    template = ChatTemplate.bind(tiny_tokenizer(), "model", where="here")
+    template.prompt(MESSAGES)
+    begun = time.process_time()
+    for _ in range(300):
+        template.prompt(MESSAGES)
+    assert (time.process_time() - begun) / 300 < 0.002
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+
+def test_messages_stay_short() -> None:
+    assert shortened("short") == "short"
+    assert len(shortened("x" * 10**6)) < 400
+    error = MinitronError("x" * 10**7, where="y" * 10**7, allowed="z\n" * 10**5, next_step="w")
+    assert len(str(error)) < 50_000
+    path = "/" + "d" * 4000
+    assert path in str(MinitronError("what", where=path))
+
+
+def test_a_limit_that_is_no_number_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = Limit("MINITRON_MAX_NOTHING", 5)
+    assert limit.value() == 5
+    for text in ("many", "-1", "0", "1e9", "9" * 30):
+        monkeypatch.setenv("MINITRON_MAX_NOTHING", text)
+        with pytest.raises(MinitronError, match="MINITRON_MAX_NOTHING"):
+            limit.value()
+    monkeypatch.setenv("MINITRON_MAX_NOTHING", "7")
+    assert limit.value() == 7
+
+
+def test_names_that_no_file_can_have_are_said(tmp_path: Path, minitron: Cli) -> None:
+    long = "x" * 5000
+    for words in (
+        ("check", long),
+        ("check", TOY, f"stages.teacher.source={long}"),
+        ("check", TOY, f"stages.data.sources=[{{source: {long}}}]"),
+        ("plan", TOY, f"execution.run_root={tmp_path}/{long}"),
+        ("chat", long),
+    ):
+        code, said = minitron(*words)
+        assert code == 2, said
+        assert "unexpected" not in said
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "stages.distill.lr=.inf",
+        "stages.distill.lr=.nan",
+        "stages.data.sources=[{source: asset:toy-text, weight: .inf}]",
+        "execution.parallel.pp=1000000000",
+        "execution.parallel.tp=1000000000",
+        "stages.teacher.architecture={architectures: [[x]]}",
+        "stages.teacher.architecture={num_hidden_layers: 300000000}",
+    ],
+)
+def test_odd_numbers_in_a_recipe_are_said(tmp_path: Path, minitron: Cli, override: str) -> None:
+    code, said = minitron("check", TOY, override, f"execution.run_root={tmp_path}")
+    assert code == 2, said
+    assert "unexpected" not in said
+
+
+def test_numbers_that_python_does_not_write_are_said(tmp_path: Path, minitron: Cli) -> None:
+    """YAML reads hexadecimal numbers of any length, and Python refuses to write one of 4,300 digits."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"defaults: [toy/width, _self_]\nstages: {{distill: {{num_steps: 0x{'f' * 6000}}}}}\n")
+    code, said = minitron("check", recipe)
+    assert code == 2, said
+    assert "stages.distill.num_steps" in said
+    assert "unexpected" not in said
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- 2>&-"])
+def test_chat_without_open_streams_ends_with_a_message(tmp_path: Path, closed: str) -> None:
+    words = f"{sys.executable} -m nemo_minitron chat {tmp_path} {closed}"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "unexpected" not in done.stdout + done.stderr
+
+
+def test_a_deleted_working_folder_is_said(tmp_path: Path) -> None:
+    words = f"mkdir {tmp_path}/gone && cd {tmp_path}/gone && rmdir {tmp_path}/gone && {sys.executable} -m nemo_minitron"
+    for command in (f"check {TOY}", "chat x", "status toy/width"):
+        done = subprocess.run(
+            ["bash", "-c", f"{words} {command}"], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 2, done.stderr
+        assert "has been deleted" in done.stderr

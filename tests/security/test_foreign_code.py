@@ -1,0 +1,132 @@
+"""Models and recipes of other people name Python files: none is run, and nobody is asked whether to run one."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.errors import ConfigError, PlanError
+from nemo_minitron.evaluation.tasks import require_known
+from nemo_minitron.hf.tokenizer import load_tokenizer
+from nemo_minitron.plan.task_names import is_known
+from tests.conftest import REPO, TOY, Cli
+
+TOY_MODEL = REPO / "nemo_minitron" / "toy" / "model"
+
+
+def _model_with_code(folder: Path) -> tuple[Path, Path]:
+    """(a model whose files name code beside them, the file that the code would make)."""
+    model, marker = folder / "model", folder / "was-run"
+    shutil.copytree(TOY_MODEL, model)
+    code = f"open({str(marker)!r}, 'w').close()\n"
+    for name in ("tokenization_evil", "configuration_evil", "modeling_evil"):
+        (model / f"{name}.py").write_text(f"{code}class Evil:\n    pass\n")
+    maps = {
+        "AutoTokenizer": ["tokenization_evil.Evil", "tokenization_evil.Evil"],
+        "AutoConfig": "configuration_evil.Evil",
+    }
+    for name, more in (
+        ("tokenizer_config.json", {"tokenizer_class": "Evil", "auto_map": maps}),
+        ("config.json", {"auto_map": {**maps, "AutoModelForCausalLM": "modeling_evil.Evil"}}),
+        ("generation_config.json", {"custom_generate": "modeling_evil.py", "auto_map": maps}),
+    ):
+        file = model / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+    return model, marker
+
+
+def test_a_tokenizer_never_runs_its_code(tmp_path: Path) -> None:
+    model, marker = _model_with_code(tmp_path)
+    load_tokenizer(model)
+    assert not marker.exists()
+
+
+def test_chat_on_a_terminal_neither_runs_code_nor_asks(tmp_path: Path) -> None:
+    model, marker = _model_with_code(tmp_path)
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-m", "nemo_minitron", "chat", str(model), "--once", "Hi", "--max-new-tokens", "2"]
+    done = subprocess.run(
+        words, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, text=True, check=False
+    )
+    os.close(ours)
+    os.close(theirs)
+    assert done.returncode == 0, done.stdout
+    assert not marker.exists()
+    assert "custom code" not in done.stdout
+    assert "trust" not in done.stdout
+
+
+def test_every_loader_of_the_package_refuses_remote_code() -> None:
+    """All that transformers loads of a folder by a class that the folder may choose."""
+    for file in sorted((REPO / "nemo_minitron").rglob("*.py")):
+        if "backends/aligner/entry" in str(file):
+            continue
+        for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
+            if not isinstance(call.func, ast.Attribute) or call.func.attr != "from_pretrained":
+                continue
+            options = {keyword.arg: keyword.value for keyword in call.keywords}
+            chosen = ast.unparse(call.func.value)
+            if chosen in _OWN_CLASSES:
+                continue
+            assert "trust_remote_code" in options, f"{file}:{call.lineno}"
+            assert ast.unparse(options["trust_remote_code"]) == "False", f"{file}:{call.lineno}"
+
+
+_OWN_CLASSES = ("PreTrainedTokenizerFast", "GenerationConfig")
+"""These run no code of a folder."""
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "stages.score.depth_task={name: 'FOLDER/evil.yaml'}",
+        "stages.score.depth_task={name: evil.yaml}",
+        "stages.score.depth_task={name: ../evil}",
+        "stages.evaluate_teacher.tasks=['FOLDER/evil.yaml']",
+        "stages.evaluate_teacher.tasks=[evil.yaml]",
+        "stages.evaluate_teacher.tasks=['.']",
+    ],
+)
+def test_files_of_tasks_are_refused(tmp_path: Path, minitron: Cli, override: str) -> None:
+    marker = tmp_path / "was-run"
+    (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\ndef run(doc): return ''\n")
+    (tmp_path / "evil.yaml").write_text("task: evil\ndoc_to_text: !function evil.run\ndataset_path: json\n")
+    word = override.replace("FOLDER", str(tmp_path))
+    code, said = minitron("run", TOY, word, f"execution.run_root={tmp_path / 'runs'}")
+    assert code == 2, said
+    assert "is not the name of a task of lm-eval" in said
+    assert not marker.exists()
+
+
+def test_lm_eval_is_asked_for_its_own_tasks_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The door before lm-eval, which would take any name of a file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "arc_evil").write_text("task: x\n")
+    for name in ("arc_evil", str(tmp_path / "arc_evil")):
+        with pytest.raises(PlanError, match="lm-eval has no task"):
+            require_known([name], ["arc_easy"])
+
+
+def test_check_knows_the_names_of_tasks(tmp_path: Path, minitron: Cli) -> None:
+    pytest.importorskip("lm_eval")
+    assert is_known("arc_easy")
+    assert is_known("mmlu_abstract_algebra")
+    words = ["stages.score.layer_metrics=[task]", f"execution.run_root={tmp_path}"]
+    code, said = minitron("check", TOY, "stages.score.depth_task={name: winogrande_}", *words)
+    assert code == 2
+    assert "stages.score.depth_task.name = 'winogrande_': lm-eval has no such task." in said
+
+
+def test_the_message_names_the_key() -> None:
+    from nemo_minitron.cli import load_recipe
+
+    with pytest.raises(ConfigError, match=r"stages\.score\.depth_task\.name"):
+        load_recipe(TOY, ["stages.score.depth_task={name: /tmp/evil.yaml}"])
