@@ -69,7 +69,8 @@ def elsewhere(tmp_path: Path) -> Path:
 
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    places = {"nemo_minitron": "", "configs": "nemo_minitron/_shipped/", "recipes": "nemo_minitron/_shipped/"}
+    shipped = "nemo_minitron/_shipped/"
+    places = {"nemo_minitron": "", "configs": shipped, "constraints": shipped, "recipes": shipped}
     wanted = {
         inside + path.relative_to(REPO).as_posix()
         for folder, inside in places.items()
@@ -108,6 +109,7 @@ def test_the_commands_know_the_shipped_recipes_and_a_file_of_the_user_goes_first
     assert "ok mine" in must([minitron, "check", "toy/width"], cwd=elsewhere)
 
 
+@pytest.mark.slow
 def test_an_editable_install_reads_the_folders_of_the_checkout(tmp_path: Path) -> None:
     source = tmp_path / "checkout"
     source.mkdir()

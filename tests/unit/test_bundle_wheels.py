@@ -62,12 +62,6 @@ def test_surprises_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(wheels.warnings_about([Path("torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl")]))
 
 
-def test_without_a_checkout_there_are_no_wheels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(wheels, "CONSTRAINTS", tmp_path / "core.txt")
-    with pytest.raises(EnvironmentProblem, match="Wheels are made from a checkout"):
-        wheels.core_wheels(None, SILENT)
-
-
 def test_the_aligner_environment_is_made_of_the_folders_alone(index: Path, tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match="there is no folder /nowhere"):
         environment.make_environment(SILENT, find_links=[Path("/nowhere")])
