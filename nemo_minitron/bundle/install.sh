@@ -43,10 +43,10 @@ for folder, folders, files in os.walk("."):
         folders.remove(".venv")  # made anew by the installation
     for name in files + [name for name in folders if os.path.islink(os.path.join(folder, name))]:
         path = os.path.normpath(os.path.join(folder, name))
-        if path not in listed:
-            unlisted.append(path)
-        elif os.path.islink(path):
+        if os.path.islink(path) and any((found + "/").startswith(path + "/") for found in listed):
             links.append(path)
+        elif path not in listed:
+            unlisted.append(path)
 def stop(what, paths, step):
     shown = "".join("  %s\n" % ascii(path)[1:-1] for path in sorted(paths)[:10])
     more = "  and %d more\n" % (len(paths) - 10) if len(paths) > 10 else ""
