@@ -43,6 +43,12 @@ for name in shipped_recipes():
     plans[name] = [composed, [[call.name, call.fingerprint] for call in calls]]
 print(json.dumps([nemo_minitron.__file__, plans]))
 """
+PACK = """
+import sys
+from pathlib import Path
+from nemo_minitron.bundle.own_wheel import write_own_wheel
+write_own_wheel(Path(sys.argv[1]))
+"""
 COMPARED = ("template", "toy/aligned", "toy/search", "smollm2_135m/iterative")
 """Recipes of different kinds: the files are the same, so that one of a kind shows whether they are found alike."""
 FAKES = ("nemo_minitron/__init__", "torch", "yaml", "omegaconf", "tokenizers", "numpy", "random", "types", "tempfile")
@@ -87,6 +93,21 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path)
     assert {name for name in names if ".dist-info/" not in name} == wanted.keys()
     assert all(archive.read(name) == path.read_bytes() for name, path in wanted.items())
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_is_packed_again_from_what_it_installed(
+    wheel: Path, installed: Path, elsewhere: Path, tmp_path: Path
+) -> None:
+    """What `minitron bundle` does where there is no checkout."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/pack.py").write_text(PACK)
+    must([str(installed / "python"), str(tmp_path / "scripts/pack.py"), str(tmp_path)], cwd=elsewhere)
+    first, again = zipfile.ZipFile(wheel), zipfile.ZipFile(tmp_path / wheel.name)
+    assert again.testzip() is None
+    by_pip = {name for name in first.namelist() if name.endswith(("/WHEEL", "/RECORD", "/top_level.txt"))}
+    for name in set(first.namelist()) - by_pip:
+        assert again.read(name) == first.read(name), name
+    assert set(again.namelist()) <= set(first.namelist())
 
 
 def test_every_shipped_recipe_is_planned_from_the_wheel_and_as_from_the_checkout(
