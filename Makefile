@@ -14,26 +14,31 @@ ALIGN_RECIPE ?= recipes/smollm2_135m/aligned.yaml
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CONSTRAINTS := constraints/core.txt
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+LOCKS := constraints/build.lock constraints/core.lock constraints/dev.lock
+PIP := $(BIN)/python -I -m pip install --quiet --disable-pip-version-check
+HASHED := --no-deps --require-hashes --no-build-isolation --use-pep517
 TORCH_INDEX := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL),)
 QUIET_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 TEST_ENV := MINITRON_REQUIRE_ALIGNER=1 $(QUIET_ENV)
 
-.PHONY: aligner demo test test-all test-compat test-slurm test-faults test-gpu check claims results bench format install clean help
+.PHONY: aligner demo test test-all test-compat test-slurm test-faults test-gpu check claims results bench format lock install clean help
 
 help:
-	@echo "make demo | aligner | test | test-all | test-compat | test-slurm | test-faults | test-gpu | check | claims | results | bench | format | clean"
+	@echo "make demo | aligner | test | test-all | test-compat | test-slurm | test-faults | test-gpu | check | claims | results | bench | format | lock | clean"
 
 install: $(STAMP)
 
-# torch first and by itself, so that the index chosen for it serves nothing else.
-$(STAMP): pyproject.toml setup.py $(CONSTRAINTS)
+# Every file has the sha256 of its lock file, but for torch, whose build is chosen here: last and by itself, so that its index
+# serves nothing else, and all that it needs is there. First what packages without a wheel are built with.
+$(STAMP): pyproject.toml setup.py $(CONSTRAINTS) $(LOCKS)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
 		|| { echo "nemo-minitron needs Python 3.10 to 3.12; set PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV), once: a few minutes"
-	$(PIP) $(TORCH_INDEX) torch==$(TORCH_VERSION)
-	$(PIP) -c $(CONSTRAINTS) torch==$(TORCH_VERSION) -e '.[eval,dev]'
+	$(PIP) $(HASHED) -r constraints/build.lock
+	$(PIP) $(HASHED) -r constraints/core.lock -r constraints/dev.lock
+	$(PIP) $(TORCH_INDEX) -c $(CONSTRAINTS) torch==$(TORCH_VERSION)
+	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 
 # The environment of NeMo-Aligner: it needs another Megatron-Core. In a container with NeMo-Aligner there is nothing to do.
@@ -86,6 +91,11 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Hashes for the pins of constraints/core.txt and of NeMo-Aligner's environment, after a pin was changed there by hand.
+lock:
+	@$(PYTHON) -c 'import shutil, sys; sys.exit(not shutil.which("uv"))' || { echo "make lock needs uv: pip install uv"; exit 1; }
+	$(PYTHON) constraints/lock.py
 
 results: $(STAMP)
 	$(BIN)/minitron assets fetch

@@ -2,6 +2,6 @@
 
 from setuptools import find_namespace_packages, setup
 
-SHIPPED = ["nemo_minitron._shipped.configs", "nemo_minitron._shipped.recipes"]
+SHIPPED = ["nemo_minitron._shipped.configs", "nemo_minitron._shipped.constraints", "nemo_minitron._shipped.recipes"]
 
 setup(packages=[*find_namespace_packages(include=["nemo_minitron", "nemo_minitron.*"]), *SHIPPED])

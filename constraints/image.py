@@ -5,6 +5,7 @@ set of versions fits both. So torch, CUDA's packages and all that is built again
 the rest follows constraints/core.txt. Needs `packaging` alone; runs before anything is installed.
 
     python constraints/image.py pins constraints/core.txt [PIP_CONSTRAINT's file] > pins.txt
+    python constraints/image.py locked constraints/core.lock pins.txt [NAME ...] > locked.txt
     python constraints/image.py kept [NAME ...] > before.json
     python constraints/image.py check before.json
 """
@@ -75,6 +76,23 @@ def pins(own: Iterable[str], image: Iterable[str], have: Mapping[str, str]) -> l
     return sorted(found.values())
 
 
+def locked(lock: str, chosen: Iterable[str], have: Mapping[str, str], names: Iterable[str] = ()) -> list[str]:
+    """Entries of a lock file, with their hashes: of the chosen pins, those that are not installed already.
+
+    Args:
+        names: these packages alone; empty: all.
+    """
+    wanted = {canonicalize_name(line.name): str(line.specifier) for line in requirements_of(chosen)}
+    only = {canonicalize_name(name) for name in names} or wanted.keys()
+    found = []
+    for entry in re.split(r"^(?=[A-Za-z0-9])", lock, flags=re.MULTILINE):
+        for pin in requirements_of(entry.splitlines()[:1]):
+            name = canonicalize_name(pin.name)
+            if name in only and wanted.get(name) == str(pin.specifier) != f"=={have.get(name)}":
+                found.append(entry.rstrip())
+    return found
+
+
 def _is_refused(pin: Requirement, have: Mapping[str, str]) -> bool:
     """Whether a kept package that is installed asks for other versions than the pinned one."""
     name = canonicalize_name(pin.name)
@@ -125,6 +143,10 @@ def main(words: list[str]) -> int:
     making = commands.add_parser("pins")
     making.add_argument("own", type=Path)
     making.add_argument("image", type=Path, nargs="?")
+    locking = commands.add_parser("locked")
+    locking.add_argument("lock", type=Path)
+    locking.add_argument("pins", type=Path)
+    locking.add_argument("names", nargs="*", help="these packages alone")
     commands.add_parser("kept").add_argument("more", nargs="*", help="other packages that have to stay")
     commands.add_parser("check").add_argument("before", type=Path)
     said = parser.parse_args(words)
@@ -132,6 +154,9 @@ def main(words: list[str]) -> int:
     if said.command == "pins":
         theirs = said.image.read_text().splitlines() if said.image and said.image.is_file() else []
         print("\n".join(pins(said.own.read_text().splitlines(), theirs, have)))
+        return 0
+    if said.command == "locked":
+        print("\n".join(locked(said.lock.read_text(), said.pins.read_text().splitlines(), have, said.names)))
         return 0
     if said.command == "kept":
         kept = {name: version for name, version in have.items() if is_kept(name) or name in said.more}

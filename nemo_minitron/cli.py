@@ -117,10 +117,12 @@ def run(
     from nemo_minitron.plan.checks import require_valid
     from nemo_minitron.plan.folder import run_dir
     from nemo_minitron.plan.planner import make_plan
+    from nemo_minitron.plan.programs import foreign_programs
     from nemo_minitron.stages.runner import RunOptions, run_recipe
 
     loaded = load_recipe(recipe, overrides)
     require_valid(make_plan(loaded))
+    print_warnings(foreign_programs(recipe, loaded.execution))
     started_s = time.monotonic()
     run_recipe(loaded, RunOptions(tuple(rerun or ()), accept_drift, until))
     console.say(f"in {time.monotonic() - started_s:.0f} s: {run_dir(loaded)}", "done", "green")

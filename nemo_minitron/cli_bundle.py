@@ -91,13 +91,17 @@ def _wheels(
     from nemo_minitron.bundle import wheels
     from nemo_minitron.bundle.items import Item
 
-    core = [*wheels.core_wheels(torch_index_url, progress), stack.enter_context(wheels.own_wheel(progress))]
+    core = [*wheels.core_wheels(torch_index_url, progress), stack.enter_context(wheels.own_wheel())]
     files, told = {"core": core}, list(wheels.warnings_about(core))
+    lists = {"core": wheels.list_of(core)}
     if aligner:
+        found = wheels.aligner_wheels(progress)
+        lists["aligner"] = wheels.list_of([*found, *wheels.only_torch_needs(core)])
         # The same file is needed once: the environment looks into both folders.
         shared = {file.name for file in core}
-        files["aligner"] = [file for file in wheels.aligner_wheels(progress) if file.name not in shared]
+        files["aligner"] = [file for file in found if file.name not in shared]
     items = [Item(f"wheels/{name}/{file.name}", file, "wheel") for name, found in files.items() for file in found]
+    items += [Item(f"wheels/{name}/{wheels.LIST_FILE}", text, "list") for name, text in lists.items()]
     return items, {name: wheels.versions_of(found) for name, found in files.items()}, told
 
 

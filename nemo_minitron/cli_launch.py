@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from nemo_minitron.cli_plan import print_warnings
 from nemo_minitron.disclosure import masked
 from nemo_minitron.errors import ConfigError, EnvironmentProblem, Interrupted, MinitronError, ProcessesDied
 from nemo_minitron.terminal import Screen, write
@@ -39,6 +40,7 @@ def launch(
     from nemo_minitron.cli import load_recipe
     from nemo_minitron.plan.checks import require_possible, require_valid
     from nemo_minitron.plan.planner import make_plan
+    from nemo_minitron.plan.programs import foreign_programs
     from nemo_minitron.stages.runner import RunOptions
 
     loaded = load_recipe(recipe, overrides)
@@ -46,6 +48,8 @@ def launch(
     (require_possible if dry_run else require_valid)(plan)
     if dry_run:
         _print_missing(plan)
+    else:
+        print_warnings(foreign_programs(recipe, loaded.execution))
     options = RunOptions(tuple(rerun or ()), accept_drift, until)
     if loaded.execution.launcher == "slurm":
         _to_slurm(loaded, options, dry_run=dry_run)

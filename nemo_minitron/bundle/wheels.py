@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import os
 import platform
-import shutil
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,17 +19,18 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from nemo_minitron.backends.aligner.environment import REQUIREMENTS, SUPPORTED_PYTHONS, torch_requirement
+from nemo_minitron.assets import sha256_of
+from nemo_minitron.backends.aligner.environment import LOCK, SUPPORTED_PYTHONS, torch_requirement
 from nemo_minitron.bundle.archive import MEMBER_TIME_S
-from nemo_minitron.config.places import CONFIGS, RECIPES
+from nemo_minitron.bundle.own_wheel import write_own_wheel
+from nemo_minitron.config.places import CONSTRAINTS, shipped_dir
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.files import cache_dir
 from nemo_minitron.progress import Progress
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-CONSTRAINTS = CHECKOUT / "constraints" / "core.txt"
-_PROJECT, _PACKAGE = "pyproject.toml", "nemo_minitron"
 EXTRA = "eval"
+LIST_FILE = "requirements.txt"
+"""In each folder of wheels: every one of them with its sha256, as `pip install --require-hashes` reads it."""
 
 
 def target() -> dict[str, str]:
@@ -39,28 +40,27 @@ def target() -> dict[str, str]:
 
 
 def core_wheels(torch_index_url: str | None, progress: Progress) -> list[Path]:
-    """This package with the extra `eval` and all that it needs, by the pins of constraints/core.txt.
+    """What this package with the extra `eval` needs: pins and hashes of constraints/core.lock, and torch.
 
     Raises:
-        EnvironmentProblem: not in a checkout, or pip failed.
+        EnvironmentProblem: pip failed, or is not there.
     """
-    _require_checkout()
-    pins = CONSTRAINTS.read_text() + (CHECKOUT / _PROJECT).read_text()
+    _require_pip()
+    lock, pins = (shipped_dir(CONSTRAINTS) / name for name in ("core.lock", "core.txt"))
 
     def fill(folder: Path, scratch: Path) -> None:
-        torch, links = torch_requirement(), list[str]()
-        if torch_index_url is not None:
-            # By itself, so that the index chosen for it serves nothing else.
-            _pip_wheel(scratch / "torch", ["--index-url", torch_index_url, torch], scratch, progress)
-            torch = f"torch=={versions_of((scratch / 'torch').glob('*.whl'))['torch']}"
-            links = [f"--find-links={scratch / 'torch'}"]
-        wanted = [f"--constraint={CONSTRAINTS}", torch, f"{_source(scratch)}[{EXTRA}]"]
-        _pip_wheel(folder, [*links, *wanted], scratch, progress)
-        for own in folder.glob(f"{_PACKAGE}-*.whl"):
-            own.unlink()
+        _pip_wheel(folder, ["--no-deps", "--require-hashes", f"--requirement={lock}"], scratch, progress)
+        # By itself, so that the index chosen for it serves nothing else. Its build is the user's choice: no hash of it
+        # is known before it is here.
+        chosen = ["--index-url", torch_index_url] if torch_index_url else [f"--constraint={pins}"]
+        _pip_wheel(scratch / "torch", [*chosen, torch_requirement()], scratch, progress)
+        have = {_plain(name) for name in versions_of(folder.glob("*.whl"))}
+        for file in (scratch / "torch").glob("*.whl"):
+            if _plain(file.name.split("-")[0]) not in have:
+                file.rename(folder / file.name)
 
-    kept = _kept("core", [pins, torch_requirement(), torch_index_url or ""], fill, progress)
-    return sorted(kept.glob("*.whl"))
+    made_from = [file.read_text() for file in (lock, pins)]
+    return sorted(_kept("core", [*made_from, torch_requirement(), torch_index_url or ""], fill, progress).glob("*.whl"))
 
 
 def aligner_wheels(progress: Progress) -> list[Path]:
@@ -73,24 +73,40 @@ def aligner_wheels(progress: Progress) -> list[Path]:
         allowed = ", ".join(f"{major}.{minor}" for major, minor in SUPPORTED_PYTHONS)
         raise EnvironmentProblem(f"--aligner: NeMo-Aligner has no wheels for {_here()}.", allowed=f"Python {allowed}")
 
-    def fill(folder: Path, scratch: Path) -> None:
-        _pip_wheel(folder, ["--no-deps", "--requirement", str(REQUIREMENTS)], scratch, progress)
+    _require_pip()
 
-    return sorted(_kept("aligner", [REQUIREMENTS.read_text()], fill, progress).glob("*.whl"))
+    def fill(folder: Path, scratch: Path) -> None:
+        _pip_wheel(folder, ["--no-deps", "--require-hashes", f"--requirement={LOCK}"], scratch, progress)
+
+    return sorted(_kept("aligner", [LOCK.read_text()], fill, progress).glob("*.whl"))
 
 
 @contextmanager
-def own_wheel(progress: Progress) -> Iterator[Path]:
+def own_wheel() -> Iterator[Path]:
     """The wheel of this package as it is now, for the duration.
 
     Raises:
-        EnvironmentProblem: not in a checkout, or pip failed.
+        EnvironmentProblem: see `write_own_wheel`.
     """
-    _require_checkout()
     with _scratch() as scratch:
-        _pip_wheel(scratch / "own", ["--no-deps", str(_source(scratch))], scratch, progress)
-        (wheel,) = (scratch / "own").glob("*.whl")
-        yield wheel
+        yield write_own_wheel(scratch)
+
+
+def list_of(wheels: Sequence[Path]) -> bytes:
+    """LIST_FILE of these wheels."""
+    named = sorted((*file.name.split("-")[:2], sha256_of(file)) for file in wheels)
+    return "".join(f"{name}=={version} --hash=sha256:{digest}\n" for name, version, digest in named).encode()
+
+
+def only_torch_needs(core: Sequence[Path]) -> list[Path]:
+    """torch, and what it alone brings along: the core's wheels that core.lock does not name."""
+    lock = (shipped_dir(CONSTRAINTS) / "core.lock").read_text()
+    elsewhere = {_plain(line.split("==")[0]) for line in lock.splitlines() if "==" in line} | {"nemo-minitron"}
+    return [file for file in core if _plain(file.name.split("-")[0]) not in elsewhere]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def versions_of(wheels: Iterator[Path] | Sequence[Path]) -> dict[str, str]:
@@ -115,27 +131,9 @@ def _here() -> str:
     return "{system} {machine}, Python {python}".format(**target())
 
 
-def _require_checkout() -> None:
-    if not CONSTRAINTS.is_file() or not (CHECKOUT / _PROJECT).is_file():
-        raise EnvironmentProblem(
-            "Wheels are made from a checkout of nemo-minitron, and this one is installed without it.",
-            where=str(CHECKOUT),
-            next_step="Clone the repository and `pip install -e .` there; or --no-wheels.",
-        )
+def _require_pip() -> None:
     if importlib.util.find_spec("pip") is None:
         raise EnvironmentProblem("This Python has no pip.", next_step=f"{sys.executable} -m ensurepip")
-
-
-def _source(scratch: Path) -> Path:
-    """A copy of what the wheel is made of: setuptools leaves its work beside its source."""
-    folder = scratch / "source"
-    if not folder.exists():
-        hide = shutil.ignore_patterns("__pycache__")
-        for name in (_PACKAGE, RECIPES, CONFIGS):
-            shutil.copytree(CHECKOUT / name, folder / name, ignore=hide)
-        for name in (_PROJECT, "setup.py", "README.md", "LICENSE"):
-            shutil.copyfile(CHECKOUT / name, folder / name)
-    return folder
 
 
 def _kept(name: str, made_from: Sequence[str], fill: Callable[[Path, Path], None], progress: Progress) -> Path:
@@ -175,7 +173,7 @@ def _scratch() -> Iterator[Path]:
 def _pip_wheel(folder: Path, wanted: Sequence[str], scratch: Path, progress: Progress) -> None:
     """pip shows its own progress."""
     log = scratch / "pip.log"
-    command = [sys.executable, "-Im", "pip", "wheel", "--no-input", "--disable-pip-version-check"]
+    command = [sys.executable, "-I", "-m", "pip", "wheel", "--no-input", "--disable-pip-version-check"]
     command += [] if progress.console.is_terminal and not progress.silent else ["--quiet"]
     command += [f"--log={log}", f"--wheel-dir={folder}", *wanted]
     environment = {**os.environ, "TMPDIR": str(scratch), "SOURCE_DATE_EPOCH": str(MEMBER_TIME_S)}

@@ -11,17 +11,17 @@ from pathlib import Path
 
 from nemo_minitron.errors import ConfigError
 
-RECIPES, CONFIGS = "recipes", "configs"
+RECIPES, CONFIGS, CONSTRAINTS = "recipes", "configs", "constraints"
 SUFFIXES = (".yaml", ".yml")
-_SHIPPED = "_shipped"
+SHIPPED = "_shipped"
 """The wheel's folder for what the repository keeps at its top level; setup.py puts it there."""
 NEAREST = 5
 """How many names a message lists beside a wrong one."""
 
 
 def shipped_dir(name: str) -> Path:
-    """`recipes` or `configs` as they come with the package: in the wheel, or at the top level of a checkout."""
-    inside = Path(str(files("nemo_minitron"))) / _SHIPPED / name
+    """`recipes`, `configs` or `constraints` of the package: inside the wheel, or at the top level of a checkout."""
+    inside = Path(str(files("nemo_minitron"))) / SHIPPED / name
     return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / name
 
 

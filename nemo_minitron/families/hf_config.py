@@ -230,15 +230,27 @@ def _require_token_ids(config: Mapping[str, Any], where: str) -> None:
             )
 
 
+_NOT_OF_THE_MODEL = frozenset(
+    {
+        "auto_map",
+        "custom_pipelines",
+        "attn_implementation",
+        "experts_implementation",
+        "use_kernels",
+        "compression_config",
+    }
+)
+"""Keys that name code to fetch or a kernel to use, or describe how weights were stored. Keys that begin with _ are
+internal to transformers: by `_attn_implementation_internal` its versions before 5.3 run code of the hub."""
+
+
 def write_config(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
-    """A copy of `config` with the sizes of `shape`; keys that describe no size or spelling of it stay.
+    """A copy of `config` with the sizes of `shape`; other keys stay, but for those by which transformers fetches code.
 
     `head_dim` is always explicit: after width pruning hidden_size / heads is not the head size. Rotary embeddings are
     written as transformers 4 and as transformers 5 read them.
     """
-    out = {
-        key: value for key, value in config.items() if key not in ("_name_or_path", "auto_map", "compression_config")
-    }
+    out = {key: value for key, value in config.items() if not key.startswith("_") and key not in _NOT_OF_THE_MODEL}
     out.update(
         architectures=[name for name, family in FAMILIES.items() if family == shape.family],
         model_type=shape.family,

@@ -13,10 +13,14 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron import __version__
+from nemo_minitron.backends.aligner.environment import SUPPORTED_ALIGNER
+from nemo_minitron.backends.aligner.process import run_task
 from nemo_minitron.config.compose import compose
 from nemo_minitron.config.explain import validate
 from nemo_minitron.config.places import shipped_recipes
+from nemo_minitron.interrupts import StopRequest
 from nemo_minitron.plan.planner import make_plan
+from nemo_minitron.progress import Progress
 from nemo_minitron.stages.nodes import RUNNER_VARIABLE, free_port
 from nemo_minitron.stages.ranks import ERROR_FILE, load_error
 from nemo_minitron.stages.same_code import START
@@ -39,6 +43,14 @@ for name in shipped_recipes():
     plans[name] = [composed, [[call.name, call.fingerprint] for call in calls]]
 print(json.dumps([nemo_minitron.__file__, plans]))
 """
+PACK = """
+import sys
+from pathlib import Path
+from nemo_minitron.bundle.own_wheel import write_own_wheel
+write_own_wheel(Path(sys.argv[1]))
+"""
+COMPARED = ("template", "toy/aligned", "toy/search", "smollm2_135m/iterative")
+"""Recipes of different kinds: the files are the same, so that one of a kind shows whether they are found alike."""
 FAKES = ("nemo_minitron/__init__", "torch", "yaml", "omegaconf", "tokenizers", "numpy", "random", "types", "tempfile")
 """What a working folder may hold by chance; none of it may be imported."""
 
@@ -68,19 +80,37 @@ def elsewhere(tmp_path: Path) -> Path:
 
 
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
-    places = {"nemo_minitron": "", "configs": "nemo_minitron/_shipped/", "recipes": "nemo_minitron/_shipped/"}
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
+    shipped = "nemo_minitron/_shipped/"
+    places = {"nemo_minitron": "", "configs": shipped, "constraints": shipped, "recipes": shipped}
     wanted = {
-        inside + path.relative_to(REPO).as_posix()
+        inside + path.relative_to(REPO).as_posix(): path
         for folder, inside in places.items()
         for path in (REPO / folder).rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
-    assert {name for name in names if ".dist-info/" not in name} == wanted
+    assert {name for name in names if ".dist-info/" not in name} == wanted.keys()
+    assert all(archive.read(name) == path.read_bytes() for name, path in wanted.items())
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_every_shipped_recipe_is_planned_alike_from_the_wheel_and_from_the_checkout(
+def test_the_wheel_is_packed_again_from_what_it_installed(
+    wheel: Path, installed: Path, elsewhere: Path, tmp_path: Path
+) -> None:
+    """What `minitron bundle` does where there is no checkout."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/pack.py").write_text(PACK)
+    must([str(installed / "python"), str(tmp_path / "scripts/pack.py"), str(tmp_path)], cwd=elsewhere)
+    first, again = zipfile.ZipFile(wheel), zipfile.ZipFile(tmp_path / wheel.name)
+    assert again.testzip() is None
+    by_pip = {name for name in first.namelist() if name.endswith(("/WHEEL", "/RECORD", "/top_level.txt"))}
+    for name in set(first.namelist()) - by_pip:
+        assert again.read(name) == first.read(name), name
+    assert set(again.namelist()) <= set(first.namelist())
+
+
+def test_every_shipped_recipe_is_planned_from_the_wheel_and_as_from_the_checkout(
     installed: Path, elsewhere: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "scripts").mkdir()
@@ -89,7 +119,8 @@ def test_every_shipped_recipe_is_planned_alike_from_the_wheel_and_from_the_check
     file, plans = json.loads(said)
     assert Path(file).is_relative_to(installed.parent)
     assert list(plans) == shipped_recipes()
-    for name, (composed, calls) in plans.items():
+    for name in COMPARED:
+        composed, calls = plans[name]
         here = compose(REPO / "recipes" / f"{name}.yaml")
         assert composed == here, name
         assert calls == [[call.name, call.fingerprint] for call in make_plan(validate(here, where=name)).calls], name
@@ -100,7 +131,7 @@ def test_the_commands_know_the_shipped_recipes_and_a_file_of_the_user_goes_first
 ) -> None:
     minitron = str(installed / "minitron")
     assert "toy/width" in must([minitron, "recipes"], cwd=elsewhere)
-    for name in ("toy/width", "recipes/toy/width.yaml", "toy/width.yaml"):
+    for name in ("toy/width", "recipes/toy/width.yaml"):
         assert "ok toy/width" in must([minitron, "check", name], cwd=elsewhere)
     own = elsewhere / "recipes/toy/width.yaml"
     own.parent.mkdir(parents=True)
@@ -108,6 +139,7 @@ def test_the_commands_know_the_shipped_recipes_and_a_file_of_the_user_goes_first
     assert "ok mine" in must([minitron, "check", "toy/width"], cwd=elsewhere)
 
 
+@pytest.mark.slow
 def test_an_editable_install_reads_the_folders_of_the_checkout(tmp_path: Path) -> None:
     source = tmp_path / "checkout"
     source.mkdir()
@@ -161,6 +193,22 @@ def test_the_toy_recipe_runs_to_its_report_from_the_wheel(installed: Path, elsew
     assert report["models"].keys() >= {"teacher", "pruned", "distilled"}
     made_by = json.loads((elsewhere / "runs/toy/width/distill/manifest.json").read_text())["provenance"]
     assert made_by["git_commit"] is None
+
+
+@pytest.mark.slow
+def test_a_task_of_nemo_aligner_imports_nothing_from_the_working_folder(
+    elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_aligner()
+    for name in ("nemo/__init__", "lightning/__init__", "task", "cpu", "json", "self_test"):
+        (elsewhere / name).parent.mkdir(exist_ok=True)
+        (elsewhere / f"{name}.py").write_text(f"raise SystemExit('imported from the working folder: {name}')\n")
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("PYTHONPATH", str(elsewhere))  # it is for this package's Python, and not handed on
+    log = tmp_path / "task.log"
+    found = run_task("self_test", {}, tmp_path / "work", log, Progress(silent=True), StopRequest())
+    assert found["versions"]["nemo-aligner"].startswith(SUPPORTED_ALIGNER)
+    assert "imported from the working folder" not in log.read_text()
 
 
 @pytest.mark.slow

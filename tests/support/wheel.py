@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.conftest import REPO
 
-SOURCES = ("nemo_minitron", "configs", "recipes", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+SOURCES = ("nemo_minitron", "configs", "constraints", "recipes", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 OFFLINE = ["--no-index", "--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check"]
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from nemo_minitron import __version__, cli_bundle
 from nemo_minitron.backends.aligner import environment
 from nemo_minitron.bundle import wheels
 from nemo_minitron.errors import EnvironmentProblem
@@ -62,10 +65,36 @@ def test_surprises_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(wheels.warnings_about([Path("torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl")]))
 
 
-def test_without_a_checkout_there_are_no_wheels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(wheels, "CONSTRAINTS", tmp_path / "core.txt")
-    with pytest.raises(EnvironmentProblem, match="Wheels are made from a checkout"):
-        wheels.core_wheels(None, SILENT)
+def test_every_wheel_of_a_bundle_is_listed_with_its_hash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def wheel(name: str) -> Path:
+        file = tmp_path / f"{name}-py3-none-any.whl"
+        file.write_text(name)
+        return file
+
+    core = [
+        wheel(name) for name in ("numpy-2.4.6", "typing_extensions-4.16.0", "torch-2.13.0+cpu", "setuptools-84.2.1")
+    ]
+    aligner = [wheel("numpy-1.26.4"), core[1]]
+    monkeypatch.setattr(wheels, "core_wheels", lambda *_: core)
+    monkeypatch.setattr(wheels, "aligner_wheels", lambda _: aligner)
+    with ExitStack() as stack:
+        items, facts, _ = cli_bundle._wheels(None, stack, SILENT, aligner=True)
+    found = {item.member: item.content for item in items}
+    lists = {name: found.pop(f"wheels/{name}/requirements.txt") for name in ("core", "aligner")}
+    assert {name.split("/")[1] for name in found if "numpy-1" in name or "typing" in name} == {"core", "aligner"}
+    assert "wheels/aligner/typing_extensions-4.16.0-py3-none-any.whl" not in found, "it is with the core's"
+    pins = {name: [line.split()[0] for line in bytes(text).decode().splitlines()] for name, text in lists.items()}  # type: ignore[arg-type]
+    assert pins["core"] == [
+        f"nemo_minitron=={__version__}",
+        "numpy==2.4.6",
+        "setuptools==84.2.1",
+        "torch==2.13.0+cpu",
+        "typing_extensions==4.16.0",
+    ]
+    assert pins["aligner"] == ["numpy==1.26.4", *pins["core"][2:]]
+    digest = hashlib.sha256(b"torch-2.13.0+cpu").hexdigest()
+    assert f"torch==2.13.0+cpu --hash=sha256:{digest}\n".encode() in bytes(lists["aligner"])  # type: ignore[arg-type]
+    assert facts["core"].keys() >= {"torch", "nemo_minitron"}
 
 
 def test_the_aligner_environment_is_made_of_the_folders_alone(index: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,14 @@ def write(name: str, text: str) -> Path:
     return file
 
 
+@cache
+def shipped(name: str) -> dict[str, Any]:
+    return compose(REPO / "recipes" / f"{name}.yaml")
+
+
 def expected(base: str, name: str, **distill: Any) -> dict[str, Any]:
     """A shipped recipe with another name, and with changes of its distill stage."""
-    found = compose(REPO / "recipes" / f"{base}.yaml")
+    found = copy.deepcopy(shipped(base))
     found["stages"]["distill"] |= distill
     return {**found, "name": name}
 

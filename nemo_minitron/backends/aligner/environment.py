@@ -10,11 +10,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+from nemo_minitron.config.places import CONSTRAINTS, shipped_dir
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.files import cache_dir
 from nemo_minitron.outer_job import outside
@@ -23,6 +24,8 @@ from nemo_minitron.stages.same_code import SAFE_PATH
 
 ENTRY = Path(__file__).with_name("entry")
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
+LOCK = REQUIREMENTS.with_suffix(".lock")
+"""The same pins, with the sha256 of their files."""
 SUPPORTED_PYTHONS = ((3, 10), (3, 11))
 """nemo_toolkit 2.1.0 and its pins have wheels for these."""
 PYTHON_VARIABLE = "MINITRON_ALIGNER_PYTHON"
@@ -149,15 +152,9 @@ def make_environment(
     log.write_text("")
     # Not moved into place when done: a virtual environment knows its own path. READY_FILE says that it is whole.
     shutil.rmtree(folder, ignore_errors=True)
-    pip = [str(_python(folder)), "-Im", "pip", "install", "--disable-pip-version-check", "--no-input"]
-    index = ["--index-url", torch_index_url] if torch_index_url else []
-    if find_links:
-        pip += ["--no-index", *(f"--find-links={links.absolute()}" for links in find_links)]
-        index = []
     steps = [
-        ("new environment", [base, "-Im", "venv", str(folder)]),
-        (torch_requirement(), [*pip, *index, torch_requirement()]),
-        ("NeMo-Aligner and what it needs", [*pip, "--no-deps", "-r", str(REQUIREMENTS)]),
+        ("new environment", [base, "-I", "-m", "venv", str(folder)]),
+        *_installations(_python(folder), torch_index_url, find_links),
     ]
     for name, command in progress.track(steps, "aligner environment", len(steps), "steps"):
         progress.say(name)
@@ -166,6 +163,31 @@ def make_environment(
     versions = self_test(_python(folder), log)
     (folder / READY_FILE).write_text(json.dumps(versions, indent=2))
     return folder
+
+
+def _installations(
+    python: Path, torch_index_url: str | None, find_links: Sequence[Path]
+) -> Iterator[tuple[str, list[str]]]:
+    """(what, pip's command): every file that a lock file or a bundle's list names has to have its hash."""
+    pip = [str(python), "-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    hashed = [*pip, "--no-deps", "--require-hashes"]
+    what = "NeMo-Aligner and what it needs"
+    if not find_links:
+        build = shipped_dir(CONSTRAINTS) / "build.lock"
+        yield "what packages are built with", [*hashed, "-r", str(build)]
+        yield what, [*hashed, "--no-build-isolation", "--use-pep517", "-r", str(LOCK)]
+        # The build of torch is the user's choice, so that its hash is not known. All that it needs is there by now.
+        index = ["--index-url", torch_index_url] if torch_index_url else []
+        yield torch_requirement(), [*pip, *index, "-c", str(REQUIREMENTS), torch_requirement()]
+        return
+    folders = ["--no-index", *(f"--find-links={links.absolute()}" for links in find_links)]
+    listed = find_links[0] / "requirements.txt"
+    if listed.is_file():
+        yield what, [*hashed, *folders, "--only-binary=:all:", "-r", str(listed)]
+        return
+    # Wheels that somebody has collected or built, whose hashes nobody has written down.
+    yield torch_requirement(), [*pip, *folders, torch_requirement()]
+    yield what, [*pip, *folders, "--no-deps", "-r", str(REQUIREMENTS)]
 
 
 def self_test(python: Path, log: Path) -> dict[str, str]:
