@@ -21,7 +21,7 @@ def test_every_stage_is_published_with_hashes_and_provenance(toy_run: Path) -> N
         assert manifest is not None, stage
         assert manifest.files
         assert all(len(facts["sha256"]) == 64 for facts in manifest.files.values())
-        assert {"versions", "argv", "wall_s", "started"} <= manifest.provenance.keys()
+        assert {"versions", "command", "wall_s", "started"} <= manifest.provenance.keys()
         store.verify(stage, manifest, "all")
 
 

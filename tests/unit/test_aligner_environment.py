@@ -11,13 +11,14 @@ from nemo_minitron.backends.aligner import environment
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.progress import Progress
 
-PIN = re.compile(r"^[A-Za-z0-9_.-]+==[A-Za-z0-9_.+-]+$")
+PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([A-Za-z0-9_.+-]+)( ; [^;]+)?$")
 
 
 def test_every_requirement_is_pinned() -> None:
     lines = [line for line in environment.REQUIREMENTS.read_text().splitlines() if not line.startswith("#")]
-    assert all(PIN.match(line) for line in lines)
-    pinned = dict(line.split("==") for line in lines)
+    found = [PIN.match(line) for line in lines]
+    assert all(found)
+    pinned = {match[1]: match[2] for match in found if match is not None}
     assert pinned["nemo-aligner"] == environment.SUPPORTED_ALIGNER
     assert pinned["megatron-core"] == "0.10.0"
     assert "torch" not in pinned  # that of this machine

@@ -356,7 +356,7 @@ def test_a_template_that_fails_makes_the_row_a_bad_one(tmp_path: Path, jinja: st
 
 def context(folder: Path, said: list[str]) -> StageContext:
     progress = Progress(silent=True)
-    progress.say = said.append  # type: ignore[method-assign]
+    progress.warn = said.append  # type: ignore[method-assign]
     return StageContext("distill", "test", folder, folder, Execution(), progress)
 
 

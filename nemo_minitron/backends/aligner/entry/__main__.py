@@ -26,6 +26,8 @@ TASKS = {
     "steerlm2": "steerlm2:train",
     "preference_losses": "dpo:preference_losses",
 }
+ALONE = ("preference_losses",)
+"""Tasks without torch.distributed: what they call asks for Megatron's groups as soon as it runs."""
 
 
 def _known_pickles() -> Any:
@@ -54,6 +56,8 @@ def _run(task: Task) -> Mapping[str, Any]:
 
     module, name = TASKS[task["task"]].split(":")
     function: Callable[[Task], Mapping[str, Any]] = getattr(import_module(module), name)
+    if task["task"] in ALONE:
+        return function(task)
     with joined():
         return function(task)
 
