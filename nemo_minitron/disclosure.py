@@ -20,7 +20,6 @@ from nemo_minitron.safe_files import write_whole
 MASK = "***"
 SHORTEST = 6
 """Shorter values are no secrets, and hiding them would hide common words."""
-PRIVATE_MODE = 0o600
 PUBLIC_EXECUTION = (
     "device",
     "threads",

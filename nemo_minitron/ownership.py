@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nemo_minitron.errors import ArtifactError
+from nemo_minitron.safe_files import umask
 
 TRUST_VARIABLE = "MINITRON_TRUSTED_FOLDERS"
 """Folders, separated by colons, below which the user trusts whoever can write. No key of a recipe: those may be
@@ -21,9 +22,7 @@ _NOT_REACHED = stat.S_IXGRP | stat.S_IXOTH
 
 def work_mode() -> int:
     """The mode for the folder of work folders: closed to others where the umask would let them write below it."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return 0o777 if umask & (_GROUP | _OTHERS) == _GROUP | _OTHERS else 0o700
+    return 0o777 if umask() & (_GROUP | _OTHERS) == _GROUP | _OTHERS else 0o700
 
 
 def require_own(folder: Path, *, shared: bool = False) -> None:

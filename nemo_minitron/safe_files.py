@@ -49,7 +49,7 @@ def replacing(file: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
     try:
         with open(number, "wb") as out:
             if not private:
-                os.fchmod(number, 0o666 & ~_umask())
+                os.fchmod(number, 0o666 & ~umask())
             yield out
         with _errors_name(file):
             partial.replace(file)
@@ -191,12 +191,12 @@ def _no_file(file: Path) -> ArtifactError:
     )
 
 
-def _umask() -> int:
-    """Of this process; where the system does not tell, by setting it for a moment."""
+def umask() -> int:
+    """This process's umask; where the system does not tell, it is set for a moment to learn it."""
     with suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as lines:
         for line in lines:
             if line.startswith("Umask:"):
                 return int(line.split()[1], 8)
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return umask
+    found = os.umask(0o077)
+    os.umask(found)
+    return found

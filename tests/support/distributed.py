@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.context import BaseContext
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+from nemo_minitron.stages.nodes import free_port
 
 PRELOADED = ["nemo_minitron.backends.megatron.distill", "nemo_minitron.backends.megatron.training", "transformers"]
 """Importing torch and Megatron takes seconds: once for each test process, not for each rank."""
@@ -35,7 +36,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     process's first call.
     """
     context = process_context()
-    port = _free_port()
+    port = free_port()
     queue = context.SimpleQueue()
     processes = [
         context.Process(target=_one_rank, args=(rank, world_size, port, queue, function, args))
@@ -54,12 +55,6 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     for process in processes:
         process.join(60)
     return [results[rank] for rank in range(world_size)]
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def _one_rank(rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], args: Any) -> None:

@@ -77,7 +77,7 @@ def from_nemo(
 
 
 def _copy_tokenizer(model_dir: Path, out: Path) -> None:
-    """For transformers 4, which NeMo is pinned to: the class that takes everything from tokenizer.json."""
+    """Copy the tokenizer for NeMo's transformers 4, with the class that takes everything from tokenizer.json."""
     out.mkdir(parents=True, exist_ok=True)
     copy_side_files(model_dir, out)
     shutil.copyfile(model_dir / "config.json", out / "config.json")

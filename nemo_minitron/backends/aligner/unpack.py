@@ -22,9 +22,9 @@ from nemo_minitron.hf.links import require_inside
 CONFIG_FILE = "model_config.yaml"
 MOST_MEMBERS, MOST_CONFIG_BYTES, MOST_VALUE_CHARACTERS = 100_000, 1 << 18, 200
 MOST_BRACKETS = 1000
-"""In a config: deep nesting takes YAML's reader seconds and more."""
+"""The most brackets of a config; deep nesting takes YAML's reader seconds and more."""
 MOST_TIMES_AS_LARGE = 100
-"""As a packed .nemo file; weights hardly shrink."""
+"""The most by which an unpacked .nemo file may be larger than the packed one; weights hardly shrink."""
 MOST_EXTRA_ROWS = 1 << 16
 """That NeMo adds to a vocabulary, to share it out."""
 _SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")

@@ -64,19 +64,19 @@ _KNOWN: Mapping[str, frozenset[str]] = {
 
 
 def _bytes(value: bytes = b"") -> bytes:
-    """In place of `bytes`, which makes as many bytes as a number says."""
+    """Stands in for `bytes`, which makes as many bytes as a number says."""
     return bytes(memoryview(value))
 
 
 def _latin1(text: str, encoding: str = "latin1") -> bytes:
-    """In place of `_codecs.encode`: how protocol 2 keeps bytes."""
+    """Stands in for `_codecs.encode`, by which protocol 2 keeps bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
     return text.encode("latin1")
 
 
 def _stored_tensor(content: bytes) -> Any:
-    """In place of `torch.storage._load_from_bytes`."""
+    """Stands in for `torch.storage._load_from_bytes`."""
     return load_known(io.BytesIO(content))
 
 
@@ -175,7 +175,7 @@ _torch_load = torch.load
 
 
 def load_known(f: Any, map_location: Any = None, pickle_module: Any = None, **options: Any) -> Any:
-    """In place of `torch.load`: what torch.save has written of tensors and plain values.
+    """Stands in for `torch.load`; reads what torch.save has written of tensors and plain values.
 
     Raises:
         UnpicklingError: it holds something else, or it is of another format.

@@ -6,11 +6,10 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-from task import Task, answer
+from task import Task, answer, of_the_package
 
 TASKS = {
     "self_test": "self_test:self_test",
@@ -30,24 +29,13 @@ ALONE = ("preference_losses",)
 """Tasks without torch.distributed: what they call asks for Megatron's groups as soon as it runs."""
 
 
-def _known_pickles() -> Any:
-    """The module of the package beside this folder: by its path, as the package itself cannot be imported here."""
-    file = Path(__file__).resolve().parents[2] / "megatron/known_pickles.py"
-    spec = spec_from_file_location("known_pickles", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def main() -> int:
     """Run the task that the file names."""
     import cpu
 
     task = json.loads(Path(sys.argv[1]).read_text())
     cpu.enable()
-    _known_pickles().read_only_known_pickles()
+    of_the_package("megatron/known_pickles.py").read_only_known_pickles()
     return answer(Path(task["work_dir"]), _run, task)
 
 

@@ -9,7 +9,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 PROGRESS_FILE, CURVES_FILE, RESULT_FILE, ERROR_FILE = "aligner.json", "curves.jsonl", "result.json", "error.json"
@@ -20,6 +22,17 @@ STOP_FILE = "STOP"
 """Appears in the work folder when the training is to end early, with a checkpoint."""
 
 Task = Mapping[str, Any]
+
+
+def of_the_package(name: str) -> ModuleType:
+    """A module of nemo_minitron/backends, loaded by its path, because the package cannot be imported here."""
+    file = Path(__file__).resolve().parents[2] / name
+    spec = spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def is_main() -> bool:

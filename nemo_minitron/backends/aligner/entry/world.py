@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
-from types import ModuleType
 
 import torch
+from task import of_the_package
 
-MEETING = Path(__file__).resolve().parents[2] / "megatron" / "meeting.py"
-"""Of nemo_minitron, which this environment need not have."""
 TIMEOUT = timedelta(minutes=30)
 
 
 @contextmanager
 def joined() -> Iterator[None]:
     """Inside, torch.distributed runs among processes of one machine; Lightning starts it for those of several."""
-    meeting = _meeting()
+    meeting = of_the_package("megatron/meeting.py")
     if not meeting.is_of_one_machine():
         yield
         return
@@ -29,12 +25,3 @@ def joined() -> Iterator[None]:
         yield
         if on_gpu:
             torch.distributed.destroy_process_group()
-
-
-def _meeting() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("minitron_meeting", MEETING)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
