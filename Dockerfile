@@ -2,7 +2,7 @@
 #   docker build --target core    -t nemo-minitron:core .       everything but NeMo-Aligner's stages
 #   docker build --target aligner -t nemo-minitron:aligner .    SFT, preferences, reward models, SteerLM
 #   docker run --rm --gpus all nemo-minitron:core minitron version
-# Pins are those of constraints/core.txt, hashes those of core.lock; constraints/image.py keeps what the base image brings in builds of its own (torch, CUDA's
+# Pins are those of constraints/newest.txt, hashes those of newest.lock; constraints/image.py keeps what the base image brings in builds of its own (torch, CUDA's
 # packages, Transformer Engine, numpy), and checks at the end that nothing of it has changed. The tests run these pip steps
 # without docker; the commands that show the images themselves are in docs/CLUSTER.md.
 #
@@ -20,8 +20,8 @@ WORKDIR /opt/nemo-minitron
 ENV PIP_CONSTRAINT=""
 COPY constraints constraints
 RUN python constraints/image.py kept > /tmp/kept.json \
-    && python constraints/image.py pins constraints/core.txt /etc/pip/constraint.txt > /tmp/constraints.txt \
-    && python constraints/image.py locked constraints/core.lock /tmp/constraints.txt > /tmp/locked.txt \
+    && python constraints/image.py pins constraints/newest.txt /etc/pip/constraint.txt > /tmp/constraints.txt \
+    && python constraints/image.py locked constraints/newest.lock /tmp/constraints.txt > /tmp/locked.txt \
     && pip install --no-cache-dir --no-deps --require-hashes -r /tmp/locked.txt
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY nemo_minitron nemo_minitron
@@ -53,8 +53,8 @@ RUN version=$(sed -n 's/^nemo-aligner==//p' nemo_minitron/backends/aligner/requi
     && pip install --no-cache-dir --no-deps /opt/NeMo-Aligner
 # The image's own torch, Megatron-Core and NeMo stay; ours needs only small packages beside them.
 RUN python constraints/image.py kept megatron-core > /tmp/kept.json \
-    && python constraints/image.py pins constraints/core.txt /etc/pip/constraint.txt > /tmp/constraints.txt \
-    && python constraints/image.py locked constraints/core.lock /tmp/constraints.txt \
+    && python constraints/image.py pins constraints/newest.txt /etc/pip/constraint.txt > /tmp/constraints.txt \
+    && python constraints/image.py locked constraints/newest.lock /tmp/constraints.txt \
         pydantic pydantic-core typing-extensions typing-inspection annotated-types annotated-doc typer click shellingham rich \
         markdown-it-py mdurl pygments hydra-core omegaconf antlr4-python3-runtime jinja2 markupsafe zstandard > /tmp/small.txt \
     && pip install --no-cache-dir --no-deps --require-hashes -r /tmp/small.txt \

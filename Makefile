@@ -1,22 +1,27 @@
-# Everything from a fresh clone with nothing but Python 3.10 to 3.12:
+# Everything from a fresh clone with nothing but Python 3.10 to 3.13:
 #   make demo    make a 94M-parameter model out of SmolLM2-135M on this machine, and open the report
 #   make test    the fast tests
+# The python3 of the PATH is taken, or another one: make demo PYTHON=python3.12
 # On a machine where plain pip would fetch CUDA builds of torch that you do not want:
 #   make demo TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH_VERSION ?= 2.13.0
+# A set of versions: newest (of what exists for the Python), or oldest (that is supported, for Python 3.10).
+PINS ?= newest
+TORCH_VERSION ?=
 TORCH_INDEX_URL ?=
 RECIPE ?= recipes/smollm2_135m/width.yaml
 ALIGN_RECIPE ?= recipes/smollm2_135m/aligned.yaml
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CONSTRAINTS := constraints/core.txt
-LOCKS := constraints/build.lock constraints/core.lock constraints/dev.lock
+CONSTRAINTS := constraints/$(PINS).txt
+TORCH_PIN := constraints/torch-$(PINS).txt
+LOCKS := constraints/build.lock constraints/$(PINS).lock constraints/dev.lock
 PIP := $(BIN)/python -I -m pip install --quiet --disable-pip-version-check
 HASHED := --no-deps --require-hashes --no-build-isolation --use-pep517
+TORCH := $(if $(TORCH_VERSION),torch==$(TORCH_VERSION),-r $(TORCH_PIN))
 TORCH_INDEX := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL),)
 QUIET_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 TEST_ENV := MINITRON_REQUIRE_ALIGNER=1 $(QUIET_ENV)
@@ -30,14 +35,16 @@ install: $(STAMP)
 
 # Every file has the sha256 of its lock file, but for torch, whose build is chosen here: last and by itself, so that its index
 # serves nothing else, and all that it needs is there. First what packages without a wheel are built with.
-$(STAMP): pyproject.toml setup.py $(CONSTRAINTS) $(LOCKS)
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
-		|| { echo "nemo-minitron needs Python 3.10 to 3.12; set PYTHON=python3.11"; exit 1; }
+$(STAMP): pyproject.toml setup.py $(CONSTRAINTS) $(TORCH_PIN) $(LOCKS)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
+		|| { echo "nemo-minitron needs Python 3.10 to 3.13; set PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV), once: a few minutes"
+	@test -n "$(TORCH_INDEX_URL)" || command -v nvidia-smi > /dev/null || echo "no GPU here: should pip fetch a CUDA build" \
+		"of torch (several GB), stop it and add TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu"
 	$(PIP) $(HASHED) -r constraints/build.lock
-	$(PIP) $(HASHED) -r constraints/core.lock -r constraints/dev.lock
-	$(PIP) $(TORCH_INDEX) -c $(CONSTRAINTS) torch==$(TORCH_VERSION)
+	$(PIP) $(HASHED) -r constraints/$(PINS).lock -r constraints/dev.lock
+	$(PIP) $(TORCH_INDEX) -c $(CONSTRAINTS) $(TORCH)
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 
@@ -58,17 +65,24 @@ test-all: aligner
 	$(BIN)/minitron assets fetch
 	MINITRON_MANY_EXAMPLES=1 $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-# The core tests with another Megatron-Core, by default the oldest supported one: make test-compat MCORE=0.12.2
-# Everything else is as `make test` has it. Without what that version's package asks for beside torch: nothing here uses it.
-MCORE ?= 0.10.0
-COMPAT_VENV ?= .venv-mcore-$(MCORE)
-COMPAT_TESTS := tests/unit tests/parity tests/e2e tests/fault --ignore tests/e2e/test_toy_aligned.py
+# The core tests on another set of versions, each in an environment of its own:
+#   make test-compat STACK=oldest     Python 3.10 and the oldest supported version of everything (the default)
+#   make test-compat STACK=py311      Python 3.11 and the newest versions that exist for it
+#   make test-compat STACK=current    Python 3.12 and the newest versions; also: COMPAT_PYTHON=python3.13
+# One package in another version: make test-compat STACK=py311 WITH='transformers==4.57.6 huggingface-hub<1'
+STACK ?= oldest
+WITH ?=
+COMPAT_PYTHON ?= $(or $(PYTHON_$(STACK)),$(error STACK is oldest, py311 or current, not $(STACK)))
+PYTHON_oldest := python3.10
+PYTHON_py311 := python3.11
+PYTHON_current := python3.12
+COMPAT_VENV ?= .venv-$(STACK)
+COMPAT_TESTS := tests/unit tests/parity tests/golden tests/property tests/e2e tests/fault --ignore tests/e2e/test_toy_aligned.py
 
 test-compat:
-	@$(MAKE) --no-print-directory install VENV=$(COMPAT_VENV)
-	$(COMPAT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps megatron-core==$(MCORE)
-	$(QUIET_ENV) $(COMPAT_VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not slurm" $(COMPAT_TESTS) $(ARGS)
-	@echo "The core tests passed with megatron-core $(MCORE); make test runs them with that of $(CONSTRAINTS)."
+	@$(MAKE) --no-print-directory install VENV=$(COMPAT_VENV) PYTHON=$(COMPAT_PYTHON) PINS=$(if $(filter oldest,$(STACK)),oldest,newest)
+	$(if $(WITH),$(COMPAT_VENV)/bin/python -I -m pip install --quiet --disable-pip-version-check $(foreach pin,$(WITH),'$(pin)'))
+	$(QUIET_ENV) $(COMPAT_VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not slurm and not gpu" $(COMPAT_TESTS) $(ARGS)
 
 # A Slurm of four nodes on this machine, started and stopped by the tests; its programs are Debian's, unpacked, not installed.
 test-slurm: $(STAMP)
@@ -92,10 +106,11 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Hashes for the pins of constraints/core.txt and of NeMo-Aligner's environment, after a pin was changed there by hand.
-lock:
-	@$(PYTHON) -c 'import shutil, sys; sys.exit(not shutil.which("uv"))' || { echo "make lock needs uv: pip install uv"; exit 1; }
-	$(PYTHON) constraints/lock.py
+# The constraint files and their hashes, by what pyproject.toml allows; newer versions too: make lock UPGRADE=1
+UPGRADE ?=
+lock: $(STAMP)
+	@command -v uv > /dev/null || { echo "make lock needs uv: pip install uv"; exit 1; }
+	$(BIN)/python -W ignore constraints/lock.py $(if $(UPGRADE),--upgrade)
 
 results: $(STAMP)
 	$(BIN)/minitron assets fetch
@@ -116,4 +131,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/streaming.py   # 16 GB: needs 26 GB of disk
 
 clean:
-	rm -rf $(VENV) .venv-mcore-* .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-py311 .venv-current .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

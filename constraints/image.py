@@ -2,10 +2,10 @@
 
 NVIDIA's images pin every package of theirs in a file that PIP_CONSTRAINT names. Together with this project's pins no
 set of versions fits both. So torch, CUDA's packages and all that is built against them keep the image's versions, and
-the rest follows constraints/core.txt. Needs `packaging` alone; runs before anything is installed.
+the rest follows constraints/newest.txt. Needs `packaging` alone; runs before anything is installed.
 
-    python constraints/image.py pins constraints/core.txt [PIP_CONSTRAINT's file] > pins.txt
-    python constraints/image.py locked constraints/core.lock pins.txt [NAME ...] > locked.txt
+    python constraints/image.py pins constraints/newest.txt [PIP_CONSTRAINT's file] > pins.txt
+    python constraints/image.py locked constraints/newest.lock pins.txt [NAME ...] > locked.txt
     python constraints/image.py kept [NAME ...] > before.json
     python constraints/image.py check before.json
 """

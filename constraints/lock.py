@@ -1,7 +1,10 @@
-"""Writes the lock files: every pin with the sha256 of each of its files on PyPI. `make lock`; needs uv and a network.
+"""Writes the constraint files and the lock files: `make lock`. Needs uv and a network.
 
-Pins are chosen by hand, in constraints/core.txt and nemo_minitron/backends/aligner/requirements.txt; this adds hashes
-only, and stops where a pin has no file for a supported version of Python.
+Two ends are pinned: `newest.txt`, the newest versions that fit together on each Python, and `oldest.txt`, the oldest
+ones that pyproject.toml allows on Python 3.10. Pins that still fit are kept; `make lock UPGRADE=1` takes newer ones.
+torch is pinned by hand, in `torch-newest.txt` and `torch-oldest.txt`: its build depends on the machine. NeMo-Aligner's pins,
+`nemo_minitron/backends/aligner/requirements.txt`, are chosen by hand too. A lock file adds to each pin the sha256 of
+each of its files on PyPI; the command stops where a pin has no file for a supported Python.
 """
 
 from __future__ import annotations
@@ -9,38 +12,89 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from setuptools.config.pyprojecttoml import read_configuration
+
 HERE = Path(__file__).parent
-PROJECT = HERE.parent / "pyproject.toml"
-PINS = HERE / "core.txt"
-ALIGNER = HERE.parent / "nemo_minitron/backends/aligner/requirements.txt"
+ROOT = HERE.parent
+PROJECT = ROOT / "pyproject.toml"
+ALIGNER = ROOT / "nemo_minitron/backends/aligner/requirements.txt"
 BUILD = ("setuptools",)
 """What packages without a wheel are built with: it has to be there before they are."""
-HEADER = "# Made by `make lock` from {}: do not edit.\n"
-UV = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version=3.10", "--no-header", "--no-annotate"]
+NO_DEPENDENCIES = ("megatron-core",)
+"""Taken alone in the oldest set: old versions ask for test tools and ModelOpt, which nothing here uses."""
+BY_TORCH = ("torch", "triton", "nvidia-", "cuda-")
+"""What comes with a build of torch, and is pinned by nobody else."""
+MADE = "# Made by `make lock` from {}: do not edit.\n"
+UV = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
+UNIVERSAL = ["--universal", "--python-version=3.10"]
+OLDEST_PYTHON = ["--python-version=3.10", "--python-platform=linux"]
 
 
 def main() -> None:
+    upgrade = ["--upgrade"] if "--upgrade" in sys.argv[1:] else []
+    newest, oldest = HERE / "newest.txt", HERE / "oldest.txt"
+    write(newest, pins_of(newest_set(newest, upgrade)), "pyproject.toml")
+    needed = set(names(compiled([str(PROJECT), "--extra=eval", f"--constraint={newest}"])))
     core, dev, build = list[str](), list[str](), list[str]()
-    needed = set(names(compiled(str(PROJECT), "--extra=eval", f"--constraint={PINS}")))
-    for entry in entries(compiled("--no-deps", "--generate-hashes", str(PINS))):
+    for entry in entries(hashed(newest)):
         (name,) = names(entry)
         (build if name in BUILD else core if name in needed else dev).append(entry)
-    write(HERE / "build.lock", build, PINS)
-    write(HERE / "core.lock", core, PINS)
-    write(HERE / "dev.lock", dev, PINS)
-    aligner = compiled("--no-deps", "--generate-hashes", str(ALIGNER))
-    write(ALIGNER.with_suffix(".lock"), list(entries(aligner)), ALIGNER)
+    write(HERE / "build.lock", build, "constraints/newest.txt")
+    write(HERE / "newest.lock", core, "constraints/newest.txt")
+    write(HERE / "dev.lock", dev, "constraints/newest.txt")
+    tools = {name for entry in (*dev, *build) for name in names(entry)}
+    write(oldest, (line for line in pins_of(oldest_set()) if not tools & set(names(line))), "pyproject.toml")
+    write(HERE / "oldest.lock", entries(hashed(oldest, OLDEST_PYTHON)), "constraints/oldest.txt")
+    write(ALIGNER.with_suffix(".lock"), entries(hashed(ALIGNER)), str(ALIGNER.relative_to(ROOT)))
 
 
-def compiled(*words: str) -> str:
+def newest_set(kept: Path, options: list[str]) -> str:
+    """The newest versions for every supported Python, as one set with markers; those of `kept` where they fit."""
+    extras = ["--extra=eval", "--extra=dev", f"--constraint={HERE / 'torch-newest.txt'}"]
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / kept.name
+        if kept.is_file():
+            made.write_text(kept.read_text())
+        compiled([str(PROJECT), *extras, f"--output-file={made}", *options])
+        return made.read_text()
+
+
+def oldest_set() -> str:
+    """Each dependency in the oldest version that pyproject.toml allows, on the oldest Python, and what they need."""
+    project = read_configuration(PROJECT, expand=False)["project"]
+    asked = [Requirement(text) for text in (*project["dependencies"], *project["optional-dependencies"]["eval"])]
+    pinned = {one.name: f"{str(one).removesuffix(str(one.specifier))}=={lowest(one)}" for one in asked}
+    alone = [pinned.pop(name) for name in NO_DEPENDENCIES]
+    return compiled(["-"], OLDEST_PYTHON, "\n".join(pinned.values())) + "\n".join(alone)
+
+
+def lowest(requirement: Requirement) -> str:
+    """The lower bound of a requirement."""
+    return next(one.version for one in requirement.specifier if one.operator in (">=", "=="))
+
+
+def hashed(pins: Path, python: list[str] = UNIVERSAL) -> str:
+    """A file of pins with the hashes of every file of each."""
+    return compiled(["--no-deps", "--generate-hashes", str(pins)], python)
+
+
+def compiled(words: list[str], python: list[str] = UNIVERSAL, given: str | None = None) -> str:
     """What uv resolves."""
-    done = subprocess.run([*UV, *words], stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run([*UV, *python, *words], stdout=subprocess.PIPE, text=True, check=False, input=given)
     if done.returncode:
         sys.exit(done.returncode)
     return done.stdout
+
+
+def pins_of(text: str) -> Iterator[str]:
+    """The lines of a resolution that are pinned here: all but those that come with torch."""
+    lines = (line for line in text.splitlines(keepends=True) if line.strip() and not line.startswith("#"))
+    return (f"{line.rstrip()}\n" for line in sorted(lines) if not line.startswith(BY_TORCH))
 
 
 def entries(text: str) -> Iterator[str]:
@@ -54,9 +108,10 @@ def names(text: str) -> list[str]:
     return re.findall(r"^([A-Za-z0-9._-]+)==", text, re.MULTILINE)
 
 
-def write(file: Path, found: list[str], pins: Path) -> None:
-    file.write_text(HEADER.format(pins.relative_to(HERE.parent)) + "".join(found))
-    print(f"{file.relative_to(HERE.parent)}: {len(found)} pins")
+def write(file: Path, found: Iterable[str], source: str) -> None:
+    lines = list(found)
+    file.write_text(MADE.format(source) + "".join(lines))
+    print(f"{file.relative_to(ROOT)}: {len(lines)} pins")
 
 
 if __name__ == "__main__":

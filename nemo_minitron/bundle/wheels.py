@@ -40,13 +40,13 @@ def target() -> dict[str, str]:
 
 
 def core_wheels(torch_index_url: str | None, progress: Progress) -> list[Path]:
-    """What this package with the extra `eval` needs: pins and hashes of constraints/core.lock, and torch.
+    """What this package with the extra `eval` needs: pins and hashes of constraints/newest.lock, and torch.
 
     Raises:
         EnvironmentProblem: pip failed, or is not there.
     """
     _require_pip()
-    lock, pins = (shipped_dir(CONSTRAINTS) / name for name in ("core.lock", "core.txt"))
+    lock, pins = (shipped_dir(CONSTRAINTS) / name for name in ("newest.lock", "newest.txt"))
 
     def fill(folder: Path, scratch: Path) -> None:
         _pip_wheel(folder, ["--no-deps", "--require-hashes", f"--requirement={lock}"], scratch, progress)
@@ -99,8 +99,8 @@ def list_of(wheels: Sequence[Path]) -> bytes:
 
 
 def only_torch_needs(core: Sequence[Path]) -> list[Path]:
-    """torch, and what it alone brings along: the core's wheels that core.lock does not name."""
-    lock = (shipped_dir(CONSTRAINTS) / "core.lock").read_text()
+    """torch, and what it alone brings along: the core's wheels that newest.lock does not name."""
+    lock = (shipped_dir(CONSTRAINTS) / "newest.lock").read_text()
     elsewhere = {_plain(line.split("==")[0]) for line in lock.splitlines() if "==" in line} | {"nemo-minitron"}
     return [file for file in core if _plain(file.name.split("-")[0]) not in elsewhere]
 

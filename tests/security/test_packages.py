@@ -40,7 +40,7 @@ def pins(*files: Path) -> set[tuple[str, str]]:
 def test_every_pin_has_hashes_and_the_lock_files_follow_the_pins() -> None:
     folder = REPO / "constraints"
     core = [folder / f"{name}.lock" for name in ("build", "core", "dev")]
-    assert pins(*core) == pins(folder / "core.txt"), "make lock"
+    assert pins(*core) == pins(folder / "newest.txt"), "make lock"
     assert pins(environment.LOCK) == pins(environment.REQUIREMENTS), "make lock"
     for file in (*core, environment.LOCK):
         for entry in re.split(r"^(?=[A-Za-z0-9])", file.read_text(), flags=re.MULTILINE)[1:]:
@@ -166,7 +166,7 @@ def test_the_own_wheel_needs_no_build_and_is_whole(tmp_path: Path) -> None:
         "import nemo_minitron, json; from importlib.metadata import distribution as d;"
         "from nemo_minitron.config.places import shipped_dir, shipped_recipes;"
         "print(json.dumps([nemo_minitron.__file__, d('nemo-minitron').version, len(d('nemo-minitron').requires),"
-        "len(shipped_recipes()), (shipped_dir('constraints') / 'core.lock').is_file()]))"
+        "len(shipped_recipes()), (shipped_dir('constraints') / 'newest.lock').is_file()]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=True)

@@ -18,7 +18,7 @@ from packaging.version import Version
 
 from tests.conftest import REPO
 
-OWN = (REPO / "constraints/core.txt").read_text().splitlines()
+OWN = (REPO / "constraints/newest.txt").read_text().splitlines()
 NGC = """\
 # as /etc/pip/constraint.txt of NVIDIA's images
 packaging==23.2
@@ -150,7 +150,7 @@ def test_the_pip_steps_of_the_core_image_resolve_under_nvidias_constraints(
             check=False,
         )
 
-    plain = "pip install --dry-run -c constraints/core.txt megatron-core"
+    plain = "pip install --dry-run -c constraints/newest.txt megatron-core"
     assert "ResolutionImpossible" in run(plain, str(tmp_path / "constraint.txt")).stderr, "what the steps are there for"
     assert 'ENV PIP_CONSTRAINT=""' in (REPO / "Dockerfile").read_text()
     steps = _pip_steps("core", tmp_path).partition("&& python -c")[0].rstrip().removesuffix("\\")

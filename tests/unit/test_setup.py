@@ -29,7 +29,7 @@ def project() -> dict[str, Any]:
 def pins(python: str) -> dict[str, Version]:
     """Package -> version that the constraints pin for a Python."""
     found: dict[str, Version] = {}
-    for line in (REPO / "constraints" / "core.txt").read_text().splitlines():
+    for line in (REPO / "constraints" / "newest.txt").read_text().splitlines():
         if line.startswith("#"):
             continue
         requirement = Requirement(line)
