@@ -54,7 +54,7 @@ def test_the_images_own_builds_stay_and_the_rest_follows_our_pins() -> None:
     assert found["torch"] == "==2.10.0a0+b4e4ee81d3.nv25.12"
     assert (found["numpy"], found["nvidia-cudnn"]) == ("==1.26.4", "==9.1")
     assert (found["protobuf"], found["nvidia-dali-cuda130"]) == ("==5.29.4", "==1.52.0"), "kept, though not installed"
-    own = {Requirement(line).name: Requirement(line) for line in OWN if line and not line.startswith("#")}
+    own = {line.name: line for line in image.requirements_of(OWN)}
     for name in ("packaging", "typing-extensions", "megatron-core", "transformers"):
         assert found[name] == str(own[name].specifier), "the image's pin of it is not ours"
     assert "tensorboard" not in found
