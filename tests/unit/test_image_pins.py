@@ -69,6 +69,15 @@ def test_a_pin_that_the_images_torch_does_not_take_gives_way(monkeypatch: pytest
     assert found == ["setuptools==78.1.0", "sympy==1.14.0", "torch==2.10"]
 
 
+def test_the_megatron_core_and_transformers_of_a_nemo_image_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    wishes = {"transformers": ["tokenizers<0.23,>=0.22", "safetensors<0.8"], "megatron-core": ["packaging>=24.2"]}
+    monkeypatch.setattr(image, "requires", lambda name: wishes.get(name, []))
+    own = ["megatron-core==0.19.2", "transformers==5.24.0", "tokenizers==0.23.3", "safetensors==0.8.0"]
+    nemo = {"megatron-core": "0.18.0", "transformers": "5.8.1", "tokenizers": "0.22.2", "safetensors": "0.7.0"}
+    assert image.pins(own, [], nemo) == sorted(f"{name}=={version}" for name, version in nemo.items())
+    assert image.pins(own, [], {}) == sorted(own)
+
+
 def test_markers_of_other_pythons_and_platforms_are_left_out() -> None:
     lines = ["a==1 ; python_version < '3'", "a==2 ; python_version >= '3'", "colorama==1 ; sys_platform == 'win32'"]
     assert image.pins(lines, [], {}) == ["a==2"]
