@@ -29,8 +29,8 @@ print(sees, "CUDA", torch.version.cuda, "NCCL", torch.cuda.nccl.version() if see
 """
 SUPPORTED: dict[str, tuple[str, str]] = {
     "python": ("3.10", "3.12"),
-    "torch": ("2.6", "2.13"),
-    "megatron-core": ("0.10.0", "0.16.1"),
+    "torch": ("2.6", "2.14"),
+    "megatron-core": ("0.10.0", "0.19.2"),
 }
 """Oldest and newest version that the tests or the users run with."""
 

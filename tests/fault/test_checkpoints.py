@@ -211,7 +211,7 @@ def test_a_checkpoint_of_a_later_megatron_is_refused(folders: Folders, monkeypat
         monkeypatch.setattr(versions, "_VERSION", (0, 18))
     with (
         open_session(Parallel(), device="cpu", threads=1) as session,
-        pytest.raises(CheckpointError, match=r"is of Megatron-Core 0\.19 or later") as found,
+        pytest.raises(CheckpointError, match=r"written by Megatron-Core 0\.19 or later") as found,
     ):
         training.run(_job(folders, session), folders["work"], Progress(silent=True))
     assert found.value.where == str(newest)

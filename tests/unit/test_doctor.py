@@ -74,9 +74,9 @@ def test_a_program_that_hangs_or_a_probe_that_breaks_is_a_finding(
     [
         ("megatron-core", "0.10.0", True),
         ("megatron-core", "0.9.0", False),
-        ("megatron-core", "0.16.1", True),
-        ("megatron-core", "0.17.0rc0", False),
-        ("torch", "2.13.0+cpu", True),
+        ("megatron-core", "0.19.2", True),
+        ("megatron-core", "0.20.0rc0", False),
+        ("torch", "2.14.1+cpu", True),
         ("torch", "2.5.1", False),
         ("python", "3.12.9", True),
         ("python", "3.13.0", False),

@@ -25,7 +25,7 @@ from nemo_minitron.backends.megatron.intact import FACTS_FILE, damage, read_fact
 from nemo_minitron.backends.megatron.known_pickles import only_known_pickles, require_known_backend
 from nemo_minitron.backends.megatron.optim import Trainable
 from nemo_minitron.backends.megatron.session import Session
-from nemo_minitron.backends.megatron.versions import is_of_a_later_version
+from nemo_minitron.backends.megatron.versions import require_readable
 from nemo_minitron.backends.megatron.writing import Buffers, Writing
 from nemo_minitron.disk import disk_problem
 from nemo_minitron.errors import CheckpointError
@@ -168,7 +168,7 @@ def _load(trainable: Trainable, checkpoint: Path) -> Progressed:
         step = int(facts["step"])
         _require_same_optimizer(trainable, bool(facts.get("distributed_optimizer", False)), checkpoint)
         require_known_backend(checkpoint)
-        _require_readable(checkpoint)
+        require_readable(checkpoint)
         wanted = _sharded_state(trainable, is_loading=True)
         with only_known_pickles():
             state = dist_checkpointing.load(wanted, str(checkpoint))
@@ -210,15 +210,6 @@ def _require_same_optimizer(trainable: Trainable, was_distributed: bool, checkpo
             f"The training checkpoint is of execution.parallel.distributed_optimizer = {was}, not {now}.",
             where=str(checkpoint),
             next_step=f"Set it to {was}, or delete the checkpoints to start from the first step.",
-        )
-
-
-def _require_readable(checkpoint: Path) -> None:
-    if is_of_a_later_version(checkpoint):
-        raise CheckpointError(
-            "The training checkpoint is of Megatron-Core 0.19 or later, and this one is older: it cannot read it.",
-            where=str(checkpoint),
-            next_step="Go on with the later one, or delete the checkpoints to start from the first step.",
         )
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.checkpoint import filesystem as torch_filesystem
 
-from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.errors import CheckpointError, EnvironmentProblem
 from nemo_minitron.families import ModelShape
 
 LLAMA_31_ROPE_FACTOR = 8.0
@@ -92,13 +92,19 @@ def begin_checkpoint(state: dict[str, Any], folder: Path) -> AsyncRequest:
     return request
 
 
-def is_of_a_later_version(checkpoint: Path) -> bool:
-    """Whether this version cannot read the checkpoint.
+def require_readable(checkpoint: Path) -> None:
+    """Since 0.19 what is common to all ranks stands among the tensors, and not in a file that later ones still read.
 
-    Since 0.19 what is common to all ranks stands among the tensors; versions before ask for a file of it, which later
-    ones still read.
+    Raises:
+        CheckpointError: this version needs the file, and the checkpoint has none.
     """
-    return _VERSION < (0, 19) and not (checkpoint / "common.pt").is_file()
+    if _VERSION < (0, 19) and not (checkpoint / "common.pt").is_file():
+        raise CheckpointError(
+            "The training checkpoint was written by Megatron-Core 0.19 or later; "
+            f"{version('megatron-core')} cannot read it.",
+            where=str(checkpoint),
+            next_step="Use megatron-core 0.19 or later, or delete the checkpoints to start from the first step.",
+        )
 
 
 def checkpoint_buckets(request: AsyncRequest) -> list[Any]:
@@ -159,9 +165,9 @@ __all__ = [
     "begin_checkpoint",
     "checkpoint_buckets",
     "context_group",
-    "is_of_a_later_version",
     "known_fields",
     "mlp_spec",
+    "require_readable",
     "rope_scaling_options",
     "share_of_loss",
     "squared_relu",
