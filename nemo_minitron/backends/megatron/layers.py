@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nemo_minitron.backends.megatron.context import context_attention
 from nemo_minitron.backends.megatron.cpu import cuda_is_cpu
-from nemo_minitron.backends.megatron.versions import context_group
+from nemo_minitron.backends.megatron.versions import context_group, mlp_spec
 from nemo_minitron.errors import EnvironmentProblem
 
 
@@ -155,9 +155,7 @@ def layer_spec(*, qk_norm: bool) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=modules["norm"],
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=modules["column"], linear_fc2=modules["row"])
-            ),
+            mlp=mlp_spec(MLPSubmodules(linear_fc1=modules["column"], linear_fc2=modules["row"])),
             mlp_bda=get_bias_dropout_add,
         ),
     )
