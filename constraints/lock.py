@@ -2,9 +2,9 @@
 
 Two ends are pinned: `newest.txt`, the newest versions that fit together on each Python, and `oldest.txt`, the oldest
 ones that pyproject.toml allows on Python 3.10. Pins that still fit are kept; `make lock UPGRADE=1` takes newer ones.
-torch is pinned by hand, in `torch-newest.txt` and `torch-oldest.txt`: its build depends on the machine. NeMo-Aligner's pins,
-`nemo_minitron/backends/aligner/requirements.txt`, are chosen by hand too. A lock file adds to each pin the sha256 of
-each of its files on PyPI; the command stops where a pin has no file for a supported Python.
+torch is pinned by hand, in `torch-newest.txt` and `torch-oldest.txt`: its build depends on the machine. The pins of
+NeMo-Aligner, `nemo_minitron/backends/aligner/requirements.txt`, are chosen by hand too. A lock file adds to each pin
+the sha256 of each of its files on PyPI; the command stops where a pin has no file for a supported Python.
 """
 
 from __future__ import annotations
