@@ -2,13 +2,13 @@
 #   docker build --target core    -t nemo-minitron:core .       everything but NeMo-Aligner's stages
 #   docker build --target aligner -t nemo-minitron:aligner .    SFT, preferences, reward models, SteerLM
 #   docker run --rm --gpus all nemo-minitron:core minitron version
-# Pins are those of constraints/newest.txt, hashes those of newest.lock; constraints/image.py keeps what the base image brings in builds of its own (torch, CUDA's
-# packages, Transformer Engine, numpy), and checks at the end that nothing of it has changed. The tests run these pip steps
-# without docker; the commands that show the images themselves are in docs/CLUSTER.md.
+# Pins are those of constraints/newest.txt, hashes those of newest.lock. constraints/image.py keeps what the base image brings in
+# builds of its own (torch, CUDA's packages, Transformer Engine, numpy), and checks at the end that nothing of it has changed. The
+# tests run these pip steps without docker; the commands that show the images themselves are in docs/CLUSTER.md.
 #
-# The core image needs Python 3.12 and a Transformer Engine that the pinned megatron-core takes: 0.16 wants 2.9 to 2.11, which
-# the releases around 25.12 have (torch 2.10, CUDA 13.1). With any other one the build stops and says so.
-ARG CORE_IMAGE=nvcr.io/nvidia/pytorch:25.12-py3
+# The core image needs Python 3.12. The default is the image that Megatron-LM itself is built on. Of a NeMo image
+# (nemo:26.02 or newer) Megatron-Core and transformers are kept, too: --build-arg CORE_IMAGE=nvcr.io/nvidia/nemo:26.06
+ARG CORE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
 # NeMo-Aligner 0.7.0 was made for NeMo 2.1 and Megatron-Core 0.10. This image has both, with an older NeMo-Aligner.
 ARG ALIGNER_IMAGE=nvcr.io/nvidia/nemo:24.12
 
@@ -52,7 +52,7 @@ RUN version=$(sed -n 's/^nemo-aligner==//p' nemo_minitron/backends/aligner/requi
     && git clone --depth 1 --branch "v$version" https://github.com/NVIDIA/NeMo-Aligner.git /opt/NeMo-Aligner \
     && pip install --no-cache-dir --no-deps /opt/NeMo-Aligner
 # The image's own torch, Megatron-Core and NeMo stay; ours needs only small packages beside them.
-RUN python constraints/image.py kept megatron-core > /tmp/kept.json \
+RUN python constraints/image.py kept > /tmp/kept.json \
     && python constraints/image.py pins constraints/newest.txt /etc/pip/constraint.txt > /tmp/constraints.txt \
     && python constraints/image.py locked constraints/newest.lock /tmp/constraints.txt \
         pydantic pydantic-core typing-extensions typing-inspection annotated-types annotated-doc typer click shellingham rich \

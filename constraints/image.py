@@ -26,6 +26,8 @@ from packaging.utils import canonicalize_name
 KEPT = frozenset({"numpy", "scipy", "pandas", "protobuf", "pillow", "apex", "nemo-toolkit", "nemo-aligner"})
 """Packages that an image builds itself, or builds others against."""
 KEPT_PREFIXES = ("torch", "triton", "pytorch-triton", "nvidia-", "cuda-", "cupy", "transformer-engine", "flash-attn")
+OF_NEMO = frozenset({"megatron-core", "transformers", "tokenizers", "huggingface-hub"})
+"""Packages of NVIDIA's NeMo images: kept where they are installed, in any supported version, and pinned where not."""
 UNPINNED = frozenset({"tensorboard"})
 """Packages whose newest versions refuse what images have (an older protobuf): pip takes a version that fits."""
 OF_MEGATRON = "transformer-engine"
@@ -33,9 +35,14 @@ OF_MEGATRON = "transformer-engine"
 
 
 def is_kept(name: str) -> bool:
-    """Whether a package stays as the image has it."""
+    """Whether a package is never installed by us: it stays as the image has it."""
     plain = canonicalize_name(name)
     return plain in KEPT or plain.startswith(KEPT_PREFIXES)
+
+
+def stays(name: str) -> bool:
+    """Whether an installed package keeps its version."""
+    return is_kept(name) or canonicalize_name(name) in OF_NEMO
 
 
 def installed() -> dict[str, str]:
@@ -60,7 +67,7 @@ def pins(own: Iterable[str], image: Iterable[str], have: Mapping[str, str]) -> l
 
     A pin of ours that a kept package does not take gives way to the version that the image has.
     """
-    found = {name: f"{name}=={version}" for name, version in have.items() if is_kept(name)}
+    found = {name: f"{name}=={version}" for name, version in have.items() if stays(name)}
     for line in requirements_of(image):
         name = canonicalize_name(line.name)
         if is_kept(name) and name not in found and line.url is None:
@@ -104,7 +111,7 @@ def _is_refused(pin: Requirement, have: Mapping[str, str]) -> bool:
 
 def _wishes(name: str, have: Mapping[str, str]) -> Iterator[object]:
     for owner in have:
-        if not is_kept(owner):
+        if not stays(owner):
             continue
         for text in _requires(owner):
             wish = Requirement(text)
@@ -159,7 +166,7 @@ def main(words: list[str]) -> int:
         print("\n".join(locked(said.lock.read_text(), said.pins.read_text().splitlines(), have, said.names)))
         return 0
     if said.command == "kept":
-        kept = {name: version for name, version in have.items() if is_kept(name) or name in said.more}
+        kept = {name: version for name, version in have.items() if stays(name) or name in said.more}
         print(json.dumps(kept, indent=1))
         return 0
     wrong = sorted(set(problems(json.loads(said.before.read_text()), have)))

@@ -14,7 +14,7 @@ from rich.text import Text
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.terminal import Screen, write
 
-STYLES = {"ok": "green", "missing": "yellow", "problem": "red"}
+STYLES = {"ok": "green", "newer": "yellow", "missing": "yellow", "problem": "red"}
 
 
 def doctor(

@@ -17,7 +17,8 @@ from typing import Literal
 
 from nemo_minitron.cores import usable_cores
 
-Level = Literal["ok", "missing", "problem"]
+Level = Literal["ok", "newer", "missing", "problem"]
+"""`newer`: newer than what was tested. It may well work, and keeps nothing from running."""
 TIMEOUT_S, WRITTEN_MIB = 20.0, 64
 # Without the working folder on the import path, where anything may be called torch.py.
 TORCH_ON_GPUS = """
@@ -27,12 +28,13 @@ import torch
 sees = torch.cuda.is_available()
 print(sees, "CUDA", torch.version.cuda, "NCCL", torch.cuda.nccl.version() if sees else None)
 """
-SUPPORTED: dict[str, tuple[str, str]] = {
-    "python": ("3.10", "3.12"),
-    "torch": ("2.6", "2.13"),
-    "megatron-core": ("0.10.0", "0.16.1"),
+TESTED: dict[str, tuple[str, str]] = {
+    "python": ("3.10", "3.13"),
+    "torch": ("2.6", "2.14"),
+    "megatron-core": ("0.10.0", "0.19.2"),
+    "transformers": ("4.53", "5.24"),
 }
-"""Oldest and newest version that the tests or the users run with."""
+"""The oldest version that is supported, and the newest that the tests have run with."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,26 @@ def examine(run_root: Path) -> list[Finding]:
 def failures(found: Sequence[Finding], required: Sequence[str]) -> list[Finding]:
     """What keeps the core from running, and whatever is not there of the required groups."""
     groups = set(required)
-    return [one for one in found if one.level == "problem" or (one.group in groups and one.level != "ok")]
+    return [one for one in found if one.level == "problem" or (one.group in groups and one.level == "missing")]
 
 
-def is_supported(name: str, found: str) -> bool:
-    """Whether a version lies within the supported ones; a newer patch of the newest counts as it."""
-    oldest, newest = (_numbers(text) for text in SUPPORTED[name])
+def level_of(name: str, found: str) -> Level:
+    """How an installed version stands to the tested ones; a newer patch of the newest counts as it."""
+    oldest, newest = (_numbers(text) for text in TESTED[name])
     own = _numbers(found)
-    return oldest <= own[: len(oldest)] and own[: len(newest)] <= newest
+    if own[: len(oldest)] < oldest:
+        return "problem"
+    return "ok" if own[: len(newest)] <= newest else "newer"
+
+
+def _version_finding(name: str, found: str, text: str) -> Finding:
+    oldest, newest = TESTED[name]
+    level = level_of(name, found)
+    steps: dict[Level, str] = {
+        "newer": f"newer than tested ({oldest} to {newest}); if something fails, try {newest} first",
+        "problem": f"too old: {oldest} or newer, tested up to {newest}",
+    }
+    return Finding("core", name, level, text, steps.get(level, ""))
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -91,10 +105,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _machine() -> Iterator[Finding]:
     python = platform.python_version()
-    level: Level = "ok" if is_supported("python", python) else "problem"
-    yield Finding(
-        "core", "python", level, f"{python} ({sys.executable})", f"supported: {' to '.join(SUPPORTED['python'])}"
-    )
+    yield _version_finding("python", python, f"{python} ({sys.executable})")
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and limit.read_text().strip().isdigit():
@@ -121,13 +132,12 @@ def _disk(run_root: Path) -> Iterator[Finding]:
 
 
 def _core() -> Iterator[Finding]:
-    for name in ("torch", "megatron-core"):
+    for name in ("torch", "megatron-core", "transformers"):
         found = _version(name)
         if found is None:
             yield Finding("core", name, "problem", "not installed", "make install, or pip install nemo-minitron")
         else:
-            level: Level = "ok" if is_supported(name, found) else "problem"
-            yield Finding("core", name, level, found, f"supported: {' to '.join(SUPPORTED[name])}")
+            yield _version_finding(name, found, found)
     for name, use in (("transformer-engine", "faster layers on a GPU"), ("apex", "a faster optimizer on a GPU")):
         found = _version(name)
         yield Finding("gpu-extras", name, "ok" if found else "missing", found or f"not installed: {use}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from nemo_minitron import doctor
-from nemo_minitron.doctor import examine, failures, is_supported
+from nemo_minitron.doctor import examine, failures, level_of
 from tests.conftest import REPO, Cli
 
 
@@ -72,18 +73,39 @@ def test_a_program_that_hangs_or_a_probe_that_breaks_is_a_finding(
 @pytest.mark.parametrize(
     ("name", "found", "expected"),
     [
-        ("megatron-core", "0.10.0", True),
-        ("megatron-core", "0.9.0", False),
-        ("megatron-core", "0.16.1", True),
-        ("megatron-core", "0.17.0rc0", False),
-        ("torch", "2.13.0+cpu", True),
-        ("torch", "2.5.1", False),
-        ("python", "3.12.9", True),
-        ("python", "3.13.0", False),
+        ("megatron-core", "0.10.0", "ok"),
+        ("megatron-core", "0.9.0", "problem"),
+        ("megatron-core", "0.16.1", "ok"),
+        ("megatron-core", "0.19.9", "newer"),
+        ("megatron-core", "0.20.0rc0", "newer"),
+        ("torch", "2.13.0+cpu", "ok"),
+        ("torch", "2.14.1", "ok"),
+        ("torch", "2.5.1", "problem"),
+        ("torch", "2.15.0a0+1a2b3c.nv26.10", "newer"),
+        ("transformers", "4.52.4", "problem"),
+        ("transformers", "5.25.0.dev0", "newer"),
+        ("python", "3.13.9", "ok"),
+        ("python", "3.14.0", "newer"),
+        ("python", "3.9.18", "problem"),
     ],
 )
-def test_versions_are_held_against_the_supported_ones(name: str, found: str, expected: bool) -> None:
-    assert is_supported(name, found) is expected
+def test_versions_are_held_against_the_tested_ones(name: str, found: str, expected: str) -> None:
+    assert level_of(name, found) == expected
+
+
+def test_a_version_newer_than_tested_is_a_warning_and_one_too_old_an_error(
+    tmp_path: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = {"torch": "2.99.0", "megatron-core": "0.19.2", "transformers": "5.24.0"}
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    code, output = minitron("doctor", "--run-root", tmp_path, "--require", "core")
+    assert code == 0, output
+    assert "newer than tested" in output
+    monkeypatch.setitem(versions, "megatron-core", "0.9.0")
+    code, output = minitron("doctor", "--run-root", tmp_path)
+    assert code == 2
+    assert "too old" in output
+    assert "This machine lacks: megatron-core" in output
 
 
 def test_the_command_says_what_is_missing(tmp_path: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +121,18 @@ def test_the_command_says_what_is_missing(tmp_path: Path, minitron: Cli, monkeyp
     assert "knows no quantum" in output
 
 
-def test_the_supported_versions_are_those_of_the_package() -> None:
+def test_the_oldest_versions_are_those_that_the_package_asks_for() -> None:
     text = (REPO / "pyproject.toml").read_text()
-    assert f"megatron-core>={doctor.SUPPORTED['megatron-core'][0].removesuffix('.0')}" in text.replace(" ", "")
-    assert f'requires-python = ">={doctor.SUPPORTED["python"][0]}' in text
+    for name in ("torch", "megatron-core", "transformers"):
+        assert f'"{name}>={doctor.TESTED[name][0]}' in text
+    assert f'requires-python = ">={doctor.TESTED["python"][0]}' in text
+
+
+def test_the_newest_versions_are_those_that_are_pinned() -> None:
+    """Who raises a pin has tested it, and says so to users."""
+    pins = "".join((REPO / "constraints" / name).read_text() for name in ("newest.txt", "torch-newest.txt"))
+    for name in ("torch", "megatron-core", "transformers"):
+        found = [version for line, version in re.findall(rf"^({name})==(\S+)", pins, re.MULTILINE)]
+        newest = max(found, key=doctor._numbers)
+        assert doctor.level_of(name, newest) == "ok"
+        assert newest.startswith(doctor.TESTED[name][1])

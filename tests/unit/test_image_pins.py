@@ -54,7 +54,7 @@ def test_the_images_own_builds_stay_and_the_rest_follows_our_pins() -> None:
     assert found["torch"] == "==2.10.0a0+b4e4ee81d3.nv25.12"
     assert (found["numpy"], found["nvidia-cudnn"]) == ("==1.26.4", "==9.1")
     assert (found["protobuf"], found["nvidia-dali-cuda130"]) == ("==5.29.4", "==1.52.0"), "kept, though not installed"
-    own = {Requirement(line).name: Requirement(line) for line in OWN if line and not line.startswith("#")}
+    own = {line.name: line for line in image.requirements_of(OWN)}
     for name in ("packaging", "typing-extensions", "megatron-core", "transformers"):
         assert found[name] == str(own[name].specifier), "the image's pin of it is not ours"
     assert "tensorboard" not in found
@@ -67,6 +67,15 @@ def test_a_pin_that_the_images_torch_does_not_take_gives_way(monkeypatch: pytest
     have = {"torch": "2.10", "setuptools": "78.1.0", "sympy": "1.13.0"}
     found = image.pins(["setuptools==84.2.1", "sympy==1.14.0"], [], have)
     assert found == ["setuptools==78.1.0", "sympy==1.14.0", "torch==2.10"]
+
+
+def test_the_megatron_core_and_transformers_of_a_nemo_image_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    wishes = {"transformers": ["tokenizers<0.23,>=0.22", "safetensors<0.8"], "megatron-core": ["packaging>=24.2"]}
+    monkeypatch.setattr(image, "requires", lambda name: wishes.get(name, []))
+    own = ["megatron-core==0.19.2", "transformers==5.24.0", "tokenizers==0.23.3", "safetensors==0.8.0"]
+    nemo = {"megatron-core": "0.18.0", "transformers": "5.8.1", "tokenizers": "0.22.2", "safetensors": "0.7.0"}
+    assert image.pins(own, [], nemo) == sorted(f"{name}=={version}" for name, version in nemo.items())
+    assert image.pins(own, [], {}) == sorted(own)
 
 
 def test_markers_of_other_pythons_and_platforms_are_left_out() -> None:

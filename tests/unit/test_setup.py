@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import re
 import subprocess
 import sys
 from itertools import chain
@@ -19,17 +18,18 @@ from packaging.version import Version
 from setuptools.config.pyprojecttoml import read_configuration
 
 REPO = Path(__file__).resolve().parents[2]
-PYTHONS = ("3.10", "3.11", "3.12")
+SETS = (("newest", "3.10"), ("newest", "3.11"), ("newest", "3.12"), ("newest", "3.13"), ("oldest", "3.10"))
+"""Constraint file, and a Python that it is for."""
 
 
 def project() -> dict[str, Any]:
     return read_configuration(REPO / "pyproject.toml", expand=False)["project"]
 
 
-def pins(python: str) -> dict[str, Version]:
-    """Package -> version that the constraints pin for a Python."""
+def pins(which: str, python: str) -> dict[str, Version]:
+    """Package -> version that a constraint file pins for a Python."""
     found: dict[str, Version] = {}
-    for line in (REPO / "constraints" / "newest.txt").read_text().splitlines():
+    for line in (REPO / "constraints" / f"{which}.txt").read_text().splitlines():
         if line.startswith("#"):
             continue
         requirement = Requirement(line)
@@ -41,22 +41,27 @@ def pins(python: str) -> dict[str, Version]:
     return found
 
 
-@pytest.mark.parametrize("python", PYTHONS)
-def test_every_dependency_is_pinned_within_its_range(python: str) -> None:
+@pytest.mark.parametrize(("which", "python"), SETS)
+def test_every_dependency_is_pinned_within_its_range(which: str, python: str) -> None:
     wanted = [*project()["dependencies"], *project()["optional-dependencies"]["eval"]]
-    wanted += project()["optional-dependencies"]["dev"]
-    pinned = pins(python)
+    if which == "newest":  # the tools are the same for both
+        wanted += project()["optional-dependencies"]["dev"]
+    pinned = pins(which, python) | pins(f"torch-{which}", python)
     for requirement in map(Requirement, wanted):
-        if requirement.name != "torch":
-            assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, str(requirement)
+        assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, str(requirement)
 
 
-def test_torch_is_pinned_in_the_makefile_alone() -> None:
-    version = re.search(r"^TORCH_VERSION \?= (\S+)$", (REPO / "Makefile").read_text(), re.MULTILINE)
-    asked = next(Requirement(text) for text in project()["dependencies"] if text.startswith("torch"))
-    assert version is not None
-    assert Version(version[1]) in asked.specifier
-    assert not [name for name in pins("3.11") if name.startswith(("torch", "nvidia", "triton", "cuda"))]
+def test_the_oldest_set_is_the_lower_bounds() -> None:
+    pinned = pins("oldest", "3.10") | pins("torch-oldest", "3.10")
+    for requirement in map(Requirement, project()["dependencies"]):
+        (bound,) = (one.version for one in requirement.specifier if one.operator == ">=")
+        assert pinned[canonicalize_name(requirement.name)] == Version(bound), str(requirement)
+
+
+def test_torch_is_pinned_by_itself_as_its_build_depends_on_the_machine() -> None:
+    for which, python in SETS:
+        assert pins(f"torch-{which}", python).keys() == {"torch"}
+        assert not [name for name in pins(which, python) if name.startswith(("torch", "nvidia", "triton", "cuda"))]
 
 
 def test_every_package_that_the_code_imports_is_declared() -> None:
@@ -110,9 +115,11 @@ def test_the_toy_teacher_was_not_trained_on_what_the_toy_recipes_hold_out() -> N
 # --- make -----------------------------------------------------------------------------------------
 
 
-def dry_run(*args: str) -> str:
-    """The commands that make would run."""
+def dry_run(*args: str, path: Path | None = None) -> str:
+    """The commands that make would run; programs of `path` go before others."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    if path is not None:
+        environment["PATH"] = f"{path}:{environment['PATH']}"
     done = subprocess.run(["make", "-n", *args], cwd=REPO, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -131,7 +138,42 @@ def test_every_target_installs_first_and_only_once(tmp_path: Path, target: str) 
 
 def test_torch_comes_from_the_index_asked_for_and_nothing_else_does(tmp_path: Path) -> None:
     lines = dry_run("install", f"VENV={tmp_path / 'venv'}", "TORCH_INDEX_URL=https://index/cpu").splitlines()
-    assert ["torch==" in line for line in lines if "--index-url https://index/cpu" in line] == [True]
+    assert ["torch-newest.txt" in line for line in lines if "--index-url https://index/cpu" in line] == [True]
+
+
+def test_where_no_python_is_for_nemo_aligner_its_tests_are_left_out(tmp_path: Path) -> None:
+    for name in ("python3.10", "python3.11", "python3.12"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / ".installed").touch()
+    without = dry_run("test", "PYTHON=python3.12", f"VENV={tmp_path}", path=tmp_path)
+    assert "env aligner" not in without
+    assert "MINITRON_REQUIRE_ALIGNER" not in without
+    (tmp_path / "python3.10").write_text("#!/bin/sh\nexit 0\n")
+    found = dry_run("test", "PYTHON=python3.12", f"VENV={tmp_path}", path=tmp_path)
+    assert "env aligner" in found
+    assert "MINITRON_REQUIRE_ALIGNER=1" in found
+
+
+@pytest.mark.parametrize(
+    ("stack", "python", "lock"),
+    [("oldest", "3.10", "oldest"), ("py311", "3.11", "newest"), ("current", "3.12", "newest")],
+)
+def test_each_stack_has_its_python_its_pins_and_an_environment_of_its_own(
+    tmp_path: Path, stack: str, python: str, lock: str
+) -> None:
+    commands = dry_run("test-compat", f"STACK={stack}", f"COMPAT_VENV={tmp_path / 'venv'}", "WITH=numpy<2.4 a==1")
+    assert f"python{python} -m venv {tmp_path / 'venv'}" in commands
+    assert f"-r constraints/{lock}.lock -r constraints/dev.lock" in commands
+    assert f"-r constraints/torch-{lock}.txt" in commands
+    assert "'numpy<2.4' 'a==1'" in commands, "a shell takes < for a redirection"
+    assert "COMPAT_VENV ?= .venv-$(STACK)" in (REPO / "Makefile").read_text()
+
+
+def test_a_stack_that_there_is_not_is_refused_by_name() -> None:
+    done = subprocess.run(["make", "-n", "test-compat", "STACK=new"], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "STACK is oldest, py311 or current, not new" in done.stderr
 
 
 def test_ci_runs_check_then_test() -> None:
