@@ -65,12 +65,16 @@ def newest_set(kept: Path, options: list[str]) -> str:
 
 
 def oldest_set() -> str:
-    """Each dependency in the oldest version that pyproject.toml allows, on the oldest Python, and what they need."""
+    """Each dependency in the oldest version that pyproject.toml allows, on the oldest Python, and what they need.
+
+    And what the tools need there: dev.lock, which is installed beside it, leaves out what newest.lock has.
+    """
     project = read_configuration(PROJECT, expand=False)["project"]
-    asked = [Requirement(text) for text in (*project["dependencies"], *project["optional-dependencies"]["eval"])]
+    extras = project["optional-dependencies"]
+    asked = [Requirement(text) for text in (*project["dependencies"], *extras["eval"])]
     pinned = {one.name: f"{str(one).removesuffix(str(one.specifier))}=={lowest(one)}" for one in asked}
     alone = [pinned.pop(name) for name in NO_DEPENDENCIES]
-    return compiled(["-"], OLDEST_PYTHON, "\n".join(pinned.values())) + "\n".join(alone)
+    return compiled(["-"], OLDEST_PYTHON, "\n".join([*pinned.values(), *extras["dev"]])) + "\n".join(alone)
 
 
 def lowest(requirement: Requirement) -> str:

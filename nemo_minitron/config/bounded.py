@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -97,14 +99,10 @@ def bounded(where: str) -> Iterator[None]:
     Raises:
         ConfigError: references multiply without end, or time is up.
     """
-    from omegaconf import _utils, basecontainer
     from omegaconf.base import Container
 
-    make, resolve = _utils.get_yaml_loader, Container.resolve_parse_tree
+    resolve = Container.resolve_parse_tree
     counter = _Counter()
-
-    def loader() -> Any:
-        return bounded_loader(make())
 
     def counted(self: Any, *args: Any, **options: Any) -> Any:
         counter.add(_REFERENCE_WEIGHT)
@@ -112,11 +110,9 @@ def bounded(where: str) -> Iterator[None]:
         counter.add(_weight(found))
         return found
 
-    kept = vars(basecontainer)["get_yaml_loader"]
-    vars(_utils)["get_yaml_loader"] = vars(basecontainer)["get_yaml_loader"] = loader
     Container.resolve_parse_tree = counted  # type: ignore[method-assign]
     try:
-        with cpu_seconds(RECIPE_SECONDS):
+        with _bounded_loading(), cpu_seconds(RECIPE_SECONDS):
             yield
     except TimeIsUp:
         raise ConfigError(
@@ -133,8 +129,34 @@ def bounded(where: str) -> Iterator[None]:
     except RecursionError:
         raise ConfigError("The recipe is nested too deeply, or refers to itself.", where=where) from None
     finally:
-        vars(_utils)["get_yaml_loader"], vars(basecontainer)["get_yaml_loader"] = make, kept
         Container.resolve_parse_tree = resolve  # type: ignore[method-assign]
+
+
+@contextmanager
+def _bounded_loading() -> Iterator[None]:
+    """Give OmegaConf's modules a loader within the limits, in place of `get_yaml_loader`, which 2.4 moved."""
+    name, base = "get_yaml_loader", "BaseLoader"
+    users = [vars(module) for path, module in sys.modules.items() if path.startswith("omegaconf.")]
+    users = [namespace for namespace in users if name in namespace]
+    make = users[0][name]
+    # From 2.4 on: libyaml's, in which nothing here limits the depth, and fewer values than here are allowed.
+    bases, limits = make.__globals__, dict.fromkeys(inspect.signature(make).parameters)
+    kept = bases.get(base)
+
+    def loader(**_: Any) -> Any:
+        return bounded_loader(make(**limits))
+
+    def put(base_of_loaders: Any, maker: Any) -> None:
+        if kept is not None:
+            bases[base] = base_of_loaders
+        for namespace in users:
+            namespace[name] = maker
+
+    put(yaml.SafeLoader, loader)
+    try:
+        yield
+    finally:
+        put(kept, make)
 
 
 class _Counter:

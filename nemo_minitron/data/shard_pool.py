@@ -73,17 +73,18 @@ def shard_makers(work: Work, num_processes: int, check_stop: Callable[[], None])
     if num_processes == 1:
         yield _Alone(work, check_stop)
         return
-    makers = _Pool(work, num_processes)
-    try:
-        with safe_path_of_children():
+    # The pool's locks start a process, too: one that removes them after a crash.
+    with safe_path_of_children():
+        makers = _Pool(work, num_processes)
+        try:
             yield makers
-    except BrokenProcessPool as error:
-        raise EnvironmentProblem(
-            "A tokenizer process was killed.",
-            next_step="Is there enough memory? execution.workers sets the number of processes.",
-        ) from error
-    finally:
-        makers.close()
+        except BrokenProcessPool as error:
+            raise EnvironmentProblem(
+                "A tokenizer process was killed.",
+                next_step="Is there enough memory? execution.workers sets the number of processes.",
+            ) from error
+        finally:
+            makers.close()
 
 
 class _Alone:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import nemo_minitron
 from nemo_minitron.errors import EnvironmentProblem
@@ -19,12 +21,19 @@ SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 
 @contextmanager
 def safe_path_of_children() -> Iterator[None]:
-    """Inside, Python's own ways to start processes keep the working folder off their import path (from 3.11 on)."""
+    """Inside, Python's own ways to start processes keep the working folder off their import path."""
     kept = {name: os.environ.get(name) for name in SAFE_PATH}
+    util: Any = multiprocessing.util
+    options = util._args_from_interpreter_flags
     os.environ.update(SAFE_PATH)
+    if sys.version_info < (3, 11):
+        # What multiprocessing starts gets this process's options, and -I here. That hides no package from a worker:
+        # this process's import path replaces its own before it imports anything but the standard library.
+        util._args_from_interpreter_flags = lambda: [*options(), "-I", f"-Xutf8={sys.flags.utf8_mode}"]
     try:
         yield
     finally:
+        util._args_from_interpreter_flags = options
         for name, value in kept.items():
             if value is None:
                 del os.environ[name]

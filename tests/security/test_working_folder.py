@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import multiprocessing
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.backends.aligner import environment
+from nemo_minitron.hf.source import BUILT_IN
 from nemo_minitron.stages.nodes import Nodes
-from nemo_minitron.stages.same_code import START, safe_path_of_children
+from nemo_minitron.stages.same_code import START
 from tests.conftest import REPO
 
 NAMES = (
@@ -22,6 +21,28 @@ NAMES = (
 )  # fmt: skip
 EXEMPT = {"nemo_minitron/doctor.py", "nemo_minitron/backends/aligner/environment.py"}
 """Their `-c` takes the working folder off the path first, or imports nothing."""
+
+TOKENIZATION = """
+import os
+import sys
+from pathlib import Path
+
+from nemo_minitron.config.schema import DataSource
+from nemo_minitron.data.pieces import Piece
+from nemo_minitron.data.shard_pool import Work, shard_makers
+from nemo_minitron.data.shards import ShardFolder, Task
+from nemo_minitron.data.tokenization import DocumentTokenizer
+
+if __name__ == "__main__":
+    shards, model = sys.argv[1:]
+    text = Path(shards).with_name("text.txt")
+    text.write_text("What two processes read.")
+    source = DataSource(source=str(text))
+    work = Work(ShardFolder(Path(shards), ""), DocumentTokenizer.load(Path(model), 512), "uint16", model)
+    with shard_makers(work, 2, lambda: None) as makers:
+        shard = makers.submit(Task("a", Piece((text,), 24), source, None)).result()
+    print(shard.num_documents, os.environ.get("PYTHONSAFEPATH"))
+"""
 
 
 @pytest.fixture
@@ -66,14 +87,13 @@ def test_the_look_for_gpu_kernels(hostile: Path, monkeypatch: pytest.MonkeyPatch
     assert _has_run(hostile) == ""
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 knows no safe path")
-def test_processes_of_tokenization(hostile: Path) -> None:
-    with safe_path_of_children():
-        process = multiprocessing.get_context("spawn").Process(target=os.getpid)
-        process.start()
-        process.join()
-    assert (process.exitcode, _has_run(hostile)) == (0, "")
-    assert "PYTHONSAFEPATH" not in os.environ
+def test_processes_of_tokenization(hostile: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """In a process of its own, which has started nothing yet."""
+    folder = tmp_path_factory.mktemp("tokenization")
+    (folder / "script.py").write_text(TOKENIZATION)
+    words = [sys.executable, str(folder / "script.py"), str(folder / "shards"), BUILT_IN["toy-llama"]]
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr, _has_run(hostile)) == (0, "1 None\n", "", "")
 
 
 def test_no_process_is_started_with_the_working_folder_on_its_path() -> None:
