@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_minitron.backends.megatron.layers import block_spec
+from nemo_minitron.backends.megatron.parts import Model
 from nemo_minitron.backends.megatron.session import Session
-from nemo_minitron.backends.megatron.versions import known_fields, rope_scaling_options, squared_relu
+from nemo_minitron.backends.megatron.versions import GPTModel, known_fields, rope_scaling_options, squared_relu
 from nemo_minitron.errors import PlanError
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.split import padded_vocab_size, stage_bounds
@@ -77,7 +77,7 @@ def transformer_config(shape: ModelShape, session: Session, precision: str) -> T
 
 def build_model(
     shape: ModelShape, session: Session, *, precision: str, seq_len_tokens: int, padded_vocab: int | None = None
-) -> GPTModel:
+) -> Model:
     """This rank's part of the model, with undefined weights: load them next.
 
     Args:

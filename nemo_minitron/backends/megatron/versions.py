@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 from dataclasses import fields
 from importlib.metadata import version
@@ -119,6 +120,10 @@ if _VERSION < (0, 15) and not hasattr(np, "product"):
     np.product = np.prod  # type: ignore[attr-defined]
 
 
+# Since 0.19 it says on every start that HybridModel is to follow: what a user can do nothing about (see parts.py).
+logging.getLogger(GPTModel.__module__).addFilter(lambda record: "GPTModel IS DEPRECATED" not in record.getMessage())
+
+
 def rope_scaling_options(shape: ModelShape) -> dict[str, Any]:
     """GPTModel's arguments for Llama 3.1's frequency scaling.
 
@@ -139,6 +144,7 @@ def rope_scaling_options(shape: ModelShape) -> dict[str, Any]:
 
 
 __all__ = [
+    "GPTModel",
     "checkpoint_buckets",
     "context_group",
     "get_batch_on_this_cp_rank",
