@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_minitron.backends.megatron import versions
+from nemo_minitron.backends.megatron import build, versions
+from nemo_minitron.backends.megatron.session import open_session
+from nemo_minitron.config.schema import Parallel
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.shape import Llama3RopeScaling
@@ -82,3 +85,22 @@ def test_a_rope_scaling_that_megatron_does_not_know_is_refused(
     with pytest.raises(EnvironmentProblem, match="no rope scaling by 32") as found:
         versions.rope_scaling_options(other)
     assert found.value.next_step == "Use megatron-core 0.11 or later for this model."
+
+
+def test_megatron_says_nothing_about_its_own_future_when_a_model_is_built(
+    shape: ModelShape, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Since 0.18 it warns of specs of an MLP, and since 0.19 of GPTModel."""
+    with open_session(Parallel(), device="cpu") as session, caplog.at_level(logging.WARNING):
+        build.build_model(shape, session, precision="fp32", seq_len_tokens=8)
+    assert not [message for message in caplog.messages if "DEPRECATED" in message or "Rewrapping" in message]
+
+
+def test_a_model_class_that_this_version_lacks_is_refused(shape: ModelShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(build.MODEL_CLASS_VARIABLE, "hybrid")
+    monkeypatch.setattr(build, "find_spec", lambda _: None)
+    with (
+        open_session(Parallel(), device="cpu") as session,
+        pytest.raises(EnvironmentProblem, match="MINITRON_MODEL_CLASS = hybrid, and this Megatron-Core has no Hybrid"),
+    ):
+        build.build_model(shape, session, precision="fp32", seq_len_tokens=8)

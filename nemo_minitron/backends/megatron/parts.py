@@ -52,18 +52,29 @@ class Layer:
         return self.modules[-1].mlp.linear_fc2
 
 
+def _per_layer(model: Model) -> int:
+    """Megatron's own layers for each: HybridModel has attention and MLP apart."""
+    return 2 if _is_hybrid(model) else 1
+
+
+def _is_hybrid(model: Model) -> bool:
+    return hasattr(model, "hybrid_layer_pattern")
+
+
 def layers(model: Model) -> list[Layer]:
     """The layers of this pipeline stage."""
-    return [Layer(_index(module), (module,)) for module in model.decoder.layers]
+    modules, size = tuple(model.decoder.layers), _per_layer(model)
+    starts = range(0, len(modules), size)
+    return [Layer(_index(model, start), modules[start : start + size]) for start in starts]
 
 
-def _index(module: Any) -> int:
-    return int(module.layer_number) - 1
+def _index(model: Model, position: int) -> int:
+    return (int(model.decoder.layers[position].layer_number) - 1) // _per_layer(model)
 
 
 def final_norm(model: Model) -> nn.Module:
     """The norm before the head; on the last stage."""
-    return model.decoder.final_layernorm
+    return model.decoder.final_norm if _is_hybrid(model) else model.decoder.final_layernorm
 
 
 def embedding(model: Model) -> nn.Module | None:
@@ -138,7 +149,9 @@ def local_parameters(model: Model) -> dict[str, Tensor]:
 def _table_name(model: Model, name: str) -> str:
     if name.startswith(_LAYERS):
         number, rest = name.removeprefix(_LAYERS).split(".", 1)
-        return f"{_LAYERS}{_index(model.decoder.layers[int(number)])}.{rest}"
+        return f"{_LAYERS}{_index(model, int(number))}.{rest}"
+    if name.startswith("decoder.final_norm."):
+        return name.replace("final_norm", "final_layernorm")
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     return name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 from dataclasses import fields
+from functools import partial
 from importlib.metadata import version
 from inspect import signature
 from typing import Any
@@ -16,6 +17,8 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.checkpoint import filesystem as torch_filesystem
@@ -78,6 +81,13 @@ def share_of_loss(loss: Tensor) -> Tensor:
     It averages gradients over the ranks that hold shares, and since 0.12 multiplies the loss by their number before.
     """
     return loss if _VERSION >= (0, 12) else loss * parallel_state.get_context_parallel_world_size()
+
+
+def mlp_spec(submodules: MLPSubmodules) -> Any:
+    """What a layer's spec says of its MLP; since 0.18 a function, and specs are wrapped into one with a warning."""
+    if hasattr(MLP, "as_mlp_submodule"):
+        return partial(MLP.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=MLP, submodules=submodules)
 
 
 def context_group(pg_collection: Any) -> dist.ProcessGroup:
@@ -149,6 +159,7 @@ __all__ = [
     "context_group",
     "get_batch_on_this_cp_rank",
     "known_fields",
+    "mlp_spec",
     "rope_scaling_options",
     "share_of_loss",
     "squared_relu",
