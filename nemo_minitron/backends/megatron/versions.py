@@ -154,7 +154,6 @@ def rope_scaling_options(shape: ModelShape) -> dict[str, Any]:
 
 
 __all__ = [
-    "GPTModel",
     "checkpoint_buckets",
     "context_group",
     "get_batch_on_this_cp_rank",
