@@ -14,8 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_minitron.backends.megatron import versions
-from nemo_minitron.backends.megatron.build import build_model
+from nemo_minitron.backends.megatron import build, versions
 from nemo_minitron.backends.megatron.session import open_session
 from nemo_minitron.config.schema import Parallel
 from nemo_minitron.errors import EnvironmentProblem
@@ -66,7 +65,7 @@ def test_megatron_does_not_warn_of_how_its_layers_are_described(
     shape: ModelShape, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING), open_session(Parallel(), device="cpu", threads=1) as session:
-        build_model(shape, session, precision="fp32", seq_len_tokens=8)
+        build.build_model(shape, session, precision="fp32", seq_len_tokens=8)
     assert "Rewrapping" not in caplog.text
     assert "Unknown MLP" not in caplog.text
 
@@ -95,3 +94,22 @@ def test_a_rope_scaling_that_megatron_does_not_know_is_refused(
     with pytest.raises(EnvironmentProblem, match="no rope scaling by 32") as found:
         versions.rope_scaling_options(other)
     assert found.value.next_step == "Use megatron-core 0.11 or later for this model."
+
+
+def test_megatron_does_not_announce_the_end_of_its_model_class(
+    shape: ModelShape, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As it does since 0.19."""
+    with caplog.at_level(logging.WARNING), open_session(Parallel(), device="cpu") as session:
+        build.build_model(shape, session, precision="fp32", seq_len_tokens=8)
+    assert "DEPRECATED" not in caplog.text
+
+
+def test_a_model_class_that_this_version_lacks_is_refused(shape: ModelShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(build.MODEL_CLASS_VARIABLE, "hybrid")
+    monkeypatch.setattr(build, "find_spec", lambda _: None)
+    with (
+        open_session(Parallel(), device="cpu") as session,
+        pytest.raises(EnvironmentProblem, match="MINITRON_MODEL_CLASS = hybrid, and this Megatron-Core has no Hybrid"),
+    ):
+        build.build_model(shape, session, precision="fp32", seq_len_tokens=8)

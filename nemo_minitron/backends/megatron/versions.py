@@ -6,6 +6,7 @@ longer supported. From 0.17 on Megatron-Core needs Python 3.12.
 
 from __future__ import annotations
 
+import logging
 import queue
 from dataclasses import fields
 from functools import partial
@@ -140,6 +141,10 @@ if _VERSION < (0, 13) and "serialization_format" in signature(torch_filesystem._
 if _VERSION < (0, 15) and not hasattr(np, "product"):
     # Their checkpoints of a distributed optimizer are checked with it; numpy 2 has no such name.
     np.product = np.prod  # type: ignore[attr-defined]
+
+
+# Since 0.19 it says on every start that HybridModel is to follow: what a user can do nothing about (see parts.py).
+logging.getLogger(GPTModel.__module__).addFilter(lambda record: "GPTModel IS DEPRECATED" not in record.getMessage())
 
 
 def rope_scaling_options(shape: ModelShape) -> dict[str, Any]:
