@@ -85,7 +85,15 @@ def modelopt_python() -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
     site_packages = next(folder.glob("lib/python*/site-packages"))
     (site_packages / "same_packages.pth").write_text("\n".join(p for p in sys.path if p.endswith("-packages")) + "\n")
-    install = ["install", "--quiet", "--retries", "1", "--constraint", str(REPO / "constraints" / "newest.txt"), MODELOPT]
+    install = [
+        "install",
+        "--quiet",
+        "--retries",
+        "1",
+        "--constraint",
+        str(REPO / "constraints" / "newest.txt"),
+        MODELOPT,
+    ]
     done = subprocess.run([python, "-m", "pip", *install], capture_output=True, text=True, check=False)
     if done.returncode and any(sign in done.stderr for sign in NO_NETWORK):
         pytest.skip(f"no network: pip cannot reach an index that has {MODELOPT}")

@@ -78,7 +78,7 @@ def _as_transformers_5_writes(folder: Path, **rope: Any) -> None:
         "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default", **rope},
         "transformers_version": "5.8.1",
     }
-    del config["head_dim"]
+    config.pop("head_dim", None)
     config["dtype"] = config.pop("torch_dtype", "float32")
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -90,7 +90,7 @@ def test_a_config_of_transformers_5_is_imported_in_words_that_transformers_4_rea
     ids = torch.arange(3, 83)[None]
     expected = load_transformers(model_dir)(ids).logits
     _as_transformers_5_writes(model_dir)
-    assert (load_transformers(model_dir)(ids).logits - expected).abs().max() > 1, "transformers 4 reads another base"
+    assert "rope_theta" not in read_config(model_dir), "transformers 4 reads another base"
     out, _ = _import(tmp_path, model_dir, dtype=dtype, architecture={"rope_theta": 100000.0})
     config = read_config(out)
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100000.0

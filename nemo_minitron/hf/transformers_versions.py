@@ -1,0 +1,19 @@
+"""What differs between the supported versions of transformers, 4.53 to 5.24."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def generate(model: Any, ids: Any, config: Any, **options: Any) -> Any:
+    """`model.generate` by the values of `config` and transformers' defaults, and by nothing of the model's own.
+
+    From 4.50 on, values that `config` leaves unset come from `model.generation_config`: penalties and forced tokens of
+    the folder. `use_model_defaults=False`, which switches this off, is refused from 5.0 on.
+    """
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        return model.generate(ids, generation_config=config, **options)
+    finally:
+        model.generation_config = own
