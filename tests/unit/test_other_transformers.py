@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from jinja2 import TemplateError
 
+from nemo_minitron.data.chat.jinja import render_chat
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
-from nemo_minitron.families import explicit_config, read_shape
-from nemo_minitron.hf.checkpoint import copy_side_files
+from nemo_minitron.evaluation.generation import load_for_inference
+from nemo_minitron.families import explicit_config, read_shape, write_config
+from nemo_minitron.hf.checkpoint import CheckpointWriter, copy_side_files
 from nemo_minitron.hf.tokenizer import load_tokenizer
 from tests.support.saved_by import IDS_FILE, KINDS, SAVED_BY, VERSIONS
-from tests.support.tiny_models import CHAT_TEMPLATE, FAMILY_CASES
+from tests.support.tiny_models import CHAT_TEMPLATE, FAMILY_CASES, load_transformers, tiny_config
 
 MESSAGES: list[Any] = [{"role": "user", "content": "What is 7?"}, {"role": "assistant", "content": "A number."}]
 
@@ -117,6 +123,39 @@ def test_chats_are_written_alike(kind: str, tmp_path: Path) -> None:
     assert len(texts) == 1
 
 
+TEMPLATES = (
+    "{%- for message in messages %}\n    {%- if loop.first %}{{ bos_token }}{% endif %}\n  {{ message['role'] }}\n"
+    "{% endfor %}",
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}"
+    "{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{{ eos_token }}{{ pad_token }}|{{ unk_token }}",
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{% set x = 1 %}{{ m.content }}"
+    "{% endgeneration %}{{ x is defined }}{% endif %}{% endfor %}",
+    "{{ messages | tojson(indent=2) }}{{ '<a & b>' | tojson }}{{ dict(a=1) | tojson }}{{ tools is none }}"
+    "{{ documents }}",
+    "{% macro say(m) %}{{ m.content | trim | upper }}{% endmacro %}{% for m in messages %}{{ say(m) }}{% endfor %}"
+    "{% if add_generation_prompt %}>{% endif %}{{ attributes }}",
+)
+
+
+@pytest.mark.parametrize("jinja", TEMPLATES)
+def test_a_template_is_rendered_as_by_transformers(jinja: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(folder_of("5.24.0", "plain", tmp_path))
+    for prompt in (False, True):
+        options: dict[str, Any] = {"add_generation_prompt": prompt, "attributes": {"helpfulness": 4.0}}
+        expected = tokenizer.apply_chat_template(MESSAGES, chat_template=jinja, tokenize=False, **options)
+        assert render_chat(jinja, MESSAGES, tokenizer, day=date(2026, 1, 2), **options) == expected
+
+
+@pytest.mark.parametrize(
+    "jinja",
+    ["{{ raise_exception('no') }}", "{{ namespace(__class__=1) }}", "{% set n = namespace() %}{% set n._a = 1 %}"],
+)
+def test_a_template_that_refuses_or_reaches_inside_is_an_error(jinja: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(folder_of("5.24.0", "plain", tmp_path))
+    with pytest.raises(TemplateError):
+        render_chat(jinja, MESSAGES, tokenizer, day=date(2026, 1, 2), add_generation_prompt=True)
+
+
 @pytest.mark.parametrize("case", FAMILY_CASES)
 def test_configs_of_all_versions_describe_one_model(case: str) -> None:
     files = [SAVED_BY / version / "configs" / case / "config.json" for version in VERSIONS]
@@ -124,3 +163,41 @@ def test_configs_of_all_versions_describe_one_model(case: str) -> None:
     assert len({read_shape(config) for config in configs}) == 1
     explicit = [explicit_config({**config, "transformers_version": None}) for config in configs]
     assert all(config == explicit[0] for config in explicit)
+
+
+@torch.no_grad()
+def test_a_llama_whose_heads_do_not_divide_its_hidden_size_is_written_so_that_every_version_loads_it(
+    tmp_path: Path,
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    config = tiny_config("llama31_rope", head_dim=8)
+    config.hidden_size = 60  # since 5.8 not when the config is made
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    shape = read_shape(tiny_config("llama31_rope").to_dict() | {"hidden_size": 60, "head_dim": 8})
+    writer = CheckpointWriter(tmp_path, write_config({"rms_norm_eps": shape.norm_eps}, shape))
+    for name, tensor in model.state_dict().items():
+        writer.add(name, tensor)
+    writer.close()
+    ids = torch.arange(3, 83)[None]
+    expected = model(ids).logits
+    assert torch.equal(load_transformers(tmp_path)(ids).logits, expected)
+    assert torch.equal(load_for_inference(tmp_path, "fp32", "cpu")(ids).logits, expected)
+    # As older versions of this package, and others, have written it.
+    file = tmp_path / "config.json"
+    content = {**json.loads(file.read_text()), "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    file.write_text(json.dumps(content))
+    assert torch.equal(load_for_inference(tmp_path, "fp32", "cpu")(ids).logits, expected)
+
+
+def test_only_a_llama_is_written_under_another_name() -> None:
+    for case in FAMILY_CASES:
+        shape = read_shape(json.loads((SAVED_BY / "5.24.0/configs" / case / "config.json").read_text()))
+        assert write_config({}, shape)["model_type"] == shape.family
+        odd = write_config({"sliding_window": 8, "rms_norm_eps": shape.norm_eps}, replace(shape, hidden_size=60))
+        expected = "mistral" if shape.family == "llama" else shape.family
+        assert (odd["model_type"], odd["hidden_size"], odd["head_dim"]) == (expected, 60, shape.kv_channels)
+        assert (odd["sliding_window"] is None) == (shape.family == "llama")
+        if shape.family == "llama":
+            assert read_shape(odd).resized(hidden_size=64) == replace(shape, family=expected), case
