@@ -34,7 +34,7 @@ def plain_config(found: Mapping[str, Any], known: Mapping[str, Any], ids: Mappin
         ids: token -> id.
     """
     kind = _kind(found)
-    defaults = {key: token for key, token in _TOKENS.get(kind, {}).items() if token in ids}
+    defaults: dict[str, Any] = {key: token for key, token in _TOKENS.get(kind, {}).items() if token in ids}
     config = {**found, "tokenizer_class": PLAIN_CLASS}
     if _is_llama(kind):
         defaults["padding_side"] = "left"

@@ -41,7 +41,7 @@ def render_chat(
         TemplateError: the template refuses the messages, or is not valid. Any other error may come from within it, too.
     """
     tokens = {name: str(token) for name in _NAMED if (token := getattr(tokenizer, name, None)) is not None}
-    options = {"messages": [dict(message) for message in messages], "tools": None, "documents": None}
+    options: dict[str, Any] = {"messages": [dict(message) for message in messages], "tools": None, "documents": None}
     options |= {"add_generation_prompt": add_generation_prompt, "strftime_now": clock(day)}
     return _compiled(jinja).render({**tokens, **options, **variables})
 
