@@ -1,4 +1,8 @@
-"""What differs between the supported versions of transformers, 4.53 to 5.24."""
+"""What differs between the supported versions of transformers, 4.53 to 5.24, and of its hub client, 0.30 to 2.4.
+
+What differs in files stands elsewhere, since a folder may come from any version: `families/rope.py` and
+`families/hf_config.py` for config.json, `hf/tokenizer_classes.py` for tokenizers.
+"""
 
 from __future__ import annotations
 
@@ -17,3 +21,12 @@ def generate(model: Any, ids: Any, config: Any, **options: Any) -> Any:
         return model.generate(ids, generation_config=config, **options)
     finally:
         model.generation_config = own
+
+
+def network_errors() -> tuple[type[Exception], ...]:
+    """What downloads from the hub raise when the network fails, besides OSErrors: none before 1.0, httpx's since."""
+    try:
+        import httpx
+    except ImportError:
+        return ()
+    return (httpx.HTTPError,)
