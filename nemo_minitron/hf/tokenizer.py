@@ -116,14 +116,16 @@ def _load(model_dir: Path, found: Repairs) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     has_definition = (model_dir / TOKENIZER_FILE).is_file()
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    # Repaired in the files already; asking for nothing keeps transformers from warning about sound tokenizers.
-    options["fix_mistral_regex"] = False
+    options: dict[str, Any] = {
+        "local_files_only": True,
+        # Repaired in the files already; asking for nothing keeps transformers from warning about sound tokenizers.
+        "fix_mistral_regex": False,
+    }
     try:
         with _view(model_dir, found, with_config=not has_definition) as folder:
             # The repaired files name the plain class; `AutoTokenizer` chooses by the kind of the model, too.
             loader: Any = PreTrainedTokenizerFast if has_definition else AutoTokenizer
-            return loader.from_pretrained(str(folder), **options)
+            return loader.from_pretrained(str(folder), trust_remote_code=False, **options)
     except (MinitronError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # any type, a panic of tokenizers among them, which is no Exception

@@ -286,7 +286,7 @@ def test_a_download_that_breaks_off_is_an_error_of_ours(tmp_path: Path, monkeypa
     for error in errors:
         monkeypatch.setattr(huggingface_hub, "snapshot_download", _raising(error))
         with pytest.raises(CheckpointError, match="could not be fetched"):
-            resolve_model("hf:a/b", tmp_path)
+            resolve_model("hf:a/b", tmp_path, None)
 
 
 def _raising(error: Exception) -> Callable[..., str]:
