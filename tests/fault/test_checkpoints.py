@@ -179,23 +179,23 @@ def test_a_resumed_training_has_the_learning_rate_of_its_recipe(parallel: Parall
     assert after == pytest.approx({**before, 4: 5e-4, 5: 5e-4, 6: 5e-4})
 
 
-def _reseal(checkpoint: Path) -> None:
-    """As if the files had been written as they are."""
-    facts = read_facts(checkpoint)
+def _reseal(checkpoint: Path, **other: Any) -> None:
+    """As if the files had been written as they are, with other facts."""
+    facts = {**read_facts(checkpoint), **other}
     rest = [file for file in checkpoint.iterdir() if file.name != FACTS_FILE]
     facts["files"] = {file.name: found for file, found in file_facts(rest).items()}
     (checkpoint / FACTS_FILE).write_text(json.dumps(sealed(facts)))
 
 
-def _half_trained(folders: Folders) -> Path:
+def _half_trained(folders: Folders, parallel: Parallel) -> Path:
     """The checkpoint of the third of six steps, and no later one."""
-    run_ranks(1, _rates_after_resume, folders, Parallel(), 2e-3, 3)
+    run_ranks(parallel.world_size, _rates_after_resume, folders, parallel, 2e-3, 3)
     return checkpoints(folders["work"] / "checkpoints")[-1]
 
 
 def test_a_checkpoint_of_an_earlier_megatron_is_read(folders: Folders) -> None:
     """Before 0.19 what is common to all ranks was in a file of its own."""
-    newest = _half_trained(folders)
+    newest = _half_trained(folders, Parallel())
     torch.save(dist_checkpointing.load_common_state_dict(str(newest)), newest / "common.pt")
     _reseal(newest)
     after = run_ranks(1, _rates_after_resume, folders, Parallel(), 2e-3, 6)[0]
@@ -203,7 +203,7 @@ def test_a_checkpoint_of_an_earlier_megatron_is_read(folders: Folders) -> None:
 
 
 def test_a_checkpoint_of_a_later_megatron_is_refused(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    newest = _half_trained(folders)
+    newest = _half_trained(folders, Parallel())
     if (newest / "common.pt").exists():
         (newest / "common.pt").unlink()
         _reseal(newest)
@@ -216,6 +216,15 @@ def test_a_checkpoint_of_a_later_megatron_is_refused(folders: Folders, monkeypat
         training.run(_job(folders, session), folders["work"], Progress(silent=True))
     assert found.value.where == str(newest)
     assert "delete the checkpoints to start from the first step" in str(found.value)
+
+
+def test_other_files_of_a_distributed_optimizer_are_refused(folders: Folders) -> None:
+    """Megatron-Core 0.15 keeps whole tensors, those before each rank's part of them."""
+    spread = Parallel(distributed_optimizer=True)
+    newest = _half_trained(folders, spread)
+    _reseal(newest, whole_tensors=not read_facts(newest)["whole_tensors"])
+    with pytest.raises(AssertionError, match=r"distributed optimizer was written by Megatron-Core 0\.1[45]"):
+        run_ranks(1, _rates_after_resume, folders, spread, 2e-3, 6)
 
 
 @pytest.mark.parametrize("keys", [None, "stages.shapes.retraining"])

@@ -8,7 +8,7 @@ damaged one is set aside, and the one before it is taken.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,7 +20,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch.distributed.checkpoint import CheckpointException
 
-from nemo_minitron.backends.megatron.distributed_adam import load_optimizer_state, sharded_optimizer_state
+from nemo_minitron.backends.megatron.distributed_adam import (
+    HAS_WHOLE_TENSORS,
+    load_optimizer_state,
+    sharded_optimizer_state,
+)
 from nemo_minitron.backends.megatron.intact import FACTS_FILE, damage, read_facts, write_facts
 from nemo_minitron.backends.megatron.known_pickles import only_known_pickles, require_known_backend
 from nemo_minitron.backends.megatron.optim import Trainable
@@ -70,7 +74,7 @@ class Checkpoints:
         state = _sharded_state(trainable, is_loading=False)
         with _write_errors(self.folder):
             writing = self._writing = Writing.begin(state, partial_dir, self._buffers)
-            facts = {**asdict(progressed), "distributed_optimizer": trainable.has_distributed_optimizer}
+            facts = {**asdict(progressed), **_optimizer_facts(trainable)}
             writing.then(partial(self._publish, partial_dir, facts, writing.written))
         if not self._in_background:
             self.finish()
@@ -166,7 +170,7 @@ def _load(trainable: Trainable, checkpoint: Path) -> Progressed:
     try:
         facts = read_facts(checkpoint)
         step = int(facts["step"])
-        _require_same_optimizer(trainable, bool(facts.get("distributed_optimizer", False)), checkpoint)
+        _require_same_optimizer(trainable, facts, checkpoint)
         require_known_backend(checkpoint)
         require_readable(checkpoint)
         wanted = _sharded_state(trainable, is_loading=True)
@@ -202,14 +206,30 @@ def _take_over(trainable: Trainable, state: dict[str, Any], step: int) -> None:
         _take_over(trainable.teacher, state["teacher"], step)
 
 
-def _require_same_optimizer(trainable: Trainable, was_distributed: bool, checkpoint: Path) -> None:
-    """The two optimizers write different files."""
-    if trainable.has_distributed_optimizer != was_distributed:
-        was, now = (str(value).lower() for value in (was_distributed, trainable.has_distributed_optimizer))
+def _optimizer_facts(trainable: Trainable) -> dict[str, bool]:
+    """What tells optimizers with different files apart."""
+    if not trainable.has_distributed_optimizer:
+        return {"distributed_optimizer": False}
+    return {"distributed_optimizer": True, "whole_tensors": HAS_WHOLE_TENSORS}
+
+
+def _require_same_optimizer(trainable: Trainable, facts: Mapping[str, Any], checkpoint: Path) -> None:
+    now = _optimizer_facts(trainable)
+    was_distributed = bool(facts.get("distributed_optimizer", False))
+    if now["distributed_optimizer"] != was_distributed:
+        was, want = (str(value).lower() for value in (was_distributed, now["distributed_optimizer"]))
         raise CheckpointError(
-            f"The training checkpoint is of execution.parallel.distributed_optimizer = {was}, not {now}.",
+            f"The training checkpoint is of execution.parallel.distributed_optimizer = {was}, not {want}.",
             where=str(checkpoint),
             next_step=f"Set it to {was}, or delete the checkpoints to start from the first step.",
+        )
+    if was_distributed and facts.get("whole_tensors", HAS_WHOLE_TENSORS) != HAS_WHOLE_TENSORS:
+        wanted = "0.14 or earlier" if HAS_WHOLE_TENSORS else "0.15 or later"
+        raise CheckpointError(
+            f"The training checkpoint of a distributed optimizer was written by Megatron-Core {wanted}, "
+            "whose files the installed one cannot read.",
+            where=str(checkpoint),
+            next_step=f"Use megatron-core {wanted}, or delete the checkpoints to start from the first step.",
         )
 
 

@@ -21,7 +21,8 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Whole tensors on disk, so that a resume may have another layout."""
-_HAS_WHOLE_TENSORS = hasattr(DistributedOptimizer, "load_parameter_state_from_fully_reshardable")
+HAS_WHOLE_TENSORS = hasattr(DistributedOptimizer, "load_parameter_state_from_fully_reshardable")
+"""Since 0.15; neither side reads the files of the other."""
 
 
 def sharded_optimizer_state(
@@ -31,7 +32,7 @@ def sharded_optimizer_state(
     only = _only(optimizer)
     if is_loading and _is_torch_adam(only):
         _make_states(only)
-    if _HAS_WHOLE_TENSORS:
+    if HAS_WHOLE_TENSORS:
         return dict(only.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING))
     if not _is_torch_adam(only):
         return dict(only.sharded_state_dict(model_state, is_loading=is_loading))
@@ -49,7 +50,7 @@ def load_optimizer_state(chained: MegatronOptimizer, state: dict[str, Any]) -> N
         return
     optimizer.load_state_dict({key: value for key, value in state.items() if key != "param_state"})
     with _without_counters(optimizer):
-        if _HAS_WHOLE_TENSORS:
+        if HAS_WHOLE_TENSORS:
             optimizer.load_parameter_state_from_fully_reshardable(state["param_state"])
         else:
             optimizer.load_parameter_state_from_fs_model_space(state["param_state"])
