@@ -31,10 +31,10 @@ ALIGNER_PYTHON = $(shell for python in $(PYTHON) python3.11 python3.10; do \
 WITH_ALIGNER = $(if $(ALIGNER_PYTHON),aligner,without-aligner)
 TEST_ENV = $(if $(ALIGNER_PYTHON),MINITRON_REQUIRE_ALIGNER=1) $(QUIET_ENV)
 
-.PHONY: aligner without-aligner demo test test-all test-compat test-slurm test-faults test-gpu check claims results bench format lock install clean help
+.PHONY: aligner without-aligner demo test test-all test-compat test-slurm test-faults test-gpu check claims results reference bench format lock install clean help
 
 help:
-	@echo "make demo | aligner | test | test-all | test-compat | test-slurm | test-faults | test-gpu | check | claims | results | bench | format | lock | clean"
+	@echo "make demo | aligner | test | test-all | test-compat | test-slurm | test-faults | test-gpu | check | claims | results | reference | bench | format | lock | clean"
 
 install: $(STAMP)
 
@@ -119,6 +119,11 @@ UPGRADE ?=
 lock: $(STAMP)
 	@command -v uv > /dev/null || { echo "make lock needs uv: pip install uv"; exit 1; }
 	$(BIN)/python -W ignore constraints/lock.py $(if $(UPGRADE),--upgrade)
+
+# The keys of recipes, as a page and as a JSON schema, by what nemo_minitron/config/schema says.
+reference: $(STAMP)
+	$(BIN)/minitron schema --page > docs/reference/keys.md
+	$(BIN)/minitron schema > docs/reference/recipe.schema.json
 
 results: $(STAMP)
 	$(BIN)/minitron assets fetch

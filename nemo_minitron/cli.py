@@ -22,7 +22,7 @@ from nemo_minitron.cli_bundle import bundle
 from nemo_minitron.cli_chat import chat
 from nemo_minitron.cli_doctor import doctor
 from nemo_minitron.cli_plan import plan, print_warnings
-from nemo_minitron.cli_recipes import recipes
+from nemo_minitron.cli_recipes import recipes, schema
 from nemo_minitron.cli_rlhf import rlhf
 from nemo_minitron.cli_show import show
 from nemo_minitron.cli_status import status
@@ -143,6 +143,7 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 app.command()(plan)
 app.command()(recipes)
+app.command()(schema)
 app.command()(doctor)
 app.command()(status)
 app.command()(cli_launch.launch)

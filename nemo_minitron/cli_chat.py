@@ -149,6 +149,7 @@ class _Speaker:
         from transformers import GenerationConfig, TextStreamer
 
         from nemo_minitron.evaluation.answers import PADDING, turn_ends
+        from nemo_minitron.hf.transformers_versions import generate
 
         pieces: list[str] = []
         stop, waiting = self.stop, ""
@@ -170,11 +171,10 @@ class _Speaker:
             stop_strings=None if stop is None else [stop],
             **({"temperature": self.temperature, "top_k": SAMPLED_FROM} if is_sampling else {}),
         )
-        options: dict[str, Any] = {"generation_config": config, "use_model_defaults": False}
-        options["tokenizer"] = self.tokenizer
+        options: dict[str, Any] = {"attention_mask": ids.new_ones(ids.shape), "tokenizer": self.tokenizer}
         streamer = Shown(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
-            self.model.generate(ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, **options)
+            generate(self.model, ids, config, streamer=streamer, **options)
         except KeyboardInterrupt:
             write("")
         return "".join(pieces).strip()

@@ -1,7 +1,8 @@
-"""`minitron recipes`: those that come with the package."""
+"""`minitron recipes` and `minitron schema`: the recipes of the package, and the keys that a recipe can have."""
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -31,3 +32,19 @@ def recipes(
         first = text.partition("\n")[0]
         table.add_row(found, first.removeprefix("#").strip() if first.startswith("#") else "")
     console.print(table)
+
+
+def schema(
+    page: Annotated[bool, typer.Option("--page", help="As a page of Markdown for people.")] = False,
+) -> None:
+    """Print the JSON schema of recipes, with which an editor completes keys, shows their meaning and checks values.
+
+    Example: `minitron schema > recipe.schema.json`, and `# yaml-language-server: $schema=recipe.schema.json` as the
+    first line of a recipe.
+    """
+    from nemo_minitron.config import reference
+
+    if page:
+        write(reference.page(), end="")
+    else:
+        write(json.dumps(reference.json_schema(), indent=1, ensure_ascii=False))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_minitron.hf.transformers_versions import generate
 from nemo_minitron.progress import Progress
 
 Sequences = Sequence[tuple[list[int], list[int]]]
@@ -116,7 +117,5 @@ def _continued(model: Any, tokenizer: Any, prompts: Sequence[list[int]], config:
     longest, padding = max(map(len, prompts)), config.pad_token_id
     ids = torch.tensor([[padding] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
     seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    # The folder's own generation config may ask for sampling or for penalties.
-    options = {"generation_config": config, "use_model_defaults": False, "tokenizer": tokenizer}
-    made = model.generate(ids, attention_mask=seen, **options)
+    made = generate(model, ids, config, attention_mask=seen, tokenizer=tokenizer)
     return made[:, longest:].tolist()

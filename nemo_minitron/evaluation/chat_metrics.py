@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 NUM_BOOTSTRAPS, SEED = 1000, 0
 _FINAL = re.compile(r"####\s*([-+]?[\d,.]*\d)")
@@ -69,15 +70,7 @@ def rank_correlation(levels: Sequence[Sequence[float]], lengths: Sequence[Sequen
 
 
 def _spearman(x: NDArray[Any], y: NDArray[Any]) -> float:
-    ranks = _ranks(x), _ranks(y)
-    if min(rank.std() for rank in ranks) == 0:
+    """Spearman's rank correlation; 0 where one side is constant and has no order."""
+    if x.std() == 0 or y.std() == 0:
         return 0.0
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
-def _ranks(values: NDArray[Any]) -> NDArray[Any]:
-    """Ranks, equal values with the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    means: NDArray[Any] = (ends - counts + ends - 1) / 2.0
-    return means[inverse]
+    return float(stats.spearmanr(x, y).statistic)

@@ -14,6 +14,7 @@ from nemo_minitron.evaluation.model_config import generation_config, model_confi
 from nemo_minitron.heap import keep_freed_memory
 from nemo_minitron.hf.checkpoint import Checkpoint, require_tied_head
 from nemo_minitron.hf.tokenizer import require_known_ids
+from nemo_minitron.hf.transformers_versions import generate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -95,10 +96,7 @@ def greedy_texts(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tok
         found = tokenizer(prompt).input_ids
         require_known_ids(found, model.config.vocab_size, tokenizer, str(tokenizer.name_or_path))
         ids = torch.tensor([found or [config.pad_token_id]], device=model.device)
-        # The folder's own generation config may ask for sampling or for penalties.
-        made = model.generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=config, use_model_defaults=False
-        )
+        made = generate(model, ids, config, attention_mask=torch.ones_like(ids))
         text = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
         out.append({"prompt": prompt, "text": text})
     return out

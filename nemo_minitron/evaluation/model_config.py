@@ -38,7 +38,7 @@ def model_config(shape: ModelShape) -> Any:
         # A padding id outside the vocabulary would stop the embeddings from being built; nothing here needs one.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
-    return AutoConfig.for_model(**{**keys, "model_type": shape.family})
+    return AutoConfig.for_model(**keys)
 
 
 def generation_config(checkpoint: Checkpoint) -> Any:

@@ -19,6 +19,7 @@ import yaml
 from nemo_minitron.errors import CheckpointError, DataError, EnvironmentProblem, PlanError
 from nemo_minitron.evaluation.choices import Answer, score_answers
 from nemo_minitron.hf.tokenizer import require_known_ids
+from nemo_minitron.hf.transformers_versions import network_errors
 
 if TYPE_CHECKING:
     from nemo_minitron.progress import Progress
@@ -199,7 +200,7 @@ def data_errors(data_dir: Path | None) -> Iterator[None]:
         raise PlanError(
             "A task runs code that the model writes, which is not done here.", next_step="Choose other tasks."
         ) from error
-    except (DatasetNotFoundError, ConnectionError) as error:
+    except (DatasetNotFoundError, ConnectionError, *network_errors()) as error:
         raise EnvironmentProblem(
             f"The data of a task cannot be fetched: {error}",
             next_step="Check the network, or set tasks_source to offline copies (asset:offline-eval-tasks).",

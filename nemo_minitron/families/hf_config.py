@@ -244,16 +244,30 @@ _NOT_OF_THE_MODEL = frozenset(
 internal to transformers: by `_attn_implementation_internal` its versions before 5.3 run code of the hub."""
 
 
+def written_family(shape: ModelShape) -> str:
+    """The family under which transformers loads a model of this shape.
+
+    Since 5.8 its config of Llama refuses a hidden size that is no multiple of the heads, whatever `head_dim` says, and
+    width pruning makes such models. Mistral's without a sliding window is the same network, and takes them.
+    """
+    is_refused = shape.family == "llama" and shape.hidden_size % shape.num_attention_heads
+    return "mistral" if is_refused else shape.family
+
+
 def write_config(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
     """A copy of `config` with the sizes of `shape`; other keys stay, but for those by which transformers fetches code.
 
     `head_dim` is always explicit: after width pruning hidden_size / heads is not the head size. Rotary embeddings are
-    written as transformers 4 and as transformers 5 read them.
+    written as transformers 4 and as transformers 5 read them. The family may be another: see `written_family`.
     """
     out = {key: value for key, value in config.items() if not key.startswith("_") and key not in _NOT_OF_THE_MODEL}
+    family = written_family(shape)
+    if family != shape.family:
+        # What the two families fill in differently.
+        out |= {"sliding_window": None, "max_position_embeddings": shape.max_position_embeddings}
     out.update(
-        architectures=[name for name, family in FAMILIES.items() if family == shape.family],
-        model_type=shape.family,
+        architectures=[name for name, known in FAMILIES.items() if known == family],
+        model_type=family,
         num_hidden_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.ffn_hidden_size,

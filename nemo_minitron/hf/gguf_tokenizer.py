@@ -1,12 +1,11 @@
 """The tokenizer inside a GGUF file -> tokenizer.json and its companions.
 
-Byte-level BPE is rebuilt from the file's own keys: transformers' reader mistakes bos for eos, adds a bos that
-the file says not to add, and splits text by one rule whatever the file asks for.
+It is rebuilt from the file's own keys: transformers' reader mistakes bos for eos, adds a bos that the file says not to
+add, and splits text by one rule whatever the file asks for.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from nemo_minitron.errors import CheckpointError, shortened
 from nemo_minitron.hf.gguf_header import FROM_FOLDER
 from nemo_minitron.hf.tokenizer_files import LLAMA3_PATTERN, TEKKEN_PATTERN
+from nemo_minitron.hf.tokenizer_writer import write_tokenizer
 
 _TEMPLATE = "tokenizer.chat_template"
 _CONTROL, _USER_DEFINED = 3, 4
@@ -26,6 +26,7 @@ _PATTERNS = {
 }
 """How a model splits text before BPE, by the name that GGUF gives it (tokenizer.ggml.pre)."""
 _GPT2 = ("default", "gpt-2", "smollm")
+_SPACE = "\u2581"
 _WHOLE_TOKENS_FIRST = ("llama-bpe", "tekken")
 """A word that is a token is taken as it is, without merging."""
 
@@ -39,8 +40,6 @@ def save_tokenizer(fields: Mapping[str, Any], file: Path, out_dir: Path) -> None
     Raises:
         CheckpointError: there is none, or it splits text in a way that is not known here.
     """
-    from transformers import PreTrainedTokenizerFast
-
     kind = fields.get("tokenizer.ggml.model")
     if kind is None:
         raise CheckpointError("The GGUF file has no tokenizer.", where=str(file), next_step=FROM_FOLDER)
@@ -51,14 +50,14 @@ def save_tokenizer(fields: Mapping[str, Any], file: Path, out_dir: Path) -> None
     try:
         tokenizer, special = _BUILDERS[kind](fields, file), _special_tokens(fields)
         _add_special(tokenizer, fields, special.get("bos_token"))
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            clean_up_tokenization_spaces=False,
-            model_max_length=fields.get(f"{fields['general.architecture']}.context_length"),
-            **special,
+        length = fields.get(f"{fields['general.architecture']}.context_length")
+        write_tokenizer(
+            out_dir,
+            tokenizer,
+            special,
+            chat_template=_chat_templates(fields),
+            max_length=length if isinstance(length, int) else None,
         )
-        fast.chat_template = _chat_templates(fields)
-        fast.save_pretrained(out_dir)
     except (CheckpointError, OSError):
         raise
     except Exception as error:  # tokenizers raises nothing more specific
@@ -123,14 +122,35 @@ def _pre_tokenizer(rule: str, file: Path) -> Any:
 
 
 def _sentencepiece(fields: Mapping[str, Any], file: Path) -> Any:
-    """Llama 2's kind: transformers converts it; special tokens are set afterwards."""
-    from transformers import AutoTokenizer
+    """Llama 2's kind, as Llama 2's own tokenizer.json describes it; special tokens are set afterwards."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
 
-    loaded: Any = AutoTokenizer
-    # Alone in a folder: a tokenizer_config.json beside the file could name code, or another class.
-    with tempfile.TemporaryDirectory(prefix="minitron-gguf-") as folder:
-        (Path(folder) / file.name).symlink_to(file.resolve())
-        return loaded.from_pretrained(folder, gguf_file=file.name, trust_remote_code=False).backend_tokenizer
+    tokens = fields["tokenizer.ggml.tokens"]
+    scores = dict(zip(tokens, fields["tokenizer.ggml.scores"], strict=True))
+    if len(scores) < len(tokens):
+        raise ValueError("a token is there twice")
+    unknown = fields.get("tokenizer.ggml.unknown_token_id")
+    vocab = {token: number for number, token in enumerate(tokens)}
+    options = {"unk_token": None if unknown is None else tokens[unknown], "fuse_unk": True, "byte_fallback": True}
+    tokenizer = Tokenizer(models.BPE(vocab, _merges(scores), **options))
+    is_spaced = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
+    start = [normalizers.Prepend(_SPACE)] if is_spaced else []
+    tokenizer.normalizer = normalizers.Sequence([*start, normalizers.Replace(" ", _SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if is_spaced else []
+    parts = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return tokenizer
+
+
+def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Every way to make a token of two others: best tokens first, and of one token the best parts."""
+    out: list[tuple[float, str, str]] = []
+    for token, score in scores.items():
+        cuts = [(token[:place], token[place:]) for place in range(1, len(token))]
+        parts = [(first, second) for first, second in cuts if first in scores and second in scores]
+        parts.sort(key=lambda pair: (scores[pair[0]], scores[pair[1]]), reverse=True)
+        out += [(score, first, second) for first, second in parts]
+    return [(first, second) for _, first, second in sorted(out, key=lambda merge: merge[0], reverse=True)]
 
 
 _BUILDERS: dict[str, Callable[[Mapping[str, Any], Path], Any]] = {"gpt2": _byte_level_bpe, "llama": _sentencepiece}

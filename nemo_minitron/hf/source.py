@@ -126,16 +126,18 @@ def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    from nemo_minitron.hf.transformers_versions import network_errors
+
     try:
         return Path(
             snapshot_download(
                 name, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(NOT_FROM_HUB)
             )
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, *network_errors()) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{name} could not be fetched from the Hugging Face hub: {reason}",
             where=f"source: {HUB}{name}",
-            next_step="Check the name, your access (huggingface-cli login) and the network; or give a local folder.",
+            next_step="Check the name, your access (a token in HF_TOKEN) and the network; or give a local folder.",
         ) from error

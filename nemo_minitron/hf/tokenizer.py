@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 from nemo_minitron.errors import CheckpointError, DataError, MinitronError
 from nemo_minitron.hf.links import require_inside
 from nemo_minitron.hf.tokenizer_bounds import require_bounded_rules
-from nemo_minitron.hf.tokenizer_files import CONFIG_FILE, PLAIN_CLASS, TOKENIZER_FILE, Repairs, read_object, repairs
+from nemo_minitron.hf.tokenizer_files import CONFIG_FILE, TOKENIZER_FILE, Repairs, repairs
 
 _PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*chat_template*")
 _SENTENCEPIECE = "tokenizer.model"
@@ -116,27 +115,20 @@ def _require_files(model_dir: Path) -> None:
 def _load(model_dir: Path, found: Repairs) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    has_definition = (model_dir / TOKENIZER_FILE).is_file()
     options: dict[str, Any] = {
         "local_files_only": True,
         # Repaired in the files already; asking for nothing keeps transformers from warning about sound tokenizers.
         "fix_mistral_regex": False,
     }
-    has_definition = (model_dir / TOKENIZER_FILE).is_file()
     try:
         with _view(model_dir, found, with_config=not has_definition) as folder:
-            return AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False, **options)
+            # The repaired files name the plain class; `AutoTokenizer` chooses by the kind of the model, too.
+            loader: Any = PreTrainedTokenizerFast if has_definition else AutoTokenizer
+            return loader.from_pretrained(str(folder), trust_remote_code=False, **options)
     except (MinitronError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # any type, a panic of tokenizers among them, which is no Exception
-        if not has_definition:
-            raise _unreadable(model_dir, error) from error
-    # The class asks for more than tokenizer.json, which says everything: sentencepiece, for example.
-    try:
-        with _view(model_dir, found, with_config=False, plain=True) as folder:
-            return PreTrainedTokenizerFast.from_pretrained(str(folder), **options)
-    except (MinitronError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
         raise _unreadable(model_dir, error) from error
 
 
@@ -151,12 +143,11 @@ def _unreadable(model_dir: Path, error: BaseException) -> CheckpointError:
 
 
 @contextmanager
-def _view(model_dir: Path, found: Repairs, *, with_config: bool, plain: bool = False) -> Iterator[Path]:
+def _view(model_dir: Path, found: Repairs, *, with_config: bool) -> Iterator[Path]:
     """A folder with links to the tokenizer's files and repaired copies of those that need it.
 
     Args:
         with_config: link config.json too, which says the class of a tokenizer without tokenizer.json.
-        plain: name the class that needs nothing but tokenizer.json.
     """
     with tempfile.TemporaryDirectory(prefix="minitron-tokenizer-") as name:
         view = Path(name)
@@ -166,8 +157,4 @@ def _view(model_dir: Path, found: Repairs, *, with_config: bool, plain: bool = F
             if file.name not in found.files:
                 (view / file.name).symlink_to(file.resolve())
         found.write(view)
-        if plain:
-            config = {**read_object(view / CONFIG_FILE), "tokenizer_class": PLAIN_CLASS}
-            (view / CONFIG_FILE).unlink()
-            (view / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
         yield view

@@ -1,28 +1,24 @@
 """The tokenizer files of a model folder, changed where the versions of transformers would read them differently.
 
-transformers 5 writes class names and keys that version 4 cannot read. Training tools leave truncation and padding in
-tokenizer.json. `repairs` finds what has to change so that every reader makes the same token ids; files that need
-nothing stay as they are, byte for byte.
+tokenizer.json says how a text becomes ids; `tokenizer_classes` says what versions read from classes and flags besides.
+Training tools leave truncation and padding in tokenizer.json. `repairs` finds what has to change so that every reader
+makes the same token ids; files that need nothing stay as they are, byte for byte.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import CheckpointError, shortened
+from nemo_minitron.hf.tokenizer_classes import apply_flags, plain_config
 from nemo_minitron.limits import TOKENIZER_BYTES, too_large
 
 TOKENIZER_FILE, CONFIG_FILE, MAP_FILE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 ADDED_FILE = "added_tokens.json"
-PLAIN_CLASS = "PreTrainedTokenizerFast"
-"""Takes everything from tokenizer.json; versions 4 and 5 of transformers know the name."""
-_KNOWN_CLASSES = {PLAIN_CLASS} | {
-    f"{name}Tokenizer{end}" for name in ("Llama", "GPT2", "Qwen2") for end in ("", "Fast")
-}
-"""Of the supported families, so that transformers need not be imported to ask for them."""
 _BOM = b"\xef\xbb\xbf"
 _SPECIAL_IDS = ("bos_token", "eos_token", "pad_token")
 
@@ -64,14 +60,14 @@ def repairs(folder: Path) -> Repairs:
         return Repairs()
     content = read_object(folder / TOKENIZER_FILE)
     out = Repairs(definition=content)
+    before = _rules(content)
     _repair_config(folder, content, out)
     for name in (MAP_FILE, ADDED_FILE):
         if _has_bom(folder / name):
             out.files[name] = _text(read_object(folder / name))
-    notes = _repair_tokenizer(content, _read_leniently(folder / "config.json").get("model_type"))
-    if notes or _has_bom(folder / TOKENIZER_FILE):
+    out.notes.extend(_repair_tokenizer(content, _read_leniently(folder / "config.json").get("model_type")))
+    if _rules(content) != before or _has_bom(folder / TOKENIZER_FILE):
         out.files[TOKENIZER_FILE] = _text(content)
-    out.notes.extend(notes)
     return out
 
 
@@ -98,6 +94,11 @@ def _damaged(file: Path, why: str) -> CheckpointError:
         where=str(file),
         next_step="Download or copy the file again; compare its size with the source's.",
     )
+
+
+def _rules(content: dict[str, Any]) -> str:
+    """The parts of a tokenizer.json that may be changed."""
+    return json.dumps([content.get(key) for key in ("truncation", "padding", "pre_tokenizer", "post_processor")])
 
 
 def _repair_tokenizer(content: dict[str, Any], model_type: Any) -> list[str]:
@@ -139,13 +140,14 @@ def _repair_config(folder: Path, content: dict[str, Any], out: Repairs) -> None:
     """tokenizer_config.json as both versions of transformers read it; made from the other files where it is missing."""
     file = folder / CONFIG_FILE
     found = read_object(file) if file.is_file() else {}
-    config = dict(found)
-    name = config.get("tokenizer_class")
-    version_5 = "backend" in config or isinstance(config.get("extra_special_tokens"), list)
-    if version_5 or not is_known_class(name) or _needs_conversion(folder, config):
-        config["tokenizer_class"] = PLAIN_CLASS
-    for key in ("backend", "is_local", "auto_map"):
-        config.pop(key, None)
+    names = token_names(content)
+    ids = {token: number for number, token in names.items()}
+    name = found.get("tokenizer_class")
+    config = plain_config(found, _special_tokens(folder, names, has_class=isinstance(name, str)), ids)
+    before = _rules(content)
+    apply_flags(found, config, content, ids)
+    if _rules(content) != before:
+        out.notes.append(f"{TOKENIZER_FILE} is given what flags of {CONFIG_FILE} ask for: transformers 5 ignores them")
     length = config.get("model_max_length")
     if length is not None and (isinstance(length, bool) or not isinstance(length, int | float)):
         del config["model_max_length"]  # a warning about long texts compares it with a number
@@ -153,41 +155,22 @@ def _repair_config(folder: Path, content: dict[str, Any], out: Repairs) -> None:
         special = [*_listed(config.get("additional_special_tokens")), *config.pop("extra_special_tokens")]
         # A token twice would be added twice.
         config["additional_special_tokens"] = list({_content(token): token for token in special}.values())
-    if not isinstance(name, str):
-        config |= {key: token for key, token in _from_ids(folder, content).items() if key not in config}
     if config != found or _has_bom(file):
         out.files[CONFIG_FILE] = _text(config)
     if found and config != found:
         out.notes.append(f"{CONFIG_FILE} is rewritten so that transformers 4 and 5 both read it ({name})")
 
 
-def _needs_conversion(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether Llama's class would convert a tokenizer.model that is not there, because of this key."""
-    llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
-    return llama and config.get("add_prefix_space") is not None and not (folder / "tokenizer.model").is_file()
-
-
-def is_known_class(name: Any) -> bool:
-    """Whether transformers 4 has a fast tokenizer of this name."""
-    if not isinstance(name, str) or name in _KNOWN_CLASSES:
-        return isinstance(name, str)
-    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
-
-    found = tokenizer_class_from_name(name if name.endswith("Fast") else f"{name}Fast")
-    return found is not None
-
-
-def _from_ids(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Special tokens of a folder whose tokenizer_config.json does not say them.
-
-    special_tokens_map.json goes first; what it lacks comes from the ids in config.json.
-    """
+def _special_tokens(folder: Path, names: Mapping[int, str], *, has_class: bool) -> dict[str, Any]:
+    """Special tokens that special_tokens_map.json names, or, where it and the class are missing, ids in config.json."""
     if (folder / MAP_FILE).is_file():
-        return read_object(folder / MAP_FILE)
+        found = read_object(folder / MAP_FILE)
+        return {key: token for key, token in found.items() if key.endswith(("_token", "_tokens"))}
+    if has_class:
+        return {}
     config = _read_leniently(folder / "config.json")
     ids = {key: config.get(f"{key}_id") for key in _SPECIAL_IDS}
     ids = {key: number[0] if isinstance(number, list) and number else number for key, number in ids.items()}
-    names = token_names(content)
     return {key: names[number] for key, number in ids.items() if isinstance(number, int) and number in names}
 
 
@@ -200,7 +183,8 @@ def token_names(content: dict[str, Any]) -> dict[int, str]:
         names = {number: token for token, number in vocab.items() if isinstance(number, int)}
     elif isinstance(vocab, list):
         names = {number: str(piece[0]) for number, piece in enumerate(vocab) if isinstance(piece, list) and piece}
-    return names | {token["id"]: str(token["content"]) for token in added_tokens(content)}
+    added = {token["id"]: str(token["content"]) for token in added_tokens(content) if isinstance(token["id"], int)}
+    return names | added
 
 
 def _listed(value: Any) -> list[Any]:

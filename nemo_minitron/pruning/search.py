@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -163,16 +163,11 @@ def _on_front(one: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> bo
 
 
 def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Agreement of two orders, from -1 to 1; None for fewer than two items. Ties count for neither side."""
-    pairs = list(combinations(range(len(one)), 2))
-    if not pairs:
-        return None
-    agree = sum(_sign(one[i] - one[j]) * _sign(other[i] - other[j]) for i, j in pairs)
-    return agree / len(pairs)
+    """Agreement of two orders, Kendall's tau-b, from -1 to 1; None where one side has no order."""
+    from scipy import stats
 
-
-def _sign(value: float) -> int:
-    return (value > 0) - (value < 0)
+    tau = float(stats.kendalltau(one, other).statistic) if len(one) > 1 else math.nan
+    return None if math.isnan(tau) else tau
 
 
 def write_search(document: Mapping[str, Any], folder: Path) -> None:

@@ -65,7 +65,8 @@ def _require_vocabulary(params: InitStage, stage: str) -> None:
 def train_tokenizer(params: NewTokenizer, ctx: StageContext) -> None:
     """Learn the merges and save the tokenizer as transformers reads it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+
+    from nemo_minitron.hf.tokenizer_writer import write_tokenizer
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -77,9 +78,7 @@ def train_tokenizer(params: NewTokenizer, ctx: StageContext) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_texts(params, Path(ctx.execution.assets_dir)), trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
-    ).save_pretrained(ctx.out_dir)
+    write_tokenizer(ctx.out_dir, tokenizer, dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT))
 
 
 def _texts(params: NewTokenizer, assets_dir: Path) -> Iterator[str]:

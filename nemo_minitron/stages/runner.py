@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nemo_minitron import errors
 from nemo_minitron.artifacts.manifest import Manifest, provenance
@@ -287,14 +287,20 @@ def _copy_report(call: StageCall, out: Path, root: Path) -> None:
         copy_whole(file, root / file.name)
 
 
-@contextmanager
-def _log_file(root: Path, stage: str) -> Iterator[None]:
-    """Library chatter and warnings go to logs/<stage>.log instead of the terminal."""
-    log = open_log(own_folder(root, "logs") / f"{stage}.log")
+def log_handler(log: IO[str]) -> logging.Handler:
+    """Writes what libraries log, without secrets."""
     handler = logging.StreamHandler(log)
     # A full disk is told once, by the stage that it stops; not by every line that the log could not take.
     handler.handleError = lambda record: None  # type: ignore[method-assign]
     handler.setFormatter(MaskingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    return handler
+
+
+@contextmanager
+def _log_file(root: Path, stage: str) -> Iterator[None]:
+    """Library chatter and warnings go to logs/<stage>.log instead of the terminal."""
+    log = open_log(own_folder(root, "logs") / f"{stage}.log")
+    handler = log_handler(log)
     top = logging.getLogger()
     before = list(top.handlers)
     top.handlers[:] = [handler]

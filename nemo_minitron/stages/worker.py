@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
+import sys
 import warnings
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from nemo_minitron.safe_files import write_whole
 from nemo_minitron.stages.agent import a_rank_failed
 from nemo_minitron.stages.nodes import RUNNER_VARIABLE
 from nemo_minitron.stages.ranks import ERROR_FILE, RESULT_FILE, STATUS_FILE, load_error, save_error
-from nemo_minitron.stages.runner import call_stage
+from nemo_minitron.stages.runner import call_stage, log_handler
 from nemo_minitron.stages.same_code import require_same
 from nemo_minitron.stages.spec import StageContext
 
@@ -52,6 +54,8 @@ def main(call_file: Path) -> int:
         stop=stop,
     )
     warnings.simplefilter("ignore")
+    # The log is this process's standard output; on a terminal the bar has the other stream.
+    logging.getLogger().handlers[:] = [log_handler(sys.stdout)]
     try:
         with stop.listening(), disk_errors(run_dir(recipe)):
             inputs = Store(run_dir(recipe)).inputs(call.inputs)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_minitron.alignment.preference import LOSSES, Pairs, answer_log_probs
 from nemo_minitron.backends.aligner.process import run_task
 from tests.support.aligner import quiet
+from tests.support.preference_losses import LOSSES, Pairs, answer_log_probs
 
 CASES: dict[str, dict[str, Any]] = {
     f"{kind} {'averaged' if average else 'summed'}": {

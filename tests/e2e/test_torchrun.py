@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -32,3 +36,25 @@ def test_an_error_in_a_worker_reaches_the_user_as_it_was_written(minitron: Cli, 
     assert "The teacher's held-out loss is" in flat
     assert "at most max_loss = 0.5" in flat
     assert not (tmp_path / "toy/width/check_teacher").exists()
+
+
+def _on_a_terminal(*command: str) -> str:
+    """What it shows there."""
+    screen, terminal = os.openpty()
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=terminal) as process:
+        os.close(terminal)
+        shown = b""
+        # Linux ends a terminal that nobody holds with an error.
+        with suppress(OSError), os.fdopen(screen, "rb", buffering=0) as opened:
+            while more := opened.read(4096):
+                shown += more
+    assert process.returncode == 0, shown
+    return shown.decode(errors="replace")
+
+
+def test_a_terminal_shows_nothing_of_what_libraries_log(tmp_path: Path) -> None:
+    """Megatron-Core 0.19 calls its models deprecated, and says so at each start."""
+    run = ["run", str(TOY), f"execution.run_root={tmp_path}", *TP2, "--until", "check_teacher"]
+    shown = _on_a_terminal(sys.executable, "-m", "nemo_minitron", *run)
+    assert "check_teacher" in shown
+    assert "deprecated" not in shown.lower()

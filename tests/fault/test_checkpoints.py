@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import re
@@ -12,12 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 
-from nemo_minitron.backends.megatron import distill, training
+from nemo_minitron.artifacts.manifest import file_facts
+from nemo_minitron.backends.megatron import distill, training, versions
 from nemo_minitron.backends.megatron.checkpoint import Checkpoints, Progressed, checkpoints
+from nemo_minitron.backends.megatron.intact import FACTS_FILE, read_facts
 from nemo_minitron.backends.megatron.session import open_session
 from nemo_minitron.config.schema import Execution, Parallel, TrainStage
 from nemo_minitron.errors import CheckpointError, NumericsError
+from nemo_minitron.files import sealed
 from nemo_minitron.progress import Progress
 from nemo_minitron.stages.distill import loop_options
 from nemo_minitron.stages.spec import StageContext
@@ -172,6 +177,45 @@ def test_a_resumed_training_has_the_learning_rate_of_its_recipe(parallel: Parall
     after = run_ranks(parallel.world_size, _rates_after_resume, folders, parallel, 5e-4, 6)[0]
     assert before == pytest.approx({1: 2e-3, 2: 2e-3, 3: 2e-3})
     assert after == pytest.approx({**before, 4: 5e-4, 5: 5e-4, 6: 5e-4})
+
+
+def _reseal(checkpoint: Path) -> None:
+    """As if the files had been written as they are."""
+    facts = read_facts(checkpoint)
+    rest = [file for file in checkpoint.iterdir() if file.name != FACTS_FILE]
+    facts["files"] = {file.name: found for file, found in file_facts(rest).items()}
+    (checkpoint / FACTS_FILE).write_text(json.dumps(sealed(facts)))
+
+
+def _half_trained(folders: Folders) -> Path:
+    """The checkpoint of the third of six steps, and no later one."""
+    run_ranks(1, _rates_after_resume, folders, Parallel(), 2e-3, 3)
+    return checkpoints(folders["work"] / "checkpoints")[-1]
+
+
+def test_a_checkpoint_of_an_earlier_megatron_is_read(folders: Folders) -> None:
+    """Before 0.19 what is common to all ranks was in a file of its own."""
+    newest = _half_trained(folders)
+    torch.save(dist_checkpointing.load_common_state_dict(str(newest)), newest / "common.pt")
+    _reseal(newest)
+    after = run_ranks(1, _rates_after_resume, folders, Parallel(), 2e-3, 6)[0]
+    assert after == pytest.approx({step: 2e-3 for step in range(1, 7)})
+
+
+def test_a_checkpoint_of_a_later_megatron_is_refused(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = _half_trained(folders)
+    if (newest / "common.pt").exists():
+        (newest / "common.pt").unlink()
+        _reseal(newest)
+    else:
+        monkeypatch.setattr(versions, "_VERSION", (0, 18))
+    with (
+        open_session(Parallel(), device="cpu", threads=1) as session,
+        pytest.raises(CheckpointError, match=r"written by Megatron-Core 0\.19 or later") as found,
+    ):
+        training.run(_job(folders, session), folders["work"], Progress(silent=True))
+    assert found.value.where == str(newest)
+    assert "delete the checkpoints to start from the first step" in str(found.value)
 
 
 @pytest.mark.parametrize("keys", [None, "stages.shapes.retraining"])

@@ -132,9 +132,11 @@ def _hidden(params: HiddenLoss, student: dict[str, Tensor], teacher: dict[str, T
 
 class _norm_outputs:  # noqa: N801
     def __init__(self, model: Any) -> None:
-        self.modules = {"final": model.decoder.final_layernorm}
-        for number, layer in enumerate(model.decoder.layers):
-            self.modules |= {f"input {number}": layer.input_layernorm, f"mlp {number}": layer.pre_mlp_layernorm}
+        from nemo_minitron.backends.megatron.parts import final_norm, layers
+
+        self.modules = {"final": final_norm(model)}
+        for layer in layers(model):
+            self.modules |= {f"input {layer.index}": layer.input_norm, f"mlp {layer.index}": layer.pre_mlp_norm}
 
     def __enter__(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -151,10 +153,11 @@ class _norm_outputs:  # noqa: N801
 
 def _whole_gradients(model: Any, shape: Any, session: Any, grad_of: Any) -> dict[str, NDArray]:
     """By Hugging Face name, gathered from all ranks, on rank 0."""
-    from nemo_minitron.backends.megatron.weights import _gather, local_parameters
+    from nemo_minitron.backends.megatron.parts import local_parameters
+    from nemo_minitron.backends.megatron.weights import _gather
     from nemo_minitron.families import parameters
 
-    local = {name: grad_of(parameter) for name, parameter in local_parameters(model, shape).items()}
+    local = {name: grad_of(parameter) for name, parameter in local_parameters(model).items()}
     dtype = next(iter(local.values())).dtype
     out = {}
     for parameter in parameters(shape):

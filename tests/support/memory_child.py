@@ -54,11 +54,12 @@ def _held(job: Any) -> int:
 
 def _tensors(job: Any) -> Iterator[Any]:
     import torch
-    from megatron.core.models.gpt import GPTModel
+
+    from nemo_minitron.backends.megatron.parts import Model
 
     trainable = job.trainable
     # The teacher is inside a closure of the objective.
-    for model in (found for found in gc.get_objects() if type(found) is GPTModel):
+    for model in (found for found in gc.get_objects() if issubclass(type(found), Model)):
         yield from model.parameters()
     for buffer in (*trainable.ddp.buffers, *trainable.ddp.expert_parallel_buffers):
         yield buffer.grad_data

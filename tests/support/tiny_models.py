@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -86,8 +87,20 @@ def tiny_model_dir(
     folder.mkdir(parents=True, exist_ok=True)
     model = tiny_model(case, seed=seed, dtype=dtype, **size_overrides)
     model.save_pretrained(folder)
-    tiny_tokenizer(min(400, model.config.vocab_size)).save_pretrained(folder)
+    save_tiny_tokenizer(folder, min(400, model.config.vocab_size))
     return folder
+
+
+def save_tiny_tokenizer(folder: Path, vocab_size: int = 400) -> None:
+    """The same bytes under all versions of transformers, which need no repair."""
+    from nemo_minitron.hf.tokenizer_writer import write_tokenizer
+
+    tokenizer = tiny_tokenizer(vocab_size)
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), tokenizer.eos_token)
+    write_tokenizer(folder, tokenizer.backend_tokenizer, special, chat_template=CHAT_TEMPLATE)
+    file = folder / "tokenizer_config.json"
+    config = {**json.loads(file.read_text()), "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    file.write_text(json.dumps(config))
 
 
 def load_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -60,6 +60,47 @@ def test_the_two_environments_never_import_each_other() -> None:
             assert not tops & {"nemo", "nemo_aligner", "lightning"}, file
 
 
+PARTS = {
+    "decoder",
+    "self_attention",
+    "input_layernorm",
+    "pre_mlp_layernorm",
+    "final_layernorm",
+    "output_layer",
+    "word_embeddings",
+    "linear_qkv",
+    "linear_proj",
+    "linear_fc1",
+    "linear_fc2",
+    "layer_number",
+}
+"""What Megatron calls the parts of a model."""
+KNOW_PARTS = ("parts.py", "layers.py")
+"""Beside the first, the specs that models are built from."""
+
+
+def _names(file: Path) -> Iterator[str]:
+    """All that code takes from or gives to objects, and the text that it may look for in their names."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.keyword) and node.arg:
+            yield node.arg
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
+            yield from node.value.split(".")
+
+
+def test_one_module_knows_where_a_megatron_model_has_its_parts() -> None:
+    """Megatron's classes and names change."""
+    found = {file.name: set(_names(file)) for file in (PACKAGE / "backends/megatron").glob("*.py")}
+    others = {name: names & PARTS for name, names in found.items() if names & PARTS and name not in KNOW_PARTS}
+    assert not others
+    assert set.union(*(found[name] for name in KNOW_PARTS)) >= PARTS
+    assert {name for name, names in found.items() if "GPTModel" in names} == {"build.py", "versions.py"}
+
+
 def test_files_and_functions_stay_small() -> None:
     long = []
     for file in FILES:

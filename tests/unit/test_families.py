@@ -98,10 +98,11 @@ def test_a_config_without_optional_keys_reads_as_transformers_fills_them_in() ->
         assert shape.num_query_groups == groups, case
         assert shape.kv_channels == (getattr(defaults, "head_dim", None) or 64), case
         assert shape.norm_eps == (defaults.norm_eps if shape.family == "nemotron" else defaults.rms_norm_eps), case
-        assert shape.rope_theta == defaults.rope_theta, case
+        rope = {**vars(defaults), **(getattr(defaults, "rope_parameters", None) or {})}  # since 5.0 in rope_parameters
+        assert shape.rope_theta == rope["rope_theta"], case
         assert shape.max_position_embeddings == defaults.max_position_embeddings, case
         assert shape.tied_embeddings is defaults.tie_word_embeddings, case
-        assert shape.rotary_fraction == getattr(defaults, "partial_rotary_factor", 1.0), case
+        assert shape.rotary_fraction == rope.get("partial_rotary_factor", 1.0), case
         window = defaults.sliding_window if shape.family == "mistral" else None
         assert shape.sliding_window_tokens == window, case
 

@@ -70,6 +70,21 @@ def test_texts_are_greedy_and_the_same_each_time(model_dir: Path) -> None:
     assert texts == greedy_texts(model, tokenizer, prompts, 12)
 
 
+def test_a_generation_config_that_is_the_models_changes_no_answer(model_dir: Path) -> None:
+    """Even one that the model has been given after loading; it has it again afterwards."""
+    from transformers import GenerationConfig
+
+    model, tokenizer = load_for_inference(model_dir, "fp32", "cpu"), load_tokenizer(model_dir)
+    own = GenerationConfig(**{**UNWANTED, "top_p": 0.3, "eos_token_id": 0})
+    model.generation_config = own
+    prompt = "The quick brown"
+    ids = tokenizer(prompt).input_ids
+    expected = tokenizer.decode(_by_hand(model, ids, 12), skip_special_tokens=True)
+    assert greedy_texts(model, tokenizer, [prompt], 12)[0]["text"] == expected
+    assert greedy_answers(model, tokenizer, [ids], 12, Progress(silent=True))[0][0] == expected
+    assert model.generation_config is own
+
+
 def test_generate_by_others_is_greedy_too(model_dir: Path) -> None:
     """As lm-eval calls it."""
     model, tokenizer = load_for_inference(model_dir, "fp32", "cpu"), load_tokenizer(model_dir)

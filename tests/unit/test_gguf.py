@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -17,7 +18,7 @@ from nemo_minitron.hf.gguf_header import read_header
 from nemo_minitron.hf.gguf_rope import llama3_factors
 from nemo_minitron.hf.gguf_tokenizer import save_tokenizer
 from tests.support.tiny_gguf import tiny_gguf
-from tests.support.tiny_models import FAMILY_CASES, load_transformers, tiny_config, tiny_model_dir
+from tests.support.tiny_models import FAMILY_CASES, load_transformers, tiny_model, tiny_model_dir
 
 TEXT = "Hello  world!\n\n\tIt's 1234567 NAÏVE naïve 你好 🙂 don't\r\n x  "
 
@@ -28,16 +29,15 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def _rope_factors(case: str) -> list[float] | None:
+def _rope_factors(case: str, **keys: Any) -> list[float] | None:
     """What llama.cpp's converter stores: plain over scaled frequencies, as transformers computes them."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    config = tiny_config(case)
-    if not getattr(config, "rope_scaling", None):
+    scaling = FAMILY_CASES[case].get("rope_scaling")
+    if scaling is None:
         return None
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    plain, _ = ROPE_INIT_FUNCTIONS["default"](config, "cpu")
-    return [float(value) for value in plain / scaled]
+    keys = {"rope_scaling": scaling, **keys}
+    scaled, plain = (tiny_model(case, **{**keys, **change}) for change in ({}, {"rope_scaling": None}))
+    ratio = plain.base_model.rotary_emb.inv_freq / scaled.base_model.rotary_emb.inv_freq
+    return [float(value) for value in ratio]
 
 
 @pytest.mark.parametrize("case", FAMILY_CASES)
@@ -64,14 +64,9 @@ def test_quantized_weights_expand_to_the_values_that_gguf_defines(tmp_path: Path
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_factors_are_those_of_transformers(factor: float) -> None:
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    config = tiny_config("llama31_rope", head_dim=128)
-    config.rope_scaling = {**config.rope_scaling, "factor": factor}
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    plain, _ = ROPE_INIT_FUNCTIONS["default"](config, "cpu")
-    expected = (plain / scaled).tolist()
-    assert llama3_factors(64, config.rope_theta, factor) == pytest.approx(expected, rel=1e-5)
+    scaling = {**FAMILY_CASES["llama31_rope"]["rope_scaling"], "factor": factor}
+    expected = _rope_factors("llama31_rope", head_dim=128, rope_scaling=scaling)
+    assert llama3_factors(64, 500000.0, factor) == pytest.approx(expected, rel=1e-5)
 
 
 def test_small_numbers_are_written_short(tmp_path: Path, out: Path) -> None:

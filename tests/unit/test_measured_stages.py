@@ -25,12 +25,12 @@ STAGES = {
 
 
 def test_models_are_loaded_in_one_place() -> None:
-    """`hf/gguf.py` converts weights; everything that computes with a model goes through the compared loader."""
+    """Everything that computes with a model goes through the compared loader."""
     package = REPO / "nemo_minitron"
     texts = {str(file.relative_to(package)): file.read_text() for file in package.rglob("*.py")}
     written_out = "report/model_card.py"  # tells the model's users how to load it
     loading = {name for name, text in texts.items() if re.search(r"import AutoModel", text)} - {written_out}
-    assert loading == {"evaluation/generation.py", "hf/gguf.py"}
+    assert loading == {"evaluation/generation.py"}
     callers = {name for name, text in texts.items() if "load_for_inference" in text}
     assert callers == {"evaluation/generation.py", "evaluation/agreement.py"}
 

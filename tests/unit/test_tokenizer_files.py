@@ -25,9 +25,11 @@ from nemo_minitron.hf.checkpoint import copy_side_files
 from nemo_minitron.hf.tokenizer import load_tokenizer
 from nemo_minitron.hf.tokenizer_files import LLAMA3_PATTERN, TEKKEN_PATTERN
 from nemo_minitron.hf.tokenizer_identity import TokenizerIdentity, tokenizer_fingerprint
+from nemo_minitron.hf.tokenizer_writer import write_tokenizer
 from nemo_minitron.progress import Progress
 from nemo_minitron.stages.one_tokenizer import require_one_tokenizer
 from nemo_minitron.stages.spec import StageContext, params_of
+from tests.support.saved_by import SAVED_BY
 from tests.support.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
 TEXT = "The quick brown fox <|im_end|> jumps over 12 dogs."
@@ -50,7 +52,8 @@ PADDING = {
 
 def saved(folder: Path, vocab_size: int = 512) -> Path:
     """A folder with a tokenizer as transformers 4 writes it, and the config of a model."""
-    tiny_tokenizer().save_pretrained(folder)
+    shutil.copytree(SAVED_BY / "4.57.6/plain", folder, dirs_exist_ok=True)
+    edit(folder / "tokenizer_config.json", model_input_names=["input_ids", "attention_mask"])
     config = {"model_type": "llama", "vocab_size": vocab_size, "eos_token_id": 0}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -62,16 +65,10 @@ def edit(file: Path, drop: tuple[str, ...] = (), **keys: Any) -> None:
 
 
 def as_version_5(folder: Path) -> None:
-    """The keys that transformers 5 writes."""
-    edit(
-        folder / "tokenizer_config.json",
-        drop=("additional_special_tokens", "added_tokens_decoder", "clean_up_tokenization_spaces"),
-        tokenizer_class="TokenizersBackend",
-        backend="tokenizers",
-        is_local=True,
-        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )
-    (folder / "special_tokens_map.json").unlink()
+    """The files that transformers 5 writes."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink()
+    shutil.copytree(SAVED_BY / "5.24.0/plain", folder, dirs_exist_ok=True)
 
 
 def only_definition(folder: Path) -> None:
@@ -236,14 +233,14 @@ def test_a_sentencepiece_model_alone_says_what_to_install(tmp_path: Path, monkey
 def split_by(pattern: str, folder: Path, model_type: str, vocab_size: int) -> Path:
     """A tokenizer of Mistral's kind that splits text by a pattern."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     vocab = {token: number for number, token in enumerate([*"abcdefghAB123", *(f"z{i}" for i in range(vocab_size))])}
     backend = Tokenizer(models.BPE(vocab, [], unk_token="a"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[INST]").save_pretrained(folder)
+    folder.mkdir()
+    write_tokenizer(folder, backend, {"eos_token": "[INST]"})
     (folder / "config.json").write_text(json.dumps({"model_type": model_type, "transformers_version": "4.57.6"}))
     return folder
 

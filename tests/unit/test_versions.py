@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_minitron.backends.megatron import versions
+from nemo_minitron.backends.megatron import build, versions
+from nemo_minitron.backends.megatron.session import open_session
+from nemo_minitron.config.schema import Parallel
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.shape import Llama3RopeScaling
@@ -49,13 +52,22 @@ def test_fields_of_older_versions_are_found_by_their_older_names() -> None:
     assert "lr" in versions.known_fields(OptimizerConfig, {"lr": 1e-3, "overlap_param_gather": True})
 
 
-@pytest.mark.parametrize(("version", "factor"), [((0, 10), 4), ((0, 11), 4), ((0, 12), 1), ((0, 16), 1)])
+@pytest.mark.parametrize(("version", "factor"), [((0, 10), 4), ((0, 11), 4), ((0, 12), 1), ((0, 16), 1), ((0, 19), 1)])
 def test_a_share_of_a_loss_is_scaled_where_megatron_does_not(
     version: tuple[int, int], factor: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(versions, "_VERSION", version)
     monkeypatch.setattr(parallel_state, "get_context_parallel_world_size", lambda: 4)
     assert versions.share_of_loss(torch.tensor(0.5)) == 0.5 * factor
+
+
+def test_megatron_does_not_warn_of_how_its_layers_are_described(
+    shape: ModelShape, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING), open_session(Parallel(), device="cpu", threads=1) as session:
+        build.build_model(shape, session, precision="fp32", seq_len_tokens=8)
+    assert "Rewrapping" not in caplog.text
+    assert "Unknown MLP" not in caplog.text
 
 
 def _older_model(
@@ -82,3 +94,22 @@ def test_a_rope_scaling_that_megatron_does_not_know_is_refused(
     with pytest.raises(EnvironmentProblem, match="no rope scaling by 32") as found:
         versions.rope_scaling_options(other)
     assert found.value.next_step == "Use megatron-core 0.11 or later for this model."
+
+
+def test_megatron_does_not_announce_the_end_of_its_model_class(
+    shape: ModelShape, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As it does since 0.19."""
+    with caplog.at_level(logging.WARNING), open_session(Parallel(), device="cpu") as session:
+        build.build_model(shape, session, precision="fp32", seq_len_tokens=8)
+    assert "DEPRECATED" not in caplog.text
+
+
+def test_a_model_class_that_this_version_lacks_is_refused(shape: ModelShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(build.MODEL_CLASS_VARIABLE, "hybrid")
+    monkeypatch.setattr(build, "find_spec", lambda _: None)
+    with (
+        open_session(Parallel(), device="cpu") as session,
+        pytest.raises(EnvironmentProblem, match="MINITRON_MODEL_CLASS = hybrid, and this Megatron-Core has no Hybrid"),
+    ):
+        build.build_model(shape, session, precision="fp32", seq_len_tokens=8)

@@ -1,24 +1,29 @@
-"""ModelShape -> Megatron-Core GPTModel."""
+"""ModelShape -> a model of Megatron-Core: GPTModel, or HybridModel where the environment asks for it."""
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_minitron.backends.megatron.layers import block_spec
+from nemo_minitron.backends.megatron.parts import Model
 from nemo_minitron.backends.megatron.session import Session
-from nemo_minitron.backends.megatron.versions import known_fields, rope_scaling_options, squared_relu
-from nemo_minitron.errors import PlanError
+from nemo_minitron.backends.megatron.versions import GPTModel, known_fields, rope_scaling_options, squared_relu
+from nemo_minitron.errors import EnvironmentProblem, PlanError
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.split import padded_vocab_size, stage_bounds
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
+MODEL_CLASS_VARIABLE = "MINITRON_MODEL_CLASS"
+"""gpt or hybrid, for tests of what follows GPTModel: the numbers are the same, training checkpoints are not."""
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -68,6 +73,8 @@ def transformer_config(shape: ModelShape, session: Session, precision: str) -> T
         "deallocate_pipeline_outputs": True,
         **_RECOMPUTE[parallel.recompute],
     }
+    if _wants_hybrid():
+        return TransformerConfig(**known_fields(TransformerConfig, _hybrid().as_hybrid(options)))
     bounds = stage_bounds(shape.num_layers, parallel.pp)
     if shape.num_layers % parallel.pp:
         options["num_layers_in_first_pipeline_stage"] = bounds[0][1] - bounds[0][0]
@@ -75,9 +82,25 @@ def transformer_config(shape: ModelShape, session: Session, precision: str) -> T
     return TransformerConfig(**known_fields(TransformerConfig, options))
 
 
+def _wants_hybrid() -> bool:
+    return os.environ.get(MODEL_CLASS_VARIABLE) == "hybrid"
+
+
+def _hybrid() -> ModuleType:
+    if find_spec("megatron.core.models.hybrid") is None:
+        raise EnvironmentProblem(
+            f"{MODEL_CLASS_VARIABLE} = hybrid, and this Megatron-Core has no HybridModel.",
+            allowed="gpt",
+            next_step="Use megatron-core 0.19 or later, or unset the variable.",
+        )
+    from nemo_minitron.backends.megatron import hybrid
+
+    return hybrid
+
+
 def build_model(
     shape: ModelShape, session: Session, *, precision: str, seq_len_tokens: int, padded_vocab: int | None = None
-) -> GPTModel:
+) -> Model:
     """This rank's part of the model, with undefined weights: load them next.
 
     Args:
@@ -94,18 +117,20 @@ def build_model(
         )
     config = transformer_config(shape, session, precision)
     start, stop = stage_bounds(shape.num_layers, session.parallel.pp)[session.pp_rank]
-    model = GPTModel(
-        config,
-        block_spec(stop - start, qk_norm=shape.qk_norm),
-        vocab_size=padded_vocab or padded_vocab_size(shape.vocab_size, session.parallel.tp),
-        max_sequence_length=seq_len_tokens,
-        pre_process=session.is_first_stage,
-        post_process=session.is_last_stage,
-        parallel_output=True,
-        share_embeddings_and_output_weights=shape.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_percent=shape.rotary_fraction,
-        rotary_base=shape.rope_theta,
-        **rope_scaling_options(shape),
-    )
+    options = {
+        "vocab_size": padded_vocab or padded_vocab_size(shape.vocab_size, session.parallel.tp),
+        "max_sequence_length": seq_len_tokens,
+        "pre_process": session.is_first_stage,
+        "post_process": session.is_last_stage,
+        "parallel_output": True,
+        "share_embeddings_and_output_weights": shape.tied_embeddings,
+        "position_embedding_type": "rope",
+        "rotary_percent": shape.rotary_fraction,
+        "rotary_base": shape.rope_theta,
+    }
+    if _wants_hybrid():
+        model = _hybrid().hybrid_model(config, shape, options)
+    else:
+        spec = block_spec(stop - start, qk_norm=shape.qk_norm)
+        model = GPTModel(config, spec, **options, **rope_scaling_options(shape))
     return model.to(device=session.device, dtype=DTYPES[precision])

@@ -25,6 +25,7 @@ from nemo_minitron.backends.megatron.intact import FACTS_FILE, damage, read_fact
 from nemo_minitron.backends.megatron.known_pickles import only_known_pickles, require_known_backend
 from nemo_minitron.backends.megatron.optim import Trainable
 from nemo_minitron.backends.megatron.session import Session
+from nemo_minitron.backends.megatron.versions import require_readable
 from nemo_minitron.backends.megatron.writing import Buffers, Writing
 from nemo_minitron.disk import disk_problem
 from nemo_minitron.errors import CheckpointError
@@ -167,6 +168,7 @@ def _load(trainable: Trainable, checkpoint: Path) -> Progressed:
         step = int(facts["step"])
         _require_same_optimizer(trainable, bool(facts.get("distributed_optimizer", False)), checkpoint)
         require_known_backend(checkpoint)
+        require_readable(checkpoint)
         wanted = _sharded_state(trainable, is_loading=True)
         with only_known_pickles():
             state = dist_checkpointing.load(wanted, str(checkpoint))
@@ -186,6 +188,9 @@ def _load(trainable: Trainable, checkpoint: Path) -> Progressed:
 def _take_over(trainable: Trainable, state: dict[str, Any], step: int) -> None:
     trainable.model.load_state_dict({k.removeprefix("model."): v for k, v in state["model"].items()})
     wanted = [{key: group[key] for key in _FROM_THE_RECIPE if key in group} for group in _groups(trainable)]
+    for saved in _saved_groups(state["optimizer"]):
+        # Megatron-Core 0.19 tells groups apart by these, too; all groups of a recipe have the same.
+        saved.update({key: wanted[0][key] for key in ("max_lr", "min_lr") if key in wanted[0]})
     if trainable.has_distributed_optimizer:
         load_optimizer_state(trainable.optimizer, state["optimizer"])
     else:
@@ -210,6 +215,12 @@ def _require_same_optimizer(trainable: Trainable, was_distributed: bool, checkpo
 
 def _groups(trainable: Trainable) -> list[dict[str, Any]]:
     return list(trainable.optimizer.param_groups)
+
+
+def _saved_groups(optimizer_state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Optimizers with fp32 copies of bf16 parameters, and distributed ones, keep torch's state one level deeper."""
+    found: list[dict[str, Any]] = optimizer_state.get("optimizer", optimizer_state)["param_groups"]
+    return found
 
 
 def _sharded_state(trainable: Trainable, *, is_loading: bool) -> dict[str, Any]:

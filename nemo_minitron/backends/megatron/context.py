@@ -15,12 +15,18 @@ from torch import Tensor
 
 from nemo_minitron.backends.megatron.forward import Batch
 from nemo_minitron.backends.megatron.session import Session
-from nemo_minitron.backends.megatron.versions import get_batch_on_this_cp_rank
 
 
 def own_part(batch: Batch, session: Session) -> Batch:
     """This rank's tokens of whole sequences; of an attention mask its rows, which go over all tokens."""
-    return batch if session.parallel.cp == 1 else get_batch_on_this_cp_rank(dict(batch))
+    if session.parallel.cp == 1:
+        return batch
+    return {key: _own_chunks(value, 2 if key == "attention_mask" else 1, session) for key, value in batch.items()}
+
+
+def _own_chunks(whole: Tensor, dim: int, session: Session) -> Tensor:
+    chunks = whole.unflatten(dim, (2 * session.parallel.cp, -1)).unbind(dim)
+    return torch.cat([chunks[session.cp_rank], chunks[-1 - session.cp_rank]], dim)
 
 
 def own_rows(tensor: Tensor, batch_size: int, session: Session) -> Tensor:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.forward import Batch
+from nemo_minitron.backends.megatron.parts import Model
 from nemo_minitron.backends.megatron.removal import Effects, effects_of_removal, without_layers
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.stats import activation_scores
@@ -38,7 +38,7 @@ class DepthSamples:
 
 
 def depth_scores(
-    model: GPTModel,
+    model: Model,
     shape: ModelShape,
     params: ScoreStage,
     samples: DepthSamples,
@@ -66,7 +66,7 @@ def depth_scores(
 
 @dataclass(frozen=True)
 class _Probe:
-    model: GPTModel
+    model: Model
     shape: ModelShape
     params: ScoreStage
     samples: DepthSamples

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.context import own_rows, sum_over_context
@@ -38,6 +37,7 @@ from nemo_minitron.backends.megatron.hidden import (
 from nemo_minitron.backends.megatron.layers import require_document_mask
 from nemo_minitron.backends.megatron.lesson import Lesson
 from nemo_minitron.backends.megatron.optim import make_trainable
+from nemo_minitron.backends.megatron.parts import Model, head
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.training import Job, Objective, Parts
 from nemo_minitron.backends.megatron.weights import load_model
@@ -65,8 +65,8 @@ class Classroom:
     """The models and the text of one training."""
 
     loss: Loss
-    student: GPTModel
-    teacher: GPTModel | None
+    student: Model
+    teacher: Model | None
     vocab_size: int
     """Of the tokens that both models know."""
     heldout: HeldOutBatches
@@ -82,7 +82,7 @@ class Classroom:
 
     @property
     def vocab(self) -> Vocab:
-        rows = self.student.output_layer.output_size_per_partition if self.session.is_last_stage else 0
+        rows = head(self.student).output_size_per_partition if self.session.is_last_stage else 0
         return vocab_of(self.session, rows)
 
 
@@ -138,9 +138,7 @@ def prepare(
     return _job(params, params.num_steps, room, shape, data_dir, work_dir)
 
 
-def _correction(
-    room: Classroom, params: Optimization, num_steps: int, teacher: GPTModel, vocab_size: int
-) -> Correction:
+def _correction(room: Classroom, params: Optimization, num_steps: int, teacher: Model, vocab_size: int) -> Correction:
     """The teacher's own training, as `prepare_training` would have it."""
     own = Classroom(NEXT_TOKEN, teacher, None, vocab_size, room.heldout, room.session, params.seed)
     trainable = make_trainable(teacher, params, num_steps, room.session.parallel)
@@ -325,7 +323,7 @@ def _knows_heldout(room: Classroom) -> bool:
     return room.cache is not None and room.teacher_loss is not None and room.cache.facts.num_heldout > 0
 
 
-def _lessons_now(room: Classroom, teacher: GPTModel, batches: list[Batch]) -> Iterator[Lesson]:
+def _lessons_now(room: Classroom, teacher: Model, batches: list[Batch]) -> Iterator[Lesson]:
     taps = room.hidden.teacher_taps if room.hidden is not None else ()
     for batch in batches:
         with torch.no_grad(), reading(teacher, taps) as states:
@@ -333,7 +331,7 @@ def _lessons_now(room: Classroom, teacher: GPTModel, batches: list[Batch]) -> It
         yield Lesson(head_input, states)
 
 
-def _lessons_before(room: Classroom, teacher: GPTModel, batches: list[Batch]) -> list[Lesson]:
+def _lessons_before(room: Classroom, teacher: Model, batches: list[Batch]) -> list[Lesson]:
     outputs: list[Tensor | None] = []
     kept: list[States] = []
     taps = room.hidden.teacher_taps if room.hidden is not None else ()

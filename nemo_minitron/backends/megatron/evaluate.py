@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.datasets import HeldOutBatches, heldout_batches
 from nemo_minitron.backends.megatron.forward import Batch, evaluating, forward_batches, token_nll
+from nemo_minitron.backends.megatron.parts import Model
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.weights import load_model
 from nemo_minitron.progress import Progress
@@ -50,7 +50,7 @@ def heldout_loss(
     return sum_nll(model, heldout, shape.vocab_size, session, progress)
 
 
-def sum_nll(model: GPTModel, heldout: HeldOutBatches, vocab_size: int, session: Session, progress: Progress) -> HeldOut:
+def sum_nll(model: Model, heldout: HeldOutBatches, vocab_size: int, session: Session, progress: Progress) -> HeldOut:
     """Loss of a model that is already in memory."""
     totals = torch.zeros(2, dtype=torch.float64, device=session.device)
 

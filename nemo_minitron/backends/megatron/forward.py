@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
+from nemo_minitron.backends.megatron.parts import Model, embedding
 from nemo_minitron.backends.megatron.session import Session
 
 Batch = dict[str, Tensor]
@@ -37,7 +37,7 @@ def _nothing() -> None:
 
 @torch.no_grad()
 def forward_batches(
-    model: GPTModel,
+    model: Model,
     batches: Iterable[Batch],
     session: Session,
     consume: Callable[[Tensor, Batch], None],
@@ -60,7 +60,7 @@ def forward_batches(
 
 
 def backward_batches(
-    model: GPTModel,
+    model: Model,
     batches: Iterable[Batch],
     session: Session,
     vocab_size: int,
@@ -82,7 +82,7 @@ def backward_batches(
 
 
 def _schedule(
-    model: GPTModel,
+    model: Model,
     batch: Batch,
     loss: Callable[[Tensor, Batch], Tensor],
     *,
@@ -102,7 +102,7 @@ def _schedule(
 
 def _forward_step(
     data: Iterator[Batch],
-    model: GPTModel,
+    model: Model,
     *,
     loss: Callable[[Tensor, Batch], Tensor],
     forward: Callable[[torch.nn.Module, Batch], Tensor],
@@ -112,14 +112,14 @@ def _forward_step(
 
 
 @contextmanager
-def _gradients_of_activations_only(model: GPTModel) -> Iterator[None]:
+def _gradients_of_activations_only(model: Model) -> Iterator[None]:
     """Freeze the parameters; the gradient starts at the embeddings' output."""
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    handle = None
-    if hasattr(model, "embedding"):
-        handle = model.embedding.register_forward_hook(lambda _, __, out: out.requires_grad_())
+    first, handle = embedding(model), None
+    if first is not None:
+        handle = first.register_forward_hook(lambda _, __, out: out.requires_grad_())
     try:
         yield
     finally:

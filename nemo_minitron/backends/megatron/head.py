@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
+from nemo_minitron.backends.megatron import parts
 from nemo_minitron.backends.megatron.forward import Batch, model_logits
+from nemo_minitron.backends.megatron.parts import Model
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.distillation.vocab import Vocab
 
@@ -27,17 +28,17 @@ def model_hidden(model: torch.nn.Module, batch: Batch) -> Tensor:
         return model_logits(model, batch)
 
 
-def bare(model: torch.nn.Module) -> GPTModel:
+def bare(model: torch.nn.Module) -> Model:
     """The model inside its data-parallel wrapper."""
     return getattr(model, "module", model)
 
 
 @contextmanager
-def _headless(model: GPTModel) -> Iterator[None]:
+def _headless(model: Model) -> Iterator[None]:
     if not model.post_process:
         yield
         return
-    head = model.output_layer
+    head = parts.head(model)
 
     def whole(hidden_SBD: Tensor, **_: Any) -> tuple[Tensor, None]:
         if model.config.sequence_parallel:
@@ -56,9 +57,7 @@ def _headless(model: GPTModel) -> Iterator[None]:
 
 def head_weight(model: torch.nn.Module, vocab_size: int) -> Tensor:
     """This rank's rows of the output layer [V, D], without those that only pad the vocabulary."""
-    plain = bare(model)
-    weight = plain.shared_embedding_or_output_weight() if plain.share_embeddings_and_output_weights else None
-    rows: Tensor = plain.output_layer.weight if weight is None else weight
+    rows = parts.head_weight(bare(model))
     start = parallel_state.get_tensor_model_parallel_rank() * rows.shape[0]
     return rows[: max(0, min(rows.shape[0], vocab_size - start))]
 

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from nemo_minitron.backends.megatron.context import sum_over_context
 from nemo_minitron.backends.megatron.forward import Batch
 from nemo_minitron.backends.megatron.head import bare
+from nemo_minitron.backends.megatron.parts import Model, final_norm, layers
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.config.schema import HiddenLoss
 from nemo_minitron.distillation.hidden import Pair, Tap, pairs_of, state_loss
@@ -44,11 +44,11 @@ def reading(model: torch.nn.Module, taps: Iterable[Tap]) -> Iterator[States]:
         yield states
 
 
-def _norm(model: GPTModel, tap: Tap) -> nn.Module:
-    for layer in model.decoder.layers:
-        if layer.layer_number - 1 == tap.layer:
-            return layer.input_layernorm if tap.norm == "input" else layer.pre_mlp_layernorm
-    return model.decoder.final_layernorm
+def _norm(model: Model, tap: Tap) -> nn.Module:
+    for layer in layers(model):
+        if layer.index == tap.layer:
+            return layer.input_norm if tap.norm == "input" else layer.pre_mlp_norm
+    return final_norm(model)
 
 
 def stage_of(tap: Tap, num_layers: int, pp: int) -> int:
@@ -118,7 +118,7 @@ class HiddenStates:
 def hidden_states(
     params: HiddenLoss,
     teacher: ModelShape,
-    student: GPTModel,
+    student: Model,
     shape: ModelShape,
     session: Session,
     num_microbatches: int,

@@ -2,7 +2,7 @@
 
 A pickle can name any function and have it called. A checkpoint needs a few dozen classes: those of its table of
 contents (`.metadata`, by torch.distributed.checkpoint), of tensors, and of plain values. They are listed here, as found
-in files that Megatron-Core 0.10 to 0.16 and NeMo 2.1 have written; anything else is refused before it is imported.
+in files that Megatron-Core 0.10 to 0.19 and NeMo 2.1 have written; anything else is refused before it is imported.
 
 Needs torch alone: NeMo-Aligner's processes load this file by its path.
 """
@@ -85,6 +85,8 @@ _REPLACED: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("builtins", "bytearray"): lambda value=b"": bytearray(_bytes(value)),
     ("_codecs", "encode"): _latin1,
     ("torch.storage", "_load_from_bytes"): _stored_tensor,
+    # By which Megatron-Core replaces it since 0.17.
+    ("megatron.core.safe_globals", "safe_load_from_bytes"): _stored_tensor,
 }
 
 

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nemo_minitron.backends.megatron.context import context_attention
 from nemo_minitron.backends.megatron.cpu import cuda_is_cpu
-from nemo_minitron.backends.megatron.versions import context_group
+from nemo_minitron.backends.megatron.versions import context_group, mlp_spec
 from nemo_minitron.errors import EnvironmentProblem
 
 
@@ -135,8 +135,13 @@ def _modules() -> dict[str, Any]:
     }
 
 
-def layer_spec(*, qk_norm: bool) -> ModuleSpec:
-    """One decoder layer."""
+def norm() -> Any:
+    """What makes a norm."""
+    return _modules()["norm"]
+
+
+def attention_parts(*, qk_norm: bool) -> dict[str, Any]:
+    """Of a layer's submodules, those of its attention."""
     modules = _modules()
     head_norm = modules["norm"] if qk_norm else IdentityOp
     attention = SelfAttentionSubmodules(
@@ -146,25 +151,27 @@ def layer_spec(*, qk_norm: bool) -> ModuleSpec:
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=modules["norm"],
-            self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=modules["norm"],
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=modules["column"], linear_fc2=modules["row"])
-            ),
-            mlp_bda=get_bias_dropout_add,
+    return {
+        "input_layernorm": modules["norm"],
+        "self_attention": ModuleSpec(
+            module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
         ),
-    )
+        "self_attn_bda": get_bias_dropout_add,
+    }
+
+
+def mlp_parts() -> dict[str, Any]:
+    """Of a layer's submodules, those of its MLP."""
+    modules = _modules()
+    return {
+        "pre_mlp_layernorm": modules["norm"],
+        "mlp": mlp_spec(MLPSubmodules(linear_fc1=modules["column"], linear_fc2=modules["row"])),
+        "mlp_bda": get_bias_dropout_add,
+    }
 
 
 def block_spec(num_local_layers: int, *, qk_norm: bool) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the final norm."""
-    return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(qk_norm=qk_norm)] * num_local_layers, layer_norm=_modules()["norm"]
-    )
+    layer = TransformerLayerSubmodules(**attention_parts(qk_norm=qk_norm), **mlp_parts())
+    specs = [ModuleSpec(module=TransformerLayer, submodules=layer)] * num_local_layers
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm())

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_minitron.backends.megatron.build import DTYPES
 from nemo_minitron.backends.megatron.hidden import sum_projection_gradient
+from nemo_minitron.backends.megatron.parts import Model
 from nemo_minitron.backends.megatron.versions import known_fields
 from nemo_minitron.config.schema import Optimization, Parallel
 
@@ -28,7 +28,7 @@ class Trainable:
     """What learns beside it, and belongs into the same checkpoints."""
 
     @property
-    def model(self) -> GPTModel:
+    def model(self) -> Model:
         return self.ddp.module
 
     @property
@@ -51,7 +51,7 @@ class Trainable:
         return float(self.optimizer.param_groups[0]["lr"])
 
 
-def make_trainable(model: GPTModel, params: Optimization, num_steps: int, parallel: Parallel) -> Trainable:
+def make_trainable(model: Model, params: Optimization, num_steps: int, parallel: Parallel) -> Trainable:
     """Gradients and optimizer states in fp32 (fp64 stays fp64)."""
     config = model.config
     ddp_config = DistributedDataParallelConfig(

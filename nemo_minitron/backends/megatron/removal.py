@@ -5,19 +5,17 @@ so that removing layers i..j computes the layers after j only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemo_minitron.backends.megatron.forward import Batch, evaluating, token_nll
+from nemo_minitron.backends.megatron.parts import Layer, Model, before_layers, layers, only
 from nemo_minitron.backends.megatron.session import Session
-from nemo_minitron.backends.megatron.stream import layer_input
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.split import stage_bounds
 from nemo_minitron.progress import Progress
@@ -34,7 +32,7 @@ class Effects:
 
 @torch.no_grad()
 def effects_of_removal(
-    model: GPTModel,
+    model: Model,
     shape: ModelShape,
     batches: Sequence[Batch],
     runs: Sequence[Run],
@@ -100,7 +98,7 @@ def _vocab_sum(session: Session) -> Callable[[Tensor], Tensor]:
 class _Pieces:
     """Runs parts of this rank's layers, and hands hidden states on to the next stage."""
 
-    model: GPTModel
+    model: Model
     shape: ModelShape
     session: Session
     inputs: dict[int, Tensor] = field(default_factory=dict)
@@ -109,14 +107,7 @@ class _Pieces:
     @contextmanager
     def recording(self) -> Iterator[None]:
         self.inputs.clear()
-
-        def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.inputs[_number(layer)] = layer_input(args, kwargs)
-
-        with ExitStack() as stack:
-            for layer in self.model.decoder.layers:
-                handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
-                stack.callback(handle.remove)
+        with before_layers(self.model, self.inputs.__setitem__):
             yield
 
     def run(self, batch: Batch, removed: Run | None) -> Tensor | None:
@@ -124,19 +115,19 @@ class _Pieces:
 
         Everything before the removed run is taken from the recorded pass: stages that lie before it do nothing.
         """
-        kept = list(self.model.decoder.layers)
+        kept = layers(self.model)
         if removed is None:
             return self._pass(batch, kept, self._received(batch))
         first, stop = stage_bounds(self.shape.num_layers, self.session.parallel.pp)[self.session.pp_rank]
         if removed.start >= stop:
             return None
         hidden = self.inputs[removed.start] if removed.start >= first else self._received(batch)
-        return self._pass(batch, [layer for layer in kept if _number(layer) >= removed.stop], hidden)
+        return self._pass(batch, [layer for layer in kept if layer.index >= removed.stop], hidden)
 
-    def _pass(self, batch: Batch, layers: Sequence[nn.Module], hidden: Tensor | None) -> Tensor | None:
+    def _pass(self, batch: Batch, kept: Sequence[Layer], hidden: Tensor | None) -> Tensor | None:
         tokens = batch["tokens"]
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        with _with_layers(self.model, layers):
+        with only(self.model, kept):
             if not self.session.is_first_stage:
                 self.model.set_input_tensor(hidden)
             out: Tensor = self.model(tokens, positions, None, decoder_input=hidden)
@@ -158,24 +149,8 @@ class _Pieces:
         return hidden
 
 
-def _number(layer: nn.Module) -> int:
-    """0-based, of the whole model."""
-    return int(layer.layer_number) - 1  # type: ignore[arg-type]
-
-
 @contextmanager
-def without_layers(model: GPTModel, dropped: Sequence[int]) -> Iterator[None]:
+def without_layers(model: Model, dropped: Sequence[int]) -> Iterator[None]:
     """Take layers (0-based, of the whole model) out for the duration."""
-    left = [layer for layer in model.decoder.layers if _number(layer) not in dropped]
-    with _with_layers(model, left):
+    with only(model, [layer for layer in layers(model) if layer.index not in dropped]):
         yield
-
-
-@contextmanager
-def _with_layers(model: GPTModel, layers: Sequence[nn.Module]) -> Iterator[None]:
-    before = model.decoder.layers
-    model.decoder.layers = nn.ModuleList(layers)
-    try:
-        yield
-    finally:
-        model.decoder.layers = before

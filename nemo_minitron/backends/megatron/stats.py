@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from nemo_minitron.backends.megatron.forward import Batch, backward_batches, evaluating, forward_batches
 from nemo_minitron.backends.megatron.layout import shard_range
+from nemo_minitron.backends.megatron.parts import Layer, Model, layers
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.stream import LayerStream
 from nemo_minitron.config.schema import ScoreStage
@@ -65,7 +65,7 @@ def convention_of(params: ScoreStage) -> Convention:
 
 
 def activation_scores(
-    model: GPTModel,
+    model: Model,
     shape: ModelShape,
     batches: Iterable[Batch],
     params: ScoreStage,
@@ -129,33 +129,33 @@ class _Taps:
     session: Session
 
     @contextmanager
-    def attached(self, model: GPTModel, sums: Sums) -> Iterator[None]:
+    def attached(self, model: Model, sums: Sums) -> Iterator[None]:
         """Hooks on every layer of this rank, for the axes that are asked for."""
         axes = self.params.width_axes
         with ExitStack() as stack:
-            for layer in model.decoder.layers:
-                index = layer.layer_number - 1
+            for layer in layers(model):
+                index = layer.index
                 if "ffn" in axes:
-                    stack.enter_context(self._neurons(layer.mlp, sums.ffn[index]))
+                    stack.enter_context(self._neurons(layer, sums.ffn[index]))
                 if "heads" in axes:
-                    stack.enter_context(self._heads(layer.self_attention, sums.attention[index]))
+                    stack.enter_context(self._heads(layer, sums.attention[index]))
                 if "hidden" in axes:
-                    stack.enter_context(self._norm(layer.input_layernorm, sums.norms[2 * index]))
-                    stack.enter_context(self._norm(layer.pre_mlp_layernorm, sums.norms[2 * index + 1]))
+                    stack.enter_context(self._norm(layer.input_norm, sums.norms[2 * index]))
+                    stack.enter_context(self._norm(layer.pre_mlp_norm, sums.norms[2 * index + 1]))
             yield
 
-    def _neurons(self, mlp: Any, sums_4C: Tensor) -> Any:
+    def _neurons(self, layer: Layer, sums_4C: Tensor) -> Any:
         mine = self._my_part(sums_4C)
         if self.convention.neuron == "after_activation":
-            return _on_input(mlp.linear_fc2, lambda x: self._take(x, _same, mine))
+            return _on_input(layer.mlp_output, lambda x: self._take(x, _same, mine))
         # Megatron stacks gate and up; the gate goes through the activation function.
         view = (lambda x: x.chunk(2, -1)[0]) if self.shape.gated else _same
-        return _on_output(mlp.linear_fc1, lambda out: self._take(out[0], view, mine))
+        return _on_output(layer.mlp_input, lambda out: self._take(out[0], view, mine))
 
-    def _heads(self, attention: Any, sums_4C: Tensor) -> Any:
+    def _heads(self, layer: Layer, sums_4C: Tensor) -> Any:
         mine, size = self._my_part(sums_4C), self.shape.kv_channels
         view = (lambda x: per_head(x, size)) if self.convention.head_per_token else _same
-        return _on_input(attention.linear_proj, lambda x: self._take(x, view, mine))
+        return _on_input(layer.attention_output, lambda x: self._take(x, view, mine))
 
     def _norm(self, norm: nn.Module, sums_4C: Tensor) -> Any:
         """The same on every tensor-parallel rank, or a part of the sequence of each: the first one counts."""

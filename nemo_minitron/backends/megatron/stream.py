@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
-from torch import Tensor, nn
+from torch import Tensor
 
+from nemo_minitron.backends.megatron.parts import Model, after_layers
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.split import stage_bounds
@@ -28,7 +27,7 @@ class LayerStream:
         lengths: of the runs; nothing is recorded when there are none.
     """
 
-    def __init__(self, model: GPTModel, shape: ModelShape, lengths: Sequence[int], session: Session) -> None:
+    def __init__(self, model: Model, shape: ModelShape, lengths: Sequence[int], session: Session) -> None:
         self.model, self.shape, self.session = model, shape, session
         self.sums = {
             length: torch.zeros(shape.num_layers - length + 1, 2, dtype=torch.float64, device=session.device)
@@ -46,16 +45,14 @@ class LayerStream:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Watch the layers of this rank."""
-        with ExitStack() as stack:
-            for layer in self.model.decoder.layers if self._counts else ():
-                handle = layer.register_forward_hook(self._after_layer, with_kwargs=True)
-                stack.callback(handle.remove)
+        if not self._counts:
+            yield
+            return
+        with after_layers(self.model, self._after_layer):
             yield
 
-    def _after_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        before = layer_input(args, kwargs).detach()
-        after = out[0].detach()
-        index = int(layer.layer_number) - 1  # type: ignore[arg-type]
+    def _after_layer(self, index: int, given: Tensor, out: Tensor) -> None:
+        before, after = given.detach(), out.detach()
         if 1 in self.sums:
             self.sums[1][index] += block_influence_sums(before, after)
         if self._keeps_stream:
@@ -92,9 +89,3 @@ class LayerStream:
     def totals(self) -> dict[int, Tensor]:
         """Length -> [runs, 2] over all ranks."""
         return {length: self.session.sum(sums) for length, sums in self.sums.items()}
-
-
-def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states that a Megatron layer was called with."""
-    found: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    return found

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.datasets import (
@@ -22,6 +21,7 @@ from nemo_minitron.backends.megatron.evaluate import EVAL_BATCH_SIZE, sum_nll
 from nemo_minitron.backends.megatron.forward import Batch, evaluating, forward_batches
 from nemo_minitron.backends.megatron.head import head_weight, model_hidden, vocab_of
 from nemo_minitron.backends.megatron.layers import require_document_mask
+from nemo_minitron.backends.megatron.parts import Model
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.weights import load_model
 from nemo_minitron.config.schema import CacheTeacherStage, Sampled
@@ -97,7 +97,7 @@ def _heldout_windows(params: CacheTeacherStage, data_dir: Path) -> list[dict[str
 
 
 def _heldout_loss(
-    model: GPTModel, params: CacheTeacherStage, vocab_size: int, data_dir: Path, session: Session, progress: Progress
+    model: Model, params: CacheTeacherStage, vocab_size: int, data_dir: Path, session: Session, progress: Progress
 ) -> float:
     """Nats per token, on the windows that distillation validates with."""
     heldout = heldout_batches(
@@ -124,7 +124,7 @@ def _batches(samples: Any, numbers: range, separate_at: int | None, session: Ses
 
 
 def _entries(
-    model: GPTModel, params: CacheTeacherStage, batches: list[Batch], vocab_size: int, session: Session
+    model: Model, params: CacheTeacherStage, batches: list[Batch], vocab_size: int, session: Session
 ) -> list[Entry]:
     found: list[Entry] = []
     vocab = vocab_of(session, padded_vocab_size(vocab_size, session.parallel.tp) // session.parallel.tp)

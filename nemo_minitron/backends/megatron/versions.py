@@ -1,25 +1,34 @@
-"""What differs between the supported versions of Megatron-Core, 0.10.0 (of NeMo-Aligner's containers) to 0.16.1."""
+"""What differs between the supported versions of Megatron-Core, 0.10.0 (of NeMo-Aligner's containers) to 0.19.2.
+
+Each difference says where it begins or ends, so that it can be deleted when the versions on one side of it are no
+longer supported. From 0.17 on Megatron-Core needs Python 3.12.
+"""
 
 from __future__ import annotations
 
+import logging
 import queue
 from dataclasses import fields
+from functools import partial
 from importlib.metadata import version
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.checkpoint import filesystem as torch_filesystem
 
-from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.errors import CheckpointError, EnvironmentProblem
 from nemo_minitron.families import ModelShape
 
 LLAMA_31_ROPE_FACTOR = 8.0
@@ -44,23 +53,6 @@ except ImportError:  # before 0.11
         return torch.pow(F.relu(x), 2)
 
 
-try:
-    from megatron.core.utils import get_batch_on_this_cp_rank
-except ImportError:  # before 0.12
-
-    def get_batch_on_this_cp_rank(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's two of 2 * cp parts of every sequence, as later versions have it: early and late ones balance."""
-        size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
-        if size == 1:
-            return batch
-        return {key: _two_parts(value, size, rank, 2 if key == "attention_mask" else 1) for key, value in batch.items()}
-
-
-def _two_parts(value: Tensor, size: int, rank: int, dim: int) -> Tensor:
-    parts = value.chunk(2 * size, dim=dim)
-    return torch.cat([parts[rank], parts[2 * size - 1 - rank]], dim=dim)
-
-
 def known_fields(config: type, options: dict[str, Any]) -> dict[str, Any]:
     """The options under the names that this version's config class has for them."""
     known = {field.name for field in fields(config)}
@@ -79,9 +71,41 @@ def share_of_loss(loss: Tensor) -> Tensor:
     return loss if _VERSION >= (0, 12) else loss * parallel_state.get_context_parallel_world_size()
 
 
+def mlp_spec(submodules: MLPSubmodules) -> Any:
+    """What a layer's spec says of its MLP; since 0.18 a function, and specs are wrapped into one with a warning."""
+    if hasattr(MLP, "as_mlp_submodule"):
+        return partial(MLP.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=MLP, submodules=submodules)
+
+
 def context_group(pg_collection: Any) -> dist.ProcessGroup:
     """Of what a module is handed; versions before 0.12 hand nothing."""
     return parallel_state.get_context_parallel_group() if pg_collection is None else pg_collection.cp
+
+
+def begin_checkpoint(state: dict[str, Any], folder: Path) -> AsyncRequest:
+    """Megatron's request to write this state; nothing is written yet."""
+    options: dict[str, Any] = {"async_sharded_save": True}
+    if "async_strategy" in signature(dist_checkpointing.save).parameters:
+        # Since 0.17 the default is nvidia-resiliency-ext, whose requests are others.
+        options["async_strategy"] = "mcore"
+    request: AsyncRequest = dist_checkpointing.save(state, str(folder), **options)
+    return request
+
+
+def require_readable(checkpoint: Path) -> None:
+    """Since 0.19 what is common to all ranks stands among the tensors, and not in a file that later ones still read.
+
+    Raises:
+        CheckpointError: this version needs the file, and the checkpoint has none.
+    """
+    if _VERSION < (0, 19) and not (checkpoint / "common.pt").is_file():
+        raise CheckpointError(
+            "The training checkpoint was written by Megatron-Core 0.19 or later; "
+            f"{version('megatron-core')} cannot read it.",
+            where=str(checkpoint),
+            next_step="Use megatron-core 0.19 or later, or delete the checkpoints to start from the first step.",
+        )
 
 
 def checkpoint_buckets(request: AsyncRequest) -> list[Any]:
@@ -119,6 +143,10 @@ if _VERSION < (0, 15) and not hasattr(np, "product"):
     np.product = np.prod  # type: ignore[attr-defined]
 
 
+# Since 0.19 it says on every start that HybridModel is to follow: what a user can do nothing about (see parts.py).
+logging.getLogger(GPTModel.__module__).addFilter(lambda record: "GPTModel IS DEPRECATED" not in record.getMessage())
+
+
 def rope_scaling_options(shape: ModelShape) -> dict[str, Any]:
     """GPTModel's arguments for Llama 3.1's frequency scaling.
 
@@ -139,10 +167,12 @@ def rope_scaling_options(shape: ModelShape) -> dict[str, Any]:
 
 
 __all__ = [
+    "begin_checkpoint",
     "checkpoint_buckets",
     "context_group",
-    "get_batch_on_this_cp_rank",
     "known_fields",
+    "mlp_spec",
+    "require_readable",
     "rope_scaling_options",
     "share_of_loss",
     "squared_relu",

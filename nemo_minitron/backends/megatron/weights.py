@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.build import build_model
 from nemo_minitron.backends.megatron.layout import fuse, shard_slices, split
+from nemo_minitron.backends.megatron.parts import Model, local_parameters
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.families import ModelShape, Parameter, parameters, tensor_shape
 from nemo_minitron.families.split import SPLIT_AXES, stage_bounds
@@ -23,7 +23,7 @@ from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter
 
 def load_model(
     model_dir: Path, session: Session, *, precision: str, seq_len_tokens: int, padded_vocab: int | None = None
-) -> tuple[GPTModel, ModelShape]:
+) -> tuple[Model, ModelShape]:
     """Build this rank's model and read its weights; each rank reads only its own part of the files.
 
     Args:
@@ -39,10 +39,10 @@ def load_model(
     return model, checkpoint.shape
 
 
-def load_weights(model: GPTModel, checkpoint: Checkpoint, session: Session, padded_vocab: int | None = None) -> None:
+def load_weights(model: Model, checkpoint: Checkpoint, session: Session, padded_vocab: int | None = None) -> None:
     """Copy the checkpoint into the model; every parameter of the model is written exactly once."""
     shape, tp = checkpoint.shape, session.parallel.tp
-    local = local_parameters(model, shape)
+    local = local_parameters(model)
     for name, group in _by_megatron_name(shape):
         if name not in local:
             continue
@@ -57,24 +57,6 @@ def load_weights(model: GPTModel, checkpoint: Checkpoint, session: Session, padd
         _copy_padded(local.pop(name), tensor)
     if local:
         raise AssertionError(f"Megatron parameters without a row in the axis table: {sorted(local)}")
-
-
-def local_parameters(model: GPTModel, shape: ModelShape) -> dict[str, Tensor]:
-    """Table name (with the layer's number in the whole model) -> this rank's parameter.
-
-    With tied embeddings and pipeline stages the last stage holds a copy of the word embeddings as its
-    output layer; it is listed under the embedding's name, so that both copies get the same weights.
-    """
-    first_layer = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
-    out: dict[str, Tensor] = {}
-    for name, tensor in model.named_parameters():
-        if name.startswith("decoder.layers."):
-            _, _, index, rest = name.split(".", 3)
-            name = f"decoder.layers.{int(index) + first_layer}.{rest}"
-        if shape.tied_embeddings and name == "output_layer.weight":
-            name = "embedding.word_embeddings.weight"
-        out[name] = tensor
-    return out
 
 
 def _by_megatron_name(shape: ModelShape) -> Iterator[tuple[str, list[Parameter]]]:
@@ -102,7 +84,7 @@ def _copy_padded(target: Tensor, source: Tensor) -> None:
 
 
 def save_model(
-    model: GPTModel, shape: ModelShape, session: Session, writer: CheckpointWriter | None, *, dtype: torch.dtype
+    model: Model, shape: ModelShape, session: Session, writer: CheckpointWriter | None, *, dtype: torch.dtype
 ) -> None:
     """Hand the whole model to rank 0's writer, one Hugging Face tensor at a time.
 
@@ -112,7 +94,7 @@ def save_model(
         writer: on rank 0; None on the others.
         dtype: of the written tensors.
     """
-    local = local_parameters(model, shape)
+    local = local_parameters(model)
     for parameter in parameters(shape):
         whole = _gather(local.get(parameter.megatron), parameter, shape, session, dtype)
         if writer is not None and whole is not None:

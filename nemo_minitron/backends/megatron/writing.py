@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch import Tensor
 
 from nemo_minitron.artifacts.manifest import file_facts
 from nemo_minitron.backends.megatron.session import Session
-from nemo_minitron.backends.megatron.versions import checkpoint_buckets, write_checkpoint_file
+from nemo_minitron.backends.megatron.versions import begin_checkpoint, checkpoint_buckets, write_checkpoint_file
 
 Bucket = tuple[str, str, tuple[list[Any], list[tuple[Any, Tensor]]]]
 """What goes into one file: its path, its name, (bytes, tensors); Megatron's WriteBucket."""
@@ -43,7 +42,7 @@ class Writing:
         """Copy the state and start to write it. With buffers=None it is not copied: it must stay until `finish`."""
         # In place of a queue that Megatron keeps in another process.
         tell = filesystem_async._results_queue = queue.Queue()
-        request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
+        request = begin_checkpoint(state, folder)
         writing = cls(request)
         if request.async_fn is not None:
             found = checkpoint_buckets(request)

@@ -11,7 +11,8 @@ from typing import Any
 
 from nemo_minitron.config.schema import TemplateName
 from nemo_minitron.config.schema.base import TEMPLATE_DATE
-from nemo_minitron.data.chat.purity import clock, require_pure
+from nemo_minitron.data.chat.jinja import render_chat
+from nemo_minitron.data.chat.purity import require_pure
 from nemo_minitron.data.chat.rows import BadRow, Message
 from nemo_minitron.data.chat.templates import TEMPLATES
 from nemo_minitron.errors import DataError, shortened
@@ -165,13 +166,13 @@ class ChatTemplate:
     def _apply(self, messages: Sequence[Message], attributes: Attributes | None, *, add_generation_prompt: bool) -> str:
         try:
             with cpu_seconds(TEMPLATE_SECONDS), memory(TEMPLATE_BYTES):
-                text: str = self.tokenizer.apply_chat_template(
-                    list(messages),
-                    chat_template=self.jinja,
-                    tokenize=False,
+                text = render_chat(
+                    self.jinja,
+                    messages,
+                    self.tokenizer,
+                    day=self.day,
                     add_generation_prompt=add_generation_prompt,
                     attributes=dict(attributes or {}),
-                    strftime_now=clock(self.day),
                 )
         except TimeIsUp:
             # It would be as slow for the next row.

@@ -1,1 +1,0 @@
-"""Arithmetic of alignment: preference losses, and what is measured of aligned models."""

@@ -1,0 +1,157 @@
+"""Where a built Megatron model has its layers, norms, embeddings and head, and what the axis table calls them.
+
+The one place that knows: the other modules ask here, so that Megatron's names and classes may change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from torch import Tensor, nn
+
+Model: TypeAlias = LanguageModule
+"""This rank's part of a language model, as `build_model` makes it."""
+_LAYERS = "decoder.layers."
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: attention and MLP, each with its norm."""
+
+    index: int
+    """0-based, of the whole model."""
+    modules: tuple[Any, ...]
+    """What runs, one after the other."""
+
+    @property
+    def input_norm(self) -> nn.Module:
+        return self.modules[0].input_layernorm
+
+    @property
+    def attention_output(self) -> nn.Module:
+        """The projection of all heads' outputs."""
+        return self.modules[0].self_attention.linear_proj
+
+    @property
+    def pre_mlp_norm(self) -> nn.Module:
+        return self.modules[-1].pre_mlp_layernorm
+
+    @property
+    def mlp_input(self) -> nn.Module:
+        """The projection to the neurons; where there is a gate, to gate and neurons, stacked."""
+        return self.modules[-1].mlp.linear_fc1
+
+    @property
+    def mlp_output(self) -> nn.Module:
+        """The projection of the neurons."""
+        return self.modules[-1].mlp.linear_fc2
+
+
+def _per_layer(model: Model) -> int:
+    """Megatron's own layers for each: HybridModel has attention and MLP apart."""
+    return 2 if _is_hybrid(model) else 1
+
+
+def _is_hybrid(model: Model) -> bool:
+    return hasattr(model, "hybrid_layer_pattern")
+
+
+def layers(model: Model) -> list[Layer]:
+    """The layers of this pipeline stage."""
+    modules, size = tuple(model.decoder.layers), _per_layer(model)
+    starts = range(0, len(modules), size)
+    return [Layer(_index(model, start), modules[start : start + size]) for start in starts]
+
+
+def _index(model: Model, position: int) -> int:
+    return (int(model.decoder.layers[position].layer_number) - 1) // _per_layer(model)
+
+
+def final_norm(model: Model) -> nn.Module:
+    """The norm before the head; on the last stage."""
+    return model.decoder.final_norm if _is_hybrid(model) else model.decoder.final_layernorm
+
+
+def embedding(model: Model) -> nn.Module | None:
+    """Token ids -> the first layer's input; None on other stages than the first."""
+    return getattr(model, "embedding", None)
+
+
+def head(model: Model) -> Any:
+    """The output layer; on the last stage."""
+    return model.output_layer
+
+
+def head_weight(model: Model) -> Tensor:
+    """This rank's rows of the output layer [V, D], those of the embeddings where they are tied; on the last stage."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
+@contextmanager
+def only(model: Model, kept: Sequence[Layer]) -> Iterator[None]:
+    """The model has these of its layers for the duration, in this order."""
+    before = model.decoder.layers
+    model.decoder.layers = nn.ModuleList(module for layer in kept for module in layer.modules)
+    try:
+        yield
+    finally:
+        model.decoder.layers = before
+
+
+@contextmanager
+def before_layers(model: Model, told: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Tell every layer's index and the hidden states that it is given, in the forward passes under it."""
+    with ExitStack() as stack:
+        for layer in layers(model):
+            stack.callback(_on_input(layer, partial(told, layer.index)).remove)
+        yield
+
+
+@contextmanager
+def after_layers(model: Model, told: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """Tell every layer's index and the hidden states before and after it, in the forward passes under it."""
+    with ExitStack() as stack:
+        for layer in layers(model):
+            given: list[Tensor] = []
+
+            def tell(_: Any, __: Any, out: Any, index: int = layer.index, given: list[Tensor] = given) -> None:
+                # A layer returns its hidden states, and a second value that only models with an encoder have.
+                told(index, given.pop(), out[0])
+
+            stack.callback(_on_input(layer, given.append).remove)
+            stack.callback(layer.modules[-1].register_forward_hook(tell).remove)
+        yield
+
+
+def _on_input(layer: Layer, told: Callable[[Tensor], None]) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        told(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+    return layer.modules[0].register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def local_parameters(model: Model) -> dict[str, Tensor]:
+    """This rank's parameters by their names in the axis table, with the layer's number in the whole model.
+
+    With tied embeddings and pipeline stages the last stage holds a copy of the word embeddings as its
+    output layer; it is listed under the embedding's name, so that both copies get the same weights.
+    """
+    return {_table_name(model, name): tensor for name, tensor in model.named_parameters()}
+
+
+def _table_name(model: Model, name: str) -> str:
+    if name.startswith(_LAYERS):
+        number, rest = name.removeprefix(_LAYERS).split(".", 1)
+        return f"{_LAYERS}{_index(model, int(number))}.{rest}"
+    if name.startswith("decoder.final_norm."):
+        return name.replace("final_norm", "final_layernorm")
+    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    return name

@@ -1,0 +1,163 @@
+"""The keys of a recipe as a JSON schema for editors and as a page, made from the schema and its docstrings."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+
+from nemo_minitron.config.keys import stage_classes
+from nemo_minitron.config.schema import Execution, Recipe
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+INTERPOLATION = {"type": "string", "pattern": r"\$\{.*\}"}
+"""`${...}` of OmegaConf may stand for a value of any type."""
+_BOUNDS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}"}
+_PAGE = """# Recipe keys
+
+Every key of a recipe, with its type, its default and its meaning. `minitron schema --page` writes this page, and
+`minitron schema` the JSON schema with which an editor completes and checks a recipe: see
+[recipes/README.md](../../recipes/README.md#in-an-editor).
+A key without a default must be given. `A | null` means that the key may be null, which usually switches a feature off.
+"""
+
+
+@cache
+def field_docs(model: type[BaseModel]) -> Mapping[str, str]:
+    """Field name -> the docstring below it, for the fields of a model and of the models that it extends."""
+    found: dict[str, str] = {}
+    for owner in reversed(model.__mro__):
+        if not issubclass(owner, BaseModel) or owner is BaseModel:
+            continue
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        assert isinstance(tree, ast.ClassDef)
+        for statement, following in zip(tree.body, tree.body[1:], strict=False):
+            text = _string(following)
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and text:
+                found[statement.target.id] = inspect.cleandoc(text)
+    return found
+
+
+def _string(statement: ast.stmt) -> str | None:
+    value = statement.value if isinstance(statement, ast.Expr) else None
+    return value.value if isinstance(value, ast.Constant) and isinstance(value.value, str) else None
+
+
+def json_schema() -> dict[str, Any]:
+    """A JSON schema for recipe files as people write them.
+
+    A recipe may leave keys to its `defaults`, so that nothing is required; and any value may be an interpolation.
+    """
+    schema = Recipe.model_json_schema()
+    definitions = schema["$defs"]
+    for model in _models(Recipe):
+        _describe(schema if model is Recipe else definitions[model.__name__], model)
+    for part in (schema, *definitions.values()):
+        part.pop("required", None)
+        for key, value in part.get("properties", {}).items():
+            part["properties"][key] = _or_interpolation(value)
+    stages = {kind: {"$ref": f"#/$defs/{model.__name__}"} for kind, model in stage_classes().items()}
+    schema["properties"] |= {
+        "defaults": {"type": "array", "description": "Configs and recipes that this one starts from, as in Hydra."},
+        "stages": {
+            "type": "object",
+            "description": "Stage name -> its keys. A stage that is not named as its kind says `kind`.",
+            "properties": stages,
+            "additionalProperties": {"anyOf": list(stages.values())},
+        },
+    }
+    return {"$schema": DIALECT, **schema, "title": "Recipe of nemo-minitron"}
+
+
+def _describe(part: dict[str, Any], model: type[BaseModel]) -> None:
+    for key, text in field_docs(model).items():
+        if key in part.get("properties", {}):
+            part["properties"][key]["description"] = text
+
+
+def _or_interpolation(value: dict[str, Any]) -> dict[str, Any]:
+    if value.get("type") == "string" and "enum" not in value and "const" not in value:
+        return value
+    about: dict[str, Any] = {key: value.pop(key) for key in ("description", "title", "default") if key in value}
+    choices = value.pop("anyOf") if value.keys() == {"anyOf"} else [value]
+    return {**about, "anyOf": [*choices, INTERPOLATION]}
+
+
+def _models(root: type[BaseModel]) -> list[type[BaseModel]]:
+    """A model and all models that its fields hold, each once, in the order in which a reader meets them."""
+    found = [root]
+    for model in found:
+        for field in model.model_fields.values():
+            found += [one for one in _inside(field.annotation) if one not in found]
+    return found
+
+
+def _inside(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _inside(part)
+
+
+def page() -> str:
+    """All keys as one page of Markdown: the stages by kind, then `execution`, then the sections inside them."""
+    definitions = Recipe.model_json_schema()["$defs"]
+    stages = list(stage_classes().items())
+    tops = [*(model for _, model in stages), Execution]
+    rest = [model for model in _models(Recipe) if model not in (*tops, Recipe)]
+    sections = [f"## Stage `{kind}`\n\n{_section(model, definitions)}" for kind, model in stages]
+    sections.append(f"## `execution`\n\n{_section(Execution, definitions)}")
+    sections += [f"### {model.__name__}\n\n{_section(model, definitions)}" for model in rest]
+    return "\n".join([_PAGE, *sections])
+
+
+def _section(model: type[BaseModel], definitions: Mapping[str, Any]) -> str:
+    about = inspect.cleandoc(model.__dict__.get("__doc__") or "")
+    part = definitions[model.__name__]
+    rows = [
+        f"| `{key}` | {_type(value)} | {_default(value, key in part.get('required', ()))} | {_cell(doc)} |"
+        for key, value in part.get("properties", {}).items()
+        for doc in [field_docs(model).get(key, "")]
+        if key != "kind" or len(value.get("enum", ())) > 1
+    ]
+    table = ["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""] if rows else []
+    return "\n".join([*([about, ""] if about else []), *table])
+
+
+def _type(value: Mapping[str, Any]) -> str:
+    """The type of a value in words, with its bounds; sections are links."""
+    if "$ref" in value:
+        name = str(value["$ref"]).rsplit("/", 1)[1]
+        return f"[{name}](#{name.lower()})"
+    choices = value.get("anyOf", value.get("oneOf"))
+    if choices:
+        return " \\| ".join(_type(one) for one in choices)
+    if "const" in value or "enum" in value:
+        return " \\| ".join(f"`{one}`" for one in value.get("enum", [value.get("const")]))
+    kind = str(value.get("type", "any"))
+    if kind == "array":
+        inner = value.get("items") or {"anyOf": value.get("prefixItems", [{}])}
+        return f"list of {_type(inner)}"
+    if kind == "object":
+        inner = value.get("additionalProperties")
+        return f"map to {_type(inner)}" if isinstance(inner, dict) else "map"
+    bounds = [text.format(value[key]) for key, text in _BOUNDS.items() if key in value]
+    return " ".join([kind, ", ".join(bounds)]).strip()
+
+
+def _default(value: Mapping[str, Any], required: bool) -> str:
+    """The default as YAML writes it; that of a section is spelled out there."""
+    if required:
+        return "required"
+    default = value.get("default")
+    return "its defaults" if isinstance(default, dict) else f"`{json.dumps(default, ensure_ascii=False)}`"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

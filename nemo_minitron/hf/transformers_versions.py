@@ -1,0 +1,32 @@
+"""What differs between the supported versions of transformers, 4.53 to 5.24, and of its hub client, 0.30 to 2.4.
+
+What differs in files stands elsewhere, since a folder may come from any version: `families/rope.py` and
+`families/hf_config.py` for config.json, `hf/tokenizer_classes.py` for tokenizers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def generate(model: Any, ids: Any, config: Any, **options: Any) -> Any:
+    """`model.generate` by the values of `config` and transformers' defaults, and by nothing of the model's own.
+
+    From 4.50 on, values that `config` leaves unset come from `model.generation_config`: penalties and forced tokens of
+    the folder. `use_model_defaults=False`, which switches this off, is refused from 5.0 on.
+    """
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        return model.generate(ids, generation_config=config, **options)
+    finally:
+        model.generation_config = own
+
+
+def network_errors() -> tuple[type[Exception], ...]:
+    """What downloads from the hub raise when the network fails, besides OSErrors: none before 1.0, httpx's since."""
+    try:
+        import httpx
+    except ImportError:
+        return ()
+    return (httpx.HTTPError,)

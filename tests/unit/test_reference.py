@@ -1,0 +1,83 @@
+"""The JSON schema and the page of keys follow the schema, and editors can use them for every recipe that ships."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from omegaconf import OmegaConf
+
+from nemo_minitron.config.keys import stage_classes
+from nemo_minitron.config.reference import field_docs, json_schema, page
+from nemo_minitron.config.schema import DistillStage
+from tests.conftest import REPO, Cli
+
+FOLDER = REPO / "docs" / "reference"
+RECIPES = sorted((REPO / "recipes").rglob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def validator() -> Any:
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def test_both_files_are_what_the_schema_says_now() -> None:
+    assert (FOLDER / "recipe.schema.json").read_text() == json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
+    assert (FOLDER / "keys.md").read_text() == page(), "make reference"
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_an_editor_has_nothing_against_a_recipe_that_ships(file: Path, validator: Any) -> None:
+    found = [f"{'.'.join(map(str, one.absolute_path))}: {one.message}" for one in validator.iter_errors(load(file))]
+    assert not found
+
+
+def load(file: Path) -> Any:
+    """A recipe with numbers as OmegaConf and editors read them: PyYAML takes 1e9 for text."""
+    return OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        {"distill": {"num_stepz": 3}},
+        {"distill": {"num_steps": -3}},
+        {"distill": {"lr": "fast"}},
+        {"mine": {"kind": "destill"}},
+        {"score": {"method": "taylr"}},
+    ],
+)
+def test_an_editor_marks_misspelled_keys_and_values_out_of_bounds(stages: dict[str, Any], validator: Any) -> None:
+    assert not validator.is_valid({"stages": stages})
+
+
+def test_any_value_can_be_an_interpolation(validator: Any) -> None:
+    assert validator.is_valid({"stages": {"distill": {"num_steps": "${stages.other.num_steps}", "lr": 1e-4}}})
+
+
+def test_a_key_has_the_words_below_it_and_an_inherited_key_those_of_its_owner() -> None:
+    assert field_docs(DistillStage)["global_batch_size"] == "Sequences per optimizer step."
+    properties = json_schema()["$defs"]["DistillStage"]["properties"]
+    assert properties["global_batch_size"]["description"] == "Sequences per optimizer step."
+
+
+def test_the_page_has_every_stage_and_every_key() -> None:
+    text = page()
+    for kind, model in stage_classes().items():
+        _, _, rest = text.partition(f"## Stage `{kind}`\n")
+        section = rest.partition("\n## ")[0]
+        assert all(f"| `{key}` |" in section for key in model.model_fields if key != "kind"), kind
+
+
+def test_the_command_prints_both(minitron: Cli) -> None:
+    code, output = minitron("schema")
+    assert code == 0
+    assert json.loads(output)["title"] == "Recipe of nemo-minitron"
+    code, output = minitron("schema", "--page")
+    assert code == 0
+    assert output.startswith("# Recipe keys")
