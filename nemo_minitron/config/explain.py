@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from nemo_minitron.config.keys import stage_classes
+from nemo_minitron.config.keys import is_section, stage_classes
 from nemo_minitron.config.schema import Recipe
 from nemo_minitron.disclosure import is_private_key
 from nemo_minitron.errors import ConfigError
@@ -144,7 +144,7 @@ def _keys_at(parent: Location, raw: Mapping[str, Any]) -> list[str]:
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """The schema classes inside tuple[...], dict[...], Optional and Annotated."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if is_section(annotation):
         yield annotation
     elif get_origin(annotation) in (Annotated, Union, types.UnionType, tuple, dict):
         for argument in get_args(annotation):

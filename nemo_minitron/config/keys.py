@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -52,7 +52,7 @@ def _at(steps: Sequence[str], root: type[BaseModel]) -> list[Any]:
 
 def _below(annotation: Any, step: str) -> Iterator[Any]:
     for part in _parts(annotation):
-        if isinstance(part, type) and issubclass(part, BaseModel):
+        if is_section(part):
             if step in part.model_fields:
                 yield part.model_fields[step].annotation
         elif get_origin(part) is dict:
@@ -61,6 +61,11 @@ def _below(annotation: Any, step: str) -> Iterator[Any]:
             yield get_args(part)[0]
         elif part is Any:
             yield Any
+
+
+def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    """Whether it is a class of the schema; on Python 3.10 `list[str]` is a type, too, and no class."""
+    return get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
