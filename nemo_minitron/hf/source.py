@@ -128,7 +128,13 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
     from nemo_minitron.hf.transformers_versions import network_errors
 
-    failures = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, *network_errors())
+    failures: tuple[type[Exception], ...] = (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OSError,
+        *network_errors(),
+    )
     try:
         return Path(
             snapshot_download(
