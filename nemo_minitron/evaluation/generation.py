@@ -14,7 +14,7 @@ from nemo_minitron.evaluation.model_config import generation_config, model_confi
 from nemo_minitron.heap import keep_freed_memory
 from nemo_minitron.hf.checkpoint import Checkpoint, require_tied_head
 from nemo_minitron.hf.tokenizer import require_known_ids
-from nemo_minitron.hf.transformers_versions import generate
+from nemo_minitron.hf.transformers_versions import dtype_option, generate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,7 +41,7 @@ def load_for_inference(model_dir: Path, precision: str, device: str, *, num_laye
             str(model_dir),
             config=model_config(shape),
             generation_config=generation_config(checkpoint),
-            dtype=DTYPES[precision],
+            **dtype_option(DTYPES[precision]),
             attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=False,

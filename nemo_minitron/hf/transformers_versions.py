@@ -6,7 +6,15 @@ What differs in files stands elsewhere, since a folder may come from any version
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
+
+_VERSION = tuple(int(part) for part in version("transformers").split(".")[:2])
+
+
+def dtype_option(dtype: Any) -> dict[str, Any]:
+    """The option of `from_pretrained` and `from_config` that says how weights are held; another word before 4.56."""
+    return {"dtype" if _VERSION >= (4, 56) else "torch_dtype": dtype}
 
 
 def generate(model: Any, ids: Any, config: Any, **options: Any) -> Any:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nemo_minitron.hf.transformers_versions import dtype_option
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _SIZES: dict[str, Any] = {
@@ -74,7 +76,7 @@ def tiny_model(case: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
     """A transformers model with random weights, in eval mode; norms and biases are not at their defaults."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(tiny_config(case, **size_overrides), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(tiny_config(case, **size_overrides), **dtype_option(torch.float32))
     _randomize(model, seed)
     return model.to(dtype).eval()
 
@@ -107,7 +109,7 @@ def load_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model as plain transformers loads it, in eval mode."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, **dtype_option(dtype), local_files_only=True).eval()
 
 
 @lru_cache
