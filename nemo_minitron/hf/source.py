@@ -128,13 +128,20 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
     from nemo_minitron.hf.transformers_versions import network_errors
 
+    failures: tuple[type[Exception], ...] = (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OSError,
+        *network_errors(),
+    )
     try:
         return Path(
             snapshot_download(
                 name, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(NOT_FROM_HUB)
             )
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, *network_errors()) as error:
+    except failures as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{name} could not be fetched from the Hugging Face hub: {reason}",

@@ -157,7 +157,8 @@ def _repair_config(folder: Path, content: dict[str, Any], out: Repairs) -> None:
         config["additional_special_tokens"] = list({_content(token): token for token in special}.values())
     if config != found or _has_bom(file):
         out.files[CONFIG_FILE] = _text(config)
-    if found and config != found:
+    # The names of a model's inputs are no matter of how a text is read.
+    if found and config != {"model_input_names": config["model_input_names"], **found}:
         out.notes.append(f"{CONFIG_FILE} is rewritten so that transformers 4 and 5 both read it ({name})")
 
 

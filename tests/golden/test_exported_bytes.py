@@ -121,7 +121,7 @@ def test_a_new_tokenizer_has_the_same_bytes(tmp_path: Path) -> None:
 _OTHER = """
 import json, sys, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).float().eval()
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 texts = json.loads(sys.argv[2])
 with torch.no_grad():

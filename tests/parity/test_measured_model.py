@@ -99,7 +99,7 @@ def test_a_comparison_is_remembered_until_a_file_changes(
         require_agreement(folder, memory, session)
     assert len(compared) == 1
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0}))
+    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0, "rope_parameters": None}))
     require_agreement(folder, memory, session)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes())
