@@ -39,7 +39,7 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
         (work / name).unlink(missing_ok=True)
     # Room for a message, which a full disk would not have.
     write_whole(work / ERROR_FILE, " " * ERROR_BYTES)
-    order = {"recipe": recipe.model_dump(mode="json"), "stage": call.name, "out_dir": str(out)}
+    order: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "stage": call.name, "out_dir": str(out)}
     order["code"] = of_this_process()
     write_private(work / CALL_FILE, json.dumps(order))
     nodes = Nodes.here()
