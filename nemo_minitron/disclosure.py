@@ -7,6 +7,7 @@ words of commands and host names stay out of them. The few files that must hold 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -50,10 +51,11 @@ def looks_secret(name: str) -> bool:
 
 
 def secrets_in(environment: Mapping[str, str]) -> list[str]:
-    """The values that must not be shown, the longest first."""
+    """The values that must not be shown, the longest first, also as Python and JSON write them."""
     found = {value for name, value in environment.items() if looks_secret(name) and len(value) >= SHORTEST}
     lines = {line for value in found for line in value.splitlines() if len(line) >= SHORTEST}
-    return sorted(found | lines, key=len, reverse=True)
+    quoted = {write(value)[1:-1] for value in found for write in (repr, json.dumps)}
+    return sorted(found | lines | quoted, key=len, reverse=True)
 
 
 def masked(text: str, environment: Mapping[str, str] = os.environ) -> str:

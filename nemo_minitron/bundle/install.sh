@@ -28,16 +28,24 @@ for word in "$@"; do
     esac
 done
 
-echo "comparing $(wc -l < SHA256SUMS) files with their sha256"
-sha256sum --check --strict --quiet SHA256SUMS \
-    || fail "the bundle is damaged, in the files named above: copy it and unpack it again"
+# First what is there: a list may name devices and files elsewhere, and sha256sum would read them.
 "$PYTHON" -I - "$accept_unlisted" <<'END' || exit 2
-import os, sys
-def tail(line):  # as sha256sum reads it
-    return line.rstrip("\n").split("  ", 1)[1]
-with open("SHA256SUMS", encoding="utf-8", errors="surrogateescape") as sums:
-    listed = {os.path.normpath(tail(line)) for line in sums} | {"SHA256SUMS"}
-links, unlisted = [], []
+import os, re, stat, sys
+def stop(what, paths=(), step="copy it and unpack it again"):
+    shown = "".join("  %s\n" % ascii(path)[1:-1][:300] for path in sorted(paths)[:10])
+    more = "  and %d more\n" % (len(paths) - 10) if len(paths) > 10 else ""
+    sys.exit("error: %s\n%s%s  next: %s" % (what, shown, more, step))
+def inside(name):
+    return os.path.normpath(name) == name and not os.path.isabs(name) and name.split("/")[0] not in (".", "..", "-")
+try:
+    with open("SHA256SUMS", encoding="utf-8", errors="surrogateescape", newline="\n") as sums:
+        lines = [re.fullmatch("[0-9a-f]{64}  ([^\0]+)\n", line) for line in sums]
+except OSError as error:
+    stop("the list of the bundle cannot be read: %s" % error)
+if not lines or not all(line and inside(line[1]) for line in lines):
+    stop("SHA256SUMS is damaged: it is no list of files of this bundle")
+listed = {line[1] for line in lines} | {"SHA256SUMS"}
+links, odd, unlisted = [], [], []
 for folder, folders, files in os.walk("."):
     if folder == "." and ".venv" in folders and not os.path.islink(".venv"):
         folders.remove(".venv")  # made anew by the installation
@@ -47,32 +55,48 @@ for folder, folders, files in os.walk("."):
             links.append(path)
         elif path not in listed:
             unlisted.append(path)
-def stop(what, paths, step):
-    shown = "".join("  %s\n" % ascii(path)[1:-1] for path in sorted(paths)[:10])
-    more = "  and %d more\n" % (len(paths) - 10) if len(paths) > 10 else ""
-    sys.exit("error: %s\n%s%s  next: %s" % (what, shown, more, step))
+        elif not stat.S_ISREG(os.lstat(path).st_mode):
+            odd.append(path)
 if links:
-    stop("links stand in the place of files of the bundle", links, "copy it and unpack it again")
+    stop("links stand in the place of files of the bundle", links)
+if odd:
+    stop("these are no plain files", odd)
 if unlisted and sys.argv[1] != "yes":
     stop("files that the bundle did not bring are in its folder", unlisted,
          "unpack it into a new folder; or, where they are yours: ./install.sh --accept-unlisted")
 END
+echo "comparing $(wc -l < SHA256SUMS) files with their sha256"
+sha256sum --check --strict --quiet SHA256SUMS </dev/null \
+    || fail "the bundle is damaged, in the files named above: copy it and unpack it again"
 if [ "$verify_only" = yes ]; then
     echo "ok"
     exit 0
 fi
 
-minitron=minitron
-if [ -d wheels/core ]; then
-    "$PYTHON" -I - <<'END' || exit 2
+minitron=minitron wheels=no
+if [ -d wheels/core ]; then wheels=yes; fi
+# The recipes, a line each.
+recipes=$("$PYTHON" -I - "$wheels" <<'END'
 import json, platform, sys
-made = json.load(open("manifest.json", encoding="utf-8"))["target"]
+try:
+    with open("manifest.json", encoding="utf-8") as file:
+        manifest = json.load(file)
+    names = [recipe["file"] for recipe in manifest["recipes"]]
+    if not all(name.isprintable() and name and name[0] not in "-/" for name in names):
+        raise ValueError("a recipe has no name of a file")
+    made = {key: str(manifest["target"][key])[:99] for key in ("system", "machine", "python")} if sys.argv[1] == "yes" else {}
+except Exception as error:
+    sys.exit("error: manifest.json is damaged: %s: %s" % (type(error).__name__, ascii(str(error))[1:-1][:300]))
 here = {"system": platform.system(), "machine": platform.machine(), "python": "%d.%d" % sys.version_info[:2]}
-wrong = ["the bundle is for %s %s, this is %s" % (key, made[key], here[key]) for key in here if here[key] != made[key]]
+wrong = ["the bundle is for %s %s, this is %s" % (key, ascii(made[key])[1:-1], here[key]) for key in made if here[key] != made[key]]
 if wrong:
     sys.exit("error: %s\n  next: PYTHON=/path/to/python%s ./install.sh, or make a bundle for this machine"
-             % ("; ".join(wrong), made["python"]))
+             % ("; ".join(wrong), ascii(made["python"])[1:-1]))
+sys.stdout.reconfigure(encoding="utf-8")
+print("\n".join(names))
 END
+) || exit 2
+if [ "$wheels" = yes ]; then
     # Only what is in this folder counts, whatever pip is told on this machine.
     export PIP_CONFIG_FILE=/dev/null PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1
     unset PIP_FIND_LINKS PIP_CONSTRAINT PIP_REQUIREMENT
@@ -92,15 +116,14 @@ else
 fi
 
 # Every recipe, as it will be run: from this folder.
-"$PYTHON" -I -c 'import json
-for recipe in json.load(open("manifest.json", encoding="utf-8"))["recipes"]:
-    print(recipe["file"])' | while IFS= read -r recipe; do
-    "$minitron" check "$recipe" </dev/null
+printf '%s\n' "$recipes" | while IFS= read -r recipe; do
+    if [ -n "$recipe" ]; then "$minitron" check "$recipe" </dev/null; fi
 done
-"$PYTHON" -I - "$PWD" "$minitron" <<'END'
-import json, shlex, sys
-folder, minitron = map(shlex.quote, sys.argv[1:])
+"$PYTHON" -I - "$PWD" "$minitron" "$recipes" <<'END'
+import shlex, sys
+sys.stdout.reconfigure(errors="backslashreplace")
+folder, minitron = map(shlex.quote, sys.argv[1:3])
 print("ready: cd %s" % folder)
-for recipe in json.load(open("manifest.json", encoding="utf-8"))["recipes"]:
-    print("       %s run %s" % (minitron, shlex.quote(recipe["file"])))
+for recipe in sys.argv[3].splitlines():
+    print("       %s run %s" % (minitron, shlex.quote(recipe)))
 END

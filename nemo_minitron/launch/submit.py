@@ -106,7 +106,8 @@ def _launch(recipe: Recipe, options: RunOptions, run: Path, say: Say) -> record.
     write_private(where.place.environment_file, environment_script(cluster.environment))
     for file, text in scripts.items():
         write_private(file, text)
-    own_folder(run, "logs", "slurm")
+    # Slurm writes these files; what programs of the site print there is masked by nobody.
+    own_folder(own_folder(run, "logs"), "slurm", mode=0o700)
     return _submit_all(jobs, cluster, where, say)
 
 

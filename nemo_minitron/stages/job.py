@@ -6,10 +6,12 @@ from contextlib import suppress
 
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import Recipe
+from nemo_minitron.disclosure import environment_of
 from nemo_minitron.errors import ArtifactError, ProcessesDied
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.safe_files import open_log, own_folder
 from nemo_minitron.stages.nodes import Nodes, dismiss, follow
+from nemo_minitron.stages.output import without_secrets
 from nemo_minitron.stages.runner import run_single
 
 LOCK_PATIENCE_S = 150.0
@@ -31,8 +33,11 @@ def run_in_job(recipe: Recipe, stage: str) -> None:
                 dismiss(nodes, store.own_work(stage))
         return
     logs = own_folder(store.root, "logs")
-    with open_log(logs / f"{stage}.node{nodes.rank}.log") as log:
-        code = follow(nodes, store.own_work(stage), lambda: store.manifest(stage) is not None, log)
+    with (
+        open_log(logs / f"{stage}.node{nodes.rank}.log") as log,
+        without_secrets(log, environment_of(recipe.model_dump(mode="json"))) as output,
+    ):
+        code = follow(nodes, store.own_work(stage), lambda: store.manifest(stage) is not None, output)
     if code:
         raise ProcessesDied(
             f"The processes of stage {stage} on this node ended with code {code}.",

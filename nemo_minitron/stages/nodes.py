@@ -194,7 +194,7 @@ def dismiss(nodes: Nodes, work: Path) -> None:
         (folder / END).touch()
 
 
-def follow(nodes: Nodes, work: Path, is_published: Callable[[], bool], log: IO[str]) -> int:
+def follow(nodes: Nodes, work: Path, is_published: Callable[[], bool], output: IO[bytes]) -> int:
     """What a node other than the first does: 0 when dismissed, else the code of the processes that failed."""
     folder, number = _folder(work, nodes), 0
     while not (folder / END).is_file() and not is_published():
@@ -203,7 +203,7 @@ def follow(nodes: Nodes, work: Path, is_published: Callable[[], bool], log: IO[s
             time.sleep(POLL_S)
             continue
         number += 1
-        code = _carry_out(json.loads(order.read_text()), nodes, log)
+        code = _carry_out(json.loads(order.read_text()), nodes, output)
         if code:
             return code
     return 0
@@ -219,13 +219,13 @@ def deaf_to_stops(start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Po
             signal.signal(number, handler)
 
 
-def _carry_out(order: Mapping[str, object], nodes: Nodes, log: IO[str]) -> int:
+def _carry_out(order: Mapping[str, object], nodes: Nodes, output: IO[bytes]) -> int:
     command, environment = order["command"], order["environment"]
     assert isinstance(command, list)
     assert isinstance(environment, dict)
     own = _own_environment(environment, nodes, outside_job=bool(order.get("outside_job")))
     process = deaf_to_stops(
-        lambda: subprocess.Popen(_for_node(command, nodes.rank), env=own, stdout=log, stderr=log),
+        lambda: subprocess.Popen(_for_node(command, nodes.rank), env=own, stdout=output, stderr=output),
     )
     try:
         return process.wait()

@@ -7,16 +7,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nemo_minitron import errors
 from nemo_minitron.config.schema import Recipe
-from nemo_minitron.disclosure import masked, write_private
+from nemo_minitron.disclosure import environment_of, masked, write_private
 from nemo_minitron.errors import Interrupted, MinitronError, ProcessesDied
 from nemo_minitron.interrupts import RELAY_FILE, StopRequest
 from nemo_minitron.plan.planner import StageCall
 from nemo_minitron.safe_files import open_log, own_folder, write_reserved, write_whole
 from nemo_minitron.stages.nodes import Nodes, deaf_to_stops, end_agent, start_everywhere
+from nemo_minitron.stages.output import without_secrets
 from nemo_minitron.stages.same_code import SAFE_PATH, START, of_this_process
 
 CALL_FILE, RESULT_FILE, ERROR_FILE, STATUS_FILE = "call.json", "result.json", "error.json", "progress.json"
@@ -38,7 +39,7 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
         (work / name).unlink(missing_ok=True)
     # Room for a message, which a full disk would not have.
     write_whole(work / ERROR_FILE, " " * ERROR_BYTES)
-    order = {"recipe": recipe.model_dump(mode="json"), "stage": call.name, "out_dir": str(out)}
+    order: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "stage": call.name, "out_dir": str(out)}
     order["code"] = of_this_process()
     write_private(work / CALL_FILE, json.dumps(order))
     nodes = Nodes.here()
@@ -50,8 +51,13 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
         "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGQUIT",
     }
     log = own_folder(root, "logs") / f"{call.name}.ranks.log"
-    with open_log(log, append=False) as file, stop.deferred(), nodes.meeting() as meeting:
-        start = lambda words, own: _start(words, own, file)  # noqa: E731
+    with (
+        open_log(log, append=False) as file,
+        without_secrets(file, environment_of(order["recipe"])) as output,
+        stop.deferred(),
+        nodes.meeting() as meeting,
+    ):
+        start = lambda words, own: _start(words, own, output)  # noqa: E731
         process = start_everywhere(command, {**environment, **meeting}, nodes, work, start)
         code = _wait(process, call.kind, work, stop)
     if stop.asked_by() is not None and call.kind not in TRAINING_KINDS:
@@ -68,10 +74,10 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
     return dict(json.loads((work / RESULT_FILE).read_text()))
 
 
-def _start(command: list[str], environment: dict[str, str], log: Any) -> subprocess.Popen[bytes]:
+def _start(command: list[str], environment: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
     """The agent, deaf to the signals that ask for a stop: it would end its ranks before they have saved themselves."""
-    stderr = None if sys.stderr.isatty() else log
-    return deaf_to_stops(lambda: subprocess.Popen(command, env=environment, stdout=log, stderr=stderr))
+    stderr = None if sys.stderr.isatty() else output
+    return deaf_to_stops(lambda: subprocess.Popen(command, env=environment, stdout=output, stderr=stderr))
 
 
 def _wait(process: subprocess.Popen[bytes], kind: str, work: Path, stop: StopRequest) -> int:

@@ -31,6 +31,8 @@ def _main() -> int:
     if what == "probe":
         _own("nemo_minitron.backends.megatron.probe").main(Path(*words))
         return 0
+    if what == "log":
+        return int(_own("nemo_minitron.stages.output").main())
     if what == "ranks":
         # By its path: this Python need not have nemo-minitron or what it imports.
         return int(runpy.run_path(str(PACKAGE / "stages" / "agent.py"))["main"](*words))

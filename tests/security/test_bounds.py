@@ -76,8 +76,8 @@ LONG_REFERENCES = f"a0: {'x' * 100_000}\n" + "".join(f"a{i}: '{f'${{a{i - 1}}}' 
 def test_a_recipe_that_multiplies_itself_is_refused(
     tmp_path: Path, text: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "${" in text:  # the same in a fifth of the time
-        monkeypatch.setenv("MINITRON_MAX_YAML_NODES", "20000")
+    if "${" in text:  # the same in a twentieth of the time
+        monkeypatch.setenv("MINITRON_MAX_YAML_NODES", "5000")
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -88,7 +88,7 @@ def test_a_recipe_that_multiplies_itself_is_refused(
 
 @pytest.mark.parametrize("text", [ALIASES, REFERENCES], ids=["aliases", "references"])
 def test_a_config_beside_a_recipe_is_bounded_too(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINITRON_MAX_YAML_NODES", "20000")
+    monkeypatch.setenv("MINITRON_MAX_YAML_NODES", "5000")
     (tmp_path / "bomb.yaml").write_text(f"# @package x\n{text}".replace("${a", "${x.a"))
     (tmp_path / "mine.yaml").write_text("defaults: [bomb, _self_]\n")
     with pytest.raises(ConfigError, match="MINITRON_MAX_YAML_NODES"):
@@ -104,8 +104,11 @@ def test_a_recipe_of_a_real_size_is_untouched(tmp_path: Path, monkeypatch: pytes
     many = "".join(f"  s{i}: &s{i} {{kind: prune, note: 'text {i}'}}\n" for i in range(300))
     (tmp_path / "mine.yaml").write_text(f"stages:\n{many}more: [{', '.join(f'*s{i}' for i in range(300))}]\n")
     assert len(compose(tmp_path / "mine.yaml")["more"]) == 300
-    (tmp_path / "mine.yaml").write_text("a: 'x'\n" * 40_000)
-    monkeypatch.setenv("MINITRON_MAX_YAML_BYTES", "10000000")
+    (tmp_path / "mine.yaml").write_text("a: 'x'\n" * 1000)
+    monkeypatch.setenv("MINITRON_MAX_YAML_BYTES", "6999")
+    with pytest.raises(ConfigError, match="MINITRON_MAX_YAML_BYTES"):
+        compose(tmp_path / "mine.yaml")
+    monkeypatch.setenv("MINITRON_MAX_YAML_BYTES", "7000")
     with pytest.raises(ConfigError, match="duplicate key"):
         compose(tmp_path / "mine.yaml")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -63,16 +64,20 @@ def test_make_and_nemo_aligners_environment_install_nothing_without_a_hash_but_t
 # --- bundles --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def bundle(tmp_path: Path) -> Path:
+def _bundle(root: Path) -> Path:
     """An unpacked bundle of one wheel, for this machine and without recipes."""
-    make_wheel(tmp_path / "made")
-    (wheel,) = (tmp_path / "made").iterdir()
+    make_wheel(root / "made")
+    (wheel,) = (root / "made").iterdir()
     listed = Item("wheels/core/requirements.txt", wheels.list_of([wheel]), "list")
     script = Item("install.sh", INSTALL.read_bytes(), "script")
     items = [script, listed, Item(f"wheels/core/{wheel.name}", wheel, "wheel")]
-    write_archive(tmp_path / "mine.tar", items, {"recipes": [], "target": wheels.target()}, SILENT)
-    return unpacked(tmp_path / "mine.tar", tmp_path / "there")
+    write_archive(root / "mine.tar", items, {"recipes": [], "target": wheels.target()}, SILENT)
+    return unpacked(root / "mine.tar", root / "there")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return _bundle(tmp_path)
 
 
 def install(bundle: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -104,12 +109,13 @@ def test_links_in_place_of_files_are_refused(bundle: Path, tmp_path: Path) -> No
     assert "links stand in the place of files" in install(bundle, "--accept-unlisted").stderr
 
 
-def test_nothing_of_the_bundles_folder_is_imported_and_no_wheel_but_the_listed_one_is_installed(
-    bundle: Path, tmp_path: Path
-) -> None:
-    marker = tmp_path / "it ran"
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A bundle with hostile files added, installed all the same, and what that said."""
+    root = tmp_path_factory.mktemp("installed")
+    bundle = _bundle(root)
     for name in ("json", "platform", "os", "venv", "ensurepip", "pip", "shlex"):
-        (bundle / f"{name}.py").write_text(MARKER.format(parts=marker.parts[1:]))
+        (bundle / f"{name}.py").write_text(MARKER.format(parts=(root / "it ran").parts[1:]))
     with zipfile.ZipFile(bundle / "wheels/core/evil-1.0-py3-none-any.whl", "w") as evil:
         info = "evil-1.0.dist-info"
         evil.writestr("evil.py", "")
@@ -117,23 +123,97 @@ def test_nothing_of_the_bundles_folder_is_imported_and_no_wheel_but_the_listed_o
         evil.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         evil.writestr(f"{info}/RECORD", "")
     done = install(bundle, "--accept-unlisted")
-    assert "ready: cd" in done.stdout, done.stdout + done.stderr
-    assert not marker.exists()
+    return bundle, done.stdout + done.stderr
+
+
+def test_nothing_of_the_bundles_folder_is_imported_and_no_wheel_but_the_listed_one_is_installed(
+    installed: tuple[Path, str],
+) -> None:
+    bundle, said = installed
+    assert "ready: cd" in said
+    assert not (bundle.parent.parent / "it ran").exists()
     (site,) = bundle.glob(".venv/lib/python*/site-packages")
     assert not (site / "evil.py").exists()
     assert list(site.glob("tiny_asset-1.0.dist-info"))
 
 
-def test_a_wheel_with_other_bytes_is_refused_though_the_sums_were_written_anew(bundle: Path) -> None:
+def test_a_wheel_with_other_bytes_is_refused_though_the_sums_were_written_anew(
+    bundle: Path, installed: tuple[Path, str], tmp_path: Path
+) -> None:
     wheel = next(bundle.glob("wheels/core/*.whl"))
     with zipfile.ZipFile(wheel, "a") as archive:
         archive.writestr("more.py", "")
+    _write_sums(bundle)
+    # To make a virtual environment takes longer than all else here: a copy of one.
+    python, made = tmp_path / "python", shlex.quote(str(installed[0] / ".venv"))
+    copy = f'if [ "$*" = "-I -m venv --clear .venv" ]; then cp -a {made} .venv; rm -r .venv/lib/*/*/tiny_*; exit; fi'
+    python.write_text(f'#!/bin/sh\n{copy}\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    done = there(bundle, "env", f"PYTHON={python}", "./install.sh")
+    assert done.returncode == 2
+    assert (bundle / ".venv").is_dir()
+    assert "DO NOT MATCH THE HASHES" in done.stderr
+
+
+def _write_sums(bundle: Path) -> None:
+    """As whoever changes a bundle can do it, too."""
     names = [line.split("  ", 1)[1] for line in (bundle / "SHA256SUMS").read_text().splitlines()]
     sums = subprocess.run(["sha256sum", *names], cwd=bundle, capture_output=True, text=True, check=True).stdout
     (bundle / "SHA256SUMS").write_text(sums)
+
+
+NO_SUM = "0" * 64
+LISTS = {
+    "a device": f"{NO_SUM}  /dev/zero\n",
+    "a file elsewhere": f"{NO_SUM}  ../../etc/passwd\n",
+    "the terminal": f"{NO_SUM}  -\n",
+    "another form": f"SHA256 (manifest.json) = {NO_SUM}\n",
+    "binary": f"{NO_SUM} *manifest.json\n",
+    "no end": f"{NO_SUM}  manifest.json",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("lines", LISTS.values(), ids=LISTS.keys())
+def test_a_list_that_names_other_things_than_files_of_the_bundle_is_refused_unread(bundle: Path, lines: str) -> None:
+    (bundle / "SHA256SUMS").write_text(lines)
+    done = subprocess.run(
+        ["./install.sh", "--verify"], cwd=bundle, stdin=subprocess.PIPE, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: SHA256SUMS is damaged")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_unread(bundle: Path) -> None:
+    (bundle / "manifest.json").unlink()
+    os.mkfifo(bundle / "manifest.json")
+    assert "no plain files\n  manifest.json" in install(bundle, "--verify").stderr
+
+
+MANIFESTS = [
+    "[" * 100_000,
+    "[]",
+    '{"recipes": 1}',
+    '{"recipes": [{"file": "a\\nb"}]}',
+    '{"recipes": [{"file": "--help"}]}',
+    '{"recipes": [{"file": ["x"]}]}',
+    '{"recipes": [{"file": "\\ud800"}]}',
+    '{"recipes": [], "target": {"system": "\\u001b]52;c;x"}}',
+    '{"recipes": [], "target": 1}',
+]
+
+
+@pytest.mark.parametrize("text", MANIFESTS, ids=range(len(MANIFESTS)))
+def test_a_damaged_manifest_is_said(bundle: Path, text: str) -> None:
+    (bundle / "manifest.json").write_text(text)
+    _write_sums(bundle)
     done = install(bundle)
     assert done.returncode == 2
-    assert "DO NOT MATCH THE HASHES" in done.stderr
+    assert done.stderr.startswith("error: manifest.json is damaged")
+    assert done.stderr.isascii()
+    assert "Traceback" not in done.stderr
+    assert "\x1b" not in done.stderr
 
 
 def test_pip_imports_nothing_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -17,6 +18,9 @@ from nemo_minitron.cli import load_plan, load_recipe
 from nemo_minitron.disclosure import looks_secret, masked, public_recipe, secrets_in, told_command
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.launch.containers import ENVIRONMENT_FILE
+from nemo_minitron.safe_files import open_log
+from nemo_minitron.stages import output
+from nemo_minitron.stages.output import without_secrets
 from tests.conftest import TOY, Cli
 from tests.support.fake_slurm import FakeSlurm
 
@@ -93,6 +97,7 @@ def test_a_launch_hands_values_to_its_jobs_in_a_file_for_the_owner(
     run = tmp_path / "runs/mine"
     assert _leaks(run) == []
     assert MARK not in said + (tmp_path / "cmdline").read_text()
+    assert stat.S_IMODE((run / "logs/slurm").stat().st_mode) == 0o700, "what Slurm writes there is masked by nobody"
     script = run / "launch/001/teacher.sh"
     assert MARK not in script.read_text()
     assert stat.S_IMODE(script.stat().st_mode) == 0o600
@@ -209,15 +214,60 @@ def test_names_that_hold_none(name: str) -> None:
 def test_what_is_masked() -> None:
     assert secrets_in({"A_TOKEN": "12345"}) == [], "so short a text is a word like others"
     assert masked("https://me:pass@host/x", {}) == "https://me:***@host/x"
+    odd = {"A_KEY": "a'b\"c\u00e4\nsecond"}
+    assert masked(f"{odd} {json.dumps(odd)}", odd) == """{'A_KEY': '***'} {"A_KEY": "***"}"""
     assert masked("long abcdefgh and abcdef", {"A_KEY": "abcdef", "B_KEY": "abcdefgh"}) == "long *** and ***"
     words = ["/home/me/bin/minitron", "run", "/home/me/r.yaml", "stages.x=1", "--rerun", "a", "--html=/x/y"]
     assert told_command(words) == ["minitron", "run", "r.yaml", "stages.x=***", "--rerun", "a", "--html=***"]
 
 
+_CHATTY = """
+import os, sys, time
+secret = os.environ["HF_TOKEN"]
+print("one", secret, flush=True)
+for part in ("a bar 50%\\r", secret[:5], secret[5:] + "\\n", "\\udcff", "x" * (3 << 20), secret, "y" * (1 << 20)):
+    os.write(2, part.encode(errors="surrogateescape"))
+    time.sleep(0.05)
+print(" https://me:pass@host/", "recipe's own", sys.argv[1])
+"""
+
+
+def test_what_processes_print_is_masked_before_it_stands_in_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ranks and NeMo-Aligner's processes print; in parts, in other characters, in lines without an end."""
+    monkeypatch.setenv("HF_TOKEN", OF_ENVIRONMENT["HF_TOKEN"])
+    own = f"{MARK}-\u00e4-of-the-recipe"
+    with open_log(tmp_path / "log") as log, without_secrets(log, {"SITE_KEY": own, "PLAIN": "recipe's"}) as stream:
+        subprocess.run([sys.executable, "-c", _CHATTY, own], stdout=stream, stderr=stream, check=True)
+    told = (tmp_path / "log").read_bytes()
+    assert MARK.encode() not in told
+    assert told.count(b"***") == 5
+    assert told.startswith(b"one ***\na bar 50%\r***\n\xffxx")
+    assert told.endswith(b"xx***" + b"y" * (1 << 20) + b" https://me:***@host/ recipe's own ***\n")
+
+
+def test_the_copy_of_a_log_outlives_its_runner_and_waits_for_nobody_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "PATIENCE_S", 0.1)
+    late = 'import time; time.sleep(1); print("saved", flush=True)'
+    with open_log(tmp_path / "log") as log, without_secrets(log) as stream:
+        left = subprocess.Popen([sys.executable, "-c", late], stdout=stream)
+    assert (tmp_path / "log").read_text() == ""
+    assert left.wait() == 0
+    until = time.monotonic() + 10
+    while not (tmp_path / "log").read_text() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert (tmp_path / "log").read_text() == "saved\n"
+
+
 @pytest.mark.slow
 def test_no_secret_stands_in_a_whole_toy_run_and_no_command_line_shows_one(tmp_path: Path) -> None:
     """With two processes, so that workers get their orders too; every process that runs meanwhile is looked at."""
-    environment = {**os.environ, **OF_ENVIRONMENT}
+    # Every rank prints its whole environment.
+    (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ: print(os.environ, flush=True)\n")
+    environment = {**os.environ, **OF_ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
     program = Path(sys.executable).with_name("minitron")
     # A variable of the environment: what a person types is on the command line of `minitron` itself.
     site = tmp_path / "site.yaml"
@@ -236,3 +286,5 @@ def test_no_secret_stands_in_a_whole_toy_run_and_no_command_line_shows_one(tmp_p
     assert "worker" in seen, "the orders of workers were looked at"
     assert MARK not in seen
     assert _leaks(tmp_path / "runs") == []
+    logs = "".join(file.read_text() for file in (tmp_path / "runs").rglob("*.ranks.log"))
+    assert "'HF_TOKEN': '***'" in logs

@@ -14,6 +14,7 @@ import yaml
 
 from nemo_minitron.config.schema import DataSource
 from tests.conftest import REPO
+from tests.support import fuzz_archives as archives
 from tests.support.fuzz import Reader, as_json, damaged_bytes
 
 TOY_MODEL = REPO / "nemo_minitron" / "toy" / "model"
@@ -368,5 +369,8 @@ READERS: dict[str, Reader] = {
     "bz2": _texts(".bz2", 500),
     "xz": _texts(".xz", 500),
     "template": Reader(_good_template, _bad_template, _read_template, 400),
+    "nemo": Reader(archives.good_nemo, archives.bad_nemo, archives.read_nemo, 2000),
+    "checkpoint": Reader(archives.good_checkpoint, archives.bad_checkpoint, archives.read_checkpoint, 1500),
+    "bundle": Reader(archives.good_bundle, archives.bad_bundle, archives.read_bundle, 500),
 }
 """Name -> reader; together more than 20,000 inputs."""

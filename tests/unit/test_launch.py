@@ -104,7 +104,7 @@ FOLLOWER = """
 import sys
 from pathlib import Path
 from nemo_minitron.stages.nodes import Nodes, follow
-sys.exit(follow(Nodes(2, 1, "node1", 20001, "7-0"), Path(sys.argv[1]), lambda: False, sys.stderr))
+sys.exit(follow(Nodes(2, 1, "node1", 20001, "7-0"), Path(sys.argv[1]), lambda: False, sys.stderr.buffer))
 """
 
 
@@ -129,7 +129,7 @@ def test_other_nodes_carry_out_the_orders_of_the_first_and_go_when_dismissed(tmp
 def test_a_node_whose_processes_fail_ends_with_their_code(tmp_path: Path) -> None:
     first, second = (Nodes(2, rank, "node1", 20001, "7-1") for rank in (0, 1))
     start_everywhere([sys.executable, "-c", "raise SystemExit(3)"], {}, first, tmp_path, _start).wait()
-    assert follow(second, tmp_path, lambda: False, (tmp_path / "log").open("w")) == 3
+    assert follow(second, tmp_path, lambda: False, (tmp_path / "log").open("wb")) == 3
 
 
 def test_orders_of_an_earlier_attempt_are_not_carried_out(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_orders_of_an_earlier_attempt_are_not_carried_out(tmp_path: Path) -> Non
     ).wait()
     later = Nodes(2, 1, "a", 1, "7-1")
     dismiss(later, tmp_path)
-    assert follow(later, tmp_path, lambda: False, (tmp_path / "log").open("w")) == 0
+    assert follow(later, tmp_path, lambda: False, (tmp_path / "log").open("wb")) == 0
 
 
 def test_the_agent_of_several_nodes(tmp_path: Path) -> None:

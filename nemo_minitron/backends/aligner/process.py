@@ -19,6 +19,7 @@ from nemo_minitron.interrupts import StopRequest
 from nemo_minitron.progress import Bar, Progress
 from nemo_minitron.safe_files import open_log, write_whole
 from nemo_minitron.stages.nodes import Nodes, start_everywhere
+from nemo_minitron.stages.output import without_secrets
 from nemo_minitron.stages.same_code import SAFE_PATH
 
 TASK_FILE, RESULT_FILE, ERROR_FILE = "task.json", "result.json", "error.json"
@@ -68,14 +69,14 @@ def run_task(
     hidden = not has_gpu_kernels(python) if on_cpu is None else on_cpu
     environment = _environment(python, threads or nodes.threads_of_each(num_processes), on_cpu=hidden)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open_log(log) as file, stop.deferred(), nodes.meeting() as meeting:
+    with open_log(log) as file, without_secrets(file) as output, stop.deferred(), nodes.meeting() as meeting:
         # Lightning would take a single process for one of the tasks of the job around it.
         process = start_everywhere(
             command,
             {**environment, **(meeting if num_processes > 1 else {})},
             nodes,
             stage_work or work_dir,
-            lambda words, own: _start(words, own, file),
+            lambda words, own: _start(words, own, output),
             outside_job=True,
         )
         code = _wait(process, name, work_dir, progress, stop)
@@ -97,9 +98,9 @@ def _environment(python: Path, threads: int, *, on_cpu: bool) -> dict[str, str]:
     }
 
 
-def _start(command: list[str], environment: dict[str, str], log: IO[str]) -> subprocess.Popen[bytes]:
+def _start(command: list[str], environment: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
     # In a session of its own: Ctrl-C reaches the runner, which asks for a checkpoint first.
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    return subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
 
 
 def _wait(process: subprocess.Popen[bytes], name: str, work_dir: Path, progress: Progress, stop: StopRequest) -> int:

@@ -65,7 +65,8 @@ def damage(folder: Path, session: Session) -> str | None:
     """
     try:
         found = _read(folder)
-        listed = sorted(dict(unsealed(found).get("files", {})).items())
+        unsealed(found)
+        listed = sorted(_files(found).items())
         added = _unlisted(folder, found)
     except (OSError, ValueError, TypeError) as error:
         return f"{FACTS_FILE}: {error}"
@@ -87,7 +88,23 @@ def _unlisted(folder: Path, facts: Mapping[str, Any]) -> list[str]:
     if SEAL not in facts:
         return [FACTS_FILE]
     names = {file.name for file in folder.iterdir() if file.name.endswith(READ)}
-    return sorted(names - facts.get("files", {}).keys() - {FACTS_FILE})
+    return sorted(names - _files(facts).keys() - {FACTS_FILE})
+
+
+def _files(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The checksums: file name -> {bytes, sha256}.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    files = facts.get("files", {})
+    known = isinstance(files, dict) and all(
+        isinstance(found, dict) and found.keys() == {"bytes", "sha256"} and Path(name).name == name
+        for name, found in files.items()
+    )
+    if not known:
+        raise ValueError("files holds no checksums")
+    return dict(files)
 
 
 def _without_checksums(folder: Path, files: list[str]) -> CheckpointError:
