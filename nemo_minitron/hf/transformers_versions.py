@@ -32,9 +32,11 @@ def generate(model: Any, ids: Any, config: Any, **options: Any) -> Any:
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """What downloads from the hub raise when the network fails, besides OSErrors: none before 1.0, httpx's since."""
-    try:
-        import httpx
-    except ImportError:
-        return ()
-    return (httpx.HTTPError,)
+    """What downloads from the hub raise when the network fails, besides OSErrors.
+
+    They come from the HTTP library that the hub client uses: requests before 1.0, whose errors are OSErrors, httpx from
+    1.0, httpx2 from 2.0.
+    """
+    from huggingface_hub import errors
+
+    return (errors.HTTPError,)

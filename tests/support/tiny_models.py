@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,20 @@ def tiny_model(case: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
     return model.to(dtype).eval()
 
 
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keeps the bars of transformers 5 out of what tests read from the terminal."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def tiny_model_dir(
     tmp_path: Path, case: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **size_overrides: Any
 ) -> Path:
@@ -88,7 +104,8 @@ def tiny_model_dir(
     folder = tmp_path / case
     folder.mkdir(parents=True, exist_ok=True)
     model = tiny_model(case, seed=seed, dtype=dtype, **size_overrides)
-    model.save_pretrained(folder)
+    with without_progress_bars():
+        model.save_pretrained(folder)
     save_tiny_tokenizer(folder, min(400, model.config.vocab_size))
     return folder
 
