@@ -12,7 +12,7 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _OTHER_FORMATS = {"*.h5": "TensorFlow's", "*.msgpack": "Flax's", "*.onnx": "ONNX", "*.npz": "NumPy's"}
 _CONVERT = (
     "Convert the weights to safetensors first: load the model with transformers where you trust its files, "
-    "and save_pretrained(FOLDER, safe_serialization=True)."
+    "and save_pretrained(FOLDER)."
 )
 _MERGE = (
     "Merge the adapter with its base model first (peft: PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload()"
