@@ -41,7 +41,10 @@ def _sigterm_to_every_process(process: subprocess.Popen[str], _: Path) -> None:
 
 
 def _sigterm_to_the_last_rank(process: subprocess.Popen[str], _: Path) -> None:
-    ranks = [found for found in processes_of(process) if found.environ().get("RANK") == "1"]
+    # torch starts helpers of its own, which inherit the variable.
+    ranks = [
+        found for found in processes_of(process) if found.environ().get("RANK") == "1" and "worker" in found.cmdline()
+    ]
     assert len(ranks) == 1
     ranks[0].send_signal(signal.SIGTERM)
 
