@@ -6,6 +6,7 @@ the file says not to add, and splits text by one rule whatever the file asks for
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from nemo_minitron.hf.gguf_header import FROM_FOLDER
 from nemo_minitron.hf.tokenizer_files import LLAMA3_PATTERN, TEKKEN_PATTERN
 
 _TEMPLATE = "tokenizer.chat_template"
+_NAME_OF_TEMPLATE = re.compile(r"\w[\w.-]{0,63}")
 _CONTROL, _USER_DEFINED = 3, 4
 """Token types of GGUF: special tokens, and text that is never split."""
 
@@ -68,9 +70,17 @@ def save_tokenizer(fields: Mapping[str, Any], file: Path, out_dir: Path) -> None
 
 
 def _chat_templates(fields: Mapping[str, Any]) -> str | dict[str, str] | None:
-    """The chat template, or name -> template where the file holds several."""
+    """The chat template, or name -> template where the file holds several.
+
+    Raises:
+        ValueError: a name that is more than a name; each becomes that of a file, and before transformers 5.10 the name
+            is not looked at (CVE-2026-9856).
+    """
     default = fields.get(_TEMPLATE)
     others = fields.get("tokenizer.chat_templates") or []
+    for name in others:
+        if not _NAME_OF_TEMPLATE.fullmatch(str(name)):
+            raise ValueError(f"a chat template is called {shortened(repr(name), 80)}")
     named = {name: fields[f"{_TEMPLATE}.{name}"] for name in others if f"{_TEMPLATE}.{name}" in fields}
     if not named:
         return default
