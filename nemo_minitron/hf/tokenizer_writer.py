@@ -14,7 +14,7 @@ from nemo_minitron.hf.tokenizer_files import CONFIG_FILE, TOKENIZER_FILE
 
 TEMPLATE_FILE = "chat_template.jinja"
 _DEFAULT = "default"
-_NAME = re.compile(r"[\w.-]+", re.ASCII)
+_NAME = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
 
 
 def write_tokenizer(

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.errors import ConfigError, PlanError
+from nemo_minitron.data.chat.rows import BadRow
+from nemo_minitron.data.chat.tokenizing import ChatTemplate
+from nemo_minitron.errors import ConfigError, MinitronError, PlanError
 from nemo_minitron.evaluation.tasks import require_known
 from nemo_minitron.hf.tokenizer import load_tokenizer
 from nemo_minitron.plan.task_names import is_known
 from tests.conftest import REPO, TOY, Cli
+from tests.support.tiny_models import tiny_tokenizer
 
 TOY_MODEL = REPO / "nemo_minitron" / "toy" / "model"
 
@@ -130,3 +133,19 @@ def test_the_message_names_the_key() -> None:
 
     with pytest.raises(ConfigError, match=r"stages\.score\.depth_task\.name"):
         load_recipe(TOY, ["stages.score.depth_task={name: /tmp/evil.yaml}"])
+
+
+@pytest.mark.parametrize(
+    "jinja",
+    [
+        "{{ ('{0.__class__.__mro__}' | attr('format'))(messages) }}",  # CVE-2025-27516, before jinja2 3.1.6
+        "{% set f = '{0.__class__.__mro__}'.format %}{{ f(messages) }}",  # CVE-2024-56326, before 3.1.5
+        "{{ ('{x.__class__.__mro__}' | attr('format_map'))({'x': messages}) }}",
+        "{{ messages.__class__.__mro__ }}",
+    ],
+)
+def test_a_chat_template_does_not_get_out_of_its_sandbox(jinja: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(tokenizer, "chat_template", jinja + "x")
+    with pytest.raises((BadRow, MinitronError), match=r"unsafe|undefined|callable"):
+        print(ChatTemplate.bind(tokenizer, "model", where="here").prompt([{"role": "user", "content": "Hi"}]))

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -231,6 +232,35 @@ def test_a_program_in_place_of_tensors_is_refused(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), program)
     with pytest.raises(pickle.UnpicklingError, match="TorchScript"):
         load_known(program)
+
+
+def _short_of_numbers(folder: Path, more: str = "") -> Path:
+    """A tensor of 16 MB, of which the file holds four numbers: before 2.10, torch reads what lies behind them."""
+    whole, short = folder / "whole.pt", folder / "short.pt"
+    torch.save({"a": torch.zeros(4 << 20)}, whole)
+    with zipfile.ZipFile(whole) as read, zipfile.ZipFile(short, "w") as out:
+        for name in read.namelist():
+            out.writestr(name, bytes(16) if name.endswith("data/0") else read.read(name))
+        if more:
+            out.writestr(more, bytes(16 << 20))
+    return short
+
+
+@pytest.mark.parametrize("more", ["", "whole/data/x/data/0", "whole/DATA/0"])
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_tensor_has_no_more_numbers_than_its_file(more: str, in_memory: bool, tmp_path: Path) -> None:
+    """CVE-2026-24747."""
+    file = _short_of_numbers(tmp_path, more)
+    with pytest.raises(pickle.UnpicklingError, match="fewer numbers than it says"):
+        load_known(io.BytesIO(file.read_bytes()) if in_memory else file)
+
+
+@pytest.mark.parametrize("steps", [b"K\x00K\x01s", b"(K\x00K\x01u"], ids=["SETITEM", "SETITEMS"])
+def test_only_dictionaries_are_filled(steps: bytes) -> None:
+    """The other half of it."""
+    with pytest.raises(pickle.UnpicklingError, match="no dictionary"):
+        known_pickles._KnownPickle.loads(b"\x80\x02ctorch\nSize\n)R" + steps + b".")
+    assert known_pickles._KnownPickle.loads(b"\x80\x02}" + steps + b".") == {0: 1}
 
 
 def test_an_index_of_a_dataset_that_numpy_would_unpickle_is_made_again(tmp_path: Path) -> None:

@@ -194,6 +194,17 @@ def test_several_chat_templates_come_along(llama: Path, tmp_path: Path, out: Pat
     assert "im_start" in templates["default"]
 
 
+@pytest.mark.parametrize("name", ["../../../planted", "/planted", "a/b", "", ".", "x" * 65])
+def test_a_name_of_a_template_that_leads_elsewhere_is_refused(
+    name: str, llama: Path, tmp_path: Path, out: Path
+) -> None:
+    """CVE-2026-9856: before 5.10 transformers writes such a template wherever its name says."""
+    fields = {"tokenizer__chat_templates": [name], f"tokenizer__chat_template__{name}": "text"}
+    with pytest.raises(CheckpointError, match="a chat template is named"):
+        convert_gguf(tiny_gguf(llama, tmp_path / "model.gguf", **fields), out, None)
+    assert not list(tmp_path.rglob("*planted*"))
+
+
 def _version(file: Path, version: int) -> None:
     data = bytearray(file.read_bytes())
     data[4:8] = struct.pack("<I", version)

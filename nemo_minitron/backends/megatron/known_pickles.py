@@ -14,9 +14,11 @@ import json
 import os
 import pickle
 import sys
+import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -133,11 +135,50 @@ class KnownUnpickler(_Steps):  # type: ignore[misc]
             raise pickle.UnpicklingError("it changes a class")
         super().load_build()
 
+    def load_setitem(self) -> None:
+        """Fill a dictionary; of a tensor it would write into the memory."""
+        self._require_dictionary(self.stack[-3])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        """The same for several values."""
+        self._require_dictionary(self.metastack[-1][-1])
+        super().load_setitems()
+
+    @staticmethod
+    def _require_dictionary(filled: Any) -> None:
+        if not isinstance(filled, dict):
+            raise pickle.UnpicklingError("it fills what is no dictionary")
+
+    def load_binpersid(self) -> None:
+        """Take a tensor's numbers from the file; before torch 2.10 nothing else looks at how many there are."""
+        _require_room(self.stack[-1])
+        super().load_binpersid()
+
     dispatch: ClassVar[dict[int, Any]] = {
-        **{code: step for code, step in _Steps.dispatch.items() if code not in b"\x82\x83\x84io"},
+        **{code: step for code, step in _Steps.dispatch.items() if code not in b"\x82\x83\x84ioP"},
         pickle.BUILD[0]: load_build,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.BINPERSID[0]: load_binpersid,
     }
-    """Without extension codes and the two old ways to make an object, which nothing has written for twenty years."""
+    """Without extension codes, the two old ways to make an object and the old one to name numbers, which nothing has
+    written for twenty years."""
+
+
+_bytes_of: ContextVar[Mapping[str, int] | None] = ContextVar("bytes_of", default=None)
+"""Key of a tensor's numbers -> how many bytes the file holds; None: a format that says so itself."""
+
+
+def _require_room(saved: Any) -> None:
+    """Raises UnpicklingError where a tensor's numbers are said to be more than the file holds (CVE-2026-24747)."""
+    held = _bytes_of.get()
+    if held is None:
+        return
+    kind, numbers, key, _, count = saved
+    item = 1 if numbers is torch.UntypedStorage else numbers.dtype.itemsize
+    if kind != "storage" or not isinstance(count, int) or not 0 <= count * item <= held.get(str(key).lower(), -1):
+        raise pickle.UnpicklingError(f"it holds fewer numbers than it says of the tensor {key!r}"[:200])
 
 
 def _is_type_of_numbers(name: str) -> bool:
@@ -182,31 +223,55 @@ def load_known(f: Any, map_location: Any = None, pickle_module: Any = None, **op
     Raises:
         UnpicklingError: it holds something else, or it is of another format.
     """
-    _require_saved_by_torch(f)
+    token = _bytes_of.set(_held(f) if _is_zip(f) else None)
     options["weights_only"] = False
-    return _torch_load(f, map_location=map_location, pickle_module=_known_pickle, **options)
+    try:
+        return _torch_load(f, map_location=map_location, pickle_module=_known_pickle, **options)
+    finally:
+        _bytes_of.reset(token)
 
 
-def _require_saved_by_torch(f: Any) -> None:
-    """A zip file, as torch writes since 1.6, and no program; in memory also the older format.
+def _is_zip(f: Any) -> bool:
+    """Whether it is a zip file, as torch writes since 1.6, or the older format, which is read from memory only.
 
     torch itself still uses that one for tensors that processes send each other, and for copies of storages.
+
+    Raises:
+        UnpicklingError: neither of them, or a program.
     """
     if isinstance(f, str | os.PathLike):
         with open(f, "rb") as opened:
-            return _require_saved_by_torch(opened)
+            return _is_zip(opened)
     start = f.tell()
     found = f.read(len(_OLD))
     f.seek(start)
     if isinstance(f, io.BytesIO) and found == _OLD:
-        return None
+        return False
     if not found.startswith(_ZIP):
         raise pickle.UnpicklingError("it is not in the format of torch.save")
     records = torch._C.PyTorchFileReader(f).get_all_records()
     f.seek(start)
     if "constants.pkl" in records:
         raise pickle.UnpicklingError("it is a TorchScript program, no checkpoint")
-    return None
+    return True
+
+
+def _held(f: Any) -> dict[str, int]:
+    """Key of a record of numbers -> its bytes; of two with one name, the fewer. torch does not tell capitals apart."""
+    start = 0 if isinstance(f, str | os.PathLike) else f.tell()
+    held: dict[str, int] = {}
+    try:
+        with zipfile.ZipFile(f) as archive:
+            for entry in archive.infolist():
+                _, folder, key = (*entry.filename.lower().split("/", 2), "", "")[:3]
+                if folder == "data":
+                    held[key] = min(entry.file_size, held.get(key, entry.file_size))
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise pickle.UnpicklingError(f"it is damaged: {error}"[:300]) from error
+    finally:
+        if not isinstance(f, str | os.PathLike):
+            f.seek(start)
+    return held
 
 
 def require_known_backend(folder: Path) -> None:
