@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from nemo_minitron.config.keys import stage_classes
+from nemo_minitron.config.keys import is_section, stage_classes
 from nemo_minitron.config.schema import Execution, Recipe
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -82,6 +82,8 @@ def _describe(part: dict[str, Any], model: type[BaseModel]) -> None:
 
 
 def _or_interpolation(value: dict[str, Any]) -> dict[str, Any]:
+    if "const" in value:
+        value.pop("enum", None)  # said twice by pydantic before 2.10
     if value.get("type") == "string" and "enum" not in value and "const" not in value:
         return value
     about: dict[str, Any] = {key: value.pop(key) for key in ("description", "title", "default") if key in value}
@@ -99,7 +101,7 @@ def _models(root: type[BaseModel]) -> list[type[BaseModel]]:
 
 
 def _inside(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if is_section(annotation):
         yield annotation
     for part in getattr(annotation, "__args__", ()):
         yield from _inside(part)

@@ -86,6 +86,8 @@ def test_markers_of_other_pythons_and_platforms_are_left_out() -> None:
 def test_no_pinned_package_refuses_what_images_have() -> None:
     """Else pip finds no set of versions in such an image; those that do are in UNPINNED."""
     have = image.installed()
+    if have["tensorboard"] not in (str(pin.specifier).removeprefix("==") for pin in image.requirements_of(OWN)):
+        pytest.skip("asks the packages of constraints/newest.txt, which are not installed here")
     refusing = set()
     for pin in image.requirements_of(OWN):
         texts = image._requires(image.canonicalize_name(pin.name)) if pin.name in have else []

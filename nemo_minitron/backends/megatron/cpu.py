@@ -39,8 +39,9 @@ def cuda_means_cpu() -> Iterator[None]:
         # Called around pipeline sends and receives.
         stack.enter_context(patch.object(torch.cuda, "synchronize", lambda *_, **__: None))
         stack.enter_context(patch.object(torch.cuda, "current_stream", lambda *_, **__: _NoStream()))
-        # Torch's optimizers ask its stream whether a graph is being captured.
+        # Torch's optimizers ask its stream whether a graph is being captured; those of torch 2.6 ask CUDA's.
         stack.enter_context(patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: None))
+        stack.enter_context(patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
         # Dropout regions fork the CUDA generator; on CPU there is one generator to fork.
         stack.enter_context(patch.object(megatron_random, "_CUDA_RNG_STATE_TRACKER", CpuRngTracker()))
         stack.enter_context(patch.object(megatron_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True))

@@ -256,12 +256,42 @@ def _is_zip(f: Any) -> bool:
     return True
 
 
+class _Part(io.RawIOBase):
+    """An open file to read from. torch's own view of a part of one seeks wrongly from its end; that of 2.6 reads on."""
+
+    def __init__(self, f: Any) -> None:
+        super().__init__()
+        f.seek(0, os.SEEK_END)
+        self._file, self._size, self._at = f, f.tell(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._at)
+        found = self._file.read(max(0, min(len(buffer), self._size - self._at)))
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+
 def _held(f: Any) -> dict[str, int]:
     """Key of a record of numbers -> its bytes; of two with one name, the fewer. torch does not tell capitals apart."""
     start = 0 if isinstance(f, str | os.PathLike) else f.tell()
     held: dict[str, int] = {}
     try:
-        with zipfile.ZipFile(f) as archive:
+        with zipfile.ZipFile(f if isinstance(f, str | os.PathLike) else _Part(f)) as archive:
             for entry in archive.infolist():
                 _, folder, key = (*entry.filename.lower().split("/", 2), "", "")[:3]
                 if folder == "data":
