@@ -28,8 +28,8 @@ KEPT = frozenset({"numpy", "scipy", "pandas", "protobuf", "pillow", "apex", "nem
 KEPT_PREFIXES = ("torch", "triton", "pytorch-triton", "nvidia-", "cuda-", "cupy", "transformer-engine", "flash-attn")
 OF_NEMO = frozenset({"megatron-core", "transformers", "tokenizers", "huggingface-hub"})
 """Packages of NVIDIA's NeMo images: kept where they are installed, in any supported version, and pinned where not."""
-UNPINNED = frozenset({"tensorboard"})
-"""Packages whose newest versions refuse what images have (an older protobuf): pip takes a version that fits."""
+UNPINNED = frozenset({"contourpy", "tensorboard"})
+"""Packages whose newest versions refuse what images have (an older numpy or protobuf): pip takes one that fits."""
 OF_MEGATRON = "transformer-engine"
 """Its version must be one that the installed megatron-core names."""
 

@@ -54,7 +54,7 @@ def json_schema() -> dict[str, Any]:
 
     A recipe may leave keys to its `defaults`, so that nothing is required; and any value may be an interpolation.
     """
-    schema = Recipe.model_json_schema()
+    schema = _plain(Recipe.model_json_schema())
     definitions = schema["$defs"]
     for model in _models(Recipe):
         _describe(schema if model is Recipe else definitions[model.__name__], model)
@@ -75,6 +75,18 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": DIALECT, **schema, "title": "Recipe of nemo-minitron"}
 
 
+def _plain(part: Any) -> Any:
+    """Without what versions of pydantic write or leave out: a constant said twice, and keys that are allowed anyway."""
+    if isinstance(part, list):
+        return [_plain(one) for one in part]
+    if not isinstance(part, dict):
+        return part
+    spare = (
+        {"enum"} if "const" in part else {"additionalProperties"} if part.get("additionalProperties") is True else set()
+    )
+    return {key: _plain(value) for key, value in part.items() if key not in spare}
+
+
 def _describe(part: dict[str, Any], model: type[BaseModel]) -> None:
     for key, text in field_docs(model).items():
         if key in part.get("properties", {}):
@@ -82,8 +94,6 @@ def _describe(part: dict[str, Any], model: type[BaseModel]) -> None:
 
 
 def _or_interpolation(value: dict[str, Any]) -> dict[str, Any]:
-    if "const" in value:
-        value.pop("enum", None)  # said twice by pydantic before 2.10
     if value.get("type") == "string" and "enum" not in value and "const" not in value:
         return value
     about: dict[str, Any] = {key: value.pop(key) for key in ("description", "title", "default") if key in value}

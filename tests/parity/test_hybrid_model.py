@@ -107,7 +107,11 @@ def test_scores_and_removals_are_those_of_gpt_model(
                 )
 
 
-HIDDEN = {"logits": {}, "hidden": {"pairs": [[-1, -1], [1, 2]], "states": ["mlp_input", "block_output"]}}
+# A fixed weight: the dynamic one depends on the size of micro-batches.
+HIDDEN = {
+    "logits": {},
+    "hidden": {"pairs": [[-1, -1], [1, 2]], "states": ["mlp_input", "block_output"], "weight": 0.1},
+}
 TRAININGS = {
     "one": (Parallel(micro_batch_size=4), {}),
     "hidden states, tp2, layers recomputed": (Parallel(tp=2, recompute="full"), {"loss": HIDDEN}),

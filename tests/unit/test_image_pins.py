@@ -95,7 +95,8 @@ def test_no_pinned_package_refuses_what_images_have() -> None:
             holds = wish.marker is None or wish.marker.evaluate({"extra": ""})
             if holds and wish.name in OLD_IMAGE and not wish.specifier.contains(OLD_IMAGE[wish.name]):
                 refusing.add(pin.name)
-    assert refusing - set(OLD_IMAGE) == set(image.UNPINNED)
+    assert refusing - set(OLD_IMAGE) <= set(image.UNPINNED)
+    assert refusing, "else nothing need be left unpinned"
 
 
 def test_a_changed_torch_and_a_foreign_transformer_engine_stop_the_build(

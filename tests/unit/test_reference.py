@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def validator() -> Any:
 
 
 def test_both_files_are_what_the_schema_says_now() -> None:
+    if f"pydantic=={version('pydantic')}" not in (REPO / "constraints" / "newest.txt").read_text().splitlines():
+        pytest.skip("other versions of pydantic spell the same schema differently")
     assert (FOLDER / "recipe.schema.json").read_text() == json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
     assert (FOLDER / "keys.md").read_text() == page(), "make reference"
 
