@@ -256,10 +256,11 @@ def _is_zip(f: Any) -> bool:
 
 def _held(f: Any) -> dict[str, int]:
     """Key of a record of numbers -> its bytes; of two with one name, the fewer. torch does not tell capitals apart."""
-    start = 0 if isinstance(f, str | os.PathLike) else f.tell()
+    is_path = isinstance(f, str | os.PathLike)
+    start = 0 if is_path else f.tell()
     held: dict[str, int] = {}
     try:
-        with zipfile.ZipFile(f) as archive:
+        with zipfile.ZipFile(f if is_path else io.BufferedReader(_Part(f))) as archive:
             for entry in archive.infolist():
                 _, folder, key = (*entry.filename.lower().split("/", 2), "", "")[:3]
                 if folder == "data":
@@ -267,9 +268,36 @@ def _held(f: Any) -> dict[str, int]:
     except (zipfile.BadZipFile, NotImplementedError) as error:
         raise pickle.UnpicklingError(f"it is damaged: {error}"[:300]) from error
     finally:
-        if not isinstance(f, str | os.PathLike):
+        if not is_path:
             f.seek(start)
     return held
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, as zipfile reads it: torch's own view of one counts from the end in the wrong direction."""
+
+    def __init__(self, f: Any) -> None:
+        self._file, self._at = f, 0
+        f.seek(0, os.SEEK_END)
+        self._size = int(f.tell())
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), max(0, self._size - self._at))
+        self._file.seek(self._at)
+        found = self._file.read(wanted)
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
 
 
 def require_known_backend(folder: Path) -> None:
