@@ -152,6 +152,55 @@ def test_a_prepared_training_checkpoint_runs_nothing(
     assert not (tmp_path / "marker").exists()
 
 
+def _optimizer(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    common = torch.load(checkpoint / "common.pt", weights_only=False)
+    for group in _groups(common):
+        change(group)
+    torch.save(common, checkpoint / "common.pt")
+
+
+def _groups(state: Any) -> list[dict[str, Any]]:
+    """Wherever a version of Megatron keeps them."""
+    if not isinstance(state, dict):
+        return []
+    return [group for key, value in state.items() for group in (value if key == "param_groups" else _groups(value))]
+
+
+GROUPS: list[Callable[[dict[str, Any]], object]] = [
+    lambda group: group.pop("wd_mult"),
+    lambda group: group.update(wd_mult=7.0),
+    lambda group: group.update(lr_mult=["x"]),
+    lambda group: group.clear(),
+]
+
+
+@pytest.mark.parametrize("change", GROUPS, ids=range(len(GROUPS)))
+def test_the_state_of_another_optimizer_is_no_bug_of_ours(
+    change: Callable[[dict[str, Any]], object], trained: dict[str, Path], tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(trained["work"], work)
+    newest = checkpoints(work / "checkpoints")[-1]
+    _optimizer(newest, change)
+    _seal(newest)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        _train(trained, work)
+
+
+@pytest.mark.parametrize("more", [{"good_losses": True}, {"good_losses": ["x"]}, {"step": None}, {"files": []}])
+def test_odd_facts_of_a_checkpoint_are_no_bug_of_ours(
+    more: dict[str, Any], trained: dict[str, Path], tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(trained["work"], work)
+    newest = checkpoints(work / "checkpoints")[-1]
+    facts = json.loads((newest / "training.json").read_text())
+    facts.pop("sha256")
+    (newest / "training.json").write_text(json.dumps(sealed({**facts, **more})))
+    with pytest.raises(CheckpointError):
+        _train(trained, work)
+
+
 def test_a_file_without_a_checksum_is_not_read(trained: dict[str, Path], tmp_path: Path) -> None:
     work = tmp_path / "work"
     shutil.copytree(trained["work"], work)
@@ -162,6 +211,15 @@ def test_a_file_without_a_checksum_is_not_read(trained: dict[str, Path], tmp_pat
     (newest / "training.json").write_text(json.dumps(sealed(facts)))
     with pytest.raises(CheckpointError, match=r"has no checksum of \.metadata"):
         _train(trained, work)
+
+
+def test_a_training_goes_on_from_a_sound_checkpoint(trained: dict[str, Path], tmp_path: Path) -> None:
+    """Its tensors are read from parts of files."""
+    work = tmp_path / "work"
+    shutil.copytree(trained["work"], work)
+    (work / "curves.jsonl").unlink()
+    _train(trained, work)
+    assert not (work / "curves.jsonl").read_text(), "no step was done again"
 
 
 def test_a_sound_checkpoint_is_read(trained: dict[str, Path]) -> None:

@@ -32,7 +32,7 @@ from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.backends.megatron.versions import require_readable
 from nemo_minitron.backends.megatron.writing import Buffers, Writing
 from nemo_minitron.disk import disk_problem
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.errors import CheckpointError, shortened
 
 _PREFIX, _PARTIAL, _DAMAGED = "step_", ".partial_", "damaged_"
 _FROM_THE_RECIPE = ("max_lr", "min_lr", "weight_decay", "betas", "eps")
@@ -169,24 +169,24 @@ def step_of(checkpoint: Path) -> int:
 def _load(trainable: Trainable, checkpoint: Path) -> Progressed:
     try:
         facts = read_facts(checkpoint)
-        step = int(facts["step"])
+        progressed = Progressed(int(facts["step"]), tuple(map(float, facts.get("good_losses", ()))))
         _require_same_optimizer(trainable, facts, checkpoint)
         require_known_backend(checkpoint)
         require_readable(checkpoint)
         wanted = _sharded_state(trainable, is_loading=True)
         with only_known_pickles():
             state = dist_checkpointing.load(wanted, str(checkpoint))
+        _take_over(trainable, state, progressed.step)
     except CheckpointError:
         raise
     except (Exception, CheckpointException) as error:  # torch's own is no Exception
         failed = next(iter(error.failures.values()), (error,))[0] if isinstance(error, CheckpointException) else error
         raise CheckpointError(
-            f"The training checkpoint cannot be read: {type(failed).__name__}: {failed}",
+            f"The training checkpoint cannot be read: {type(failed).__name__}: {shortened(failed, 1000)}",
             where=str(checkpoint),
             next_step="Delete this folder; the same command then resumes from the one before it.",
         ) from error
-    _take_over(trainable, state, step)
-    return Progressed(step, tuple(facts.get("good_losses", ())))
+    return progressed
 
 
 def _take_over(trainable: Trainable, state: dict[str, Any], step: int) -> None:

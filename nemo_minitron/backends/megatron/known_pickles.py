@@ -288,10 +288,11 @@ class _Part(io.RawIOBase):
 
 def _held(f: Any) -> dict[str, int]:
     """Key of a record of numbers -> its bytes; of two with one name, the fewer. torch does not tell capitals apart."""
-    start = 0 if isinstance(f, str | os.PathLike) else f.tell()
+    is_path = isinstance(f, str | os.PathLike)
+    start = 0 if is_path else f.tell()
     held: dict[str, int] = {}
     try:
-        with zipfile.ZipFile(f if isinstance(f, str | os.PathLike) else _Part(f)) as archive:
+        with zipfile.ZipFile(f if is_path else io.BufferedReader(_Part(f))) as archive:
             for entry in archive.infolist():
                 _, folder, key = (*entry.filename.lower().split("/", 2), "", "")[:3]
                 if folder == "data":
@@ -299,7 +300,7 @@ def _held(f: Any) -> dict[str, int]:
     except (zipfile.BadZipFile, NotImplementedError) as error:
         raise pickle.UnpicklingError(f"it is damaged: {error}"[:300]) from error
     finally:
-        if not isinstance(f, str | os.PathLike):
+        if not is_path:
             f.seek(start)
     return held
 
