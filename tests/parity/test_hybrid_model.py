@@ -110,11 +110,12 @@ def test_scores_and_removals_are_those_of_gpt_model(
 # A fixed weight: the dynamic one depends on the size of micro-batches.
 HIDDEN = {
     "logits": {},
-    "hidden": {"pairs": [[-1, -1], [1, 2]], "states": ["mlp_input", "block_output"], "weight": 0.1},
+    "hidden": {"pairs": [[-1, -1], [1, 2]], "states": ["mlp_input", "block_output"], "weight": 0.02},
 }
 TRAININGS = {
     "one": (Parallel(micro_batch_size=4), {}),
-    "hidden states, tp2, layers recomputed": (Parallel(tp=2, recompute="full"), {"loss": HIDDEN}),
+    "hidden states, tp2": (Parallel(tp=2), {"loss": HIDDEN}),
+    "tp2, layers recomputed": (Parallel(tp=2, recompute="full"), {}),
     "hidden states, pp2": (Parallel(pp=2), {"loss": HIDDEN}),
     "cp2": (Parallel(cp=2, micro_batch_size=2), {}),
     "dp2, distributed optimizer": (Parallel(dp=2, distributed_optimizer=True), {}),
@@ -167,3 +168,9 @@ def test_a_training_does_not_go_on_with_another_class(folders: dict[str, Path], 
     run_ranks(1, distill_until, TWENTY_STEPS, *arguments, 3)
     with pytest.raises(AssertionError, match=r"CheckpointError: The training checkpoint cannot be read"):
         run_ranks(1, _as_hybrid, distill_until, TWENTY_STEPS, *arguments, 6)
+
+
+def test_hidden_states_of_recomputed_layers_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    layout = Parallel(micro_batch_size=4, recompute="full")
+    with pytest.raises(AssertionError, match="Hidden states of a HybridModel have no gradients"):
+        _run(layout, distill_until, _params({"loss": HIDDEN}), *_models(folders), tmp_path, 2)

