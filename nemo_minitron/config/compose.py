@@ -102,7 +102,9 @@ def _stored(chain: Chain) -> Iterator[None]:
     defaults: list[Any] = [SELF]
     defaults += [f"/{_BODIES}/{entry}" if isinstance(entry, int) else entry for entry in chain.entries]
     defaults += chain.overrides.values()
-    primary = {"defaults": defaults, "hydra": {"searchpath": [f"file://{folder}" for folder in chain.places]}}
+    # A folder may be called like an interpolation.
+    places = [f"file://{folder}".replace("${", "\\${") for folder in chain.places]
+    primary = {"defaults": defaults, "hydra": {"searchpath": places}}
     store = ConfigStore.instance()
     before, store.repo = store.repo, dict(store.repo)
     try:
