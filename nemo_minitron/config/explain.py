@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from nemo_minitron.config.keys import is_section, stage_classes
+from nemo_minitron.config.keys import sections_in, stage_classes
 from nemo_minitron.config.schema import Recipe
 from nemo_minitron.disclosure import is_private_key
 from nemo_minitron.errors import ConfigError
@@ -135,17 +134,8 @@ def _keys_at(parent: Location, raw: Mapping[str, Any]) -> list[str]:
     for step in steps:
         if isinstance(step, int) or step not in model.model_fields:
             continue
-        nested = list(_models_in(model.model_fields[step].annotation))
+        nested = list(sections_in(model.model_fields[step].annotation))
         if not nested:
             return []
         model = nested[0]
     return list(model.model_fields)
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The schema classes inside tuple[...], dict[...], Optional and Annotated."""
-    if is_section(annotation):
-        yield annotation
-    elif get_origin(annotation) in (Annotated, Union, types.UnionType, tuple, dict):
-        for argument in get_args(annotation):
-            yield from _models_in(argument)

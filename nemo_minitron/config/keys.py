@@ -68,6 +68,15 @@ def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
+def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The schema classes inside tuple[...], dict[...], Optional and Annotated."""
+    if is_section(annotation):
+        yield annotation
+    elif get_origin(annotation) in (Annotated, Union, types.UnionType, tuple, dict):
+        for argument in get_args(annotation):
+            yield from sections_in(argument)
+
+
 def _parts(annotation: Any) -> Iterator[Any]:
     """The members of unions and what is annotated."""
     if get_origin(annotation) is Annotated:

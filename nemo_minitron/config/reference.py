@@ -6,13 +6,13 @@ import ast
 import inspect
 import json
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
 
-from nemo_minitron.config.keys import is_section, stage_classes
+from nemo_minitron.config.keys import sections_in, stage_classes
 from nemo_minitron.config.schema import Execution, Recipe
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -106,15 +106,8 @@ def _models(root: type[BaseModel]) -> list[type[BaseModel]]:
     found = [root]
     for model in found:
         for field in model.model_fields.values():
-            found += [one for one in _inside(field.annotation) if one not in found]
+            found += [one for one in sections_in(field.annotation) if one not in found]
     return found
-
-
-def _inside(annotation: Any) -> Iterator[type[BaseModel]]:
-    if is_section(annotation):
-        yield annotation
-    for part in getattr(annotation, "__args__", ()):
-        yield from _inside(part)
 
 
 def page() -> str:

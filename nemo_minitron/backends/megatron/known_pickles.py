@@ -87,7 +87,7 @@ _REPLACED: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("builtins", "bytearray"): lambda value=b"": bytearray(_bytes(value)),
     ("_codecs", "encode"): _latin1,
     ("torch.storage", "_load_from_bytes"): _stored_tensor,
-    # By which Megatron-Core replaces it since 0.17.
+    # Megatron-Core puts this in its place since 0.17.
     ("megatron.core.safe_globals", "safe_load_from_bytes"): _stored_tensor,
 }
 

@@ -141,7 +141,7 @@ def norm() -> Any:
 
 
 def attention_parts(*, qk_norm: bool) -> dict[str, Any]:
-    """Of a layer's submodules, those of its attention."""
+    """The submodules of a layer that belong to its attention."""
     modules = _modules()
     head_norm = modules["norm"] if qk_norm else IdentityOp
     attention = SelfAttentionSubmodules(
@@ -161,7 +161,7 @@ def attention_parts(*, qk_norm: bool) -> dict[str, Any]:
 
 
 def mlp_parts() -> dict[str, Any]:
-    """Of a layer's submodules, those of its MLP."""
+    """The submodules of a layer that belong to its MLP."""
     modules = _modules()
     return {
         "pre_mlp_layernorm": modules["norm"],

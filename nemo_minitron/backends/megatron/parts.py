@@ -1,4 +1,4 @@
-"""Where a built Megatron model has its layers, norms, embeddings and head, and what the axis table calls them.
+"""Finds the layers, norms, embeddings and head of a built Megatron model, and their names in the axis table.
 
 The one place that knows: the other modules ask here, so that Megatron's names and classes may change.
 """
