@@ -47,7 +47,7 @@ COPY nemo_minitron nemo_minitron
 COPY configs configs
 COPY recipes recipes
 # From its repository: the wheel lacks the programs and configs that stages and `minitron rlhf` look for in /opt/NeMo-Aligner.
-RUN version=$(sed -n 's/^nemo-aligner==//p' nemo_minitron/backends/aligner/requirements.txt) \
+RUN version=$(sed -n 's/^nemo-aligner==//p' nemo_minitron/backends/alignment/nemo_aligner/requirements.txt) \
     && rm -rf /opt/NeMo-Aligner \
     && git clone --depth 1 --branch "v$version" https://github.com/NVIDIA/NeMo-Aligner.git /opt/NeMo-Aligner \
     && pip install --no-cache-dir --no-deps /opt/NeMo-Aligner

@@ -12,13 +12,14 @@ from statistics import median
 
 import torch
 
-from nemo_minitron.backends.megatron import distill, training
-from nemo_minitron.backends.megatron.forward import model_logits
-from nemo_minitron.backends.megatron.session import open_session
-from nemo_minitron.backends.megatron.weights import load_model
-from nemo_minitron.cli import load_recipe
+from nemo_minitron.backends.megatron.distillation import distill
+from nemo_minitron.backends.megatron.model.forward import model_logits
+from nemo_minitron.backends.megatron.model.weights import load_model
+from nemo_minitron.backends.megatron.runtime.session import open_session
+from nemo_minitron.backends.megatron.training import loop as training
+from nemo_minitron.cli.main import load_recipe
 from nemo_minitron.config.schema import DistillStage, Parallel
-from nemo_minitron.stages.runner import RunOptions, run_recipe
+from nemo_minitron.execution.runner import RunOptions, run_recipe
 
 ROUNDS = 5
 RECIPE = Path(__file__).resolve().parents[1] / "recipes/smollm2_135m/width.yaml"

@@ -109,7 +109,7 @@ def bench_loss() -> dict[str, float]:
 
 def random_model(config: dict[str, Any], folder: Path) -> Path:
     from nemo_minitron.config.schema import InitStage
-    from nemo_minitron.stages.init import _write_weights
+    from nemo_minitron.stages.init.run import _write_weights
 
     folder.mkdir()
     stage = {"kind": "init", "architecture": config, "tokenizer": {"vocab_size": 300, "sources": [{"source": "-"}]}}
@@ -119,13 +119,14 @@ def random_model(config: dict[str, Any], folder: Path) -> Path:
 
 def bench_step(root: Path) -> dict[str, float]:
     """A distillation step against teacher forward plus student forward and backward; and against a cached teacher."""
-    from nemo_minitron.backends.megatron import distill, training
-    from nemo_minitron.backends.megatron.forward import evaluating, model_logits
-    from nemo_minitron.backends.megatron.session import open_session
-    from nemo_minitron.backends.megatron.teacher_cache import write_cache
-    from nemo_minitron.backends.megatron.weights import load_model
+    from nemo_minitron.backends.megatron.distillation import distill
+    from nemo_minitron.backends.megatron.distillation.teacher_cache import write_cache
+    from nemo_minitron.backends.megatron.model.forward import evaluating, model_logits
+    from nemo_minitron.backends.megatron.model.weights import load_model
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+    from nemo_minitron.backends.megatron.training import loop as training
     from nemo_minitron.distillation.cache import write_facts
-    from nemo_minitron.progress import Progress
+    from nemo_minitron.system.progress import Progress
     from tests.support.tiny_data import tiny_data_dir
 
     teacher, student = random_model(TEACHER, root / "teacher"), random_model(STUDENT, root / "student")

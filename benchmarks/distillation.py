@@ -24,11 +24,11 @@ from typing import Any, Literal
 
 from distillation_claims import write_page
 
-from nemo_minitron.cli import load_recipe
+from nemo_minitron.cli.main import load_recipe
+from nemo_minitron.execution.runner import RunOptions, run_recipe
 from nemo_minitron.plan.checks import require_valid
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import make_plan
-from nemo_minitron.stages.runner import RunOptions, run_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes/claims"
@@ -196,10 +196,11 @@ def train(trial: Trial, run: Path, size: Size) -> dict[str, Any]:
 
 
 def _train(trial: Trial, student: Path, run: Path, steps: int, size: Size, work: Path) -> list[dict[str, Any]]:
-    from nemo_minitron.backends.megatron import distill, training
-    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.distillation import distill
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+    from nemo_minitron.backends.megatron.training import loop as training
     from nemo_minitron.config.schema import DistillStage, Parallel
-    from nemo_minitron.progress import Progress
+    from nemo_minitron.system.progress import Progress
 
     work.mkdir(parents=True)
     params = DistillStage.model_validate(_keys(trial, steps, size))
@@ -239,15 +240,15 @@ def _keys(trial: Trial, steps: int, size: Size) -> dict[str, Any]:
 
 def _cut(model: Path, run: Path, like: str, out: Path, size: Size) -> Path:
     """Score the trained model anew and cut it to the sizes of another student."""
-    from nemo_minitron.backends.megatron.datasets import step_batches, training_samples
-    from nemo_minitron.backends.megatron.session import open_session
-    from nemo_minitron.backends.megatron.stats import activation_scores
-    from nemo_minitron.backends.megatron.weights import load_model
+    from nemo_minitron.backends.megatron.data.datasets import step_batches, training_samples
+    from nemo_minitron.backends.megatron.model.weights import load_model
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+    from nemo_minitron.backends.megatron.scoring.stats import activation_scores
     from nemo_minitron.config.schema import Parallel, ScoreStage, SelectStage
     from nemo_minitron.hf.checkpoint import Checkpoint
-    from nemo_minitron.progress import Progress
     from nemo_minitron.pruning.selection import choose_keep
     from nemo_minitron.pruning.slicing import prune_checkpoint
+    from nemo_minitron.system.progress import Progress
 
     sizes = Checkpoint.open(run / like).shape.sizes()
     target = {key: sizes[key] for key in ("hidden_size", "ffn_hidden_size")}

@@ -19,10 +19,11 @@ import torch
 from bench import interleaved
 from distill import SHAPE, STEP, STUDENT, TEACHER, _memory_gib, random_model
 
-from nemo_minitron.backends.megatron import distill, training
-from nemo_minitron.backends.megatron.optim import Trainable, make_trainable
-from nemo_minitron.backends.megatron.session import Session, open_session
-from nemo_minitron.backends.megatron.weights import load_model
+from nemo_minitron.backends.megatron.distillation import distill
+from nemo_minitron.backends.megatron.model.weights import load_model
+from nemo_minitron.backends.megatron.runtime.session import Session, open_session
+from nemo_minitron.backends.megatron.training import loop as training
+from nemo_minitron.backends.megatron.training.optim import Trainable, make_trainable
 from nemo_minitron.config.schema import DistillStage, Parallel
 from tests.support.tiny_data import tiny_data_dir
 

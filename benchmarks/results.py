@@ -22,25 +22,30 @@ import torch
 from claims import CLAIMS, render
 from distillation_claims import BEGIN
 
-from nemo_minitron.backends.megatron.datasets import HeldOutBatches, heldout_batches, step_batches, training_samples
-from nemo_minitron.backends.megatron.depth_scores import DepthSamples, depth_scores, task_batches
-from nemo_minitron.backends.megatron.evaluate import sum_nll
-from nemo_minitron.backends.megatron.forward import Batch
-from nemo_minitron.backends.megatron.removal import effects_of_removal
-from nemo_minitron.backends.megatron.session import Session, open_session
-from nemo_minitron.backends.megatron.stats import activation_scores
-from nemo_minitron.backends.megatron.weights import load_model
-from nemo_minitron.cli import load_recipe
+from nemo_minitron.backends.megatron.data.datasets import (
+    HeldOutBatches,
+    heldout_batches,
+    step_batches,
+    training_samples,
+)
+from nemo_minitron.backends.megatron.model.evaluate import sum_nll
+from nemo_minitron.backends.megatron.model.forward import Batch
+from nemo_minitron.backends.megatron.model.weights import load_model
+from nemo_minitron.backends.megatron.runtime.session import Session, open_session
+from nemo_minitron.backends.megatron.scoring.depth_scores import DepthSamples, depth_scores, task_batches
+from nemo_minitron.backends.megatron.scoring.removal import effects_of_removal
+from nemo_minitron.backends.megatron.scoring.stats import activation_scores
+from nemo_minitron.cli.main import load_recipe
 from nemo_minitron.config.schema import Parallel, ScoreStage, SelectStage
 from nemo_minitron.evaluation.choice_task import ChoiceTask, load_choice_task
+from nemo_minitron.execution.runner import RunOptions, run_recipe
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.hf.tokenizer import load_tokenizer
-from nemo_minitron.progress import Progress
 from nemo_minitron.pruning.depth import task_error
 from nemo_minitron.pruning.magnitude import magnitude_scores
 from nemo_minitron.pruning.selection import choose_keep
 from nemo_minitron.pruning.slicing import prune_checkpoint
-from nemo_minitron.stages.runner import RunOptions, run_recipe
+from nemo_minitron.system.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes/smollm2_135m/width.yaml"

@@ -13,14 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from nemo_minitron.backends.megatron.datasets import step_batches, training_samples
-from nemo_minitron.backends.megatron.forward import Batch, evaluating, forward_batches
-from nemo_minitron.backends.megatron.session import open_session
-from nemo_minitron.backends.megatron.stats import activation_scores
-from nemo_minitron.backends.megatron.weights import load_model
-from nemo_minitron.cli import load_recipe
+from nemo_minitron.backends.megatron.data.datasets import step_batches, training_samples
+from nemo_minitron.backends.megatron.model.forward import Batch, evaluating, forward_batches
+from nemo_minitron.backends.megatron.model.weights import load_model
+from nemo_minitron.backends.megatron.runtime.session import open_session
+from nemo_minitron.backends.megatron.scoring.stats import activation_scores
+from nemo_minitron.cli.main import load_recipe
 from nemo_minitron.config.schema import Parallel, ScoreStage
-from nemo_minitron.stages.runner import RunOptions, run_recipe
+from nemo_minitron.execution.runner import RunOptions, run_recipe
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes/smollm2_135m/width.yaml"
 SEQ_LEN_TOKENS, MICRO_BATCH_SIZE, NUM_BATCHES, ROUNDS = 512, 4, 2, 7

@@ -24,9 +24,9 @@ import torch
 from nemo_minitron.families import ModelShape, parameters, read_shape, tensor_shape
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.hf.stream_writer import Planned, StreamWriter
-from nemo_minitron.progress import Progress
 from nemo_minitron.pruning.plan_file import PrunePlan
 from nemo_minitron.pruning.slicing import prune_checkpoint
+from nemo_minitron.system.progress import Progress
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

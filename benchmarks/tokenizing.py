@@ -26,9 +26,9 @@ from pathlib import Path
 
 import zstandard
 
-from nemo_minitron.cores import usable_cores
 from nemo_minitron.data.blocks import read_blocks
 from nemo_minitron.hf.source import BUILT_IN
+from nemo_minitron.system.cores import usable_cores
 
 REPO = Path(__file__).resolve().parents[1]
 PASSAGES = Path("benchmark-train-passages") / "passages.jsonl"

@@ -3,8 +3,9 @@
 Two ends are pinned: `newest.txt`, the newest versions that fit together on each Python, and `oldest.txt`, the oldest
 ones that pyproject.toml allows on Python 3.10. Pins that still fit are kept; `make lock UPGRADE=1` takes newer ones.
 torch is pinned by hand, in `torch-newest.txt` and `torch-oldest.txt`: its build depends on the machine. The pins of
-NeMo-Aligner, `nemo_minitron/backends/aligner/requirements.txt`, are chosen by hand too. A lock file adds to each pin
-the sha256 of each of its files on PyPI; the command stops where a pin has no file for a supported Python.
+NeMo-Aligner, in `nemo_minitron/backends/alignment/nemo_aligner/requirements.txt`, are chosen by hand too. A lock file
+adds to each pin the sha256 of each of its files on PyPI; the command stops where a pin has no file for a supported
+Python.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from setuptools.config.pyprojecttoml import read_configuration
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PROJECT = ROOT / "pyproject.toml"
-ALIGNER = ROOT / "nemo_minitron/backends/aligner/requirements.txt"
+ALIGNER = ROOT / "nemo_minitron/backends/alignment/nemo_aligner/requirements.txt"
 BUILD = ("setuptools",)
 """What packages without a wheel are built with: it has to be there before they are."""
 NO_DEPENDENCIES = ("megatron-core",)

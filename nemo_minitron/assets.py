@@ -27,7 +27,7 @@ from nemo_minitron.data.benchmark_pairs import answers, pairs
 from nemo_minitron.data.benchmark_passages import Row, passages
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.hf.source import BUILT_IN, asset_path
-from nemo_minitron.progress import Progress
+from nemo_minitron.system.progress import Progress
 
 POLL_S = 0.3
 

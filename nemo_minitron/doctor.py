@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from nemo_minitron.cores import usable_cores
+from nemo_minitron.system.cores import usable_cores
 
 Level = Literal["ok", "newer", "missing", "problem"]
 """`newer`: newer than what was tested. It may well work, and keeps nothing from running."""
@@ -163,7 +163,7 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _aligner() -> Iterator[Finding]:
-    from nemo_minitron.backends.aligner.environment import SUPPORTED_ALIGNER, aligner_python
+    from nemo_minitron.backends.alignment.nemo_aligner.environment import SUPPORTED_ALIGNER, aligner_python
     from nemo_minitron.errors import MinitronError
 
     try:

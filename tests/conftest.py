@@ -27,7 +27,7 @@ def minitron(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     """Call the command line in this process: minitron("run", RECIPE, "key=value") -> (exit code, output)."""
 
     def call(*args: object) -> tuple[int, str]:
-        from nemo_minitron.cli import main
+        from nemo_minitron.cli.main import main
 
         monkeypatch.setattr(sys, "argv", ["minitron", *map(str, args)])
         code = 0
@@ -44,8 +44,8 @@ def minitron(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """run_root of one finished toy run; read only."""
-    from nemo_minitron.cli import load_recipe
-    from nemo_minitron.stages.runner import RunOptions, run_recipe
+    from nemo_minitron.cli.main import load_recipe
+    from nemo_minitron.execution.runner import RunOptions, run_recipe
 
     root = tmp_path_factory.mktemp("toy")
     run_recipe(load_recipe(TOY, [f"execution.run_root={root}"]), RunOptions(), quiet=True)

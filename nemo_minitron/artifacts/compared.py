@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.manifest import file_facts
-from nemo_minitron.files import sealed, unsealed, write_whole
-from nemo_minitron.safe_files import require_real_folder
+from nemo_minitron.system.files import sealed, unsealed, write_whole
+from nemo_minitron.system.safe_files import require_real_folder
 
 Facts = Mapping[str, Any]
 """What a manifest says of a file: {bytes, sha256}."""

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import __version__
-from nemo_minitron.disclosure import told_command
 from nemo_minitron.errors import ArtifactError
-from nemo_minitron.files import sealed, unsealed
+from nemo_minitron.system.disclosure import told_command
+from nemo_minitron.system.files import sealed, unsealed
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA = 1

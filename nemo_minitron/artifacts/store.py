@@ -17,11 +17,11 @@ from typing import IO, Any, Literal
 from nemo_minitron.artifacts.compared import COMPARED, changed_file
 from nemo_minitron.artifacts.manifest import Manifest, file_facts, hash_files, read_manifest, write_manifest
 from nemo_minitron.artifacts.types import Artifact, Inputs
-from nemo_minitron.disclosure import told_command
 from nemo_minitron.errors import ArtifactError
-from nemo_minitron.files import read_json, write_whole
-from nemo_minitron.ownership import require_own, require_own_tree, work_mode
-from nemo_minitron.safe_files import ROOT_MODE, TEMPORARY, open_lock, own_folder, require_real_folder
+from nemo_minitron.system.disclosure import told_command
+from nemo_minitron.system.files import read_json, write_whole
+from nemo_minitron.system.ownership import require_own, require_own_tree, work_mode
+from nemo_minitron.system.safe_files import ROOT_MODE, TEMPORARY, open_lock, own_folder, require_real_folder
 
 _WORK, _SUPERSEDED, _PARTIAL = ".work", ".superseded", ".partial-"
 _CHANGED = "was changed or damaged after the stage finished"

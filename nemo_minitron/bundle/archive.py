@@ -14,8 +14,8 @@ from typing import IO, Any
 
 from nemo_minitron.bundle.items import Item, sorted_items
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.progress import Bar, Progress
-from nemo_minitron.safe_files import replacing
+from nemo_minitron.system.progress import Bar, Progress
+from nemo_minitron.system.safe_files import replacing
 
 SUFFIX = ".tar"
 MANIFEST_FILE, SUMS_FILE, INSTALL_FILE = "manifest.json", "SHA256SUMS", "install.sh"

@@ -15,14 +15,14 @@ from nemo_minitron.config.explain import validate
 from nemo_minitron.config.places import RECIPES, recipe_name, require_recipe
 from nemo_minitron.config.schema import EvaluateStage, Recipe, Schema, ScoreStage
 from nemo_minitron.errors import PlanError
-from nemo_minitron.files import user_path
 from nemo_minitron.hf.source import ASSET, BUILT_IN, HUB
 from nemo_minitron.plan.checks import require_valid
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import make_plan
 from nemo_minitron.plan.sources import read_by
-from nemo_minitron.progress import Progress
 from nemo_minitron.stages.spec import STAGES
+from nemo_minitron.system.files import user_path
+from nemo_minitron.system.progress import Progress
 
 MOST_LINKS_NAMED = 20
 _EXECUTION_ASSETS = "execution.assets_dir"

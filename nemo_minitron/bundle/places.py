@@ -21,9 +21,9 @@ from nemo_minitron.config.schema import (
     Schema,
     TokenizeStage,
 )
-from nemo_minitron.files import user_path
 from nemo_minitron.hf.links import leads_out, require_inside
 from nemo_minitron.hf.source import ASSET, BUILT_IN, HUB, HUB_FILES, NOT_FROM_HUB, hub_copy, resolve_model, resolve_path
+from nemo_minitron.system.files import user_path
 
 ASSETS_DIR = Execution().assets_dir
 """A bundle is used from its own folder, with the default folders."""

@@ -10,9 +10,9 @@ from pydantic import BaseModel, ValidationError
 
 from nemo_minitron.config.keys import sections_in, stage_classes
 from nemo_minitron.config.schema import Recipe
-from nemo_minitron.disclosure import is_private_key
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.shown import shown
+from nemo_minitron.system.disclosure import is_private_key
+from nemo_minitron.system.shown import shown
 
 Location = tuple[Any, ...]
 _MAX_SAID_CHARS, _QUOTE = 300, "'"

@@ -18,7 +18,7 @@ from nemo_minitron.data.blocks import read_blocks, read_whole
 from nemo_minitron.data.found import file_format
 from nemo_minitron.errors import DataError, shortened
 from nemo_minitron.limits import DOCUMENT_BYTES, LINE_BYTES
-from nemo_minitron.shown import shown_names
+from nemo_minitron.system.shown import shown_names
 
 Span = tuple[int, int]
 """Lines that begin at these bytes of a file, the second excluded."""

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nemo_minitron.cores import usable_cores
 from nemo_minitron.data.encoder import Encoder
 from nemo_minitron.data.shards import Shard, ShardFolder, Task
 from nemo_minitron.data.tokenization import DocumentTokenizer
 from nemo_minitron.errors import EnvironmentProblem, Interrupted
-from nemo_minitron.interrupts import exit_without_parent
-from nemo_minitron.stages.same_code import safe_path_of_children
+from nemo_minitron.execution.same_code import safe_path_of_children
+from nemo_minitron.system.cores import usable_cores
+from nemo_minitron.system.interrupts import exit_without_parent
 
 BYTES_PER_PROCESS = 1 << 22
 """A process takes about a second to start: it has to have this much to do."""

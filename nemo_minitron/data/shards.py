@@ -19,7 +19,7 @@ from nemo_minitron.data.encoder import Encoder
 from nemo_minitron.data.pieces import Piece
 from nemo_minitron.data.readers import Text, read_documents
 from nemo_minitron.errors import DataError
-from nemo_minitron.files import sealed, unsealed, write_whole
+from nemo_minitron.system.files import sealed, unsealed, write_whole
 
 RECORD = ".shard.json"
 """Ending of the file that makes a shard count; the script of a job looks for it."""

@@ -16,12 +16,12 @@ from nemo_minitron.artifacts.manifest import installed_version
 from nemo_minitron.errors import MinitronError, NumericsError
 from nemo_minitron.evaluation.generation import load_for_inference
 from nemo_minitron.families import ModelShape, num_params
-from nemo_minitron.files import cache_dir
 from nemo_minitron.hf.checkpoint import Checkpoint
+from nemo_minitron.system.files import cache_dir
 
 if TYPE_CHECKING:
-    from nemo_minitron.backends.megatron.probe import Probe
-    from nemo_minitron.backends.megatron.session import Session
+    from nemo_minitron.backends.megatron.model.probe import Probe
+    from nemo_minitron.backends.megatron.runtime.session import Session
 
 LIMIT = 1e-3
 """Largest accepted difference of two logits, for logits whose standard deviation is between 1 and 10."""
@@ -92,7 +92,7 @@ def _identity(checkpoint: Checkpoint) -> str:
 
 def _compare(checkpoint: Checkpoint, session: Session | None) -> dict[str, float]:
     """{difference, limit}. Raises as `require_agreement`."""
-    from nemo_minitron.backends.megatron.probe import ask
+    from nemo_minitron.backends.megatron.model.probe import ask
 
     probe = make_probe(checkpoint.shape)
     model = load_for_inference(checkpoint.path, "fp32", "cpu", num_layers=probe.num_layers)
@@ -122,7 +122,7 @@ def _compare(checkpoint: Checkpoint, session: Session | None) -> dict[str, float
 
 def make_probe(shape: ModelShape) -> Probe:
     """Token ids from all over the vocabulary, the first and the last among them."""
-    from nemo_minitron.backends.megatron.probe import Probe
+    from nemo_minitron.backends.megatron.model.probe import Probe
 
     # Neither Megatron nor this probe looks back further than a sliding window.
     size = min(len(POSITIONS), shape.sliding_window_tokens or len(POSITIONS))

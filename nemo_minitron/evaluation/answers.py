@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.hf.transformers_versions import generate
-from nemo_minitron.progress import Progress
+from nemo_minitron.system.progress import Progress
 
 Sequences = Sequence[tuple[list[int], list[int]]]
 """Token ids of prompts and of answers."""

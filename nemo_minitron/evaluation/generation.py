@@ -11,10 +11,10 @@ import torch
 
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.evaluation.model_config import generation_config, model_config
-from nemo_minitron.heap import keep_freed_memory
 from nemo_minitron.hf.checkpoint import Checkpoint, require_tied_head
 from nemo_minitron.hf.tokenizer import require_known_ids
 from nemo_minitron.hf.transformers_versions import dtype_option, generate
+from nemo_minitron.system.heap import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

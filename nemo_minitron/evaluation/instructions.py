@@ -17,7 +17,7 @@ from nemo_minitron.data.chat.bad_rows import BadRows
 from nemo_minitron.data.chat.files import RawRow, chat_files, read_rows
 from nemo_minitron.data.chat.rows import BadRow, checked_text
 from nemo_minitron.errors import DataError, EnvironmentProblem
-from nemo_minitron.shown import shown
+from nemo_minitron.system.shown import shown
 
 PUNKT = "punkt_tab"
 """nltk's model of sentences, which some rules need and no package ships."""

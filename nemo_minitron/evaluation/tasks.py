@@ -22,7 +22,7 @@ from nemo_minitron.hf.tokenizer import require_known_ids
 from nemo_minitron.hf.transformers_versions import network_errors
 
 if TYPE_CHECKING:
-    from nemo_minitron.progress import Progress
+    from nemo_minitron.system.progress import Progress
 
 FALLBACK_BATCH_SIZE = 16
 """Of requests that `score_answers` does not take: texts to generate, contexts that must be cut."""

@@ -10,7 +10,7 @@ from nemo_minitron.errors import CheckpointError, shortened
 from nemo_minitron.families.rope import Rope, read_rope, rope_keys
 from nemo_minitron.families.shape import ModelShape
 from nemo_minitron.families.values import positive, size, switch
-from nemo_minitron.shown import shown, shown_name
+from nemo_minitron.system.shown import shown, shown_name
 
 FAMILIES: dict[str, str] = {
     "LlamaForCausalLM": "llama",

@@ -14,7 +14,7 @@ from typing import Any
 from nemo_minitron.errors import CheckpointError, shortened
 from nemo_minitron.families.shape import Llama3RopeScaling
 from nemo_minitron.families.values import positive, table
-from nemo_minitron.shown import shown
+from nemo_minitron.system.shown import shown
 
 LLAMA3_CONSTANTS: dict[str, float | int] = {
     "low_freq_factor": 1.0,

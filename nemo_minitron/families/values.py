@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.shown import shown
+from nemo_minitron.system.shown import shown
 
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 10_000

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_minitron.hf.impostors import damaged, require_content
 from nemo_minitron.limits import CONFIG_BYTES, Limit, too_large
-from nemo_minitron.shown import shown
+from nemo_minitron.system.shown import shown
 
 
 def read_json_object(file: Path, limit: Limit = CONFIG_BYTES) -> dict[str, Any]:

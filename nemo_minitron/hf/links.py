@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.ownership import TRUST_VARIABLE, is_trusted
+from nemo_minitron.system.ownership import TRUST_VARIABLE, is_trusted
 
 _CACHE_PARTS = ("blobs", "snapshots")
 """Of a repository in the hub's cache: `models--ORG--NAME/snapshots/COMMIT/FILE` is a link to `../../blobs/HASH`."""

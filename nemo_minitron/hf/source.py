@@ -6,9 +6,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from nemo_minitron.errors import CheckpointError, EnvironmentProblem
-from nemo_minitron.files import user_path
 from nemo_minitron.hf.gguf_parts import split_part
 from nemo_minitron.hf.links import require_inside
+from nemo_minitron.system.files import user_path
 
 ASSET = "asset:"
 HUB = "hf:"

@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 
 from nemo_minitron.config.schema import Cluster, Recipe
-from nemo_minitron.disclosure import environment_script, write_private
 from nemo_minitron.errors import EnvironmentProblem, Interrupted, PlanError
+from nemo_minitron.execution.runner import RunOptions, settle, write_recipe
 from nemo_minitron.launch import record
 from nemo_minitron.launch.containers import IN_CONTAINER, docker_environment, docker_run, folders_to_make, inside
 from nemo_minitron.launch.jobs import jobs_of, missing_images, misspelt_images
 from nemo_minitron.launch.submit import cluster_of, placed
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, make_plan
-from nemo_minitron.safe_files import own_folder
-from nemo_minitron.stages.runner import RunOptions, settle, write_recipe
+from nemo_minitron.system.disclosure import environment_script, write_private
+from nemo_minitron.system.safe_files import own_folder
 
 INTERRUPTED = 130
 

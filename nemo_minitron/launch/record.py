@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from nemo_minitron.errors import ArtifactError
-from nemo_minitron.files import read_json, write_whole
 from nemo_minitron.launch.answers import split_id
+from nemo_minitron.system.files import read_json, write_whole
 
 LAUNCH_DIR, JOBS_FILE, RECIPE_FILE, LOCK_FILE = "launch", "jobs.json", "recipe.json", ".lock"
 

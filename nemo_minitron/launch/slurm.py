@@ -22,7 +22,7 @@ from nemo_minitron.launch.answers import (
     submitted_ids,
     with_cluster,
 )
-from nemo_minitron.outer_job import for_slurm
+from nemo_minitron.system.outer_job import for_slurm
 
 TIMEOUT_S = 60.0
 PATIENCE_S, RETRY_S = 300.0, 5.0

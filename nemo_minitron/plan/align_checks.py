@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nemo_minitron.backends.aligner.config import Method, override_problems
-from nemo_minitron.backends.aligner.model_config import unknown_to_nemo
+from nemo_minitron.backends.alignment.nemo_aligner.config import Method, override_problems
+from nemo_minitron.backends.alignment.nemo_aligner.model_config import unknown_to_nemo
 from nemo_minitron.config.schema import (
     Alignment,
     AnnotateStage,

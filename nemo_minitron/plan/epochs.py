@@ -8,9 +8,9 @@ from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.schema import DistillStage, Schema, TrainStage
 from nemo_minitron.data.used import MOST_EPOCHS, expected_use
 from nemo_minitron.errors import ArtifactError
-from nemo_minitron.files import read_json
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan
+from nemo_minitron.system.files import read_json
 
 
 def epoch_warnings(plan: RunPlan) -> Iterator[str]:

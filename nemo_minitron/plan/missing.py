@@ -8,10 +8,10 @@ from pathlib import Path
 
 from nemo_minitron.config.schema import Recipe
 from nemo_minitron.data.found import is_there
-from nemo_minitron.files import user_path
 from nemo_minitron.hf.source import ASSET, HUB, asset_path
 from nemo_minitron.plan.planner import RunPlan
 from nemo_minitron.plan.sources import read_by
+from nemo_minitron.system.files import user_path
 
 
 def missing_sources(plan: RunPlan) -> Iterator[str]:

@@ -24,11 +24,11 @@ from nemo_minitron.config.schema import (
     TrainStage,
 )
 from nemo_minitron.families import ModelShape, num_params, read_shape, target_shape
-from nemo_minitron.files import user_path
 from nemo_minitron.hf.json_file import read_json_object
 from nemo_minitron.hf.source import ASSET, HUB, asset_path, hub_copy
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.pruning.search import SEARCH_FILE, winner_of
+from nemo_minitron.system.files import user_path
 
 
 def model_shape(recipe: Recipe, stage: str, seen: frozenset[str] = frozenset()) -> ModelShape | None:

@@ -22,8 +22,8 @@ from nemo_minitron.config.schema import (
 from nemo_minitron.data.found import CHAT_FORMATS, FORMATS, source_files
 from nemo_minitron.data.globs import files_below, matches
 from nemo_minitron.errors import DataError
-from nemo_minitron.files import user_path
 from nemo_minitron.hf.source import ASSET, HUB, asset_path
+from nemo_minitron.system.files import user_path
 
 
 def read_by(stage: Schema) -> Iterator[tuple[str, str]]:

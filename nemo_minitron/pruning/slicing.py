@@ -14,10 +14,10 @@ from nemo_minitron.errors import NumericsError
 from nemo_minitron.families import ModelShape, Parameter, Row, num_params, parameters, tensor_shape, write_config
 from nemo_minitron.hf.checkpoint import Checkpoint, copy_side_files
 from nemo_minitron.hf.stream_writer import Planned, StreamWriter
-from nemo_minitron.progress import Progress
 from nemo_minitron.pruning.axes import Keep, expand_keep
 from nemo_minitron.pruning.merge import merge_heads
 from nemo_minitron.pruning.plan_file import PrunePlan, require_uniform
+from nemo_minitron.system.progress import Progress
 
 Item = TypeVar("Item")
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

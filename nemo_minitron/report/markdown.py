@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_minitron.report.alignment import tables
-from nemo_minitron.terminal import visible
+from nemo_minitron.system.terminal import visible
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

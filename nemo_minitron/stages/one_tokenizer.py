@@ -80,7 +80,7 @@ def _used(inputs: Inputs, tokens: AddedTokens, texts: tuple[Path, ...]) -> Added
     data = inputs.get("data")
     found: set[int] = set()
     if data is not None:
-        from nemo_minitron.backends.megatron.used_ids import used_ids
+        from nemo_minitron.backends.megatron.data.used_ids import used_ids
 
         found = used_ids(data.path, tokens.keys())
     for file in texts:

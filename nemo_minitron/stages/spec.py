@@ -12,11 +12,11 @@ from nemo_minitron.artifacts.compared import COMPARED, LOGITS_FILE
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.config.schema import Execution, Schema
 from nemo_minitron.config.schema.base import TEMPLATE_DATE
-from nemo_minitron.interrupts import StopRequest
-from nemo_minitron.progress import Progress
+from nemo_minitron.system.interrupts import StopRequest
+from nemo_minitron.system.progress import Progress
 
 if TYPE_CHECKING:
-    from nemo_minitron.backends.megatron.session import Session
+    from nemo_minitron.backends.megatron.runtime.session import Session
 
 Result = Mapping[str, Any]
 """JSON facts for the manifest."""
@@ -100,32 +100,32 @@ def _spec(kind: str, entry: str, *, version: int = 1, **flags: bool) -> StageSpe
 STAGES: dict[str, StageSpec] = {
     spec.kind: spec
     for spec in (
-        _spec("import", "import_model:import_model"),
-        _spec("adopt", "adopt:adopt"),
-        _spec("init", "init:init"),
-        _spec("tokenize", "tokenize:tokenize"),
-        _spec("chat_data", "chat_data:chat_data", version=2),
-        _spec("sft", "align:sft", starts_ranks=True, needs_aligner=True),
-        _spec("steerlm_sft", "align:sft", starts_ranks=True, needs_aligner=True),
-        _spec("dpo", "align:dpo", starts_ranks=True, needs_aligner=True),
-        _spec("distill_offline", "distill_offline:distill_offline", starts_ranks=True, needs_aligner=True),
-        _spec("train_attribute_model", "align:train_attribute_model", starts_ranks=True, needs_aligner=True),
-        _spec("annotate", "annotate:annotate", one_gpu=True, needs_aligner=True),
-        _spec("evaluate_chat", "evaluate_chat:evaluate_chat", version=2, one_gpu=True),
-        _spec("check_teacher", "check_teacher:check_teacher", distributed=True),
-        _spec("score", "score:score", version=2, distributed=True),
-        _spec("candidate", "candidate:candidate", distributed=True),
-        _spec("search", "search:search", reads_results=True),
-        _spec("select", "select:select", version=2),
-        _spec("prune", "prune:prune", version=2),
-        _spec("cache_teacher", "cache_teacher:cache_teacher", version=2, distributed=True),
-        _spec("distill", "distill:distill", version=3, distributed=True),
-        _spec("train", "train:train", distributed=True),
-        _spec("correct", "train:train", distributed=True),
-        _spec("evaluate", "evaluate:evaluate", distributed=True),
-        _spec("speed", "speed:speed", one_gpu=True),
-        _spec("export", "export:export"),
-        _spec("report", "report:report", reads_results=True),
+        _spec("import", "import_model.run:import_model"),
+        _spec("adopt", "adopt.run:adopt"),
+        _spec("init", "init.run:init"),
+        _spec("tokenize", "tokenize.run:tokenize"),
+        _spec("chat_data", "chat_data.run:chat_data", version=2),
+        _spec("sft", "align.run:sft", starts_ranks=True, needs_aligner=True),
+        _spec("steerlm_sft", "align.run:sft", starts_ranks=True, needs_aligner=True),
+        _spec("dpo", "align.run:dpo", starts_ranks=True, needs_aligner=True),
+        _spec("distill_offline", "distill_offline.run:distill_offline", starts_ranks=True, needs_aligner=True),
+        _spec("train_attribute_model", "align.run:train_attribute_model", starts_ranks=True, needs_aligner=True),
+        _spec("annotate", "annotate.run:annotate", one_gpu=True, needs_aligner=True),
+        _spec("evaluate_chat", "evaluate_chat.run:evaluate_chat", version=2, one_gpu=True),
+        _spec("check_teacher", "check_teacher.run:check_teacher", distributed=True),
+        _spec("score", "score.run:score", version=2, distributed=True),
+        _spec("candidate", "search.candidate:candidate", distributed=True),
+        _spec("search", "search.run:search", reads_results=True),
+        _spec("select", "select.run:select", version=2),
+        _spec("prune", "prune.run:prune", version=2),
+        _spec("cache_teacher", "cache_teacher.run:cache_teacher", version=2, distributed=True),
+        _spec("distill", "distill.run:distill", version=3, distributed=True),
+        _spec("train", "train.run:train", distributed=True),
+        _spec("correct", "train.run:train", distributed=True),
+        _spec("evaluate", "evaluate.run:evaluate", distributed=True),
+        _spec("speed", "speed.run:speed", one_gpu=True),
+        _spec("export", "export.run:export"),
+        _spec("report", "report.run:report", reads_results=True),
     )
 }
 

@@ -27,15 +27,15 @@ def _own(module: str) -> ModuleType:
 def _main() -> int:
     what, *words = sys.argv[1:]
     if what == "worker":
-        return int(_own("nemo_minitron.stages.worker").main(Path(*words)))
+        return int(_own("nemo_minitron.execution.worker").main(Path(*words)))
     if what == "probe":
-        _own("nemo_minitron.backends.megatron.probe").main(Path(*words))
+        _own("nemo_minitron.backends.megatron.model.probe").main(Path(*words))
         return 0
     if what == "log":
-        return int(_own("nemo_minitron.stages.output").main())
+        return int(_own("nemo_minitron.execution.output").main())
     if what == "ranks":
         # By its path: this Python need not have nemo-minitron or what it imports.
-        return int(runpy.run_path(str(PACKAGE / "stages" / "agent.py"))["main"](*words))
+        return int(runpy.run_path(str(PACKAGE / "execution" / "agent.py"))["main"](*words))
     # torchrun, of this Python.
     sys.argv[1:] = words
     runpy.run_module(what, run_name="__main__", alter_sys=True)

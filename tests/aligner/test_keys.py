@@ -11,8 +11,8 @@ from typing import get_args
 
 import pytest
 
-from nemo_minitron.backends.aligner.config import Method, base_config, flat
-from nemo_minitron.backends.aligner.environment import ENTRY, aligner_python
+from nemo_minitron.backends.alignment.nemo_aligner.config import Method, base_config, flat
+from nemo_minitron.backends.alignment.nemo_aligner.environment import ENTRY, aligner_python
 
 READERS = (
     "nemo_aligner",

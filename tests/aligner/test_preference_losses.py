@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_minitron.backends.aligner.process import run_task
+from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
 from tests.support.aligner import quiet
 from tests.support.preference_losses import LOSSES, Pairs, answer_log_probs
 

@@ -16,8 +16,8 @@ import torch
 import transformers
 from torch.distributed.checkpoint import FileSystemReader, load
 
-from nemo_minitron.backends.aligner.config import Method
-from nemo_minitron.backends.aligner.process import run_task
+from nemo_minitron.backends.alignment.nemo_aligner.config import Method
+from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
 from tests.support.aligner import Border, Layout, curves, losses, quiet, train, training_config, write_rows
 from tests.support.processes import MARK, marked
 from tests.support.tiny_models import load_transformers, tiny_model_dir

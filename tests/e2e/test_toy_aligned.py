@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_minitron.backends.aligner.environment import aligner_python
+from nemo_minitron.backends.alignment.nemo_aligner.environment import aligner_python
 from nemo_minitron.errors import EnvironmentProblem
 from tests.conftest import REPO, Cli
 from tests.support.aligner import finished

@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron import __version__
-from nemo_minitron.backends.aligner.environment import SUPPORTED_ALIGNER
-from nemo_minitron.backends.aligner.process import run_task
+from nemo_minitron.backends.alignment.nemo_aligner.environment import SUPPORTED_ALIGNER
+from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
 from nemo_minitron.config.compose import compose
 from nemo_minitron.config.explain import validate
 from nemo_minitron.config.places import shipped_recipes
-from nemo_minitron.interrupts import StopRequest
+from nemo_minitron.execution.nodes import RUNNER_VARIABLE, free_port
+from nemo_minitron.execution.ranks import ERROR_FILE, load_error
+from nemo_minitron.execution.same_code import START
 from nemo_minitron.plan.planner import make_plan
-from nemo_minitron.progress import Progress
-from nemo_minitron.stages.nodes import RUNNER_VARIABLE, free_port
-from nemo_minitron.stages.ranks import ERROR_FILE, load_error
-from nemo_minitron.stages.same_code import START
+from nemo_minitron.system.interrupts import StopRequest
+from nemo_minitron.system.progress import Progress
 from tests.conftest import REPO
 from tests.support.aligner import require_aligner
 from tests.support.wheel import copy_of_the_sources, make_sdist, make_wheel, must, venv_with

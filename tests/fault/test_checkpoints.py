@@ -16,16 +16,18 @@ import torch
 from megatron.core import dist_checkpointing
 
 from nemo_minitron.artifacts.manifest import file_facts
-from nemo_minitron.backends.megatron import distill, training, versions
-from nemo_minitron.backends.megatron.checkpoint import Checkpoints, Progressed, checkpoints
-from nemo_minitron.backends.megatron.intact import FACTS_FILE, read_facts
-from nemo_minitron.backends.megatron.session import open_session
+from nemo_minitron.backends.megatron.distillation import distill
+from nemo_minitron.backends.megatron.runtime import versions
+from nemo_minitron.backends.megatron.runtime.session import open_session
+from nemo_minitron.backends.megatron.training import loop as training
+from nemo_minitron.backends.megatron.training.checkpoint import Checkpoints, Progressed, checkpoints
+from nemo_minitron.backends.megatron.training.intact import FACTS_FILE, read_facts
 from nemo_minitron.config.schema import Execution, Parallel, TrainStage
 from nemo_minitron.errors import CheckpointError, NumericsError
-from nemo_minitron.files import sealed
-from nemo_minitron.progress import Progress
-from nemo_minitron.stages.distill import loop_options
+from nemo_minitron.stages.distill.run import loop_options
 from nemo_minitron.stages.spec import StageContext
+from nemo_minitron.system.files import sealed
+from nemo_minitron.system.progress import Progress
 from tests.support.distributed import run_ranks
 from tests.support.tiny_data import tiny_data_dir
 from tests.support.tiny_models import tiny_model_dir

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_minitron.backends.megatron import distill, training
-from nemo_minitron.backends.megatron.checkpoint import checkpoints
-from nemo_minitron.backends.megatron.datasets import training_samples
-from nemo_minitron.backends.megatron.session import open_session
+from nemo_minitron.backends.megatron.data.datasets import training_samples
+from nemo_minitron.backends.megatron.distillation import distill
+from nemo_minitron.backends.megatron.runtime.session import open_session
+from nemo_minitron.backends.megatron.training import loop as training
+from nemo_minitron.backends.megatron.training.checkpoint import checkpoints
 from nemo_minitron.config.schema import Parallel, TrainStage
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.progress import Progress
+from nemo_minitron.system.progress import Progress
 from tests.support.distributed import run_ranks
 from tests.support.part_runs import cut, flip
 from tests.support.tiny_data import tiny_data_dir

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.backends.megatron import distill, training
-from nemo_minitron.backends.megatron.checkpoint import checkpoints, step_of
-from nemo_minitron.backends.megatron.session import open_session
-from nemo_minitron.cli import load_plan
+from nemo_minitron.backends.megatron.distillation import distill
+from nemo_minitron.backends.megatron.runtime.session import open_session
+from nemo_minitron.backends.megatron.training import loop as training
+from nemo_minitron.backends.megatron.training.checkpoint import checkpoints, step_of
+from nemo_minitron.cli.main import load_plan
 from nemo_minitron.config.schema import DistillStage
-from nemo_minitron.progress import Progress
-from nemo_minitron.stages.work import open_work
+from nemo_minitron.execution.work import open_work
+from nemo_minitron.system.progress import Progress
 from tests.conftest import REPO, TOY, Cli
 from tests.support.aligner import require_aligner
 from tests.support.disks import PAGE, SmallDisk, small_disk

@@ -7,7 +7,7 @@ import re
 import signal
 from pathlib import Path
 
-from nemo_minitron.backends.megatron.checkpoint import checkpoints
+from nemo_minitron.backends.megatron.training.checkpoint import checkpoints
 from tests.support.processes import output_of, start_run, wait_for_step
 
 STEPS = ("stages.distill.num_steps=40", "stages.distill.save_interval_steps=2", "stages.distill.keep_checkpoints=3")

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.cli import load_recipe
-from nemo_minitron.cli_chat import parse_attributes
-from nemo_minitron.disk import disk_errors
+from nemo_minitron.cli.chat import parse_attributes
+from nemo_minitron.cli.main import load_recipe
 from nemo_minitron.errors import ConfigError, EnvironmentProblem, MinitronError
-from nemo_minitron.stages.runner import _published_names
+from nemo_minitron.execution.runner import _published_names
+from nemo_minitron.system.disk import disk_errors
 from tests.conftest import TOY, Cli
 
 RECIPES = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.backends.megatron.checkpoint import checkpoints
+from nemo_minitron.backends.megatron.training.checkpoint import checkpoints
 from tests.support.processes import output_of, processes_of, start_run, wait_for_step
 
 LONG = ("stages.distill.num_steps=100000", "stages.distill.save_interval_steps=100000")

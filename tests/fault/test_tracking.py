@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nemo_minitron.backends.megatron.curves import Curves, Tracker
+from nemo_minitron.backends.megatron.training.curves import Curves, Tracker
 from nemo_minitron.errors import EnvironmentProblem
 from tests.conftest import TOY, Cli
 

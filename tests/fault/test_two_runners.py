@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.cli import load_recipe
+from nemo_minitron.cli.main import load_recipe
 from nemo_minitron.config.schema import Recipe
 from nemo_minitron.errors import ArtifactError
-from nemo_minitron.stages.runner import run_single
+from nemo_minitron.execution.runner import run_single
 from tests.conftest import REPO, TOY, Cli
 from tests.support.part_runs import computed, copy_before
 

@@ -24,10 +24,10 @@ from nemo_minitron.families import parameters, read_shape, tensor_shape
 from nemo_minitron.hf.checkpoint import CheckpointWriter, copy_side_files, model_facts
 from nemo_minitron.hf.gguf import convert_gguf
 from nemo_minitron.hf.tokenizer import load_tokenizer
-from nemo_minitron.progress import Progress
-from nemo_minitron.stages.export import export
-from nemo_minitron.stages.init import init
+from nemo_minitron.stages.export.run import export
+from nemo_minitron.stages.init.run import init
 from nemo_minitron.stages.spec import StageContext
+from nemo_minitron.system.progress import Progress
 from tests.support.saved_by import IDS_FILE, KINDS, SAVED_BY, VERSIONS
 from tests.support.tiny_gguf import tiny_gguf
 from tests.support.tiny_models import FAMILY_CASES, load_transformers

@@ -15,11 +15,11 @@ import pytest
 from pydantic import ValidationError
 
 from nemo_minitron.config.schema import Cluster, Resources
-from nemo_minitron.disclosure import environment_script, write_private
 from nemo_minitron.errors import PlanError
 from nemo_minitron.launch.containers import BY_NAME, Place, docker_run
 from nemo_minitron.launch.jobs import Job
 from nemo_minitron.launch.script import Scripted, render, sbatch_command
+from nemo_minitron.system.disclosure import environment_script, write_private
 from tests.conftest import REPO
 
 GOLDEN = Path(__file__).parent / "launch"

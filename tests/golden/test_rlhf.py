@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from nemo_minitron.artifacts.manifest import MANIFEST_FILE
-from nemo_minitron.backends.aligner.rlhf import PROGRAMS, render
-from nemo_minitron.backends.aligner.rlhf_checks import Limits, RlhfFacts, rlhf_problems
-from nemo_minitron.cli_rlhf import parse_settings
+from nemo_minitron.backends.alignment.nemo_aligner.rlhf import PROGRAMS, render
+from nemo_minitron.backends.alignment.nemo_aligner.rlhf_checks import Limits, RlhfFacts, rlhf_problems
+from nemo_minitron.cli.rlhf import parse_settings
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.families import read_shape
 from tests.conftest import Cli

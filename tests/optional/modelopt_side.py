@@ -25,15 +25,15 @@ from modelopt.torch.prune.plugins.mcore_minitron import get_mcore_minitron_confi
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nemo_minitron.backends.megatron import layers
-from nemo_minitron.backends.megatron.forward import forward_batches
-from nemo_minitron.backends.megatron.session import Session, open_session
-from nemo_minitron.backends.megatron.weights import load_model
+from nemo_minitron.backends.megatron.model import layers
+from nemo_minitron.backends.megatron.model.forward import forward_batches
+from nemo_minitron.backends.megatron.model.weights import load_model
+from nemo_minitron.backends.megatron.runtime.session import Session, open_session
 from nemo_minitron.config.schema import Parallel
 
 
 # ModelOpt knows the norms of Transformer Engine and Apex; neither is there on a CPU.
-@DMRegistry.register({layers.TorchNorm: "nemo_minitron.backends.megatron.layers.TorchNorm"})
+@DMRegistry.register({layers.TorchNorm: "nemo_minitron.backends.megatron.model.layers.TorchNorm"})
 class DynamicTorchNorm(_DynamicLayerNorm):
     """Our norm, cut with the hidden size."""
 

@@ -129,9 +129,9 @@ def _tokens() -> list[Tensor]:
 
 
 def _our_plan(case: Case, **score_params: str) -> PrunePlan:
-    from nemo_minitron.backends.megatron.session import open_session
-    from nemo_minitron.backends.megatron.stats import activation_scores
-    from nemo_minitron.backends.megatron.weights import load_model
+    from nemo_minitron.backends.megatron.model.weights import load_model
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+    from nemo_minitron.backends.megatron.scoring.stats import activation_scores
 
     params = ScoreStage.model_validate({"kind": "score", "precision": "fp32", **score_params})
     with open_session(Parallel(), device="cpu", threads=1) as session:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from nemo_minitron.backends.megatron.build import MODEL_CLASS_VARIABLE
+from nemo_minitron.backends.megatron.model.build import MODEL_CLASS_VARIABLE
 from nemo_minitron.config.schema import Parallel, ScoreStage
 from tests.support.distributed import run_ranks
 from tests.support.megatron_ranks import distill_losses, distill_until, logits_of, scores_of

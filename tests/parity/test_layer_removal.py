@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from nemo_minitron.backends.megatron.datasets import HeldOutBatches, step_batches, training_samples
-from nemo_minitron.backends.megatron.depth_scores import DepthSamples, depth_scores
-from nemo_minitron.backends.megatron.evaluate import sum_nll
-from nemo_minitron.backends.megatron.parts import layers
-from nemo_minitron.backends.megatron.session import Session, open_session
-from nemo_minitron.backends.megatron.weights import load_model
+from nemo_minitron.backends.megatron.data.datasets import HeldOutBatches, step_batches, training_samples
+from nemo_minitron.backends.megatron.model.evaluate import sum_nll
+from nemo_minitron.backends.megatron.model.parts import layers
+from nemo_minitron.backends.megatron.model.weights import load_model
+from nemo_minitron.backends.megatron.runtime.session import Session, open_session
+from nemo_minitron.backends.megatron.scoring.depth_scores import DepthSamples, depth_scores
 from nemo_minitron.config.schema import Parallel, ScoreStage, SelectStage
 from nemo_minitron.hf.checkpoint import Checkpoint
-from nemo_minitron.progress import Progress
 from nemo_minitron.pruning.selection import choose_keep
 from nemo_minitron.pruning.slicing import prune_checkpoint
+from nemo_minitron.system.progress import Progress
 from tests.support.tiny_data import tiny_data_dir
 from tests.support.tiny_models import tiny_model_dir
 

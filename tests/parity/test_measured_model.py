@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_minitron.backends.megatron.probe import answer
-from nemo_minitron.backends.megatron.session import Session, open_session
+from nemo_minitron.backends.megatron.model.probe import answer
+from nemo_minitron.backends.megatron.runtime.session import Session, open_session
 from nemo_minitron.config.schema import Parallel
 from nemo_minitron.errors import CheckpointError, NumericsError
 from nemo_minitron.evaluation import agreement, generation

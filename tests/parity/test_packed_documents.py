@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_minitron.backends.megatron import distill, layers, teacher_cache
-from nemo_minitron.backends.megatron.datasets import mask_between_documents
-from nemo_minitron.backends.megatron.forward import evaluating, model_logits
-from nemo_minitron.backends.megatron.session import open_session
-from nemo_minitron.backends.megatron.weights import load_model
+from nemo_minitron.backends.megatron.data.datasets import mask_between_documents
+from nemo_minitron.backends.megatron.distillation import distill, teacher_cache
+from nemo_minitron.backends.megatron.model import layers
+from nemo_minitron.backends.megatron.model.forward import evaluating, model_logits
+from nemo_minitron.backends.megatron.model.weights import load_model
+from nemo_minitron.backends.megatron.runtime.session import open_session
 from nemo_minitron.config.schema import CacheTeacherStage, DistillStage, Parallel, TrainStage
 from nemo_minitron.errors import EnvironmentProblem
 from tests.support.tiny_models import tiny_model_dir

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from nemo_minitron.config.schema import SelectStage
 from nemo_minitron.families import ModelShape, parameters
 from nemo_minitron.hf.checkpoint import Checkpoint
-from nemo_minitron.progress import Progress
 from nemo_minitron.pruning.axes import Keep, expand_heads
 from nemo_minitron.pruning.plan_file import PrunePlan
 from nemo_minitron.pruning.selection import choose_keep
 from nemo_minitron.pruning.slicing import prune_checkpoint, slice_parameter
+from nemo_minitron.system.progress import Progress
 from tests.support.tiny_models import load_transformers, tiny_model_dir
 
 ATOL = 1e-11

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from nemo_minitron.config.schema import ImportStage, Parallel
-from nemo_minitron.progress import Progress
+from nemo_minitron.system.progress import Progress
 from tests.conftest import REPO
 from tests.support.distributed import run_ranks
 from tests.support.megatron_ranks import logits_of
@@ -29,7 +29,7 @@ TOKENS = torch.randint(0, 49152, (1, 48), generator=torch.Generator().manual_see
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from nemo_minitron.artifacts.types import Inputs
     from nemo_minitron.config.schema import Execution
-    from nemo_minitron.stages.import_model import import_model
+    from nemo_minitron.stages.import_model.run import import_model
     from nemo_minitron.stages.spec import StageContext
 
     if not (ASSETS / "smollm2-135m-instruct").exists():
@@ -83,12 +83,12 @@ def test_perplexity_of_text_equals_transformers_within_a_thousandth(smollm2: Pat
 def _our_perplexity(model_dir: Path, folder: Path) -> tuple[float, list[tuple[NDArray, NDArray]]]:
     """(perplexity through Megatron, the windows that it was measured on), on prose of the package."""
     from nemo_minitron.artifacts.types import Artifact, Inputs
-    from nemo_minitron.backends.megatron.datasets import heldout_batches
-    from nemo_minitron.backends.megatron.evaluate import heldout_loss
-    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.data.datasets import heldout_batches
+    from nemo_minitron.backends.megatron.model.evaluate import heldout_loss
+    from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.config.schema import Execution, TokenizeStage
     from nemo_minitron.stages.spec import StageContext
-    from nemo_minitron.stages.tokenize import tokenize
+    from nemo_minitron.stages.tokenize.run import tokenize
 
     silent = Progress(silent=True)
     stage = TokenizeStage(kind="tokenize", sources=({"source": "asset:toy-text"},), valid_fraction=0.3)

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_minitron.backends.megatron import distill, training
-from nemo_minitron.backends.megatron.checkpoint import checkpoints
-from nemo_minitron.backends.megatron.session import open_session
+from nemo_minitron.backends.megatron.distillation import distill
+from nemo_minitron.backends.megatron.runtime.session import open_session
+from nemo_minitron.backends.megatron.training import loop as training
+from nemo_minitron.backends.megatron.training.checkpoint import checkpoints
 from nemo_minitron.config.schema import CorrectStage, DistillStage, Parallel
 from nemo_minitron.errors import NumericsError
 from tests.support.distributed import run_ranks

@@ -19,9 +19,9 @@ from nemo_minitron.data.chat.files import read_rows
 from nemo_minitron.data.chat.formats import FORMATS
 from nemo_minitron.data.chat.rows import BadRow
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.progress import Progress
-from nemo_minitron.stages.chat_data import chat_data
+from nemo_minitron.stages.chat_data.run import chat_data
 from nemo_minitron.stages.spec import StageContext
+from nemo_minitron.system.progress import Progress
 from tests.support.examples import budget
 
 TEXTS = st.one_of(

@@ -22,14 +22,14 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from nemo_minitron.backends.aligner.unpack import unpacked
-from nemo_minitron.backends.megatron.intact import damage, write_facts
-from nemo_minitron.backends.megatron.known_pickles import (
+from nemo_minitron.backends.alignment.nemo_aligner.unpack import unpacked
+from nemo_minitron.backends.megatron.runtime.known_pickles import (
     _KnownPickle,
     load_known,
     require_known_backend,
 )
-from nemo_minitron.backends.megatron.session import Session, open_session
+from nemo_minitron.backends.megatron.runtime.session import Session, open_session
+from nemo_minitron.backends.megatron.training.intact import damage, write_facts
 from nemo_minitron.config.schema import Parallel
 from nemo_minitron.errors import CheckpointError, MinitronError
 from tests.support.examples import budget

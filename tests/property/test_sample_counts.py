@@ -16,7 +16,7 @@ from nemo_minitron.config.schema import Parallel, ScoreStage
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.plan.checks import broken_rules
 from nemo_minitron.plan.planner import make_plan
-from nemo_minitron.stages.score import _batches
+from nemo_minitron.stages.score.run import _batches
 from nemo_minitron.stages.spec import StageContext
 from tests.conftest import TOY
 from tests.support.examples import budget
@@ -73,9 +73,9 @@ def test_what_is_planned_can_be_drawn(  # type: ignore[no-untyped-def]
 def _drawn(params: ScoreStage, data: Path, work: Path, micro: int, counts: list[int]) -> Iterator[list[int]]:
     """Numbers of the samples that the stage draws for each count."""
     from nemo_minitron.artifacts.types import Artifact, Inputs
-    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.config.schema import Execution
-    from nemo_minitron.progress import Progress
+    from nemo_minitron.system.progress import Progress
 
     inputs = Inputs({"data": Artifact("data", "tokenize", data, "", {}, {})}, {})
     with open_session(Parallel(micro_batch_size=micro), device="cpu") as session:

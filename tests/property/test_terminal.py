@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.table import Table
 
-from nemo_minitron.progress import Progress
 from nemo_minitron.report.markdown import code, plain
-from nemo_minitron.terminal import Screen, visible
+from nemo_minitron.system.progress import Progress
+from nemo_minitron.system.terminal import Screen, visible
 from tests.support.examples import budget
 
 PIECES = [

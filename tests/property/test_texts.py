@@ -35,10 +35,10 @@ from nemo_minitron.data.tokenization import is_heldout
 from nemo_minitron.data.word_cuts import KNOWN_EXPRESSIONS, can_be_cut
 from nemo_minitron.errors import DataError, Interrupted
 from nemo_minitron.hf.source import BUILT_IN
-from nemo_minitron.interrupts import StopRequest
-from nemo_minitron.progress import Progress
 from nemo_minitron.stages.spec import StageContext
-from nemo_minitron.stages.tokenize import tokenize
+from nemo_minitron.stages.tokenize.run import tokenize
+from nemo_minitron.system.interrupts import StopRequest
+from nemo_minitron.system.progress import Progress
 from tests.support.examples import budget
 
 TOY_MODEL = BUILT_IN["toy-llama"]

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.cli import load_recipe
+from nemo_minitron.cli.main import load_recipe
 from nemo_minitron.config.schema import Recipe
 from nemo_minitron.errors import ArtifactError, EnvironmentProblem
+from nemo_minitron.execution.runner import RunOptions
 from nemo_minitron.launch import record
 from nemo_minitron.launch.status import job_facts
 from nemo_minitron.launch.submit import launch
-from nemo_minitron.stages.runner import RunOptions
 from tests.conftest import TOY, Cli
 from tests.support.fake_slurm import FakeSlurm
 

@@ -20,9 +20,9 @@ from nemo_minitron.hf.license import read_license
 from nemo_minitron.hf.side_files import copy_side_files
 from nemo_minitron.hf.source import resolve_path
 from nemo_minitron.hf.tokenizer import load_tokenizer
-from nemo_minitron.progress import Progress
-from nemo_minitron.stages.adopt import adopt
+from nemo_minitron.stages.adopt.run import adopt
 from nemo_minitron.stages.spec import StageContext
+from nemo_minitron.system.progress import Progress
 from tests.support.tiny_models import tiny_model_dir
 
 

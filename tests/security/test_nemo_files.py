@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 
-from nemo_minitron.backends.aligner import process, unpack
-from nemo_minitron.backends.aligner.environment import ENTRY
-from nemo_minitron.backends.aligner.unpack import model_config, unpacked
+from nemo_minitron.backends.alignment.nemo_aligner import process, unpack
+from nemo_minitron.backends.alignment.nemo_aligner.environment import ENTRY
+from nemo_minitron.backends.alignment.nemo_aligner.unpack import model_config, unpacked
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.hf.checkpoint import Checkpoint
 from tests.conftest import Cli

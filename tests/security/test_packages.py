@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import nemo_minitron
-from nemo_minitron.backends.aligner import environment
+from nemo_minitron.backends.alignment.nemo_aligner import environment
 from nemo_minitron.bundle import wheels
 from nemo_minitron.bundle.archive import write_archive
 from nemo_minitron.bundle.items import Item
@@ -22,7 +22,7 @@ from nemo_minitron.bundle.own_wheel import write_own_wheel
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.families import read_shape
 from nemo_minitron.families.hf_config import write_config
-from nemo_minitron.progress import Progress
+from nemo_minitron.system.progress import Progress
 from tests.conftest import REPO
 from tests.support.bundles import INSTALL, there, unpacked
 from tests.unit.test_assets import make_wheel

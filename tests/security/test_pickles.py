@@ -24,14 +24,17 @@ from torch.distributed.checkpoint import FileSystemReader, metadata
 from torch.distributed.checkpoint import filesystem as torch_filesystem
 
 from nemo_minitron.artifacts.manifest import file_facts
-from nemo_minitron.backends.megatron import distill, index_cache, known_pickles, training
-from nemo_minitron.backends.megatron.checkpoint import checkpoints
-from nemo_minitron.backends.megatron.known_pickles import load_known, only_known_pickles, require_known_backend
-from nemo_minitron.backends.megatron.session import open_session
+from nemo_minitron.backends.megatron.data import index_cache
+from nemo_minitron.backends.megatron.distillation import distill
+from nemo_minitron.backends.megatron.runtime import known_pickles
+from nemo_minitron.backends.megatron.runtime.known_pickles import load_known, only_known_pickles, require_known_backend
+from nemo_minitron.backends.megatron.runtime.session import open_session
+from nemo_minitron.backends.megatron.training import loop as training
+from nemo_minitron.backends.megatron.training.checkpoint import checkpoints
 from nemo_minitron.config.schema import Parallel, TrainStage
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.files import sealed
-from nemo_minitron.progress import Progress
+from nemo_minitron.system.files import sealed
+from nemo_minitron.system.progress import Progress
 from tests.support.tiny_data import tiny_data_dir
 from tests.support.tiny_models import tiny_model_dir
 

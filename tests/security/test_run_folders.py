@@ -12,16 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron import cli, ownership
 from nemo_minitron.artifacts.compared import write_memory
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.bundle.archive import write_archive
 from nemo_minitron.bundle.items import Item
+from nemo_minitron.cli import main as cli
 from nemo_minitron.errors import ArtifactError, MinitronError
-from nemo_minitron.files import write_whole
-from nemo_minitron.progress import Progress
-from nemo_minitron.safe_files import copy_whole, open_lock, open_log, own_folder, replacing, write_reserved
-from nemo_minitron.stages.runner import _log_file
+from nemo_minitron.execution.runner import _log_file
+from nemo_minitron.system import ownership
+from nemo_minitron.system.files import write_whole
+from nemo_minitron.system.progress import Progress
+from nemo_minitron.system.safe_files import copy_whole, open_lock, open_log, own_folder, replacing, write_reserved
 
 NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

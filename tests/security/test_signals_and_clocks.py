@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.artifacts.manifest import provenance
-from nemo_minitron.interrupts import StopRequest
+from nemo_minitron.system.interrupts import StopRequest
 from tests.conftest import REPO
 
 
 def test_the_end_of_a_terminal_asks_for_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_minitron.interrupts.leave_terminal", lambda: None)
+    monkeypatch.setattr("nemo_minitron.system.interrupts.leave_terminal", lambda: None)
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         stop = StopRequest()
@@ -45,7 +45,7 @@ def test_nothing_is_written_to_a_terminal_that_is_gone(tmp_path: Path) -> None:
     """A run that dies of its own last words has saved nothing."""
     code = f"""
 import os, pathlib, sys, time
-from nemo_minitron.interrupts import StopRequest
+from nemo_minitron.system.interrupts import StopRequest
 stop = StopRequest()
 with stop.listening(), stop.deferred():
     print("ready", flush=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.artifacts.manifest import Manifest, write_manifest
-from nemo_minitron.cli import load_plan
+from nemo_minitron.cli.main import load_plan
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.stages.nodes import Nodes
-from nemo_minitron.terminal import Screen, visible, write
+from nemo_minitron.execution.nodes import Nodes
+from nemo_minitron.system.terminal import Screen, visible, write
 from tests.conftest import REPO, TOY, Cli
 from tests.support.tiny_models import tiny_model_dir
 
@@ -157,7 +157,7 @@ def test_a_layout_for_a_stage_that_is_not_there_is_refused(minitron: Cli) -> Non
     assert "execution.parallel_by_stage.distil: this recipe has no such stage. Did you mean distill?" in said
 
 
-PRINTERS = {"nemo_minitron/terminal.py", "nemo_minitron/progress.py", "nemo_minitron/cli.py"}
+PRINTERS = {"nemo_minitron/system/terminal.py", "nemo_minitron/system/progress.py", "nemo_minitron/cli/main.py"}
 """The way to the terminal itself; a line of progress, through it; a version number."""
 
 
@@ -167,7 +167,7 @@ def test_nothing_goes_around_the_one_way_to_the_terminal() -> None:
         if "/entry/" in name:  # of the other environment: its output goes into a log
             continue
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and name != "nemo_minitron/terminal.py":
+            if isinstance(node, ast.ImportFrom) and name != "nemo_minitron/system/terminal.py":
                 assert node.module not in ("rich.console", "rich.markup"), f"{name}: use terminal.Screen"
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
                 assert name in PRINTERS, f"{name}:{node.lineno}: use terminal.write"

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.backends.aligner import environment
+from nemo_minitron.backends.alignment.nemo_aligner import environment
+from nemo_minitron.execution.nodes import Nodes
+from nemo_minitron.execution.same_code import START
 from nemo_minitron.hf.source import BUILT_IN
-from nemo_minitron.stages.nodes import Nodes
-from nemo_minitron.stages.same_code import START
 from tests.conftest import REPO
 
 NAMES = (
     "abc", "argparse", "contextlib", "datetime", "importlib", "json", "multiprocessing", "pathlib", "pickle", "random",
     "runpy", "shutil", "signal", "socket", "subprocess", "tempfile", "threading", "torch", "types", "typing", "yaml",
 )  # fmt: skip
-EXEMPT = {"nemo_minitron/doctor.py", "nemo_minitron/backends/aligner/environment.py"}
+EXEMPT = {"nemo_minitron/doctor.py", "nemo_minitron/backends/alignment/nemo_aligner/environment.py"}
 """Their `-c` takes the working folder off the path first, or imports nothing."""
 
 TOKENIZATION = """

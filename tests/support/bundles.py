@@ -10,7 +10,7 @@ from pathlib import Path
 from nemo_minitron.bundle.archive import write_archive
 from nemo_minitron.bundle.collect import collect
 from nemo_minitron.bundle.items import Item
-from nemo_minitron.progress import Progress
+from nemo_minitron.system.progress import Progress
 
 INSTALL = Path(write_archive.__code__.co_filename).with_name("install.sh")
 

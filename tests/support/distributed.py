@@ -11,9 +11,13 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from nemo_minitron.stages.nodes import free_port
+from nemo_minitron.execution.nodes import free_port
 
-PRELOADED = ["nemo_minitron.backends.megatron.distill", "nemo_minitron.backends.megatron.training", "transformers"]
+PRELOADED = [
+    "nemo_minitron.backends.megatron.distillation.distill",
+    "nemo_minitron.backends.megatron.training.loop",
+    "transformers",
+]
 """Importing torch and Megatron takes seconds: once for each test process, not for each rank."""
 
 

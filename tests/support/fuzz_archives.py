@@ -31,7 +31,7 @@ Member = tuple[tarfile.TarInfo, bytes]
 
 def good_nemo(folder: Path) -> list[Member]:
     """An archive with a config and some files of weights, and the model that it is read as."""
-    from nemo_minitron.backends.aligner.model_config import nemo_model_config
+    from nemo_minitron.backends.alignment.nemo_aligner.model_config import nemo_model_config
     from nemo_minitron.hf.checkpoint import Checkpoint
     from tests.support.tiny_models import tiny_model_dir
 
@@ -114,7 +114,7 @@ def _change_header(rng: random.Random, info: tarfile.TarInfo) -> None:
 
 def read_nemo(folder: Path) -> None:
     """As `minitron convert` does before NeMo sees anything."""
-    from nemo_minitron.backends.aligner.unpack import model_config, unpacked
+    from nemo_minitron.backends.alignment.nemo_aligner.unpack import model_config, unpacked
     from nemo_minitron.hf.checkpoint import Checkpoint
 
     work = folder / "work"
@@ -131,11 +131,12 @@ _TRAINABLE: dict[Path, Any] = {}
 
 def good_checkpoint(folder: Path) -> dict[str, bytes]:
     """One checkpoint of a short training, whose model and optimizer stay open to read others into."""
-    from nemo_minitron.backends.megatron import distill, training
-    from nemo_minitron.backends.megatron.checkpoint import checkpoints
-    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.distillation import distill
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+    from nemo_minitron.backends.megatron.training import loop as training
+    from nemo_minitron.backends.megatron.training.checkpoint import checkpoints
     from nemo_minitron.config.schema import Parallel, TrainStage
-    from nemo_minitron.progress import Progress
+    from nemo_minitron.system.progress import Progress
     from tests.support.tiny_data import tiny_data_dir
     from tests.support.tiny_models import tiny_model_dir
 
@@ -177,7 +178,7 @@ def _damaged(rng: random.Random, data: bytes) -> bytes:
 
 
 def _sealed(files: dict[str, bytes], facts: Any = None) -> bytes:
-    from nemo_minitron.files import sealed
+    from nemo_minitron.system.files import sealed
 
     listed = {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -189,7 +190,7 @@ def _sealed(files: dict[str, bytes], facts: Any = None) -> bytes:
 
 
 def _changed_facts(rng: random.Random, data: bytes) -> bytes:
-    from nemo_minitron.files import SEAL, sealed
+    from nemo_minitron.system.files import SEAL, sealed
 
     found = changed(rng, {key: value for key, value in json.loads(data).items() if key != SEAL})
     try:
@@ -240,7 +241,7 @@ _CHANGES: dict[str, Callable[[random.Random, bytes], bytes]] = {
 
 def read_checkpoint(folder: Path) -> None:
     """As a training does that goes on."""
-    from nemo_minitron.backends.megatron.checkpoint import Checkpoints
+    from nemo_minitron.backends.megatron.training.checkpoint import Checkpoints
 
     session, trainable = _TRAINABLE[folder]
     Checkpoints(folder / "checkpoints", session, keep=1, in_background=False).resume(trainable)
@@ -253,7 +254,7 @@ def good_bundle(folder: Path) -> dict[str, bytes]:
     """A bundle without wheels, which asks the `minitron` of the PATH about its recipe: here a program that agrees."""
     from nemo_minitron.bundle.archive import write_archive
     from nemo_minitron.bundle.items import Item
-    from nemo_minitron.progress import Progress
+    from nemo_minitron.system.progress import Progress
     from tests.support.bundles import INSTALL, unpacked
 
     script = Item("install.sh", INSTALL.read_bytes(), "script")

@@ -19,7 +19,7 @@ def on_gpu(layers: str, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _with_layers(kind: str, function: Callable[..., Any], *args: Any) -> Any:
-    from nemo_minitron.backends.megatron import layers
+    from nemo_minitron.backends.megatron.model import layers
 
     if kind == ENGINE:
         assert layers.has_transformer_engine(), "Transformer Engine is installed and cannot be used"
@@ -34,8 +34,9 @@ def distill_peak_bytes(order: dict[str, Any]) -> dict[str, int]:
 
     import torch
 
-    from nemo_minitron.backends.megatron import distill, training
-    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.distillation import distill
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+    from nemo_minitron.backends.megatron.training import loop as training
     from nemo_minitron.config.schema import DistillStage, Parallel
 
     params = DistillStage.model_validate(order["params"])

@@ -37,7 +37,7 @@ def package_gradients(
     losses: dict[str, Loss], precision: str, parallel: Parallel, folders: dict[str, Path], chunk_tokens: int | None
 ) -> dict[str, Found]:
     """Of every loss, in this layout; whole on rank 0."""
-    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.distillation import linear
 
     if chunk_tokens is not None:
@@ -48,7 +48,8 @@ def package_gradients(
 
 
 def _package(params: DistillStage, session: Any, folders: dict[str, Path]) -> Found:
-    from nemo_minitron.backends.megatron import distill, training
+    from nemo_minitron.backends.megatron.distillation import distill
+    from nemo_minitron.backends.megatron.training import loop as training
 
     job = distill.prepare(params, folders["student"], folders["teacher"], folders["data"], folders["work"], session)
     found = training.forward_backward(job, 0)
@@ -58,22 +59,22 @@ def _package(params: DistillStage, session: Any, folders: dict[str, Path]) -> Fo
 
 def plain_gradients(losses: dict[str, Loss], precision: str, folders: dict[str, Path]) -> dict[str, Found]:
     """One process, whole logits, plain formulas, autograd."""
-    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.runtime.session import open_session
 
     with open_session(Parallel(), device="cpu", threads=1) as session:
         return {name: _plain(params_of(loss, precision), session, folders) for name, loss in losses.items()}
 
 
 def _plain(params: DistillStage, session: Any, folders: dict[str, Path]) -> Found:
-    from nemo_minitron.backends.megatron import distill
-    from nemo_minitron.backends.megatron.datasets import step_batches
-    from nemo_minitron.backends.megatron.forward import model_logits
+    from nemo_minitron.backends.megatron.data.datasets import step_batches
+    from nemo_minitron.backends.megatron.distillation import distill
+    from nemo_minitron.backends.megatron.model.forward import model_logits
 
     # Only models and data are taken from the package; no loss, no fused head.
     job = distill.prepare(params, folders["student"], folders["teacher"], folders["data"], folders["work"], session)
     student = job.trainable.model
     options = {"precision": params.precision, "seq_len_tokens": params.seq_len_tokens}
-    from nemo_minitron.backends.megatron.weights import load_model
+    from nemo_minitron.backends.megatron.model.weights import load_model
 
     teacher, teacher_shape = load_model(folders["teacher"], session, **options)
     student.zero_grad()
@@ -132,7 +133,7 @@ def _hidden(params: HiddenLoss, student: dict[str, Tensor], teacher: dict[str, T
 
 class _norm_outputs:  # noqa: N801
     def __init__(self, model: Any) -> None:
-        from nemo_minitron.backends.megatron.parts import final_norm, layers
+        from nemo_minitron.backends.megatron.model.parts import final_norm, layers
 
         self.modules = {"final": final_norm(model)}
         for layer in layers(model):
@@ -153,8 +154,8 @@ class _norm_outputs:  # noqa: N801
 
 def _whole_gradients(model: Any, shape: Any, session: Any, grad_of: Any) -> dict[str, NDArray]:
     """By Hugging Face name, gathered from all ranks, on rank 0."""
-    from nemo_minitron.backends.megatron.parts import local_parameters
-    from nemo_minitron.backends.megatron.weights import _gather
+    from nemo_minitron.backends.megatron.model.parts import local_parameters
+    from nemo_minitron.backends.megatron.model.weights import _gather
     from nemo_minitron.families import parameters
 
     local = {name: grad_of(parameter) for name, parameter in local_parameters(model).items()}
@@ -174,8 +175,8 @@ def boundary_gradients(losses: dict[str, Loss], tp: int, chunk_tokens: int | Non
     """In fp32, where the loss meets the model: for the head's input and the head's weight, whole on every rank."""
     from megatron.core import parallel_state
 
-    from nemo_minitron.backends.megatron.head import vocab_of
-    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.model.head import vocab_of
+    from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.distillation.objective import live_teacher, token_loss
 
     with open_session(Parallel(tp=tp), device="cpu", threads=1) as session:

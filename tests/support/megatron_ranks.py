@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from nemo_minitron.config.schema import CacheTeacherStage, DistillStage, Parallel, ScoreStage
-from nemo_minitron.progress import Progress
+from nemo_minitron.system.progress import Progress
 
 if TYPE_CHECKING:
-    from nemo_minitron.backends.megatron.session import Session
-    from nemo_minitron.backends.megatron.training import Job
+    from nemo_minitron.backends.megatron.runtime.session import Session
+    from nemo_minitron.backends.megatron.training.loop import Job
     from nemo_minitron.evaluation.choice_task import ChoiceTask
 
 SILENT = Progress(silent=True)
@@ -29,7 +29,7 @@ def logits_of(
     precision: str = "fp32",
 ) -> list[NDArray | None]:
     """Of each (model, folder to save it to again): the whole logits on the last stage's first rank, else None."""
-    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.runtime.session import open_session
 
     with open_session(parallel, device=device, threads=1) as session:
         ids = torch.tensor(tokens, device=session.device)
@@ -41,8 +41,8 @@ def _logits(
 ) -> NDArray | None:
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from nemo_minitron.backends.megatron.forward import evaluating, forward_batches
-    from nemo_minitron.backends.megatron.weights import load_model, save_model
+    from nemo_minitron.backends.megatron.model.forward import evaluating, forward_batches
+    from nemo_minitron.backends.megatron.model.weights import load_model, save_model
     from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter
 
     model, shape = load_model(model_dir, session, precision=precision, seq_len_tokens=tokens.shape[1])
@@ -64,8 +64,9 @@ def distill_losses(
     params: DistillStage, parallel: Parallel, student: Path, teacher: Path, data: Path, work: Path, device: str = "cpu"
 ) -> tuple[list[float], list[float]]:
     """(training losses, validation KLs) of a short distillation."""
-    from nemo_minitron.backends.megatron import distill, training
-    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.distillation import distill
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+    from nemo_minitron.backends.megatron.training import loop as training
 
     with open_session(parallel, device=device, threads=1) as session:
         job = distill.prepare(params, student, teacher, data, work, session)
@@ -90,8 +91,9 @@ def distill_until(
     """Training losses of all steps so far, after going on from the work folder up to a step."""
     from dataclasses import replace
 
-    from nemo_minitron.backends.megatron import distill, training
-    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.distillation import distill
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+    from nemo_minitron.backends.megatron.training import loop as training
 
     with open_session(parallel, device=device, threads=1) as session:
         job = replace(distill.prepare(params, student, teacher, data, work, session), num_steps=last_step)
@@ -109,7 +111,7 @@ def distill_losses_beside_a_gpu(*args: Any) -> tuple[list[float], list[float]]:
     from unittest.mock import patch
 
     engine = {name: ModuleType(name) for name in ("transformer_engine", "transformer_engine.pytorch")}
-    from nemo_minitron.backends.megatron import layers
+    from nemo_minitron.backends.megatron.model import layers
 
     with patch.object(torch.cuda, "is_available", lambda: True), patch.dict(sys.modules, engine):
         assert layers.has_transformer_engine()
@@ -123,8 +125,8 @@ def corrected_rows(
     params: DistillStage, parallel: Parallel, student: Path, teacher: Path, data: Path, work: Path
 ) -> tuple[list[Row], list[Row]]:
     """Curves of a distillation with teacher correction, without what the clock says: in one go, and in two."""
-    from nemo_minitron.backends.megatron import distill
-    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.distillation import distill
+    from nemo_minitron.backends.megatron.runtime.session import open_session
 
     with open_session(parallel, device="cpu", threads=1) as session:
 
@@ -142,7 +144,7 @@ def rows_until(job: Job, work: Path, last_step: int) -> list[Row]:
     """Curves of all steps up to this one, without what the clock says."""
     from dataclasses import replace
 
-    from nemo_minitron.backends.megatron import training
+    from nemo_minitron.backends.megatron.training import loop as training
 
     rows = training.run(replace(job, num_steps=last_step), work, SILENT).rows
     return [{key: row[key] for key in row if key not in ("tokens_per_s", "mfu")} for row in rows]
@@ -157,7 +159,7 @@ def scores_of(
     device: str = "cpu",
 ) -> dict[tuple[str, str], dict[str, NDArray]]:
     """(model, case) -> every score; a case is a precision and the keys of a score stage."""
-    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.runtime.session import open_session
 
     with open_session(parallel, device=device, threads=1) as session:
         return {
@@ -170,10 +172,10 @@ def scores_of(
 def _scores(
     model_dir: Path, data: Path, session: Session, work: Path, precision: str, params: ScoreStage
 ) -> dict[str, NDArray]:
-    from nemo_minitron.backends.megatron.datasets import step_batches, training_samples
-    from nemo_minitron.backends.megatron.depth_scores import DepthSamples, depth_scores
-    from nemo_minitron.backends.megatron.stats import activation_scores
-    from nemo_minitron.backends.megatron.weights import load_model
+    from nemo_minitron.backends.megatron.data.datasets import step_batches, training_samples
+    from nemo_minitron.backends.megatron.model.weights import load_model
+    from nemo_minitron.backends.megatron.scoring.depth_scores import DepthSamples, depth_scores
+    from nemo_minitron.backends.megatron.scoring.stats import activation_scores
 
     length, number, micro = params.seq_len_tokens, params.num_samples, session.parallel.micro_batch_size
     model, shape = load_model(model_dir, session, precision=precision, seq_len_tokens=length)
@@ -209,8 +211,8 @@ def choice_task() -> ChoiceTask:
 
 def cache_shards(params: CacheTeacherStage, parallel: Parallel, teacher: Path, data: Path, work: Path) -> None:
     """Write a teacher cache into `work`."""
-    from nemo_minitron.backends.megatron.session import open_session
-    from nemo_minitron.backends.megatron.teacher_cache import write_cache
+    from nemo_minitron.backends.megatron.distillation.teacher_cache import write_cache
+    from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.distillation.cache import write_facts
 
     with open_session(parallel, device="cpu", threads=1) as session:
@@ -222,8 +224,8 @@ def teacher_losses(
     live: DistillStage, cached: DistillStage, student: Path, teacher: Path, cache: Path, data: Path, work: Path
 ) -> list[float | None]:
     """The teacher's held-out loss as distillation shows it: measured on the live teacher, and told by the cache."""
-    from nemo_minitron.backends.megatron import distill
-    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.distillation import distill
+    from nemo_minitron.backends.megatron.runtime.session import open_session
 
     with open_session(Parallel(), device="cpu", threads=1) as session:
         jobs = (
@@ -237,8 +239,8 @@ def heldout_kls(
     params: Sequence[DistillStage], parallel: Parallel, student: Path, sources: Sequence[Path], data: Path, work: Path
 ) -> list[float | None]:
     """The student's held-out KL before any training, to a live teacher (a model) or to a cache."""
-    from nemo_minitron.backends.megatron import distill
-    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.distillation import distill
+    from nemo_minitron.backends.megatron.runtime.session import open_session
 
     with open_session(parallel, device="cpu", threads=1) as session:
         found = []
@@ -252,8 +254,9 @@ def cached_losses(
     params: DistillStage, parallel: Parallel, student: Path, cache: Path, data: Path, work: Path
 ) -> tuple[list[float], list[float]]:
     """(training losses, validation losses) of a short distillation from a cache."""
-    from nemo_minitron.backends.megatron import distill, training
-    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.distillation import distill
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+    from nemo_minitron.backends.megatron.training import loop as training
 
     with open_session(parallel, device="cpu", threads=1) as session:
         job = distill.prepare_cached(params, student, cache, data, work, session)

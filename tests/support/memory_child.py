@@ -16,8 +16,9 @@ FIXED_THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_":
 
 
 def main(order: dict[str, Any]) -> dict[str, int]:
-    from nemo_minitron.backends.megatron import distill, training
-    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.distillation import distill
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+    from nemo_minitron.backends.megatron.training import loop as training
     from nemo_minitron.config.schema import DistillStage, Parallel
 
     params = DistillStage.model_validate(order["params"])
@@ -55,7 +56,7 @@ def _held(job: Any) -> int:
 def _tensors(job: Any) -> Iterator[Any]:
     import torch
 
-    from nemo_minitron.backends.megatron.parts import Model
+    from nemo_minitron.backends.megatron.model.parts import Model
 
     trainable = job.trainable
     # The teacher is inside a closure of the objective.

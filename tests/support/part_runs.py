@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from nemo_minitron.artifacts.manifest import sha256_of
-from nemo_minitron.cli import load_plan
+from nemo_minitron.cli.main import load_plan
 from tests.conftest import TOY
 
 SAME = (

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config.schema import DistillStage, Execution, Parallel
-from nemo_minitron.progress import Progress
+from nemo_minitron.system.progress import Progress
 
 SILENT = Progress(silent=True)
 
@@ -15,8 +15,9 @@ def distill_to_the_end(
     params: DistillStage, folders: dict[str, Path], work: Path, execution: dict[str, Any] | None = None
 ) -> list[dict[str, float]]:
     """Distill in one process and publish; returns the rows of the curves."""
-    from nemo_minitron.backends.megatron import distill, training
-    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.distillation import distill
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+    from nemo_minitron.backends.megatron.training import loop as training
 
     options = training.LoopOptions(Execution(**(execution or {})), "tests/child")
     micro = min(4, params.global_batch_size)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nemo_minitron.backends.aligner.config import complete_config, override_problems
+from nemo_minitron.backends.alignment.nemo_aligner.config import complete_config, override_problems
 from nemo_minitron.errors import ConfigError
 from tests.conftest import REPO, Cli
 
@@ -90,7 +90,7 @@ def test_configs_are_plain() -> None:
 
 
 def test_what_nemo_lacks_is_refused(tmp_path: Path) -> None:
-    from nemo_minitron.backends.aligner.model_config import nemo_model_config
+    from nemo_minitron.backends.alignment.nemo_aligner.model_config import nemo_model_config
     from nemo_minitron.hf.checkpoint import Checkpoint
     from tests.support.tiny_models import tiny_model_dir
 

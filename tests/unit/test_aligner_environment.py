@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.backends.aligner import environment
+from nemo_minitron.backends.alignment.nemo_aligner import environment
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.progress import Progress
+from nemo_minitron.system.progress import Progress
 
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([A-Za-z0-9_.+-]+)( ; [^;]+)?$")
 

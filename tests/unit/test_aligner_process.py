@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.backends.aligner import environment, process
-from nemo_minitron.cli import load_plan
+from nemo_minitron.backends.alignment.nemo_aligner import environment, process
+from nemo_minitron.cli.main import load_plan
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.interrupts import StopRequest
-from nemo_minitron.progress import Progress
-from nemo_minitron.stages import align
+from nemo_minitron.stages.align import run as align
 from nemo_minitron.stages.spec import StageContext
-from nemo_minitron.terminal import Screen
+from nemo_minitron.system.interrupts import StopRequest
+from nemo_minitron.system.progress import Progress
+from nemo_minitron.system.terminal import Screen
 from tests.conftest import REPO
 
 STEPS = """
@@ -33,7 +33,7 @@ sys.exit(7)
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_the_bar_goes_to_the_last_step(terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_minitron.progress.LOG_INTERVAL_S", 0.0)
+    monkeypatch.setattr("nemo_minitron.system.progress.LOG_INTERVAL_S", 0.0)
     progress = Progress(tmp_path / "status.json")
     progress.stream = io.StringIO()
     progress.console = Screen(file=progress.stream, force_terminal=terminal, width=120)

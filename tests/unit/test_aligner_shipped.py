@@ -9,8 +9,8 @@ from typing import get_args
 import pytest
 import yaml
 
-from nemo_minitron.backends.aligner.config import DEAD_KEYS, Method, base_config, complete_config, flat
-from nemo_minitron.backends.aligner.shipped import (
+from nemo_minitron.backends.alignment.nemo_aligner.config import DEAD_KEYS, Method, base_config, complete_config, flat
+from nemo_minitron.backends.alignment.nemo_aligner.shipped import (
     ADDED,
     HOME_VARIABLE,
     SHIPPED,

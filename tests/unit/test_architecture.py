@@ -15,7 +15,7 @@ from tests.conftest import REPO, TOY
 
 PACKAGE = REPO / "nemo_minitron"
 FILES = sorted(PACKAGE.rglob("*.py"))
-ENTRY = PACKAGE / "backends/aligner/entry"
+ENTRY = PACKAGE / "backends/alignment/nemo_aligner/entry"
 """Scripts that run in NeMo-Aligner's environment, which has other versions of everything."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_RECIPE_LINES = 400, 60, 60
 DOORS: dict[str, str | tuple[str, ...]] = {
@@ -25,7 +25,7 @@ DOORS: dict[str, str | tuple[str, ...]] = {
     "hydra": ("config/compose.py", "config/overrides.py"),
     "omegaconf": "config/",
     "lm_eval": "evaluation/",
-    "wandb": "backends/megatron/curves.py",
+    "wandb": "backends/megatron/training/curves.py",
 }
 
 
@@ -94,7 +94,7 @@ def _names(file: Path) -> Iterator[str]:
 
 def test_one_module_knows_where_a_megatron_model_has_its_parts() -> None:
     """Megatron's classes and names change."""
-    found = {file.name: set(_names(file)) for file in (PACKAGE / "backends/megatron").glob("*.py")}
+    found = {file.name: set(_names(file)) for file in (PACKAGE / "backends/megatron").rglob("*.py")}
     others = {name: names & PARTS for name, names in found.items() if names & PARTS and name not in KNOW_PARTS}
     assert not others
     assert set.union(*(found[name] for name in KNOW_PARTS)) >= PARTS
@@ -132,7 +132,13 @@ def test_no_pickle_and_no_shell() -> None:
 
 def test_files_of_a_run_are_opened_without_following_links() -> None:
     """Those that several people may reach; a stage's output and work are inside folders that were looked at."""
-    for name in ("artifacts/store.py", "artifacts/compared.py", "stages/runner.py", "stages/ranks.py", "stages/job.py"):
+    for name in (
+        "artifacts/store.py",
+        "artifacts/compared.py",
+        "execution/runner.py",
+        "execution/ranks.py",
+        "execution/job.py",
+    ):
         text = (PACKAGE / name).read_text()
         for banned in (".write_text(", '.open("', "copyfile(", "FileHandler("):
             assert banned not in text, f"{name}: {banned}"
@@ -147,7 +153,7 @@ def _children_cpu_s() -> float:
 def test_check_and_plan_load_no_heavy_package_and_start_within_a_second(command: str) -> None:
     code = (
         "import sys; sys.argv = ['minitron', *sys.argv[1:]]\n"
-        "from nemo_minitron.cli import main\n"
+        "from nemo_minitron.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit as done:\n    assert not done.code, done.code\n"
         "heavy = {'torch', 'transformers', 'megatron', 'numpy', 'matplotlib'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"

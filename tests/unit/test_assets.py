@@ -14,7 +14,7 @@ from nemo_minitron import assets
 from nemo_minitron.assets import ASSETS, Asset, File, Wheel, fetch, list_assets
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.hf.source import BUILT_IN, resolve_path
-from nemo_minitron.progress import Progress
+from nemo_minitron.system.progress import Progress
 
 CONTENT = b"weights"
 SILENT = Progress(silent=True)

@@ -19,12 +19,12 @@ import yaml
 from nemo_minitron.bundle.archive import write_archive
 from nemo_minitron.bundle.collect import collect
 from nemo_minitron.bundle.items import Item, sorted_items
-from nemo_minitron.cli import load_recipe
+from nemo_minitron.cli.main import load_recipe
 from nemo_minitron.errors import ConfigError, DataError, EnvironmentProblem, MinitronError, PlanError
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.hf.source import hub_copy, resolve_model
 from nemo_minitron.plan.shapes import model_shape
-from nemo_minitron.progress import Progress
+from nemo_minitron.system.progress import Progress
 from tests.conftest import REPO, TOY, Cli
 from tests.support.bundles import bundled, minitron_there, there, unpacked
 from tests.support.tiny_gguf import tiny_gguf

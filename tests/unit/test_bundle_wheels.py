@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron import __version__, cli_bundle
-from nemo_minitron.backends.aligner import environment
+from nemo_minitron import __version__
+from nemo_minitron.backends.alignment.nemo_aligner import environment
 from nemo_minitron.bundle import wheels
+from nemo_minitron.cli import bundle as cli_bundle
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.progress import Progress
+from nemo_minitron.system.progress import Progress
 from tests.unit.test_assets import make_wheel
 
 SILENT = Progress(silent=True)

@@ -14,9 +14,9 @@ from nemo_minitron.config.schema import ChatDataStage, Execution
 from nemo_minitron.data.chat.rows import question
 from nemo_minitron.data.chat.split import copies, heldout_questions, text_hash
 from nemo_minitron.errors import DataError
-from nemo_minitron.progress import Progress
-from nemo_minitron.stages.chat_data import chat_data
+from nemo_minitron.stages.chat_data.run import chat_data
 from nemo_minitron.stages.spec import StageContext
+from nemo_minitron.system.progress import Progress
 from tests.conftest import Cli
 
 Rows = list[dict[str, Any]]

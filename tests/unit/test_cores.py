@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.cores import usable_cores
+from nemo_minitron.system.cores import usable_cores
 
 
 @pytest.fixture(autouse=True)

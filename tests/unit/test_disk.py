@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.disk import disk_errors, disk_problem
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.files import sealed, unsealed, write_whole
+from nemo_minitron.system.disk import disk_errors, disk_problem
+from nemo_minitron.system.files import sealed, unsealed, write_whole
 
 FULL = "The disk is full"
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_minitron.cli_chat import until
+from nemo_minitron.cli.chat import until
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.evaluation.answers import greedy_answers
 from nemo_minitron.evaluation.generation import greedy_texts, load_for_inference
 from nemo_minitron.hf.tokenizer import load_tokenizer
-from nemo_minitron.progress import Progress
+from nemo_minitron.system.progress import Progress
 from tests.conftest import Cli
 from tests.support.tiny_models import tiny_model_dir
 

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from nemo_minitron.heap import environment_of_children, keep_freed_memory
+from nemo_minitron.system.heap import environment_of_children, keep_freed_memory
 
 FAULTS = """
 import resource, sys
 import torch
-from nemo_minitron.heap import keep_freed_memory
+from nemo_minitron.system.heap import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory({}):
     print("not here")
     sys.exit()

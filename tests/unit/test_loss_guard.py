@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_minitron.backends.megatron.guard import LossWatch
+from nemo_minitron.backends.megatron.training.guard import LossWatch
 from nemo_minitron.config.schema import LossGuard
 
 RULES = LossGuard(max_ratio=2.0, window_steps=10, patience_steps=3)

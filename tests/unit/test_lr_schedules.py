@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from nemo_minitron.backends.megatron.optim import _schedule
+from nemo_minitron.backends.megatron.training.optim import _schedule
 from nemo_minitron.config.schema import TrainStage
 
 STEPS, WARMUP, LR, MIN_LR = 50, 10, 1.0, 0.1

@@ -115,7 +115,7 @@ def test_every_spelling_of_one_model_is_measured_alike(v5_folder: Path, tmp_path
 
 
 def test_without_a_usable_session_megatron_answers_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_minitron.backends.megatron.probe import Probe, ask
+    from nemo_minitron.backends.megatron.model.probe import Probe, ask
 
     folder = save_spelled(tmp_path, tiny_model("llama31_rope"))
     probe = Probe((5, 6, 7), (0, 1, 1500), 2)

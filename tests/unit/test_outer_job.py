@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.outer_job import dropped_defaults, for_slurm, outside
-from nemo_minitron.stages import nodes
-from nemo_minitron.stages.nodes import Nodes, start_everywhere
+from nemo_minitron.execution import nodes
+from nemo_minitron.execution.nodes import Nodes, start_everywhere
+from nemo_minitron.system.outer_job import dropped_defaults, for_slurm, outside
 from tests.conftest import REPO, TOY
 
 HOOKS = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -54,7 +54,7 @@ def test_ranks_get_no_place_from_another_launcher(
 
 LEAVES = """
 import atexit, os, sys
-from nemo_minitron.cli import main
+from nemo_minitron.cli.main import main
 atexit.register(lambda: print(sorted(os.environ)))
 sys.argv[1:] = ["version"]
 main()
@@ -77,7 +77,7 @@ try:
     getpass.getuser()
 except (KeyError, OSError):
     print("nameless")
-from nemo_minitron.cli import main
+from nemo_minitron.cli.main import main
 try:
     main()
 finally:

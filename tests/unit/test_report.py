@@ -18,7 +18,7 @@ from nemo_minitron.report.comparison import comparison, main_metric
 from nemo_minitron.report.html import pipeline, render_html
 from nemo_minitron.report.importance import ffn_map, importance_curve, importance_share
 from nemo_minitron.report.markdown import duration, headline, millions, plain, render_markdown, table
-from nemo_minitron.stages.report import render
+from nemo_minitron.stages.report.run import render
 from tests.support.fake_run import fake_run
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" | $(touch pwned)$ {{ 7*7 }}"

@@ -15,7 +15,6 @@ from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.config.schema import Execution, SelectStage, Target
 from nemo_minitron.errors import ArtifactError, MinitronError, NumericsError, PlanError
 from nemo_minitron.families import ModelShape, num_params, read_shape
-from nemo_minitron.progress import Progress
 from nemo_minitron.pruning.plan_file import (
     PLAN_FILE,
     PrunePlan,
@@ -26,8 +25,9 @@ from nemo_minitron.pruning.plan_file import (
     write_plan,
 )
 from nemo_minitron.pruning.selection import choose_keep, top_indices
-from nemo_minitron.stages.select import select
+from nemo_minitron.stages.select.run import select
 from nemo_minitron.stages.spec import StageContext
+from nemo_minitron.system.progress import Progress
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

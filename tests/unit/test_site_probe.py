@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.cli import load_plan, load_recipe
+from nemo_minitron.cli.main import load_plan, load_recipe
 from nemo_minitron.errors import EnvironmentProblem, PlanError
+from nemo_minitron.execution.runner import RunOptions
 from nemo_minitron.launch import submit
 from nemo_minitron.launch.probe import probe
 from nemo_minitron.launch.record import newest
 from nemo_minitron.plan.folder import run_dir
-from nemo_minitron.stages.runner import RunOptions
 from tests.conftest import TOY
 from tests.support.fake_slurm import FakeSlurm
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.cli import load_plan
-from nemo_minitron.notify import notify
+from nemo_minitron.cli.main import load_plan
 from nemo_minitron.plan.describe import status_facts
 from nemo_minitron.report.status_page import HEIGHT, MARGIN, WIDTH, curve, render_status
+from nemo_minitron.system.notify import notify
 from tests.conftest import TOY, Cli
 
 EVIL = "<script>alert(1)</script>"

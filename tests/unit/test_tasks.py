@@ -14,7 +14,7 @@ from nemo_minitron.errors import DataError, EnvironmentProblem, PlanError
 from nemo_minitron.evaluation.generation import load_for_inference
 from nemo_minitron.evaluation.tasks import FALLBACK_BATCH_SIZE, read_scores, run_tasks, write_offline_tasks
 from nemo_minitron.hf.tokenizer import load_tokenizer
-from nemo_minitron.progress import Progress
+from nemo_minitron.system.progress import Progress
 from tests.support.tiny_models import tiny_model_dir
 
 pytest.importorskip("lm_eval")

@@ -24,10 +24,10 @@ from nemo_minitron.data.word_cuts import can_be_cut
 from nemo_minitron.errors import CheckpointError, DataError, EnvironmentProblem, Interrupted
 from nemo_minitron.hf.source import BUILT_IN
 from nemo_minitron.hf.tokenizer_identity import tokenizer_fingerprint
-from nemo_minitron.interrupts import StopRequest
-from nemo_minitron.progress import Progress
 from nemo_minitron.stages.spec import StageContext
-from nemo_minitron.stages.tokenize import SHARDS, tokenize
+from nemo_minitron.stages.tokenize.run import SHARDS, tokenize
+from nemo_minitron.system.interrupts import StopRequest
+from nemo_minitron.system.progress import Progress
 
 TOY_MODEL, TOY_TEXT = BUILT_IN["toy-llama"], BUILT_IN["toy-text"]
 
@@ -242,7 +242,7 @@ def test_the_same_stage_twice_writes_the_same_bytes(tmp_path: Path) -> None:
 def test_a_large_vocabulary_is_stored_in_wide_integers(tmp_path: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    from nemo_minitron.backends.megatron.indexed import Document, indexed_writers
+    from nemo_minitron.backends.megatron.data.indexed import Document, indexed_writers
 
     for vocab_size, dtype in ((49_152, np.uint16), (128_256, np.int32)):
         prefix = tmp_path / str(vocab_size)
@@ -257,7 +257,7 @@ def test_the_index_is_the_one_that_megatron_would_write(tmp_path: Path) -> None:
     import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    from nemo_minitron.backends.megatron.indexed import Document, indexed_writers
+    from nemo_minitron.backends.megatron.data.indexed import Document, indexed_writers
 
     documents = [np.arange(length) for length in (3, 1, 40, 7)]
     for vocab_size in (512, 128_256):

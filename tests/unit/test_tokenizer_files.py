@@ -26,9 +26,9 @@ from nemo_minitron.hf.tokenizer import load_tokenizer
 from nemo_minitron.hf.tokenizer_files import LLAMA3_PATTERN, TEKKEN_PATTERN
 from nemo_minitron.hf.tokenizer_identity import TokenizerIdentity, tokenizer_fingerprint
 from nemo_minitron.hf.tokenizer_writer import write_tokenizer
-from nemo_minitron.progress import Progress
 from nemo_minitron.stages.one_tokenizer import require_one_tokenizer
 from nemo_minitron.stages.spec import StageContext, params_of
+from nemo_minitron.system.progress import Progress
 from tests.support.saved_by import SAVED_BY
 from tests.support.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -288,7 +288,7 @@ def test_markers_beyond_the_embeddings_are_refused_when_the_template_is_bound(tm
 
 
 def test_chat_refuses_ids_beyond_the_embeddings(tmp_path: Path) -> None:
-    from nemo_minitron.cli_chat import chat
+    from nemo_minitron.cli.chat import chat
 
     folder = saved(tmp_path / "model", vocab_size=2)
     with pytest.raises(DataError, match="marker"):
@@ -373,7 +373,7 @@ def renamed(folder: Path, **names: str) -> Path:
 
 
 def inputs_of(tmp_path: Path, ids: list[int], **folders: Path) -> Inputs:
-    from nemo_minitron.backends.megatron.indexed import Document, indexed_writers
+    from nemo_minitron.backends.megatron.data.indexed import Document, indexed_writers
 
     data = tmp_path / "data"
     data.mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_minitron.backends.megatron.indexed import Document
+from nemo_minitron.backends.megatron.data.indexed import Document
 from nemo_minitron.errors import DataError
 
 SEQ_LEN = 16
@@ -19,7 +19,7 @@ SEQ_LEN = 16
 @pytest.fixture
 def two_sources(tmp_path: Path) -> Path:
     """Source 0 holds only token 1, source 1 only token 2; weights 3 and 1."""
-    from nemo_minitron.backends.megatron.indexed import indexed_writers
+    from nemo_minitron.backends.megatron.data.indexed import indexed_writers
 
     facts = []
     for number, weight in ((0, 3.0), (1, 1.0)):
@@ -34,8 +34,8 @@ def two_sources(tmp_path: Path) -> Path:
 
 
 def _samples(data: Path, cache: Path, seed: int = 0, num_samples: int = 64) -> list[torch.Tensor]:
-    from nemo_minitron.backends.megatron.datasets import training_samples
-    from nemo_minitron.backends.megatron.session import open_session
+    from nemo_minitron.backends.megatron.data.datasets import training_samples
+    from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.config.schema import Parallel
 
     with open_session(Parallel(), device="cpu"):
@@ -69,9 +69,9 @@ def test_what_was_drawn_of_each_source_follows_from_the_step(two_sources: Path, 
 def _job(data: Path, work: Path) -> tuple[Any, list[torch.Tensor]]:
     from types import SimpleNamespace
 
-    from nemo_minitron.backends.megatron.datasets import training_samples, training_sources
-    from nemo_minitron.backends.megatron.session import open_session
-    from nemo_minitron.backends.megatron.training import Job
+    from nemo_minitron.backends.megatron.data.datasets import training_samples, training_sources
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+    from nemo_minitron.backends.megatron.training.loop import Job
     from nemo_minitron.config.schema import Parallel
 
     keys: dict[str, Any] = dict.fromkeys(("trainable", "shape", "session", "objective"))
@@ -93,7 +93,7 @@ def test_the_same_seed_gives_the_same_samples(two_sources: Path, tmp_path: Path)
 def test_data_parallel_ranks_share_out_the_samples_of_a_step() -> None:
     from types import SimpleNamespace
 
-    from nemo_minitron.backends.megatron.datasets import step_batches
+    from nemo_minitron.backends.megatron.data.datasets import step_batches
     from nemo_minitron.config.schema import Parallel
 
     rows = [{key: torch.tensor([i]) for key in ("tokens", "labels", "loss_mask")} for i in range(24)]

@@ -14,8 +14,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_minitron.backends.megatron import build, versions
-from nemo_minitron.backends.megatron.session import open_session
+from nemo_minitron.backends.megatron.model import build
+from nemo_minitron.backends.megatron.runtime import versions
+from nemo_minitron.backends.megatron.runtime.session import open_session
 from nemo_minitron.config.schema import Parallel
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.families import ModelShape

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nemo_minitron.data.chat.rows import BadRow
-from nemo_minitron.shown import shown, shown_name, shown_names
+from nemo_minitron.system.shown import shown, shown_name, shown_names
 
 _PYTHON_MESSAGES = re.compile(r"\s*\[\s*\{\s*'(?:role|from|content|value)'")
 _NEVER_LEFT_OUT = ("role", "from", "content", "value")

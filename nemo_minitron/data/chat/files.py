@@ -15,7 +15,7 @@ from nemo_minitron.data.columns import open_parquet
 from nemo_minitron.data.found import CHAT_FORMATS, file_format, source_files
 from nemo_minitron.data.readers import read_lines
 from nemo_minitron.errors import DataError, shortened
-from nemo_minitron.shown import shown_name
+from nemo_minitron.system.shown import shown_name
 
 _ROWS_PER_BATCH = 256
 

@@ -23,7 +23,7 @@ from nemo_minitron.data.chat.messages import (
 )
 from nemo_minitron.data.chat.ratings import Renames, is_rating, label_string, labels, ratings, renamed
 from nemo_minitron.data.chat.rows import ATTRIBUTES, ROLES, BadRow, Message, Row, conversation, pair
-from nemo_minitron.shown import shown, shown_names
+from nemo_minitron.system.shown import shown, shown_names
 
 _PROMPTS = ("prompt", "instruction", "input", "question")
 _ANSWERS = ("completion", "output", "response", "answer")

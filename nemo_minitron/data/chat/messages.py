@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_minitron.data.chat.fields import Fields, first, is_empty, required, string, unpacked
 from nemo_minitron.data.chat.rows import ROLES, BadRow, Message
-from nemo_minitron.shown import shown
+from nemo_minitron.system.shown import shown
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of what an assistant thinks before its answer; rows here call it by the first."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_minitron.data.chat.fields import Fields, mapping
 from nemo_minitron.data.chat.rows import ATTRIBUTES, MAX_RATING, BadRow
-from nemo_minitron.shown import shown, shown_name
+from nemo_minitron.system.shown import shown, shown_name
 
 Renames = Mapping[str, str | None]
 """Attribute in the row -> ours; None: left out."""

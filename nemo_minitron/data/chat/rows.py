@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from nemo_minitron.config.schema import AttributeName
-from nemo_minitron.shown import shown
+from nemo_minitron.system.shown import shown
 
 ATTRIBUTES: tuple[str, ...] = get_args(AttributeName)
 MAX_RATING = 4

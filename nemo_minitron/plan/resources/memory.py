@@ -1,7 +1,7 @@
 """Bytes that one process of a training holds, part by part.
 
 Derived from what the code allocates: weights, gradient buffers and Adam's states are exact; activations are the tensors
-that autograd keeps for the backward pass of each module of backends/megatron/layers.py (the test compares with
+that autograd keeps for the backward pass of each module of backends/megatron/model/layers.py (the test compares with
 `saved_tensors_hooks`); the output layer and the loss are the chunks of distillation/linear.py. On a GPU Transformer
 Engine keeps somewhat less than the torch modules that are counted here.
 

@@ -1,0 +1,188 @@
+"""Complete configs for NeMo-Aligner: those of configs/align, filled by a stage, changed by a recipe.
+
+NeMo-Aligner ignores a misspelt key without a word; here every key must stand in the complete config.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from nemo_minitron.backends.alignment.nemo_aligner.shipped import require_shipped
+from nemo_minitron.config.places import CONFIGS, shipped_dir
+from nemo_minitron.errors import ConfigError
+
+Method = Literal[
+    "sft",
+    "dpo",
+    "reward_model",
+    "topk_logits",
+    "knowledge_distillation",
+    "steerlm2",
+    "ppo_actor",
+    "ppo_critic",
+    "reinforce_actor",
+    "reward_server",
+]
+"""A file of configs/align."""
+TRAINER_KEYS: dict[Method, str] = {
+    "sft": "sft",
+    "dpo": "dpo",
+    "reward_model": "rm",
+    "knowledge_distillation": "knowledge_distillation",
+    "steerlm2": "sft",
+}
+"""Where the trainer of a method that entry/ runs looks below `trainer`."""
+FILLED_BY: dict[Method, str] = dict.fromkeys(
+    ("ppo_actor", "ppo_critic", "reinforce_actor", "reward_server"), "minitron rlhf"
+)
+"""What fills in the missing values, where it is not a stage."""
+TO_FILL = "???"
+DEAD_KEYS = {
+    "model.dpo.preference_avg_log_probs": "model.dpo.preference_average_log_probs",
+    "model.dpo.average_log_probs": "model.dpo.preference_average_log_probs",
+    "model.dpo.sft_avg_log_probs": "model.dpo.sft_average_log_probs",
+    "model.dpo.beta": "model.dpo.ref_policy_kl_penalty",
+    "model.optim.sched.max_steps": "the stage's num_steps",
+    "model.regression.loss_func": "model.loss_func",
+    "model.regression.loss_mask_val": "model.loss_mask_val",
+    "model.ppo.combine_rm_and_critic_server": "remote_critic_rm.combine_rm_and_critic_server",
+    "trainer.ppo.trt_model_dir": "model.ppo.trt_model_dir",
+    "trainer.reinforce.inference_micro_batch_size": "inference.inference_micro_batch_size",
+    "inference.micro_batch_size": "inference.inference_micro_batch_size",
+}
+"""Keys of its documentation, its own files or recipes on the net that NeMo-Aligner 0.7 does not read."""
+RANGES: dict[str, tuple[float, float]] = {
+    "hidden_dropout": (0.0, 1.0),
+    "attention_dropout": (0.0, 1.0),
+    "ffn_dropout": (0.0, 1.0),
+    "weight_decay": (0.0, 1.0),
+    "gradient_clip_val": (0.0, float("inf")),
+    "preference_loss_weight": (0.0, float("inf")),
+    "sft_loss_weight": (0.0, float("inf")),
+    "constant_steps": (0, float("inf")),
+    "save_top_k": (0, float("inf")),
+    "num_nodes": (1, float("inf")),
+    "discount_factor": (0.0, 1.0),
+    "gae_lambda": (0.0, 1.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (0, float("inf")),
+    "repetition_penalty": (0.0, float("inf")),
+    "ratio_eps": (0.0, 1.0),
+    "loss_clip_val": (0.0, float("inf")),
+    "entropy_bonus": (0.0, float("inf")),
+    "critic_warmup_steps": (0, float("inf")),
+    "max_queue_delay_microseconds": (0, float("inf")),
+    "port": (1, 65535),
+}
+"""By the last part of the key."""
+ON_CPU: dict[str, Any] = {
+    "trainer.accelerator": "cpu",
+    "trainer.precision": 32,
+    "model.megatron_amp_O2": False,
+    "model.transformer_engine": False,
+    "model.use_cpu_initialization": True,
+    "model.gradient_as_bucket_view": True,
+    "model.optim.name": "adamw",
+}
+"""Needed without CUDA and Apex."""
+OF_FUSED_ADAM = ("bucket_cap_mb", "overlap_grad_sync", "overlap_param_sync", "contiguous_grad_buffer")
+"""Settings of `model.optim` that other optimizers refuse."""
+
+
+def base_config(method: Method) -> dict[str, Any]:
+    """The complete config of a method, as it stands in configs/align."""
+    config: dict[str, Any] = yaml.safe_load(config_file(method).read_text(encoding="utf-8"))
+    return config
+
+
+def config_file(method: Method) -> Path:
+    """The package's own file: a recipe changes single keys, which are checked against it."""
+    return shipped_dir(CONFIGS) / "align" / f"{method}.yaml"
+
+
+def override_problems(method: Method, overrides: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the NeMo-Aligner keys of a recipe, one line each."""
+    base = flat(base_config(method))
+    for key, value in flat(overrides).items():
+        if key in DEAD_KEYS:
+            yield f"{key}: NeMo-Aligner does not read this key. Use {DEAD_KEYS[key]}."
+        elif key not in base:
+            near = difflib.get_close_matches(key, base, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            yield f"{key}: unknown to NeMo-Aligner's {method}.{hint} All keys: {config_file(method)}."
+        elif base[key] == TO_FILL:
+            yield f"{key}: set by {FILLED_BY.get(method, 'the stage')} from its own keys; leave it out."
+        else:
+            yield from _value_problems(key, value, base[key])
+
+
+def _value_problems(key: str, value: Any, usual: Any) -> Iterator[str]:
+    number = isinstance(usual, int | float) and not isinstance(usual, bool)
+    fits = isinstance(value, int | float) and not isinstance(value, bool) if number else isinstance(value, type(usual))
+    if usual is not None and value is not None and not fits:
+        yield f"{key} = {value!r}: of another type than {usual!r}."
+        return
+    low, high = RANGES.get(key.rpartition(".")[2], (None, None))
+    if low is not None and high is not None and not low <= value <= high:
+        yield f"{key} = {value}: outside of [{low}, {high}]."
+
+
+def complete_config(
+    method: Method, fill: Mapping[str, Any], overrides: Mapping[str, Any], *, on_cpu: bool, where: str
+) -> dict[str, Any]:
+    """The config that NeMo-Aligner gets.
+
+    Args:
+        fill: dotted key -> value, from the stage.
+        overrides: nested, from the recipe.
+        where: the stage, for messages.
+
+    Raises:
+        ConfigError: a key that NeMo-Aligner does not know, or a value out of range.
+        EnvironmentProblem: the container's NeMo-Aligner does not have our keys.
+    """
+    for problem in override_problems(method, overrides):
+        raise ConfigError(problem, where=f"{where}.aligner")
+    config = base_config(method)
+    known = flat(config)
+    require_shipped(method, known)
+    values = {**fill, **flat(overrides)}
+    if on_cpu:
+        values |= {key: value for key, value in ON_CPU.items() if key in known}
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise AssertionError(f"not in {method}.yaml: {unknown}")
+    for key, value in values.items():
+        _set(config, key, value)
+    optim = config["model"].get("optim", {})
+    if optim.get("name") != "distributed_fused_adam":
+        for key in OF_FUSED_ADAM:
+            optim.pop(key, None)
+    empty = [key for key, value in flat(config).items() if value == TO_FILL]
+    if empty:
+        raise AssertionError(f"nobody filled {empty} of {method}.yaml")
+    return config
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value; lists and empty mappings are values."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = deepcopy(value)
+    return out
+
+
+def _set(config: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        config = config[part]
+    config[last] = value

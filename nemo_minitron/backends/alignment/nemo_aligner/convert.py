@@ -1,0 +1,89 @@
+"""Hugging Face checkpoint <-> NeMo checkpoint, in NeMo's own environment."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.backends.alignment.nemo_aligner.border import read_megatron_tensors, write_megatron_tensors
+from nemo_minitron.backends.alignment.nemo_aligner.model_config import nemo_model_config
+from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
+from nemo_minitron.hf.checkpoint import Checkpoint, copy_side_files
+from nemo_minitron.hf.tokenizer import load_tokenizer
+from nemo_minitron.hf.tokenizer_files import TOKENIZER_FILE
+from nemo_minitron.system.interrupts import StopRequest
+from nemo_minitron.system.progress import Progress
+
+
+def to_nemo(
+    model_dir: Path,
+    out: Path,
+    work_dir: Path,
+    log: Path,
+    progress: Progress,
+    stop: StopRequest,
+    *,
+    seq_len_tokens: int,
+    on_cpu: bool,
+    tp: int = 1,
+) -> dict[str, Any]:
+    """Make the NeMo checkpoint folder `out`, tokenizer included; returns its model config.
+
+    Raises:
+        ConfigError: a model that NeMo does not have.
+        CheckpointError: the Hugging Face checkpoint is damaged.
+    """
+    shape = Checkpoint.open(model_dir).shape
+    tokenizer = out.parent / f"{out.name}.tokenizer"
+    _copy_tokenizer(model_dir, tokenizer)
+    config = nemo_model_config(
+        shape, tokenizer, seq_len_tokens=seq_len_tokens, on_cpu=on_cpu, where=str(model_dir), tp=tp
+    )
+    weights = work_dir / "weights"
+    shutil.rmtree(weights, ignore_errors=True)
+    write_megatron_tensors(model_dir, weights)
+    try:
+        task = {"weights": str(weights), "model_config": config, "out": str(out)}
+        run_task("to_nemo", task, work_dir, log, progress, stop, on_cpu=on_cpu)
+    finally:
+        shutil.rmtree(weights, ignore_errors=True)
+    return config
+
+
+def from_nemo(
+    nemo_dir: Path,
+    model_config: dict[str, Any],
+    like: Path,
+    out: Path,
+    work_dir: Path,
+    log: Path,
+    progress: Progress,
+    stop: StopRequest,
+    *,
+    on_cpu: bool | None = None,
+) -> None:
+    """Write a NeMo checkpoint as Hugging Face does, with the config, the dtype and the tokenizer of `like`."""
+    weights = work_dir / "weights"
+    shutil.rmtree(weights, ignore_errors=True)
+    dtype = Checkpoint.open(like).dtype
+    try:
+        task = {"nemo": str(nemo_dir), "model_config": model_config, "out": str(weights), "dtype": dtype}
+        run_task("from_nemo", task, work_dir, log, progress, stop, on_cpu=on_cpu)
+        read_megatron_tensors(weights, like, out)
+    finally:
+        shutil.rmtree(weights, ignore_errors=True)
+
+
+def _copy_tokenizer(model_dir: Path, out: Path) -> None:
+    """Copy the tokenizer for NeMo's transformers 4, with the class that takes everything from tokenizer.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    copy_side_files(model_dir, out)
+    shutil.copyfile(model_dir / "config.json", out / "config.json")
+    if not (out / TOKENIZER_FILE).is_file():
+        load_tokenizer(model_dir).backend_tokenizer.save(str(out / TOKENIZER_FILE))
+    settings = out / "tokenizer_config.json"
+    if settings.is_file():
+        content = json.loads(settings.read_text(encoding="utf-8"))
+        settings.write_text(json.dumps({**content, "tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")

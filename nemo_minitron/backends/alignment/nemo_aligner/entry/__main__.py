@@ -1,0 +1,54 @@
+"""`python .../entry TASK.json`: one task for NeMo-Aligner, in the environment that has it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from task import Task, answer, of_the_package
+
+TASKS = {
+    "self_test": "self_test:self_test",
+    "to_nemo": "checkpoints:to_nemo",
+    "from_nemo": "checkpoints:from_nemo",
+    "logits": "checkpoints:logits",
+    "sft": "sft:train",
+    "dpo": "dpo:train",
+    "reward_model": "reward_model:train",
+    "annotate": "reward_model:annotate",
+    "topk_logits": "distillation:topk_logits",
+    "knowledge_distillation": "distillation:train",
+    "steerlm2": "steerlm2:train",
+    "preference_losses": "dpo:preference_losses",
+}
+ALONE = ("preference_losses",)
+"""Tasks without torch.distributed: what they call asks for Megatron's groups as soon as it runs."""
+
+
+def main() -> int:
+    """Run the task that the file names."""
+    import cpu
+
+    task = json.loads(Path(sys.argv[1]).read_text())
+    cpu.enable()
+    of_the_package("megatron/runtime/known_pickles.py").read_only_known_pickles()
+    return answer(Path(task["work_dir"]), _run, task)
+
+
+def _run(task: Task) -> Mapping[str, Any]:
+    from world import joined
+
+    module, name = TASKS[task["task"]].split(":")
+    function: Callable[[Task], Mapping[str, Any]] = getattr(import_module(module), name)
+    if task["task"] in ALONE:
+        return function(task)
+    with joined():
+        return function(task)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

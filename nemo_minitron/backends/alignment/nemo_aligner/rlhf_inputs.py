@@ -1,0 +1,127 @@
+"""What PPO and REINFORCE start from, out of a finished run: a model, a reward model and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_minitron.artifacts.manifest import Manifest, read_manifest
+from nemo_minitron.backends.alignment.nemo_aligner.rlhf_checks import Limits, RlhfFacts, longest_prompt_tokens
+from nemo_minitron.config.schema.base import TEMPLATE_DATE
+from nemo_minitron.config.schema.rlhf import Rlhf
+from nemo_minitron.data.chat.bad_rows import BadRows
+from nemo_minitron.data.chat.render import read_normalised
+from nemo_minitron.data.chat.rows import BadRow
+from nemo_minitron.data.chat.tokenizing import ChatTemplate
+from nemo_minitron.errors import ArtifactError
+from nemo_minitron.hf.checkpoint import Checkpoint
+from nemo_minitron.hf.tokenizer_identity import tokenizer_fingerprint
+
+PARTS = ("train", "valid")
+
+
+def find_stage(run: Path, kinds: tuple[str, ...], named: str | None, option: str) -> Path:
+    """The folder of the only finished stage of these kinds, or of the one that the user names.
+
+    Args:
+        option: of the command, for the message.
+
+    Raises:
+        ArtifactError: there is none, or more than one and none is named.
+    """
+    finished = {path.name: read_manifest(path) for path in sorted(run.iterdir()) if path.is_dir()}
+    found = [name for name, manifest in finished.items() if manifest is not None and _fits(manifest, kinds)]
+    chosen = [name for name in found if named in (None, name)]
+    if len(chosen) == 1:
+        return run / chosen[0]
+    what = f"stage of kind {' or '.join(kinds)}"
+    if not found:
+        raise ArtifactError(
+            f"There is no finished {what} here.",
+            where=str(run),
+            next_step="minitron status RECIPE shows what has finished; prompts come from conversations, not pairs.",
+        )
+    raise ArtifactError(
+        f"Several stages could be used: {', '.join(found)}." if named is None else f"{named} is no finished {what}.",
+        where=str(run),
+        allowed=", ".join(found),
+        next_step=f"Name one with {option}.",
+    )
+
+
+def _fits(manifest: Manifest, kinds: tuple[str, ...]) -> bool:
+    return manifest.kind in kinds and manifest.result.get("rows") != "pairs"
+
+
+def read_prompts(settings: Rlhf, rows: Path, template: ChatTemplate) -> dict[str, list[str]]:
+    """Part -> what comes before the last answer of every conversation; long ones and a few bad ones are left out.
+
+    Raises:
+        DataError: the template refuses too many rows.
+    """
+    most, found = longest_prompt_tokens(settings), {}
+    for part in PARTS:
+        file, bad, texts = rows / f"{part}.jsonl", BadRows(), []
+        for row in read_normalised(file):
+            bad.num_rows += 1
+            try:
+                template.require_no_marker(row["messages"][:-1])
+                texts.append(template.prompt(row["messages"][:-1]))
+            except BadRow as reason:
+                bad.add(row["origin"], reason)
+        bad.require_few(settings.max_bad_fraction, str(file), "max_bad_fraction")
+        found[part] = [text for text in texts if len(template.ids(text)) <= most]
+    return found
+
+
+def gather_facts(model: Path, template: ChatTemplate, reward: Path, prompts: dict[str, list[str]]) -> RlhfFacts:
+    """What the settings are checked against.
+
+    Args:
+        reward: the folder of a train_attribute_model stage.
+
+    Raises:
+        CheckpointError: the model is damaged.
+    """
+    manifest = read_manifest(reward)
+    assert manifest is not None
+    nemo: dict[str, Any] = yaml.safe_load((reward / "nemo/model_config.yaml").read_text(encoding="utf-8"))
+    tokenizer = reward / "nemo.tokenizer"
+    return RlhfFacts(
+        actor_model=model,
+        actor_shape=Checkpoint.open(model).shape,
+        stop=template.stop,
+        reward=manifest.result["reward"],
+        reward_nemo=reward / "nemo",
+        reward_tokenizer=tokenizer,
+        reward_limits=Limits(nemo["num_layers"], nemo["num_query_groups"], nemo["max_position_embeddings"]),
+        num_prompts=len(prompts["train"]),
+        num_valid_prompts=len(prompts["valid"]),
+        misunderstandings=tuple(_misunderstandings(model, template, tokenizer, manifest)),
+    )
+
+
+def _misunderstandings(model: Path, template: ChatTemplate, tokenizer: Path, manifest: Manifest) -> Iterator[str]:
+    """The reward model is sent the actor's tokens: it must know them, and be asked where it has learnt to answer."""
+    if tokenizer_fingerprint(model) != tokenizer_fingerprint(tokenizer):
+        yield "the reward model has another tokenizer than the model: it would read other words."
+        return
+    result = manifest.result
+    learnt = ChatTemplate.load(tokenizer, result["template"], whole_markers=result["whole_markers"])
+    if learnt.jinja != template.jinja:
+        yield (
+            f"template: the reward model (stage {manifest.stage}, template {result['template']}) has learnt another "
+            "chat template than the model writes."
+        )
+    elif "strftime_now" in template.jinja and (day := result.get("template_date", str(TEMPLATE_DATE))) != str(
+        template.day
+    ):
+        yield f"template_date: the reward model has learnt texts of {day}, and the prompts say {template.day}."
+    elif result["reward"] == "regression" and learnt.rated_end:
+        yield (
+            f"template: the reward model has learnt to rate at {learnt.rated_end!r}, and is asked at the end of the "
+            f"answer. Train stage {manifest.stage} with another template than {result['template']}."
+        )

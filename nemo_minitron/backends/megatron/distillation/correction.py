@@ -1,0 +1,69 @@
+"""Teacher correction beside distillation: the teacher learns from the text that it teaches (2408.11796)."""
+
+from __future__ import annotations
+
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.backends.megatron.distillation.hidden import HiddenStates, States, reading, transport
+from nemo_minitron.backends.megatron.distillation.lesson import Lesson
+from nemo_minitron.backends.megatron.model.forward import Batch
+from nemo_minitron.backends.megatron.runtime.session import Session
+from nemo_minitron.backends.megatron.training.loop import ForwardStep, Parts, accumulate, mean_over_ranks, update
+from nemo_minitron.backends.megatron.training.optim import Trainable
+
+
+class Correction:
+    """One forward pass of the teacher serves its own loss and the student's.
+
+    Each step `lessons`, then the student's pass, then `finish`: the student sees the weights that the lessons are of.
+
+    Args:
+        forward: the teacher's own objective, which needs nothing beside a micro-batch.
+        hidden: the pairs of hidden states that the student's loss compares.
+    """
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        forward: ForwardStep,
+        hidden: HiddenStates | None,
+        session: Session,
+        seq_len_tokens: int,
+    ) -> None:
+        self.trainable = trainable
+        self._forward, self._hidden, self._session, self._seq_len = forward, hidden, session, seq_len_tokens
+        self._losses: list[Parts] = []
+
+    def lessons(self, batches: list[Batch]) -> list[Lesson]:
+        """What the teacher says of each micro-batch; its gradients are ready afterwards."""
+        head_inputs: list[Tensor | None] = []
+        kept: list[States] = []
+        taps = self._hidden.teacher_taps if self._hidden is not None else ()
+
+        def forward(model: torch.nn.Module, batch: Batch, _: Any) -> Any:
+            with reading(model, taps) as states:
+                output, loss_of = self._forward(model, batch, None)
+            kept.append({tap: state.detach() for tap, state in states.items()})
+
+            def loss(hidden_BSD: Tensor) -> tuple[Tensor, Parts]:
+                head_inputs.append(hidden_BSD.detach())
+                return loss_of(hidden_BSD)
+
+            return output, loss
+
+        self._losses = accumulate(self.trainable, forward, batches, repeat(None), self._seq_len)
+        if self._hidden is not None:
+            kept = transport(kept, self._hidden, batches, self.trainable.model.config.params_dtype)
+        if not self._session.is_last_stage:
+            head_inputs = [None] * len(batches)
+        return [Lesson(head_input, states) for head_input, states in zip(head_inputs, kept, strict=True)]
+
+    def finish(self) -> dict[str, float]:
+        """Update the teacher; returns its columns of the curves."""
+        after = update(self.trainable)
+        losses, _ = mean_over_ranks(self._losses, ("train_loss",), self._session, None)
+        return {f"teacher_{name}": value for name, value in {"loss": losses["train_loss"], **after}.items()}

@@ -1,0 +1,73 @@
+"""Held-out loss of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.backends.megatron.data.datasets import HeldOutBatches, heldout_batches
+from nemo_minitron.backends.megatron.model.forward import Batch, evaluating, forward_batches, token_nll
+from nemo_minitron.backends.megatron.model.parts import Model
+from nemo_minitron.backends.megatron.model.weights import load_model
+from nemo_minitron.backends.megatron.runtime.session import Session
+from nemo_minitron.system.progress import Progress
+
+EVAL_BATCH_SIZE = 4
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Sums over the held-out text."""
+
+    nll_nats: float
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nll_nats / self.num_tokens
+
+
+def heldout_loss(
+    model_dir: Path,
+    data_dir: Path,
+    *,
+    num_tokens: int,
+    seq_len_tokens: int,
+    precision: str,
+    session: Session,
+    progress: Progress,
+) -> HeldOut:
+    """Next-token loss of a checkpoint on the validation split; equal on every rank."""
+    model, shape = load_model(model_dir, session, precision=precision, seq_len_tokens=seq_len_tokens)
+    heldout = heldout_batches(
+        data_dir, session, num_tokens=num_tokens, seq_len_tokens=seq_len_tokens, batch_size=EVAL_BATCH_SIZE
+    )
+    return sum_nll(model, heldout, shape.vocab_size, session, progress)
+
+
+def sum_nll(model: Model, heldout: HeldOutBatches, vocab_size: int, session: Session, progress: Progress) -> HeldOut:
+    """Loss of a model that is already in memory."""
+    totals = torch.zeros(2, dtype=torch.float64, device=session.device)
+
+    def add(logits: Tensor, batch: Batch) -> None:
+        mask = batch["loss_mask"]
+        nll = token_nll(logits, batch["labels"], vocab_size)
+        totals.add_(torch.stack([(nll * mask).double().sum(), mask.double().sum()]))
+
+    with evaluating(model):
+        batches = progress.track(heldout.batches, "held-out loss", len(heldout.batches), "batches")
+        forward_batches(model, batches, session, add)
+    _sum_over_data_parallel(totals, session)
+    return HeldOut(float(totals[0]), int(totals[1]), heldout.num_bytes)
+
+
+def _sum_over_data_parallel(totals: Tensor, session: Session) -> None:
+    """Every tensor-parallel rank of the last stage holds the same sums; count one of them."""
+    if not (session.is_last_stage and session.tp_rank == 0):
+        totals.zero_()
+    session.sum(totals)

@@ -1,0 +1,177 @@
+"""The layer spec: Transformer Engine modules where they are installed, plain torch ones elsewhere.
+
+Norms and linears stay separate modules in both (no fused layer-norm linear), so that one
+parameter table and one set of hooks serves both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from nemo_minitron.backends.megatron.runtime.context import context_attention
+from nemo_minitron.backends.megatron.runtime.cpu import cuda_is_cpu
+from nemo_minitron.backends.megatron.runtime.versions import context_group, mlp_spec
+from nemo_minitron.errors import EnvironmentProblem
+
+
+class TorchNorm(nn.Module):
+    """RMSNorm, or LayerNorm whose stored weight is centred on zero (w + 1), in plain torch.
+
+    The statistics are taken in fp32 (fp64 stays fp64), like the Hugging Face models that the weights come from.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        dtype = config.params_dtype
+        self.weight = nn.Parameter(torch.full((hidden_size,), 0.0 if self.zero_centered else 1.0, dtype=dtype))
+        self.register_parameter(
+            "bias",
+            nn.Parameter(torch.zeros(hidden_size, dtype=dtype)) if config.normalization == "LayerNorm" else None,
+        )
+        for parameter in self.parameters():
+            # Tells Megatron to sum these gradients over the tensor-parallel ranks.
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_SBD: Tensor) -> Tensor:
+        bias, wide = self.bias, torch.promote_types(hidden_SBD.dtype, torch.float32)
+        if not isinstance(bias, Tensor):
+            normed = F.rms_norm(hidden_SBD.to(wide), hidden_SBD.shape[-1:], None, self.eps)
+            return self.weight * normed.to(hidden_SBD.dtype)
+        weight = self.weight.to(wide) + float(self.zero_centered)
+        normed = F.layer_norm(hidden_SBD.to(wide), hidden_SBD.shape[-1:], weight, bias.to(wide), self.eps)
+        return normed.to(hidden_SBD.dtype)
+
+
+class SdpaCoreAttention(nn.Module):
+    """Causal attention by torch's scaled_dot_product_attention, with grouped queries.
+
+    With a mask (True: may not look) that mask alone counts. With context parallelism
+    the ranks' keys and values are brought together, and the mask has this rank's rows.
+
+    Shapes: query [S, B, heads, head_dim], key and value [S, B, groups, head_dim] of this
+    tensor-parallel rank; returns [S, B, heads * head_dim].
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, *_: Any, pg_collection: Any = None, **__: Any
+    ) -> None:
+        super().__init__()
+        self.layer_number = layer_number
+        self.context_group = context_group(pg_collection) if config.context_parallel_size > 1 else None
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
+        may_look = None if attention_mask is None else ~attention_mask
+        if self.context_group is not None:
+            out = context_attention(query, key, value, may_look, self.context_group)
+        else:
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            grouped = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=may_look, is_causal=may_look is None, enable_gqa=grouped
+            )
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine can be imported and this session has a GPU for it to run on."""
+    if cuda_is_cpu() or not torch.cuda.is_available():
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def require_document_mask(reset_attention_mask: bool) -> None:
+    """Raises EnvironmentProblem where documents are to be kept apart and the attention would not do it."""
+    # Its causal attention ignores a mask without a word.
+    if reset_attention_mask and has_transformer_engine():
+        raise EnvironmentProblem(
+            "reset_attention_mask = True: Transformer Engine's attention would let documents see each other.",
+            allowed="torch attention, which is used where Transformer Engine is not installed or there is no GPU",
+            next_step="Set reset_attention_mask to false, or use an environment without transformer-engine.",
+        )
+
+
+def _modules() -> dict[str, Any]:
+    if not has_transformer_engine():
+        return {
+            "norm": TorchNorm,
+            "column": ColumnParallelLinear,
+            "row": RowParallelLinear,
+            "attention": SdpaCoreAttention,
+        }
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TEDotProductAttention,
+        TENorm,
+        TERowParallelLinear,
+    )
+
+    return {
+        "norm": TENorm,
+        "column": TEColumnParallelLinear,
+        "row": TERowParallelLinear,
+        "attention": TEDotProductAttention,
+    }
+
+
+def norm() -> Any:
+    """What makes a norm."""
+    return _modules()["norm"]
+
+
+def attention_parts(*, qk_norm: bool) -> dict[str, Any]:
+    """The submodules of a layer that belong to its attention."""
+    modules = _modules()
+    head_norm = modules["norm"] if qk_norm else IdentityOp
+    attention = SelfAttentionSubmodules(
+        linear_qkv=modules["column"],
+        core_attention=modules["attention"],
+        linear_proj=modules["row"],
+        q_layernorm=head_norm,
+        k_layernorm=head_norm,
+    )
+    return {
+        "input_layernorm": modules["norm"],
+        "self_attention": ModuleSpec(
+            module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+        ),
+        "self_attn_bda": get_bias_dropout_add,
+    }
+
+
+def mlp_parts() -> dict[str, Any]:
+    """The submodules of a layer that belong to its MLP."""
+    modules = _modules()
+    return {
+        "pre_mlp_layernorm": modules["norm"],
+        "mlp": mlp_spec(MLPSubmodules(linear_fc1=modules["column"], linear_fc2=modules["row"])),
+        "mlp_bda": get_bias_dropout_add,
+    }
+
+
+def block_spec(num_local_layers: int, *, qk_norm: bool) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and the final norm."""
+    layer = TransformerLayerSubmodules(**attention_parts(qk_norm=qk_norm), **mlp_parts())
+    specs = [ModuleSpec(module=TransformerLayer, submodules=layer)] * num_local_layers
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm())

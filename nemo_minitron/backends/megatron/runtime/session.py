@@ -1,0 +1,148 @@
+"""Open and close the distributed world. The only place that owns Megatron's global state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from nemo_minitron.backends.megatron.runtime.cpu import cuda_means_cpu
+from nemo_minitron.backends.megatron.runtime.meeting import StrangerError, among_ourselves, join
+from nemo_minitron.config.schema import Parallel
+from nemo_minitron.errors import EnvironmentProblem, PlanError
+from nemo_minitron.system.heap import keep_freed_memory
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Session:
+    """This process's place in the world, valid while the session is open."""
+
+    parallel: Parallel
+    device: torch.device
+    rank: int
+    world_size: int
+    tp_rank: int
+    pp_rank: int
+    cp_rank: int
+    dp_rank: int
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that writes files."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.parallel.pp - 1
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All-reduce over every rank, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The last pipeline stage's values, on every stage, in place."""
+        if self.parallel.pp > 1:
+            source = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(tensor, source, group=parallel_state.get_pipeline_model_parallel_group())
+        return tensor
+
+
+@contextmanager
+def open_session(
+    parallel: Parallel, *, device: str = "auto", seed: int = 1234, threads: int | None = None
+) -> Iterator[Session]:
+    """Join the other ranks (or make a world of a single process) and set Megatron up in it.
+
+    Raises:
+        EnvironmentProblem: CUDA was asked for and is not there, or another user has joined.
+        PlanError: the number of processes is not tp * pp * cp * dp.
+    """
+    chosen = _choose_device(device)
+    if chosen.type == "cpu":
+        keep_freed_memory()
+        if threads:
+            torch.set_num_threads(threads)
+    with ExitStack() as stack:
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        else:
+            stack.enter_context(cuda_means_cpu())
+        stack.enter_context(_without_strangers())
+        _join_world(chosen, parallel)
+        stack.callback(dist.destroy_process_group)
+        parallel_state.initialize_model_parallel(parallel.tp, parallel.pp, context_parallel_size=parallel.cp)
+        stack.callback(parallel_state.destroy_model_parallel)
+        _seed(seed, chosen)
+        yield Session(
+            parallel=parallel,
+            device=chosen,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            dp_rank=parallel_state.get_data_parallel_rank(),
+        )
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem(
+            "execution.device = cuda, but torch sees no GPU.", allowed="auto, cpu", next_step="Check `nvidia-smi`."
+        )
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _join_world(device: torch.device, parallel: Parallel) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != parallel.world_size:
+        raise PlanError(
+            f"{world_size} processes were started for a layout of {parallel.world_size} "
+            f"(tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} x dp {parallel.dp}).",
+            next_step="Start as many processes as tp * pp * cp * dp.",
+        )
+    join(backend, TIMEOUT)
+
+
+@contextmanager
+def _without_strangers() -> Iterator[None]:
+    try:
+        with among_ourselves():
+            yield
+    except StrangerError as error:
+        raise EnvironmentProblem(
+            str(error),
+            next_step="Run on a machine that you do not share, or report that user; the same command goes on.",
+        ) from error
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    torch.manual_seed(seed)
+    if device.type == "cuda":
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        model_parallel_cuda_manual_seed(seed)

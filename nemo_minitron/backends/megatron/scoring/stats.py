@@ -1,0 +1,215 @@
+"""Importance statistics from hooks on a Megatron model.
+
+Every rank adds up what it sees of its own layers and channels into zero tensors of the whole
+model's size; one sum over all ranks then gives every rank the whole statistic, in any layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor, nn
+
+from nemo_minitron.backends.megatron.data.stream import LayerStream
+from nemo_minitron.backends.megatron.model.forward import Batch, backward_batches, evaluating, forward_batches
+from nemo_minitron.backends.megatron.model.parts import Layer, Model, layers
+from nemo_minitron.backends.megatron.runtime.layout import shard_range
+from nemo_minitron.backends.megatron.runtime.session import Session
+from nemo_minitron.config.schema import ScoreStage
+from nemo_minitron.families import ModelShape
+from nemo_minitron.pruning.importance import (
+    CONVENTIONS,
+    METHODS,
+    NUM_SUMS,
+    Convention,
+    Method,
+    aggregate_batch,
+    aggregate_sequence,
+    batch_sums,
+    block_influence,
+    head_scores,
+    per_head,
+)
+
+View = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Additive statistics of the whole model, fp64; this rank's share until they are summed."""
+
+    norms: Tensor
+    """[2L, 4, hidden]: outputs of each layer's two norms."""
+    ffn: Tensor
+    """[L, 4, ffn]: MLP neurons."""
+    attention: Tensor
+    """[L, 4, heads * kv_channels] or, where heads are measured at each token, [L, 4, heads]."""
+
+    @classmethod
+    def zeros(cls, shape: ModelShape, convention: Convention, device: torch.device) -> Sums:
+        layers, axis = shape.num_layers, shape.axis_sizes()
+        attention = shape.num_attention_heads if convention.head_per_token else axis["q"]
+        rows = ((2 * layers, axis["hidden"]), (layers, axis["ffn"]), (layers, attention))
+        return cls(*(torch.zeros(n, NUM_SUMS, size, dtype=torch.float64, device=device) for n, size in rows))
+
+
+def convention_of(params: ScoreStage) -> Convention:
+    """The named convention, with the side of the activation function that the recipe may have chosen."""
+    found = CONVENTIONS[params.convention]
+    return Convention(params.neuron_score or found.neuron, found.head_per_token)
+
+
+def activation_scores(
+    model: Model,
+    shape: ModelShape,
+    batches: Iterable[Batch],
+    params: ScoreStage,
+    session: Session,
+) -> dict[str, Tensor]:
+    """Width scores, and block influence where it is asked for; one pass, fp64, equal on every rank.
+
+    hidden: summed over the outputs of all layers' norms; ffn and heads: per layer (2407.14679,
+    section 2.2). The final norm is not counted.
+    """
+    convention, method = convention_of(params), METHODS[params.method]
+    sums = Sums.zeros(shape, convention, session.device)
+    lengths = (1, *params.block_lengths) if "block_influence" in params.layer_metrics else ()
+    stream = LayerStream(model, shape, lengths, session)
+    taps = _Taps(convention, method, params, shape, session)
+    with evaluating(model), stream.recording(), taps.attached(model, sums):
+        if method.needs_gradient:
+            backward_batches(model, batches, session, shape.vocab_size, after=stream.close_batch)
+        else:
+            forward_batches(model, batches, session, lambda *_: None, after=stream.close_batch)
+    for tensor in (sums.norms, sums.ffn, sums.attention):
+        session.sum(tensor)
+    return {**_width_scores(sums, shape, params, convention), **_influence(stream)}
+
+
+def _width_scores(sums: Sums, shape: ModelShape, params: ScoreStage, convention: Convention) -> dict[str, Tensor]:
+    def by_row(tensor_R4C: Tensor) -> Tensor:
+        return torch.stack([aggregate_batch(row, params.batch_aggregation) for row in tensor_R4C]).cpu()
+
+    def heads() -> Tensor:
+        rows = by_row(sums.attention)
+        return rows if convention.head_per_token else head_scores(rows, shape.kv_channels)
+
+    scores: dict[str, Callable[[], Tensor]] = {
+        "hidden": lambda: by_row(sums.norms).sum(0),
+        "ffn": lambda: by_row(sums.ffn),
+        "heads": heads,
+    }
+    return {axis: scores[axis]() for axis in params.width_axes}
+
+
+def _influence(stream: LayerStream) -> dict[str, Tensor]:
+    """block_influence of single layers as `layers.`, of runs as `blocks.<length>`."""
+    return {
+        f"layers.{_BI}" if length == 1 else f"blocks.{_BI}.{length}": block_influence(sums.cpu())
+        for length, sums in stream.totals().items()
+    }
+
+
+_BI = "block_influence"
+
+
+@dataclass(frozen=True)
+class _Taps:
+    """Where activations are taken from, and what is done with them."""
+
+    convention: Convention
+    method: Method
+    params: ScoreStage
+    shape: ModelShape
+    session: Session
+
+    @contextmanager
+    def attached(self, model: Model, sums: Sums) -> Iterator[None]:
+        """Hooks on every layer of this rank, for the axes that are asked for."""
+        axes = self.params.width_axes
+        with ExitStack() as stack:
+            for layer in layers(model):
+                index = layer.index
+                if "ffn" in axes:
+                    stack.enter_context(self._neurons(layer, sums.ffn[index]))
+                if "heads" in axes:
+                    stack.enter_context(self._heads(layer, sums.attention[index]))
+                if "hidden" in axes:
+                    stack.enter_context(self._norm(layer.input_norm, sums.norms[2 * index]))
+                    stack.enter_context(self._norm(layer.pre_mlp_norm, sums.norms[2 * index + 1]))
+            yield
+
+    def _neurons(self, layer: Layer, sums_4C: Tensor) -> Any:
+        mine = self._my_part(sums_4C)
+        if self.convention.neuron == "after_activation":
+            return _on_input(layer.mlp_output, lambda x: self._take(x, _same, mine))
+        # Megatron stacks gate and up; the gate goes through the activation function.
+        view = (lambda x: x.chunk(2, -1)[0]) if self.shape.gated else _same
+        return _on_output(layer.mlp_input, lambda out: self._take(out[0], view, mine))
+
+    def _heads(self, layer: Layer, sums_4C: Tensor) -> Any:
+        mine, size = self._my_part(sums_4C), self.shape.kv_channels
+        view = (lambda x: per_head(x, size)) if self.convention.head_per_token else _same
+        return _on_input(layer.attention_output, lambda x: self._take(x, view, mine))
+
+    def _norm(self, norm: nn.Module, sums_4C: Tensor) -> Any:
+        """The same on every tensor-parallel rank, or a part of the sequence of each: the first one counts."""
+        scattered = self.session.parallel.sequence_parallel and self.session.parallel.tp > 1
+        if self.session.tp_rank and not scattered:
+            return ExitStack()
+        view = _whole_sequence if scattered else _same
+        target = sums_4C if self.session.tp_rank == 0 else torch.zeros_like(sums_4C)
+        return _on_output(norm, lambda x: self._take(x, view, target))
+
+    def _my_part(self, sums_4C: Tensor) -> Tensor:
+        start, stop = shard_range(sums_4C.shape[-1], self.session.tp_rank, self.session.parallel.tp)
+        return sums_4C[:, start:stop]
+
+    def _take(self, activation: Tensor, view: View, target_4C: Tensor) -> None:
+        def add(values: Tensor) -> None:
+            sequence = aggregate_sequence(view(values), self.params.sequence_aggregation)
+            target_4C.add_(batch_sums(sequence))
+
+        values, kept = self.method.values, activation.detach()
+        if not self.method.needs_gradient:
+            add(values(kept, kept))
+            return
+        activation.register_hook(lambda gradient: add(values(kept, gradient)))
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _whole_sequence(x: Tensor) -> Tensor:
+    return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
+
+
+@contextmanager
+def _on_input(module: nn.Module, consume: Callable[[Tensor], None]) -> Iterator[None]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        # Returns None: a value would replace the activation.
+        consume(args[0])
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _on_output(module: nn.Module, consume: Callable[[Any], None]) -> Iterator[None]:
+    def hook(_: nn.Module, __: Any, out: Any) -> None:
+        consume(out)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

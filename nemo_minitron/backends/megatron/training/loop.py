@@ -1,0 +1,357 @@
+"""The training loop: Megatron's schedules around an objective, with curves, checkpoints and exact resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from nemo_minitron.backends.megatron.data.datasets import samples_of_each, step_batches
+from nemo_minitron.backends.megatron.model.build import DTYPES
+from nemo_minitron.backends.megatron.model.forward import Batch
+from nemo_minitron.backends.megatron.model.weights import save_model
+from nemo_minitron.backends.megatron.runtime.peak import matmul_flops_per_s
+from nemo_minitron.backends.megatron.runtime.session import Session
+from nemo_minitron.backends.megatron.runtime.versions import share_of_loss
+from nemo_minitron.backends.megatron.training.checkpoint import Checkpoints, Progressed, step_of
+from nemo_minitron.backends.megatron.training.curves import Curves, Tracker
+from nemo_minitron.backends.megatron.training.guard import LossWatch
+from nemo_minitron.backends.megatron.training.optim import Trainable
+from nemo_minitron.config.schema import Execution, Optimization
+from nemo_minitron.data.used import DATA_USED_FILE, Sources, data_used
+from nemo_minitron.errors import Interrupted, NumericsError
+from nemo_minitron.families import ModelShape
+from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files, model_facts
+from nemo_minitron.system.files import write_whole
+from nemo_minitron.system.interrupts import REASONS, StopRequest
+from nemo_minitron.system.progress import Bar, Progress
+
+Parts = dict[str, Tensor]
+"""What a loss is made of, for the curves: name -> detached scalar, the same on every rank of the last stage.
+
+With context parallelism each rank has its share, and their sum is the loss.
+"""
+ForwardStep = Callable[[torch.nn.Module, Batch, Any], tuple[Tensor, Callable[[Tensor], tuple[Tensor, Parts]]]]
+"""(model, micro-batch, what the objective prepared for it) -> (what goes to the next stage, the loss of the output)."""
+
+_LEARNERS = (
+    ("the teacher's ", "teacher_loss", "teacher_grad_norm", ".teacher_correction"),
+    ("", "train_loss", "grad_norm", ""),
+)
+"""What must stay finite: (whose, columns of loss and gradient norm, below which key its learning rate stands).
+
+The teacher comes first: it takes the student along.
+"""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a model is trained to do."""
+
+    parts: tuple[str, ...]
+    """Columns of the curves that its loss fills, `train_loss` among them."""
+    prepare: Callable[[int, list[Batch]], Iterator[Any]]
+    """(step, micro-batches) -> one extra for each, made when it is asked for."""
+    forward: ForwardStep
+    validate: Callable[[], dict[str, float]]
+    """Figures of the model as it stands, the same on every rank."""
+    finish: Callable[[], dict[str, float]] = dict
+    """Called when the model has been updated; more columns for the curves."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the loop needs; nothing in it changes but the model and its optimizer."""
+
+    params: Optimization
+    num_steps: int
+    trainable: Trainable
+    shape: ModelShape
+    samples: Any
+    session: Session
+    objective: Objective
+    flops_per_token: float
+    """Of student and teacher, without recomputation."""
+    separate_at: int | None = None
+    """End-of-document token that attention may not cross."""
+    sources: Sources = ()
+    """Where the samples come from."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.params.global_batch_size * self.params.seq_len_tokens
+
+    def data_used(self, num_steps: int) -> list[dict[str, Any]]:
+        """What the first steps draw of each source: follows from their number, so it is the same after a resume."""
+        counts = samples_of_each(self.samples, len(self.sources), num_steps * self.params.global_batch_size)
+        return data_used(self.sources, [count * self.params.seq_len_tokens for count in counts])
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """Where and how a loop runs; nothing in it changes what is learnt."""
+
+    execution: Execution = field(default_factory=Execution)
+    recipe_name: str = "training"
+    stop: StopRequest = field(default_factory=StopRequest)
+    stage: str = "training"
+    """Its name in the recipe."""
+    keys: str = "stages.training"
+    """Where in the recipe its learning rate stands."""
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """A running loop."""
+
+    job: Job
+    curves: Curves
+    checkpoints: Checkpoints
+    watch: LossWatch
+    options: LoopOptions
+    peak_flops_per_s: float
+    """Of all processes, in matrix products."""
+
+    def mfu(self, tokens_per_s: float) -> float:
+        """Model FLOPs utilisation: the arithmetic that the training needs over what the machine could do."""
+        return tokens_per_s * self.job.flops_per_token / self.peak_flops_per_s
+
+
+def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | None = None) -> Curves:
+    """Train to the end, from the newest checkpoint of the work folder when there is one.
+
+    Raises:
+        Interrupted: it was asked to stop; a checkpoint was written.
+        NumericsError: the loss blew up.
+    """
+    options = options or LoopOptions()
+    peak = _peak_flops_per_s(job, options.execution)
+    execution, params = options.execution, job.params
+    checkpoints = Checkpoints(
+        work_dir / "checkpoints", job.session, keep=params.keep_checkpoints, in_background=execution.async_checkpoints
+    )
+    before = checkpoints.resume(job.trainable, lambda text: progress.say(f"{options.stage}: {text}"))
+    curves = Curves(work_dir, first_step=before.step or -1, enabled=job.session.is_main, tracker=_tracker(options))
+    loop = _Loop(job, curves, checkpoints, LossWatch(params.guard, before.good_losses), options, peak)
+    if before.step == 0:
+        curves.add(0, **job.objective.validate())
+    try:
+        with options.stop.deferred(), progress.bar(options.stage, job.num_steps, "steps", done=before.step) as bar:
+            for step in range(before.step, job.num_steps):
+                _advance(loop, step, bar)
+    finally:
+        curves.close()
+    return curves
+
+
+def _peak_flops_per_s(job: Job, execution: Execution) -> float:
+    """Of all processes: as the recipe says, or measured."""
+    dtype, device = job.trainable.model.config.params_dtype, job.session.device
+    given = execution.peak_tflops
+    one = given * 1e12 if given is not None else matmul_flops_per_s(dtype, device)
+    return one * job.session.world_size
+
+
+def _tracker(options: LoopOptions) -> Tracker | None:
+    execution, name = options.execution, options.recipe_name
+    if execution.wandb_project is None:
+        return None
+    return Tracker(execution.wandb_project, name, options.stage, Path(execution.run_root) / name / "logs")
+
+
+def _advance(loop: _Loop, step: int, bar: Bar) -> None:
+    """One step, and all that follows from it."""
+    job, done = loop.job, step + 1
+    started_s = time.monotonic()
+    row, asked_by = train_step(job, step, loop.options.stop)
+    tokens_per_s = job.tokens_per_step / (time.monotonic() - started_s)
+    _require_finite(loop, row, step)
+    speed = {"tokens_per_s": tokens_per_s, "mfu": loop.mfu(tokens_per_s)}
+    loop.curves.add(done, **row, tokens=done * job.tokens_per_step, **speed)
+    bar.advance(loss=row["train_loss"], lr=row["lr"], tok_s=round(tokens_per_s), mfu=f"{speed['mfu']:.0%}")
+    if loop.watch.is_spike(row["train_loss"]):
+        raise _spike_error(loop, row["train_loss"], done)
+    loop.checkpoints.poll()
+    last = done == job.num_steps
+    validates = last or done % job.params.valid_interval_steps == 0
+    saves = (last or asked_by or done % job.params.save_interval_steps == 0) and loop.watch.is_calm
+    if validates or saves:
+        job.trainable.gather_parameters()
+    if validates:
+        loop.curves.add(done, **job.objective.validate())
+    if saves:
+        # The curve reaches the disk first: a checkpoint never knows more than its curve.
+        loop.curves.flush()
+        if job.session.is_main:
+            _write_data_used(job, done, loop.curves.path.parent)
+        loop.checkpoints.save(job.trainable, Progressed(done, tuple(loop.watch.good_losses)))
+    if last or asked_by:
+        loop.checkpoints.finish()
+    if asked_by and not last:
+        raise _interrupted(loop, done, asked_by)
+
+
+def _write_data_used(job: Job, num_steps: int, folder: Path) -> list[dict[str, Any]]:
+    used = job.data_used(num_steps)
+    write_whole(folder / DATA_USED_FILE, json.dumps(used, indent=2) + "\n")
+    return used
+
+
+def _interrupted(loop: _Loop, done: int, asked_by: str) -> Interrupted:
+    newest = loop.checkpoints.newest()
+    kept = 0 if newest is None else step_of(newest)
+    again = "" if kept == done else f" from step {kept}: the loss was above its bound, and no checkpoint was written"
+    return Interrupted(
+        f"{loop.options.stage} stopped after step {done} of {loop.job.num_steps} as asked by {asked_by}; "
+        f"the same command goes on{again}."
+    )
+
+
+def train_step(job: Job, step: int, stop: StopRequest | None = None) -> tuple[dict[str, float], str | None]:
+    """One optimizer step: (row of the curves, what any rank was asked to stop by).
+
+    Losses are in nats per token, averaged over the global batch.
+    """
+    found = forward_backward(job, step)
+    after = update(job.trainable)
+    row, asked_by = mean_over_ranks(found, job.objective.parts, job.session, stop.asked_by() if stop else None)
+    return {**row, **after, **job.objective.finish()}, asked_by
+
+
+def update(trainable: Trainable) -> dict[str, float]:
+    """Apply the gradients; returns the learning rate and their norm."""
+    trainable.schedule.step(1)
+    _, grad_norm, _ = trainable.optimizer.step()
+    return {"lr": trainable.lr, "grad_norm": float(grad_norm or 0.0)}
+
+
+def forward_backward(job: Job, step: int) -> list[Parts]:
+    """The gradients of one global batch, summed over the ranks; returns this rank's losses of each micro-batch."""
+    batches = step_batches(
+        job.samples,
+        job.session,
+        step=step,
+        global_batch_size=job.params.global_batch_size,
+        micro_batch_size=job.session.parallel.micro_batch_size,
+        separate_at=job.separate_at,
+    )
+    extras = job.objective.prepare(step, batches)
+    return accumulate(job.trainable, job.objective.forward, batches, extras, job.params.seq_len_tokens)
+
+
+def accumulate(
+    trainable: Trainable, forward: ForwardStep, batches: list[Batch], extras: Iterable[Any], seq_len_tokens: int
+) -> list[Parts]:
+    """The gradients of these micro-batches in place of those before."""
+    trainable.ddp.zero_grad_buffer()
+    trainable.optimizer.zero_grad()
+    found: list[Parts] = []
+    get_forward_backward_func()(
+        forward_step_func=_forward_step(forward, found),
+        data_iterator=zip(batches, extras, strict=False),
+        model=[trainable.ddp],
+        num_microbatches=len(batches),
+        seq_length=seq_len_tokens,
+        micro_batch_size=len(batches[0]["tokens"]),
+        forward_only=False,
+    )
+    return found
+
+
+def _forward_step(forward: ForwardStep, found: list[Parts]) -> Callable[..., Any]:
+    def step(data: Iterator[tuple[Batch, Any]], model: torch.nn.Module) -> Any:
+        batch, extra = next(data)
+        output, loss_of = forward(model, batch, extra)
+
+        def loss(output: Tensor) -> tuple[Tensor, Parts]:
+            value, parts = loss_of(output)
+            found.append({"train_loss": value.detach().clone(), **parts})
+            return share_of_loss(value), {}
+
+        return output, loss
+
+    return step
+
+
+def mean_over_ranks(
+    found: list[Parts], names: tuple[str, ...], session: Session, asked_by: str | None
+) -> tuple[dict[str, float], str | None]:
+    """The last stage's losses, averaged over micro-batches and data-parallel ranks, on every rank.
+
+    A request to stop that reached any rank travels with them, so that all ranks hear of it at the same step.
+    """
+    losses = torch.zeros(len(names) + 1, dtype=torch.float64, device=session.device)
+    if found and session.is_last_stage:
+        losses[:-1] = torch.stack([torch.stack([parts[name].double() for name in names]) for parts in found]).mean(0)
+        # Context-parallel ranks hold shares of one loss.
+        losses[-1] = 1.0 / session.parallel.cp
+    asked = torch.tensor([float(reason == asked_by) for reason in REASONS], dtype=torch.float64, device=session.device)
+    total = session.sum(torch.cat([losses, asked])).tolist()
+    sums, count, requests = total[: len(names)], total[len(names)], total[len(names) + 1 :]
+    reason = next((reason for reason, times in zip(REASONS, requests, strict=True) if times), None)
+    return {name: value / count for name, value in zip(names, sums, strict=True)}, reason
+
+
+def _require_finite(loop: _Loop, row: dict[str, float], step: int) -> None:
+    for whose, of_loss, of_norm, section in _LEARNERS:
+        loss, norm = row.get(of_loss, 0.0), row.get(of_norm, 0.0)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            usual = "" if whose else _usual(loop)
+            what = f"{whose}loss {loss}, gradient norm {norm} at step {step + 1}{usual}."
+            raise _numerics_error(loop, what, section)
+
+
+def _spike_error(loop: _Loop, loss: float, done: int) -> NumericsError:
+    guard = loop.job.params.guard
+    assert guard is not None
+    what = (
+        f"loss {loss:.4g} at step {done} is the {guard.patience_steps}. in a row above {guard.max_ratio:g} times "
+        f"the usual{_usual(loop)}."
+    )
+    return _numerics_error(loop, what)
+
+
+def _usual(loop: _Loop) -> str:
+    median = loop.watch.median
+    return "" if median is None else f" (median of the last {len(loop.watch.good_losses)} good steps: {median:.4g})"
+
+
+def _numerics_error(loop: _Loop, what: str, section: str = "") -> NumericsError:
+    """Names the checkpoint from which a changed recipe can go on. Every rank comes here at the same step."""
+    loop.checkpoints.finish()
+    newest, key = loop.checkpoints.newest(), loop.options.keys
+    rate = f"{key}{section}"
+    if newest is None:
+        after = "There is no checkpoint yet: it starts again."
+    else:
+        after = f"With --accept-drift it goes on from step {step_of(newest)}, without from the start."
+    return NumericsError(
+        f"{loop.options.stage}: {what}",
+        where=f"last good checkpoint: {newest}" if newest else None,
+        next_step=f"Lower {rate}.lr or raise {rate}.warmup_steps. {after} Another {key}.guard needs no flag.",
+    )
+
+
+def publish(job: Job, model_dir: Path, work_dir: Path, out_dir: Path) -> dict[str, Any]:
+    """Write the trained model as a Hugging Face checkpoint, its curves and data_used.json; facts on the main rank."""
+    writer = None
+    if job.session.is_main:
+        source = Checkpoint.open(model_dir)
+        writer = CheckpointWriter(out_dir, source.config)
+        copy_side_files(model_dir, out_dir)
+        shutil.copy2(work_dir / "curves.jsonl", out_dir / "curves.jsonl")
+        shutil.copytree(work_dir / "tensorboard", out_dir / "tensorboard", dirs_exist_ok=True)
+    save_model(job.trainable.model, job.shape, job.session, writer, dtype=DTYPES[job.params.precision])
+    if writer is None:
+        return {}
+    writer.close()
+    return {**model_facts(out_dir), "data_used": _write_data_used(job, job.num_steps, out_dir)}

@@ -1,0 +1,110 @@
+"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule around a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from nemo_minitron.backends.megatron.distillation.hidden import sum_projection_gradient
+from nemo_minitron.backends.megatron.model.build import DTYPES
+from nemo_minitron.backends.megatron.model.parts import Model
+from nemo_minitron.backends.megatron.runtime.versions import known_fields
+from nemo_minitron.config.schema import Optimization, Parallel
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A model with what it takes to train it."""
+
+    ddp: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+    teacher: Trainable | None = None
+    """What learns beside it, and belongs into the same checkpoints."""
+
+    @property
+    def model(self) -> Model:
+        return self.ddp.module
+
+    @property
+    def has_distributed_optimizer(self) -> bool:
+        """Whether each data-parallel rank keeps a part of the optimizer's states."""
+        return bool(self.ddp.ddp_config.use_distributed_optimizer)
+
+    def gather_parameters(self) -> None:
+        """Bring every rank's parameters up to date; call it before they are read outside of a training step.
+
+        With overlap_param_gather a rank has new values of its own part only until its next training step.
+        """
+        if self.ddp.ddp_config.overlap_param_gather:
+            self.ddp.start_param_sync(force_sync=True)
+        if self.teacher is not None:
+            self.teacher.gather_parameters()
+
+    @property
+    def lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+
+def make_trainable(model: Model, params: Optimization, num_steps: int, parallel: Parallel) -> Trainable:
+    """Gradients and optimizer states in fp32 (fp64 stays fp64)."""
+    config = model.config
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.params_dtype != torch.float64,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    ddp = DistributedDataParallel(config, ddp_config, model)
+    config.finalize_model_grads_func = _finalize_gradients
+    config.no_sync_func = ddp.no_sync
+    optimizer = get_megatron_optimizer(_optimizer_config(params, parallel), [ddp])
+    config.grad_scale_func = optimizer.scale_loss
+    return Trainable(ddp, optimizer, _schedule(optimizer, params, num_steps))
+
+
+def _finalize_gradients(models: list[Any], *args: Any, **kwargs: Any) -> None:
+    for model in models:
+        sum_projection_gradient(model)
+    finalize_model_grads(models, *args, **kwargs)
+
+
+def _optimizer_config(params: Optimization, parallel: Parallel) -> OptimizerConfig:
+    options = {
+        "optimizer": "adam",
+        "lr": params.lr,
+        "min_lr": params.min_lr,
+        "adam_beta1": params.adam_beta1,
+        "adam_beta2": params.adam_beta2,
+        "adam_eps": params.adam_eps,
+        "weight_decay": params.weight_decay,
+        "clip_grad": params.clip_grad,
+        "bf16": params.precision == "bf16",
+        "params_dtype": DTYPES[params.precision],
+        "use_distributed_optimizer": parallel.distributed_optimizer,
+        "overlap_param_gather": parallel.overlap_param_gather,
+    }
+    return OptimizerConfig(**known_fields(OptimizerConfig, options))
+
+
+def _schedule(optimizer: Any, params: Optimization, num_steps: int) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=params.lr,
+        min_lr=params.min_lr,
+        lr_warmup_steps=params.warmup_steps,
+        lr_decay_steps=num_steps,
+        lr_decay_style="WSD" if params.lr_schedule == "wsd" else params.lr_schedule,
+        wsd_decay_steps=params.wsd_decay_steps,
+        lr_wsd_decay_style="cosine" if params.lr_schedule == "wsd" else None,
+        start_wd=params.weight_decay,
+        end_wd=params.weight_decay,
+        wd_incr_steps=num_steps,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,48 @@
+"""`minitron doctor`: what this machine can do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.system.terminal import Screen, write
+
+STYLES = {"ok": "green", "newer": "yellow", "missing": "yellow", "problem": "red"}
+
+
+def doctor(
+    run_root: Annotated[Path, typer.Option(help="Where runs are to be kept.")] = Path("runs"),
+    require: Annotated[str, typer.Option(help="What must be there: gpu, aligner, slurm, pyxis, docker ...")] = "",
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Explain this machine: GPUs, versions, NeMo-Aligner, Slurm, containers, disk. Exits with 2 if something lacks."""
+    from nemo_minitron.doctor import examine, failures
+
+    found = examine(run_root)
+    wanted = [word.strip() for word in require.split(",") if word.strip()]
+    unknown = sorted(set(wanted) - {one.group for one in found} - {"pyxis"})
+    if unknown:
+        groups = ", ".join(sorted({one.group for one in found}))
+        raise EnvironmentProblem(f"--require knows no {', '.join(unknown)}.", allowed=groups)
+    if as_json:
+        write(json.dumps([asdict(one) for one in found], indent=2))
+    else:
+        table = Table()
+        for column in ("what", "", "found", "next"):
+            table.add_column(column)
+        for one in found:
+            step = one.next_step if one.level != "ok" else ""
+            table.add_row(one.what, Text(one.level, style=STYLES[one.level]), Text(one.text), Text(step))
+        Screen().print(table)
+    wrong = failures(found, wanted)
+    absent = [group for group in wanted if group not in {one.group for one in found}]
+    if wrong or absent:
+        names = ", ".join([*(one.what for one in wrong), *absent])
+        raise EnvironmentProblem(f"This machine lacks: {names}.", next_step="The table says what to do.")

@@ -1,0 +1,188 @@
+"""`minitron plan`: what would run and why, with sizes, memory, time and cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from nemo_minitron.cli.status import STYLES
+from nemo_minitron.system.terminal import Screen, write
+
+if TYPE_CHECKING:
+    from nemo_minitron.plan.planner import RunPlan
+
+console = Screen()
+
+
+def plan(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole plan, for programs.")] = False,
+) -> None:
+    """Show what `run` would do, and why; the sizes of the models; memory, time, cost and disk of each stage."""
+    from nemo_minitron.cli.main import load_plan
+    from nemo_minitron.plan.checks import find_problems
+    from nemo_minitron.plan.describe import plan_facts
+    from nemo_minitron.plan.epochs import epoch_warnings
+    from nemo_minitron.plan.resources.summary import memory_warnings, resource_facts
+
+    found = load_plan(recipe, overrides, checked=False)
+    problems = [*find_problems(found), *missing_for_launch(found)]
+    resources = resource_facts(found)
+    facts = {**plan_facts(found), "problems": problems, "resources": resources}
+    facts["warnings"] = [*epoch_warnings(found), *memory_warnings(found, resources)]
+    if as_json:
+        write(json.dumps(facts, indent=2))
+        return
+    _print_models(facts)
+    _print_candidates(facts["candidates"])
+    _print_stages(found)
+    _print_resources(resources)
+    print_warnings(facts["warnings"])
+    for problem in problems:
+        console.say(problem, "problem", "red")
+
+
+def missing_for_launch(found: RunPlan) -> list[str]:
+    """What the chosen launcher would not find on this machine; nothing where no site is named."""
+    if found.recipe.execution.cluster is None:
+        return []
+    from nemo_minitron.launch.probe import missing_here
+
+    return missing_here(found)
+
+
+def _print_models(facts: dict[str, Any]) -> None:
+    for role in ("teacher", "student"):
+        model = facts[role]
+        if model is None:
+            until = "the search has found it" if role == "student" and facts["candidates"] else "it is imported"
+            console.say(f"{role}: unknown until {until}")
+            continue
+        share = f" ({model['share']:.1%} of the teacher)" if "share" in model else ""
+        console.say(
+            f"{model['num_params']:,} parameters{share}: {model['num_layers']} layers, "
+            f"hidden {model['hidden_size']}, ffn {model['ffn_hidden_size']}, heads {model['num_attention_heads']}"
+            f"/{model['num_query_groups']} groups of {model['kv_channels']}",
+            role,
+            "bold",
+        )
+
+
+def _print_candidates(candidates: list[dict[str, Any]]) -> None:
+    if not candidates:
+        return
+    table = Table(title=f"{len(candidates)} candidates")
+    columns = {
+        "name": "name",
+        "num_params": "parameters",
+        "num_layers": "layers",
+        "hidden_size": "hidden",
+        "ffn_hidden_size": "ffn",
+        "num_attention_heads": "heads",
+        "num_query_groups": "groups",
+    }
+    for column in (*columns.values(), "memory, GiB", "token, ms"):
+        table.add_column(column, justify="right")
+    for found in candidates:
+        sizes = (f"{found[key]:,}" if key == "num_params" else str(found[key]) for key in columns)
+        table.add_row(*sizes, f"{found['memory_gib']:.2f}", f"{found['decode_ms']:.2f}")
+    console.print(table)
+
+
+def _print_stages(found: RunPlan) -> None:
+    table = Table(title=found.recipe.name)
+    for column in ("stage", "kind", "processes", "status", "why"):
+        table.add_column(column)
+    for call in found.calls:
+        state = found.states[call.name]
+        style = STYLES[state.status]
+        processes = str(call.parallel.world_size)
+        table.add_row(call.name, call.kind, processes, Text(state.status, style), state.reason)
+    console.print(table)
+
+
+def _print_resources(resources: dict[str, Any]) -> None:
+    if not resources["stages"]:
+        return
+    assumed = resources["assumptions"]
+    console.print(_memory_table(resources))
+    console.print(_time_table(resources))
+    total = resources["totals"]
+    cost = "" if total["cost"] is None else f", cost {total['cost']:,.0f}"
+    console.say(
+        f"in all {total['hours']:.1f} hours one after the other, {total['gpu_hours']:,.0f} GPU-hours{cost}, "
+        f"{total['disk_gib']:.1f} GiB of disk. Assumed: {assumed['peak_tflops']:g} TFLOPS of each process, "
+        f"MFU {assumed['mfu']:.0%} ({assumed['mfu_from']}). docs/PLANNING.md",
+    )
+    for stage, lines in resources["proposals"].items():
+        for number, line in enumerate(lines):
+            console.say(f"{'fits ' + stage if not number else ' ' * (5 + len(stage))}: {line['words']}")
+
+
+# Two tables, so that no figure is cut in 80 columns.
+def _memory_table(resources: dict[str, Any]) -> Table:
+    parts = {
+        "weights": "weights",
+        "teacher": "teacher",
+        "gradients": "grads",
+        "optimizer": "Adam",
+        "activations": "activa-\ntions",
+        "loss": "loss",
+    }
+    table = _table("GiB of a process", "peak", *parts.values())
+    for name, facts in resources["stages"].items():
+        memory = facts["memory"]
+        peak = f"{memory['peak_gib']:.2f}"
+        table.add_row(
+            name,
+            peak if facts["fits"] else Text(peak, "red"),
+            *(f"{memory[part + '_gib']:.2f}" for part in parts),
+        )
+    return table
+
+
+def _time_table(resources: dict[str, Any]) -> Table:
+    assumed = resources["assumptions"]
+    money = ("cost",) if assumed["price_per_gpu_hour"] is not None else ()
+    columns = ("tokens", "tokens/s", "hours", "GPU-\nhours", *money, "disk,\nGiB")
+    table = _table(f"what it takes on {assumed['hardware']}", *columns)
+    for name, facts in resources["stages"].items():
+        table.add_row(
+            name,
+            _short(facts["tokens"]),
+            _short(facts["tokens_per_s"] or 0),
+            f"{facts['hours']:.2f}",
+            f"{facts['gpu_hours']:,.1f}",
+            *((f"{facts['cost']:,.0f}",) if money else ()),
+            f"{facts['disk_gib']:.2f}",
+        )
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("stage", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _short(number: float) -> str:
+    """12.3K, 94.0B."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= limit:
+            return f"{number / limit:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def print_warnings(warnings: list[str]) -> None:
+    """One line each."""
+    for text in warnings:
+        console.say(text, "warning", "yellow")

@@ -1,0 +1,119 @@
+"""`minitron rlhf`: from a finished run to the two programs of PPO or REINFORCE."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.system.terminal import Screen
+
+if TYPE_CHECKING:
+    from nemo_minitron.config.schema.rlhf import Rlhf
+
+console = Screen()
+WHERE = "minitron rlhf"
+PROMPT_KINDS, REWARD_KINDS = ("chat_data", "annotate"), ("train_attribute_model",)
+
+
+def rlhf(
+    run: Annotated[Path, typer.Argument(metavar="RECIPE_OR_RUN", help="A recipe YAML, or the folder of its run.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Keys of nemo_minitron/config/schema/rlhf.py, e.g. lr=1e-6."),
+    ] = None,
+    algorithm: Annotated[str, typer.Option(help="ppo or reinforce.")] = "ppo",
+    model: Annotated[Path | None, typer.Option(help="A Hugging Face folder, not the run's last model.")] = None,
+    reward: Annotated[str | None, typer.Option(help="The train_attribute_model stage, of several.")] = None,
+    chats: Annotated[str | None, typer.Option(help="The stage with the prompts, of several.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder; RUN/rlhf_ALGORITHM unless given.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="All but the model in NeMo's format.")] = False,
+) -> None:
+    """Write prompts, complete configs and start scripts for PPO or REINFORCE in a container; all is checked first."""
+    from nemo_minitron.backends.alignment.nemo_aligner.rlhf import PROMPT_FILES, render
+    from nemo_minitron.backends.alignment.nemo_aligner.rlhf_checks import rlhf_problems
+    from nemo_minitron.backends.alignment.nemo_aligner.rlhf_inputs import find_stage, gather_facts, read_prompts
+    from nemo_minitron.cli.chat import find_model
+    from nemo_minitron.data.chat.tokenizing import ChatTemplate
+
+    asked = parse_settings(algorithm, settings or [])
+    folder = _run_folder(run).resolve()
+    target = (out or folder / f"rlhf_{algorithm}").resolve()
+    if target.exists():
+        raise ConfigError("The target exists already.", where=str(target), next_step="Name a new folder with --out.")
+    rows = find_stage(folder, PROMPT_KINDS, chats, "--chats")
+    start = (model or find_model(folder)).resolve()
+    template = ChatTemplate.load(start, asked.template, whole_markers=asked.whole_markers, day=asked.template_date)
+    prompts = read_prompts(asked, rows, template)
+    facts = gather_facts(start, template, find_stage(folder, REWARD_KINDS, reward, "--reward"), prompts)
+    problems = list(rlhf_problems(asked, facts))
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise ConfigError(f"These do not fit together:\n{listed}", where=WHERE, next_step="Set them as KEY=VALUE.")
+    files = render(asked, facts, target)
+    for part, texts in prompts.items():
+        files[PROMPT_FILES[part]] = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    for name, text in files.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text(text, encoding="utf-8")
+    console.say(f"{target}: {', '.join(files)}", "written", "green")
+    _start_model(start, target, dry_run=dry_run)
+    console.say("In the container: server.sh; beside it actor.sh; when that has ended, back.sh.")
+
+
+def parse_settings(algorithm: str, texts: list[str]) -> Rlhf:
+    """`KEY=VALUE`s as settings.
+
+    Raises:
+        ConfigError: an unknown key or a wrong value, all of them at once.
+    """
+    from difflib import get_close_matches
+
+    from pydantic import ValidationError
+
+    from nemo_minitron.config.compose import from_dotlist
+    from nemo_minitron.config.schema.rlhf import Rlhf
+
+    try:
+        return Rlhf.model_validate({**from_dotlist(texts, Rlhf), "algorithm": algorithm})
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors(include_url=False):
+            key = ".".join(map(str, problem["loc"]))
+            near = get_close_matches(key, Rlhf.model_fields, n=1) if problem["type"] == "extra_forbidden" else []
+            hint = f". Did you mean {near[0]}?" if near else "."
+            problems.append(f"  - {key} = {problem['input']!r}: {problem['msg']}{hint}")
+        raise ConfigError(
+            "Wrong settings:\n" + "\n".join(problems),
+            where=WHERE,
+            next_step="All keys with their defaults: nemo_minitron/config/schema/rlhf.py.",
+        ) from None
+
+
+def _run_folder(run: Path) -> Path:
+    if run.is_dir():
+        return run
+    from nemo_minitron.cli.main import load_recipe
+    from nemo_minitron.plan.folder import run_dir
+
+    return run_dir(load_recipe(run, None))
+
+
+def _start_model(model: Path, target: Path, *, dry_run: bool) -> None:
+    """What the actor starts from, in NeMo's format; only its command where that is left to the user."""
+    from nemo_minitron.backends.alignment.nemo_aligner import nemo_file
+    from nemo_minitron.backends.alignment.nemo_aligner.rlhf import ACTOR_NEMO
+    from nemo_minitron.system.interrupts import StopRequest
+    from nemo_minitron.system.progress import Progress
+
+    if dry_run:
+        import shlex
+
+        console.say(f"Still to do: {shlex.join(['minitron', 'convert', str(model), str(target / ACTOR_NEMO)])}")
+        return
+    with tempfile.TemporaryDirectory(dir=target, prefix=".convert-") as work:
+        nemo_file.from_hugging_face(model, target / ACTOR_NEMO, Path(work), Progress(), StopRequest())

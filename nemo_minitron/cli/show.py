@@ -1,0 +1,129 @@
+"""`minitron show`: rows of a chat_data stage, as data or as the text that a model is trained on."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+
+import typer
+from rich.text import Text
+
+from nemo_minitron.config.schema.base import TEMPLATE_DATE
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.system.terminal import Screen
+
+if TYPE_CHECKING:
+    from nemo_minitron.artifacts.types import Artifact
+    from nemo_minitron.data.chat.tokenizing import ChatTemplate
+
+KINDS = ("chat_data", "annotate")
+PROMPT, ANSWER = "dim", "bold"
+
+
+def show(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe YAML.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="A finished chat_data or annotate stage.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
+    split: Annotated[str, typer.Option(help="train or valid.")] = "train",
+    model: Annotated[
+        Path | None, typer.Option(help="A model folder: show the rendered text, prompt dim, answer (loss) bright.")
+    ] = None,
+    template: Annotated[str, typer.Option(help="chatml, llama3, extra_id, or model: the folder's own.")] = "model",
+    attributes: Annotated[bool, typer.Option(help="Ratings stand before the last answer.")] = True,
+    whole_markers: Annotated[bool, typer.Option(help="Refuse a tokenizer that spells the markers out.")] = True,
+    template_date: Annotated[str, typer.Option(help="Day that a template writes.")] = TEMPLATE_DATE.isoformat(),
+) -> None:
+    """Show rows of a finished chat_data or annotate stage, or with --model the exact training text and its tokens."""
+    from nemo_minitron.config.schema import TemplateName
+    from nemo_minitron.data.chat.purity import parse_day
+    from nemo_minitron.data.chat.render import read_normalised
+    from nemo_minitron.data.chat.tokenizing import ChatTemplate
+
+    _require_one_of("--split", split, ("train", "valid"))
+    _require_one_of("--template", template, get_args(TemplateName))
+    found = list(islice(read_normalised(_artifact(recipe, stage, overrides).path / f"{split}.jsonl"), rows))
+    console = Screen()
+    bound = None
+    if model is not None:
+        day = parse_day(template_date, "--template-date")
+        bound = ChatTemplate.load(model, cast(TemplateName, template), whole_markers=whole_markers, day=day)
+    for row in found:
+        console.rule(row["origin"], align="left")
+        for text in _data(row) if bound is None else _rendered(row, bound, attributes=attributes):
+            console.print(text, soft_wrap=True)
+
+
+def _require_one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{option} {value} is unknown.", where="minitron show", allowed=", ".join(allowed))
+
+
+def _artifact(recipe: Path, stage: str, overrides: list[str] | None) -> Artifact:
+    from nemo_minitron.artifacts.store import Store
+    from nemo_minitron.cli.main import load_recipe
+    from nemo_minitron.plan.folder import run_dir
+
+    loaded = load_recipe(recipe, overrides)
+    names = [name for name, config in loaded.stages.items() if config.kind in KINDS]
+    if stage not in names:
+        raise ConfigError(
+            f"{stage} is no {' or '.join(KINDS)} stage of this recipe.",
+            where=str(recipe),
+            allowed=", ".join(names) or "none: the recipe has no such stage",
+        )
+    store = Store(run_dir(loaded))
+    if store.manifest(stage) is None:
+        raise ConfigError(
+            f"Stage {stage} has not finished.",
+            where=str(store.published(stage)),
+            next_step=f"minitron run {recipe} --until {stage}",
+        )
+    return store.artifact(stage, "unseen")
+
+
+def _data(row: dict[str, Any]) -> list[Text]:
+    """Messages by role; then what is said of them."""
+    out = []
+    for message in row.get("messages") or row["prompt"]:
+        out += [_said("reasoning", message["reasoning_content"])] if "reasoning_content" in message else []
+        out.append(_said(message["role"], message["content"]))
+    out += [_said(key, row[key]) for key in ("chosen", "rejected") if key in row]
+    rest = {key: row[key] for key in ("attributes", "chosen_reward", "rejected_reward") if key in row}
+    return [*out, Text(json.dumps(rest))] if rest else out
+
+
+def _said(who: str, text: str) -> Text:
+    return Text.assemble((f"{who}: ", "cyan"), text)
+
+
+def _rendered(row: dict[str, Any], template: ChatTemplate, *, attributes: bool) -> list[Text]:
+    """Each training row: the prompt, each answer after it, and their tokens."""
+    from nemo_minitron.config.schema import ChatRendering
+    from nemo_minitron.data.chat.render import pair_row, sft_rows
+    from nemo_minitron.data.chat.rows import BadRow
+
+    try:
+        if "messages" in row:
+            options = ChatRendering(condition_on_attributes=attributes)
+            texts = [(found["input"], {"answer": found["output"]}) for found in sft_rows(row, template, options)]
+        else:
+            pair = cast(dict[str, Any], pair_row(row, template))
+            responses = {name: pair[f"{name}_response"] for name in ("chosen", "rejected")}
+            texts = [(pair["prompt"], responses)]
+    except BadRow as reason:
+        return [Text(f"unusable with this template: {reason}", "red")]
+    return [text for prompt, answers in texts for text in _colored(prompt, answers, template)]
+
+
+def _colored(prompt: str, answers: dict[str, str], template: ChatTemplate) -> list[Text]:
+    out = []
+    for number, (name, answer) in enumerate(answers.items()):
+        prompt_tokens, answer_tokens = template.require_boundary(prompt, answer)
+        before = prompt if number == 0 else ""
+        out.append(Text.assemble((before, PROMPT), (answer, ANSWER)))
+        counts = f"[{name}: {prompt_tokens} tokens of prompt, {answer_tokens} with loss]"
+        out.append(Text(counts, "cyan"))
+    return out

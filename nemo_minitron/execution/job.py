@@ -1,0 +1,45 @@
+"""A stage inside a job: run it on the first node, help on the others."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from nemo_minitron.artifacts.store import Store
+from nemo_minitron.config.schema import Recipe
+from nemo_minitron.errors import ArtifactError, ProcessesDied
+from nemo_minitron.execution.nodes import Nodes, dismiss, follow
+from nemo_minitron.execution.output import without_secrets
+from nemo_minitron.execution.runner import run_single
+from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.system.disclosure import environment_of
+from nemo_minitron.system.safe_files import open_log, own_folder
+
+LOCK_PATIENCE_S = 150.0
+"""A node that was lost holds its lock until the file system gives it up."""
+
+
+def run_in_job(recipe: Recipe, stage: str) -> None:
+    """Bring the stage to `finished`, together with the other nodes of this job.
+
+    Raises:
+        MinitronError: as `run_single`; on other nodes than the first ProcessesDied alone.
+    """
+    nodes, store = Nodes.here(), Store(run_dir(recipe))
+    if nodes.rank == 0:
+        try:
+            run_single(recipe, stage, patience_s=LOCK_PATIENCE_S)
+        finally:
+            with suppress(ArtifactError):  # not this user's folder: then the other nodes have refused it as well
+                dismiss(nodes, store.own_work(stage))
+        return
+    logs = own_folder(store.root, "logs")
+    with (
+        open_log(logs / f"{stage}.node{nodes.rank}.log") as log,
+        without_secrets(log, environment_of(recipe.model_dump(mode="json"))) as output,
+    ):
+        code = follow(nodes, store.own_work(stage), lambda: store.manifest(stage) is not None, output)
+    if code:
+        raise ProcessesDied(
+            f"The processes of stage {stage} on this node ended with code {code}.",
+            where=str(logs / f"{stage}.node{nodes.rank}.log"),
+        )

@@ -1,0 +1,315 @@
+"""Run the stages of a plan that need it, one after the other, and publish what they make."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from nemo_minitron import errors
+from nemo_minitron.artifacts.manifest import Manifest, provenance
+from nemo_minitron.artifacts.store import Store
+from nemo_minitron.config.schema import Recipe
+from nemo_minitron.errors import ArtifactError, DataError, Interrupted
+from nemo_minitron.execution.nodes import Nodes
+from nemo_minitron.execution.ranks import STATUS_FILE, run_ranks
+from nemo_minitron.execution.rehearse import rehearse_evaluations
+from nemo_minitron.execution.work import open_work
+from nemo_minitron.plan.epochs import repeated_text
+from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.plan.planner import RunPlan, StageCall, make_plan
+from nemo_minitron.plan.sources import source_facts
+from nemo_minitron.stages.spec import STAGES, StageContext
+from nemo_minitron.system.disclosure import MaskingFormatter, masked, write_private
+from nemo_minitron.system.disk import disk_errors
+from nemo_minitron.system.interrupts import StopRequest, stop_file_of_job
+from nemo_minitron.system.notify import notify
+from nemo_minitron.system.progress import Progress
+from nemo_minitron.system.safe_files import copy_whole, open_log, own_folder
+
+CHANGED = "changed"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the user said about stages that are already there."""
+
+    rerun: tuple[str, ...] = ()
+    """Stages to make again, with all that follows from them; `changed` stands for every changed one."""
+    accept_drift: bool = False
+    """Use outputs that no longer match the recipe."""
+    until: str | None = None
+    """Run this stage and what it needs, nothing else."""
+
+
+def run_recipe(recipe: Recipe, options: RunOptions, *, quiet: bool = False) -> RunPlan:
+    """Bring every stage of the recipe to `finished`; returns the plan as it was before.
+
+    Raises:
+        MinitronError: the first problem; everything that had finished stays.
+        Interrupted: by SIGTERM, SIGUSR1 or a file STOP in the run's folder.
+    """
+    store = Store(run_dir(recipe))
+    stop = StopRequest(store.root)
+    with disk_errors(store.root), store.lock(), stop.listening():
+        plan = _settle(recipe, options, store, stop, quiet=quiet)
+        wanted = plan.needed_for(options.until)
+        for call in plan.calls:
+            if call.name in wanted and plan.states[call.name].status != "finished":
+                _require_not_stopped(stop, f"before stage {call.name}")
+                rehearse_evaluations(call.name, plan.recipe, store, wanted)
+                run_stage(call, plan.recipe, store, stop, options, quiet=quiet)
+    return plan
+
+
+def _require_not_stopped(stop: StopRequest, where: str) -> None:
+    reason = stop.asked_by()
+    if reason is not None:
+        raise Interrupted(f"Stopped {where} as asked by {reason}; the same command goes on.")
+
+
+def _settle_drift(plan: RunPlan, store: Store, options: RunOptions) -> RunPlan:
+    """Apply --rerun and --accept-drift; refuse to go on over changed stages without either."""
+    if options.until is not None:
+        _require_stage(plan, options.until)
+    again = {name for name in options.rerun if name != CHANGED}
+    for name in again:
+        _require_stage(plan, name)
+    if CHANGED in options.rerun:
+        again |= _changed(plan)
+    again = plan.followers(again)
+    left = (_changed(plan) - again) & plan.needed_for(options.until)
+    if left and not options.accept_drift:
+        raise _drift_error(plan, left, store)
+    while left:
+        # What is accepted changes what follows: one stage at a time, in order.
+        call = next(call for call in plan.calls if call.name in left)
+        manifest = store.manifest(call.name)
+        assert manifest is not None
+        store.accept_drift(call.fingerprint, manifest.fingerprint)
+        plan = make_plan(plan.recipe)
+        left = (_changed(plan) - again) & plan.needed_for(options.until)
+    for name in again:
+        store.supersede(name)
+    return make_plan(plan.recipe) if again else plan
+
+
+def _changed(plan: RunPlan) -> set[str]:
+    return {call.name for call in plan.calls if plan.states[call.name].status == "changed"}
+
+
+def _require_stage(plan: RunPlan, name: str) -> None:
+    names = [call.name for call in plan.calls]
+    if name not in names:
+        raise errors.PlanError(f"There is no stage {name}.", allowed=", ".join([*names, CHANGED]))
+
+
+def _drift_error(plan: RunPlan, left: set[str], store: Store) -> ArtifactError:
+    ordered = [call.name for call in plan.calls if call.name in left]
+    roots = [name for name in ordered if not set(plan.call(name).depends) & left]
+    rerun = f"--rerun {roots[0]}" if len(roots) == 1 else f"--rerun {CHANGED}"
+    lines = "\n".join(f"  - {name}: {plan.states[name].reason}" for name in ordered)
+    return ArtifactError(
+        f"The recipe no longer matches what is on disk:\n{lines}",
+        where=str(store.root),
+        next_step="one of\n"
+        f"    {rerun}   make {', '.join(roots)} and what follows again (the old output goes to .superseded)\n"
+        "    name=NEW_NAME    keep this run and start another one\n"
+        "    --accept-drift   go on with the old output",
+    )
+
+
+def run_single(recipe: Recipe, stage: str, *, patience_s: float = 0.0, quiet: bool = False) -> None:
+    """Bring one stage to `finished`, beside runners of other stages; what it needs has finished.
+
+    Args:
+        patience_s: how long another runner of the stage may take to go.
+
+    Raises:
+        PlanError: no such stage.
+        ArtifactError: another runner works on it, what it needs is missing, or the recipe has changed since.
+        Interrupted: it was asked to stop.
+    """
+    store = Store(run_dir(recipe))
+    stop = StopRequest(store.root, stop_file_of_job())
+    with disk_errors(store.root), store.lock(stage, patience_s=patience_s), stop.listening():
+        plan = make_plan(recipe)
+        _require_stage(plan, stage)
+        if plan.states[stage].status == "finished":
+            return
+        if plan.states[stage].status == "changed":
+            raise _drift_error(plan, {stage}, store)
+        store.remove_leftovers(stage)
+        store.require_room([stage])
+        rehearse_evaluations(stage, plan.recipe, store, plan.recipe.stages)
+        run_stage(plan.call(stage), plan.recipe, store, stop, RunOptions(), quiet=quiet)
+
+
+def settle(recipe: Recipe, options: RunOptions) -> RunPlan:
+    """What `run_recipe` does before its first stage: drift is settled, leftovers are gone, the recipe is written.
+
+    Raises:
+        MinitronError: the first problem.
+    """
+    store = Store(run_dir(recipe))
+    with disk_errors(store.root), store.lock():
+        return _settle(recipe, options, store, StopRequest(store.root), quiet=True)
+
+
+def _settle(recipe: Recipe, options: RunOptions, store: Store, stop: StopRequest, *, quiet: bool) -> RunPlan:
+    """With the run's lock held."""
+    store.remove_leftovers()
+    if stop.clear():
+        Progress(silent=quiet).say(f"removed {stop.file}, which an earlier run was stopped with")
+    plan = _settle_drift(make_plan(recipe), store, options)
+    store.require_room(plan.needed_for(options.until))
+    write_recipe(plan.recipe, store.root / "plan.json")
+    return plan
+
+
+def write_recipe(recipe: Recipe, file: Path) -> None:
+    """The composed recipe, for workers and jobs; with values of `execution.cluster`, so for its owner alone."""
+    write_private(file, json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
+
+
+def run_stage(
+    call: StageCall, recipe: Recipe, store: Store, stop: StopRequest, options: RunOptions, *, quiet: bool = False
+) -> None:
+    """Make the stage, and tell `execution.notify_command` how it went."""
+    tell = partial(notify, recipe.execution.notify_command, run=recipe.name, stage=call.name)
+    try:
+        _make_stage(call, recipe, store, stop, options, quiet=quiet)
+    except (Interrupted, KeyboardInterrupt) as error:
+        tell(status="stopped", message=masked(str(error)))
+        raise
+    except BaseException as error:
+        tell(status="failed", message=masked(str(error)))
+        raise
+    tell(status="finished")
+
+
+def _make_stage(
+    call: StageCall, recipe: Recipe, store: Store, stop: StopRequest, options: RunOptions, *, quiet: bool
+) -> None:
+    """Run one stage in this process, or on as many as its layout asks for, and publish it."""
+    started_s = time.monotonic()
+    inputs = store.inputs(call.inputs, "small" if STAGES[call.kind].reads_results else "unseen")
+    progress = Progress(store.work(call.name) / STATUS_FILE, silent=quiet)
+    progress.say(f"({call.kind})", call.name, "bold")
+    for text in repeated_text(call.name, recipe.stages[call.name], store):
+        progress.warn(text)
+    work, accepted = open_work(call, store, accept_drift=options.accept_drift, progress=progress)
+    with store.building(call.name) as out, _published_names(out, call.name, store), _log_file(store.root, call.name):
+        if call.parallel.world_size == 1 or not STAGES[call.kind].distributed:
+            context = StageContext(call.name, recipe.name, out, work, recipe.execution, progress, stop=stop)
+            result = call_stage(call.kind, recipe, inputs, context, call)
+        else:
+            result = run_ranks(call, recipe, store.root, out, work, stop)
+        _require_same_sources(call, recipe)
+        manifest = Manifest(
+            recipe=recipe.name,
+            stage=call.name,
+            kind=call.kind,
+            fingerprint=call.fingerprint,
+            payload=call.payload,
+            inputs=call.inputs,
+            result=dict(result),
+            provenance={**provenance(started_s), **({"accepted_work": accepted} if accepted else {})},
+        )
+        _copy_report(call, out, store.root)
+        store.publish(call.name, out, manifest)
+
+
+@contextmanager
+def _published_names(out: Path, stage: str, store: Store) -> Iterator[None]:
+    """Errors name the stage's folder as it is published: the one that it is made in is deleted when they are read."""
+    try:
+        with disk_errors(store.root):
+            yield
+    except errors.MinitronError as error:
+        error.rename(out.name, stage)
+        raise
+
+
+def _require_same_sources(call: StageCall, recipe: Recipe) -> None:
+    """Files from outside the run are as they were when it began: else nobody could say what the stage has read."""
+    was, now = call.payload["sources"], source_facts(recipe.stages[call.name], recipe, {})
+    for source, facts in was.items():
+        if now.get(source) != facts:
+            found = _size_in_words(now[source]) if source in now else "gone"
+            raise DataError(
+                f"Stage {call.name} is not kept: its source changed since the run began.",
+                where=f"{source}: it was {_size_in_words(facts)}, and is {found}",
+                next_step="Put it back, or wait until nothing writes there; then run the same command again.",
+            )
+
+
+def _size_in_words(facts: Mapping[str, int]) -> str:
+    return f"{facts['bytes']:,} bytes in {facts['files']} file{'s' * (facts['files'] != 1)}"
+
+
+def call_stage(kind: str, recipe: Recipe, inputs: Any, context: StageContext, call: StageCall) -> dict[str, Any]:
+    """The stage's function, inside a Megatron session when it is distributed."""
+    spec = STAGES[kind]
+    function = spec.load()
+    params = recipe.stages[context.name]
+    if not spec.distributed:
+        return dict(function(params, inputs, context))
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+
+    execution = recipe.execution
+    threads = execution.threads or Nodes.here().threads_of_each(call.parallel.world_size)
+    with open_session(call.parallel, device=execution.device, threads=threads) as session:
+        inside = StageContext(
+            context.name,
+            context.recipe_name,
+            context.out_dir,
+            context.work_dir,
+            execution,
+            context.progress if session.is_main else Progress(silent=True),
+            session,
+            context.stop,
+        )
+        return dict(function(params, inputs, inside))
+
+
+def _copy_report(call: StageCall, out: Path, root: Path) -> None:
+    if call.kind != "report":
+        return
+    for file in out.glob("report.*"):
+        copy_whole(file, root / file.name)
+
+
+def log_handler(log: IO[str]) -> logging.Handler:
+    """Writes what libraries log, without secrets."""
+    handler = logging.StreamHandler(log)
+    # A full disk is told once, by the stage that it stops; not by every line that the log could not take.
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
+    handler.setFormatter(MaskingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    return handler
+
+
+@contextmanager
+def _log_file(root: Path, stage: str) -> Iterator[None]:
+    """Library chatter and warnings go to logs/<stage>.log instead of the terminal."""
+    log = open_log(own_folder(root, "logs") / f"{stage}.log")
+    handler = log_handler(log)
+    top = logging.getLogger()
+    before = list(top.handlers)
+    top.handlers[:] = [handler]
+    logging.captureWarnings(True)
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        logging.captureWarnings(False)
+        top.handlers[:] = before
+        handler.close()
+        log.close()

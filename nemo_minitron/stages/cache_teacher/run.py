@@ -1,0 +1,52 @@
+"""Write down what the teacher says, so that students learn without it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.config.schema import CacheTeacherStage
+from nemo_minitron.stages.one_tokenizer import require_one_tokenizer
+from nemo_minitron.stages.spec import Result, StageContext
+
+
+def cache_teacher(params: CacheTeacherStage, inputs: Inputs, ctx: StageContext) -> Result:
+    """Sparse distributions of `num_samples` training samples, and of the held-out text.
+
+    Goes on after a kill with the shards that are missing.
+
+    Writes shard_NNNNNN.safetensors and cache.json.
+
+    Raises:
+        DataError: teacher and data do not share a tokenizer.
+        PlanError: a vocabulary that does not fit into the format.
+    """
+    from nemo_minitron.backends.megatron.distillation.teacher_cache import write_cache
+    from nemo_minitron.distillation.cache import write_facts
+
+    teacher, data = inputs["teacher"], inputs["data"]
+    require_one_tokenizer(inputs, ("teacher",), ctx)
+    facts = write_cache(params, teacher.path, data.path, ctx.work_dir, ctx.open_session, ctx.progress)
+    if not ctx.is_main:
+        return {}
+    num_bytes = 0
+    for shard in sorted(ctx.work_dir.glob("shard_*.safetensors")):
+        num_bytes += shard.stat().st_size
+        _link_or_move(shard, ctx.out_dir / shard.name)
+    write_facts(ctx.out_dir, facts)
+    tokens, heldout = facts.num_samples * facts.seq_len_tokens, facts.num_heldout * facts.seq_len_tokens
+    return {
+        "num_samples": facts.num_samples,
+        "tokens": tokens,
+        "bytes_per_token": num_bytes / (tokens + heldout),
+        "valid_teacher_loss": facts.valid_teacher_loss,
+    }
+
+
+def _link_or_move(source: Path, target: Path) -> None:
+    """Both folders belong to the run; a link keeps the shard if the process dies before publishing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        source.rename(target)

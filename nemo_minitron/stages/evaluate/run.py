@@ -1,0 +1,88 @@
+"""How good one model is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.config.schema import EvaluateStage
+from nemo_minitron.stages.spec import Result, StageContext
+
+
+def evaluate(params: EvaluateStage, inputs: Inputs, ctx: StageContext) -> Result:
+    """Held-out loss through Megatron on every rank; tasks and sample texts through transformers on the main one.
+
+    Writes metrics.json.
+
+    Raises:
+        NumericsError: transformers and Megatron do not compute the same logits.
+    """
+    from nemo_minitron.backends.megatron.model.evaluate import heldout_loss
+    from nemo_minitron.evaluation.metrics import bits_per_byte, perplexity
+    from nemo_minitron.hf.checkpoint import model_facts
+
+    model_dir = inputs["model"].path
+    if ctx.is_main and _uses_transformers(params):
+        from nemo_minitron.evaluation.agreement import require_agreement
+
+        require_agreement(model_dir, ctx.logits_memory, ctx.open_session)
+    heldout = heldout_loss(
+        model_dir,
+        inputs["data"].path,
+        num_tokens=params.num_tokens,
+        seq_len_tokens=params.seq_len_tokens,
+        precision=params.precision,
+        session=ctx.open_session,
+        progress=ctx.progress,
+    )
+    if not ctx.is_main:
+        return {}
+    facts = model_facts(model_dir)
+    loss = heldout.nll_nats / heldout.num_tokens
+    metrics = {
+        "label": params.label,
+        **{key: facts[key] for key in ("num_params", "num_params_non_embedding", "checkpoint_bytes", "dtype")},
+        "loss_nats_per_token": loss,
+        "perplexity": perplexity(loss),
+        "bits_per_byte": bits_per_byte(heldout.nll_nats, heldout.num_bytes),
+        "num_tokens": heldout.num_tokens,
+        "num_bytes": heldout.num_bytes,
+        "tasks_limit": params.tasks_limit,
+        **_through_transformers(params, model_dir, ctx),
+    }
+    (ctx.out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return {key: value for key, value in metrics.items() if key != "samples"}
+
+
+def _uses_transformers(params: EvaluateStage) -> bool:
+    return bool(params.tasks or params.prompts)
+
+
+def _through_transformers(params: EvaluateStage, model_dir: Path, ctx: StageContext) -> dict[str, Any]:
+    """{tasks, samples}; the model is loaded once, and only if one of them is asked for."""
+    if not _uses_transformers(params):
+        return {"tasks": {}, "samples": []}
+    from nemo_minitron.evaluation.agreement import load_compared
+    from nemo_minitron.evaluation.generation import greedy_texts
+    from nemo_minitron.evaluation.tasks import run_tasks
+    from nemo_minitron.hf.source import resolve_path
+    from nemo_minitron.hf.tokenizer import load_tokenizer
+
+    device = str(ctx.open_session.device)
+    model = load_compared(model_dir, params.precision, device, memory=ctx.logits_memory, session=ctx.open_session)
+    tokenizer = load_tokenizer(model_dir)
+    tasks: dict[str, dict[str, float]] = {}
+    if params.tasks:
+        source = params.tasks_source
+        tasks = run_tasks(
+            model,
+            tokenizer,
+            params.tasks,
+            data_dir=resolve_path(source, Path(ctx.execution.assets_dir)) if source else None,
+            limit=params.tasks_limit,
+            work_dir=ctx.work_dir,
+            progress=ctx.progress,
+        )
+    return {"tasks": tasks, "samples": greedy_texts(model, tokenizer, params.prompts, params.max_new_tokens)}

@@ -1,0 +1,52 @@
+"""The finished model, as anyone loads it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.config.schema import ExportStage
+from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.system.disclosure import masked
+
+
+def export(params: ExportStage, inputs: Inputs, ctx: StageContext) -> Result:
+    """Hugging Face folder with tokenizer, chat template, generation config and a model card.
+
+    Tensors pass through one by one. config.json spells out what a reader would otherwise have to infer (head_dim),
+    in the words of transformers 4 and 5.
+    """
+    import torch
+
+    from nemo_minitron.families import parameters
+    from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files, model_facts
+    from nemo_minitron.report.model_card import render_card
+
+    model, teacher = inputs["model"], inputs["teacher"]
+    source = Checkpoint.open(model.path)
+    dtype = None if params.dtype == "keep" else getattr(torch, params.dtype)
+    writer = CheckpointWriter(ctx.out_dir, source.config, dtype=dtype)
+    names = [parameter.hf for parameter in parameters(source.shape)]
+    for name in ctx.progress.track(names, "export", len(names), "tensors"):
+        writer.add(name, source.read(name))
+    writer.close()
+    copy_side_files(model.path, ctx.out_dir)
+    facts = model_facts(ctx.out_dir)
+    card = render_card(
+        params.model_name or ctx.recipe_name,
+        facts=facts,
+        teacher=teacher.result,
+        model=model.result,
+        metrics=_metrics(inputs),
+    )
+    environment = dict(ctx.execution.cluster.environment) if ctx.execution.cluster else {}
+    (ctx.out_dir / "README.md").write_text(masked(masked(card), environment), encoding="utf-8")
+    return {**facts, "license": teacher.result.get("license"), "teacher": teacher.result.get("source")}
+
+
+def _metrics(inputs: Inputs) -> list[dict[str, Any]]:
+    return [
+        json.loads((found.path / "metrics.json").read_text(encoding="utf-8"))
+        for found in inputs.many("evaluations").values()
+    ]

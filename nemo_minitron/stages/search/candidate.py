@@ -1,0 +1,128 @@
+"""One candidate of a search: cut it, train it a little, measure it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.artifacts.types import Artifact, Inputs
+from nemo_minitron.config.schema import CandidateStage, DistillStage, SelectStage, SpeedMeasurement, Training
+from nemo_minitron.plan.expansion import search_of
+from nemo_minitron.pruning.plan_file import PLAN_FILE
+from nemo_minitron.stages.spec import Result, StageContext
+
+if TYPE_CHECKING:
+    from nemo_minitron.families import ModelShape
+
+
+def candidate(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> Result:
+    """The trained candidate as a Hugging Face checkpoint, with its losses in nats per held-out token.
+
+    In the first rung the model is cut by the search's scores. Later rungs go on with the weights of the candidate
+    that is in their place in the ranking, with a fresh optimizer.
+
+    Raises:
+        NumericsError: the loss became NaN or infinite.
+    """
+    from nemo_minitron.stages.distill.run import distill
+
+    before = _facts_before(params, inputs, ctx)
+    if ctx.is_main:
+        shutil.copyfile(before["path"] / PLAN_FILE, ctx.out_dir / PLAN_FILE)
+    if before["too_slow"]:
+        if ctx.is_main:
+            shutil.copytree(before["path"], ctx.out_dir, dirs_exist_ok=True)
+        return {**_public(before), "num_steps": 0, "losses": [*before["losses"], None]}
+    student = Artifact(ctx.name, "prune", before["path"], "", {"license": inputs["model"].result.get("license")})
+    training = {field: getattr(params.retraining, field) for field in Training.model_fields}
+    # A later rung reads on in fresh samples.
+    training["seed"] += params.rung - 1
+    order = DistillStage(kind="distill", num_steps=params.num_steps, **training)
+    roles = {"student": student, "teacher": inputs["teacher"], "data": inputs["data"]}
+    trained = distill(order, Inputs(roles), ctx, f"stages.{search_of(ctx.name, params)}.retraining")
+    if not ctx.is_main:
+        return {}
+    zero_shot = trained["initial_valid_loss"] if params.rung == 1 else before["zero_shot_loss"]
+    return {
+        **_public(before),
+        **trained,
+        "zero_shot_loss": zero_shot,
+        "losses": [*before["losses"], trained["final_valid_loss"]],
+    }
+
+
+def _public(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in facts.items() if key != "path"}
+
+
+def _facts_before(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> dict[str, Any]:
+    """Which candidate it is, the folder of its weights, and what is known of it."""
+    if params.place is None:
+        folder = ctx.work_dir / "pruned"
+        rates = _cut_and_measure(params, inputs, ctx, folder)
+        speed, limit = rates.get("generate_tokens_per_s"), params.min_generate_tokens_per_s
+        return {
+            "candidate": params.name,
+            "path": folder,
+            "generate_tokens_per_s": speed,
+            "too_slow": speed is not None and limit is not None and speed < limit,
+            "zero_shot_loss": None,
+            "losses": [],
+        }
+    from nemo_minitron.pruning.search import ranking
+
+    rivals = {stage: {"name": r.result["candidate"], **r.result} for stage, r in inputs.many("rivals").items()}
+    chosen = ranking(list(rivals.values()))[params.place - 1]
+    stage = next(stage for stage, facts in rivals.items() if facts["name"] == chosen["name"])
+    kept = ("candidate", "generate_tokens_per_s", "too_slow", "zero_shot_loss", "losses")
+    return {"path": inputs.many("rivals")[stage].path, **{key: chosen[key] for key in kept}}
+
+
+def _cut_and_measure(params: CandidateStage, inputs: Inputs, ctx: StageContext, folder: Path) -> Mapping[str, float]:
+    """Cut the model into `folder`, once, and time it when asked to; the main rank works, the others wait."""
+    rates = ctx.work_dir / "speed.json"
+    if ctx.is_main and not folder.is_dir():
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _cut(params, inputs, ctx, partial)
+        os.replace(partial, folder)
+    if ctx.is_main and params.measure_speed is not None and not rates.is_file():
+        rates.write_text(json.dumps(_speed(params.measure_speed, folder, ctx)))
+    ctx.open_session.barrier()
+    found: dict[str, float] = json.loads(rates.read_text()) if rates.is_file() else {}
+    return found
+
+
+def _cut(params: CandidateStage, inputs: Inputs, ctx: StageContext, folder: Path) -> ModelShape:
+    from nemo_minitron.families import read_shape
+    from nemo_minitron.hf.checkpoint import read_config
+    from nemo_minitron.pruning.plan_file import write_plan
+    from nemo_minitron.pruning.selection import choose_keep
+    from nemo_minitron.pruning.slicing import prune_checkpoint
+    from nemo_minitron.stages.select.run import load_scores
+
+    rules = SelectStage(kind="select", target=params.target, **params.selection.model_dump())
+    model = inputs["model"].path
+    source = read_shape(read_config(model))
+    plan = choose_keep(load_scores(rules, inputs), source, rules)
+    write_plan(plan, source, folder)
+    return prune_checkpoint(model, plan, folder, ctx.progress)
+
+
+def _speed(params: SpeedMeasurement, folder: Path, ctx: StageContext) -> Mapping[str, float]:
+    from nemo_minitron.evaluation.agreement import load_compared
+    from nemo_minitron.evaluation.speed import measure_speed
+
+    model = load_compared(folder, params.precision, "cpu", memory=ctx.logits_memory, session=ctx.open_session)
+    return measure_speed(
+        {"candidate": model},
+        prompt_tokens=params.prompt_tokens,
+        new_tokens=params.new_tokens,
+        rounds=params.rounds,
+        tick=lambda: None,
+    )["candidate"]

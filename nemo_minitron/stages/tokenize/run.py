@@ -1,0 +1,188 @@
+"""Text to Megatron indexed datasets."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.config.schema import DataSource, TokenizeStage
+from nemo_minitron.errors import DataError, Interrupted
+from nemo_minitron.hf.source import resolve_path
+from nemo_minitron.stages.spec import Result, StageContext
+
+if TYPE_CHECKING:
+    from nemo_minitron.backends.megatron.data.indexed import IndexedWriter
+    from nemo_minitron.data.shard_plan import SourceShards
+    from nemo_minitron.data.shards import Shard
+    from nemo_minitron.data.tokenization import DocumentTokenizer
+
+SHARDS = "shards"
+_TOTALS = ("num_documents", "num_tokens", "num_bytes")
+
+
+def tokenize(params: TokenizeStage, inputs: Inputs, ctx: StageContext) -> Result:
+    """Tokenize every source with the teacher's tokenizer, and hold out a share of its documents.
+
+    Processes make shards of pieces of the text. Finished shards survive a kill, a stop or a full disk; in the end they
+    are joined, so that the result does not depend on the number of processes.
+
+    Writes train_NN and valid_NN indexed datasets and data.json.
+
+    Raises:
+        DataError: unreadable text, or a source without a train and a validation document.
+        Interrupted: it was asked to stop.
+    """
+    from nemo_minitron.data.tokenization import DocumentTokenizer
+    from nemo_minitron.hf.checkpoint import read_config, write_json
+    from nemo_minitron.hf.tokenizer_identity import tokenizer_fingerprint
+
+    model_dir = inputs["tokenizer"].path
+    tokenizer = DocumentTokenizer.load(model_dir, int(read_config(model_dir)["vocab_size"]))
+    shards = _make_shards(params, tokenizer, str(model_dir), ctx)
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "valid": []}
+    for number, made in enumerate(shards):
+        for split, facts in _join(params, made, number, tokenizer, ctx).items():
+            splits[split].append(facts)
+    totals = {f"{split}_{key}": sum(facts[key] for facts in splits[split]) for split in splits for key in _TOTALS}
+    # Without the eod that closes each document: it stands for no text.
+    num_text_tokens = sum(totals[f"{split}_num_tokens"] - totals[f"{split}_num_documents"] for split in splits)
+    facts = {
+        "vocab_size": tokenizer.vocab_size,
+        "eod_id": tokenizer.eod_id,
+        "bytes_per_token": (totals["train_num_bytes"] + totals["valid_num_bytes"]) / num_text_tokens,
+        "tokenizer_sha256": tokenizer_fingerprint(model_dir),
+    }
+    write_json(ctx.out_dir / "data.json", {**facts, **splits})
+    return {**totals, **facts, "sources": [source.source for source in params.sources]}
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+def _make_shards(
+    params: TokenizeStage, tokenizer: DocumentTokenizer, model_dir: str, ctx: StageContext
+) -> list[SourceShards]:
+    from nemo_minitron.backends.megatron.data.indexed import token_dtype
+    from nemo_minitron.data.shard_plan import ShardPlan, plan_source
+    from nemo_minitron.data.shard_pool import Work, processes_for, shard_makers
+    from nemo_minitron.data.shards import ShardFolder, sha256_of
+
+    dtype = token_dtype(tokenizer.vocab_size).name
+    identity = sha256_of(tokenizer.definition, tokenizer.vocab_size, tokenizer.eod_id, dtype)
+    folder = ShardFolder(ctx.work_dir / SHARDS, identity)
+    sources = [
+        plan_source(number, source, _files(source, f"stages.{ctx.name}.sources.{number}", ctx))
+        for number, source in enumerate(params.sources)
+    ]
+    plan = ShardPlan(sources, folder)
+    found = plan.take_finished()
+    ctx.progress.say(f"{found} of {plan.num_tasks} shards are there" if found else f"{plan.num_tasks} shards to make")
+    num_processes = min(processes_for(plan.bytes_left, ctx.execution.workers), max(1, plan.num_tasks - found))
+    with (
+        ctx.progress.bar("tokenize", plan.num_bytes, "bytes", done=plan.num_bytes - plan.bytes_left) as bar,
+        shard_makers(Work(folder, tokenizer, dtype, model_dir), num_processes, lambda: _look_at_stop(ctx)) as makers,
+    ):
+        first = bar.done
+        for _ in plan.run(makers):
+            _look_at_stop(ctx)
+            num_bytes, documents = makers.done()
+            per_s = documents / max(bar.elapsed_s, 1e-3)
+            bar.advance(first + num_bytes - bar.done, documents=documents, per_s=f"{per_s:,.0f}")
+    return sources
+
+
+def _files(source: DataSource, key: str, ctx: StageContext) -> list[Path]:
+    from nemo_minitron.data.found import find_files
+    from nemo_minitron.data.readers import require_separator_is_used
+
+    found = find_files(resolve_path(source.source, Path(ctx.execution.assets_dir)))
+    require_separator_is_used(found.files, source, key)
+    for remark in found.remarks():
+        ctx.progress.say(f"{source.source}: {remark}")
+    return found.files
+
+
+def _look_at_stop(ctx: StageContext) -> None:
+    reason = ctx.stop.asked_by()
+    if reason is not None:
+        raise Interrupted(f"Stopped as asked by {reason}; finished shards are kept, and the same command goes on.")
+
+
+# --- joining --------------------------------------------------------------------------------------
+
+
+def _join(
+    params: TokenizeStage, made: SourceShards, number: int, tokenizer: DocumentTokenizer, ctx: StageContext
+) -> dict[str, dict[str, Any]]:
+    """The two datasets of a source, of its shards in order."""
+    from nemo_minitron.backends.megatron.data.indexed import indexed_writers
+
+    source = made.source
+    prefixes = [ctx.out_dir / f"{split}_{number:02d}" for split in ("train", "valid")]
+    with (
+        ctx.progress.bar(f"join {source.source}", made.num_documents, "documents") as bar,
+        indexed_writers(*prefixes, vocab_size=tokenizer.vocab_size) as (train, valid),
+    ):
+        for shard, count in made.in_order():
+            _look_at_stop(ctx)
+            heldout = _heldout(params, number, bar.done, count)
+            _add(shard, heldout, train, valid)
+            bar.advance(count)
+        _require_both(train.num_documents, valid.num_documents, source, number, ctx.name)
+    return {
+        writer.prefix.name.split("_")[0]: {
+            "prefix": writer.prefix.name,
+            "source": source.source,
+            "weight": source.weight,
+            **{key: getattr(writer, key) for key in _TOTALS},
+        }
+        for writer in (train, valid)
+    }
+
+
+def _heldout(params: TokenizeStage, source: int, start: int, count: int) -> list[bool]:
+    from nemo_minitron.data.tokenization import is_heldout
+
+    numbers = range(start, start + count)
+    return [is_heldout(params.seed, source, number, params.valid_fraction) for number in numbers]
+
+
+def _add(shard: Shard, heldout: Sequence[bool], train: IndexedWriter, valid: IndexedWriter) -> None:
+    """Write the first documents of a shard, run by run."""
+    import numpy as np
+
+    if not heldout:
+        return
+    documents = shard.documents()
+    lengths, num_bytes = documents[:, : len(heldout)]
+    with shard.ids_file.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as ids:
+        width = len(ids) // int(documents[0].sum())
+        ends = np.concatenate([[0], np.cumsum(lengths)]) * width
+        for start, end in _runs(heldout):
+            writer = valid if heldout[start] else train
+            run = ids[int(ends[start]) : int(ends[end])]
+            writer.add_run(memoryview(run), lengths[start:end], num_bytes[start:end])
+
+
+def _runs(flags: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    """(start, end) of stretches of equal flags."""
+    start = 0
+    for number in range(1, len(flags) + 1):
+        if number == len(flags) or flags[number] != flags[start]:
+            yield start, number
+            start = number
+
+
+def _require_both(num_train: int, num_valid: int, source: DataSource, number: int, stage: str) -> None:
+    if num_train and num_valid:
+        return
+    total, split = num_train + num_valid, "training" if num_valid else "validation"
+    raise DataError(
+        f"Source {source.source} has {total} document{'s' * (total != 1)}, and none of them is for {split}.",
+        where=f"stages.{stage}.sources.{number}",
+        allowed="at least one document for training and one for validation",
+        next_step="Set document_separator for a .txt that holds many documents, change valid_fraction, or add text.",
+    )

@@ -1,0 +1,35 @@
+"""Train a model on text by next-token cross entropy."""
+
+from __future__ import annotations
+
+import time
+
+from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.config.schema import TrainStage
+from nemo_minitron.stages.distill.run import loop_options, training_facts
+from nemo_minitron.stages.one_tokenizer import require_one_tokenizer
+from nemo_minitron.stages.spec import Result, StageContext
+
+
+def train(params: TrainStage, inputs: Inputs, ctx: StageContext) -> Result:
+    """Next-token training of a whole model; resumes from the work folder after a kill.
+
+    Writes the model as a Hugging Face checkpoint, curves.jsonl, data_used.json and tensorboard/.
+
+    Raises:
+        DataError: model and data do not share a tokenizer.
+        NumericsError: the loss blew up, or became NaN or infinite.
+        Interrupted: the run was asked to stop.
+    """
+    from nemo_minitron.backends.megatron.distillation import distill
+    from nemo_minitron.backends.megatron.training import loop as training
+
+    model, data = inputs["model"], inputs["data"]
+    require_one_tokenizer(inputs, ("model",), ctx)
+    started_s = time.monotonic()
+    job = distill.prepare_training(params, model.path, data.path, ctx.work_dir, ctx.open_session)
+    curves = training.run(job, ctx.work_dir, ctx.progress, loop_options(ctx))
+    model_facts = training.publish(job, model.path, ctx.work_dir, ctx.out_dir)
+    if not ctx.is_main:
+        return {}
+    return {**model_facts, **training_facts(job, curves, model, data, started_s)}
