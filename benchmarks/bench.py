@@ -18,8 +18,9 @@ from nemo_minitron.backends.megatron.model.weights import load_model
 from nemo_minitron.backends.megatron.runtime.session import open_session
 from nemo_minitron.backends.megatron.training import loop as training
 from nemo_minitron.cli.main import load_recipe
-from nemo_minitron.config.schema import DistillStage, Parallel
 from nemo_minitron.execution.runner import RunOptions, run_recipe
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.distill.params import DistillStage
 
 ROUNDS = 5
 RECIPE = Path(__file__).resolve().parents[1] / "recipes/smollm2_135m/width.yaml"

@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from bench import interleaved
 
-from nemo_minitron.config.schema import CacheTeacherStage, DistillStage, LogitsLoss, Loss, Parallel
 from nemo_minitron.distillation.objective import live_teacher, token_loss
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.losses import LogitsLoss, Loss
+from nemo_minitron.stages.cache_teacher.params import CacheTeacherStage
+from nemo_minitron.stages.distill.params import DistillStage
 
 VOCAB_SIZE, NUM_TOKENS, HIDDEN_SIZE = 128_256, 4096, 512
 SHAPE: dict[str, Any] = {
@@ -108,7 +111,7 @@ def bench_loss() -> dict[str, float]:
 
 
 def random_model(config: dict[str, Any], folder: Path) -> Path:
-    from nemo_minitron.config.schema import InitStage
+    from nemo_minitron.stages.init.params import InitStage
     from nemo_minitron.stages.init.run import _write_weights
 
     folder.mkdir()

@@ -199,7 +199,8 @@ def _train(trial: Trial, student: Path, run: Path, steps: int, size: Size, work:
     from nemo_minitron.backends.megatron.distillation import distill
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.backends.megatron.training import loop as training
-    from nemo_minitron.config.schema import DistillStage, Parallel
+    from nemo_minitron.schema.execution import Parallel
+    from nemo_minitron.stages.distill.params import DistillStage
     from nemo_minitron.system.progress import Progress
 
     work.mkdir(parents=True)
@@ -244,10 +245,12 @@ def _cut(model: Path, run: Path, like: str, out: Path, size: Size) -> Path:
     from nemo_minitron.backends.megatron.model.weights import load_model
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.backends.megatron.scoring.stats import activation_scores
-    from nemo_minitron.config.schema import Parallel, ScoreStage, SelectStage
     from nemo_minitron.hf.checkpoint import Checkpoint
     from nemo_minitron.pruning.selection import choose_keep
     from nemo_minitron.pruning.slicing import prune_checkpoint
+    from nemo_minitron.schema.execution import Parallel
+    from nemo_minitron.stages.score.params import ScoreStage
+    from nemo_minitron.stages.select.params import SelectStage
     from nemo_minitron.system.progress import Progress
 
     sizes = Checkpoint.open(run / like).shape.sizes()

@@ -28,11 +28,12 @@ from nemo_minitron.backends.megatron.runtime.session import Session, open_sessio
 from nemo_minitron.backends.megatron.training.loop import Job, forward_backward
 from nemo_minitron.backends.megatron.training.optim import make_trainable
 from nemo_minitron.cli.main import load_recipe
-from nemo_minitron.config.schema import DistillStage, Parallel
 from nemo_minitron.distillation.flops import training_flops_per_token
 from nemo_minitron.families import ModelShape
-from nemo_minitron.plan.resources.memory import GIB, Work, memory_of
 from nemo_minitron.plan.shapes import model_shape
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.distill.params import DistillStage
+from nemo_minitron.workload.memory import GIB, Work, memory_of
 
 ROUNDS = 5
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,7 +24,8 @@ from nemo_minitron.backends.megatron.model.weights import load_model
 from nemo_minitron.backends.megatron.runtime.session import Session, open_session
 from nemo_minitron.backends.megatron.training import loop as training
 from nemo_minitron.backends.megatron.training.optim import Trainable, make_trainable
-from nemo_minitron.config.schema import DistillStage, Parallel
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.distill.params import DistillStage
 from tests.support.tiny_data import tiny_data_dir
 
 MICRO_BATCH_SIZE = 8

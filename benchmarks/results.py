@@ -36,7 +36,6 @@ from nemo_minitron.backends.megatron.scoring.depth_scores import DepthSamples, d
 from nemo_minitron.backends.megatron.scoring.removal import effects_of_removal
 from nemo_minitron.backends.megatron.scoring.stats import activation_scores
 from nemo_minitron.cli.main import load_recipe
-from nemo_minitron.config.schema import Parallel, ScoreStage, SelectStage
 from nemo_minitron.evaluation.choice_task import ChoiceTask, load_choice_task
 from nemo_minitron.execution.runner import RunOptions, run_recipe
 from nemo_minitron.hf.checkpoint import Checkpoint
@@ -45,6 +44,9 @@ from nemo_minitron.pruning.depth import task_error
 from nemo_minitron.pruning.magnitude import magnitude_scores
 from nemo_minitron.pruning.selection import choose_keep
 from nemo_minitron.pruning.slicing import prune_checkpoint
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.score.params import ScoreStage
+from nemo_minitron.stages.select.params import SelectStage
 from nemo_minitron.system.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]

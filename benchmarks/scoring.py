@@ -19,8 +19,9 @@ from nemo_minitron.backends.megatron.model.weights import load_model
 from nemo_minitron.backends.megatron.runtime.session import open_session
 from nemo_minitron.backends.megatron.scoring.stats import activation_scores
 from nemo_minitron.cli.main import load_recipe
-from nemo_minitron.config.schema import Parallel, ScoreStage
 from nemo_minitron.execution.runner import RunOptions, run_recipe
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.score.params import ScoreStage
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes/smollm2_135m/width.yaml"
 SEQ_LEN_TOKENS, MICRO_BATCH_SIZE, NUM_BATCHES, ROUNDS = 512, 4, 2, 7

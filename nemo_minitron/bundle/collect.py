@@ -13,14 +13,15 @@ from nemo_minitron.bundle.places import ASSETS_DIR, items_of, links_out, place_o
 from nemo_minitron.config.compose import compose, write_out
 from nemo_minitron.config.explain import validate
 from nemo_minitron.config.places import RECIPES, recipe_name, require_recipe
-from nemo_minitron.config.schema import EvaluateStage, Recipe, Schema, ScoreStage
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import PlanError
 from nemo_minitron.hf.source import ASSET, BUILT_IN, HUB
 from nemo_minitron.plan.checks import require_valid
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import make_plan
-from nemo_minitron.plan.sources import read_by
-from nemo_minitron.stages.spec import STAGES
+from nemo_minitron.plan.sources import sources_of
+from nemo_minitron.stages.kind import Source
+from nemo_minitron.stages.registry import STAGES
 from nemo_minitron.system.files import user_path
 from nemo_minitron.system.progress import Progress
 
@@ -53,14 +54,15 @@ def collect(files: Sequence[Path], overrides: Sequence[str], progress: Progress)
         _fetch_assets(recipe, progress)
         _require_valid(recipe, made_here)
         moved = {_EXECUTION_ASSETS: ASSETS_DIR}
-        for key, stage, source in _sources(recipe):
-            if _is_made(source, made_here):
+        assets_dir = Path(recipe.execution.assets_dir)
+        for key, source in _sources(recipe):
+            if _is_made(source.location, made_here):
                 continue
-            place = place_of(source, getattr(stage, "revision", None), Path(recipe.execution.assets_dir), outside)
-            out.items += items_of(stage, source, place, recipe)
+            place = place_of(source, assets_dir, outside)
+            out.items += items_of(source, place, assets_dir)
             out.warnings += [
                 f"{key}: {file} is packed as the file that a link leads to: {file.resolve()}"
-                for file in links_out(stage, source, Path(recipe.execution.assets_dir))[:MOST_LINKS_NAMED]
+                for file in links_out(source, assets_dir)[:MOST_LINKS_NAMED]
             ]
             moved[key] = place.source
         out.items.append(_text(file, overrides, moved))
@@ -74,11 +76,11 @@ def collect(files: Sequence[Path], overrides: Sequence[str], progress: Progress)
     return out
 
 
-def _sources(recipe: Recipe) -> Iterator[tuple[str, Schema, str]]:
-    """(key, stage, source) of all that is read from outside."""
+def _sources(recipe: Recipe) -> Iterator[tuple[str, Source]]:
+    """(key of the recipe, source) for everything that its stages read from outside the run."""
     for name, stage in recipe.stages.items():
-        for key, source in read_by(stage):
-            yield f"stages.{name}.{key}", stage, source
+        for source in sources_of(stage):
+            yield f"stages.{name}.{source.key}", source
 
 
 def _is_made(source: str, made_here: Sequence[Path]) -> bool:
@@ -90,19 +92,18 @@ def _is_made(source: str, made_here: Sequence[Path]) -> bool:
 
 
 def _require_valid(recipe: Recipe, made_here: Sequence[Path]) -> None:
-    made = [f"{key} = {source}:" for key, _, source in _sources(recipe) if _is_made(source, made_here)]
+    made = [f"{key} = {source.location}:" for key, source in _sources(recipe) if _is_made(source.location, made_here)]
     require_valid(make_plan(recipe), besides=tuple(made))
 
 
 def _require_no_hub(recipe: Recipe) -> None:
     """lm-eval's own tasks fetch their data while they run."""
-    wrong = []
-    for name, stage in recipe.stages.items():
-        if isinstance(stage, EvaluateStage) and stage.tasks and not stage.tasks_source:
-            wrong.append(f"stages.{name}.tasks = {', '.join(stage.tasks)}: set stages.{name}.tasks_source, or tasks=[]")
-        task = stage.depth_task if isinstance(stage, ScoreStage) and "task" in stage.layer_metrics else None
-        if task is not None and not task.source:
-            wrong.append(f"stages.{name}.depth_task = {task.name}: set stages.{name}.depth_task.source")
+    wrong = [
+        f"stages.{name}.{task.key} = {task.name}: set stages.{name}.{task.source_key}, or leave the task out"
+        for name, stage in recipe.stages.items()
+        for task in STAGES[stage.kind].tasks(stage)
+        if task.runs and not task.source
+    ]
     if wrong:
         raise PlanError(
             "Tasks of the recipe fetch their data from the hub while they run:\n"
@@ -114,7 +115,8 @@ def _require_no_hub(recipe: Recipe) -> None:
 
 def _fetch_assets(recipe: Recipe, progress: Progress) -> None:
     """Also those that are here: their contents are compared."""
-    named = {source.removeprefix(ASSET) for _, _, source in _sources(recipe) if source.startswith(ASSET)}
+    sources = [source.location for _, source in _sources(recipe)]
+    named = {location.removeprefix(ASSET) for location in sources if location.startswith(ASSET)}
     known = [name for name in assets.ASSETS if name in named - BUILT_IN.keys()]
     assets.fetch(known, Path(recipe.execution.assets_dir), progress)
 

@@ -10,19 +10,10 @@ from glob import has_magic
 from pathlib import Path
 
 from nemo_minitron.bundle.items import Item
-from nemo_minitron.config.schema import (
-    AdoptStage,
-    ChatDataStage,
-    EvaluateChatStage,
-    Execution,
-    ImportStage,
-    InitStage,
-    Recipe,
-    Schema,
-    TokenizeStage,
-)
 from nemo_minitron.hf.links import leads_out, require_inside
 from nemo_minitron.hf.source import ASSET, BUILT_IN, HUB, HUB_FILES, NOT_FROM_HUB, hub_copy, resolve_model, resolve_path
+from nemo_minitron.schema.execution import Execution
+from nemo_minitron.stages.kind import Source
 from nemo_minitron.system.files import user_path
 
 ASSETS_DIR = Execution().assets_dir
@@ -46,12 +37,13 @@ class Place:
         return _join(self.prefix, file, self.base)
 
 
-def place_of(source: str, revision: str | None, assets_dir: Path, outside: dict[str, int]) -> Place:
+def place_of(named: Source, assets_dir: Path, outside: dict[str, int]) -> Place:
     """Names of assets and of the hub stay, and relative paths inside this folder; other paths get a numbered folder.
 
     Args:
         outside: source -> its number; a new one is added.
     """
+    source, revision = named.location, named.revision
     if source.startswith(ASSET):
         return Place(source, assets_dir, ASSETS_DIR)
     if source.startswith(HUB):
@@ -72,20 +64,20 @@ def _join(prefix: str, path: Path, base: Path) -> str:
     return Path(os.path.normpath(os.path.join(prefix, os.path.relpath(path, base)))).as_posix()
 
 
-def items_of(stage: Schema, source: str, place: Place, recipe: Recipe) -> Iterator[Item]:
-    """The files that the stage reads of a source; none of an asset that ships with the package.
+def items_of(source: Source, place: Place, assets_dir: Path) -> Iterator[Item]:
+    """The files that a stage reads of a source; none of an asset that ships with the package.
 
     Raises:
         MinitronError: nothing there, or a model that is not whole.
     """
-    if source.startswith(ASSET) and source.removeprefix(ASSET) in BUILT_IN:
+    location = source.location
+    if location.startswith(ASSET) and location.removeprefix(ASSET) in BUILT_IN:
         return
-    assets_dir = Path(recipe.execution.assets_dir)
-    if isinstance(stage, ImportStage | AdoptStage):
-        for file in _model_files(resolve_model(source, assets_dir, getattr(stage, "revision", None))):
+    if source.content == "model":
+        for file in _model_files(resolve_model(location, assets_dir, source.revision)):
             yield Item(place.member(file), file, "model")
         return
-    for file in _data_files(stage, resolve_path(source, assets_dir)):
+    for file in _data_files(source, resolve_path(location, assets_dir)):
         yield Item(place.member(file), file, "data")
 
 
@@ -104,23 +96,21 @@ def _model_files(model: Path) -> list[Path]:
     return taken
 
 
-def _data_files(stage: Schema, path: Path) -> list[Path]:
+def _data_files(source: Source, path: Path) -> list[Path]:
     from nemo_minitron.data.chat.files import chat_files
     from nemo_minitron.data.found import source_files
 
-    if isinstance(stage, ChatDataStage | EvaluateChatStage):
+    if source.content == "chats":
         return chat_files(path)
-    if isinstance(stage, TokenizeStage | InitStage):
-        return source_files(path)
-    return _all_files(path)
+    return source_files(path) if source.content == "text" else _all_files(path)
 
 
-def links_out(stage: Schema, source: str, assets_dir: Path) -> list[Path]:
+def links_out(source: Source, assets_dir: Path) -> list[Path]:
     """Files of data that are packed although they lie elsewhere: a link stands for them in the folder of the source."""
-    if source.startswith((ASSET, HUB)) or isinstance(stage, ImportStage | AdoptStage):
+    if source.location.startswith((ASSET, HUB)) or source.content == "model":
         return []
-    path = resolve_path(source, assets_dir)
-    return [file for file in _data_files(stage, path) if path.is_dir() and leads_out(file, path)]
+    path = resolve_path(source.location, assets_dir)
+    return [file for file in _data_files(source, path) if path.is_dir() and leads_out(file, path)]
 
 
 def _all_files(folder: Path) -> list[Path]:

@@ -81,7 +81,7 @@ def parse_attributes(text: str | None) -> dict[str, float]:
     Raises:
         ConfigError: an unknown attribute, or a value that is no number from 0 to 4.
     """
-    from nemo_minitron.config.schema.alignment import AttributeName
+    from nemo_minitron.schema.chats import AttributeName
 
     out: dict[str, float] = {}
     for part in (text or "").split(","):

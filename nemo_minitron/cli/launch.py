@@ -18,7 +18,7 @@ from nemo_minitron.system.disclosure import masked
 from nemo_minitron.system.terminal import Screen, write
 
 if TYPE_CHECKING:
-    from nemo_minitron.config.schema import Recipe
+    from nemo_minitron.config.recipe import Recipe
     from nemo_minitron.execution.runner import RunOptions
     from nemo_minitron.launch.record import Submission
     from nemo_minitron.plan.planner import RunPlan
@@ -187,7 +187,7 @@ def _here(loaded: Recipe, options: RunOptions, *, dry_run: bool) -> None:
 def _composed(file: Path) -> Recipe:
     from pydantic import ValidationError
 
-    from nemo_minitron.config.schema import Recipe
+    from nemo_minitron.config.recipe import Recipe
 
     try:
         return Recipe.model_validate(json.loads(file.read_text()))

@@ -34,7 +34,7 @@ from nemo_minitron.system.outer_job import leave_launcher, name_the_user
 from nemo_minitron.system.terminal import Screen
 
 if TYPE_CHECKING:
-    from nemo_minitron.config.schema import Recipe
+    from nemo_minitron.config.recipe import Recipe
     from nemo_minitron.plan.planner import RunPlan
 
 app = typer.Typer(

@@ -13,7 +13,7 @@ from nemo_minitron.errors import ConfigError
 from nemo_minitron.system.terminal import Screen
 
 if TYPE_CHECKING:
-    from nemo_minitron.config.schema.rlhf import Rlhf
+    from nemo_minitron.schema.rlhf import Rlhf
 
 console = Screen()
 WHERE = "minitron rlhf"
@@ -76,7 +76,7 @@ def parse_settings(algorithm: str, texts: list[str]) -> Rlhf:
     from pydantic import ValidationError
 
     from nemo_minitron.config.compose import from_dotlist
-    from nemo_minitron.config.schema.rlhf import Rlhf
+    from nemo_minitron.schema.rlhf import Rlhf
 
     try:
         return Rlhf.model_validate({**from_dotlist(texts, Rlhf), "algorithm": algorithm})

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 import typer
 from rich.text import Text
 
-from nemo_minitron.config.schema.base import TEMPLATE_DATE
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.schema.base import TEMPLATE_DATE
 from nemo_minitron.system.terminal import Screen
 
 if TYPE_CHECKING:
@@ -37,10 +37,10 @@ def show(
     template_date: Annotated[str, typer.Option(help="Day that a template writes.")] = TEMPLATE_DATE.isoformat(),
 ) -> None:
     """Show rows of a finished chat_data or annotate stage, or with --model the exact training text and its tokens."""
-    from nemo_minitron.config.schema import TemplateName
     from nemo_minitron.data.chat.purity import parse_day
     from nemo_minitron.data.chat.render import read_normalised
     from nemo_minitron.data.chat.tokenizing import ChatTemplate
+    from nemo_minitron.schema.chats import TemplateName
 
     _require_one_of("--split", split, ("train", "valid"))
     _require_one_of("--template", template, get_args(TemplateName))
@@ -101,9 +101,9 @@ def _said(who: str, text: str) -> Text:
 
 def _rendered(row: dict[str, Any], template: ChatTemplate, *, attributes: bool) -> list[Text]:
     """Each training row: the prompt, each answer after it, and their tokens."""
-    from nemo_minitron.config.schema import ChatRendering
     from nemo_minitron.data.chat.render import pair_row, sft_rows
     from nemo_minitron.data.chat.rows import BadRow
+    from nemo_minitron.schema.chats import ChatRendering
 
     try:
         if "messages" in row:

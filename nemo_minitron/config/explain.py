@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from nemo_minitron.config.keys import sections_in, stage_classes
-from nemo_minitron.config.schema import Recipe
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.system.disclosure import is_private_key
 from nemo_minitron.system.shown import shown

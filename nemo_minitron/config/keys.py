@@ -8,15 +8,15 @@ from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_orig
 
 from pydantic import BaseModel
 
-from nemo_minitron.config.schema import Recipe, StageConfig
+from nemo_minitron.config.recipe import Recipe
+from nemo_minitron.stages.registry import STAGES
 
 Kind = Literal["text", "list", "other", "unknown"]
 
 
 def stage_classes() -> dict[str, type[BaseModel]]:
-    """Stage kind -> its class in the schema."""
-    union = get_args(StageConfig)[0]
-    return {get_args(cls.model_fields["kind"].annotation)[0]: cls for cls in get_args(union)}
+    """Stage kind -> the class of its keys."""
+    return {name: kind.params for name, kind in STAGES.items()}
 
 
 def value_kind(key: str, root: type[BaseModel] = Recipe) -> Kind:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_minitron.config.keys import value_kind
-from nemo_minitron.config.schema import Recipe
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ConfigError
 
 CLUSTER = "cluster"

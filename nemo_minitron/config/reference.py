@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from nemo_minitron.config.keys import sections_in, stage_classes
-from nemo_minitron.config.schema import Execution, Recipe
+from nemo_minitron.config.recipe import Recipe
+from nemo_minitron.schema.execution import Execution
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 INTERPOLATION = {"type": "string", "pattern": r"\$\{.*\}"}

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config.schema import DataSource
 from nemo_minitron.data.blocks import read_blocks, read_whole
 from nemo_minitron.data.found import file_format
 from nemo_minitron.errors import DataError, shortened
 from nemo_minitron.limits import DOCUMENT_BYTES, LINE_BYTES
+from nemo_minitron.schema.data import DataSource
 from nemo_minitron.system.shown import shown_names
 
 Span = tuple[int, int]

@@ -7,12 +7,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nemo_minitron.config.schema import DataSource
 from nemo_minitron.data.pieces import divide
 from nemo_minitron.data.readers import no_document
 from nemo_minitron.data.shard_pool import Makers
 from nemo_minitron.data.shards import Shard, ShardFolder, Task
 from nemo_minitron.errors import DataError
+from nemo_minitron.schema.data import DataSource
 
 POLL_S = 0.25
 

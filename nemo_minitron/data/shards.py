@@ -14,11 +14,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_minitron.config.schema import DataSource
 from nemo_minitron.data.encoder import Encoder
 from nemo_minitron.data.pieces import Piece
 from nemo_minitron.data.readers import Text, read_documents
 from nemo_minitron.errors import DataError
+from nemo_minitron.schema.data import DataSource
 from nemo_minitron.system.files import sealed, unsealed, write_whole
 
 RECORD = ".shard.json"

@@ -26,9 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from nemo_minitron.config.schema import DistillStage, Sampled, TopK
 from nemo_minitron.distillation.sparse import SparseTeacher
 from nemo_minitron.errors import DataError, PlanError
+from nemo_minitron.schema.losses import Sampled, TopK
+from nemo_minitron.schema.training import Distillation
 
 FORMAT_VERSION = 1
 FACTS_FILE = "cache.json"
@@ -77,7 +78,7 @@ class CacheFacts:
         end = self.num_samples if first < self.first_heldout else self.first_heldout + self.num_heldout
         return range(first, min(first + SAMPLES_PER_SHARD, end))
 
-    def teacher_loss(self, params: DistillStage) -> float | None:
+    def teacher_loss(self, params: Distillation) -> float | None:
         """The teacher's held-out loss, where it was measured on the text of the student's."""
         return self.valid_teacher_loss if self.valid_num_tokens == params.valid_num_tokens else None
 
@@ -197,7 +198,7 @@ def write_shard(folder: Path, shard: int, entries: list[Entry]) -> None:
     partial.rename(folder / shard_name(shard))
 
 
-def require_same_keys(facts: CacheFacts, params: DistillStage, folder: Path) -> None:
+def require_same_keys(facts: CacheFacts, params: Distillation, folder: Path) -> None:
     """Raises DataError unless the cache is of what a distillation asks for.
 
     The plan compares recipes; a recipe that was changed over a finished cache (--accept-drift) is caught here only.

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_minitron.config.schema import HiddenLoss
 from nemo_minitron.errors import PlanError
+from nemo_minitron.schema.losses import HiddenLoss
 
 
 class Tap(NamedTuple):

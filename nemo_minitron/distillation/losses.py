@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nemo_minitron.config.schema import LogitsLoss
 from nemo_minitron.distillation.vocab import WHOLE, Vocab, local_ids, pick, shift, softmax
+from nemo_minitron.schema.losses import LogitsLoss
 
 LossAndGrad = tuple[Tensor, Tensor]
 """Loss of each token [n], and its gradient for the student's logits [n, V]."""

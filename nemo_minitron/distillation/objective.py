@@ -10,11 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nemo_minitron.config.schema import LogitsLoss, Loss
 from nemo_minitron.distillation.linear import Head, linear_loss
 from nemo_minitron.distillation.losses import LossAndGrad, distance, next_token
 from nemo_minitron.distillation.sparse import SparseTeacher, sparse_distance, sparsify
 from nemo_minitron.distillation.vocab import WHOLE, Vocab
+from nemo_minitron.schema.losses import LogitsLoss, Loss
 
 Distance = Callable[[Tensor, slice], LossAndGrad]
 """Student logits of a block [n, V], and which tokens they are -> distance to the teacher [n], gradient [n, V]."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_minitron.config.schema import LogitsLoss, Sampled, TopK
 from nemo_minitron.distillation.losses import LossAndGrad, scaled
 from nemo_minitron.distillation.vocab import WHOLE, Vocab, local_ids, pick, shift, softmax
+from nemo_minitron.schema.losses import LogitsLoss, Sampled, TopK
 
 
 @dataclass(frozen=True)

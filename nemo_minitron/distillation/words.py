@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_minitron.config.schema import HiddenLoss, LogitsLoss, Loss, Sampled
+from nemo_minitron.schema.losses import HiddenLoss, LogitsLoss, Loss, Sampled
 
 _NAMES = {
     "forward_kl": "forward KL to {teacher}'s logits",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.config.schema import Recipe
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ArtifactError, ProcessesDied
 from nemo_minitron.execution.nodes import Nodes, dismiss, follow
 from nemo_minitron.execution.output import without_secrets

@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from nemo_minitron import errors
-from nemo_minitron.config.schema import Recipe
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import Interrupted, MinitronError, ProcessesDied
 from nemo_minitron.execution.nodes import Nodes, deaf_to_stops, end_agent, start_everywhere
 from nemo_minitron.execution.output import without_secrets
 from nemo_minitron.execution.same_code import SAFE_PATH, START, of_this_process
 from nemo_minitron.plan.planner import StageCall
+from nemo_minitron.stages.registry import STAGES
 from nemo_minitron.system.disclosure import environment_of, masked, write_private
 from nemo_minitron.system.interrupts import RELAY_FILE, StopRequest
 from nemo_minitron.system.safe_files import open_log, own_folder, write_reserved, write_whole
 
 CALL_FILE, RESULT_FILE, ERROR_FILE, STATUS_FILE = "call.json", "result.json", "error.json", "progress.json"
-TRAINING_KINDS = ("distill", "train", "correct", "candidate")
-"""Their ranks end by themselves, with a checkpoint, when they are asked to stop."""
 POLL_INTERVAL_S = 0.2
 ERROR_BYTES = 8192
 
@@ -59,8 +58,8 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
     ):
         start = lambda words, own: _start(words, own, output)  # noqa: E731
         process = start_everywhere(command, {**environment, **meeting}, nodes, work, start)
-        code = _wait(process, call.kind, work, stop)
-    if stop.asked_by() is not None and call.kind not in TRAINING_KINDS:
+        code = _wait(process, work, stop, by_itself=STAGES[call.kind].stops_by_itself)
+    if stop.asked_by() is not None and not STAGES[call.kind].stops_by_itself:
         raise Interrupted(f"Stopped in stage {call.name} as asked by {stop.asked_by()}; the same command goes on.")
     error = load_error(work / ERROR_FILE)
     if error is not None:
@@ -80,7 +79,7 @@ def _start(command: list[str], environment: dict[str, str], output: IO[bytes]) -
     return deaf_to_stops(lambda: subprocess.Popen(command, env=environment, stdout=output, stderr=stderr))
 
 
-def _wait(process: subprocess.Popen[bytes], kind: str, work: Path, stop: StopRequest) -> int:
+def _wait(process: subprocess.Popen[bytes], work: Path, stop: StopRequest, *, by_itself: bool) -> int:
     """The exit code; hands a request to stop on to the ranks."""
     told = False
     try:
@@ -91,7 +90,7 @@ def _wait(process: subprocess.Popen[bytes], kind: str, work: Path, stop: StopReq
                 reason = stop.asked_by()
             if reason is not None and not told:
                 told = True
-                if kind in TRAINING_KINDS:
+                if by_itself:
                     write_whole(work / RELAY_FILE, reason)
                 else:
                     process.send_signal(signal.SIGINT)

@@ -16,7 +16,7 @@ from typing import IO, Any
 from nemo_minitron import errors
 from nemo_minitron.artifacts.manifest import Manifest, provenance
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.config.schema import Recipe
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ArtifactError, DataError, Interrupted
 from nemo_minitron.execution.nodes import Nodes
 from nemo_minitron.execution.ranks import STATUS_FILE, run_ranks
@@ -26,7 +26,8 @@ from nemo_minitron.plan.epochs import repeated_text
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, StageCall, make_plan
 from nemo_minitron.plan.sources import source_facts
-from nemo_minitron.stages.spec import STAGES, StageContext
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.registry import STAGES
 from nemo_minitron.system.disclosure import MaskingFormatter, masked, write_private
 from nemo_minitron.system.disk import disk_errors
 from nemo_minitron.system.interrupts import StopRequest, stop_file_of_job
@@ -223,7 +224,7 @@ def _make_stage(
             result=dict(result),
             provenance={**provenance(started_s), **({"accepted_work": accepted} if accepted else {})},
         )
-        _copy_report(call, out, store.root)
+        _copy_to_run(call, out, store.root)
         store.publish(call.name, out, manifest)
 
 
@@ -258,7 +259,7 @@ def _size_in_words(facts: Mapping[str, int]) -> str:
 def call_stage(kind: str, recipe: Recipe, inputs: Any, context: StageContext, call: StageCall) -> dict[str, Any]:
     """The stage's function, inside a Megatron session when it is distributed."""
     spec = STAGES[kind]
-    function = spec.load()
+    function = spec.load_function()
     params = recipe.stages[context.name]
     if not spec.distributed:
         return dict(function(params, inputs, context))
@@ -280,10 +281,9 @@ def call_stage(kind: str, recipe: Recipe, inputs: Any, context: StageContext, ca
         return dict(function(params, inputs, inside))
 
 
-def _copy_report(call: StageCall, out: Path, root: Path) -> None:
-    if call.kind != "report":
-        return
-    for file in out.glob("report.*"):
+def _copy_to_run(call: StageCall, out: Path, root: Path) -> None:
+    pattern = STAGES[call.kind].copied_to_run
+    for file in out.glob(pattern) if pattern else ():
         copy_whole(file, root / file.name)
 
 

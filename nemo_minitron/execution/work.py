@@ -10,12 +10,12 @@ from typing import Any
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.plan.fingerprint import differences, fingerprint
 from nemo_minitron.plan.planner import StageCall
+from nemo_minitron.stages.registry import STAGES
 from nemo_minitron.system.files import read_json, write_whole
 from nemo_minitron.system.progress import Progress
 
 PAYLOAD_FILE, ACCEPTED_FILE = "payload.json", "accepted_work.json"
 FORGOTTEN = "the stage goes on, and only forgets with which other keys it was begun"
-RESUMABLE_KINDS = ("distill", "train", "correct")
 ADJUSTABLE = {
     "lr",
     "pretraining_lr",
@@ -79,7 +79,7 @@ def _accepted(folder: Path) -> list[dict[str, Any]]:
 def _changed_keys(folder: Path, call: StageCall) -> list[str]:
     """How the keys differ from those with which a training in this folder was begun, when it could go on with them."""
     begun = _begun_with(folder)
-    if call.kind not in RESUMABLE_KINDS or begun is None:
+    if begun is None or not STAGES[call.kind].resumes_with_other_rates:
         return []
     if fingerprint(begun) == call.fingerprint or _unadjustable(begun) != _unadjustable(call.payload):
         return []

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.config.schema import Recipe
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import EnvironmentProblem, Interrupted, MinitronError
 from nemo_minitron.execution.agent import a_rank_failed
 from nemo_minitron.execution.nodes import RUNNER_VARIABLE
@@ -20,7 +20,7 @@ from nemo_minitron.execution.runner import call_stage, log_handler
 from nemo_minitron.execution.same_code import require_same
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import make_plan
-from nemo_minitron.stages.spec import StageContext
+from nemo_minitron.stages.context import StageContext
 from nemo_minitron.system.disk import disk_errors
 from nemo_minitron.system.interrupts import RELAY_FILE, StopRequest, exit_without_parent, leave_terminal
 from nemo_minitron.system.progress import Progress

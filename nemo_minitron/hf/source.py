@@ -43,6 +43,15 @@ def hub_copy(name: str, revision: str | None, assets_dir: Path) -> Path:
     return assets_dir / "hub" / (name if revision is None else f"{name}@{quote(revision, safe='')}")
 
 
+def source_folder(source: str, revision: str | None, assets_dir: Path) -> Path:
+    """Where a model is, or would be, on this machine; of a hub's model, the copy that lies among the assets."""
+    if source.startswith(HUB):
+        return hub_copy(source.removeprefix(HUB), revision, assets_dir)
+    if source.startswith(ASSET):
+        return asset_path(source.removeprefix(ASSET), assets_dir)
+    return user_path(source)
+
+
 NOT_FROM_HUB = ("original/*", "consolidated*", "*/*.safetensors")
 """Second copies of the weights in the authors' own formats."""
 ALLOWED = "asset:NAME, hf:ORG/NAME, a folder with config.json and *.safetensors, a .gguf file"

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_minitron.config.schema import Cluster, Container, Mount
 from nemo_minitron.errors import PlanError
 from nemo_minitron.launch import images
 from nemo_minitron.launch.jobs import Environment, image_of
+from nemo_minitron.schema.cluster import Cluster, Container, Mount
 from nemo_minitron.system.disclosure import looks_secret
 
 IN_CONTAINER = "minitron"

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nemo_minitron.config.schema import CandidateStage, Cluster, Container, Resources
 from nemo_minitron.errors import PlanError
 from nemo_minitron.launch import images
-from nemo_minitron.plan.expansion import search_of
 from nemo_minitron.plan.planner import RunPlan, StageCall
-from nemo_minitron.stages.spec import STAGES
+from nemo_minitron.schema.cluster import Cluster, Container, Resources
+from nemo_minitron.stages.registry import STAGES
 
 Environment = Literal["core", "aligner"]
 
@@ -60,10 +59,7 @@ def jobs_of(plan: RunPlan, cluster: Cluster, wanted: set[str]) -> list[Job]:
 
 def _job_name(call: StageCall, plan: RunPlan) -> str:
     """Its own, or that of the array of the candidates that are compared with each other."""
-    stage = plan.recipe.stages[call.name]
-    if isinstance(stage, CandidateStage):
-        return f"{search_of(call.name, stage)}_rung{stage.rung}"
-    return call.name
+    return STAGES[call.kind].array(call.name, plan.recipe.stages[call.name]) or call.name
 
 
 def _job(name: str, group: list[StageCall], job_of: dict[str, str], cluster: Cluster) -> Job:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nemo_minitron.config.schema import Cluster, Recipe
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import EnvironmentProblem, Interrupted, PlanError
 from nemo_minitron.execution.runner import RunOptions, settle, write_recipe
 from nemo_minitron.launch import record
@@ -17,6 +17,7 @@ from nemo_minitron.launch.jobs import jobs_of, missing_images, misspelt_images
 from nemo_minitron.launch.submit import cluster_of, placed
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, make_plan
+from nemo_minitron.schema.cluster import Cluster
 from nemo_minitron.system.disclosure import environment_script, write_private
 from nemo_minitron.system.safe_files import own_folder
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nemo_minitron.config.schema import Cluster, Recipe
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.launch import images, slurm
 from nemo_minitron.launch.answers import Partition, default_partition, partitions
@@ -17,6 +17,7 @@ from nemo_minitron.launch.jobs import Job, images_of, jobs_of, misspelt_images, 
 from nemo_minitron.launch.submit import cluster_of, placed
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, make_plan
+from nemo_minitron.schema.cluster import Cluster
 
 Level = Literal["ok", "warning", "problem"]
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_minitron.config.schema import Cluster
 from nemo_minitron.launch.containers import IN_CONTAINER, Place, folders_to_make, inside, srun_options
 from nemo_minitron.launch.jobs import Job
+from nemo_minitron.schema.cluster import Cluster
 
 FIRST_PORT, NUM_PORTS = 20000, 12000
 """The ranks of a job of several nodes meet on a port that its number gives, below those that Linux gives out itself."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from nemo_minitron.config.schema import Cluster, Recipe
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ArtifactError, MinitronError, PlanError
 from nemo_minitron.execution.runner import RunOptions, settle, write_recipe
 from nemo_minitron.launch import record, slurm
@@ -18,6 +18,7 @@ from nemo_minitron.launch.jobs import Job, jobs_of, misspelt_images, problems
 from nemo_minitron.launch.script import Scripted, render, sbatch_command, script_file
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, make_plan
+from nemo_minitron.schema.cluster import Cluster
 from nemo_minitron.system.disclosure import environment_script, write_private
 from nemo_minitron.system.outer_job import dropped_defaults
 from nemo_minitron.system.safe_files import own_folder

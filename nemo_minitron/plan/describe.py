@@ -9,11 +9,11 @@ from types import MappingProxyType
 from typing import Any
 
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.config.schema import SearchStage, SelectStage
-from nemo_minitron.plan.expansion import candidates_of
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan
-from nemo_minitron.plan.shapes import model_shape, shape_facts, student_shape
+from nemo_minitron.plan.shapes import shape_facts
+from nemo_minitron.plan.view import View
+from nemo_minitron.stages.registry import STAGES
 
 _SUMMARY_KEYS = (
     "num_params",
@@ -54,25 +54,24 @@ def plan_facts(plan: RunPlan) -> dict[str, Any]:
 
 def _models(plan: RunPlan) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Teacher and student of the last pruning that goes by importance: what a chain of prunings ends in."""
-    selects = [plan.recipe.stages[call.name] for call in plan.calls if call.kind == "select"]
-    chosen = [stage for stage in selects if isinstance(stage, SelectStage) and stage.method == "importance"]
+    view = View(plan.recipe)
+    found = [STAGES[call.kind].reduction(call.name, view.stages[call.name], view) for call in plan.calls]
+    chosen = [shapes for shapes in found if shapes is not None]
     if not chosen:
         return None, None
-    teacher, student = model_shape(plan.recipe, chosen[0].inputs.model), student_shape(plan.recipe, chosen[-1])
+    teacher, student = chosen[0][0], chosen[-1][1]
     facts = None if teacher is None else shape_facts(teacher)
     if facts is None or student is None:
         return facts, None
-    found = shape_facts(student)
-    return facts, {**found, "share": found["num_params"] / facts["num_params"]}
+    sizes = shape_facts(student)
+    return facts, {**sizes, "share": sizes["num_params"] / facts["num_params"]}
 
 
 def _candidates(plan: RunPlan) -> list[dict[str, Any]]:
-    """Of every search: its points with their sizes and modelled costs."""
-    searches = [(name, stage) for name, stage in plan.recipe.stages.items() if isinstance(stage, SearchStage)]
+    """The points of every search, with their sizes and modeled costs."""
+    view = View(plan.recipe)
     return [
-        {"search": name, **candidate.facts()}
-        for name, stage in searches
-        for candidate in candidates_of(plan.recipe, stage)
+        dict(point) for name, stage in view.stages.items() for point in STAGES[stage.kind].points(name, stage, view)
     ]
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.config.schema import DistillStage, Schema, TrainStage
 from nemo_minitron.data.used import MOST_EPOCHS, expected_use
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan
+from nemo_minitron.schema.base import StageParams
+from nemo_minitron.stages.registry import STAGES
 from nemo_minitron.system.files import read_json
 
 
@@ -17,28 +18,29 @@ def epoch_warnings(plan: RunPlan) -> Iterator[str]:
     """One line for each source that a training which still has to run reads too often; none before tokenization."""
     store = Store(run_dir(plan.recipe))
     for name, stage in plan.recipe.stages.items():
-        if not isinstance(stage, DistillStage | TrainStage) or plan.states[name].status == "finished":
+        use = STAGES[stage.kind].text_use(stage)
+        if use is None or plan.states[name].status == "finished":
             continue
-        if plan.states[stage.inputs.data].status == "finished":
+        if plan.states[use.data].status == "finished":
             yield from repeated_text(name, stage, store)
 
 
-def repeated_text(name: str, stage: Schema, store: Store) -> Iterator[str]:
+def repeated_text(name: str, stage: StageParams, store: Store) -> Iterator[str]:
     """The same for one stage, whose data has been made."""
-    if not isinstance(stage, DistillStage | TrainStage):
+    text = STAGES[stage.kind].text_use(stage)
+    if text is None:
         return
-    file = store.published(stage.inputs.data) / "data.json"
+    file = store.published(text.data) / "data.json"
     if not file.is_file():
         return
-    tokens = stage.num_steps * stage.global_batch_size * stage.seq_len_tokens
-    next_step = f"Make it again with --rerun {stage.inputs.data}, or restore the file."
+    next_step = f"Make it again with --rerun {text.data}, or restore the file."
     facts = read_json(file, next_step)
     if not isinstance(facts, dict) or not isinstance(facts.get("train"), list):
         raise ArtifactError(f"{file.name} does not list its sources.", where=str(file), next_step=next_step)
-    for use in expected_use(facts["train"], tokens):
+    for use in expected_use(facts["train"], text.num_tokens):
         if use["epochs"] > MOST_EPOCHS:
             yield (
                 f"stages.{name}: {use['source']} will be read {use['epochs']:.1f} times, {use['tokens']:,.0f} tokens; "
                 f"above {MOST_EPOCHS:g} times text is worth less and less (2305.16264). "
-                f"Lower its weight in stages.{stage.inputs.data} or num_steps, or add text."
+                f"Lower its weight in stages.{text.data} or num_steps, or add text."
             )

@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_minitron.schema.base import TEMPLATE_DATE, StageParams
+
 
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys. Raises TypeError on anything that has no stable text (objects, NaN)."""
@@ -34,3 +36,13 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 def _short(value: Any) -> str:
     text = canonical_json(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def params_of(stage: StageParams) -> dict[str, Any]:
+    """The part of a stage's keys that decides its output: not its kind, its inputs, nor when training gives up."""
+    left_out = {"kind": True, "inputs": True, "guard": True, "retraining": {"guard": True}}
+    dump: dict[str, Any] = stage.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
+    if dump.get("template_date") == TEMPLATE_DATE.isoformat():
+        # The key is newer than many runs; at its default it leaves their fingerprints as they are.
+        del dump["template_date"]
+    return dump

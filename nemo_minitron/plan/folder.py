@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_minitron.config.schema import Recipe
+from nemo_minitron.config.recipe import Recipe
 
 FOLDERS_OF_A_RUN = ("launch", "logs")
 """Beside those of its stages."""

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from glob import has_magic
 from pathlib import Path
 
-from nemo_minitron.config.schema import Recipe
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.data.found import is_there
 from nemo_minitron.hf.source import ASSET, HUB, asset_path
 from nemo_minitron.plan.planner import RunPlan
-from nemo_minitron.plan.sources import read_by
+from nemo_minitron.plan.sources import sources_of
 from nemo_minitron.system.files import user_path
 
 
@@ -18,8 +18,8 @@ def missing_sources(plan: RunPlan) -> Iterator[str]:
     """What the stages that still have to run would not find, as one line each."""
     for name, stage in plan.recipe.stages.items():
         if plan.states[name].status != "finished":
-            for key, source in read_by(stage):
-                yield from _source(f"stages.{name}.{key}", source, plan.recipe)
+            for source in sources_of(stage):
+                yield from _source(f"stages.{name}.{source.key}", source.location, plan.recipe)
 
 
 def _source(key: str, source: str, recipe: Recipe) -> Iterator[str]:

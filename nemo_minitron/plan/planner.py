@@ -8,51 +8,18 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.config.schema import Parallel, Recipe, Schema, SelectionRules
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import PlanError
-from nemo_minitron.plan.expansion import expand_searches
-from nemo_minitron.plan.fingerprint import differences, fingerprint
+from nemo_minitron.plan.fingerprint import differences, fingerprint, params_of
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.sources import source_facts
-from nemo_minitron.stages.spec import STAGES, params_of
+from nemo_minitron.plan.view import View
+from nemo_minitron.schema.base import StageParams
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.registry import STAGES
 
 InputNames = Mapping[str, Any]
 """role -> stage name, or a list or dict of stage names."""
-
-_MODELS = (
-    "import",
-    "adopt",
-    "init",
-    "train",
-    "correct",
-    "distill",
-    "distill_offline",
-    "prune",
-    "sft",
-    "steerlm_sft",
-    "dpo",
-)
-ROLE_KINDS: dict[str, tuple[str, ...]] = {
-    "tokenizer": ("import", "adopt", "init"),
-    "teacher": _MODELS,
-    "model": (*_MODELS, "export"),
-    "models": (*_MODELS, "export"),
-    "like": _MODELS,
-    "student": _MODELS,
-    "data": ("tokenize",),
-    "chats": ("chat_data", "annotate"),
-    "attribute_model": ("train_attribute_model",),
-    "reference": (*_MODELS, "export"),
-    "cache": ("cache_teacher",),
-    "check": ("check_teacher",),
-    "scores": ("score",),
-    "plan": ("select",),
-    "evaluations": ("evaluate",),
-    "search": ("search",),
-    "candidates": ("candidate",),
-    "rivals": ("candidate",),
-}
-"""Kinds of stage that can fill a role; roles that are not named take any."""
 
 
 @dataclass(frozen=True)
@@ -110,53 +77,77 @@ class RunPlan:
         return out
 
 
-def make_plan(recipe: Recipe) -> RunPlan:
+def make_plan(recipe: Recipe, sources: Mapping[str, Mapping[str, Any]] | None = None) -> RunPlan:
     """Order the stages, fingerprint them, and compare with what is on disk. Reads manifests, writes nothing.
 
     The plan's recipe is the given one with its searches written out as stages.
 
+    Args:
+        sources: stage -> facts about its sources, if they are known already; otherwise the files are listed.
+
     Raises:
         PlanError: an input that is no stage, of the wrong kind, a cycle, or a search without candidates.
     """
-    recipe = expand_searches(recipe)
-    inputs = {name: _inputs_of(name, recipe) for name in recipe.stages}
+    recipe = expanded(recipe)
+    inputs = {name: _inputs_of(name, View(recipe)) for name in recipe.stages}
     order = _order(inputs, recipe)
     store = Store(run_dir(recipe))
     accepted = store.accepted_drift()
     effective: dict[str, str] = {}
     calls = []
     for name in order:
-        call = _call(name, recipe, inputs[name], effective, store)
+        call = _call(name, recipe, inputs[name], effective, store, (sources or {}).get(name))
         effective[name] = accepted.get(call.fingerprint, call.fingerprint)
         calls.append(call)
     return RunPlan(recipe, tuple(calls), _states(calls, store, effective))
 
 
-def parallel_of(recipe: Recipe, stage: str) -> Parallel:
-    """The layout of a stage: its own, the run's, or one process for stages that are not distributed."""
-    if not STAGES[recipe.stages[stage].kind].has_layout:
-        return Parallel()
-    return recipe.execution.parallel_by_stage.get(stage, recipe.execution.parallel)
+def refreshed(plan: RunPlan) -> RunPlan:
+    """The plan with the states that are on disk now; files outside the run are not listed again."""
+    return make_plan(plan.recipe, {call.name: call.payload["sources"] for call in plan.calls})
 
 
-def _call(name: str, recipe: Recipe, inputs: InputNames, done: Mapping[str, str], store: Store) -> StageCall:
+def expanded(recipe: Recipe) -> Recipe:
+    """The recipe with its searches written out as stages; one that is written out already stays as it is.
+
+    A search over a model of unknown sizes stays as it is, and cannot run.
+
+    Raises:
+        PlanError: no point of a grid, or too many, meet the constraints.
+    """
+    view, stages = View(recipe), dict[str, StageParams]()
+    for name, stage in recipe.stages.items():
+        written = STAGES[stage.kind].expand(name, stage, view)
+        stages.update({name: stage} if written is None else written)
+    return recipe.model_copy(update={"stages": stages})
+
+
+def _call(
+    name: str,
+    recipe: Recipe,
+    inputs: InputNames,
+    done: Mapping[str, str],
+    store: Store,
+    sources: Mapping[str, Any] | None,
+) -> StageCall:
     stage = recipe.stages[name]
     params = params_of(stage)
-    manifest = store.manifest(name)
-    before = manifest.payload.get("sources", {}) if manifest else {}
+    if sources is None:
+        manifest = store.manifest(name)
+        sources = source_facts(stage, recipe, manifest.payload.get("sources", {}) if manifest else {})
     payload = {
         "kind": stage.kind,
         "version": STAGES[stage.kind].version,
         "params": params,
         "inputs": _replace_names(inputs, done),
-        "sources": source_facts(stage, recipe, before),
+        "sources": sources,
     }
     return StageCall(
         name=name,
         kind=stage.kind,
         inputs=inputs,
         params=params,
-        parallel=parallel_of(recipe, name),
+        parallel=View(recipe).layout(name),
         payload=payload,
         fingerprint=fingerprint(payload),
     )
@@ -196,19 +187,12 @@ def _why_changed(old: Mapping[str, Any], call: StageCall, states: Mapping[str, S
     return f"because {', '.join(because)} changes" if because else "its inputs are others than before"
 
 
-def _inputs_of(name: str, recipe: Recipe) -> InputNames:
-    stage = recipe.stages[name]
-    inputs: dict[str, Any] = {role: value for role, value in _schema_dict(stage.inputs).items() if value is not None}
-    if stage.kind == "report" and "stages" not in inputs:
-        inputs["stages"] = [other for other, config in recipe.stages.items() if config.kind != "report"]
-    rules = stage if isinstance(stage, SelectionRules) else getattr(stage, "selection", None)
-    if rules is not None and rules.method != "importance":
-        inputs.pop("scores", None)
-    return {role: value for role, value in inputs.items() if value}
-
-
-def _schema_dict(inputs: Schema) -> dict[str, Any]:
-    return inputs.model_dump(mode="json")
+def _inputs_of(name: str, view: View) -> InputNames:
+    """The roles of a stage that are filled, as far as the stage reads them."""
+    stage = view.stages[name]
+    named = {role: value for role, value in stage.inputs.model_dump(mode="json").items() if value is not None}
+    used = STAGES[stage.kind].used_inputs(name, stage, named, view)
+    return {role: value for role, value in used.items() if value}
 
 
 def _names(inputs: InputNames) -> Iterator[str]:
@@ -253,11 +237,12 @@ def _order(inputs: Mapping[str, InputNames], recipe: Recipe) -> list[str]:
 
 
 def _input_problems(name: str, roles: InputNames, recipe: Recipe) -> Iterator[str]:
+    accepted = STAGES[recipe.stages[name].kind].inputs
     for role, value in roles.items():
         for other in _names({role: value}):
             key = f"stages.{name}.inputs.{role} = {other}"
             if other not in recipe.stages:
                 yield f"{key}: there is no such stage. Stages: {', '.join(recipe.stages)}."
-            elif role in ROLE_KINDS and recipe.stages[other].kind not in ROLE_KINDS[role]:
-                kinds = ", ".join(ROLE_KINDS[role])
+            elif role in accepted and not set(accepted[role]) & set(STAGES[recipe.stages[other].kind].outputs):
+                kinds = ", ".join(kind.name for kind in STAGES.values() if set(accepted[role]) & set(kind.outputs))
                 yield f"{key}: is a {recipe.stages[other].kind} stage; {role} needs one of: {kinds}."

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nemo_minitron.config.places import require_recipe
-from nemo_minitron.config.schema import Execution
+from nemo_minitron.schema.execution import Execution
 
 _ADMINISTRATOR = 0
 

@@ -9,11 +9,12 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from nemo_minitron.config.schema import EvaluateStage, Recipe, ScoreStage
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.data.globs import matches
 from nemo_minitron.hf.source import HUB
 from nemo_minitron.plan.planner import RunPlan
 from nemo_minitron.plan.sources import source_path
+from nemo_minitron.stages.registry import STAGES
 
 DATA_FILE = "validation.arrow"
 """An offline copy is <folder>/<name of the task in lm-eval>/validation.arrow."""
@@ -25,13 +26,8 @@ def unknown_tasks(plan: RunPlan) -> Iterator[str]:
     for name, stage in recipe.stages.items():
         if plan.states[name].status == "finished":
             continue
-        if isinstance(stage, EvaluateStage):
-            for number, named in enumerate(stage.tasks):
-                yield from _problem(f"stages.{name}.tasks.{number}", named, stage.tasks_source, recipe)
-        elif isinstance(stage, ScoreStage) and stage.depth_task is not None:
-            yield from _problem(
-                f"stages.{name}.depth_task.name", stage.depth_task.name, stage.depth_task.source, recipe
-            )
+        for task in STAGES[stage.kind].tasks(stage):
+            yield from _problem(f"stages.{name}.{task.key}", task.name, task.source, recipe)
 
 
 def _problem(key: str, task: str, source: str | None, recipe: Recipe) -> Iterator[str]:

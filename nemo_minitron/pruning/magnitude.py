@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_minitron.config.schema import SelectStage
 from nemo_minitron.families import parameters
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.pruning.importance import head_scores
 from nemo_minitron.pruning.selection import layer_score, target_of
+from nemo_minitron.schema.pruning import Selection
 
 
-def magnitude_scores(checkpoint: Checkpoint, params: SelectStage) -> dict[str, Tensor]:
+def magnitude_scores(checkpoint: Checkpoint, params: Selection) -> dict[str, Tensor]:
     """L2 norm of all weights that would go with an index; fp64, read tensor by tensor.
 
     Embeddings and head are left out: they would outweigh the layers on the hidden axis.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nemo_minitron.config.schema import SelectStage
 from nemo_minitron.errors import PlanError
 from nemo_minitron.families import ModelShape, target_shape
+from nemo_minitron.schema.pruning import Selection
 
 
-def require_possible(params: SelectStage, source: ModelShape) -> None:
+def require_possible(params: Selection, source: ModelShape) -> None:
     """The target can be cut out of this model.
 
     Raises:
@@ -21,7 +21,7 @@ def require_possible(params: SelectStage, source: ModelShape) -> None:
         raise PlanError(f"{key} = {value} cannot be cut out of this model.", where="select", allowed=allowed)
 
 
-def impossible(params: SelectStage, source: ModelShape) -> Iterator[tuple[str, object, str]]:
+def impossible(params: Selection, source: ModelShape) -> Iterator[tuple[str, object, str]]:
     """(key, value, what is allowed) of every size that cannot be cut out."""
     yield from _too_large(params, source)
     if params.drop_layers is None:
@@ -34,7 +34,7 @@ def impossible(params: SelectStage, source: ModelShape) -> Iterator[tuple[str, o
         yield "target.num_layers", count, f"{source.num_layers - len(dropped)}, which drop_layers leaves, or nothing"
 
 
-def _too_large(params: SelectStage, source: ModelShape) -> Iterator[tuple[str, object, str]]:
+def _too_large(params: Selection, source: ModelShape) -> Iterator[tuple[str, object, str]]:
     for key, value in params.target:
         if value is not None and value > getattr(source, key):
             yield f"target.{key}", value, f"1 to {getattr(source, key)}"

@@ -10,9 +10,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config.schema import Hardware, SearchConstraints, SearchGrid, Target
 from nemo_minitron.errors import ArtifactError, PlanError
 from nemo_minitron.families import ModelShape, num_params, target_shape
+from nemo_minitron.schema.pruning import Target
+from nemo_minitron.schema.search import Hardware, SearchConstraints, SearchGrid
 
 SEARCH_FILE = "search.json"
 SCHEMA = 1

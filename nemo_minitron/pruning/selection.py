@@ -7,18 +7,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nemo_minitron.config.schema import SelectStage
 from nemo_minitron.errors import ArtifactError, NumericsError
 from nemo_minitron.families import ModelShape, target_shape
 from nemo_minitron.pruning.importance import group_scores
 from nemo_minitron.pruning.merge import head_partners
 from nemo_minitron.pruning.plan_file import PrunePlan
 from nemo_minitron.pruning.possible import require_possible
+from nemo_minitron.schema.pruning import Selection
 
 Scores = Mapping[str, Tensor]
 
 
-def choose_keep(scores: Scores, source: ModelShape, params: SelectStage) -> PrunePlan:
+def choose_keep(scores: Scores, source: ModelShape, params: Selection) -> PrunePlan:
     """Keep the best-scored indices of each axis, deterministically (ties go to the lower index).
 
     ffn: in each layer by itself; query groups and heads: in each layer, the same number of heads in every group
@@ -61,12 +61,12 @@ def choose_keep(scores: Scores, source: ModelShape, params: SelectStage) -> Prun
     )
 
 
-def target_of(params: SelectStage, source: ModelShape) -> ModelShape:
+def target_of(params: Selection, source: ModelShape) -> ModelShape:
     """The student's shape."""
     return target_shape(source, params.target, params.drop_layers)
 
 
-def require_scores(scores: Scores, source: ModelShape, params: SelectStage) -> None:
+def require_scores(scores: Scores, source: ModelShape, params: Selection) -> None:
     """Every score that the target needs is there, has this model's size, and holds numbers.
 
     Raises:
@@ -88,7 +88,7 @@ def require_scores(scores: Scores, source: ModelShape, params: SelectStage) -> N
     require_finite({name: scores[name] for name in needed})
 
 
-def _dims(source: ModelShape, params: SelectStage) -> dict[str, tuple[int, ...]]:
+def _dims(source: ModelShape, params: Selection) -> dict[str, tuple[int, ...]]:
     """Score -> its dimensions, for the axes that shrink."""
     target, layers = target_of(params, source), source.num_layers
     needed: dict[str, tuple[int, ...]] = {}
@@ -105,7 +105,7 @@ def _dims(source: ModelShape, params: SelectStage) -> dict[str, tuple[int, ...]]
     return needed
 
 
-def layer_score(params: SelectStage, drops: int) -> str:
+def layer_score(params: Selection, drops: int) -> str:
     """Name of the score that this many layers are chosen by."""
     metric = params.layer_metric
     return {
@@ -115,7 +115,7 @@ def layer_score(params: SelectStage, drops: int) -> str:
     }[params.layer_removal]
 
 
-def random_scores(source: ModelShape, params: SelectStage) -> dict[str, Tensor]:
+def random_scores(source: ModelShape, params: Selection) -> dict[str, Tensor]:
     """Scores that know nothing: the control for importance."""
     generator = torch.Generator().manual_seed(params.seed)
     drops = source.num_layers - target_of(params, source).num_layers
@@ -184,7 +184,7 @@ def _keep_heads(
     return tuple(keep)
 
 
-def _keep_layers(scores: Scores, source: ModelShape, params: SelectStage) -> tuple[int, ...]:
+def _keep_layers(scores: Scores, source: ModelShape, params: Selection) -> tuple[int, ...]:
     everything = tuple(range(source.num_layers))
     if params.drop_layers is not None:
         return tuple(layer for layer in everything if layer not in params.drop_layers)

@@ -8,16 +8,16 @@ from itertools import islice
 from typing import Any
 
 from nemo_minitron.artifacts.types import Artifact
+from nemo_minitron.stages.registry import STAGES
 
-TRAINED = ("distill_offline", "sft", "steerlm_sft", "dpo", "train_attribute_model")
 QUESTIONS_BY_LEVEL = 3
 Rows = list[dict[str, Any]]
 
 
 def alignment_facts(stages: Sequence[Artifact]) -> dict[str, Any] | None:
     """{trainings, curves, models, attributes, lengths, samples}; None where nothing was aligned or measured."""
-    trained = [stage for stage in stages if stage.kind in TRAINED]
-    measured = [stage for stage in stages if stage.kind == "evaluate_chat"]
+    trained = [stage for stage in stages if _section(stage) == "alignment"]
+    measured = [stage for stage in stages if _section(stage) == "chat_evaluation"]
     if not trained and not measured:
         return None
     return {
@@ -28,6 +28,10 @@ def alignment_facts(stages: Sequence[Artifact]) -> dict[str, Any] | None:
         "lengths": [row for stage in measured for row in _lengths(stage)],
         "samples": [*_samples(measured), *(sample for stage in measured for sample in _by_level(stage))],
     }
+
+
+def _section(stage: Artifact) -> str | None:
+    return STAGES[stage.kind].report if stage.kind in STAGES else None
 
 
 def _training(stage: Artifact) -> dict[str, Any]:

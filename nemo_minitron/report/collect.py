@@ -12,6 +12,7 @@ from nemo_minitron.evaluation.metrics import recovered_share
 from nemo_minitron.report.alignment import alignment_facts
 from nemo_minitron.report.comparison import comparison, ordered
 from nemo_minitron.report.importance import pruning_facts
+from nemo_minitron.stages.registry import STAGES
 
 SCHEMA = 1
 MAX_CURVE_ROWS = 600
@@ -21,9 +22,9 @@ MAX_CURVE_ROWS = 600
 def collect(title: str, recipe_name: str, stages: Mapping[str, Artifact]) -> dict[str, Any]:
     """report.json: what was cut, what it did, what it cost. Parts whose stage is missing are empty or None."""
     in_order = sorted(stages.values(), key=lambda stage: str(stage.provenance.get("started", "")))
-    found = {str(stage.result["label"]): _model(stage) for stage in _of_kind(in_order, "evaluate")}
+    found = {str(stage.result["label"]): _model(stage) for stage in _in_section(in_order, "evaluation")}
     models = {label: found[label] for label in ordered(found)}
-    speed, data = _first(in_order, "speed"), _first(in_order, "tokenize")
+    speed, data = _first(in_order, "speed"), _first(in_order, "data")
     return {
         "schema": SCHEMA,
         "title": title,
@@ -44,12 +45,13 @@ def collect(title: str, recipe_name: str, stages: Mapping[str, Artifact]) -> dic
     }
 
 
-def _of_kind(stages: Sequence[Artifact], kind: str) -> list[Artifact]:
-    return [stage for stage in stages if stage.kind == kind]
+def _in_section(stages: Sequence[Artifact], *sections: str) -> list[Artifact]:
+    """The stages whose kind belongs to one of these sections of the report."""
+    return [stage for stage in stages if stage.kind in STAGES and STAGES[stage.kind].report in sections]
 
 
-def _first(stages: Sequence[Artifact], kind: str) -> Artifact | None:
-    return next(iter(_of_kind(stages, kind)), None)
+def _first(stages: Sequence[Artifact], section: str) -> Artifact | None:
+    return next(iter(_in_section(stages, section)), None)
 
 
 def _model(stage: Artifact) -> dict[str, Any]:
@@ -65,11 +67,11 @@ def _recovered(models: Mapping[str, Mapping[str, Any]]) -> float | None:
 
 def _pruning(stages: Sequence[Artifact]) -> dict[str, Any] | None:
     """Of the first plan that was made from scores: the random control has none."""
-    plans = _of_kind(stages, "select")
+    plans = _in_section(stages, "selection")
     chosen = next((plan for plan in plans if plan.result.get("method") == "importance"), next(iter(plans), None))
     if chosen is None:
         return None
-    score = _first(stages, "score")
+    score = _first(stages, "scores")
     return {"stage": chosen.stage, **pruning_facts(chosen.path, score.path if score else None)}
 
 
@@ -84,7 +86,7 @@ def _curves(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
 
     valid_kl and valid_teacher_loss are there when the teacher was in memory, or its cache knows the held-out text.
     """
-    distill = _first(stages, "distill")
+    distill = _first(stages, "distillation")
     file = distill.path / "curves.jsonl" if distill else None
     if file is None or not file.is_file():
         return []
@@ -96,7 +98,7 @@ def _curves(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
 
 def _data_used(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
     """Rows {stage, source, weight, tokens, epochs} of the trainings, but not of a search's candidates."""
-    trained = [stage for stage in stages if stage.kind in ("train", "correct", "distill")]
+    trained = [stage for stage in stages if stage.kind in ("train", "correct", "distillation")]
     return [{"stage": stage.stage, **use} for stage in trained for use in stage.result.get("data_used", ())]
 
 
@@ -120,7 +122,7 @@ def _cost(stages: Sequence[Artifact]) -> dict[str, Any]:
         }
         for stage in stages
     ]
-    distill = _first(stages, "distill")
+    distill = _first(stages, "distillation")
     return {
         "stages": rows,
         "total_wall_s": math.fsum(_wall_s(stage) for stage in stages),
@@ -135,19 +137,14 @@ def _wall_s(stage: Artifact) -> float:
 
 def _tokens(stage: Artifact) -> int | None:
     """Tokens that a stage went through, where it says."""
-    result = stage.result
-    if stage.kind == "score":
-        return int(result["num_samples"]) * int(result["seq_len_tokens"])
-    if stage.kind == "tokenize":
-        return int(result["train_num_tokens"]) + int(result["valid_num_tokens"])
-    found = result.get("tokens" if stage.kind in ("distill", "train", "correct") else "num_tokens")
+    found = STAGES[stage.kind].result_tokens(stage.result) if stage.kind in STAGES else None
     return None if found is None else int(found)
 
 
 def _samples(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
     """[{prompt, texts: label -> continuation}]."""
     by_prompt: dict[str, dict[str, str]] = {}
-    for stage in _of_kind(stages, "evaluate"):
+    for stage in _in_section(stages, "evaluation"):
         metrics = json.loads((stage.path / "metrics.json").read_text(encoding="utf-8"))
         for sample in metrics["samples"]:
             by_prompt.setdefault(sample["prompt"], {})[metrics["label"]] = sample["text"]

@@ -12,31 +12,10 @@ from nemo_minitron import __version__
 from nemo_minitron.report import figures, search
 from nemo_minitron.report.alignment import tables
 from nemo_minitron.report.markdown import dropped_layers, duration, headline, millions
+from nemo_minitron.stages.registry import STAGES
 
 TEMPLATES = Path(__file__).parent / "templates"
-KINDS = (
-    "import",
-    "adopt",
-    "tokenize",
-    "check_teacher",
-    "score",
-    "candidate",
-    "search",
-    "select",
-    "prune",
-    "distill",
-    "chat_data",
-    "distill_offline",
-    "sft",
-    "train_attribute_model",
-    "annotate",
-    "steerlm_sft",
-    "dpo",
-    "evaluate",
-    "evaluate_chat",
-    "speed",
-    "export",
-)
+KINDS = tuple(STAGES)
 """Kinds of stages in the order of the work; others follow."""
 Draw = Callable[[], str]
 

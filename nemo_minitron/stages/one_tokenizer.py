@@ -9,7 +9,7 @@ from pathlib import Path
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.errors import DataError
 from nemo_minitron.hf.tokenizer_identity import TokenizerIdentity, differing_added_tokens
-from nemo_minitron.stages.spec import StageContext
+from nemo_minitron.stages.context import StageContext
 
 _MOST_NAMED = 8
 _WORDS = {"vocab": "vocabularies", "merges": "merges"}

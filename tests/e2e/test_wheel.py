@@ -111,10 +111,12 @@ def test_the_wheel_is_packed_again_from_what_it_installed(
 
 
 def test_every_shipped_recipe_is_planned_from_the_wheel_and_as_from_the_checkout(
-    installed: Path, elsewhere: Path, tmp_path: Path
+    installed: Path, elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts/plans.py").write_text(PLANS)
+    # Assets that have been fetched into the checkout are part of a plan's fingerprints.
+    monkeypatch.chdir(tmp_path)
     said = must([str(installed / "python"), str(tmp_path / "scripts/plans.py")], cwd=elsewhere)
     file, plans = json.loads(said)
     assert Path(file).is_relative_to(installed.parent)

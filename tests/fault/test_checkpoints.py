@@ -22,10 +22,11 @@ from nemo_minitron.backends.megatron.runtime.session import open_session
 from nemo_minitron.backends.megatron.training import loop as training
 from nemo_minitron.backends.megatron.training.checkpoint import Checkpoints, Progressed, checkpoints
 from nemo_minitron.backends.megatron.training.intact import FACTS_FILE, read_facts
-from nemo_minitron.config.schema import Execution, Parallel, TrainStage
 from nemo_minitron.errors import CheckpointError, NumericsError
+from nemo_minitron.schema.execution import Execution, Parallel
+from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.distill.run import loop_options
-from nemo_minitron.stages.spec import StageContext
+from nemo_minitron.stages.train.params import TrainStage
 from nemo_minitron.system.files import sealed
 from nemo_minitron.system.progress import Progress
 from tests.support.distributed import run_ranks

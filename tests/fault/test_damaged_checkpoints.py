@@ -15,8 +15,9 @@ from nemo_minitron.backends.megatron.distillation import distill
 from nemo_minitron.backends.megatron.runtime.session import open_session
 from nemo_minitron.backends.megatron.training import loop as training
 from nemo_minitron.backends.megatron.training.checkpoint import checkpoints
-from nemo_minitron.config.schema import Parallel, TrainStage
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.train.params import TrainStage
 from nemo_minitron.system.progress import Progress
 from tests.support.distributed import run_ranks
 from tests.support.part_runs import cut, flip

@@ -15,8 +15,8 @@ from nemo_minitron.backends.megatron.runtime.session import open_session
 from nemo_minitron.backends.megatron.training import loop as training
 from nemo_minitron.backends.megatron.training.checkpoint import checkpoints, step_of
 from nemo_minitron.cli.main import load_plan
-from nemo_minitron.config.schema import DistillStage
 from nemo_minitron.execution.work import open_work
+from nemo_minitron.stages.distill.params import DistillStage
 from nemo_minitron.system.progress import Progress
 from tests.conftest import REPO, TOY, Cli
 from tests.support.aligner import require_aligner

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.config.schema import DistillStage
+from nemo_minitron.stages.distill.params import DistillStage
 from tests.support.distributed import process_context
 from tests.support.training_child import distill_to_the_end
 

@@ -14,7 +14,7 @@ import pytest
 
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.cli.main import load_recipe
-from nemo_minitron.config.schema import Recipe
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.execution.runner import run_single
 from tests.conftest import REPO, TOY, Cli

@@ -18,15 +18,17 @@ import pytest
 import torch
 
 from nemo_minitron.artifacts.types import Artifact, Inputs
-from nemo_minitron.config.schema import Execution, ExportStage, InitStage
 from nemo_minitron.data.chat.templates import set_template
 from nemo_minitron.families import parameters, read_shape, tensor_shape
 from nemo_minitron.hf.checkpoint import CheckpointWriter, copy_side_files, model_facts
 from nemo_minitron.hf.gguf import convert_gguf
 from nemo_minitron.hf.tokenizer import load_tokenizer
+from nemo_minitron.schema.execution import Execution
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.export.params import ExportStage
 from nemo_minitron.stages.export.run import export
+from nemo_minitron.stages.init.params import InitStage
 from nemo_minitron.stages.init.run import init
-from nemo_minitron.stages.spec import StageContext
 from nemo_minitron.system.progress import Progress
 from tests.support.saved_by import IDS_FILE, KINDS, SAVED_BY, VERSIONS
 from tests.support.tiny_gguf import tiny_gguf

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from nemo_minitron.config.schema import Cluster, Resources
 from nemo_minitron.errors import PlanError
 from nemo_minitron.launch.containers import BY_NAME, Place, docker_run
 from nemo_minitron.launch.jobs import Job
 from nemo_minitron.launch.script import Scripted, render, sbatch_command
+from nemo_minitron.schema.cluster import Cluster, Resources
 from nemo_minitron.system.disclosure import environment_script, write_private
 from tests.conftest import REPO
 

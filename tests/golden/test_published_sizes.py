@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.cli.main import load_plan
-from nemo_minitron.config.schema import DistillStage
 from nemo_minitron.plan.checks import find_problems
 from nemo_minitron.plan.describe import plan_facts
 from nemo_minitron.plan.planner import RunPlan
+from nemo_minitron.stages.distill.params import DistillStage
 from tests.conftest import REPO
 
 NO_FILES = ("there is no such file or folder.", "matches no file.")

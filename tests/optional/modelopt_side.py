@@ -29,7 +29,7 @@ from nemo_minitron.backends.megatron.model import layers
 from nemo_minitron.backends.megatron.model.forward import forward_batches
 from nemo_minitron.backends.megatron.model.weights import load_model
 from nemo_minitron.backends.megatron.runtime.session import Session, open_session
-from nemo_minitron.config.schema import Parallel
+from nemo_minitron.schema.execution import Parallel
 
 
 # ModelOpt knows the norms of Transformer Engine and Apex; neither is there on a CPU.

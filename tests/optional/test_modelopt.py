@@ -34,9 +34,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_minitron.config.schema import Parallel, ScoreStage, SelectStage
 from nemo_minitron.pruning.plan_file import PrunePlan
 from nemo_minitron.pruning.selection import choose_keep
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.score.params import ScoreStage
+from nemo_minitron.stages.select.params import SelectStage
 from tests.conftest import REPO
 from tests.support.tiny_models import tiny_model_dir
 

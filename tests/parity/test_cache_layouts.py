@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nemo_minitron.config.schema import CacheTeacherStage, DistillStage, LogitsLoss, Loss, Parallel, Sampled, TopK
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.losses import LogitsLoss, Loss, Sampled, TopK
+from nemo_minitron.stages.cache_teacher.params import CacheTeacherStage
+from nemo_minitron.stages.distill.params import DistillStage
 from tests.support.distributed import run_ranks
 from tests.support.megatron_ranks import cache_shards, cached_losses, distill_losses, heldout_kls, teacher_losses
 from tests.support.tiny_data import tiny_data_dir

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_minitron.config.schema import Parallel
+from nemo_minitron.schema.execution import Parallel
 from tests.support.distributed import run_ranks
 from tests.support.megatron_ranks import distill_losses, distill_losses_beside_a_gpu, distill_until
 from tests.support.tiny_distill import TWENTY_STEPS, distill_folders

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nemo_minitron.config.schema import HiddenLoss, LogitsLoss, Loss, Parallel, Sampled, TopK
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.losses import HiddenLoss, LogitsLoss, Loss, Sampled, TopK
 from tests.support.distributed import run_ranks
 from tests.support.gradients import (
     Found,

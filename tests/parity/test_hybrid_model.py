@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from nemo_minitron.backends.megatron.model.build import MODEL_CLASS_VARIABLE
-from nemo_minitron.config.schema import Parallel, ScoreStage
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.score.params import ScoreStage
 from tests.support.distributed import run_ranks
 from tests.support.megatron_ranks import distill_losses, distill_until, logits_of, scores_of
 from tests.support.tiny_data import tiny_data_dir

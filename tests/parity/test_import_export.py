@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from nemo_minitron.config.schema import Parallel
+from nemo_minitron.schema.execution import Parallel
 from tests.support.distributed import run_ranks
 from tests.support.megatron_ranks import logits_of
 from tests.support.tiny_models import FAMILY_CASES, load_transformers, tiny_model_dir

@@ -14,10 +14,12 @@ from nemo_minitron.backends.megatron.model.parts import layers
 from nemo_minitron.backends.megatron.model.weights import load_model
 from nemo_minitron.backends.megatron.runtime.session import Session, open_session
 from nemo_minitron.backends.megatron.scoring.depth_scores import DepthSamples, depth_scores
-from nemo_minitron.config.schema import Parallel, ScoreStage, SelectStage
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.pruning.selection import choose_keep
 from nemo_minitron.pruning.slicing import prune_checkpoint
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.score.params import ScoreStage
+from nemo_minitron.stages.select.params import SelectStage
 from nemo_minitron.system.progress import Progress
 from tests.support.tiny_data import tiny_data_dir
 from tests.support.tiny_models import tiny_model_dir

@@ -13,13 +13,13 @@ import torch
 
 from nemo_minitron.backends.megatron.model.probe import answer
 from nemo_minitron.backends.megatron.runtime.session import Session, open_session
-from nemo_minitron.config.schema import Parallel
 from nemo_minitron.errors import CheckpointError, NumericsError
 from nemo_minitron.evaluation import agreement, generation
 from nemo_minitron.evaluation.agreement import make_probe, memory_of, require_agreement, transformers_logits
 from nemo_minitron.evaluation.generation import load_for_inference
 from nemo_minitron.families import ModelShape, read_shape
 from nemo_minitron.hf.checkpoint import Checkpoint
+from nemo_minitron.schema.execution import Parallel
 from tests.support.model_folders import save_spelled, spelled_models
 from tests.support.tiny_models import tiny_model
 

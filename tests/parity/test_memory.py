@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_minitron.config.schema import Parallel
 from nemo_minitron.families import ModelShape, num_params, read_shape
 from nemo_minitron.families.split import params_of_rank
-from nemo_minitron.plan.resources import memory
-from nemo_minitron.plan.resources.memory import Work, layer_bytes_per_token, memory_of
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.workload import memory
+from nemo_minitron.workload.memory import Work, layer_bytes_per_token, memory_of
 from tests.conftest import REPO
 from tests.support.memory_child import FIXED_THRESHOLDS
 from tests.support.tiny_data import tiny_data_dir

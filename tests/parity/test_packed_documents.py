@@ -14,8 +14,11 @@ from nemo_minitron.backends.megatron.model import layers
 from nemo_minitron.backends.megatron.model.forward import evaluating, model_logits
 from nemo_minitron.backends.megatron.model.weights import load_model
 from nemo_minitron.backends.megatron.runtime.session import open_session
-from nemo_minitron.config.schema import CacheTeacherStage, DistillStage, Parallel, TrainStage
 from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.cache_teacher.params import CacheTeacherStage
+from nemo_minitron.stages.distill.params import DistillStage
+from nemo_minitron.stages.train.params import TrainStage
 from tests.support.tiny_models import tiny_model_dir
 
 EOD = 0

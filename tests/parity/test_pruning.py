@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nemo_minitron.config.schema import SelectStage
 from nemo_minitron.families import ModelShape, parameters
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.pruning.axes import Keep, expand_heads
 from nemo_minitron.pruning.plan_file import PrunePlan
 from nemo_minitron.pruning.selection import choose_keep
 from nemo_minitron.pruning.slicing import prune_checkpoint, slice_parameter
+from nemo_minitron.stages.select.params import SelectStage
 from nemo_minitron.system.progress import Progress
 from tests.support.tiny_models import load_transformers, tiny_model_dir
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from nemo_minitron.config.schema import Parallel, ScoreStage, SelectStage
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.pruning.selection import choose_keep
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.score.params import ScoreStage
+from nemo_minitron.stages.select.params import SelectStage
 from tests.support.distributed import run_ranks
 from tests.support.megatron_ranks import scores_of
 from tests.support.tiny_data import tiny_data_dir

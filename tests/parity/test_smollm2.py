@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from nemo_minitron.config.schema import ImportStage, Parallel
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.import_model.params import ImportStage
 from nemo_minitron.system.progress import Progress
 from tests.conftest import REPO
 from tests.support.distributed import run_ranks
@@ -28,9 +29,9 @@ TOKENS = torch.randint(0, 49152, (1, 48), generator=torch.Generator().manual_see
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from nemo_minitron.artifacts.types import Inputs
-    from nemo_minitron.config.schema import Execution
+    from nemo_minitron.schema.execution import Execution
+    from nemo_minitron.stages.context import StageContext
     from nemo_minitron.stages.import_model.run import import_model
-    from nemo_minitron.stages.spec import StageContext
 
     if not (ASSETS / "smollm2-135m-instruct").exists():
         pytest.skip("needs `minitron assets fetch`")
@@ -86,8 +87,9 @@ def _our_perplexity(model_dir: Path, folder: Path) -> tuple[float, list[tuple[ND
     from nemo_minitron.backends.megatron.data.datasets import heldout_batches
     from nemo_minitron.backends.megatron.model.evaluate import heldout_loss
     from nemo_minitron.backends.megatron.runtime.session import open_session
-    from nemo_minitron.config.schema import Execution, TokenizeStage
-    from nemo_minitron.stages.spec import StageContext
+    from nemo_minitron.schema.execution import Execution
+    from nemo_minitron.stages.context import StageContext
+    from nemo_minitron.stages.tokenize.params import TokenizeStage
     from nemo_minitron.stages.tokenize.run import tokenize
 
     silent = Progress(silent=True)

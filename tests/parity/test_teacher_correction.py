@@ -12,8 +12,10 @@ from nemo_minitron.backends.megatron.distillation import distill
 from nemo_minitron.backends.megatron.runtime.session import open_session
 from nemo_minitron.backends.megatron.training import loop as training
 from nemo_minitron.backends.megatron.training.checkpoint import checkpoints
-from nemo_minitron.config.schema import CorrectStage, DistillStage, Parallel
 from nemo_minitron.errors import NumericsError
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.distill.params import DistillStage
+from nemo_minitron.stages.train.params import CorrectStage
 from tests.support.distributed import run_ranks
 from tests.support.megatron_ranks import SILENT, Row, corrected_rows, rows_until
 from tests.support.tiny_distill import distill_folders

@@ -13,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import ChatDataStage, Execution
 from nemo_minitron.data.chat.fields import Fields, is_empty
 from nemo_minitron.data.chat.files import read_rows
 from nemo_minitron.data.chat.formats import FORMATS
 from nemo_minitron.data.chat.rows import BadRow
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.schema.execution import Execution
+from nemo_minitron.stages.chat_data.params import ChatDataStage
 from nemo_minitron.stages.chat_data.run import chat_data
-from nemo_minitron.stages.spec import StageContext
+from nemo_minitron.stages.context import StageContext
 from nemo_minitron.system.progress import Progress
 from tests.support.examples import budget
 

@@ -30,8 +30,8 @@ from nemo_minitron.backends.megatron.runtime.known_pickles import (
 )
 from nemo_minitron.backends.megatron.runtime.session import Session, open_session
 from nemo_minitron.backends.megatron.training.intact import damage, write_facts
-from nemo_minitron.config.schema import Parallel
 from nemo_minitron.errors import CheckpointError, MinitronError
+from nemo_minitron.schema.execution import Parallel
 from tests.support.examples import budget
 
 MOST_S = 10.0

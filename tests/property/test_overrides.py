@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from nemo_minitron.config.compose import compose, from_dotlist
 from nemo_minitron.config.explain import validate
 from nemo_minitron.config.overrides import for_hydra
-from nemo_minitron.config.schema.rlhf import Rlhf
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.schema.rlhf import Rlhf
 from tests.conftest import TOY
 from tests.support.examples import budget
 

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from nemo_minitron.config.compose import compose
 from nemo_minitron.config.explain import validate
-from nemo_minitron.config.schema import Parallel, ScoreStage
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.plan.checks import broken_rules
 from nemo_minitron.plan.planner import make_plan
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.score.params import ScoreStage
 from nemo_minitron.stages.score.run import _batches
-from nemo_minitron.stages.spec import StageContext
 from tests.conftest import TOY
 from tests.support.examples import budget
 from tests.support.tiny_data import tiny_data_dir
@@ -74,7 +75,7 @@ def _drawn(params: ScoreStage, data: Path, work: Path, micro: int, counts: list[
     """Numbers of the samples that the stage draws for each count."""
     from nemo_minitron.artifacts.types import Artifact, Inputs
     from nemo_minitron.backends.megatron.runtime.session import open_session
-    from nemo_minitron.config.schema import Execution
+    from nemo_minitron.schema.execution import Execution
     from nemo_minitron.system.progress import Progress
 
     inputs = Inputs({"data": Artifact("data", "tokenize", data, "", {}, {})}, {})

@@ -25,7 +25,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_minitron.artifacts.types import Artifact, Inputs
-from nemo_minitron.config.schema import DataSource, Execution, TokenizeStage
 from nemo_minitron.data import blocks, pieces, shard_pool
 from nemo_minitron.data.encoder import Encoder, open_tokenizer
 from nemo_minitron.data.readers import read_documents
@@ -35,7 +34,10 @@ from nemo_minitron.data.tokenization import is_heldout
 from nemo_minitron.data.word_cuts import KNOWN_EXPRESSIONS, can_be_cut
 from nemo_minitron.errors import DataError, Interrupted
 from nemo_minitron.hf.source import BUILT_IN
-from nemo_minitron.stages.spec import StageContext
+from nemo_minitron.schema.data import DataSource
+from nemo_minitron.schema.execution import Execution
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.tokenize.params import TokenizeStage
 from nemo_minitron.stages.tokenize.run import tokenize
 from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Progress

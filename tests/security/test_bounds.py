@@ -15,7 +15,6 @@ import pytest
 import zstandard
 
 from nemo_minitron.config.compose import compose
-from nemo_minitron.config.schema import DataSource
 from nemo_minitron.data.chat.rows import BadRow
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.data.found import find_files
@@ -28,6 +27,7 @@ from nemo_minitron.hf.license import read_license
 from nemo_minitron.hf.tokenizer import load_tokenizer
 from nemo_minitron.hf.weight_files import stored_tensors
 from nemo_minitron.limits import Limit
+from nemo_minitron.schema.data import DataSource
 from tests.conftest import REPO, TOY, Cli
 from tests.support.tiny_models import tiny_tokenizer
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.config.schema import Execution
 from nemo_minitron.plan.programs import foreign_programs, programs_of
+from nemo_minitron.schema.execution import Execution
 
 CLUSTER = {"setup_script": "site.sh", "command": "./minitron"}
 RUNS = Execution.model_validate({"notify_command": ["mail"], "cluster": CLUSTER})

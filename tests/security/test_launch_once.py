@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.cli.main import load_recipe
-from nemo_minitron.config.schema import Recipe
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ArtifactError, EnvironmentProblem
 from nemo_minitron.execution.runner import RunOptions
 from nemo_minitron.launch import record

@@ -13,15 +13,17 @@ import pytest
 from nemo_minitron import assets
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.bundle.places import _model_files, links_out
-from nemo_minitron.config.schema import AdoptStage, Execution, TokenizeStage
 from nemo_minitron.errors import CheckpointError, EnvironmentProblem
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.hf.license import read_license
 from nemo_minitron.hf.side_files import copy_side_files
 from nemo_minitron.hf.source import resolve_path
 from nemo_minitron.hf.tokenizer import load_tokenizer
+from nemo_minitron.schema.execution import Execution
+from nemo_minitron.stages.adopt.params import AdoptStage
 from nemo_minitron.stages.adopt.run import adopt
-from nemo_minitron.stages.spec import StageContext
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.tokenize.params import TokenizeStage
 from nemo_minitron.system.progress import Progress
 from tests.support.tiny_models import tiny_model_dir
 

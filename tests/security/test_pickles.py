@@ -31,8 +31,9 @@ from nemo_minitron.backends.megatron.runtime.known_pickles import load_known, on
 from nemo_minitron.backends.megatron.runtime.session import open_session
 from nemo_minitron.backends.megatron.training import loop as training
 from nemo_minitron.backends.megatron.training.checkpoint import checkpoints
-from nemo_minitron.config.schema import Parallel, TrainStage
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.train.params import TrainStage
 from nemo_minitron.system.files import sealed
 from nemo_minitron.system.progress import Progress
 from tests.support.tiny_data import tiny_data_dir

@@ -27,7 +27,7 @@ import os
 import sys
 from pathlib import Path
 
-from nemo_minitron.config.schema import DataSource
+from nemo_minitron.schema.data import DataSource
 from nemo_minitron.data.pieces import Piece
 from nemo_minitron.data.shard_pool import Work, shard_makers
 from nemo_minitron.data.shards import ShardFolder, Task

@@ -135,7 +135,8 @@ def good_checkpoint(folder: Path) -> dict[str, bytes]:
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.backends.megatron.training import loop as training
     from nemo_minitron.backends.megatron.training.checkpoint import checkpoints
-    from nemo_minitron.config.schema import Parallel, TrainStage
+    from nemo_minitron.schema.execution import Parallel
+    from nemo_minitron.stages.train.params import TrainStage
     from nemo_minitron.system.progress import Progress
     from tests.support.tiny_data import tiny_data_dir
     from tests.support.tiny_models import tiny_model_dir

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from nemo_minitron.config.schema import DataSource
+from nemo_minitron.schema.data import DataSource
 from tests.conftest import REPO
 from tests.support import fuzz_archives as archives
 from tests.support.fuzz import Reader, as_json, damaged_bytes

@@ -37,7 +37,8 @@ def distill_peak_bytes(order: dict[str, Any]) -> dict[str, int]:
     from nemo_minitron.backends.megatron.distillation import distill
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.backends.megatron.training import loop as training
-    from nemo_minitron.config.schema import DistillStage, Parallel
+    from nemo_minitron.schema.execution import Parallel
+    from nemo_minitron.stages.distill.params import DistillStage
 
     params = DistillStage.model_validate(order["params"])
     with open_session(Parallel(**order["parallel"]), device="cuda") as session:

@@ -10,8 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nemo_minitron.config.schema import DistillStage, HiddenLoss, Loss, Parallel, Sampled
 from nemo_minitron.distillation.sparse import uniforms_of
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.losses import HiddenLoss, Loss, Sampled
+from nemo_minitron.stages.distill.params import DistillStage
 from tests.support.plain_losses import plain_draws, plain_logits_loss, plain_state_loss
 
 Found = tuple[dict[str, NDArray], list[float]]

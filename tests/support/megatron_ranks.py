@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nemo_minitron.config.schema import CacheTeacherStage, DistillStage, Parallel, ScoreStage
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.cache_teacher.params import CacheTeacherStage
+from nemo_minitron.stages.distill.params import DistillStage
+from nemo_minitron.stages.score.params import ScoreStage
 from nemo_minitron.system.progress import Progress
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_minitron.config.schema import LogitsLoss, TopK
+from nemo_minitron.schema.losses import LogitsLoss, TopK
 
 
 def plain_logits_loss(student: Tensor, teacher: Tensor, params: LogitsLoss) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config.schema import DistillStage, Execution, Parallel
+from nemo_minitron.schema.execution import Execution, Parallel
+from nemo_minitron.stages.distill.params import DistillStage
 from nemo_minitron.system.progress import Progress
 
 SILENT = Progress(silent=True)

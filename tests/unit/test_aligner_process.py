@@ -14,7 +14,7 @@ from nemo_minitron.backends.alignment.nemo_aligner import environment, process
 from nemo_minitron.cli.main import load_plan
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.stages.align import run as align
-from nemo_minitron.stages.spec import StageContext
+from nemo_minitron.stages.context import StageContext
 from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Progress
 from nemo_minitron.system.terminal import Screen

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from nemo_minitron.config.schema import DistillStage, Sampled, TopK
 from nemo_minitron.distillation.cache import (
     FACTS_FILE,
     MAX_VOCAB_SIZE,
@@ -28,6 +27,8 @@ from nemo_minitron.distillation.cache import (
 )
 from nemo_minitron.distillation.sparse import SparseTeacher, sparse_kl, sparsify, uniforms_of
 from nemo_minitron.errors import DataError, PlanError
+from nemo_minitron.schema.losses import Sampled, TopK
+from nemo_minitron.stages.distill.params import DistillStage
 
 DRAWS, TOP_K = Sampled(kind="sampled", rounds=64), TopK(kind="top_k", k=9)
 NUM_SAMPLES, LENGTH, VOCAB = 70, 6, 300

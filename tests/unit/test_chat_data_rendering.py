@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from nemo_minitron.config.schema import ChatRendering
 from nemo_minitron.data.chat.lengths import LengthStats
 from nemo_minitron.data.chat.render import Purpose, pair_row, rated_row, render_rows, sft_rows
 from nemo_minitron.data.chat.rows import ATTRIBUTES, BadRow
@@ -18,6 +17,7 @@ from nemo_minitron.data.chat.templates import TEMPLATES, set_template
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import CheckpointError, DataError
 from nemo_minitron.hf.source import BUILT_IN
+from nemo_minitron.schema.chats import ChatRendering
 from tests.support.tiny_models import tiny_tokenizer
 
 Row = dict[str, Any]

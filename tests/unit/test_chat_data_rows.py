@@ -347,7 +347,7 @@ def test_text_files_are_no_chats(tmp_path: Path, make: Callable[[Path], Path]) -
 
 
 def test_fields_can_be_left_out() -> None:
-    from nemo_minitron.config.schema import ChatSource
+    from nemo_minitron.schema.chats import ChatSource
     from nemo_minitron.stages.chat_data.run import _looked_at
 
     source = ChatSource(source="x", leave_out=("context",))

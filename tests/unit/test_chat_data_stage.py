@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import ChatDataStage, Execution
 from nemo_minitron.data.chat.rows import question
 from nemo_minitron.data.chat.split import copies, heldout_questions, text_hash
 from nemo_minitron.errors import DataError
+from nemo_minitron.schema.execution import Execution
+from nemo_minitron.stages.chat_data.params import ChatDataStage
 from nemo_minitron.stages.chat_data.run import chat_data
-from nemo_minitron.stages.spec import StageContext
+from nemo_minitron.stages.context import StageContext
 from nemo_minitron.system.progress import Progress
 from tests.conftest import Cli
 

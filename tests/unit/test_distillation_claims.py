@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import distillation_claims as part
-from nemo_minitron.config.schema import DistillStage
+from nemo_minitron.stages.distill.params import DistillStage
 from tests.conftest import REPO
 
 BETTER = part.Claim("", "", "a", ("b",))

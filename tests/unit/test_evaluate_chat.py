@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nemo_minitron.plan.checks import broken_rules
 from pydantic import TypeAdapter
 
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.backends.alignment.nemo_aligner.rlhf_inputs import read_prompts
-from nemo_minitron.config.schema import AnnotateStage, EvaluateChatStage, Recipe
-from nemo_minitron.config.schema.rlhf import Rlhf
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.data.chat.heldout import HeldOut, read_heldout
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import DataError
 from nemo_minitron.evaluation.answers import greedy_answers
 from nemo_minitron.execution.rehearse import rehearse_evaluations
-from nemo_minitron.plan.align_checks import alignment_problems
 from nemo_minitron.report.alignment import alignment_facts, tables
+from nemo_minitron.schema.rlhf import Rlhf
+from nemo_minitron.stages.annotate.params import AnnotateStage
 from nemo_minitron.stages.annotate.run import _readable
+from nemo_minitron.stages.evaluate_chat.params import EvaluateChatStage
 from nemo_minitron.system.progress import Progress
 from tests.conftest import Cli
 from tests.support.tiny_models import CHAT_TEMPLATE, load_transformers, tiny_model_dir, tiny_tokenizer

@@ -11,10 +11,11 @@ import torch
 from transformers import AutoTokenizer
 
 from nemo_minitron.artifacts.types import Artifact, Inputs
-from nemo_minitron.config.schema import Execution, ExportStage
 from nemo_minitron.hf.checkpoint import model_facts
+from nemo_minitron.schema.execution import Execution
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.export.params import ExportStage
 from nemo_minitron.stages.export.run import export
-from nemo_minitron.stages.spec import StageContext
 from nemo_minitron.system.progress import Progress
 from tests.support.tiny_models import load_transformers, tiny_model_dir
 

@@ -13,15 +13,17 @@ import pytest
 import torch
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import AdoptStage, Execution, ImportStage
 from nemo_minitron.errors import CheckpointError, EnvironmentProblem
 from nemo_minitron.families import num_params
 from nemo_minitron.hf.checkpoint import INDEX_FILE, Checkpoint, read_config
 from nemo_minitron.hf.source import HUB_FILES, NOT_FROM_HUB, resolve_model
 from nemo_minitron.hf.transformers_versions import network_errors
+from nemo_minitron.schema.execution import Execution
+from nemo_minitron.stages.adopt.params import AdoptStage
 from nemo_minitron.stages.adopt.run import adopt
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.import_model.params import ImportStage
 from nemo_minitron.stages.import_model.run import import_model
-from nemo_minitron.stages.spec import StageContext
 from nemo_minitron.system.progress import Progress
 from tests.support.tiny_gguf import tiny_gguf
 from tests.support.tiny_models import load_transformers, tiny_model_dir

@@ -14,13 +14,14 @@ from transformers import AutoTokenizer
 
 from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.cli.main import load_plan
-from nemo_minitron.config.schema import Execution, InitStage
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, MinitronError
 from nemo_minitron.families import num_params, parameters, read_shape
 from nemo_minitron.hf.checkpoint import Checkpoint, read_config
 from nemo_minitron.plan.shapes import model_shape
+from nemo_minitron.schema.execution import Execution
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.init.params import InitStage
 from nemo_minitron.stages.init.run import END_OF_TEXT, init
-from nemo_minitron.stages.spec import StageContext
 from nemo_minitron.system.progress import Progress
 from tests.conftest import REPO
 from tests.support.tiny_models import FAMILY_CASES, load_transformers, tiny_model_dir

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.cli.main import load_plan
-from nemo_minitron.config.schema import Cluster
 from nemo_minitron.errors import ConfigError, EnvironmentProblem, PlanError
 from nemo_minitron.execution.nodes import Nodes, dismiss, follow, start_everywhere
 from nemo_minitron.execution.same_code import START
 from nemo_minitron.launch.answers import minutes_of, partitions
 from nemo_minitron.launch.jobs import Job, jobs_of
 from nemo_minitron.launch.submit import cluster_of
+from nemo_minitron.schema.cluster import Cluster
 from tests.conftest import REPO, TOY
 
 ALIGNED = REPO / "recipes/toy/aligned.yaml"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nemo_minitron.backends.megatron.training.guard import LossWatch
-from nemo_minitron.config.schema import LossGuard
+from nemo_minitron.schema.training import LossGuard
 
 RULES = LossGuard(max_ratio=2.0, window_steps=10, patience_steps=3)
 

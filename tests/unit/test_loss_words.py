@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_minitron.config.schema import Loss
 from nemo_minitron.distillation.words import loss_in_words
+from nemo_minitron.schema.losses import Loss
 
 
 @pytest.mark.parametrize(

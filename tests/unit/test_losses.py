@@ -9,22 +9,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from nemo_minitron.config.schema import (
-    CorrectStage,
-    DistillStage,
-    HiddenLoss,
-    LogitsLoss,
-    Loss,
-    Optimization,
-    Sampled,
-    TopK,
-)
 from nemo_minitron.distillation.hidden import Pair, Tap, pairs_of
 from nemo_minitron.distillation.linear import linear_loss
 from nemo_minitron.distillation.losses import LOSSES, distance, forward_kl, next_token
 from nemo_minitron.distillation.objective import live_teacher, token_loss
 from nemo_minitron.distillation.sparse import sampled_teacher, sparse_distance, top_k_teacher, uniforms_of
 from nemo_minitron.errors import PlanError
+from nemo_minitron.schema.losses import HiddenLoss, LogitsLoss, Loss, Sampled, TopK
+from nemo_minitron.schema.training import Optimization
+from nemo_minitron.stages.distill.params import DistillStage
+from nemo_minitron.stages.train.params import CorrectStage
 from tests.support.plain_losses import plain_logits_loss
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_minitron.backends.megatron.training.optim import _schedule
-from nemo_minitron.config.schema import TrainStage
+from nemo_minitron.stages.train.params import TrainStage
 
 STEPS, WARMUP, LR, MIN_LR = 50, 10, 1.0, 0.1
 

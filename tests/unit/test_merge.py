@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_minitron.config.schema import SelectStage
 from nemo_minitron.families import ModelShape
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.pruning.merge import head_partners, merge_heads
 from nemo_minitron.pruning.selection import choose_keep
 from nemo_minitron.pruning.slicing import prune_checkpoint
+from nemo_minitron.stages.select.params import SelectStage
 from nemo_minitron.system.progress import Progress
 from tests.support.tiny_models import tiny_model_dir
 

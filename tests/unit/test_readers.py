@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from nemo_minitron.config.schema import DataSource
 from nemo_minitron.data import blocks
 from nemo_minitron.data.found import find_files, source_files
 from nemo_minitron.data.readers import read_documents, require_separator_is_used
 from nemo_minitron.errors import DataError
+from nemo_minitron.schema.data import DataSource
 
 TEXTS = ["One.\nTwo.", "caf\u00e9 \u4e16\u754c \U0001f642", " three "]
 PACK: dict[str, Callable[[bytes], bytes]] = {

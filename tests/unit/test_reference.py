@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from nemo_minitron.config.keys import stage_classes
 from nemo_minitron.config.reference import field_docs, json_schema, page
-from nemo_minitron.config.schema import DistillStage
+from nemo_minitron.stages.distill.params import DistillStage
 from tests.conftest import REPO, Cli
 
 FOLDER = REPO / "docs" / "reference"

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from markupsafe import escape
 
-from nemo_minitron.config.schema import ReportStage
 from nemo_minitron.report.collect import collect, thin_out
 from nemo_minitron.report.comparison import comparison, main_metric
 from nemo_minitron.report.html import pipeline, render_html
 from nemo_minitron.report.importance import ffn_map, importance_curve, importance_share
 from nemo_minitron.report.markdown import duration, headline, millions, plain, render_markdown, table
+from nemo_minitron.stages.report.params import ReportStage
 from nemo_minitron.stages.report.run import render
 from tests.support.fake_run import fake_run
 

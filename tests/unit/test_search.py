@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nemo_minitron.plan.planner import expanded
+from nemo_minitron.stages.search.expansion import search_of
 from pydantic import ValidationError
 
 from nemo_minitron.cli.main import load_recipe
-from nemo_minitron.config.schema import CandidateStage, Hardware, SearchConstraints, SearchGrid
 from nemo_minitron.errors import ArtifactError, PlanError
 from nemo_minitron.families import ModelShape, num_params, read_shape
-from nemo_minitron.plan.expansion import expand_searches, search_of
 from nemo_minitron.pruning.search import (
     decode_ms,
     enumerate_candidates,
@@ -26,6 +26,8 @@ from nemo_minitron.pruning.search import (
     winner_of,
     write_search,
 )
+from nemo_minitron.schema.search import Hardware, SearchConstraints, SearchGrid
+from nemo_minitron.stages.search.params import CandidateStage
 from tests.conftest import REPO
 
 SOURCE: ModelShape = read_shape(
@@ -153,7 +155,7 @@ def test_the_winner_comes_back_from_the_file_and_a_damaged_file_is_refused(tmp_p
 
 
 def test_a_candidates_name_leads_back_to_its_search() -> None:
-    recipe = expand_searches(load_recipe(REPO / "recipes/toy/search.yaml", []))
+    recipe = expanded(load_recipe(REPO / "recipes/toy/search.yaml", []))
     names = {name: stage for name, stage in recipe.stages.items() if isinstance(stage, CandidateStage)}
     assert {stage.rung for stage in names.values()} == {1, 2}
     assert {search_of(name, stage) for name, stage in names.items()} == {"search"}

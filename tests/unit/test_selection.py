@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.artifacts.types import Artifact, Inputs
-from nemo_minitron.config.schema import Execution, SelectStage, Target
 from nemo_minitron.errors import ArtifactError, MinitronError, NumericsError, PlanError
 from nemo_minitron.families import ModelShape, num_params, read_shape
 from nemo_minitron.pruning.plan_file import (
@@ -25,8 +24,11 @@ from nemo_minitron.pruning.plan_file import (
     write_plan,
 )
 from nemo_minitron.pruning.selection import choose_keep, top_indices
+from nemo_minitron.schema.execution import Execution
+from nemo_minitron.schema.pruning import Target
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.select.params import SelectStage
 from nemo_minitron.stages.select.run import select
-from nemo_minitron.stages.spec import StageContext
 from nemo_minitron.system.progress import Progress
 
 CONFIG = {

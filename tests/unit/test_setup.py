@@ -104,7 +104,7 @@ def test_the_licence_is_apache_2() -> None:
 
 def test_the_toy_teacher_was_not_trained_on_what_the_toy_recipes_hold_out() -> None:
     from benchmarks import make_toy_teacher
-    from nemo_minitron.config.schema import TokenizeStage
+    from nemo_minitron.stages.tokenize.params import TokenizeStage
 
     stage = TokenizeStage(**yaml.safe_load((REPO / "configs/data/toy_text.yaml").read_text()))
     assert stage.valid_fraction == make_toy_teacher.VALID_FRACTION

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from nemo_minitron.artifacts.types import Artifact, Inputs
-from nemo_minitron.config.schema import Execution, PruneStage, SelectStage
 from nemo_minitron.errors import ArtifactError, NumericsError
 from nemo_minitron.families import Row, num_params, parameters, read_shape
 from nemo_minitron.hf.checkpoint import Checkpoint
@@ -19,8 +18,11 @@ from nemo_minitron.pruning.axes import expand_heads, expand_keep
 from nemo_minitron.pruning.plan_file import PrunePlan, write_plan
 from nemo_minitron.pruning.selection import choose_keep
 from nemo_minitron.pruning.slicing import prune_checkpoint, slice_parameter
+from nemo_minitron.schema.execution import Execution
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.prune.params import PruneStage
 from nemo_minitron.stages.prune.run import prune
-from nemo_minitron.stages.spec import StageContext
+from nemo_minitron.stages.select.params import SelectStage
 from nemo_minitron.system.progress import Progress
 from tests.support.tiny_models import FAMILY_CASES, load_transformers, tiny_model_dir
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from nemo_minitron.artifacts.types import Artifact, Inputs
-from nemo_minitron.config.schema import DataSource, Execution, TokenizeStage
 from nemo_minitron.data import pieces, shard_pool
 from nemo_minitron.data.encoder import Encoder
 from nemo_minitron.data.readers import read_documents
@@ -24,7 +23,10 @@ from nemo_minitron.data.word_cuts import can_be_cut
 from nemo_minitron.errors import CheckpointError, DataError, EnvironmentProblem, Interrupted
 from nemo_minitron.hf.source import BUILT_IN
 from nemo_minitron.hf.tokenizer_identity import tokenizer_fingerprint
-from nemo_minitron.stages.spec import StageContext
+from nemo_minitron.schema.data import DataSource
+from nemo_minitron.schema.execution import Execution
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.tokenize.params import TokenizeStage
 from nemo_minitron.stages.tokenize.run import SHARDS, tokenize
 from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Progress

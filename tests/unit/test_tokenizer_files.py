@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from nemo_minitron.artifacts.types import Artifact, Inputs
-from nemo_minitron.config.schema import ChatRendering, Execution, SftStage
 from nemo_minitron.data.chat.lengths import LengthStats
 from nemo_minitron.data.chat.render import sft_rows
 from nemo_minitron.data.chat.rows import BadRow
@@ -26,8 +25,12 @@ from nemo_minitron.hf.tokenizer import load_tokenizer
 from nemo_minitron.hf.tokenizer_files import LLAMA3_PATTERN, TEKKEN_PATTERN
 from nemo_minitron.hf.tokenizer_identity import TokenizerIdentity, tokenizer_fingerprint
 from nemo_minitron.hf.tokenizer_writer import write_tokenizer
+from nemo_minitron.plan.fingerprint import params_of
+from nemo_minitron.schema.chats import ChatRendering
+from nemo_minitron.schema.execution import Execution
+from nemo_minitron.stages.align.params import SftStage
+from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.one_tokenizer import require_one_tokenizer
-from nemo_minitron.stages.spec import StageContext, params_of
 from nemo_minitron.system.progress import Progress
 from tests.support.saved_by import SAVED_BY
 from tests.support.tiny_models import CHAT_TEMPLATE, tiny_tokenizer

@@ -36,7 +36,7 @@ def two_sources(tmp_path: Path) -> Path:
 def _samples(data: Path, cache: Path, seed: int = 0, num_samples: int = 64) -> list[torch.Tensor]:
     from nemo_minitron.backends.megatron.data.datasets import training_samples
     from nemo_minitron.backends.megatron.runtime.session import open_session
-    from nemo_minitron.config.schema import Parallel
+    from nemo_minitron.schema.execution import Parallel
 
     with open_session(Parallel(), device="cpu"):
         samples = training_samples(data, num_samples=num_samples, seq_len_tokens=SEQ_LEN, seed=seed, cache_dir=cache)
@@ -72,7 +72,7 @@ def _job(data: Path, work: Path) -> tuple[Any, list[torch.Tensor]]:
     from nemo_minitron.backends.megatron.data.datasets import training_samples, training_sources
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.backends.megatron.training.loop import Job
-    from nemo_minitron.config.schema import Parallel
+    from nemo_minitron.schema.execution import Parallel
 
     keys: dict[str, Any] = dict.fromkeys(("trainable", "shape", "session", "objective"))
     with open_session(Parallel(), device="cpu"):
@@ -94,7 +94,7 @@ def test_data_parallel_ranks_share_out_the_samples_of_a_step() -> None:
     from types import SimpleNamespace
 
     from nemo_minitron.backends.megatron.data.datasets import step_batches
-    from nemo_minitron.config.schema import Parallel
+    from nemo_minitron.schema.execution import Parallel
 
     rows = [{key: torch.tensor([i]) for key in ("tokens", "labels", "loss_mask")} for i in range(24)]
 

@@ -17,11 +17,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo_minitron.backends.megatron.model import build
 from nemo_minitron.backends.megatron.runtime import versions
 from nemo_minitron.backends.megatron.runtime.session import open_session
-from nemo_minitron.config.schema import Parallel
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.shape import Llama3RopeScaling
 from nemo_minitron.hf.checkpoint import Checkpoint
+from nemo_minitron.schema.execution import Parallel
 from tests.support.tiny_models import tiny_model_dir
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from nemo_minitron.config.schema import RowKind
 from nemo_minitron.data.chat.fields import Fields, first, is_empty, required, string, unpacked
 from nemo_minitron.data.chat.messages import (
     CONTAINERS,
@@ -23,6 +22,7 @@ from nemo_minitron.data.chat.messages import (
 )
 from nemo_minitron.data.chat.ratings import Renames, is_rating, label_string, labels, ratings, renamed
 from nemo_minitron.data.chat.rows import ATTRIBUTES, ROLES, BadRow, Message, Row, conversation, pair
+from nemo_minitron.schema.chats import RowKind
 from nemo_minitron.system.shown import shown, shown_names
 
 _PROMPTS = ("prompt", "instruction", "input", "question")

@@ -8,13 +8,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config.schema import ChatRendering, EvaluateChatStage, RowKind
 from nemo_minitron.data.chat.bad_rows import BadRows
 from nemo_minitron.data.chat.lengths import LengthStats
 from nemo_minitron.data.chat.render import pair_row, read_normalised, sft_rows
 from nemo_minitron.data.chat.rows import BadRow, Row
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import DataError
+from nemo_minitron.schema.chats import ChatEvaluation, ChatRendering, RowKind
 
 
 @dataclass
@@ -45,12 +45,13 @@ class HeldOut:
 
 
 def read_heldout(
-    folder: Path, rows: RowKind, template: ChatTemplate, params: EvaluateChatStage, *, where: str
+    folder: Path, rows: RowKind, template: ChatTemplate, params: ChatEvaluation, *, stage: str, where: str
 ) -> HeldOut:
     """The first `max_rows` held-out rows of a chat_data or annotate stage, rendered.
 
     Args:
         folder: of the stage that holds the rows.
+        stage: its name, for messages.
         where: the recipe's key of the evaluation.
 
     Raises:
@@ -70,12 +71,18 @@ def read_heldout(
             found.rows.append(row)
             found.rendered.append(rendered)
     found.bad.require_few(params.max_bad_fraction, where)
+    if found.bad.num_rows == 0:
+        raise DataError(
+            f"Stage {stage} holds no held-out rows.",
+            where=f"{where}.inputs.chats = {stage}",
+            next_step="Raise valid_rows of the chat_data stage.",
+        )
     if not found.rows:
         raise _nothing_left(found, folder, rows, template, params, where)
     return found
 
 
-def _options(params: EvaluateChatStage) -> ChatRendering:
+def _options(params: ChatEvaluation) -> ChatRendering:
     return ChatRendering(turns="last", max_seq_len_tokens=params.max_seq_len_tokens, condition_on_attributes=False)
 
 
@@ -87,15 +94,8 @@ def _rendered(row: Row, rows: RowKind, template: ChatTemplate, options: ChatRend
 
 
 def _nothing_left(
-    found: HeldOut, folder: Path, rows: RowKind, template: ChatTemplate, params: EvaluateChatStage, where: str
+    found: HeldOut, folder: Path, rows: RowKind, template: ChatTemplate, params: ChatEvaluation, where: str
 ) -> DataError:
-    if found.bad.num_rows == 0:
-        chats = params.inputs.chats
-        return DataError(
-            f"Stage {chats} holds no held-out rows.",
-            where=f"{where}.inputs.chats = {chats}",
-            next_step="Raise valid_rows of the chat_data stage.",
-        )
     if not found.too_long:
         return found.bad.none_left(where)
     fitting = found.bad.num_rows - found.bad.num_bad
@@ -108,7 +108,7 @@ def _nothing_left(
     )
 
 
-def _shortest(rows: Iterable[Row], kind: RowKind, template: ChatTemplate, params: EvaluateChatStage) -> int:
+def _shortest(rows: Iterable[Row], kind: RowKind, template: ChatTemplate, params: ChatEvaluation) -> int:
     """Tokens of the shortest row; of a pair, with its longer answer."""
     options = _options(params).model_copy(update={"max_seq_len_tokens": None})
     sizes = []

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nemo_minitron.config.schema import ChatRendering
 from nemo_minitron.data.chat.lengths import LengthStats
 from nemo_minitron.data.chat.rows import ATTRIBUTES, BadRow, Message, Row
 from nemo_minitron.data.chat.tokenizing import Attributes, ChatTemplate
+from nemo_minitron.schema.chats import ChatRendering
 
 Purpose = Literal["sft", "pairs", "rated"]
 MISSING = -100.0

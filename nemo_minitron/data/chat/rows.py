@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from nemo_minitron.config.schema import AttributeName
+from nemo_minitron.schema.chats import AttributeName
 from nemo_minitron.system.shown import shown
 
 ATTRIBUTES: tuple[str, ...] = get_args(AttributeName)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config.schema import TemplateName
 from nemo_minitron.data.chat.rows import ATTRIBUTES
 from nemo_minitron.errors import CheckpointError, shortened
+from nemo_minitron.schema.chats import TemplateName
 
 TEMPLATE_FILE, CONFIG_FILE, GENERATION_FILE = "chat_template.jinja", "tokenizer_config.json", "generation_config.json"
 NAMED_TEMPLATES = "additional_chat_templates"

@@ -9,8 +9,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config.schema import TemplateName
-from nemo_minitron.config.schema.base import TEMPLATE_DATE
 from nemo_minitron.data.chat.jinja import render_chat
 from nemo_minitron.data.chat.purity import require_pure
 from nemo_minitron.data.chat.rows import BadRow, Message
@@ -19,6 +17,8 @@ from nemo_minitron.errors import DataError, shortened
 from nemo_minitron.hf.checkpoint import read_config
 from nemo_minitron.hf.tokenizer import beyond_vocabulary, load_tokenizer, require_known_ids
 from nemo_minitron.limits import TEMPLATE_BYTES, TEMPLATE_SECONDS, Limit, TimeIsUp, cpu_seconds, memory
+from nemo_minitron.schema.base import TEMPLATE_DATE
+from nemo_minitron.schema.chats import TemplateName
 
 Attributes = Mapping[str, float]
 

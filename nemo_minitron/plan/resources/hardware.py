@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_minitron.config.schema import Recipe
-from nemo_minitron.config.schema.planning import HardwareName
+from nemo_minitron.config.recipe import Recipe
+from nemo_minitron.schema.planning import HardwareName
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from itertools import product
 from math import log2
 
-from nemo_minitron.config.schema import Optimization, Parallel, Recipe
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.plan.checks import layout_problems
 from nemo_minitron.plan.planner import StageCall
-from nemo_minitron.plan.resources.costs import Load, limit_gib, load_of
-from nemo_minitron.plan.resources.memory import GIB, memory_of
+from nemo_minitron.plan.resources.costs import limit_gib, load_of
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.training import Optimization
+from nemo_minitron.workload.load import Load
+from nemo_minitron.workload.memory import GIB, memory_of
 
 MICRO_BATCHES = (1, 2, 4, 8)
 TP_LOSS, RECOMPUTE_SHARE, SMALL_BATCH_TOKENS = 0.06, 0.75, 4096

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nemo_minitron.config.schema import Optimization, Parallel
 from nemo_minitron.plan.planner import RunPlan
 from nemo_minitron.plan.resources.costs import estimates, tokenized_bytes, totals
 from nemo_minitron.plan.resources.hardware import hardware_of, peak_tflops
 from nemo_minitron.plan.resources.layouts import Proposal, proposals
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.training import Optimization
 
 PROPOSED = ("tp", "pp", "dp", "micro_batch_size", "sequence_parallel", "distributed_optimizer", "recompute")
 

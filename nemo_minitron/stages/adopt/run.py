@@ -9,9 +9,10 @@ from typing import Any
 
 from nemo_minitron.artifacts.manifest import file_facts
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import AdoptStage
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.stages.adopt.params import AdoptStage
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.kind import Result
 from nemo_minitron.system.files import user_path
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import AttributeModelStage, DpoStage, SteerlmSftStage
-from nemo_minitron.config.schema.aligner import Alignment
 from nemo_minitron.data.chat.lengths import LengthStats
 from nemo_minitron.data.chat.render import Purpose, read_normalised, render_rows
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import DataError
-from nemo_minitron.stages.spec import StageContext
+from nemo_minitron.schema.alignment import Alignment
+from nemo_minitron.stages.align.params import AttributeModelStage, DpoStage, SteerlmSftStage
+from nemo_minitron.stages.context import StageContext
 
 PARTS = ("train", "valid")
 

@@ -13,14 +13,16 @@ from nemo_minitron.backends.alignment.nemo_aligner import convert
 from nemo_minitron.backends.alignment.nemo_aligner.config import TRAINER_KEYS, Method, complete_config
 from nemo_minitron.backends.alignment.nemo_aligner.environment import require_gpu_kernels
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
-from nemo_minitron.config.schema import AttributeModelStage, DpoStage, Parallel, SftStage, SteerlmSftStage
-from nemo_minitron.config.schema.aligner import Alignment
 from nemo_minitron.data.chat.rows import ATTRIBUTES
 from nemo_minitron.execution.nodes import Nodes
 from nemo_minitron.hf.checkpoint import model_facts
+from nemo_minitron.schema.alignment import Alignment
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.align.params import AttributeModelStage, DpoStage, SftStage, SteerlmSftStage
 from nemo_minitron.stages.align.rows import Rows, write_rows
 from nemo_minitron.stages.annotate.run import agreement, predict, read_labels
-from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.kind import Result
 from nemo_minitron.system.files import write_whole
 
 CURVES_FILE = "curves.jsonl"

@@ -13,15 +13,17 @@ from numpy.typing import NDArray
 
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
-from nemo_minitron.config.schema import AnnotateStage, ChatRendering
-from nemo_minitron.config.schema.base import TEMPLATE_DATE
 from nemo_minitron.data.chat.lengths import LengthStats
 from nemo_minitron.data.chat.render import MISSING, rated_row, read_normalised
 from nemo_minitron.data.chat.rows import ATTRIBUTES, BadRow, Row
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import DataError, PlanError
+from nemo_minitron.schema.base import TEMPLATE_DATE
+from nemo_minitron.schema.chats import ChatRendering
 from nemo_minitron.stages.align.rows import PARTS
-from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.stages.annotate.params import AnnotateStage
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.kind import Result
 
 LOWEST, HIGHEST = 0, 4
 """Attributes of HelpSteer (2311.09528): integers of this range."""

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import CacheTeacherStage
+from nemo_minitron.stages.cache_teacher.params import CacheTeacherStage
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.kind import Result
 from nemo_minitron.stages.one_tokenizer import require_one_tokenizer
-from nemo_minitron.stages.spec import Result, StageContext
 
 
 def cache_teacher(params: CacheTeacherStage, inputs: Inputs, ctx: StageContext) -> Result:

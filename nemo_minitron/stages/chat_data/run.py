@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import ChatDataStage, ChatSource
 from nemo_minitron.data.chat.bad_rows import BadRows
 from nemo_minitron.data.chat.fields import Fields
 from nemo_minitron.data.chat.files import RawRow, chat_files, read_rows
@@ -21,7 +20,10 @@ from nemo_minitron.data.chat.rows import ATTRIBUTES, BadRow, Row, question, with
 from nemo_minitron.data.chat.split import copies, heldout_questions, text_hash
 from nemo_minitron.errors import DataError
 from nemo_minitron.hf.source import resolve_path
-from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.schema.chats import ChatSource
+from nemo_minitron.stages.chat_data.params import ChatDataStage
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.kind import Result
 
 SPLITS = ("train", "valid")
 _LISTED_FIELDS = 20

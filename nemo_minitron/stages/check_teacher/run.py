@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import CheckTeacherStage
 from nemo_minitron.errors import NumericsError
-from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.stages.check_teacher.params import CheckTeacherStage
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.kind import Result
 
 
 def check_teacher(params: CheckTeacherStage, inputs: Inputs, ctx: StageContext) -> Result:

@@ -6,10 +6,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts.types import Artifact, Inputs
-from nemo_minitron.config.schema import DistillStage
 from nemo_minitron.distillation.words import loss_in_words
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.distill.params import DistillStage
+from nemo_minitron.stages.kind import Result
 from nemo_minitron.stages.one_tokenizer import require_one_tokenizer
-from nemo_minitron.stages.spec import Result, StageContext
 
 if TYPE_CHECKING:
     from nemo_minitron.backends.megatron.training.curves import Curves

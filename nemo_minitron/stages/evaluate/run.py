@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import EvaluateStage
-from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.evaluate.params import EvaluateStage
+from nemo_minitron.stages.kind import Result
 
 
 def evaluate(params: EvaluateStage, inputs: Inputs, ctx: StageContext) -> Result:

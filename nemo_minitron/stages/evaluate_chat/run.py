@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import EvaluateChatStage
 from nemo_minitron.data.chat.heldout import HeldOut
 from nemo_minitron.data.chat.rows import Row
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.evaluation.chat_metrics import is_exact_match, preference_metrics, rank_correlation
+from nemo_minitron.evaluation.chat_questions import LEVELS, Questions, Tokens, prepare
 from nemo_minitron.evaluation.metrics import perplexity
-from nemo_minitron.stages.chat_questions import LEVELS, Questions, Tokens, prepare
-from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.evaluate_chat.params import EvaluateChatStage
+from nemo_minitron.stages.kind import Result
 
 
 def evaluate_chat(params: EvaluateChatStage, inputs: Inputs, ctx: StageContext) -> Result:

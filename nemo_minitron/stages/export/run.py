@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import ExportStage
-from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.export.params import ExportStage
+from nemo_minitron.stages.kind import Result
 from nemo_minitron.system.disclosure import masked
 
 

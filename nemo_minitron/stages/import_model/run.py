@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import ImportStage
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.import_model.params import ImportStage
+from nemo_minitron.stages.kind import Result
 
 if TYPE_CHECKING:
     from nemo_minitron.hf.checkpoint import Checkpoint

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import InitStage, NewTokenizer
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.init.params import InitStage, NewTokenizer
+from nemo_minitron.stages.kind import Result
 
 if TYPE_CHECKING:
     import torch

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import PruneStage
-from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.kind import Result
+from nemo_minitron.stages.prune.params import PruneStage
 
 
 def prune(params: PruneStage, inputs: Inputs, ctx: StageContext) -> Result:

@@ -11,11 +11,13 @@ import yaml
 
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.artifacts.types import Artifact, Inputs
-from nemo_minitron.config.schema import Recipe, ReportStage
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import PlanError
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan
-from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.kind import Result
+from nemo_minitron.stages.report.params import ReportStage
 from nemo_minitron.system.disclosure import environment_of, masked_values, public_recipe
 from nemo_minitron.system.files import write_whole
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import ScoreStage
-from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.kind import Result
+from nemo_minitron.stages.score.params import ScoreStage
 
 if TYPE_CHECKING:
     from nemo_minitron.backends.megatron.model.forward import Batch

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts.types import Artifact, Inputs
-from nemo_minitron.config.schema import CandidateStage, DistillStage, SelectStage, SpeedMeasurement, Training
-from nemo_minitron.plan.expansion import search_of
 from nemo_minitron.pruning.plan_file import PLAN_FILE
-from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.schema.speed import SpeedMeasurement
+from nemo_minitron.schema.training import Training
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.distill.params import DistillStage
+from nemo_minitron.stages.kind import Result
+from nemo_minitron.stages.search.expansion import search_of
+from nemo_minitron.stages.search.params import CandidateStage
+from nemo_minitron.stages.select.params import SelectStage
 
 if TYPE_CHECKING:
     from nemo_minitron.families import ModelShape

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_minitron.artifacts.types import Artifact, Inputs
-from nemo_minitron.config.schema import SearchStage
-from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.kind import Result
+from nemo_minitron.stages.search.params import SearchStage
 
 _MEASURED = ("zero_shot_loss", "losses", "generate_tokens_per_s")
 

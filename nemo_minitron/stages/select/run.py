@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import SelectStage
-from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.kind import Result
+from nemo_minitron.stages.select.params import SelectStage
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import SpeedStage
-from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.kind import Result
+from nemo_minitron.stages.speed.params import SpeedStage
 
 
 def speed(params: SpeedStage, inputs: Inputs, ctx: StageContext) -> Result:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import DataSource, TokenizeStage
 from nemo_minitron.errors import DataError, Interrupted
 from nemo_minitron.hf.source import resolve_path
-from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.schema.data import DataSource
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.kind import Result
+from nemo_minitron.stages.tokenize.params import TokenizeStage
 
 if TYPE_CHECKING:
     from nemo_minitron.backends.megatron.data.indexed import IndexedWriter

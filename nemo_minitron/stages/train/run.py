@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.config.schema import TrainStage
+from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.distill.run import loop_options, training_facts
+from nemo_minitron.stages.kind import Result
 from nemo_minitron.stages.one_tokenizer import require_one_tokenizer
-from nemo_minitron.stages.spec import Result, StageContext
+from nemo_minitron.stages.train.params import TrainStage
 
 
 def train(params: TrainStage, inputs: Inputs, ctx: StageContext) -> Result:

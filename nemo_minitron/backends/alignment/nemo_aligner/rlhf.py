@@ -17,8 +17,8 @@ import yaml
 from nemo_minitron.backends.alignment.nemo_aligner.config import Method, complete_config
 from nemo_minitron.backends.alignment.nemo_aligner.rlhf_checks import RlhfFacts, rollouts_per_step, steps_per_epoch
 from nemo_minitron.backends.alignment.nemo_aligner.shipped import HOME, HOME_VARIABLE
-from nemo_minitron.config.schema.rlhf import Rlhf, RlhfLayout
 from nemo_minitron.data.chat.rows import ATTRIBUTES
+from nemo_minitron.schema.rlhf import Rlhf, RlhfLayout
 
 GPT = "examples/nlp/gpt"
 PROMPT_FILES = {"train": "prompts/train.jsonl", "valid": "prompts/valid.jsonl"}

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from nemo_minitron.backends.alignment.nemo_aligner.model_config import unknown_to_nemo
-from nemo_minitron.config.schema.rlhf import Rlhf
 from nemo_minitron.families import ModelShape
+from nemo_minitron.schema.rlhf import Rlhf
 
 
 @dataclass(frozen=True)

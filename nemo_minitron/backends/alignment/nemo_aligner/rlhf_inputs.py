@@ -10,8 +10,6 @@ import yaml
 
 from nemo_minitron.artifacts.manifest import Manifest, read_manifest
 from nemo_minitron.backends.alignment.nemo_aligner.rlhf_checks import Limits, RlhfFacts, longest_prompt_tokens
-from nemo_minitron.config.schema.base import TEMPLATE_DATE
-from nemo_minitron.config.schema.rlhf import Rlhf
 from nemo_minitron.data.chat.bad_rows import BadRows
 from nemo_minitron.data.chat.render import read_normalised
 from nemo_minitron.data.chat.rows import BadRow
@@ -19,6 +17,8 @@ from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.hf.tokenizer_identity import tokenizer_fingerprint
+from nemo_minitron.schema.base import TEMPLATE_DATE
+from nemo_minitron.schema.rlhf import Rlhf
 
 PARTS = ("train", "valid")
 

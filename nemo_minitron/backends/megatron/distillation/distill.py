@@ -41,7 +41,6 @@ from nemo_minitron.backends.megatron.runtime.context import own_rows, sum_over_c
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.backends.megatron.training.loop import Job, Objective, Parts
 from nemo_minitron.backends.megatron.training.optim import make_trainable
-from nemo_minitron.config.schema import DistillStage, LogitsLoss, Loss, Optimization, Sampled, TrainStage
 from nemo_minitron.distillation.cache import TeacherCache, require_same_keys
 from nemo_minitron.distillation.flops import training_flops_per_token
 from nemo_minitron.distillation.linear import Head
@@ -53,6 +52,8 @@ from nemo_minitron.errors import DataError
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.split import padded_vocab_size
 from nemo_minitron.hf.checkpoint import Checkpoint
+from nemo_minitron.schema.losses import LogitsLoss, Loss, Sampled
+from nemo_minitron.schema.training import Distillation, Optimization, TextTraining
 
 NEXT_TOKEN = Loss(logits=None, next_token=1.0)
 KL = LogitsLoss()
@@ -87,7 +88,7 @@ class Classroom:
 
 
 def prepare_cached(
-    params: DistillStage, student_dir: Path, cache_dir: Path, data_dir: Path, work_dir: Path, session: Session
+    params: Distillation, student_dir: Path, cache_dir: Path, data_dir: Path, work_dir: Path, session: Session
 ) -> Job:
     """Load the student; the teacher is read from a cache, whose samples are the training samples."""
     require_document_mask(params.reset_attention_mask)
@@ -106,7 +107,7 @@ def prepare_cached(
 
 
 def prepare(
-    params: DistillStage, student_dir: Path, teacher_dir: Path, data_dir: Path, work_dir: Path, session: Session
+    params: Distillation, student_dir: Path, teacher_dir: Path, data_dir: Path, work_dir: Path, session: Session
 ) -> Job:
     """Load the student and, where the loss needs it, the teacher; open the data."""
     require_document_mask(params.reset_attention_mask)
@@ -145,7 +146,7 @@ def _correction(room: Classroom, params: Optimization, num_steps: int, teacher: 
     return Correction(trainable, objective_of(own).forward, room.hidden, room.session, params.seq_len_tokens)
 
 
-def prepare_training(params: TrainStage, model_dir: Path, data_dir: Path, work_dir: Path, session: Session) -> Job:
+def prepare_training(params: TextTraining, model_dir: Path, data_dir: Path, work_dir: Path, session: Session) -> Job:
     """Load the model and open the data: next-token cross entropy, no teacher."""
     require_document_mask(params.reset_attention_mask)
     model, shape = load_model(model_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)

@@ -23,11 +23,11 @@ from nemo_minitron.backends.megatron.model.head import bare
 from nemo_minitron.backends.megatron.model.parts import Model, final_norm, is_hybrid, layers
 from nemo_minitron.backends.megatron.runtime.context import sum_over_context
 from nemo_minitron.backends.megatron.runtime.session import Session
-from nemo_minitron.config.schema import HiddenLoss
 from nemo_minitron.distillation.hidden import Pair, Tap, pairs_of, state_loss
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.split import stage_bounds
+from nemo_minitron.schema.losses import HiddenLoss
 
 States = dict[Tap, Tensor]
 """Outputs of norms [S / tp with sequence parallelism, B, D]."""

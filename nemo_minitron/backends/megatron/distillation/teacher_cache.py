@@ -24,7 +24,6 @@ from nemo_minitron.backends.megatron.model.layers import require_document_mask
 from nemo_minitron.backends.megatron.model.parts import Model
 from nemo_minitron.backends.megatron.model.weights import load_model
 from nemo_minitron.backends.megatron.runtime.session import Session
-from nemo_minitron.config.schema import CacheTeacherStage, Sampled
 from nemo_minitron.distillation.cache import (
     CacheFacts,
     Entry,
@@ -38,11 +37,13 @@ from nemo_minitron.distillation.linear import Head
 from nemo_minitron.distillation.sparse import SparseTeacher, sparsify, uniforms_of
 from nemo_minitron.distillation.vocab import Vocab
 from nemo_minitron.families.split import padded_vocab_size
+from nemo_minitron.schema.losses import Sampled
+from nemo_minitron.schema.training import TeacherCaching
 from nemo_minitron.system.progress import Progress
 
 
 def write_cache(
-    params: CacheTeacherStage, teacher_dir: Path, data_dir: Path, work_dir: Path, session: Session, progress: Progress
+    params: TeacherCaching, teacher_dir: Path, data_dir: Path, work_dir: Path, session: Session, progress: Progress
 ) -> CacheFacts:
     """Every shard that the work folder does not have yet; data-parallel ranks write different ones."""
     require_document_mask(params.reset_attention_mask)
@@ -88,7 +89,7 @@ def write_cache(
     return replace(facts, valid_num_tokens=params.valid_num_tokens, valid_teacher_loss=loss)
 
 
-def _heldout_windows(params: CacheTeacherStage, data_dir: Path) -> list[dict[str, Tensor]]:
+def _heldout_windows(params: TeacherCaching, data_dir: Path) -> list[dict[str, Tensor]]:
     """What distillation validates with; none where the entries would not tell the KL."""
     if not gives_kl(params.sparse, params.temperature):
         return []
@@ -97,7 +98,7 @@ def _heldout_windows(params: CacheTeacherStage, data_dir: Path) -> list[dict[str
 
 
 def _heldout_loss(
-    model: Model, params: CacheTeacherStage, vocab_size: int, data_dir: Path, session: Session, progress: Progress
+    model: Model, params: TeacherCaching, vocab_size: int, data_dir: Path, session: Session, progress: Progress
 ) -> float:
     """Nats per token, on the windows that distillation validates with."""
     heldout = heldout_batches(
@@ -124,7 +125,7 @@ def _batches(samples: Any, numbers: range, separate_at: int | None, session: Ses
 
 
 def _entries(
-    model: Model, params: CacheTeacherStage, batches: list[Batch], vocab_size: int, session: Session
+    model: Model, params: TeacherCaching, batches: list[Batch], vocab_size: int, session: Session
 ) -> list[Entry]:
     found: list[Entry] = []
     vocab = vocab_of(session, padded_vocab_size(vocab_size, session.parallel.tp) // session.parallel.tp)
@@ -141,7 +142,7 @@ def _entries(
 
 
 def _distributions(
-    hidden_BSD: Tensor, weight_VD: Tensor, batch: Batch, params: CacheTeacherStage, vocab: Vocab
+    hidden_BSD: Tensor, weight_VD: Tensor, batch: Batch, params: TeacherCaching, vocab: Vocab
 ) -> SparseTeacher:
     hidden = hidden_BSD.flatten(0, 1)
     head = Head(weight_VD, hidden)

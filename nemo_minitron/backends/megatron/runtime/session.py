@@ -14,8 +14,8 @@ from megatron.core import parallel_state
 
 from nemo_minitron.backends.megatron.runtime.cpu import cuda_means_cpu
 from nemo_minitron.backends.megatron.runtime.meeting import StrangerError, among_ourselves, join
-from nemo_minitron.config.schema import Parallel
 from nemo_minitron.errors import EnvironmentProblem, PlanError
+from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.system.heap import keep_freed_memory
 
 TIMEOUT = timedelta(minutes=30)

@@ -17,10 +17,11 @@ from nemo_minitron.backends.megatron.model.parts import Model
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.backends.megatron.scoring.removal import Effects, effects_of_removal, without_layers
 from nemo_minitron.backends.megatron.scoring.stats import activation_scores
-from nemo_minitron.config.schema import LayerMetric, ScoreStage
 from nemo_minitron.evaluation.choice_task import ChoiceTask
 from nemo_minitron.families import ModelShape
 from nemo_minitron.pruning.depth import DepthMetric, Run, lm_loss, logit_mse, runs_of, task_error
+from nemo_minitron.schema.base import LayerMetric
+from nemo_minitron.schema.pruning import Scoring
 from nemo_minitron.system.progress import Progress
 
 TASK = "task"
@@ -40,7 +41,7 @@ class DepthSamples:
 def depth_scores(
     model: Model,
     shape: ModelShape,
-    params: ScoreStage,
+    params: Scoring,
     samples: DepthSamples,
     session: Session,
     progress: Progress,
@@ -68,7 +69,7 @@ def depth_scores(
 class _Probe:
     model: Model
     shape: ModelShape
-    params: ScoreStage
+    params: Scoring
     samples: DepthSamples
     session: Session
     progress: Progress

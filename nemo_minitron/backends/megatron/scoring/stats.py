@@ -20,7 +20,6 @@ from nemo_minitron.backends.megatron.model.forward import Batch, backward_batche
 from nemo_minitron.backends.megatron.model.parts import Layer, Model, layers
 from nemo_minitron.backends.megatron.runtime.layout import shard_range
 from nemo_minitron.backends.megatron.runtime.session import Session
-from nemo_minitron.config.schema import ScoreStage
 from nemo_minitron.families import ModelShape
 from nemo_minitron.pruning.importance import (
     CONVENTIONS,
@@ -35,6 +34,7 @@ from nemo_minitron.pruning.importance import (
     head_scores,
     per_head,
 )
+from nemo_minitron.schema.pruning import Scoring
 
 View = Callable[[Tensor], Tensor]
 
@@ -58,7 +58,7 @@ class Sums:
         return cls(*(torch.zeros(n, NUM_SUMS, size, dtype=torch.float64, device=device) for n, size in rows))
 
 
-def convention_of(params: ScoreStage) -> Convention:
+def convention_of(params: Scoring) -> Convention:
     """The named convention, with the side of the activation function that the recipe may have chosen."""
     found = CONVENTIONS[params.convention]
     return Convention(params.neuron_score or found.neuron, found.head_per_token)
@@ -68,7 +68,7 @@ def activation_scores(
     model: Model,
     shape: ModelShape,
     batches: Iterable[Batch],
-    params: ScoreStage,
+    params: Scoring,
     session: Session,
 ) -> dict[str, Tensor]:
     """Width scores, and block influence where it is asked for; one pass, fp64, equal on every rank.
@@ -91,7 +91,7 @@ def activation_scores(
     return {**_width_scores(sums, shape, params, convention), **_influence(stream)}
 
 
-def _width_scores(sums: Sums, shape: ModelShape, params: ScoreStage, convention: Convention) -> dict[str, Tensor]:
+def _width_scores(sums: Sums, shape: ModelShape, params: Scoring, convention: Convention) -> dict[str, Tensor]:
     def by_row(tensor_R4C: Tensor) -> Tensor:
         return torch.stack([aggregate_batch(row, params.batch_aggregation) for row in tensor_R4C]).cpu()
 
@@ -124,7 +124,7 @@ class _Taps:
 
     convention: Convention
     method: Method
-    params: ScoreStage
+    params: Scoring
     shape: ModelShape
     session: Session
 

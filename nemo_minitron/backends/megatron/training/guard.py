@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from statistics import median
 
-from nemo_minitron.config.schema import LossGuard
+from nemo_minitron.schema.training import LossGuard
 
 MIN_GOOD_STEPS = 10
 """Before so many good losses are known there is no bound."""

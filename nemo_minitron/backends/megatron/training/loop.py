@@ -26,11 +26,12 @@ from nemo_minitron.backends.megatron.training.checkpoint import Checkpoints, Pro
 from nemo_minitron.backends.megatron.training.curves import Curves, Tracker
 from nemo_minitron.backends.megatron.training.guard import LossWatch
 from nemo_minitron.backends.megatron.training.optim import Trainable
-from nemo_minitron.config.schema import Execution, Optimization
 from nemo_minitron.data.used import DATA_USED_FILE, Sources, data_used
 from nemo_minitron.errors import Interrupted, NumericsError
 from nemo_minitron.families import ModelShape
 from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files, model_facts
+from nemo_minitron.schema.execution import Execution
+from nemo_minitron.schema.training import Optimization
 from nemo_minitron.system.files import write_whole
 from nemo_minitron.system.interrupts import REASONS, StopRequest
 from nemo_minitron.system.progress import Bar, Progress

@@ -14,7 +14,8 @@ from nemo_minitron.backends.megatron.distillation.hidden import sum_projection_g
 from nemo_minitron.backends.megatron.model.build import DTYPES
 from nemo_minitron.backends.megatron.model.parts import Model
 from nemo_minitron.backends.megatron.runtime.versions import known_fields
-from nemo_minitron.config.schema import Optimization, Parallel
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.training import Optimization
 
 
 @dataclass(frozen=True)

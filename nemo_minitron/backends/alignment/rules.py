@@ -1,0 +1,65 @@
+"""Rules of trainings by an alignment backend; each function yields one line for each rule that is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nemo_minitron.backends.alignment.nemo_aligner.config import Method, override_problems
+from nemo_minitron.backends.alignment.nemo_aligner.model_config import unknown_to_nemo
+from nemo_minitron.families import ModelShape
+from nemo_minitron.schema.alignment import Alignment
+from nemo_minitron.schema.chats import ChatRowFacts, RowKind
+from nemo_minitron.schema.execution import Parallel
+
+
+def option_problems(key: str, params: Alignment, method: Method) -> Iterator[str]:
+    """Overrides of the backend's config that it does not know."""
+    yield from (f"{key}.aligner.{problem}" for problem in override_problems(method, params.aligner))
+
+
+def row_problems(key: str, params: Alignment, chats: str, held: ChatRowFacts | None, needed: RowKind) -> Iterator[str]:
+    """What is wrong with the rows for this training.
+
+    Args:
+        chats: name of the stage that makes the rows.
+        held: what is known about them; None if nothing is.
+        needed: the kind of rows that the training reads.
+    """
+    if held is None:
+        return
+    if held.rated_from is not None:
+        if needed == "pairs":
+            yield f"{key}.inputs.chats: an annotate stage has conversations, not pairs."
+        return
+    if held.rows != needed:
+        yield f"{key}.inputs.chats: stage {chats} has rows: {held.rows}, not {needed}."
+    if held.valid_rows < params.global_batch_size:
+        yield (
+            f"{key}.global_batch_size = {params.global_batch_size}: validation takes whole batches, and stage "
+            f"{chats} has valid_rows = {held.valid_rows}."
+        )
+
+
+def size_problems(key: str, params: Alignment, layout: Parallel) -> Iterator[str]:
+    """Batch sizes, rates and steps that do not go together."""
+    unit = layout.micro_batch_size * layout.dp
+    if params.global_batch_size % unit:
+        yield (
+            f"{key}.global_batch_size = {params.global_batch_size}: not a multiple of micro_batch_size * dp = "
+            f"{layout.micro_batch_size} * {layout.dp}."
+        )
+    if params.min_lr > params.lr:
+        yield f"{key}.min_lr = {params.min_lr}: above lr = {params.lr}."
+    if params.num_steps is not None and params.warmup_steps >= params.num_steps:
+        yield f"{key}.warmup_steps = {params.warmup_steps}: must be fewer than num_steps = {params.num_steps}."
+
+
+def model_problems(key: str, shape: ModelShape | None, layout: Parallel) -> Iterator[str]:
+    """What the backend cannot do with a model of this shape."""
+    if shape is None:
+        return
+    reason = unknown_to_nemo(shape)
+    if reason is not None:
+        yield f"{key}: NeMo 2.1, which NeMo-Aligner builds on, has no models with {reason}."
+    if shape.num_layers % layout.pp:
+        yield f"{key}: NeMo needs as many layers in every pipeline stage; {shape.num_layers} layers, pp = {layout.pp}."

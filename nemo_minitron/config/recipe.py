@@ -1,0 +1,28 @@
+"""A recipe: its name, its stages, and where and how they run."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from nemo_minitron.schema.base import Schema, StageName, StageParams
+from nemo_minitron.schema.execution import Execution
+from nemo_minitron.stages.registry import STAGES
+
+if TYPE_CHECKING:
+    StageConfig = StageParams
+else:
+    # The union of all kinds that are registered, so that a kind of another package is validated like one of ours.
+    StageConfig = Annotated[reduce(or_, (kind.params for kind in STAGES.values())), Field(discriminator="kind")]
+
+
+class Recipe(Schema):
+    """One complete, named run."""
+
+    name: Annotated[str, Field(pattern=r"^[^\W_][\w.-]*(/[^\W_][\w.-]*)*$")]
+    """Folder under run_root; the recipe file's path below recipes/ unless given."""
+    stages: Annotated[dict[StageName, StageConfig], Field(min_length=1)]
+    execution: Execution = Execution()

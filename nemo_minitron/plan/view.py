@@ -1,0 +1,57 @@
+"""What kinds of stage ask about the recipe around a stage: shapes, rows, layouts and finished files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nemo_minitron.artifacts.store import Store
+from nemo_minitron.config.recipe import Recipe
+from nemo_minitron.families import ModelShape
+from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.schema.base import StageParams
+from nemo_minitron.schema.chats import ChatRowFacts
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.registry import STAGES
+
+
+@dataclass(frozen=True)
+class View:
+    """A recipe as its stages see it; implements `nemo_minitron.stages.kind.RecipeView`."""
+
+    recipe: Recipe
+    seen: frozenset[str] = frozenset()
+    """Stages whose shape is being asked for, so that a cycle of stages ends."""
+
+    @property
+    def stages(self) -> Mapping[str, StageParams]:
+        return self.recipe.stages
+
+    @property
+    def assets_dir(self) -> Path:
+        return Path(self.recipe.execution.assets_dir)
+
+    def shape(self, stage: str) -> ModelShape | None:
+        params = self.stages.get(stage)
+        if params is None or stage in self.seen:
+            return None
+        return STAGES[params.kind].shape(stage, params, replace(self, seen=self.seen | {stage}))
+
+    def planned_shape(self, stage: str) -> ModelShape | None:
+        params = self.stages.get(stage)
+        return None if params is None else STAGES[params.kind].planned_shape(stage, params, self)
+
+    def chat_rows(self, stage: str) -> ChatRowFacts | None:
+        params = self.stages.get(stage)
+        return None if params is None else STAGES[params.kind].chat_rows(stage, params, self)
+
+    def layout(self, stage: str) -> Parallel:
+        """Its own layout, the run's, or one process for a stage without a layout."""
+        execution = self.recipe.execution
+        if not STAGES[self.stages[stage].kind].has_layout:
+            return Parallel()
+        return execution.parallel_by_stage.get(stage, execution.parallel)
+
+    def published(self, stage: str, file: str) -> Path | None:
+        return Store(run_dir(self.recipe)).intact(stage, file)

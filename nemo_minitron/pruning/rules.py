@@ -1,0 +1,51 @@
+"""Rules of a selection: what can be cut, and what must have been scored for it. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nemo_minitron.families import ModelShape
+from nemo_minitron.schema.pruning import Scoring, Selection
+
+SIZES_BY_AXIS = {
+    "hidden": ("hidden_size",),
+    "ffn": ("ffn_hidden_size",),
+    "heads": ("num_attention_heads", "num_query_groups"),
+}
+
+
+def scoring_problems(
+    key: str, selection: Selection, scores: str | None, scoring: Scoring | None, source: ModelShape | None
+) -> Iterator[str]:
+    """One line for each measure that the selection needs and that the score stage does not take.
+
+    Args:
+        key: of the selection's stage.
+        scores: name of the score stage.
+        scoring: its params; None if there is no such stage.
+        source: shape of the model that is pruned.
+    """
+    if selection.method != "importance":
+        return
+    if scoring is None:
+        yield f"{key}.inputs.scores: method importance needs a score stage."
+        return
+    for axis, sizes in SIZES_BY_AXIS.items():
+        wanted = [size for size in sizes if getattr(selection.target, size) is not None]
+        if wanted and axis not in scoring.width_axes:
+            yield f"{key}.target.{wanted[0]}: axis {axis} is not scored; add it to stages.{scores}.width_axes."
+    if selection.target.num_layers is None or selection.drop_layers is not None or source is None:
+        return
+    if selection.target.num_layers < source.num_layers:
+        yield from _layers(key, selection, source.num_layers - selection.target.num_layers, scores, scoring)
+
+
+def _layers(key: str, selection: Selection, drops: int, scores: str | None, scoring: Scoring) -> Iterator[str]:
+    if selection.layer_metric not in scoring.layer_metrics:
+        yield f"{key}.layer_metric = {selection.layer_metric}: not measured; add it to stages.{scores}.layer_metrics."
+    if selection.layer_removal == "contiguous" and drops not in scoring.block_lengths:
+        lengths = f"stages.{scores}.block_lengths"
+        yield f"{key}.layer_removal = contiguous: runs of {drops} layers are not scored; add {drops} to {lengths}."
+    if selection.layer_removal == "iterative" and drops > scoring.iterative_drops:
+        least = f"stages.{scores}.iterative_drops to {drops}"
+        yield f"{key}.layer_removal = iterative: {drops} layers are to go; set {least} or more."

@@ -1,0 +1,74 @@
+"""What every section of a recipe is made of."""
+
+from __future__ import annotations
+
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+class Schema(BaseModel):
+    """Frozen; an unknown key is an error, and so are NaN and infinity."""
+
+    # Before 2.10 pydantic warns of every field that begins with `model_`, unless no name is protected.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class StageParams(Schema):
+    """The keys of one stage. Every class of stage keys extends it and defines `kind` and `inputs`."""
+
+    if TYPE_CHECKING:
+        kind: str
+        inputs: Schema
+
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _expanded(text: str) -> str:
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        raise ValueError("nobody knows the home folder that ~ stands for; write the whole path") from None
+
+
+UserPath = Annotated[str, Field(min_length=1), AfterValidator(_expanded)]
+"""A path of this machine; `~` is expanded, as shells leave it alone after KEY=."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What numpy takes."""
+Precision = Literal["fp32", "bf16"]
+StageName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+def _task(name: str) -> str:
+    if (
+        not name.strip()
+        or "/" in name
+        or "\\" in name
+        or name.startswith(".")
+        or name.endswith((".yaml", ".yml", ".py"))
+    ):
+        # lm-eval would read the file, and run the Python code that it names.
+        raise ValueError("is not the name of a task of lm-eval; files of tasks are not read, as they can run code")
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(_task)]
+"""A task or group that comes with lm-eval, such as arc_easy."""
+WidthMethod = Literal["activation", "taylor"]
+LayerMetric = Literal["block_influence", "lm_loss", "logit_mse", "task"]
+"""Names of the metrics; their functions are in pruning/importance.py and pruning/depth.py."""
+
+
+TEMPLATE_DATE = date(2024, 7, 26)
+"""What the templates of Llama 3 write where nobody tells them the day."""
+
+
+class Inputless(Schema):
+    """A stage that reads no other stage."""

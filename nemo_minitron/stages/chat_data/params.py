@@ -1,0 +1,15 @@
+"""Keys of chat_data stages."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from nemo_minitron.schema.base import Inputless, StageParams
+from nemo_minitron.schema.chats import ChatRows
+
+
+class ChatDataStage(ChatRows, StageParams):
+    """Public chat, preference or rating files -> checked rows of one form, split into train and validation."""
+
+    kind: Literal["chat_data"]
+    inputs: Inputless = Inputless()

@@ -1,0 +1,28 @@
+"""The kind of stage that stops a run whose teacher is too bad."""
+
+from __future__ import annotations
+
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.check_teacher.params import CheckTeacherStage
+from nemo_minitron.stages.kind import Output, RecipeView, StageKind
+from nemo_minitron.workload.load import Load, forward_load
+
+
+def _load(name: str, params: CheckTeacherStage, layout: Parallel, view: RecipeView) -> Load | None:
+    shape = view.shape(params.inputs.teacher)
+    return (
+        None
+        if shape is None
+        else forward_load(shape, params.num_tokens, params.seq_len_tokens, params.precision, layout)
+    )
+
+
+CHECK_TEACHER = StageKind(
+    name="check_teacher",
+    params=CheckTeacherStage,
+    run="nemo_minitron.stages.check_teacher.run:check_teacher",
+    outputs=(Output.TEACHER_CHECK,),
+    inputs={"teacher": (Output.MODEL,), "data": (Output.TOKENIZED_TEXT,)},
+    distributed=True,
+    load=_load,
+)

@@ -1,0 +1,111 @@
+"""The kind of stage that trains a student to match its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nemo_minitron.families import ModelShape
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.training import TeacherCaching
+from nemo_minitron.schema.training_rules import learning_rate_problems, training_problems
+from nemo_minitron.stages.distill.params import DistillStage
+from nemo_minitron.stages.kind import Output, RecipeView, Result, StageKind, TextUse
+from nemo_minitron.workload.load import Load, distillation_load
+
+
+def _shape(name: str, params: DistillStage, view: RecipeView) -> ModelShape | None:
+    return view.shape(params.inputs.student)
+
+
+def _problems(name: str, params: DistillStage, view: RecipeView) -> Iterator[str]:
+    yield from training_problems(name, params, params.num_steps, view.layout(name))
+    yield from _correction(f"stages.{name}", params)
+    cache = view.stages.get(params.inputs.cache or "")
+    if isinstance(cache, TeacherCaching):
+        yield from _cached(f"stages.{name}", params, params.inputs.cache or "", cache)
+
+
+def _correction(key: str, params: DistillStage) -> Iterator[str]:
+    """A teacher that is trained too must be in memory, and its student must learn from it."""
+    if params.teacher_correction is None:
+        return
+    rate = params.teacher_correction
+    yield from learning_rate_problems(f"{key}.teacher_correction", rate, params.num_steps, "num_steps")
+    if params.inputs.cache is not None:
+        yield f"{key}.teacher_correction: a cached teacher cannot learn; use the live one (inputs.cache: null)."
+    if not params.loss.needs_teacher:
+        yield f"{key}.teacher_correction: the loss has no teacher; leave it out."
+
+
+def _cached(key: str, params: DistillStage, name: str, cache: TeacherCaching) -> Iterator[str]:
+    """The cache holds what the distillation reads."""
+    loss = params.loss
+    if params.num_steps * params.global_batch_size > cache.num_samples:
+        yield (
+            f"stages.{name}.num_samples = {cache.num_samples}: {key} takes num_steps * global_batch_size = "
+            f"{params.num_steps * params.global_batch_size} samples."
+        )
+    for role in ("teacher", "data"):
+        asked, used = getattr(params.inputs, role), getattr(cache.inputs, role)  # type: ignore[attr-defined]
+        if asked != used:
+            yield f"{key}.inputs.{role} = {asked}: stages.{name} was made from {used}; give both the same."
+    for field in ("seq_len_tokens", "seed", "reset_attention_mask"):
+        if getattr(params, field) != getattr(cache, field):
+            theirs = f"stages.{name} has {getattr(cache, field)}"
+            yield f"{key}.{field} = {getattr(params, field)}: {theirs}; give both the same."
+    if loss.hidden is not None:
+        yield f"{key}.loss.hidden: a cache holds no hidden states; use the live teacher (inputs.cache: null)."
+    if loss.logits is None:
+        yield f"{key}.inputs.cache: the loss has no logits; leave the cache out."
+    elif loss.logits.sparse != cache.sparse or loss.logits.temperature != cache.temperature:
+        yield (
+            f"{key}.loss.logits: sparse and temperature must be those of stages.{name}: "
+            f"sparse = {cache.sparse.model_dump(mode='json')}, temperature = {cache.temperature}."
+        )
+
+
+def _text_use(params: DistillStage) -> TextUse:
+    return TextUse(params.inputs.data, params.num_steps * params.global_batch_size * params.seq_len_tokens)
+
+
+def _load(name: str, params: DistillStage, layout: Parallel, view: RecipeView) -> Load | None:
+    return distillation_load(
+        view.shape(params.inputs.student),
+        view.shape(params.inputs.teacher),
+        params,
+        params.num_steps,
+        layout,
+        cached=params.inputs.cache is not None,
+        teacher_learns=params.teacher_correction is not None,
+    )
+
+
+def _result_tokens(result: Result) -> int | None:
+    return result.get("tokens")
+
+
+DISTILL = StageKind(
+    name="distill",
+    params=DistillStage,
+    run="nemo_minitron.stages.distill.run:distill",
+    version=3,
+    outputs=(Output.MODEL,),
+    inputs={
+        "student": (Output.MODEL,),
+        "teacher": (Output.MODEL,),
+        "data": (Output.TOKENIZED_TEXT,),
+        "check": (Output.TEACHER_CHECK,),
+        "cache": (Output.TEACHER_CACHE,),
+    },
+    distributed=True,
+    trains=True,
+    stops_by_itself=True,
+    resumes_with_other_rates=True,
+    report="distillation",
+    chat_rank=2,
+    shape=_shape,
+    problems=_problems,
+    text_use=_text_use,
+    load=_load,
+    result_tokens=_result_tokens,
+)

@@ -1,0 +1,71 @@
+"""The kind of stage that measures what an aligned model prefers and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from nemo_minitron.schema.alignment import Alignment
+from nemo_minitron.schema.base import StageParams
+from nemo_minitron.stages.evaluate_chat.params import EvaluateChatStage
+from nemo_minitron.stages.kind import MODELS, Output, RecipeView, Source, StageKind
+
+
+def _sources(params: EvaluateChatStage) -> Iterator[Source]:
+    if params.instructions is not None:
+        yield Source("instructions", params.instructions, "chats")
+
+
+def _problems(name: str, params: EvaluateChatStage, view: RecipeView) -> Iterator[str]:
+    """What the evaluation asks for and cannot get."""
+    key, chats = f"stages.{name}", params.inputs.chats
+    held = view.chat_rows(chats)
+    if held is not None and held.valid_rows == 0:
+        yield f"{key}.inputs.chats: stage {chats} has valid_rows = 0, and the evaluation needs held-out rows."
+    if held is not None and held.rows == "pairs":
+        if params.num_generated:
+            yield f"{key}.num_generated = {params.num_generated}: needs conversations, and stage {chats} has pairs."
+    elif params.inputs.reference is not None and held is not None:
+        yield f"{key}.inputs.reference: compares preferences, and stage {chats} has conversations; leave it out."
+    if params.vary_attribute is not None and not params.num_generated:
+        yield f"{key}.vary_attribute = {params.vary_attribute}: is asked of generated answers; set num_generated."
+    yield from _stricter_than_training(key, params, view.stages)
+
+
+def _stricter_than_training(key: str, params: EvaluateChatStage, stages: Mapping[str, StageParams]) -> Iterator[str]:
+    """Bad rows that a training leaves out must not stop the evaluation that comes after it."""
+    for name, trained in _trainings_before(params.inputs.model, stages):
+        chats = params.inputs.chats
+        same = trained.inputs.chats == chats  # type: ignore[attr-defined]
+        if same and trained.max_bad_fraction > params.max_bad_fraction:
+            yield (
+                f"{key}.max_bad_fraction = {params.max_bad_fraction:g}: stage {name} leaves out up to "
+                f"{trained.max_bad_fraction:g} of the rows of {chats}; the evaluation would stop at them. "
+                f"Next: {key}.max_bad_fraction={trained.max_bad_fraction:g}."
+            )
+
+
+def _trainings_before(model: str, stages: Mapping[str, StageParams]) -> Iterator[tuple[str, Alignment]]:
+    """The alignments that a model has come through, the last one first."""
+    seen: set[str] = set()
+    while model in stages and model not in seen:
+        seen.add(model)
+        stage = stages[model]
+        if isinstance(stage, Alignment):
+            yield model, stage
+        inputs = getattr(stage, "inputs", None)
+        model = getattr(inputs, "model", None) or getattr(inputs, "student", None) or ""
+
+
+EVALUATE_CHAT = StageKind(
+    name="evaluate_chat",
+    params=EvaluateChatStage,
+    run="nemo_minitron.stages.evaluate_chat.run:evaluate_chat",
+    version=2,
+    outputs=(Output.CHAT_EVALUATION,),
+    inputs={"model": MODELS, "chats": (Output.CHAT_ROWS,), "reference": MODELS},
+    one_gpu=True,
+    report="chat_evaluation",
+    sources=_sources,
+    problems=_problems,
+    rehearsal="nemo_minitron.stages.evaluate_chat.rehearsal:rehearse",
+)

@@ -1,0 +1,84 @@
+"""Render before a training what the evaluation after it will ask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from nemo_minitron.artifacts.store import Store
+from nemo_minitron.artifacts.types import Artifact
+from nemo_minitron.data.chat.tokenizing import ChatTemplate
+from nemo_minitron.errors import CheckpointError, DataError, MinitronError
+from nemo_minitron.evaluation.chat_questions import prepare
+from nemo_minitron.schema.alignment import Alignment
+from nemo_minitron.schema.base import StageParams
+from nemo_minitron.schema.chats import TemplateName
+from nemo_minitron.stages.evaluate_chat.params import EvaluateChatStage
+from nemo_minitron.stages.registry import STAGES
+
+Stages = Mapping[str, StageParams]
+
+
+def rehearse(
+    name: str, params: EvaluateChatStage, training: str, stages: Stages, store: Store, assets_dir: Path
+) -> None:
+    """Render the evaluation's questions, if its rows and its tokenizer have been made.
+
+    A training changes neither, so that a row which the evaluation cannot read is found before the hours are spent.
+
+    Args:
+        training: the stage that is about to train; nothing happens if the evaluated model does not come from it.
+
+    Raises:
+        DataError: the evaluation would stop, for the reason that it would give itself.
+    """
+    if training not in _ancestors(params.inputs.model, stages):
+        return
+    chats, found = _rows(params.inputs.chats, stages, store), _tokenizer(params, stages, store)
+    if chats is None or found is None:
+        return
+    folder, template = found
+    try:
+        bound = ChatTemplate.load(folder, template, whole_markers=params.whole_markers, day=params.template_date)
+        prepare(params, chats, bound, name=name, assets_dir=assets_dir)
+    except CheckpointError:
+        return  # the stages that need the tokenizer report better what is wrong with it
+    except MinitronError as error:
+        raise DataError(
+            f"Stage {name} would stop after the training of {params.inputs.model}. {error.what}",
+            where=error.where,
+            allowed=error.allowed,
+            next_step=error.next_step,
+        ) from error
+
+
+def _rows(chats: str, stages: Stages, store: Store) -> Artifact | None:
+    """The finished rows; if they are still to be rated, the rows without ratings."""
+    while store.manifest(chats) is None:
+        source = STAGES[stages[chats].kind].rated_rows(stages[chats])
+        if source is None:
+            return None
+        chats = source
+    return store.artifact(chats, "unseen")
+
+
+def _tokenizer(params: EvaluateChatStage, stages: Stages, store: Store) -> tuple[Path, TemplateName] | None:
+    """The folder that the evaluated model has its tokenizer from, and the template that the model will have."""
+    template: TemplateName = params.template
+    for name in _ancestors(params.inputs.model, stages):
+        if store.manifest(name) is not None:
+            return store.published(name), template
+        made = stages[name]
+        if isinstance(made, Alignment) and template == "model":
+            template = made.template
+    return None
+
+
+def _ancestors(model: str, stages: Stages) -> list[str]:
+    """A model and those that it was made from, the newest first."""
+    out: list[str] = []
+    while model in stages and model not in out:
+        out.append(model)
+        inputs = getattr(stages[model], "inputs", None)
+        model = getattr(inputs, "student", None) or getattr(inputs, "model", None) or ""
+    return out

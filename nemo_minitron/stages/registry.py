@@ -1,0 +1,72 @@
+"""All kinds of stage: those of this package, and those that installed packages add by an entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+
+from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.stages.kind import StageKind, load_function
+
+ENTRY_POINTS = "nemo_minitron.stages"
+"""Entry-point group of other packages; each entry point names a StageKind."""
+KINDS = (
+    "import_model.kind:IMPORT",
+    "adopt.kind:ADOPT",
+    "init.kind:INIT",
+    "tokenize.kind:TOKENIZE",
+    "check_teacher.kind:CHECK_TEACHER",
+    "train.kind:TRAIN",
+    "train.kind:CORRECT",
+    "score.kind:SCORE",
+    "search.kind:CANDIDATE",
+    "search.kind:SEARCH",
+    "select.kind:SELECT",
+    "prune.kind:PRUNE",
+    "cache_teacher.kind:CACHE_TEACHER",
+    "distill.kind:DISTILL",
+    "chat_data.kind:CHAT_DATA",
+    "distill_offline.kind:DISTILL_OFFLINE",
+    "align.kind:SFT",
+    "align.kind:TRAIN_ATTRIBUTE_MODEL",
+    "annotate.kind:ANNOTATE",
+    "align.kind:STEERLM_SFT",
+    "align.kind:DPO",
+    "evaluate.kind:EVALUATE",
+    "evaluate_chat.kind:EVALUATE_CHAT",
+    "speed.kind:SPEED",
+    "export.kind:EXPORT",
+    "report.kind:REPORT",
+)
+"""One line for each kind of this package, in the order of the work."""
+
+
+def _registered() -> dict[str, StageKind]:
+    found = {kind.name: kind for kind in (load_function(f"nemo_minitron.stages.{entry}") for entry in KINDS)}
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
+        kind = _loaded(entry)
+        if kind.name in found:
+            raise _wrong(entry, f"adds the kind of stage `{kind.name}`, which is already there", found)
+        found[kind.name] = kind
+    return found
+
+
+def _loaded(entry: EntryPoint) -> StageKind:
+    kind = entry.load()
+    if not isinstance(kind, StageKind):
+        raise _wrong(entry, f"gives a {type(kind).__name__}, not a StageKind", ())
+    return kind
+
+
+def _wrong(entry: EntryPoint, what: str, known: Iterable[str]) -> EnvironmentProblem:
+    package = entry.dist.name if entry.dist is not None else "An installed package"
+    return EnvironmentProblem(
+        f"{package} {what}.",
+        where=f"entry point {entry.name} = {entry.value} of the group {ENTRY_POINTS}",
+        allowed=f"a name other than {', '.join(known)}" if known else None,
+        next_step="Correct or uninstall that package.",
+    )
+
+
+STAGES: dict[str, StageKind] = _registered()
+"""Kind name -> kind."""

@@ -1,0 +1,20 @@
+"""Keys of report stages."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from nemo_minitron.schema.base import Schema, StageName, StageParams
+
+
+class ReportInputs(Schema):
+    stages: tuple[StageName, ...] | None = None
+    """Stages that the report tells of; None: every other stage of the recipe."""
+
+
+class ReportStage(StageParams):
+    """report.json, report.md and one self-contained report.html."""
+
+    kind: Literal["report"]
+    inputs: ReportInputs = ReportInputs()
+    title: str | None = None

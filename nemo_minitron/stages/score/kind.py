@@ -1,0 +1,74 @@
+"""The kind of stage that measures the importance of every axis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.training_rules import countable
+from nemo_minitron.stages.kind import MODELS, Output, RecipeView, Result, Source, StageKind, TaskUse
+from nemo_minitron.stages.score.params import ScoreStage
+from nemo_minitron.workload.load import Load, forward_load
+
+
+def _sources(params: ScoreStage) -> Iterator[Source]:
+    if params.depth_task is not None and params.depth_task.source:
+        yield Source("depth_task.source", params.depth_task.source, "files")
+
+
+def _tasks(params: ScoreStage) -> Iterator[TaskUse]:
+    task = params.depth_task
+    if task is not None:
+        runs = "task" in params.layer_metrics
+        yield TaskUse("depth_task.name", task.name, "depth_task.source", task.source, runs=runs)
+
+
+def _problems(name: str, params: ScoreStage, view: RecipeView) -> Iterator[str]:
+    layout = view.layout(name)
+    size = layout.dp * layout.micro_batch_size
+    yield from countable(f"stages.{name}.num_samples", max(params.num_samples, params.depth_samples))
+    for key in ("num_samples", *(("depth_samples",) if params.draws_depth_samples else ())):
+        value = getattr(params, key)
+        if value % size:
+            yield f"stages.{name}.{key} = {value}: must be a multiple of dp * micro_batch_size = {size}."
+    for key, count in (("batch_aggregation", "num_samples"), ("sequence_aggregation", "seq_len_tokens")):
+        if getattr(params, key) == "var" and getattr(params, count) < 2:
+            yield f"stages.{name}.{key} = var: needs stages.{name}.{count} of 2 or more; one value has no variance."
+    if "task" in params.layer_metrics and params.depth_task is None:
+        yield f"stages.{name}.layer_metrics: task needs stages.{name}.depth_task, with the name of an lm-eval task."
+    shape = view.shape(params.inputs.model)
+    if shape is None:
+        return
+    for length in (*params.block_lengths, params.iterative_drops):
+        if length >= shape.num_layers:
+            yield (
+                f"stages.{name}: {length} layers cannot be removed from a model of {shape.num_layers}; "
+                f"block_lengths and iterative_drops go up to {shape.num_layers - 1}."
+            )
+
+
+def _load(name: str, params: ScoreStage, layout: Parallel, view: RecipeView) -> Load | None:
+    shape, tokens = view.shape(params.inputs.model), params.num_samples * params.seq_len_tokens
+    return None if shape is None else forward_load(shape, tokens, params.seq_len_tokens, params.precision, layout)
+
+
+def _result_tokens(result: Result) -> int:
+    return int(result["num_samples"]) * int(result["seq_len_tokens"])
+
+
+SCORE = StageKind(
+    name="score",
+    params=ScoreStage,
+    run="nemo_minitron.stages.score.run:score",
+    version=2,
+    outputs=(Output.SCORES,),
+    inputs={"model": MODELS, "data": (Output.TOKENIZED_TEXT,)},
+    distributed=True,
+    whole_sequences=True,
+    report="scores",
+    sources=_sources,
+    tasks=_tasks,
+    problems=_problems,
+    load=_load,
+    result_tokens=_result_tokens,
+)

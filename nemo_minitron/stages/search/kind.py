@@ -1,0 +1,129 @@
+"""The kinds of stage that search for a shape: the search itself, and its candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nemo_minitron.families import ModelShape, target_shape
+from nemo_minitron.pruning.rules import scoring_problems
+from nemo_minitron.pruning.search import Candidate, enumerate_candidates
+from nemo_minitron.schema.base import StageParams
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.pruning import Scoring, Selection, Target
+from nemo_minitron.schema.training_rules import training_problems
+from nemo_minitron.stages.kind import MODELS, Output, RecipeView, StageKind
+from nemo_minitron.stages.search.expansion import search_of, written_out
+from nemo_minitron.stages.search.params import CandidateStage, SearchStage
+from nemo_minitron.workload.load import Load, distillation_load
+
+
+def _used_inputs(
+    name: str, params: SearchStage | CandidateStage, inputs: Mapping[str, Any], view: RecipeView
+) -> Mapping[str, Any]:
+    """Only a selection by importance reads scores."""
+    by_importance = params.selection.method == "importance"
+    return inputs if by_importance else {role: value for role, value in inputs.items() if role != "scores"}
+
+
+def _expand(name: str, params: SearchStage, view: RecipeView) -> Mapping[str, StageParams] | None:
+    """A stage for each candidate and rung, and the search that reads them; None if it is written out already, or the
+    sizes of its model are not known."""
+    source = view.shape(params.inputs.model)
+    if params.inputs.candidates or source is None:
+        return None
+    candidates = written_out(name, params, source)
+    inputs = params.inputs.model_copy(update={"candidates": tuple(candidates)})
+    return {**candidates, name: params.model_copy(update={"inputs": inputs})}
+
+
+def _candidates(params: SearchStage, view: RecipeView) -> list[Candidate]:
+    """The points of the grid; none if the model's sizes are not known."""
+    source = view.shape(params.inputs.model)
+    return [] if source is None else enumerate_candidates(params.grid, params.constraints, source)
+
+
+def _points(name: str, params: SearchStage, view: RecipeView) -> Iterator[Mapping[str, Any]]:
+    for candidate in _candidates(params, view):
+        yield {"search": name, **candidate.facts()}
+
+
+def _problems(name: str, params: SearchStage, view: RecipeView) -> Iterator[str]:
+    key, model = f"stages.{name}", params.inputs.model
+    source = view.shape(model)
+    if source is None:
+        yield (
+            f"{key}: the candidates depend on the sizes of {model}, which are not known yet. "
+            f"Next: give stages.{model}.architecture, the keys of its config.json."
+        )
+        return
+    if params.constraints.min_generate_tokens_per_s is not None and params.measure_speed is None:
+        yield f"{key}.constraints.min_generate_tokens_per_s: needs {key}.measure_speed, {{}} for its defaults."
+    layout = view.layout(name)
+    for number, rung in enumerate(params.rungs):
+        yield from training_problems(name, params.retraining, rung.num_steps, layout, f"{key}.rungs.{number}.num_steps")
+    scoring = view.stages.get(params.inputs.scores or "")
+    known = scoring if isinstance(scoring, Scoring) else None
+    seen: set[str] = set()
+    for candidate in _candidates(params, view):
+        rules = Selection(target=candidate.target, **params.selection.model_dump())
+        seen.update(scoring_problems(key, rules, params.inputs.scores, known, source))
+    yield from sorted(seen)
+
+
+def _candidate_shape(name: str, params: CandidateStage, view: RecipeView) -> ModelShape | None:
+    source = view.shape(params.inputs.model) if params.target != Target() else None
+    return None if source is None else target_shape(source, params.target, None)
+
+
+def _candidate_load(name: str, params: CandidateStage, layout: Parallel, view: RecipeView) -> Load | None:
+    student, teacher = view.shape(name), view.shape(params.inputs.teacher)
+    return distillation_load(student, teacher, params.retraining, params.num_steps, layout)
+
+
+def _array(name: str, params: CandidateStage) -> str:
+    """Candidates that are compared with each other run as one job array."""
+    return f"{search_of(name, params)}_rung{params.rung}"
+
+
+SEARCH = StageKind(
+    name="search",
+    params=SearchStage,
+    run="nemo_minitron.stages.search.run:search",
+    outputs=(Output.SEARCH,),
+    inputs={
+        "model": MODELS,
+        "teacher": (Output.MODEL,),
+        "scores": (Output.SCORES,),
+        "data": (Output.TOKENIZED_TEXT,),
+        "check": (Output.TEACHER_CHECK,),
+        "candidates": (Output.CANDIDATE,),
+    },
+    reads_results=True,
+    report="search",
+    used_inputs=_used_inputs,
+    expand=_expand,
+    points=_points,
+    problems=_problems,
+)
+CANDIDATE = StageKind(
+    name="candidate",
+    params=CandidateStage,
+    run="nemo_minitron.stages.search.candidate:candidate",
+    outputs=(Output.CANDIDATE,),
+    inputs={
+        "model": MODELS,
+        "teacher": (Output.MODEL,),
+        "scores": (Output.SCORES,),
+        "data": (Output.TOKENIZED_TEXT,),
+        "check": (Output.TEACHER_CHECK,),
+        "rivals": (Output.CANDIDATE,),
+    },
+    distributed=True,
+    stops_by_itself=True,
+    loads_own_model=True,
+    used_inputs=_used_inputs,
+    shape=_candidate_shape,
+    load=_candidate_load,
+    array=_array,
+)

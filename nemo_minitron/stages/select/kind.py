@@ -1,0 +1,71 @@
+"""The kind of stage that decides which indices stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nemo_minitron.families import ModelShape, target_shape
+from nemo_minitron.pruning.possible import impossible
+from nemo_minitron.pruning.rules import scoring_problems
+from nemo_minitron.pruning.search import SEARCH_FILE, winner_of
+from nemo_minitron.schema.pruning import Scoring, Target
+from nemo_minitron.stages.kind import MODELS, Output, RecipeView, StageKind
+from nemo_minitron.stages.select.params import SelectStage
+
+
+def _used_inputs(name: str, params: SelectStage, inputs: Mapping[str, Any], view: RecipeView) -> Mapping[str, Any]:
+    """Only a selection by importance reads scores."""
+    return inputs if params.method == "importance" else {role: v for role, v in inputs.items() if role != "scores"}
+
+
+def _problems(name: str, params: SelectStage, view: RecipeView) -> Iterator[str]:
+    key, search = f"stages.{name}", params.inputs.search
+    if search is not None:
+        if params.target != Target() or params.drop_layers is not None:
+            yield f"{key}: the sizes come from inputs.search = {search}; leave out target and drop_layers."
+        return
+    source = view.shape(params.inputs.model)
+    if params.target == Target() and params.drop_layers is None:
+        yield f"{key}.target: nothing is made smaller; give a size, drop_layers, or inputs.search."
+    problems = list(impossible(params, source)) if source is not None else []
+    yield from (
+        f"{key}.{where} = {value}: cannot be cut out of the model. Allowed: {allowed}."
+        for where, value, allowed in problems
+    )
+    if not problems:
+        scoring = view.stages.get(params.inputs.scores or "")
+        known = scoring if isinstance(scoring, Scoring) else None
+        yield from scoring_problems(key, params, params.inputs.scores, known, source)
+
+
+def _shape(name: str, params: SelectStage, view: RecipeView) -> ModelShape | None:
+    """What the plan leaves of its model; None if that depends on a search that has not finished."""
+    source, target = view.shape(params.inputs.model), params.target
+    if params.inputs.search is not None:
+        found = view.published(params.inputs.search, SEARCH_FILE)
+        if found is None:
+            return None
+        target = winner_of(found.parent)
+    return None if source is None else target_shape(source, target, params.drop_layers)
+
+
+def _reduction(name: str, params: SelectStage, view: RecipeView) -> tuple[ModelShape | None, ModelShape | None] | None:
+    if params.method != "importance":
+        return None
+    return view.shape(params.inputs.model), _shape(name, params, view)
+
+
+SELECT = StageKind(
+    name="select",
+    params=SelectStage,
+    run="nemo_minitron.stages.select.run:select",
+    version=2,
+    outputs=(Output.PRUNE_PLAN,),
+    inputs={"model": MODELS, "scores": (Output.SCORES,), "search": (Output.SEARCH,)},
+    report="selection",
+    used_inputs=_used_inputs,
+    problems=_problems,
+    planned_shape=_shape,
+    reduction=_reduction,
+)

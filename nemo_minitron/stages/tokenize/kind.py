@@ -1,0 +1,40 @@
+"""The kind of stage that turns text into Megatron's indexed datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nemo_minitron.data.blocks import COMPRESSIONS
+from nemo_minitron.stages.kind import Output, Result, Source, StageKind
+from nemo_minitron.stages.tokenize.params import TokenizeStage
+
+TOKENIZED_BYTES, UNPACKED_BYTES = 2, 4
+"""Bytes of shards and result together for each byte of text, at four characters and up to four bytes a token; bytes of
+text for each byte of a compressed file."""
+
+
+def _sources(params: TokenizeStage) -> Iterator[Source]:
+    for number, text in enumerate(params.sources):
+        yield Source(f"sources.{number}.source", text.source, "text")
+
+
+def _source_disk_bytes(location: str, num_bytes: int) -> int:
+    """Disk space that the shards and the joined result of a source take together."""
+    return TOKENIZED_BYTES * num_bytes * (UNPACKED_BYTES if location.endswith(COMPRESSIONS) else 1)
+
+
+def _result_tokens(result: Result) -> int:
+    return int(result["train_num_tokens"]) + int(result["valid_num_tokens"])
+
+
+TOKENIZE = StageKind(
+    name="tokenize",
+    params=TokenizeStage,
+    run="nemo_minitron.stages.tokenize.run:tokenize",
+    outputs=(Output.TOKENIZED_TEXT,),
+    inputs={"tokenizer": (Output.TOKENIZER,)},
+    report="data",
+    sources=_sources,
+    source_disk_bytes=_source_disk_bytes,
+    result_tokens=_result_tokens,
+)

@@ -1,0 +1,1 @@
+"""What a stage asks of its processes: memory, tokens and floating-point operations."""

@@ -1,0 +1,98 @@
+"""The load of a stage: the model that it runs, the tokens that it reads, and the operations for each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_minitron.distillation.flops import forward_flops_per_token, training_flops_per_token
+from nemo_minitron.families import ModelShape
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.training import Optimization, Training
+from nemo_minitron.workload.memory import Work
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a stage asks of its processes."""
+
+    work: Work
+    tokens: int
+    flops_per_token: float
+
+
+def training_load(
+    shape: ModelShape,
+    teacher: ModelShape | None,
+    keys: Optimization,
+    num_steps: int,
+    layout: Parallel,
+    *,
+    teacher_learns: bool = False,
+    hidden_pairs: int = 0,
+) -> Load:
+    """Load of a Megatron training.
+
+    Args:
+        teacher: the model that runs beside the student; None if no teacher is in memory.
+        hidden_pairs: layers whose hidden states are compared with the teacher's.
+    """
+    micro_batches = max(1, keys.global_batch_size // (layout.dp * layout.micro_batch_size))
+    work = Work(
+        shape,
+        layout,
+        keys.precision,
+        keys.seq_len_tokens,
+        num_micro_batches=micro_batches,
+        teacher=teacher,
+        teacher_learns=teacher_learns,
+        hidden_pairs=hidden_pairs,
+    )
+    each = training_flops_per_token(shape, teacher, keys.seq_len_tokens, teacher_learns=teacher_learns)
+    if layout.recompute == "full":
+        each += forward_flops_per_token(shape, keys.seq_len_tokens)
+    return Load(work, num_steps * keys.global_batch_size * keys.seq_len_tokens, each)
+
+
+def distillation_load(
+    student: ModelShape | None,
+    teacher: ModelShape | None,
+    keys: Training,
+    num_steps: int,
+    layout: Parallel,
+    *,
+    cached: bool = False,
+    teacher_learns: bool = False,
+) -> Load | None:
+    """Load of a distillation; None if the sizes of a model that it runs are not known.
+
+    Args:
+        cached: the teacher's distributions come from disk, so that the teacher is not in memory.
+    """
+    if student is None or (teacher is None and not cached):
+        return None
+    needed = teacher if keys.loss.needs_teacher and not cached else None
+    pairs = 0 if keys.loss.hidden is None else student.num_layers
+    return training_load(student, needed, keys, num_steps, layout, teacher_learns=teacher_learns, hidden_pairs=pairs)
+
+
+def alignment_load(
+    shape: ModelShape, num_steps: int, global_batch_size: int, seq_len_tokens: int, layout: Parallel, *, pairs: bool
+) -> Load:
+    """Load of a training by an alignment backend, in bf16.
+
+    Rows are counted at their greatest length, so that tokens and hours are upper bounds.
+
+    Args:
+        pairs: both answers of a row are read, and a frozen reference model is in memory beside the trained one.
+    """
+    answers, reference = (2, shape) if pairs else (1, None)
+    layout = layout.model_copy(update={"micro_batch_size": layout.micro_batch_size * answers})
+    work = Work(shape, layout, "bf16", seq_len_tokens, teacher=reference)
+    tokens = num_steps * global_batch_size * answers * seq_len_tokens
+    return Load(work, tokens, training_flops_per_token(shape, reference, seq_len_tokens))
+
+
+def forward_load(shape: ModelShape, tokens: int, seq_len_tokens: int, precision: str, layout: Parallel) -> Load:
+    """Load of forward passes over text, without training."""
+    work = Work(shape, layout, precision, seq_len_tokens, trains=False)
+    return Load(work, tokens, forward_flops_per_token(shape, seq_len_tokens))

@@ -1,0 +1,180 @@
+"""Bytes that one process of a training holds, part by part.
+
+Derived from what the code allocates: weights, gradient buffers and Adam's states are exact; activations are the tensors
+that autograd keeps for the backward pass of each module of backends/megatron/model/layers.py (the test compares with
+`saved_tensors_hooks`); the output layer and the loss are the chunks of distillation/linear.py. On a GPU Transformer
+Engine keeps somewhat less than the torch modules that are counted here.
+
+Letters: w bytes of a weight, n tokens of a micro-batch on this rank, h hidden, q = heads * head size, k = groups *
+head size, a heads, g groups, f MLP size, V rows of the vocabulary; all of this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from nemo_minitron.distillation.chunks import CHUNK_BYTES, MIN_CHUNK_TOKENS
+from nemo_minitron.families import ModelShape
+from nemo_minitron.families.split import padded_vocab_size, params_of_rank, stage_bounds
+from nemo_minitron.schema.execution import Parallel
+
+GIB = 2**30
+WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
+GRADIENT_BYTES, ADAM_BYTES, MASTER_BYTES = 4, 8, 4
+"""Of each parameter, all in fp32; masters only beside bf16 weights."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one process, in bytes; `peak` is the sum."""
+
+    weights: int = 0
+    teacher: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    loss: int = 0
+    """The output layer's chunks, and the gradients that it makes."""
+    hidden_states: int = 0
+    """Of both models, where a loss compares them."""
+
+    @property
+    def fixed(self) -> int:
+        """What is there between two steps."""
+        return self.weights + self.teacher + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> int:
+        return sum(asdict(self).values())
+
+    def facts(self) -> dict[str, float]:
+        """In GiB."""
+        parts = {f"{name}_gib": round(value / GIB, 4) for name, value in asdict(self).items()}
+        return {**parts, "peak_gib": round(self.peak / GIB, 4)}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a process is to do with a model.
+
+    Args:
+        trains: False: the model is only asked.
+        hidden_pairs: layers whose hidden states are compared with a teacher's.
+    """
+
+    shape: ModelShape
+    parallel: Parallel
+    precision: str
+    seq_len_tokens: int
+    num_micro_batches: int = 1
+    trains: bool = True
+    teacher: ModelShape | None = None
+    teacher_learns: bool = False
+    hidden_pairs: int = 0
+
+
+def memory_of(work: Work) -> Memory:
+    """Of the pipeline stage that needs most."""
+    stages = range(work.parallel.pp)
+    return max((_of_stage(work, stage) for stage in stages), key=lambda found: found.peak)
+
+
+def _of_stage(work: Work, stage: int) -> Memory:
+    layout, wide = work.parallel, WEIGHT_BYTES[work.precision]
+    count = params_of_rank(work.shape, tp=layout.tp, pp=layout.pp, stage=stage)
+    learned = count if work.trains else 0
+    teacher = 0
+    if work.teacher is not None:
+        teacher = params_of_rank(_same_vocab(work.teacher, work), tp=layout.tp, pp=layout.pp, stage=stage)
+        learned += teacher if work.teacher_learns else 0
+    last = stage == layout.pp - 1
+    return Memory(
+        weights=wide * count,
+        teacher=wide * teacher,
+        gradients=GRADIENT_BYTES * learned,
+        optimizer=optimizer_bytes(learned, work.precision, layout),
+        activations=_activations(work, stage) if work.trains else _forward_only(work),
+        loss=_loss_bytes(work) if last else 0,
+        hidden_states=_hidden_bytes(work),
+    )
+
+
+def optimizer_bytes(num_params: int, precision: str, layout: Parallel) -> int:
+    """Adam's two moments, and masters of bf16 weights; a distributed optimizer keeps a part of them."""
+    each = ADAM_BYTES + (MASTER_BYTES if precision == "bf16" else 0)
+    return each * num_params // (layout.dp * layout.cp if layout.distributed_optimizer else 1)
+
+
+def _same_vocab(teacher: ModelShape, work: Work) -> ModelShape:
+    """Both models are padded to one split of the vocabulary."""
+    return teacher.resized(vocab_size=max(teacher.vocab_size, work.shape.vocab_size))
+
+
+def _tokens(work: Work) -> int:
+    return work.seq_len_tokens * work.parallel.micro_batch_size // work.parallel.cp
+
+
+def layer_bytes_per_token(shape: ModelShape, parallel: Parallel, precision: str) -> float:
+    """What autograd keeps of one layer for each token."""
+    w, tp = WEIGHT_BYTES[precision], parallel.tp
+    # With sequence parallelism norms and the stream between blocks are split as well.
+    h = shape.hidden_size / (tp if parallel.sequence_parallel else 1)
+    a, g, f = shape.num_attention_heads / tp, shape.num_query_groups / tp, shape.ffn_hidden_size / tp
+    q, k = a * shape.kv_channels, g * shape.kv_channels
+    norms = 2 * _norm_bytes(shape, h, w)
+    # The fused projection (for its v), q and k after rotation, the output, and the sums of the softmax.
+    attention = w * ((q + 2 * k) + q + k + q) + 4 * a
+    if shape.qk_norm:
+        attention += (4 + w) * (q + k) + 4 * (a + g)
+    # Gate and up, the activation of the gate, its input made contiguous, and the product; or what relu gave, squared.
+    mlp = (5 if shape.gated else 2) * w * f
+    return norms + attention + mlp
+
+
+def _norm_bytes(shape: ModelShape, h: float, w: int) -> float:
+    """Of one norm: its input in fp32, its statistics, its product with the weight, and what RMSNorm multiplies."""
+    return (4 + w) * h + (4 + w * h if shape.norm == "rmsnorm" else 8)
+
+
+def _activations(work: Work, stage: int) -> int:
+    """Of all layers of this stage, for as many micro-batches as are under way in it at once."""
+    layout, n, w = work.parallel, _tokens(work), WEIGHT_BYTES[work.precision]
+    start, stop = stage_bounds(work.shape.num_layers, layout.pp)[stage]
+    each = layer_bytes_per_token(work.shape, layout, work.precision) * n
+    under_way = min(layout.pp - stage, work.num_micro_batches)
+    h = work.shape.hidden_size / (layout.tp if layout.sequence_parallel else 1)
+    stream = w * n * h
+    if layout.recompute == "full":
+        # The input of every layer, and one layer that is computed again.
+        return round(under_way * (stop - start) * stream + each + stream)
+    ends = _norm_bytes(work.shape, h, w) * n if stage == layout.pp - 1 else 0
+    return round(under_way * (stop - start) * each + ends)
+
+
+def _forward_only(work: Work) -> int:
+    """One layer's tensors at their widest: the stream, its norm, and the MLP's input and output."""
+    w, n, tp = WEIGHT_BYTES[work.precision], _tokens(work), work.parallel.tp
+    width = 3 * work.shape.hidden_size + (4 if work.shape.gated else 2) * work.shape.ffn_hidden_size / tp
+    return round(w * n * width)
+
+
+def _loss_bytes(work: Work) -> int:
+    """A chunk of each model's logits, the gradients of the output layer's input and weight, and one product of them."""
+    w, n, tp = WEIGHT_BYTES[work.precision], _tokens(work), work.parallel.tp
+    vocab = padded_vocab_size(max(work.shape.vocab_size, work.teacher.vocab_size if work.teacher else 0), tp) // tp
+    rows = min(n, max(MIN_CHUNK_TOKENS, CHUNK_BYTES // (4 * vocab)))
+    total = w * rows * vocab * (2 if work.teacher is not None else 1)
+    if work.teacher is not None:
+        total += w * n * work.teacher.hidden_size
+    if work.trains:
+        product = w if work.precision == "bf16" else 0
+        total += (4 + product) * vocab * work.shape.hidden_size + w * n * work.shape.hidden_size
+    return total
+
+
+def _hidden_bytes(work: Work) -> int:
+    """The student's states and the teacher's, which are projected to compare."""
+    if not work.hidden_pairs or work.teacher is None:
+        return 0
+    w, n = WEIGHT_BYTES[work.precision], _tokens(work)
+    return work.hidden_pairs * n * w * (work.shape.hidden_size + 2 * work.teacher.hidden_size)
