@@ -18,8 +18,6 @@ from nemo_minitron.system.safe_files import require_real_folder
 
 Facts = Mapping[str, Any]
 """What a manifest says of a file: {bytes, sha256}."""
-COMPARED = ".compared"
-"""The folder of a run in which it is kept; may be deleted."""
 LOGITS_FILE = "logits.json"
 """Which models there compute the same logits in transformers and in Megatron; see evaluation/agreement.py."""
 _State = list[int]

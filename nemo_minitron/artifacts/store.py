@@ -14,8 +14,9 @@ from math import inf
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from nemo_minitron.artifacts.compared import COMPARED, changed_file
+from nemo_minitron.artifacts.compared import changed_file
 from nemo_minitron.artifacts.manifest import Manifest, file_facts, hash_files, read_manifest, write_manifest
+from nemo_minitron.artifacts.run_paths import ACCEPTED_DRIFT, COMPARED, LOCK, PARTIAL, SUPERSEDED, WORK, RunPaths
 from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.system.disclosure import told_command
@@ -23,10 +24,9 @@ from nemo_minitron.system.files import read_json, write_whole
 from nemo_minitron.system.ownership import require_own, require_own_tree, work_mode
 from nemo_minitron.system.safe_files import ROOT_MODE, TEMPORARY, open_lock, own_folder, require_real_folder
 
-_WORK, _SUPERSEDED, _PARTIAL = ".work", ".superseded", ".partial-"
 _CHANGED = "was changed or damaged after the stage finished"
 LOCK_POLL_S = 1.0
-_LOCK, _ACCEPTED, _WORK_IDENTITY = ".lock", "accepted_drift.json", "fingerprint"
+_WORK_IDENTITY = "fingerprint"
 SMALL_BYTES = 64 << 20
 """Files up to here are compared even where large ones are not read."""
 Contents = Literal["sizes", "small", "unseen", "all"]
@@ -40,8 +40,13 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    @property
+    def paths(self) -> RunPaths:
+        """The names of the run's files."""
+        return RunPaths(self.root)
+
     def published(self, stage: str) -> Path:
-        return self.root / stage
+        return self.paths.published(stage)
 
     def manifest(self, stage: str) -> Manifest | None:
         """The manifest of a finished stage, or None."""
@@ -117,7 +122,7 @@ class Store:
         for stage in stages:
             folder = self.published(stage)
             if self.manifest(stage) is None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-                what = "the folder of another run" if (folder / _LOCK).exists() else "something that no stage made"
+                what = "the folder of another run" if (folder / LOCK).exists() else "something that no stage made"
                 raise _in_the_way(f"Where the output of stage {stage} goes, there is {what}.", folder)
 
     # --- publishing ---------------------------------------------------------------------------
@@ -125,7 +130,7 @@ class Store:
     @contextmanager
     def building(self, stage: str) -> Iterator[Path]:
         """A fresh folder to write into; it disappears unless `publish` takes it."""
-        name = f"{_PARTIAL}{stage}-{os.getpid()}"
+        name = f"{PARTIAL}{stage}-{os.getpid()}"
         shutil.rmtree(self.root / name, ignore_errors=True)
         self.root.mkdir(mode=ROOT_MODE, parents=True, exist_ok=True)
         folder = self.root / name
@@ -142,7 +147,7 @@ class Store:
         write_manifest(folder, complete)
         require_real_folder(self.published(stage))
         folder.rename(self.published(stage))
-        require_real_folder(self.root / _WORK)
+        require_real_folder(self.root / WORK)
         shutil.rmtree(self.work(stage), ignore_errors=True)
 
     def supersede(self, stage: str) -> None:
@@ -151,7 +156,7 @@ class Store:
 
     def remove_leftovers(self, stage: str | None = None) -> None:
         """Delete folders of runners that were killed while they wrote; of one stage, where others may be at work."""
-        pattern = f"{_PARTIAL}*" if stage is None else f"{_PARTIAL}{stage}-[0-9]*"
+        pattern = f"{PARTIAL}*" if stage is None else f"{PARTIAL}{stage}-[0-9]*"
         for folder in self.root.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
         if stage is None:
@@ -163,21 +168,21 @@ class Store:
         if not folder.exists():
             return
         require_real_folder(folder)
-        target = own_folder(self.root, _SUPERSEDED)
+        target = own_folder(self.root, SUPERSEDED)
         number = sum(1 for _ in target.glob(f"{stage}-*")) + 1
         folder.rename(target / f"{stage}-{number}")
 
     # --- work folders -------------------------------------------------------------------------
 
     def work(self, stage: str) -> Path:
-        return self.root / _WORK / stage
+        return self.paths.work(stage)
 
     def open_work(self, stage: str, fingerprint: str) -> Path:
         """The stage's work folder; one that was begun for something else is moved away."""
         folder = self.own_work(stage)
         if folder.exists() and not _is_claimed(folder, fingerprint):
             self._move_away(folder, f"work-{stage}")
-        own_folder(self.root, _WORK, stage)
+        own_folder(self.root, WORK, stage)
         self.claim_work(folder, fingerprint)
         return folder
 
@@ -189,11 +194,11 @@ class Store:
         Raises:
             ArtifactError: it is a link, or another user owns it or can write there.
         """
-        own_folder(self.root, _WORK, mode=work_mode())
+        own_folder(self.root, WORK, mode=work_mode())
         folder = self.work(stage)
         require_real_folder(folder)
-        require_own(self.root / _WORK)
-        require_own_tree(folder, below=self.root / _WORK)
+        require_own(self.root / WORK)
+        require_own_tree(folder, below=self.root / WORK)
         return folder
 
     @staticmethod
@@ -206,12 +211,12 @@ class Store:
 
     def accepted_drift(self) -> dict[str, str]:
         """fingerprint asked for -> fingerprint on disk that the user accepted for it."""
-        file = self.root / _ACCEPTED
+        file = self.root / ACCEPTED_DRIFT
         return dict(read_json(file, "Delete it, and say --accept-drift again.")) if file.is_file() else {}
 
     def accept_drift(self, asked: str, found: str) -> None:
         accepted = {**self.accepted_drift(), asked: found}
-        write_whole(self.root / _ACCEPTED, json.dumps(accepted, indent=2) + "\n")
+        write_whole(self.root / ACCEPTED_DRIFT, json.dumps(accepted, indent=2) + "\n")
 
     # --- lock ---------------------------------------------------------------------------------
 
@@ -225,10 +230,10 @@ class Store:
         self.root.mkdir(mode=ROOT_MODE, parents=True, exist_ok=True)
         require_own(self.root, shared=True)
         with ExitStack() as held:
-            lock = held.enter_context(open_lock(self.root / _LOCK))
+            lock = held.enter_context(open_lock(self.root / LOCK))
             _hold(lock, self.root, patience_s, shared=stage is not None)
             if stage is not None:
-                own = own_folder(self.root, _WORK, mode=work_mode()) / f"{stage}{_LOCK}"
+                own = own_folder(self.root, WORK, mode=work_mode()) / f"{stage}{LOCK}"
                 lock = held.enter_context(open_lock(own))
                 _hold(lock, self.root, patience_s, shared=False)
             # Who works here, and where, is nobody's business afterwards.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from nemo_minitron import __version__
-from nemo_minitron.artifacts.compared import COMPARED, LOGITS_FILE, file_state, read_memory, write_memory
+from nemo_minitron.artifacts.compared import LOGITS_FILE, file_state, read_memory, write_memory
 from nemo_minitron.artifacts.manifest import installed_version
+from nemo_minitron.artifacts.run_paths import COMPARED
 from nemo_minitron.errors import MinitronError, NumericsError
 from nemo_minitron.evaluation.generation import load_for_inference
 from nemo_minitron.families import ModelShape, num_params

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from nemo_minitron.artifacts.run_paths import LOGS
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ArtifactError, ProcessesDied
@@ -32,14 +33,15 @@ def run_in_job(recipe: Recipe, stage: str) -> None:
             with suppress(ArtifactError):  # not this user's folder: then the other nodes have refused it as well
                 dismiss(nodes, store.own_work(stage))
         return
-    logs = own_folder(store.root, "logs")
+    own_folder(store.root, LOGS)
+    log_file = store.paths.node_log(stage, nodes.rank)
     with (
-        open_log(logs / f"{stage}.node{nodes.rank}.log") as log,
+        open_log(log_file) as log,
         without_secrets(log, environment_of(recipe.model_dump(mode="json"))) as output,
     ):
         code = follow(nodes, store.own_work(stage), lambda: store.manifest(stage) is not None, output)
     if code:
         raise ProcessesDied(
             f"The processes of stage {stage} on this node ended with code {code}.",
-            where=str(logs / f"{stage}.node{nodes.rank}.log"),
+            where=str(log_file),
         )

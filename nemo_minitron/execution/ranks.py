@@ -10,23 +10,21 @@ from pathlib import Path
 from typing import IO, Any
 
 from nemo_minitron import errors
-from nemo_minitron.config.recipe import Recipe
+from nemo_minitron.artifacts.run_paths import ERROR, LOGS, RESULT, RunPaths
 from nemo_minitron.errors import Interrupted, MinitronError, ProcessesDied
 from nemo_minitron.execution.nodes import Nodes, deaf_to_stops, end_agent, start_everywhere
 from nemo_minitron.execution.output import without_secrets
-from nemo_minitron.execution.same_code import SAFE_PATH, START, of_this_process
-from nemo_minitron.plan.planner import StageCall
-from nemo_minitron.stages.registry import STAGES
-from nemo_minitron.system.disclosure import environment_of, masked, write_private
+from nemo_minitron.execution.same_code import SAFE_PATH, START
+from nemo_minitron.execution.task import StageTask
+from nemo_minitron.system.disclosure import environment_of, masked
 from nemo_minitron.system.interrupts import RELAY_FILE, StopRequest
 from nemo_minitron.system.safe_files import open_log, own_folder, write_reserved, write_whole
 
-CALL_FILE, RESULT_FILE, ERROR_FILE, STATUS_FILE = "call.json", "result.json", "error.json", "progress.json"
 POLL_INTERVAL_S = 0.2
 ERROR_BYTES = 8192
 
 
-def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path, stop: StopRequest) -> dict[str, Any]:
+def run_ranks(task: StageTask, stop: StopRequest) -> dict[str, Any]:
     """The result of the stage, from rank 0.
 
     Raises:
@@ -34,43 +32,43 @@ def run_ranks(call: StageCall, recipe: Recipe, root: Path, out: Path, work: Path
         ProcessesDied: the ranks ended without a word.
         Interrupted: the run was asked to stop.
     """
-    for name in (RESULT_FILE, RELAY_FILE):
+    work, size, by_itself = task.work_dir, task.parallel.world_size, task.kind.stops_by_itself
+    for name in (RESULT, RELAY_FILE):
         (work / name).unlink(missing_ok=True)
     # Room for a message, which a full disk would not have.
-    write_whole(work / ERROR_FILE, " " * ERROR_BYTES)
-    order: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "stage": call.name, "out_dir": str(out)}
-    order["code"] = of_this_process()
-    write_private(work / CALL_FILE, json.dumps(order))
+    write_whole(work / ERROR, " " * ERROR_BYTES)
+    task.save()
     nodes = Nodes.here()
-    command = nodes.command(sys.executable, call.parallel.world_size, [str(START), "worker", str(work / CALL_FILE)])
+    command = nodes.command(sys.executable, size, [str(START), "worker", str(task.file)])
     environment = {
         **SAFE_PATH,
-        "OMP_NUM_THREADS": str(recipe.execution.threads or nodes.threads_of_each(call.parallel.world_size)),
+        "OMP_NUM_THREADS": str(task.execution.threads or nodes.threads_of_each(size)),
         # torchrun handles SIGTERM and SIGHUP itself unless this says otherwise (from torch 2.9 on).
         "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGQUIT",
     }
-    log = own_folder(root, "logs") / f"{call.name}.ranks.log"
+    own_folder(task.run_dir, LOGS)
+    log = RunPaths(task.run_dir).ranks_log(task.name)
     with (
         open_log(log, append=False) as file,
-        without_secrets(file, environment_of(order["recipe"])) as output,
+        without_secrets(file, environment_of({"execution": task.execution.model_dump(mode="json")})) as output,
         stop.deferred(),
         nodes.meeting() as meeting,
     ):
         start = lambda words, own: _start(words, own, output)  # noqa: E731
         process = start_everywhere(command, {**environment, **meeting}, nodes, work, start)
-        code = _wait(process, work, stop, by_itself=STAGES[call.kind].stops_by_itself)
-    if stop.asked_by() is not None and not STAGES[call.kind].stops_by_itself:
-        raise Interrupted(f"Stopped in stage {call.name} as asked by {stop.asked_by()}; the same command goes on.")
-    error = load_error(work / ERROR_FILE)
+        code = _wait(process, work, stop, by_itself=by_itself)
+    if stop.asked_by() is not None and not by_itself:
+        raise Interrupted(f"Stopped in stage {task.name} as asked by {stop.asked_by()}; the same command goes on.")
+    error = load_error(work / ERROR)
     if error is not None:
         raise error
-    if code or not (work / RESULT_FILE).is_file():
+    if code or not (work / RESULT).is_file():
         raise ProcessesDied(
-            f"Stage {call.name} ended with code {code} on {call.parallel.world_size} processes.",
+            f"Stage {task.name} ended with code {code} on {size} processes.",
             where=str(log),
             next_step="Read the log; the same command goes on from the last checkpoint.",
         )
-    return dict(json.loads((work / RESULT_FILE).read_text()))
+    return dict(json.loads((work / RESULT).read_text()))
 
 
 def _start(command: list[str], environment: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
 
 from nemo_minitron import errors
 from nemo_minitron.artifacts.manifest import Manifest, provenance
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ArtifactError, DataError, Interrupted
-from nemo_minitron.execution.nodes import Nodes
-from nemo_minitron.execution.ranks import STATUS_FILE, run_ranks
+from nemo_minitron.execution.call import call_stage
+from nemo_minitron.execution.logs import log_file
+from nemo_minitron.execution.ranks import run_ranks
 from nemo_minitron.execution.rehearse import rehearse_evaluations
+from nemo_minitron.execution.task import StageTask
 from nemo_minitron.execution.work import open_work
 from nemo_minitron.plan.epochs import repeated_text
 from nemo_minitron.plan.folder import run_dir
-from nemo_minitron.plan.planner import RunPlan, StageCall, make_plan
+from nemo_minitron.plan.planner import RunPlan, StageCall, make_plan, refreshed
 from nemo_minitron.plan.sources import source_facts
-from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.registry import STAGES
-from nemo_minitron.system.disclosure import MaskingFormatter, masked, write_private
+from nemo_minitron.system.disclosure import masked, write_private
 from nemo_minitron.system.disk import disk_errors
 from nemo_minitron.system.interrupts import StopRequest, stop_file_of_job
 from nemo_minitron.system.notify import notify
 from nemo_minitron.system.progress import Progress
-from nemo_minitron.system.safe_files import copy_whole, open_log, own_folder
+from nemo_minitron.system.safe_files import copy_whole
 
 CHANGED = "changed"
 
@@ -51,16 +49,21 @@ class RunOptions:
 
 
 def run_recipe(recipe: Recipe, options: RunOptions, *, quiet: bool = False) -> RunPlan:
-    """Bring every stage of the recipe to `finished`; returns the plan as it was before.
+    """Plan a recipe and run it. Raises as `run_plan`."""
+    return run_plan(make_plan(recipe), options, quiet=quiet)
+
+
+def run_plan(plan: RunPlan, options: RunOptions, *, quiet: bool = False) -> RunPlan:
+    """Bring every stage of the plan to `finished`; returns the plan as it was before.
 
     Raises:
         MinitronError: the first problem; everything that had finished stays.
         Interrupted: by SIGTERM, SIGUSR1 or a file STOP in the run's folder.
     """
-    store = Store(run_dir(recipe))
+    store = Store(run_dir(plan.recipe))
     stop = StopRequest(store.root)
     with disk_errors(store.root), store.lock(), stop.listening():
-        plan = _settle(recipe, options, store, stop, quiet=quiet)
+        plan = _settle(plan, options, store, stop, quiet=quiet)
         wanted = plan.needed_for(options.until)
         for call in plan.calls:
             if call.name in wanted and plan.states[call.name].status != "finished":
@@ -95,11 +98,11 @@ def _settle_drift(plan: RunPlan, store: Store, options: RunOptions) -> RunPlan:
         manifest = store.manifest(call.name)
         assert manifest is not None
         store.accept_drift(call.fingerprint, manifest.fingerprint)
-        plan = make_plan(plan.recipe)
+        plan = refreshed(plan)
         left = (_changed(plan) - again) & plan.needed_for(options.until)
     for name in again:
         store.supersede(name)
-    return make_plan(plan.recipe) if again else plan
+    return refreshed(plan) if again else plan
 
 
 def _changed(plan: RunPlan) -> set[str]:
@@ -153,25 +156,26 @@ def run_single(recipe: Recipe, stage: str, *, patience_s: float = 0.0, quiet: bo
         run_stage(plan.call(stage), plan.recipe, store, stop, RunOptions(), quiet=quiet)
 
 
-def settle(recipe: Recipe, options: RunOptions) -> RunPlan:
-    """What `run_recipe` does before its first stage: drift is settled, leftovers are gone, the recipe is written.
+def settle(plan: RunPlan, options: RunOptions) -> RunPlan:
+    """What `run_plan` does before its first stage: drift is settled, leftovers are gone, the recipe is written.
 
     Raises:
         MinitronError: the first problem.
     """
-    store = Store(run_dir(recipe))
+    store = Store(run_dir(plan.recipe))
     with disk_errors(store.root), store.lock():
-        return _settle(recipe, options, store, StopRequest(store.root), quiet=True)
+        return _settle(plan, options, store, StopRequest(store.root), quiet=True)
 
 
-def _settle(recipe: Recipe, options: RunOptions, store: Store, stop: StopRequest, *, quiet: bool) -> RunPlan:
+def _settle(plan: RunPlan, options: RunOptions, store: Store, stop: StopRequest, *, quiet: bool) -> RunPlan:
     """With the run's lock held."""
     store.remove_leftovers()
     if stop.clear():
         Progress(silent=quiet).say(f"removed {stop.file}, which an earlier run was stopped with")
-    plan = _settle_drift(make_plan(recipe), store, options)
+    # Another run may have finished stages since the plan was made, before the lock was taken.
+    plan = _settle_drift(refreshed(plan), store, options)
     store.require_room(plan.needed_for(options.until))
-    write_recipe(plan.recipe, store.root / "plan.json")
+    write_recipe(plan.recipe, store.paths.plan)
     return plan
 
 
@@ -202,17 +206,17 @@ def _make_stage(
     """Run one stage in this process, or on as many as its layout asks for, and publish it."""
     started_s = time.monotonic()
     inputs = store.inputs(call.inputs, "small" if STAGES[call.kind].reads_results else "unseen")
-    progress = Progress(store.work(call.name) / STATUS_FILE, silent=quiet)
+    progress = Progress(store.paths.progress(call.name), silent=quiet)
     progress.say(f"({call.kind})", call.name, "bold")
     for text in repeated_text(call.name, recipe.stages[call.name], store):
         progress.warn(text)
     work, accepted = open_work(call, store, accept_drift=options.accept_drift, progress=progress)
-    with store.building(call.name) as out, _published_names(out, call.name, store), _log_file(store.root, call.name):
-        if call.parallel.world_size == 1 or not STAGES[call.kind].distributed:
-            context = StageContext(call.name, recipe.name, out, work, recipe.execution, progress, stop=stop)
-            result = call_stage(call.kind, recipe, inputs, context, call)
+    with store.building(call.name) as out, _published_names(out, call.name, store), log_file(store.root, call.name):
+        task = StageTask.of(call, recipe, out, work)
+        if call.parallel.world_size == 1 or not task.kind.distributed:
+            result = call_stage(task, inputs, progress, stop)
         else:
-            result = run_ranks(call, recipe, store.root, out, work, stop)
+            result = run_ranks(task, stop)
         _require_same_sources(call, recipe)
         manifest = Manifest(
             recipe=recipe.name,
@@ -256,60 +260,7 @@ def _size_in_words(facts: Mapping[str, int]) -> str:
     return f"{facts['bytes']:,} bytes in {facts['files']} file{'s' * (facts['files'] != 1)}"
 
 
-def call_stage(kind: str, recipe: Recipe, inputs: Any, context: StageContext, call: StageCall) -> dict[str, Any]:
-    """The stage's function, inside a Megatron session when it is distributed."""
-    spec = STAGES[kind]
-    function = spec.load_function()
-    params = recipe.stages[context.name]
-    if not spec.distributed:
-        return dict(function(params, inputs, context))
-    from nemo_minitron.backends.megatron.runtime.session import open_session
-
-    execution = recipe.execution
-    threads = execution.threads or Nodes.here().threads_of_each(call.parallel.world_size)
-    with open_session(call.parallel, device=execution.device, threads=threads) as session:
-        inside = StageContext(
-            context.name,
-            context.recipe_name,
-            context.out_dir,
-            context.work_dir,
-            execution,
-            context.progress if session.is_main else Progress(silent=True),
-            session,
-            context.stop,
-        )
-        return dict(function(params, inputs, inside))
-
-
 def _copy_to_run(call: StageCall, out: Path, root: Path) -> None:
     pattern = STAGES[call.kind].copied_to_run
     for file in out.glob(pattern) if pattern else ():
         copy_whole(file, root / file.name)
-
-
-def log_handler(log: IO[str]) -> logging.Handler:
-    """Writes what libraries log, without secrets."""
-    handler = logging.StreamHandler(log)
-    # A full disk is told once, by the stage that it stops; not by every line that the log could not take.
-    handler.handleError = lambda record: None  # type: ignore[method-assign]
-    handler.setFormatter(MaskingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    return handler
-
-
-@contextmanager
-def _log_file(root: Path, stage: str) -> Iterator[None]:
-    """Library chatter and warnings go to logs/<stage>.log instead of the terminal."""
-    log = open_log(own_folder(root, "logs") / f"{stage}.log")
-    handler = log_handler(log)
-    top = logging.getLogger()
-    before = list(top.handlers)
-    top.handlers[:] = [handler]
-    logging.captureWarnings(True)
-    try:
-        with warnings.catch_warnings():
-            yield
-    finally:
-        logging.captureWarnings(False)
-        top.handlers[:] = before
-        handler.close()
-        log.close()

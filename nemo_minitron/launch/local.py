@@ -80,7 +80,7 @@ def launch(recipe: Recipe, options: RunOptions) -> None:
 
 
 def _launch(recipe: Recipe, options: RunOptions, cluster: Cluster) -> None:
-    plan = settle(recipe, options)
+    plan = settle(make_plan(recipe), options)
     folder = record.next_folder(run_dir(recipe))
     to_run = commands(plan, folder, options)
     own_folder(run_dir(recipe), folder.parent.name)

@@ -90,7 +90,7 @@ def launch(recipe: Recipe, options: RunOptions, say: Say) -> record.Submission |
 
 
 def _launch(recipe: Recipe, options: RunOptions, run: Path, say: Say) -> record.Submission | None:
-    plan = settle(recipe, options)
+    plan = settle(make_plan(recipe), options)
     jobs, cluster = jobs_left(plan, options), cluster_of(plan.recipe)
     if not jobs:
         return None

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from math import lcm
 
+from nemo_minitron.artifacts.run_paths import RESERVED
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import PlanError
 from nemo_minitron.families import ModelShape
-from nemo_minitron.plan.folder import FOLDERS_OF_A_RUN
 from nemo_minitron.plan.missing import missing_sources
 from nemo_minitron.plan.planner import RunPlan
 from nemo_minitron.plan.task_names import unknown_tasks
@@ -62,7 +62,7 @@ def _names(recipe: Recipe) -> Iterator[str]:
         meant = f" Did you mean {near[0]}?" if near else f" Allowed: {', '.join(recipe.stages)}."
         yield f"execution.parallel_by_stage.{name}: this recipe has no such stage.{meant}"
     for name in recipe.stages:
-        if name in FOLDERS_OF_A_RUN:
+        if name in RESERVED:
             yield f"stages.{name}: the run keeps a folder of its own by this name. Next: call the stage something else."
 
 

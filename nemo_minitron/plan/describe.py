@@ -108,7 +108,7 @@ def _stage_facts(name: str, plan: RunPlan, store: Store, verify: bool) -> dict[s
         facts["summary"] = ", ".join(
             _show(key, manifest.result[key]) for key in _SUMMARY_KEYS if key in manifest.result
         )
-    running = _progress(store.work(name) / "progress.json") if manifest is None else None
+    running = _progress(store.paths.progress(name)) if manifest is None else None
     if running is not None:
         fields = " ".join(f"{key} {value}" for key, value in running["fields"].items())
         facts["status"] = f"{running['done']}/{running['total']} {running['unit']}"

@@ -6,9 +6,6 @@ from pathlib import Path
 
 from nemo_minitron.config.recipe import Recipe
 
-FOLDERS_OF_A_RUN = ("launch", "logs")
-"""Beside those of its stages."""
-
 
 def run_dir(recipe: Recipe) -> Path:
     """Folder of the run."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_minitron.artifacts.compared import COMPARED, LOGITS_FILE
+from nemo_minitron.artifacts.compared import LOGITS_FILE
+from nemo_minitron.artifacts.run_paths import COMPARED
 from nemo_minitron.schema.execution import Execution
 from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Progress

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from nemo_minitron.plan.checks import broken_rules
 from pydantic import TypeAdapter
 
 from nemo_minitron.artifacts.store import Store
@@ -18,11 +18,13 @@ from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import DataError
 from nemo_minitron.evaluation.answers import greedy_answers
 from nemo_minitron.execution.rehearse import rehearse_evaluations
+from nemo_minitron.plan.view import View
 from nemo_minitron.report.alignment import alignment_facts, tables
 from nemo_minitron.schema.rlhf import Rlhf
 from nemo_minitron.stages.annotate.params import AnnotateStage
 from nemo_minitron.stages.annotate.run import _readable
 from nemo_minitron.stages.evaluate_chat.params import EvaluateChatStage
+from nemo_minitron.stages.registry import STAGES
 from nemo_minitron.system.progress import Progress
 from tests.conftest import Cli
 from tests.support.tiny_models import CHAT_TEMPLATE, load_transformers, tiny_model_dir, tiny_tokenizer
@@ -199,11 +201,16 @@ def test_what_an_evaluation_cannot_get_is_known_from_the_recipe(
     tmp_path: Path, keys: dict[str, Any], problem: str
 ) -> None:
     made = recipe(tmp_path, **keys)
-    (found,) = alignment_problems("measured", made.stages["measured"], made)
+    (found,) = _problems(made)
     assert found.startswith("stages.measured.")
     assert problem in found
     good = recipe(tmp_path)
-    assert not list(alignment_problems("measured", good.stages["measured"], good))
+    assert not list(_problems(good))
+
+
+def _problems(recipe: Recipe) -> Iterable[str]:
+    params = recipe.stages["measured"]
+    return STAGES[params.kind].problems("measured", params, View(recipe))
 
 
 # --- from the command line ----------------------------------------------------------------------

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nemo_minitron.plan.planner import expanded
-from nemo_minitron.stages.search.expansion import search_of
 from pydantic import ValidationError
 
 from nemo_minitron.cli.main import load_recipe
 from nemo_minitron.errors import ArtifactError, PlanError
 from nemo_minitron.families import ModelShape, num_params, read_shape
+from nemo_minitron.plan.planner import expanded
 from nemo_minitron.pruning.search import (
     decode_ms,
     enumerate_candidates,
@@ -27,6 +26,7 @@ from nemo_minitron.pruning.search import (
     write_search,
 )
 from nemo_minitron.schema.search import Hardware, SearchConstraints, SearchGrid
+from nemo_minitron.stages.search.expansion import search_of
 from nemo_minitron.stages.search.params import CandidateStage
 from tests.conftest import REPO
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from nemo_minitron.artifacts.run_paths import RunPaths
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.config.recipe import Recipe
@@ -83,7 +84,7 @@ def _planned(recipe: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _read_plan(ctx: StageContext) -> dict[str, Any]:
-    file = Path(ctx.execution.run_root) / ctx.recipe_name / "plan.json"
+    file = RunPaths(Path(ctx.execution.run_root) / ctx.recipe_name).plan
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 

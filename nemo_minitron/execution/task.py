@@ -1,0 +1,90 @@
+"""One stage as a process runs it: everything is decided, so that nothing is planned again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.run_paths import TASK
+from nemo_minitron.config.recipe import Recipe
+from nemo_minitron.execution.same_code import of_this_process
+from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.plan.planner import InputNames, StageCall
+from nemo_minitron.schema.base import StageParams
+from nemo_minitron.schema.execution import Execution, Parallel
+from nemo_minitron.stages.kind import StageKind
+from nemo_minitron.stages.registry import STAGES
+from nemo_minitron.system.disclosure import write_private
+
+
+@dataclass(frozen=True)
+class StageTask:
+    """A planned stage with the folders that it writes into."""
+
+    name: str
+    recipe_name: str
+    params: StageParams
+    inputs: InputNames
+    """Input role -> names of the stages that fill it."""
+    parallel: Parallel
+    execution: Execution
+    run_dir: Path
+    out_dir: Path
+    work_dir: Path
+
+    @property
+    def kind(self) -> StageKind:
+        return STAGES[self.params.kind]
+
+    @classmethod
+    def of(cls, call: StageCall, recipe: Recipe, out_dir: Path, work_dir: Path) -> StageTask:
+        """The task of a stage of a planned recipe."""
+        return cls(
+            name=call.name,
+            recipe_name=recipe.name,
+            params=recipe.stages[call.name],
+            inputs=call.inputs,
+            parallel=call.parallel,
+            execution=recipe.execution,
+            run_dir=run_dir(recipe),
+            out_dir=out_dir,
+            work_dir=work_dir,
+        )
+
+    @property
+    def file(self) -> Path:
+        return self.work_dir / TASK
+
+    def save(self) -> None:
+        """Write the task for the ranks, readable by the user alone: `execution.cluster` may hold secrets."""
+        content = {
+            "name": self.name,
+            "recipe_name": self.recipe_name,
+            "params": self.params.model_dump(mode="json"),
+            "inputs": self.inputs,
+            "parallel": self.parallel.model_dump(mode="json"),
+            "execution": self.execution.model_dump(mode="json"),
+            "run_dir": str(self.run_dir),
+            "out_dir": str(self.out_dir),
+            "work_dir": str(self.work_dir),
+            "code": of_this_process(),
+        }
+        write_private(self.file, json.dumps(content))
+
+    @classmethod
+    def load(cls, content: Mapping[str, Any]) -> StageTask:
+        """The task that `save` has written."""
+        return cls(
+            name=content["name"],
+            recipe_name=content["recipe_name"],
+            params=STAGES[content["params"]["kind"]].params.model_validate(content["params"]),
+            inputs=content["inputs"],
+            parallel=Parallel.model_validate(content["parallel"]),
+            execution=Execution.model_validate(content["execution"]),
+            run_dir=Path(content["run_dir"]),
+            out_dir=Path(content["out_dir"]),
+            work_dir=Path(content["work_dir"]),
+        )
