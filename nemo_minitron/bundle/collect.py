@@ -12,7 +12,6 @@ from nemo_minitron.bundle.items import Item
 from nemo_minitron.bundle.places import ASSETS_DIR, items_of, links_out, place_of
 from nemo_minitron.config.compose import compose, write_out
 from nemo_minitron.config.explain import validate
-from nemo_minitron.config.places import RECIPES, recipe_name, require_recipe
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import PlanError
 from nemo_minitron.hf.source import ASSET, BUILT_IN, HUB
@@ -23,6 +22,7 @@ from nemo_minitron.plan.sources import sources_of
 from nemo_minitron.stages.kind import Source
 from nemo_minitron.stages.registry import STAGES
 from nemo_minitron.system.files import user_path
+from nemo_minitron.system.places import RECIPES, recipe_name, require_recipe
 from nemo_minitron.system.progress import Progress
 
 MOST_LINKS_NAMED = 20

@@ -14,8 +14,8 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 import nemo_minitron
-from nemo_minitron.config.places import CONFIGS, CONSTRAINTS, RECIPES, SHIPPED, shipped_dir
 from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.system.places import CONFIGS, CONSTRAINTS, RECIPES, SHIPPED, shipped_dir
 
 _PACKAGE, _PROJECT = "nemo_minitron", "nemo-minitron"
 _METADATA = ("METADATA", "entry_points.txt", "licenses/LICENSE")

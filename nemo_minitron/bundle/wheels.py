@@ -23,9 +23,9 @@ from nemo_minitron.assets import sha256_of
 from nemo_minitron.backends.alignment.nemo_aligner.environment import LOCK, SUPPORTED_PYTHONS, torch_requirement
 from nemo_minitron.bundle.archive import MEMBER_TIME_S
 from nemo_minitron.bundle.own_wheel import write_own_wheel
-from nemo_minitron.config.places import CONSTRAINTS, shipped_dir
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.system.files import cache_dir
+from nemo_minitron.system.places import CONSTRAINTS, shipped_dir
 from nemo_minitron.system.progress import Progress
 
 EXTRA = "eval"

@@ -19,7 +19,7 @@ def recipes(
     ] = None,
 ) -> None:
     """List the recipes that come with the package, each with the first line of its text; or print one."""
-    from nemo_minitron.config.places import RECIPES, require_shipped_recipe, shipped_dir, shipped_recipes
+    from nemo_minitron.system.places import RECIPES, require_shipped_recipe, shipped_dir, shipped_recipes
 
     if name is not None:
         write(require_shipped_recipe(name).read_text(encoding="utf-8"), end="")

@@ -9,15 +9,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from nemo_minitron.config.bounded import bounded
 from nemo_minitron.config.extends import GLOBAL, SELF, Chain, first_lines, load_mapping, read_chain
 from nemo_minitron.config.keys import value_kind
 from nemo_minitron.config.outside import require_public_values
 from nemo_minitron.config.overrides import CLUSTER, KEY, for_hydra, require_form, unknown_key
-from nemo_minitron.config.places import SUFFIXES, configs_dirs, recipe_name, require_recipe, with_suffix
 from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.system.bounded import bounded
 from nemo_minitron.system.disclosure import portable_recipe
 from nemo_minitron.system.files import user_path
+from nemo_minitron.system.places import SUFFIXES, configs_dirs, recipe_name, require_recipe, with_suffix
 
 _PRIMARY, _BODIES = "minitron_recipe", "minitron_recipes"
 """Names in Hydra's store; no file of a recipe's folder may have them."""

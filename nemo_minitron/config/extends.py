@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config.places import configs_dirs, nearest_recipes, recipe_roots, with_suffix
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.system.files import user_path
+from nemo_minitron.system.places import configs_dirs, nearest_recipes, recipe_roots, with_suffix
 
 SELF, GLOBAL, OPTIONAL, OVERRIDE = "_self_", "_global_", "optional ", "override "
 _HEADER = re.compile(r"\A\s*#\s*@package\s+(\S+)")

@@ -16,7 +16,7 @@ from nemo_minitron.data.encoder import Encoder
 from nemo_minitron.data.shards import Shard, ShardFolder, Task
 from nemo_minitron.data.tokenization import DocumentTokenizer
 from nemo_minitron.errors import EnvironmentProblem, Interrupted
-from nemo_minitron.execution.same_code import safe_path_of_children
+from nemo_minitron.processes.same_code import safe_path_of_children
 from nemo_minitron.system.cores import usable_cores
 from nemo_minitron.system.interrupts import exit_without_parent
 

@@ -1,41 +1,17 @@
-"""A multiple-choice task of lm-eval as token ids and a function of log-likelihoods, for models of any framework."""
+"""Load a multiple-choice task of lm-eval."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import DataError, PlanError
 from nemo_minitron.evaluation.tasks import data_errors, offline, offline_name, quiet, require_known, write_offline_tasks
+from nemo_minitron.pruning.choice_task import ChoiceTask
 
 METRICS = ("acc_norm", "acc")
 """What a task is judged by: the first of these that it has."""
-
-
-@dataclass(frozen=True)
-class ChoiceTask:
-    """Questions with their answers; `pairs[i]` is (question, answer) as token ids, both not empty."""
-
-    name: str
-    pairs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
-    metric: str
-    _task: Any
-    _instances: tuple[Any, ...]
-
-    def accuracy(self, log_likelihoods: Sequence[float]) -> float:
-        """Mean accuracy over the examples, by lm-eval's own code, from the log-likelihood of each pair."""
-        found: list[float] = []
-        numbered = zip(self._instances, log_likelihoods, strict=True)
-        for _, group in groupby(numbered, key=lambda item: item[0].doc_id):
-            items = list(group)
-            # Whether an answer is the greedy one plays no part in accuracy.
-            results = self._task.process_results(items[0][0].doc, [(value, False) for _, value in items])
-            found.append(float(results[self.metric]))
-        return sum(found) / len(found)
 
 
 def load_choice_task(name: str, tokenizer: Any, *, data_dir: Path | None, limit: int | None) -> ChoiceTask:

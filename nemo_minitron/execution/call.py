@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from nemo_minitron.artifacts.types import Inputs
-from nemo_minitron.execution.nodes import Nodes
 from nemo_minitron.execution.task import StageTask
+from nemo_minitron.processes.nodes import Nodes
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Progress

@@ -8,10 +8,10 @@ from nemo_minitron.artifacts.run_paths import LOGS
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ArtifactError, ProcessesDied
-from nemo_minitron.execution.nodes import Nodes, dismiss, follow
-from nemo_minitron.execution.output import without_secrets
 from nemo_minitron.execution.runner import run_single
 from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.processes.nodes import Nodes, dismiss, follow
+from nemo_minitron.processes.output import without_secrets
 from nemo_minitron.system.disclosure import environment_of
 from nemo_minitron.system.safe_files import open_log, own_folder
 

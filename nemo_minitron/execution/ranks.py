@@ -12,10 +12,10 @@ from typing import IO, Any
 from nemo_minitron import errors
 from nemo_minitron.artifacts.run_paths import ERROR, LOGS, RESULT, RunPaths
 from nemo_minitron.errors import Interrupted, MinitronError, ProcessesDied
-from nemo_minitron.execution.nodes import Nodes, deaf_to_stops, end_agent, start_everywhere
-from nemo_minitron.execution.output import without_secrets
-from nemo_minitron.execution.same_code import SAFE_PATH, START
 from nemo_minitron.execution.task import StageTask
+from nemo_minitron.processes.nodes import Nodes, deaf_to_stops, end_agent, start_everywhere
+from nemo_minitron.processes.output import without_secrets
+from nemo_minitron.processes.same_code import SAFE_PATH, START
 from nemo_minitron.system.disclosure import environment_of, masked
 from nemo_minitron.system.interrupts import RELAY_FILE, StopRequest
 from nemo_minitron.system.safe_files import open_log, own_folder, write_reserved, write_whole

@@ -10,9 +10,9 @@ from typing import Any
 
 from nemo_minitron.artifacts.run_paths import TASK
 from nemo_minitron.config.recipe import Recipe
-from nemo_minitron.execution.same_code import of_this_process
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import InputNames, StageCall
+from nemo_minitron.processes.same_code import of_this_process
 from nemo_minitron.schema.base import StageParams
 from nemo_minitron.schema.execution import Execution, Parallel
 from nemo_minitron.stages.kind import StageKind

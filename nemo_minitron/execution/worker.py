@@ -13,13 +13,13 @@ from pathlib import Path
 from nemo_minitron.artifacts.run_paths import ERROR, RESULT, RunPaths
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.errors import EnvironmentProblem, Interrupted, MinitronError
-from nemo_minitron.execution.agent import a_rank_failed
 from nemo_minitron.execution.call import call_stage
 from nemo_minitron.execution.logs import log_handler
-from nemo_minitron.execution.nodes import RUNNER_VARIABLE
 from nemo_minitron.execution.ranks import load_error, save_error
-from nemo_minitron.execution.same_code import require_same
 from nemo_minitron.execution.task import StageTask
+from nemo_minitron.processes.agent import a_rank_failed
+from nemo_minitron.processes.nodes import RUNNER_VARIABLE
+from nemo_minitron.processes.same_code import require_same
 from nemo_minitron.system.disk import disk_errors
 from nemo_minitron.system.interrupts import RELAY_FILE, StopRequest, exit_without_parent, leave_terminal
 from nemo_minitron.system.progress import Progress

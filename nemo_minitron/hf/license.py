@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from nemo_minitron.config.bounded import safe_load
 from nemo_minitron.hf.links import require_inside
 from nemo_minitron.limits import YAML_BYTES
+from nemo_minitron.system.bounded import safe_load
 
 _HEADER = re.compile(r"\s*^---[ \t]*$\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
 """Between two lines that are `---` and nothing else; inside, texts may hold the three dashes."""

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from nemo_minitron.config.places import require_recipe
 from nemo_minitron.schema.execution import Execution
+from nemo_minitron.system.places import require_recipe
 
 _ADMINISTRATOR = 0
 

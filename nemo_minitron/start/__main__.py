@@ -32,10 +32,10 @@ def _main() -> int:
         _own("nemo_minitron.backends.megatron.model.probe").main(Path(*words))
         return 0
     if what == "log":
-        return int(_own("nemo_minitron.execution.output").main())
+        return int(_own("nemo_minitron.processes.output").main())
     if what == "ranks":
         # By its path: this Python need not have nemo-minitron or what it imports.
-        return int(runpy.run_path(str(PACKAGE / "execution" / "agent.py"))["main"](*words))
+        return int(runpy.run_path(str(PACKAGE / "processes" / "agent.py"))["main"](*words))
     # torchrun, of this Python.
     sys.argv[1:] = words
     runpy.run_module(what, run_name="__main__", alter_sys=True)

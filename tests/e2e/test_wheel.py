@@ -17,12 +17,12 @@ from nemo_minitron.backends.alignment.nemo_aligner.environment import SUPPORTED_
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
 from nemo_minitron.config.compose import compose
 from nemo_minitron.config.explain import validate
-from nemo_minitron.config.places import shipped_recipes
-from nemo_minitron.execution.nodes import RUNNER_VARIABLE, free_port
 from nemo_minitron.execution.ranks import ERROR_FILE, load_error
-from nemo_minitron.execution.same_code import START
 from nemo_minitron.plan.planner import make_plan
+from nemo_minitron.processes.nodes import RUNNER_VARIABLE, free_port
+from nemo_minitron.processes.same_code import START
 from nemo_minitron.system.interrupts import StopRequest
+from nemo_minitron.system.places import shipped_recipes
 from nemo_minitron.system.progress import Progress
 from tests.conftest import REPO
 from tests.support.aligner import require_aligner
@@ -34,7 +34,7 @@ from pathlib import Path
 import nemo_minitron
 from nemo_minitron.config.compose import compose
 from nemo_minitron.config.explain import validate
-from nemo_minitron.config.places import shipped_recipes
+from nemo_minitron.system.places import shipped_recipes
 from nemo_minitron.plan.planner import make_plan
 plans = {}
 for name in shipped_recipes():

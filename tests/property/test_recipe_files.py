@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from nemo_minitron.config.compose import compose
 from nemo_minitron.config.explain import validate
-from nemo_minitron.config.places import shipped_recipes
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.plan.checks import find_problems
 from nemo_minitron.plan.describe import plan_facts
 from nemo_minitron.plan.epochs import epoch_warnings
 from nemo_minitron.plan.planner import make_plan
 from nemo_minitron.plan.resources.summary import memory_warnings, resource_facts
+from nemo_minitron.system.places import shipped_recipes
 from tests.conftest import REPO
 from tests.support.examples import budget
 

@@ -17,7 +17,7 @@ import pytest
 
 from nemo_minitron.backends.megatron.runtime import meeting
 from nemo_minitron.backends.megatron.runtime.meeting import StrangerError, require_own_peers
-from nemo_minitron.execution.agent import MEETING_VARIABLE, meeting_folder
+from nemo_minitron.processes.agent import MEETING_VARIABLE, meeting_folder
 from tests.conftest import REPO, TOY
 from tests.support.part_runs import copy_before
 from tests.support.processes import MARK

@@ -245,7 +245,7 @@ def test_the_own_wheel_needs_no_build_and_is_whole(tmp_path: Path) -> None:
     subprocess.run([sys.executable, *words], check=True)
     code = (
         "import nemo_minitron, json; from importlib.metadata import distribution as d;"
-        "from nemo_minitron.config.places import shipped_dir, shipped_recipes;"
+        "from nemo_minitron.system.places import shipped_dir, shipped_recipes;"
         "print(json.dumps([nemo_minitron.__file__, d('nemo-minitron').version, len(d('nemo-minitron').requires),"
         "len(shipped_recipes()), (shipped_dir('constraints') / 'newest.lock').is_file()]))"
     )

@@ -11,7 +11,7 @@ import pytest
 from nemo_minitron.artifacts.manifest import Manifest, write_manifest
 from nemo_minitron.cli.main import load_plan
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.execution.nodes import Nodes
+from nemo_minitron.processes.nodes import Nodes
 from nemo_minitron.system.terminal import Screen, visible, write
 from tests.conftest import REPO, TOY, Cli
 from tests.support.tiny_models import tiny_model_dir

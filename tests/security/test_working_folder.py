@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.backends.alignment.nemo_aligner import environment
-from nemo_minitron.execution.nodes import Nodes
-from nemo_minitron.execution.same_code import START
 from nemo_minitron.hf.source import BUILT_IN
+from nemo_minitron.processes.nodes import Nodes
+from nemo_minitron.processes.same_code import START
 from tests.conftest import REPO
 
 NAMES = (

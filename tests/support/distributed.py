@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from nemo_minitron.execution.nodes import free_port
+from nemo_minitron.processes.nodes import free_port
 
 PRELOADED = [
     "nemo_minitron.backends.megatron.distillation.distill",

@@ -189,8 +189,8 @@ def _read_recipe(folder: Path) -> None:
 
 
 def _read_yaml(folder: Path) -> None:
-    from nemo_minitron.config.bounded import bounded
     from nemo_minitron.config.extends import load_mapping
+    from nemo_minitron.system.bounded import bounded
 
     with bounded("mine.yaml"):
         load_mapping(folder / "mine.yaml", "recipe")

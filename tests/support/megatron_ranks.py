@@ -19,7 +19,7 @@ from nemo_minitron.system.progress import Progress
 if TYPE_CHECKING:
     from nemo_minitron.backends.megatron.runtime.session import Session
     from nemo_minitron.backends.megatron.training.loop import Job
-    from nemo_minitron.evaluation.choice_task import ChoiceTask
+    from nemo_minitron.pruning.choice_task import ChoiceTask
 
 SILENT = Progress(silent=True)
 
@@ -197,7 +197,7 @@ def _scores(
 
 def choice_task() -> ChoiceTask:
     """Ten questions with three answers of several lengths; the accuracy is a smooth stand-in, so that it shows all."""
-    from nemo_minitron.evaluation.choice_task import ChoiceTask
+    from nemo_minitron.pruning.choice_task import ChoiceTask
 
     generator = np.random.default_rng(3)
     pairs = []

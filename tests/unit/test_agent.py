@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.execution.agent import FAILED_FILE, MEETING_VARIABLE
-from nemo_minitron.execution.nodes import Nodes
+from nemo_minitron.processes.agent import FAILED_FILE, MEETING_VARIABLE
+from nemo_minitron.processes.nodes import Nodes
 
 SCRIPT = """
 import json, os, signal, sys, time
@@ -86,7 +86,7 @@ def test_a_request_reaches_every_rank(number: signal.Signals, tmp_path: Path) ->
 
 
 def test_a_rank_that_does_not_listen_is_killed(tmp_path: Path) -> None:
-    code = "import sys; from nemo_minitron.execution import agent; agent.GRACE_S = 0.5; "
+    code = "import sys; from nemo_minitron.processes import agent; agent.GRACE_S = 0.5; "
     code += "sys.exit(agent.main('2', *sys.argv[1:]))"
     (tmp_path / "script.py").write_text(SCRIPT + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WAITS)
     words = [sys.executable, "-c", code, sys.executable, str(tmp_path / "script.py"), str(tmp_path)]

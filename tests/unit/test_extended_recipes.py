@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nemo_minitron.config.compose import compose, write_out
-from nemo_minitron.config.places import configs_dirs, recipe_name, require_recipe, shipped_recipes
+from nemo_minitron.system.places import configs_dirs, recipe_name, require_recipe, shipped_recipes
 from tests.conftest import REPO, Cli
 
 MINE = "stages: {distill: {num_steps: 7}}\n"

@@ -11,11 +11,11 @@ import pytest
 
 from nemo_minitron.cli.main import load_plan
 from nemo_minitron.errors import ConfigError, EnvironmentProblem, PlanError
-from nemo_minitron.execution.nodes import Nodes, dismiss, follow, start_everywhere
-from nemo_minitron.execution.same_code import START
 from nemo_minitron.launch.answers import minutes_of, partitions
 from nemo_minitron.launch.jobs import Job, jobs_of
 from nemo_minitron.launch.submit import cluster_of
+from nemo_minitron.processes.nodes import Nodes, dismiss, follow, start_everywhere
+from nemo_minitron.processes.same_code import START
 from nemo_minitron.schema.cluster import Cluster
 from tests.conftest import REPO, TOY
 
@@ -103,7 +103,7 @@ def test_what_sinfo_says() -> None:
 FOLLOWER = """
 import sys
 from pathlib import Path
-from nemo_minitron.execution.nodes import Nodes, follow
+from nemo_minitron.processes.nodes import Nodes, follow
 sys.exit(follow(Nodes(2, 1, "node1", 20001, "7-0"), Path(sys.argv[1]), lambda: False, sys.stderr.buffer))
 """
 
@@ -177,7 +177,7 @@ def test_the_agent_of_one_node_listens_on_nothing_and_ft_launcher_meets_on_the_l
 
 
 def test_threads_are_the_users_or_share_out_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_minitron.execution.nodes.usable_cores", lambda: 16)
+    monkeypatch.setattr("nemo_minitron.processes.nodes.usable_cores", lambda: 16)
     assert Nodes().threads_of_each(1, {}) == 16
     assert Nodes().threads_of_each(8, {"OMP_NUM_THREADS": ""}) == 2
     assert Nodes(count=2).threads_of_each(8, {}) == 4  # four of them on each node

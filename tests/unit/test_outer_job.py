@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.execution import nodes
-from nemo_minitron.execution.nodes import Nodes, start_everywhere
+from nemo_minitron.processes import nodes
+from nemo_minitron.processes.nodes import Nodes, start_everywhere
 from nemo_minitron.system.outer_job import dropped_defaults, for_slurm, outside
 from tests.conftest import REPO, TOY
 

@@ -14,8 +14,8 @@ from nemo_minitron.backends.alignment.nemo_aligner.config import TRAINER_KEYS, M
 from nemo_minitron.backends.alignment.nemo_aligner.environment import require_gpu_kernels
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
 from nemo_minitron.data.chat.rows import ATTRIBUTES
-from nemo_minitron.execution.nodes import Nodes
 from nemo_minitron.hf.checkpoint import model_facts
+from nemo_minitron.processes.nodes import Nodes
 from nemo_minitron.schema.alignment import Alignment
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.align.params import AttributeModelStage, DpoStage, SftStage, SteerlmSftStage

@@ -15,7 +15,7 @@ from nemo_minitron.stages.score.params import ScoreStage
 
 if TYPE_CHECKING:
     from nemo_minitron.backends.megatron.model.forward import Batch
-    from nemo_minitron.evaluation.choice_task import ChoiceTask
+    from nemo_minitron.pruning.choice_task import ChoiceTask
 
 
 def score(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Result:

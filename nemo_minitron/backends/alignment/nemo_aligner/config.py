@@ -14,8 +14,8 @@ from typing import Any, Literal
 import yaml
 
 from nemo_minitron.backends.alignment.nemo_aligner.shipped import require_shipped
-from nemo_minitron.config.places import CONFIGS, shipped_dir
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.system.places import CONFIGS, shipped_dir
 
 Method = Literal[
     "sft",

@@ -15,11 +15,11 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from nemo_minitron.config.places import CONSTRAINTS, shipped_dir
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.execution.same_code import SAFE_PATH
+from nemo_minitron.processes.same_code import SAFE_PATH
 from nemo_minitron.system.files import cache_dir
 from nemo_minitron.system.outer_job import outside
+from nemo_minitron.system.places import CONSTRAINTS, shipped_dir
 from nemo_minitron.system.progress import Progress
 
 ENTRY = Path(__file__).with_name("entry")

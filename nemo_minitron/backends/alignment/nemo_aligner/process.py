@@ -18,9 +18,9 @@ from nemo_minitron.backends.alignment.nemo_aligner.environment import (
     has_gpu_kernels,
 )
 from nemo_minitron.errors import EnvironmentProblem, Interrupted, ProcessesDied
-from nemo_minitron.execution.nodes import Nodes, start_everywhere
-from nemo_minitron.execution.output import without_secrets
-from nemo_minitron.execution.same_code import SAFE_PATH
+from nemo_minitron.processes.nodes import Nodes, start_everywhere
+from nemo_minitron.processes.output import without_secrets
+from nemo_minitron.processes.same_code import SAFE_PATH
 from nemo_minitron.system.disk import disk_problem
 from nemo_minitron.system.heap import environment_of_children
 from nemo_minitron.system.interrupts import StopRequest

@@ -25,8 +25,8 @@ from nemo_minitron.backends.megatron.model.weights import load_weights
 from nemo_minitron.backends.megatron.runtime.meeting import MEETING_VARIABLE
 from nemo_minitron.backends.megatron.runtime.session import Session, open_session
 from nemo_minitron.errors import ProcessesDied
-from nemo_minitron.execution.same_code import SAFE_PATH, START
 from nemo_minitron.hf.checkpoint import Checkpoint
+from nemo_minitron.processes.same_code import SAFE_PATH, START
 from nemo_minitron.schema.execution import Parallel
 
 _WORLD = (

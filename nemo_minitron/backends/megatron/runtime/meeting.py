@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 MEETING_VARIABLE = "MINITRON_MEETING"
-"""As in execution/agent.py."""
+"""As in processes/agent.py."""
 LOOPBACKS = ("lo", "lo0")
 TCP_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 ESTABLISHED = "01"

@@ -17,8 +17,8 @@ from nemo_minitron.backends.megatron.model.parts import Model
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.backends.megatron.scoring.removal import Effects, effects_of_removal, without_layers
 from nemo_minitron.backends.megatron.scoring.stats import activation_scores
-from nemo_minitron.evaluation.choice_task import ChoiceTask
 from nemo_minitron.families import ModelShape
+from nemo_minitron.pruning.choice_task import ChoiceTask
 from nemo_minitron.pruning.depth import DepthMetric, Run, lm_loss, logit_mse, runs_of, task_error
 from nemo_minitron.schema.base import LayerMetric
 from nemo_minitron.schema.pruning import Scoring

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from types import MappingProxyType
 from typing import IO
 
-from nemo_minitron.execution.same_code import SAFE_PATH, START
+from nemo_minitron.processes.same_code import SAFE_PATH, START
 from nemo_minitron.system.disclosure import looks_secret, masked, secrets_in
 
 PATIENCE_S = 10.0

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import IO
 
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.execution.agent import MEETING_VARIABLE, meeting_folder
-from nemo_minitron.execution.same_code import START
+from nemo_minitron.processes.agent import MEETING_VARIABLE, meeting_folder
+from nemo_minitron.processes.same_code import START
 from nemo_minitron.system.cores import usable_cores
 from nemo_minitron.system.files import write_whole
 from nemo_minitron.system.interrupts import SIGNALS

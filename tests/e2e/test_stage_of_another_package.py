@@ -1,0 +1,95 @@
+"""An installed package adds a kind of stage by an entry point, and nothing of nemo-minitron is edited for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO
+
+PACKAGE = REPO / "tests" / "data" / "stage_package"
+RECIPE = """
+defaults: [_self_]
+stages:
+  teacher: {kind: import, source: "asset:toy-llama"}
+  letters: {kind: count_letters, letter: a}
+  report: {}
+execution:
+  parallel: {dp: 2}
+"""
+
+
+def _minitron(folder: Path, *words: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_minitron", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{PACKAGE}{os.pathsep}{REPO}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    file = tmp_path / "letters.yaml"
+    file.write_text(RECIPE)
+    return file
+
+
+def test_a_stage_of_another_package_is_checked_planned_run_resumed_and_reported(tmp_path: Path, recipe: Path) -> None:
+    code, said = _minitron(tmp_path, "check", "letters.yaml", "stages.letters.letter='7'")
+    assert code == 2
+    assert "stages.letters.letter = 7: is a digit. Allowed: a letter." in said
+    code, said = _minitron(tmp_path, "check", "letters.yaml", "stages.letters.lettre=b")
+    assert code == 2
+    assert "stages.letters.lettre: unknown key. Did you mean letter?" in said
+
+    code, said = _minitron(tmp_path, "plan", "letters.yaml", "--json")
+    assert code == 0, said
+    (planned,) = [stage for stage in json.loads(said)["stages"] if stage["name"] == "letters"]
+    assert (planned["kind"], planned["processes"], planned["inputs"]) == ("count_letters", 2, {"model": "teacher"})
+
+    code, said = _minitron(tmp_path, "run", "letters.yaml")
+    assert code == 2
+    assert "The first attempt always fails." in said
+    code, said = _minitron(tmp_path, "run", "letters.yaml")
+    assert code == 0, said
+
+    run = tmp_path / "runs" / "letters"
+    manifest = json.loads((run / "letters/manifest.json").read_text())
+    vocab = json.loads((run / "teacher/tokenizer.json").read_text())["model"]["vocab"]
+    assert manifest["result"]["attempts"] == 2
+    assert manifest["result"]["num_letters"] == sum(token.count("a") for token in vocab)
+    report = json.loads((run / "report.json").read_text())
+    assert [row["kind"] for row in report["lineage"]] == ["import", "count_letters"]
+    (cost,) = [row for row in report["cost"]["stages"] if row["stage"] == "letters"]
+    assert cost["tokens"] == len(vocab)
+    assert "count letters" in (run / "report.html").read_text()
+
+
+def test_a_package_that_adds_a_kind_twice_is_named(tmp_path: Path, recipe: Path) -> None:
+    other = tmp_path / "site" / "other-2.0.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 2.0\n")
+    (other / "entry_points.txt").write_text(
+        "[nemo_minitron.stages]\ndistill = nemo_minitron.stages.distill.kind:DISTILL\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_minitron", "check", "letters.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{REPO}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "other adds the kind of stage `distill`, which is already there." in done.stderr
+    assert "Correct or uninstall that package." in done.stderr
