@@ -30,7 +30,7 @@ from nemo_minitron.schema.chats import ChatRendering
 from nemo_minitron.schema.execution import Execution
 from nemo_minitron.stages.align.params import SftStage
 from nemo_minitron.stages.context import StageContext
-from nemo_minitron.stages.one_tokenizer import require_one_tokenizer
+from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
 from nemo_minitron.system.progress import Progress
 from tests.support.saved_by import SAVED_BY
 from tests.support.tiny_models import CHAT_TEMPLATE, tiny_tokenizer

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.stages.cache_teacher.params import CacheTeacherStage
+from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
-from nemo_minitron.stages.one_tokenizer import require_one_tokenizer
 
 
 def cache_teacher(params: CacheTeacherStage, inputs: Inputs, ctx: StageContext) -> Result:

@@ -2,75 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Any
-
-from nemo_minitron.artifacts.types import Artifact, Inputs
-from nemo_minitron.distillation.words import loss_in_words
+from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
+from nemo_minitron.stages.common.training import distill_student
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.distill.params import DistillStage
 from nemo_minitron.stages.kind import Result
-from nemo_minitron.stages.one_tokenizer import require_one_tokenizer
-
-if TYPE_CHECKING:
-    from nemo_minitron.backends.megatron.training.curves import Curves
-    from nemo_minitron.backends.megatron.training.loop import Job, LoopOptions
 
 
-def distill(params: DistillStage, inputs: Inputs, ctx: StageContext, keys: str | None = None) -> Result:
-    """Distillation from the teacher; resumes from the work folder after a kill.
-
-    Writes the student as a Hugging Face checkpoint, curves.jsonl, data_used.json and tensorboard/.
-
-    Args:
-        keys: where the recipe has its keys, for messages; None: under the stage's name.
+def distill(params: DistillStage, inputs: Inputs, ctx: StageContext) -> Result:
+    """Distill from the teacher, or from its cached distributions.
 
     Raises:
         DataError: teacher, student and data do not share a tokenizer.
         NumericsError: the loss blew up, or became NaN or infinite.
         Interrupted: the run was asked to stop.
     """
-    from nemo_minitron.backends.megatron.distillation import distill as objectives
-    from nemo_minitron.backends.megatron.training import loop as training
-
-    student, teacher, data = inputs["student"], inputs["teacher"], inputs["data"]
     require_one_tokenizer(inputs, ("student", "teacher"), ctx)
-    started_s = time.monotonic()
-    cache, session = inputs.get("cache"), ctx.open_session
-    if cache is not None:
-        job = objectives.prepare_cached(params, student.path, cache.path, data.path, ctx.work_dir, session)
-    else:
-        job = objectives.prepare(params, student.path, teacher.path, data.path, ctx.work_dir, session)
-    curves = training.run(job, ctx.work_dir, ctx.progress, loop_options(ctx, keys))
-    model_facts = training.publish(job, student.path, ctx.work_dir, ctx.out_dir)
-    if not ctx.is_main:
-        return {}
-    return {
-        **model_facts,
-        **training_facts(job, curves, student, data, started_s),
-        "loss": loss_in_words(params.loss, cached=cache is not None, corrected=params.of_teacher is not None),
-    }
-
-
-def loop_options(ctx: StageContext, keys: str | None = None) -> LoopOptions:
-    """What the training loop needs to know of the run that it is a part of."""
-    from nemo_minitron.backends.megatron.training.loop import LoopOptions
-
-    return LoopOptions(ctx.execution, ctx.recipe_name, ctx.stop, ctx.name, keys or f"stages.{ctx.name}")
-
-
-def training_facts(job: Job, curves: Curves, model: Artifact, data: Artifact, started_s: float) -> dict[str, Any]:
-    """What a manifest tells of a training; losses in nats per token."""
-    from nemo_minitron.backends.megatron.runtime.peak import peak_memory_gib
-
-    measured = [key for key in ("valid_loss", "valid_kl", "valid_teacher_loss") if curves.has(key)]
-    return {
-        "license": model.result.get("license"),
-        "data_sources": list(data.result.get("sources", ())),
-        "num_steps": job.num_steps,
-        "tokens": job.num_steps * job.tokens_per_step,
-        "peak_memory_gib": peak_memory_gib(job.session.device),
-        "wall_s": time.monotonic() - started_s,
-        **{f"initial_{key}": curves.first(key) for key in measured},
-        **{f"final_{key}": curves.last(key) for key in (*measured, "train_loss")},
-    }
+    cache = inputs.get("cache")
+    folder = None if cache is None else cache.path
+    return distill_student(params, inputs["student"], inputs["teacher"], inputs["data"], ctx, cache=folder)

@@ -13,10 +13,10 @@ from nemo_minitron.backends.alignment.nemo_aligner.config import complete_config
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
 from nemo_minitron.stages.align import run as align
 from nemo_minitron.stages.align.rows import Rows, write_rows
+from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.distill_offline.params import DistillOfflineStage
 from nemo_minitron.stages.kind import Result
-from nemo_minitron.stages.one_tokenizer import require_one_tokenizer
 
 CHUNK_ID = "CHUNK_ID"
 """In a name of files; NeMo-Aligner's sign for their number."""

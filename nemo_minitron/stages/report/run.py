@@ -75,7 +75,8 @@ def _planned(recipe: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
     if not recipe:
         return {}
-    found = estimates(make_plan(Recipe.model_validate(recipe)))
+    # The sources of a run play no part in its estimates: they are not listed again.
+    found = estimates(make_plan(Recipe.model_validate(recipe), {name: {} for name in recipe["stages"]}))
     return {
         name: {"seconds": estimate.seconds, "peak_gib": estimate.memory.peak / 2**30}
         for name, estimate in found.items()

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.pruning.plan_file import PLAN_FILE
+from nemo_minitron.schema.pruning import Selection
 from nemo_minitron.schema.speed import SpeedMeasurement
-from nemo_minitron.schema.training import Training
+from nemo_minitron.schema.training import Distillation, Training
+from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
+from nemo_minitron.stages.common.scores import load_scores
+from nemo_minitron.stages.common.training import distill_student
 from nemo_minitron.stages.context import StageContext
-from nemo_minitron.stages.distill.params import DistillStage
 from nemo_minitron.stages.kind import Result
 from nemo_minitron.stages.search.expansion import search_of
 from nemo_minitron.stages.search.params import CandidateStage
-from nemo_minitron.stages.select.params import SelectStage
 
 if TYPE_CHECKING:
     from nemo_minitron.families import ModelShape
@@ -33,8 +35,6 @@ def candidate(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> Resu
     Raises:
         NumericsError: the loss became NaN or infinite.
     """
-    from nemo_minitron.stages.distill.run import distill
-
     before = _facts_before(params, inputs, ctx)
     if ctx.is_main:
         shutil.copyfile(before["path"] / PLAN_FILE, ctx.out_dir / PLAN_FILE)
@@ -46,9 +46,10 @@ def candidate(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> Resu
     training = {field: getattr(params.retraining, field) for field in Training.model_fields}
     # A later rung reads on in fresh samples.
     training["seed"] += params.rung - 1
-    order = DistillStage(kind="distill", num_steps=params.num_steps, **training)
-    roles = {"student": student, "teacher": inputs["teacher"], "data": inputs["data"]}
-    trained = distill(order, Inputs(roles), ctx, f"stages.{search_of(ctx.name, params)}.retraining")
+    require_one_tokenizer(Inputs({"student": student, **inputs.single}), ("student", "teacher"), ctx)
+    distillation = Distillation(num_steps=params.num_steps, **training)
+    keys = f"stages.{search_of(ctx.name, params)}.retraining"
+    trained = distill_student(distillation, student, inputs["teacher"], inputs["data"], ctx, keys=keys)
     if not ctx.is_main:
         return {}
     zero_shot = trained["initial_valid_loss"] if params.rung == 1 else before["zero_shot_loss"]
@@ -109,9 +110,8 @@ def _cut(params: CandidateStage, inputs: Inputs, ctx: StageContext, folder: Path
     from nemo_minitron.pruning.plan_file import write_plan
     from nemo_minitron.pruning.selection import choose_keep
     from nemo_minitron.pruning.slicing import prune_checkpoint
-    from nemo_minitron.stages.select.run import load_scores
 
-    rules = SelectStage(kind="select", target=params.target, **params.selection.model_dump())
+    rules = Selection(target=params.target, **params.selection.model_dump())
     model = inputs["model"].path
     source = read_shape(read_config(model))
     plan = choose_keep(load_scores(rules, inputs), source, rules)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.stages.common.scores import load_scores
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
 from nemo_minitron.stages.select.params import SelectStage
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def select(params: SelectStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -29,18 +25,3 @@ def select(params: SelectStage, inputs: Inputs, ctx: StageContext) -> Result:
     kept, total = document["num_params"]["target"], document["num_params"]["source"]
     ctx.progress.say(f"keeps {kept:,} of {total:,} parameters ({kept / total:.1%})")
     return {"num_params": kept, "share": kept / total, "target": document["target"], "method": params.method}
-
-
-def load_scores(params: SelectStage, inputs: Inputs) -> dict[str, Tensor]:
-    """What the method chooses by."""
-    if params.method == "magnitude":
-        from nemo_minitron.hf.checkpoint import Checkpoint
-        from nemo_minitron.pruning.magnitude import magnitude_scores
-
-        return magnitude_scores(Checkpoint.open(inputs["model"].path), params)
-    scores = inputs.get("scores")
-    if scores is None:
-        return {}
-    from safetensors.torch import load_file
-
-    return load_file(str(scores.path / "scores.safetensors"))

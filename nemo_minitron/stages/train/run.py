@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 
 from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
+from nemo_minitron.stages.common.training import loop_options, training_facts
 from nemo_minitron.stages.context import StageContext
-from nemo_minitron.stages.distill.run import loop_options, training_facts
 from nemo_minitron.stages.kind import Result
-from nemo_minitron.stages.one_tokenizer import require_one_tokenizer
 from nemo_minitron.stages.train.params import TrainStage
 
 

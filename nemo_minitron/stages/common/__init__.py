@@ -1,0 +1,1 @@
+"""What several kinds of stage share. Stages import this, and never each other."""

@@ -1,0 +1,84 @@
+"""Trainings by Megatron as stages run them: distillation, and what every training reports."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.artifacts.types import Artifact
+from nemo_minitron.distillation.words import loss_in_words
+from nemo_minitron.schema.training import Distillation
+from nemo_minitron.stages.context import StageContext
+
+if TYPE_CHECKING:
+    from nemo_minitron.backends.megatron.training.curves import Curves
+    from nemo_minitron.backends.megatron.training.loop import Job, LoopOptions
+
+
+def distill_student(
+    params: Distillation,
+    student: Artifact,
+    teacher: Artifact,
+    data: Artifact,
+    ctx: StageContext,
+    *,
+    cache: Path | None = None,
+    keys: str | None = None,
+) -> dict[str, Any]:
+    """Train a student from its teacher; resumes from the work folder after a kill.
+
+    Writes the student as a Hugging Face checkpoint, curves.jsonl, data_used.json and tensorboard/.
+
+    Args:
+        cache: folder of the teacher's distributions; the teacher itself is then not loaded.
+        keys: where the recipe has the keys of the training, for messages; None: under the stage's name.
+
+    Returns:
+        Facts for the manifest; empty on other ranks than the first.
+
+    Raises:
+        NumericsError: the loss blew up, or became NaN or infinite.
+        Interrupted: the run was asked to stop.
+    """
+    from nemo_minitron.backends.megatron.distillation import distill as objectives
+    from nemo_minitron.backends.megatron.training import loop as training
+
+    started_s, session = time.monotonic(), ctx.open_session
+    if cache is not None:
+        job = objectives.prepare_cached(params, student.path, cache, data.path, ctx.work_dir, session)
+    else:
+        job = objectives.prepare(params, student.path, teacher.path, data.path, ctx.work_dir, session)
+    curves = training.run(job, ctx.work_dir, ctx.progress, loop_options(ctx, keys))
+    model_facts = training.publish(job, student.path, ctx.work_dir, ctx.out_dir)
+    if not ctx.is_main:
+        return {}
+    return {
+        **model_facts,
+        **training_facts(job, curves, student, data, started_s),
+        "loss": loss_in_words(params.loss, cached=cache is not None, corrected=params.of_teacher is not None),
+    }
+
+
+def loop_options(ctx: StageContext, keys: str | None = None) -> LoopOptions:
+    """What the training loop needs to know of the run that it is a part of."""
+    from nemo_minitron.backends.megatron.training.loop import LoopOptions
+
+    return LoopOptions(ctx.execution, ctx.recipe_name, ctx.stop, ctx.name, keys or f"stages.{ctx.name}")
+
+
+def training_facts(job: Job, curves: Curves, model: Artifact, data: Artifact, started_s: float) -> dict[str, Any]:
+    """What a manifest tells of a training; losses in nats per token."""
+    from nemo_minitron.backends.megatron.runtime.peak import peak_memory_gib
+
+    measured = [key for key in ("valid_loss", "valid_kl", "valid_teacher_loss") if curves.has(key)]
+    return {
+        "license": model.result.get("license"),
+        "data_sources": list(data.result.get("sources", ())),
+        "num_steps": job.num_steps,
+        "tokens": job.num_steps * job.tokens_per_step,
+        "peak_memory_gib": peak_memory_gib(job.session.device),
+        "wall_s": time.monotonic() - started_s,
+        **{f"initial_{key}": curves.first(key) for key in measured},
+        **{f"final_{key}": curves.last(key) for key in (*measured, "train_loss")},
+    }
