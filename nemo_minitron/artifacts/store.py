@@ -17,7 +17,7 @@ from typing import IO, Any, Literal
 from nemo_minitron.artifacts.compared import changed_file
 from nemo_minitron.artifacts.manifest import Manifest, file_facts, hash_files, read_manifest, write_manifest
 from nemo_minitron.artifacts.run_paths import ACCEPTED_DRIFT, COMPARED, LOCK, PARTIAL, SUPERSEDED, WORK, RunPaths
-from nemo_minitron.artifacts.types import Artifact, Inputs
+from nemo_minitron.artifacts.types import Artifact, ArtifactsByRole
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.system.disclosure import told_command
 from nemo_minitron.system.files import read_json, write_whole
@@ -76,7 +76,7 @@ class Store:
             return None
         return file
 
-    def inputs(self, names: Mapping[str, Any], contents: Contents = "sizes") -> Inputs:
+    def inputs(self, names: Mapping[str, Any], contents: Contents = "sizes") -> ArtifactsByRole:
         """Load every artifact that a stage reads. Raises as `artifact`."""
         single = {role: self.artifact(name, contents) for role, name in names.items() if isinstance(name, str)}
         groups = {}
@@ -85,7 +85,7 @@ class Store:
                 groups[role] = {label: self.artifact(name, contents) for label, name in value.items()}
             elif not isinstance(value, str):
                 groups[role] = {name: self.artifact(name, contents) for name in value}
-        return Inputs(single, groups)
+        return ArtifactsByRole(single, groups)
 
     def verify(self, stage: str, manifest: Manifest, contents: Contents) -> None:
         """Compare the files with the manifest: sizes, and some contents. An adopted model's lie outside the run.

@@ -25,7 +25,7 @@ class Artifact:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ArtifactsByRole:
     """A stage's inputs by role: `inputs["teacher"]`; roles with several stages: `inputs.many("models")`."""
 
     single: Mapping[str, Artifact] = field(default_factory=dict)

@@ -15,14 +15,14 @@ from nemo_minitron.schema.chats import ChatRowFacts
 from nemo_minitron.schema.execution import Parallel
 
 if TYPE_CHECKING:
-    from nemo_minitron.artifacts.types import Inputs
     from nemo_minitron.stages.context import StageContext
     from nemo_minitron.workload.load import Load
 
 Result = Mapping[str, Any]
 """Facts that a stage returns for its manifest; they must be JSON."""
-StageFunction = Callable[[Any, "Inputs", "StageContext"], Result]
-"""Called as function(params, inputs, ctx)."""
+StageFunction = Callable[[Any, Any, "StageContext"], Result]
+"""Called as function(params, inputs, ctx). The type of `inputs` is a dataclass with a field for each input role; see
+`nemo_minitron.stages.typed_inputs`."""
 
 
 class Output(Enum):

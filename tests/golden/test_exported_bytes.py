@@ -17,17 +17,19 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.data.chat.templates import set_template
 from nemo_minitron.families import parameters, read_shape, tensor_shape
 from nemo_minitron.hf.checkpoint import CheckpointWriter, copy_side_files, model_facts
 from nemo_minitron.hf.gguf import convert_gguf
 from nemo_minitron.hf.tokenizer import load_tokenizer
 from nemo_minitron.schema.execution import Execution
+from nemo_minitron.stages.artifacts import Model
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.export.params import ExportStage
+from nemo_minitron.stages.export.run import Inputs as ExportInputs
 from nemo_minitron.stages.export.run import export
 from nemo_minitron.stages.init.params import InitStage
+from nemo_minitron.stages.init.run import Inputs as InitInputs
 from nemo_minitron.stages.init.run import init
 from nemo_minitron.system.progress import Progress
 from tests.support.saved_by import IDS_FILE, KINDS, SAVED_BY, VERSIONS
@@ -64,7 +66,7 @@ def context(out: Path) -> StageContext:
 
 def exported(model: Path, out: Path) -> Path:
     facts = {**model_facts(model), "license": "apache-2.0", "source": "hf:org/teacher"}
-    inputs = Inputs({role: Artifact(role, "import", model, "f" * 64, facts) for role in ("model", "teacher")})
+    inputs = ExportInputs(*(Model(role, "import", model, "f" * 64, facts) for role in ("model", "teacher")))
     export(ExportStage(kind="export", dtype="bfloat16"), inputs, context(out))
     return out
 
@@ -115,7 +117,7 @@ def test_a_new_tokenizer_has_the_same_bytes(tmp_path: Path) -> None:
         architecture={"architectures": ["LlamaForCausalLM"], "vocab_size": 280, **sizes},
         tokenizer={"vocab_size": 280, "sources": [{"source": str(tmp_path / "text.jsonl")}]},
     )
-    init(params, Inputs(), context(tmp_path / "out"))
+    init(params, InitInputs(), context(tmp_path / "out"))
     (tmp_path / "out/model.safetensors").unlink()  # random numbers of torch
     compare("init", tmp_path / "out")
 

@@ -28,16 +28,16 @@ TOKENS = torch.randint(0, 49152, (1, 48), generator=torch.Generator().manual_see
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from nemo_minitron.artifacts.types import Inputs
     from nemo_minitron.schema.execution import Execution
     from nemo_minitron.stages.context import StageContext
     from nemo_minitron.stages.import_model.run import import_model
+    from nemo_minitron.stages.typed_inputs import NoInputs
 
     if not (ASSETS / "smollm2-135m-instruct").exists():
         pytest.skip("needs `minitron assets fetch`")
     out = tmp_path_factory.mktemp("smollm2")
     context = StageContext("teacher", "test", out, out, Execution(assets_dir=str(ASSETS)), Progress(silent=True))
-    result = import_model(ImportStage(kind="import", source="asset:smollm2-135m-instruct"), Inputs(), context)
+    result = import_model(ImportStage(kind="import", source="asset:smollm2-135m-instruct"), NoInputs(), context)
     assert result["num_params"] == 134_515_008
     return out
 
@@ -83,19 +83,19 @@ def test_perplexity_of_text_equals_transformers_within_a_thousandth(smollm2: Pat
 
 def _our_perplexity(model_dir: Path, folder: Path) -> tuple[float, list[tuple[NDArray, NDArray]]]:
     """(perplexity through Megatron, the windows that it was measured on), on prose of the package."""
-    from nemo_minitron.artifacts.types import Artifact, Inputs
     from nemo_minitron.backends.megatron.data.datasets import heldout_batches
     from nemo_minitron.backends.megatron.model.evaluate import heldout_loss
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.schema.execution import Execution
+    from nemo_minitron.stages.artifacts import Model
     from nemo_minitron.stages.context import StageContext
     from nemo_minitron.stages.tokenize.params import TokenizeStage
-    from nemo_minitron.stages.tokenize.run import tokenize
+    from nemo_minitron.stages.tokenize.run import Inputs, tokenize
 
     silent = Progress(silent=True)
     stage = TokenizeStage(kind="tokenize", sources=({"source": "asset:toy-text"},), valid_fraction=0.3)
-    teacher = Artifact("teacher", "import", model_dir, "", {})
-    tokenize(stage, Inputs({"tokenizer": teacher}), StageContext("data", "t", folder, folder, Execution(), silent))
+    context = StageContext("data", "t", folder, folder, Execution(), silent)
+    tokenize(stage, Inputs(Model("teacher", "import", model_dir, "", {})), context)
     sizes = {"num_tokens": 4000, "seq_len_tokens": 512}
     with open_session(Parallel(), device="cpu", threads=1) as session:
         found = heldout_loss(model_dir, folder, **sizes, precision="fp32", session=session, progress=silent)

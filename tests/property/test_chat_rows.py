@@ -12,7 +12,6 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.data.chat.fields import Fields, is_empty
 from nemo_minitron.data.chat.files import read_rows
 from nemo_minitron.data.chat.formats import FORMATS
@@ -22,6 +21,7 @@ from nemo_minitron.schema.execution import Execution
 from nemo_minitron.stages.chat_data.params import ChatDataStage
 from nemo_minitron.stages.chat_data.run import chat_data
 from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.typed_inputs import NoInputs
 from nemo_minitron.system.progress import Progress
 from tests.support.examples import budget
 
@@ -218,7 +218,7 @@ def test_the_stage_keeps_rows_or_stops_with_words(content: bytes, rows: Any, for
         return
     message = ""
     try:
-        facts = chat_data(stage, Inputs(), StageContext("chats", "r", out, work, Execution(), Progress(silent=True)))
+        facts = chat_data(stage, NoInputs(), StageContext("chats", "r", out, work, Execution(), Progress(silent=True)))
     except MinitronError as error:
         message = str(error)
     if message:

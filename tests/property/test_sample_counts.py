@@ -16,9 +16,10 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.plan.checks import broken_rules
 from nemo_minitron.plan.planner import make_plan
 from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.artifacts import Model, TokenizedText
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.score.params import ScoreStage
-from nemo_minitron.stages.score.run import _batches
+from nemo_minitron.stages.score.run import Inputs, _batches
 from tests.conftest import TOY
 from tests.support.examples import budget
 from tests.support.tiny_data import tiny_data_dir
@@ -73,12 +74,12 @@ def test_what_is_planned_can_be_drawn(  # type: ignore[no-untyped-def]
 
 def _drawn(params: ScoreStage, data: Path, work: Path, micro: int, counts: list[int]) -> Iterator[list[int]]:
     """Numbers of the samples that the stage draws for each count."""
-    from nemo_minitron.artifacts.types import Artifact, Inputs
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.schema.execution import Execution
     from nemo_minitron.system.progress import Progress
 
-    inputs = Inputs({"data": Artifact("data", "tokenize", data, "", {}, {})}, {})
+    model = Model("teacher", "import", data, "", {})
+    inputs = Inputs(model, TokenizedText("data", "tokenize", data, "", {}))
     with open_session(Parallel(micro_batch_size=micro), device="cpu") as session:
         context = StageContext("score", "x", work, work, Execution(), Progress(silent=True), session)
         for count in counts:

@@ -24,7 +24,6 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.data import blocks, pieces, shard_pool
 from nemo_minitron.data.encoder import Encoder, open_tokenizer
 from nemo_minitron.data.readers import read_documents
@@ -36,9 +35,10 @@ from nemo_minitron.errors import DataError, Interrupted
 from nemo_minitron.hf.source import BUILT_IN
 from nemo_minitron.schema.data import DataSource
 from nemo_minitron.schema.execution import Execution
+from nemo_minitron.stages.artifacts import Model
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.tokenize.params import TokenizeStage
-from nemo_minitron.stages.tokenize.run import tokenize
+from nemo_minitron.stages.tokenize.run import Inputs, tokenize
 from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Progress
 from tests.support.examples import budget
@@ -139,7 +139,7 @@ def run(text: Path, work: Path, separator: str, stop: StopRequest, most: int | N
     source = {"source": str(text), "document_separator": separator, "max_documents": most}
     stage = TokenizeStage(kind="tokenize", sources=[source], valid_fraction=0.3)
     context = StageContext("data", "test", out, work, Execution(workers=1), Progress(silent=True), stop=stop)
-    tokenize(stage, Inputs({"tokenizer": Artifact("teacher", "import", TOY_MODEL, "", {})}), context)
+    tokenize(stage, Inputs(Model("teacher", "import", TOY_MODEL, "", {})), context)
     return {file.name: file.read_bytes() for file in out.iterdir()}
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron import assets
-from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.bundle.places import _model_files, links_out
 from nemo_minitron.errors import CheckpointError, EnvironmentProblem
 from nemo_minitron.hf.checkpoint import Checkpoint
@@ -24,6 +23,7 @@ from nemo_minitron.stages.adopt.params import AdoptStage
 from nemo_minitron.stages.adopt.run import adopt
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.tokenize.params import TokenizeStage
+from nemo_minitron.stages.typed_inputs import NoInputs
 from nemo_minitron.system.progress import Progress
 from tests.support.tiny_models import tiny_model_dir
 
@@ -154,7 +154,7 @@ def test_links_in_data_are_followed_and_said(tmp_path: Path, private: Path) -> N
 def _adopt(path: Path, sha256: str | None, tmp_path: Path) -> str:
     params = AdoptStage(kind="adopt", path=str(path), sha256=sha256)
     context = StageContext("teacher", "test", tmp_path, tmp_path, Execution(), Progress(silent=True))
-    return str(adopt(params, Inputs({}, {}), context)["adopted_path"])
+    return str(adopt(params, NoInputs(), context)["adopted_path"])
 
 
 def test_the_checksum_of_a_sharded_model_is_of_all_shards(model: Path, tmp_path: Path) -> None:

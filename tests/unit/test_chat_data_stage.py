@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.data.chat.rows import question
 from nemo_minitron.data.chat.split import copies, heldout_questions, text_hash
 from nemo_minitron.errors import DataError
@@ -17,6 +16,7 @@ from nemo_minitron.schema.execution import Execution
 from nemo_minitron.stages.chat_data.params import ChatDataStage
 from nemo_minitron.stages.chat_data.run import chat_data
 from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.typed_inputs import NoInputs
 from nemo_minitron.system.progress import Progress
 from tests.conftest import Cli
 
@@ -41,7 +41,7 @@ def prepare(folder: Path, *sources: dict[str, Any] | str, **params: Any) -> tupl
     out, work = folder / "out", folder / "work"
     out.mkdir(parents=True)
     work.mkdir()
-    result = chat_data(stage, Inputs(), StageContext("chats", "test", out, work, Execution(), Progress(silent=True)))
+    result = chat_data(stage, NoInputs(), StageContext("chats", "test", out, work, Execution(), Progress(silent=True)))
     train, valid = (list(map(json.loads, (out / f"{s}.jsonl").open(encoding="utf-8"))) for s in ("train", "valid"))
     assert json.loads((out / "facts.json").read_text()) == result
     return dict(result), train, valid

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.hf.checkpoint import model_facts
 from nemo_minitron.schema.execution import Execution
+from nemo_minitron.stages.artifacts import Evaluation, Model
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.export.params import ExportStage
-from nemo_minitron.stages.export.run import export
+from nemo_minitron.stages.export.run import Inputs, export
 from nemo_minitron.system.progress import Progress
 from tests.support.tiny_models import load_transformers, tiny_model_dir
 
@@ -27,10 +27,8 @@ def _export(tmp_path: Path, model_dir: Path, **params: Any) -> tuple[Path, Any]:
     (tmp_path / "evaluate").mkdir()
     metrics = {"label": "distilled", "num_params": 1, "bits_per_byte": 1.0, "perplexity": 2.0, "tasks": {}}
     (tmp_path / "evaluate/metrics.json").write_text(json.dumps(metrics))
-    inputs = Inputs(
-        {role: Artifact(role, "import", model_dir, "f" * 64, facts) for role in ("model", "teacher")},
-        {"evaluations": {"e": Artifact("e", "evaluate", tmp_path / "evaluate", "f" * 64, {})}},
-    )
+    model, teacher = (Model(role, "import", model_dir, "f" * 64, facts) for role in ("model", "teacher"))
+    inputs = Inputs(model, teacher, {"e": Evaluation("e", "evaluate", tmp_path / "evaluate", "f" * 64, {})})
     ctx = StageContext("export", "a/recipe", out, tmp_path, Execution(), Progress(silent=True))
     return out, export(ExportStage(kind="export", **params), inputs, ctx)
 

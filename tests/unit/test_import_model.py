@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.errors import CheckpointError, EnvironmentProblem
 from nemo_minitron.families import num_params
 from nemo_minitron.hf.checkpoint import INDEX_FILE, Checkpoint, read_config
@@ -24,6 +23,7 @@ from nemo_minitron.stages.adopt.run import adopt
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.import_model.params import ImportStage
 from nemo_minitron.stages.import_model.run import import_model
+from nemo_minitron.stages.typed_inputs import NoInputs
 from nemo_minitron.system.progress import Progress
 from tests.support.tiny_gguf import tiny_gguf
 from tests.support.tiny_models import load_transformers, tiny_model_dir
@@ -45,11 +45,11 @@ def _context(tmp_path: Path) -> StageContext:
 def _import(tmp_path: Path, source: object, **params: Any) -> tuple[Path, dict[str, Any]]:
     context = _context(tmp_path)
     stage = ImportStage(kind="import", source=str(source), **params)
-    return context.out_dir, dict(import_model(stage, Inputs(), context))
+    return context.out_dir, dict(import_model(stage, NoInputs(), context))
 
 
 def _adopt(tmp_path: Path, path: object, **params: Any) -> dict[str, Any]:
-    return dict(adopt(AdoptStage(kind="adopt", path=str(path), **params), Inputs(), _context(tmp_path)))
+    return dict(adopt(AdoptStage(kind="adopt", path=str(path), **params), NoInputs(), _context(tmp_path)))
 
 
 def test_an_imported_folder_is_bit_identical_and_holds_no_links(model_dir: Path, tmp_path: Path) -> None:

@@ -12,16 +12,16 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
-from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.cli.main import load_plan
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, MinitronError
 from nemo_minitron.families import num_params, parameters, read_shape
 from nemo_minitron.hf.checkpoint import Checkpoint, read_config
 from nemo_minitron.plan.shapes import model_shape
 from nemo_minitron.schema.execution import Execution
+from nemo_minitron.stages.artifacts import Model
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.init.params import InitStage
-from nemo_minitron.stages.init.run import END_OF_TEXT, init
+from nemo_minitron.stages.init.run import END_OF_TEXT, Inputs, init
 from nemo_minitron.system.progress import Progress
 from tests.conftest import REPO
 from tests.support.tiny_models import FAMILY_CASES, load_transformers, tiny_model_dir
@@ -54,9 +54,9 @@ def text(tmp_path: Path) -> Path:
 def _init(folder: Path, like: Path | None = None, **params: Any) -> tuple[Path, dict[str, Any]]:
     folder.mkdir(parents=True)
     context = StageContext("fresh", "test", folder, folder, Execution(), Progress(silent=True))
-    inputs = {"like": Artifact("like", "prune", like, "", {"license": "mit"}, {})} if like is not None else {}
+    inputs = Inputs(None if like is None else Model("like", "prune", like, "", {"license": "mit"}))
     stage = InitStage.model_validate({"kind": "init", "inputs": {"like": "like"} if like is not None else {}, **params})
-    return folder, dict(init(stage, Inputs(inputs), context))
+    return folder, dict(init(stage, inputs, context))
 
 
 def _tokenizer(text: Path, vocab_size: int = VOCABULARY, **keys: Any) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.errors import ArtifactError, MinitronError, NumericsError, PlanError
 from nemo_minitron.families import ModelShape, num_params, read_shape
 from nemo_minitron.pruning.plan_file import (
@@ -26,9 +25,10 @@ from nemo_minitron.pruning.plan_file import (
 from nemo_minitron.pruning.selection import choose_keep, top_indices
 from nemo_minitron.schema.execution import Execution
 from nemo_minitron.schema.pruning import Target
+from nemo_minitron.stages.artifacts import Model, Scores
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.select.params import SelectStage
-from nemo_minitron.stages.select.run import select
+from nemo_minitron.stages.select.run import Inputs, select
 from nemo_minitron.system.progress import Progress
 
 CONFIG = {
@@ -287,12 +287,13 @@ def test_the_select_stage_writes_the_plan_and_reports_its_size(tmp_path: Path) -
         folder.mkdir()
     (folders["model"] / "config.json").write_text(json.dumps(CONFIG))
     save_file(SCORES, folders["scores"] / "scores.safetensors")
-    inputs = Inputs({name: Artifact(name, name, folders[name], "", {}) for name in ("model", "scores")})
+    model = Model("teacher", "import", folders["model"], "", {})
+    scores = Scores("score", "score", folders["scores"], "", {})
     context = StageContext("select", "toy", folders["out"], folders["work"], Execution(), Progress(silent=True))
-    result = select(_params(ffn_hidden_size=2), inputs, context)
+    result = select(_params(ffn_hidden_size=2), Inputs(model, scores), context)
     plan = read_plan(folders["out"], SOURCE)
     assert plan == _choose(ffn_hidden_size=2)
     assert result["num_params"] == num_params(plan.target_shape(SOURCE))
     assert result["share"] == result["num_params"] / num_params(SOURCE)
     with pytest.raises(MinitronError):
-        select(_params(ffn_hidden_size=7), inputs, context)
+        select(_params(ffn_hidden_size=7), Inputs(model, scores), context)

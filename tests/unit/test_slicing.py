@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.errors import ArtifactError, NumericsError
 from nemo_minitron.families import Row, num_params, parameters, read_shape
 from nemo_minitron.hf.checkpoint import Checkpoint
@@ -19,9 +19,10 @@ from nemo_minitron.pruning.plan_file import PrunePlan, write_plan
 from nemo_minitron.pruning.selection import choose_keep
 from nemo_minitron.pruning.slicing import prune_checkpoint, slice_parameter
 from nemo_minitron.schema.execution import Execution
+from nemo_minitron.stages.artifacts import Model, PrunePlanArtifact
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.prune.params import PruneStage
-from nemo_minitron.stages.prune.run import prune
+from nemo_minitron.stages.prune.run import Inputs, prune
 from nemo_minitron.stages.select.params import SelectStage
 from nemo_minitron.system.progress import Progress
 from tests.support.tiny_models import FAMILY_CASES, load_transformers, tiny_model_dir
@@ -173,8 +174,8 @@ def _stage_inputs(source: Path, tmp_path: Path) -> tuple[Inputs, StageContext]:
     for folder in folders.values():
         folder.mkdir()
     write_plan(_plan(source), Checkpoint.open(source).shape, folders["plan"])
-    model = Artifact("teacher", "import", source, "", {"license": "apache-2.0"})
-    inputs = Inputs({"model": model, "plan": Artifact("select", "select", folders["plan"], "", {})})
+    model = Model("teacher", "import", source, "", {"license": "apache-2.0"})
+    inputs = Inputs(model, PrunePlanArtifact("select", "select", folders["plan"], "", {}))
     return inputs, StageContext("prune", "toy", folders["out"], folders["work"], Execution(), SILENT)
 
 
@@ -192,7 +193,7 @@ def test_the_prune_stage_reports_the_student_and_carries_the_licence(tmp_path: P
 def test_a_plan_for_another_teacher_is_refused(tmp_path: Path) -> None:
     inputs, context = _stage_inputs(tiny_model_dir(tmp_path, "mistral"), tmp_path)
     other = tiny_model_dir(tmp_path, "llama_mha")
-    swapped = Inputs({**inputs.single, "model": Artifact("teacher", "import", other, "", {})})
+    swapped = replace(inputs, model=Model("teacher", "import", other, "", {}))
     with pytest.raises(ArtifactError, match="was made for"):
         prune(PruneStage(kind="prune"), swapped, context)
     assert list(context.out_dir.iterdir()) == []

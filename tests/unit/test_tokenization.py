@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.data import pieces, shard_pool
 from nemo_minitron.data.encoder import Encoder
 from nemo_minitron.data.readers import read_documents
@@ -25,9 +24,10 @@ from nemo_minitron.hf.source import BUILT_IN
 from nemo_minitron.hf.tokenizer_identity import tokenizer_fingerprint
 from nemo_minitron.schema.data import DataSource
 from nemo_minitron.schema.execution import Execution
+from nemo_minitron.stages.artifacts import Model
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.tokenize.params import TokenizeStage
-from nemo_minitron.stages.tokenize.run import SHARDS, tokenize
+from nemo_minitron.stages.tokenize.run import SHARDS, Inputs, tokenize
 from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Progress
 
@@ -67,7 +67,7 @@ def run_stage(
 ) -> dict[str, Any]:
     """Writes into the folder `out`; what survives a stop is in `work`."""
     stage = TokenizeStage(kind="tokenize", sources=sources, **params)
-    inputs = Inputs({"tokenizer": Artifact("teacher", "import", model, "", {})})
+    inputs = Inputs(Model("teacher", "import", model, "", {}))
     return dict(tokenize(stage, inputs, context(folder, stop, workers=workers)))
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.data.chat.lengths import LengthStats
 from nemo_minitron.data.chat.render import sft_rows
 from nemo_minitron.data.chat.rows import BadRow
@@ -29,8 +28,9 @@ from nemo_minitron.plan.fingerprint import params_of
 from nemo_minitron.schema.chats import ChatRendering
 from nemo_minitron.schema.execution import Execution
 from nemo_minitron.stages.align.params import SftStage
-from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.artifacts import Model, TokenizedText
 from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
+from nemo_minitron.stages.context import StageContext
 from nemo_minitron.system.progress import Progress
 from tests.support.saved_by import SAVED_BY
 from tests.support.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
@@ -375,7 +375,7 @@ def renamed(folder: Path, **names: str) -> Path:
     return folder
 
 
-def inputs_of(tmp_path: Path, ids: list[int], **folders: Path) -> Inputs:
+def inputs_of(tmp_path: Path, ids: list[int], **folders: Path) -> tuple[dict[str, Model], TokenizedText]:
     from nemo_minitron.backends.megatron.data.indexed import Document, indexed_writers
 
     data = tmp_path / "data"
@@ -384,8 +384,8 @@ def inputs_of(tmp_path: Path, ids: list[int], **folders: Path) -> Inputs:
         writer.add(Document(np.array(ids), 3))
     first = next(iter(folders.values()))
     result = {"tokenizer_sha256": tokenizer_fingerprint(first)}
-    artifacts = {role: Artifact(role, "import", folder, "", {}) for role, folder in folders.items()}
-    return Inputs({**artifacts, "data": Artifact("data", "tokenize", data, "", result)})
+    models = {role: Model(role, "import", folder, "", {}) for role, folder in folders.items()}
+    return models, TokenizedText("data", "tokenize", data, "", result)
 
 
 def test_other_added_tokens_are_an_error_where_the_data_use_them_and_else_a_warning(tmp_path: Path) -> None:
@@ -393,33 +393,27 @@ def test_other_added_tokens_are_an_error_where_the_data_use_them_and_else_a_warn
     number = load_tokenizer(teacher).convert_tokens_to_ids("<two>")
     said: list[str] = []
     require_one_tokenizer(
-        inputs_of(tmp_path, [5, number - 1, 0], teacher=teacher, student=student),
-        ("teacher", "student"),
-        context(tmp_path, said),
+        *inputs_of(tmp_path, [5, number - 1, 0], teacher=teacher, student=student), context(tmp_path, said)
     )
     assert any(f"{number} (teacher <two>, student <User>)" in text for text in said)
     assert not any("<one>" in text for text in said)
     with pytest.raises(DataError, match=rf"uses them: {number} \(teacher <two>, student <User>\)"):
         require_one_tokenizer(
-            inputs_of(tmp_path, [5, number, 0], teacher=teacher, student=student),
-            ("teacher", "student"),
-            context(tmp_path, []),
+            *inputs_of(tmp_path, [5, number, 0], teacher=teacher, student=student), context(tmp_path, [])
         )
 
 
 def test_rendered_rows_count_as_use_where_there_are_no_data(tmp_path: Path) -> None:
     teacher, student = renamed(tmp_path / "teacher"), renamed(tmp_path / "student", two="<User>")
-    inputs = Inputs(
-        {role: Artifact(role, "import", path, "", {}) for role, path in (("model", student), ("teacher", teacher))}
-    )
+    models = {role: Model(role, "import", path, "", {}) for role, path in (("model", student), ("teacher", teacher))}
     rows = tmp_path / "rows.jsonl"
     for text, used in (("<one> says", False), ("<User> says", True)):
         rows.write_text(json.dumps({"input": text}) + "\n")
         if used:
             with pytest.raises(DataError, match="uses them"):
-                require_one_tokenizer(inputs, ("model", "teacher"), context(tmp_path, []), texts=(rows,))
+                require_one_tokenizer(models, None, context(tmp_path, []), texts=(rows,))
         else:
-            require_one_tokenizer(inputs, ("model", "teacher"), context(tmp_path, []), texts=(rows,))
+            require_one_tokenizer(models, None, context(tmp_path, []), texts=(rows,))
 
 
 def test_other_merges_are_an_error_and_another_way_to_write_them_is_not(tmp_path: Path) -> None:

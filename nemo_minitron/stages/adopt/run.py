@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.manifest import file_facts
-from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.stages.adopt.params import AdoptStage
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
+from nemo_minitron.stages.typed_inputs import NoInputs
 from nemo_minitron.system.files import user_path
 
 
-def adopt(params: AdoptStage, inputs: Inputs, ctx: StageContext) -> Result:
+def adopt(params: AdoptStage, inputs: NoInputs, ctx: StageContext) -> Result:
     """Check the folder, record where it is and the checksums of its files; later stages read it there.
 
     Raises:

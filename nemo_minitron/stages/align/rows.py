@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.data.chat.lengths import LengthStats
 from nemo_minitron.data.chat.render import Purpose, read_normalised, render_rows
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import DataError
 from nemo_minitron.schema.alignment import Alignment
 from nemo_minitron.stages.align.params import AttributeModelStage, DpoStage, SteerlmSftStage
+from nemo_minitron.stages.artifacts import ChatRows, Model
 from nemo_minitron.stages.context import StageContext
 
 PARTS = ("train", "valid")
@@ -32,23 +32,23 @@ class Rows:
     """Lengths and counts, by part."""
 
 
-def write_rows(params: Alignment, inputs: Inputs, ctx: StageContext) -> Rows:
+def write_rows(params: Alignment, model: Model, chats: ChatRows, ctx: StageContext) -> Rows:
     """Render every row with the model's tokenizer, and check it, before anything is trained.
 
     Raises:
         DataError: rows of the wrong kind, unusable rows, or fewer than a batch of them.
     """
     purpose = _purpose(params)
-    _require_kind(purpose, inputs, ctx)
+    _require_kind(purpose, chats, ctx)
     template = ChatTemplate.load(
-        inputs["model"].path, params.template, whole_markers=params.whole_markers, day=params.template_date
+        model.path, params.template, whole_markers=params.whole_markers, day=params.template_date
     )
     folder = ctx.work_dir / "rows"
     folder.mkdir(parents=True, exist_ok=True)
     counts, facts = {}, {}
     for part in PARTS:
         stats = LengthStats()
-        source = inputs["chats"].path / f"{part}.jsonl"
+        source = chats.file(part)
         rows = render_rows(
             _with_needed(read_normalised(source), params, str(source)),
             purpose,
@@ -71,12 +71,11 @@ def _purpose(params: Alignment) -> Purpose:
     return "sft"
 
 
-def _require_kind(purpose: Purpose, inputs: Inputs, ctx: StageContext) -> None:
+def _require_kind(purpose: Purpose, chats: ChatRows, ctx: StageContext) -> None:
     needed = "pairs" if purpose == "pairs" else "conversations"
-    found = inputs["chats"].result.get("rows")
-    if found != needed:
+    if chats.rows != needed:
         raise DataError(
-            f"Stage {inputs['chats'].stage} holds {found}.",
+            f"Stage {chats.stage} holds {chats.rows}.",
             where=f"stages.{ctx.name}.inputs.chats",
             allowed=f"a chat_data stage with rows: {needed}",
         )

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.backends.alignment.nemo_aligner import convert
 from nemo_minitron.backends.alignment.nemo_aligner.config import TRAINER_KEYS, Method, complete_config
 from nemo_minitron.backends.alignment.nemo_aligner.environment import require_gpu_kernels
@@ -21,6 +20,7 @@ from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.align.params import AttributeModelStage, DpoStage, SftStage, SteerlmSftStage
 from nemo_minitron.stages.align.rows import Rows, write_rows
 from nemo_minitron.stages.annotate.run import agreement, predict, read_labels
+from nemo_minitron.stages.artifacts import ChatRows, Model
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
 from nemo_minitron.system.files import write_whole
@@ -28,6 +28,14 @@ from nemo_minitron.system.files import write_whole
 CURVES_FILE = "curves.jsonl"
 NEMO_DIR = "nemo"
 """The NeMo checkpoint inside a published attribute model."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stages read."""
+
+    model: Model
+    chats: ChatRows
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ def sft(params: SftStage | SteerlmSftStage, inputs: Inputs, ctx: StageContext) -
         ConfigError: a NeMo-Aligner key or model that it does not know, or sizes that do not fit.
         Interrupted: asked to stop; the same command goes on.
     """
-    rows = write_rows(params, inputs, ctx)
+    rows = write_rows(params, inputs.model, inputs.chats, ctx)
     paths = {
         f"model.data.{part}.{key}": value
         for part, file in (("train_ds", rows.train), ("validation_ds", rows.valid))
@@ -61,7 +69,7 @@ def sft(params: SftStage | SteerlmSftStage, inputs: Inputs, ctx: StageContext) -
             "max_seq_length": params.max_seq_len_tokens,
         }.items()
     }
-    job = Job("sft", params, inputs["model"].path, rows, {**paths, "model.restore_from_path": ""})
+    job = Job("sft", params, inputs.model.path, rows, {**paths, "model.restore_from_path": ""})
     return train_and_publish(job, ctx)
 
 
@@ -71,7 +79,7 @@ def dpo(params: DpoStage, inputs: Inputs, ctx: StageContext) -> Result:
     Raises:
         As `sft`.
     """
-    rows = write_rows(params, inputs, ctx)
+    rows = write_rows(params, inputs.model, inputs.chats, ctx)
     fill = {
         "model.dpo.preference_loss": params.preference_loss,
         "model.dpo.ref_policy_kl_penalty": params.beta,
@@ -82,7 +90,7 @@ def dpo(params: DpoStage, inputs: Inputs, ctx: StageContext) -> Result:
         "model.dpo.log_prob_forward_micro_batch_size": parallel(ctx).micro_batch_size,
         **_json_rows(rows, params),
     }
-    return train_and_publish(Job("dpo", params, inputs["model"].path, rows, fill), ctx)
+    return train_and_publish(Job("dpo", params, inputs.model.path, rows, fill), ctx)
 
 
 def train_attribute_model(params: AttributeModelStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -91,7 +99,7 @@ def train_attribute_model(params: AttributeModelStage, inputs: Inputs, ctx: Stag
     Raises:
         As `sft`.
     """
-    rows = write_rows(params, inputs, ctx)
+    rows = write_rows(params, inputs.model, inputs.chats, ctx)
     regression = params.reward == "regression"
     fill = {
         "model.reward_model_type": "regression" if regression else "binary_ranking",
@@ -100,7 +108,7 @@ def train_attribute_model(params: AttributeModelStage, inputs: Inputs, ctx: Stag
         "model.forward_micro_batch_size": parallel(ctx).micro_batch_size,
         **_json_rows(rows, params),
     }
-    job = Job("reward_model", params, inputs["model"].path, rows, fill)
+    job = Job("reward_model", params, inputs.model.path, rows, fill)
     _train(job, ctx, ctx.out_dir / NEMO_DIR)
     shutil.copytree(_nemo(ctx).with_name(f"{NEMO_DIR}.tokenizer"), ctx.out_dir / f"{NEMO_DIR}.tokenizer")
     facts = {

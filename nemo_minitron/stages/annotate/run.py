@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
 from nemo_minitron.data.chat.lengths import LengthStats
 from nemo_minitron.data.chat.render import MISSING, rated_row, read_normalised
@@ -22,11 +22,20 @@ from nemo_minitron.schema.base import TEMPLATE_DATE
 from nemo_minitron.schema.chats import ChatRendering
 from nemo_minitron.stages.align.rows import PARTS
 from nemo_minitron.stages.annotate.params import AnnotateStage
+from nemo_minitron.stages.artifacts import ChatRows, RewardModel
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
 
 LOWEST, HIGHEST = 0, 4
 """Attributes of HelpSteer (2311.09528): integers of this range."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads."""
+
+    attribute_model: RewardModel
+    chats: ChatRows
 
 
 def annotate(params: AnnotateStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -38,7 +47,7 @@ def annotate(params: AnnotateStage, inputs: Inputs, ctx: StageContext) -> Result
         PlanError: the model ranks, or the data are pairs.
         DataError: too many rows that the model's template cannot carry, or none left.
     """
-    model, data = inputs["attribute_model"], inputs["chats"]
+    model, data = inputs.attribute_model, inputs.chats
     if model.result.get("reward") != "regression" or data.result.get("rows") != "conversations":
         raise PlanError(
             "annotate needs an attribute model that was trained by regression, and conversations.",

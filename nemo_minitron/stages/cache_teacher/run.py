@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.stages.artifacts import Model, TeacherCheck, TokenizedText
 from nemo_minitron.stages.cache_teacher.params import CacheTeacherStage
 from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads."""
+
+    teacher: Model
+    data: TokenizedText
+    check: TeacherCheck | None = None
 
 
 def cache_teacher(params: CacheTeacherStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -26,8 +36,8 @@ def cache_teacher(params: CacheTeacherStage, inputs: Inputs, ctx: StageContext) 
     from nemo_minitron.backends.megatron.distillation.teacher_cache import write_cache
     from nemo_minitron.distillation.cache import write_facts
 
-    teacher, data = inputs["teacher"], inputs["data"]
-    require_one_tokenizer(inputs, ("teacher",), ctx)
+    teacher, data = inputs.teacher, inputs.data
+    require_one_tokenizer({"teacher": teacher}, data, ctx)
     facts = write_cache(params, teacher.path, data.path, ctx.work_dir, ctx.open_session, ctx.progress)
     if not ctx.is_main:
         return {}

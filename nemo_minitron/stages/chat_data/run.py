@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.data.chat.bad_rows import BadRows
 from nemo_minitron.data.chat.fields import Fields
 from nemo_minitron.data.chat.files import RawRow, chat_files, read_rows
@@ -24,6 +23,7 @@ from nemo_minitron.schema.chats import ChatSource
 from nemo_minitron.stages.chat_data.params import ChatDataStage
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
+from nemo_minitron.stages.typed_inputs import NoInputs
 
 SPLITS = ("train", "valid")
 _LISTED_FIELDS = 20
@@ -41,7 +41,7 @@ class _Collected:
     sources: list[dict[str, Any]] = field(default_factory=list)
 
 
-def chat_data(params: ChatDataStage, inputs: Inputs, ctx: StageContext) -> Result:
+def chat_data(params: ChatDataStage, inputs: NoInputs, ctx: StageContext) -> Result:
     """Read, check and split every source. Memory holds a hash for each question, not the rows.
 
     Writes train.jsonl, valid.jsonl, facts.json, and bad_rows.jsonl when rows were left out.

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
-from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.errors import NumericsError
+from nemo_minitron.stages.artifacts import Model, TokenizedText
 from nemo_minitron.stages.check_teacher.params import CheckTeacherStage
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads."""
+
+    teacher: Model
+    data: TokenizedText
 
 
 def check_teacher(params: CheckTeacherStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -22,8 +30,8 @@ def check_teacher(params: CheckTeacherStage, inputs: Inputs, ctx: StageContext) 
     from nemo_minitron.backends.megatron.model.evaluate import heldout_loss
 
     measured = heldout_loss(
-        inputs["teacher"].path,
-        inputs["data"].path,
+        inputs.teacher.path,
+        inputs.data.path,
         num_tokens=params.num_tokens,
         seq_len_tokens=params.seq_len_tokens,
         precision=params.precision,
@@ -33,7 +41,7 @@ def check_teacher(params: CheckTeacherStage, inputs: Inputs, ctx: StageContext) 
     if not measured.loss <= params.max_loss:
         raise NumericsError(
             f"The teacher's held-out loss is {measured.loss:.3f} nats per token.",
-            where=f"stages.{ctx.name}, teacher {inputs['teacher'].path}",
+            where=f"stages.{ctx.name}, teacher {inputs.teacher.path}",
             allowed=f"at most max_loss = {params.max_loss}",
             next_step="Wrong checkpoint or text in another language or format? "
             "If the loss is right for this text, raise max_loss.",

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 
-from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.errors import DataError
 from nemo_minitron.hf.tokenizer_identity import TokenizerIdentity, differing_added_tokens
+from nemo_minitron.stages.artifacts import Model, TokenizedText
 from nemo_minitron.stages.context import StageContext
 
 _MOST_NAMED = 8
@@ -17,7 +17,7 @@ AddedTokens = Mapping[int, tuple[str | None, str | None]]
 
 
 def require_one_tokenizer(
-    inputs: Inputs, roles: tuple[str, ...], ctx: StageContext, texts: tuple[Path, ...] = ()
+    models: Mapping[str, Model], data: TokenizedText | None, ctx: StageContext, texts: tuple[Path, ...] = ()
 ) -> None:
     """Check that the models and the data share one tokenizer.
 
@@ -26,58 +26,65 @@ def require_one_tokenizer(
     both models, but the student's own tokenizer may give it others later.
 
     Args:
-        roles: names of the inputs that are models.
+        models: input role -> model.
+        data: the tokens that they are trained on; None if they read texts.
         texts: files of rendered rows that both models read, where there is no tokenized data.
 
     Raises:
         DataError: they do not share one tokenizer.
     """
-    identities = {role: TokenizerIdentity.of(inputs[role].path) for role in roles}
-    data = inputs.get("data")
-    recorded = None if data is None else data.result.get("tokenizer_sha256")
-    if recorded is not None:
-        identities["data"] = TokenizerIdentity.parse(str(recorded))
+    identities = {role: TokenizerIdentity.of(model.path) for role, model in models.items()}
+    folders = {role: model.path for role, model in models.items()}
+    if data is not None and data.tokenizer_identity is not None:
+        identities["data"] = TokenizerIdentity.parse(data.tokenizer_identity)
+        folders["data"] = data.path
     for one, other in combinations(identities, 2):
         parts = identities[one].differences(identities[other])
         broken = [_WORDS[part] for part in parts if part in _WORDS]
         if broken:
-            raise _different(inputs, identities, one, other, broken)
+            raise _different(folders, identities, one, other, broken)
         if "rules" in parts:
             _warn(ctx, f"the tokenizers of {one} and {other} normalize or split text differently.")
         if "added" in parts:
-            _check_added(inputs, one, other, ctx, texts)
+            _check_added(folders, data, one, other, ctx, texts)
 
 
 def _different(
-    inputs: Inputs, identities: Mapping[str, TokenizerIdentity], one: str, other: str, broken: list[str]
+    folders: Mapping[str, Path], identities: Mapping[str, TokenizerIdentity], one: str, other: str, broken: list[str]
 ) -> DataError:
     return DataError(
         f"Teacher, student and data were made with different tokenizers: {one} and {other} have different "
         f"{' and '.join(broken)}.",
-        where=", ".join(f"{role} {inputs[role].path} ({found.vocab[:8]})" for role, found in identities.items()),
+        where=", ".join(f"{role} {folders[role]} ({found.vocab[:8]})" for role, found in identities.items()),
         next_step="Both models must share one vocabulary: tokenize the data with the teacher's tokenizer.",
     )
 
 
-def _check_added(inputs: Inputs, one: str, other: str, ctx: StageContext, texts: tuple[Path, ...]) -> None:
+def _check_added(
+    folders: Mapping[str, Path],
+    data: TokenizedText | None,
+    one: str,
+    other: str,
+    ctx: StageContext,
+    texts: tuple[Path, ...],
+) -> None:
     if other == "data":
         _warn(ctx, f"the data were tokenized with other added tokens than those of {one}.")
         return
-    tokens = differing_added_tokens(inputs[one].path, inputs[other].path)
-    used = _used(inputs, tokens, texts)
+    tokens = differing_added_tokens(folders[one], folders[other])
+    used = _used(data, tokens, texts)
     if used:
         raise DataError(
             f"{one} and {other} have different added tokens, and what they are trained on uses them: "
             f"{_named(used, one, other)}.",
-            where=f"{one} {inputs[one].path}, {other} {inputs[other].path}",
+            where=f"{one} {folders[one]}, {other} {folders[other]}",
             next_step="Give both models the same tokenizer files, or leave these tokens out of the texts.",
         )
     _warn(ctx, f"{one} and {other} have different added tokens, which nothing here uses: {_named(tokens, one, other)}.")
 
 
-def _used(inputs: Inputs, tokens: AddedTokens, texts: tuple[Path, ...]) -> AddedTokens:
+def _used(data: TokenizedText | None, tokens: AddedTokens, texts: tuple[Path, ...]) -> AddedTokens:
     """The tokens that occur in the tokenized data, or by their names in the texts."""
-    data = inputs.get("data")
     found: set[int] = set()
     if data is not None:
         from nemo_minitron.backends.megatron.data.used_ids import used_ids

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.artifacts.types import Artifact
 from nemo_minitron.distillation.words import loss_in_words
 from nemo_minitron.schema.training import Distillation
+from nemo_minitron.stages.artifacts import Model, TokenizedText
 from nemo_minitron.stages.context import StageContext
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 def distill_student(
     params: Distillation,
-    student: Artifact,
-    teacher: Artifact,
-    data: Artifact,
+    student: Model,
+    teacher: Model,
+    data: TokenizedText,
     ctx: StageContext,
     *,
     cache: Path | None = None,
@@ -67,14 +67,14 @@ def loop_options(ctx: StageContext, keys: str | None = None) -> LoopOptions:
     return LoopOptions(ctx.execution, ctx.recipe_name, ctx.stop, ctx.name, keys or f"stages.{ctx.name}")
 
 
-def training_facts(job: Job, curves: Curves, model: Artifact, data: Artifact, started_s: float) -> dict[str, Any]:
+def training_facts(job: Job, curves: Curves, model: Model, data: TokenizedText, started_s: float) -> dict[str, Any]:
     """What a manifest tells of a training; losses in nats per token."""
     from nemo_minitron.backends.megatron.runtime.peak import peak_memory_gib
 
     measured = [key for key in ("valid_loss", "valid_kl", "valid_teacher_loss") if curves.has(key)]
     return {
-        "license": model.result.get("license"),
-        "data_sources": list(data.result.get("sources", ())),
+        "license": model.license,
+        "data_sources": data.sources,
         "num_steps": job.num_steps,
         "tokens": job.num_steps * job.tokens_per_step,
         "peak_memory_gib": peak_memory_gib(job.session.device),

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from nemo_minitron.artifacts.types import Inputs
+from dataclasses import dataclass
+
+from nemo_minitron.stages.artifacts import Model, TeacherCache, TeacherCheck, TokenizedText
 from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
 from nemo_minitron.stages.common.training import distill_student
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.distill.params import DistillStage
 from nemo_minitron.stages.kind import Result
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads."""
+
+    student: Model
+    teacher: Model
+    data: TokenizedText
+    check: TeacherCheck | None = None
+    cache: TeacherCache | None = None
 
 
 def distill(params: DistillStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -18,7 +31,6 @@ def distill(params: DistillStage, inputs: Inputs, ctx: StageContext) -> Result:
         NumericsError: the loss blew up, or became NaN or infinite.
         Interrupted: the run was asked to stop.
     """
-    require_one_tokenizer(inputs, ("student", "teacher"), ctx)
-    cache = inputs.get("cache")
-    folder = None if cache is None else cache.path
-    return distill_student(params, inputs["student"], inputs["teacher"], inputs["data"], ctx, cache=folder)
+    require_one_tokenizer({"student": inputs.student, "teacher": inputs.teacher}, inputs.data, ctx)
+    cache = None if inputs.cache is None else inputs.cache.path
+    return distill_student(params, inputs.student, inputs.teacher, inputs.data, ctx, cache=cache)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.backends.alignment.nemo_aligner import convert
 from nemo_minitron.backends.alignment.nemo_aligner.config import complete_config
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
 from nemo_minitron.stages.align import run as align
 from nemo_minitron.stages.align.rows import Rows, write_rows
+from nemo_minitron.stages.artifacts import ChatRows, Model
 from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.distill_offline.params import DistillOfflineStage
@@ -24,6 +25,15 @@ MAX_ROWS_PER_FILE = 8
 """To read one row, NeMo-Aligner reads its file from the beginning."""
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads."""
+
+    model: Model
+    teacher: Model
+    chats: ChatRows
+
+
 def distill_offline(params: DistillOfflineStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Distil on conversations; publishes a Hugging Face model and the curves.
 
@@ -31,11 +41,12 @@ def distill_offline(params: DistillOfflineStage, inputs: Inputs, ctx: StageConte
         DataError: rows that cannot be used, or two tokenizers.
         As `align.sft`.
     """
-    rows = write_rows(params, inputs, ctx)
-    require_one_tokenizer(inputs, ("model", "teacher"), ctx, texts=(rows.train, rows.valid))
+    rows = write_rows(params, inputs.model, inputs.chats, ctx)
+    models = {"model": inputs.model, "teacher": inputs.teacher}
+    require_one_tokenizer(models, None, ctx, texts=(rows.train, rows.valid))
     # Whole files only; their size divides a batch, so that no batch is lost.
     per_file = math.gcd(params.global_batch_size, MAX_ROWS_PER_FILE)
-    names = _cache(params, inputs["teacher"].path, rows, per_file, ctx)
+    names = _cache(params, inputs.teacher.path, rows, per_file, ctx)
     parts = {"train": names["train"], "validation": names["valid"], "test": names["valid"]}
     fill = {
         "model.knowledge_distillation.kd_loss": params.kd_loss,
@@ -48,7 +59,7 @@ def distill_offline(params: DistillOfflineStage, inputs: Inputs, ctx: StageConte
         "model.data.seq_length": params.max_seq_len_tokens,
         "pretrained_checkpoint.restore_from_path": "",
     }
-    job = align.Job("knowledge_distillation", params, inputs["model"].path, rows, fill)
+    job = align.Job("knowledge_distillation", params, inputs.model.path, rows, fill)
     return align.train_and_publish(job, ctx)
 
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.stages.artifacts import Model, TokenizedText
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.evaluate.params import EvaluateStage
 from nemo_minitron.stages.kind import Result
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads."""
+
+    model: Model
+    data: TokenizedText
 
 
 def evaluate(params: EvaluateStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -24,14 +33,14 @@ def evaluate(params: EvaluateStage, inputs: Inputs, ctx: StageContext) -> Result
     from nemo_minitron.evaluation.metrics import bits_per_byte, perplexity
     from nemo_minitron.hf.checkpoint import model_facts
 
-    model_dir = inputs["model"].path
+    model_dir = inputs.model.path
     if ctx.is_main and _uses_transformers(params):
         from nemo_minitron.evaluation.agreement import require_agreement
 
         require_agreement(model_dir, ctx.logits_memory, ctx.open_session)
     heldout = heldout_loss(
         model_dir,
-        inputs["data"].path,
+        inputs.data.path,
         num_tokens=params.num_tokens,
         seq_len_tokens=params.seq_len_tokens,
         precision=params.precision,

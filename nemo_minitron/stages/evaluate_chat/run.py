@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.data.chat.heldout import HeldOut
 from nemo_minitron.data.chat.rows import Row
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.evaluation.chat_metrics import is_exact_match, preference_metrics, rank_correlation
 from nemo_minitron.evaluation.chat_questions import LEVELS, Questions, Tokens, prepare
 from nemo_minitron.evaluation.metrics import perplexity
+from nemo_minitron.stages.artifacts import ChatRows, Model
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.evaluate_chat.params import EvaluateChatStage
 from nemo_minitron.stages.kind import Result
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads."""
+
+    model: Model
+    chats: ChatRows
+    reference: Model | None = None
 
 
 def evaluate_chat(params: EvaluateChatStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -32,17 +42,17 @@ def evaluate_chat(params: EvaluateChatStage, inputs: Inputs, ctx: StageContext) 
     from nemo_minitron.evaluation.agreement import load_compared
 
     template = ChatTemplate.load(
-        inputs["model"].path, params.template, whole_markers=params.whole_markers, day=params.template_date
+        inputs.model.path, params.template, whole_markers=params.whole_markers, day=params.template_date
     )
-    asked = prepare(params, inputs["chats"], template, name=ctx.name, assets_dir=Path(ctx.execution.assets_dir))
+    asked = prepare(params, inputs.chats, template, name=ctx.name, assets_dir=Path(ctx.execution.assets_dir))
     for text in asked.left_out():
         ctx.progress.say(text)
     device = _device(ctx)
-    model = load_compared(inputs["model"].path, params.precision, device, memory=ctx.logits_memory)
+    model = load_compared(inputs.model.path, params.precision, device, memory=ctx.logits_memory)
     metrics: dict[str, Any] = {"label": params.label, **asked.heldout.facts()}
     answers: list[dict[str, Any]] = []
-    if inputs["chats"].result["rows"] == "pairs":
-        reference = inputs.get("reference")
+    if inputs.chats.rows == "pairs":
+        reference = inputs.reference
         other = load_compared(reference.path, params.precision, device, memory=ctx.logits_memory) if reference else None
         metrics["preferences"] = _preferences(asked.heldout, template, model, other, ctx)
     else:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.stages.artifacts import Evaluation, Model
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.export.params import ExportStage
 from nemo_minitron.stages.kind import Result
 from nemo_minitron.system.disclosure import masked
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads."""
+
+    model: Model
+    teacher: Model
+    evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
 
 
 def export(params: ExportStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -24,7 +35,7 @@ def export(params: ExportStage, inputs: Inputs, ctx: StageContext) -> Result:
     from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files, model_facts
     from nemo_minitron.report.model_card import render_card
 
-    model, teacher = inputs["model"], inputs["teacher"]
+    model, teacher = inputs.model, inputs.teacher
     source = Checkpoint.open(model.path)
     dtype = None if params.dtype == "keep" else getattr(torch, params.dtype)
     writer = CheckpointWriter(ctx.out_dir, source.config, dtype=dtype)
@@ -43,11 +54,10 @@ def export(params: ExportStage, inputs: Inputs, ctx: StageContext) -> Result:
     )
     environment = dict(ctx.execution.cluster.environment) if ctx.execution.cluster else {}
     (ctx.out_dir / "README.md").write_text(masked(masked(card), environment), encoding="utf-8")
-    return {**facts, "license": teacher.result.get("license"), "teacher": teacher.result.get("source")}
+    return {**facts, "license": teacher.license, "teacher": teacher.source}
 
 
 def _metrics(inputs: Inputs) -> list[dict[str, Any]]:
     return [
-        json.loads((found.path / "metrics.json").read_text(encoding="utf-8"))
-        for found in inputs.many("evaluations").values()
+        json.loads((found.path / "metrics.json").read_text(encoding="utf-8")) for found in inputs.evaluations.values()
     ]

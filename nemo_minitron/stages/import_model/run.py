@@ -8,17 +8,17 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.import_model.params import ImportStage
 from nemo_minitron.stages.kind import Result
+from nemo_minitron.stages.typed_inputs import NoInputs
 
 if TYPE_CHECKING:
     from nemo_minitron.hf.checkpoint import Checkpoint
 
 
-def import_model(params: ImportStage, inputs: Inputs, ctx: StageContext) -> Result:
+def import_model(params: ImportStage, inputs: NoInputs, ctx: StageContext) -> Result:
     """Folder, hub name or GGUF file -> checked Hugging Face checkpoint in this run.
 
     With `dtype: keep`, or when it is the stored one, the weights of a folder are copied bit for bit; a GGUF file

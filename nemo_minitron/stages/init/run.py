@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.stages.artifacts import Model
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.init.params import InitStage, NewTokenizer
 from nemo_minitron.stages.kind import Result
@@ -21,6 +22,13 @@ END_OF_TEXT = "<|endoftext|>"
 _WRITES_TO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads."""
+
+    like: Model | None = None
+
+
 def init(params: InitStage, inputs: Inputs, ctx: StageContext) -> Result:
     """A Hugging Face folder: sizes and tokenizer of another model, or of the recipe.
 
@@ -31,7 +39,7 @@ def init(params: InitStage, inputs: Inputs, ctx: StageContext) -> Result:
     from nemo_minitron.families import explicit_config
     from nemo_minitron.hf.checkpoint import CONFIG_FILE, copy_side_files, model_facts, read_config
 
-    like = inputs.get("like")
+    like = inputs.like
     if like is not None:
         config, where = read_config(like.path), str(like.path / CONFIG_FILE)
         copy_side_files(like.path, ctx.out_dir)
@@ -42,7 +50,7 @@ def init(params: InitStage, inputs: Inputs, ctx: StageContext) -> Result:
         _require_vocabulary(params, ctx.name)
         train_tokenizer(params.tokenizer, ctx)
     _write_weights(params, explicit_config(config, where=where), ctx.out_dir)
-    license_id = params.license or (like.result.get("license") if like is not None else None)
+    license_id = params.license or (like.license if like is not None else None)
     return {**model_facts(ctx.out_dir), "license": license_id}
 
 

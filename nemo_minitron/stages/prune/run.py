@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from nemo_minitron.artifacts.types import Inputs
+from dataclasses import dataclass
+
+from nemo_minitron.stages.artifacts import Model, PrunePlanArtifact
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
 from nemo_minitron.stages.prune.params import PruneStage
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads."""
+
+    model: Model
+    plan: PrunePlanArtifact
+
+
 def prune(params: PruneStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Hugging Face checkpoint and prune_plan.json in, smaller Hugging Face checkpoint out."""
-    from nemo_minitron.families import read_shape
-    from nemo_minitron.hf.checkpoint import model_facts, read_config
-    from nemo_minitron.pruning.plan_file import read_plan
+    from nemo_minitron.hf.checkpoint import model_facts
     from nemo_minitron.pruning.slicing import prune_checkpoint
 
-    model = inputs["model"]
-    plan = read_plan(inputs["plan"].path, read_shape(read_config(model.path)))
+    model = inputs.model
+    plan = inputs.plan.load(model.shape)
     prune_checkpoint(model.path, plan, ctx.out_dir, ctx.progress)
-    return {**model_facts(ctx.out_dir), "license": model.result.get("license")}
+    return {**model_facts(ctx.out_dir), "license": model.license}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 
 from nemo_minitron.artifacts.run_paths import RunPaths
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.artifacts.types import Artifact, Inputs
+from nemo_minitron.artifacts.types import Artifact
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import PlanError
 from nemo_minitron.plan.folder import run_dir
@@ -23,10 +24,17 @@ from nemo_minitron.system.disclosure import environment_of, masked_values, publi
 from nemo_minitron.system.files import write_whole
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads."""
+
+    stages: Mapping[str, Artifact]
+
+
 def report(params: ReportStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Render the finished stages."""
     plan = _read_plan(ctx)
-    return render(params, inputs.many("stages"), ctx.recipe_name, plan, ctx.out_dir)
+    return render(params, inputs.stages, ctx.recipe_name, plan, ctx.out_dir)
 
 
 def render(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.stages.artifacts import Model, Scores, TokenizedText
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
 from nemo_minitron.stages.score.params import ScoreStage
@@ -18,14 +19,20 @@ if TYPE_CHECKING:
     from nemo_minitron.pruning.choice_task import ChoiceTask
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads."""
+
+    model: Model
+    data: TokenizedText
+
+
 def score(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Importance of the teacher's parts on calibration samples: scores.safetensors (fp64) and scores.json.
 
     Raises:
         NumericsError: a score is NaN or infinite.
     """
-    from safetensors.torch import save_file
-
     from nemo_minitron.backends.megatron.model.weights import load_model
     from nemo_minitron.backends.megatron.scoring.depth_scores import DepthSamples, depth_scores
     from nemo_minitron.backends.megatron.scoring.stats import activation_scores
@@ -33,7 +40,7 @@ def score(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Result:
 
     session = ctx.open_session
     model, shape = load_model(
-        inputs["model"].path, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens
+        inputs.model.path, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens
     )
     scores = activation_scores(model, shape, _calibration(params, inputs, ctx), params, session)
     drawn = list(_batches(params, inputs, ctx, params.depth_samples)) if params.draws_depth_samples else []
@@ -47,7 +54,7 @@ def score(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Result:
         **{f"baseline_{name}": value for name, value in whole.items()},
     }
     if ctx.is_main:
-        save_file({name: tensor.contiguous() for name, tensor in scores.items()}, ctx.out_dir / "scores.safetensors")
+        Scores.save({name: tensor.contiguous() for name, tensor in scores.items()}, ctx.out_dir)
         (ctx.out_dir / "scores.json").write_text(json.dumps(facts, indent=2) + "\n")
     return {**facts, "scores": sorted(scores)}
 
@@ -66,7 +73,7 @@ def _batches(params: ScoreStage, inputs: Inputs, ctx: StageContext, num_samples:
     session = ctx.open_session
     micro = session.parallel.micro_batch_size
     samples = training_samples(
-        inputs["data"].path,
+        inputs.data.path,
         num_samples=max(params.num_samples, num_samples),
         seq_len_tokens=params.seq_len_tokens,
         seed=params.seed,
@@ -87,7 +94,7 @@ def _task(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> ChoiceTask |
 
     task = params.depth_task
     folder = None if task.source is None else resolve_path(task.source, Path(ctx.execution.assets_dir))
-    model_dir = inputs["model"].path
+    model_dir = inputs.model.path
     tokenizer = load_tokenizer(model_dir)
     loaded = load_choice_task(task.name, tokenizer, data_dir=folder, limit=task.limit)
     vocab_size = int(read_config(model_dir)["vocab_size"])

@@ -6,14 +6,15 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.artifacts.types import Artifact, Inputs
 from nemo_minitron.pruning.plan_file import PLAN_FILE
 from nemo_minitron.schema.pruning import Selection
 from nemo_minitron.schema.speed import SpeedMeasurement
 from nemo_minitron.schema.training import Distillation, Training
+from nemo_minitron.stages.artifacts import CandidateModel, Model, Scores, TeacherCheck, TokenizedText
 from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
 from nemo_minitron.stages.common.scores import load_scores
 from nemo_minitron.stages.common.training import distill_student
@@ -24,6 +25,18 @@ from nemo_minitron.stages.search.params import CandidateStage
 
 if TYPE_CHECKING:
     from nemo_minitron.families import ModelShape
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads."""
+
+    model: Model
+    teacher: Model
+    data: TokenizedText
+    scores: Scores | None = None
+    check: TeacherCheck | None = None
+    rivals: Mapping[str, CandidateModel] = field(default_factory=dict)
 
 
 def candidate(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -42,14 +55,14 @@ def candidate(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> Resu
         if ctx.is_main:
             shutil.copytree(before["path"], ctx.out_dir, dirs_exist_ok=True)
         return {**_public(before), "num_steps": 0, "losses": [*before["losses"], None]}
-    student = Artifact(ctx.name, "prune", before["path"], "", {"license": inputs["model"].result.get("license")})
+    student = Model(ctx.name, "prune", before["path"], "", {"license": inputs.model.license})
     training = {field: getattr(params.retraining, field) for field in Training.model_fields}
     # A later rung reads on in fresh samples.
     training["seed"] += params.rung - 1
-    require_one_tokenizer(Inputs({"student": student, **inputs.single}), ("student", "teacher"), ctx)
+    require_one_tokenizer({"student": student, "teacher": inputs.teacher}, inputs.data, ctx)
     distillation = Distillation(num_steps=params.num_steps, **training)
     keys = f"stages.{search_of(ctx.name, params)}.retraining"
-    trained = distill_student(distillation, student, inputs["teacher"], inputs["data"], ctx, keys=keys)
+    trained = distill_student(distillation, student, inputs.teacher, inputs.data, ctx, keys=keys)
     if not ctx.is_main:
         return {}
     zero_shot = trained["initial_valid_loss"] if params.rung == 1 else before["zero_shot_loss"]
@@ -81,11 +94,11 @@ def _facts_before(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> 
         }
     from nemo_minitron.pruning.search import ranking
 
-    rivals = {stage: {"name": r.result["candidate"], **r.result} for stage, r in inputs.many("rivals").items()}
+    rivals = {stage: {"name": r.result["candidate"], **r.result} for stage, r in inputs.rivals.items()}
     chosen = ranking(list(rivals.values()))[params.place - 1]
     stage = next(stage for stage, facts in rivals.items() if facts["name"] == chosen["name"])
     kept = ("candidate", "generate_tokens_per_s", "too_slow", "zero_shot_loss", "losses")
-    return {"path": inputs.many("rivals")[stage].path, **{key: chosen[key] for key in kept}}
+    return {"path": inputs.rivals[stage].path, **{key: chosen[key] for key in kept}}
 
 
 def _cut_and_measure(params: CandidateStage, inputs: Inputs, ctx: StageContext, folder: Path) -> Mapping[str, float]:
@@ -112,9 +125,9 @@ def _cut(params: CandidateStage, inputs: Inputs, ctx: StageContext, folder: Path
     from nemo_minitron.pruning.slicing import prune_checkpoint
 
     rules = Selection(target=params.target, **params.selection.model_dump())
-    model = inputs["model"].path
+    model = inputs.model.path
     source = read_shape(read_config(model))
-    plan = choose_keep(load_scores(rules, inputs), source, rules)
+    plan = choose_keep(load_scores(rules, inputs.model, inputs.scores), source, rules)
     write_plan(plan, source, folder)
     return prune_checkpoint(model, plan, folder, ctx.progress)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from nemo_minitron.artifacts.types import Artifact, Inputs
+from nemo_minitron.artifacts.types import Artifact
+from nemo_minitron.stages.artifacts import CandidateModel, Model, Scores, TeacherCheck, TokenizedText
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
 from nemo_minitron.stages.search.params import SearchStage
@@ -12,13 +15,23 @@ from nemo_minitron.stages.search.params import SearchStage
 _MEASURED = ("zero_shot_loss", "losses", "generate_tokens_per_s")
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads."""
+
+    model: Model
+    candidates: Mapping[str, CandidateModel]
+    teacher: Model | None = None
+    scores: Scores | None = None
+    data: TokenizedText | None = None
+    check: TeacherCheck | None = None
+
+
 def search(params: SearchStage, inputs: Inputs, ctx: StageContext) -> Result:
     """search.json: every candidate with its sizes, costs and losses, best first. Trains nothing itself."""
-    from nemo_minitron.families import read_shape
-    from nemo_minitron.hf.checkpoint import read_config
     from nemo_minitron.pruning.search import enumerate_candidates, kendall_tau, ranking, write_search
 
-    source = read_shape(read_config(inputs["model"].path))
+    source = inputs.model.shape
     points = enumerate_candidates(params.grid, params.constraints, source)
     trained = _newest(inputs)
     ranked = ranking([{**point.facts(), **{key: trained[point.name][key] for key in _MEASURED}} for point in points])
@@ -42,7 +55,7 @@ def search(params: SearchStage, inputs: Inputs, ctx: StageContext) -> Result:
 def _newest(inputs: Inputs) -> dict[str, dict[str, Any]]:
     """Candidate -> its result in the last rung that it took part in."""
     found: dict[str, dict[str, Any]] = {}
-    for artifact in inputs.many("candidates").values():
+    for artifact in inputs.candidates.values():
         result = dict(artifact.result)
         known = found.get(result["candidate"])
         if known is None or len(known["losses"]) < len(result["losses"]):
@@ -52,7 +65,7 @@ def _newest(inputs: Inputs) -> dict[str, dict[str, Any]]:
 
 def _rungs(params: SearchStage, inputs: Inputs) -> list[dict[str, Any]]:
     def took_part(rung: int) -> list[Artifact]:
-        return [a for a in inputs.many("candidates").values() if len(a.result["losses"]) == rung]
+        return [a for a in inputs.candidates.values() if len(a.losses) == rung]
 
     tokens = params.retraining.global_batch_size * params.retraining.seq_len_tokens
     return [

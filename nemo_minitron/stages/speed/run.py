@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.stages.artifacts import Model
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
 from nemo_minitron.stages.speed.params import SpeedStage
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads."""
+
+    models: Mapping[str, Model]
 
 
 def speed(params: SpeedStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -26,7 +35,7 @@ def speed(params: SpeedStage, inputs: Inputs, ctx: StageContext) -> Result:
     if ctx.execution.threads and not use_cuda:
         torch.set_num_threads(ctx.execution.threads)
     device = "cuda" if use_cuda else "cpu"
-    folders = {label: model.path for label, model in inputs.many("models").items()}
+    folders = {label: model.path for label, model in inputs.models.items()}
     models = {
         label: load_compared(path, params.precision, device, memory=ctx.logits_memory)
         for label, path in folders.items()

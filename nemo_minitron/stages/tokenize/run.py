@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.errors import DataError, Interrupted
 from nemo_minitron.hf.source import resolve_path
 from nemo_minitron.schema.data import DataSource
+from nemo_minitron.stages.artifacts import Model
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
 from nemo_minitron.stages.tokenize.params import TokenizeStage
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 
 SHARDS = "shards"
 _TOTALS = ("num_documents", "num_tokens", "num_bytes")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads."""
+
+    tokenizer: Model
 
 
 def tokenize(params: TokenizeStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -41,7 +49,7 @@ def tokenize(params: TokenizeStage, inputs: Inputs, ctx: StageContext) -> Result
     from nemo_minitron.hf.checkpoint import read_config, write_json
     from nemo_minitron.hf.tokenizer_identity import tokenizer_fingerprint
 
-    model_dir = inputs["tokenizer"].path
+    model_dir = inputs.tokenizer.path
     tokenizer = DocumentTokenizer.load(model_dir, int(read_config(model_dir)["vocab_size"]))
     shards = _make_shards(params, tokenizer, str(model_dir), ctx)
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "valid": []}

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
-from nemo_minitron.artifacts.types import Inputs
+from nemo_minitron.stages.artifacts import Model, TokenizedText
 from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
 from nemo_minitron.stages.common.training import loop_options, training_facts
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
 from nemo_minitron.stages.train.params import TrainStage
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads."""
+
+    model: Model
+    data: TokenizedText
 
 
 def train(params: TrainStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -25,8 +34,8 @@ def train(params: TrainStage, inputs: Inputs, ctx: StageContext) -> Result:
     from nemo_minitron.backends.megatron.distillation import distill
     from nemo_minitron.backends.megatron.training import loop as training
 
-    model, data = inputs["model"], inputs["data"]
-    require_one_tokenizer(inputs, ("model",), ctx)
+    model, data = inputs.model, inputs.data
+    require_one_tokenizer({"model": model}, data, ctx)
     started_s = time.monotonic()
     job = distill.prepare_training(params, model.path, data.path, ctx.work_dir, ctx.open_session)
     curves = training.run(job, ctx.work_dir, ctx.progress, loop_options(ctx))

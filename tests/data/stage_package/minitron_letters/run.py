@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import torch
 
 from minitron_letters.params import CountLettersStage
-from nemo_minitron.artifacts.types import Inputs
 from nemo_minitron.errors import DataError
+from nemo_minitron.stages.artifacts import Model
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads."""
+
+    model: Model
 
 
 def count_letters(params: CountLettersStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -22,7 +30,7 @@ def count_letters(params: CountLettersStage, inputs: Inputs, ctx: StageContext) 
         before.write_text("x" * (attempts + 1))
     if attempts == 0:
         raise DataError("The first attempt always fails.", where=f"stages.{ctx.name}")
-    vocab = json.loads((inputs["model"].path / "tokenizer.json").read_text())["model"]["vocab"]
+    vocab = json.loads((inputs.model.path / "tokenizer.json").read_text())["model"]["vocab"]
     own = sorted(vocab)[session.dp_rank :: ctx.execution.parallel.dp]
     found = torch.tensor([float(sum(token.count(params.letter) for token in own)), float(len(own))])
     session.sum(found)
