@@ -424,15 +424,15 @@ def test_other_merges_are_an_error_and_another_way_to_write_them_is_not(tmp_path
     (student / "tokenizer.json").write_text(json.dumps(content))
     said: list[str] = []
     both = inputs_of(tmp_path, [5, 0], teacher=teacher, student=student)
-    require_one_tokenizer(both, ("teacher", "student"), context(tmp_path, said))
+    require_one_tokenizer(*both, context(tmp_path, said))
     assert said == []
     content["model"]["merges"] = merges[::-1]
     (student / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match="teacher and student have different merges"):
-        require_one_tokenizer(both, ("teacher", "student"), context(tmp_path, []))
+        require_one_tokenizer(*both, context(tmp_path, []))
     shutil.copyfile(teacher / "tokenizer.json", student / "tokenizer.json")
     edit(student / "tokenizer.json", normalizer={"type": "NFC"})
-    require_one_tokenizer(both, ("teacher", "student"), context(tmp_path, said))
+    require_one_tokenizer(*both, context(tmp_path, said))
     assert any("normalize or split text differently" in text for text in said)
 
 

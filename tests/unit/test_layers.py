@@ -1,0 +1,89 @@
+"""Which part of the package imports which, and who may name a kind of stage."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from nemo_minitron.stages.registry import STAGES
+from tests.support import layers
+
+
+def test_a_layer_imports_lower_layers_only() -> None:
+    order = list(layers.LAYERS)
+    wrong = {
+        f"{layers.module_name(file)} imports {module}"
+        for file in layers.files()
+        for module in layers.imports_of(file)
+        for own, other in [(layers.layer_of(layers.module_name(file)), layers.layer_of(module))]
+        if own is not None and other is not None and order.index(other) > order.index(own)
+    }
+    assert not wrong
+
+
+def test_no_modules_import_each_other() -> None:
+    """A circle inside a layer, or through imports inside functions, hides an order that is not there."""
+    graph = {layers.module_name(file): set(layers.imports_of(file)) for file in layers.files()}
+    assert not list(_circles(graph))
+
+
+def _circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    found, done = [], set[str]()
+
+    def visit(module: str, path: list[str]) -> None:
+        if module in path:
+            found.append([*path[path.index(module) :], module])
+            return
+        if module in done:
+            return
+        for other in sorted(graph.get(module, set()) - {module}):
+            visit(other, [*path, module])
+        done.add(module)
+
+    for module in sorted(graph):
+        visit(module, [])
+    return found
+
+
+def test_the_architecture_page_has_the_table_of_the_layers() -> None:
+    assert layers.document() == layers.DOCUMENT.read_text(), "run make reference"
+
+
+ROOMS = sorted(path.parent.name for path in (layers.PACKAGE / "stages").glob("*/kind.py"))
+
+
+def test_no_module_outside_a_kind_of_stage_imports_from_it() -> None:
+    """The planner, the runner, the report and the other kinds ask its record instead."""
+    for file in layers.files():
+        for module in layers.imports_of(file):
+            parts = module.split(".")
+            if parts[:2] == ["nemo_minitron", "stages"] and len(parts) > 2 and parts[2] in ROOMS:
+                assert file.parent.name == parts[2], f"{file} imports {module}"
+
+
+def test_no_module_outside_a_kind_of_stage_compares_with_its_name() -> None:
+    for file in layers.files():
+        if file.parent.name in ROOMS:
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Compare) and _asks_kind(node.left):
+                named = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+                assert not named & set(STAGES), f"{file}:{node.lineno}"
+
+
+def _asks_kind(node: ast.expr) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == "kind"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_kind_of_stage_is_complete(name: str) -> None:
+    """Its function exists, and reads the roles that its keys name."""
+    from dataclasses import fields
+    from typing import get_type_hints
+
+    kind = STAGES[name]
+    function = kind.load_function()
+    roles = set(get_type_hints(kind.params)["inputs"].model_fields)
+    assert {field.name for field in fields(get_type_hints(function)["inputs"])} == roles
+    assert set(kind.inputs) <= roles
