@@ -23,6 +23,8 @@ class Recipe(Schema):
     """One complete, named run."""
 
     name: Annotated[str, Field(pattern=r"^[^\W_][\w.-]*(/[^\W_][\w.-]*)*$")]
-    """Folder under run_root; the recipe file's path below recipes/ unless given."""
+    """Folder of the run below run_root. By default, the path of the recipe file below recipes/."""
     stages: Annotated[dict[StageName, StageConfig], Field(min_length=1)]
+    """The stages by name. A stage whose name is its kind needs no `kind`."""
     execution: Execution = Execution()
+    """Where and how the stages run. It never changes a result."""

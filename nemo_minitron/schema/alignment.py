@@ -11,27 +11,33 @@ from nemo_minitron.schema.chats import ChatRendering
 
 
 class Alignment(ChatRendering):
-    """What all trainings by NeMo-Aligner have."""
+    """Keys that all alignment trainings share."""
 
     num_epochs: PositiveInt = 1
+    """Passes over the rows."""
     num_steps: PositiveInt | None = None
-    """Optimizer steps, however many epochs they take; null: num_epochs decides."""
+    """Optimizer steps, however many epochs they take. null: num_epochs decides."""
     global_batch_size: PositiveInt
-    """Rows (pairs, for preferences) per optimizer step."""
+    """Rows (or pairs, for preferences) per optimizer step."""
     max_seq_len_tokens: PositiveInt
+    """Longest prompt and answer together."""
     lr: Annotated[float, Field(gt=0.0)]
-    """Peak; a cosine leads from it to min_lr."""
+    """Peak learning rate. It falls along a cosine to min_lr."""
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    """Learning rate at the end."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warmup."""
     valid_interval_steps: PositiveInt = 50
-    """Also the interval of checkpoints."""
+    """Steps between two validations; a checkpoint is written at each."""
     seed: Seed = 1234
+    """Seed of the random numbers that order the rows."""
     aligner: dict[str, Any] = Field(default_factory=dict)
-    """Any other key of NeMo-Aligner's config, nested as in configs/align; unknown ones are refused."""
+    """Any other key of NeMo-Aligner's config, nested as in configs/align. Unknown keys are refused."""
 
 
 class RewardTraining(Alignment):
     """How a reward model is trained."""
 
     reward: Literal["regression", "ranking"] = "regression"
-    """regression: ratings of single answers, from conversations. ranking: the better of two answers, from pairs."""
+    """regression: learn ratings of single answers, from conversations. ranking: learn which of two answers is better,
+    from pairs."""

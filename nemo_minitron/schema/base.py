@@ -71,4 +71,4 @@ TEMPLATE_DATE = date(2024, 7, 26)
 
 
 class Inputless(Schema):
-    """A stage that reads no other stage."""
+    """Inputs of a stage that reads no other stage."""

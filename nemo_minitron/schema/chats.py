@@ -50,85 +50,98 @@ class ChatSource(Schema):
     """One file, glob or folder of chat rows."""
 
     source: str
-    """`asset:NAME`, or a path or glob of .jsonl, .json (a list), .parquet, each also as .gz or .zst."""
+    """`asset:NAME`, or a path or glob of .jsonl, .json (a list) or .parquet files, each also compressed as .gz or .zst.
+    """
     format: ChatFormat = "auto"
-    """auto: from the keys of the first row."""
+    """Format of the rows. auto: recognized by the keys of the first row."""
     max_rows: PositiveInt | None = None
-    """Of the good rows, the first so many."""
+    """Keep at most this many valid rows. null: all."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
-    """How often each training row is written: 2 twice, 0.5 every second one, chosen by hash."""
+    """How often each training row is written. 2: twice. 0.5: every second row, chosen by hash."""
     leave_out: tuple[str, ...] = ()
-    """Fields to ignore, of rows and of their messages, such as a long `context` or `tool_calls`."""
+    """Fields of rows and messages to ignore, such as a long `context` or `tool_calls`."""
     attributes: dict[str, AttributeName | None] = Field(default_factory=dict)
-    """Other names of attributes in these rows: {factuality: correctness}; null leaves one out."""
+    """Other names of attributes in these rows, such as {factuality: correctness}. null ignores one."""
 
 
 class ChatRendering(Schema):
-    """How rows become training text."""
+    """How chat rows become training text."""
 
     template: TemplateName = "model"
-    """model: the chat template beside the tokenizer."""
+    """Chat template. model: the one beside the tokenizer."""
     turns: Literal["all", "last"] = "all"
-    """Which answers of a conversation are learnt: one training row each."""
+    """Which answers of a conversation are learned; each becomes one training row."""
     condition_on_attributes: bool = True
-    """SFT: the ratings of a row stand before its last answer, in the prompt (SteerLM)."""
+    """Put the ratings of a row into the prompt before its last answer (SteerLM)."""
     max_seq_len_tokens: PositiveInt | None = None
-    """Longest prompt and answer together; null: any."""
+    """Longest prompt and answer together. null: any length."""
     too_long: Literal["drop", "cut_turns"] = "drop"
-    """What happens to a longer row: it is dropped, or loses its oldest turns (and is dropped if that is not enough)."""
+    """What happens to longer rows. drop: they are skipped. cut_turns: they lose their oldest turns, and are skipped if
+    that is not enough."""
     whole_markers: bool = True
-    """The template's markers must be single tokens; false lets a tokenizer spell them out, for trials."""
+    """Require that each marker of the template is a single token. false allows a tokenizer that spells them out, for
+    experiments."""
     max_bad_fraction: Fraction = 0.0
-    """Share of rows that may be unusable with this tokenizer."""
+    """Fraction of rows that may be unusable with this tokenizer."""
     template_date: date = TEMPLATE_DATE
-    """The day that templates of Llama 3.1 and later write into every text: always the same, so that rows do not
-    depend on when a stage runs."""
+    """Date that the templates of Llama 3.1 and later write into every text. It is fixed, so that rows do not depend on
+    the day on which a stage runs."""
 
 
 class ChatEvaluation(Schema):
     """What an aligned model is asked, and how held-out rows are rendered."""
 
     label: str
-    """Row of the report."""
+    """Name of the model in the report."""
     template: TemplateName = "model"
+    """Chat template. model: the one beside the tokenizer."""
     whole_markers: bool = True
+    """Require that each marker of the template is a single token."""
     template_date: date = TEMPLATE_DATE
-    """As of the stages that train: the day that a template writes."""
+    """Date that a template writes; the same as in the training."""
     max_rows: PositiveInt = 200
-    """Held-out rows that are looked at, the first ones."""
+    """Measure at most this many held-out rows, from the first."""
     max_seq_len_tokens: PositiveInt = 1024
-    """Longer rows are left out."""
+    """Longest prompt and answer together; longer rows are skipped."""
     max_bad_fraction: Fraction = 0.0
-    """Share of rows, and of instructions, that may be unusable with this tokenizer; they are left out and counted."""
+    """Fraction of rows, and of instructions, that may be unusable with this tokenizer. They are skipped and counted."""
     num_generated: Annotated[int, Field(ge=0)] = 0
-    """Prompts of held-out conversations that the model answers itself: length, and exact match of final numbers."""
+    """Number of prompts of held-out conversations that the model answers, to measure length and exact match of final
+    numbers."""
     vary_attribute: AttributeName | None = None
-    """Ask for each of these prompts with this attribute at 0 to 4, and correlate the answers' lengths with it."""
+    """Ask each of these prompts with this attribute at 0 to 4, and correlate the lengths of the answers with it. null:
+    do not."""
     other_attributes: dict[AttributeName, Annotated[float, Field(ge=0.0, le=4.0)]] = Field(default_factory=dict)
-    """What the prompt asks for besides."""
+    """Values of other attributes in the prompts."""
     prompts: tuple[str, ...] = ()
     """Questions whose answers the report shows."""
     instructions: str | None = None
-    """Prompts with rules that a program can check, as IFEval has them: `asset:instructions`, or IFEval's own file."""
+    """Prompts with rules that a program can check, as in IFEval: `asset:instructions`, or IFEval's own file. null:
+    none."""
     max_instructions: PositiveInt = 600
+    """Use at most this many instructions."""
     max_new_tokens: PositiveInt = 128
+    """Tokens to generate for each answer."""
     precision: Precision = "fp32"
+    """Floating-point format of weights and activations."""
 
 
 class ChatRows(Schema):
     """Which chat files are read, and how their rows are split."""
 
     rows: RowKind
-    """conversations: for SFT and attribute models; pairs: chosen and rejected answers to a prompt."""
+    """Kind of rows. conversations: for fine-tuning and attribute models. pairs: a chosen and a rejected answer to each
+    prompt."""
     sources: Annotated[tuple[ChatSource, ...], Field(min_length=1)]
+    """The files."""
     valid_rows: Annotated[int, Field(ge=0)] = 100
-    """Held out, at most: rows that begin with the same question stay together."""
+    """Hold out at most this many rows. Rows that begin with the same question stay together."""
     seed: Seed = 1234
-    """Of the choice of the held-out rows."""
+    """Seed of the random numbers that choose the held-out rows."""
     system: str | None = None
-    """System text of rows that have none."""
+    """System text for rows that have none. null: none."""
     max_bad_fraction: Fraction = 0.0
-    """Share of rows that may be bad; they are left out and listed in bad_rows.jsonl."""
+    """Fraction of rows that may be invalid. They are skipped and listed in bad_rows.jsonl."""
 
 
 @dataclass(frozen=True)

@@ -15,88 +15,111 @@ SbatchOption = Annotated[str, Field(pattern=r"^--[a-z][a-z0-9-]*(=[A-Za-z0-9_.,:
 
 
 class Resources(Schema):
-    """What a job asks for; null: what the cluster says."""
+    """What a job requests. null: as the cluster says."""
 
     partition: Word | None = None
+    """Slurm partition."""
     qos: Word | None = None
+    """Slurm quality of service."""
     constraint: Word | None = None
+    """Slurm node features."""
     time_min: PositiveInt | None = None
+    """Time limit in minutes."""
     mem_gib: NonNegativeInt | None = None
-    """Of each node; 0: all that it has."""
+    """Memory of each node in GiB. 0: all of it."""
     gpus_per_node: NonNegativeInt | None = None
+    """GPUs of each node."""
     cpus_per_node: PositiveInt | None = None
+    """CPU cores of each node."""
     max_restarts: NonNegativeInt | None = None
+    """How often a stage may restart."""
 
 
 class Mount(Schema):
-    """A folder or file of the node, inside the container."""
+    """A folder or file of the node that containers see."""
 
     source: UserPath
+    """Path on the node."""
     target: str | None = None
-    """null: the same path."""
+    """Path in the container. null: the same path."""
     read_only: bool = False
+    """Do not allow writing."""
 
 
 class Container(Schema):
-    """What the stages run in. The run's folder, the assets and the folder of the call are always mounted."""
+    """What the stages run in. The run's folder, the assets and the working folder are always mounted."""
 
     runtime: Literal["none", "pyxis", "apptainer", "singularity", "docker"] = "none"
+    """Container runtime."""
     core_image: UserPath | None = None
-    """A file (./NAME.sqsh for pyxis, NAME.sif for Apptainer), or a name in a registry as the runtime writes it.
+    """Image for all stages but those of NeMo-Aligner: a file (./NAME.sqsh for pyxis, NAME.sif for Apptainer), or a name
+    in a registry in the notation of the runtime.
 
-    nvcr.io#nvidia/nemo:24.12 for pyxis, docker://nvcr.io/nvidia/nemo:24.12 for Apptainer, nvcr.io/nvidia/nemo:24.12 for
-    docker.
+    For example nvcr.io#nvidia/nemo:24.12 for pyxis, docker://nvcr.io/nvidia/nemo:24.12 for Apptainer,
+    nvcr.io/nvidia/nemo:24.12 for docker.
     """
     aligner_image: UserPath | None = None
-    """For the stages of NeMo-Aligner."""
+    """Image for the stages of NeMo-Aligner."""
     mounts: tuple[Mount, ...] = ()
+    """More folders and files to mount."""
     shm_gib: PositiveInt | None = None
-    """Shared memory for docker; null: the host's."""
+    """Shared memory for docker in GiB. null: that of the host."""
 
 
 class Cluster(Schema):
-    """One site. Kept as configs/cluster/NAME.yaml and chosen with cluster=NAME, or with cluster=path/to/file.yaml."""
+    """One site. It is kept as configs/cluster/NAME.yaml and chosen with cluster=NAME, or with
+    cluster=path/to/file.yaml."""
 
     partition: Word | None = None
+    """Slurm partition."""
     account: Word | None = None
+    """Slurm account."""
     qos: Word | None = None
+    """Slurm quality of service."""
     constraint: Word | None = None
+    """Slurm node features."""
     reservation: Word | None = None
+    """Slurm reservation."""
     gpus_per_node: NonNegativeInt = 8
-    """0: a cluster without GPUs."""
+    """GPUs of each node. 0: a cluster without GPUs."""
     ranks_per_node: PositiveInt | None = None
-    """Processes of a layout on each node; null: one for each GPU."""
+    """Processes on each node. null: one for each GPU."""
     gpu_option: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
-    """How GPUs are asked for; none: the partition gives whole nodes."""
+    """How jobs request GPUs. none: the partition always gives whole nodes."""
     cpus_per_node: PositiveInt | None = None
+    """CPU cores of each node. null: the site's default."""
     mem_gib: NonNegativeInt | None = None
-    """Memory of each node to ask for; 0: all that it has; null: the site's default."""
+    """Memory of each node in GiB. 0: all of it. null: the site's default."""
     exclusive: bool = False
-    """Whole nodes for stages that use GPUs."""
+    """Request whole nodes for stages that use GPUs."""
     time_min: PositiveInt = 240
-    """Limit of a job; a stage that takes longer saves itself and goes on in the next."""
+    """Time limit of a job in minutes. A stage that takes longer saves its state and continues in the next job."""
     grace_s: Annotated[int, Field(ge=1, le=65535)] = 300
-    """Seconds before the limit at which a stage is asked to save: the time of a checkpoint and a minute."""
+    """Seconds before the time limit at which a stage is asked to save: the time of a checkpoint plus a minute."""
     requeue: bool = True
-    """Whether jobs may be queued again; without it a stage is a chain of `links` jobs."""
+    """Whether jobs may be requeued. If not, a stage becomes a chain of `links` jobs."""
     links: PositiveInt = 6
+    """Jobs in the chain of a stage, if jobs cannot be requeued."""
     max_restarts: NonNegativeInt = 50
-    """Of a stage, by time limits and lost nodes together; each must have saved something new."""
+    """How often a stage may restart after time limits and lost nodes. Each restart must have saved new progress."""
     array_limit: PositiveInt | None = None
-    """Candidates of a search that run at the same time; null: as many as fit."""
+    """Candidates of a search that run at the same time. null: as many as fit."""
     cpu: Resources = Resources(gpus_per_node=0)
-    """For stages that use no GPU (reading, selecting, cutting, reporting)."""
+    """What stages without a GPU request (reading, selecting, pruning, reporting)."""
     by_stage: dict[StageName, Resources] = Field(default_factory=dict)
+    """Stage name -> what its job requests."""
     sbatch: tuple[SbatchOption, ...] = ()
     """More options for every job, such as --mail-type=FAIL."""
     modules: tuple[Word, ...] = ()
     """Environment modules to load on the node."""
     setup_script: UserPath | None = None
-    """A bash file that every job sources on the node first."""
+    """A bash file that every job sources first on the node."""
     environment: dict[EnvironmentName, str] = Field(default_factory=dict)
-    """Set in every job."""
+    """Environment variables of every job."""
     command: str | None = None
-    """The minitron program of the jobs; null: the one that submits, or `minitron` in a container."""
+    """The minitron program in the jobs. null: the one that submits, or `minitron` in a container."""
     agent: Literal["torchrun", "ft_launcher"] = "torchrun"
-    """What starts and watches the processes of a node; ft_launcher is of nvidia-resiliency-ext, and restarts them."""
+    """Program that starts and watches the processes of a node. ft_launcher is part of nvidia-resiliency-ext and
+    restarts them."""
     container: Container = Container()
+    """What the stages run in."""

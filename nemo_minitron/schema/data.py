@@ -13,11 +13,13 @@ class DataSource(Schema):
     """One file, glob or folder of documents."""
 
     source: str
-    """`asset:NAME`, or a path or glob of .txt, .jsonl, .json, .parquet, each also as .gz, .zst, .bz2 or .xz."""
+    """`asset:NAME`, or a path or glob of .txt, .jsonl, .json or .parquet files, each also compressed as .gz, .zst, .bz2
+    or .xz."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
-    """Share of training samples drawn from this source, relative to the other sources."""
+    """Share of the training samples that come from this source, relative to the other sources."""
     text_field: str = "text"
-    """Column of jsonl, json and parquet rows; `a.b`: field b inside a."""
+    """Column with the text in jsonl, json and parquet rows. `a.b` is field b inside field a."""
     document_separator: Annotated[str, Field(min_length=1)] | None = None
-    """Splits .txt files into documents; line ends are read as \\n. None: one document a file."""
+    """Text between the documents of a .txt file; line ends count as \\n. null: each file is one document."""
     max_documents: PositiveInt | None = None
+    """Read at most this many documents. null: all."""

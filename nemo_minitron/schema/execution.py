@@ -15,21 +15,26 @@ class Parallel(Schema):
     """Megatron's parallel layout. The number of processes is tp * pp * cp * dp."""
 
     tp: PositiveInt = 1
+    """Tensor parallelism: every layer is split over this many processes."""
     pp: PositiveInt = 1
+    """Pipeline parallelism: the layers are split into this many stages."""
     cp: PositiveInt = 1
-    """Context parallelism: every sequence of a training is split over so many processes."""
+    """Context parallelism: every sequence is split over this many processes."""
     dp: PositiveInt = 1
+    """Data parallelism: every batch is split over this many copies of the model."""
     sequence_parallel: bool = False
+    """Split norms and the residual stream over the tensor-parallel processes as well."""
     micro_batch_size: PositiveInt = 1
-    """Sequences per forward pass and data-parallel rank."""
+    """Sequences per forward pass on each data-parallel process."""
     distributed_optimizer: bool = False
-    """Each data-parallel rank keeps a part of the optimizer's states (ZeRO-1), in fp32."""
+    """Split the optimizer state over the data-parallel processes (ZeRO-1), in fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward pass: of attention, or of whole layers. Less memory, more time."""
+    """Compute activations again in the backward pass, those of attention (selective) or of whole layers (full). This
+    takes less memory and more time."""
     overlap_grad_reduce: bool = False
-    """Gradients are summed over data-parallel ranks while the backward pass goes on."""
+    """Sum gradients over the data-parallel processes during the backward pass."""
     overlap_param_gather: bool = False
-    """Parameters are gathered while the forward pass goes on; needs distributed_optimizer and overlap_grad_reduce."""
+    """Gather parameters during the forward pass. Needs distributed_optimizer and overlap_grad_reduce."""
 
     @property
     def world_size(self) -> int:
@@ -37,30 +42,36 @@ class Parallel(Schema):
 
 
 class Execution(Schema):
-    """Where and how; two runs that differ only here give the same artifacts."""
+    """Where and how a recipe runs. Two runs that differ only here give the same artifacts."""
 
     run_root: UserPath = "runs"
+    """Folder that holds the folders of all runs."""
     assets_dir: UserPath = "assets"
+    """Folder of downloaded assets."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the stages. auto: a GPU if there is one."""
     threads: PositiveInt | None = None
-    """CPU threads of each process; None: OMP_NUM_THREADS where that is set, else cores divided by processes."""
+    """CPU threads of each process. null: OMP_NUM_THREADS if it is set, else cores divided by processes."""
     workers: PositiveInt | None = None
-    """Processes for tokenization; None: all cores."""
+    """Processes for tokenization. null: one for each core."""
     async_checkpoints: bool = True
-    """Training checkpoints are written by a thread while the training goes on, from a copy in memory that is as large
-    as weights and optimizer states."""
+    """Write training checkpoints from a thread while the training continues. This needs memory for a copy of the
+    weights and the optimizer state."""
     wandb_project: str | None = None
-    """Log the curves to this project of Weights & Biases as well; needs `pip install "nemo-minitron[tracking]"`."""
+    """Log the curves to this project of Weights & Biases as well. Needs `pip install "nemo-minitron[tracking]"`."""
     peak_tflops: Annotated[float, Field(gt=0.0)] | None = None
-    """Of one process, for the MFU that training shows; null: measured with a matrix product at the start."""
+    """Peak TFLOP/s of one process, for the MFU that training shows. null: measured with a matrix product at the start.
+    """
     parallel: Parallel = Parallel()
+    """Parallel layout of all stages that have one."""
     parallel_by_stage: dict[StageName, Parallel] = Field(default_factory=dict)
+    """Stage name -> its own parallel layout."""
     notify_command: tuple[str, ...] = ()
-    """A program and its words, called when a stage has finished, failed or stopped; it finds MINITRON_RUN,
-    MINITRON_STAGE, MINITRON_STATUS and MINITRON_MESSAGE in its environment."""
+    """A program and its arguments, called when a stage has finished, failed or stopped. It gets MINITRON_RUN,
+    MINITRON_STAGE, MINITRON_STATUS and MINITRON_MESSAGE as environment variables."""
     launcher: Literal["local", "slurm"] = "local"
-    """For `minitron launch`; `launcher=slurm` is short for it."""
+    """Where `minitron launch` runs the stages. `launcher=slurm` is short for execution.launcher=slurm."""
     cluster: Cluster | None = None
-    """Where `minitron launch` submits; `cluster=NAME` takes it from configs/cluster/NAME.yaml."""
+    """The site of `minitron launch`. `cluster=NAME` takes it from configs/cluster/NAME.yaml."""
     planning: Planning = Planning()
-    """What `minitron plan` assumes of machines and prices."""
+    """What `minitron plan` assumes about hardware and prices."""

@@ -10,39 +10,44 @@ from nemo_minitron.schema.base import Schema
 
 
 class TopK(Schema):
-    """Only the teacher's k likeliest tokens. The papers saw harm up to 100 and no gain beyond (2407.14679, A.5)."""
+    """Keep the teacher's k most likely tokens. The papers found k up to 100 harmful, and more no better (2407.14679,
+    A.5)."""
 
     kind: Literal["top_k"]
     k: PositiveInt
+    """Tokens to keep."""
     tail: Literal["ghost", "drop"] = "ghost"
-    """All other tokens count as one (ghost), or both distributions are scaled to the k tokens (drop)."""
+    """What happens to all other tokens. ghost: they count as one token. drop: both distributions are rescaled to the k
+    tokens."""
 
 
 class Sampled(Schema):
-    """Tokens drawn from the teacher's distribution: unbiased where top-k is not (2503.16870)."""
+    """Keep tokens that are drawn from the teacher's distribution, which is unbiased where top-k is not (2503.16870)."""
 
     kind: Literal["sampled"]
     rounds: Annotated[int, Field(ge=1, le=64)] = 50
-    """Draws with replacement for each token; about a quarter of them are different tokens."""
+    """Draws with replacement for each token; about a quarter of them give different tokens."""
 
 
 Sparse = Annotated[TopK | Sampled, Field(discriminator="kind")]
 
 
 class LogitsLoss(Schema):
-    """Distance of the student's next-token distribution from the teacher's (2407.14679, section 3)."""
+    """Distance between the next-token distributions of student and teacher (2407.14679, section 3)."""
 
     kind: Literal["forward_kl", "reverse_kl", "jsd", "mse", "cosine"] = "forward_kl"
+    """The distance."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    """Both models' logits are divided by it. 1 was best of 0.1, 0.5, 1, 3 (2407.14679, A.5)."""
+    """Both models' logits are divided by it. 1 was the best of 0.1, 0.5, 1 and 3 (2407.14679, A.5)."""
     times_temperature_squared: bool = False
-    """Scale the loss by T^2, so that gradients keep their size for every T. Not in the papers; no effect at T = 1."""
+    """Multiply the loss by T^2, so that gradients keep their size for every T. Not in the papers; no effect at T = 1.
+    """
     jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Share of the teacher in the mixture of jsd; towards 0 it behaves as forward KL, towards 1 as reverse KL."""
+    """Weight of the teacher in the mixture of jsd. Towards 0 it behaves like forward KL, towards 1 like reverse KL."""
     of: Literal["probabilities", "logits"] = "probabilities"
     """What mse and cosine compare."""
     sparse: Sparse | None = None
-    """Keep a part of the teacher's distribution only; forward_kl alone."""
+    """Keep a part of the teacher's distribution only; with forward_kl only. null: all of it."""
 
     @model_validator(mode="after")
     def _sparse_is_forward_kl(self) -> LogitsLoss:
@@ -52,32 +57,36 @@ class LogitsLoss(Schema):
 
 
 class HiddenLoss(Schema):
-    """Distance of hidden states, read after the norm that follows them (2407.14679, section 3, table 17).
+    """Distance between hidden states, read after the norm that follows them (2407.14679, section 3, table 17).
 
-    It helps when depth is cut a lot, and not otherwise (best practices 6 and 7). Where the widths differ one learned
-    linear layer, shared by all pairs, brings the student's states to the teacher's width.
+    It helps when many layers are cut, and not otherwise (best practices 6 and 7). Where the widths differ, one learned
+    linear layer, shared by all pairs, maps the student's states to the teacher's width.
     """
 
     kind: Literal["cosine", "mse"] = "cosine"
-    """cosine was best (2407.14679, A.6)."""
+    """The distance. cosine was best (2407.14679, A.6)."""
     states: Annotated[tuple[Literal["block_output", "mlp_input"], ...], Field(min_length=1)] = ("block_output",)
-    """mlp_input made no difference there."""
+    """Which hidden states to compare. mlp_input made no difference in the paper."""
     pairs: tuple[tuple[int, int], ...] = ((-3, -3),)
-    """(teacher layer, student layer), from 0, negative from the end: the papers' (last - 2) : (last - 2)."""
+    """Pairs of (teacher layer, student layer), from 0, or negative from the end. The default is the papers' (last - 2)
+    : (last - 2)."""
     embedding: bool = True
-    """The embeddings' output as well."""
+    """Compare the outputs of the embeddings as well."""
     weight: Annotated[float, Field(gt=0.0)] | Literal["dynamic"] = "dynamic"
-    """dynamic: the size of the logit loss over the size of this one, of each micro-batch (the papers' alpha)."""
+    """Weight of this loss. dynamic: the size of the logit loss over the size of this one, in each micro-batch (the
+    papers' alpha)."""
 
 
 class Loss(Schema):
-    """`logits + next_token * CE + weight * hidden`; what is null or zero is not computed."""
+    """`logits + next_token * cross entropy + weight * hidden`. Terms that are null or 0 are not computed."""
 
     logits: LogitsLoss | None = LogitsLoss()
+    """Distance between the distributions. null: none."""
     next_token: Annotated[float, Field(ge=0.0)] | Literal["balanced"] = 0.0
-    """Weight of the cross entropy with the text itself. balanced: scaled to the size of the logit loss in each
-    micro-batch. The papers leave it out: distillation alone was better (2407.14679, table 15)."""
+    """Weight of the cross entropy with the text. balanced: scaled to the size of the logit loss in each micro-batch.
+    The papers leave this term out, because distillation alone was better (2407.14679, table 15)."""
     hidden: HiddenLoss | None = None
+    """Distance between hidden states. null: none."""
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Loss:

@@ -11,15 +11,20 @@ from nemo_minitron.schema.base import Fraction, Schema
 
 
 class SearchGrid(Schema):
-    """Sizes to try; every combination is a point. What is left out stays as in the teacher."""
+    """Sizes to try. Every combination is a point; a size that is left out stays as in the teacher."""
 
     num_layers: tuple[PositiveInt, ...] = ()
+    """Numbers of layers."""
     hidden_size: tuple[PositiveInt, ...] = ()
+    """Widths of the residual stream."""
     ffn_hidden_size: tuple[PositiveInt, ...] = ()
+    """Numbers of MLP neurons."""
     ffn_expansion: tuple[Annotated[float, Field(gt=0.0)], ...] = ()
-    """Instead of ffn_hidden_size: times the hidden size."""
+    """Numbers of MLP neurons as multiples of the hidden size, instead of ffn_hidden_size."""
     num_attention_heads: tuple[PositiveInt, ...] = ()
+    """Numbers of query heads."""
     num_query_groups: tuple[PositiveInt, ...] = ()
+    """Numbers of key-value heads."""
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> SearchGrid:
@@ -29,36 +34,43 @@ class SearchGrid(Schema):
 
 
 class Hardware(Schema):
-    """What the modelled time of a token assumes; the defaults are an H100 SXM's data sheet, dense 16-bit."""
+    """What the modeled time of a token assumes. The defaults are those of an H100 SXM's data sheet, dense 16-bit."""
 
     memory_gb_per_s: Annotated[float, Field(gt=0.0)] = 3350.0
+    """Memory bandwidth in GB/s."""
     tflops: Annotated[float, Field(gt=0.0)] = 989.0
+    """Peak TFLOP/s."""
     layer_overhead_us: Annotated[float, Field(ge=0.0)] = 10.0
-    """Fixed cost of one layer in a decoding step (kernel launches); an assumption, not a measurement."""
+    """Fixed cost of one layer in a decoding step (kernel launches), in microseconds; an assumption, not a measurement.
+    """
 
 
 class SearchConstraints(Schema):
-    """What a candidate must keep to."""
+    """Limits that every candidate must meet. null: no limit."""
 
     num_params: Annotated[float, Field(gt=0.0)] | None = None
-    """Parameters to aim at."""
+    """Target number of parameters."""
     num_params_tolerance: Fraction = 0.05
-    """Largest distance from num_params, as a share of it."""
+    """Largest distance from num_params, as a fraction of it."""
     num_params_min: Annotated[float, Field(gt=0.0)] | None = None
+    """Smallest number of parameters."""
     num_params_max: Annotated[float, Field(gt=0.0)] | None = None
+    """Largest number of parameters."""
     context_tokens: PositiveInt = 4096
     """Tokens of each sequence in the KV cache, for memory and time."""
     batch_size: PositiveInt = 1
-    """Sequences that are generated at a time."""
+    """Sequences that are generated at the same time."""
     max_memory_gib: Annotated[float, Field(gt=0.0)] | None = None
-    """16-bit weights and KV cache."""
+    """Largest size of 16-bit weights and KV cache together."""
     max_decode_ms: Annotated[float, Field(gt=0.0)] | None = None
-    """Modelled time of one token of every sequence."""
+    """Longest modeled time to generate one token for every sequence."""
     min_generate_tokens_per_s: Annotated[float, Field(gt=0.0)] | None = None
-    """Measured on this machine, right after pruning; slower candidates are not trained. Needs `measure_speed`."""
+    """Lowest generation speed, measured on this machine right after pruning; slower candidates are not trained. Needs
+    `measure_speed`."""
     hardware: Hardware = Hardware()
+    """What the modeled time assumes."""
     max_candidates: PositiveInt = 64
-    """More points than this are an error: each one is trained."""
+    """More candidates than this are an error, because each one is trained."""
 
     @property
     def num_params_range(self) -> tuple[float, float]:
@@ -70,9 +82,9 @@ class SearchConstraints(Schema):
 
 
 class Rung(Schema):
-    """One round of short training; the best go on to the next (successive halving)."""
+    """One round of short training; the best candidates go on to the next round (successive halving)."""
 
     num_steps: PositiveInt
-    """In this round; a candidate goes on from where the round before left its weights."""
+    """Optimizer steps of this round. A candidate continues from the weights of the round before."""
     keep: PositiveInt | None = None
-    """Candidates that go on; null: half of them. No meaning in the last round."""
+    """Candidates that go on to the next round. null: half of them. Ignored in the last round."""

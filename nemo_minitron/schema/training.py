@@ -13,27 +13,32 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class LossGuard(Schema):
-    """When a training stops by itself. It never changes a result, so it does not enter fingerprints."""
+    """When a training stops because its loss has blown up. The guard never changes a result, so it is not part of
+    fingerprints."""
 
     max_ratio: Annotated[float, Field(gt=1.0)] = 3.0
-    """The bound: so many times the median loss of the last `window_steps` good steps (at least 10 of them)."""
+    """A step is bad if its loss is above this multiple of the median loss of the last `window_steps` good steps (at
+    least 10)."""
     window_steps: Annotated[int, Field(ge=10)] = 50
+    """Good steps that the median is taken over."""
     patience_steps: PositiveInt = 3
-    """Steps in a row above the bound after which the training stops. Meanwhile no checkpoint is written."""
+    """Bad steps in a row after which the training stops. No checkpoint is written meanwhile."""
 
 
 class LearningRate(Schema):
-    """Its course over a training."""
+    """The schedule of a learning rate."""
 
     lr: Annotated[float, Field(gt=0.0)]
-    """Peak; reached after the warm-up."""
+    """Peak learning rate, reached after the warmup."""
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
-    """End of the schedule."""
+    """Learning rate at the end of the schedule."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warmup."""
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """How the rate goes from lr to min_lr after the warm-up. wsd: it stays, and falls in the last wsd_decay_steps."""
+    """How the learning rate goes from lr to min_lr after the warmup. wsd: it stays at lr, and falls during the last
+    wsd_decay_steps."""
     wsd_decay_steps: PositiveInt | None = None
-    """Of wsd; its decay is a cosine."""
+    """Steps of the decay of wsd, which follows a cosine."""
 
 
 class Optimization(LearningRate):
@@ -42,37 +47,49 @@ class Optimization(LearningRate):
     global_batch_size: PositiveInt
     """Sequences per optimizer step."""
     seq_len_tokens: PositiveInt
+    """Tokens in each sequence."""
     reset_attention_mask: bool = False
-    """Tokens do not look back over the end of a document inside a packed sample."""
+    """Keep the documents inside a packed sample apart: no token attends across the end of a document."""
     adam_beta1: Beta = 0.9
+    """Adam's beta1."""
     adam_beta2: Beta = 0.95
+    """Adam's beta2."""
     adam_eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Adam's epsilon."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """Decoupled weight decay."""
     clip_grad: Annotated[float, Field(ge=0.0)] = 1.0
-    """Largest gradient norm; 0 switches clipping off."""
+    """Largest norm of the gradient. 0: no clipping."""
     precision: Precision = "bf16"
+    """Floating-point format of weights and activations. bf16 keeps fp32 master weights."""
     valid_interval_steps: PositiveInt = 100
+    """Steps between two measurements of the held-out loss."""
     valid_num_tokens: PositiveInt = 16384
+    """Held-out tokens of each measurement."""
     save_interval_steps: PositiveInt = 100
+    """Steps between two training checkpoints."""
     keep_checkpoints: PositiveInt = 2
-    """Newest training checkpoints kept in the work folder."""
+    """Number of training checkpoints to keep in the work folder."""
     seed: Seed = 1234
+    """Seed of the random numbers that order the samples."""
     guard: LossGuard | None = LossGuard()
-    """Stops a training whose loss has blown up; null: only NaN and infinity do."""
+    """Stops a training whose loss has blown up. null: only NaN and infinity stop it."""
 
 
 class Training(Optimization):
     """How a student is trained, however long."""
 
     loss: Loss = Loss()
+    """What the student is trained to minimize."""
 
 
 class TeacherCorrection(LearningRate):
-    """The learning rate of a teacher that is trained on the distillation data (2408.11796, section 2)."""
+    """Learning rate of a teacher that is trained on the distillation data (2408.11796, section 2)."""
 
     pretraining_lr: Annotated[float, Field(gt=0.0)]
-    """Peak learning rate that the teacher was pretrained with; `lr` is a fifth of it unless given, as in the paper."""
+    """Peak learning rate of the teacher's pretraining. `lr` is a fifth of it unless given, as in the paper."""
     warmup_steps: Annotated[int, Field(ge=0)] = 120
+    """Steps of linear warmup."""
 
     @model_validator(mode="before")
     @classmethod
@@ -86,8 +103,10 @@ class Distillation(Training):
     """How a student is distilled from its teacher."""
 
     num_steps: PositiveInt
+    """Optimizer steps."""
     teacher_correction: TeacherCorrection | None = None
-    """The teacher goes on learning from the text of every step while it teaches (2408.11796, figure 5)."""
+    """Train the teacher on the same text while the student learns from it (2408.11796, figure 5). null: the teacher
+    stays fixed."""
 
     @property
     def of_teacher(self) -> Optimization | None:
@@ -103,21 +122,26 @@ class TextTraining(Optimization):
     """How a model is trained on text by next-token cross entropy."""
 
     num_steps: PositiveInt
+    """Optimizer steps."""
 
 
 class TeacherCaching(Schema):
     """Which part of a teacher's distributions is written to disk."""
 
     sparse: Sparse = Sampled(kind="sampled")
+    """Which tokens of each distribution are kept."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Temperature of the distributions; the same as in the distillation."""
     num_samples: PositiveInt
-    """At least num_steps * global_batch_size of the distillation."""
+    """Samples to cache, at least num_steps * global_batch_size of the distillation."""
     seq_len_tokens: PositiveInt
+    """Tokens in each sequence."""
     precision: Precision = "bf16"
+    """Floating-point format of weights and activations."""
     seed: Seed = 1234
-    """Of the order of the samples and of the draws; as in the distillation."""
+    """Seed of the order of the samples and of the draws; the same as in the distillation."""
     reset_attention_mask: bool = False
-    """The teacher's tokens do not look back over the end of a document; as in the distillation."""
+    """Keep the documents inside a packed sample apart; the same as in the distillation."""
     valid_num_tokens: PositiveInt = 16384
-    """Held-out tokens that the teacher's loss is measured on, and that it is asked about for the distillation's KL. The
-    distillation's curves show both when it has the same number."""
+    """Held-out tokens for which the teacher's loss and distributions are kept. The distillation's curves show the
+    teacher's loss and the KL if its own valid_num_tokens is the same."""

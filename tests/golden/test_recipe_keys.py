@@ -1,4 +1,4 @@
-"""Every key of a recipe with its default, frozen: a key that disappears or a default that moves breaks people's recipes.
+"""Every key of a recipe with its default, frozen: a missing key or another default breaks recipes.
 
 After a deliberate change: `python -m tests.golden.test_recipe_keys` writes the list again.
 """

@@ -11,20 +11,26 @@ from nemo_minitron.schema.chats import AttributeName
 
 
 class AnnotateInputs(Schema):
+    """Stages that an annotate stage reads."""
+
     attribute_model: StageName = "attribute_model"
+    """Stage that provides the attribute model."""
     chats: StageName = "chat_data"
+    """Stage that provides the conversations."""
 
 
 class AnnotateStage(StageParams):
-    """Write down what an attribute model thinks of every answer, rounded to 0..4 (2310.05344, step 2)."""
+    """Add the ratings that an attribute model gives to every answer, rounded to 0..4 (2310.05344, step 2)."""
 
     kind: Literal["annotate"]
     inputs: AnnotateInputs = AnnotateInputs()
     attributes: Annotated[tuple[AttributeName, ...], Field(min_length=1)] = get_args(AttributeName)
-    """Which of them go into the rows."""
+    """Attributes to write into the rows."""
     keep_human: bool = True
-    """Attributes that a row already has stay as they are."""
+    """Keep the ratings that a row already has."""
     max_seq_len_tokens: PositiveInt = 4096
+    """Longest prompt and answer together; longer rows are skipped."""
     batch_size: PositiveInt = 8
+    """Rows in each forward pass."""
     max_bad_fraction: Fraction = 0.0
-    """Share of rows that may be unusable with the attribute model's tokenizer; they are left out and counted."""
+    """Fraction of rows that may be unusable with the attribute model's tokenizer. They are skipped and counted."""

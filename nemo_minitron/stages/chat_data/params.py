@@ -9,7 +9,8 @@ from nemo_minitron.schema.chats import ChatRows
 
 
 class ChatDataStage(ChatRows, StageParams):
-    """Public chat, preference or rating files -> checked rows of one form, split into train and validation."""
+    """Read public chat, preference or rating files into checked rows of one form, split into training and validation
+    rows."""
 
     kind: Literal["chat_data"]
     inputs: Inputless = Inputless()

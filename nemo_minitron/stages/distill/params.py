@@ -9,13 +9,18 @@ from nemo_minitron.schema.training import Distillation
 
 
 class DistillInputs(Schema):
+    """Stages that a distill stage reads."""
+
     student: StageName = "prune"
+    """Stage that provides the student."""
     teacher: StageName = "teacher"
+    """Stage that provides the teacher."""
     data: StageName = "data"
+    """Stage that provides the tokenized text."""
     check: StageName | None = "check_teacher"
-    """Waits for this teacher check to pass; null: no check."""
+    """Teacher check to wait for. null: none."""
     cache: StageName | None = None
-    """Learn from what a cache_teacher stage wrote; the teacher is then not loaded."""
+    """cache_teacher stage to learn from; the teacher is then not loaded. null: the live teacher."""
 
 
 class DistillStage(Distillation, StageParams):

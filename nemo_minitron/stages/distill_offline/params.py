@@ -11,20 +11,26 @@ from nemo_minitron.schema.base import Schema, StageName, StageParams
 
 
 class DistillOfflineInputs(Schema):
+    """Stages that a distill_offline stage reads."""
+
     model: StageName = "prune"
-    """The student."""
+    """Stage that provides the student."""
     teacher: StageName = "teacher"
+    """Stage that provides the teacher."""
     chats: StageName = "chat_data"
+    """Stage that provides the conversations."""
 
 
 class DistillOfflineStage(Alignment, StageParams):
-    """Distillation on conversations from a teacher that is asked once: its top logits are cached."""
+    """Distill on conversations from a teacher whose top logits are computed once and cached."""
 
     kind: Literal["distill_offline"]
     inputs: DistillOfflineInputs = DistillOfflineInputs()
     top_k: PositiveInt = 100
-    """Logits of the teacher that are kept of every token; the loss is over these alone, made to sum to 1."""
+    """Teacher logits to keep for each token. The loss is over these alone, normalized to sum to 1."""
     kd_loss: Literal["fwd_kl", "bwd_kl"] = "fwd_kl"
+    """Direction of the KL divergence."""
     kd_loss_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the distillation loss."""
     sft_loss_weight: Annotated[float, Field(ge=0.0)] = 0.0
-    """Of next-token loss on the answers, beside it."""
+    """Weight of the next-token loss on the answers, added to the distillation loss."""

@@ -10,27 +10,34 @@ from nemo_minitron.schema.base import Precision, Schema, StageName, StageParams,
 
 
 class EvaluateInputs(Schema):
+    """Stages that an evaluate stage reads."""
+
     model: StageName
+    """Stage that provides the model."""
     data: StageName = "data"
+    """Stage that provides the tokenized text."""
 
 
 class EvaluateStage(StageParams):
-    """Held-out loss and bits per byte, lm-eval tasks, and sample texts of one model."""
+    """Measure one model: held-out loss, bits per byte, lm-eval tasks, and sample texts."""
 
     kind: Literal["evaluate"]
     inputs: EvaluateInputs
     label: str
-    """Column of the report: teacher, pruned, random, distilled."""
+    """Name of the model in the report, such as teacher, pruned, random or distilled."""
     num_tokens: PositiveInt = 32768
     """Held-out tokens for loss and bits per byte."""
     seq_len_tokens: PositiveInt = 512
+    """Tokens in each sequence."""
     tasks: tuple[TaskName, ...] = ()
-    """lm-eval task names."""
+    """Names of lm-eval tasks."""
     tasks_source: str | None = None
-    """`asset:NAME` with offline copies of the task data; null: lm-eval's own (needs the hub)."""
+    """`asset:NAME`, or a folder with offline copies of the task data. null: lm-eval downloads them."""
     tasks_limit: PositiveInt | None = None
-    """Examples per task; null: all."""
+    """Use at most this many examples of each task. null: all."""
     prompts: tuple[str, ...] = ()
-    """Continued greedily for the report."""
+    """Prompts that are continued greedily for the report."""
     max_new_tokens: PositiveInt = 48
+    """Tokens to generate for each prompt."""
     precision: Precision = "bf16"
+    """Floating-point format of weights and activations."""

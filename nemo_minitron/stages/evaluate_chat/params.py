@@ -9,15 +9,18 @@ from nemo_minitron.schema.chats import ChatEvaluation
 
 
 class EvaluateChatInputs(Schema):
+    """Stages that an evaluate_chat stage reads."""
+
     model: StageName
+    """Stage that provides the model."""
     chats: StageName = "chat_data"
-    """Its held-out rows: pairs or conversations."""
+    """Stage that provides the held-out rows, pairs or conversations."""
     reference: StageName | None = None
-    """Of preferences: what the model started from; null: the model's own log-probabilities decide."""
+    """For preferences, the model that the training started from. null: the model's own log-probabilities decide."""
 
 
 class EvaluateChatStage(ChatEvaluation, StageParams):
-    """What an aligned model prefers and answers, on held-out rows."""
+    """Measure what an aligned model prefers and answers, on held-out rows."""
 
     kind: Literal["evaluate_chat"]
     inputs: EvaluateChatInputs

@@ -8,16 +8,22 @@ from nemo_minitron.schema.base import Schema, StageName, StageParams
 
 
 class ExportInputs(Schema):
+    """Stages that an export stage reads."""
+
     model: StageName = "distill"
+    """Stage that provides the model."""
     teacher: StageName = "teacher"
+    """Stage that provides the teacher, which the model card names."""
     evaluations: tuple[StageName, ...] = ()
+    """Evaluations that the model card shows."""
 
 
 class ExportStage(StageParams):
-    """The finished model as plain `transformers` loads it, with a model card."""
+    """Write the finished model as plain `transformers` loads it, with a model card."""
 
     kind: Literal["export"]
     inputs: ExportInputs = ExportInputs()
     dtype: Literal["keep", "float32", "bfloat16"] = "bfloat16"
+    """Format of the weights. keep: as stored."""
     model_name: str | None = None
-    """Title of the model card; the recipe's name when None."""
+    """Title of the model card. null: the recipe's name."""

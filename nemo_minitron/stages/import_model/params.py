@@ -15,9 +15,11 @@ class ImportStage(StageParams):
     source: str
     """`asset:NAME`, `hf:ORG/NAME`, a folder with config.json, or a .gguf file."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Branch, tag or commit on the Hugging Face Hub."""
     dtype: Literal["keep", "float32", "bfloat16"] = "keep"
+    """Format of the weights in the run. keep: as stored."""
     license: str | None = None
-    """SPDX id carried into the exported model card; read from the source when None."""
+    """SPDX id for the model card of the exported model. null: read from the source."""
     architecture: dict[str, Any] | None = None
-    """Expected keys of config.json. Lets `plan` count parameters before the download, and is checked at import."""
+    """Keys that config.json is expected to have. `plan` counts parameters from them before the download, and the import
+    checks them."""

@@ -11,32 +11,40 @@ from nemo_minitron.schema.data import DataSource
 
 
 class NewTokenizer(Schema):
-    """A byte-level BPE, trained on text."""
+    """A byte-level BPE tokenizer, trained on text."""
 
     vocab_size: Annotated[int, Field(ge=257)]
-    """The 256 bytes, the end-of-text token, and merges."""
+    """Number of tokens: 256 bytes, the end-of-text token, and merges."""
     sources: Annotated[tuple[DataSource, ...], Field(min_length=1)]
+    """Text that the tokenizer is trained on."""
 
 
 class InitInputs(Schema):
+    """Stages that an init stage reads."""
+
     like: StageName | None = None
-    """A model whose sizes and tokenizer are taken: the random control of a pruned model."""
+    """Stage whose model gives the sizes and the tokenizer, for a random control of a pruned model."""
 
 
 class InitStage(StageParams):
-    """A model with random weights, to be trained from nothing."""
+    """Make a model with random weights, to be trained from scratch."""
 
     kind: Literal["init"]
     inputs: InitInputs = InitInputs()
     architecture: dict[str, Any] | None = None
-    """Keys of config.json, `architectures` and the sizes among them; without inputs.like."""
+    """Keys of config.json, including `architectures` and the sizes. Give it with `tokenizer`, or give inputs.like
+    instead."""
     tokenizer: NewTokenizer | None = None
-    """Goes with architecture."""
+    """The tokenizer to train for the new model. Give it with `architecture`."""
     init_std: Annotated[float, Field(gt=0.0)] = 0.02
-    """Of all matrices; those that write into the residual stream get init_std / sqrt(2 * layers), as in GPT-2."""
+    """Standard deviation of all matrices. Matrices that write into the residual stream get init_std / sqrt(2 * layers),
+    as in GPT-2."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Format of the weights."""
     seed: Seed = 1234
+    """Seed of the random numbers that fill the weights."""
     license: str | None = None
+    """SPDX id for the model card of the exported model. null: that of inputs.like."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> InitStage:

@@ -8,12 +8,16 @@ from nemo_minitron.schema.base import Schema, StageName, StageParams
 
 
 class PruneInputs(Schema):
+    """Stages that a prune stage reads."""
+
     model: StageName = "teacher"
+    """Stage that provides the model to prune."""
     plan: StageName = "select"
+    """Select stage that provides the plan."""
 
 
 class PruneStage(StageParams):
-    """Cut the model by plan: Hugging Face checkpoint in, Hugging Face checkpoint out."""
+    """Prune a Hugging Face checkpoint by plan into another Hugging Face checkpoint."""
 
     kind: Literal["prune"]
     inputs: PruneInputs = PruneInputs()

@@ -13,12 +13,16 @@ from nemo_minitron.schema.pruning import Scoring
 
 
 class ScoreInputs(Schema):
+    """Stages that a score stage reads."""
+
     model: StageName = "teacher"
+    """Stage that provides the model to score."""
     data: StageName = "data"
+    """Stage that provides the calibration text."""
 
 
 class ScoreStage(Scoring, StageParams):
-    """Importance of every axis (2407.14679, section 2.2). Forward passes only, except for `method: taylor`."""
+    """Measure the importance of every axis (2407.14679, section 2.2). Only `method: taylor` needs backward passes."""
 
     kind: Literal["score"]
     inputs: ScoreInputs = ScoreInputs()

@@ -14,55 +14,81 @@ from nemo_minitron.schema.training import Training
 
 
 class SearchInputs(Schema):
+    """Stages that a search stage reads."""
+
     model: StageName = "teacher"
-    """What is cut."""
+    """Stage that provides the model to prune."""
     teacher: StageName = "teacher"
+    """Stage that provides the teacher of the candidates."""
     scores: StageName | None = "score"
+    """Stage that provides the scores; used with `selection.method: importance` only."""
     data: StageName = "data"
+    """Stage that provides the tokenized text."""
     check: StageName | None = "check_teacher"
+    """Teacher check to wait for. null: none."""
     candidates: tuple[StageName, ...] = ()
-    """Filled in by the planner: one stage for each candidate and rung."""
+    """Set by the planner: one stage for each candidate and rung."""
 
 
 class SearchStage(StageParams):
-    """Find the shape: every point of a grid that meets the constraints is cut from one set of scores, trained a
-    little (2407.14679, section 2.3), and ranked by its held-out loss. `select` takes the winner's sizes.
+    """Search for the best shape: prune every point of a grid that meets the constraints from one set of scores, train
+    each a little (2407.14679, section 2.3), and rank them by held-out loss. A `select` stage takes the winner's sizes.
     """
 
     kind: Literal["search"]
     inputs: SearchInputs = SearchInputs()
     grid: SearchGrid
+    """Sizes to try."""
     constraints: SearchConstraints = SearchConstraints()
+    """Limits that every candidate must meet."""
     rungs: Annotated[tuple[Rung, ...], Field(min_length=1)] = (Rung(num_steps=400),)
-    """400 steps: the papers' lightweight retraining; rankings change until about 300 (2407.14679, figure 9)."""
+    """Rounds of training. The papers' lightweight retraining takes 400 steps; rankings change until about step 300
+    (2407.14679, figure 9)."""
     retraining: Training
+    """How candidates are trained."""
     selection: SelectionRules = SelectionRules()
+    """How the indices that stay are chosen."""
     measure_speed: SpeedMeasurement | None = None
+    """Measure the generation speed of each candidate after pruning. null: do not."""
 
 
 class CandidateInputs(Schema):
+    """Stages that a candidate stage reads."""
+
     model: StageName
+    """Stage that provides the model to prune."""
     teacher: StageName
+    """Stage that provides the teacher."""
     scores: StageName | None = None
+    """Stage that provides the scores."""
     data: StageName
+    """Stage that provides the tokenized text."""
     check: StageName | None = None
+    """Teacher check to wait for. null: none."""
     rivals: tuple[StageName, ...] = ()
     """Candidates of the rung before."""
 
 
 class CandidateStage(StageParams):
-    """One candidate of a search in one rung. Written by the planner, not by people."""
+    """One candidate of a search in one rung. The planner writes these stages."""
 
     kind: Literal["candidate"]
     inputs: CandidateInputs
     rung: PositiveInt
+    """Number of the rung, from 1."""
     name: str | None = None
-    """Of the grid's point; later rungs learn it from the ranking."""
+    """Name of the grid point, in the first rung."""
     place: PositiveInt | None = None
-    """Later rungs: which place of the ranking before goes on here."""
+    """Place in the ranking of the rung before that goes on here, in later rungs."""
     target: Target = Target()
+    """Sizes of the candidate, in the first rung."""
     num_steps: PositiveInt
+    """Optimizer steps."""
     retraining: Training
+    """How the candidate is trained."""
     selection: SelectionRules
+    """How the indices that stay are chosen."""
     min_generate_tokens_per_s: float | None = None
+    """Slower candidates are not trained. null: no limit."""
     measure_speed: SpeedMeasurement | None = None
+    """Measure the generation speed after pruning. null: do not."""

@@ -9,15 +9,18 @@ from nemo_minitron.schema.pruning import Selection
 
 
 class SelectInputs(Schema):
+    """Stages that a select stage reads."""
+
     model: StageName = "teacher"
+    """Stage that provides the model to prune."""
     scores: StageName | None = "score"
-    """Needed for `method: importance` only."""
+    """Stage that provides the scores; used with `method: importance` only."""
     search: StageName | None = None
-    """A search stage whose winner gives the target."""
+    """Search stage whose winner gives the target sizes."""
 
 
 class SelectStage(Selection, StageParams):
-    """Scores + target sizes -> prune_plan.json: which indices stay on each axis."""
+    """Turn scores and target sizes into prune_plan.json, which lists the indices that stay on each axis."""
 
     kind: Literal["select"]
     inputs: SelectInputs = SelectInputs()

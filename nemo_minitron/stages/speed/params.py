@@ -11,12 +11,14 @@ from nemo_minitron.schema.speed import SpeedMeasurement
 
 
 class SpeedInputs(Schema):
+    """Stages that a speed stage reads."""
+
     models: Annotated[dict[str, StageName], Field(min_length=1)]
-    """Label -> stage. All are timed in one process, interleaved."""
+    """Label -> stage that provides a model. All are timed in one process, interleaved."""
 
 
 class SpeedStage(SpeedMeasurement, StageParams):
-    """Prefill and generation speed of several models, side by side."""
+    """Measure the prefill and generation speed of several models side by side."""
 
     kind: Literal["speed"]
     inputs: SpeedInputs
