@@ -121,7 +121,7 @@ lock: $(STAMP)
 	@command -v uv > /dev/null || { echo "make lock needs uv: pip install uv"; exit 1; }
 	$(BIN)/python -W ignore constraints/lock.py $(if $(UPGRADE),--upgrade)
 
-# The keys of recipes as a page and as a JSON schema, generated from nemo_minitron/config/schema.
+# The keys of recipes as a page and as a JSON schema, generated from the schema.
 reference: $(STAMP)
 	$(BIN)/minitron schema --page > docs/reference/keys.md
 	$(BIN)/minitron schema > docs/reference/recipe.schema.json
