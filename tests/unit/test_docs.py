@@ -118,3 +118,17 @@ def test_every_section_of_the_results_has_a_date() -> None:
 def test_contributing_says_how_to_add(what: str) -> None:
     text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert re.search(rf"^### Add .*{what}", text, flags=re.MULTILINE)
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_package() -> None:
+    """Parts without placeholders (..., N, X, a number) occur in a text of the source."""
+    files = [file for file in (REPO / "nemo_minitron").rglob("*") if file.suffix in (".py", ".sh")]
+    source = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    joined = re.sub(r'["\']\s*\n\s*f?["\']', "", source)
+    rows = re.findall(r"^\| (`.*?) \|", prose(REPO / "docs" / "how-to" / "troubleshooting.md"), flags=re.MULTILINE)
+    messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
+    assert len(messages) > 20
+    parts = [
+        part.strip() for message in messages for part in re.split(r"\.\.\.|step_N|step_M|\b[NX]\b|-?\b\d+\b", message)
+    ]
+    assert not [part for part in parts if len(part) > 7 and part not in joined]
