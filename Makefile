@@ -1,13 +1,13 @@
-# Everything from a fresh clone with nothing but Python 3.10 to 3.13:
-#   make demo    make a 94M-parameter model out of SmolLM2-135M on this machine, and open the report
-#   make test    the fast tests
-# The python3 of the PATH is taken, or another one: make demo PYTHON=python3.12
-# On a machine where plain pip would fetch CUDA builds of torch that you do not want:
+# Everything works from a fresh clone with nothing but Python 3.10 to 3.13:
+#   make demo    make a 94M-parameter model from SmolLM2-135M on this machine, and print where the report is
+#   make test    run the fast tests
+# The default is the python3 on the PATH. To use another one: make demo PYTHON=python3.12
+# To avoid CUDA builds of torch:
 #   make demo TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
 VENV ?= .venv
-# A set of versions: newest (of what exists for the Python), or oldest (that is supported, for Python 3.10).
+# The set of versions: newest (the newest for the Python), or oldest (the oldest supported, for Python 3.10).
 PINS ?= newest
 TORCH_VERSION ?=
 TORCH_INDEX_URL ?=
@@ -24,7 +24,7 @@ HASHED := --no-deps --require-hashes --no-build-isolation --use-pep517
 TORCH := $(if $(TORCH_VERSION),torch==$(TORCH_VERSION),-r $(TORCH_PIN))
 TORCH_INDEX := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL),)
 QUIET_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-# NeMo-Aligner runs on Python 3.10 and 3.11 alone, whatever this package runs on. Without one its tests are left out.
+# NeMo-Aligner needs Python 3.10 or 3.11, whichever version this package runs on. Without one its tests are skipped.
 IS_FOR_ALIGNER := -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 10), (3, 11)))' 2> /dev/null
 ALIGNER_PYTHON = $(shell for python in $(PYTHON) python3.11 python3.10; do \
 	$$python $(IS_FOR_ALIGNER) && { echo $$python; break; }; done)
@@ -38,14 +38,15 @@ help:
 
 install: $(STAMP)
 
-# Every file has the sha256 of its lock file, but for torch, whose build is chosen here: last and by itself, so that its index
-# serves nothing else, and all that it needs is there. First what packages without a wheel are built with.
+# Every file is checked against the sha256 in its lock file, except torch, whose build is chosen here. torch is installed last
+# and separately, so that its index serves nothing else and its dependencies are present. The build requirements of packages
+# without a wheel come first.
 $(STAMP): pyproject.toml setup.py $(CONSTRAINTS) $(TORCH_PIN) $(LOCKS)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
 		|| { echo "nemo-minitron needs Python 3.10 to 3.13; set PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV), once: a few minutes"
-	@test -n "$(TORCH_INDEX_URL)" || command -v nvidia-smi > /dev/null || echo "no GPU here: should pip fetch a CUDA build" \
+	@test -n "$(TORCH_INDEX_URL)" || command -v nvidia-smi > /dev/null || echo "this machine has no GPU: if pip fetches a CUDA build" \
 		"of torch (several GB), stop it and add TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu"
 	$(PIP) $(HASHED) -r constraints/build.lock
 	$(PIP) $(HASHED) -r constraints/$(PINS).lock -r constraints/dev.lock
@@ -53,18 +54,18 @@ $(STAMP): pyproject.toml setup.py $(CONSTRAINTS) $(TORCH_PIN) $(LOCKS)
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 
-# The environment of NeMo-Aligner: it needs another Megatron-Core. In a container with NeMo-Aligner there is nothing to do.
+# The environment of NeMo-Aligner, which needs another Megatron-Core. Not needed in a container with NeMo-Aligner.
 aligner: $(STAMP)
 	TORCH_INDEX_URL=$(TORCH_INDEX_URL) $(BIN)/minitron env aligner
 
 without-aligner: $(STAMP)
-	@echo "the tests of NeMo-Aligner are left out: it needs python3.11 or python3.10 on the PATH"
+	@echo "skipping the tests of NeMo-Aligner: it needs python3.11 or python3.10 on the PATH"
 
 demo: $(STAMP)
 	$(BIN)/minitron assets fetch
 	$(BIN)/minitron run $(RECIPE)
 	@if $(BIN)/minitron env has-aligner; then $(BIN)/minitron run $(ALIGN_RECIPE); \
-	else echo "To go on with SFT and preferences by NeMo-Aligner (about 10 minutes): make aligner demo"; fi
+	else echo "To continue with SFT and preference training by NeMo-Aligner (about 10 minutes): make aligner demo"; fi
 
 test: $(WITH_ALIGNER)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not slurm and not gpu" $(ARGS)
@@ -73,7 +74,7 @@ test-all: $(WITH_ALIGNER)
 	$(BIN)/minitron assets fetch
 	MINITRON_MANY_EXAMPLES=1 $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-# The core tests on another set of versions, each in an environment of its own:
+# The core tests on another set of versions, each in its own environment:
 #   make test-compat STACK=oldest     Python 3.10 and the oldest supported version of everything (the default)
 #   make test-compat STACK=py311      Python 3.11 and the newest versions that exist for it
 #   make test-compat STACK=current    Python 3.12 and the newest versions; also: COMPAT_PYTHON=python3.13
@@ -92,16 +93,16 @@ test-compat:
 	$(if $(WITH),$(COMPAT_VENV)/bin/python -I -m pip install --quiet --disable-pip-version-check $(foreach pin,$(WITH),'$(pin)'))
 	$(QUIET_ENV) $(COMPAT_VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not slurm and not gpu" $(COMPAT_TESTS) $(ARGS)
 
-# A Slurm of four nodes on this machine, started and stopped by the tests; its programs are Debian's, unpacked, not installed.
+# The tests start and stop a Slurm of four nodes on this machine, with Debian's programs, unpacked and not installed.
 test-slurm: $(STAMP)
 	$(TEST_ENV) MINITRON_REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm $(ARGS)
 
-# The same models and trainings on one CUDA GPU as on the CPU; with Transformer Engine's layers too, where it is installed.
+# The same models and trainings on one CUDA GPU as on the CPU, also with Transformer Engine's layers if it is installed.
 # In a container with its own torch, without make: pytest tests/gpu
 test-gpu: $(STAMP)
 	$(QUIET_ENV) MINITRON_REQUIRE_GPU=1 $(BIN)/python -m pytest tests/gpu $(ARGS)
 
-# Kills, full disks, damaged files, stops, and 20,000 hostile inputs for all readers: the slow ones too.
+# Kills, full disks, damaged files, stops, and 20,000 hostile inputs for all readers, including the slow tests.
 test-faults: $(WITH_ALIGNER)
 	MINITRON_MANY_EXAMPLES=1 $(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/fault $(ARGS)
 
@@ -114,13 +115,13 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The constraint files and their hashes, by what pyproject.toml allows; newer versions too: make lock UPGRADE=1
+# The constraint files and their hashes, within the bounds of pyproject.toml. Newer versions: make lock UPGRADE=1
 UPGRADE ?=
 lock: $(STAMP)
 	@command -v uv > /dev/null || { echo "make lock needs uv: pip install uv"; exit 1; }
 	$(BIN)/python -W ignore constraints/lock.py $(if $(UPGRADE),--upgrade)
 
-# The keys of recipes, as a page and as a JSON schema, by what nemo_minitron/config/schema says.
+# The keys of recipes as a page and as a JSON schema, generated from the schema.
 reference: $(STAMP)
 	$(BIN)/minitron schema --page > docs/reference/keys.md
 	$(BIN)/minitron schema > docs/reference/recipe.schema.json
@@ -129,7 +130,7 @@ results: $(STAMP)
 	$(BIN)/minitron assets fetch
 	$(BIN)/python benchmarks/results.py
 
-# The claims suite trains a teacher from nothing; TEXT is any text, its documents told apart by form feeds.
+# The claims suite trains a teacher from scratch. TEXT is any text; form feeds separate documents.
 TEXT ?= ./data/*.txt*
 claims: $(STAMP)
 	$(BIN)/minitron assets fetch

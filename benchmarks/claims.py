@@ -1,8 +1,9 @@
-"""docs/results.md out of the measured figures: each table beside what the papers say, and whether it held."""
+"""Render the pruning part of docs/results.md from the figures: tables, the papers' values and verdicts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import date
 from statistics import mean
 from typing import Any
 
@@ -22,18 +23,18 @@ PAPER_TABLE_11 = {
 
 
 def spread(values: list[float]) -> str:
-    """Mean, and the range where there is more than one."""
+    """Mean, and the range if there is more than one value."""
     text = f"{mean(values):.3f}"
     return text if len(values) == 1 else f"{text} ({min(values):.3f} to {max(values):.3f})"
 
 
 def verdict(held: bool | None) -> str:
-    """Of a claim; None: the figures do not tell."""
-    return {True: "held", False: "**did not hold**", None: "not decided: the ranges overlap"}[held]
+    """Words for a verdict; None means that the figures do not decide."""
+    return {True: "held", False: "**did not hold**", None: "undecided: the ranges overlap"}[held]
 
 
 def below(one: list[float], other: list[float]) -> bool | None:
-    """Every value of one is below every one of the other; None when the ranges overlap."""
+    """Whether every value of one is below every value of the other; None when the ranges overlap."""
     if max(one) < min(other):
         return True
     return False if min(one) > max(other) else None
@@ -54,7 +55,7 @@ def aggregations(found: Figures) -> str:
     best = rows[0][0]
     return (
         f"{table}\n\n"
-        f"- The papers choose (l2, mean), which is best or second best there. Here the best is ({best.replace(',', ', ')}), "
+        f"- The papers choose (l2, mean), which is best or second best in their table. Here the best is ({best.replace(',', ', ')}), "
         f"and (l2, mean) is number {[name for name, _ in rows].index('l2,mean') + 1} of 9.\n"
         f"- Claim: mean over the sequence beats l2 over the sequence (batch l2): "
         f"{verdict(below(found['l2,mean'], found['l2,l2']))}.\n"
@@ -72,21 +73,21 @@ def methods(found: Figures) -> str:
         f"- Importance against weight magnitude: {verdict(below(ours, found['magnitude']))}.\n"
         f"- The paper's formula (before the activation) against ModelOpt's (after it): the paper's is "
         f"{_compared(found['importance, paper'], ours)}.\n"
-        f"- First-order Taylor, which needs a backward pass, against activations: it is {_compared(found['taylor'], ours)}.\n"
-        f"- One order for all layers (neurons and heads), as 2407.14679 words it, against one for each layer: it is "
+        f"- First-order Taylor, which needs a backward pass, against activations: Taylor is {_compared(found['taylor'], ours)}.\n"
+        f"- One ranking for all layers (neurons and heads), as in the text of 2407.14679, against one per layer: it is "
         f"{_compared(found['importance, one order for all layers'], ours)}."
     )
 
 
 def _compared(one: list[float], other: list[float]) -> str:
-    return {True: "better", False: "worse", None: "not told apart"}[below(one, other)]
+    return {True: "better", False: "worse", None: "not distinguishable"}[below(one, other)]
 
 
 def merging(found: Figures) -> str:
     table = _table(["head_merge", "loss"], [[name, spread(values)] for name, values in found.items()])
     return (
         f"{table}\n\n"
-        f"- Claim: merging as printed improves on plain cutting (2407.14679, section 2.3; no number there): "
+        f"- Claim: merging as printed improves on plain cutting (2407.14679, section 2.3, which gives no number): "
         f"{verdict(below(found['printed'], found['off']))}.\n"
         f"- The opposite sign against plain cutting: it is {_compared(found['opposite'], found['off'])}; "
         f"the mean: {_compared(found['mean'], found['off'])}."
@@ -99,8 +100,8 @@ def rounds(found: Figures) -> str:
     ])  # fmt: skip
     return (
         f"{table}\n\n"
-        f"- In the paper the rounds differ zero-shot, without an order, and not at all after training. Here four rounds "
-        f"against one: {_compared(found['4'], found['1'])}. After training: not tried here."
+        f"- In the paper the number of rounds has no monotonic effect zero-shot and none after training. Here four rounds "
+        f"against one: {_compared(found['4'], found['1'])}. After training: not tested here."
     )
 
 
@@ -115,16 +116,16 @@ def half_depth(found: Figures) -> str:
     by_task = found["task, contiguous"]
     return (
         _table(["chosen by", "loss", "accuracy", "layers kept"], rows) + "\n\n"
-        "- Claim: layers chosen one by one by LM loss leave a better LM loss than a contiguous run "
+        "- Claim: layers chosen individually by LM loss leave a better LM loss than a contiguous block "
         f"(2408.11796, section 4): {verdict(found['lm_loss, individual']['loss'] < found['lm_loss, contiguous']['loss'])}"
-        f"; best of all ways one by one {best_single['loss']:.3f}, best run {best_run['loss']:.3f}.\n"
-        "- Claim: for accuracy it is the other way round, the contiguous run is better: "
+        f"; best individual choice {best_single['loss']:.3f}, best block {best_run['loss']:.3f}.\n"
+        "- Claim: for accuracy the contiguous block is better: "
         f"{verdict(_accuracy_order(by_task['accuracy'], found['lm_loss, individual']['accuracy']))} "
         f"({by_task['accuracy']:.2f} against {found['lm_loss, individual']['accuracy']:.2f}; the standard error of 200 "
         "examples is 0.03).\n"
         "- Claim: LM loss is a better guide than block influence (2407.14679, table 13: 2.155 against 2.177 after "
         f"training): {verdict(found['lm_loss, individual']['loss'] < found['block_influence, individual']['loss'])}.\n"
-        "- Claim: the first and the last layers matter most (2408.11796, figure 8). Kept by LM loss one by one: "
+        "- Claim: the first and the last layers matter most (2408.11796, figure 8). Kept by individual LM loss: "
         f"first {verdict(0 in found['lm_loss, individual']['kept'])}, "
         f"last {verdict(29 in found['lm_loss, individual']['kept'])}."
     )
@@ -148,41 +149,47 @@ def _tau(one: list[float], other: list[float]) -> float:
 
 CLAIMS: dict[str, tuple[str, str, Callable[[Figures], str]]] = {
     "aggregations": (
-        "How activations are aggregated",
+        "Aggregation of activations",
         "Hidden 576 -> 512, MLP 1536 -> 1152, heads 9 -> 6 at once.",
         aggregations,
     ),
-    "methods": ("What indices are chosen by", "The same cut.", methods),
-    "merging": ("Head-residual merging", "Heads 9 -> 6 (of 3 query groups), all else kept.", merging),
-    "rounds": ("One cut, or several with new scores", "Hidden 576 -> 448, without training between.", rounds),
+    "methods": ("Importance against other criteria", "The same cut.", methods),
+    "merging": ("Head-residual merging", "Heads 9 -> 6 (of 3 query groups), everything else kept.", merging),
+    "rounds": (
+        "One round or several",
+        "Hidden 576 -> 448, scored anew in each round, without training between rounds.",
+        rounds,
+    ),
     "half_depth": (
         "Half of the layers",
-        "30 -> 15. Chosen by calibration text (8 samples, block influence 16) or by 50 examples of arc_easy; accuracy is of 200 examples of openbookqa.",
+        "30 -> 15. Chosen by calibration text (8 samples, 16 for block influence) or by 50 examples of arc_easy; accuracy is measured on 200 examples of openbookqa.",
         half_depth,
     ),
 }
-HEAD = """# Pruning on a real model: what of the papers' claims holds
+BEGIN, END = "<!-- pruning: made by `make results` -->", "<!-- end of pruning -->"
+HEAD = """## Pruning: the papers' claims
 
-Made by `make results`; every word about a claim is worked out from the figures by `benchmarks/claims.py`.
+Written by `make results` on {today}; `benchmarks/claims.py` derives every verdict from the figures.
 
-SmolLM2-135M-Instruct (its 4-bit weights, expanded), zero-shot: cut and measured, not trained. Losses are held-out nats per
-token over 8,192 tokens of benchmark passages; figures in brackets are the range over three draws of 16 calibration samples of
-256 tokens (for random: three seeds). The papers' models are a hundred times larger, their text is another, and the ranking of
-pruned models before training is not the one after it (2407.14679, figure 6): this is a test of the code and a hint, no more.
+SmolLM2-135M-Instruct (4-bit weights, expanded), zero-shot: pruned and measured, not trained. Losses are held-out nats per token over
+8,192 tokens of benchmark passages. Figures in parentheses are the range over three draws of 16 calibration samples of 256 tokens (for
+random: three seeds). The papers' models are a hundred times larger and use other text, and the ranking of pruned models before training
+differs from the ranking after it (2407.14679, figure 6): this tests the code and gives a hint, no more.
 
 """
 
 
 def render(found: Figures) -> str:
-    """The page."""
+    """Render the part, with its marks."""
     teacher = f"The teacher: loss {found['teacher']['loss']:.3f}, accuracy {found['teacher']['accuracy']:.2f}.\n"
-    parts = [f"## {title}\n\n{what}\n\n{section(found[name])}\n" for name, (title, what, section) in CLAIMS.items()]
-    return HEAD + teacher + "\n" + "\n".join(parts) + "\n" + TAIL
+    parts = [f"### {title}\n\n{what}\n\n{section(found[name])}\n" for name, (title, what, section) in CLAIMS.items()]
+    text = HEAD.format(today=date.today()) + teacher + "\n" + "\n".join(parts) + "\n" + TAIL
+    return f"{BEGIN}\n\n{text.rstrip()}\n\n{END}"
 
 
-TAIL = """## Not reproduced here
+TAIL = """### Not reproduced here
 
 - Anything after training at the papers' scale: rankings after 400 steps of 1.8B tokens (2407.14679, figures 5, 6, 9), width
   against depth after 94B tokens (table 13), few-shot accuracy.
-- Winogrande with five examples, by which 2408.11796 chose its run of layers: a model of this size is at chance on it.
+- Winogrande with five examples, by which 2408.11796 chose its contiguous block of layers: a model of this size is at chance on it.
 """

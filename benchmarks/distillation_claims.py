@@ -1,10 +1,11 @@
-"""The "Distillation" part of docs/results.md: every verdict is worked out from the figures of benchmarks/distillation.py."""
+"""Render the distillation part of docs/results.md from the figures of benchmarks/distillation.py, verdicts included."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -150,12 +151,13 @@ def headline(found: Found) -> str:
         rows.append(f"| {loss:.3f} | {tokens:,} | {there} |")
     budget, reached = pruned[-1]
     sentence = (
-        f"Pruned and distilled, the student has {reached:.3f} after {budget:,} tokens. "
+        f"Pruned and distilled, the student reaches {reached:.3f} after {budget:,} tokens. "
         f"The same shape from random weights, trained on the text alone, {_needed(scratch, reached, budget)} "
-        f"After {most:,} tokens it has {last_loss:.3f}; {_shortcut(tokens_to_reach(pruned, last_loss), most)} "
-        "The papers: up to 40x (2407.14679). The tokens that the teacher itself was trained on are not counted, as there. "
-        "The learning rate falls to the end of each training, which favours the end of a curve: the last row, and more so "
-        "those above it, set points in the middle of the curve from scratch against the other."
+        f"After {most:,} tokens that model reaches {last_loss:.3f}; {_shortcut(tokens_to_reach(pruned, last_loss), most)} "
+        "The paper reports up to 40x (2407.14679). As there, the tokens that the teacher was trained on are not counted. "
+        "The learning rate decays to the end of each training, which favors the end of a curve. Every row sets "
+        "the distilled student against a point in the middle of the curve from scratch, the upper rows against an even "
+        "earlier one."
     )
     return f"{sentence}\n\n" + "\n".join(rows)
 
@@ -163,17 +165,17 @@ def headline(found: Found) -> str:
 def _needed(scratch: list[tuple[int, float]], loss: float, budget: int) -> str:
     tokens = tokens_to_reach(scratch, loss)
     if tokens is None:
-        return f"does not get there in {scratch[-1][0]:,}: **over {scratch[-1][0] / budget:.1f}x** as many."
-    return f"gets there after {tokens:,.0f}: **{tokens / budget:.1f}x** as many."
+        return f"does not reach it in {scratch[-1][0]:,}: **over {scratch[-1][0] / budget:.1f}x** as many."
+    return f"reaches it after {tokens:,.0f}: **{tokens / budget:.1f}x** as many."
 
 
 def _shortcut(tokens: float | None, most: int) -> str:
     """Where the distilled student has what training from scratch ends with."""
     if tokens is None:
-        return "the distilled student does not get as low in its budget."
+        return "the distilled student does not get that low within its budget."
     if tokens == 0:
         return "the pruned model is below that before any training."
-    return f"the distilled student is there after {tokens:,.0f}: **{most / tokens:.0f}x fewer**."
+    return f"the distilled student reaches that after {tokens:,.0f}: **{most / tokens:.0f}x fewer**."
 
 
 def picture(found: Found, file: Path) -> None:
@@ -250,7 +252,7 @@ def _origin(teacher: dict[str, Any]) -> str:
     if "tokens" not in teacher:
         return f"The teacher has {teacher['num_params']:,} parameters ({teacher['source']})."
     return (
-        f"The teacher is a Llama of {teacher['num_params']:,} parameters, trained here from nothing on "
+        f"The teacher is a Llama of {teacher['num_params']:,} parameters, trained here from scratch on "
         f"{teacher['tokens']:,} tokens (held-out loss {teacher['final_valid_loss']:.3f})."
     )
 
@@ -260,13 +262,13 @@ def section(found: Found, run: Path, size: str) -> str:
     facts, one = teacher_facts(run), next(entry for entry in found.values() if entry["trial"]["name"] == "KD")
     corrected = facts["corrected"]
     lower = 1 - corrected["final_valid_loss"] / corrected["initial_valid_loss"]
-    return f"""## Distillation
+    return f"""## Distillation: the papers' claims
 
-Made by `make claims` (size {size}). {_origin(facts["teacher"])} Students: {facts["width"]["num_params"]:,}
+Written by `make claims` (size {size}) on {date.today()}. {_origin(facts["teacher"])} The students have {facts["width"]["num_params"]:,}
 parameters by width, {facts["depth"]["num_params"]:,} by depth (half of the layers); {one["curve"][-1]["tokens"]:,} tokens each. Losses are nats per
-token of held-out documents; {len(by_seed(found, "KD"))} seeds (order of the text; random weights and cuts). Seeds are compared one by
-one. A difference counts where all seeds agree and its mean is larger than its range over the seeds; else the claim is
-*undecided* (or *held*, where it says that there is no difference or no gain). The papers' students have 4 to 8 billion
+token of held-out documents; {len(by_seed(found, "KD"))} seeds (order of the text; random weights and cuts). Variants are compared seed by
+seed. A difference counts if all seeds agree and its mean is larger than its range over the seeds; otherwise the claim is
+*undecided* (or *held*, if it states that there is no difference or no gain). The papers' students have 4 to 8 billion
 parameters and see about 100 billion tokens.
 
 ### Tokens to a given loss
@@ -279,7 +281,7 @@ parameters and see about 100 billion tokens.
 
 {table(found)}
 
-Teacher correction itself lowered the teacher's held-out loss on the other text by {lower:.1%}.
+Teacher correction lowered the teacher's own held-out loss on the other text by {lower:.1%}.
 
 ![Distance of every variant from plain distillation](claims_variants.png)
 """

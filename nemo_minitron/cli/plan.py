@@ -119,7 +119,7 @@ def _print_resources(resources: dict[str, Any]) -> None:
     console.say(
         f"in all {total['hours']:.1f} hours one after the other, {total['gpu_hours']:,.0f} GPU-hours{cost}, "
         f"{total['disk_gib']:.1f} GiB of disk. Assumed: {assumed['peak_tflops']:g} TFLOPS of each process, "
-        f"MFU {assumed['mfu']:.0%} ({assumed['mfu_from']}). docs/PLANNING.md",
+        f"MFU {assumed['mfu']:.0%} ({assumed['mfu_from']}). docs/how-to/planning.md",
     )
     for stage, lines in resources["proposals"].items():
         for number, line in enumerate(lines):

@@ -45,7 +45,7 @@ def commands(plan: RunPlan, launch_dir: Path, options: RunOptions) -> list[tuple
     missing = [*missing_images(cluster, jobs), *misspelt_images(cluster, jobs, where.place.cwd)]
     if missing:
         raise PlanError(
-            "\n".join(missing), next_step="Build it from the Dockerfile (docs/CLUSTER.md), and name it there."
+            "\n".join(missing), next_step="Build it from the Dockerfile (docs/how-to/cluster.md), and name it there."
         )
     found = []
     for job in jobs:

@@ -82,8 +82,8 @@ def test_the_headline_is_the_ratio_of_tokens() -> None:
         for seed in (1, 2):
             found[f"{name} #{seed}"]["curve"][1]["tokens"] = tokens
     text = part.headline(found)
-    assert "gets there after 4,000: **40.0x** as many" in text
-    assert "is there after 100: **40x fewer**" in text
+    assert "reaches it after 4,000: **40.0x** as many" in text
+    assert "reaches that after 100: **40x fewer**" in text
     assert "| 4.000 | 100 | 4,000 | **40.0x** |" in text
 
 
@@ -115,25 +115,27 @@ def test_figures_of_other_models_text_or_keys_are_refused(change: str, suite: Mo
         suite.require_same_origin(found, [trial], tmp_path, size, file)
 
 
-def test_the_page_keeps_what_the_other_suite_wrote(
+def test_each_suite_replaces_only_its_own_part_of_the_page(
     suite: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     page = tmp_path / "results.md"
-    page.write_text("# Pruning\n\nold\n")
+    claims = importlib.import_module("claims")
+    before = f"# Results\n\nby hand\n\n{claims.BEGIN}\n\nold\n\n{claims.END}\n"
+    page.write_text(before)
     monkeypatch.setattr(part, "section", lambda *_: "## Distillation\n")
     monkeypatch.setattr(part, "picture", lambda *_: None)
     monkeypatch.setattr(part, "bars", lambda *_: None)
     part.write_page({}, tmp_path, tmp_path, "cpu")
     once = page.read_text()
-    assert once.startswith("# Pruning\n\nold\n\n" + part.BEGIN)
+    assert once.startswith(before + "\n" + part.BEGIN)
     part.write_page({}, tmp_path, tmp_path, "cpu")
     assert page.read_text() == once
-    importlib.import_module("results").write_page(page, "# Pruning\n\nnew\n")
+    importlib.import_module("results").write_page(page, f"{claims.BEGIN}\n\nnew\n\n{claims.END}")
     assert page.read_text() == once.replace("old", "new")
 
 
 def test_a_student_that_stays_above_training_from_scratch_is_not_called_faster_than_it_is() -> None:
     found = _found(**{"from scratch, CE": [3.0, 3.0], "KD": [6.0, 6.0]})
     text = part.headline(found)
-    assert "gets there after 50: **0.5x** as many" in text
-    assert "does not get as low" in text
+    assert "reaches it after 50: **0.5x** as many" in text
+    assert "does not get that low" in text

@@ -90,7 +90,7 @@ def require_gpu_kernels() -> None:
             "which NeMo needs on a GPU.",
             where=str(python),
             allowed="the aligner image of the Dockerfile (execution.cluster.container.aligner_image)",
-            next_step="Run this stage in that image (docs/CLUSTER.md), or on the CPU: execution.device=cpu",
+            next_step="Run this stage in that image (docs/how-to/cluster.md), or on the CPU: execution.device=cpu",
         )
 
 

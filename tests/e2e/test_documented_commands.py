@@ -1,0 +1,164 @@
+"""Every `minitron` command of README and docs: its words are those of the command line, and what can run here runs.
+
+Commands are parsed by the command line's own parser, so that a renamed option fails here. Recipes and overrides are
+planned. Nothing needs a network, a GPU, Slurm or containers.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+
+from nemo_minitron.cli.main import app
+from tests.conftest import REPO, Cli
+
+PAGES = (REPO / "README.md", *sorted((REPO / "docs").rglob("*.md")), *sorted((REPO / "recipes").glob("*.md")))
+SHELL_BLOCK = re.compile(r"^```(?:bash|sh|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ANY_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`minitron ([^`]+)`")
+PLACEHOLDERS = ("RECIPE", "RECIPE_OR_RUN")
+OVERRIDABLE = ("run", "plan", "check", "launch")
+NOT_AN_OVERRIDE = re.compile(r"--|\.\.\.$|[A-Z_]+$")
+Words = tuple[str, ...]
+
+
+def _split(line: str) -> list[list[str]]:
+    """The simple commands of a line: without comments, prompts and redirections."""
+    lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars="();<>|&")
+    lexer.whitespace_split = True
+    commands: list[list[str]] = [[]]
+    words = iter(lexer)
+    for word in words:
+        if word in (">", ">>", "<"):
+            next(words, None)
+        elif word and set(word) <= set("();|&"):
+            commands.append([])
+        else:
+            commands[-1].append(word)
+    return commands
+
+
+def _in_blocks(page: Path) -> set[Words]:
+    text = page.read_text(encoding="utf-8")
+    lines = "\n".join(SHELL_BLOCK.findall(text)).replace("\\\n", " ").splitlines()
+    commands = [command for line in lines for command in _split(line)]
+    return {tuple(words[1:]) for words in commands if words and Path(words[0]).name == "minitron"}
+
+
+def _inline(page: Path) -> set[Words]:
+    found = INLINE.findall(ANY_BLOCK.sub("", page.read_text(encoding="utf-8")))
+    return {tuple(words) for text in found for words in _split(text)[:1] if words}
+
+
+COMMANDS = sorted(set().union(*map(_in_blocks, PAGES)))
+MENTIONS = sorted(set().union(*map(_inline, PAGES)))
+
+
+@cache
+def _cli() -> Any:
+    return typer.main.get_command(app)
+
+
+def _command(words: Words) -> tuple[click.Command, Words, tuple[str, ...]]:
+    """The command that the words name, its arguments, and its own name of one word or two."""
+    command: Any = _cli()
+    names: tuple[str, ...] = ()
+    while words and hasattr(command, "commands"):
+        assert words[0] in command.commands, f"minitron has no command {' '.join((*names, words[0]))}"
+        command, names, words = command.commands[words[0]], (*names, words[0]), words[1:]
+    return command, words, names
+
+
+def _parsed(words: Words) -> tuple[tuple[str, ...], dict[str, Any]]:
+    command, arguments, names = _command(words)
+    with command.make_context(names[-1], list(arguments)) as context:
+        return names, context.params
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which a reader types the commands, with the two files that the tutorial makes."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name in ("recipes", "configs"):
+        shutil.copytree(REPO / name, folder / name)
+    shutil.copy(REPO / "recipes" / "template.yaml", folder / "mine.yaml")
+    shutil.copy(REPO / "configs" / "cluster" / "slurm.yaml", folder / "mysite.yaml")
+    return folder
+
+
+def _planned() -> list[Words]:
+    """Recipe and overrides of every command that names a recipe, once each."""
+    found = set()
+    for words in COMMANDS:
+        _, params = _parsed(words)
+        recipe = str(params.get("recipe") or "")
+        if recipe and recipe not in PLACEHOLDERS and Path(recipe).parts[0] != "runs":
+            found.add((recipe, *(params.get("overrides") or ())))
+    return sorted(found)
+
+
+def test_the_pages_have_commands() -> None:
+    assert len(COMMANDS) >= 30
+    assert len(MENTIONS) >= 20
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_a_command_of_a_block_is_parsed(words: Words) -> None:
+    _parsed(words)
+
+
+@pytest.mark.parametrize("words", MENTIONS, ids=" ".join)
+def test_a_command_in_a_sentence_and_its_options_exist(words: Words) -> None:
+    command, arguments, _ = _command(words)
+    options = {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
+    unknown = [word for word in arguments if word.startswith("--") and word.partition("=")[0] not in options]
+    assert not unknown
+
+
+@pytest.mark.parametrize("words", _planned(), ids=" ".join)
+def test_recipe_and_overrides_of_a_command_can_be_planned(
+    words: Words, folder: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    code, text = minitron("plan", *words)
+    assert code == 0, text
+
+
+def _runs_here(words: Words) -> bool:
+    names, params = _parsed(words)
+    recipe = str(params.get("recipe") or "")
+    if recipe in PLACEHOLDERS:
+        return False
+    if names == ("check",):
+        return "toy" in recipe and not params["cluster"]
+    if names in (("launch",), ("status",)):
+        return bool(params.get("dry_run")) if names == ("launch",) else "toy" in recipe and not params["watch"]
+    return names in (("recipes",), ("schema",), ("version",), ("assets", "list"))
+
+
+@pytest.mark.parametrize("words", [words for words in COMMANDS if _runs_here(words)], ids=" ".join)
+def test_a_command_that_can_run_here_runs(
+    words: Words, folder: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    code, text = minitron(*words)
+    assert code == 0, text
+    assert text.strip()
+
+
+def test_words_after_the_recipe_in_a_sentence_are_overrides() -> None:
+    wrong = []
+    for words in MENTIONS:
+        _, arguments, names = _command(words)
+        if names[0] in OVERRIDABLE:
+            operands = [word for word in arguments if not NOT_AN_OVERRIDE.match(word)]
+            wrong += [word for word in operands if "=" not in word and "/" not in word and word != "template"]
+    assert not wrong
