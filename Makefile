@@ -121,10 +121,11 @@ lock: $(STAMP)
 	@command -v uv > /dev/null || { echo "make lock needs uv: pip install uv"; exit 1; }
 	$(BIN)/python -W ignore constraints/lock.py $(if $(UPGRADE),--upgrade)
 
-# The keys of recipes as a page and as a JSON schema, generated from the schema.
+# Generated pages: the keys of recipes, their JSON schema, and the table of layers in docs/ARCHITECTURE.md.
 reference: $(STAMP)
 	$(BIN)/minitron schema --page > docs/reference/keys.md
 	$(BIN)/minitron schema > docs/reference/recipe.schema.json
+	$(BIN)/python -m tests.support.layers
 
 results: $(STAMP)
 	$(BIN)/minitron assets fetch

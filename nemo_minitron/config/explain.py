@@ -35,7 +35,7 @@ def validate(composed: Mapping[str, Any], *, where: str) -> Recipe:
         raise ConfigError(
             f"The recipe has {count}:\n" + "\n".join(f"  - {problem}" for problem in problems),
             where=where,
-            next_step="All keys with their defaults: nemo_minitron/config/schema/.",
+            next_step="docs/reference/keys.md lists all keys with their defaults; `minitron schema --page` prints it.",
         ) from None
 
 

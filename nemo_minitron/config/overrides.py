@@ -191,6 +191,6 @@ def unknown_key(words: Sequence[str], groups: Sequence[str], stages: Sequence[st
         return ConfigError(
             f"{key}: unknown key.{' ' + hint if hint else ''}",
             allowed=f"keys that begin with one of {', '.join(known[:-1])}",
-            next_step="All keys with their defaults: nemo_minitron/config/schema/.",
+            next_step="docs/reference/keys.md lists all keys with their defaults; `minitron schema --page` prints it.",
         )
     return None

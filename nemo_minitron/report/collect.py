@@ -98,7 +98,7 @@ def _curves(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
 
 def _data_used(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
     """Rows {stage, source, weight, tokens, epochs} of the trainings, but not of a search's candidates."""
-    trained = [stage for stage in stages if stage.kind in ("train", "correct", "distillation")]
+    trained = _in_section(stages, "training", "distillation")
     return [{"stage": stage.stage, **use} for stage in trained for use in stage.result.get("data_used", ())]
 
 

@@ -324,10 +324,10 @@ def test_missing_texts_and_broken_models_are_named(work: Path, tmp_path: Path) -
 
 
 def test_tasks_that_would_ask_the_hub_are_refused() -> None:
-    with pytest.raises(PlanError, match=r"stages\.evaluate_pruned\.tasks = hellaswag") as caught:
+    with pytest.raises(PlanError, match=r"stages\.evaluate_pruned\.tasks\.0 = hellaswag") as caught:
         collect([TOY], ["+eval=hub_tasks"], SILENT)
     assert "asset:offline-eval-tasks" in str(caught.value)
-    with pytest.raises(PlanError, match=r"stages\.score\.depth_task = winogrande"):
+    with pytest.raises(PlanError, match=r"stages\.score\.depth_task\.name = winogrande"):
         collect([TOY], ["stages.score={layer_metrics: [task], depth_task: {name: winogrande}}"], SILENT)
 
 
