@@ -18,7 +18,7 @@ from typing import Any
 
 from nemo_minitron import __version__
 from nemo_minitron.errors import ArtifactError
-from nemo_minitron.system.disclosure import told_command
+from nemo_minitron.system.disclosure import masked_command
 from nemo_minitron.system.files import sealed, unsealed
 
 MANIFEST_FILE = "manifest.json"
@@ -109,7 +109,7 @@ def provenance(started_s: float) -> dict[str, Any]:
         "nemo_minitron": __version__,
         "versions": {name: found for name in _VERSIONS if (found := installed_version(name))},
         "python": platform.python_version(),
-        "command": told_command(sys.argv),
+        "command": masked_command(sys.argv),
         "git_commit": _git_commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - wall_s)),
         "wall_s": round(wall_s, 3),

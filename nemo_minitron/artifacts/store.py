@@ -19,7 +19,7 @@ from nemo_minitron.artifacts.manifest import Manifest, file_facts, hash_files, r
 from nemo_minitron.artifacts.run_paths import ACCEPTED_DRIFT, COMPARED, LOCK, PARTIAL, SUPERSEDED, WORK, RunPaths
 from nemo_minitron.artifacts.types import Artifact, ArtifactsByRole
 from nemo_minitron.errors import ArtifactError
-from nemo_minitron.system.disclosure import told_command
+from nemo_minitron.system.disclosure import masked_command
 from nemo_minitron.system.files import read_json, write_whole
 from nemo_minitron.system.ownership import require_own, require_own_tree, work_mode
 from nemo_minitron.system.safe_files import ROOT_MODE, TEMPORARY, open_lock, own_folder, require_real_folder
@@ -259,7 +259,7 @@ def _hold(file: IO[str], root: Path, patience_s: float, *, shared: bool) -> None
             ) from None
     file.truncate(0)
     if not shared:
-        file.write(f"process {os.getpid()} on {os.uname().nodename}: {' '.join(told_command(sys.argv))}\n")
+        file.write(f"process {os.getpid()} on {os.uname().nodename}: {' '.join(masked_command(sys.argv))}\n")
         file.flush()
 
 

@@ -28,9 +28,9 @@ from nemo_minitron.cli.rlhf import rlhf
 from nemo_minitron.cli.show import show
 from nemo_minitron.cli.status import status
 from nemo_minitron.errors import EnvironmentProblem, Interrupted, MinitronError
-from nemo_minitron.system.disclosure import masked, told_command
+from nemo_minitron.system.disclosure import masked, masked_command
 from nemo_minitron.system.disk import disk_errors
-from nemo_minitron.system.outer_job import leave_launcher, name_the_user
+from nemo_minitron.system.outer_job import ensure_user_name, unset_launcher_variables
 from nemo_minitron.system.terminal import Screen
 
 if TYPE_CHECKING:
@@ -199,8 +199,8 @@ def _print_report_path(folder: Path) -> None:
 def main() -> None:
     """Entry point: a user's error is a message and exit code 2, never a traceback."""
     _make_streams_safe()
-    name_the_user()
-    leave_launcher()
+    ensure_user_name()
+    unset_launcher_variables()
     try:
         # Outside standalone mode an exit, an interrupt (130) among them, comes back as a number.
         with disk_errors(_working_folder()):
@@ -263,7 +263,7 @@ def _unexpected(error: Exception) -> int:
     if words is not None:
         _say_usage(error, words())
         return 2
-    text = masked(f"{' '.join(told_command(sys.argv))}\n{traceback.format_exc()}")
+    text = masked(f"{' '.join(masked_command(sys.argv))}\n{traceback.format_exc()}")
     log = _kept(text)
     report = f"Please report it with {log}." if log else f"Please report it with what follows.\n{text}"
     told = f"{type(error).__name__}: {error}\n  This is a bug of nemo-minitron. {report}"

@@ -57,8 +57,8 @@ def run_ranks(task: StageTask, stop: StopRequest) -> dict[str, Any]:
         start = lambda words, own: _start(words, own, output)  # noqa: E731
         process = start_everywhere(command, {**environment, **meeting}, nodes, work, start)
         code = _wait(process, work, stop, by_itself=by_itself)
-    if stop.asked_by() is not None and not by_itself:
-        raise Interrupted(f"Stopped in stage {task.name} as asked by {stop.asked_by()}; the same command goes on.")
+    if stop.source() is not None and not by_itself:
+        raise Interrupted(f"Stopped in stage {task.name} as asked by {stop.source()}; the same command goes on.")
     error = load_error(work / ERROR)
     if error is not None:
         raise error
@@ -85,7 +85,7 @@ def _wait(process: subprocess.Popen[bytes], work: Path, stop: StopRequest, *, by
             try:
                 return process.wait(POLL_INTERVAL_S)
             except subprocess.TimeoutExpired:
-                reason = stop.asked_by()
+                reason = stop.source()
             if reason is not None and not told:
                 told = True
                 if by_itself:

@@ -74,7 +74,7 @@ def run_plan(plan: RunPlan, options: RunOptions, *, quiet: bool = False) -> RunP
 
 
 def _require_not_stopped(stop: StopRequest, where: str) -> None:
-    reason = stop.asked_by()
+    reason = stop.source()
     if reason is not None:
         raise Interrupted(f"Stopped {where} as asked by {reason}; the same command goes on.")
 

@@ -21,7 +21,7 @@ from nemo_minitron.processes.agent import a_rank_failed
 from nemo_minitron.processes.nodes import RUNNER_VARIABLE
 from nemo_minitron.processes.same_code import require_same
 from nemo_minitron.system.disk import disk_errors
-from nemo_minitron.system.interrupts import RELAY_FILE, StopRequest, exit_without_parent, leave_terminal
+from nemo_minitron.system.interrupts import RELAY_FILE, StopRequest, detach_terminal, exit_without_parent
 from nemo_minitron.system.progress import Progress
 from nemo_minitron.system.safe_files import write_whole
 
@@ -31,7 +31,7 @@ def main(task_file: Path) -> int:
     content = json.loads(task_file.read_text())
     exit_without_parent(int(os.environ[RUNNER_VARIABLE]))
     # The runner asks for the stop; this process only loses its terminal.
-    signal.signal(signal.SIGHUP, leave_terminal)
+    signal.signal(signal.SIGHUP, detach_terminal)
     work, is_main = task_file.parent, os.environ.get("RANK", "0") == "0"
     try:
         require_same(content["code"])

@@ -25,7 +25,7 @@ from nemo_minitron.processes.same_code import START
 from nemo_minitron.system.cores import usable_cores
 from nemo_minitron.system.files import write_whole
 from nemo_minitron.system.interrupts import SIGNALS
-from nemo_minitron.system.outer_job import of_a_launcher, outside
+from nemo_minitron.system.outer_job import launcher_variables, without_outer_job
 
 RUNNER_VARIABLE = "MINITRON_RUNNER"
 """The process of this node with which its ranks end."""
@@ -151,8 +151,8 @@ def start_everywhere(
 
 def _own_environment(environment: Mapping[str, str], nodes: Nodes, *, outside_job: bool) -> dict[str, str]:
     """This node's environment with what an order sets; without the ranks of another launcher."""
-    own = outside(os.environ) if outside_job else {**os.environ}
-    for name in of_a_launcher(own):
+    own = without_outer_job(os.environ) if outside_job else {**os.environ}
+    for name in launcher_variables(own):
         del own[name]
     return {**own, **gloo_interface(nodes, own), **environment, RUNNER_VARIABLE: str(os.getpid())}
 

@@ -1,4 +1,4 @@
-"""How many cores this process may use: a scheduler or a container often allows fewer than the machine has."""
+"""Number of cores that this process may use. A scheduler or a container often allows fewer than the machine has."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def usable_cores(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """Cores that this process may run on, no more than the CPU quota of its control group; at least 1.
+    """Count the cores that this process may run on, limited by the CPU quota of its control group; at least 1.
 
     Args:
-        proc: where the process's control groups are listed.
-        cgroups: where the control groups are mounted.
+        proc: mount point of the proc file system, which lists the process's control groups.
+        cgroups: mount point of the control groups.
     """
     quota = _quota(proc, cgroups)
     cores = _allowed_cores()
@@ -29,7 +29,7 @@ def _allowed_cores() -> int:
 
 
 def _quota(proc: Path, cgroups: Path) -> float | None:
-    """The tightest quota of the process's control groups and of those above them, in cores; None: no limit."""
+    """Return the smallest CPU quota of the process's control groups and their parents, in cores; None: no limit."""
     found = []
     for line in _read(proc / "self" / "cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
@@ -39,7 +39,7 @@ def _quota(proc: Path, cgroups: Path) -> float | None:
             roots = [cgroups / controllers, cgroups / "cpu"]
         else:
             continue
-        # A container sees its own group as the root, under another name than the one listed.
+        # In a container, the process's own group is mounted as the root, so the listed path may not exist.
         groups = [root / path.strip("/") for root in roots]
         for group, root in zip(groups, roots, strict=True):
             found += [quota for folder in _up_to(group, root) if (quota := _quota_of(folder)) is not None]
@@ -51,13 +51,13 @@ def _up_to(group: Path, root: Path) -> list[Path]:
 
 
 def _quota_of(group: Path) -> float | None:
-    """Version 2 keeps `quota period` in one file, version 1 in two."""
+    """Return the quota of one control group in cores. cgroup v2 stores `quota period` in one file, v1 in two."""
     words = _read(group / "cpu.max").split()
     if not words:
         words = [*_read(group / "cpu.cfs_quota_us").split(), *_read(group / "cpu.cfs_period_us").split()]
     try:
         quota, period = (float(word) for word in words)
-    except ValueError:  # `max`, or not there
+    except ValueError:  # `max` (no limit), or no such file
         return None
     return quota / period if quota > 0 and period > 0 else None
 

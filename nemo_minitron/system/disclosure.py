@@ -1,8 +1,9 @@
-"""What may leave: the one place that decides what stands in reports, cards, manifests, locks, logs and bundles.
+"""Masking of secrets: decides what reports, model cards, manifests, locks, logs and bundles may contain.
 
-Reports, exported models and bundles are passed on, and runs lie in shared folders. So values of environment variables,
-words of commands and host names stay out of them. The few files that must hold such values (`plan.json`, what
-`minitron launch` hands to its jobs, a worker's orders) are written by `write_private`, for their owner alone.
+Reports, exported models and bundles are shared, and run folders are often readable by others. Therefore they contain no
+values of environment variables, no command-line values and no host names. The few files that need such values
+(`plan.json`, the files that `minitron launch` writes for its jobs, a worker's task) are written by `write_private`, so
+that only their owner can read them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from nemo_minitron.system.safe_files import write_whole
 
 MASK = "***"
 SHORTEST = 6
-"""Shorter values are no secrets, and hiding them would hide common words."""
+"""Minimum length of a secret, in characters. Masking shorter values would also mask common words."""
 PUBLIC_EXECUTION = (
     "device",
     "threads",
@@ -32,9 +33,9 @@ PUBLIC_EXECUTION = (
     "launcher",
     "planning",
 )
-"""Keys of `execution` that pages show. The others name folders, sites, accounts, commands and variables."""
+"""Keys of `execution` that reports show. The others contain folders, sites, accounts, commands and variables."""
 PRIVATE_KEYS = ("execution.cluster.environment", "execution.notify_command")
-"""Their values are shown nowhere."""
+"""Recipe keys whose values are never shown."""
 _SECRET_NAME = re.compile(
     r"TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|WEBHOOK|COOKIE|BEARER|SIGNATURE|(API|ACCESS|PRIVATE)_?KEY"
     r"|(^|_)(KEY|PWD|PASS|AUTH|DSN)(_|$)|_PROXY$",
@@ -46,12 +47,12 @@ _IN_ADDRESS = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
 
 
 def looks_secret(name: str) -> bool:
-    """Whether a variable or a key of this name holds something that nobody else should read."""
+    """Return whether a variable or key of this name probably contains a secret."""
     return bool(_SECRET_NAME.search(name)) and not _NAMES_A_PLACE.search(name)
 
 
 def secrets_in(environment: Mapping[str, str]) -> list[str]:
-    """The values that must not be shown, the longest first, also as Python and JSON write them."""
+    """List the values that must be masked, longest first, including their Python and JSON escaped forms."""
     found = {value for name, value in environment.items() if looks_secret(name) and len(value) >= SHORTEST}
     lines = {line for value in found for line in value.splitlines() if len(line) >= SHORTEST}
     quoted = {write(value)[1:-1] for value in found for write in (repr, json.dumps)}
@@ -59,7 +60,7 @@ def secrets_in(environment: Mapping[str, str]) -> list[str]:
 
 
 def masked(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """The text without the secrets of the environment, and without passwords in addresses."""
+    """Mask the secrets of the environment and passwords in URLs in a text."""
     for value in secrets_in(environment):
         if value in text:
             text = text.replace(value, MASK)
@@ -67,7 +68,7 @@ def masked(text: str, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def masked_values(facts: Any, environment: Mapping[str, str] = os.environ) -> Any:
-    """Facts for a page, with `masked` applied to every text in them."""
+    """Apply `masked` to every string in nested dicts and lists."""
     if isinstance(facts, str):
         return masked(facts, environment)
     if isinstance(facts, Mapping):
@@ -78,7 +79,7 @@ def masked_values(facts: Any, environment: Mapping[str, str] = os.environ) -> An
 
 
 def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved recipe as pages may show it."""
+    """Return the part of a resolved recipe that reports may show, with secrets masked."""
     if not recipe:
         return {}
     execution = recipe.get("execution", {})
@@ -89,9 +90,9 @@ def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def portable_recipe(written: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe as it was written, for another machine: without the values of `PRIVATE_KEYS`.
+    """Return the source form of a recipe for use on another machine, without the values of `PRIVATE_KEYS`.
 
-    `${oc.env:NAME}` stays: it holds no value.
+    References such as `${oc.env:NAME}` are kept because they contain no value.
     """
     execution = written.get("execution")
     if not isinstance(execution, Mapping):
@@ -105,24 +106,24 @@ def portable_recipe(written: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def environment_of(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """`execution.cluster.environment` of a resolved recipe."""
+    """Return `execution.cluster.environment` of a resolved recipe."""
     cluster = (recipe.get("execution") or {}).get("cluster") or {}
     return dict(cluster.get("environment") or {})
 
 
 def is_private_key(key: str) -> bool:
-    """Whether messages leave out the value of this key of a recipe, as it holds values of `PRIVATE_KEYS`."""
+    """Return whether messages must omit the value of this recipe key because it contains values of `PRIVATE_KEYS`."""
     return any(
         key == private or key.startswith(f"{private}.") or private.startswith(f"{key}.") for private in PRIVATE_KEYS
     )
 
 
-def told_command(argv: Sequence[str]) -> list[str]:
-    """How a program was called, without the values in it: `minitron run width.yaml stages.distill.lr=***`."""
-    return [_told(word, is_first=not number) for number, word in enumerate(argv)]
+def masked_command(argv: Sequence[str]) -> list[str]:
+    """Mask the values in a command line: `minitron run width.yaml stages.distill.lr=***`."""
+    return [_masked_argument(word, is_first=not number) for number, word in enumerate(argv)]
 
 
-def _told(word: str, *, is_first: bool) -> str:
+def _masked_argument(word: str, *, is_first: bool) -> str:
     key, sign, _ = word.partition("=")
     if sign and not is_first:
         return f"{key}={MASK}"
@@ -130,17 +131,17 @@ def _told(word: str, *, is_first: bool) -> str:
 
 
 class MaskingFormatter(logging.Formatter):
-    """Lines of a log without the secrets of the environment."""
+    """Log formatter that masks the secrets of the environment."""
 
     def format(self, record: logging.LogRecord) -> str:
         return masked(super().format(record))
 
 
 def environment_script(environment: Mapping[str, str]) -> str:
-    """A shell file that sets variables. Jobs source it, so that no value stands in a script or on a command line."""
+    """Return a shell script that exports variables. Jobs source it to keep the values out of scripts and commands."""
     return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
 
 
 def write_private(file: Path, text: str) -> None:
-    """Replace a file by one that only its owner can read; readers find the old text or the new one."""
+    """Replace a file atomically with one that only its owner can read."""
     write_whole(file, text, private=True)

@@ -1,4 +1,4 @@
-"""Small files that others may read at any moment, and that tell when they were damaged; where caches are."""
+"""Small JSON files with checksums, paths that users write, and the cache folder."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ SEAL = "sha256"
 
 
 def read_json(file: Path, next_step: str) -> Any:
-    """The contents of a JSON file of a run.
+    """Read a JSON file of a run.
+
+    Args:
+        next_step: advice for the error message.
 
     Raises:
-        ArtifactError: it is damaged; with what to do then.
+        ArtifactError: the file is damaged.
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -30,20 +33,20 @@ def read_json(file: Path, next_step: str) -> Any:
 
 
 def sealed(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts, as JSON has them, with their own checksum."""
+    """Return the facts as JSON values, with their checksum under the key `SEAL`."""
     plain = json.loads(json.dumps(facts))
     return {**plain, SEAL: _digest(plain)}
 
 
 def unsealed(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts without their checksum; those of older versions have none.
+    """Verify and remove the checksum of facts from `sealed`. Files of older versions have none.
 
     Raises:
-        ValueError: they were changed since they were sealed.
+        ValueError: the facts do not match their checksum.
     """
     facts = {key: value for key, value in found.items() if key != SEAL}
     if SEAL in found and found[SEAL] != _digest(facts):
-        raise ValueError("its own checksum is another one")
+        raise ValueError("its contents do not match its checksum")
     return facts
 
 
@@ -52,20 +55,20 @@ def _digest(facts: Mapping[str, Any]) -> str:
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as a person writes it: `~` and `~name` are expanded.
+    """Expand `~` and `~name` in a path that a user wrote.
 
     Raises:
-        EnvironmentProblem: that user has no home folder here.
+        EnvironmentProblem: the home folder of that user is unknown.
     """
     try:
         return Path(text).expanduser()
     except RuntimeError:
         raise EnvironmentProblem(
-            f"{text}: nobody knows the home folder that ~ stands for.",
-            next_step="Write the whole path, or set HOME.",
+            f"{text}: the home folder that ~ stands for is unknown.",
+            next_step="Write the full path, or set HOME.",
         ) from None
 
 
 def cache_dir() -> Path:
-    """Environments and wheels; may be removed at any time that nothing runs."""
+    """Return the folder of cached environments and wheels. It can be deleted whenever no run is active."""
     return Path(os.environ.get("XDG_CACHE_HOME") or user_path("~/.cache")) / "nemo-minitron"

@@ -1,7 +1,7 @@
-"""glibc's heap on a CPU: keep what tensors free, for the next ones.
+"""glibc heap settings for the CPU: reuse the memory of freed tensors.
 
-By default glibc maps every large tensor anew and gives it back when it is freed, so each step of a training pays for
-the kernel's zeroing of every page: a tenth to a third of its time with the logits of a large vocabulary.
+By default glibc maps new pages for every large tensor and unmaps them when it is freed, so the kernel zeroes every page
+in each training step. With the logits of a large vocabulary this takes a tenth to a third of the step's time.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ import os
 from collections.abc import Mapping
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Of mallopt(3)."""
+"""Parameter numbers of mallopt(3)."""
 
 
 def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
-    """For the rest of this process; False where there is no glibc, or the user has set its heap up."""
+    """Keep freed memory on the heap for the rest of this process.
+
+    Returns:
+        False without glibc, or if the user has configured the heap.
+    """
     if _is_set_up(environment):
         return False
     try:
@@ -26,7 +30,7 @@ def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def environment_of_children(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The same for processes that this one starts; nothing where there is a GPU, which has a heap of its own."""
+    """Return variables with the same effect for child processes; empty on a machine with a GPU."""
     import torch
 
     if torch.cuda.is_available() or _is_set_up(environment):
@@ -35,5 +39,5 @@ def environment_of_children(environment: Mapping[str, str] = os.environ) -> dict
 
 
 def _is_set_up(environment: Mapping[str, str]) -> bool:
-    """Whether the user has said how the heap shall be."""
+    """Return whether the user has configured the heap."""
     return any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in environment)

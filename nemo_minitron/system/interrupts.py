@@ -1,4 +1,4 @@
-"""Requests to stop: signals, and a file in the run's folder. And ranks that end with their runner."""
+"""Stop requests by signal or by a file in the run folder, and processes that end together with their parent."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from pathlib import Path
 from types import FrameType
 
 STOP_FILE = "STOP"
-"""In the folder of a run: put there by a person."""
+"""File in the run folder with which a user requests a stop."""
 RELAY_FILE = "stop_request"
-"""In the work folder of a stage: the runner tells its ranks which signal it got."""
+"""File in the work folder of a stage with the name of the signal that the runner received, read by its ranks."""
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1, "SIGHUP": signal.SIGHUP}
-"""SIGHUP: the terminal, or the connection to it, is gone."""
+"""Signals that request a stop. SIGHUP means that the terminal or the connection to it was closed."""
 REASONS = (*SIGNALS, f"the file {STOP_FILE}")
 WATCH_INTERVAL_S = 0.5
 
 
 STOP_VARIABLE = "MINITRON_STOP_FILE"
-"""Names a file in which the script of a job leaves the signal that it got."""
+"""Environment variable with the path of the file in which a job script writes the name of the signal it received."""
 
 
 class StopRequest:
-    """Whether this process was asked to stop, and by what.
+    """Stop request to this process, and its source.
 
     Args:
-        run_dir: a file `STOP` in it is a request; None: only signals are.
-        relay: a file with the name of a signal that another process got.
+        run_dir: folder in which a file `STOP` requests a stop; None: only signals do.
+        relay: file with the name of a signal that another process received.
     """
 
     def __init__(self, run_dir: Path | None = None, relay: Path | None = None) -> None:
         self.file = None if run_dir is None else run_dir / STOP_FILE
         self.relay = relay
         self._signal: str | None = None
-        self._waits = False
+        self._is_deferred = False
 
-    def asked_by(self) -> str | None:
-        """One of REASONS, or None."""
+    def source(self) -> str | None:
+        """Return the source of the stop request, one of REASONS; None: no stop was requested."""
         if self._signal is None and self.relay is not None and self.relay.is_file():
             self._signal = self.relay.read_text().strip() or None
         if self._signal is not None:
@@ -49,7 +49,7 @@ class StopRequest:
         return REASONS[-1] if self.file is not None and self.file.is_file() else None
 
     def clear(self) -> bool:
-        """Remove a STOP file that an earlier run has left; whether there was one."""
+        """Remove the STOP file of an earlier run, and return whether there was one."""
         if self.file is None or not self.file.is_file():
             return False
         self.file.unlink()
@@ -57,23 +57,23 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a signal is only noted, for `asked_by`; outside it interrupts at once."""
-        before, self._waits = self._waits, True
+        """Only record signals in this context, for `source`. Outside of it they raise KeyboardInterrupt immediately."""
+        before, self._is_deferred = self._is_deferred, True
         try:
             yield
         finally:
-            self._waits = before
+            self._is_deferred = before
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle SIGNALS; does nothing outside the main thread, where Python allows no handlers.
+        """Handle SIGNALS. Do nothing outside the main thread, where Python allows no signal handlers.
 
-        A SIGHUP that is ignored stays ignored: `nohup` asks for that.
+        SIGHUP stays ignored if it already is, as under `nohup`.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        handled = [number for number in SIGNALS.values() if number != signal.SIGHUP or _kills(number)]
+        handled = [number for number in SIGNALS.values() if number != signal.SIGHUP or _has_default_action(number)]
         before = {number: signal.signal(number, self._on_signal) for number in handled}
         try:
             yield
@@ -84,13 +84,13 @@ class StopRequest:
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
         if number == signal.SIGHUP:
-            leave_terminal()
-        if not self._waits:
+            detach_terminal()
+        if not self._is_deferred:
             raise KeyboardInterrupt(self._signal)
 
 
-def leave_terminal(*_: object) -> None:
-    """Write to nowhere from now on what would go to a terminal: writing to one that is gone is an error."""
+def detach_terminal(*_: object) -> None:
+    """Redirect stdout and stderr to /dev/null if they are a terminal: writing to a closed terminal is an error."""
     for stream in (1, 2):
         with suppress(OSError):
             if stat.S_ISCHR(os.fstat(stream).st_mode):
@@ -99,19 +99,19 @@ def leave_terminal(*_: object) -> None:
                 os.close(nowhere)
 
 
-def _kills(number: signal.Signals) -> bool:
-    """Whether the signal would end this process: nobody has asked for something else."""
+def _has_default_action(number: signal.Signals) -> bool:
+    """Return whether the signal has its default action, which ends the process."""
     return signal.getsignal(number) is signal.SIG_DFL
 
 
 def stop_file_of_job() -> Path | None:
-    """Where the script of a job tells that its time is nearly up; None outside such a job."""
+    """Return the file in which the job script announces that its time limit is near; None outside such a job."""
     name = os.environ.get(STOP_VARIABLE)
     return Path(name) if name else None
 
 
 def exit_without_parent(other: int | None = None) -> None:
-    """Start a thread that ends this process soon after its parent or the process `other` has died, even by SIGKILL."""
+    """Start a thread that ends this process after its parent or the process `other` has ended, even by SIGKILL."""
     parent = os.getppid()
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""Tell a program of the user's that a stage has ended."""
+"""Notification of a user's program when a stage has ended."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def notify(
     status: Literal["finished", "failed", "stopped"],
     message: str = "",
 ) -> None:
-    """Call the command, no shell between, with MINITRON_{RUN,STAGE,STATUS,MESSAGE} in its environment.
+    """Run the command without a shell, with MINITRON_{RUN,STAGE,STATUS,MESSAGE} in its environment.
 
-    Its failure is a warning in the log: it never ends a run.
+    A failure of the command is logged as a warning and never ends the run.
     """
     if not command:
         return
@@ -33,9 +33,9 @@ def notify(
             list(command), env=environment, stdin=subprocess.DEVNULL, timeout=TIMEOUT_S, check=True, capture_output=True
         )
     except subprocess.CalledProcessError as error:
-        # Not the words of the error itself: they hold the command, in which addresses and tokens stand.
-        logger.warning("execution.notify_command did not work: it ended with code %d", error.returncode)
+        # The text of the error contains the command, which may contain addresses and tokens.
+        logger.warning("execution.notify_command failed with exit code %d", error.returncode)
     except subprocess.TimeoutExpired:
-        logger.warning("execution.notify_command did not work: it took longer than %.0f s", TIMEOUT_S)
+        logger.warning("execution.notify_command failed: it took longer than %.0f s", TIMEOUT_S)
     except OSError as error:
-        logger.warning("execution.notify_command did not work: %s", error.strerror)
+        logger.warning("execution.notify_command failed: %s", error.strerror)

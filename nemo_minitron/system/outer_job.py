@@ -1,7 +1,7 @@
-"""Variables that an outer job, an outer torchrun or a container's hooks have set, and that are not for our children.
+"""Environment variables of an outer job, an outer torchrun or container hooks, which child processes must not inherit.
 
-A job that is submitted from inside another one inherits that one's memory, binding and tasks; a process that finds the
-ranks of another launcher joins the wrong world, or waits for ever.
+A job submitted from inside another job would inherit that job's memory, binding and task settings. A process that
+inherits the rank variables of another launcher joins the wrong process group or waits forever.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
-"""Settings of Slurm's programs that name the cluster or prove who calls; no job sets them."""
+"""Slurm settings that select the cluster or authenticate the user; jobs do not set them."""
 JOB_PREFIXES = ("SLURM_", "SRUN_", "SBATCH_", "SALLOC_", "SLURMD_", "SPANK_", "_SLURM_")
-"""Of a job and its steps, and the defaults of sbatch, srun and salloc."""
+"""Prefixes of the variables of a job and its steps, and of the defaults of sbatch, srun and salloc."""
 FILTER_PREFIXES = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SCONTROL_", "PYXIS_")
-"""Defaults that would change what Slurm's programs print or end."""
+"""Prefixes of defaults that would change the output of Slurm's programs or the jobs that they cancel."""
 LAUNCHER_PREFIXES = ("PMI_", "PMI2_", "PMIX_", "OMPI_", "MPI_LOCAL", "MV2_COMM_WORLD", "TORCHELASTIC_")
 LAUNCHER_NAMES = (
     "RANK",
@@ -44,44 +44,44 @@ LAUNCHER_NAMES = (
     "PET_RDZV_ID",
     "PET_STANDALONE",
 )
-"""What agents, MPI and enroot's PyTorch hook tell each process about its place."""
+"""Variables in which launch agents, MPI and enroot's PyTorch hook give each process its rank and rendezvous."""
 DEVICE_NAMES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "NVIDIA_VISIBLE_DEVICES")
-"""The GPUs of this machine or job, which say nothing about those of another."""
+"""Variables that select the GPUs of this machine or job; they do not apply to another one."""
 USER_NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")
-"""Where Python's getpass looks for the name of the user."""
-NOBODY = "minitron"
-"""The name of a user that has none."""
+"""Variables from which Python's getpass reads the user name."""
+FALLBACK_USER = "minitron"
+"""Name for a user who has no entry in the user database."""
 
 
-def of_a_launcher(names: Iterable[str]) -> set[str]:
-    """Those that give a process its rank."""
+def launcher_variables(names: Iterable[str]) -> set[str]:
+    """Select the variables that give a process its rank."""
     return {name for name in names if name in LAUNCHER_NAMES or name.startswith(LAUNCHER_PREFIXES)}
 
 
-def of_a_job(names: Iterable[str]) -> set[str]:
-    """Those of a job of Slurm, its steps and its programs' defaults."""
+def job_variables(names: Iterable[str]) -> set[str]:
+    """Select the variables of a Slurm job, its steps and the defaults of Slurm's programs."""
     return {name for name in names if name.startswith(JOB_PREFIXES) and name not in KEPT}
 
 
-def outside(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a process that belongs to no job and no group of processes."""
-    names = of_a_job(environment) | of_a_launcher(environment)
+def without_outer_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for a process that belongs to no job and no process group."""
+    names = job_variables(environment) | launcher_variables(environment)
     return {name: value for name, value in environment.items() if name not in names}
 
 
 def for_slurm(environment: Mapping[str, str], *, exported: bool = False) -> dict[str, str]:
-    """The environment for one of Slurm's programs, whose messages are to be English.
+    """Return the environment for one of Slurm's programs, so that its messages are in English.
 
     Args:
-        exported: the program hands it on to a job, which keeps the user's encoding.
+        exported: the program exports the environment to a job, which must keep the user's encoding.
     """
     kept = {
         name: value
-        for name, value in outside(environment).items()
+        for name, value in without_outer_job(environment).items()
         if name not in DEVICE_NAMES and not name.startswith(FILTER_PREFIXES)
     }
     if "SLURM_JOB_ID" in environment:
-        kept.pop("TMPDIR", None)  # of the outer job, and gone with it
+        kept.pop("TMPDIR", None)  # often a folder that is deleted when the outer job ends
     if not exported:
         return {**kept, "LC_ALL": "C"}
     encoding = kept.pop("LC_ALL", "")
@@ -89,25 +89,25 @@ def for_slurm(environment: Mapping[str, str], *, exported: bool = False) -> dict
 
 
 def dropped_defaults(environment: Mapping[str, str]) -> list[str]:
-    """Defaults of sbatch that the user has set and that `for_slurm` leaves out, outside of a job."""
+    """List the sbatch defaults that the user has set and that `for_slurm` removes. Use it outside of a job."""
     return sorted(name for name in environment if name.startswith("SBATCH_") and name not in KEPT)
 
 
-def leave_launcher() -> None:
-    """Forget the rank that another launcher, or a hook of the container, has given to this process."""
-    for name in of_a_launcher(os.environ):
+def unset_launcher_variables() -> None:
+    """Remove the rank variables that another launcher or a container hook has set for this process."""
+    for name in launcher_variables(os.environ):
         del os.environ[name]
 
 
-def name_the_user() -> None:
-    """Give the user a name and a home where the machine knows neither, as in a container run with another uid."""
+def ensure_user_name() -> None:
+    """Set a user name and a home folder if the uid has none, as in a container that runs with another uid."""
     try:
         known: pwd.struct_passwd | None = pwd.getpwuid(os.getuid())
     except KeyError:
         known = None
     if known is None and not any(os.environ.get(name) for name in USER_NAMES):
-        os.environ["USER"] = os.environ["LOGNAME"] = NOBODY
+        os.environ["USER"] = os.environ["LOGNAME"] = FALLBACK_USER
     if known is None and not os.environ.get("HOME"):
-        home = Path(tempfile.gettempdir()) / f"{NOBODY}-{os.getuid()}"
+        home = Path(tempfile.gettempdir()) / f"{FALLBACK_USER}-{os.getuid()}"
         home.mkdir(mode=0o700, exist_ok=True)
         os.environ["HOME"] = str(home)

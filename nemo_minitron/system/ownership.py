@@ -1,4 +1,4 @@
-"""Whether a run folder is this user's own: what lies in one decides which programs run, and is read without doubt."""
+"""Ownership checks of run folders. Their contents decide which programs run, so no other user may write there."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from nemo_minitron.errors import ArtifactError
 from nemo_minitron.system.safe_files import umask
 
 TRUST_VARIABLE = "MINITRON_TRUSTED_FOLDERS"
-"""Folders, separated by colons, below which the user trusts whoever can write. No key of a recipe: those may be
-somebody else's too."""
+"""Environment variable with folders, separated by colons, in which the user trusts everybody who can write. It is not a
+recipe key because recipes may come from other people."""
 _GROUP, _OTHERS = stat.S_IWGRP, stat.S_IWOTH
 _NOT_REACHED = stat.S_IXGRP | stat.S_IXOTH
 
 
 def work_mode() -> int:
-    """The mode for the folder of work folders: closed to others where the umask would let them write below it."""
+    """Return the mode of the folder `.work`: closed to other users if the umask would let them write below it."""
     return 0o777 if umask() & (_GROUP | _OTHERS) == _GROUP | _OTHERS else 0o700
 
 
 def require_own(folder: Path, *, shared: bool = False) -> None:
-    """Refuse a folder that another user owns, or into which others can write.
+    """Refuse a folder that another user owns or can write to.
 
     Args:
-        shared: a group may write there; its contents are not taken for one's own because of where they lie.
+        shared: accept a folder that a group can write to. Its contents are then not trusted because of their location.
 
     Raises:
-        ArtifactError: with who that is, and how to accept it.
+        ArtifactError: names the other user or group, and how to accept the folder.
     """
     if is_trusted(folder):
         return
@@ -42,10 +42,10 @@ def require_own(folder: Path, *, shared: bool = False) -> None:
 
 
 def require_own_tree(folder: Path, *, below: Path) -> None:
-    """As `require_own`, for everything below a folder; nothing there is not an error.
+    """Apply `require_own` to everything in a folder. A missing folder is accepted.
 
     Args:
-        below: a folder above it. When others cannot pass that, the modes below it do not matter.
+        below: a parent folder. If others cannot enter it, the modes below it do not matter.
     """
     if is_trusted(folder) or not folder.exists():
         return
@@ -58,7 +58,7 @@ def require_own_tree(folder: Path, *, below: Path) -> None:
 
 
 def is_trusted(folder: Path) -> bool:
-    """Whether MINITRON_TRUSTED_FOLDERS names it, or a folder above it."""
+    """Return whether MINITRON_TRUSTED_FOLDERS contains the folder or one of its parents."""
     named = [Path(name) for name in os.environ.get(TRUST_VARIABLE, "").split(os.pathsep) if name]
     real = folder.resolve()
     return any(real.is_relative_to(trusted.expanduser().resolve()) for trusted in named)
@@ -72,12 +72,12 @@ def _everything(folder: Path) -> list[Path]:
 
 
 def _problem(found: os.stat_result, *, shared: bool = False, closed: bool = False) -> str | None:
-    """Who else could have changed it, in words; None: nobody."""
+    """Describe which other users could have changed a file or folder; None: no other user."""
     if found.st_uid not in (os.geteuid(), 0):
         return f"belongs to {_user(found.st_uid)}"
     if closed:
         return None
-    # In a folder with the sticky bit, such as /tmp, others can add files, and change none.
+    # In a folder with the sticky bit, such as /tmp, others can add files but not change existing ones.
     if found.st_mode & _OTHERS and not (shared and found.st_mode & stat.S_ISVTX):
         return "can be written by every user"
     if found.st_mode & _GROUP and not shared and not _is_private_group(found.st_gid):
@@ -86,14 +86,14 @@ def _problem(found: os.stat_result, *, shared: bool = False, closed: bool = Fals
 
 
 def _link_problem(link: Path, found: os.stat_result, folder: Path) -> str | None:
-    """Trackers make links to their newest run; those stay inside."""
+    """Describe why a link is refused. Links of this user within the folder are accepted: trackers link the last run."""
     if found.st_uid not in (os.geteuid(), 0):
         return f"is a link of {_user(found.st_uid)}"
     return None if link.resolve().is_relative_to(folder.resolve()) else f"is a link to {os.readlink(link)}"
 
 
 def _is_private_group(gid: int) -> bool:
-    """Whether only this user is in the group, as where each user has a group of the same name."""
+    """Return whether this user is the only member of the group, as with one group per user of the same name."""
     if gid == 0 and os.geteuid() == 0:
         return True
     try:
@@ -104,9 +104,10 @@ def _is_private_group(gid: int) -> bool:
 
 
 def _modes_mean_something(folder: Path) -> bool:
-    """Whether a folder made now, for this user alone, is shown as that.
+    """Return whether a new private folder is reported as owned by this user and closed to others.
 
-    Some disks show every file as another user's, or as open to all: exports that squash root, mounts of other systems.
+    Some file systems report every file as another user's or as writable by all: exports that squash root, mounts of
+    other operating systems.
     """
     with suppress(OSError), tempfile.TemporaryDirectory(dir=folder, prefix=".owner-") as made:
         found = os.stat(made)
@@ -130,7 +131,7 @@ def _not_own(path: Path, folder: Path, problem: str) -> ArtifactError:
     closable = problem.startswith("can be written")
     close = f"If nobody else has changed anything there: chmod -R go-w {folder}. " if closable else ""
     return ArtifactError(
-        f"{path.name} {problem}: a run does not go on with what others could have put there.",
+        f"{path.name} {problem}: a run does not use files that other users could have written.",
         where=str(path),
         next_step=f"{close}Choose another name (name=...) or execution.run_root; or, if you trust everybody who can "
         f"write there: export {TRUST_VARIABLE}={folder.resolve()}",

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, lines in a log, and a small JSON file for `status`."""
+"""Progress of long operations: a bar on a terminal, lines in a log, and a small JSON file for `minitron status`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from nemo_minitron.system.terminal import Screen, visible
 
 T = TypeVar("T")
 LOG_INTERVAL_S = 15.0
-"""Without a terminal one line at most this often."""
+"""Minimum interval between progress lines without a terminal, and between writes of the status file."""
 
 
 @dataclass
 class Bar:
-    """One running measurement of work; `advance` it, with fields to show beside it (loss=2.31, lr=1e-4)."""
+    """Progress of one operation; `advance` also takes values to show next to the bar (loss=2.31, lr=1e-4)."""
 
     description: str
     total: int
@@ -46,7 +46,7 @@ class Bar:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds left, from the pace since this process began; None before the first step."""
+        """Estimated seconds left, from the speed since this bar was created; None before the first step."""
         fresh = self.done - self.first_done
         return self.elapsed_s / fresh * (self.total - self.done) if fresh > 0 else None
 
@@ -56,16 +56,16 @@ def _show(value: object) -> str:
 
 
 class Progress:
-    """Shows bars; silent on all but the main process.
+    """Progress bars and messages of one process.
 
     Args:
-        status_file: rewritten as the work goes on, so that `minitron status` can read it; None: no file.
-        silent: for other ranks and tests.
+        status_file: file with the current progress, which `minitron status` reads; None: no file.
+        silent: show nothing and write no file, for ranks other than the first and for tests.
     """
 
     def __init__(self, status_file: Path | None = None, *, silent: bool = False) -> None:
         self.status_file, self.silent = status_file, silent
-        # Bound now: libraries are silenced by redirecting sys.stderr while bars go on.
+        # Keep this stream: sys.stderr is redirected to silence libraries while bars are shown.
         self.stream = sys.stderr
         self.console = Screen(file=self.stream)
         self._rich: RichProgress | None = None
@@ -74,7 +74,7 @@ class Progress:
 
     @contextmanager
     def bar(self, description: str, total: int, unit: str = "it", *, done: int = 0) -> Iterator[Bar]:
-        """A bar over `total` units; `done` of them were finished before (a resumed run)."""
+        """Show a bar over `total` units. A resumed run starts with `done` finished units."""
         bar = Bar(description, total, unit, self, done=done, first_done=done)
         if self.silent:
             yield bar
@@ -92,19 +92,24 @@ class Progress:
             self._line(bar)
 
     def track(self, items: Iterable[T], description: str, total: int, unit: str = "it") -> Iterator[T]:
-        """Iterate with a bar."""
+        """Iterate over items and show a bar."""
         with self.bar(description, total, unit) as bar:
             for item in items:
                 yield item
                 bar.advance()
 
     def say(self, text: str, mark: str = "", style: str = "") -> None:
-        """One line for the person who watches, with a colored word before it."""
+        """Print one line, optionally with a colored label in front.
+
+        Args:
+            mark: the label, e.g. `warning`.
+            style: color of the label.
+        """
         if not self.silent:
             self.console.say(text, mark, style)
 
     def warn(self, text: str) -> None:
-        """One line that should be read."""
+        """Print one line with the label `warning`."""
         self.say(text, "warning", "yellow")
 
     def update(self, bar: Bar) -> None:

@@ -1,7 +1,7 @@
-"""Files and folders of a run, opened so that no link in it leads a write to a file elsewhere.
+"""Safe writing into run folders: no link in a run folder can redirect a write to a file elsewhere.
 
-A run folder may come from somebody else, or lie where others can write. Whatever is written there goes through this
-module: links are not followed, temporary names cannot be guessed, and files are replaced, never overwritten.
+A run folder may come from another person or be writable by others. All writes into it go through this module: links are
+not followed, temporary names cannot be guessed, and files are replaced rather than overwritten.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from typing import IO, Any
 from nemo_minitron.errors import ArtifactError
 
 _PRIVATE, ROOT_MODE = 0o600, 0o775
-"""Of files for this user alone, and of a run's folder, from which the umask is taken: never open to every user."""
+"""Modes of private files and, before the umask is applied, of a run folder, which is never writable by every user."""
 _NAME_CHARACTERS = 40
 TEMPORARY = ".partial"
-"""The end of temporary names; they begin with a dot and the name of the file that they will be."""
+"""Suffix of temporary names, which begin with a dot and the name of the final file."""
 _LINK_ERRORS = (errno.ELOOP, errno.EMLINK, getattr(errno, "EFTYPE", errno.ELOOP))
-"""What O_NOFOLLOW gives for a link: ELOOP on Linux, other codes on BSD."""
+"""Error codes of O_NOFOLLOW for a link: ELOOP on Linux, others on BSD."""
 
 
 def write_whole(file: Path, text: str, *, private: bool = False) -> None:
-    """Replace a file: a reader finds the old text or the new one, never a part, and a full disk leaves the old one.
+    """Replace a file atomically: readers see the old text or the new one, and a full disk keeps the old one.
 
-    Several processes may write at the same time; the last one wins. A link of that name is replaced, not followed.
+    Several processes may write at the same time; the last one wins. A link of this name is replaced, not followed.
 
     Args:
-        private: nobody else may read it (0600); else the umask decides.
+        private: make the file readable by its owner only (0600); otherwise the umask decides.
     """
     with replacing(file, private=private) as out:
         out.write(text.encode())
@@ -41,7 +41,7 @@ def write_whole(file: Path, text: str, *, private: bool = False) -> None:
 
 @contextmanager
 def replacing(file: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
-    """A stream into a new file beside `file`, which takes its place when the block ends without an error."""
+    """Open a new file in the folder of `file`, and rename it to `file` when the block ends without an error."""
     with _errors_name(file):
         prefix = f".{file.name[:_NAME_CHARACTERS]}."
         number, name = tempfile.mkstemp(dir=file.parent, prefix=prefix, suffix=TEMPORARY)
@@ -61,7 +61,7 @@ def replacing(file: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _errors_name(file: Path) -> Iterator[None]:
-    """Errors name the file that is asked for: nobody knows the temporary one."""
+    """Replace the temporary name in errors with the name of the requested file."""
     try:
         yield
     except OSError as error:
@@ -69,34 +69,34 @@ def _errors_name(file: Path) -> Iterator[None]:
 
 
 def copy_whole(source: Path, target: Path) -> None:
-    """Copy a file to a name in a run folder, as `write_whole` writes one."""
+    """Copy a file into a run folder atomically, like `write_whole`."""
     with source.open("rb") as read, replacing(target) as out:
         shutil.copyfileobj(read, out)
 
 
 def open_log(file: Path, *, append: bool = True, private: bool = False) -> IO[str]:
-    """A text file of a run to write into, emptied first unless `append`.
+    """Open a text file of a run for writing, and truncate it unless `append`.
 
     Raises:
-        ArtifactError: the name is a link, has a second name elsewhere, or is no file.
+        ArtifactError: the path is a link, has a second hard link, or is not a regular file.
     """
     return open(_write_only(file, append=append, private=private), "a", encoding="utf-8")
 
 
 def open_lock(file: Path) -> IO[str]:
-    """A file to hold a lock on, read and written; made when it is missing, and left as it is.
+    """Open a lock file for reading and writing. Create it if it is missing, and keep its contents.
 
     Raises:
-        ArtifactError: as `open_log`.
+        ArtifactError: see `open_log`.
     """
     return open(_opened(file, os.O_RDWR, _PRIVATE), "r+", encoding="utf-8", errors="replace")
 
 
 def write_reserved(file: Path, content: bytes) -> None:
-    """Write into the room that a file has kept: a full disk has no other.
+    """Overwrite a file that reserves disk space, so that the write succeeds on a full disk.
 
     Raises:
-        ArtifactError: as `open_log`.
+        ArtifactError: see `open_log`.
     """
     with open(_opened(file, os.O_WRONLY, 0o666), "wb", buffering=0) as out:
         out.write(content)
@@ -104,10 +104,10 @@ def write_reserved(file: Path, content: bytes) -> None:
 
 
 def write_new(file: Path, text: str, *, private: bool = True) -> None:
-    """Write a file that must not be there yet, not even as a link.
+    """Write a new file.
 
     Raises:
-        FileExistsError: it is.
+        FileExistsError: the path exists, even as a link to nothing.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     with open(os.open(file, flags, _PRIVATE if private else 0o666), "w", encoding="utf-8") as out:
@@ -115,10 +115,10 @@ def write_new(file: Path, text: str, *, private: bool = True) -> None:
 
 
 def own_folder(root: Path, *names: str, mode: int = 0o777) -> Path:
-    """A folder below a run's root, made when it is missing. The root itself may be reached through links.
+    """Return a folder below a run's root, and create it if it is missing. The path of the root may contain links.
 
     Raises:
-        ArtifactError: one of the names below the root is a link, or no folder.
+        ArtifactError: one of the names below the root is a link.
     """
     root.mkdir(mode=ROOT_MODE, parents=True, exist_ok=True)
     folder = root
@@ -131,23 +131,23 @@ def own_folder(root: Path, *names: str, mode: int = 0o777) -> Path:
 
 
 def require_real_folder(folder: Path) -> None:
-    """Refuse a link where a run has a folder of its own.
+    """Refuse a link in place of a folder of the run. A missing folder is accepted.
 
     Raises:
-        ArtifactError: it is a link. Nothing there is not an error.
+        ArtifactError: the path is a link.
     """
     if folder.is_symlink():
         raise link_error(folder)
 
 
 def link_error(path: Path) -> ArtifactError:
-    """The error for a link in a run folder where the run would write."""
+    """Return the error for a link in a run folder at a path that the run would write to."""
     target: Any = "elsewhere"
     with suppress(OSError):
         target = path.readlink()
     return ArtifactError(
-        f"{path.name} is a link to {target}; a run follows no links in its folder, so that nobody can lead its writes "
-        "to other files.",
+        f"{path.name} is a link to {target}; a run follows no links in its folder, so that its writes cannot be "
+        "redirected to other files.",
         where=str(path),
         next_step="Remove the link. To have a run on another disk, set execution.run_root.",
     )
@@ -165,8 +165,8 @@ def _write_only(file: Path, *, append: bool, private: bool) -> int:
 
 
 def _opened(file: Path, flags: int, mode: int) -> int:
-    """A descriptor of a plain file with one name; nothing is changed before that is certain."""
-    # Without O_NONBLOCK a pipe of this name would let the run wait for ever.
+    """Open a descriptor, and verify that it is a regular file with one hard link before anything is changed."""
+    # Without O_NONBLOCK, opening a named pipe would block forever.
     safe = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         number = os.open(file, flags | safe, mode)
@@ -185,14 +185,14 @@ def _opened(file: Path, flags: int, mode: int) -> int:
 
 def _no_file(file: Path) -> ArtifactError:
     return ArtifactError(
-        f"{file.name} is not a plain file of this run: it is a device, a pipe, or another name of a file elsewhere.",
+        f"{file.name} is not a regular file of this run: it is a device, a pipe, or a hard link to a file elsewhere.",
         where=str(file),
         next_step="Remove it, and run the same command again.",
     )
 
 
 def umask() -> int:
-    """This process's umask; where the system does not tell, it is set for a moment to learn it."""
+    """Return this process's umask. Without /proc the only way to read it is to set it briefly."""
     with suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as lines:
         for line in lines:
             if line.startswith("Umask:"):

@@ -1,8 +1,8 @@
-"""The one way by which text reaches a terminal: nothing in it is markup, and nothing in it is a command.
+"""Safe terminal output: escape sequences and markup in a text have no effect.
 
-Prompts, labels, paths, log lines and answers of a model come from other people. A terminal carries out what it finds in
-them (OSC 52 writes the clipboard, a bidirectional override shows other words than there are), and rich takes
-`[/INST]` for markup.
+Prompts, labels, paths, log lines and model output may come from untrusted sources. A terminal executes the escape
+sequences in them (OSC 52 writes to the clipboard, a bidirectional override changes the order of the words shown), and
+rich would interpret `[/INST]` as markup.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from nemo_minitron.system.disclosure import masked
 
 _COLORS = re.compile(r"\x1b\[[0-9;:]*m")
 _UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and line feed; C1 is ESC in one byte
-    "\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # order of writing, or no width
-    "\ud800-\udfff\U000e0000-\U000e0fff]"  # half characters; tags
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters except tab and line feed; C1 codes act like ESC sequences
+    "\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # text direction, or zero width
+    "\ud800-\udfff\U000e0000-\U000e0fff]"  # surrogates; tags
 )
 _JOINERS = "\u200c\u200d"
-"""Persian words and joined emoji need them; they neither move nor hide anything."""
+"""Zero-width joiners that Persian words and combined emoji need; they neither move nor hide other characters."""
 
 
 def visible(text: str) -> str:
-    """The text with every character that a terminal would obey, or not show, written as an escape such as `\\x1b`.
+    """Replace every control or invisible character of a text with an escape such as `\\x1b`.
 
-    Line feeds and tabs stay. Colors, which logs of libraries are full of, are left out.
+    Line feeds and tabs are kept. Color codes, which are frequent in the logs of libraries, are removed.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -43,12 +43,12 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def write(text: str, *, end: str = "\n") -> None:
-    """To stdout, as it comes: for programs that read it, and for answers that are still being written."""
+    """Print to stdout without rich, for output that programs parse and for streamed model output."""
     print(visible(text), end=end, flush=True)
 
 
 class Screen(Console):
-    """rich's console for text from anywhere: square brackets are square brackets, `:smile:` is no picture."""
+    """rich console for untrusted text: square brackets are not markup, and `:smile:` is not an emoji."""
 
     def __init__(
         self,
@@ -69,11 +69,11 @@ class Screen(Console):
         )
 
     def say(self, text: object, mark: str = "", style: str = "") -> None:
-        """A line, however long, with a colored word before it.
+        """Print one line without wrapping it, optionally with a colored label in front.
 
         Args:
-            mark: the word, e.g. `warning`.
-            style: its color.
+            mark: the label, e.g. `warning`.
+            style: color of the label.
         """
         words = visible(masked(str(text)))
         self.print(Text.assemble((visible(mark), style), " " if mark and words else "", words), soft_wrap=True)
@@ -83,5 +83,5 @@ class Screen(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for text, style, control in super().render(renderable, options):
-            # Control segments are rich's own: the cursor of a bar.
+            # Control segments come from rich itself: cursor movements of a bar.
             yield Segment(text if control else visible(text), style, control)

@@ -145,7 +145,7 @@ def test_a_full_disk_keeps_what_had_finished(toy_run: Path, minitron: Cli, tmp_p
     try:
         code, output = minitron("run", TOY, f"execution.run_root={disk}", "--until", "prune")
         assert code == 2, output
-        assert "The disk is full; nothing half-written was kept." in " ".join(output.split())
+        assert "The disk is full; no partial file was kept." in " ".join(output.split())
         assert "Traceback" not in output
         run = disk / "toy/width"
         assert not list(run.glob(".partial-*"))

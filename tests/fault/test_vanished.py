@@ -99,7 +99,7 @@ def test_a_text_that_changes_while_it_is_read(what: str, minitron: Cli, tmp_path
     says = {
         "grows": (f"its source changed since the run began. where: {text}", "wait until nothing writes there"),
         "goes": (str(text),),
-        "another goes": ("b.jsonl", "Was it moved or deleted meanwhile?"),
+        "another goes": ("b.jsonl", "If it was moved or deleted, put it back"),
     }
     _require_one_message(code, output, *says[what])
     assert not (run / "data").exists()

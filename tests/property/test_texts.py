@@ -127,7 +127,7 @@ class StopAfter(StopRequest):
         super().__init__()
         self.left = questions
 
-    def asked_by(self) -> str | None:
+    def source(self) -> str | None:
         self.left -= 1
         return "SIGTERM" if self.left < 0 else None
 

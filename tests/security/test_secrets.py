@@ -19,7 +19,7 @@ from nemo_minitron.errors import ConfigError
 from nemo_minitron.launch.containers import ENVIRONMENT_FILE
 from nemo_minitron.processes import output
 from nemo_minitron.processes.output import without_secrets
-from nemo_minitron.system.disclosure import looks_secret, masked, public_recipe, secrets_in, told_command
+from nemo_minitron.system.disclosure import looks_secret, masked, masked_command, public_recipe, secrets_in
 from nemo_minitron.system.safe_files import open_log
 from tests.conftest import TOY, Cli
 from tests.support.fake_slurm import FakeSlurm
@@ -218,7 +218,7 @@ def test_what_is_masked() -> None:
     assert masked(f"{odd} {json.dumps(odd)}", odd) == """{'A_KEY': '***'} {"A_KEY": "***"}"""
     assert masked("long abcdefgh and abcdef", {"A_KEY": "abcdef", "B_KEY": "abcdefgh"}) == "long *** and ***"
     words = ["/home/me/bin/minitron", "run", "/home/me/r.yaml", "stages.x=1", "--rerun", "a", "--html=/x/y"]
-    assert told_command(words) == ["minitron", "run", "r.yaml", "stages.x=***", "--rerun", "a", "--html=***"]
+    assert masked_command(words) == ["minitron", "run", "r.yaml", "stages.x=***", "--rerun", "a", "--html=***"]
 
 
 _CHATTY = """

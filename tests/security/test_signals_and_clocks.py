@@ -17,13 +17,13 @@ from tests.conftest import REPO
 
 
 def test_the_end_of_a_terminal_asks_for_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_minitron.system.interrupts.leave_terminal", lambda: None)
+    monkeypatch.setattr("nemo_minitron.system.interrupts.detach_terminal", lambda: None)
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         stop = StopRequest()
         with stop.listening(), stop.deferred():
             signal.raise_signal(signal.SIGHUP)
-            assert stop.asked_by() == "SIGHUP"
+            assert stop.source() == "SIGHUP"
         with pytest.raises(KeyboardInterrupt, match="SIGHUP"), stop.listening():
             signal.raise_signal(signal.SIGHUP)
     finally:
@@ -36,7 +36,7 @@ def test_what_nohup_has_started_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         stop = StopRequest()
         with stop.listening():
             signal.raise_signal(signal.SIGHUP)
-            assert stop.asked_by() is None
+            assert stop.source() is None
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -49,10 +49,10 @@ from nemo_minitron.system.interrupts import StopRequest
 stop = StopRequest()
 with stop.listening(), stop.deferred():
     print("ready", flush=True)
-    while not stop.asked_by():
+    while not stop.source():
         time.sleep(0.01)
     print("to nobody", file=sys.stderr, flush=True)
-    pathlib.Path({str(tmp_path / "saved")!r}).write_text(stop.asked_by())
+    pathlib.Path({str(tmp_path / "saved")!r}).write_text(stop.source())
     os._exit(0)  # with the handler in place: the system may report the end of the terminal twice
 """
     ours, theirs = os.openpty()

@@ -26,7 +26,7 @@ FULL = "The disk is full"
         (ValueError("I/O error: No space left on device (os error 28)"), FULL),
         (OSError(errno.EROFS, "", "run/a"), "read-only"),
         (OSError(errno.EACCES, "", "run/a"), "No permission to write here"),
-        (OSError(errno.EACCES, "", "/elsewhere/model"), "No permission to use this"),
+        (OSError(errno.EACCES, "", "/elsewhere/model"), "No permission to access this"),
         (OSError(errno.ENOENT, "", "text.txt"), "is gone"),
         (OSError(errno.ENOLCK, ""), "no file locks"),
         (OSError(errno.EIO, ""), "does not answer"),

@@ -12,7 +12,7 @@ import pytest
 
 from nemo_minitron.processes import nodes
 from nemo_minitron.processes.nodes import Nodes, start_everywhere
-from nemo_minitron.system.outer_job import dropped_defaults, for_slurm, outside
+from nemo_minitron.system.outer_job import dropped_defaults, for_slurm, without_outer_job
 from tests.conftest import REPO, TOY
 
 HOOKS = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -22,7 +22,7 @@ HOOKS = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "node
 def test_what_belongs_to_an_outer_job_and_what_does_not() -> None:
     job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SRUN_DEBUG": "1", "SBATCH_QOS": "x", "PMI_RANK": "0", **HOOKS}
     mine = {"PATH": "/bin", "SLURM_CONF": "/etc/x", "NCCL_DEBUG": "WARN", "MINITRON_NODES": "2", "GROUP_ID": "1"}
-    assert outside({**job, **mine}) == mine
+    assert without_outer_job({**job, **mine}) == mine
     assert for_slurm({**job, **mine, "TMPDIR": "/tmp/7", "CUDA_VISIBLE_DEVICES": "0"}) == {**mine, "LC_ALL": "C"}
     assert for_slurm({"TMPDIR": "/scratch"})["TMPDIR"] == "/scratch", "not of a job"
     assert dropped_defaults({**job, **mine}) == ["SBATCH_QOS"]

@@ -310,7 +310,7 @@ class StopAfter(StopRequest):
         super().__init__()
         self.folder, self.shards = folder, shards
 
-    def asked_by(self) -> str | None:
+    def source(self) -> str | None:
         return "SIGTERM" if len(made_names(self.folder)) >= self.shards else None
 
 

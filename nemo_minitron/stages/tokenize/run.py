@@ -116,7 +116,7 @@ def _files(source: DataSource, key: str, ctx: StageContext) -> list[Path]:
 
 
 def _look_at_stop(ctx: StageContext) -> None:
-    reason = ctx.stop.asked_by()
+    reason = ctx.stop.source()
     if reason is not None:
         raise Interrupted(f"Stopped as asked by {reason}; finished shards are kept, and the same command goes on.")
 

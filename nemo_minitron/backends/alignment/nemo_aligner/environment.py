@@ -18,7 +18,7 @@ from pathlib import Path
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.processes.same_code import SAFE_PATH
 from nemo_minitron.system.files import cache_dir
-from nemo_minitron.system.outer_job import outside
+from nemo_minitron.system.outer_job import without_outer_job
 from nemo_minitron.system.places import CONSTRAINTS, shipped_dir
 from nemo_minitron.system.progress import Progress
 
@@ -242,7 +242,7 @@ def _python(folder: Path) -> Path:
 
 
 def _run(command: list[str], log: Path, what: str, environment: Mapping[str, str] | None = None) -> None:
-    own = {**outside(os.environ), **(environment or {})}
+    own = {**without_outer_job(os.environ), **(environment or {})}
     with log.open("a") as file:
         code = subprocess.run(command, env=own, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     if code:

@@ -117,7 +117,7 @@ def _wait(process: subprocess.Popen[bytes], name: str, work_dir: Path, progress:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(POLL_S)
                 code = process.poll()  # before the last look at the progress
-                if stop.asked_by() is not None:
+                if stop.source() is not None:
                     (work_dir / STOP_FILE).touch()
                 seen = _seen(work_dir)
                 if seen is not None:
@@ -157,11 +157,11 @@ def _result(name: str, code: int, work_dir: Path, log: Path, stop: StopRequest) 
         result: dict[str, Any] = json.loads(file.read_text())
         if result.get("finished") is False:
             raise Interrupted(
-                f"Stopped at step {result['step']} as asked by {stop.asked_by()}; the same command goes on."
+                f"Stopped at step {result['step']} as asked by {stop.source()}; the same command goes on."
             )
         return result
-    if stop.asked_by() is not None:
-        raise Interrupted(f"Stopped in {name} as asked by {stop.asked_by()}; the same command goes on.")
+    if stop.source() is not None:
+        raise Interrupted(f"Stopped in {name} as asked by {stop.source()}; the same command goes on.")
     reason, told = "", (work_dir / ERROR_FILE).read_text().strip()
     if told:
         error = json.loads(told)

@@ -224,7 +224,7 @@ def train_step(job: Job, step: int, stop: StopRequest | None = None) -> tuple[di
     """
     found = forward_backward(job, step)
     after = update(job.trainable)
-    row, asked_by = mean_over_ranks(found, job.objective.parts, job.session, stop.asked_by() if stop else None)
+    row, asked_by = mean_over_ranks(found, job.objective.parts, job.session, stop.source() if stop else None)
     return {**row, **after, **job.objective.finish()}, asked_by
 
 
