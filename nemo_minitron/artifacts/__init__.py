@@ -1,1 +1,1 @@
-"""Published stage outputs: manifests, fingerprints, locks."""
+"""Published outputs of stages: manifests, verification and locks."""

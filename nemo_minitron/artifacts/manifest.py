@@ -1,4 +1,4 @@
-"""manifest.json: what a finished stage made, from what, and how. Written last; without it there is no artifact."""
+"""manifest.json: inputs, outputs and provenance of a finished stage. It is written last and completes the artifact."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from nemo_minitron.system.files import sealed, unsealed
 MANIFEST_FILE = "manifest.json"
 SCHEMA = 1
 HASH_THREADS = 4
-"""One reaches about 1 GB/s; a network disk may give more."""
+"""Number of hashing threads. One thread hashes about 1 GB/s; a network file system may read faster."""
 _VERSIONS = ("torch", "megatron-core", "transformers", "safetensors", "lm_eval", "transformer-engine")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The record of one finished stage."""
+    """Record of one finished stage."""
 
     recipe: str
     stage: str
     kind: str
     fingerprint: str
     payload: Mapping[str, Any]
-    """What the fingerprint was made of; kept so that a difference can be shown by field."""
+    """Values that the fingerprint is computed from, stored so that differences can be shown by field."""
     inputs: Mapping[str, Any]
-    """role -> stage name(s)."""
+    """Role -> name(s) of the input stages."""
     result: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Relative path -> {bytes, sha256}."""
@@ -48,10 +48,10 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a published folder; None when there is none.
+    """Read the manifest of a published folder; None if there is none.
 
     Raises:
-        ArtifactError: the manifest is damaged or of another version.
+        ArtifactError: the manifest is damaged or has another schema.
     """
     file = folder / MANIFEST_FILE
     if not file.is_file():
@@ -62,12 +62,12 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ArtifactError(
             f"The manifest is damaged: {error}",
             where=str(file),
-            next_step=f"Move {folder} away; the stage is then run again.",
+            next_step=f"Move {folder} away; the stage then runs again.",
         ) from error
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write, with a checksum of its own, and flush to disk."""
+    """Write a manifest with its own checksum, and flush it to disk."""
     with (folder / MANIFEST_FILE).open("w", encoding="utf-8") as file:
         json.dump(sealed(asdict(manifest)), file, indent=2, sort_keys=True)
         file.write("\n")
@@ -76,13 +76,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file below a folder, by its name there."""
+    """Return relative path -> {bytes, sha256} of every file below a folder."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST_FILE]
     return {str(file.relative_to(folder)): facts for file, facts in file_facts(files).items()}
 
 
 def file_facts(files: Iterable[Path]) -> dict[Path, dict[str, Any]]:
-    """File -> {bytes, sha256}."""
+    """Return file -> {bytes, sha256}."""
     listed = list(files)
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         found = zip(listed, pool.map(sha256_of, listed), strict=True)
@@ -90,7 +90,7 @@ def file_facts(files: Iterable[Path]) -> dict[Path, dict[str, Any]]:
 
 
 def sha256_of(file: Path) -> str:
-    """Hex digest of a file of any size."""
+    """Return the sha256 hex digest of a file of any size."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 20):
@@ -99,10 +99,12 @@ def sha256_of(file: Path) -> str:
 
 
 def provenance(started_s: float) -> dict[str, Any]:
-    """With what it was made, and when; no host, no user, no values of overrides. Never part of the identity.
+    """Return software versions, command and times of a stage, without host, user or override values.
+
+    Provenance is never part of the fingerprint.
 
     Args:
-        started_s: of `time.monotonic`; the clock on the wall may be set while a stage runs.
+        started_s: start in `time.monotonic` seconds, because the system clock may be changed while a stage runs.
     """
     wall_s = time.monotonic() - started_s
     return {
@@ -117,7 +119,7 @@ def provenance(started_s: float) -> dict[str, Any]:
 
 
 def installed_version(package: str) -> str | None:
-    """None where it is not installed as a package, as in containers that only put its source on the path."""
+    """Return the version of a package; None if it is not installed as one (some containers only extend PYTHONPATH)."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -125,7 +127,7 @@ def installed_version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout that the package runs from, with `+` when it was edited; None outside one."""
+    """Return the commit of the package's checkout, with `+` for uncommitted changes; None without a checkout."""
     here = Path(__file__).parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The folder of a run: published stages, work folders, the lock."""
+"""Run folder: published stages, work folders and locks."""
 
 from __future__ import annotations
 
@@ -28,56 +28,60 @@ _CHANGED = "was changed or damaged after the stage finished"
 LOCK_POLL_S = 1.0
 _WORK_IDENTITY = "fingerprint"
 SMALL_BYTES = 64 << 20
-"""Files up to here are compared even where large ones are not read."""
-Contents = Literal["sizes", "small", "unseen", "all"]
-"""Of which files the contents are compared with the manifest: none; small ones that have not been compared as they are
-now; all that have not; all."""
+"""Size limit for the `small` level of verification."""
+Contents = Literal["sizes", "small", "unverified", "all"]
+"""Files whose contents are compared with the manifest, in addition to the sizes of all files: none; small files that
+have changed since they were last verified; all files that have changed since then; all files."""
 
 
 class Store:
-    """Paths and states of one run: `<run_root>/<recipe name>/`."""
+    """Paths and states in one run folder, `<run_root>/<recipe name>/`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     @property
     def paths(self) -> RunPaths:
-        """The names of the run's files."""
+        """Paths of the files in the run folder."""
         return RunPaths(self.root)
 
     def published(self, stage: str) -> Path:
         return self.paths.published(stage)
 
     def manifest(self, stage: str) -> Manifest | None:
-        """The manifest of a finished stage, or None."""
+        """Return the manifest of a finished stage, or None."""
         return read_manifest(self.published(stage))
 
     def artifact(self, stage: str, contents: Contents = "sizes") -> Artifact:
-        """The output of a finished stage.
+        """Verify and return the output of a finished stage.
 
         Raises:
-            ArtifactError: not finished, or its files are gone, of another size, or of other contents.
+            ArtifactError: the stage has not finished, or its files are missing or have other sizes or contents.
         """
         manifest = self.manifest(stage)
         if manifest is None:
             raise ArtifactError(
                 f"Stage {stage} has not finished, or its folder is gone.",
                 where=str(self.published(stage)),
-                next_step="Put the folder back, or run the same command again: what is missing is made then.",
+                next_step="Put the folder back, or run the same command again to run the stage.",
             )
         self.verify(stage, manifest, contents)
         path = Path(manifest.result.get("adopted_path", self.published(stage)))
         return Artifact(stage, manifest.kind, path, manifest.fingerprint, manifest.result, manifest.provenance)
 
     def intact(self, stage: str, name: str) -> Path | None:
-        """A small file of a finished stage; None when it is not there, or not as it was published."""
+        """Return the path of a small file of a finished stage; None if it is missing or differs from the manifest."""
         file, manifest = self.published(stage) / name, self.manifest(stage)
         if not file.is_file() or (manifest is not None and file_facts([file])[file] != manifest.files.get(name)):
             return None
         return file
 
     def inputs(self, names: Mapping[str, Any], contents: Contents = "sizes") -> ArtifactsByRole:
-        """Load every artifact that a stage reads. Raises as `artifact`."""
+        """Verify and return every artifact that a stage reads.
+
+        Raises:
+            ArtifactError: see `artifact`.
+        """
         single = {role: self.artifact(name, contents) for role, name in names.items() if isinstance(name, str)}
         groups = {}
         for role, value in names.items():
@@ -88,10 +92,10 @@ class Store:
         return ArtifactsByRole(single, groups)
 
     def verify(self, stage: str, manifest: Manifest, contents: Contents) -> None:
-        """Compare the files with the manifest: sizes, and some contents. An adopted model's lie outside the run.
+        """Compare the sizes and some contents of the files with the manifest, including those of an adopted model.
 
         Raises:
-            ArtifactError: naming the first file that differs.
+            ArtifactError: names the first file that differs.
         """
         listed = {**manifest.files, **manifest.result.get("adopted_files", {})}
         files = {self.published(stage) / name: facts for name, facts in listed.items()}
@@ -104,32 +108,32 @@ class Store:
             found = file_facts(files)
             bad = next((file for file, facts in files.items() if found[file]["sha256"] != facts["sha256"]), None)
         else:
-            most = {"sizes": -1, "small": SMALL_BYTES, "unseen": inf}[contents]
+            most = {"sizes": -1, "small": SMALL_BYTES, "unverified": inf}[contents]
             read = {file: facts for file, facts in files.items() if facts["bytes"] <= most}
             bad = changed_file(read, self.root / COMPARED / f"{stage}.json")
         if bad is not None:
             raise _unusable(bad, stage, _CHANGED)
 
-    def require_room(self, stages: Iterable[str]) -> None:
-        """Outputs can be put where they belong; asked before hours of work, not after.
+    def require_free_paths(self, stages: Iterable[str]) -> None:
+        """Check, before the stages run, that the paths of their outputs are free.
 
         Raises:
-            ArtifactError: this run lies inside a stage of another run, or another run (or anything else) lies where
-                the output of a stage goes.
+            ArtifactError: this run folder is inside a stage of another run, or an output path is occupied by another
+                run or by other files.
         """
         if read_manifest(self.root) is not None:
-            raise _in_the_way("This folder is the output of a stage of another run.", self.root)
+            raise _path_taken("This folder is the output of a stage of another run.", self.root)
         for stage in stages:
             folder = self.published(stage)
             if self.manifest(stage) is None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-                what = "the folder of another run" if (folder / LOCK).exists() else "something that no stage made"
-                raise _in_the_way(f"Where the output of stage {stage} goes, there is {what}.", folder)
+                what = "the folder of another run" if (folder / LOCK).exists() else "files that no stage wrote"
+                raise _path_taken(f"The output path of stage {stage} is taken by {what}.", folder)
 
     # --- publishing ---------------------------------------------------------------------------
 
     @contextmanager
     def building(self, stage: str) -> Iterator[Path]:
-        """A fresh folder to write into; it disappears unless `publish` takes it."""
+        """Create an empty folder for the output of a stage, and delete it at the end unless `publish` renamed it."""
         name = f"{PARTIAL}{stage}-{os.getpid()}"
         shutil.rmtree(self.root / name, ignore_errors=True)
         self.root.mkdir(mode=ROOT_MODE, parents=True, exist_ok=True)
@@ -142,7 +146,7 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
 
     def publish(self, stage: str, folder: Path, manifest: Manifest) -> None:
-        """Hash the files, write the manifest last, and rename the folder to its final name."""
+        """Hash the files, write the manifest last, and rename the folder to its final name. Delete the work folder."""
         complete = Manifest(**{**vars(manifest), "files": hash_files(folder)})
         write_manifest(folder, complete)
         require_real_folder(self.published(stage))
@@ -151,11 +155,11 @@ class Store:
         shutil.rmtree(self.work(stage), ignore_errors=True)
 
     def supersede(self, stage: str) -> None:
-        """Move a published stage out of the way; nothing is deleted."""
+        """Move a published stage to `.superseded/`; nothing is deleted."""
         self._move_away(self.published(stage), stage)
 
     def remove_leftovers(self, stage: str | None = None) -> None:
-        """Delete folders of runners that were killed while they wrote; of one stage, where others may be at work."""
+        """Delete partial outputs of killed runners, of one stage only if other runners may be active in this run."""
         pattern = f"{PARTIAL}*" if stage is None else f"{PARTIAL}{stage}-[0-9]*"
         for folder in self.root.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
@@ -178,7 +182,7 @@ class Store:
         return self.paths.work(stage)
 
     def open_work(self, stage: str, fingerprint: str) -> Path:
-        """The stage's work folder; one that was begun for something else is moved away."""
+        """Open the work folder of a stage. A work folder of another fingerprint is moved away first."""
         folder = self.own_work(stage)
         if folder.exists() and not _is_claimed(folder, fingerprint):
             self._move_away(folder, f"work-{stage}")
@@ -187,12 +191,12 @@ class Store:
         return folder
 
     def own_work(self, stage: str) -> Path:
-        """The stage's work folder, which need not be there, when nobody else can have put anything into it.
+        """Return the path of the stage's work folder, which need not exist, after checking its ownership.
 
-        What lies there decides which programs a stage starts and from where a training goes on.
+        Its contents decide which programs a stage starts and from which checkpoint a training resumes.
 
         Raises:
-            ArtifactError: it is a link, or another user owns it or can write there.
+            ArtifactError: the folder is a link, or another user owns it or can write to it.
         """
         own_folder(self.root, WORK, mode=work_mode())
         folder = self.work(stage)
@@ -203,29 +207,30 @@ class Store:
 
     @staticmethod
     def claim_work(folder: Path, fingerprint: str) -> None:
-        """Say for what the contents of a work folder were begun."""
+        """Record the fingerprint that the contents of a work folder belong to."""
         if not _is_claimed(folder, fingerprint):
             write_whole(folder / _WORK_IDENTITY, fingerprint)
 
     # --- accepted drift -----------------------------------------------------------------------
 
     def accepted_drift(self) -> dict[str, str]:
-        """fingerprint asked for -> fingerprint on disk that the user accepted for it."""
+        """Return planned fingerprint -> fingerprint on disk that the user has accepted in its place."""
         file = self.root / ACCEPTED_DRIFT
-        return dict(read_json(file, "Delete it, and say --accept-drift again.")) if file.is_file() else {}
+        return dict(read_json(file, "Delete it, and use --accept-drift again.")) if file.is_file() else {}
 
-    def accept_drift(self, asked: str, found: str) -> None:
-        accepted = {**self.accepted_drift(), asked: found}
+    def accept_drift(self, planned: str, found: str) -> None:
+        """Record that the user accepts the fingerprint `found` on disk in place of the planned one."""
+        accepted = {**self.accepted_drift(), planned: found}
         write_whole(self.root / ACCEPTED_DRIFT, json.dumps(accepted, indent=2) + "\n")
 
     # --- lock ---------------------------------------------------------------------------------
 
     @contextmanager
     def lock(self, stage: str | None = None, *, patience_s: float = 0.0) -> Iterator[None]:
-        """Held while a runner works in this folder, or only on one stage of it; freed by the system when it dies.
+        """Lock this run, or one stage of it, for a runner. The operating system frees the lock when the process ends.
 
         Raises:
-            ArtifactError: another runner holds it, and has not gone after `patience_s`; or it is another user's folder.
+            ArtifactError: another runner still holds the lock after `patience_s`, or another user owns the folder.
         """
         self.root.mkdir(mode=ROOT_MODE, parents=True, exist_ok=True)
         require_own(self.root, shared=True)
@@ -236,7 +241,7 @@ class Store:
                 own = own_folder(self.root, WORK, mode=work_mode()) / f"{stage}{LOCK}"
                 lock = held.enter_context(open_lock(own))
                 _hold(lock, self.root, patience_s, shared=False)
-            # Who works here, and where, is nobody's business afterwards.
+            # The lock file names a process and a host; do not keep them after the run.
             held.callback(lock.truncate, 0)
             yield
 
@@ -255,7 +260,7 @@ def _hold(file: IO[str], root: Path, patience_s: float, *, shared: bool) -> None
             raise ArtifactError(
                 f"Another runner works on this run: {file.read().strip() or 'jobs that run its stages'}.",
                 where=str(root),
-                next_step="Wait for it (`minitron status RECIPE`), or give this run another name: name=...",
+                next_step="Wait until it has ended (`minitron status RECIPE`), or give this run another name: name=...",
             ) from None
     file.truncate(0)
     if not shared:
@@ -272,11 +277,11 @@ def _unusable(file: Path, stage: str, problem: str) -> ArtifactError:
     return ArtifactError(
         f"{file.name} of stage {stage} {problem}.",
         where=str(file),
-        next_step=f"Make it again with --rerun {stage}, or restore the file.",
+        next_step=f"Run the stage again with --rerun {stage}, or restore the file.",
     )
 
 
-def _in_the_way(problem: str, where: Path) -> ArtifactError:
+def _path_taken(problem: str, where: Path) -> ArtifactError:
     return ArtifactError(
         problem, where=str(where), next_step="Move that folder away, or give this run another name: name=..."
     )

@@ -1,4 +1,4 @@
-"""What stages hand to each other: a published directory and the result in its manifest."""
+"""Inputs and outputs of stages: a published folder and the result in its manifest."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Artifact:
-    """The published output of one finished stage."""
+    """Published output of one finished stage."""
 
     stage: str
     """Name of the stage in the recipe."""
     kind: str
     path: Path
-    """Folder with manifest.json (an adopted model: the folder that was adopted)."""
+    """Folder with manifest.json; for an adopted model, the folder of the model."""
     fingerprint: str
     result: Mapping[str, Any]
     """Small JSON facts that the stage returned: sizes, losses, counts."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Who made it, with what, how long it took."""
+    """Software versions, command, times and duration; see `manifest.provenance`."""
 
 
 @dataclass(frozen=True)
 class ArtifactsByRole:
-    """A stage's inputs by role: `inputs["teacher"]`; roles with several stages: `inputs.many("models")`."""
+    """Inputs of a stage by role: `inputs["teacher"]`, or `inputs.many("models")` for a role with several stages."""
 
     single: Mapping[str, Artifact] = field(default_factory=dict)
     groups: Mapping[str, Mapping[str, Artifact]] = field(default_factory=dict)
@@ -38,5 +38,5 @@ class ArtifactsByRole:
         return self.single.get(role)
 
     def many(self, role: str) -> Mapping[str, Artifact]:
-        """Label -> artifact; lists of stages are labelled by stage name."""
+        """Return label -> artifact. Lists of stages are labeled by stage name."""
         return self.groups.get(role, {})

@@ -81,7 +81,7 @@ def _artifact(recipe: Path, stage: str, overrides: list[str] | None) -> Artifact
             where=str(store.published(stage)),
             next_step=f"minitron run {recipe} --until {stage}",
         )
-    return store.artifact(stage, "unseen")
+    return store.artifact(stage, "unverified")
 
 
 def _data(row: dict[str, Any]) -> list[Text]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron import __version__
-from nemo_minitron.artifacts.compared import LOGITS_FILE, file_state, read_memory, write_memory
+from nemo_minitron.artifacts.compared import LOGITS_FILE, file_state, read_record, write_record
 from nemo_minitron.artifacts.manifest import installed_version
 from nemo_minitron.artifacts.run_paths import COMPARED
 from nemo_minitron.errors import MinitronError, NumericsError
@@ -72,12 +72,12 @@ def require_agreement(model_dir: Path, memory: Path | None, session: Session | N
         NumericsError: they do not, or the logits are not finite.
     """
     checkpoint = Checkpoint.open(model_dir)
-    key, known = _identity(checkpoint), {} if memory is None else read_memory(memory)
+    key, known = _identity(checkpoint), {} if memory is None else read_record(memory)
     if key in known:
         return
     known[key] = {"model": str(model_dir), **_compare(checkpoint, session)}
     if memory is not None:
-        write_memory(memory, known)
+        write_record(memory, known)
 
 
 def _identity(checkpoint: Checkpoint) -> str:

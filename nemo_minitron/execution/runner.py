@@ -151,7 +151,7 @@ def run_single(recipe: Recipe, stage: str, *, patience_s: float = 0.0, quiet: bo
         if plan.states[stage].status == "changed":
             raise _drift_error(plan, {stage}, store)
         store.remove_leftovers(stage)
-        store.require_room([stage])
+        store.require_free_paths([stage])
         rehearse_evaluations(stage, plan.recipe, store, plan.recipe.stages)
         run_stage(plan.call(stage), plan.recipe, store, stop, RunOptions(), quiet=quiet)
 
@@ -174,7 +174,7 @@ def _settle(plan: RunPlan, options: RunOptions, store: Store, stop: StopRequest,
         Progress(silent=quiet).say(f"removed {stop.file}, which an earlier run was stopped with")
     # Another run may have finished stages since the plan was made, before the lock was taken.
     plan = _settle_drift(refreshed(plan), store, options)
-    store.require_room(plan.needed_for(options.until))
+    store.require_free_paths(plan.needed_for(options.until))
     write_recipe(plan.recipe, store.paths.plan)
     return plan
 
@@ -205,7 +205,7 @@ def _make_stage(
 ) -> None:
     """Run one stage in this process, or on as many as its layout asks for, and publish it."""
     started_s = time.monotonic()
-    inputs = store.inputs(call.inputs, "small" if STAGES[call.kind].reads_results else "unseen")
+    inputs = store.inputs(call.inputs, "small" if STAGES[call.kind].reads_results else "unverified")
     progress = Progress(store.paths.progress(call.name), silent=quiet)
     progress.say(f"({call.kind})", call.name, "bold")
     for text in repeated_text(call.name, recipe.stages[call.name], store):

@@ -133,7 +133,7 @@ def test_a_mistake_gets_one_clear_message(bad: Bad, minitron: Cli, tmp_path: Pat
     flat = " ".join(output.split())
     for words in bad.says:
         assert words in flat
-    assert not (root / "bad" / bad.until).exists(), "nothing half-written"
+    assert not (root / "bad" / bad.until).exists(), "no partial output"
     assert not list((root / "bad").glob(".partial-*"))
 
 

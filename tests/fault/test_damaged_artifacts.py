@@ -115,7 +115,7 @@ def test_a_damaged_manifest_is_found(damage: Damage, stage: str, toy_run: Path, 
     assert "Traceback" not in output
     flat = " ".join(output.split())
     assert "The manifest is damaged" in flat
-    assert f"Move {run / stage} away; the stage is then run again." in flat
+    assert f"Move {run / stage} away; the stage then runs again." in flat
 
 
 def _change_a_figure(manifest: Path) -> None:
@@ -153,27 +153,27 @@ def test_a_file_is_read_once_and_again_when_it_changed(
         return whole(files)
 
     monkeypatch.setattr(compared, "file_facts", counting)
-    store.artifact("prune", "unseen")
+    store.artifact("prune", "unverified")
     assert "model.safetensors" in read
     first = len(read)
-    store.artifact("prune", "unseen")
+    store.artifact("prune", "unverified")
     assert len(read) == first
     (store.root / "prune/model.safetensors").touch()
-    store.artifact("prune", "unseen")
+    store.artifact("prune", "unverified")
     assert read[first:] == ["model.safetensors"]
     flip(store.root / "prune/model.safetensors")
     with pytest.raises(ArtifactError, match=r"model\.safetensors of stage prune"):
-        store.artifact("prune", "unseen")
+        store.artifact("prune", "unverified")
 
 
 def test_what_remembers_may_be_damaged_too(toy_run: Path, tmp_path: Path) -> None:
     store = Store(copy_before(toy_run, tmp_path, "report"))
-    store.artifact("score", "unseen")
+    store.artifact("score", "unverified")
     memory = store.root / ".compared/score.json"
     for damage in (flip, cut):
         damage(memory)
-        store.artifact("score", "unseen")
+        store.artifact("score", "unverified")
     memory.unlink()
     flip(store.root / "score/scores.safetensors")
     with pytest.raises(ArtifactError, match="changed or damaged"):
-        store.artifact("score", "unseen")
+        store.artifact("score", "unverified")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.artifacts.compared import write_memory
+from nemo_minitron.artifacts.compared import write_record
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.bundle.archive import write_archive
 from nemo_minitron.bundle.items import Item
@@ -96,7 +96,7 @@ def test_a_link_is_replaced_not_followed(name: str, run: Path, victim: Path) -> 
     write_whole(run / "plan.json", "{}")
     copy_whole(run / "new", run / "report.html")
     Store(run).accept_drift("a", "b")
-    write_memory(run / ".compared/distill.json", {})
+    write_record(run / ".compared/distill.json", {})
     assert victim.read_text() == "{}"
     assert (run / "report.html").read_text() == "page"
     assert not any((run / made).is_symlink() for made in ("plan.json", "report.html", "accepted_drift.json"))
@@ -112,7 +112,7 @@ def test_nothing_is_moved_or_written_through_a_link_to_a_folder(name: str, run: 
         (run / "distill").mkdir()
     use: dict[str, Callable[[], object]] = {
         "logs": lambda: _log(run),
-        ".compared": lambda: write_memory(run / ".compared/distill.json", {}),
+        ".compared": lambda: write_record(run / ".compared/distill.json", {}),
         ".work": lambda: Store(run).open_work("distill", "fingerprint"),
         ".work/distill": lambda: Store(run).open_work("distill", "fingerprint"),
     }

@@ -256,7 +256,7 @@ def test_the_result_and_the_report_say_how_many_rows_were_measured(prepared: Pat
     assert 0 < metrics["bad_rows"] == 8 - metrics["measured_rows"]
     assert metrics["conversations"]["answers"] == metrics["measured_rows"]
     assert f"{metrics['bad_rows']} of 8 held-out rows are left out" in said
-    facts = alignment_facts([Store(prepared / "runs/r").artifact("measured", "unseen")])
+    facts = alignment_facts([Store(prepared / "runs/r").artifact("measured", "unverified")])
     assert facts is not None
     (table,) = tables(facts)
     assert table["header"][:2] == ["model", "rows"]

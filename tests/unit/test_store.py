@@ -99,24 +99,24 @@ def test_another_run_where_a_stage_goes_is_found_before_the_work(tmp_path: Path)
     outer, inner = Store(tmp_path), Store(tmp_path / "teacher")
     with inner.lock():
         _publish(inner)
-    with pytest.raises(ArtifactError, match="stage teacher goes, there is the folder of another run") as caught:
-        outer.require_room(["data", "teacher"])
+    with pytest.raises(ArtifactError, match="stage teacher is taken by the folder of another run") as caught:
+        outer.require_free_paths(["data", "teacher"])
     assert str(tmp_path / "teacher") in str(caught.value)
-    outer.require_room(["data"])
+    outer.require_free_paths(["data"])
 
 
 def test_a_run_inside_a_stage_of_another_run_is_refused(tmp_path: Path) -> None:
     outer = Store(tmp_path)
     _publish(outer, "teacher")
-    outer.require_room(["teacher"])
+    outer.require_free_paths(["teacher"])
     with pytest.raises(ArtifactError, match="output of a stage of another run"):
-        Store(tmp_path / "teacher").require_room(["data"])
+        Store(tmp_path / "teacher").require_free_paths(["data"])
 
 
 def test_files_of_the_user_are_not_written_over_and_empty_folders_are(tmp_path: Path) -> None:
     store = Store(tmp_path)
     (tmp_path / "prune").mkdir()
-    store.require_room(["prune"])
+    store.require_free_paths(["prune"])
     (tmp_path / "prune/notes.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="something that no stage made"):
-        store.require_room(["prune"])
+    with pytest.raises(ArtifactError, match="files that no stage wrote"):
+        store.require_free_paths(["prune"])

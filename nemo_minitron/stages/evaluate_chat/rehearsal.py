@@ -59,7 +59,7 @@ def _rows(chats: str, stages: Stages, store: Store) -> Artifact | None:
         if source is None:
             return None
         chats = source
-    return store.artifact(chats, "unseen")
+    return store.artifact(chats, "unverified")
 
 
 def _tokenizer(params: EvaluateChatStage, stages: Stages, store: Store) -> tuple[Path, TemplateName] | None:
