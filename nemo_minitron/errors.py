@@ -1,13 +1,13 @@
-"""Errors that a user can cause. The CLI prints them without a traceback and exits with 2."""
+"""Errors that users can fix. The CLI prints them without a traceback and exits with code 2."""
 
 from __future__ import annotations
 
 MAX_LINE_CHARS, MAX_LINES = 5000, 500
-"""Of a message. A path may have 4,096 characters; a recipe may have many problems."""
+"""Limits of one part of a message. A path can have 4,096 characters, and a recipe can have many problems."""
 
 
 def shortened(text: object, most: int = 300) -> str:
-    """Text from outside as it may stand in a message: the middle of a long one is left out."""
+    """Shorten external text for use in a message by omitting the middle."""
     whole = str(text)
     if len(whole) <= most:
         return whole
@@ -16,13 +16,13 @@ def shortened(text: object, most: int = 300) -> str:
 
 
 class MinitronError(Exception):
-    """A problem that the user can fix.
+    """Problem that the user can fix.
 
     Args:
-        what: the problem, one sentence, with the offending value.
-        where: file, key or stage in which it stands.
-        allowed: what would have been accepted.
-        next_step: what to do now.
+        what: the problem in one sentence, with the offending value.
+        where: file, key or stage that contains it.
+        allowed: accepted values.
+        next_step: what the user should do.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class MinitronError(Exception):
         return "\n".join(lines)
 
     def rename(self, old: str, new: str) -> None:
-        """Write `new` wherever the message says `old`: a folder that exists under that name only while it is made."""
+        """Replace `old` with `new` in the message, for example the temporary name of a folder with its final name."""
         for field in ("what", "where", "allowed", "next_step"):
             text = getattr(self, field)
             if text:
@@ -54,7 +54,7 @@ class MinitronError(Exception):
 
 
 def _bounded(text: str | None) -> str | None:
-    """A part of a message that stays readable whatever was put into it."""
+    """Limit the length of one part of a message."""
     if text is None or len(text) <= MAX_LINE_CHARS:
         return text
     lines = text.split("\n")
@@ -63,11 +63,11 @@ def _bounded(text: str | None) -> str | None:
 
 
 class ConfigError(MinitronError):
-    """The recipe or an override is wrong."""
+    """The recipe or an override is invalid."""
 
 
 class PlanError(MinitronError):
-    """The recipe is well-formed but cannot be carried out (sizes, layouts, missing inputs)."""
+    """The recipe is well-formed but cannot be executed (sizes, layouts, missing inputs)."""
 
 
 class ArtifactError(MinitronError):
@@ -75,7 +75,7 @@ class ArtifactError(MinitronError):
 
 
 class CheckpointError(MinitronError):
-    """A model checkpoint cannot be read, written or understood."""
+    """A model checkpoint cannot be read or written, or is not supported."""
 
 
 class DataError(MinitronError):
@@ -83,7 +83,7 @@ class DataError(MinitronError):
 
 
 class NumericsError(MinitronError):
-    """A measured number is not what the recipe promised (NaN, teacher above its bound, wrong size)."""
+    """A measured number violates an expectation (NaN, teacher loss above its bound, wrong size)."""
 
 
 class EnvironmentProblem(MinitronError):
@@ -91,8 +91,8 @@ class EnvironmentProblem(MinitronError):
 
 
 class ProcessesDied(EnvironmentProblem):
-    """Processes of a stage ended without a word: killed, out of memory, or on a node that was lost."""
+    """Processes of a stage ended without reporting an error: killed, out of memory, or on a failed node."""
 
 
 class Interrupted(MinitronError):
-    """The run stopped because it was asked to. Not a failure: the CLI exits with 130."""
+    """The run stopped because of a stop request. This is not a failure: the CLI exits with code 130."""

