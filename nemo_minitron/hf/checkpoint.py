@@ -1,6 +1,6 @@
-"""Read and write Hugging Face checkpoints tensor by tensor: config.json and safetensors files.
+"""Reading and writing of Hugging Face checkpoints, tensor by tensor: config.json and safetensors files.
 
-Memory: reading holds one tensor (or the slice asked for); writing holds one shard.
+Memory: reading holds one tensor or slice; writing holds one shard.
 """
 
 from __future__ import annotations
@@ -53,28 +53,28 @@ CONFIG_FILE = "config.json"
 MAX_SHARD_BYTES = 5 * 10**9
 HEAD = "lm_head.weight"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-"""safetensors' word -> torch's."""
+"""Data types: safetensors' name -> torch's name."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint folder: headers are in memory, tensors are read when asked for."""
+    """Opened checkpoint folder. Only the headers are in memory; tensors are read on demand."""
 
     path: Path
     config: Mapping[str, Any]
-    """config.json as it was understood: see `explicit_config`."""
+    """config.json with all defaults filled in; see `explicit_config`."""
     shape: ModelShape
     tensors: Mapping[str, StoredTensor]
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Open a folder and check, from the headers, that it holds exactly the tensors of its architecture.
+        """Open a folder and check, from the headers, that it contains exactly the tensors of its architecture.
 
-        Rotary buffers, and a `lm_head.weight` beside tied embeddings, may be there too (old exports have them).
+        Rotary buffers and a `lm_head.weight` in addition to tied embeddings are accepted (old exports have them).
 
         Raises:
-            CheckpointError: missing or damaged files, unknown architecture, or tensors that are missing,
-                unexpected, of another shape, or not floating point.
+            CheckpointError: files are missing or damaged, the architecture is unknown, or tensors are missing,
+                unexpected, not floating point, or of another shape.
         """
         found, where = read_config(path), str(path / CONFIG_FILE)
         shape = read_shape(found, where=where)
@@ -84,7 +84,7 @@ class Checkpoint:
         return checkpoint
 
     def read(self, name: str, part: tuple[slice, ...] | None = None) -> Tensor:
-        """One tensor, or a slice of it; only the bytes of the slice are read."""
+        """Read one tensor or a slice of it. Only the bytes of the slice are read."""
         with opened(self.tensors[name].file) as file:
             if part is None:
                 return file.get_tensor(name)
@@ -92,17 +92,17 @@ class Checkpoint:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The safetensors files."""
+        """Sorted paths of the safetensors files."""
         return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
 
     @property
     def dtype(self) -> str:
-        """Storage type of the first parameter (the embeddings): float32, bfloat16, float16 or float64."""
+        """Data type of the first parameter (the embeddings): float32, bfloat16, float16 or float64."""
         return DTYPES[self.tensors[next(parameters(self.shape)).hf].dtype]
 
     @property
     def dtypes(self) -> set[str]:
-        """Storage types of all tensors."""
+        """Data types of all tensors."""
         return {DTYPES.get(tensor.dtype, tensor.dtype) for tensor in self.tensors.values()}
 
     @property
@@ -124,7 +124,7 @@ def _require_names(checkpoint: Checkpoint) -> None:
             where=str(checkpoint.path),
             allowed=f"exactly the {len(expected)} tensors that config.json implies",
             next_step=misnamed(checkpoint.tensors, expected)
-            or "Is the download complete, and is config.json of the same model?",
+            or "Check that the download is complete and that config.json belongs to the same model.",
         )
 
 
@@ -133,9 +133,9 @@ def _require_dims_and_dtypes(checkpoint: Checkpoint) -> None:
         stored, dims = checkpoint.tensors[parameter.hf], tensor_shape(checkpoint.shape, parameter.row)
         if stored.dims != dims:
             raise CheckpointError(
-                f"{parameter.hf} has shape {list(stored.dims)}; config.json asks for {list(dims)}.",
+                f"{parameter.hf} has shape {list(stored.dims)}; config.json implies {list(dims)}.",
                 where=str(stored.file),
-                next_step="config.json and the weights are of different models, or the tensor is transposed.",
+                next_step="Use a config.json of the same model; or transpose the tensor, if the sizes are swapped.",
             )
         if stored.dtype not in DTYPES:
             raise CheckpointError(
@@ -147,10 +147,10 @@ def _require_dims_and_dtypes(checkpoint: Checkpoint) -> None:
 
 
 def require_tied_head(checkpoint: Checkpoint) -> None:
-    """A head that is stored beside tied embeddings equals them: otherwise it is not certain which one is meant.
+    """Check that an output head stored in addition to tied embeddings equals them.
 
     Raises:
-        CheckpointError: the two differ.
+        CheckpointError: they differ, so it is ambiguous which of them the model uses.
     """
     stored = checkpoint.tensors.get(HEAD)
     if stored is None or not checkpoint.shape.tied_embeddings:
@@ -164,21 +164,22 @@ def require_tied_head(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"config.json ties the embeddings, but {HEAD} differs from {embeddings}.",
             where=str(stored.file),
-            next_step='Set "tie_word_embeddings": false in config.json if the model has its own head; else remove it.',
+            next_step='Set "tie_word_embeddings": false in config.json if the model has an untied head; otherwise '
+            f"remove {HEAD}.",
         )
 
 
 def _row_blocks(num_rows: int) -> Iterator[tuple[slice]]:
-    """Slices that keep a comparison of two vocabularies small in memory."""
+    """Yield slices of rows, so that comparing two vocabularies needs little memory."""
     for start in range(0, num_rows, 4096):
         yield (slice(start, min(start + 4096, num_rows)),)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder, as it stands there.
+    """Read config.json of a checkpoint folder without changes.
 
     Raises:
-        CheckpointError: there is none, or it is not a JSON object.
+        CheckpointError: the file is missing or not a JSON object.
     """
     file = path / CONFIG_FILE
     if not (file.is_file() or file.is_symlink()):
@@ -187,16 +188,16 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 class CheckpointWriter:
-    """Writes tensors into shards as they come; `close` writes the index and config.json.
+    """Writer of tensors into shards in the order of `add`; `close` writes the index and config.json.
 
-    Memory: at most one shard is held, by reference where no conversion was needed, so a tensor must not
-    be changed between `add` and `close`.
+    Memory: at most one shard. Tensors that need no conversion are held by reference, so they must not be changed
+    between `add` and `close`.
 
     Args:
-        out_dir: must exist.
-        config: written as config.json, with `dtype` of the written tensors.
-        dtype: tensors are converted to it; None keeps each tensor's own.
-        max_shard_bytes: a shard is written when it would grow past this; a larger tensor gets its own.
+        out_dir: existing folder.
+        config: written as config.json, with `dtype` set to that of the first tensor.
+        dtype: data type to convert the tensors to; None keeps the type of each tensor.
+        max_shard_bytes: maximum size of a shard, unless a single tensor is larger.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -218,7 +219,7 @@ class CheckpointWriter:
         self._first_dtype = ""
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; each name once."""
+        """Add one tensor. Each name can be added once."""
         if name in self._buffer or any(name in names for names in self._shards):
             raise AssertionError(f"{name} was added twice")
         tensor = tensor.detach().to(device="cpu", dtype=self.dtype or tensor.dtype).contiguous()
@@ -231,13 +232,13 @@ class CheckpointWriter:
         self._first_dtype = self._first_dtype or str(tensor.dtype).removeprefix("torch.")
 
     def close(self) -> None:
-        """Write what is left, the index and the config."""
+        """Write the last shard, the index and the config."""
         self._write_shard()
         if len(self._shards) == 1:
             os.replace(self._shard_path(0), self.out_dir / SINGLE_FILE)
         else:
             self._write_index()
-        # transformers before 4.56 knows the second name only.
+        # transformers before 4.56 only reads `torch_dtype`.
         self.config |= {"dtype": self._first_dtype, "torch_dtype": self._first_dtype}
         write_json(self.out_dir / "config.json", self.config)
 
@@ -268,17 +269,17 @@ def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
     try:
         save_file(dict(tensors), str(file), metadata={"format": "pt"})
     except SafetensorError as error:
-        # safetensors reports what the disk refuses as text.
+        # safetensors reports operating system errors only as text.
         code = re.search(r"os error (\d+)", str(error))
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(file)) from error
-    # safetensors makes its files private; let those read it who may read the folder.
+    # safetensors creates private files; give them the read and write permissions of the folder.
     file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def model_facts(model_dir: Path) -> dict[str, Any]:
-    """What a manifest says of a model; the folder is checked on the way.
+    """Check a model folder, and return the facts about it for a manifest.
 
     Raises:
         CheckpointError: see `Checkpoint.open` and `require_tied_head`.

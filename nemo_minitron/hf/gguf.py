@@ -1,9 +1,9 @@
-"""GGUF file -> Hugging Face checkpoint. The gguf package expands the weights; all else is read and checked here.
+"""Conversion of GGUF files to Hugging Face checkpoints. The gguf package dequantizes the weights.
 
-transformers has a reader of its own. It is not asked: it initializes tensors that a file lacks at random, skips those
-that it does not know, and drops Llama 3.1's rope scaling, all in silence; its versions fill in other keys of the
-config, and from 5 on some architectures come back with their weights still packed.
-Memory: one tensor in fp32, and what `CheckpointWriter` holds.
+The GGUF reader of transformers is not used. Without any warning, it initializes missing tensors at random, skips
+unknown ones and drops Llama 3.1's rope scaling. Its versions also fill in different config keys, and from version 5 on
+the weights of some architectures stay quantized.
+Memory: one tensor in fp32 plus the buffer of `CheckpointWriter`.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ _OPTIONAL = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
 }
-"""GGUF's key -> that of config.json."""
+"""GGUF key -> config.json key, for keys that a file may lack; `_SIZES` are required."""
 _EPS_KEYS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
-"""llama.cpp's converter writes the second for Nemotron."""
+"""GGUF keys of the normalization epsilon; llama.cpp's converter writes the second one for Nemotron."""
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 
 def convert_gguf(file: Path, out_dir: Path, dtype: torch.dtype | None) -> str | None:
-    """Dequantize a GGUF model into `out_dir`: weights, config, generation config, tokenizer, chat template.
+    """Convert a GGUF model into a model folder: weights, config, generation config, tokenizer, chat template.
 
     Args:
-        dtype: torch dtype to write; None writes fp32, which every GGUF type expands into exactly.
+        dtype: torch dtype to write; None writes fp32, which represents every GGUF type exactly.
 
     Returns:
-        The licence that the file declares, or None.
+        The license that the file declares, or None.
 
     Raises:
-        CheckpointError: damaged file, or an architecture, rope scaling or tokenizer that is not supported.
+        CheckpointError: the file is damaged, or its architecture, rope scaling or tokenizer is not supported.
     """
     header = read_header(file)
     require_model(header)
@@ -68,7 +68,7 @@ def convert_gguf(file: Path, out_dir: Path, dtype: torch.dtype | None) -> str | 
 
 
 def _config(header: Header) -> dict[str, Any]:
-    """The keys of config.json that the file has a word for."""
+    """Return the config.json keys that the header of the file determines."""
     config: dict[str, Any] = {"model_type": header.architecture, **rope_config(header)}
     for key, name in {**_SIZES, **_OPTIONAL}.items():
         value = header.number(key)
@@ -95,7 +95,7 @@ def _missing(header: Header, key: str) -> CheckpointError:
 
 
 def _short(value: float) -> float:
-    """GGUF stores fp32, so 1e-5 comes back as 9.99...e-06 and is written short again."""
+    """Round an fp32 value to its shortest decimal form: GGUF stores fp32, so 1e-5 is read as 9.99...e-06."""
     return float(str(np.float32(value)))
 
 
@@ -105,7 +105,7 @@ def _token_ids(header: Header) -> dict[str, Any]:
 
 
 def _tensor_names(header: Header, shape: ModelShape) -> dict[str, str]:
-    """Hugging Face's name -> GGUF's, for every parameter."""
+    """Return Hugging Face name -> GGUF name of every parameter."""
     import gguf
 
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, header.architecture.upper()), shape.num_layers)
@@ -113,7 +113,7 @@ def _tensor_names(header: Header, shape: ModelShape) -> dict[str, str]:
 
 
 def _require_tensors(header: Header, shape: ModelShape, file: Path) -> None:
-    """Every parameter is in the file with its dimensions, and nothing else is: checked before anything is loaded."""
+    """Check, before anything is loaded, that the file contains exactly the parameters with their dimensions."""
     names = _tensor_names(header, shape)
     expected = {names[parameter.hf]: tensor_shape(shape, parameter.row) for parameter in parameters(shape)}
     found = {name: dims for name, dims in header.tensors.items() if name != ROPE_FACTORS}
@@ -128,7 +128,7 @@ def _require_tensors(header: Header, shape: ModelShape, file: Path) -> None:
 
 
 def _dims(dims: tuple[int, ...] | None) -> str:
-    return "(none: it is not there)" if dims is None else str(list(dims))
+    return "(none: no such tensor)" if dims is None else str(list(dims))
 
 
 def _write_weights(header: Header, shape: ModelShape, writer: CheckpointWriter) -> None:
@@ -140,18 +140,18 @@ def _write_weights(header: Header, shape: ModelShape, writer: CheckpointWriter) 
         try:
             values = gguf.quants.dequantize(stored[name].data, stored[name].tensor_type)
             values = np.array(_as_in_torch(values, name, header, shape), dtype=np.float32)
-        except Exception as error:  # of the gguf package: the header is sound, but the data may be anything
+        except Exception as error:  # any error of the gguf package: the header is valid, but the data may be damaged
             raise damaged_gguf(header.file, error) from error
         writer.add(hf_name, torch.from_numpy(values))
     writer.close()
 
 
 def _as_in_torch(values: NDArray[Any], name: str, header: Header, shape: ModelShape) -> NDArray[Any]:
-    """Undo what llama.cpp's converter does to some tensors."""
+    """Undo the changes of llama.cpp's converter to norms (Nemotron) and to query and key weights (Llama)."""
     if header.architecture == "nemotron" and name.endswith("norm.weight"):
         return values - 1.0
     heads = {"attn_q": shape.num_attention_heads, "attn_k": shape.num_query_groups}.get(name.split(".")[-2])
     if header.architecture != "llama" or heads is None:
         return values
-    # It rotates neighbours, transformers halves: row 2i or 2i + 1 of a head becomes row i of a half.
+    # llama.cpp rotates adjacent rows, transformers the two halves of a head: row 2i or 2i + 1 becomes row i of a half.
     return values.reshape(heads, -1, 2, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)

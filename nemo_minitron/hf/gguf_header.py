@@ -1,4 +1,4 @@
-"""The header of a GGUF file: keys, tensors, and whether it describes a model that can be imported."""
+"""Header of a GGUF file: its keys and tensors, and the check that it describes a model that can be imported."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ FROM_FOLDER = "Import the model from its Hugging Face folder instead."
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself."""
+    """Contents of the header of a GGUF file."""
 
     file: Path
     fields: Mapping[str, Any]
     """Key -> value."""
     tensors: Mapping[str, tuple[int, ...]]
-    """Name -> dimensions, in torch's order."""
+    """Name -> dimensions in torch's order."""
     rope_factors: tuple[float, ...] | None
-    """Llama 3.1 and later: by how much each rotary frequency is slowed down."""
+    """Divisor of each rotary frequency (Llama 3.1 and later)."""
 
     @property
     def architecture(self) -> str:
         return str(self.fields.get("general.architecture"))
 
     def of_architecture(self, key: str) -> Any:
-        """A value such as `llama.rope.freq_base`, or None."""
+        """Return the value of an architecture's key such as `llama.rope.freq_base`, or None."""
         return self.fields.get(f"{self.architecture}.{key}")
 
     def number(self, key: str) -> float | None:
-        """A number such as `llama.rope.freq_base`, or None.
+        """Return the number of an architecture's key such as `llama.rope.freq_base`, or None.
 
         Raises:
-            CheckpointError: the key has a value of another type, or no finite one.
+            CheckpointError: the value is not a finite number.
         """
         value = self.of_architecture(key)
         if value is None:
@@ -54,10 +54,10 @@ class Header:
 
 
 def read_header(file: Path) -> Header:
-    """Keys and tensor names; the whole file is there.
+    """Read the header, and check that the file contains the data of all tensors.
 
     Raises:
-        CheckpointError: not a GGUF file, another version, a type that cannot be read, damaged, or cut off.
+        CheckpointError: the file is not a GGUF file, has an unsupported version or type, is damaged or truncated.
     """
     from gguf import GGUFReader
 
@@ -73,24 +73,24 @@ def read_header(file: Path) -> Header:
         )
     except CheckpointError:
         raise
-    # The reader trusts the file: damage shows as whatever goes wrong first.
+    # The reader does not validate the file, so damage can cause any exception.
     except Exception as error:
         raise damaged_gguf(file, error) from error
 
 
 def _require_data(tensors: Sequence[TensorInfo], file: Path) -> None:
-    """The file holds the data of every tensor, in types that can be expanded."""
+    """Check that the file contains the data of every tensor, in types that can be dequantized."""
     size = file.stat().st_size
     blocks = {info.kind: _block(info, file) for info in {info.kind: info for info in tensors}.values()}
     for info in tensors:
         num_values, num_bytes = blocks[info.kind]
         end = info.start + info.num_values // num_values * num_bytes
         if end > size:
-            raise damaged_gguf(file, f"{size:,} bytes of at least {end:,}")
+            raise damaged_gguf(file, f"it has {size:,} bytes and needs at least {end:,}")
 
 
 def _block(tensor: TensorInfo, file: Path) -> tuple[int, int]:
-    """(values, bytes) of a block of the tensor's type."""
+    """Return the number of values and of bytes in a block of the tensor's type."""
     import gguf
 
     label = f"number {tensor.kind}"
@@ -101,18 +101,19 @@ def _block(tensor: TensorInfo, file: Path) -> tuple[int, int]:
         gguf.quants.dequantize(np.zeros((1, num_bytes), dtype=np.uint8), kind)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise CheckpointError(
-            f"Tensor {tensor.name} has the type {label}, which the installed gguf package cannot expand.",
+            f"Tensor {tensor.name} has the type {label}, which the installed gguf package cannot dequantize.",
             where=str(file),
-            next_step="Take another quantization of the model (F16, BF16, Q8_0, Q4_K_M), or update the gguf package.",
+            next_step="Use another quantization of the model (F16, BF16, Q8_0, Q4_K_M), or update the gguf package.",
         ) from error
     return num_values, num_bytes
 
 
 def require_model(header: Header) -> None:
-    """The file holds a whole model of an architecture that is supported.
+    """Check that the file contains a complete model of a supported architecture.
 
     Raises:
-        CheckpointError: a part of a split file, an adapter, a projector, a vocabulary, or another architecture.
+        CheckpointError: the file is a part of a split file, an adapter, a projector or a vocabulary, or its
+            architecture is not supported.
     """
     refuse_part(header.fields, header.file)
     _require_kind(header)
@@ -124,9 +125,9 @@ def require_model(header: Header) -> None:
         )
     if not header.tensors:
         raise CheckpointError(
-            "The GGUF file holds a vocabulary only, and no tensors.",
+            "The GGUF file contains only a vocabulary and no tensors.",
             where=str(header.file),
-            next_step="Give the file that holds the model's weights.",
+            next_step="Use the file that contains the model's weights.",
         )
     if header.number("expert_count"):
         raise CheckpointError(
@@ -144,24 +145,24 @@ def _require_kind(header: Header) -> None:
     kind = header.fields.get("general.type", "model")
     if kind == "adapter" or any(name.endswith((".lora_a", ".lora_b")) for name in header.tensors):
         raise CheckpointError(
-            "The GGUF file holds an adapter (LoRA), and no model.",
+            "The GGUF file contains an adapter (LoRA), but no model.",
             where=str(header.file),
-            next_step="Merge it with its base model first (llama.cpp: llama-export-lora), or give the merged model.",
+            next_step="Merge it with its base model first (llama.cpp: llama-export-lora), and use the merged model.",
         )
     if kind == "mmproj" or header.architecture == "clip":
         raise CheckpointError(
-            "The GGUF file holds the projector of a multimodal model, and no language model.",
+            "The GGUF file contains the projector of a multimodal model, but no language model.",
             where=str(header.file),
-            next_step="Give the file of the language model beside it.",
+            next_step="Use the file of the language model.",
         )
     if kind != "model":
         raise CheckpointError(f"The GGUF file is of type {kind!r}.", where=str(header.file), allowed="model")
 
 
 def damaged_gguf(file: Path, why: object) -> CheckpointError:
-    """The error for a GGUF file that is cut off, or whose contents contradict each other."""
+    """Return the error for a GGUF file that is truncated or inconsistent."""
     return CheckpointError(
         f"The GGUF file cannot be read: {shortened(why)}",
         where=str(file),
-        next_step="Compare its size and sha256 with the source's, and download it again if they differ.",
+        next_step="Compare its size and sha256 with those of the source, and download it again if they differ.",
     )

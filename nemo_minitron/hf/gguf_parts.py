@@ -1,4 +1,4 @@
-"""GGUF files that llama.cpp split into parts: model-00001-of-00004.gguf."""
+"""Parts of GGUF files that llama.cpp has split: model-00001-of-00004.gguf."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 
 
 def split_part(name: str) -> tuple[int, int] | None:
-    """(number from 1, how many) of the part that a file is by its name; None: it is whole."""
+    """Return the part number, from 1, and the number of parts from a file name; None: the file is not split."""
     found = _NAME.search(name)
     return (int(found[1]), int(found[2])) if found and int(found[2]) > 1 else None
 
 
 def refuse_part(fields: Mapping[str, Any], file: Path) -> None:
-    """A part of a split file is no model.
+    """Refuse a part of a split file.
 
     Args:
         fields: keys of the GGUF file.
 
     Raises:
-        CheckpointError: its header, or its name, says that it is one of several parts.
+        CheckpointError: the header or, without such keys, the name marks the file as one of several parts.
     """
     number, count = fields.get("split.no"), fields.get("split.count")
     part = split_part(file.name)

@@ -1,4 +1,4 @@
-"""Rotary embeddings of a GGUF file -> keys of config.json. What transformers would drop in silence is refused."""
+"""Conversion of rotary embedding settings from GGUF to config.json. Unsupported settings are refused, not dropped."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nemo_minitron.families.rope import DEFAULT_THETA, LLAMA3_CONSTANTS
 from nemo_minitron.hf.gguf_header import FROM_FOLDER, ROPE_FACTORS, Header
 
 _FACTOR_KEYS = ("rope.scaling.factor", "rope.scale_linear")
-"""llama.cpp takes the first that is there; the second is the name that it had in 2023."""
+"""GGUF keys of the scaling factor. llama.cpp uses the first that is present; the second is the name used until 2023."""
 
 
 def rope_config(header: Header) -> dict[str, Any]:
-    """Keys of config.json that describe the rotary embeddings and that transformers does not read from GGUF.
+    """Return the config.json keys of rope scaling and partial rotary embeddings, which transformers ignores in GGUF.
 
     Raises:
-        CheckpointError: a scaling other than Llama 3.1's, or one that turns only a part of a Llama or Qwen head.
+        CheckpointError: the scaling is not Llama 3.1's, or a Llama or Qwen head has partial rotary embeddings.
     """
     _refuse_scaling(header)
     config: dict[str, Any] = dict(_partial_rotary(header))
@@ -30,40 +30,40 @@ def rope_config(header: Header) -> dict[str, Any]:
 
 
 def _refuse_scaling(header: Header) -> None:
-    """llama.cpp scales linearly where a factor has no type, and not at all where the factor is 0 or 1."""
+    """Refuse rope scaling types. Like in llama.cpp, a factor without type means linear, and 0 or 1 mean no scaling."""
     found = {key: header.number(key) for key in _FACTOR_KEYS if header.number(key) is not None}
     key, factor = next(iter(found.items()), (_FACTOR_KEYS[0], None))
     kind = header.of_architecture("rope.scaling.type")
     if kind == "none" or (kind in (None, "linear") and factor in (None, 0.0, 1.0)):
         return
-    said = f"'linear' ({header.architecture}.{key} = {factor:g})" if kind in (None, "linear") else repr(kind)
+    found_kind = f"'linear' ({header.architecture}.{key} = {factor:g})" if kind in (None, "linear") else repr(kind)
     raise CheckpointError(
-        f"Rope scaling {said} is not supported.", where=str(header.file), allowed="none, or Llama 3.1's"
+        f"Rope scaling {found_kind} is not supported.", where=str(header.file), allowed="none, or Llama 3.1's"
     )
 
 
 def _partial_rotary(header: Header) -> Iterator[tuple[str, float]]:
-    """The share of a head's channels that are turned; without a key all of them are."""
+    """Yield the config key for the fraction of a head's channels that are rotated; without a GGUF key all are."""
     width, heads = header.number("embedding_length"), header.number("attention.head_count")
     head_dim = header.number("attention.key_length") or (width / heads if width and heads else None)
-    turned = header.number("rope.dimension_count") or head_dim
-    if not head_dim or not turned:
+    rotary_dim = header.number("rope.dimension_count") or head_dim
+    if not head_dim or not rotary_dim:
         return
     if header.architecture == "nemotron":
-        yield "partial_rotary_factor", turned / head_dim
-    elif turned != head_dim:
+        yield "partial_rotary_factor", rotary_dim / head_dim
+    elif rotary_dim != head_dim:
         raise CheckpointError(
-            f"{header.architecture}.rope.dimension_count = {turned:g} of {head_dim:g} channels is not supported.",
+            f"{header.architecture}.rope.dimension_count = {rotary_dim:g} of {head_dim:g} channels is not supported.",
             where=str(header.file),
             allowed=f"{head_dim:g}: rotary embeddings over the whole head",
         )
 
 
 def _llama3_rope(header: Header, factors: tuple[float, ...]) -> dict[str, Any]:
-    """The rope_scaling whose factors these are.
+    """Return the `rope_scaling` of config.json that results in these factors.
 
     Raises:
-        CheckpointError: no Llama 3.1 scaling gives these factors.
+        CheckpointError: no Llama 3.1 scaling results in these factors.
     """
     theta, factor = header.number("rope.freq_base") or DEFAULT_THETA, max(factors)
     sound = theta > 0.0 and np.isfinite(factors).all() and factor >= 1.0
@@ -77,9 +77,10 @@ def _llama3_rope(header: Header, factors: tuple[float, ...]) -> dict[str, Any]:
 
 
 def llama3_factors(num_frequencies: int, theta: float, factor: float) -> list[float]:
-    """By how much Llama 3.1 slows each rotary frequency down (Llama 3.1's published code).
+    """Return the divisor of each rotary frequency in Llama 3.1 (Llama 3.1's published code).
 
-    Wavelengths below 8192 / 4 tokens stay, those above 8192 / 1 are stretched by `factor`, in between is blended.
+    Wavelengths below 8192 / 4 tokens are unchanged, those above 8192 / 1 tokens are multiplied by `factor`, and the
+    frequencies in between are interpolated.
     """
     original = float(LLAMA3_CONSTANTS["original_max_position_embeddings"])
     out = []

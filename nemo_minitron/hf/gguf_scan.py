@@ -1,6 +1,6 @@
-"""A walk through a GGUF file's header that never leaves the file.
+"""Bounds-checked parsing of a GGUF file's header.
 
-The gguf package believes every count that it reads: in a damaged file a wrong one keeps it busy for hours.
+The gguf package trusts every count in the header: a wrong count in a damaged file can keep it busy for hours.
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
 """
 
@@ -13,53 +13,53 @@ from math import prod
 from pathlib import Path
 
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.hf.impostors import require_content
+from nemo_minitron.hf.file_content import require_content
 from nemo_minitron.limits import GGUF_VALUES
 
 _MAGIC = b"GGUF"
 _BEFORE_GGUF = (b"lmgg", b"fmgg", b"tjgg", b"algg")
-"""First bytes of llama.cpp's formats of 2023: GGML, GGMF, GGJT and GGLA."""
+"""First bytes of the llama.cpp formats before GGUF: GGML, GGMF, GGJT and GGLA."""
 _VERSIONS = (2, 3)
 _STRING, _ARRAY, _UINT32 = 8, 9, 4
 _SIZES_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Value type -> size, for those of fixed size."""
+"""Value type -> size in bytes, for types of fixed size."""
 _MAX_DIMS = 4
 _MAX_KEYS, _MAX_TENSORS = 10_000, 200_000
-"""A model has some 40 keys, and 12 tensors a layer."""
+"""Limits of the header. A typical model has 40 keys and 12 tensors per layer."""
 _ALIGNMENT_KEY, _ALIGNMENT = b"general.alignment", 32
 _CONVERT_AGAIN = "Convert the model again with a current llama.cpp, or import it from its Hugging Face folder."
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What the header says of one tensor."""
+    """Header entry of one tensor."""
 
     name: str
     num_values: int
     kind: int
-    """GGML's number of its type."""
+    """GGML type number."""
     start: int
-    """Byte of the file at which its data begins."""
+    """Byte offset of the data in the file."""
 
 
 def scan_header(file: Path) -> list[TensorInfo]:
-    """The tensors of a file whose header stays within the file.
+    """Parse the header, and return the entries of the tensors.
 
     Raises:
-        ValueError: a count or length leads out of it, or a value cannot be.
-        CheckpointError: the file is of another format or version.
+        ValueError: a count or length points past the end of the file, or a value is invalid.
+        CheckpointError: the file has another format or version.
     """
     require_content(file, may_be_empty=True)
     if file.stat().st_size == 0:
         raise ValueError("the file is empty")
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         _require_version(data[:8], file)
-        return _Walk(data).tensors()
+        return _Parser(data).tensors()
 
 
 def _require_version(start: bytes, file: Path) -> None:
     if start[:4] in _BEFORE_GGUF:
-        raise _other_version("The file is of a format that llama.cpp had before GGUF.", file)
+        raise _other_version("The file has a llama.cpp format from before GGUF.", file)
     if start[:4] != _MAGIC:
         raise ValueError("it does not begin with GGUF")
     if len(start) < 8:
@@ -82,8 +82,8 @@ def _other_version(what: str, file: Path) -> CheckpointError:
     return CheckpointError(what, where=str(file), allowed="GGUF versions 2 and 3", next_step=_CONVERT_AGAIN)
 
 
-class _Walk:
-    """A position in the file, moved forward by each read."""
+class _Parser:
+    """Parser of a header; every read advances the position `at`, in bytes."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at, self.alignment, self.elements = data, 8, _ALIGNMENT, 0
@@ -111,7 +111,7 @@ class _Walk:
         self.value(kind)
 
     def tensor(self) -> TensorInfo:
-        """The info of a tensor, with its start counted from the first byte of all data."""
+        """Parse the entry of a tensor. Its `start` is relative to the beginning of the data section."""
         name, num_dims = self.string(), self.number("<I")
         if num_dims > _MAX_DIMS:
             raise ValueError(f"a tensor has {num_dims} dimensions")
@@ -125,7 +125,7 @@ class _Walk:
 
     def skip(self, num_bytes: int) -> None:
         if self.at + num_bytes > len(self.data):
-            raise ValueError(f"its header leads to byte {self.at + num_bytes:,} of {len(self.data):,}")
+            raise ValueError(f"its header points to byte {self.at + num_bytes:,} of {len(self.data):,}")
         self.at += num_bytes
 
     def string(self) -> bytes:
@@ -145,7 +145,7 @@ class _Walk:
         kind, count = self.number("<I"), self.number("<Q")
         self.elements += count
         if self.elements > GGUF_VALUES.value():
-            # The gguf package makes several objects of each.
+            # The gguf package creates several objects per element.
             raise ValueError(f"its arrays hold more than {GGUF_VALUES.value():,} values. {GGUF_VALUES.how_to_raise()}")
         if kind != _STRING:
             self.skip(count * self.size_bytes(kind))

@@ -1,7 +1,7 @@
-"""The tokenizer inside a GGUF file -> tokenizer.json and its companions.
+"""Conversion of the tokenizer in a GGUF file to tokenizer.json and the other tokenizer files.
 
-It is rebuilt from the file's own keys: transformers' reader mistakes bos for eos, adds a bos that the file says not to
-add, and splits text by one rule whatever the file asks for.
+It is rebuilt from the keys of the file, because transformers' GGUF reader confuses bos with eos, adds a bos token even
+where the file disables it, and uses one pre-tokenizer for all models.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from nemo_minitron.hf.tokenizer_writer import write_tokenizer
 
 _TEMPLATE = "tokenizer.chat_template"
 _CONTROL, _USER_DEFINED = 3, 4
-"""Token types of GGUF: special tokens, and text that is never split."""
+"""GGUF token types: special tokens, and user-defined tokens that are never split."""
 
 _PATTERNS = {
     "llama-bpe": LLAMA3_PATTERN,
     "qwen2": LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"),
     "tekken": TEKKEN_PATTERN,
 }
-"""How a model splits text before BPE, by the name that GGUF gives it (tokenizer.ggml.pre)."""
+"""Pre-tokenizer name in GGUF (tokenizer.ggml.pre) -> pattern that splits text before BPE."""
 _GPT2 = ("default", "gpt-2", "smollm")
 _SPACE = "\u2581"
 _WHOLE_TOKENS_FIRST = ("llama-bpe", "tekken")
-"""A word that is a token is taken as it is, without merging."""
+"""Pre-tokenizer names for which a word that is in the vocabulary becomes one token without merging."""
 
 
 def save_tokenizer(fields: Mapping[str, Any], file: Path, out_dir: Path) -> None:
-    """Write the tokenizer and chat template into `out_dir`.
+    """Write the tokenizer and chat templates into `out_dir`.
 
     Args:
         fields: keys of the GGUF file.
 
     Raises:
-        CheckpointError: there is none, or it splits text in a way that is not known here.
+        CheckpointError: the file has no tokenizer, or its type or pre-tokenizer is not supported.
     """
     kind = fields.get("tokenizer.ggml.model")
     if kind is None:
@@ -67,7 +67,7 @@ def save_tokenizer(fields: Mapping[str, Any], file: Path, out_dir: Path) -> None
 
 
 def _chat_templates(fields: Mapping[str, Any]) -> str | dict[str, str] | None:
-    """The chat template, or name -> template where the file holds several."""
+    """Return the chat template, or name -> template if the file contains several."""
     default = fields.get(_TEMPLATE)
     others = fields.get("tokenizer.chat_templates") or []
     named = {name: fields[f"{_TEMPLATE}.{name}"] for name in others if f"{_TEMPLATE}.{name}" in fields}
@@ -77,7 +77,7 @@ def _chat_templates(fields: Mapping[str, Any]) -> str | dict[str, str] | None:
 
 
 def _special_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
-    """transformers' name -> token."""
+    """Return transformers name -> token of the special tokens."""
     tokens = fields["tokenizer.ggml.tokens"]
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
@@ -91,7 +91,7 @@ def _byte_level_bpe(fields: Mapping[str, Any], file: Path) -> Any:
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     vocab = {token: index for index, token in enumerate(fields["tokenizer.ggml.tokens"])}
     if len(vocab) < len(fields["tokenizer.ggml.tokens"]):
-        raise ValueError("a token is there twice")
+        raise ValueError("a token occurs twice")
     model = models.BPE(vocab, merges, ignore_merges=rule in _WHOLE_TOKENS_FIRST)
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = _pre_tokenizer(rule, file)
@@ -110,7 +110,7 @@ def _pre_tokenizer(rule: str, file: Path) -> Any:
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     if rule not in _GPT2:
         raise CheckpointError(
-            f"The tokenizer splits text by the rule {rule!r}, which is not known here.",
+            f"The tokenizer's pre-tokenizer {rule!r} is not supported.",
             where=str(file),
             allowed=", ".join([*_PATTERNS, *_GPT2]),
             next_step=FROM_FOLDER,
@@ -122,13 +122,13 @@ def _pre_tokenizer(rule: str, file: Path) -> Any:
 
 
 def _sentencepiece(fields: Mapping[str, Any], file: Path) -> Any:
-    """Llama 2's kind, as Llama 2's own tokenizer.json describes it; special tokens are set afterwards."""
+    """Build a SentencePiece BPE tokenizer like Llama 2's own tokenizer.json; special tokens are added afterwards."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     tokens = fields["tokenizer.ggml.tokens"]
     scores = dict(zip(tokens, fields["tokenizer.ggml.scores"], strict=True))
     if len(scores) < len(tokens):
-        raise ValueError("a token is there twice")
+        raise ValueError("a token occurs twice")
     unknown = fields.get("tokenizer.ggml.unknown_token_id")
     vocab = {token: number for number, token in enumerate(tokens)}
     options = {"unk_token": None if unknown is None else tokens[unknown], "fuse_unk": True, "byte_fallback": True}
@@ -143,7 +143,7 @@ def _sentencepiece(fields: Mapping[str, Any], file: Path) -> Any:
 
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Every way to make a token of two others: best tokens first, and of one token the best parts."""
+    """List all pairs of tokens that form a token, sorted by the score of the token, then by the scores of its parts."""
     out: list[tuple[float, str, str]] = []
     for token, score in scores.items():
         cuts = [(token[:place], token[place:]) for place in range(1, len(token))]
@@ -154,7 +154,7 @@ def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 _BUILDERS: dict[str, Callable[[Mapping[str, Any], Path], Any]] = {"gpt2": _byte_level_bpe, "llama": _sentencepiece}
-"""tokenizer.ggml.model -> builder."""
+"""Tokenizer type (tokenizer.ggml.model) -> builder."""
 
 
 def _add_special(tokenizer: Any, fields: Mapping[str, Any], bos: str | None) -> None:
@@ -164,7 +164,7 @@ def _add_special(tokenizer: Any, fields: Mapping[str, Any], bos: str | None) -> 
     of_type = {kind: [tokens[i] for i, t in enumerate(types) if t == kind] for kind in (_CONTROL, _USER_DEFINED)}
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in of_type[_CONTROL]])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in of_type[_USER_DEFINED]])
-    # The file may leave the question open; these two kinds then begin with bos.
+    # Without the key add_bos_token, these tokenizer types put bos first.
     begins = fields["tokenizer.ggml.model"] == "llama" or fields.get("tokenizer.ggml.pre") in _WHOLE_TOKENS_FIRST
     if bos is not None and fields.get("tokenizer.ggml.add_bos_token", begins):
         tokenizer.post_processor = processors.TemplateProcessing(

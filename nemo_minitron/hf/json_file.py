@@ -1,4 +1,4 @@
-"""JSON files of a model folder, with errors that name the file."""
+"""Reading and writing of JSON files in model folders, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.hf.impostors import damaged, require_content
+from nemo_minitron.hf.file_content import damaged, require_content
 from nemo_minitron.limits import CONFIG_BYTES, Limit, too_large
 from nemo_minitron.system.shown import shown
 
 
 def read_json_object(file: Path, limit: Limit = CONFIG_BYTES) -> dict[str, Any]:
-    """The object in a JSON file in UTF-8 or UTF-16, with or without a byte order mark.
+    """Read the object in a JSON file in UTF-8 or UTF-16, with or without a byte order mark.
 
     Raises:
-        CheckpointError: unreadable, too large, no JSON, no object, or a key that has two different values.
+        CheckpointError: the file is unreadable, too large or not a JSON object, or a key has two different values.
     """
     require_content(file)
     try:
@@ -33,15 +33,15 @@ def read_json_object(file: Path, limit: Limit = CONFIG_BYTES) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; JSON allows a key to come twice, and each reader takes another one."""
+    """Build an object, and refuse duplicate keys with different values, for which JSON readers disagree."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found and found[key] != value:
-            raise ValueError(f"key {shown(key)} is there twice: {shown(found[key])} and {shown(value)}")
+            raise ValueError(f"key {shown(key)} occurs twice: {shown(found[key])} and {shown(value)}")
         found[key] = value
     return found
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Indented, with sorted keys."""
+    """Write a JSON object, indented and with sorted keys."""
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

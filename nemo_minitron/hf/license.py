@@ -1,4 +1,4 @@
-"""The licence that a model folder declares."""
+"""License that a model folder declares."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from nemo_minitron.limits import YAML_BYTES
 from nemo_minitron.system.bounded import safe_load
 
 _HEADER = re.compile(r"\s*^---[ \t]*$\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
-"""Between two lines that are `---` and nothing else; inside, texts may hold the three dashes."""
+"""YAML header of a model card, between two lines that contain only `---`."""
 
 
 def read_license(model_dir: Path) -> str | None:
-    """The `license:` of the model card's YAML header, or None."""
+    """Return the value of `license:` in the model card's YAML header, or None."""
     card = model_dir / "README.md"
     if not card.is_file():
         return None
     require_inside(card, model_dir)
-    # The header comes first; the rest of a card may be long.
+    # Only read the beginning: the header comes first, and the rest of a card may be long.
     with card.open(encoding="utf-8-sig", errors="replace") as file:
         found = _HEADER.match(file.read(YAML_BYTES.value()))
     if found is None:

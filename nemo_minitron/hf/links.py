@@ -1,4 +1,4 @@
-"""Links in a folder from somebody else: they may lead to private files, which would then be read and passed on."""
+"""Refusal of links in model folders from other people, which could copy private files into the results."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from nemo_minitron.errors import CheckpointError
 from nemo_minitron.system.ownership import TRUST_VARIABLE, is_trusted
 
 _CACHE_PARTS = ("blobs", "snapshots")
-"""Of a repository in the hub's cache: `models--ORG--NAME/snapshots/COMMIT/FILE` is a link to `../../blobs/HASH`."""
+"""Folders in the hub's cache, where `models--ORG--NAME/snapshots/COMMIT/FILE` is a link to `../../blobs/HASH`."""
 
 
 def require_inside(path: Path, folder: Path) -> None:
-    """Refuse a link in a model's folder that leads out of it; the cache of the hub has such links, to its own blobs.
+    """Refuse a link from a model folder to a file outside of it. Links of the hub's cache to its blobs are accepted.
 
     Raises:
-        CheckpointError: naming the link, where it leads, and how to accept it.
+        CheckpointError: names the link, its target, and how to accept it.
     """
     if leads_out(path, folder) and not is_trusted(folder):
-        target = f"is a link to {os.readlink(path)}" if path.is_symlink() else "lies behind a link"
+        target = f"is a link to {os.readlink(path)}" if path.is_symlink() else "is reached through a link"
         raise CheckpointError(
-            f"{path.name} {target}, outside of the model's folder: what is there would become part of the results.",
+            f"{path.name} {target}, outside of the model's folder: the target would become part of the results.",
             where=str(path),
-            next_step="Copy the file itself in its place (cp -L); or, if you have made the link or trust who has: "
-            f"export {TRUST_VARIABLE}={folder.resolve()}",
+            next_step="Replace the link with a copy of the file (cp -L); or, if you created the link or trust its "
+            f"author: export {TRUST_VARIABLE}={folder.resolve()}",
         )
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Whether a file of a folder, or a folder on the way to it, is a link to something elsewhere."""
+    """Return whether a path in a folder is, or goes through, a link to a target outside of the folder."""
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     if real.is_relative_to(home):
         return False
@@ -37,7 +37,7 @@ def leads_out(path: Path, folder: Path) -> bool:
 
 
 def _blobs(home: Path) -> list[Path]:
-    """The files of the same repository, when the folder is a snapshot in the hub's cache."""
+    """Return the blob folder of the repository if the folder is a snapshot in the hub's cache."""
     blobs, snapshots = _CACHE_PARTS
     repository = home.parent.parent
     is_snapshot = home.parent.name == snapshots and repository.name.startswith("models--")

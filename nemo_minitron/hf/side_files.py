@@ -1,4 +1,4 @@
-"""What belongs to a model beside its weights and config.json: tokenizer, chat templates, generation config, licence."""
+"""Side files of a model, besides weights and config.json: tokenizer, chat templates, generation config, license."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.hf.impostors import require_content
+from nemo_minitron.hf.file_content import require_content
 from nemo_minitron.hf.links import require_inside
 from nemo_minitron.hf.tokenizer_files import repairs
 
 _TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json", "spiece.model", "spm.model")
 _SPECIAL = ("sentencepiece*.model", "special_tokens_map.json", "added_tokens.json")
 _ENDS = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken", ".bpe"})
-"""Of tokenizers' files and chat templates; what else has such a name, code of a tokenizer among it, stays behind."""
+"""Suffixes of tokenizer files and chat templates. Other files with such names, such as tokenizer code, are ignored."""
 _NUMBERED = "tokenizer.model.v*"
-"""As in Mistral's folders."""
+"""Tokenizer files of Mistral models."""
 _CODE = frozenset({".py", ".pyc", ".so", ".sh", ".bin", ".pt", ".pth", ".pkl"})
 _LICENSES = ("license*", "licence*", "notice*", "copying*", "use_policy*")
-"""In any capitals; the other names are exact, as transformers has them."""
+"""License files, compared without regard to case. The other names are case-sensitive, as in transformers."""
 SIDE_FILES = (*_TOKENIZER, *_SPECIAL, "chat_template*", "generation_config.json")
-"""What transformers 4 and 5 load from the folder itself."""
+"""Files that transformers 4 and 5 load from the folder itself."""
 TEMPLATES_DIR = "additional_chat_templates"
-"""transformers' folder of named chat templates beside the default one."""
+"""Folder in which transformers stores named chat templates in addition to the default one."""
 
 
 def side_files(model_dir: Path) -> Iterator[Path]:
-    """The side files of a model folder, sorted; those of a subfolder last.
+    """Yield the side files of a model folder, sorted; those of the template folder come last.
 
     Raises:
-        CheckpointError: one is a link that leads out of the folder.
+        CheckpointError: one of them is a link to a target outside of the folder.
     """
     found = [path for path in sorted(model_dir.iterdir()) if _belongs(path.name) and _is_file_or_link(path)]
     found += sorted(path for path in (model_dir / TEMPLATES_DIR).glob("*.jinja") if path.is_file())
@@ -42,13 +42,15 @@ def side_files(model_dir: Path) -> Iterator[Path]:
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy everything that belongs to a model beside its weights and config; return what was repaired, in words.
+    """Copy the side files of a model, and repair tokenizer files that versions of transformers read differently.
 
-    Tokenizer files are repaired where versions of transformers would read them differently. Damaged ones are copied as
-    they are: whoever loads the tokenizer says what is wrong.
+    Damaged tokenizer files are copied unchanged; loading the tokenizer reports the problem.
+
+    Returns:
+        Descriptions of the repairs.
 
     Raises:
-        CheckpointError: one is a broken link, a Git LFS pointer or a web page, or a JSON file that is empty.
+        CheckpointError: a file is a broken link, a Git LFS pointer or a web page, or a JSON file is empty.
     """
     for file in side_files(source):
         require_content(file, may_be_empty=file.suffix != ".json")
@@ -64,7 +66,7 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
 
 
 def _is_file_or_link(path: Path) -> bool:
-    """A broken link is no file, and must not be passed over in silence."""
+    """Return whether a path is a file or a link, including broken links, which must be reported."""
     return path.is_file() or (path.is_symlink() and not path.is_dir())
 
 

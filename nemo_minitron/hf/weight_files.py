@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.hf.file_content import damaged, require_content
 from nemo_minitron.hf.folder_hints import no_weights
-from nemo_minitron.hf.impostors import damaged, require_content
 from nemo_minitron.hf.json_file import read_json_object
 from nemo_minitron.hf.links import require_inside
 from nemo_minitron.limits import INDEX_BYTES, SAFETENSORS_HEADER_BYTES

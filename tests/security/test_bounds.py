@@ -190,7 +190,7 @@ def test_a_safetensors_header_is_bounded_and_never_printed(tmp_path: Path, monke
         (b'{"a": ' * 1_000_000, "nested too deeply"),
         (b'{"a": ' + b"9" * 5_000 + b"}", "integer"),
         (b'{"a": "' + b"x" * 17_000_000 + b'"}', "MINITRON_MAX_CONFIG_BYTES"),
-        (b'{"a": "' + b"x" * 100_000 + b'", "a": 1}', "is there twice"),
+        (b'{"a": "' + b"x" * 100_000 + b'", "a": 1}', "occurs twice"),
     ],
     ids=["lists", "objects", "digits", "size", "twice"],
 )

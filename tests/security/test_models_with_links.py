@@ -71,7 +71,7 @@ def test_templates_behind_a_link_to_a_folder_are_not_copied(model: Path, tmp_pat
     (tmp_path / "elsewhere/x.jinja").write_text("secret")
     (model / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "out").mkdir()
-    with pytest.raises(CheckpointError, match="lies behind a link"):
+    with pytest.raises(CheckpointError, match="is reached through a link"):
         copy_side_files(model, tmp_path / "out")
 
 

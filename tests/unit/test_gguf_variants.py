@@ -129,7 +129,7 @@ def test_what_is_no_model_is_named_for_what_it_is(
 
 
 def test_a_vocabulary_and_an_adapter_of_another_program_are_no_models(tmp_path: Path, out: Path) -> None:
-    for name, tensors, words in (("vocab", (), "a vocabulary only"), ("lora", ("blk.0.a.weight.lora_a",), "(LoRA)")):
+    for name, tensors, words in (("vocab", (), "only a vocabulary"), ("lora", ("blk.0.a.weight.lora_a",), "(LoRA)")):
         writer = gguf.GGUFWriter(str(tmp_path / f"{name}.gguf"), "llama")
         for tensor in tensors:
             writer.add_tensor(tensor, np.ones((2, 2), np.float32))

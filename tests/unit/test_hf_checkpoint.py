@@ -224,7 +224,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights empty": (lambda f: (f / SINGLE_FILE).write_bytes(b""), "model.safetensors is damaged"),
     "weights garbage": (_garbage_header, "model.safetensors is damaged"),
     "no weights": (lambda f: (f / SINGLE_FILE).unlink(), "There is neither model.safetensors nor"),
-    "only pickles": (_pickle_only, "Pickled weights"),
+    "only pickles": (_pickle_only, "pickled weights"),
     "tensor missing": (lambda f: _edit_weights(f, lambda t: t.pop("model.norm.weight")), "1 missing, 0 unexpected"),
     "tensor unexpected": (
         lambda f: _edit_weights(f, lambda t: t.update({"model.layers.0.mlp.gate_proj.bias": torch.ones(112)})),
@@ -232,7 +232,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "tensor of another shape": (
         lambda f: _edit_config(f, intermediate_size=96),
-        r"has shape \[112, 64\]; config.json asks for \[96, 64\]",
+        r"has shape \[112, 64\]; config.json implies \[96, 64\]",
     ),
     "tensor of whole numbers": (
         lambda f: _edit_weights(f, lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)})),

@@ -107,10 +107,12 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "config in capitals": (
         lambda f: (f / "config.json").rename(f / "Config.json"), "There is Config.json", "Rename it to config.json"
     ),
-    "authors' names": (lambda f: _rename(f, "consolidated.safetensors"), "the authors' own names", "for transformers"),
-    "pickled": (lambda f: _rename(f, "pytorch_model.bin"), "Pickled weights", "Convert the weights"),
+    "authors' names": (
+        lambda f: _rename(f, "consolidated.safetensors"), "names of the original authors", "for transformers"
+    ),
+    "pickled": (lambda f: _rename(f, "pytorch_model.bin"), "pickled weights", "Convert the weights"),
     "TensorFlow": (lambda f: _rename(f, "tf_model.h5"), "TensorFlow's format", "Convert the weights"),
-    "only a .gguf": (lambda f: _rename(f, "model.gguf"), "There is a .gguf file", "Give the .gguf file"),
+    "only a .gguf": (lambda f: _rename(f, "model.gguf"), "There is a .gguf file", "Use the path of the .gguf file"),
     "shards without index": (
         lambda f: (_shard(f), (f / INDEX_FILE).unlink()), f"no {INDEX_FILE}", f"Download {INDEX_FILE}"
     ),
@@ -123,7 +125,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "broken link": (lambda f: _broken_link(f / SINGLE_FILE), "a link to ../../blobs/0123", "cp -rL"),
     "broken link config": (lambda f: _broken_link(f / "config.json"), "a link to ../../blobs/0123", "cp -rL"),
     "weights twice": (_with_both, "and also model-00001-of", "Move the ones"),
-    "key twice": (_twice_in_json, "key 'hidden_size' is there twice", "again"),
+    "key twice": (_twice_in_json, "key 'hidden_size' occurs twice", "again"),
     "config nested too deeply": (
         lambda f: (f / "config.json").write_text("[" * 100_000), "nested too deeply", "again"
     ),

@@ -23,7 +23,7 @@ def adopt(params: AdoptStage, inputs: NoInputs, ctx: StageContext) -> Result:
         CheckpointError: not a complete model, or not the weights that the recipe names.
     """
     from nemo_minitron.hf.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, model_facts, side_files
-    from nemo_minitron.hf.impostors import require_content
+    from nemo_minitron.hf.file_content import require_content
     from nemo_minitron.hf.license import read_license
 
     path = user_path(params.path).resolve()

@@ -1,4 +1,4 @@
-"""Files that bear a model file's name without being one: broken links, Git LFS pointers, web pages, empty files."""
+"""Detection of placeholders in place of model files: broken links, Git LFS pointers, web pages, empty files."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _PAGES = (b"<!doctype html", b"<html")
 
 
 def require_content(file: Path, *, may_be_empty: bool = False) -> None:
-    """The file holds content of its own.
+    """Check that a file has its own content.
 
     Raises:
-        CheckpointError: it is empty, a link to nothing, a Git LFS pointer, or a web page.
+        CheckpointError: the file is empty, a broken link, a Git LFS pointer, or a web page.
     """
     if file.is_symlink() and not file.exists():
         raise CheckpointError(
-            f"{file.name} is a link to {file.readlink()}, which is not there.",
+            f"{file.name} is a link to {file.readlink()}, which does not exist.",
             where=str(file),
-            next_step="Copy the folder with its links followed (cp -rL; rsync -L), or give the original folder.",
+            next_step="Copy the folder again and follow its links (cp -rL; rsync -L), or use the original folder.",
         )
     try:
         with file.open("rb") as stream:
@@ -31,22 +31,22 @@ def require_content(file: Path, *, may_be_empty: bool = False) -> None:
         raise damaged(file, "it is empty")
     if start.startswith(_LFS):
         raise CheckpointError(
-            f"{file.name} is a Git LFS pointer: a note of where the file is, not the file.",
+            f"{file.name} is a Git LFS pointer, not the file itself.",
             where=str(file),
             next_step="Run `git lfs pull` in the repository, or download the file from the hub.",
         )
     if file.suffix != ".html" and start.lstrip().lower().startswith(_PAGES):
         raise CheckpointError(
-            f"{file.name} is a web page, not the file.",
+            f"{file.name} is a web page, not the file itself.",
             where=str(file),
-            next_step="Download the file itself: on the hub, /resolve/ in the address instead of /blob/.",
+            next_step="Download the file itself: on the hub, replace /blob/ in the URL with /resolve/.",
         )
 
 
 def damaged(file: Path, why: object) -> CheckpointError:
-    """The error for a file that is there and cannot be read."""
+    """Return the error for an existing file that cannot be read."""
     return CheckpointError(
         f"{file.name} is damaged or cut off: {shortened(why)}",
         where=str(file),
-        next_step="Download or copy the file again; compare its size with the source's.",
+        next_step="Download or copy the file again, and compare its size with that of the source.",
     )
