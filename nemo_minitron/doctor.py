@@ -1,4 +1,7 @@
-"""What this machine has of all that the stages can use. Asks, changes nothing, never raises."""
+"""Examination of this machine for `minitron doctor`: everything that the stages can use.
+
+It changes nothing, and a check that fails becomes a finding.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,12 @@ from pathlib import Path
 from typing import Literal
 
 from nemo_minitron.system.cores import usable_cores
+from nemo_minitron.system.tested_versions import TESTED, level_of
 
 Level = Literal["ok", "newer", "missing", "problem"]
-"""`newer`: newer than what was tested. It may well work, and keeps nothing from running."""
+"""Result of a check. `newer`: newer than the tested versions, which is only a warning."""
 TIMEOUT_S, WRITTEN_MIB = 20.0, 64
-# Without the working folder on the import path, where anything may be called torch.py.
+# The working folder is removed from the import path, because it may contain a file torch.py.
 TORCH_ON_GPUS = """
 import sys
 sys.path[:] = [folder for folder in sys.path if folder]
@@ -28,18 +32,11 @@ import torch
 sees = torch.cuda.is_available()
 print(sees, "CUDA", torch.version.cuda, "NCCL", torch.cuda.nccl.version() if sees else None)
 """
-TESTED: dict[str, tuple[str, str]] = {
-    "python": ("3.10", "3.13"),
-    "torch": ("2.6", "2.14"),
-    "megatron-core": ("0.10.0", "0.19.2"),
-    "transformers": ("4.53", "5.24"),
-}
-"""The oldest version that is supported, and the newest that the tests have run with."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table; `group` is what --require can name."""
+    """Result of one check, a line of the table; `group` is a name for --require."""
 
     group: str
     what: str
@@ -49,7 +46,7 @@ class Finding:
 
 
 def examine(run_root: Path) -> list[Finding]:
-    """Everything, in the order of the table. A probe that fails is a finding."""
+    """Run all checks in the order of the table. A check that raises becomes a finding."""
     probes: tuple[Callable[[], Iterator[Finding]], ...] = (
         _machine,
         lambda: _disk(run_root),
@@ -69,18 +66,9 @@ def examine(run_root: Path) -> list[Finding]:
 
 
 def failures(found: Sequence[Finding], required: Sequence[str]) -> list[Finding]:
-    """What keeps the core from running, and whatever is not there of the required groups."""
+    """List the findings that prevent the core from running, and what is missing from the required groups."""
     groups = set(required)
     return [one for one in found if one.level == "problem" or (one.group in groups and one.level == "missing")]
-
-
-def level_of(name: str, found: str) -> Level:
-    """How an installed version stands to the tested ones; a newer patch of the newest counts as it."""
-    oldest, newest = (_numbers(text) for text in TESTED[name])
-    own = _numbers(found)
-    if own[: len(oldest)] < oldest:
-        return "problem"
-    return "ok" if own[: len(newest)] <= newest else "newer"
 
 
 def _version_finding(name: str, found: str, text: str) -> Finding:
@@ -91,16 +79,6 @@ def _version_finding(name: str, found: str, text: str) -> Finding:
         "problem": f"too old: {oldest} or newer, tested up to {newest}",
     }
     return Finding("core", name, level, text, steps.get(level, ""))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    parts = []
-    for part in text.split("+")[0].split("."):
-        digits = "".join(letter for letter in part if letter.isdigit())
-        if not digits:
-            break
-        parts.append(int(digits))
-    return tuple(parts)
 
 
 def _machine() -> Iterator[Finding]:
@@ -119,7 +97,7 @@ def _disk(run_root: Path) -> Iterator[Finding]:
     folder = next(path for path in (run_root.absolute(), *run_root.absolute().parents) if path.is_dir())
     free_gib = shutil.disk_usage(folder).free / 2**30
     if not os.access(folder, os.W_OK):
-        yield Finding("core", "disk", "problem", f"{folder} cannot be written", "set execution.run_root")
+        yield Finding("core", "disk", "problem", f"{folder} is not writable", "set execution.run_root")
         return
     block, started_s = os.urandom(2**20), time.monotonic()
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".minitron-doctor-") as file:
@@ -128,7 +106,7 @@ def _disk(run_root: Path) -> Iterator[Finding]:
         file.flush()
         os.fsync(file.fileno())
     rate = WRITTEN_MIB / (time.monotonic() - started_s)
-    yield Finding("core", "disk", "ok", f"{free_gib:.1f} GiB free in {folder}, written with {rate:,.0f} MiB/s")
+    yield Finding("core", "disk", "ok", f"{free_gib:.1f} GiB free in {folder}, writes at {rate:,.0f} MiB/s")
 
 
 def _core() -> Iterator[Finding]:
@@ -144,21 +122,20 @@ def _core() -> Iterator[Finding]:
 
 
 def _gpus() -> Iterator[Finding]:
-    words = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    code, out = _run(words)
+    code, out = _run(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"])
     if code:
-        yield Finding("gpu", "GPUs", "missing", "no nvidia-smi: trainings run on the CPU", "in docker: --gpus all")
+        yield Finding("gpu", "GPUs", "missing", "no nvidia-smi: training runs on the CPU", "in docker: --gpus all")
         return
     cards = [line.strip() for line in out.splitlines() if line.strip()]
     yield Finding("gpu", "GPUs", "ok" if cards else "missing", "; ".join(cards) or "nvidia-smi lists none")
     code, out = _run([sys.executable, "-c", TORCH_ON_GPUS])
-    sees = code == 0 and out.startswith("True")
+    is_usable = code == 0 and out.startswith("True")
     yield Finding(
         "gpu",
         "torch on GPUs",
-        "ok" if sees else "problem",
-        out.strip() if sees else f"torch sees no GPU: {out.strip()[-200:]}",
-        "" if sees else "install the CUDA build of torch that fits the driver",
+        "ok" if is_usable else "problem",
+        out.strip() if is_usable else f"torch cannot use a GPU: {out.strip()[-200:]}",
+        "" if is_usable else "install the CUDA build of torch that fits the driver",
     )
 
 
@@ -179,21 +156,23 @@ def _slurm() -> Iterator[Finding]:
     if code:
         yield Finding("slurm", "Slurm", "missing", "no sbatch here", "on a login node: minitron launch launcher=slurm")
         return
-    from nemo_minitron.launch.answers import lines_of, partition_names
+    from nemo_minitron.launch.answers import has_pyxis, lines_of, partition_names
 
     _, sinfo = _run(["sinfo", "--noheader", "--format=%R"])
     names = ", ".join(partition_names(sinfo)) or "none"
     yield Finding("slurm", "Slurm", "ok", f"{(lines_of(out) or ['?'])[-1]}; partitions: {names}")
     _, text = _run(["srun", "--help"])
-    has = "--container-image" in text
-    yield Finding("pyxis", "pyxis", "ok" if has else "missing", "srun takes --container-image" if has else "not there")
+    has = has_pyxis(text)
+    yield Finding(
+        "pyxis", "pyxis", "ok" if has else "missing", "srun has --container-image" if has else "not installed"
+    )
 
 
 def _containers() -> Iterator[Finding]:
     for name in ("docker", "enroot", "apptainer", "singularity"):
         path = shutil.which(name)
         if path is None:
-            yield Finding(name, name, "missing", "not there")
+            yield Finding(name, name, "missing", "not installed")
             continue
         code, out = _run([name, "version"] if name == "enroot" else [name, "--version"])
         yield Finding(
@@ -208,14 +187,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _run(words: list[str]) -> tuple[int, str]:
-    """(exit code, what it printed); 127 where there is no such program, 124 where it hangs."""
+def _run(command: list[str]) -> tuple[int, str]:
+    """Run a program, and return its exit code (127: no such program; 124: timeout) and its output."""
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
+            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
         )
     except (FileNotFoundError, PermissionError):
         return 127, ""
     except subprocess.TimeoutExpired:
-        return 124, "it did not answer"
+        return 124, f"no response within {TIMEOUT_S:.0f} s"
     return done.returncode, done.stdout + (done.stderr if done.returncode else "")

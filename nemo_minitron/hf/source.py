@@ -1,4 +1,4 @@
-"""Where a model or a text comes from: asset:NAME, hf:ORG/NAME, or a path."""
+"""Resolution of model and text sources: asset:NAME, hf:ORG/NAME, or a path."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ BUILT_IN = {
     "oasst2-rated": _CHATS / "oasst2_rated.jsonl.zst",
     "instructions": _CHATS / "instructions.jsonl",
 }
-"""Assets that ship with the package; all others are fetched into the assets folder."""
+"""Assets that ship with the package. All others are fetched into the assets folder."""
 HUB_FILES = (
     *("*.json", "*.safetensors", "*.model", "tokenizer.model.*", "*.tiktoken", "*.txt", "*.jinja"),
     *("README.md", "LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "COPYING*", "USE_POLICY*"),
 )
-"""What is downloaded from the hub: never pickled weights, never code. `*` also matches the folders of a name."""
+"""Patterns of files to download from the hub: no pickled weights and no code. `*` also matches subfolders."""
 
 
 def asset_path(name: str, assets_dir: Path) -> Path:
-    """Where an asset is, or would be."""
+    """Return the path of an asset, which need not exist."""
     return BUILT_IN.get(name, assets_dir / name)
 
 
 def hub_copy(name: str, revision: str | None, assets_dir: Path) -> Path:
-    """Where a copy of a model of the hub may lie, for machines without a network: `minitron bundle` puts it there."""
+    """Return the path of a local copy of a hub model; `minitron bundle` puts it there for use without a network."""
     return assets_dir / "hub" / (name if revision is None else f"{name}@{quote(revision, safe='')}")
 
 
@@ -53,15 +53,15 @@ def source_folder(source: str, revision: str | None, assets_dir: Path) -> Path:
 
 
 NOT_FROM_HUB = ("original/*", "consolidated*", "*/*.safetensors")
-"""Second copies of the weights in the authors' own formats."""
+"""Patterns of duplicate weights in the original authors' formats, which are not downloaded."""
 ALLOWED = "asset:NAME, hf:ORG/NAME, a folder with config.json and *.safetensors, a .gguf file"
 
 
 def resolve_path(source: str, assets_dir: Path) -> Path:
-    """The local path of an asset or a path; `~` is expanded.
+    """Return the local path of an asset or a path with `~` expanded.
 
     Raises:
-        EnvironmentProblem: the asset has not been fetched, or its files are other ones.
+        EnvironmentProblem: the asset has not been fetched, or its files differ from the published ones.
     """
     if not source.startswith(ASSET):
         return user_path(source)
@@ -69,19 +69,19 @@ def resolve_path(source: str, assets_dir: Path) -> Path:
     path = asset_path(name, assets_dir)
     if not path.exists():
         raise EnvironmentProblem(
-            f"Asset {name} is not there.", where=str(path), next_step=f"minitron assets fetch {name}"
+            f"Asset {name} has not been fetched.", where=str(path), next_step=f"Run: minitron assets fetch {name}"
         )
-    from nemo_minitron.assets import require_right  # which knows the places of this module
+    from nemo_minitron.assets import require_right  # imported here because assets imports this module
 
     require_right(name, assets_dir)
     return path
 
 
 def resolve_model(source: str, assets_dir: Path, revision: str | None) -> Path:
-    """A local folder (with config.json, if it is a model), or a .gguf file. The hub is asked only where no copy lies.
+    """Return the local folder or .gguf file of a model. A hub model is downloaded if there is no local copy.
 
     Raises:
-        CheckpointError: nothing there, several .gguf files to choose from, or the hub cannot be reached.
+        CheckpointError: the path does not exist or has several .gguf files, or the download failed.
         EnvironmentProblem: the asset has not been fetched.
     """
     if source.startswith(HUB):
@@ -99,7 +99,7 @@ def resolve_model(source: str, assets_dir: Path, revision: str | None) -> Path:
 
 
 def is_gguf(file: Path) -> bool:
-    """Whether a file is a GGUF file by its name, in any capitals."""
+    """Return whether a file has the suffix .gguf, without regard to case."""
     return file.suffix.lower() == ".gguf"
 
 
@@ -111,20 +111,20 @@ def _require_gguf_name(file: Path, source: str) -> None:
         f"{file} is not a .gguf file.",
         where=f"source: {source}",
         allowed=ALLOWED,
-        next_step=f"Give the folder of the model: {file.parent}." if inside else None,
+        next_step=f"Use the folder of the model: {file.parent}." if inside else None,
     )
 
 
 def _only_gguf(folder: Path, source: str) -> Path:
-    """The one .gguf file of a folder; the folder itself when there is none."""
+    """Return the only .gguf file of a folder; the folder itself if it has none."""
     files = sorted(file for file in folder.iterdir() if is_gguf(file))
     models = [file for file in files if not (part := split_part(file.name)) or part[0] == 1]
     if len(models) > 1:
         raise CheckpointError(
-            f"{folder} holds {len(models)} .gguf files.",
+            f"{folder} contains {len(models)} .gguf files.",
             where=f"source: {source}",
             allowed=", ".join(file.name for file in models),
-            next_step="Name one of them.",
+            next_step="Use the path of one of them.",
         )
     for file in files:
         require_inside(file, folder)
@@ -155,5 +155,5 @@ def _from_hub(name: str, revision: str | None) -> Path:
         raise CheckpointError(
             f"{name} could not be fetched from the Hugging Face hub: {reason}",
             where=f"source: {HUB}{name}",
-            next_step="Check the name, your access (a token in HF_TOKEN) and the network; or give a local folder.",
+            next_step="Check the name, your access (a token in HF_TOKEN) and the network; or use a local folder.",
         ) from error

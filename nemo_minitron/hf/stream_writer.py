@@ -1,8 +1,8 @@
-"""Write a checkpoint whose tensors are known beforehand: straight to its files, one tensor in memory.
+"""Streaming writer for checkpoints whose tensor names, shapes and types are known in advance.
 
-The format (https://huggingface.co/docs/safetensors): the header's length in 8 bytes, the header in JSON, then the
-tensors' bytes. `safetensors` itself writes a file from tensors that are all in memory; the files are the same, byte
-for byte.
+A safetensors file (https://huggingface.co/docs/safetensors) has the length of the header in 8 bytes, the header in
+JSON, and the bytes of the tensors. The `safetensors` package can only write tensors that are all in memory; this writer
+holds one tensor and produces byte-identical files.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-"""In the order in which safetensors lays them down: wide ones first, so that every tensor starts aligned."""
+"""Data type -> bytes per value, in the order in which safetensors stores tensors: wide types first, for alignment."""
 _ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor that is going to be written; `dtype` in safetensors' words."""
+    """Name, shape and data type (as named by safetensors) of a tensor to write."""
 
     name: str
     dims: tuple[int, ...]
@@ -39,15 +39,15 @@ class Planned:
 
 
 class StreamWriter:
-    """Takes the planned tensors in their order; `close` writes the index and config.json.
+    """Writer of the planned tensors in their order; `close` writes the index and config.json.
 
-    Memory: one tensor. Nothing of a checkpoint that was not closed is complete: its folder has no config.json, and a
-    file gets its header last.
+    Memory: one tensor. An interrupted checkpoint is never mistaken for a complete one: config.json is written by
+    `close`, and the header of each file is written last.
 
     Args:
-        out_dir: must exist.
-        config: written as config.json, with the dtype of the first tensor.
-        max_shard_bytes: no file grows past this, unless by a single tensor.
+        out_dir: existing folder.
+        config: written as config.json, with `dtype` set to that of the first tensor.
+        max_shard_bytes: maximum size of a file, unless a single tensor is larger.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -69,13 +69,13 @@ class StreamWriter:
         self._header, self._starts = b"", dict[str, int]()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor: the next of the plan, as it was planned."""
+        """Write the next planned tensor."""
         import torch
 
         number, expected = next(self._left)
         dtype = str(tensor.dtype).removeprefix("torch.")
         if (name, tuple(tensor.shape), dtype) != (expected.name, expected.dims, DTYPES[expected.dtype]):
-            raise AssertionError(f"{name} {list(tensor.shape)} {dtype} came where {expected} was planned")
+            raise AssertionError(f"got {name} {list(tensor.shape)} {dtype}, expected {expected}")
         if expected is self._shards[number][0]:
             self._open(number)
         assert self._file is not None
@@ -87,7 +87,7 @@ class StreamWriter:
             self._stack.close()
 
     def close(self) -> None:
-        """Write the index and the config; every planned tensor has been added."""
+        """Write the index and the config after all planned tensors have been added."""
         missing = [planned.name for _, planned in self._left]
         if missing:
             raise AssertionError(f"not written: {', '.join(missing[:3])}")
@@ -96,7 +96,7 @@ class StreamWriter:
             total = sum(planned.num_bytes for shard in self._shards for planned in shard)
             write_json(self.out_dir / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
         dtype = DTYPES[self._shards[0][0].dtype]
-        # transformers before 4.56 knows the second name only.
+        # transformers before 4.56 only reads `torch_dtype`.
         write_json(self.out_dir / "config.json", {**self.config, "dtype": dtype, "torch_dtype": dtype})
 
     def _in_order(self) -> Iterator[tuple[int, Planned]]:
@@ -125,7 +125,7 @@ def _fill_shards(planned: Sequence[Planned], max_shard_bytes: int) -> Iterator[l
 
 
 def _layout(shard: Sequence[Planned]) -> tuple[bytes, dict[str, int]]:
-    """The head of a file, and the byte of the file at which each tensor starts."""
+    """Return the header bytes of a file, and name -> byte offset in the file of each tensor."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, stop = {}, 0
     for planned in sorted(shard, key=lambda planned: ([*_BYTES].index(planned.dtype), planned.name)):

@@ -1,4 +1,4 @@
-"""The one way in which this package loads a tokenizer."""
+"""Loading of tokenizers; all parts of the package use `load_tokenizer`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _MAX_REASON_CHARS = 200
 
 
 def load_tokenizer(model_dir: Path) -> Any:
-    """The transformers tokenizer of a folder, as every part of the package uses it.
+    """Load the transformers tokenizer of a folder.
 
-    Nothing is cut off, padded, or put behind a text, whatever the files ask for. tokenizer.json alone is enough. Code
-    beside a tokenizer is never run.
+    It never truncates or pads a text, or appends tokens to it, regardless of the settings in the files. tokenizer.json
+    alone is sufficient. Code in the folder is never run.
 
     Raises:
         CheckpointError: there is no readable tokenizer, or it has no fast version.
@@ -36,7 +36,7 @@ def load_tokenizer(model_dir: Path) -> Any:
         raise CheckpointError(
             "The tokenizer has no fast version.",
             where=str(model_dir),
-            next_step=f"Add the model's {TOKENIZER_FILE}.",
+            next_step=f"Add {TOKENIZER_FILE} of the model.",
         )
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
@@ -44,17 +44,20 @@ def load_tokenizer(model_dir: Path) -> Any:
         _keep_prefix_only(tokenizer)
     except (MinitronError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # it loads, but cannot tokenize
+    except BaseException as error:  # the tokenizer loads, but cannot tokenize
         raise _unreadable(model_dir, error) from error
     tokenizer.name_or_path = str(model_dir)
     return tokenizer
 
 
 def require_known_ids(ids: Iterable[int], vocab_size: int | None, tokenizer: Any, where: str) -> None:
-    """Raises DataError if a token id has no row in the embeddings of the model.
+    """Check that every token id has a row in the embeddings of the model.
 
     Args:
-        vocab_size: of the model; None: not known, nothing is checked.
+        vocab_size: vocabulary size of the model; None: unknown, nothing is checked.
+
+    Raises:
+        DataError: a token id is too large.
     """
     largest = max(ids, default=0)
     if vocab_size is not None and largest >= vocab_size:
@@ -62,19 +65,19 @@ def require_known_ids(ids: Iterable[int], vocab_size: int | None, tokenizer: Any
 
 
 def beyond_vocabulary(what: str, token_id: int, vocab_size: int, where: str) -> DataError:
-    """The error for a token that the model has no embedding for."""
+    """Return the error for a token without an embedding in the model."""
     return DataError(
         f"{what} has id {token_id}, beyond the model's vocabulary of {vocab_size}.",
         where=where or None,
-        next_step="The tokenizer is of another model, or tokens were added to it alone: resize the embeddings, "
-        "or choose another chat template if it is one of the template's tokens.",
+        next_step="Use the tokenizer of this model. If tokens were added to the tokenizer only, resize the embeddings; "
+        "if the token is from the chat template, choose another template.",
     )
 
 
 def _keep_prefix_only(tokenizer: Any) -> None:
-    """Let the tokenizer put nothing behind a text.
+    """Stop the tokenizer from appending tokens to a text, and keep the tokens that it puts in front.
 
-    Some put an eos token behind every text; no model would go on after it. What they put before a text stays.
+    Some tokenizers append an eos token to every text, after which no model continues the text.
     """
     from tokenizers import processors
 
@@ -101,14 +104,14 @@ def _require_files(model_dir: Path) -> None:
             raise CheckpointError(
                 f"There is no {TOKENIZER_FILE}, and sentencepiece, which reads {_SENTENCEPIECE}, is not installed.",
                 where=str(model_dir),
-                next_step=f"pip install sentencepiece, or add the model's {TOKENIZER_FILE}.",
+                next_step=f"pip install sentencepiece, or add {TOKENIZER_FILE} of the model.",
             )
         return
     if not present & {"vocab.json", "vocab.txt"}:
         raise CheckpointError(
-            "There is no tokenizer beside the model.",
+            "The model folder has no tokenizer.",
             where=str(model_dir),
-            next_step=f"Add the model's {TOKENIZER_FILE} and {CONFIG_FILE}.",
+            next_step=f"Add {TOKENIZER_FILE} and {CONFIG_FILE} of the model.",
         )
 
 
@@ -118,17 +121,17 @@ def _load(model_dir: Path, found: Repairs) -> Any:
     has_definition = (model_dir / TOKENIZER_FILE).is_file()
     options: dict[str, Any] = {
         "local_files_only": True,
-        # Repaired in the files already; asking for nothing keeps transformers from warning about sound tokenizers.
+        # The files are repaired already; without this option transformers also warns about correct tokenizers.
         "fix_mistral_regex": False,
     }
     try:
         with _view(model_dir, found, with_config=not has_definition) as folder:
-            # The repaired files name the plain class; `AutoTokenizer` chooses by the kind of the model, too.
+            # The repaired files specify this class, but `AutoTokenizer` would also consider the model type.
             loader: Any = PreTrainedTokenizerFast if has_definition else AutoTokenizer
             return loader.from_pretrained(str(folder), trust_remote_code=False, **options)
     except (MinitronError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # any type, a panic of tokenizers among them, which is no Exception
+    except BaseException as error:  # a panic of the tokenizers package is not an Exception
         raise _unreadable(model_dir, error) from error
 
 
@@ -138,16 +141,16 @@ def _unreadable(model_dir: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(
         f"The tokenizer cannot be loaded: {short}",
         where=str(model_dir),
-        next_step=f"Add the model's {TOKENIZER_FILE} and {CONFIG_FILE}, or download them again.",
+        next_step=f"Add {TOKENIZER_FILE} and {CONFIG_FILE} of the model, or download them again.",
     )
 
 
 @contextmanager
 def _view(model_dir: Path, found: Repairs, *, with_config: bool) -> Iterator[Path]:
-    """A folder with links to the tokenizer's files and repaired copies of those that need it.
+    """Create a temporary folder with links to the tokenizer files, and repaired copies of those that need repairs.
 
     Args:
-        with_config: link config.json too, which says the class of a tokenizer without tokenizer.json.
+        with_config: also link config.json, which determines the class of a tokenizer without tokenizer.json.
     """
     with tempfile.TemporaryDirectory(prefix="minitron-tokenizer-") as name:
         view = Path(name)

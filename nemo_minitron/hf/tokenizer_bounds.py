@@ -1,7 +1,7 @@
-"""Whether the rules of a tokenizer.json can keep a process busy, or fill its memory, with a short text.
+"""Refusal of tokenizer.json rules that exhaust time or memory on a short text.
 
-A chain of replacements multiplies a text with each link; a pattern can try without end. The tokenizers package can
-neither be interrupted nor limited, so both are looked at before it sees a text.
+A chain of replacements can multiply the length of a text with each step, and a regular expression can backtrack almost
+without end. The tokenizers package can be neither interrupted nor limited, so the rules are checked before it is used.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from nemo_minitron.hf.tokenizer_files import LLAMA3_PATTERN, TEKKEN_PATTERN
 from nemo_minitron.limits import PATTERN_SECONDS
 
 _MAX_GROWTH = 100.0
-"""By how much all rules together may lengthen a text. Those of real tokenizers replace one sign by one or a few."""
+"""Maximum growth of a text by all rules together. Real tokenizers replace one character by one or a few."""
 _MAX_RULES = 200
 _SEQUENCES = ("normalizers", "pretokenizers", "decoders")
 _MAX_PIECE = 1000
-"""Characters that a single rule may put into a text."""
+"""Maximum number of characters that a single rule may insert."""
 _KNOWN = frozenset(
     {
         LLAMA3_PATTERN,
@@ -35,7 +35,7 @@ _KNOWN = frozenset(
         r"[0-9][0-9][0-9]",
     }
 )
-"""Patterns of the supported families; all others are tried out."""
+"""Patterns of the supported families. All others are tested in a child process."""
 _PROBE = """
 import json, sys
 from tokenizers import Tokenizer
@@ -57,10 +57,10 @@ _SIGNS = ["a", "A", "1", " ", "\n", "\t", "'", ".", "-", "\u00e9", "\u4e16", "aA
 
 
 def require_bounded_rules(content: dict[str, Any], model_dir: Path) -> None:
-    """Refuse a tokenizer.json whose rules multiply a text, or search it without end.
+    """Refuse a tokenizer.json whose rules lengthen a text too much or whose patterns backtrack too long.
 
     Raises:
-        CheckpointError: naming the rule.
+        CheckpointError: names the rule.
     """
     for key in ("normalizer", "decoder"):
         rules = list(_rules(content.get(key)))
@@ -70,16 +70,16 @@ def require_bounded_rules(content: dict[str, Any], model_dir: Path) -> None:
         if growth > _MAX_GROWTH or len(rules) > _MAX_RULES:
             raise _refused(
                 f"The {key} of the tokenizer has {len(rules)} rules that make a text up to {growth:.3g} times as long.",
-                f"at most {_MAX_RULES} rules, and {_MAX_GROWTH:g} times",
+                f"at most {_MAX_RULES} rules, and {_MAX_GROWTH:g} times the length",
                 model_dir,
             )
     unknown = [pattern for pattern in _patterns(content) if pattern not in _KNOWN]
     if unknown:
-        _try_out(content, unknown, model_dir)
+        _test_patterns(content, unknown, model_dir)
 
 
 def _rules(part: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
-    """The rules of a normalizer, pre-tokenizer or decoder, with those of its sequences."""
+    """Yield the rules of a normalizer, pre-tokenizer or decoder, including those in sequences."""
     if not isinstance(part, dict) or depth > _MAX_RULES:
         return
     inner = [rules for key in _SEQUENCES if isinstance(rules := part.get(key), list)]
@@ -91,14 +91,14 @@ def _rules(part: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def _growth(rule: dict[str, Any]) -> float:
-    """By how much a rule can lengthen a text."""
+    """Return an upper bound of the factor by which a rule lengthens a text."""
     if rule.get("type") == "Prepend":
         return 1.0 if len(str(rule.get("prepend", ""))) <= _MAX_PIECE else _MAX_GROWTH * 2
     if rule.get("type") != "Replace":
         return 1.0
     pattern, content = rule.get("pattern"), len(str(rule.get("content", "")))
     text = pattern.get("String") if isinstance(pattern, dict) else None
-    # A pattern may match one character, or between any two.
+    # A regular expression may match single characters, or the empty string between any two.
     return max(1.0, content / len(text)) if isinstance(text, str) and text else 1.0 + content
 
 
@@ -110,15 +110,16 @@ def _patterns(content: dict[str, Any]) -> Iterator[str]:
                 yield pattern["Regex"]
 
 
-def _try_out(content: dict[str, Any], patterns: list[str], model_dir: Path) -> None:
-    """Split texts that are hard for careless patterns, in a process that can be ended."""
+def _test_patterns(content: dict[str, Any], patterns: list[str], model_dir: Path) -> None:
+    """Split texts that cause excessive backtracking, in a process with a time limit."""
     rules = {key: content.get(key) for key in ("normalizer", "pre_tokenizer")}
     own = sorted({sign for pattern in patterns for sign in pattern[:2000] if sign.isalnum()})[:20]
-    code = _tried(json.dumps([rules, [*_SIGNS, *own]]), PATTERN_SECONDS.value())
+    code = _test_result(json.dumps([rules, [*_SIGNS, *own]]), PATTERN_SECONDS.value())
     if code == _GAVE_UP:
         raise _refused(
-            f"The tokenizer splits texts by a pattern that gives up on 64 characters: {patterns[0][:200]!r}.",
-            "patterns that do not try every way to divide a text",
+            f"The tokenizer splits texts by a pattern that exceeds the retry limit on 64 characters: "
+            f"{patterns[0][:200]!r}.",
+            "patterns without excessive backtracking",
             model_dir,
         )
     if code is None:
@@ -131,11 +132,11 @@ def _try_out(content: dict[str, Any], patterns: list[str], model_dir: Path) -> N
 
 
 @lru_cache(maxsize=64)
-def _tried(task: str, timeout_s: int) -> int | None:
-    """The probe's exit code; None when it takes too long."""
+def _test_result(task: str, timeout_s: int) -> int | None:
+    """Run the probe, and return its exit code; None if it exceeds the time limit."""
     options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "text": True}
     try:
-        # Isolated: it imports nothing from the working folder. A tokenizer that fails says why when it is loaded.
+        # `-I`: import nothing from the working folder. Other failures are reported when the tokenizer is loaded.
         words = [sys.executable, "-I", "-c", _PROBE]
         return subprocess.run(words, input=task, timeout=timeout_s, check=False, **options).returncode
     except subprocess.TimeoutExpired:

@@ -1,9 +1,9 @@
-"""Classes and flags of tokenizer_config.json -> the plain class, with what they meant in the files themselves.
+"""Replacement of the tokenizer class by the generic one, with the effects of class and flags moved into the files.
 
-Both versions of transformers take the plain class by tokenizer.json alone. Of other classes transformers 5 builds some
-anew from the vocabulary (Llama's, GPT-2's, Qwen's), without the file's own rules: SmolLM2's digits would stay together.
-transformers 4 heeds `add_bos_token` for Llama's classes only, transformers 5 for every class; `add_prefix_space` the
-other way round.
+transformers 4 and 5 both load the generic class from tokenizer.json alone. For some other classes (Llama's, GPT-2's,
+Qwen's), transformers 5 builds a new tokenizer from the vocabulary and ignores the rules in the file, for example the
+splitting of digits in SmolLM2. transformers 4 applies `add_bos_token` only to Llama's classes, and transformers 5 to
+all; for `add_prefix_space` it is the reverse.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 PLAIN_CLASS = "PreTrainedTokenizerFast"
-"""Takes everything from tokenizer.json; versions 4 and 5 of transformers know the name."""
+"""Generic class that reads everything from tokenizer.json. The name exists in transformers 4 and 5."""
 _END = "<|endoftext|>"
 _LLAMA = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 _TOKENS: dict[str, dict[str, str]] = {
@@ -21,16 +21,16 @@ _TOKENS: dict[str, dict[str, str]] = {
     "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END),
     "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), _END),
 }
-"""Special tokens that a class has where tokenizer_config.json lacks their keys."""
+"""Default special tokens of each class, for keys that tokenizer_config.json lacks."""
 _INPUT_NAMES = ["input_ids", "attention_mask"]
 
 
 def plain_config(found: Mapping[str, Any], known: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
-    """tokenizer_config.json with the plain class, and with what the class in it has by default.
+    """Return tokenizer_config.json with the generic class and the defaults of the original class.
 
     Args:
-        found: the file's content.
-        known: special tokens that other files name.
+        found: content of the file.
+        known: special tokens from other files.
         ids: token -> id.
     """
     kind = _kind(found)
@@ -38,7 +38,7 @@ def plain_config(found: Mapping[str, Any], known: Mapping[str, Any], ids: Mappin
     config = {**found, "tokenizer_class": PLAIN_CLASS}
     if _is_llama(kind):
         defaults["padding_side"] = "left"
-    # Without it, the plain class of transformers 4 makes token_type_ids, which no supported model takes.
+    # By default the generic class of transformers 4 returns token_type_ids, which no supported model accepts.
     defaults["model_input_names"] = _INPUT_NAMES
     for key, value in {**defaults, **known}.items():
         config.setdefault(key, value)
@@ -50,14 +50,15 @@ def plain_config(found: Mapping[str, Any], known: Mapping[str, Any], ids: Mappin
 def apply_flags(
     found: Mapping[str, Any], config: Mapping[str, Any], content: dict[str, Any], ids: Mapping[str, int]
 ) -> None:
-    """Change `content`, that of tokenizer.json, as transformers 4 would by the flags of tokenizer_config.json.
+    """Apply the flags of tokenizer_config.json to the content of tokenizer.json like transformers 4, in place.
 
     Args:
-        found: tokenizer_config.json as it is.
-        config: as `plain_config` makes it.
+        found: original content of tokenizer_config.json.
+        config: result of `plain_config`.
+        content: content of tokenizer.json.
         ids: token -> id.
     """
-    # What transformers 5 saves, with the key `backend`, stands in tokenizer.json already.
+    # transformers 5, which writes the key `backend`, has already applied these flags to tokenizer.json.
     if _is_llama(_kind(found)) and "backend" not in found:
         wanted = {"bos_token": found.get("add_bos_token", True), "eos_token": found.get("add_eos_token", False)}
         tokens = {key: _content(config.get(key)) for key, flag in wanted.items() if flag}
@@ -82,7 +83,7 @@ def _content(token: Any) -> str:
 
 
 def _around(bos: str | None, eos: str | None, ids: Mapping[str, int]) -> dict[str, Any]:
-    """The post-processor of tokenizer.json that puts these tokens around every text."""
+    """Return the post-processor for tokenizer.json that puts bos before and eos after every text."""
     parts = [
         [
             *([] if bos is None else [{"SpecialToken": {"id": bos, "type_id": number}}]),

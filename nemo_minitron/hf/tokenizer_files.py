@@ -1,8 +1,8 @@
-"""The tokenizer files of a model folder, changed where the versions of transformers would read them differently.
+"""Repairs of tokenizer files that versions of transformers read differently.
 
-tokenizer.json says how a text becomes ids; `tokenizer_classes` says what versions read from classes and flags besides.
-Training tools leave truncation and padding in tokenizer.json. `repairs` finds what has to change so that every reader
-makes the same token ids; files that need nothing stay as they are, byte for byte.
+tokenizer.json defines how a text becomes ids; `tokenizer_classes` covers the effects of classes and flags. Training
+tools also leave truncation and padding enabled in tokenizer.json. `repairs` finds the changes that are needed so that
+all versions produce the same token ids. Files that need no change stay byte-identical.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ TEKKEN_PATTERN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How Mistral's tokenizers since NeMo split text; some of its folders were published with Llama 3's pattern."""
+"""Pattern of Mistral's tokenizers since Mistral-NeMo. Some of its models were published with Llama 3's pattern."""
 MISTRAL_TYPES = ("mistral", "mistral3", "ministral", "pixtral", "voxtral")
 _MISTRAL_TOKEN = "[INST]"
-"""Every tokenizer of Mistral has it, and no tokenizer of Llama 3."""
+"""Token that all tokenizers of Mistral contain, and none of Llama 3."""
 
 
 @dataclass(frozen=True)
 class Repairs:
-    """New contents of a folder's files, and what they change, in words."""
+    """New contents of tokenizer files, and descriptions of the changes."""
 
     files: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     definition: dict[str, Any] = field(default_factory=dict)
-    """The content of tokenizer.json; empty where there is none."""
+    """Content of tokenizer.json; empty if there is none."""
 
     def write(self, folder: Path) -> None:
         """Write the changed files into a folder."""
@@ -51,10 +51,10 @@ class Repairs:
 
 
 def repairs(folder: Path) -> Repairs:
-    """What has to change in the tokenizer files of a folder.
+    """Find the changes that the tokenizer files of a folder need.
 
     Raises:
-        CheckpointError: a file is not the JSON that it should be.
+        CheckpointError: a file is not a JSON object.
     """
     if not (folder / TOKENIZER_FILE).is_file():
         return Repairs()
@@ -72,10 +72,10 @@ def repairs(folder: Path) -> Repairs:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object; a byte order mark before it is skipped.
+    """Read a JSON object, and skip a byte order mark.
 
     Raises:
-        CheckpointError: the file is something else.
+        CheckpointError: the file is not a JSON object.
     """
     try:
         if reason := too_large(file, TOKENIZER_BYTES):
@@ -92,27 +92,27 @@ def _damaged(file: Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"The tokenizer cannot be read: {file.name} is damaged: {why}",
         where=str(file),
-        next_step="Download or copy the file again; compare its size with the source's.",
+        next_step="Download or copy the file again, and compare its size with that of the source.",
     )
 
 
 def _rules(content: dict[str, Any]) -> str:
-    """The parts of a tokenizer.json that may be changed."""
+    """Return the parts of a tokenizer.json that repairs can change, as text."""
     return json.dumps([content.get(key) for key in ("truncation", "padding", "pre_tokenizer", "post_processor")])
 
 
 def _repair_tokenizer(content: dict[str, Any], model_type: Any) -> list[str]:
-    """Change the content of tokenizer.json; returns what was changed, in words."""
+    """Repair the content of tokenizer.json in place, and return descriptions of the changes."""
     notes = []
     for key in ("truncation", "padding"):
         if content.get(key) is not None:
             content[key] = None
-            notes.append(f"{TOKENIZER_FILE} was saved with {key} switched on; it is switched off")
+            notes.append(f"{TOKENIZER_FILE} was saved with {key} enabled; it has been disabled")
     if model_type in MISTRAL_TYPES and _MISTRAL_TOKEN in _added_contents(content):
         split = _first_split(content.get("pre_tokenizer"))
         if split is not None and split["pattern"].get("Regex") == LLAMA3_PATTERN:
             split["pattern"] = {"Regex": TEKKEN_PATTERN}
-            notes.append(f"{TOKENIZER_FILE} splits text by the pattern of Llama 3; it is given Mistral's own")
+            notes.append(f"{TOKENIZER_FILE} had the pattern of Llama 3; it has been replaced with Mistral's pattern")
     return notes
 
 
@@ -121,14 +121,14 @@ def _added_contents(content: dict[str, Any]) -> set[str]:
 
 
 def added_tokens(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The added tokens of a tokenizer.json: dictionaries with an id and a content."""
+    """List the added tokens of a tokenizer.json: dictionaries with at least `id` and `content`."""
     listed = content.get("added_tokens")
     tokens = listed if isinstance(listed, list) else []
     return [token for token in tokens if isinstance(token, dict) and {"id", "content"} <= token.keys()]
 
 
 def _first_split(pre_tokenizer: Any) -> dict[str, Any] | None:
-    """The first rule of a pre-tokenizer, if it is a split by a pattern."""
+    """Return the first rule of a pre-tokenizer if it splits by a pattern, or None."""
     if not isinstance(pre_tokenizer, dict):
         return None
     rules = pre_tokenizer.get("pretokenizers")
@@ -137,7 +137,7 @@ def _first_split(pre_tokenizer: Any) -> dict[str, Any] | None:
 
 
 def _repair_config(folder: Path, content: dict[str, Any], out: Repairs) -> None:
-    """tokenizer_config.json as both versions of transformers read it; made from the other files where it is missing."""
+    """Repair tokenizer_config.json for transformers 4 and 5, or create it from the other files if it is missing."""
     file = folder / CONFIG_FILE
     found = read_object(file) if file.is_file() else {}
     names = token_names(content)
@@ -147,23 +147,23 @@ def _repair_config(folder: Path, content: dict[str, Any], out: Repairs) -> None:
     before = _rules(content)
     apply_flags(found, config, content, ids)
     if _rules(content) != before:
-        out.notes.append(f"{TOKENIZER_FILE} is given what flags of {CONFIG_FILE} ask for: transformers 5 ignores them")
+        out.notes.append(f"flags of {CONFIG_FILE}, which transformers 5 ignores, have been applied to {TOKENIZER_FILE}")
     length = config.get("model_max_length")
     if length is not None and (isinstance(length, bool) or not isinstance(length, int | float)):
-        del config["model_max_length"]  # a warning about long texts compares it with a number
+        del config["model_max_length"]  # transformers compares it with the length of a text
     if isinstance(config.get("extra_special_tokens"), list):
         special = [*_listed(config.get("additional_special_tokens")), *config.pop("extra_special_tokens")]
-        # A token twice would be added twice.
+        # Remove duplicates: a duplicate token would be added twice.
         config["additional_special_tokens"] = list({_content(token): token for token in special}.values())
     if config != found or _has_bom(file):
         out.files[CONFIG_FILE] = _text(config)
-    # The names of a model's inputs are no matter of how a text is read.
+    # A change of model_input_names alone does not affect token ids and is not reported.
     if found and config != {"model_input_names": config["model_input_names"], **found}:
-        out.notes.append(f"{CONFIG_FILE} is rewritten so that transformers 4 and 5 both read it ({name})")
+        out.notes.append(f"{CONFIG_FILE} ({name}) has been rewritten so that transformers 4 and 5 can both read it")
 
 
 def _special_tokens(folder: Path, names: Mapping[int, str], *, has_class: bool) -> dict[str, Any]:
-    """Special tokens that special_tokens_map.json names, or, where it and the class are missing, ids in config.json."""
+    """Return the special tokens from special_tokens_map.json or, without it and without a class, from config.json."""
     if (folder / MAP_FILE).is_file():
         found = read_object(folder / MAP_FILE)
         return {key: token for key, token in found.items() if key.endswith(("_token", "_tokens"))}
@@ -176,7 +176,7 @@ def _special_tokens(folder: Path, names: Mapping[int, str], *, has_class: bool) 
 
 
 def token_names(content: dict[str, Any]) -> dict[int, str]:
-    """Token id -> token of a tokenizer.json."""
+    """Return token id -> token of a tokenizer.json."""
     model = content.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     names: dict[int, str] = {}
@@ -197,7 +197,7 @@ def _content(token: Any) -> str:
 
 
 def _read_leniently(file: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is none."""
+    """Read a JSON object; empty if the file is missing or damaged."""
     try:
         return read_object(file)
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""Whether two tokenizers make the same ids of the same text."""
+"""Comparison of tokenizers: whether they produce the same ids for the same text."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from nemo_minitron.hf.tokenizer_files import TOKENIZER_FILE, added_tokens, read_
 
 _WITHOUT_DEFINITION = ("tokenizer.model", "vocab.json")
 _TOKEN_RULES = ("lstrip", "rstrip", "single_word", "normalized")
-"""Flags of an added token that decide where it is found in a text."""
+"""Flags of an added token that determine where it matches in a text."""
 
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """sha256 of each part that decides the ids of a text; empty: not known."""
+    """sha256 of each part of a tokenizer that determines the ids of a text; empty: unknown."""
 
     vocab: str
-    """Tokens and ids of the model: all that manifests of older versions hold."""
+    """Tokens and ids of the model; the only part in manifests of older versions."""
     merges: str = ""
+    """Model type and merges."""
     rules: str = ""
-    """How text is normalized and split before the model sees it."""
+    """Normalizer and pre-tokenizer."""
     added: str = ""
-    """Added tokens: they may differ where no text holds them."""
+    """Added tokens. They may differ as long as they do not occur in a text."""
 
     @classmethod
     def of(cls, model_dir: Path) -> TokenizerIdentity:
-        """Of the tokenizer in a folder.
+        """Compute the identity of the tokenizer in a folder.
 
         Raises:
-            CheckpointError: there is none, or it cannot be read.
+            CheckpointError: there is no tokenizer, or it cannot be read.
         """
         file = model_dir / TOKENIZER_FILE
         if not file.is_file():
@@ -43,7 +44,7 @@ class TokenizerIdentity:
         model = content.get("model")
         if not isinstance(model, dict) or "vocab" not in model:
             raise CheckpointError(f"The tokenizer cannot be read: {file.name} has no vocabulary.", where=str(file))
-        # Older files write a merge as "a b", newer ones as ["a", "b"].
+        # Older files store a merge as "a b", newer ones as ["a", "b"].
         merges = [part if isinstance(part, str) else " ".join(map(str, part)) for part in model.get("merges") or ()]
         return cls(
             _digest(model["vocab"]),
@@ -54,20 +55,20 @@ class TokenizerIdentity:
 
     @classmethod
     def parse(cls, text: str) -> TokenizerIdentity:
-        """The inverse of `str`; manifests of older versions hold the first part alone."""
+        """Parse the output of `str`. Manifests of older versions contain only the first part."""
         return cls(*text.split("-")[:4])
 
     def __str__(self) -> str:
         return "-".join(part for part in (self.vocab, self.merges, self.rules, self.added) if part)
 
     def differences(self, other: TokenizerIdentity) -> list[str]:
-        """Names of the parts that both know and that differ."""
+        """List the names of the parts that are known for both tokenizers and differ."""
         parts = {name: (getattr(self, name), getattr(other, name)) for name in ("vocab", "merges", "rules", "added")}
         return [name for name, (mine, theirs) in parts.items() if mine and theirs and mine != theirs]
 
 
 def tokenizer_fingerprint(model_dir: Path) -> str:
-    """The identity of a folder's tokenizer as text, for manifests.
+    """Return the identity of a folder's tokenizer as text, for manifests.
 
     Raises:
         CheckpointError: there is no tokenizer, or it cannot be read.
@@ -76,7 +77,7 @@ def tokenizer_fingerprint(model_dir: Path) -> str:
 
 
 def differing_added_tokens(one: Path, other: Path) -> dict[int, tuple[str | None, str | None]]:
-    """Id -> the added tokens of two folders, where they differ; None: no added token has this id there."""
+    """Return id -> added token in each of two folders, where they differ; None: no added token has this id."""
     mine, theirs = (_added(_content(folder)) for folder in (one, other))
     return {
         number: (_name(mine.get(number)), _name(theirs.get(number)))
@@ -105,7 +106,7 @@ def _other_file(model_dir: Path) -> str:
     for name in _WITHOUT_DEFINITION:
         if (model_dir / name).is_file():
             return hashlib.sha256((model_dir / name).read_bytes()).hexdigest()
-    raise CheckpointError("There is no tokenizer beside the model.", where=str(model_dir))
+    raise CheckpointError("The model folder has no tokenizer.", where=str(model_dir))
 
 
 def _digest(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""A tokenizer that was made here -> its files in a model folder, the same bytes whatever version of transformers."""
+"""Writing of new tokenizers into model folders, with the same bytes under every version of transformers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def write_tokenizer(
     """Write tokenizer.json, tokenizer_config.json and the chat templates.
 
     Args:
-        tokenizer: of the tokenizers package; tokens of `special` that it lacks are added to it.
-        special: transformers' name -> token, such as eos_token.
-        chat_template: a template, or name -> template; one named "default" is that of the folder.
-        max_length: tokens that the model was made for.
+        tokenizer: object of the tokenizers package; missing tokens of `special` are added to it.
+        special: transformers name, such as eos_token, -> token.
+        chat_template: a template, or name -> template; the one named "default" becomes the default of the folder.
+        max_length: maximum length of the model in tokens.
 
     Raises:
-        ValueError: a template's name is no name of a file.
+        ValueError: the name of a template is not a valid file name.
     """
     from tokenizers import AddedToken
 
@@ -49,6 +49,6 @@ def write_tokenizer(
             (folder / TEMPLATE_FILE).write_text(text, encoding="utf-8")
             continue
         if not _NAME.fullmatch(name):
-            raise ValueError(f"a chat template is named {name!r}")
+            raise ValueError(f"a chat template has the invalid name {name!r}")
         (folder / TEMPLATES_DIR).mkdir(exist_ok=True)
         (folder / TEMPLATES_DIR / f"{name}.jinja").write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
-"""What differs between the supported versions of transformers, 4.53 to 5.24, and of its hub client, 0.30 to 2.4.
+"""Differences between the supported versions of transformers, 4.53 to 5.24, and of its hub client, 0.30 to 2.4.
 
-What differs in files stands elsewhere, since a folder may come from any version: `families/rope.py` and
+Differences in files are handled elsewhere, because a folder may come from any version: `families/rope.py` and
 `families/hf_config.py` for config.json, `hf/tokenizer_classes.py` for tokenizers.
 """
 
@@ -13,15 +13,15 @@ _VERSION = tuple(int(part) for part in version("transformers").split(".")[:2])
 
 
 def dtype_option(dtype: Any) -> dict[str, Any]:
-    """The keyword that gives a model its dtype in `from_pretrained` and `from_config`: `torch_dtype` before 4.56."""
+    """Return the dtype keyword of `from_pretrained` and `from_config`: `dtype`, or `torch_dtype` before 4.56."""
     return {"dtype" if _VERSION >= (4, 56) else "torch_dtype": dtype}
 
 
 def generate(model: Any, ids: Any, config: Any, **options: Any) -> Any:
-    """`model.generate` by the values of `config` and transformers' defaults, and by nothing of the model's own.
+    """Call `model.generate` with the values of `config` and the defaults of transformers only.
 
-    From 4.50 on, values that `config` leaves unset come from `model.generation_config`: penalties and forced tokens of
-    the folder. `use_model_defaults=False`, which switches this off, is refused from 5.0 on.
+    From 4.50 on, values that `config` leaves unset are taken from `model.generation_config`, such as penalties and
+    forced tokens. `use_model_defaults=False`, which disables this, is refused from 5.0 on.
     """
     own = model.generation_config
     model.generation_config = config
@@ -32,10 +32,10 @@ def generate(model: Any, ids: Any, config: Any, **options: Any) -> Any:
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """What downloads from the hub raise when the network fails, besides OSErrors.
+    """Return the exceptions, besides OSError, that downloads from the hub raise when the network fails.
 
-    They come from the HTTP library that the hub client uses: requests before 1.0, whose errors are OSErrors, httpx from
-    1.0, httpx2 from 2.0.
+    They belong to the HTTP library of the hub client: requests before 1.0, whose errors are OSErrors, httpx from 1.0,
+    httpx2 from 2.0.
     """
     from huggingface_hub import errors
 

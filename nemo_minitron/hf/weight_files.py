@@ -1,4 +1,4 @@
-"""The safetensors files of a model folder: which they are, and what their headers say."""
+"""Safetensors files of a model folder and their headers."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from nemo_minitron.limits import INDEX_BYTES, SAFETENSORS_HEADER_BYTES
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 BUFFERS = ("rotary_emb.inv_freq",)
-"""Ends of names that old exports store and no model needs."""
+"""Suffixes of buffers that old exports contain and no model needs."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What the header of a safetensors file says of one tensor."""
+    """Header entry of one tensor in a safetensors file."""
 
     file: Path
     dims: tuple[int, ...]
     dtype: str
-    """In safetensors' words: F32, BF16."""
+    """Data type as named by safetensors: F32, BF16."""
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a folder, from the headers of its safetensors files.
+    """Read the headers of the safetensors files, and return name -> header entry of every tensor.
 
     Raises:
-        CheckpointError: no such files, damaged ones, or an index that does not describe them.
+        CheckpointError: the files are missing or damaged, or the index does not match them.
     """
     single, index = path / SINGLE_FILE, path / INDEX_FILE
     if single.is_symlink() or single.is_file():
@@ -51,7 +51,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     shards = {file: _header(_shard(path, file)) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in shards[file]:
-            raise damaged(path / file, f"{name} should be in it")
+            raise damaged(path / file, f"it does not contain {name}, which {INDEX_FILE} lists in it")
     _refuse_unlisted(path, weight_map, shards)
     return {name: shards[file][name] for name, file in weight_map.items()}
 
@@ -67,9 +67,9 @@ def _shard(path: Path, file: str) -> Path:
     shard = path / file
     if Path(file).name != file:
         raise CheckpointError(
-            f"Shard {file} of {INDEX_FILE} is missing: only files of the folder itself are read.",
+            f"Shard {file} of {INDEX_FILE} is missing: only files in the model folder itself are read.",
             where=str(path),
-            next_step="Put the shards beside their index, without folders in its weight_map.",
+            next_step="Put the shards in the folder of the index, and use names without folders in its weight_map.",
         )
     if not _is_there(shard):
         raise CheckpointError(
@@ -81,7 +81,7 @@ def _shard(path: Path, file: str) -> Path:
 
 
 def _is_there(file: Path) -> bool:
-    """Whether there is a file or a link of this name; a name that no file can have is not there."""
+    """Return whether the path is an existing file or a link; False for invalid file names."""
     try:
         return file.is_file() or file.is_symlink()
     except (OSError, ValueError):
@@ -89,7 +89,7 @@ def _is_there(file: Path) -> bool:
 
 
 def _refuse_second_weights(path: Path) -> None:
-    """Beside model.safetensors there are no shards of an index and no adapter: either could be what is meant."""
+    """Refuse shards of an index or an adapter in addition to model.safetensors, because the choice is ambiguous."""
     index = path / INDEX_FILE
     others: list[str] = []
     if index.is_file():
@@ -99,27 +99,28 @@ def _refuse_second_weights(path: Path) -> None:
         others += sorted(file.name for file in path.glob("adapter_model.*"))
     if others:
         raise CheckpointError(
-            f"There is {SINGLE_FILE}, and also {', '.join(others[:3])}: it is not certain which weights are meant.",
+            f"There is {SINGLE_FILE}, and also {', '.join(others[:3])}: it is ambiguous which weights to use.",
             where=str(path),
-            next_step="Move the ones that are not meant to another folder. An adapter is merged with its model first.",
+            next_step="Move the files that should not be used to another folder. Merge an adapter with its model "
+            "first.",
         )
 
 
 def _refuse_unlisted(path: Path, weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, Any]]) -> None:
-    """A tensor that a shard holds and the index does not list, or lists for another shard, would be lost in silence."""
+    """Refuse tensors that the index does not list, or lists in another shard, because they would be ignored."""
     for file, header in shards.items():
         for name in sorted(header):
             if weight_map.get(name) != file and not name.endswith(BUFFERS):
                 listed = f"lists it in {weight_map[name]}" if name in weight_map else "does not list it"
                 raise CheckpointError(
-                    f"{file} holds {name}; {INDEX_FILE} {listed}.",
+                    f"{file} contains {name}; {INDEX_FILE} {listed}.",
                     where=str(path),
-                    next_step="The index and the shards are of different versions: download both again.",
+                    next_step="Download the index and the shards again: they are from different versions.",
                 )
 
 
 def _require_short_header(file: Path) -> None:
-    """The file says in its first eight bytes how long its header is; all of it is read into memory."""
+    """Limit the header length, which is stored in the first eight bytes: the whole header is read into memory."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
     if SAFETENSORS_HEADER_BYTES.value() < length <= file.stat().st_size:
@@ -134,7 +135,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """An open safetensors file; what is wrong with it becomes a CheckpointError."""
+    """Open a safetensors file, and convert errors to CheckpointError."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -25,6 +25,8 @@ ENDED = (
 )
 FORGOTTEN, UNKNOWN = "FORGOTTEN", "UNKNOWN"
 """Of a job that Slurm no longer knows, and of one that it did not answer for."""
+CONTAINER_OPTION = "--container-image"
+"""Option that the pyxis plugin adds to srun."""
 MOST_INDICES = 10_000
 """Longer ranges of an array stay one line."""
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
@@ -51,6 +53,11 @@ UNUSABLE = (
     "error",
 )
 """States of nodes that take no job, without their suffix."""
+
+
+def has_pyxis(srun_help: str) -> bool:
+    """Return whether srun has the options of pyxis, from the output of `srun --help`."""
+    return CONTAINER_OPTION in srun_help
 
 
 @dataclass(frozen=True)

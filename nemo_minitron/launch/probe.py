@@ -11,7 +11,7 @@ from typing import Literal
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.launch import images, slurm
-from nemo_minitron.launch.answers import Partition, default_partition, partitions
+from nemo_minitron.launch.answers import Partition, default_partition, has_pyxis, partitions
 from nemo_minitron.launch.containers import mounts_of
 from nemo_minitron.launch.jobs import Job, images_of, jobs_of, misspelt_images, problems
 from nemo_minitron.launch.submit import cluster_of, placed
@@ -117,7 +117,7 @@ def _fits(job: Job, partition: Partition) -> Iterator[Finding]:
 
 def _plugin(cluster: Cluster) -> Iterator[Finding]:
     if cluster.container.runtime == "pyxis":
-        has = "--container-image" in slurm.ask(["srun", "--help"])
+        has = has_pyxis(slurm.ask(["srun", "--help"]))
         text = (
             "srun takes --container-image (pyxis)" if has else "srun has no --container-image: pyxis is not installed"
         )

@@ -252,7 +252,7 @@ def test_replacements_cannot_multiply_a_text(tmp_path: Path, key: str) -> None:
 @pytest.mark.parametrize("pattern", ["(x+x+)+y"])
 def test_a_pattern_that_tries_without_end_is_refused(tmp_path: Path, pattern: str) -> None:
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    with pytest.raises(CheckpointError, match="by a pattern that gives up on 64 characters"):
+    with pytest.raises(CheckpointError, match="by a pattern that exceeds the retry limit on 64 characters"):
         load_tokenizer(_tokenizer(tmp_path, pre_tokenizer=split))
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron import doctor
-from nemo_minitron.doctor import examine, failures, level_of
+from nemo_minitron.doctor import examine, failures
+from nemo_minitron.system.tested_versions import TESTED, level_of, release_numbers
 from tests.conftest import REPO, Cli
 
 
@@ -124,8 +125,8 @@ def test_the_command_says_what_is_missing(tmp_path: Path, minitron: Cli, monkeyp
 def test_the_oldest_versions_are_those_that_the_package_asks_for() -> None:
     text = (REPO / "pyproject.toml").read_text()
     for name in ("torch", "megatron-core", "transformers"):
-        assert f'"{name}>={doctor.TESTED[name][0]}' in text
-    assert f'requires-python = ">={doctor.TESTED["python"][0]}' in text
+        assert f'"{name}>={TESTED[name][0]}' in text
+    assert f'requires-python = ">={TESTED["python"][0]}' in text
 
 
 def test_the_newest_versions_are_those_that_are_pinned() -> None:
@@ -133,6 +134,6 @@ def test_the_newest_versions_are_those_that_are_pinned() -> None:
     pins = "".join((REPO / "constraints" / name).read_text() for name in ("newest.txt", "torch-newest.txt"))
     for name in ("torch", "megatron-core", "transformers"):
         found = [version for line, version in re.findall(rf"^({name})==(\S+)", pins, re.MULTILINE)]
-        newest = max(found, key=doctor._numbers)
-        assert doctor.level_of(name, newest) == "ok"
-        assert newest.startswith(doctor.TESTED[name][1])
+        newest = max(found, key=release_numbers)
+        assert level_of(name, newest) == "ok"
+        assert newest.startswith(TESTED[name][1])

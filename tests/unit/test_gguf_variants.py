@@ -167,7 +167,7 @@ def test_a_part_of_a_split_file_says_how_to_merge_the_parts(parts: Path, tmp_pat
 
 def test_quantizations_in_one_folder_are_listed_without_their_later_parts(parts: Path, tmp_path: Path) -> None:
     shutil.copyfile(parts / "m-00001-of-00003.gguf", parts / "m.Q8_0.GGUF")
-    with pytest.raises(CheckpointError, match=r"holds 2 .gguf files") as caught:
+    with pytest.raises(CheckpointError, match=r"contains 2 .gguf files") as caught:
         resolve_model(str(parts), tmp_path, None)
     assert caught.value.allowed == "m-00001-of-00003.gguf, m.Q8_0.GGUF"
 
@@ -200,7 +200,7 @@ def test_a_name_of_a_template_that_leads_elsewhere_is_refused(
 ) -> None:
     """CVE-2026-9856: before 5.10 transformers writes such a template wherever its name says."""
     fields = {"tokenizer__chat_templates": [name], f"tokenizer__chat_template__{name}": "text"}
-    with pytest.raises(CheckpointError, match="a chat template is named"):
+    with pytest.raises(CheckpointError, match="a chat template has the invalid name"):
         convert_gguf(tiny_gguf(llama, tmp_path / "model.gguf", **fields), out, None)
     assert not list(tmp_path.rglob("*planted*"))
 

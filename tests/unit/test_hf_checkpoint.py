@@ -255,7 +255,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: _shards_with(
             f, lambda _, i: i["weight_map"].update({"lm_head.weight": i["weight_map"]["model.embed_tokens.weight"]})
         ),
-        "lm_head.weight should be in it",
+        "it does not contain lm_head.weight",
     ),
 }
 

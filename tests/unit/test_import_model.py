@@ -253,7 +253,7 @@ def _pickle_folder(tmp_path: Path) -> str:
     [
         (lambda _: "/no/such/model", "/no/such/model does not exist"),
         (_some_file, "is not a .gguf file"),
-        (_several_ggufs, "holds 2 .gguf files"),
+        (_several_ggufs, "contains 2 .gguf files"),
         (_pickle_folder, r"There are pickled weights \(\*.bin\), which are not supported"),
         (lambda tmp_path: str(tmp_path), "There is no config.json"),
     ],

@@ -124,18 +124,18 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "empty config": (lambda f: (f / "config.json").write_bytes(b""), "it is empty", "again"),
     "broken link": (lambda f: _broken_link(f / SINGLE_FILE), "a link to ../../blobs/0123", "cp -rL"),
     "broken link config": (lambda f: _broken_link(f / "config.json"), "a link to ../../blobs/0123", "cp -rL"),
-    "weights twice": (_with_both, "and also model-00001-of", "Move the ones"),
+    "weights twice": (_with_both, "and also model-00001-of", "Move the files"),
     "key twice": (_twice_in_json, "key 'hidden_size' occurs twice", "again"),
     "config nested too deeply": (
         lambda f: (f / "config.json").write_text("[" * 100_000), "nested too deeply", "again"
     ),
-    "compiled": (_prefixed("_orig_mod."), "unexpected", "'_orig_mod.', as torch.compile writes them"),
+    "compiled": (_prefixed("_orig_mod."), "unexpected", "'_orig_mod.', a prefix of torch.compile"),
     "multimodal, older": (_prefixed("language_model."), "unexpected", "a multimodal model"),
     "multimodal, newer": (
         lambda f: _edit_weights(f, lambda t: {n.replace("model.", "model.language_model."): x for n, x in t.items()}),
         "unexpected", "a multimodal model",
     ),
-    "peft": (_prefixed("base_model.model."), "unexpected", "as peft writes them"),
+    "peft": (_prefixed("base_model.model."), "unexpected", "a prefix of peft"),
     "adapter inside": (
         lambda f: _edit_weights(f, lambda t: t.update({"model.layers.0.x.lora_A.weight": torch.ones(2)})),
         "unexpected", "merge_and_unload",
@@ -143,7 +143,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "without its head": (_stripped, "missing", "The names lack 'model.'"),
     "transposed": (
         lambda f: _edit_weights(f, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].T.contiguous()})),
-        "lm_head.weight has shape [64, 512]", "transposed",
+        "lm_head.weight has shape [64, 512]", "transpose",
     ),
     "eight bits": (
         lambda f: _edit_weights(f, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)})),
@@ -154,10 +154,10 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "unexpected", "unquantized",
     ),
     "index lacks a tensor": (
-        lambda f: _shard(f, lambda m: m.pop("model.norm.weight")), "holds model.norm.weight", "different versions"
+        lambda f: _shard(f, lambda m: m.pop("model.norm.weight")), "contains model.norm.weight", "different versions"
     ),
     "index names a tensor too many": (
-        lambda f: _shard(f, lambda m: m.update({"more": m["model.norm.weight"]})), "more should be in it", "again"
+        lambda f: _shard(f, lambda m: m.update({"more": m["model.norm.weight"]})), "it does not contain more", "again"
     ),
     "index names a folder": (
         lambda f: _shard(f, lambda m: m.update({"lm_head.weight": "sub/x.safetensors"})), "Shard sub/x", "beside"

@@ -92,7 +92,7 @@ def test_a_slice_of_a_larger_tensor_is_written_as_it_is(tmp_path: Path) -> None:
 
 def test_what_was_not_planned_is_a_bug_and_an_unfinished_folder_has_no_config(tmp_path: Path) -> None:
     writer = StreamWriter(tmp_path, {}, PLANNED)
-    with pytest.raises(AssertionError, match="came where"):
+    with pytest.raises(AssertionError, match="expected"):
         writer.add("a", TENSORS["a"].T)
     writer = StreamWriter(tmp_path, {}, PLANNED)
     writer.add("a", TENSORS["a"])

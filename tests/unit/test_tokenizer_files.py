@@ -204,8 +204,8 @@ def _special(token: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "There is no tokenizer beside the model"),
-        ({"tokenizer_config.json": "{}"}, "There is no tokenizer beside the model"),
+        ({}, "The model folder has no tokenizer"),
+        ({"tokenizer_config.json": "{}"}, "The model folder has no tokenizer"),
         ({"tokenizer.json": "[]"}, "tokenizer.json is damaged"),
         ({"tokenizer.json": '{"a": '}, "tokenizer.json is damaged"),
         ({"tokenizer.json": '{"model": {"type": "BPE"}}'}, "cannot be loaded"),
