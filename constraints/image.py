@@ -1,8 +1,9 @@
-"""Pins for an image that brings its own torch: what the Dockerfile gives to pip, and what it checks afterwards.
+"""Pins for an image with its own build of torch: constraints that the Dockerfile passes to pip, and checks afterwards.
 
-NVIDIA's images pin every package of theirs in a file that PIP_CONSTRAINT names. Together with this project's pins no
-set of versions fits both. So torch, CUDA's packages and all that is built against them keep the image's versions, and
-the rest follows constraints/newest.txt. Needs `packaging` alone; runs before anything is installed.
+NVIDIA's images pin all of their packages in the file named by PIP_CONSTRAINT, and no set of versions satisfies both
+these pins and those of this project. Therefore torch, the CUDA packages and everything built against them keep the
+versions of the image, and all other packages follow constraints/newest.txt. The script only needs `packaging` and runs
+before anything is installed.
 
     python constraints/image.py pins constraints/newest.txt [PIP_CONSTRAINT's file] > pins.txt
     python constraints/image.py locked constraints/newest.lock pins.txt [NAME ...] > locked.txt
@@ -21,37 +22,38 @@ from importlib.metadata import PackageNotFoundError, distributions, requires
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 KEPT = frozenset({"numpy", "scipy", "pandas", "protobuf", "pillow", "apex", "nemo-toolkit", "nemo-aligner"})
-"""Packages that an image builds itself, or builds others against."""
+"""Packages that images build from source, or that other packages are built against."""
 KEPT_PREFIXES = ("torch", "triton", "pytorch-triton", "nvidia-", "cuda-", "cupy", "transformer-engine", "flash-attn")
-OF_NEMO = frozenset({"megatron-core", "transformers", "tokenizers", "huggingface-hub"})
-"""Packages of NVIDIA's NeMo images: kept where they are installed, in any supported version, and pinned where not."""
+NEMO_PACKAGES = frozenset({"megatron-core", "transformers", "tokenizers", "huggingface-hub"})
+"""Packages of NVIDIA's NeMo images. They keep their version where they are installed, and are pinned elsewhere."""
 UNPINNED = frozenset({"contourpy", "tensorboard"})
-"""Packages whose newest versions refuse what images have (an older numpy or protobuf): pip takes one that fits."""
-OF_MEGATRON = "transformer-engine"
-"""Its version must be one that the installed megatron-core names."""
+"""Packages whose newest versions are incompatible with images (older numpy or protobuf); pip chooses the version."""
+TRANSFORMER_ENGINE = "transformer-engine"
+"""Package whose version must satisfy the requirement of the installed megatron-core."""
 
 
 def is_kept(name: str) -> bool:
-    """Whether a package is never installed by us: it stays as the image has it."""
+    """Return whether a package is never installed here, so that the image's version stays."""
     plain = canonicalize_name(name)
     return plain in KEPT or plain.startswith(KEPT_PREFIXES)
 
 
-def stays(name: str) -> bool:
-    """Whether an installed package keeps its version."""
-    return is_kept(name) or canonicalize_name(name) in OF_NEMO
+def keeps_version(name: str) -> bool:
+    """Return whether an installed package keeps its version."""
+    return is_kept(name) or canonicalize_name(name) in NEMO_PACKAGES
 
 
 def installed() -> dict[str, str]:
-    """Name -> version of everything that this Python has."""
+    """Return name -> version of all packages of this Python."""
     return {canonicalize_name(one.metadata["Name"]): one.version for one in distributions() if one.metadata["Name"]}
 
 
 def requirements_of(lines: Iterable[str]) -> Iterator[Requirement]:
-    """The pins of a constraint file that hold here; options, comments and paths are left out."""
+    """Yield the requirements of a constraint file whose markers apply here; skip options, comments and paths."""
     for line in lines:
         text = re.sub(r"(^|\s)#.*$", "", line).split(" --hash", 1)[0].rstrip("\\ \t\r\n").strip()
         try:
@@ -62,12 +64,18 @@ def requirements_of(lines: Iterable[str]) -> Iterator[Requirement]:
             yield found
 
 
-def pins(own: Iterable[str], image: Iterable[str], have: Mapping[str, str]) -> list[str]:
-    """Lines of a constraint file: kept packages as they are installed, or as the image wants them; ours for the rest.
+def pins(own: Iterable[str], image: Iterable[str], versions: Mapping[str, str]) -> list[str]:
+    """Return the lines of a constraint file that combines the pins of this project with those of an image.
 
-    A pin of ours that a kept package does not take gives way to the version that the image has.
+    Kept packages are pinned to the installed version, or to the image's pin if they are not installed. If a kept
+    package is incompatible with a pin of this project, the installed version is pinned instead.
+
+    Args:
+        own: lines of this project's constraint file.
+        image: lines of the image's constraint file.
+        versions: installed packages, name -> version.
     """
-    found = {name: f"{name}=={version}" for name, version in have.items() if stays(name)}
+    found = {name: f"{name}=={version}" for name, version in versions.items() if keeps_version(name)}
     for line in requirements_of(image):
         name = canonicalize_name(line.name)
         if is_kept(name) and name not in found and line.url is None:
@@ -76,18 +84,21 @@ def pins(own: Iterable[str], image: Iterable[str], have: Mapping[str, str]) -> l
         name = canonicalize_name(line.name)
         if name in found or name in UNPINNED or is_kept(name):
             continue
-        if _is_refused(line, have):
-            found[name] = f"{name}=={have[name]}"
+        if _is_incompatible(line, versions):
+            found[name] = f"{name}=={versions[name]}"
         else:
             found[name] = f"{name}{line.specifier}"
     return sorted(found.values())
 
 
-def locked(lock: str, chosen: Iterable[str], have: Mapping[str, str], names: Iterable[str] = ()) -> list[str]:
-    """Entries of a lock file, with their hashes: of the chosen pins, those that are not installed already.
+def locked(lock: str, chosen: Iterable[str], versions: Mapping[str, str], names: Iterable[str] = ()) -> list[str]:
+    """Return the lock file entries, with hashes, of the chosen pins that are not installed already.
 
     Args:
-        names: these packages alone; empty: all.
+        lock: text of the lock file.
+        chosen: lines of the constraint file.
+        versions: installed packages, name -> version.
+        names: packages to include; empty: all.
     """
     wanted = {canonicalize_name(line.name): str(line.specifier) for line in requirements_of(chosen)}
     only = {canonicalize_name(name) for name in names} or wanted.keys()
@@ -95,28 +106,29 @@ def locked(lock: str, chosen: Iterable[str], have: Mapping[str, str], names: Ite
     for entry in re.split(r"^(?=[A-Za-z0-9])", lock, flags=re.MULTILINE):
         for pin in requirements_of(entry.splitlines()[:1]):
             name = canonicalize_name(pin.name)
-            if name in only and wanted.get(name) == str(pin.specifier) != f"=={have.get(name)}":
+            if name in only and wanted.get(name) == str(pin.specifier) != f"=={versions.get(name)}":
                 found.append(entry.rstrip())
     return found
 
 
-def _is_refused(pin: Requirement, have: Mapping[str, str]) -> bool:
-    """Whether a kept package that is installed asks for other versions than the pinned one."""
+def _is_incompatible(pin: Requirement, versions: Mapping[str, str]) -> bool:
+    """Return whether an installed package that keeps its version does not accept the pinned version."""
     name = canonicalize_name(pin.name)
-    versions = [one.version for one in pin.specifier if one.operator == "=="]
-    if name not in have or len(versions) != 1:
+    pinned = [one.version for one in pin.specifier if one.operator == "=="]
+    if name not in versions or len(pinned) != 1:
         return False
-    return any(not wish.contains(versions[0], prereleases=True) for wish in _wishes(name, have))
+    return any(not specifier.contains(pinned[0], prereleases=True) for specifier in _specifiers(name, versions))
 
 
-def _wishes(name: str, have: Mapping[str, str]) -> Iterator[object]:
-    for owner in have:
-        if not stays(owner):
+def _specifiers(name: str, versions: Mapping[str, str]) -> Iterator[SpecifierSet]:
+    """Yield the specifiers for a package in the requirements of the packages that keep their versions."""
+    for owner in versions:
+        if not keeps_version(owner):
             continue
         for text in _requires(owner):
-            wish = Requirement(text)
-            if canonicalize_name(wish.name) == name and (wish.marker is None or wish.marker.evaluate({"extra": ""})):
-                yield wish.specifier
+            found = Requirement(text)
+            if canonicalize_name(found.name) == name and (found.marker is None or found.marker.evaluate({"extra": ""})):
+                yield found.specifier
 
 
 def _requires(name: str) -> list[str]:
@@ -127,24 +139,26 @@ def _requires(name: str) -> list[str]:
 
 
 def problems(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
-    """Kept packages that pip has changed, and a Transformer Engine that Megatron-Core does not take."""
+    """Describe the kept packages that pip has changed, and an incompatible version of Transformer Engine."""
     for name, version in before.items():
         if now.get(name) != version:
-            yield f"{name} was {version} in the image and is {now.get(name, 'gone')} now"
-    if OF_MEGATRON not in now:
+            yield f"{name} was {version} in the image and is {now.get(name, 'missing')} now"
+    if TRANSFORMER_ENGINE not in now:
         return
     for text in _requires("megatron-core"):
-        wish = Requirement(text)
-        version = now[OF_MEGATRON]
-        if canonicalize_name(wish.name) == OF_MEGATRON and not wish.specifier.contains(version, prereleases=True):
+        needed = Requirement(text)
+        version = now[TRANSFORMER_ENGINE]
+        if canonicalize_name(needed.name) != TRANSFORMER_ENGINE:
+            continue
+        if not needed.specifier.contains(version, prereleases=True):
             yield (
-                f"megatron-core {now['megatron-core']} takes {OF_MEGATRON} {wish.specifier}, "
-                f"and the image has {version}: choose another CORE_IMAGE"
+                f"megatron-core {now['megatron-core']} requires {TRANSFORMER_ENGINE} {needed.specifier}, "
+                f"but the image has {version}: choose another CORE_IMAGE"
             )
 
 
-def main(words: list[str]) -> int:
-    """The command line; see above."""
+def main(argv: list[str]) -> int:
+    """Run one of the commands in the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("pins")
@@ -153,23 +167,23 @@ def main(words: list[str]) -> int:
     locking = commands.add_parser("locked")
     locking.add_argument("lock", type=Path)
     locking.add_argument("pins", type=Path)
-    locking.add_argument("names", nargs="*", help="these packages alone")
-    commands.add_parser("kept").add_argument("more", nargs="*", help="other packages that have to stay")
+    locking.add_argument("names", nargs="*", help="only these packages")
+    commands.add_parser("kept").add_argument("more", nargs="*", help="additional packages that keep their version")
     commands.add_parser("check").add_argument("before", type=Path)
-    said = parser.parse_args(words)
-    have = installed()
-    if said.command == "pins":
-        theirs = said.image.read_text().splitlines() if said.image and said.image.is_file() else []
-        print("\n".join(pins(said.own.read_text().splitlines(), theirs, have)))
+    args = parser.parse_args(argv)
+    versions = installed()
+    if args.command == "pins":
+        image_lines = args.image.read_text().splitlines() if args.image and args.image.is_file() else []
+        print("\n".join(pins(args.own.read_text().splitlines(), image_lines, versions)))
         return 0
-    if said.command == "locked":
-        print("\n".join(locked(said.lock.read_text(), said.pins.read_text().splitlines(), have, said.names)))
+    if args.command == "locked":
+        print("\n".join(locked(args.lock.read_text(), args.pins.read_text().splitlines(), versions, args.names)))
         return 0
-    if said.command == "kept":
-        kept = {name: version for name, version in have.items() if stays(name) or name in said.more}
+    if args.command == "kept":
+        kept = {name: version for name, version in versions.items() if keeps_version(name) or name in args.more}
         print(json.dumps(kept, indent=1))
         return 0
-    wrong = sorted(set(problems(json.loads(said.before.read_text()), have)))
+    wrong = sorted(set(problems(json.loads(args.before.read_text()), versions)))
     print("\n".join(wrong), file=sys.stderr)
     return 1 if wrong else 0
 

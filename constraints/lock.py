@@ -1,11 +1,11 @@
-"""Writes the constraint files and the lock files: `make lock`. Needs uv and a network.
+"""Write the constraint files and the lock files (`make lock`). It needs uv and network access.
 
-Two ends are pinned: `newest.txt`, the newest versions that fit together on each Python, and `oldest.txt`, the oldest
-ones that pyproject.toml allows on Python 3.10. Pins that still fit are kept; `make lock UPGRADE=1` takes newer ones.
-torch is pinned by hand, in `torch-newest.txt` and `torch-oldest.txt`: its build depends on the machine. The pins of
-NeMo-Aligner, in `nemo_minitron/backends/alignment/nemo_aligner/requirements.txt`, are chosen by hand too. A lock file
-adds to each pin the sha256 of each of its files on PyPI; the command stops where a pin has no file for a supported
-Python.
+Two sets of versions are pinned: `newest.txt` has the newest compatible versions for each Python, and `oldest.txt` the
+oldest versions that pyproject.toml allows, on Python 3.10. Pins that are still valid are kept; `make lock UPGRADE=1`
+upgrades them. torch is pinned manually in `torch-newest.txt` and `torch-oldest.txt`, because its build depends on the
+machine. The pins of NeMo-Aligner in `nemo_minitron/backends/alignment/nemo_aligner/requirements.txt` are also chosen
+manually. A lock file adds the sha256 of all files on PyPI to each pin. The command stops if a pin has no file for a
+supported Python.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ ROOT = HERE.parent
 PROJECT = ROOT / "pyproject.toml"
 ALIGNER = ROOT / "nemo_minitron/backends/alignment/nemo_aligner/requirements.txt"
 BUILD = ("setuptools",)
-"""What packages without a wheel are built with: it has to be there before they are."""
+"""Packages that must be installed before packages without a wheel can be built."""
 NO_DEPENDENCIES = ("megatron-core",)
-"""Taken alone in the oldest set: old versions ask for test tools and ModelOpt, which nothing here uses."""
+"""Packages in the oldest set without their dependencies: old versions require unused test tools and ModelOpt."""
 BY_TORCH = ("torch", "triton", "nvidia-", "cuda-")
-"""What comes with a build of torch, and is pinned by nobody else."""
+"""Prefixes of the packages that a build of torch determines, so that they are not pinned here."""
 MADE = "# Made by `make lock` from {}: do not edit.\n"
 UV = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
 UNIVERSAL = ["--universal", "--python-version=3.10"]
@@ -37,6 +37,7 @@ OLDEST_PYTHON = ["--python-version=3.10", "--python-platform=linux"]
 
 
 def main() -> None:
+    """Write all constraint and lock files."""
     upgrade = ["--upgrade"] if "--upgrade" in sys.argv[1:] else []
     newest, oldest = HERE / "newest.txt", HERE / "oldest.txt"
     write(newest, pins_of(newest_set(newest, upgrade)), "pyproject.toml")
@@ -55,7 +56,7 @@ def main() -> None:
 
 
 def newest_set(kept: Path, options: list[str]) -> str:
-    """The newest versions for every supported Python, as one set with markers; those of `kept` where they fit."""
+    """Resolve the newest versions for all supported Pythons, with markers. Valid versions in `kept` are preferred."""
     extras = ["--extra=eval", "--extra=dev", f"--constraint={HERE / 'torch-newest.txt'}"]
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / kept.name
@@ -66,30 +67,31 @@ def newest_set(kept: Path, options: list[str]) -> str:
 
 
 def oldest_set() -> str:
-    """Each dependency in the oldest version that pyproject.toml allows, on the oldest Python, and what they need.
+    """Resolve the oldest version that pyproject.toml allows of each dependency, on the oldest supported Python.
 
-    And what the tools need there: dev.lock, which is installed beside it, leaves out what newest.lock has.
+    The dependencies of the development tools are included, because dev.lock, which is installed in addition, does not
+    contain packages that are in newest.lock.
     """
     project = read_configuration(PROJECT, expand=False)["project"]
     extras = project["optional-dependencies"]
-    asked = [Requirement(text) for text in (*project["dependencies"], *extras["eval"])]
-    pinned = {one.name: f"{str(one).removesuffix(str(one.specifier))}=={lowest(one)}" for one in asked}
+    direct = [Requirement(text) for text in (*project["dependencies"], *extras["eval"])]
+    pinned = {one.name: f"{str(one).removesuffix(str(one.specifier))}=={lowest(one)}" for one in direct}
     alone = [pinned.pop(name) for name in NO_DEPENDENCIES]
     return compiled(["-"], OLDEST_PYTHON, "\n".join([*pinned.values(), *extras["dev"]])) + "\n".join(alone)
 
 
 def lowest(requirement: Requirement) -> str:
-    """The lower bound of a requirement."""
+    """Return the lower bound of a requirement."""
     return next(one.version for one in requirement.specifier if one.operator in (">=", "=="))
 
 
 def hashed(pins: Path, python: list[str] = UNIVERSAL) -> str:
-    """A file of pins with the hashes of every file of each."""
+    """Return the pins of a file with the hashes of all distribution files."""
     return compiled(["--no-deps", "--generate-hashes", str(pins)], python)
 
 
 def compiled(words: list[str], python: list[str] = UNIVERSAL, given: str | None = None) -> str:
-    """What uv resolves."""
+    """Run `uv pip compile`, and return its output; exit if it fails."""
     done = subprocess.run([*UV, *python, *words], stdout=subprocess.PIPE, text=True, check=False, input=given)
     if done.returncode:
         sys.exit(done.returncode)
@@ -97,13 +99,13 @@ def compiled(words: list[str], python: list[str] = UNIVERSAL, given: str | None 
 
 
 def pins_of(text: str) -> Iterator[str]:
-    """The lines of a resolution that are pinned here: all but those that come with torch."""
+    """Return the lines of a resolution without the packages that torch determines."""
     lines = (line for line in text.splitlines(keepends=True) if line.strip() and not line.startswith("#"))
     return (f"{line.rstrip()}\n" for line in sorted(lines) if not line.startswith(BY_TORCH))
 
 
 def entries(text: str) -> Iterator[str]:
-    """Each package with its hashes."""
+    """Yield the text of each package with its hashes."""
     for entry in re.split(r"^(?=[A-Za-z0-9])", text, flags=re.MULTILINE):
         if entry.strip():
             yield entry

@@ -127,7 +127,7 @@ def _gpus() -> Iterator[Finding]:
         yield Finding("gpu", "GPUs", "missing", "no nvidia-smi: training runs on the CPU", "in docker: --gpus all")
         return
     cards = [line.strip() for line in out.splitlines() if line.strip()]
-    yield Finding("gpu", "GPUs", "ok" if cards else "missing", "; ".join(cards) or "nvidia-smi lists none")
+    yield Finding("gpu", "GPUs", "ok" if cards else "missing", "; ".join(cards) or "nvidia-smi lists no GPU")
     code, out = _run([sys.executable, "-c", TORCH_ON_GPUS])
     is_usable = code == 0 and out.startswith("True")
     yield Finding(
@@ -148,7 +148,7 @@ def _aligner() -> Iterator[Finding]:
     except MinitronError as error:
         yield Finding("aligner", "NeMo-Aligner", "missing", error.what, "minitron env aligner")
         return
-    yield Finding("aligner", "NeMo-Aligner", "ok", f"{SUPPORTED_ALIGNER} by {python}")
+    yield Finding("aligner", "NeMo-Aligner", "ok", f"{SUPPORTED_ALIGNER} in {python}")
 
 
 def _slurm() -> Iterator[Finding]:

@@ -99,7 +99,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         lambda f: (_adapter(f), (f / SINGLE_FILE).unlink()), "an adapter (LoRA), adapter_model", "merge_and_unload"
     ),
     "adapter and nothing else": (_only_adapter, "an adapter (LoRA) of someone/base", "merge_and_unload"),
-    "adapter beside its model": (_adapter, "also adapter_model.safetensors", "merged"),
+    "adapter beside its model": (_adapter, "also adapter_model.safetensors", "Merge an adapter"),
     "another name": (
         lambda f: _rename(f, "pytorch_model.safetensors"), "There is pytorch_model.safetensors", "Rename pytorch_model"
     ),
@@ -160,7 +160,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         lambda f: _shard(f, lambda m: m.update({"more": m["model.norm.weight"]})), "it does not contain more", "again"
     ),
     "index names a folder": (
-        lambda f: _shard(f, lambda m: m.update({"lm_head.weight": "sub/x.safetensors"})), "Shard sub/x", "beside"
+        lambda f: _shard(f, lambda m: m.update({"lm_head.weight": "sub/x.safetensors"})), "Shard sub/x", "in the folder of the index"
     ),
     "index names nothing": (
         lambda f: _shard(f, lambda m: m.update({"lm_head.weight": None})), "Shard None is missing", "Complete"
