@@ -160,7 +160,8 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         lambda f: _shard(f, lambda m: m.update({"more": m["model.norm.weight"]})), "it does not contain more", "again"
     ),
     "index names a folder": (
-        lambda f: _shard(f, lambda m: m.update({"lm_head.weight": "sub/x.safetensors"})), "Shard sub/x", "in the folder of the index"
+        lambda f: _shard(f, lambda m: m.update({"lm_head.weight": "sub/x.safetensors"})),
+        "Shard sub/x", "folder of the index",
     ),
     "index names nothing": (
         lambda f: _shard(f, lambda m: m.update({"lm_head.weight": None})), "Shard None is missing", "Complete"
