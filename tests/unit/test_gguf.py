@@ -1,4 +1,4 @@
-"""GGUF import: weights, config and tokenizer come out as they went in; what is damaged is refused."""
+"""GGUF import: weights, config and tokenizer are unchanged, and damaged files are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def _rope_factors(case: str, **keys: Any) -> list[float] | None:
-    """What llama.cpp's converter stores: plain over scaled frequencies, as transformers computes them."""
+    """Return the factors of llama.cpp's converter: ratios of unscaled to scaled frequencies in transformers."""
     scaling = FAMILY_CASES[case].get("rope_scaling")
     if scaling is None:
         return None
@@ -50,7 +50,7 @@ def test_a_converted_model_gives_the_same_logits(case: str, tmp_path: Path, out:
     assert model_facts(out)["num_params"] == model_facts(source)["num_params"]
 
 
-def test_quantized_weights_expand_to_the_values_that_gguf_defines(tmp_path: Path, out: Path) -> None:
+def test_quantized_weights_are_dequantized_as_gguf_defines(tmp_path: Path, out: Path) -> None:
     source = tiny_model_dir(tmp_path, "qwen2")
     quantization = gguf.GGMLQuantizationType.Q8_0
     file = tiny_gguf(source, tmp_path / "model.gguf", quantization=quantization)
@@ -63,18 +63,18 @@ def test_quantized_weights_expand_to_the_values_that_gguf_defines(tmp_path: Path
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama3_factors_are_those_of_transformers(factor: float) -> None:
+def test_llama3_factors_equal_those_of_transformers(factor: float) -> None:
     scaling = {**FAMILY_CASES["llama31_rope"]["rope_scaling"], "factor": factor}
     expected = _rope_factors("llama31_rope", head_dim=128, rope_scaling=scaling)
     assert llama3_factors(64, 500000.0, factor) == pytest.approx(expected, rel=1e-5)
 
 
-def test_small_numbers_are_written_short(tmp_path: Path, out: Path) -> None:
+def test_small_numbers_are_written_in_short_form(tmp_path: Path, out: Path) -> None:
     convert_gguf(tiny_gguf(tiny_model_dir(tmp_path, "mistral"), tmp_path / "model.gguf"), out, None)
     assert '"rms_norm_eps": 1e-05' in (out / "config.json").read_text()
 
 
-def test_the_tokenizer_encodes_as_the_original_and_keeps_its_special_tokens(tmp_path: Path, out: Path) -> None:
+def test_the_tokenizer_encodes_like_the_original_and_keeps_its_special_tokens(tmp_path: Path, out: Path) -> None:
     from transformers import AutoTokenizer
 
     source = tiny_model_dir(tmp_path, "llama_gqa_tied")
@@ -89,7 +89,7 @@ def test_the_tokenizer_encodes_as_the_original_and_keeps_its_special_tokens(tmp_
     assert converted.apply_chat_template(chat, tokenize=False) == original.apply_chat_template(chat, tokenize=False)
 
 
-def test_bos_is_added_when_the_file_says_so_and_not_otherwise(tmp_path: Path) -> None:
+def test_bos_is_added_only_if_the_file_enables_it(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     source = tiny_model_dir(tmp_path, "llama_gqa_tied")
@@ -103,7 +103,7 @@ def test_bos_is_added_when_the_file_says_so_and_not_otherwise(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("pre", "words"), [("smollm", "1|2|3|4|5"), ("llama-bpe", "123|45"), ("qwen2", "1|2|3|4|5")])
-def test_numbers_are_split_by_the_rule_that_the_file_names(pre: str, words: str, tmp_path: Path, out: Path) -> None:
+def test_numbers_are_split_by_the_pre_tokenizer_of_the_file(pre: str, words: str, tmp_path: Path, out: Path) -> None:
     from transformers import AutoTokenizer
 
     convert_gguf(tiny_gguf(tiny_model_dir(tmp_path, "llama_mha"), tmp_path / "model.gguf", pre=pre), out, None)
@@ -113,14 +113,14 @@ def test_numbers_are_split_by_the_rule_that_the_file_names(pre: str, words: str,
     assert tokenizer.decode(tokenizer(TEXT, add_special_tokens=False)["input_ids"]) == TEXT
 
 
-def test_a_file_that_lacks_a_tensor_is_refused_not_filled_with_random_numbers(tmp_path: Path, out: Path) -> None:
+def test_a_file_with_a_missing_tensor_is_refused(tmp_path: Path, out: Path) -> None:
     source = tiny_model_dir(tmp_path, "llama_mha")
     file = tiny_gguf(source, tmp_path / "model.gguf", leave_out=("model.layers.2.mlp.up_proj.weight",))
     with pytest.raises(CheckpointError, match=r"Tensor blk.2.ffn_up.weight .* \(none: no such tensor\)"):
         convert_gguf(file, out, None)
 
 
-def test_a_tensor_that_the_architecture_does_not_have_is_refused_not_skipped(tmp_path: Path, out: Path) -> None:
+def test_a_tensor_outside_the_architecture_is_refused(tmp_path: Path, out: Path) -> None:
     folder = tiny_model_dir(tmp_path, "qwen2")
     _edit_config(folder, model_type="llama", architectures=["LlamaForCausalLM"])
     with pytest.raises(CheckpointError, match=r"Tensor blk.0.attn_k.bias .* has \(none: no such tensor\)"):
@@ -156,7 +156,7 @@ def _edit_config(folder: Path, **changes: object) -> None:
         ({"pre": "unheard-of"}, "'unheard-of' is not supported"),
     ],
 )
-def test_what_transformers_would_drop_in_silence_is_refused(
+def test_settings_that_transformers_would_ignore_are_refused(
     keys: dict[str, object], message: str, tmp_path: Path, out: Path
 ) -> None:
     source = tiny_model_dir(tmp_path, "llama_mha")
@@ -164,7 +164,7 @@ def test_what_transformers_would_drop_in_silence_is_refused(
         convert_gguf(tiny_gguf(source, tmp_path / "model.gguf", **keys), out, None)  # type: ignore[arg-type]
 
 
-def test_another_architecture_is_refused_by_name(tmp_path: Path, out: Path) -> None:
+def test_an_unsupported_architecture_is_named(tmp_path: Path, out: Path) -> None:
     writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "mamba")
     writer.add_tensor("token_embd.weight", torch.zeros(2, 2).numpy())
     writer.write_header_to_file()
@@ -176,7 +176,7 @@ def test_another_architecture_is_refused_by_name(tmp_path: Path, out: Path) -> N
 
 
 @pytest.mark.parametrize("keep", [0.0, 1e-5, 0.001, 0.01, 0.1, 0.5, 0.99, 0.9999])
-def test_a_file_that_is_cut_off_anywhere_is_refused(keep: float, tmp_path: Path, out: Path) -> None:
+def test_a_truncated_file_is_refused(keep: float, tmp_path: Path, out: Path) -> None:
     data = tiny_gguf(tiny_model_dir(tmp_path, "llama_mha"), tmp_path / "whole.gguf").read_bytes()
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(data[: int(len(data) * keep)])
@@ -186,8 +186,8 @@ def test_a_file_that_is_cut_off_anywhere_is_refused(keep: float, tmp_path: Path,
     assert list(out.iterdir()) == []
 
 
-def test_damage_in_the_header_never_ends_in_another_error(tmp_path: Path, out: Path) -> None:
-    """Either it is refused, or the flipped byte was in a text that does not matter."""
+def test_a_damaged_header_only_raises_checkpoint_errors(tmp_path: Path, out: Path) -> None:
+    """The file is refused, unless the flipped byte is in a text without effect."""
     data = tiny_gguf(tiny_model_dir(tmp_path, "llama_mha"), tmp_path / "whole.gguf").read_bytes()
     generator = random.Random(0)
     refused = 0

@@ -1,4 +1,4 @@
-"""GGUF files as they are found: old keys, splits, adapters, other versions. Read right, or refused as what they are."""
+"""Variants of GGUF files (old keys, split files, adapters, other versions): read correctly, or refused by name."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ NOT_SCALED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", NOT_SCALED)
-def test_scaling_that_llama_cpp_does_not_apply_is_none(case: str, llama: Path, tmp_path: Path, out: Path) -> None:
+def test_scaling_that_llama_cpp_ignores_is_accepted(case: str, llama: Path, tmp_path: Path, out: Path) -> None:
     convert_gguf(tiny_gguf(llama, tmp_path / "model.gguf", **NOT_SCALED[case]), out, None)
     assert read_shape(read_config(out)) == read_shape(read_config(llama))
 
@@ -85,12 +85,12 @@ def test_the_config_is_written_for_transformers_4_and_5(llama: Path, tmp_path: P
     assert (config["architectures"], config["model_type"]) == (["LlamaForCausalLM"], "llama")
 
 
-def test_a_partly_turned_llama_head_is_refused(llama: Path, tmp_path: Path, out: Path) -> None:
+def test_partial_rotary_embeddings_of_llama_are_refused(llama: Path, tmp_path: Path, out: Path) -> None:
     error = _refusal(tiny_gguf(llama, tmp_path / "model.gguf", llama__rope__dimension_count=4), out)
     assert "rope.dimension_count = 4 of 8 channels" in error.what
 
 
-def test_nemotron_is_read_under_the_keys_that_its_converter_writes(nemotron: Path, tmp_path: Path, out: Path) -> None:
+def test_nemotron_is_read_with_the_keys_of_its_converter(nemotron: Path, tmp_path: Path, out: Path) -> None:
     file = tiny_gguf(
         nemotron,
         tmp_path / "model.gguf",
@@ -118,7 +118,7 @@ def test_nemotron_is_read_under_the_keys_that_its_converter_writes(nemotron: Pat
         ({"split__no": 2, "split__count": 4}, "part 3 of 4 of a split file"),
     ],
 )
-def test_what_is_no_model_is_named_for_what_it_is(
+def test_a_file_that_is_not_a_model_is_described(
     keys: dict[str, Any], words: str, llama: Path, tmp_path: Path, out: Path
 ) -> None:
     if "llama__rope__freq_base" in keys:
@@ -128,7 +128,7 @@ def test_what_is_no_model_is_named_for_what_it_is(
     assert "again" not in str(error)
 
 
-def test_a_vocabulary_and_an_adapter_of_another_program_are_no_models(tmp_path: Path, out: Path) -> None:
+def test_a_vocabulary_and_an_adapter_of_another_program_are_refused(tmp_path: Path, out: Path) -> None:
     for name, tensors, words in (("vocab", (), "only a vocabulary"), ("lora", ("blk.0.a.weight.lora_a",), "(LoRA)")):
         writer = gguf.GGUFWriter(str(tmp_path / f"{name}.gguf"), "llama")
         for tensor in tensors:
@@ -156,7 +156,7 @@ def parts(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_part_of_a_split_file_says_how_to_merge_the_parts(parts: Path, tmp_path: Path, out: Path) -> None:
+def test_the_error_for_a_split_file_contains_the_merge_command(parts: Path, tmp_path: Path, out: Path) -> None:
     for number in (1, 2, 3):
         error = _refusal(parts / f"m-0000{number}-of-00003.gguf", out)
         assert error.what == f"m-0000{number}-of-00003.gguf is part {number} of 3 of a split file."
@@ -172,14 +172,14 @@ def test_quantizations_in_one_folder_are_listed_without_their_later_parts(parts:
     assert caught.value.allowed == "m-00001-of-00003.gguf, m.Q8_0.GGUF"
 
 
-def test_capitals_in_the_name_do_not_matter(llama: Path, tmp_path: Path, out: Path) -> None:
+def test_the_suffix_is_case_insensitive(llama: Path, tmp_path: Path, out: Path) -> None:
     (tmp_path / "folder").mkdir()
     file = tiny_gguf(llama, tmp_path / "folder" / "MODEL.GGUF")
     assert resolve_model(str(file), tmp_path, None) == resolve_model(str(file.parent), tmp_path, None) == file
     convert_gguf(file, out, None)
 
 
-def test_several_chat_templates_come_along(llama: Path, tmp_path: Path, out: Path) -> None:
+def test_several_chat_templates_are_converted(llama: Path, tmp_path: Path, out: Path) -> None:
     from transformers import AutoTokenizer
 
     file = tiny_gguf(
@@ -195,10 +195,8 @@ def test_several_chat_templates_come_along(llama: Path, tmp_path: Path, out: Pat
 
 
 @pytest.mark.parametrize("name", ["../../../planted", "/planted", "a/b", "", ".", "x" * 65])
-def test_a_name_of_a_template_that_leads_elsewhere_is_refused(
-    name: str, llama: Path, tmp_path: Path, out: Path
-) -> None:
-    """CVE-2026-9856: before 5.10 transformers writes such a template wherever its name says."""
+def test_a_template_name_with_a_path_is_refused(name: str, llama: Path, tmp_path: Path, out: Path) -> None:
+    """CVE-2026-9856: transformers before 5.10 writes the template to any path that its name contains."""
     fields = {"tokenizer__chat_templates": [name], f"tokenizer__chat_template__{name}": "text"}
     with pytest.raises(CheckpointError, match="a chat template has the invalid name"):
         convert_gguf(tiny_gguf(llama, tmp_path / "model.gguf", **fields), out, None)
@@ -212,7 +210,7 @@ def _version(file: Path, version: int) -> None:
 
 
 def _kind_of_first_tensor(file: Path, kind: int) -> None:
-    """Another type in the header's entry of the first tensor."""
+    """Change the type in the header entry of the first tensor."""
     data = bytearray(file.read_bytes())
     at = data.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 2 * 8
     data[at : at + 4] = struct.pack("<I", kind)
@@ -241,7 +239,9 @@ def _pointer(file: Path) -> None:
     ],
     ids=["version 1", "version 4", "GGML", "LFS", "page", "whole numbers", "removed type", "unknown type"],
 )
-def test_other_formats_are_not_called_damaged(spoil: Any, words: str, llama: Path, tmp_path: Path, out: Path) -> None:
+def test_other_formats_are_not_reported_as_damaged(
+    spoil: Any, words: str, llama: Path, tmp_path: Path, out: Path
+) -> None:
     file = tiny_gguf(llama, tmp_path / "model.gguf")
     spoil(file)
     error = _refusal(file, out)
@@ -249,7 +249,9 @@ def test_other_formats_are_not_called_damaged(spoil: Any, words: str, llama: Pat
     assert "damaged" not in str(error)
 
 
-def test_a_big_endian_file_is_named_with_the_program_that_converts_it(llama: Path, tmp_path: Path, out: Path) -> None:
+def test_the_error_for_a_big_endian_file_contains_the_conversion_command(
+    llama: Path, tmp_path: Path, out: Path
+) -> None:
     writer = gguf.GGUFWriter(str(tmp_path / "big.gguf"), "llama", endianess=gguf.GGUFEndian.BIG)
     writer.add_tensor("token_embd.weight", np.ones((2, 2), np.float32))
     _write(writer)
@@ -260,6 +262,6 @@ def test_a_big_endian_file_is_named_with_the_program_that_converts_it(llama: Pat
 
 
 @pytest.mark.parametrize("alignment", [0, 24])
-def test_an_impossible_alignment_is_damage(alignment: int, llama: Path, tmp_path: Path, out: Path) -> None:
+def test_an_invalid_alignment_is_reported_as_damage(alignment: int, llama: Path, tmp_path: Path, out: Path) -> None:
     error = _refusal(tiny_gguf(llama, tmp_path / "model.gguf", general__alignment=alignment), out)
     assert f"general.alignment = {alignment} is not a power of two" in error.what

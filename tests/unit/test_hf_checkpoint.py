@@ -1,4 +1,4 @@
-"""Reading, checking and writing Hugging Face folders."""
+"""Reading, validation and writing of Hugging Face model folders."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _sharded(source: Path, out_dir: Path, max_shard_bytes: int = 100_000) -> Pat
     return out_dir
 
 
-def test_a_slice_holds_the_same_numbers_as_the_whole_tensor(untied: Path) -> None:
+def test_a_slice_equals_the_part_of_the_whole_tensor(untied: Path) -> None:
     checkpoint = Checkpoint.open(untied)
     name = "model.layers.1.self_attn.q_proj.weight"
     whole = load_file(untied / SINGLE_FILE)[name]
@@ -114,7 +114,7 @@ def test_adding_a_name_twice_is_a_bug(tmp_path: Path) -> None:
         writer.add("a", torch.zeros(2))
 
 
-def test_a_full_disk_is_reported_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_raises_the_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import safetensors.torch as safetensors_torch
     from safetensors import SafetensorError
 
@@ -138,13 +138,13 @@ def test_a_folder_without_write_permission_is_reported_with_its_errno(tmp_path: 
     assert caught.value.errno == errno.ENOENT
 
 
-def test_written_weights_are_readable_by_whoever_reads_the_folder(untied: Path, tmp_path: Path) -> None:
+def test_written_weights_have_the_permissions_of_the_folder(untied: Path, tmp_path: Path) -> None:
     folder = _sharded(untied, tmp_path / "sharded")
     folder_mode = folder.stat().st_mode
     assert all(file.stat().st_mode & 0o666 == folder_mode & 0o666 for file in folder.glob("*.safetensors"))
 
 
-def test_side_files_come_along_and_weights_do_not(untied: Path, tmp_path: Path) -> None:
+def test_side_files_are_copied_and_weights_are_not(untied: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(untied, tmp_path / "source"))
     (source / "LICENSE.txt").write_text("free")
     (source / "pytorch_model.bin").write_bytes(b"pickle")
@@ -155,7 +155,7 @@ def test_side_files_come_along_and_weights_do_not(untied: Path, tmp_path: Path) 
     assert names == expected | {"generation_config.json", "LICENSE.txt"}
 
 
-def test_facts_of_a_model_count_parameters_and_bytes(tied: Path) -> None:
+def test_model_facts_contain_parameter_and_byte_counts(tied: Path) -> None:
     facts = model_facts(tied)
     assert facts["num_params"] == sum(p.numel() for p in load_transformers(tied).parameters())
     assert facts["num_params_non_embedding"] == facts["num_params"] - 512 * 64
@@ -164,14 +164,12 @@ def test_facts_of_a_model_count_parameters_and_bytes(tied: Path) -> None:
     json.dumps(facts)
 
 
-def test_rotary_buffers_of_old_exports_are_tolerated(copied: Path) -> None:
+def test_rotary_buffers_of_old_exports_are_accepted(copied: Path) -> None:
     _edit_weights(copied, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
     Checkpoint.open(copied)
 
 
-def test_a_stored_head_beside_tied_embeddings_is_fine_when_equal_and_refused_when_not(
-    tied: Path, tmp_path: Path
-) -> None:
+def test_a_stored_head_with_tied_embeddings_must_equal_them(tied: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tied, tmp_path / "copy"))
     _edit_weights(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     model_facts(folder)
@@ -261,7 +259,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_folders_are_refused_with_what_and_where(copied: Path, case: str) -> None:
+def test_the_error_for_a_bad_folder_names_problem_and_file(copied: Path, case: str) -> None:
     spoil, message = BAD[case]
     spoil(copied)
     with pytest.raises(CheckpointError, match=message) as caught:

@@ -1,4 +1,4 @@
-"""Pins for an image that brings its own torch; the Dockerfile's pip steps, without docker."""
+"""Pins for an image with its own build of torch, and the pip steps of the Dockerfile without docker."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ transformer-engine @ file:///tmp/te.whl
 --hash=sha256:00
 """.splitlines()
 OLD_IMAGE = {"numpy": "1.26.4", "scipy": "1.11.3", "pandas": "2.2.0", "protobuf": "4.24.4", "pillow": "10.3.0"}
-"""Versions of images that are still in use."""
+"""Package versions of older images."""
 
 
 def _module() -> Any:
@@ -47,7 +47,7 @@ def _module() -> Any:
 image = _module()
 
 
-def test_the_images_own_builds_stay_and_the_rest_follows_our_pins() -> None:
+def test_kept_packages_use_the_image_versions_and_others_our_pins() -> None:
     have = {"torch": "2.10.0a0+b4e4ee81d3.nv25.12", "packaging": "23.2", "numpy": "1.26.4", "nvidia-cudnn": "9.1"}
     lines = [Requirement(line) for line in image.pins(OWN, NGC, have)]
     found = {line.name: str(line.specifier) for line in lines}
@@ -60,7 +60,7 @@ def test_the_images_own_builds_stay_and_the_rest_follows_our_pins() -> None:
     assert "tensorboard" not in found
 
 
-def test_a_pin_that_the_images_torch_does_not_take_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pin_incompatible_with_the_installed_torch_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         image, "requires", lambda name: ["setuptools<80", "sympy; extra == 'x'"] if name == "torch" else []
     )
@@ -69,7 +69,7 @@ def test_a_pin_that_the_images_torch_does_not_take_gives_way(monkeypatch: pytest
     assert found == ["setuptools==78.1.0", "sympy==1.14.0", "torch==2.10"]
 
 
-def test_the_megatron_core_and_transformers_of_a_nemo_image_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_megatron_core_and_transformers_of_a_nemo_image_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     wishes = {"transformers": ["tokenizers<0.23,>=0.22", "safetensors<0.8"], "megatron-core": ["packaging>=24.2"]}
     monkeypatch.setattr(image, "requires", lambda name: wishes.get(name, []))
     own = ["megatron-core==0.19.2", "transformers==5.24.0", "tokenizers==0.23.3", "safetensors==0.8.0"]
@@ -78,13 +78,13 @@ def test_the_megatron_core_and_transformers_of_a_nemo_image_stay(monkeypatch: py
     assert image.pins(own, [], {}) == sorted(own)
 
 
-def test_markers_of_other_pythons_and_platforms_are_left_out() -> None:
+def test_pins_for_other_pythons_and_platforms_are_skipped() -> None:
     lines = ["a==1 ; python_version < '3'", "a==2 ; python_version >= '3'", "colorama==1 ; sys_platform == 'win32'"]
     assert image.pins(lines, [], {}) == ["a==2"]
 
 
-def test_no_pinned_package_refuses_what_images_have() -> None:
-    """Else pip finds no set of versions in such an image; those that do are in UNPINNED."""
+def test_no_pinned_package_is_incompatible_with_image_packages() -> None:
+    """Otherwise pip finds no solution in such an image. Incompatible packages must be in UNPINNED."""
     have = image.installed()
     if have["tensorboard"] not in (str(pin.specifier).removeprefix("==") for pin in image.requirements_of(OWN)):
         pytest.skip("asks the packages of constraints/newest.txt, which are not installed here")
@@ -99,7 +99,7 @@ def test_no_pinned_package_refuses_what_images_have() -> None:
     assert refusing, "else nothing need be left unpinned"
 
 
-def test_a_changed_torch_and_a_foreign_transformer_engine_stop_the_build(
+def test_a_changed_torch_or_incompatible_transformer_engine_stops_the_build(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wish = ['transformer-engine[core_cu13,pytorch]<2.12.0,>=2.9.0a0; extra == "dev"']
@@ -121,7 +121,7 @@ def test_a_changed_torch_and_a_foreign_transformer_engine_stop_the_build(
 
 
 def _pip_steps(target: str, folder: Path) -> str:
-    """The RUN lines of a target that call pip, with this folder in place of the image's."""
+    """Return the pip commands of a Dockerfile target, with this folder instead of the image's."""
     text = re.split(r"^FROM ", (REPO / "Dockerfile").read_text(), flags=re.MULTILINE)[
         1 + ("core", "aligner").index(target)
     ]
@@ -136,7 +136,7 @@ def _pip_steps(target: str, folder: Path) -> str:
 def test_the_pip_steps_of_the_core_image_resolve_under_nvidias_constraints(
     tmp_path: Path,
 ) -> None:
-    """A virtual environment with a torch of its own and old packages stands for the image."""
+    """A virtual environment with its own torch version and old packages takes the place of the image."""
     python = tmp_path / "image/bin/python"
     subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
     version = image.installed()["torch"].split("+")[0]

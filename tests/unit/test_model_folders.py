@@ -1,4 +1,4 @@
-"""Model folders as people have them: other names, links, pointers, indexes, adapters, wrappers."""
+"""Variants of model folders: other names, links, Git LFS pointers, indexes, adapters, prefixes of wrappers."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_folder_that_is_no_model_says_what_it_is_and_what_to_do(case: str, folder: Path) -> None:
+def test_the_error_for_a_bad_folder_names_the_problem_and_the_next_step(case: str, folder: Path) -> None:
     spoil, what, next_step = CASES[case]
     spoil(folder)
     with pytest.raises(CheckpointError) as caught:
@@ -208,7 +208,7 @@ GOOD: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("case", GOOD)
-def test_what_means_the_same_model_is_read_as_the_same(case: str, folder: Path, whole: Path) -> None:
+def test_variants_of_the_same_model_are_read_alike(case: str, folder: Path, whole: Path) -> None:
     GOOD[case](folder)
     checkpoint, expected = Checkpoint.open(folder), Checkpoint.open(whole)
     assert checkpoint.shape == expected.shape
@@ -216,7 +216,7 @@ def test_what_means_the_same_model_is_read_as_the_same(case: str, folder: Path, 
         assert torch.equal(checkpoint.read(name), expected.read(name))
 
 
-def test_all_that_transformers_loads_from_a_folder_comes_along(folder: Path, tmp_path: Path) -> None:
+def test_all_files_that_transformers_loads_are_copied(folder: Path, tmp_path: Path) -> None:
     names = [
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
         *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "qwen.tiktoken", "tekken.json", "spiece.model"),
@@ -237,7 +237,7 @@ def test_all_that_transformers_loads_from_a_folder_comes_along(folder: Path, tmp
 @pytest.mark.parametrize(
     ("name", "text"), [("tokenizer.json", POINTER), ("tokenizer.model", POINTER), ("tokenizer.json", "")]
 )
-def test_a_tokenizer_that_is_not_there_is_found_when_the_model_is_copied(
+def test_a_missing_tokenizer_file_is_reported_when_the_model_is_copied(
     name: str, text: str, folder: Path, tmp_path: Path
 ) -> None:
     (folder / name).write_text(text)
@@ -247,6 +247,6 @@ def test_a_tokenizer_that_is_not_there_is_found_when_the_model_is_copied(
     assert caught.value.where == str(folder / name)
 
 
-def test_a_config_without_a_folder_around_it_names_the_folder(tmp_path: Path) -> None:
+def test_the_error_for_a_config_file_names_its_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"There is no config.json"):
         read_config(tmp_path / "missing")

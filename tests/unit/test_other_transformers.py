@@ -1,4 +1,4 @@
-"""Folders that other versions of transformers have saved are read alike, and what is written is read alike by them."""
+"""Compatibility with folders saved by other versions of transformers, and of written folders with those versions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MESSAGES: list[Any] = [{"role": "user", "content": "What is 7?"}, {"role": "assi
 
 
 def folder_of(version: str, kind: str, tmp_path: Path) -> Path:
-    """With the config of a model, which decides on a class in `AutoTokenizer`."""
+    """Copy a folder and add a model config, which influences the class that `AutoTokenizer` chooses."""
     folder = tmp_path / "model"
     shutil.copytree(SAVED_BY / version / kind, folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2" if kind == "qwen2" else "llama"}))
@@ -35,7 +35,7 @@ def folder_of(version: str, kind: str, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_tokenizer_makes_the_ids_of_the_version_that_saved_it(version: str, kind: str, tmp_path: Path) -> None:
+def test_a_tokenizer_gives_the_ids_of_the_version_that_saved_it(version: str, kind: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     folder, out = folder_of(version, kind, tmp_path), tmp_path / "out"
@@ -52,8 +52,8 @@ def test_a_tokenizer_makes_the_ids_of_the_version_that_saved_it(version: str, ki
     assert written.chat_template == CHAT_TEMPLATE
 
 
-def test_digits_stay_single_where_the_class_would_join_them() -> None:
-    """SmolLM2's tokenizer: transformers 5 builds GPT-2's class without the file's own rules."""
+def test_digits_are_split_although_the_class_would_not() -> None:
+    """For SmolLM2, transformers 5 builds GPT-2's class and ignores the rules in the file."""
     ids = [load_tokenizer(SAVED_BY / "4.57.6" / kind)("12").input_ids for kind in ("gpt2_digits", "plain")]
     assert [len(found) for found in ids] == [2, 2]
     texts = {kind: json.loads((SAVED_BY / "4.57.6" / kind / IDS_FILE).read_text()) for kind in ("gpt2_digits", "plain")}
@@ -70,7 +70,7 @@ def test_digits_stay_single_where_the_class_would_join_them() -> None:
         ({"add_bos_token": False, "tokenizer_class": "PreTrainedTokenizerFast"}, ["<s>"]),
     ],
 )
-def test_flags_beside_a_tokenizer_mean_what_transformers_4_takes_them_for(
+def test_flags_of_a_tokenizer_config_act_like_in_transformers_4(
     flags: dict[str, Any], before: list[str], tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer
@@ -90,7 +90,7 @@ def test_flags_beside_a_tokenizer_mean_what_transformers_4_takes_them_for(
         assert ids[len(before) :] == alone
 
 
-def test_the_space_before_a_text_is_where_transformers_4_puts_it(tmp_path: Path) -> None:
+def test_the_prefix_space_is_added_like_in_transformers_4(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     plain = load_tokenizer(folder_of("4.57.6", "plain", tmp_path))
@@ -111,7 +111,7 @@ def test_the_space_before_a_text_is_where_transformers_4_puts_it(tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["plain", "llama"])
-def test_chats_are_written_alike(kind: str, tmp_path: Path) -> None:
+def test_chats_are_rendered_alike(kind: str, tmp_path: Path) -> None:
     texts = set()
     for version in VERSIONS:
         template = ChatTemplate.load(folder_of(version, kind, tmp_path / version), "model")
@@ -138,7 +138,7 @@ TEMPLATES = (
 
 
 @pytest.mark.parametrize("jinja", TEMPLATES)
-def test_a_template_is_rendered_as_by_transformers(jinja: str, tmp_path: Path) -> None:
+def test_a_template_is_rendered_like_in_transformers(jinja: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder_of("5.24.0", "plain", tmp_path))
     for prompt in (False, True):
         options: dict[str, Any] = {"add_generation_prompt": prompt, "attributes": {"helpfulness": 4.0}}
@@ -150,14 +150,14 @@ def test_a_template_is_rendered_as_by_transformers(jinja: str, tmp_path: Path) -
     "jinja",
     ["{{ raise_exception('no') }}", "{{ namespace(__class__=1) }}", "{% set n = namespace() %}{% set n._a = 1 %}"],
 )
-def test_a_template_that_refuses_or_reaches_inside_is_an_error(jinja: str, tmp_path: Path) -> None:
+def test_a_template_that_raises_or_accesses_internals_is_an_error(jinja: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder_of("5.24.0", "plain", tmp_path))
     with pytest.raises(TemplateError):
         render_chat(jinja, MESSAGES, tokenizer, day=date(2026, 1, 2), add_generation_prompt=True)
 
 
 @pytest.mark.parametrize("case", FAMILY_CASES)
-def test_configs_of_all_versions_describe_one_model(case: str) -> None:
+def test_configs_of_all_versions_have_the_same_shape(case: str) -> None:
     files = [SAVED_BY / version / "configs" / case / "config.json" for version in VERSIONS]
     configs = [json.loads(file.read_text()) for file in files]
     assert len({read_shape(config) for config in configs}) == 1
@@ -166,7 +166,7 @@ def test_configs_of_all_versions_describe_one_model(case: str) -> None:
 
 
 @torch.no_grad()
-def test_a_llama_whose_heads_do_not_divide_its_hidden_size_is_written_so_that_every_version_loads_it(
+def test_a_llama_with_a_hidden_size_not_divisible_by_its_heads_loads_in_every_version(
     tmp_path: Path,
 ) -> None:
     from transformers import LlamaForCausalLM
@@ -191,7 +191,7 @@ def test_a_llama_whose_heads_do_not_divide_its_hidden_size_is_written_so_that_ev
     assert torch.equal(load_for_inference(tmp_path, "fp32", "cpu")(ids).logits, expected)
 
 
-def test_only_a_llama_is_written_under_another_name() -> None:
+def test_only_llama_is_written_with_another_model_type() -> None:
     for case in FAMILY_CASES:
         shape = read_shape(json.loads((SAVED_BY / "5.24.0/configs" / case / "config.json").read_text()))
         assert write_config({}, shape)["model_type"] == shape.family

@@ -1,4 +1,4 @@
-"""Variables of an outer job or launcher, and users that the machine does not know."""
+"""Variables of an outer job or launcher, and users without an entry in the user database."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from nemo_minitron.system.outer_job import dropped_defaults, for_slurm, without_
 from tests.conftest import REPO, TOY
 
 HOOKS = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
-"""What enroot's PyTorch hook sets in every step of two nodes."""
+"""Variables that enroot's PyTorch hook sets in every step on two nodes."""
 
 
-def test_what_belongs_to_an_outer_job_and_what_does_not() -> None:
+def test_variables_of_an_outer_job_are_removed_and_others_are_kept() -> None:
     job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SRUN_DEBUG": "1", "SBATCH_QOS": "x", "PMI_RANK": "0", **HOOKS}
     mine = {"PATH": "/bin", "SLURM_CONF": "/etc/x", "NCCL_DEBUG": "WARN", "MINITRON_NODES": "2", "GROUP_ID": "1"}
     assert without_outer_job({**job, **mine}) == mine
@@ -32,7 +32,7 @@ PRINT = "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[1], 'w'
 
 
 @pytest.mark.parametrize("outside_job", [True, False])
-def test_ranks_get_no_place_from_another_launcher(
+def test_ranks_ignore_the_variables_of_another_launcher(
     outside_job: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {**HOOKS, "SLURM_NTASKS": "2", "SLURM_CONF": "/etc/x"}.items():
@@ -61,8 +61,8 @@ main()
 """
 
 
-def test_the_command_line_forgets_a_rank_that_a_hook_has_given_it() -> None:
-    """With rank 1 of 2, a stage of one process would refuse to start, or wait for the other for ever."""
+def test_the_command_ignores_a_rank_that_a_hook_has_set() -> None:
+    """With rank 1 of 2, a stage with one process would refuse to start or wait forever for the other rank."""
     own = {**os.environ, **HOOKS, "SLURM_NODEID": "1"}
     done = subprocess.run([sys.executable, "-c", LEAVES], env=own, cwd=REPO, capture_output=True, text=True, check=True)
     names = done.stdout.splitlines()[-1]
@@ -86,7 +86,7 @@ finally:
 
 
 def test_a_user_without_an_entry_a_name_and_a_home_can_run_a_stage(tmp_path: Path) -> None:
-    """As docker does it with --user=UID:GID, here without the name and the home that `launch` gives."""
+    """This is the situation in docker with --user=UID:GID, without the name and home that `launch` sets."""
     gone = ("USER", "LOGNAME", "LNAME", "USERNAME", "HOME", "XDG_CACHE_HOME")
     environment = {name: value for name, value in os.environ.items() if name not in gone}
     environment |= {"TMPDIR": str(tmp_path), "PYTHONPATH": str(REPO)}
@@ -106,7 +106,7 @@ def test_a_user_without_an_entry_a_name_and_a_home_can_run_a_stage(tmp_path: Pat
     assert not (tmp_path / "~").exists()
 
 
-def test_gloo_is_told_an_interface_where_the_nodes_name_is_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gloo_gets_an_interface_if_the_host_name_is_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     several = Nodes(2, 1, "node1", 20001, "7-0")
     monkeypatch.setattr(nodes, "_default_interface", lambda: "eth0")
     wrong = {"node2": "127.0.1.1", "node1": "10.0.0.1"}

@@ -1,4 +1,4 @@
-"""Publishing, work folders and the lock."""
+"""Publishing of stages, work folders and the run lock."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_published_stage_has_its_files_with_hashes(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".partial-*"))
 
 
-def test_a_stage_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_stage_leaves_no_files(tmp_path: Path) -> None:
     store = Store(tmp_path)
 
     def fail() -> None:
@@ -44,7 +44,7 @@ def test_a_stage_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_verification_finds_a_change_of_equal_size(tmp_path: Path) -> None:
+def test_full_verification_finds_a_change_that_keeps_the_size(tmp_path: Path) -> None:
     store = Store(tmp_path)
     _publish(store)
     (tmp_path / "prune/file.txt").write_text("weightz")
@@ -63,7 +63,7 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
         store.artifact("prune")
 
 
-def test_a_work_folder_of_something_else_is_moved_away_not_used(tmp_path: Path) -> None:
+def test_a_work_folder_of_another_fingerprint_is_moved_away(tmp_path: Path) -> None:
     store = Store(tmp_path)
     work = store.open_work("distill", "one")
     (work / "checkpoint").write_text("of one")
@@ -81,13 +81,13 @@ def test_superseded_outputs_are_kept(tmp_path: Path) -> None:
     assert kept == ["a", "b"]
 
 
-def test_accepted_drift_is_remembered(tmp_path: Path) -> None:
+def test_accepted_drift_is_recorded(tmp_path: Path) -> None:
     Store(tmp_path).accept_drift("asked", "found")
     assert Store(tmp_path).accepted_drift() == {"asked": "found"}
     assert json.loads((tmp_path / "accepted_drift.json").read_text()) == {"asked": "found"}
 
 
-def test_only_one_runner_holds_the_lock_and_a_dead_one_holds_none(tmp_path: Path) -> None:
+def test_only_one_runner_holds_the_lock_and_it_is_freed_when_the_runner_dies(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with store.lock(), pytest.raises(ArtifactError, match="Another runner works on this run: process"), store.lock():
         pass
@@ -95,7 +95,7 @@ def test_only_one_runner_holds_the_lock_and_a_dead_one_holds_none(tmp_path: Path
         pass
 
 
-def test_another_run_where_a_stage_goes_is_found_before_the_work(tmp_path: Path) -> None:
+def test_another_run_in_an_output_path_is_found_before_the_stages_run(tmp_path: Path) -> None:
     outer, inner = Store(tmp_path), Store(tmp_path / "teacher")
     with inner.lock():
         _publish(inner)
@@ -113,7 +113,7 @@ def test_a_run_inside_a_stage_of_another_run_is_refused(tmp_path: Path) -> None:
         Store(tmp_path / "teacher").require_free_paths(["data"])
 
 
-def test_files_of_the_user_are_not_written_over_and_empty_folders_are(tmp_path: Path) -> None:
+def test_user_files_are_not_overwritten_and_empty_folders_are(tmp_path: Path) -> None:
     store = Store(tmp_path)
     (tmp_path / "prune").mkdir()
     store.require_free_paths(["prune"])

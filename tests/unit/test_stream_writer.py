@@ -1,4 +1,4 @@
-"""Checkpoints that are written tensor by tensor."""
+"""Streaming writer for checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _write(folder: Path, **options: Any) -> None:
     writer.close()
 
 
-def test_safetensors_reads_what_was_written(tmp_path: Path) -> None:
+def test_safetensors_reads_the_written_files(tmp_path: Path) -> None:
     _write(tmp_path)
     found = load_file(tmp_path / "model.safetensors")
     assert found.keys() == TENSORS.keys()
@@ -40,7 +40,7 @@ def test_safetensors_reads_what_was_written(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_shards_keep_to_their_size_and_the_index_finds_every_tensor(tmp_path: Path) -> None:
+def test_shards_respect_the_size_limit_and_the_index_lists_every_tensor(tmp_path: Path) -> None:
     _write(tmp_path, max_shard_bytes=30)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -51,8 +51,8 @@ def test_shards_keep_to_their_size_and_the_index_finds_every_tensor(tmp_path: Pa
 
 
 @pytest.mark.parametrize("max_shard_bytes", [1, 30, 10**9])
-def test_the_files_are_those_of_safetensors_byte_for_byte(tmp_path: Path, max_shard_bytes: int) -> None:
-    """Narrow tensors first: safetensors puts the wide ones in front."""
+def test_the_files_equal_those_of_safetensors_byte_for_byte(tmp_path: Path, max_shard_bytes: int) -> None:
+    """Plan narrow types first, because safetensors stores wide types first."""
     order = ["b.bias", "c", "a", "d"]
     tensors = {**TENSORS, "d": torch.ones(3, dtype=torch.float16)}
     planned = [Planned(n, tuple(tensors[n].shape), {**WORDS, torch.float16: "F16"}[tensors[n].dtype]) for n in order]
@@ -70,8 +70,8 @@ def test_the_files_are_those_of_safetensors_byte_for_byte(tmp_path: Path, max_sh
     assert found == expected
 
 
-def test_a_file_that_lacks_a_tensor_cannot_be_read(tmp_path: Path) -> None:
-    """Not even when the tensor that stands last in it was written first."""
+def test_an_incomplete_file_cannot_be_read(tmp_path: Path) -> None:
+    """This also holds if the tensor at the end of the file was written first."""
     writer = StreamWriter(tmp_path, {}, [Planned("z", (2,), "F32"), Planned("a", (2,), "F32")])
     writer.add("z", torch.ones(2))
     assert writer._file is not None
@@ -82,7 +82,7 @@ def test_a_file_that_lacks_a_tensor_cannot_be_read(tmp_path: Path) -> None:
     assert load_file(tmp_path / "model.safetensors").keys() == {"a", "z"}
 
 
-def test_a_slice_of_a_larger_tensor_is_written_as_it_is(tmp_path: Path) -> None:
+def test_a_slice_of_a_larger_tensor_is_written_correctly(tmp_path: Path) -> None:
     whole = torch.arange(20.0).reshape(4, 5)
     writer = StreamWriter(tmp_path, {}, [Planned("x", (4, 2), "F32")])
     writer.add("x", whole[:, 1:3])
@@ -90,7 +90,7 @@ def test_a_slice_of_a_larger_tensor_is_written_as_it_is(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "model.safetensors")["x"], whole[:, 1:3])
 
 
-def test_what_was_not_planned_is_a_bug_and_an_unfinished_folder_has_no_config(tmp_path: Path) -> None:
+def test_an_unplanned_tensor_is_a_bug_and_an_unfinished_folder_has_no_config(tmp_path: Path) -> None:
     writer = StreamWriter(tmp_path, {}, PLANNED)
     with pytest.raises(AssertionError, match="expected"):
         writer.add("a", TENSORS["a"].T)

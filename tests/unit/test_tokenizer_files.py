@@ -1,4 +1,4 @@
-"""Tokenizers as they are found: what is read, what is written, and what is refused."""
+"""Variants of tokenizer files: reading, repair, and refusal."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ PADDING = {
 
 
 def saved(folder: Path, vocab_size: int = 512) -> Path:
-    """A folder with a tokenizer as transformers 4 writes it, and the config of a model."""
+    """Create a folder with a tokenizer in the form of transformers 4 and a model config."""
     shutil.copytree(SAVED_BY / "4.57.6/plain", folder, dirs_exist_ok=True)
     edit(folder / "tokenizer_config.json", model_input_names=["input_ids", "attention_mask"])
     config = {"model_type": "llama", "vocab_size": vocab_size, "eos_token_id": 0}
@@ -68,7 +68,7 @@ def edit(file: Path, drop: tuple[str, ...] = (), **keys: Any) -> None:
 
 
 def as_version_5(folder: Path) -> None:
-    """The files that transformers 5 writes."""
+    """Copy the tokenizer files that transformers 5 writes."""
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (folder / name).unlink()
     shutil.copytree(SAVED_BY / "5.24.0/plain", folder, dirs_exist_ok=True)
@@ -112,7 +112,7 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_every_spelling_gives_the_same_ids_here_and_in_what_is_written(tmp_path: Path, name: str) -> None:
+def test_every_variant_gives_the_same_ids_before_and_after_writing(tmp_path: Path, name: str) -> None:
     from transformers import AutoTokenizer
 
     folder = saved(tmp_path / "model")
@@ -134,7 +134,7 @@ def test_every_spelling_gives_the_same_ids_here_and_in_what_is_written(tmp_path:
     assert isinstance(config.get("extra_special_tokens", {}), dict), "version 4 reads a dict, version 5 too"
 
 
-def test_a_vocabulary_with_merges_is_enough(tmp_path: Path) -> None:
+def test_a_vocabulary_with_merges_is_sufficient(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": 512}))
@@ -146,7 +146,7 @@ def test_a_vocabulary_with_merges_is_enough(tmp_path: Path) -> None:
     assert load_tokenizer(folder)(text).input_ids == tiny_tokenizer()(text).input_ids
 
 
-def test_what_needs_no_repair_is_copied_byte_for_byte(tmp_path: Path) -> None:
+def test_files_without_repairs_are_copied_byte_for_byte(tmp_path: Path) -> None:
     folder, out = saved(tmp_path / "model"), tmp_path / "out"
     out.mkdir()
     assert copy_side_files(folder, out) == []
@@ -154,7 +154,7 @@ def test_what_needs_no_repair_is_copied_byte_for_byte(tmp_path: Path) -> None:
         assert (out / file).read_bytes() == (folder / file).read_bytes()
 
 
-def test_named_templates_are_carried_on_and_removed_with_a_new_template(tmp_path: Path) -> None:
+def test_named_templates_are_copied_and_removed_with_a_new_template(tmp_path: Path) -> None:
     folder, out = saved(tmp_path / "model"), tmp_path / "out"
     (folder / "generation_config.json").write_text("{}")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
@@ -169,7 +169,7 @@ def test_named_templates_are_carried_on_and_removed_with_a_new_template(tmp_path
 
 
 @pytest.mark.parametrize("change", [{"truncation": TRUNCATION}, {"padding": PADDING}])
-def test_chat_rows_are_counted_whole(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_chat_rows_are_not_truncated(tmp_path: Path, change: dict[str, Any]) -> None:
     folder = saved(tmp_path / "model")
     wanted = LengthStats()
     sft_rows(CHAT, ChatTemplate.load(folder, "model"), ChatRendering(), wanted)
@@ -181,7 +181,7 @@ def test_chat_rows_are_counted_whole(tmp_path: Path, change: dict[str, Any]) -> 
     assert sft_rows(CHAT, ChatTemplate.load(folder, "model"), ChatRendering(max_seq_len_tokens=100)) == []
 
 
-def test_an_eos_behind_every_text_is_not_put_behind_a_prompt(tmp_path: Path) -> None:
+def test_a_tokenizer_that_appends_eos_does_not_append_it_to_a_prompt(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model")
     ids = [("<|im_start|>", 1), ("<|endoftext|>", 0)]
     template = {
@@ -213,7 +213,7 @@ def _special(token: str) -> dict[str, Any]:
         ({"vocab.json": '{"a": 0}'}, "cannot be loaded"),
     ],
 )
-def test_what_cannot_be_read_is_said_in_a_short_message(tmp_path: Path, files: dict[str, str], message: str) -> None:
+def test_the_error_for_an_unreadable_tokenizer_is_short(tmp_path: Path, files: dict[str, str], message: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 512}))
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -222,7 +222,7 @@ def test_what_cannot_be_read_is_said_in_a_short_message(tmp_path: Path, files: d
     assert len(str(found.value)) < 600
 
 
-def test_a_sentencepiece_model_alone_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_sentencepiece_model_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nemo_minitron.hf.tokenizer.find_spec", lambda name: None)
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x05")
     with pytest.raises(CheckpointError, match="pip install sentencepiece, or add") as found:
@@ -234,7 +234,7 @@ def test_a_sentencepiece_model_alone_says_what_to_install(tmp_path: Path, monkey
 
 
 def split_by(pattern: str, folder: Path, model_type: str, vocab_size: int) -> Path:
-    """A tokenizer of Mistral's kind that splits text by a pattern."""
+    """Create a Mistral tokenizer that splits text by a pattern."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     vocab = {token: number for number, token in enumerate([*"abcdefghAB123", *(f"z{i}" for i in range(vocab_size))])}
@@ -262,7 +262,7 @@ def pattern_of(tokenizer: Any) -> str:
         ("mistral", TEKKEN_PATTERN, TEKKEN_PATTERN, 50),
     ],
 )
-def test_only_a_wrong_pattern_of_mistral_is_changed_and_nobody_is_warned(
+def test_only_a_wrong_pattern_of_mistral_is_replaced_and_without_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, model_type: str, pattern: str, wanted: str, vocab_size: int
 ) -> None:
     folder, out = split_by(pattern, tmp_path / "model", model_type, vocab_size), tmp_path / "out"
@@ -279,7 +279,7 @@ def test_only_a_wrong_pattern_of_mistral_is_changed_and_nobody_is_warned(
 # --- ids and embeddings ---------------------------------------------------------------------------
 
 
-def test_markers_beyond_the_embeddings_are_refused_when_the_template_is_bound(tmp_path: Path) -> None:
+def test_template_tokens_beyond_the_embeddings_are_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", vocab_size=2)
     with pytest.raises(DataError, match=r"marker <\|im_end\|> has id 2, beyond the model's vocabulary of 2"):
         ChatTemplate.load(folder, "model")
@@ -312,7 +312,7 @@ def dated(folder: Path) -> Path:
     return folder
 
 
-def test_a_template_that_asks_for_the_date_is_given_a_fixed_day(tmp_path: Path) -> None:
+def test_a_template_with_a_date_gets_a_fixed_day(tmp_path: Path) -> None:
     folder = dated(tmp_path / "model")
     (row,) = sft_rows(CHAT, ChatTemplate.load(folder, "model"))
     assert row["input"].startswith("Today Date: 26 Jul 2024\n<|im_start|>user")
@@ -320,7 +320,7 @@ def test_a_template_that_asks_for_the_date_is_given_a_fixed_day(tmp_path: Path) 
     assert row["input"].startswith("Today Date: 03 Feb 2031\n")
 
 
-def test_the_fingerprint_sees_another_day_and_old_runs_keep_theirs() -> None:
+def test_the_fingerprint_includes_the_day_and_that_of_old_runs_is_unchanged() -> None:
     keys: dict[str, Any] = {"kind": "sft", "inputs": {"model": "student"}, "global_batch_size": 2, "lr": 1e-4}
     plain = SftStage(**keys, max_seq_len_tokens=64)
     other = SftStage(**keys, max_seq_len_tokens=64, template_date="2031-02-03")
@@ -336,7 +336,9 @@ def test_the_fingerprint_sees_another_day_and_old_runs_keep_theirs() -> None:
         ("{% for %}", "not valid Jinja"),
     ],
 )
-def test_a_template_that_is_no_function_of_the_messages_is_refused(tmp_path: Path, jinja: str, message: str) -> None:
+def test_a_template_that_does_not_depend_only_on_the_messages_is_refused(
+    tmp_path: Path, jinja: str, message: str
+) -> None:
     folder = saved(tmp_path / "model")
     (folder / "chat_template.jinja").write_text(jinja)
     with pytest.raises(DataError, match=message):
@@ -344,7 +346,7 @@ def test_a_template_that_is_no_function_of_the_messages_is_refused(tmp_path: Pat
 
 
 @pytest.mark.parametrize("jinja", ["{{ 1 / 0 }}", "{{ messages[0]['content'] + 1 }}", "{{ range(10 ** 9) }}"])
-def test_a_template_that_fails_makes_the_row_a_bad_one(tmp_path: Path, jinja: str) -> None:
+def test_a_template_that_fails_makes_the_row_invalid(tmp_path: Path, jinja: str) -> None:
     folder = saved(tmp_path / "model")
     (folder / "chat_template.jinja").write_text(jinja)
     with pytest.raises(BadRow, match="the chat template refuses the messages"):
@@ -361,7 +363,7 @@ def context(folder: Path, said: list[str]) -> StageContext:
 
 
 def renamed(folder: Path, **names: str) -> Path:
-    """The tokenizer with other names for added tokens that are no part of the vocabulary."""
+    """Rename added tokens that are not in the vocabulary."""
     saved(folder)
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text())
@@ -388,7 +390,7 @@ def inputs_of(tmp_path: Path, ids: list[int], **folders: Path) -> tuple[dict[str
     return models, TokenizedText("data", "tokenize", data, "", result)
 
 
-def test_other_added_tokens_are_an_error_where_the_data_use_them_and_else_a_warning(tmp_path: Path) -> None:
+def test_different_added_tokens_are_an_error_if_the_data_use_them_and_otherwise_a_warning(tmp_path: Path) -> None:
     teacher, student = renamed(tmp_path / "teacher"), renamed(tmp_path / "student", two="<User>")
     number = load_tokenizer(teacher).convert_tokens_to_ids("<two>")
     said: list[str] = []
@@ -403,7 +405,7 @@ def test_other_added_tokens_are_an_error_where_the_data_use_them_and_else_a_warn
         )
 
 
-def test_rendered_rows_count_as_use_where_there_are_no_data(tmp_path: Path) -> None:
+def test_rendered_rows_count_as_use_without_other_data(tmp_path: Path) -> None:
     teacher, student = renamed(tmp_path / "teacher"), renamed(tmp_path / "student", two="<User>")
     models = {role: Model(role, "import", path, "", {}) for role, path in (("model", student), ("teacher", teacher))}
     rows = tmp_path / "rows.jsonl"
@@ -416,7 +418,7 @@ def test_rendered_rows_count_as_use_where_there_are_no_data(tmp_path: Path) -> N
             require_one_tokenizer(models, None, context(tmp_path, []), texts=(rows,))
 
 
-def test_other_merges_are_an_error_and_another_way_to_write_them_is_not(tmp_path: Path) -> None:
+def test_different_merges_are_an_error_and_another_notation_is_not(tmp_path: Path) -> None:
     teacher, student = saved(tmp_path / "teacher"), saved(tmp_path / "student")
     content = json.loads((student / "tokenizer.json").read_text())
     merges = content["model"]["merges"]
@@ -436,7 +438,7 @@ def test_other_merges_are_an_error_and_another_way_to_write_them_is_not(tmp_path
     assert any("normalize or split text differently" in text for text in said)
 
 
-def test_manifests_of_older_versions_hold_the_vocabulary_alone(tmp_path: Path) -> None:
+def test_manifests_of_older_versions_contain_only_the_vocabulary(tmp_path: Path) -> None:
     found = TokenizerIdentity.of(saved(tmp_path / "model"))
     old = TokenizerIdentity.parse(found.vocab)
     assert found.differences(old) == []
