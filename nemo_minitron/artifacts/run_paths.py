@@ -1,4 +1,4 @@
-"""The names of all files and folders of a run. No other module spells them."""
+"""Names of all files and folders of a run. Other modules take them from here."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ WORK, SUPERSEDED, PARTIAL, COMPARED = ".work", ".superseded", ".partial-", ".com
 PROGRESS, TASK, RESULT, ERROR = "progress.json", "call.json", "result.json", "error.json"
 """Files in the work folder of a stage that runs on several processes."""
 RESERVED = (LAUNCHES, LOGS)
-"""Folders of a run that no stage can be named after."""
+"""Folder names that cannot be used as names of stages."""
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The files and folders of one run."""
+    """Paths of the files and folders of one run."""
 
     root: Path
     """`<run_root>/<recipe name>`."""
 
     @property
     def plan(self) -> Path:
-        """The composed recipe with its searches written out, for jobs and for the report."""
+        """Composed recipe with expanded searches, for jobs and the report."""
         return self.root / PLAN
 
     @property
     def stop(self) -> Path:
-        """A file that somebody makes to stop the run."""
+        """File that a user creates to stop the run."""
         return self.root / STOP_FILE
 
     @property
@@ -43,29 +43,29 @@ class RunPaths:
 
     @property
     def launches(self) -> Path:
-        """One numbered folder for each launch, with its scripts and jobs."""
+        """Folder with one numbered folder for each launch, which contains its scripts and jobs."""
         return self.root / LAUNCHES
 
     def published(self, stage: str) -> Path:
-        """The output of a finished stage."""
+        """Return the folder with the output of a finished stage."""
         return self.root / stage
 
     def work(self, stage: str) -> Path:
-        """What survives when a stage is killed."""
+        """Return the work folder of a stage, which survives when the stage is killed."""
         return self.root / WORK / stage
 
     def progress(self, stage: str) -> Path:
-        """Progress of a running stage."""
+        """Return the file with the progress of a running stage."""
         return self.work(stage) / PROGRESS
 
     def log(self, stage: str) -> Path:
-        """Log output of libraries in the runner's own process."""
+        """Return the file with the log output of libraries in the runner's own process."""
         return self.logs / f"{stage}.log"
 
     def ranks_log(self, stage: str) -> Path:
-        """Output of the ranks of a stage."""
+        """Return the file with the output of the ranks of a stage."""
         return self.logs / f"{stage}.ranks.log"
 
     def node_log(self, stage: str, node: int) -> Path:
-        """Output of a stage on another node than the first."""
+        """Return the file with the output of a stage on a node other than the first."""
         return self.logs / f"{stage}.node{node}.log"

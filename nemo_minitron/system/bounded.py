@@ -1,4 +1,4 @@
-"""YAML and `${...}` of recipes within limits: their size, their depth, and what aliases and references multiply."""
+"""Limits on YAML and on `${...}` references in recipes: size, depth, and growth through aliases and references."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from nemo_minitron.errors import ConfigError
 from nemo_minitron.limits import RECIPE_SECONDS, YAML_BYTES, YAML_DEPTH, YAML_NODES, TimeIsUp, cpu_seconds
 
 _REFERENCE_WEIGHT = 20
-"""To look up one reference takes 0.3 ms."""
+"""Weight of one reference in values, because resolving it takes 0.3 ms."""
 
 
 class TooMuch(yaml.YAMLError):
-    """A YAML text that is too large, too deep, or made of too many aliases."""
+    """A YAML text is too large, too deeply nested, or has too many values with its aliases expanded."""
 
 
 class _Bounded:
-    """A mixin for loaders of PyYAML: refuses before anything is constructed."""
+    """Mixin for PyYAML loaders that applies the limits before anything is constructed."""
 
     def __init__(self, stream: Any) -> None:
         text: Any = stream if isinstance(stream, str | bytes) else stream.read(YAML_BYTES.value() + 1)
         if len(text) > YAML_BYTES.value():
             raise TooMuch(f"it has more than {YAML_BYTES.value():,} bytes. {YAML_BYTES.how_to_raise()}")
         if text is not stream and isinstance(text, str):
-            # As a stream again: of a text, errors would quote whole lines.
+            # Pass a stream, because the errors for a string would quote whole lines.
             named = io.StringIO(text)
             vars(named)["name"] = getattr(stream, "name", "<file>")
             text = named
@@ -48,17 +48,16 @@ class _Bounded:
     def construct_document(self, node: Any) -> Any:
         if expanded(node) > YAML_NODES.value():
             raise TooMuch(
-                f"with its aliases written out it has more than {YAML_NODES.value():,} values. "
-                f"{YAML_NODES.how_to_raise()}"
+                f"with its aliases expanded it has more than {YAML_NODES.value():,} values. {YAML_NODES.how_to_raise()}"
             )
         return super().construct_document(node)  # type: ignore[misc]
 
 
 def expanded(root: yaml.Node) -> int:
-    """How many values a YAML document has with its aliases written out.
+    """Count the values of a YAML document with its aliases expanded.
 
     Raises:
-        TooMuch: a value holds itself.
+        TooMuch: a value contains itself.
     """
     sizes: dict[int, int] = {}
     inside: set[int] = set()
@@ -67,7 +66,7 @@ def expanded(root: yaml.Node) -> int:
         if not isinstance(node, yaml.CollectionNode):
             return 1
         if id(node) in inside:
-            raise TooMuch("a value holds itself")
+            raise TooMuch("a value contains itself")
         if id(node) not in sizes:
             inside.add(id(node))
             parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
@@ -79,25 +78,25 @@ def expanded(root: yaml.Node) -> int:
 
 
 def bounded_loader(base: Any) -> Any:
-    """A loader class of PyYAML within the limits."""
+    """Return a subclass of a PyYAML loader that applies the limits."""
     return base if issubclass(base, _Bounded) else type("BoundedLoader", (_Bounded, base), {})
 
 
 def safe_load(text: str) -> Any:
-    """As yaml.safe_load, within the limits.
+    """Load YAML like yaml.safe_load, with the limits.
 
     Raises:
-        yaml.YAMLError: no YAML, or too much of it.
+        yaml.YAMLError: the text is not valid YAML or exceeds a limit.
     """
     return bounded_loader(yaml.SafeLoader)(text).get_single_data()
 
 
 @contextmanager
 def bounded(where: str) -> Iterator[None]:
-    """Limit what OmegaConf and Hydra read and resolve, and the time that it takes.
+    """Limit the values that OmegaConf and Hydra read and resolve in this context, and the CPU time.
 
     Raises:
-        ConfigError: references multiply without end, or time is up.
+        ConfigError: a limit is exceeded, or the recipe refers to itself.
     """
     from omegaconf.base import Container
 
@@ -116,13 +115,14 @@ def bounded(where: str) -> Iterator[None]:
             yield
     except TimeIsUp:
         raise ConfigError(
-            f"The recipe takes more than {RECIPE_SECONDS.value()} s of processor time to read.",
+            f"The recipe takes more than {RECIPE_SECONDS.value()} s of CPU time to read.",
             where=where,
             next_step=RECIPE_SECONDS.how_to_raise(),
         ) from None
     except _TooManyReferences:
         raise ConfigError(
-            f"${{...}} makes more than {YAML_NODES.value():,} values of the recipe, or texts of that weight.",
+            f"The ${{...}} references of the recipe resolve to more than {YAML_NODES.value():,} values, or to texts of "
+            "that weight.",
             where=where,
             next_step=YAML_NODES.how_to_raise(),
         ) from None
@@ -134,12 +134,12 @@ def bounded(where: str) -> Iterator[None]:
 
 @contextmanager
 def _bounded_loading() -> Iterator[None]:
-    """Give OmegaConf's modules a loader within the limits, in place of `get_yaml_loader`, which 2.4 moved."""
+    """Replace `get_yaml_loader` in OmegaConf's modules, where 2.4 moved it, by a loader with the limits."""
     name, base = "get_yaml_loader", "BaseLoader"
     users = [vars(module) for path, module in sys.modules.items() if path.startswith("omegaconf.")]
     users = [namespace for namespace in users if name in namespace]
     make = users[0][name]
-    # From 2.4 on: libyaml's, in which nothing here limits the depth, and fewer values than here are allowed.
+    # From 2.4 on the base is libyaml's loader, whose depth cannot be limited here and which allows fewer values.
     bases, limits = make.__globals__, dict.fromkeys(inspect.signature(make).parameters)
     kept = bases.get(base)
 
@@ -160,24 +160,28 @@ def _bounded_loading() -> Iterator[None]:
 
 
 class _Counter:
-    """What all references together have made so far."""
+    """Sum of the weights of all references resolved so far."""
 
     def __init__(self) -> None:
         self.made, self.most = 0, YAML_NODES.value()
 
     def add(self, weight: int) -> None:
-        """Raises _TooManyReferences when it becomes too much."""
+        """Add a weight.
+
+        Raises:
+            _TooManyReferences: the sum exceeds the limit.
+        """
         self.made += weight
         if self.made > self.most:
             raise _TooManyReferences
 
 
 class _TooManyReferences(BaseException):
-    """No Exception: OmegaConf would take it for an error of its own."""
+    """The references exceed the limit. A BaseException, so that OmegaConf does not catch it."""
 
 
 def _weight(found: Any) -> int:
-    """Values of what a reference stands for; of a text, each 100 characters."""
+    """Return the number of values that a reference resolves to; 100 characters of text count as one."""
     if isinstance(found, str):
         return len(found) // 100
     waiting, count = [found], 0

@@ -1,4 +1,4 @@
-"""Where recipes and configs are: a user's own folders first, then those that come with the package."""
+"""Search for recipes and configs, in the user's folders first and then in those shipped with the package."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from nemo_minitron.errors import ConfigError
 RECIPES, CONFIGS, CONSTRAINTS = "recipes", "configs", "constraints"
 SUFFIXES = (".yaml", ".yml")
 SHIPPED = "_shipped"
-"""The wheel's folder for what the repository keeps at its top level; setup.py puts it there."""
+"""Folder in the wheel for top-level folders of the repository; setup.py copies them there."""
 NEAREST = 5
-"""How many names a message lists beside a wrong one."""
+"""Maximum number of similar names in a message about an unknown name."""
 
 
 def shipped_dir(name: str) -> Path:
-    """`recipes`, `configs` or `constraints` of the package: inside the wheel, or at the top level of a checkout."""
+    """Return the folder `recipes`, `configs` or `constraints` of the package, in the wheel or in a checkout."""
     inside = Path(str(files("nemo_minitron"))) / SHIPPED / name
     return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / name
 
 
 def shipped_recipes() -> list[str]:
-    """Names such as `toy/width`, sorted."""
+    """List the names of the shipped recipes, such as `toy/width`, sorted."""
     folder = shipped_dir(RECIPES)
     return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
 
 
 def require_recipe(recipe: Path) -> Path:
-    """The absolute path of a recipe: a file, with or without its suffix, or the name of a shipped recipe.
+    """Return the absolute path of a recipe from a path, with or without suffix, or the name of a shipped recipe.
 
-    A file goes first, then one below ./recipes, then the shipped one. `recipes/toy/width.yaml` names the shipped
-    recipe too, so that commands from the documentation work where the package is installed without its checkout.
+    The search order is the path itself, ./recipes, and the shipped recipes. `recipes/toy/width.yaml` also finds the
+    shipped recipe, so that the commands in the documentation work without a checkout.
 
     Raises:
-        ConfigError: there is none, or it cannot be read.
+        ConfigError: there is no such recipe, or it is a folder.
     """
     folders = [Path(), Path(RECIPES), *_shipped_roots(recipe)]
     for folder in folders:
@@ -46,19 +46,19 @@ def require_recipe(recipe: Path) -> Path:
         if found is not None:
             return found.resolve()
     if _is_dir(recipe):
-        raise ConfigError(f"{recipe} is a folder.", allowed=_listed(_beside(recipe)), next_step="Name one recipe.")
+        raise ConfigError(f"{recipe} is a folder.", allowed=_listed(_beside(recipe)), next_step="Choose one recipe.")
     raise ConfigError(
         f"There is no recipe {recipe}.",
         allowed=_listed([*_beside(recipe.parent), *nearest_recipes(str(recipe))]),
-        next_step="`minitron recipes` lists those that come with the package; they can be run by name: toy/width.",
+        next_step="`minitron recipes` lists the recipes shipped with the package; use their names, e.g. toy/width.",
     )
 
 
 def require_shipped_recipe(name: str) -> Path:
-    """The file of a recipe that comes with the package.
+    """Return the file of a recipe shipped with the package.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: there is no recipe with this name.
     """
     for root in _shipped_roots(Path(name)):
         found = with_suffix(root / name)
@@ -68,7 +68,7 @@ def require_shipped_recipe(name: str) -> Path:
 
 
 def with_suffix(path: Path) -> Path | None:
-    """The file that a path with or without its YAML suffix names; None: there is none."""
+    """Find the file for a path with or without its YAML suffix; None: there is none."""
     if not path.name:
         return None
     for suffix in ("", *SUFFIXES):
@@ -76,13 +76,13 @@ def with_suffix(path: Path) -> Path | None:
         try:
             if candidate.is_file():
                 return candidate
-        except OSError:  # a name that no file can have
+        except OSError:  # not a valid file name
             return None
     return None
 
 
 def nearest_recipes(name: str) -> list[str]:
-    """Shipped recipes with a similar name; all of them when none is similar."""
+    """List the shipped recipes with similar names; all of them if none is similar."""
     known = shipped_recipes()
     bare = name.removeprefix(f"{RECIPES}/")
     for suffix in SUFFIXES:
@@ -92,25 +92,25 @@ def nearest_recipes(name: str) -> list[str]:
 
 
 def recipe_name(file: Path) -> str:
-    """The name of a recipe's run: its path below the recipes folder, without the suffix.
+    """Return the default name of a recipe: its path below the recipes folder, without the suffix.
 
-    What a name cannot have, such as spaces, becomes a hyphen.
+    Characters that a name cannot contain, such as spaces, are replaced by hyphens.
     """
     parts = [*file.parts[:-1], file.stem if file.suffix in SUFFIXES else file.name]
-    # The last folder of this name: the checkout itself may be called so.
+    # Use the last folder of this name, because the checkout itself may have the same name.
     folders = [number for number, part in enumerate(parts[:-1]) if part == RECIPES]
     below = parts[folders[-1] + 1 :] if folders else parts[-1:]
     return "/".join(_as_name(part) for part in below)
 
 
 def recipe_roots(file: Path) -> list[Path]:
-    """Folders that the name of another recipe may start from, the nearest first."""
+    """List the folders in which a recipe's base recipes are searched, nearest first."""
     own = [parent for parent in file.parents if parent.name == RECIPES][:1]
     return _distinct([*own, Path(RECIPES).absolute(), shipped_dir(RECIPES)])
 
 
 def configs_dirs(file: Path) -> list[Path]:
-    """Folders of configs for a recipe: beside its recipes folder, in the working folder, and the package's."""
+    """List the config folders of a recipe: next to its recipes folder, in the working folder, and in the package."""
     beside = [parent / CONFIGS for parent in file.parents if _is_dir(parent / CONFIGS)][:1]
     shipped = shipped_dir(CONFIGS)
     own = [folder for folder in beside if folder != shipped]
@@ -118,7 +118,7 @@ def configs_dirs(file: Path) -> list[Path]:
 
 
 def _shipped_roots(recipe: Path) -> Iterator[Path]:
-    """Where a relative path may stand for a shipped recipe."""
+    """Yield the folders in which a relative path can name a shipped recipe."""
     if not recipe.is_absolute() and ".." not in recipe.parts:
         shipped = shipped_dir(RECIPES)
         yield shipped
