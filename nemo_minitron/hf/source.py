@@ -44,7 +44,7 @@ def hub_copy(name: str, revision: str | None, assets_dir: Path) -> Path:
 
 
 def source_folder(source: str, revision: str | None, assets_dir: Path) -> Path:
-    """Where a model is, or would be, on this machine; of a hub's model, the copy that lies among the assets."""
+    """Return the local path of a model, which need not exist; for a hub model, its copy in the assets folder."""
     if source.startswith(HUB):
         return hub_copy(source.removeprefix(HUB), revision, assets_dir)
     if source.startswith(ASSET):
