@@ -1,4 +1,4 @@
-"""Glob patterns and folders, looked through up to a number of entries: `/**/*.txt` would look at a whole machine."""
+"""Searching glob patterns and folders, limited to a number of entries: `/**/*.txt` would search a whole machine."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _ANY_FOLDERS = "**"
 
 
 class Look:
-    """Counts the entries that the search for one source looks at."""
+    """Counts the files and folders that the search for one source visits."""
 
     def __init__(self, source: Path) -> None:
         self.source, self.seen, self.most = source, 0, FILES_LOOKED_AT.value()
 
     def at(self, count: int) -> None:
-        """Raises DataError when there are too many."""
+        """Add to the count; raise DataError when it exceeds the limit."""
         self.seen += count
         if self.seen > self.most:
             raise DataError(
@@ -34,10 +34,10 @@ class Look:
 
 
 def matches(pattern: Path) -> set[Path]:
-    """What a pattern stands for, as glob.glob(recursive=True) has it, with braces: `a{b,c}` is `ab` and `ac`.
+    """Return the paths that match a pattern: as glob.glob(recursive=True), plus braces (`a{b,c}` is `ab` and `ac`).
 
     Raises:
-        DataError: too much had to be looked at.
+        DataError: the search visited too many files and folders.
     """
     look, found = Look(pattern), set[Path]()
     for one in _without_braces(str(pattern), look):
@@ -47,10 +47,10 @@ def matches(pattern: Path) -> set[Path]:
 
 
 def files_below(root: Path) -> Iterator[Path]:
-    """Everything in a folder and below, without following links to folders.
+    """Yield every file below a folder, without following links to folders.
 
     Raises:
-        DataError: there is too much.
+        DataError: there are too many files and folders.
     """
     look = Look(root)
     for name, folders, files in os.walk(root):
@@ -87,7 +87,7 @@ def _matching(folder: str, parts: Sequence[str], look: Look) -> Iterator[str]:
 
 
 def _below(folder: str, rest: Sequence[str], look: Look, above: tuple[str, ...]) -> Iterator[str]:
-    """The matches of `**/` and what follows, in a folder and all below it; a link to a folder above ends there."""
+    """Yield the matches of `**/` and the parts after it at every depth; do not follow links back to a parent."""
     real = os.path.realpath(folder or ".")
     if real in above:
         return
@@ -103,7 +103,7 @@ def _below(folder: str, rest: Sequence[str], look: Look, above: tuple[str, ...])
 
 
 def _entries(folder: str, look: Look) -> list[tuple[str, bool]]:
-    """(name, whether it is a folder) of what lies in a folder; nothing where it cannot be read."""
+    """Return (name, whether it is a folder) of each entry of a folder; an empty list if it cannot be read."""
     found = []
     try:
         with os.scandir(folder or ".") as entries:
@@ -123,7 +123,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _matches_name(name: str, pattern: str) -> bool:
-    """As glob: a hidden file is matched by a pattern that begins with a dot only."""
+    """Match as glob does: a hidden file matches only a pattern that begins with a dot."""
     return (pattern.startswith(".") or not name.startswith(".")) and _compiled(pattern).match(name) is not None
 
 

@@ -1,4 +1,4 @@
-"""How the files of a source are divided: each piece is tokenized by one process, and kept when a run is stopped."""
+"""Division of a source's files into pieces. One process tokenizes a piece; finished pieces survive a stopped run."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from nemo_minitron.data.blocks import COMPRESSIONS
 
 SMALLEST_BYTES, LARGEST_BYTES = 1 << 22, 1 << 27
 _PIECES = 64
-"""Wanted of one source, within the limits: enough for many cores, and little to lose in a kill."""
+"""Number of pieces aimed at per source, within the size limits: enough for many cores, and little is lost in a kill."""
 _UNPACKED = 4
-"""Size of a text relative to its compressed file, about."""
+"""Approximate ratio of the size of a text to its compressed size."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some small files of a source, one file, or a stretch of a large .jsonl."""
+    """Several small files, one file, or a part of a large .jsonl."""
 
     files: tuple[Path, ...]
     num_bytes: int
-    """On disk."""
+    """Size on disk."""
     span: tuple[int, int] | None = None
-    """Lines that begin at these bytes, of one file; None: whole files."""
+    """Byte range of one file, for the lines that begin in it; None means whole files."""
 
     def facts(self) -> dict[str, Any]:
-        """What tells this piece from another, and whether its files are as they were."""
+        """Return facts that identify this piece and the state of its files."""
         states = [(file, file.stat()) for file in self.files]
         return {"files": [[str(file), at.st_size, at.st_mtime_ns] for file, at in states], "span": self.span}
 
 
 def divide(files: Sequence[Path]) -> list[Piece]:
-    """The pieces of a source, in the order of its documents. They depend on the names and sizes of the files only."""
+    """Divide files into pieces, in document order. The result depends only on the files' names and sizes."""
     sizes = [file.stat().st_size for file in files]
     most = max(SMALLEST_BYTES, min(LARGEST_BYTES, sum(sizes) // _PIECES))
     return list(_pieces(zip(files, sizes, strict=True), most))

@@ -1,4 +1,4 @@
-"""Which shards are to be made, in which order, and what to do when one cannot be made."""
+"""Schedule of the shards of a stage: which to make, in which order, and what to do when one cannot be made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POLL_S = 0.25
 
 @dataclass
 class SourceShards:
-    """The tasks of a source, and what has become of them."""
+    """Tasks of a source with their results and errors."""
 
     source: DataSource
     tasks: list[Task]
@@ -27,7 +27,7 @@ class SourceShards:
     errors: dict[int, DataError] = field(default_factory=dict)
 
     def has_enough(self) -> bool:
-        """Whether the first shards, which are there without a gap, hold `max_documents`."""
+        """Return whether the finished shards before the first missing one hold `max_documents`."""
         most, count = self.source.max_documents, 0
         if most is None:
             return False
@@ -45,10 +45,10 @@ class SourceShards:
         return min(count, self.source.max_documents or count)
 
     def in_order(self) -> Iterator[tuple[Shard, int]]:
-        """(shard, how many of its first documents are wanted).
+        """Yield (shard, number of its first documents to use).
 
         Raises:
-            DataError: a large file that was divided holds no document in any part.
+            DataError: no part of a divided file holds a document.
         """
         left = self.source.max_documents
         of_file: dict[Path, int] = {}
@@ -67,7 +67,7 @@ class SourceShards:
 
 
 def plan_source(number: int, source: DataSource, files: Sequence[Path]) -> SourceShards:
-    """The tasks of source `number`."""
+    """Create the tasks of source `number`."""
     pieces = divide(files)
     tasks = [
         Task(f"source_{number:02d}_{index:06d}", piece, source, source.max_documents)
@@ -100,23 +100,23 @@ class ShardPlan:
         )
 
     def take_finished(self) -> int:
-        """Take over the shards of an earlier start; how many there are."""
+        """Reuse the finished shards of an earlier start, and return their number."""
         for source in self._sources:
             found = {number: self._folder.find(task) for number, task in enumerate(source.tasks)}
             source.shards = {number: shard for number, shard in found.items() if shard is not None}
         return sum(len(source.shards) for source in self._sources)
 
     def run(self, makers: Makers) -> Iterator[None]:
-        """Make what is missing; yields often, so that the caller can show progress or stop.
+        """Make the missing shards; yield often, so that the caller can show progress or stop.
 
         Raises:
-            DataError: a text that is needed cannot be read. In a source with `max_documents`, what lies beyond them
-                may be unreadable.
+            DataError: a text that is needed cannot be read. Texts beyond the `max_documents` of a source may be
+                unreadable.
         """
         waiting = iter([(source, number) for source in self._sources for number in range(len(source.tasks))])
         under_way: dict[Future[Shard], tuple[SourceShards, int]] = {}
         while True:
-            # One more than there are makers, so that none of them waits.
+            # Keep one task more than there are workers in the queue, so that no worker waits.
             while len(under_way) < (1 if makers.size == 1 else makers.size + 1):
                 following = next((entry for entry in waiting if _is_needed(*entry)), None)
                 if following is None:
@@ -134,7 +134,7 @@ class ShardPlan:
             yield from self._settle(source, makers)
 
     def _settle(self, source: SourceShards, makers: Makers) -> Iterator[None]:
-        """Shards that could not be made count only when their documents are among the first `max_documents`."""
+        """Retry the shards that failed, as far as their documents are among the first `max_documents`."""
         count = 0
         for number, task in enumerate(source.tasks):
             most = source.source.max_documents

@@ -314,7 +314,7 @@ def test_missing_texts_and_broken_models_are_named(work: Path, tmp_path: Path) -
         collect([write_recipe(work, "asset:toy-llama", "data/*.txt")], [], SILENT)
     (work / "data").mkdir()
     (work / "data/a.doc").write_text("x")
-    with pytest.raises(DataError, match="none of a known type"):
+    with pytest.raises(DataError, match="has a known type"):
         collect([write_recipe(work, "asset:toy-llama", "data")], [], SILENT)
     model = tiny_model_dir(tmp_path / "models", "llama_mha")
     weights = model / "model.safetensors"

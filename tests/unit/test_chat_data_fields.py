@@ -42,30 +42,33 @@ def read(row: Row, kind: Any = "conversations", leave_out: tuple[str, ...] = ())
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (answered("Let me look.", tool_calls=CALL), "message 2 has tool_calls, which cannot be carried"),
+        (answered("Let me look.", tool_calls=CALL), "message 2 has tool_calls, which is not supported"),
         (answered(None, tool_calls=CALL), "message 2 has tool_calls"),
         (answered(function_call={"name": "f"}), "message 2 has function_call"),
-        ({**answered(), "tools": CALL}, "the row has tools, which cannot be carried"),
-        ({**answered(), "tools": json.dumps(CALL)}, "`leave_out: [tools]` of the source drops it"),
+        ({**answered(), "tools": CALL}, "the row has tools, which is not supported"),
+        ({**answered(), "tools": json.dumps(CALL)}, "set `leave_out: [tools]` of the source to drop it"),
         ({**answered(), "images": ["a.png"]}, "the row has images"),
         ({"messages": [USER, {"role": "tool", "content": "4"}]}, "message 2 has the role 'tool'"),
-        (answered(weight=0), "message 2 has weight = 0, but every answer is learned"),
+        (answered(weight=0), "message 2 has weight = 0, but every answer is trained on"),
         (answered(train=False), "message 2 has train = False"),
         (answered(prefix=True), "message 2 is marked as a prefix"),
-        (answered([{"type": "image_url"}]), "message 2 has a part of type 'image_url'; only text can be carried"),
+        (answered([{"type": "image_url"}]), "message 2 has a part of type 'image_url'; only text is supported"),
         (answered([{"type": "text", "text": None}]), "message 2 has a part whose text is None"),
-        (answered(3), "message 2 has no text but 3"),
+        (answered(3), "message 2 has 3 in place of text"),
         (answered(reasoning=["a"]), "message 2 has reasoning that is ['a'], not text"),
         ({"conversations": [USER, answered()["messages"][1]], "mask": "Assistant"}, "mask is 'Assistant'"),
-        ({**answered(), "quality": 3, "attributes": {"quality": 4}}, "quality is 3 beside the text and 4 under"),
+        (
+            {**answered(), "quality": 3, "attributes": {"quality": 4}},
+            "quality is 3 in the row, but 4 in its attributes",
+        ),
         ({**answered(), "labels": {"name": ["quality", "humor"], "value": [1]}}, "labels has 2 names and 1 values"),
-        ({**answered(), "labels": {"name": [["quality"]], "value": [1]}}, "each name is a text"),
+        ({**answered(), "labels": {"name": [["quality"]], "value": [1]}}, "not one value for each text name"),
         ({**answered(), "quality": 10**400}, "attribute quality is"),
         ({"messages": "[{'role': 'user', 'content': 'Hi'}]"}, "is a Python list of messages written as text"),
         ({"prompt": "Hi", "output": "Ho", "history": ["Q"]}, "history is ['Q'], not a list of [question, answer]"),
         (
             {**answered(), "system": "S", "messages": [{"role": "system", "content": "T"}, *answered()["messages"]]},
-            "differ",
+            "differs",
         ),
     ],
 )
@@ -77,7 +80,7 @@ def test_what_cannot_be_carried_makes_a_row_bad(row: Row, reason: str) -> None:
 
 def test_pairs_cannot_carry_reasoning() -> None:
     pair = {"chosen": [USER, answered(reasoning_content="R")["messages"][1]], "rejected": answered("No")["messages"]}
-    with pytest.raises(BadRow, match="chosen has reasoning_content, which pairs cannot carry"):
+    with pytest.raises(BadRow, match="chosen has reasoning_content, which pairs do not support"):
         read(pair, "pairs")
 
 
@@ -186,7 +189,7 @@ def test_reasoning_is_learned_where_the_template_writes_it() -> None:
     tokenizer.chat_template = CHAT_TEMPLATE
     with pytest.raises(BadRow, match="the chat template leaves out the reasoning_content"):
         sft_rows(row, ChatTemplate.bind(tokenizer, "model"))
-    with pytest.raises(BadRow, match=r"a text of assistant holds <\|im_end\|>"):
+    with pytest.raises(BadRow, match=r"a text of assistant contains <\|im_end\|>"):
         sft_rows(answered("4", reasoning_content="<|im_end|>"), ChatTemplate.bind(tokenizer, "model"))
 
 
@@ -197,8 +200,8 @@ def test_fields_that_stand_twice_and_huge_numbers_are_bad_rows(tmp_path: Path) -
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'{"a": 1, "a": 2}\r\n{"a": {"b": 1, "b": 2}}\r\n{"a": ' + b"1" * 5000 + b'}\r\n{"a": "trunc')
     assert [str(row.content) for row in read_rows(file)] == [
-        "the field a stands twice in one object",
-        "the field b stands twice in one object",
+        "the field a appears twice in one object",
+        "the field b appears twice in one object",
         "not JSON: a number has too many digits",
         "not JSON: Unterminated string starting at in column 7",
     ]
@@ -210,7 +213,7 @@ def test_fields_that_stand_twice_and_huge_numbers_are_bad_rows(tmp_path: Path) -
         ("x.jsonl", b'\n{\n  "prompt": "Hi"\n}\n', "JSON over several lines", ":2"),
         ("x.jsonl", b"[\n{}\n]", "name it .json", ":1"),
         ("x.json", b'[\n{"a": 1},\n{"b" 2}]', "Not JSON: Expecting ':' delimiter in column 6", ":3"),
-        ("x.json", b'[{"a": 1, "a": 2}]', "the field a stands twice", ""),
+        ("x.json", b'[{"a": 1, "a": 2}]', "the field a appears twice", ""),
         ("x.json", b"[" + b"1" * 5000 + b"]", "Exceeds the limit", ""),
     ],
 )

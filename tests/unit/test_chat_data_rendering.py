@@ -169,7 +169,7 @@ def test_a_marker_in_a_text_is_a_bad_row(marker: str) -> None:
     for index in (0, 1):
         messages = [dict(message) for message in CHAT[:2]]
         messages[index]["content"] += marker
-        with pytest.raises(BadRow, match=f"a text of {messages[index]['role']} holds"):
+        with pytest.raises(BadRow, match=f"a text of {messages[index]['role']} contains"):
             sft_rows(chat(*messages), template("chatml"))
 
 
@@ -181,7 +181,7 @@ def test_a_token_across_the_border_is_a_bad_row() -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=backend)
     fast.chat_template = "{% for m in messages %}{{ m.content }}:{% endfor %}"
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-    with pytest.raises(BadRow, match=r"the end of the prompt 'a:' has other tokens before the answer 'a:?' than alone"):
+    with pytest.raises(BadRow, match=r"the end of the prompt 'a:' is tokenized differently before the answer 'a:?'"):
         sft_rows(chat(*messages), ChatTemplate.bind(fast, "model"))
 
 
@@ -190,7 +190,7 @@ def test_a_token_across_the_border_is_a_bad_row() -> None:
     [
         ("{% if add_generation_prompt %}A: {% endif %}{{ messages[-1].content }}", "does not continue"),
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "does not continue"),
-        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "no place for attributes"),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "does not write attributes"),
         ("{{ raise_exception('No system!') }}", "the chat template refuses the messages: No system!"),
     ],
 )
@@ -310,7 +310,9 @@ def test_a_folder_without_tokenizer_is_a_clear_error(tmp_path: Path) -> None:
 
 def test_markers_that_are_spelt_out_are_refused_unless_allowed() -> None:
     toy = BUILT_IN["toy-llama"]
-    with pytest.raises(DataError, match=r"does not know <extra_id_0>, <extra_id_1>, <extra_id_2> as single tokens"):
+    with pytest.raises(
+        DataError, match=r"uses <extra_id_0>, <extra_id_1>, <extra_id_2>, which the tokenizer does not know as single"
+    ):
         ChatTemplate.load(toy, "extra_id")
     with pytest.raises(DataError, match=r"allowed: with this tokenizer: chatml, model"):
         ChatTemplate.bind(tiny_tokenizer(), "llama3")
@@ -319,5 +321,5 @@ def test_markers_that_are_spelt_out_are_refused_unless_allowed() -> None:
 
 
 def test_a_tokenizer_without_template_is_a_clear_error() -> None:
-    with pytest.raises(DataError, match=r"no chat template of its own(.|\n)*chatml, llama3, extra_id"):
+    with pytest.raises(DataError, match=r"no chat template, or several(.|\n)*chatml, llama3, extra_id"):
         ChatTemplate.load(BUILT_IN["toy-llama"], "model")

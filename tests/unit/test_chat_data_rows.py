@@ -188,17 +188,17 @@ BAD: tuple[tuple[str, Fields, str], ...] = (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
         "message 1 has a part of type 'image'",
     ),
-    ("messages", {"messages": [{"role": "system", "content": "S"}]}, "there is no message"),
+    ("messages", {"messages": [{"role": "system", "content": "S"}]}, "there are no messages"),
     ("messages", {"messages": said("Hi", " \n")}, "message 2 (assistant) is empty"),
     (
         "messages",
         {"messages": said("Hi", "\ud800")},
-        "message 2 (assistant) holds half a surrogate pair at character 0",
+        "message 2 (assistant) has an unpaired surrogate at character 0",
     ),
     ("messages", {"messages": said("Hi")}, "the last message is from user, not from assistant"),
-    ("messages", {"messages": said("Hi", "Ho")[1:]}, "message 1 is from assistant, but user is due"),
-    ("messages", {"messages": said("Hi") * 2}, "message 2 is from user, but assistant is due"),
-    ("messages", {"messages": [*said("Hi"), *said("", "", system="S")[:1]]}, "message 2 is from system, but assistant"),
+    ("messages", {"messages": said("Hi", "Ho")[1:]}, "message 1 is from assistant, but should be from user"),
+    ("messages", {"messages": said("Hi") * 2}, "message 2 is from user, but should be from assistant"),
+    ("messages", {"messages": [*said("Hi"), *said("", "", system="S")[:1]]}, "message 2 is from system, but should be"),
     ("messages", chat("Hi", "Ho", violence=1), "unknown attribute 'violence'; known: quality, toxicity"),
     ("messages", chat("Hi", "Ho", quality=4.01), "attribute quality is 4.01, out of the range 0 to 4"),
     ("messages", chat("Hi", "Ho", quality="high"), "attribute quality is 'high', not a number"),  # type: ignore[arg-type]
@@ -209,14 +209,14 @@ BAD: tuple[tuple[str, Fields, str], ...] = (
     ("sharegpt", nemo("good"), "label 'good' is not of the form name:number"),
     ("gsm8k", {"question": "Hi"}, "there is no field answer; the row has question"),
     ("gsm8k", {"question": "Hi", "answer": 3}, "answer is 3, not text"),
-    ("worked_answers", {"question": "Hi", "answer": "6"}, "answer has no number behind ####"),
+    ("worked_answers", {"question": "Hi", "answer": "6"}, "answer has no number after ####"),
     ("helpsteer", {"prompt": "Hi", "response": "Ho", "tokens": 3}, "unknown attribute 'tokens'"),
     ("helpsteer", {"prompt": "Hi", "quality": 3}, "there is no field response; the row has prompt, quality"),
     ("prompt_completion", {"prompt": "Hi"}, "there is no field completion or output or response or answer"),
     ("pairs", {"prompt": "Hi", "chosen": "Yes"}, "there is no field rejected or rejected_response"),
     ("pairs", pair("Hi", rejected=" Yes"), "chosen and rejected are the same text"),
     ("pairs", pair("Hi", rejected=" "), "rejected is empty"),
-    ("pairs", pair("Hi", chosen_reward=1.0), "chosen_reward is given, but not the other reward"),
+    ("pairs", pair("Hi", chosen_reward=1.0), "chosen_reward is given, but the other reward is missing"),
     ("pairs", pair("Hi", chosen_reward="1", rejected_reward=1.0), "chosen_reward is '1', not a number"),  # type: ignore[arg-type]
     ("pairs", pair("Hi", "Ho"), "the last message is from assistant, not from user"),
     (
@@ -252,7 +252,7 @@ def test_a_renamed_rating_is_found_in_every_format(row: Fields) -> None:
 
 
 def test_two_attributes_cannot_get_one_name() -> None:
-    with pytest.raises(BadRow, match="two attributes are called quality"):
+    with pytest.raises(BadRow, match="two attributes are named quality"):
         FORMATS["helpsteer"].adapt({"prompt": "Hi", "response": "Ho", "quality": 1, "stars": 2}, {"stars": "quality"})
 
 
@@ -322,10 +322,10 @@ def test_lines_that_cannot_be_read_are_handed_on_with_the_reason(tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("x.jsonl", b"\n", "The file holds no row"),
-        ("x.json", b"", "The file holds no row"),
-        ("x.json", b"[]", "The file holds no row"),
-        ("x.json", b'{"a": 1}', "The file holds an object, not a list"),
+        ("x.jsonl", b"\n", "The file has no rows"),
+        ("x.json", b"", "The file has no rows"),
+        ("x.json", b"[]", "The file has no rows"),
+        ("x.json", b'{"a": 1}', "The file contains an object, not a list"),
         ("x.json", LINES, "name it .jsonl"),
         ("x.parquet", b"PAR1", "Not a readable parquet file"),
         ("x.jsonl.zst", zstandard.compress(LINES)[:-5], "The compressed file is damaged"),

@@ -67,7 +67,7 @@ def test_rows_that_cannot_be_measured_are_counted(tmp_path: Path) -> None:
         "measured_rows": 2,
         "too_long_rows": 1,
         "bad_rows": 1,
-        "first_bad_rows": ["x.jsonl:2: a text of user holds <|im_end|>, which the tokenizer takes for a marker"],
+        "first_bad_rows": ["x.jsonl:2: a text of user contains <|im_end|>, which the tokenizer reads as a marker"],
     }
     assert [row["origin"] for row in found.rows] == ["x.jsonl:1", "x.jsonl:3"]
     assert len(found.rendered) == 2
@@ -78,7 +78,7 @@ def test_more_bad_rows_than_are_tolerated_end_in_what_to_set(tmp_path: Path) -> 
     with pytest.raises(DataError) as caught:
         heldout(tmp_path, MARKED)
     message = str(caught.value)
-    assert "1 of 4 rows are bad (25.0%):\n  - x.jsonl:2: a text of user holds" in message
+    assert "1 of 4 rows are bad (25.0%):\n  - x.jsonl:2: a text of user contains" in message
     assert "stages.measured.max_bad_fraction=0.251" in message
 
 
@@ -105,12 +105,12 @@ def test_rows_that_are_all_too_long_say_how_long_the_shortest_is(tmp_path: Path,
     rows = [make("What is " + "7" * size) for size in (3, 1, 2)]
     with pytest.raises(DataError, match="0 of 3 held-out rows fit into max_seq_len_tokens = 8") as caught:
         heldout(tmp_path, rows, kind, max_seq_len_tokens=8)
-    needed = int(str(caught.value).split("Raise it to ")[1].split()[0])
+    needed = int(str(caught.value).split("Raise it to at least ")[1].split(",")[0])
     assert len(heldout(tmp_path, rows, kind, max_seq_len_tokens=needed).rows) == 1
 
 
 def test_no_held_out_row_names_the_stage(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="Stage chats holds no held-out rows") as caught:
+    with pytest.raises(DataError, match="Stage chats has no held-out rows") as caught:
         heldout(tmp_path, [])
     assert "Raise valid_rows" in str(caught.value)
 
@@ -128,7 +128,7 @@ def test_prompts_of_rlhf_leave_out_a_few_bad_rows(tmp_path: Path) -> None:
     bound = ChatTemplate.bind(tiny_tokenizer(), "chatml")
     found = read_prompts(Rlhf(algorithm="ppo", max_bad_fraction=0.25), tmp_path, bound)
     assert [len(found[part]) for part in ("train", "valid")] == [3, 3]
-    with pytest.raises(DataError, match=r"x\.jsonl:2: a text of user holds") as caught:
+    with pytest.raises(DataError, match=r"x\.jsonl:2: a text of user contains") as caught:
         read_prompts(Rlhf(algorithm="ppo"), tmp_path, bound)
     assert "leave them out with max_bad_fraction=0.251" in str(caught.value)
 

@@ -94,7 +94,7 @@ def test_line_ends_of_a_separator_are_read_as_those_of_the_text(tmp_path: Path, 
 
 def test_a_separator_without_a_txt_is_refused(tmp_path: Path) -> None:
     source = DataSource(source="x", document_separator="\n")
-    with pytest.raises(DataError, match=r"document_separator splits \.txt files"):
+    with pytest.raises(DataError, match=r"document_separator splits only \.txt files"):
         require_separator_is_used([tmp_path / "x.jsonl"], source, "stages.data.sources.0")
     require_separator_is_used([tmp_path / "x.jsonl", tmp_path / "y.txt.gz"], source, "stages.data.sources.0")
 
@@ -257,7 +257,7 @@ def test_text_that_cannot_be_reached_is_not_left_out_in_silence(
     texts_in(tmp_path, "a.txt", "closed/b.txt")
     link = tmp_path / "gone.jsonl"
     link.symlink_to(tmp_path / "nowhere.jsonl")
-    with pytest.raises(DataError, match="leads nowhere"):
+    with pytest.raises(DataError, match="link is broken"):
         source_files(tmp_path)
     link.unlink()
 
@@ -278,7 +278,7 @@ def test_text_that_cannot_be_reached_is_not_left_out_in_silence(
         ("x.csv", "Unknown file type .csv."),
         ("nowhere", "There is no text at"),
         ("*.txt", "No file matches"),
-        ("*.csv", "1 files at"),
+        ("*.csv", "of the 1 files at"),
     ],
 )
 def test_a_source_without_text_names_what_is_allowed(tmp_path: Path, path: str, says: str) -> None:
@@ -329,7 +329,7 @@ def test_bad_encoding_is_found_at_its_line_and_byte(
         (b'{"body": "a", "id": 1}', "no field 'text'"),
         (b'["a"]', "it is a list"),
         (b'{"text": 5}', "is int, not text"),
-        (b'{"text": "\\ud800"}', "half a surrogate pair"),
+        (b'{"text": "\\ud800"}', "an unpaired surrogate"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"text": "a", "id": ' + b"1" * 5000 + b"}", "cannot be read"),
         (b'{"text": ["a"]}', "is list, not text"),
