@@ -101,12 +101,12 @@ def test_a_file_that_the_bundle_did_not_bring_is_refused(bundle: Path, name: str
 def test_links_in_place_of_files_are_refused(bundle: Path, tmp_path: Path) -> None:
     (bundle / "manifest.json").rename(tmp_path / "manifest.json")
     (bundle / "manifest.json").symlink_to(tmp_path / "manifest.json")
-    assert "links stand in the place of files" in install(bundle, "--verify", "--accept-unlisted").stderr
+    assert "files of the bundle were replaced by links" in install(bundle, "--verify", "--accept-unlisted").stderr
     (bundle / "manifest.json").unlink()
     (tmp_path / "manifest.json").rename(bundle / "manifest.json")
     (bundle / "wheels").rename(tmp_path / "wheels")
     (bundle / "wheels").symlink_to(tmp_path / "wheels")
-    assert "links stand in the place of files" in install(bundle, "--accept-unlisted").stderr
+    assert "files of the bundle were replaced by links" in install(bundle, "--accept-unlisted").stderr
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_a_list_that_names_other_things_than_files_of_the_bundle_is_refused_unre
 def test_a_pipe_in_place_of_a_file_is_refused_unread(bundle: Path) -> None:
     (bundle / "manifest.json").unlink()
     os.mkfifo(bundle / "manifest.json")
-    assert "no plain files\n  manifest.json" in install(bundle, "--verify").stderr
+    assert "not regular files\n  manifest.json" in install(bundle, "--verify").stderr
 
 
 MANIFESTS = [

@@ -53,7 +53,7 @@ def test_a_package_without_a_file_is_named_and_nothing_stays(index: Path, tmp_pa
 
 
 def test_another_failure_of_pip_is_quoted(index: Path) -> None:
-    with pytest.raises(EnvironmentProblem, match=r"pip could not make the wheels: .*nowhere"):
+    with pytest.raises(EnvironmentProblem, match=r"pip could not build the wheels: .*nowhere"):
         kept("/nowhere/at/all")
 
 
@@ -62,7 +62,7 @@ def test_surprises_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     files = [Path("torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl"), Path("odd-1.0-cp311-cp311-linux_x86_64.whl")]
     compiled, torch = wheels.warnings_about(files)
     assert "odd-1.0-cp311-cp311-linux_x86_64.whl was compiled here" in compiled
-    assert "torch here is 2.13.0+cpu, in the bundle 2.13.0" in torch
+    assert "torch is 2.13.0+cpu here and 2.13.0 in the bundle" in torch
     assert not list(wheels.warnings_about([Path("torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl")]))
 
 
