@@ -1,4 +1,4 @@
-"""The model card tells what the model is made of, and carries the licence."""
+"""The model card tells what the model is made of, and includes the license."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _header(card: str) -> dict[str, Any]:
     return dict(yaml.safe_load(card.split("---")[1]))
 
 
-def test_the_header_names_licence_base_model_and_tags() -> None:
+def test_the_header_names_license_base_model_and_tags() -> None:
     card = render_card("small", facts=FACTS, teacher=TEACHER, model=DISTILLED, metrics=METRICS)
     assert _header(card) == {
         "license": "llama3.1",
@@ -89,10 +89,10 @@ def test_a_model_that_was_not_distilled_does_not_say_so() -> None:
         (None, "Unknown: look it up"),
     ],
 )
-def test_the_licence_and_its_conditions_are_carried(license_id: str | None, expected: str) -> None:
+def test_the_license_and_its_conditions_are_included(license_id: str | None, expected: str) -> None:
     card = render_card("small", facts=FACTS, teacher={**TEACHER, "license": license_id}, model={}, metrics=[])
     assert expected in card
-    assert "teacher's licence and its conditions apply" in card
+    assert "teacher's license and its conditions apply" in card
     assert _header(card)["license"] == (license_id or "other")
     assert ("Built with Llama" in card) == (license_id == "llama3.1")
 

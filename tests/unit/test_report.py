@@ -255,8 +255,8 @@ def test_a_task_is_compared_by_a_metric_that_all_have() -> None:
 
 
 def test_the_headline_tells_sizes_share_and_cost(report: dict[str, Any]) -> None:
-    assert "80% of the quality lost in pruning won back with 1,000 tokens in 1.0 minutes" in headline(report)
-    assert "won back" not in headline({**report, "recovered_share": None})
+    assert "recovered 80% of the quality lost in pruning with 1,000 tokens in 1.0 minutes" in headline(report)
+    assert "recovered" not in headline({**report, "recovered_share": None})
     assert "lost another 20%" in headline({**report, "recovered_share": -0.2})
     assert headline({**report, "models": {}}).startswith("The run has not measured")
     assert "| bits per byte | 1.000 | **1.200** | 2.000 |" in render_markdown(report)

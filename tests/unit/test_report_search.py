@@ -71,7 +71,7 @@ def test_the_sentence_tells_the_winner_the_effort_and_what_zero_shot_was_worth(s
 
 def test_what_was_asked_for_is_told_without_limits_that_were_not_set(search: dict[str, Any]) -> None:
     asked, columns, front = notes(search)
-    assert asked == "Asked for: 94.0M parameters within 5 %; at most 0.5 GiB of memory."
+    assert asked == "Constraints: 94.0M parameters within 5 %; at most 0.5 GiB of memory."
     assert "1 sequence of 4,096 tokens" in columns
     assert front.endswith(": c06, c02, c03.")
     none = dict.fromkeys(search["constraints"]) | {"context_tokens": 512, "batch_size": 8}
@@ -80,7 +80,7 @@ def test_what_was_asked_for_is_told_without_limits_that_were_not_set(search: dic
     )
     every = {**none, "num_params_min": 1e6, "num_params_max": 2e9, "max_memory_gib": 3, "max_decode_ms": 2.5}
     assert notes({**search, "constraints": every})[0] == (
-        "Asked for: at least 1.0M parameters; at most 2.00B parameters; at most 3 GiB of memory; "
+        "Constraints: at least 1.0M parameters; at most 2.00B parameters; at most 3 GiB of memory; "
         "at most 2.5 ms for a generated token."
     )
 
