@@ -23,7 +23,7 @@ FORMAT = 1
 MEMBER_TIME_S = 315532800
 """Modification time of all files of a bundle: 1980-01-01, the earliest date that zip files support."""
 _BLOCK_BYTES = 1 << 20
-_ROOM_OF_A_MEMBER_BYTES = 4096
+_MEMBER_OVERHEAD_BYTES = 4096
 
 
 def require_new(out: Path) -> None:
@@ -54,7 +54,7 @@ def write_archive(out: Path, items: Iterable[Item], facts: Mapping[str, Any], pr
     try:
         content = sorted_items(items)
         total = sum(item.size_bytes for item in content)
-        _require_room(out, total + _ROOM_OF_A_MEMBER_BYTES * len(content))
+        _require_space(out, total + _MEMBER_OVERHEAD_BYTES * len(content))
         with replacing(out) as file, progress.bar("bundle", total, "bytes") as bar:
             stream = _Hashed(file)
             with tarfile.open(fileobj=stream, mode="w|", bufsize=_BLOCK_BYTES, copybufsize=_BLOCK_BYTES) as tar:  # type: ignore[call-overload]
@@ -100,13 +100,13 @@ class _Hashed:
         return self.file.write(block)
 
 
-def _require_room(out: Path, needed: int) -> None:
+def _require_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out.absolute().parent).free
     if free < needed:
-        raise _no_room(out, f"it needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free.")
+        raise _no_space(out, f"it needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free.")
 
 
-def _no_room(out: Path, how_much: str) -> EnvironmentProblem:
+def _no_space(out: Path, how_much: str) -> EnvironmentProblem:
     return EnvironmentProblem(
         f"There is not enough space for the bundle: {how_much}",
         where=str(out.absolute().parent),
@@ -116,7 +116,7 @@ def _no_room(out: Path, how_much: str) -> EnvironmentProblem:
 
 def _problem(error: OSError, out: Path) -> EnvironmentProblem:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return _no_room(out, str(error))
+        return _no_space(out, str(error))
     return EnvironmentProblem(
         f"The bundle cannot be written: {error}", where=str(out), next_step="The partial file was removed; try again."
     )

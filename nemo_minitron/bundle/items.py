@@ -33,7 +33,7 @@ def sorted_items(items: Iterable[Item]) -> list[Item]:
     """
     found: dict[str, Item] = {}
     for item in items:
-        _require_fit(item)
+        _require_valid_name(item)
         other = found.setdefault(item.member, item)
         if other is not item and not _same(other, item):
             raise ConfigError(
@@ -44,7 +44,7 @@ def sorted_items(items: Iterable[Item]) -> list[Item]:
     return [found[member] for member in sorted(found)]
 
 
-def _require_fit(item: Item) -> None:
+def _require_valid_name(item: Item) -> None:
     path = PurePosixPath(item.member)
     if path.is_absolute() or ".." in path.parts or item.member in ("", "."):
         raise ConfigError(f"{item.member} would be outside of the bundle.", next_step="Give the source as a path.")

@@ -54,13 +54,15 @@ def core_wheels(torch_index_url: str | None, progress: Progress) -> list[Path]:
         # so its hash is not known in advance.
         chosen = ["--index-url", torch_index_url] if torch_index_url else [f"--constraint={pins}"]
         _pip_wheel(scratch / "torch", [*chosen, torch_requirement()], scratch, progress)
-        have = {_plain(name) for name in versions_of(folder.glob("*.whl"))}
+        have = {_normalized(name) for name in versions_of(folder.glob("*.whl"))}
         for file in (scratch / "torch").glob("*.whl"):
-            if _plain(file.name.split("-")[0]) not in have:
+            if _normalized(file.name.split("-")[0]) not in have:
                 file.rename(folder / file.name)
 
     made_from = [file.read_text() for file in (lock, pins)]
-    return sorted(_kept("core", [*made_from, torch_requirement(), torch_index_url or ""], fill, progress).glob("*.whl"))
+    return sorted(
+        _cached("core", [*made_from, torch_requirement(), torch_index_url or ""], fill, progress).glob("*.whl")
+    )
 
 
 def aligner_wheels(progress: Progress) -> list[Path]:
@@ -71,14 +73,16 @@ def aligner_wheels(progress: Progress) -> list[Path]:
     """
     if sys.version_info[:2] not in SUPPORTED_PYTHONS:
         allowed = ", ".join(f"{major}.{minor}" for major, minor in SUPPORTED_PYTHONS)
-        raise EnvironmentProblem(f"--aligner: NeMo-Aligner has no wheels for {_here()}.", allowed=f"Python {allowed}")
+        raise EnvironmentProblem(
+            f"--aligner: NeMo-Aligner has no wheels for {_platform()}.", allowed=f"Python {allowed}"
+        )
 
     _require_pip()
 
     def fill(folder: Path, scratch: Path) -> None:
         _pip_wheel(folder, ["--no-deps", "--require-hashes", f"--requirement={LOCK}"], scratch, progress)
 
-    return sorted(_kept("aligner", [LOCK.read_text()], fill, progress).glob("*.whl"))
+    return sorted(_cached("aligner", [LOCK.read_text()], fill, progress).glob("*.whl"))
 
 
 @contextmanager
@@ -98,14 +102,14 @@ def list_of(wheels: Sequence[Path]) -> bytes:
     return "".join(f"{name}=={version} --hash=sha256:{digest}\n" for name, version, digest in named).encode()
 
 
-def only_torch_needs(core: Sequence[Path]) -> list[Path]:
+def torch_only_wheels(core: Sequence[Path]) -> list[Path]:
     """Return torch and the wheels that only torch requires: those core wheels that are not in newest.lock."""
     lock = (shipped_dir(CONSTRAINTS) / "newest.lock").read_text()
-    elsewhere = {_plain(line.split("==")[0]) for line in lock.splitlines() if "==" in line} | {"nemo-minitron"}
-    return [file for file in core if _plain(file.name.split("-")[0]) not in elsewhere]
+    elsewhere = {_normalized(line.split("==")[0]) for line in lock.splitlines() if "==" in line} | {"nemo-minitron"}
+    return [file for file in core if _normalized(file.name.split("-")[0]) not in elsewhere]
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -119,15 +123,15 @@ def warnings_about(wheels: Sequence[Path]) -> Iterator[str]:
     for file in wheels:
         if file.stem.split("-")[-1].startswith("linux_"):
             yield (
-                f"{file.name} was compiled here, because there is no wheel of it for {_here()}; it needs a C library "
-                "at least as new as that of this machine."
+                f"{file.name} was compiled here, because there is no wheel of it for {_platform()}; "
+                "it needs a C library at least as new as that of this machine."
             )
     bundled, here = versions_of(wheels)["torch"], version("torch")
     if bundled != here:
         yield f"torch is {here} here and {bundled} in the bundle; --torch-index-url chooses the build."
 
 
-def _here() -> str:
+def _platform() -> str:
     return "{system} {machine}, Python {python}".format(**target())
 
 
@@ -136,7 +140,7 @@ def _require_pip() -> None:
         raise EnvironmentProblem("This Python has no pip.", next_step=f"Run `{sys.executable} -m ensurepip`.")
 
 
-def _kept(name: str, made_from: Sequence[str], fill: Callable[[Path, Path], None], progress: Progress) -> Path:
+def _cached(name: str, made_from: Sequence[str], fill: Callable[[Path, Path], None], progress: Progress) -> Path:
     """Return a folder of the cache that `fill` filled once; its name depends on `made_from` and on the platform.
 
     The folder exists only when it is complete.
@@ -191,7 +195,7 @@ def _pip_error(log: str) -> EnvironmentProblem:
     lost = [line.removeprefix("No matching distribution found for ") for line in lines if "No matching dist" in line]
     if lost:
         return EnvironmentProblem(
-            f"pip finds no file of {lost[-1]} for {_here()}.",
+            f"pip finds no file of {lost[-1]} for {_platform()}.",
             next_step="Check the network and pip's indexes (`pip config list`); this platform may not be supported.",
         )
     return EnvironmentProblem(

@@ -14,14 +14,14 @@ _AROUND = re.compile(r"^Question:\s*|\s*Answer:\s*$")
 
 def answers(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Return rows {"prompt", "completion"} of the requests of one task."""
-    return [{"prompt": _asked(doc), "completion": _sentence(answer(doc))} for doc, _ in _with_wrong(rows)]
+    return [{"prompt": _question(doc), "completion": _sentence(answer(doc))} for doc, _ in _with_wrong(rows)]
 
 
 def pairs(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Return rows {"prompt", "chosen", "rejected", rewards}; a hash of the question picks the wrong answer."""
     return [
         {
-            "prompt": _asked(doc),
+            "prompt": _question(doc),
             "chosen": _sentence(answer(doc)),
             "rejected": _sentence(wrong),
             "chosen_reward": 1.0,
@@ -42,12 +42,12 @@ def _with_wrong(rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
             yield doc, wrong[int.from_bytes(digest[:4], "big") % len(wrong)]
 
 
-def _asked(doc: Row) -> str:
+def _question(doc: Row) -> str:
     context = f"{doc['context'].strip()} {doc['question'].strip()}" if "context" in doc and "question" in doc else None
     return context or _AROUND.sub("", _AROUND.sub("", str(doc["query"]).strip()))
 
 
 def _sentence(text: str) -> str:
     """Format an answer as a sentence, with a capital letter and a period."""
-    said = text[0].upper() + text[1:]
-    return said if said[-1] in ".!?" else said + "."
+    sentence = text[0].upper() + text[1:]
+    return sentence if sentence[-1] in ".!?" else sentence + "."

@@ -82,8 +82,8 @@ def _situation(doc: Row) -> str:
 
 
 def _situation_text(docs: list[Row]) -> str:
-    asked = dict.fromkeys(f"{doc['question'].strip()}\nAnswer: {answer(doc)}" for doc in docs)
-    return f"Question: {docs[0]['context'].strip()} " + "\nQuestion: ".join(asked)
+    questions = dict.fromkeys(f"{doc['question'].strip()}\nAnswer: {answer(doc)}" for doc in docs)
+    return f"Question: {docs[0]['context'].strip()} " + "\nQuestion: ".join(questions)
 
 
 _TASKS: dict[str, tuple[Callable[[Row], str], Callable[[list[Row]], str]]] = {
@@ -117,14 +117,14 @@ def _stories(moments: list[Row]) -> list[str]:
         label, told = doc["query"].split(": ", 1)
         text = f"{told.strip()} {answer(doc)}"
         if label == last_label and int(doc["ind"]) - last_number <= _CHAIN_GAP:
-            stories[-1].append(_unsaid(stories[-1], text))
+            stories[-1].append(_new_text(stories[-1], text))
         else:
             stories.append([f"{label}: {text}"])
         last_label, last_number = label, int(doc["ind"])
     return [" ".join(part for part in story if part) for story in stories]
 
 
-def _unsaid(story: list[str], text: str) -> str:
+def _new_text(story: list[str], text: str) -> str:
     """Return what a moment adds to the story: the text after its longest beginning that already ends the story."""
     told = " ".join(part for part in story if part)
     if text in told:

@@ -17,7 +17,7 @@ from nemo_minitron.limits import DOCUMENT_BYTES, UNPACKED_FREE_BYTES, UNPACKED_R
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 BLOCK_BYTES = 1 << 20
 _PACKED_BYTES = BLOCK_BYTES // 8
-_PACKED_AT_ONCE = 2048
+_ZSTD_INPUT_BYTES = 2048
 """Input size for zstd, which decompresses all of its input at once: four bytes can become 128 KiB."""
 
 
@@ -112,12 +112,12 @@ def _xz_blocks(raw: IO[bytes], file: Path) -> Iterator[Block]:
                 data, packed = stream.decompress(packed, BLOCK_BYTES), b""
                 if data:
                     yield Block(data, raw.tell())
-            packed = _behind_padding(raw, stream.unused_data)
+            packed = _skip_padding(raw, stream.unused_data)
     except lzma.LZMAError as error:
-        raise (_wide_window(file) if "Memory usage" in str(error) else _damaged(file, str(error))) from error
+        raise (_window_too_large(file) if "Memory usage" in str(error) else _damaged(file, str(error))) from error
 
 
-def _behind_padding(raw: IO[bytes], packed: bytes) -> bytes:
+def _skip_padding(raw: IO[bytes], packed: bytes) -> bytes:
     """Return the data after an xz stream, without the zero padding allowed between streams."""
     packed = packed.lstrip(b"\0")
     while not packed and (more := raw.read(_PACKED_BYTES)):
@@ -133,7 +133,7 @@ def _zstd_blocks(raw: IO[bytes], file: Path) -> Iterator[Block]:
     parts: list[bytes] = []
     size = 0
     try:
-        for packed in iter(lambda: raw.read(_PACKED_AT_ONCE), b""):
+        for packed in iter(lambda: raw.read(_ZSTD_INPUT_BYTES), b""):
             while packed:
                 frame = frame or zstandard.ZstdDecompressor(max_window_size=window).decompressobj()
                 data = frame.decompress(packed)
@@ -145,7 +145,7 @@ def _zstd_blocks(raw: IO[bytes], file: Path) -> Iterator[Block]:
                     parts, size = [], 0
     except zstandard.ZstdError as error:
         if "too much memory" in str(error):
-            raise _wide_window(file) from error
+            raise _window_too_large(file) from error
         raise _damaged(file, str(error)) from error
     if size:
         yield Block(b"".join(parts), raw.tell())
@@ -153,7 +153,7 @@ def _zstd_blocks(raw: IO[bytes], file: Path) -> Iterator[Block]:
         raise _damaged(file, "it ends in the middle")
 
 
-def _wide_window(file: Path) -> DataError:
+def _window_too_large(file: Path) -> DataError:
     return DataError(
         f"Decompressing the file takes more than {WINDOW_BYTES.value():,} bytes of memory.",
         where=str(file),

@@ -10,12 +10,12 @@ import numpy as np
 from nemo_minitron.data.word_cuts import CUT, can_be_cut, split_at_spaces
 from nemo_minitron.errors import DataError
 
-MOST_REMEMBERED_BYTES = 64 << 20
+MAX_CACHE_BYTES = 64 << 20
 _BYTES_PER_ENTRY = 250
 """Memory of a cache entry (dict slot, string object and ids) without its characters."""
-_RELEARN_CHARS = 1 << 29
+_CACHE_RESET_CHARS = 1 << 29
 """A full cache is cleared after this much text, because later files may use other words."""
-_LONGEST_STRETCH = 1 << 20
+_MAX_CHUNK_CHARS = 1 << 20
 """Largest part of a document split into words at a time, so that a book needs no list of all its words."""
 
 
@@ -52,10 +52,10 @@ class Encoder:
         """
         if not self._cuts:
             return [ids + self._eod for ids in self._whole(texts)]
-        stretches = [list(_stretches(text)) for text in texts]
-        flat = [stretch for parts in stretches for stretch in parts]
+        chunks = [list(_chunks(text)) for text in texts]
+        flat = [chunk for parts in chunks for chunk in parts]
         ids = iter(self._by_words(flat))
-        return [b"".join([next(ids) for _ in parts]) + self._eod for parts in stretches]
+        return [b"".join([next(ids) for _ in parts]) + self._eod for parts in chunks]
 
     def _whole(self, texts: Sequence[str]) -> list[bytes]:
         if not texts:
@@ -83,24 +83,24 @@ class Encoder:
 
     def _bound_memory(self, new_words: Collection[str], new_edges: Collection[str], chars: int) -> None:
         self._chars += chars
-        if self._size_bytes < MOST_REMEMBERED_BYTES:
+        if self._size_bytes < MAX_CACHE_BYTES:
             new = len(new_words) + len(new_edges)
             self._size_bytes += sum(map(len, new_words)) + sum(map(len, new_edges)) + _BYTES_PER_ENTRY * new
             return
         for known, added in ((self._words, new_words), (self._edges, new_edges)):
             for text in added:
                 del known[text]
-        if self._chars > _RELEARN_CHARS:
+        if self._chars > _CACHE_RESET_CHARS:
             self._words.clear()
             self._edges.clear()
             self._size_bytes = self._chars = 0
 
 
-def _stretches(text: str) -> Iterator[str]:
-    """Cut a text into pieces of about _LONGEST_STRETCH characters, as far as it can be cut."""
+def _chunks(text: str) -> Iterator[str]:
+    """Cut a text into pieces of about _MAX_CHUNK_CHARS characters, as far as it can be cut."""
     start = 0
-    while len(text) - start > _LONGEST_STRETCH:
-        cut = CUT.search(text, start + _LONGEST_STRETCH)
+    while len(text) - start > _MAX_CHUNK_CHARS:
+        cut = CUT.search(text, start + _MAX_CHUNK_CHARS)
         if cut is None:
             break
         yield text[start : cut.start()]

@@ -10,7 +10,7 @@ from glob import has_magic
 from pathlib import Path
 
 from nemo_minitron.data.blocks import COMPRESSIONS
-from nemo_minitron.data.globs import Look, matches
+from nemo_minitron.data.globs import VisitLimit, matches
 from nemo_minitron.errors import DataError
 
 FORMATS = (".txt", ".jsonl", ".json", ".parquet")
@@ -56,27 +56,29 @@ def find_files(path: Path, formats: Sequence[str] = FORMATS) -> Found:
     if path.is_file():
         file_format(path, formats)
         return Found([path])
-    listed = sorted(_below(path, Look(path)) if path.is_dir() else matches(path))
-    present = _once([file for file in listed if file.is_file()])
+    listed = sorted(_below(path, VisitLimit(path)) if path.is_dir() else matches(path))
+    present = _without_duplicates([file for file in listed if file.is_file()])
     files = [file for file in present if _is_text(file, formats)]
-    lost = next((file for file in listed if _known(file, formats) and _leads_nowhere(file)), None)
-    if lost is not None:
+    broken = next((file for file in listed if _has_known_format(file, formats) and _is_broken_link(file)), None)
+    if broken is not None:
         raise DataError(
-            "The link is broken.", where=str(lost), next_step="Restore the file that it points to, or remove the link."
+            "The link is broken.",
+            where=str(broken),
+            next_step="Restore the file that it points to, or remove the link.",
         )
     if files:
         read = set(files)
         left_out = [file for file in listed if file.is_file() and file not in read]
         return Found(files, left_out, _held_out_folders(files, path))
-    raise _nothing(path, present, formats)
+    raise _no_text_error(path, present, formats)
 
 
-def is_there(path: Path) -> bool:
-    """Return whether the file or folder exists, or the glob pattern matches; a file's name may look like a pattern."""
+def source_exists(path: Path) -> bool:
+    """Return whether a file, folder or match of a glob pattern exists; file names may look like patterns."""
     return path.exists() or any(True for _ in matches(path))
 
 
-def _nothing(path: Path, present: list[Path], formats: Sequence[str]) -> DataError:
+def _no_text_error(path: Path, present: list[Path], formats: Sequence[str]) -> DataError:
     if present:
         return DataError(
             f"None of the {len(present)} files at {path} has a known type; the first is {present[0].name}.",
@@ -92,21 +94,21 @@ def _nothing(path: Path, present: list[Path], formats: Sequence[str]) -> DataErr
 # --- searching ------------------------------------------------------------------------------------
 
 
-def _below(root: Path, look: Look) -> Iterator[Path]:
+def _below(root: Path, visits: VisitLimit) -> Iterator[Path]:
     """Yield all files below a folder. Each real folder is visited once; real folders come before linked ones."""
     waiting, seen = [root], set[str]()
     while waiting:
         links: list[Path] = []
         for folder in waiting:
-            yield from _walk(folder, seen, links, look)
+            yield from _walk(folder, seen, links, visits)
         waiting = sorted(links)
 
 
-def _walk(root: Path, seen: set[str], links: list[Path], look: Look) -> Iterator[Path]:
+def _walk(root: Path, seen: set[str], links: list[Path], visits: VisitLimit) -> Iterator[Path]:
     """Yield the files below a folder without following links to folders; add those links to `links`."""
-    for name, folders, files in os.walk(root, onerror=_cannot_list):
+    for name, folders, files in os.walk(root, onerror=_unreadable_folder):
         folder = Path(name)
-        look.at(1 + len(folders) + len(files))
+        visits.count(1 + len(folders) + len(files))
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
@@ -118,11 +120,11 @@ def _walk(root: Path, seen: set[str], links: list[Path], look: Look) -> Iterator
         yield from (folder / entry for entry in files if not entry.startswith("."))
 
 
-def _cannot_list(error: OSError) -> None:
+def _unreadable_folder(error: OSError) -> None:
     raise DataError(f"The folder cannot be read: {error.strerror}.", where=str(error.filename)) from error
 
 
-def _once(files: Sequence[Path]) -> list[Path]:
+def _without_duplicates(files: Sequence[Path]) -> list[Path]:
     """Keep one path of each file: its real path if that is listed, otherwise the first."""
     real = {file: os.path.realpath(file) for file in files}
     names: dict[str, Path] = {}
@@ -132,7 +134,7 @@ def _once(files: Sequence[Path]) -> list[Path]:
     return [file for file in files if names[real[file]] == file]
 
 
-def _leads_nowhere(file: Path) -> bool:
+def _is_broken_link(file: Path) -> bool:
     """Return whether the path is a link to a missing file. Circular links count as duplicates and are not broken."""
     if not file.is_symlink():
         return False
@@ -159,21 +161,21 @@ def file_format(file: Path, formats: Sequence[str] = FORMATS) -> str:
     Raises:
         DataError: the suffix is none of the formats.
     """
-    if not _known(file, formats):
+    if not _has_known_format(file, formats):
         suffixes = "".join(file.suffixes[-2:]) or "(none)"
         raise DataError(f"Unknown file type {suffixes}.", where=str(file), allowed=_patterns(formats))
-    return _bare(file).suffix.lower()
+    return _without_compression(file).suffix.lower()
 
 
 def _is_text(file: Path, formats: Sequence[str]) -> bool:
-    return _known(file, formats) and file.name not in DESCRIPTIONS
+    return _has_known_format(file, formats) and file.name not in DESCRIPTIONS
 
 
-def _known(file: Path, formats: Sequence[str]) -> bool:
-    return _bare(file).suffix.lower() in formats
+def _has_known_format(file: Path, formats: Sequence[str]) -> bool:
+    return _without_compression(file).suffix.lower() in formats
 
 
-def _bare(file: Path) -> Path:
+def _without_compression(file: Path) -> Path:
     return file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
 
 

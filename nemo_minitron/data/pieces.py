@@ -12,7 +12,7 @@ from nemo_minitron.data.blocks import COMPRESSIONS
 SMALLEST_BYTES, LARGEST_BYTES = 1 << 22, 1 << 27
 _PIECES = 64
 """Number of pieces aimed at per source, within the size limits: enough for many cores, and little is lost in a kill."""
-_UNPACKED = 4
+_COMPRESSION_RATIO = 4
 """Approximate ratio of the size of a text to its compressed size."""
 
 
@@ -51,7 +51,7 @@ def _pieces(files: Iterable[tuple[Path, int]], most: int) -> Iterator[Piece]:
             continue
         group.append(file)
         num_bytes += size
-        weight += size * (_UNPACKED if file.suffix.lower() in COMPRESSIONS else 1)
+        weight += size * (_COMPRESSION_RATIO if file.suffix.lower() in COMPRESSIONS else 1)
         if weight >= most:
             yield Piece(tuple(group), num_bytes)
             group, num_bytes, weight = [], 0, 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nemo_minitron.data.pieces import divide
 from nemo_minitron.data.readers import no_document
-from nemo_minitron.data.shard_pool import Makers
+from nemo_minitron.data.shard_pool import ShardWorkers
 from nemo_minitron.data.shards import Shard, ShardFolder, Task
 from nemo_minitron.errors import DataError
 from nemo_minitron.schema.data import DataSource
@@ -99,14 +99,14 @@ class ShardPlan:
             if number not in source.shards
         )
 
-    def take_finished(self) -> int:
+    def reuse_finished(self) -> int:
         """Reuse the finished shards of an earlier start, and return their number."""
         for source in self._sources:
             found = {number: self._folder.find(task) for number, task in enumerate(source.tasks)}
             source.shards = {number: shard for number, shard in found.items() if shard is not None}
         return sum(len(source.shards) for source in self._sources)
 
-    def run(self, makers: Makers) -> Iterator[None]:
+    def run(self, workers: ShardWorkers) -> Iterator[None]:
         """Make the missing shards; yield often, so that the caller can show progress or stop.
 
         Raises:
@@ -114,26 +114,26 @@ class ShardPlan:
                 unreadable.
         """
         waiting = iter([(source, number) for source in self._sources for number in range(len(source.tasks))])
-        under_way: dict[Future[Shard], tuple[SourceShards, int]] = {}
+        in_progress: dict[Future[Shard], tuple[SourceShards, int]] = {}
         while True:
             # Keep one task more than there are workers in the queue, so that no worker waits.
-            while len(under_way) < (1 if makers.size == 1 else makers.size + 1):
+            while len(in_progress) < (1 if workers.size == 1 else workers.size + 1):
                 following = next((entry for entry in waiting if _is_needed(*entry)), None)
                 if following is None:
                     break
                 source, number = following
-                under_way[makers.submit(source.tasks[number])] = following
-                if makers.size == 1:
+                in_progress[workers.submit(source.tasks[number])] = following
+                if workers.size == 1:
                     yield
-            if not under_way:
+            if not in_progress:
                 break
-            for future in wait(under_way, POLL_S, FIRST_COMPLETED).done:
-                _note(future, *under_way.pop(future))
+            for future in wait(in_progress, POLL_S, FIRST_COMPLETED).done:
+                _record_result(future, *in_progress.pop(future))
             yield
         for source in self._sources:
-            yield from self._settle(source, makers)
+            yield from self._retry_failed(source, workers)
 
-    def _settle(self, source: SourceShards, makers: Makers) -> Iterator[None]:
+    def _retry_failed(self, source: SourceShards, workers: ShardWorkers) -> Iterator[None]:
         """Retry the shards that failed, as far as their documents are among the first `max_documents`."""
         count = 0
         for number, task in enumerate(source.tasks):
@@ -142,7 +142,7 @@ class ShardPlan:
                 return
             if number in source.errors:
                 assert most is not None
-                future = makers.submit(replace(task, most_documents=most - count))
+                future = workers.submit(replace(task, most_documents=most - count))
                 while not future.done():
                     wait([future], POLL_S)
                     yield
@@ -154,7 +154,7 @@ def _is_needed(source: SourceShards, number: int) -> bool:
     return number not in source.shards and not source.has_enough()
 
 
-def _note(future: Future[Shard], source: SourceShards, number: int) -> None:
+def _record_result(future: Future[Shard], source: SourceShards, number: int) -> None:
     try:
         source.shards[number] = future.result()
     except DataError as error:

@@ -35,7 +35,7 @@ def processes_for(size_bytes: int, workers: int | None) -> int:
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkerSettings:
     """Settings that every worker process needs to make shards."""
 
     folder: ShardFolder
@@ -48,7 +48,7 @@ class Work:
         return self.tokenizer.encoder(self.dtype, self.where)
 
 
-class Makers(Protocol):
+class ShardWorkers(Protocol):
     """Interface of the workers that make shards."""
 
     size: int
@@ -61,7 +61,7 @@ class Makers(Protocol):
 
 
 @contextmanager
-def shard_makers(work: Work, num_processes: int, check_stop: Callable[[], None]) -> Iterator[Makers]:
+def shard_workers(work: WorkerSettings, num_processes: int, check_stop: Callable[[], None]) -> Iterator[ShardWorkers]:
     """Provide workers that make shards, and stop them when the block ends, also after an error.
 
     Args:
@@ -71,28 +71,28 @@ def shard_makers(work: Work, num_processes: int, check_stop: Callable[[], None])
         EnvironmentProblem: a worker process was killed.
     """
     if num_processes == 1:
-        yield _Alone(work, check_stop)
+        yield _InProcess(work, check_stop)
         return
     # The pool's locks also start a process: the resource tracker, which removes them after a crash.
     with safe_path_of_children():
-        makers = _Pool(work, num_processes)
+        workers = _Pool(work, num_processes)
         try:
-            yield makers
+            yield workers
         except BrokenProcessPool as error:
             raise EnvironmentProblem(
                 "A tokenizer process was killed.",
                 next_step="Check that there is enough memory; execution.workers sets the number of processes.",
             ) from error
         finally:
-            makers.close()
+            workers.close()
 
 
-class _Alone:
+class _InProcess:
     """Makes shards in this process; a task is finished when `submit` returns."""
 
     size = 1
 
-    def __init__(self, work: Work, check_stop: Callable[[], None]) -> None:
+    def __init__(self, work: WorkerSettings, check_stop: Callable[[], None]) -> None:
         self._work, self._check_stop = work, check_stop
         self._encoder = work.encoder()
         self._counts = [0, 0]
@@ -117,7 +117,7 @@ class _Alone:
 
 
 class _Pool:
-    def __init__(self, work: Work, num_processes: int) -> None:
+    def __init__(self, work: WorkerSettings, num_processes: int) -> None:
         self.size = num_processes
         # Spawn, do not fork: the threads and locks of torch and tokenizers do not survive a fork.
         context = multiprocessing.get_context("spawn")
@@ -128,7 +128,7 @@ class _Pool:
         )
 
     def submit(self, task: Task) -> Future[Shard]:
-        return self._executor.submit(_make_here, task)
+        return self._executor.submit(_make_in_worker, task)
 
     def done(self) -> tuple[int, int]:
         return self._counts[_BYTES], self._counts[_DOCUMENTS]
@@ -144,12 +144,12 @@ class _Pool:
 class _Worker:
     """State of a worker process, set once when it starts."""
 
-    work: Work
+    work: WorkerSettings
     encoder: Encoder
     counts: Any
 
 
-def _start_worker(work: Work, counts: Any, threads: int) -> None:
+def _start_worker(work: WorkerSettings, counts: Any, threads: int) -> None:
     exit_without_parent()
     # Ctrl-C and a hang-up reach every process of the terminal; the main process stops the workers itself.
     for number in (signal.SIGINT, signal.SIGHUP):
@@ -161,11 +161,11 @@ def _start_worker(work: Work, counts: Any, threads: int) -> None:
     _Worker.work, _Worker.encoder, _Worker.counts = work, work.encoder(), counts
 
 
-def _make_here(task: Task) -> Shard:
-    return _Worker.work.folder.make(task, _Worker.encoder, _report_here)
+def _make_in_worker(task: Task) -> Shard:
+    return _Worker.work.folder.make(task, _Worker.encoder, _report_in_worker)
 
 
-def _report_here(num_bytes: int, documents: int) -> None:
+def _report_in_worker(num_bytes: int, documents: int) -> None:
     counts = _Worker.counts
     with counts.get_lock():
         counts[_BYTES] += num_bytes

@@ -24,7 +24,7 @@ from nemo_minitron.system.files import sealed, unsealed, write_whole
 RECORD = ".shard.json"
 """Suffix of the record file that marks a shard as complete; job scripts look for it."""
 BATCH_CHARS = 1 << 18
-MOST_CHARS = 1 << 29
+MAX_DOCUMENT_CHARS = 1 << 29
 Report = Callable[[int, int], None]
 """report(bytes of files, documents) processed since the last call; it may raise an exception to stop the work."""
 
@@ -92,10 +92,10 @@ class ShardFolder:
                 out.writelines(encoded)
                 lengths.extend(len(ids) // encoder.dtype.itemsize for ids in encoded)
                 num_bytes.extend(len(text.encode("utf-8")) for text in batch)
-            _to_disk(out)
+            _flush_to_disk(out)
         with shard.documents_file.open("wb") as out:
             np.save(out, np.array([lengths, num_bytes], np.int64), allow_pickle=False)
-            _to_disk(out)
+            _flush_to_disk(out)
         sizes = [file.stat().st_size for file in (shard.ids_file, shard.documents_file)]
         record = {"made_from": made_from, "sizes": sizes, "num_documents": len(lengths)}
         write_whole(self._record(task), json.dumps(sealed(record)))
@@ -162,16 +162,16 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 def _require_bounded(texts: list[str], task: Task) -> None:
     """Refuse documents whose number of tokens may not fit into the 31 bits of an indexed dataset."""
     longest = max(map(len, texts))
-    if longest > MOST_CHARS:
+    if longest > MAX_DOCUMENT_CHARS:
         raise DataError(
             f"A document has {longest:,} characters.",
             where=", ".join(map(str, task.piece.files)),
-            allowed=f"at most {MOST_CHARS:,}",
+            allowed=f"at most {MAX_DOCUMENT_CHARS:,}",
             next_step="Set document_separator for a .txt that holds many documents, or split the document.",
         )
 
 
-def _to_disk(file: BinaryIO) -> None:
+def _flush_to_disk(file: BinaryIO) -> None:
     """Write the file to disk, so that the record, written afterward, cannot reach the disk first."""
     file.flush()
     os.fsync(file.fileno())

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 DATA_USED_FILE = "data_used.json"
-MOST_EPOCHS = 4.0
+MAX_USEFUL_EPOCHS = 4.0
 """Up to 4 epochs, repeated text is about as good as new text; after that its value decays (2305.16264)."""
 
 Sources = Sequence[Mapping[str, Any]]

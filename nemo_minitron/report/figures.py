@@ -132,8 +132,8 @@ def _bars(
 ) -> str:
     out: list[str] = []
     labels = list(values)[::-1]
-    told = ", ".join(f"{label} {form.format(value)}" for label, value in values.items())
-    with picture(out, name, HALF, 0.62 + 0.34 * len(labels), f"{xlabel}: {told}") as ax:
+    listed = ", ".join(f"{label} {form.format(value)}" for label, value in values.items())
+    with picture(out, name, HALF, 0.62 + 0.34 * len(labels), f"{xlabel}: {listed}") as ax:
         colors = [STAND_INS[variable_of(label)] for label in labels]
         rows = range(len(labels))
         ax.barh(rows, [values[label] for label in labels], color=colors, height=0.6)

@@ -108,8 +108,8 @@ def duration(seconds: float) -> str:
 def _models(report: Mapping[str, Any]) -> str:
     models = report["models"]
     rows = [[plain(row["name"]), *(_cell(row, label) for label in models)] for row in report["comparison"]]
-    told = table(["", *(plain(label) for label in models)], rows)
-    return f"{told}\n\n{MARKS_NOTE}" if any(row["best"] for row in report["comparison"]) else told
+    text = table(["", *(plain(label) for label in models)], rows)
+    return f"{text}\n\n{MARKS_NOTE}" if any(row["best"] for row in report["comparison"]) else text
 
 
 MARKS_NOTE = "Bold: the best of the small models, where the gap to the next exceeds its standard error."
@@ -140,9 +140,9 @@ def _pruning(pruning: Mapping[str, Any]) -> str:
         ]
         for axis in pruning["axes"]
     ]
-    told = table(["axis", "teacher", "student", "kept", "importance kept"], rows)
+    text = table(["axis", "teacher", "student", "kept", "importance kept"], rows)
     dropped = dropped_layers(pruning)
-    return f"{told}\n\nLayers dropped: {', '.join(map(str, dropped))}." if dropped else told
+    return f"{text}\n\nLayers dropped: {', '.join(map(str, dropped))}." if dropped else text
 
 
 def dropped_layers(pruning: Mapping[str, Any]) -> list[int]:

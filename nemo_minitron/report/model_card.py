@@ -137,13 +137,13 @@ def _results(metrics: Sequence[Mapping[str, Any]]) -> str:
         ["perplexity", *(f"{found['perplexity']:.2f}" for found in metrics)],
         *([plain(task), *(_score(found["tasks"].get(task, {})) for found in metrics)] for task in tasks),
     ]
-    told = table(["", *(plain(str(found["label"])) for found in metrics)], rows)
+    results = table(["", *(plain(str(found["label"])) for found in metrics)], rows)
     notes = ["Bits per byte and perplexity (per token) are on held-out documents of the training text."]
     if tasks:
         limit = next((found["tasks_limit"] for found in metrics if found.get("tasks_limit")), None)
         on = f", first {limit} examples of each task" if limit else ""
         notes.append(f"Tasks: lm-eval, zero-shot{on}; length-normalized accuracy if available, ± standard error.")
-    return f"{told}\n\n{' '.join(notes)}"
+    return f"{results}\n\n{' '.join(notes)}"
 
 
 def _score(scores: Mapping[str, float]) -> str:

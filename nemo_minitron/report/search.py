@@ -47,11 +47,11 @@ def search_markdown(search: Search) -> str:
     """Return the section as Markdown: sentence, table and notes."""
     header, rows = search_table(search)
     names = [candidate["name"] for candidate in search["candidates"]]
-    told = [
+    body = [
         [f"**{plain(cell)}**" if name == search["winner"] and cell else plain(cell) for cell in row]
         for name, row in zip(names, rows, strict=True)
     ]
-    return "\n\n".join([plain(sentence(search)), table(header, told), *map(plain, notes(search))])
+    return "\n\n".join([plain(sentence(search)), table(header, body), *map(plain, notes(search))])
 
 
 def sentence(search: Search) -> str:
@@ -79,15 +79,15 @@ def notes(search: Search) -> list[str]:
         f"Memory: weights and the KV cache of {sequences} of {limits['context_tokens']:,} tokens. Memory and decode "
         "time are modeled. Losses are nats per token on held-out text.",
     ]
-    asked = _asked(limits)
-    if asked:
-        out.insert(0, f"Constraints: {'; '.join(asked)}.")
+    constraints = _constraints(limits)
+    if constraints:
+        out.insert(0, f"Constraints: {'; '.join(constraints)}.")
     if front:
         out.append(f"Pareto front, where no other candidate is both smaller and better: {front}.")
     return out
 
 
-def _asked(limits: Mapping[str, Any]) -> list[str]:
+def _constraints(limits: Mapping[str, Any]) -> list[str]:
     size, tolerance = limits["num_params"], limits["num_params_tolerance"]
     out = []
     if size is not None:
@@ -280,10 +280,10 @@ def _write_names(
     # Compute the layout, so that positions on the canvas are known.
     assert isinstance(ax.figure, Figure)
     ax.figure.draw_without_rendering()
-    taken = [_around(ax, x, y) for x, y in points.values()]
+    taken = [_marker_box(ax, x, y) for x, y in points.values()]
     taken += [Bbox(ax.transData.transform(ends)).padded(1) for ends in pairwise(line)]
     for name, (x, y) in points.items():
-        own = _around(ax, x, y)
+        own = _marker_box(ax, x, y)
         others = [box for box in taken if box.bounds != own.bounds]
         for label in _labels(ax, name, (x, y), name == best, places):
             box = label.get_window_extent()
@@ -306,7 +306,7 @@ def _labels(
         yield label
 
 
-def _around(ax: Axes, x: float, y: float) -> Bbox:
+def _marker_box(ax: Axes, x: float, y: float) -> Bbox:
     """Return the box on the canvas that the marker of a point covers."""
     center, radius = ax.transData.transform((x, y)), 4.5 * ax.figure.dpi / 72
     return Bbox([center - radius, center + radius])

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from nemo_minitron.data import blocks, pieces, shard_pool
 from nemo_minitron.data.encoder import Encoder, open_tokenizer
 from nemo_minitron.data.readers import read_documents
-from nemo_minitron.data.shard_pool import Work
+from nemo_minitron.data.shard_pool import WorkerSettings
 from nemo_minitron.data.shards import Shard, Task
 from nemo_minitron.data.tokenization import is_heldout
 from nemo_minitron.data.word_cuts import KNOWN_EXPRESSIONS, can_be_cut
@@ -99,11 +99,11 @@ def folders(draw: st.DrawFn) -> tuple[dict[str, bytes], list[str], str]:
 
 
 class Threads:
-    """Makers that finish in any order, as processes do, without the time that processes take to start."""
+    """Workers that finish in any order, as processes do, without their start-up time."""
 
     size = 3
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: WorkerSettings) -> None:
         self.work, self.executor = work, ThreadPoolExecutor(self.size)
 
     def submit(self, task: Task) -> Future[Shard]:
@@ -114,12 +114,12 @@ class Threads:
 
 
 @contextmanager
-def threads(work: Work, *_: object) -> Iterator[Threads]:
-    makers = Threads(work)
+def threads(work: WorkerSettings, *_: object) -> Iterator[Threads]:
+    workers = Threads(work)
     try:
-        yield makers
+        yield workers
     finally:
-        makers.executor.shutdown()
+        workers.executor.shutdown()
 
 
 class StopAfter(StopRequest):
@@ -174,7 +174,7 @@ def test_a_folder_gives_its_documents_whoever_reads_it_and_wherever_it_is_stoppe
         with suppress(Interrupted):
             run(root / "text", root / "stopped", separator, StopAfter(questions), most)
         assert run(root / "text", root / "stopped", separator, StopRequest(), most) == whole
-        with patch.object(shard_pool, "shard_makers", threads):
+        with patch.object(shard_pool, "shard_workers", threads):
             assert run(root / "text", root / "shared", separator, StopRequest(), most) == whole
 
 

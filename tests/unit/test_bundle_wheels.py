@@ -34,7 +34,7 @@ def kept(wanted: str = "tiny-asset==1.0", pins: str = "") -> list[str]:
     def fill(folder: Path, scratch: Path) -> None:
         wheels._pip_wheel(folder, [wanted], scratch, SILENT)
 
-    return [file.name for file in wheels._kept("tiny", [pins], fill, SILENT).iterdir()]
+    return [file.name for file in wheels._cached("tiny", [pins], fill, SILENT).iterdir()]
 
 
 def test_wheels_are_collected_once_and_again_when_the_pins_change(index: Path) -> None:

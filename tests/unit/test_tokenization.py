@@ -439,9 +439,9 @@ def test_a_full_memory_of_words_changes_nothing(tokenizer: DocumentTokenizer, mo
 
     texts = toy_texts()
     expected = ids(tokenizer, texts)
-    monkeypatch.setattr(module, "MOST_REMEMBERED_BYTES", 50_000)
-    monkeypatch.setattr(module, "_RELEARN_CHARS", 100_000)
-    monkeypatch.setattr(module, "_LONGEST_STRETCH", 100)
+    monkeypatch.setattr(module, "MAX_CACHE_BYTES", 50_000)
+    monkeypatch.setattr(module, "_CACHE_RESET_CHARS", 100_000)
+    monkeypatch.setattr(module, "_MAX_CHUNK_CHARS", 100)
     encoder: Encoder = tokenizer.encoder("uint16", "x")
     found = [encoder.encode(texts[start : start + 10]) for start in range(0, len(texts), 10)]
     assert [np.frombuffer(row, np.uint16).tolist() for batch in found for row in batch] == expected

@@ -16,7 +16,7 @@ from nemo_minitron.data.chat.messages import (
     plain_text,
     read,
     reasoning_of,
-    require_carried,
+    require_supported,
     system_of,
     user,
 )
@@ -32,7 +32,7 @@ _CHOSEN_REWARD = ("chosen_reward", "score_chosen", "chosen_score")
 _REJECTED_REWARD = ("rejected_reward", "score_rejected", "rejected_score")
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
-_UNRATED = ("violence",)
+_UNSUPPORTED_ATTRIBUTES = ("violence",)
 """OASST attributes that NeMo-Aligner does not support."""
 
 
@@ -55,7 +55,7 @@ class Format:
 
     def read(self, row: Fields, renames: Renames) -> Row:
         """Return the checked row; afterward, `row.unread()` lists the fields that are not in it."""
-        require_carried(row)
+        require_supported(row)
         return self.reader(row, renames)
 
 
@@ -81,7 +81,7 @@ def _messages(row: Fields, renames: Renames) -> Row:
 def _oasst(row: Fields, renames: Renames) -> Row:
     """Adapt messages with ratings from 0 to 4, or with `labels` from 0 to 1 as published by OASST."""
     found = {**labels(row), **ratings(row, renames)}
-    rated = {name: value for name, value in found.items() if name in renames or name not in _UNRATED}
+    rated = {name: value for name, value in found.items() if name in renames or name not in _UNSUPPORTED_ATTRIBUTES}
     row.mark_lost(f"attributes.{name}" for name in sorted(found.keys() - rated.keys()))
     return conversation(_after_system(row, read(row, ("messages",))), renamed(rated, renames))
 
@@ -152,9 +152,9 @@ def _pairs(row: Fields, renames: Renames) -> Row:
 
 def _mark_repeated_prompt(row: Fields, prompt: Sequence[Message]) -> None:
     """Mark a prompt field as read if chosen and rejected, which are whole conversations, repeat it."""
-    said = [message["content"].strip() for message in prompt if message["role"] == "user"]
+    texts = [message["content"].strip() for message in prompt if message["role"] == "user"]
     for name in _PROMPTS:
-        if isinstance(row.content.get(name), str) and row.content[name].strip() in said:
+        if isinstance(row.content.get(name), str) and row.content[name].strip() in texts:
             row.mark_read(name)
 
 
@@ -185,7 +185,7 @@ def _hh_messages(text: str, key: str) -> list[Message]:
     before, *parts = _HH_TURN.split(text)
     if before.strip() or not parts:
         raise BadRow(f"{key} does not begin with 'Human:'")
-    return [{"role": ROLES[name.lower()], "content": said} for name, said in zip(parts[::2], parts[1::2], strict=True)]
+    return [{"role": ROLES[name.lower()], "content": text} for name, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def _shared_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> list[Message]:
@@ -223,7 +223,7 @@ def _history(row: Fields) -> list[Message]:
         isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns
     ):
         raise BadRow(f"history is {shown(turns)}, not a list of [question, answer]")
-    return [said for question, answer in turns for said in (user(question), assistant(answer))]
+    return [message for question, answer in turns for message in (user(question), assistant(answer))]
 
 
 def _after_system(row: Fields, messages: list[Message]) -> list[Message]:

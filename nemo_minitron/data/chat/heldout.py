@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_minitron.data.chat.bad_rows import BadRows
 from nemo_minitron.data.chat.lengths import LengthStats
-from nemo_minitron.data.chat.render import pair_row, read_normalised, sft_rows
+from nemo_minitron.data.chat.render import pair_row, read_normalized, sft_rows
 from nemo_minitron.data.chat.rows import BadRow, Row
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import DataError
@@ -58,7 +58,7 @@ def read_heldout(
         DataError: too many rows are bad, or there are none to measure.
     """
     found = HeldOut()
-    for row in islice(read_normalised(folder / "valid.jsonl"), params.max_rows):
+    for row in islice(read_normalized(folder / "valid.jsonl"), params.max_rows):
         found.bad.num_rows += 1
         try:
             rendered = _rendered(row, rows, template, _options(params))
@@ -78,7 +78,7 @@ def read_heldout(
             next_step="Raise valid_rows of the chat_data stage.",
         )
     if not found.rows:
-        raise _nothing_left(found, folder, rows, template, params, where)
+        raise _no_rows_error(found, folder, rows, template, params, where)
     return found
 
 
@@ -93,13 +93,13 @@ def _rendered(row: Row, rows: RowKind, template: ChatTemplate, options: ChatRend
     return next(iter(sft_rows(row, template, options)), None)
 
 
-def _nothing_left(
+def _no_rows_error(
     found: HeldOut, folder: Path, rows: RowKind, template: ChatTemplate, params: ChatEvaluation, where: str
 ) -> DataError:
     if not found.too_long:
         return found.bad.none_left(where)
     fitting = found.bad.num_rows - found.bad.num_bad
-    needed = _shortest(islice(read_normalised(folder / "valid.jsonl"), params.max_rows), rows, template, params)
+    needed = _shortest(islice(read_normalized(folder / "valid.jsonl"), params.max_rows), rows, template, params)
     return DataError(
         f"0 of {fitting} held-out rows fit into max_seq_len_tokens = {params.max_seq_len_tokens}; "
         f"the shortest has {needed} tokens.",

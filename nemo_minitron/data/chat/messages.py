@@ -18,7 +18,7 @@ CONTAINERS = ("messages", "conversations", "conversation")
 _ROLE, _CONTENT = ("role", "from"), ("content", "value")
 _REFUSED = ("tool_calls", "function_call", "images", "image", "audio", "videos", "video")
 _REFUSED_OF_ROW = ("tools", "functions", "images", "image", "audios", "audio", "videos", "video")
-_LEARNED = ("weight", "train", "training", "trainable")
+_TRAIN_FLAGS = ("weight", "train", "training", "trainable")
 """Fields that say whether to train on an answer; this package trains on every answer of a row."""
 
 
@@ -72,7 +72,7 @@ def _message(row: Fields, turn: Any, number: int, name: str) -> Message:
     known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if known is None:
         raise BadRow(f"{what} has the role {shown(role)}; known: {', '.join(ROLES)}")
-    _require_carried(fields, what, known)
+    _require_supported(fields, what, known)
     out = {"role": known, "content": _content(fields, what)}
     if known == "assistant":
         out |= reasoning_of(fields, what)
@@ -115,30 +115,30 @@ def reasoning_of(fields: Fields, what: str) -> dict[str, str]:
 def plain_text(answer: Mapping[str, str], what: str) -> str:
     """Return the text of an answer of a pair; refuse reasoning, for which pairs have no field."""
     if REASONING[0] in answer:
-        raise BadRow(f"{what} has {REASONING[0]}, which pairs do not support; {_way_out(REASONING[0])}")
+        raise BadRow(f"{what} has {REASONING[0]}, which pairs do not support; {_drop_hint(REASONING[0])}")
     return answer["content"]
 
 
-def require_carried(row: Fields) -> None:
+def require_supported(row: Fields) -> None:
     """Refuse a row with tools or media, without which its conversation makes no sense."""
     for name in _REFUSED_OF_ROW:
         if not is_empty(row.content.get(name)):
-            raise BadRow(f"the row has {name}, which is not supported; {_way_out(name)}")
+            raise BadRow(f"the row has {name}, which is not supported; {_drop_hint(name)}")
 
 
-def _require_carried(fields: Fields, what: str, role: str) -> None:
+def _require_supported(fields: Fields, what: str, role: str) -> None:
     for name in _REFUSED:
         if not is_empty(fields.content.get(name)):
-            raise BadRow(f"{what} has {name}, which is not supported; {_way_out(name)}")
-    for name in _LEARNED:
+            raise BadRow(f"{what} has {name}, which is not supported; {_drop_hint(name)}")
+    for name in _TRAIN_FLAGS:
         value = fields.content.get(name)
         if role == "assistant" and value is not None and value not in (1, 1.0, True):
-            raise BadRow(f"{what} has {name} = {shown(value)}, but every answer is trained on; {_way_out(name)}")
+            raise BadRow(f"{what} has {name} = {shown(value)}, but every answer is trained on; {_drop_hint(name)}")
         fields.mark_read(name)
     if fields.content.get("prefix") is True:
-        raise BadRow(f"{what} is marked as a prefix, but whole answers are trained on; {_way_out('prefix')}")
+        raise BadRow(f"{what} is marked as a prefix, but whole answers are trained on; {_drop_hint('prefix')}")
     fields.mark_read("prefix")
 
 
-def _way_out(name: str) -> str:
+def _drop_hint(name: str) -> str:
     return f"set `leave_out: [{name}]` of the source to drop it"

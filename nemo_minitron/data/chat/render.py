@@ -23,7 +23,7 @@ MISSING = -100.0
 """Label that NeMo-Aligner uses for an attribute without a rating."""
 
 
-def read_normalised(file: Path) -> Iterator[Row]:
+def read_normalized(file: Path) -> Iterator[Row]:
     """Yield the rows of a train.jsonl or valid.jsonl of a chat_data stage."""
     with file.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
@@ -77,7 +77,7 @@ def sft_rows(
     for index in answers if options.turns == "all" else answers[-1:]:
         rated = options.condition_on_attributes and index == answers[-1]
         attributes = conversation.get("attributes") if rated else None
-        fitted.append(_fitted(messages[:index], [messages[index]], template, options, attributes))
+        fitted.append(_fit(messages[:index], [messages[index]], template, options, attributes))
     _count(fitted, stats)
     return [{"input": found.prompt, "output": found.answers[0]} for found in fitted if found is not None]
 
@@ -92,7 +92,7 @@ def pair_row(
     """
     options, stats = options or ChatRendering(), stats or LengthStats()
     texts = [{"role": "assistant", "content": pair[key]} for key in ("chosen", "rejected")]
-    found = _fitted(pair["prompt"], texts, template, options)
+    found = _fit(pair["prompt"], texts, template, options)
     _count([found], stats)
     if found is None:
         return None
@@ -117,7 +117,7 @@ def rated_row(
     if not attributes:
         raise BadRow("the row has no attributes to train on")
     *before, last = conversation["messages"]
-    found = _fitted(before, [last], template, options)
+    found = _fit(before, [last], template, options)
     _count([found], stats)
     if found is None:
         return None
@@ -148,7 +148,7 @@ def _count(fitted: Sequence[_Fitted | None], stats: LengthStats) -> None:
             stats.add(found.prompt_tokens, found.answer_tokens, cut=found.cut)
 
 
-def _fitted(
+def _fit(
     before: Sequence[Message],
     answers: Sequence[Message],
     template: ChatTemplate,
@@ -176,7 +176,7 @@ def _without_oldest(before: Sequence[Message]) -> list[Message] | None:
     return [*system, *turns[2:]] if len(turns) > 2 else None
 
 
-def _one(render: Callable[..., dict[str, Any] | None]) -> Callable[..., list[dict[str, Any]]]:
+def _as_list(render: Callable[..., dict[str, Any] | None]) -> Callable[..., list[dict[str, Any]]]:
     def rendered(*args: Any) -> list[dict[str, Any]]:
         row = render(*args)
         return [] if row is None else [row]
@@ -186,6 +186,6 @@ def _one(render: Callable[..., dict[str, Any] | None]) -> Callable[..., list[dic
 
 _RENDERERS: dict[Purpose, Callable[..., list[dict[str, Any]]]] = {
     "sft": sft_rows,
-    "pairs": _one(pair_row),
-    "rated": _one(rated_row),
+    "pairs": _as_list(pair_row),
+    "rated": _as_list(rated_row),
 }

@@ -177,16 +177,16 @@ class ChatTemplate:
                 )
         except TimeIsUp:
             # This is an error, not a bad row, because the next row would take as long.
-            raise self._endless(f"takes more than {TEMPLATE_SECONDS.value()} s", TEMPLATE_SECONDS) from None
+            raise self._over_limit(f"takes more than {TEMPLATE_SECONDS.value()} s", TEMPLATE_SECONDS) from None
         except MemoryError:
-            raise self._endless(f"takes more than {TEMPLATE_BYTES.value():,} bytes", TEMPLATE_BYTES) from None
+            raise self._over_limit(f"takes more than {TEMPLATE_BYTES.value():,} bytes", TEMPLATE_BYTES) from None
         except Exception as error:  # a template is a program: it may refuse a system text, or fail in any other way
             raise BadRow(f"the chat template refuses the messages: {shortened(error)}") from error
         if len(text) > TEMPLATE_BYTES.value() // 10:
-            raise self._endless(f"writes {len(text):,} characters", TEMPLATE_BYTES)
+            raise self._over_limit(f"writes {len(text):,} characters", TEMPLATE_BYTES)
         return text
 
-    def _endless(self, does: str, limit: Limit) -> DataError:
+    def _over_limit(self, does: str, limit: Limit) -> DataError:
         return DataError(
             f"The chat template {does} for one dialogue.",
             where=str(self.tokenizer.name_or_path),
