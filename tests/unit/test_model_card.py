@@ -1,4 +1,4 @@
-"""The model card tells what the model is made of, and includes the license."""
+"""Tests of the model card."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_header_names_license_base_model_and_tags() -> None:
     }
 
 
-def test_lineage_goes_from_teacher_over_the_cut_to_the_file() -> None:
+def test_lineage_goes_from_the_teacher_to_the_stored_file() -> None:
     card = render_card("small", facts=FACTS, teacher=TEACHER, model=DISTILLED, metrics=[])
     assert "1. **Teacher** `hf:org/Llama-x`" in card
     assert "2. **Pruned**: MLP size 96 → 48, " in card
@@ -66,7 +66,7 @@ def test_lineage_goes_from_teacher_over_the_cut_to_the_file() -> None:
     assert "`asset:books`, `my'text'.jsonl`" in card
 
 
-def test_results_and_how_they_were_measured_stand_in_a_table() -> None:
+def test_results_are_in_a_table_with_the_method_of_measurement() -> None:
     card = render_card("small", facts=FACTS, teacher=TEACHER, model=DISTILLED, metrics=METRICS)
     assert "|  | teacher | distilled |" in card
     assert "| sciq | 0.680 ± 0.050 | 0.680 ± 0.050 |" in card
@@ -74,7 +74,7 @@ def test_results_and_how_they_were_measured_stand_in_a_table() -> None:
     assert "## Results" not in render_card("small", facts=FACTS, teacher=TEACHER, model=DISTILLED, metrics=[])
 
 
-def test_a_model_that_was_not_distilled_does_not_say_so() -> None:
+def test_a_model_that_was_not_distilled_has_no_distillation_facts() -> None:
     card = render_card("small", facts=FACTS, teacher=TEACHER, model={}, metrics=[])
     assert "distilled" not in _header(card)["tags"]
     assert "**Distilled**" not in card
