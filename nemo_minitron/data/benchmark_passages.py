@@ -114,8 +114,8 @@ def _stories(moments: list[Row]) -> list[str]:
     stories: list[list[str]] = []
     last_label, last_number = "", -_CHAIN_GAP
     for doc in moments:
-        label, told = doc["query"].split(": ", 1)
-        text = f"{told.strip()} {answer(doc)}"
+        label, description = doc["query"].split(": ", 1)
+        text = f"{description.strip()} {answer(doc)}"
         if label == last_label and int(doc["ind"]) - last_number <= _CHAIN_GAP:
             stories[-1].append(_new_text(stories[-1], text))
         else:
@@ -126,10 +126,10 @@ def _stories(moments: list[Row]) -> list[str]:
 
 def _new_text(story: list[str], text: str) -> str:
     """Return what a moment adds to the story: the text after its longest beginning that already ends the story."""
-    told = " ".join(part for part in story if part)
-    if text in told:
+    text_so_far = " ".join(part for part in story if part)
+    if text in text_so_far:
         return ""
-    for end in range(min(len(text), len(told)), _OVERLAP_CHARS - 1, -1):
-        if told.endswith(text[:end]):
+    for end in range(min(len(text), len(text_so_far)), _OVERLAP_CHARS - 1, -1):
+        if text_so_far.endswith(text[:end]):
             return text[end:].strip()
     return text

@@ -56,12 +56,12 @@ def read_whole(file: Path) -> bytes:
     Raises:
         DataError: as for `read_blocks`, or the file is too large.
     """
-    blocks, size, most = [], 0, DOCUMENT_BYTES.value()
+    blocks, size, max_bytes = [], 0, DOCUMENT_BYTES.value()
     for block in read_blocks(file):
         size += len(block.data)
-        if size > most:
+        if size > max_bytes:
             raise DataError(
-                f"The file has more than {most:,} bytes; this type of file is read into memory as a whole.",
+                f"The file has more than {max_bytes:,} bytes; this type of file is read into memory as a whole.",
                 where=str(file),
                 next_step="Write it as .jsonl or .parquet. " + DOCUMENT_BYTES.how_to_raise(),
             )

@@ -20,14 +20,14 @@ class VisitLimit:
     """Counts the files and folders that the search for one source visits."""
 
     def __init__(self, source: Path) -> None:
-        self.source, self.seen, self.most = source, 0, FILES_LOOKED_AT.value()
+        self.source, self.seen, self.limit = source, 0, FILES_LOOKED_AT.value()
 
     def count(self, count: int) -> None:
         """Add to the count; raise DataError when it exceeds the limit."""
         self.seen += count
-        if self.seen > self.most:
+        if self.seen > self.limit:
             raise DataError(
-                f"The search for text stopped after {self.most:,} files and folders.",
+                f"The search for text stopped after {self.limit:,} files and folders.",
                 where=str(self.source),
                 next_step="Name a folder or pattern with fewer files. " + FILES_LOOKED_AT.how_to_raise(),
             )

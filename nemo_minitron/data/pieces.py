@@ -35,31 +35,31 @@ class Piece:
 def divide(files: Sequence[Path]) -> list[Piece]:
     """Divide files into pieces, in document order. The result depends only on the files' names and sizes."""
     sizes = [file.stat().st_size for file in files]
-    most = max(SMALLEST_BYTES, min(LARGEST_BYTES, sum(sizes) // _PIECES))
-    return list(_pieces(zip(files, sizes, strict=True), most))
+    piece_bytes = max(SMALLEST_BYTES, min(LARGEST_BYTES, sum(sizes) // _PIECES))
+    return list(_pieces(zip(files, sizes, strict=True), piece_bytes))
 
 
-def _pieces(files: Iterable[tuple[Path, int]], most: int) -> Iterator[Piece]:
+def _pieces(files: Iterable[tuple[Path, int]], piece_bytes: int) -> Iterator[Piece]:
     group: list[Path] = []
     num_bytes = weight = 0
     for file, size in files:
-        if file.suffix.lower() == ".jsonl" and size > 2 * most:
+        if file.suffix.lower() == ".jsonl" and size > 2 * piece_bytes:
             if group:
                 yield Piece(tuple(group), num_bytes)
             group, num_bytes, weight = [], 0, 0
-            yield from _spans(file, size, most)
+            yield from _spans(file, size, piece_bytes)
             continue
         group.append(file)
         num_bytes += size
         weight += size * (_COMPRESSION_RATIO if file.suffix.lower() in COMPRESSIONS else 1)
-        if weight >= most:
+        if weight >= piece_bytes:
             yield Piece(tuple(group), num_bytes)
             group, num_bytes, weight = [], 0, 0
     if group:
         yield Piece(tuple(group), num_bytes)
 
 
-def _spans(file: Path, size: int, most: int) -> Iterator[Piece]:
-    for start in range(0, size, most):
-        end = min(start + most, size)
+def _spans(file: Path, size: int, piece_bytes: int) -> Iterator[Piece]:
+    for start in range(0, size, piece_bytes):
+        end = min(start + piece_bytes, size)
         yield Piece((file,), end - start, (start, end))

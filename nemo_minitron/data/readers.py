@@ -116,14 +116,14 @@ class _DocumentLimit:
     """Counts the characters of one document."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self.seen, self.most = file, 0, DOCUMENT_BYTES.value()
+        self.file, self.seen, self.max_chars = file, 0, DOCUMENT_BYTES.value()
 
     def of(self, text: str) -> str:
         """Count and return the text; raise DataError when the document becomes too long."""
         self.seen += len(text)
-        if self.seen > self.most:
+        if self.seen > self.max_chars:
             raise DataError(
-                f"One document has more than {self.most:,} characters.",
+                f"One document has more than {self.max_chars:,} characters.",
                 where=str(self.file),
                 next_step="Set document_separator of this source. " + DOCUMENT_BYTES.how_to_raise(),
             )
@@ -278,15 +278,15 @@ def read_lines(file: Path, start: int = 0) -> Iterator[tuple[bytes, int]]:
         start: byte to begin at; only for uncompressed files.
     """
     parts: list[bytes] = []
-    position, size, most = start, 0, LINE_BYTES.value()
+    position, size, max_bytes = start, 0, LINE_BYTES.value()
     for block in read_blocks(file, start):
         position = block.position_bytes
         first, *rest = block.data.split(b"\n")
         parts.append(first)
         size += len(first)
-        if size > most:
+        if size > max_bytes:
             raise DataError(
-                f"A line has more than {most:,} bytes.",
+                f"A line has more than {max_bytes:,} bytes.",
                 where=str(file),
                 next_step="Write one row, with one document, on each line. " + LINE_BYTES.how_to_raise(),
             )

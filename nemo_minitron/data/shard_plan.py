@@ -28,14 +28,14 @@ class SourceShards:
 
     def has_enough(self) -> bool:
         """Return whether the finished shards before the first missing one hold `max_documents`."""
-        most, count = self.source.max_documents, 0
-        if most is None:
+        max_documents, count = self.source.max_documents, 0
+        if max_documents is None:
             return False
         for number in range(len(self.tasks)):
             if number not in self.shards:
                 return False
             count += self.shards[number].num_documents
-            if count >= most:
+            if count >= max_documents:
                 return True
         return False
 
@@ -137,12 +137,12 @@ class ShardPlan:
         """Retry the shards that failed, as far as their documents are among the first `max_documents`."""
         count = 0
         for number, task in enumerate(source.tasks):
-            most = source.source.max_documents
-            if most is not None and count >= most:
+            max_documents = source.source.max_documents
+            if max_documents is not None and count >= max_documents:
                 return
             if number in source.errors:
-                assert most is not None
-                future = workers.submit(replace(task, most_documents=most - count))
+                assert max_documents is not None
+                future = workers.submit(replace(task, most_documents=max_documents - count))
                 while not future.done():
                     wait([future], POLL_S)
                     yield

@@ -409,7 +409,7 @@ def die(*_: object) -> None:
 
 @pytest.mark.usefixtures("small_pieces")
 def test_a_killed_process_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_pool, "_make_here", die)
+    monkeypatch.setattr(shard_pool, "_make_in_worker", die)
     with pytest.raises(EnvironmentProblem, match=r"killed(.|\n)*execution\.workers"):
         run_stage(tmp_path, sources_of(text_folder(tmp_path / "text")), workers=2)
 

@@ -156,12 +156,12 @@ def _fit(
     attributes: Attributes | None = None,
 ) -> _Fitted | None:
     """Render prompt and answers within the limit, dropping the oldest turns if needed; return None if none fit."""
-    most, cut = options.max_seq_len_tokens, False
+    max_tokens, cut = options.max_seq_len_tokens, False
     while True:
         prompt = template.prompt(before, attributes)
         texts = [template.answer(prompt, [*before, answer], attributes) for answer in answers]
         sizes = [template.require_boundary(prompt, text) for text in texts]
-        if most is None or max(map(sum, sizes)) <= most:
+        if max_tokens is None or max(map(sum, sizes)) <= max_tokens:
             return _Fitted(prompt, texts, sizes[0][0], [size for _, size in sizes], cut)
         shorter = _without_oldest(before) if options.too_long == "cut_turns" else None
         if shorter is None:
