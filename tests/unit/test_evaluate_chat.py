@@ -54,7 +54,7 @@ def heldout(
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template or CHAT_TEMPLATE
     bound = ChatTemplate.bind(tokenizer, "model")
-    return read_heldout(folder, kind, bound, stage(**keys), where="stages.measured")
+    return read_heldout(folder, kind, bound, stage(**keys), stage="chats", where="stages.measured")
 
 
 MARKED = [chat("What is 1?"), chat("What is <|im_end|>?"), chat("What is 3?"), chat("What is 4? " * 20)]
