@@ -1,1 +1,1 @@
-"""One file that takes recipes to a machine without a network: what they need, the wheels, and a script."""
+"""Packing recipes with all their inputs, wheels and an install script into one file for a machine without a network."""

@@ -1,4 +1,4 @@
-"""Writing a bundle: one plain tar file, the same bytes for the same content."""
+"""Writing a bundle as a plain tar file; the same content gives the same bytes."""
 
 from __future__ import annotations
 
@@ -21,38 +21,40 @@ SUFFIX = ".tar"
 MANIFEST_FILE, SUMS_FILE, INSTALL_FILE = "manifest.json", "SHA256SUMS", "install.sh"
 FORMAT = 1
 MEMBER_TIME_S = 315532800
-"""1980-01-01, the first day that zip files know: the time of all files of a bundle."""
+"""Modification time of all files of a bundle: 1980-01-01, the earliest date that zip files support."""
 _BLOCK_BYTES = 1 << 20
-_ROOM_OF_A_MEMBER_BYTES = 4096
+_MEMBER_OVERHEAD_BYTES = 4096
 
 
 def require_new(out: Path) -> None:
-    """Raises EnvironmentProblem where a bundle cannot be written to `out`, or something is there."""
+    """Raise EnvironmentProblem if `out` exists or a bundle cannot be written there."""
     if out.suffix != SUFFIX or not out.stem.strip("."):
-        raise EnvironmentProblem(f"--out {out}: a bundle is called NAME{SUFFIX}.")
+        raise EnvironmentProblem(f"--out {out}: the file name of a bundle must be NAME{SUFFIX}.")
     if out.exists():
-        raise EnvironmentProblem(f"{out} is already there.", next_step="Remove it, or choose another name.")
+        raise EnvironmentProblem(f"{out} already exists.", next_step="Remove it, or choose another name.")
     if not out.absolute().parent.is_dir():
         raise EnvironmentProblem(
-            f"There is no folder {out.absolute().parent}.", next_step="Make it, or choose another."
+            f"There is no folder {out.absolute().parent}.", next_step="Create it, or choose another."
         )
 
 
 def write_archive(out: Path, items: Iterable[Item], facts: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-    """Write the items, `manifest.json` with `facts` and each file's sha256, and SHA256SUMS, below a folder of its name.
+    """Write the items, `manifest.json` with `facts` and each file's sha256, and SHA256SUMS, all below one folder.
+
+    The folder has the name of the archive without its suffix.
 
     Returns:
         The manifest's `files`, and sha256 and size_bytes of the archive.
 
     Raises:
-        ConfigError: names that do not fit, or two files for one name.
-        EnvironmentProblem: no room, or a file that cannot be read or was changed meanwhile.
+        ConfigError: a file name is not allowed, or two files have the same name.
+        EnvironmentProblem: there is not enough space, or a file cannot be read or changed while it was read.
     """
     require_new(out)
     try:
         content = sorted_items(items)
         total = sum(item.size_bytes for item in content)
-        _require_room(out, total + _ROOM_OF_A_MEMBER_BYTES * len(content))
+        _require_space(out, total + _MEMBER_OVERHEAD_BYTES * len(content))
         with replacing(out) as file, progress.bar("bundle", total, "bytes") as bar:
             stream = _Hashed(file)
             with tarfile.open(fileobj=stream, mode="w|", bufsize=_BLOCK_BYTES, copybufsize=_BLOCK_BYTES) as tar:  # type: ignore[call-overload]
@@ -81,7 +83,7 @@ def _add_lists(tar: tarfile.TarFile, folder: str, facts: Mapping[str, Any], file
 
 
 class _Hashed:
-    """A file that hashes what passes through."""
+    """File wrapper that hashes all bytes that are read or written."""
 
     def __init__(self, file: IO[bytes], bar: Bar | None = None) -> None:
         self.file, self.bar, self.digest = file, bar, hashlib.sha256()
@@ -98,15 +100,15 @@ class _Hashed:
         return self.file.write(block)
 
 
-def _require_room(out: Path, needed: int) -> None:
+def _require_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out.absolute().parent).free
     if free < needed:
-        raise _no_room(out, f"{needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free.")
+        raise _no_space(out, f"it needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free.")
 
 
-def _no_room(out: Path, how_much: str) -> EnvironmentProblem:
+def _no_space(out: Path, how_much: str) -> EnvironmentProblem:
     return EnvironmentProblem(
-        f"There is too little room for the bundle: {how_much}",
+        f"There is not enough space for the bundle: {how_much}",
         where=str(out.absolute().parent),
         next_step="Free some space, or choose another disk with --out.",
     )
@@ -114,7 +116,7 @@ def _no_room(out: Path, how_much: str) -> EnvironmentProblem:
 
 def _problem(error: OSError, out: Path) -> EnvironmentProblem:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return _no_room(out, str(error))
+        return _no_space(out, str(error))
     return EnvironmentProblem(
-        f"The bundle cannot be written: {error}", where=str(out), next_step="Nothing was left behind; try again."
+        f"The bundle cannot be written: {error}", where=str(out), next_step="The partial file was removed; try again."
     )

@@ -1,17 +1,17 @@
 #!/bin/sh
 # Checks this bundle and installs nemo-minitron from it. Uses no network.
 #
-#   ./install.sh                          into .venv beside this file
+#   ./install.sh                          install into .venv in this folder
 #   ./install.sh --verify                 only check the files
-#   ./install.sh --accept-unlisted        also where there are files that the bundle did not bring, such as runs/
+#   ./install.sh --accept-unlisted        accept files in this folder that are not part of the bundle, such as runs/
 #   PYTHON=/usr/bin/python3.11 ./install.sh
 #
-# SHA256SUMS comes with the bundle: the check finds damage and additions, not a bundle that somebody else has made.
-# For that, compare the sha256 of the tar file with the one that `minitron bundle` printed.
+# SHA256SUMS is part of the bundle: the check detects damaged and added files, but not a forged bundle. To detect that,
+# compare the sha256 of the tar file with the one that `minitron bundle` printed.
 set -eu
 cd -- "$(dirname -- "$0")"
 PYTHON=${PYTHON:-python3}
-# No Python that is started from here imports from this folder: not this script's (-I), and not those of pip.
+# Keep this folder off the import path of every Python started from here: -I for this script's, the variable for pip's.
 export PYTHONSAFEPATH=1
 
 fail() {
@@ -24,11 +24,11 @@ for word in "$@"; do
     case $word in
         --verify) verify_only=yes ;;
         --accept-unlisted) accept_unlisted=yes ;;
-        *) fail "unknown option $word; there are --verify and --accept-unlisted" ;;
+        *) fail "unknown option $word; the options are --verify and --accept-unlisted" ;;
     esac
 done
 
-# First what is there: a list may name devices and files elsewhere, and sha256sum would read them.
+# First check the paths: a forged list may name devices or files outside of this folder, which sha256sum would read.
 "$PYTHON" -I - "$accept_unlisted" <<'END' || exit 2
 import os, re, stat, sys
 def stop(what, paths=(), step="copy it and unpack it again"):
@@ -41,14 +41,14 @@ try:
     with open("SHA256SUMS", encoding="utf-8", errors="surrogateescape", newline="\n") as sums:
         lines = [re.fullmatch("[0-9a-f]{64}  ([^\0]+)\n", line) for line in sums]
 except OSError as error:
-    stop("the list of the bundle cannot be read: %s" % error)
+    stop("SHA256SUMS cannot be read: %s" % error)
 if not lines or not all(line and inside(line[1]) for line in lines):
-    stop("SHA256SUMS is damaged: it is no list of files of this bundle")
+    stop("SHA256SUMS is damaged: it is not a list of files of this bundle")
 listed = {line[1] for line in lines} | {"SHA256SUMS"}
 links, odd, unlisted = [], [], []
 for folder, folders, files in os.walk("."):
     if folder == "." and ".venv" in folders and not os.path.islink(".venv"):
-        folders.remove(".venv")  # made anew by the installation
+        folders.remove(".venv")  # the installation replaces it
     for name in files + [name for name in folders if os.path.islink(os.path.join(folder, name))]:
         path = os.path.normpath(os.path.join(folder, name))
         if os.path.islink(path) and any((found + "/").startswith(path + "/") for found in listed):
@@ -58,16 +58,16 @@ for folder, folders, files in os.walk("."):
         elif not stat.S_ISREG(os.lstat(path).st_mode):
             odd.append(path)
 if links:
-    stop("links stand in the place of files of the bundle", links)
+    stop("files of the bundle were replaced by links", links)
 if odd:
-    stop("these are no plain files", odd)
+    stop("these are not regular files", odd)
 if unlisted and sys.argv[1] != "yes":
-    stop("files that the bundle did not bring are in its folder", unlisted,
-         "unpack it into a new folder; or, where they are yours: ./install.sh --accept-unlisted")
+    stop("the folder contains files that are not part of the bundle", unlisted,
+         "unpack the bundle into a new folder; if the files are yours, run ./install.sh --accept-unlisted")
 END
-echo "comparing $(wc -l < SHA256SUMS) files with their sha256"
+echo "verifying the sha256 of $(wc -l < SHA256SUMS) files"
 sha256sum --check --strict --quiet SHA256SUMS </dev/null \
-    || fail "the bundle is damaged, in the files named above: copy it and unpack it again"
+    || fail "the files named above are damaged: copy the bundle and unpack it again"
 if [ "$verify_only" = yes ]; then
     echo "ok"
     exit 0
@@ -75,7 +75,7 @@ fi
 
 minitron=minitron wheels=no
 if [ -d wheels/core ]; then wheels=yes; fi
-# The recipes, a line each.
+# The recipes, one per line.
 recipes=$("$PYTHON" -I - "$wheels" <<'END'
 import json, platform, sys
 try:
@@ -83,7 +83,7 @@ try:
         manifest = json.load(file)
     names = [recipe["file"] for recipe in manifest["recipes"]]
     if not all(name.isprintable() and name and name[0] not in "-/" for name in names):
-        raise ValueError("a recipe has no name of a file")
+        raise ValueError("the file name of a recipe is not allowed")
     made = {key: str(manifest["target"][key])[:99] for key in ("system", "machine", "python")} if sys.argv[1] == "yes" else {}
 except Exception as error:
     sys.exit("error: manifest.json is damaged: %s: %s" % (type(error).__name__, ascii(str(error))[1:-1][:300]))
@@ -97,25 +97,25 @@ print("\n".join(names))
 END
 ) || exit 2
 if [ "$wheels" = yes ]; then
-    # Only what is in this folder counts, whatever pip is told on this machine.
+    # Install only from this folder, whatever the configuration of pip on this machine.
     export PIP_CONFIG_FILE=/dev/null PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1
     unset PIP_FIND_LINKS PIP_CONSTRAINT PIP_REQUIREMENT
     minitron=.venv/bin/minitron
     echo "installing into $PWD/.venv"
-    if [ -L .venv ]; then fail ".venv is a link: remove it"; fi
+    if [ -L .venv ]; then fail ".venv is a symbolic link: remove it"; fi
     "$PYTHON" -I -m venv --clear .venv \
-        || fail "no virtual environment could be made; Debian and Ubuntu need the package python3-venv"
+        || fail "the virtual environment could not be created; Debian and Ubuntu need the package python3-venv"
     .venv/bin/python -I -m pip install --quiet --no-index --no-deps --only-binary :all: --require-hashes \
         --find-links wheels/core --requirement wheels/core/requirements.txt \
-        || fail "pip could not install the wheels: its message is above"
+        || fail "pip could not install the wheels; see its message above"
     if [ -d wheels/aligner ]; then
         "$minitron" env aligner --find-links wheels/aligner --find-links wheels/core
     fi
 else
-    command -v minitron >/dev/null || fail "the bundle has no wheels, and there is no minitron on the PATH"
+    command -v minitron >/dev/null || fail "the bundle has no wheels, and the command minitron is not on the PATH"
 fi
 
-# Every recipe, as it will be run: from this folder.
+# Check every recipe from this folder, where it will be run.
 printf '%s\n' "$recipes" | while IFS= read -r recipe; do
     if [ -n "$recipe" ]; then "$minitron" check "$recipe" </dev/null; fi
 done

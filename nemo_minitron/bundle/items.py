@@ -1,4 +1,4 @@
-"""A file of a bundle."""
+"""Files of a bundle."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from nemo_minitron.errors import ConfigError
 
 @dataclass(frozen=True)
 class Item:
-    """One file."""
+    """One file of a bundle."""
 
     member: str
-    """Path below the bundle's folder."""
+    """Path relative to the bundle's folder."""
     content: Path | bytes
     what: str
-    """script, recipe, config, model, data or wheel."""
+    """Kind of file: script, recipe, config, model, data or wheel."""
 
     @property
     def size_bytes(self) -> int:
@@ -26,28 +26,28 @@ class Item:
 
 
 def sorted_items(items: Iterable[Item]) -> list[Item]:
-    """By member, each once.
+    """Return the items sorted by member, without duplicates.
 
     Raises:
-        ConfigError: a name that would leave the folder or cannot be listed, or two files for one name.
+        ConfigError: a name leads out of the folder or has control characters, or two files have the same name.
     """
     found: dict[str, Item] = {}
     for item in items:
-        _require_fit(item)
+        _require_valid_name(item)
         other = found.setdefault(item.member, item)
         if other is not item and not _same(other, item):
             raise ConfigError(
-                f"Two different files would be {item.member}.",
+                f"Two different files would have the name {item.member} in the bundle.",
                 where=" and ".join(str(one.content) for one in (other, item) if isinstance(one.content, Path)) or None,
-                next_step="Bundle the recipes one by one.",
+                next_step="Make a separate bundle for each recipe.",
             )
     return [found[member] for member in sorted(found)]
 
 
-def _require_fit(item: Item) -> None:
+def _require_valid_name(item: Item) -> None:
     path = PurePosixPath(item.member)
     if path.is_absolute() or ".." in path.parts or item.member in ("", "."):
-        raise ConfigError(f"{item.member} would stand outside of the bundle.", next_step="Name the source by its path.")
+        raise ConfigError(f"{item.member} would be outside of the bundle.", next_step="Give the source as a path.")
     if any(ord(sign) < 32 for sign in item.member):
         raise ConfigError(f"The file name {item.member!r} has a control character.", next_step="Rename the file.")
 

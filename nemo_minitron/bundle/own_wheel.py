@@ -1,7 +1,7 @@
-"""The wheel of this package as it is installed here, packed from its own files: no build, no network, no checkout.
+"""Packing the installed files of this package as a wheel, without a build, a network or a checkout.
 
-The same files give the same bytes. From a wheel install it is what was installed; from an editable install it is the
-checkout as it is now.
+The same files give the same bytes. After a wheel install, this is what was installed; after an editable install, it is
+the current state of the checkout.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def write_own_wheel(folder: Path) -> Path:
     """Write the wheel into a folder.
 
     Raises:
-        EnvironmentProblem: the package is not installed, or its metadata belong to another version.
+        EnvironmentProblem: the package is not installed, or its metadata are of another version.
     """
     version = nemo_minitron.__version__
     info = f"{_PACKAGE}-{version}.dist-info"
@@ -45,7 +45,7 @@ def write_own_wheel(folder: Path) -> Path:
 
 
 def _package_files() -> Iterator[tuple[str, Path]]:
-    """(name in the wheel, file), sorted."""
+    """Yield (name in the wheel, file), in a fixed order."""
     package = Path(nemo_minitron.__file__).resolve().parent
     for file in _files(package):
         name = file.relative_to(package)
@@ -65,7 +65,7 @@ def _metadata(version: str) -> dict[str, str]:
     found = _installed()
     if found.version != version:
         raise EnvironmentProblem(
-            f"This is nemo-minitron {version}, and pip installed it as {found.version}.",
+            f"This is nemo-minitron {version}, but its installed metadata are of version {found.version}.",
             where=str(Path(nemo_minitron.__file__).parent),
             next_step="Install it again: `pip install -e .` in the checkout.",
         )
@@ -78,8 +78,8 @@ def _installed() -> Distribution:
         return distribution(_PROJECT)
     except PackageNotFoundError as error:
         raise EnvironmentProblem(
-            "nemo-minitron runs here without being installed, so that what its wheel needs is not known.",
-            next_step="`pip install -e .` in the checkout, or --no-wheels.",
+            "nemo-minitron is not installed here, so the requirements of its wheel are unknown.",
+            next_step="Run `pip install -e .` in the checkout, or use --no-wheels.",
         ) from error
 
 

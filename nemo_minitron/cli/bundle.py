@@ -96,7 +96,7 @@ def _wheels(
     lists = {"core": wheels.list_of(core)}
     if aligner:
         found = wheels.aligner_wheels(progress)
-        lists["aligner"] = wheels.list_of([*found, *wheels.only_torch_needs(core)])
+        lists["aligner"] = wheels.list_of([*found, *wheels.torch_only_wheels(core)])
         # The same file is needed once: the environment looks into both folders.
         shared = {file.name for file in core}
         files["aligner"] = [file for file in found if file.name not in shared]

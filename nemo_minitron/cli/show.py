@@ -38,13 +38,13 @@ def show(
 ) -> None:
     """Show rows of a finished chat_data or annotate stage, or with --model the exact training text and its tokens."""
     from nemo_minitron.data.chat.purity import parse_day
-    from nemo_minitron.data.chat.render import read_normalised
+    from nemo_minitron.data.chat.render import read_normalized
     from nemo_minitron.data.chat.tokenizing import ChatTemplate
     from nemo_minitron.schema.chats import TemplateName
 
     _require_one_of("--split", split, ("train", "valid"))
     _require_one_of("--template", template, get_args(TemplateName))
-    found = list(islice(read_normalised(_artifact(recipe, stage, overrides).path / f"{split}.jsonl"), rows))
+    found = list(islice(read_normalized(_artifact(recipe, stage, overrides).path / f"{split}.jsonl"), rows))
     console = Screen()
     bound = None
     if model is not None:

@@ -1,1 +1,1 @@
-"""Text to Megatron indexed datasets; chats to training text."""
+"""Converting text to Megatron indexed datasets, and chats to training text."""

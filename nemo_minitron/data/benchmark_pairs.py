@@ -1,4 +1,4 @@
-"""Questions of public benchmarks with a right and a wrong answer: rows for fine-tuning and for preferences."""
+"""Rows for fine-tuning and preference training from benchmark questions with a correct and a wrong answer."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _AROUND = re.compile(r"^Question:\s*|\s*Answer:\s*$")
 
 
 def answers(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """[{"prompt", "completion"}] of one task's requests."""
-    return [{"prompt": _asked(doc), "completion": _sentence(answer(doc))} for doc, _ in _with_wrong(rows)]
+    """Return rows {"prompt", "completion"} of the requests of one task."""
+    return [{"prompt": _question(doc), "completion": _sentence(answer(doc))} for doc, _ in _with_wrong(rows)]
 
 
 def pairs(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """[{"prompt", "chosen", "rejected", rewards}]; the wrong answer is one of the others, by a hash of the question."""
+    """Return rows {"prompt", "chosen", "rejected", rewards}; a hash of the question picks the wrong answer."""
     return [
         {
-            "prompt": _asked(doc),
+            "prompt": _question(doc),
             "chosen": _sentence(answer(doc)),
             "rejected": _sentence(wrong),
             "chosen_reward": 1.0,
@@ -42,12 +42,12 @@ def _with_wrong(rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
             yield doc, wrong[int.from_bytes(digest[:4], "big") % len(wrong)]
 
 
-def _asked(doc: Row) -> str:
+def _question(doc: Row) -> str:
     context = f"{doc['context'].strip()} {doc['question'].strip()}" if "context" in doc and "question" in doc else None
     return context or _AROUND.sub("", _AROUND.sub("", str(doc["query"]).strip()))
 
 
 def _sentence(text: str) -> str:
-    """With a capital and a full stop, as one answers in a chat."""
-    said = text[0].upper() + text[1:]
-    return said if said[-1] in ".!?" else said + "."
+    """Format an answer as a sentence, with a capital letter and a period."""
+    sentence = text[0].upper() + text[1:]
+    return sentence if sentence[-1] in ".!?" else sentence + "."

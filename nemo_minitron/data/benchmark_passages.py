@@ -1,8 +1,8 @@
-"""Plain text from the training questions of public benchmarks, each with its right answer.
+"""Plain text from the training questions of public benchmarks, each with its correct answer.
 
-Questions that share a context (a Wikipedia page, a how-to article, a video, a situation) become one document.
-Documents are what the validation split is drawn from: a context on both sides of it would make the held-out
-loss of a distilled model look better than it is.
+Questions that share a context (a Wikipedia page, a how-to article, a video, a situation) become one document. The
+validation split is drawn by document; a context in both training and validation text would make the held-out loss
+of a distilled model look better than it is.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from typing import Any
 Row = Mapping[str, Any]
 _HOW_TO = re.compile(r"^[^:]{1,60}: (How to .+?)\. ", re.DOTALL)
 _CHAIN_GAP = 3
-"""HellaSwag numbers the moments of a video one after the other; some are missing."""
+"""Largest step between the numbers of two neighboring moments of a HellaSwag video; some moments are missing."""
 _OVERLAP_CHARS = 20
+"""Shortest repeated text between two moments that is treated as an overlap."""
 
 
 def passages(task: str, rows: Iterable[Row]) -> list[str]:
-    """Documents of one task, in order of their first question.
+    """Return the documents of one task, in order of their first question.
 
     Args:
-        rows: requests of one task: one for each possible answer, with the question and its right answer under "doc".
+        rows: requests of one task: one for each possible answer, with the question and its correct answer under "doc".
     """
     docs = list(unique_docs(rows))
     if task == "hellaswag":
@@ -35,7 +36,7 @@ def passages(task: str, rows: Iterable[Row]) -> list[str]:
 
 
 def unique_docs(rows: Iterable[Row]) -> Iterator[Row]:
-    """Questions of one task's requests, each once."""
+    """Return the questions in the requests of one task, without repetitions."""
     seen = set()
     for row in rows:
         doc = row["doc"]
@@ -46,7 +47,7 @@ def unique_docs(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 def answer(doc: Row) -> str:
-    """The right one of the choices."""
+    """Return the correct choice."""
     return str(doc["choices"][doc["gold"]]).strip()
 
 
@@ -58,7 +59,7 @@ def _questions(docs: list[Row]) -> str:
     return "\n\n".join(dict.fromkeys(f"{doc['query'].strip()} {answer(doc)}" for doc in docs))
 
 
-# BoolQ: `Title -- paragraph\nQuestion: ...?\nAnswer:`; a page has several paragraphs, a paragraph several questions.
+# BoolQ: `Title -- paragraph\nQuestion: ...?\nAnswer:`. A page has several paragraphs, a paragraph several questions.
 
 
 def _page(doc: Row) -> str:
@@ -73,7 +74,7 @@ def _page_text(docs: list[Row]) -> str:
     return "\n\n".join("\n".join([paragraph, *questions]) for paragraph, questions in paragraphs.items())
 
 
-# Social IQa: a situation, and up to three questions about it.
+# Social IQa: a situation and up to three questions about it.
 
 
 def _situation(doc: Row) -> str:
@@ -81,8 +82,8 @@ def _situation(doc: Row) -> str:
 
 
 def _situation_text(docs: list[Row]) -> str:
-    asked = dict.fromkeys(f"{doc['question'].strip()}\nAnswer: {answer(doc)}" for doc in docs)
-    return f"Question: {docs[0]['context'].strip()} " + "\nQuestion: ".join(asked)
+    questions = dict.fromkeys(f"{doc['question'].strip()}\nAnswer: {answer(doc)}" for doc in docs)
+    return f"Question: {docs[0]['context'].strip()} " + "\nQuestion: ".join(questions)
 
 
 _TASKS: dict[str, tuple[Callable[[Row], str], Callable[[list[Row]], str]]] = {
@@ -91,7 +92,7 @@ _TASKS: dict[str, tuple[Callable[[Row], str], Callable[[list[Row]], str]]] = {
 }
 
 
-# HellaSwag: how-to articles in sections, and videos told moment by moment, each with the moments before it.
+# HellaSwag: how-to articles in sections, and videos described moment by moment; a question repeats earlier moments.
 
 
 def _hellaswag(docs: list[Row]) -> list[str]:
@@ -109,26 +110,26 @@ def _hellaswag(docs: list[Row]) -> list[str]:
 
 
 def _stories(moments: list[Row]) -> list[str]:
-    """Moments of one video, joined where one begins with the end of the one before."""
+    """Join the moments of each video into one text, without the words that a moment repeats from earlier ones."""
     stories: list[list[str]] = []
     last_label, last_number = "", -_CHAIN_GAP
     for doc in moments:
-        label, told = doc["query"].split(": ", 1)
-        text = f"{told.strip()} {answer(doc)}"
+        label, description = doc["query"].split(": ", 1)
+        text = f"{description.strip()} {answer(doc)}"
         if label == last_label and int(doc["ind"]) - last_number <= _CHAIN_GAP:
-            stories[-1].append(_unsaid(stories[-1], text))
+            stories[-1].append(_new_text(stories[-1], text))
         else:
             stories.append([f"{label}: {text}"])
         last_label, last_number = label, int(doc["ind"])
     return [" ".join(part for part in story if part) for story in stories]
 
 
-def _unsaid(story: list[str], text: str) -> str:
-    """What a moment adds to the story: all that follows the longest beginning that was told already."""
-    told = " ".join(part for part in story if part)
-    if text in told:
+def _new_text(story: list[str], text: str) -> str:
+    """Return what a moment adds to the story: the text after its longest beginning that already ends the story."""
+    text_so_far = " ".join(part for part in story if part)
+    if text in text_so_far:
         return ""
-    for end in range(min(len(text), len(told)), _OVERLAP_CHARS - 1, -1):
-        if told.endswith(text[:end]):
+    for end in range(min(len(text), len(text_so_far)), _OVERLAP_CHARS - 1, -1):
+        if text_so_far.endswith(text[:end]):
             return text[end:].strip()
     return text

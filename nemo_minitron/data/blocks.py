@@ -1,4 +1,4 @@
-"""Files as blocks of bytes, decompressed on the way."""
+"""Reading files as blocks of decompressed bytes."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from nemo_minitron.limits import DOCUMENT_BYTES, UNPACKED_FREE_BYTES, UNPACKED_R
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 BLOCK_BYTES = 1 << 20
 _PACKED_BYTES = BLOCK_BYTES // 8
-_PACKED_AT_ONCE = 2048
-"""Of zstd, which unpacks all that it is given: four bytes may become 128 KiB."""
+_ZSTD_INPUT_BYTES = 2048
+"""Input size for zstd, which decompresses all of its input at once: four bytes can become 128 KiB."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A run of decompressed bytes."""
+    """Block of decompressed bytes."""
 
     data: bytes
     position_bytes: int
-    """How much of the file on disk was read for it and all before it."""
+    """Bytes of the file on disk read so far, including this block."""
 
 
 def read_blocks(file: Path, start: int = 0) -> Iterator[Block]:
-    """The bytes of a file, decompressed by its suffix.
+    """Yield the bytes of a file, decompressed according to its suffix.
 
     Args:
-        start: of a file that is not compressed, where to begin.
+        start: byte to begin at; only for uncompressed files.
 
     Raises:
-        DataError: the compressed data are damaged, end too early, ask for too much memory, or unpack without end.
+        DataError: the compressed data are damaged, truncated, need too much memory, or expand too much.
         OSError: the file cannot be read.
     """
     kind = file.suffix.lower()
@@ -51,17 +51,17 @@ def read_blocks(file: Path, start: int = 0) -> Iterator[Block]:
 
 
 def read_whole(file: Path) -> bytes:
-    """All bytes of a file, decompressed.
+    """Return all bytes of a file, decompressed.
 
     Raises:
-        DataError: see `read_blocks`; or they are too many.
+        DataError: as for `read_blocks`, or the file is too large.
     """
-    blocks, size, most = [], 0, DOCUMENT_BYTES.value()
+    blocks, size, max_bytes = [], 0, DOCUMENT_BYTES.value()
     for block in read_blocks(file):
         size += len(block.data)
-        if size > most:
+        if size > max_bytes:
             raise DataError(
-                f"The file has more than {most:,} bytes and would be read as a whole.",
+                f"The file has more than {max_bytes:,} bytes; this type of file is read into memory as a whole.",
                 where=str(file),
                 next_step="Write it as .jsonl or .parquet. " + DOCUMENT_BYTES.how_to_raise(),
             )
@@ -70,13 +70,13 @@ def read_whole(file: Path) -> bytes:
 
 
 def _within_ratio(file: Path, blocks: Iterator[Block]) -> Iterator[Block]:
-    """Ends what a few bytes would unpack to."""
+    """Pass the blocks on; refuse a file that decompresses to far more than its size (a decompression bomb)."""
     packed, unpacked = max(1, file.stat().st_size), 0
     for block in blocks:
         unpacked += len(block.data)
         if unpacked > max(UNPACKED_FREE_BYTES, packed * UNPACKED_RATIO.value()):
             raise DataError(
-                f"The file's {packed:,} bytes unpack to more than {UNPACKED_RATIO.value():,} times as many.",
+                f"The {packed:,} bytes of the file decompress to more than {UNPACKED_RATIO.value():,} times as many.",
                 where=str(file),
                 next_step=UNPACKED_RATIO.how_to_raise(),
             )
@@ -91,14 +91,14 @@ def _library_blocks(raw: IO[bytes], file: Path, kind: str) -> Iterator[Block]:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise _damaged(file, str(error)) from error
     except OSError as error:
-        # bz2 has no error of its own.
+        # bz2 has no error class of its own; it raises OSError without an errno.
         if error.errno is not None:
             raise
         raise _damaged(file, str(error)) from error
 
 
 def _xz_blocks(raw: IO[bytes], file: Path) -> Iterator[Block]:
-    """By hand: the library's reader takes no limit of memory."""
+    """Decompress xz with the low-level decompressor, because the library's reader has no memory limit."""
     packed = raw.read(_PACKED_BYTES)
     if not packed:
         raise _damaged(file, "it is empty")
@@ -112,13 +112,13 @@ def _xz_blocks(raw: IO[bytes], file: Path) -> Iterator[Block]:
                 data, packed = stream.decompress(packed, BLOCK_BYTES), b""
                 if data:
                     yield Block(data, raw.tell())
-            packed = _behind_padding(raw, stream.unused_data)
+            packed = _skip_padding(raw, stream.unused_data)
     except lzma.LZMAError as error:
-        raise (_wide_window(file) if "Memory usage" in str(error) else _damaged(file, str(error))) from error
+        raise (_window_too_large(file) if "Memory usage" in str(error) else _damaged(file, str(error))) from error
 
 
-def _behind_padding(raw: IO[bytes], packed: bytes) -> bytes:
-    """What follows a stream of xz, without the zeros that may stand between two."""
+def _skip_padding(raw: IO[bytes], packed: bytes) -> bytes:
+    """Return the data after an xz stream, without the zero padding allowed between streams."""
     packed = packed.lstrip(b"\0")
     while not packed and (more := raw.read(_PACKED_BYTES)):
         packed = more.lstrip(b"\0")
@@ -126,14 +126,14 @@ def _behind_padding(raw: IO[bytes], packed: bytes) -> bytes:
 
 
 def _zstd_blocks(raw: IO[bytes], file: Path) -> Iterator[Block]:
-    """By hand: the library's stream reader stops silently after the first frame, and at a cut end."""
+    """Decompress zstd frame by frame: the library's stream reader silently stops after one frame or at a cut end."""
     import zstandard
 
     window, frame = WINDOW_BYTES.value(), None
     parts: list[bytes] = []
     size = 0
     try:
-        for packed in iter(lambda: raw.read(_PACKED_AT_ONCE), b""):
+        for packed in iter(lambda: raw.read(_ZSTD_INPUT_BYTES), b""):
             while packed:
                 frame = frame or zstandard.ZstdDecompressor(max_window_size=window).decompressobj()
                 data = frame.decompress(packed)
@@ -145,7 +145,7 @@ def _zstd_blocks(raw: IO[bytes], file: Path) -> Iterator[Block]:
                     parts, size = [], 0
     except zstandard.ZstdError as error:
         if "too much memory" in str(error):
-            raise _wide_window(file) from error
+            raise _window_too_large(file) from error
         raise _damaged(file, str(error)) from error
     if size:
         yield Block(b"".join(parts), raw.tell())
@@ -153,11 +153,11 @@ def _zstd_blocks(raw: IO[bytes], file: Path) -> Iterator[Block]:
         raise _damaged(file, "it ends in the middle")
 
 
-def _wide_window(file: Path) -> DataError:
+def _window_too_large(file: Path) -> DataError:
     return DataError(
-        f"Unpacking the file takes more than {WINDOW_BYTES.value():,} bytes of memory.",
+        f"Decompressing the file takes more than {WINDOW_BYTES.value():,} bytes of memory.",
         where=str(file),
-        next_step=f"Pack it again without --long. {WINDOW_BYTES.how_to_raise()}",
+        next_step=f"Compress it again without --long. {WINDOW_BYTES.how_to_raise()}",
     )
 
 

@@ -1,4 +1,4 @@
-"""Columns of parquet files."""
+"""Reading columns of parquet files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ _ROWS_PER_BATCH = 1024
 
 
 def read_column(file: Path, name: str) -> Iterator[tuple[str, int]]:
-    """Texts of a column (`a.b`: of field b of the structs in a), and how much of the file had been read by then.
+    """Yield the texts of a column, each with the bytes of the file read so far.
+
+    Args:
+        name: of the column; `a.b` names field b of the structs in column a.
 
     Raises:
-        DataError: no such column, no text in it, or not a readable file.
+        DataError: the column is missing or not text, or the file cannot be read.
     """
     import pyarrow as pa
 
@@ -32,7 +35,7 @@ def read_column(file: Path, name: str) -> Iterator[tuple[str, int]]:
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"Not a readable parquet file: {shortened(error)}", where=str(file)) from error
     except OSError as error:
-        # pyarrow reports damaged pages so, without a number of the system.
+        # pyarrow reports damaged pages as OSError without an errno.
         if error.errno is not None:
             raise
         raise DataError(f"Not a readable parquet file: {shortened(error)}", where=str(file)) from error
@@ -53,12 +56,12 @@ def _texts(column: Any, path: list[str]) -> list[str | None]:
 
 @contextmanager
 def open_parquet(file: Path) -> Iterator[Any]:
-    """A pyarrow ParquetFile, decompressed by its suffix."""
+    """Open a pyarrow ParquetFile; decompress the file if its suffix is that of a compression."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if file.suffix.lower() in COMPRESSIONS:
-        # Parquet is read from its end, so a compressed one has to be unpacked as a whole.
+        # Parquet is read from the end of the file, so a compressed file has to be decompressed as a whole.
         with pq.ParquetFile(pa.BufferReader(read_whole(file))) as table:
             yield table
     else:
@@ -67,7 +70,7 @@ def open_parquet(file: Path) -> Iterator[Any]:
 
 
 def _column_path(schema: Any, name: str, file: Path) -> list[str]:
-    """The names of the column and of the fields inside; its type is text."""
+    """Return the names of the column and of the nested fields; raise DataError unless the innermost one is text."""
     import pyarrow as pa
 
     if name in schema.names:
@@ -92,7 +95,7 @@ def _column_path(schema: Any, name: str, file: Path) -> list[str]:
 
 
 def _is_binary(kind: Any) -> bool:
-    """Spark and others write text as bytes without saying that it is text."""
+    """Return whether the type is bytes: Spark and others write text as bytes without marking it as text."""
     import pyarrow as pa
 
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))

@@ -1,4 +1,4 @@
-"""Texts -> token ids as bytes, as they stand in an indexed dataset."""
+"""Encoding texts as token ids, in the byte format of an indexed dataset."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import numpy as np
 from nemo_minitron.data.word_cuts import CUT, can_be_cut, split_at_spaces
 from nemo_minitron.errors import DataError
 
-MOST_REMEMBERED_BYTES = 64 << 20
+MAX_CACHE_BYTES = 64 << 20
 _BYTES_PER_ENTRY = 250
-"""Of a dict, a string and the ids, beside the text itself."""
-_RELEARN_CHARS = 1 << 29
-"""After so much text a full memory starts anew: the words of the next files may be others."""
-_LONGEST_STRETCH = 1 << 20
-"""Characters of a document that are split into words at a time: a book must not take a list of all its words."""
+"""Memory of a cache entry (dict slot, string object and ids) without its characters."""
+_CACHE_RESET_CHARS = 1 << 29
+"""A full cache is cleared after this much text, because later files may use other words."""
+_MAX_CHUNK_CHARS = 1 << 20
+"""Largest part of a document split into words at a time, so that a book needs no list of all its words."""
 
 
 class Encoder:
-    """Token ids of whole documents, each ending in eod, as bytes of one integer type.
+    """Encodes whole documents as token ids that end in eod, as bytes of one integer type.
 
-    Ids always come from the `tokenizers` library. Where a tokenizer allows it, the library sees each word once:
-    that is several times as fast, because most words of a text are repetitions.
+    Ids always come from the `tokenizers` library. If the tokenizer allows it, each distinct word is tokenized only
+    once, which is several times as fast, because most words of a text are repetitions.
 
     Args:
         definition: JSON of the `tokenizers` library.
-        vocab_size: of the model; a larger id is refused.
+        vocab_size: of the model; ids beyond it are refused.
         dtype: name of the integer type.
-        where: named when an id is refused.
+        where: place for the error message when an id is refused.
     """
 
     def __init__(self, definition: str, *, vocab_size: int, eod_id: int, dtype: str, where: str) -> None:
@@ -39,23 +39,23 @@ class Encoder:
         self._eod = np.array([eod_id], self.dtype).tobytes()
         self._cuts = can_be_cut(definition)
         self._words: dict[str, bytes] = {}
-        """Ids of a space and the word, of words that may stand between two cuts."""
+        """Ids of each word between two cuts, including the space before it."""
         self._edges: dict[str, bytes] = {}
-        """Ids of other beginnings and ends of texts, as they stand there."""
+        """Ids of the first and last parts of texts, without an added space."""
         self._size_bytes = self._chars = 0
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
-        """The ids of each text and eod.
+        """Return the ids of each text followed by eod.
 
         Raises:
-            DataError: an id beyond the model's vocabulary (tokenizer of another model).
+            DataError: an id is beyond the model's vocabulary, so the tokenizer belongs to another model.
         """
         if not self._cuts:
             return [ids + self._eod for ids in self._whole(texts)]
-        stretches = [list(_stretches(text)) for text in texts]
-        flat = [stretch for parts in stretches for stretch in parts]
+        chunks = [list(_chunks(text)) for text in texts]
+        flat = [chunk for parts in chunks for chunk in parts]
         ids = iter(self._by_words(flat))
-        return [b"".join([next(ids) for _ in parts]) + self._eod for parts in stretches]
+        return [b"".join([next(ids) for _ in parts]) + self._eod for parts in chunks]
 
     def _whole(self, texts: Sequence[str]) -> list[bytes]:
         if not texts:
@@ -68,7 +68,7 @@ class Encoder:
         return np.array(ids, self.dtype).tobytes()
 
     def _by_words(self, texts: Sequence[str]) -> list[bytes]:
-        """Ids without eod; what is not known yet is learned for all texts together."""
+        """Return ids without eod; tokenize the new words of all texts in one batch."""
         splits = [split_at_spaces(text, self._words) for text in texts]
         new_words = {word for split in splits for word in split.unknown}
         new_edges = {edge for split in splits for edge in (split.first, split.last) if edge not in self._edges}
@@ -83,24 +83,24 @@ class Encoder:
 
     def _bound_memory(self, new_words: Collection[str], new_edges: Collection[str], chars: int) -> None:
         self._chars += chars
-        if self._size_bytes < MOST_REMEMBERED_BYTES:
+        if self._size_bytes < MAX_CACHE_BYTES:
             new = len(new_words) + len(new_edges)
             self._size_bytes += sum(map(len, new_words)) + sum(map(len, new_edges)) + _BYTES_PER_ENTRY * new
             return
         for known, added in ((self._words, new_words), (self._edges, new_edges)):
             for text in added:
                 del known[text]
-        if self._chars > _RELEARN_CHARS:
+        if self._chars > _CACHE_RESET_CHARS:
             self._words.clear()
             self._edges.clear()
             self._size_bytes = self._chars = 0
 
 
-def _stretches(text: str) -> Iterator[str]:
-    """The text, cut into pieces of bounded length where it can be cut."""
+def _chunks(text: str) -> Iterator[str]:
+    """Cut a text into pieces of about _MAX_CHUNK_CHARS characters, as far as it can be cut."""
     start = 0
-    while len(text) - start > _LONGEST_STRETCH:
-        cut = CUT.search(text, start + _LONGEST_STRETCH)
+    while len(text) - start > _MAX_CHUNK_CHARS:
+        cut = CUT.search(text, start + _MAX_CHUNK_CHARS)
         if cut is None:
             break
         yield text[start : cut.start()]
@@ -109,7 +109,7 @@ def _stretches(text: str) -> Iterator[str]:
 
 
 def open_tokenizer(definition: str) -> Any:
-    """The library's tokenizer; documents are neither padded nor cut off, whatever the definition says."""
+    """Create the library's tokenizer with padding and truncation disabled, whatever the definition sets."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(definition)
@@ -119,14 +119,14 @@ def open_tokenizer(definition: str) -> Any:
 
 
 def require_known(token_id: int, vocab_size: int, where: str) -> None:
-    """Refuse an id that the model has no embedding for.
+    """Refuse a token id for which the model has no embedding.
 
     Raises:
-        DataError: the tokenizer is of another model.
+        DataError: the tokenizer belongs to another model.
     """
     if token_id >= vocab_size:
         raise DataError(
             f"Tokenizer mismatch: token id {token_id} is beyond the model's vocabulary of {vocab_size}.",
             where=where,
-            next_step="The tokenizer is of another model: check the files beside the weights.",
+            next_step="The tokenizer belongs to another model: check the tokenizer files in the model's folder.",
         )

@@ -1,6 +1,6 @@
-"""Documents from .txt, .jsonl, .json and .parquet files, each also compressed. Memory does not grow with the file.
+"""Reading documents from .txt, .jsonl, .json and .parquet files, also compressed, in memory independent of file size.
 
-A file is read as blocks of decompressed bytes, which are decoded here: only so can an error name the byte.
+Files are read as blocks of decompressed bytes and decoded here, so that an error can give the offset of the byte.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from nemo_minitron.schema.data import DataSource
 from nemo_minitron.system.shown import shown_names
 
 Span = tuple[int, int]
-"""Lines that begin at these bytes of a file, the second excluded."""
+"""Half-open range of byte offsets in a file; it stands for the lines that begin in it."""
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
 class Text:
-    """One document as it was read."""
+    """One document."""
 
     text: str
     position_bytes: int
-    """How much of the file on disk had been read by then; for progress."""
+    """Bytes of the file on disk read so far, for progress."""
 
 
 def read_documents(file: Path, source: DataSource, span: Span | None = None) -> Iterator[Text]:
-    """The documents of one file, in order; blank and null ones are left out.
+    """Yield the documents of one file, in order; skip blank and null ones.
 
     Args:
-        span: a part of a .jsonl that is not compressed; it may hold no document.
+        span: part of an uncompressed .jsonl to read; it may hold no document.
 
     Raises:
-        DataError: an empty file, bad encoding, bad rows, missing columns, damaged compression; with file and line.
+        DataError: an empty file, bad encoding, bad rows, missing columns or damaged compression, with file and line.
     """
     count = 0
     try:
@@ -69,7 +69,7 @@ def _documents(file: Path, source: DataSource, span: Span | None) -> Iterator[Te
 
 
 def require_separator_is_used(files: list[Path], source: DataSource, key: str) -> None:
-    """Refuse a `document_separator` where nothing would be split.
+    """Refuse a `document_separator` that would split nothing.
 
     Raises:
         DataError: none of the files is a .txt.
@@ -77,7 +77,7 @@ def require_separator_is_used(files: list[Path], source: DataSource, key: str) -
     if source.document_separator is None or any(file_format(file) == ".txt" for file in files):
         return
     raise DataError(
-        f"document_separator splits .txt files, and source {source.source} has none: rows are documents already.",
+        f"document_separator splits only .txt files, and source {source.source} has none; each row is one document.",
         where=key,
         next_step="Remove document_separator from this source.",
     )
@@ -93,11 +93,11 @@ def _read_text(file: Path, source: DataSource) -> Iterator[Text]:
     if source.document_separator is None:
         yield Text("".join(limit.of(text) for text, _ in _decoded(file)), file.stat().st_size)
         return
-    # Line ends of the text are read as \n, so those of the separator have to be.
+    # Line ends in the text are normalized to \n, so those in the separator have to be, too.
     separator = source.document_separator.replace("\r\n", "\n").replace("\r", "\n")
     parts, position = [""], 0
     for text, position in _decoded(file):
-        # The separator can lie across two blocks: the last part is what may be its beginning.
+        # A separator can span two blocks, so the last part holds what may be its beginning.
         joined = parts.pop() + text
         if separator in joined:
             first, *whole, last = joined.split(separator)
@@ -116,14 +116,14 @@ class _DocumentLimit:
     """Counts the characters of one document."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self.seen, self.most = file, 0, DOCUMENT_BYTES.value()
+        self.file, self.seen, self.max_chars = file, 0, DOCUMENT_BYTES.value()
 
     def of(self, text: str) -> str:
-        """The text; raises DataError when the document becomes too long."""
+        """Count and return the text; raise DataError when the document becomes too long."""
         self.seen += len(text)
-        if self.seen > self.most:
+        if self.seen > self.max_chars:
             raise DataError(
-                f"One document has more than {self.most:,} characters.",
+                f"One document has more than {self.max_chars:,} characters.",
                 where=str(self.file),
                 next_step="Set document_separator of this source. " + DOCUMENT_BYTES.how_to_raise(),
             )
@@ -131,7 +131,7 @@ class _DocumentLimit:
 
 
 def _decoded(file: Path) -> Iterator[tuple[str, int]]:
-    """Text of a file with Unix line ends and no byte order mark, and the position after it."""
+    """Yield the text of a file in parts, with Unix line ends and no byte order mark, and the position after each."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     offset, line, started = 0, 1, False
@@ -157,13 +157,14 @@ def _decoded(file: Path) -> Iterator[tuple[str, int]]:
 
 
 def _require_not_utf16(start: bytes, file: Path) -> None:
-    """UTF-16 begins with a mark, or every other byte of it is zero: which UTF-8 allows, but no text has."""
+    """Refuse UTF-16, which has a byte order mark or many zero bytes; zero bytes are valid UTF-8, but not in text."""
     start = start[:4096]
     if start.startswith(_UTF16_MARKS) or start.count(0) > len(start) // 4:
         raise DataError(
             "The text looks like UTF-16, not UTF-8.",
             where=str(file),
-            next_step="Convert the file, e.g. `iconv -f utf-16 -t utf-8`; if it is no text, remove it from the source.",
+            next_step="Convert the file, e.g. `iconv -f utf-16 -t utf-8`; "
+            "if it is not text, remove it from the source.",
         )
 
 
@@ -197,11 +198,11 @@ def _read_jsonl(file: Path, source: DataSource, span: Span | None = None) -> Ite
 
 @dataclass(frozen=True)
 class _Place:
-    """Of a line; its number in the file is counted only when someone asks."""
+    """Place of a line; its number in the file is counted only when it is printed."""
 
     file: Path
     number: int
-    """In the span."""
+    """Number of the line in the span."""
     offset: int
     span: Span | None
 
@@ -211,7 +212,7 @@ class _Place:
 
 
 def _count_lines(file: Path, end: int) -> int:
-    """Line ends before a byte of the file."""
+    """Count the line ends before an offset of the file."""
     count = done = 0
     for block in read_blocks(file):
         count += block.data[: end - done].count(b"\n")
@@ -222,7 +223,7 @@ def _count_lines(file: Path, end: int) -> int:
 
 
 def _lines_from_start(file: Path) -> Iterator[tuple[bytes, int, int]]:
-    """(line, its offset, position in the file on disk)."""
+    """Yield (line, its offset, bytes of the file on disk read so far)."""
     offset = 0
     for line, position in read_lines(file):
         yield line, offset, position
@@ -231,7 +232,7 @@ def _lines_from_start(file: Path) -> Iterator[tuple[bytes, int, int]]:
 
 def _lines_of(file: Path, span: Span) -> Iterator[tuple[bytes, int, int]]:
     start, end = span
-    # From the byte before: whether a line begins at `start` shows there.
+    # The byte before `start` shows whether a line begins at `start`.
     offset = max(0, start - 1)
     lines = read_lines(file, offset)
     if start > 0:
@@ -244,7 +245,7 @@ def _lines_of(file: Path, span: Span) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _read_json(file: Path, source: DataSource) -> Iterator[Text]:
-    """Rows one a line, as many data sets have them under this name; or one list of rows, or one row."""
+    """Read one row per line, which many data sets name .json, or a list of rows, or a single row."""
     if _has_rows_as_lines(file):
         yield from _read_jsonl(file, source)
         return
@@ -258,7 +259,7 @@ def _read_json(file: Path, source: DataSource) -> Iterator[Text]:
 
 
 def _has_rows_as_lines(file: Path) -> bool:
-    """Whether the first line that is not blank is a whole JSON object."""
+    """Return whether the first line that is not blank is a complete JSON object."""
     for line, _ in read_lines(file):
         line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip():
@@ -271,23 +272,23 @@ def _has_rows_as_lines(file: Path) -> bool:
 
 
 def read_lines(file: Path, start: int = 0) -> Iterator[tuple[bytes, int]]:
-    """Lines without their ends, and how much of the file on disk had been read by then.
+    """Yield lines without their line ends, each with the bytes of the file on disk read so far.
 
     Args:
-        start: of a file that is not compressed, the byte to begin at.
+        start: byte to begin at; only for uncompressed files.
     """
     parts: list[bytes] = []
-    position, size, most = start, 0, LINE_BYTES.value()
+    position, size, max_bytes = start, 0, LINE_BYTES.value()
     for block in read_blocks(file, start):
         position = block.position_bytes
         first, *rest = block.data.split(b"\n")
         parts.append(first)
         size += len(first)
-        if size > most:
+        if size > max_bytes:
             raise DataError(
-                f"A line has more than {most:,} bytes.",
+                f"A line has more than {max_bytes:,} bytes.",
                 where=str(file),
-                next_step="Rows stand one a line, each with one document. " + LINE_BYTES.how_to_raise(),
+                next_step="Write one row, with one document, on each line. " + LINE_BYTES.how_to_raise(),
             )
         for line in rest:
             yield b"".join(parts), position
@@ -296,11 +297,11 @@ def read_lines(file: Path, start: int = 0) -> Iterator[tuple[bytes, int]]:
 
 
 def _parse(data: bytes, place: object, offset: int) -> Any:
-    """One JSON value.
+    """Parse one JSON value.
 
     Args:
-        place: its text names the place in an error.
-        offset: of the data in the file.
+        place: str(place) names the place in an error.
+        offset: position of `data` in the file.
     """
     try:
         return json.loads(data.decode("utf-8"))
@@ -323,14 +324,12 @@ def _text_of(row: Any, source: DataSource, place: object) -> str | None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"The text holds half a surrogate pair at character {error.start}.", where=str(place)
-        ) from error
+        raise DataError(f"The text has an unpaired surrogate at character {error.start}.", where=str(place)) from error
     return text
 
 
 def _field(row: Any, name: str, place: object) -> Any:
-    """The value of a field, or, of `a.b`, of field b of the object in a."""
+    """Return the value of a field; `a.b` names field b of the object in field a."""
     if isinstance(row, dict) and name in row:
         return row[name]
     value = row
@@ -344,7 +343,7 @@ def _field(row: Any, name: str, place: object) -> Any:
 
 
 def _no_field(row: Any, name: str, place: object) -> DataError:
-    present = shown_names(row) if isinstance(row, dict) else f"it is a {type(row).__name__}"
+    present = shown_names(row) if isinstance(row, dict) else f"none, it is a {type(row).__name__}"
     return DataError(
         f"The row has no field {name!r}.",
         where=str(place),

@@ -1,4 +1,4 @@
-"""Which shards are to be made, in which order, and what to do when one cannot be made."""
+"""Schedule of the shards of a stage: which to make, in which order, and what to do when one cannot be made."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nemo_minitron.data.pieces import divide
 from nemo_minitron.data.readers import no_document
-from nemo_minitron.data.shard_pool import Makers
+from nemo_minitron.data.shard_pool import ShardWorkers
 from nemo_minitron.data.shards import Shard, ShardFolder, Task
 from nemo_minitron.errors import DataError
 from nemo_minitron.schema.data import DataSource
@@ -19,7 +19,7 @@ POLL_S = 0.25
 
 @dataclass
 class SourceShards:
-    """The tasks of a source, and what has become of them."""
+    """Tasks of a source with their results and errors."""
 
     source: DataSource
     tasks: list[Task]
@@ -27,15 +27,15 @@ class SourceShards:
     errors: dict[int, DataError] = field(default_factory=dict)
 
     def has_enough(self) -> bool:
-        """Whether the first shards, which are there without a gap, hold `max_documents`."""
-        most, count = self.source.max_documents, 0
-        if most is None:
+        """Return whether the finished shards before the first missing one hold `max_documents`."""
+        max_documents, count = self.source.max_documents, 0
+        if max_documents is None:
             return False
         for number in range(len(self.tasks)):
             if number not in self.shards:
                 return False
             count += self.shards[number].num_documents
-            if count >= most:
+            if count >= max_documents:
                 return True
         return False
 
@@ -45,10 +45,10 @@ class SourceShards:
         return min(count, self.source.max_documents or count)
 
     def in_order(self) -> Iterator[tuple[Shard, int]]:
-        """(shard, how many of its first documents are wanted).
+        """Yield (shard, number of its first documents to use).
 
         Raises:
-            DataError: a large file that was divided holds no document in any part.
+            DataError: no part of a divided file holds a document.
         """
         left = self.source.max_documents
         of_file: dict[Path, int] = {}
@@ -67,7 +67,7 @@ class SourceShards:
 
 
 def plan_source(number: int, source: DataSource, files: Sequence[Path]) -> SourceShards:
-    """The tasks of source `number`."""
+    """Create the tasks of source `number`."""
     pieces = divide(files)
     tasks = [
         Task(f"source_{number:02d}_{index:06d}", piece, source, source.max_documents)
@@ -99,50 +99,50 @@ class ShardPlan:
             if number not in source.shards
         )
 
-    def take_finished(self) -> int:
-        """Take over the shards of an earlier start; how many there are."""
+    def reuse_finished(self) -> int:
+        """Reuse the finished shards of an earlier start, and return their number."""
         for source in self._sources:
             found = {number: self._folder.find(task) for number, task in enumerate(source.tasks)}
             source.shards = {number: shard for number, shard in found.items() if shard is not None}
         return sum(len(source.shards) for source in self._sources)
 
-    def run(self, makers: Makers) -> Iterator[None]:
-        """Make what is missing; yields often, so that the caller can show progress or stop.
+    def run(self, workers: ShardWorkers) -> Iterator[None]:
+        """Make the missing shards; yield often, so that the caller can show progress or stop.
 
         Raises:
-            DataError: a text that is needed cannot be read. In a source with `max_documents`, what lies beyond them
-                may be unreadable.
+            DataError: a text that is needed cannot be read. Texts beyond the `max_documents` of a source may be
+                unreadable.
         """
         waiting = iter([(source, number) for source in self._sources for number in range(len(source.tasks))])
-        under_way: dict[Future[Shard], tuple[SourceShards, int]] = {}
+        in_progress: dict[Future[Shard], tuple[SourceShards, int]] = {}
         while True:
-            # One more than there are makers, so that none of them waits.
-            while len(under_way) < (1 if makers.size == 1 else makers.size + 1):
+            # Keep one task more than there are workers in the queue, so that no worker waits.
+            while len(in_progress) < (1 if workers.size == 1 else workers.size + 1):
                 following = next((entry for entry in waiting if _is_needed(*entry)), None)
                 if following is None:
                     break
                 source, number = following
-                under_way[makers.submit(source.tasks[number])] = following
-                if makers.size == 1:
+                in_progress[workers.submit(source.tasks[number])] = following
+                if workers.size == 1:
                     yield
-            if not under_way:
+            if not in_progress:
                 break
-            for future in wait(under_way, POLL_S, FIRST_COMPLETED).done:
-                _note(future, *under_way.pop(future))
+            for future in wait(in_progress, POLL_S, FIRST_COMPLETED).done:
+                _record_result(future, *in_progress.pop(future))
             yield
         for source in self._sources:
-            yield from self._settle(source, makers)
+            yield from self._retry_failed(source, workers)
 
-    def _settle(self, source: SourceShards, makers: Makers) -> Iterator[None]:
-        """Shards that could not be made count only when their documents are among the first `max_documents`."""
+    def _retry_failed(self, source: SourceShards, workers: ShardWorkers) -> Iterator[None]:
+        """Retry the shards that failed, as far as their documents are among the first `max_documents`."""
         count = 0
         for number, task in enumerate(source.tasks):
-            most = source.source.max_documents
-            if most is not None and count >= most:
+            max_documents = source.source.max_documents
+            if max_documents is not None and count >= max_documents:
                 return
             if number in source.errors:
-                assert most is not None
-                future = makers.submit(replace(task, most_documents=most - count))
+                assert max_documents is not None
+                future = workers.submit(replace(task, most_documents=max_documents - count))
                 while not future.done():
                     wait([future], POLL_S)
                     yield
@@ -154,7 +154,7 @@ def _is_needed(source: SourceShards, number: int) -> bool:
     return number not in source.shards and not source.has_enough()
 
 
-def _note(future: Future[Shard], source: SourceShards, number: int) -> None:
+def _record_result(future: Future[Shard], source: SourceShards, number: int) -> None:
     try:
         source.shards[number] = future.result()
     except DataError as error:

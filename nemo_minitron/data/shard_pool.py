@@ -1,4 +1,4 @@
-"""Processes that make shards, or this process alone."""
+"""Tokenize shards in a pool of worker processes, or in this process."""
 
 from __future__ import annotations
 
@@ -21,78 +21,78 @@ from nemo_minitron.system.cores import usable_cores
 from nemo_minitron.system.interrupts import exit_without_parent
 
 BYTES_PER_PROCESS = 1 << 22
-"""A process takes about a second to start: it has to have this much to do."""
+"""Smallest amount of text per worker process; less is not worth the second that a process takes to start."""
 _BYTES, _DOCUMENTS, _STOP = 0, 1, 2
 
 
 def processes_for(size_bytes: int, workers: int | None) -> int:
-    """How many processes are worth starting for so much text; 1: this one.
+    """Return the number of processes worth starting for this much text; 1 means to work in the calling process.
 
     Args:
-        workers: at most so many; None: as many as there are cores to use.
+        workers: upper limit; None means one for each usable core.
     """
     return max(1, min(workers or usable_cores(), size_bytes // BYTES_PER_PROCESS))
 
 
 @dataclass(frozen=True)
-class Work:
-    """What every process needs to make shards."""
+class WorkerSettings:
+    """Settings that every worker process needs to make shards."""
 
     folder: ShardFolder
     tokenizer: DocumentTokenizer
     dtype: str
     where: str
-    """The tokenizer's folder."""
+    """Folder of the tokenizer."""
 
     def encoder(self) -> Encoder:
         return self.tokenizer.encoder(self.dtype, self.where)
 
 
-class Makers(Protocol):
-    """Who makes shards."""
+class ShardWorkers(Protocol):
+    """Interface of the workers that make shards."""
 
     size: int
-    """How many at a time."""
+    """Number of shards that are made at a time."""
 
     def submit(self, task: Task) -> Future[Shard]: ...
 
     def done(self) -> tuple[int, int]:
-        """(bytes of files, documents) since the start."""
+        """Return (bytes of files, documents) processed since the start."""
 
 
 @contextmanager
-def shard_makers(work: Work, num_processes: int, check_stop: Callable[[], None]) -> Iterator[Makers]:
-    """Makers of shards; whatever ends this block ends their work.
+def shard_workers(work: WorkerSettings, num_processes: int, check_stop: Callable[[], None]) -> Iterator[ShardWorkers]:
+    """Provide workers that make shards, and stop them when the block ends, also after an error.
 
     Args:
-        check_stop: called often in this process; raises to stop.
+        check_stop: called often in this process; raises an exception to stop the work.
 
     Raises:
-        EnvironmentProblem: a process was killed.
+        EnvironmentProblem: a worker process was killed.
     """
     if num_processes == 1:
-        yield _Alone(work, check_stop)
+        yield _InProcess(work, check_stop)
         return
-    # The pool's locks start a process, too: one that removes them after a crash.
+    # The pool's locks also start a process: the resource tracker, which removes them after a crash.
     with safe_path_of_children():
-        makers = _Pool(work, num_processes)
+        workers = _Pool(work, num_processes)
         try:
-            yield makers
+            yield workers
         except BrokenProcessPool as error:
             raise EnvironmentProblem(
                 "A tokenizer process was killed.",
-                next_step="Is there enough memory? execution.workers sets the number of processes.",
+                next_step="Check that there is enough memory; execution.workers sets the number of processes.",
             ) from error
         finally:
-            makers.close()
+            workers.close()
 
 
-class _Alone:
-    """This process; a task is done when `submit` returns."""
+class _InProcess:
+    """Makes shards in this process; a task is finished when `submit` returns."""
 
     size = 1
 
-    def __init__(self, work: Work, check_stop: Callable[[], None]) -> None:
+    def __init__(self, work: WorkerSettings, check_stop: Callable[[], None]) -> None:
         self._work, self._check_stop = work, check_stop
         self._encoder = work.encoder()
         self._counts = [0, 0]
@@ -117,9 +117,9 @@ class _Alone:
 
 
 class _Pool:
-    def __init__(self, work: Work, num_processes: int) -> None:
+    def __init__(self, work: WorkerSettings, num_processes: int) -> None:
         self.size = num_processes
-        # Spawned, not forked: torch and tokenizers hold threads and locks that do not survive a fork.
+        # Spawn, do not fork: the threads and locks of torch and tokenizers do not survive a fork.
         context = multiprocessing.get_context("spawn")
         self._counts = context.Array("q", 3)
         threads = max(1, usable_cores() // num_processes)
@@ -128,7 +128,7 @@ class _Pool:
         )
 
     def submit(self, task: Task) -> Future[Shard]:
-        return self._executor.submit(_make_here, task)
+        return self._executor.submit(_make_in_worker, task)
 
     def done(self) -> tuple[int, int]:
         return self._counts[_BYTES], self._counts[_DOCUMENTS]
@@ -138,36 +138,37 @@ class _Pool:
         self._executor.shutdown(cancel_futures=True)
 
 
-# --- inside a process ---------------------------------------------------------------------------
+# --- inside a worker process --------------------------------------------------------------------
 
 
 class _Worker:
-    """Set once in each worker process, which does nothing else."""
+    """State of a worker process, set once when it starts."""
 
-    work: Work
+    work: WorkerSettings
     encoder: Encoder
     counts: Any
 
 
-def _start_worker(work: Work, counts: Any, threads: int) -> None:
+def _start_worker(work: WorkerSettings, counts: Any, threads: int) -> None:
     exit_without_parent()
-    # Ctrl-C, and the end of a terminal, reach every process of it; the main one tells the others.
+    # Ctrl-C and a hang-up reach every process of the terminal; the main process stops the workers itself.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    # The library's own threads serve tokenizers that need whole documents; they read this when they start.
+    # The threads of the tokenizers library work only for tokenizers that need whole documents. The library reads
+    # these variables when it starts them.
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     _Worker.work, _Worker.encoder, _Worker.counts = work, work.encoder(), counts
 
 
-def _make_here(task: Task) -> Shard:
-    return _Worker.work.folder.make(task, _Worker.encoder, _report_here)
+def _make_in_worker(task: Task) -> Shard:
+    return _Worker.work.folder.make(task, _Worker.encoder, _report_in_worker)
 
 
-def _report_here(num_bytes: int, documents: int) -> None:
+def _report_in_worker(num_bytes: int, documents: int) -> None:
     counts = _Worker.counts
     with counts.get_lock():
         counts[_BYTES] += num_bytes
         counts[_DOCUMENTS] += documents
     if counts[_STOP]:
-        raise Interrupted("Another process asked this one to stop.")
+        raise Interrupted("The main process requested a stop.")

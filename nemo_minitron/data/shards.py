@@ -1,4 +1,4 @@
-"""Shards: the token ids of a piece of text, as one process has made them, with what tells whether they still hold."""
+"""Shards: token ids of a piece of text, with a record that shows whether they are complete and still valid."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from nemo_minitron.schema.data import DataSource
 from nemo_minitron.system.files import sealed, unsealed, write_whole
 
 RECORD = ".shard.json"
-"""Ending of the file that makes a shard count; the script of a job looks for it."""
+"""Suffix of the record file that marks a shard as complete; job scripts look for it."""
 BATCH_CHARS = 1 << 18
-MOST_CHARS = 1 << 29
+MAX_DOCUMENT_CHARS = 1 << 29
 Report = Callable[[int, int], None]
-"""report(bytes of files, documents) that were done since the last call; it may raise to stop the work."""
+"""report(bytes of files, documents) processed since the last call; it may raise an exception to stop the work."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be tokenized into one shard."""
+    """Text to tokenize into one shard."""
 
     name: str
-    """Of the shard's files."""
+    """Base name of the shard's files."""
     piece: Piece
     source: DataSource
     most_documents: int | None
@@ -49,21 +49,21 @@ class Shard:
     num_documents: int
 
     def documents(self) -> NDArray[np.int64]:
-        """[2, N]: tokens (eod included) and UTF-8 bytes of each document."""
+        """Return tokens (including eod) and UTF-8 bytes of each document, shape [2, N]."""
         found: NDArray[np.int64] = np.load(self.documents_file, allow_pickle=False)
         return found
 
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """Where the shards of a stage are."""
+    """Folder of a stage's shards."""
 
     root: Path
     tokenizer_sha256: str
-    """Of everything that decides the ids."""
+    """Hash of everything that determines the ids."""
 
     def find(self, task: Task) -> Shard | None:
-        """The shard, if it was finished for this task and is whole."""
+        """Return the shard if it was finished for exactly this task and its files are complete."""
         shard = self._shard(task, 0)
         try:
             record = unsealed(json.loads(self._record(task).read_text(encoding="utf-8")))
@@ -75,10 +75,10 @@ class ShardFolder:
         return self._shard(task, int(record["num_documents"]))
 
     def make(self, task: Task, encoder: Encoder, report: Report) -> Shard:
-        """Read and tokenize; only a whole shard gets a record.
+        """Read and tokenize the text of a task; write the record only when the shard is complete.
 
         Raises:
-            DataError: as `read_documents`, or an id beyond the vocabulary.
+            DataError: as for `read_documents`, or an id is beyond the vocabulary.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         made_from = self._made_from(task)
@@ -92,10 +92,10 @@ class ShardFolder:
                 out.writelines(encoded)
                 lengths.extend(len(ids) // encoder.dtype.itemsize for ids in encoded)
                 num_bytes.extend(len(text.encode("utf-8")) for text in batch)
-            _to_disk(out)
+            _flush_to_disk(out)
         with shard.documents_file.open("wb") as out:
             np.save(out, np.array([lengths, num_bytes], np.int64), allow_pickle=False)
-            _to_disk(out)
+            _flush_to_disk(out)
         sizes = [file.stat().st_size for file in (shard.ids_file, shard.documents_file)]
         record = {"made_from": made_from, "sizes": sizes, "num_documents": len(lengths)}
         write_whole(self._record(task), json.dumps(sealed(record)))
@@ -123,7 +123,7 @@ def sha256_of(*facts: object) -> str:
 
 
 def _texts(task: Task, report: Report) -> Iterator[str]:
-    """The documents of a piece, no more than wanted; reports on the way."""
+    """Yield the documents of a piece, at most `task.most_documents`, and report progress."""
     count = 0
     for file in task.piece.files:
         start, end = task.piece.span or (0, file.stat().st_size)
@@ -160,18 +160,18 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _require_bounded(texts: list[str], task: Task) -> None:
-    """An indexed dataset counts the tokens of a document in 31 bits."""
+    """Refuse documents whose number of tokens may not fit into the 31 bits of an indexed dataset."""
     longest = max(map(len, texts))
-    if longest > MOST_CHARS:
+    if longest > MAX_DOCUMENT_CHARS:
         raise DataError(
             f"A document has {longest:,} characters.",
             where=", ".join(map(str, task.piece.files)),
-            allowed=f"at most {MOST_CHARS:,}",
-            next_step="Set document_separator for a .txt that holds many documents, or divide it.",
+            allowed=f"at most {MAX_DOCUMENT_CHARS:,}",
+            next_step="Set document_separator for a .txt that holds many documents, or split the document.",
         )
 
 
-def _to_disk(file: BinaryIO) -> None:
-    """The record, which is written next, may not reach the disk before this."""
+def _flush_to_disk(file: BinaryIO) -> None:
+    """Write the file to disk, so that the record, written afterward, cannot reach the disk first."""
     file.flush()
     os.fsync(file.fileno())

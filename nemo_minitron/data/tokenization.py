@@ -1,4 +1,4 @@
-"""Documents -> token ids, with the teacher's tokenizer."""
+"""Tokenizing documents with the teacher's tokenizer."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from nemo_minitron.errors import CheckpointError
 from nemo_minitron.hf.tokenizer import load_tokenizer
 
 EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>")
-"""What base models were trained to see between documents. Chat models keep it, but have another eos."""
+"""End-of-document tokens of base models. Chat models keep them in the vocabulary, but have another eos token."""
 
 
 @dataclass(frozen=True)
 class DocumentTokenizer:
-    """A tokenizer bound to a model's vocabulary."""
+    """Tokenizer bound to a model's vocabulary."""
 
     definition: str
-    """JSON of the `tokenizers` library; goes to the worker processes."""
+    """JSON of the `tokenizers` library; it is sent to the worker processes."""
     vocab_size: int
-    """Of the model; the tokenizer may know fewer tokens, never more."""
+    """Vocabulary size of the model; the tokenizer may have fewer tokens, but not more."""
     eod_id: int
 
     @classmethod
     def load(cls, model_dir: Path, vocab_size: int) -> DocumentTokenizer:
-        """The tokenizer of a Hugging Face folder.
+        """Load the tokenizer of a Hugging Face folder.
 
-        Documents end in `<|endoftext|>` or `<|end_of_text|>` when the vocabulary has it, else in the eos token.
+        Documents end in `<|endoftext|>` or `<|end_of_text|>` if the vocabulary has it, otherwise in the eos token.
 
         Raises:
             CheckpointError: there is no readable tokenizer.
@@ -44,16 +44,16 @@ class DocumentTokenizer:
         return cls(backend.to_str(), vocab_size, int(eod_id))
 
     def encoder(self, dtype: str, where: str) -> Encoder:
-        """What turns texts into ids.
+        """Create an encoder for this tokenizer.
 
         Args:
             dtype: name of the integer type of the ids.
-            where: named when the tokenizer turns out to be of another model.
+            where: place for the error message if the tokenizer belongs to another model.
         """
         return Encoder(self.definition, vocab_size=self.vocab_size, eod_id=self.eod_id, dtype=dtype, where=where)
 
 
 def is_heldout(seed: int, source: int, document: int, fraction: float) -> bool:
-    """Whether a document belongs to the validation split; depends on nothing but its number."""
+    """Return whether a document belongs to the validation split; it depends only on the arguments, not on the text."""
     digest = hashlib.blake2b(f"{seed}:{source}:{document}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64

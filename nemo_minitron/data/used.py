@@ -1,4 +1,4 @@
-"""How much of each source of text a training draws."""
+"""How much of each text source a training uses."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 DATA_USED_FILE = "data_used.json"
-MOST_EPOCHS = 4.0
-"""2305.16264: text that is read up to 4 times is about as good as new text; beyond, it is worth less and less."""
+MAX_USEFUL_EPOCHS = 4.0
+"""Up to 4 epochs, repeated text is about as good as new text; after that its value decays (2305.16264)."""
 
 Sources = Sequence[Mapping[str, Any]]
-"""Training sources as data.json lists them: source, weight, num_tokens."""
+"""Training sources as listed in data.json: source, weight, num_tokens."""
 
 
 def data_used(sources: Sources, tokens_of_each: Sequence[float]) -> list[dict[str, Any]]:
-    """[{source, weight, tokens, epochs}]; an epoch is as many tokens as the source has."""
+    """Return [{source, weight, tokens, epochs}]; an epoch is one pass over the tokens of a source."""
     return [
         {
             "source": source["source"],
@@ -27,6 +27,6 @@ def data_used(sources: Sources, tokens_of_each: Sequence[float]) -> list[dict[st
 
 
 def expected_use(sources: Sources, tokens: int) -> list[dict[str, Any]]:
-    """What a training on so many tokens will draw: each source its share by weight."""
+    """Return the expected use of each source, in proportion to its weight, when training on `tokens` tokens."""
     whole = sum(float(source["weight"]) for source in sources)
     return data_used(sources, [tokens * float(source["weight"]) / whole for source in sources])

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows over a stream of whole documents."""
+    """Fixed-length windows over a stream of whole documents."""
 
     tokens: NDArray[np.int64]
     """[N, S + 1]: inputs are [:, :-1], labels [:, 1:]."""
     loss_mask: NDArray[np.bool_]
-    """[N, S]: True where the label is text (not eod, not padding)."""
+    """[N, S]: True where the label is a text token, not eod or padding."""
     num_bytes: int
     """UTF-8 bytes of the documents."""
 
@@ -29,10 +29,10 @@ def heldout_windows(
     num_tokens: int,
     seq_len_tokens: int,
 ) -> Windows:
-    """Take whole documents until they hold at least `num_tokens`, and cut them into windows.
+    """Take whole documents until they hold at least `num_tokens` tokens, and cut them into windows.
 
-    The stream is `eod doc eod doc eod ...`; neighbouring windows share one token, so that each token is
-    a label once. The last window is padded with eod, which never counts.
+    The stream is `eod doc eod doc eod ...`. Neighboring windows share one token, so that each token is a label
+    exactly once. The last window is padded with eod, which is masked out of the loss.
 
     Args:
         documents: token ids of each document, ending in eod.

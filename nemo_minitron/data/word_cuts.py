@@ -1,8 +1,8 @@
-"""Where a text may be cut so that its parts have the ids that they have in the whole text.
+"""Places where a text can be cut so that its parts, tokenized separately, give the token ids of the whole text.
 
-Byte-level BPE tokenizers split a text with a regular expression first and merge inside the pieces only. With the
-expressions listed here no piece holds a space after another character, so a text can be cut before a space that stands
-between two visible characters. Words repeat; their ids need to be computed once.
+Byte-level BPE tokenizers first split a text with a regular expression, then merge only inside the pieces. With the
+expressions listed here, a space can only be the first character of a piece, so a text can be cut before any space
+between two visible characters. Words repeat, so the ids of each word need to be computed only once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 _VISIBLE = r"[\w!-~]"
 CUT = re.compile(rf"(?<={_VISIBLE}) (?={_VISIBLE})")
-"""The space of a cut; it belongs to the word after it."""
+"""Matches the space at a cut; the space belongs to the word after it."""
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -29,26 +29,26 @@ KNOWN_EXPRESSIONS = frozenset(
     + [rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}|{_TAIL}" for numbers in (r"\p{N}{1,3}", r"\p{N}")]
     + [_CASED % ("", "", r"\p{N}"), _CASED % (f"{_ENDINGS}?", f"{_ENDINGS}?", r"\p{N}{1,3}")]
 )
-"""GPT-2; Llama 3 and Qwen 2; Mistral-NeMo and o200k."""
+"""Pre-tokenizer expressions of GPT-2; Llama 3 and Qwen 2; Mistral-NeMo and o200k."""
 
 
 class Split(NamedTuple):
-    """A text in parts that may be tokenized one by one."""
+    """A text split into parts that can be tokenized separately."""
 
     first: str
     inside: list[str]
-    """Each follows a space, which is left out here."""
+    """Middle parts; the space before each is left out."""
     last: str
-    """With its space; empty where the last part is one of `inside`."""
+    """Last part with the space before it; empty if the last part is in `inside`."""
     unknown: set[str]
-    """Of those inside."""
+    """Words of `inside` that were not known."""
 
 
 def split_at_spaces(text: str, known: Mapping[str, object]) -> Split:
-    """Cut a text at all spaces if all are cuts, which most texts allow; else only where CUT says.
+    """Cut a text at every space if each is a valid cut, as in most texts; otherwise only where CUT matches.
 
     Args:
-        known: words from inside earlier texts; only others need a look.
+        known: words inside earlier texts, which need no check.
     """
     first, *inside = text.split(" ")
     if not inside:
@@ -70,15 +70,15 @@ def _is_plain(word: str) -> bool:
 
 
 def _is_visible(character: str) -> bool:
-    """As _VISIBLE has it; the empty string is not."""
+    """Return whether the character matches _VISIBLE; the empty string does not."""
     return "!" <= character <= "~" or character.isalnum()
 
 
 def can_be_cut(definition: str) -> bool:
-    """Whether a tokenizer gives each part between two cuts the ids that it has in the whole text.
+    """Return whether each part between two cuts gets the same ids from this tokenizer as in the whole text.
 
     Args:
-        definition: JSON of the `tokenizers` library. What is not known to be safe is not cut.
+        definition: JSON of the `tokenizers` library. Returns False for settings that are not known to be safe.
     """
     facts = json.loads(definition)
     return (
@@ -99,7 +99,7 @@ def _is_plain_bpe(model: Mapping[str, Any]) -> bool:
 
 
 def _is_plain_token(token: Mapping[str, Any]) -> bool:
-    """An added token is looked for in the whole text: it may not take spaces from beside it."""
+    """Return whether an added token, which is matched in the whole text, includes no spaces around or inside it."""
     takes_more = token.get("lstrip") or token.get("rstrip") or token.get("single_word")
     return not takes_more and not re.search(r"\s", token["content"])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.data.used import MOST_EPOCHS, expected_use
+from nemo_minitron.data.used import MAX_USEFUL_EPOCHS, expected_use
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan
@@ -38,9 +38,9 @@ def repeated_text(name: str, stage: StageParams, store: Store) -> Iterator[str]:
     if not isinstance(facts, dict) or not isinstance(facts.get("train"), list):
         raise ArtifactError(f"{file.name} does not list its sources.", where=str(file), next_step=next_step)
     for use in expected_use(facts["train"], text.num_tokens):
-        if use["epochs"] > MOST_EPOCHS:
+        if use["epochs"] > MAX_USEFUL_EPOCHS:
             yield (
                 f"stages.{name}: {use['source']} will be read {use['epochs']:.1f} times, {use['tokens']:,.0f} tokens; "
-                f"above {MOST_EPOCHS:g} times text is worth less and less (2305.16264). "
+                f"above {MAX_USEFUL_EPOCHS:g} times text is worth less and less (2305.16264). "
                 f"Lower its weight in stages.{text.data} or num_steps, or add text."
             )

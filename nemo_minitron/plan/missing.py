@@ -7,7 +7,7 @@ from glob import has_magic
 from pathlib import Path
 
 from nemo_minitron.config.recipe import Recipe
-from nemo_minitron.data.found import is_there
+from nemo_minitron.data.found import source_exists
 from nemo_minitron.hf.source import ASSET, HUB, asset_path
 from nemo_minitron.plan.planner import RunPlan
 from nemo_minitron.plan.sources import sources_of
@@ -33,6 +33,6 @@ def _source(key: str, source: str, recipe: Recipe) -> Iterator[str]:
         if not asset_path(name, Path(recipe.execution.assets_dir)).exists():
             yield f"{key} = {source}: not fetched yet. Next: minitron assets fetch {name}"
         return
-    if not is_there(user_path(source)):
+    if not source_exists(user_path(source)):
         problem = "matches no file" if has_magic(source) else "there is no such file or folder"
         yield f"{key} = {source}: {problem}."

@@ -1,4 +1,4 @@
-"""The chapter on alignment: what each training did, what the models prefer, and what they answer."""
+"""Report section on alignment: trainings, measurements of the models, and their answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Rows = list[dict[str, Any]]
 
 
 def alignment_facts(stages: Sequence[Artifact]) -> dict[str, Any] | None:
-    """{trainings, curves, models, attributes, lengths, samples}; None where nothing was aligned or measured."""
+    """Return {trainings, curves, models, attributes, lengths, samples}; None if nothing was aligned or measured."""
     trained = [stage for stage in stages if _section(stage) == "alignment"]
     measured = [stage for stage in stages if _section(stage) == "chat_evaluation"]
     if not trained and not measured:
@@ -51,7 +51,7 @@ def _curve(stage: Artifact) -> Rows:
 
 
 def _model(result: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the table: figure -> (value, standard error or None), or text."""
+    """Return a row of the table: {figure: (value, standard error or None), or text}."""
     out: dict[str, Any] = {"label": result["label"]}
     if "measured_rows" in result:
         left_out = result["measured_rows"] < result["rows"]
@@ -77,7 +77,7 @@ def _model(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attributes(stage: Artifact) -> Rows:
-    """How an attribute model agrees with people."""
+    """Return rows on the agreement of an attribute model with human ratings."""
     found = stage.result.get("agreement", {})
     return [{"stage": stage.stage, "attribute": name, **values} for name, values in found.items()]
 
@@ -92,13 +92,13 @@ def _samples(stages: Sequence[Artifact]) -> Rows:
 
 
 def _lengths(stage: Artifact) -> Rows:
-    """Mean tokens of answers by the level of an attribute that was asked for."""
+    """Return the mean tokens of answers by requested level of an attribute."""
     found = stage.result.get("attribute")
     return [{"label": stage.result["label"], **found}] if found else []
 
 
 def _by_level(stage: Artifact) -> Rows:
-    """Questions with the answers to every level of the attribute."""
+    """Return questions with the answers for each requested level of the attribute."""
     found = stage.result.get("attribute")
     if not found:
         return []
@@ -111,7 +111,7 @@ def _by_level(stage: Artifact) -> Rows:
 
 
 def tables(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the pages show as tables: [{title, header, rows}]; every cell is text."""
+    """Return the tables of the section as [{title, header, rows}]; all cells are text."""
     out = [_training_table(facts["trainings"])] if facts["trainings"] else []
     if facts["models"]:
         figures = list(dict.fromkeys(key for row in facts["models"] for key in row if key != "label"))
@@ -121,10 +121,10 @@ def tables(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
         by_level = row["mean_tokens_by_level"]
         header = [row["name"], *by_level]
         cells = [[row["label"], *(f"{tokens:.1f}" for tokens in by_level.values())]]
-        out.append({"title": f"Tokens of an answer, by the {row['name']} asked for", "header": header, "rows": cells})
+        out.append({"title": f"Tokens of an answer, by requested {row['name']}", "header": header, "rows": cells})
     if facts["attributes"]:
         header = ["attribute", "rows", "squared error", "of the mean", "explained", "correlation"]
-        out.append({"title": "The attribute model beside people", "header": header, "rows": _attribute_rows(facts)})
+        out.append({"title": "Attribute model and human ratings", "header": header, "rows": _attribute_rows(facts)})
     return out
 
 
@@ -158,7 +158,7 @@ def _attribute_rows(facts: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _cell(value: Any) -> str:
-    """Text, or (number, standard error or None)."""
+    """Format text, or (number, standard error or None)."""
     if value is None or isinstance(value, str):
         return value or ""
     number, error = value

@@ -1,4 +1,4 @@
-"""Finished stages -> the facts of the report. Pure: reads artifacts, writes nothing."""
+"""Collecting the facts of the report from finished stages. This only reads artifacts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from nemo_minitron.stages.registry import STAGES
 
 SCHEMA = 1
 MAX_CURVE_ROWS = 600
-"""Longer curves are thinned out; the whole ones stay in the distill stage's folder."""
+"""Longer curves are thinned out; the complete ones stay in the folder of the distill stage."""
 
 
 def collect(title: str, recipe_name: str, stages: Mapping[str, Artifact]) -> dict[str, Any]:
-    """report.json: what was cut, what it did, what it cost. Parts whose stage is missing are empty or None."""
+    """Return the content of report.json: sizes, quality and cost. Parts whose stage is missing are empty or None."""
     in_order = sorted(stages.values(), key=lambda stage: str(stage.provenance.get("started", "")))
     found = {str(stage.result["label"]): _model(stage) for stage in _in_section(in_order, "evaluation")}
     models = {label: found[label] for label in ordered(found)}
@@ -66,7 +66,7 @@ def _recovered(models: Mapping[str, Mapping[str, Any]]) -> float | None:
 
 
 def _pruning(stages: Sequence[Artifact]) -> dict[str, Any] | None:
-    """Of the first plan that was made from scores: the random control has none."""
+    """Return facts of the first pruning plan made from scores; plans of the random control have no scores."""
     plans = _in_section(stages, "selection")
     chosen = next((plan for plan in plans if plan.result.get("method") == "importance"), next(iter(plans), None))
     if chosen is None:
@@ -76,15 +76,15 @@ def _pruning(stages: Sequence[Artifact]) -> dict[str, Any] | None:
 
 
 def _search(stages: Mapping[str, Artifact]) -> dict[str, Any] | None:
-    """Of the first search in the order of the plan, not of the clock."""
+    """Return the facts of the first search in the order of the plan, not by start time."""
     search = _first(list(stages.values()), "search")
     return json.loads((search.path / "search.json").read_text(encoding="utf-8")) if search else None
 
 
 def _curves(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
-    """Rows of the distillation's curves: training {step, train_loss, tokens, ...}, validation {step, valid_loss, ...}.
+    """Return rows of the distillation's curves: training {step, train_loss, tokens, ...} or {step, valid_loss, ...}.
 
-    valid_kl and valid_teacher_loss are there when the teacher was in memory, or its cache knows the held-out text.
+    The latter have valid_kl and valid_teacher_loss if the teacher was in memory or its cache covers the held-out text.
     """
     distill = _first(stages, "distillation")
     file = distill.path / "curves.jsonl" if distill else None
@@ -97,13 +97,13 @@ def _curves(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
 
 
 def _data_used(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
-    """Rows {stage, source, weight, tokens, epochs} of the trainings, but not of a search's candidates."""
+    """Return rows {stage, source, weight, tokens, epochs} of the trainings, without the candidates of a search."""
     trained = _in_section(stages, "training", "distillation")
     return [{"stage": stage.stage, **use} for stage in trained for use in stage.result.get("data_used", ())]
 
 
 def thin_out(rows: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """At most `most` rows at even distances, the first and the last among them."""
+    """Return at most `most` evenly spaced rows, including the first and the last."""
     if len(rows) <= most:
         return list(rows)
     step = (len(rows) - 1) / (most - 1)
@@ -136,13 +136,13 @@ def _wall_s(stage: Artifact) -> float:
 
 
 def _tokens(stage: Artifact) -> int | None:
-    """Tokens that a stage went through, where it says."""
+    """Return the number of tokens that a stage processed, or None if it does not report it."""
     found = STAGES[stage.kind].result_tokens(stage.result) if stage.kind in STAGES else None
     return None if found is None else int(found)
 
 
 def _samples(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
-    """[{prompt, texts: label -> continuation}]."""
+    """Return [{prompt, texts: {label: continuation}}]."""
     by_prompt: dict[str, dict[str, str]] = {}
     for stage in _in_section(stages, "evaluation"):
         metrics = json.loads((stage.path / "metrics.json").read_text(encoding="utf-8"))
@@ -152,7 +152,7 @@ def _samples(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
 
 
 def _lineage(stage: Artifact) -> dict[str, Any]:
-    """Who made it and with what; no host, no user, no paths."""
+    """Return the provenance of a stage without host, user and paths."""
     facts = stage.provenance
     return {
         "stage": stage.stage,

@@ -1,4 +1,4 @@
-"""The before/after table: one row for each figure, one column for each model. Pure."""
+"""Comparison table: one row for each figure, one column for each model."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from nemo_minitron.report.markdown import mebibytes
 
 TEACHER = "teacher"
 LABELS = (TEACHER, "distilled", "pruned", "random")
-"""Order of the columns; other labels follow."""
+"""Labels of the first columns, in order; other labels follow."""
 PLAIN_ACCURACY = ("arc_easy", "sciq", "boolq", "winogrande")
-"""Tasks that are compared by plain accuracy even though lm-eval has a length-normalised one too; the papers on small
-models do the same. Chosen before any model is measured, so that no model can be favoured."""
+"""Tasks compared by plain accuracy although lm-eval also has a length-normalized one, as in papers on small models.
+The list is fixed before any model is measured, so that it favors no model."""
 Row = dict[str, Any]
-"""{name, text: label -> shown value, best, worst: label of the extreme small model or None}."""
+"""{name, text: {label: formatted value}, best and worst: label of the best or worst small model, or None}."""
 _BITS = {"float32": 32, "float64": 64}
 
 
 def ordered(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Labels of the models in the order of the columns."""
+    """Return the labels of the models in the order of the columns."""
     return [label for label in LABELS if label in models] + [label for label in models if label not in LABELS]
 
 
 def comparison(models: Mapping[str, Mapping[str, Any]], speed: Mapping[str, Any] | None) -> list[Row]:
-    """Rows of the table: sizes, quality, tasks, speed.
+    """Return the rows of the table: sizes, quality, tasks, speed.
 
     Args:
         models: label -> metrics of the evaluate stage.
@@ -49,7 +49,7 @@ def comparison(models: Mapping[str, Mapping[str, Any]], speed: Mapping[str, Any]
 
 
 def main_metric(task: str, models: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The metric by which a task is compared: one that every model that took it has."""
+    """Return the metric for comparing a task: the first that all models evaluated on it have."""
     taken = [model["tasks"][task] for model in models.values() if task in model["tasks"]]
     wanted = ("acc", "acc_norm") if task in PLAIN_ACCURACY else ("acc_norm", "acc")
     others = [key for key in (taken[0] if taken else ()) if "stderr" not in key]
@@ -57,7 +57,7 @@ def main_metric(task: str, models: Mapping[str, Mapping[str, Any]]) -> str | Non
 
 
 def score_of(task: str, model: Mapping[str, Any], metric: str | None) -> tuple[float, float] | None:
-    """(score, standard error or 0) of a model on a task."""
+    """Return (score, standard error or 0) of a model on a task, or None if it was not measured."""
     scores = model["tasks"].get(task, {})
     if metric not in scores:
         return None
@@ -67,7 +67,7 @@ def score_of(task: str, model: Mapping[str, Any], metric: str | None) -> tuple[f
 
 
 def mean_of_tasks(model: Mapping[str, Any], metrics: Mapping[str, str | None]) -> tuple[float, float] | None:
-    """(mean over tasks, its standard error) of a model that took all of them."""
+    """Return (mean over tasks, its standard error), or None if the model was not evaluated on all of them."""
     found = [score_of(task, model, metric) for task, metric in metrics.items()]
     scores = [pair for pair in found if pair is not None]
     if not scores or len(scores) < len(found):
@@ -106,7 +106,7 @@ def _scores_row(name: str, scores: Mapping[str, tuple[float, float] | None]) -> 
 
 
 def _checkpoint_row(models: Mapping[str, Mapping[str, Any]]) -> Row:
-    """Sizes on disk with the storage type: a smaller file is no merit if only its numbers are shorter."""
+    """Return the row of sizes on disk with bits per number, because a smaller type alone makes a file smaller, too."""
     text = {}
     for label, model in models.items():
         bits = _BITS.get(model.get("dtype", ""), 16)
@@ -115,7 +115,7 @@ def _checkpoint_row(models: Mapping[str, Mapping[str, Any]]) -> Row:
 
 
 def _extremes(scores: Mapping[str, tuple[float, float]], better: Callable[..., Any] | None) -> dict[str, str | None]:
-    """Best and worst of the small models; None where the gap is within its standard error."""
+    """Return the best and worst of the small models; None if the gap to the next is within its standard error."""
     small = {label: pair for label, pair in scores.items() if label != TEACHER}
     if better is None or len(small) < 2:
         return {"best": None, "worst": None}

@@ -1,7 +1,7 @@
-"""Pictures of the report as inline SVG, drawn from the report's facts.
+"""Figures of the report as inline SVG.
 
-Colours are CSS variables of the page, so one picture serves light and dark. matplotlib knows no variables: it draws in
-stand-in colours, which are replaced in the finished text.
+Colors are CSS variables of the page, so that one figure works in light and dark mode. matplotlib does not support
+variables; it draws in placeholder colors, which are replaced in the finished SVG.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 _VARIABLES = ("ink", "soft", "line", "card", "teacher", "distilled", "pruned", "random", "extra", "cut")
 STAND_INS = {name: f"#0101{number:02x}" for number, name in enumerate(_VARIABLES, 16)}
-"""Name of the page's variable -> colour that matplotlib draws it in."""
+"""Name of a CSS variable of the page -> placeholder color for matplotlib."""
 INK, SOFT, LINE, CARD, CUT = (STAND_INS[name] for name in ("ink", "soft", "line", "card", "cut"))
 TEACHER, DISTILLED, PRUNED = (STAND_INS[name] for name in ("teacher", "distilled", "pruned"))
 HALF, WIDE, SLIM = 4.6, 6.4, 3.2
-"""Widths in inches of a picture that shares its row with one other, with none, with two."""
+"""Widths in inches of a figure in a row of two, of one, and of three figures."""
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "nemo-minitron",
     "font.size": 9,
-    # Names of models and tasks are the user's; a dollar sign in one is no formula.
+    # Users choose the names of models and tasks; a dollar sign in one does not begin a formula.
     "text.parse_math": False,
     "text.color": INK,
     "axes.edgecolor": LINE,
@@ -62,13 +62,13 @@ _STYLE: dict[Any, Any] = {
 
 
 def variable_of(label: str) -> str:
-    """The page's colour of a model; models of other names share one."""
+    """Return the CSS variable with the color of a model; models with other labels share one."""
     return label if label in ("teacher", "distilled", "pruned", "random") else "extra"
 
 
 @contextmanager
 def picture(out: list[str], name: str, width: float, height: float, alt: str) -> Iterator[Axes]:
-    """Axes to draw on; the finished SVG is appended to `out`."""
+    """Provide axes to draw on, and append the finished SVG to `out`."""
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(width, height))
         try:
@@ -81,7 +81,7 @@ def picture(out: list[str], name: str, width: float, height: float, alt: str) ->
 
 
 def _as_part_of_page(svg: str, name: str, alt: str) -> str:
-    """Ids that no other picture has, the page's fonts and colours, a text for those who cannot see it."""
+    """Make an SVG part of the page: unique ids, the fonts and colors of the page, an alternative text."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\b(id="|href="#)|(url\(#)', lambda found: f"{found[0]}{name}-", svg)
     svg = re.sub(r"font(-family)?: [^;\"]*?(?=sans-serif)sans-serif", _inherit_font, svg)
@@ -96,13 +96,13 @@ def _inherit_font(found: re.Match[str]) -> str:
 
 
 def quality_bars(models: Mapping[str, Mapping[str, Any]]) -> str:
-    """Bits per byte of every model; shorter is better."""
+    """Plot the bits per byte of each model; lower is better."""
     values = {label: model["bits_per_byte"] for label, model in models.items()}
     return _bars("quality", values, "bits per byte on held-out text, lower is better", "{:.3f}")
 
 
 def size_bars(models: Mapping[str, Mapping[str, Any]]) -> str:
-    """Parameters of every model."""
+    """Plot the number of parameters of each model."""
     counts = {label: model["num_params"] for label, model in models.items()}
     unit, name = next(
         (unit, name)
@@ -114,7 +114,7 @@ def size_bars(models: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def speed_bars(speed: Mapping[str, Any], labels: Sequence[str], rate: str, title: str) -> str:
-    """Tokens per second of every model that was timed, with the slowest and fastest round."""
+    """Plot the tokens per second of each model that was timed, with its slowest and fastest round."""
     models = {label: speed["models"][label] for label in labels if label in speed["models"]}
     key = f"{rate}_tokens_per_s"
     spread = {label: (rates[f"{key}_min"], rates[f"{key}_max"]) for label, rates in models.items()}
@@ -132,8 +132,8 @@ def _bars(
 ) -> str:
     out: list[str] = []
     labels = list(values)[::-1]
-    told = ", ".join(f"{label} {form.format(value)}" for label, value in values.items())
-    with picture(out, name, HALF, 0.62 + 0.34 * len(labels), f"{xlabel}: {told}") as ax:
+    listed = ", ".join(f"{label} {form.format(value)}" for label, value in values.items())
+    with picture(out, name, HALF, 0.62 + 0.34 * len(labels), f"{xlabel}: {listed}") as ax:
         colors = [STAND_INS[variable_of(label)] for label in labels]
         rows = range(len(labels))
         ax.barh(rows, [values[label] for label in labels], color=colors, height=0.6)
@@ -153,7 +153,7 @@ def _bars(
 
 
 def validation_curve(curves: Sequence[Mapping[str, Any]]) -> str:
-    """Held-out loss over the tokens of the distillation, between where it began and the teacher."""
+    """Plot held-out loss over the tokens of the distillation, with the first loss and the teacher's loss as lines."""
     out: list[str] = []
     x, valid = _validation(curves)
     start, goal = valid[0]["valid_loss"], valid[-1].get("valid_teacher_loss")
@@ -179,7 +179,7 @@ def validation_curve(curves: Sequence[Mapping[str, Any]]) -> str:
 
 
 def loss_curve(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Training and held-out loss of one alignment stage over its steps."""
+    """Plot training and held-out loss of one alignment stage over its steps."""
     out: list[str] = []
     parts = {key: [(row["step"], row[key]) for row in rows if row[key] is not None] for key in ("train", "valid")}
     last = (parts["valid"] or parts["train"])[-1][1]
@@ -193,7 +193,7 @@ def loss_curve(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def divergence_curve(curves: Sequence[Mapping[str, Any]]) -> str:
-    """KL(teacher || student): on each training batch, and on held-out text."""
+    """Plot KL(teacher || student) on each training batch and on held-out text."""
     out: list[str] = []
     x, valid = _validation(curves)
     held_out = [row["valid_kl"] for row in valid]
@@ -210,16 +210,16 @@ def divergence_curve(curves: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _validation(curves: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[Mapping[str, Any]]]:
-    """(thousands of tokens seen, rows) of the validations."""
+    """Return (thousands of tokens seen, rows) of the validations."""
     tokens = {row["step"]: row["tokens"] for row in curves if "tokens" in row}
     each = next((count / step for step, count in tokens.items() if step), 0.0)
     rows = [row for row in curves if "valid_loss" in row]
-    # The batches of the very step may have been thinned out.
+    # The training row of a validation's step may have been thinned out; then estimate its tokens.
     return [tokens.get(row["step"], row["step"] * each) / 1e3 for row in rows], rows
 
 
 def importance(axis: str, curve: Mapping[str, Any]) -> str:
-    """Sorted importance of one axis; what lies right of the line was cut."""
+    """Plot the sorted importance of one axis; the units right of the line were cut."""
     out: list[str] = []
     size, kept, rank, name = curve["size"], curve["kept"], curve["rank"], curve["name"]
     with picture(out, f"importance-{axis}", SLIM, 2.3, f"{name}: {kept} of {size} kept.") as ax:
@@ -238,7 +238,7 @@ def importance(axis: str, curve: Mapping[str, Any]) -> str:
 
 
 def _log_scale(ax: Axes) -> None:
-    """A logarithmic axis in plain figures; values within a factor of five stay linear."""
+    """Set a logarithmic y axis with plain numbers, unless all values are within a factor of five."""
     low, high = ax.dataLim.intervaly
     if high < 5 * low:
         return
@@ -252,13 +252,13 @@ def _log_scale(ax: Axes) -> None:
 
 
 def ffn_map(rows: Sequence[Sequence[float]], curve: Mapping[str, Any]) -> str:
-    """Sorted MLP importance of every layer: where the neurons that matter are."""
+    """Plot the sorted importance of each layer's MLP neurons as a heat map."""
     out: list[str] = []
     size, kept, layers = curve["size"], curve["kept"], len(rows)
     alt = f"Importance of the MLP neurons of {layers} layers, sorted in each."
     with picture(out, "ffn-map", HALF, 2.9, alt) as ax:
         extent = (0, size, layers - 0.5, -0.5)
-        # A few neurons stand far out; colours are spent on the others.
+        # Limit the color range to percentiles, because a few neurons have extreme values.
         low, high = np.percentile(np.array(rows), [1, 97])
         image = ax.imshow(
             rows, aspect="auto", cmap="cividis", extent=extent, interpolation="nearest", vmin=low, vmax=high
@@ -275,16 +275,16 @@ def ffn_map(rows: Sequence[Sequence[float]], curve: Mapping[str, Any]) -> str:
 
 
 def layer_points(metric: str, values: Sequence[float], kept: Sequence[int], baseline: float | None) -> str:
-    """Score of each layer; dropped ones in another colour."""
+    """Plot the score of each layer, with dropped layers in another color."""
     out: list[str] = []
     dropped = sorted(set(range(len(values))) - set(kept))
     is_loss = metric == "lm_loss"
     shown = [value - baseline for value in values] if is_loss and baseline is not None else list(values)
-    names = {"block_influence": "block influence", "lm_loss": "loss added by leaving it out, nats"}
+    names = {"block_influence": "block influence", "lm_loss": "loss added by removing it, nats"}
     alt = f"{names.get(metric, metric)} of {len(values)} layers; dropped: {dropped or 'none'}."
     with picture(out, f"layers-{metric}", HALF, 2.9, alt) as ax:
         colors = [CUT if layer in dropped else TEACHER for layer in range(len(values))]
-        # Dots: on a logarithmic scale the length of a bar means nothing.
+        # Dots, not bars: on a logarithmic scale the length of a bar has no meaning.
         ax.scatter(range(len(values)), shown, color=colors, s=22, zorder=3)
         ax.plot(range(len(values)), shown, color=LINE, linewidth=1.2)
         below = "layer (red: dropped)" if dropped else "layer"
@@ -297,7 +297,7 @@ def layer_points(metric: str, values: Sequence[float], kept: Sequence[int], base
 
 
 def task_points(models: Mapping[str, Mapping[str, Any]]) -> str:
-    """Score of every model on every task, with one standard error."""
+    """Plot the score of each model on each task, with one standard error."""
     out: list[str] = []
     labels = list(models)
     tasks = list(dict.fromkeys(task for model in models.values() for task in model["tasks"]))

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page from the facts of the report."""
+"""Rendering report.html, one self-contained page, from the facts of the report."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from nemo_minitron.stages.registry import STAGES
 
 TEMPLATES = Path(__file__).parent / "templates"
 KINDS = tuple(STAGES)
-"""Kinds of stages in the order of the work; others follow."""
+"""Kinds of stages in pipeline order; others follow."""
 Draw = Callable[[], str]
 
 
 def render_html(report: Mapping[str, Any], recipe: str) -> str:
-    """The page. Everything that comes from data is escaped by the template or by matplotlib.
+    """Render the page; the template and matplotlib escape all texts from data.
 
     Args:
         report: content of report.json.
@@ -57,9 +57,9 @@ def render_html(report: Mapping[str, Any], recipe: str) -> str:
 
 
 def pipeline(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Stages of a kind as one step: [{kind, count, wall_s}], in the order of the work.
+    """Return the steps of the pipeline, each with all stages of one kind: [{kind, count, wall_s}].
 
-    Not as they ran: the teacher can be measured long before the student, and that would tear the steps apart.
+    They are in pipeline order, not by start time, because the teacher may be measured long before the student.
     """
     steps: dict[str, dict[str, Any]] = {}
     for stage in sorted(stages, key=lambda stage: KINDS.index(stage["kind"]) if stage["kind"] in KINDS else len(KINDS)):
@@ -70,7 +70,7 @@ def pipeline(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _pictures(report: Mapping[str, Any]) -> dict[str, list[Draw]]:
-    """Section -> pictures that the run has data for; each is drawn when called."""
+    """Return {section: figures} for which the run has data; each figure is drawn when called."""
     models, curves, speed = report["models"], report["curves"], report["speed"]
     out: dict[str, list[Draw]] = {"quality": [], "tasks": [], "recovery": [], "speed": []}
     if models:
@@ -96,7 +96,7 @@ def _pictures(report: Mapping[str, Any]) -> dict[str, list[Draw]]:
 
 
 def _search(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Words and table: {sentence, header, rows: [{cells, look}], notes}."""
+    """Return the texts and the table of a search: {sentence, header, rows: [{cells, look}], notes}."""
     header, cells = search.search_table(facts)
     rungs = len(facts["rungs"])
     rows = [
@@ -131,5 +131,5 @@ def _pruning_pictures(pruning: Mapping[str, Any]) -> dict[str, list[Draw]]:
 
 
 def _condense(text: str) -> str:
-    """Without empty lines, which models that ramble are fond of."""
+    """Remove empty lines from a generated text, to save space."""
     return re.sub(r"\n\s*\n+", "\n", text.strip())

@@ -1,4 +1,4 @@
-"""What was cut and why: sizes, sorted importance, layer scores. Reads the score and select stages, writes nothing."""
+"""Facts on pruning for the report, read from the score and select stages: sizes, sorted importance, layer scores."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ AXES = {
     "num_attention_heads": ("heads", "attention heads"),
     "num_layers": ("layers", "layers"),
 }
-"""Size in the plan -> (axis in scores and keep lists, name for people)."""
+"""Name of a size in the plan -> (name of the axis in scores and keep lists, name shown in the report)."""
 CURVE_POINTS, MAP_COLUMNS = 160, 96
 Scores = Mapping[str, NDArray[np.float32]]
 
 
 def pruning_facts(plan_dir: Path, scores_dir: Path | None) -> dict[str, Any]:
-    """The `pruning` part of the report; parts that need scores are empty without them."""
+    """Return the `pruning` part of the report; without scores, the parts that need them are empty."""
     plan = json.loads((plan_dir / PLAN_FILE).read_text(encoding="utf-8"))
     scores, baseline = _read_scores(scores_dir)
     ffn = scores.get("ffn")
@@ -65,11 +65,11 @@ def _axis(size: str, plan: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
 
 
 def importance_share(scores: NDArray[np.float32], keep: str | Mapping[str, str]) -> float:
-    """Part of the axis's summed importance that is kept, averaged over the layers that are.
+    """Return the share of an axis's summed importance that is kept, averaged over the kept layers.
 
     Args:
-        scores: [size], or [layers, size].
-        keep: the plan's index list, or one for each kept layer.
+        scores: importance, shape [size] or [layers, size].
+        keep: kept indices in the format of the plan, or {layer: kept indices} for the kept layers.
     """
     rows = {"0": scores} if scores.ndim == 1 else {str(layer): row for layer, row in enumerate(scores)}
     lists = keep if isinstance(keep, Mapping) else {layer: keep for layer in rows}
@@ -80,7 +80,7 @@ def importance_share(scores: NDArray[np.float32], keep: str | Mapping[str, str])
 
 def _share(scores: NDArray[np.float32], kept: list[int]) -> float:
     total = float(scores.sum())
-    # A layer that scores nothing, as a dead one does, loses nothing.
+    # A layer whose scores are all zero, such as a dead one, loses nothing.
     return float(scores[kept].sum()) / total if total else 1.0
 
 
@@ -89,15 +89,16 @@ def _kept(ranges: str, size: int) -> Sequence[int]:
 
 
 def importance_curve(scores: NDArray[np.float32], kept: int) -> dict[str, Any]:
-    """Importance from the largest to the smallest, relative to the middle one of its layer.
+    """Return the importance in descending order, relative to the median of its layer.
 
-    The middle one: a few neurons respond a hundred times as strongly as all others, and would press these flat.
+    The median is used because a few neurons are a hundred times as important as the rest and dominate the mean.
 
     Args:
-        scores: [size], or [layers, size]: then the mean over layers, with the lowest and highest layer.
+        scores: importance, shape [size] or [layers, size].
 
     Returns:
-        size, kept, and `rank`, `mean`, `low`, `high` at no more than CURVE_POINTS ranks.
+        size, kept, num_layers, and `rank`, `mean`, `low`, `high` (mean, minimum and maximum over layers) at no more
+        than CURVE_POINTS ranks.
     """
     rows = np.atleast_2d(scores.astype(np.float64))
     descending = -np.sort(-rows, axis=1) / np.maximum(np.median(rows, axis=1, keepdims=True), 1e-30)
@@ -114,7 +115,7 @@ def importance_curve(scores: NDArray[np.float32], kept: int) -> dict[str, Any]:
 
 
 def ffn_map(ffn_LF: NDArray[np.float32]) -> list[list[float]]:
-    """log10 of the sorted importance of each layer's neurons, in at most MAP_COLUMNS groups of neighbours."""
+    """Return log10 of each layer's sorted importance, averaged over at most MAP_COLUMNS groups of adjacent ranks."""
     descending = -np.sort(-ffn_LF.astype(np.float64), axis=1)
     groups = np.array_split(descending, min(MAP_COLUMNS, descending.shape[1]), axis=1)
     columns_CL = np.array([group.mean(1) for group in groups])

@@ -1,4 +1,4 @@
-"""report.md from report.json, and the words that all forms of the report share."""
+"""Rendering report.md from report.json, and the texts and formats that all forms of the report share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_minitron.system.terminal import visible
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; bars and line breaks in cells are escaped."""
+    """Return a Markdown table; vertical bars and line breaks in cells are escaped."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
@@ -20,46 +20,46 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plain(text: str) -> str:
-    """Text from data as one line of Markdown that shows it as it is: no markup, no link, no unseen character."""
+    """Escape text from data as one line of Markdown without markup, links or invisible characters."""
     escaped = re.sub(r"([\\`*\[\]<>~&])", r"\\\1", visible(" ".join(text.split())))
-    # GitHub makes links of bare addresses.
+    # GitHub turns bare addresses into links.
     return re.sub(r"(?i)(:)(?=//)|(?<=\bwww)(\.)|(?<=\w)(@)(?=\w)", r"\\\g<0>", escaped)
 
 
 def code(text: str) -> str:
-    """Text from data as a code span."""
+    """Return text from data as a code span."""
     return "`" + visible(" ".join(text.replace("`", "'").split())) + "`"
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:
-    """The report as a short page of tables."""
+    """Render the report as a short page of tables."""
     sections = [f"# {plain(report['title'])}", headline(report)]
     if report["models"]:
         sections.append("## Before and after\n\n" + _models(report))
     if report["curves"]:
         sections.append("## Distillation\n\n" + _validation(report["curves"]))
     if report["search"]:
-        # Its pictures live with its words, and need matplotlib.
+        # Import this only when needed: the module also draws figures, and so imports matplotlib.
         from nemo_minitron.report.search import search_markdown
 
         sections.append("## Search: which shape\n\n" + search_markdown(report["search"]))
     if report["pruning"]:
         sections.append("## What was cut\n\n" + _pruning(report["pruning"]))
     if report["samples"]:
-        sections.append("## In their own words\n\n" + _samples(report["samples"]))
+        sections.append("## Sample texts\n\n" + _samples(report["samples"]))
     if report.get("alignment"):
         sections.append("## Alignment\n\n" + _alignment(report["alignment"]))
     if report["cost"]["stages"]:
         sections.append("## Cost\n\n" + _cost(report["cost"]))
     if report["data_used"]:
-        sections.append("## Text that was read\n\n" + _data_used(report["data_used"]))
+        sections.append("## Training text\n\n" + _data_used(report["data_used"]))
     if report["lineage"]:
         sections.append("## Lineage\n\n" + _lineage(report))
     return "\n\n".join(section for section in sections if section.strip()) + "\n"
 
 
 def headline(report: Mapping[str, Any]) -> str:
-    """The whole result in one or two sentences."""
+    """Return the result of the run in one sentence."""
     models = report["models"]
     if "teacher" not in models or "distilled" not in models:
         if report.get("alignment"):
@@ -71,32 +71,32 @@ def headline(report: Mapping[str, Any]) -> str:
     ratio = student["num_params"] / teacher["num_params"]
     tokens, wall_s = report["cost"].get("distill_tokens"), report["cost"].get("distill_wall_s")
     spent = f" with {tokens:,} tokens in {wall_s / 60:.1f} minutes of distillation" if tokens and wall_s else ""
-    return f"{sizes} ({ratio:.0%}){_won_back(report['recovered_share'])}{spent}."
+    return f"{sizes} ({ratio:.0%}){_recovery(report['recovered_share'])}{spent}."
 
 
-def _won_back(share: float | None) -> str:
+def _recovery(share: float | None) -> str:
     if share is None:
         return ""
     if share < 0:
         return f"; distillation lost another {-share:.0%} of what pruning had lost"
-    return f"; {share:.0%} of the quality lost in pruning won back"
+    return f"; recovered {share:.0%} of the quality lost in pruning"
 
 
 def millions(count: float) -> str:
-    """230K, 134.5M, 8.03B."""
+    """Format a count, e.g. 230K, 134.5M, 8.03B."""
     if count < 1e6:
         return f"{count / 1e3:.0f}K"
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
 def mebibytes(num_bytes: float) -> str:
-    """Of a file: 179, 0.3."""
+    """Format the size of a file in MiB, e.g. 179, 0.3."""
     size = num_bytes / 2**20
     return f"{size:,.0f}" if size >= 10 else f"{size:.1f}"
 
 
 def duration(seconds: float) -> str:
-    """3 s, 5 min 12 s, 2 h 5 min."""
+    """Format a duration, e.g. 3 s, 5 min 12 s, 2 h 5 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s" if whole else "< 1 s"
@@ -108,8 +108,8 @@ def duration(seconds: float) -> str:
 def _models(report: Mapping[str, Any]) -> str:
     models = report["models"]
     rows = [[plain(row["name"]), *(_cell(row, label) for label in models)] for row in report["comparison"]]
-    told = table(["", *(plain(label) for label in models)], rows)
-    return f"{told}\n\n{MARKS_NOTE}" if any(row["best"] for row in report["comparison"]) else told
+    text = table(["", *(plain(label) for label in models)], rows)
+    return f"{text}\n\n{MARKS_NOTE}" if any(row["best"] for row in report["comparison"]) else text
 
 
 MARKS_NOTE = "Bold: the best of the small models, where the gap to the next exceeds its standard error."
@@ -140,13 +140,13 @@ def _pruning(pruning: Mapping[str, Any]) -> str:
         ]
         for axis in pruning["axes"]
     ]
-    told = table(["axis", "teacher", "student", "kept", "importance kept"], rows)
+    text = table(["axis", "teacher", "student", "kept", "importance kept"], rows)
     dropped = dropped_layers(pruning)
-    return f"{told}\n\nLayers dropped: {', '.join(map(str, dropped))}." if dropped else told
+    return f"{text}\n\nLayers dropped: {', '.join(map(str, dropped))}." if dropped else text
 
 
 def dropped_layers(pruning: Mapping[str, Any]) -> list[int]:
-    """0-based numbers of the teacher's layers that the student lacks."""
+    """Return the 0-based numbers of the teacher's layers that were dropped."""
     total = next(axis["source"] for axis in pruning["axes"] if axis["axis"] == "layers")
     return sorted(set(range(total)) - set(pruning["kept_layers"]))
 
@@ -180,7 +180,7 @@ def _data_used(uses: Sequence[Mapping[str, Any]]) -> str:
         [plain(use["stage"]), code(use["source"]), f"{use['weight']:g}", f"{use['tokens']:,}", f"{use['epochs']:.2f}"]
         for use in uses
     ]
-    return table(["stage", "source", "weight", "tokens drawn", "epochs"], rows)
+    return table(["stage", "source", "weight", "tokens used", "epochs"], rows)
 
 
 def _lineage(report: Mapping[str, Any]) -> str:

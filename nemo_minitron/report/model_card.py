@@ -1,4 +1,4 @@
-"""README.md of an exported model."""
+"""Model card: the README.md of an exported model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from nemo_minitron.report.comparison import ordered
 from nemo_minitron.report.markdown import code, mebibytes, millions, plain, table
 
 _LICENSE_NOTE = (
-    "The weights derive from the teacher's, so the teacher's licence and its conditions apply to them: attribution, and"
-    " naming and use policies where the licence has them. The training text has licences of its own."
+    "The weights derive from the teacher's, so the teacher's license and its conditions apply to them: attribution, and"
+    " naming and use policies if the license has them. The training text has licenses of its own."
 )
 _LLAMA_NOTE = (
-    ' The Llama licences ask that derived models are named "Llama-...", carry "Built with Llama", and come with a copy'
-    " of the licence and its notice."
+    ' The Llama licenses require that derived models are named "Llama-...", display "Built with Llama", and include a'
+    " copy of the license and its notice."
 )
 _SIZES = {
     "num_layers": "layers",
@@ -38,10 +38,10 @@ def render_card(
     model: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
 ) -> str:
-    """The model card: YAML header, lineage, sizes, results, how to load, licence. Pure.
+    """Render the model card: YAML header, lineage, sizes, results, usage, license.
 
     Args:
-        facts: of the exported model (`hf.checkpoint.model_facts`).
+        facts: facts of the exported model (`hf.checkpoint.model_facts`).
         teacher: result of the teacher's stage.
         model: result of the stage that made the model.
         metrics: metrics.json of each evaluated model.
@@ -57,7 +57,7 @@ def render_card(
         *(["## Results\n\n" + _results(metrics)] if metrics else []),
         _USE,
         *(["## Training data\n\n" + _training_data(model)] if "tokens" in model else []),
-        "## Licence\n\n" + _license(teacher.get("license")),
+        "## License\n\n" + _license(teacher.get("license")),
     ]
     header = yaml.safe_dump(_header(teacher, source, distilled="tokens" in model), sort_keys=False, allow_unicode=True)
     return f"---\n{header}---\n\n" + "\n\n".join(sections) + "\n"
@@ -75,7 +75,7 @@ ids = tokenizer("The water cycle begins when", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=32)[0]))
 ```
 
-It has its teacher's gaps and more of them: measure it on your own task before you rely on it."""
+It has the weaknesses of its teacher, and more: evaluate it on your own task before you rely on it."""
 
 
 def _header(teacher: Mapping[str, Any], source: str, *, distilled: bool) -> dict[str, Any]:
@@ -137,13 +137,13 @@ def _results(metrics: Sequence[Mapping[str, Any]]) -> str:
         ["perplexity", *(f"{found['perplexity']:.2f}" for found in metrics)],
         *([plain(task), *(_score(found["tasks"].get(task, {})) for found in metrics)] for task in tasks),
     ]
-    told = table(["", *(plain(str(found["label"])) for found in metrics)], rows)
+    results = table(["", *(plain(str(found["label"])) for found in metrics)], rows)
     notes = ["Bits per byte and perplexity (per token) are on held-out documents of the training text."]
     if tasks:
         limit = next((found["tasks_limit"] for found in metrics if found.get("tasks_limit")), None)
         on = f", first {limit} examples of each task" if limit else ""
-        notes.append(f"Tasks: lm-eval, zero-shot{on}; length-normalised accuracy where there is one, ± standard error.")
-    return f"{told}\n\n{' '.join(notes)}"
+        notes.append(f"Tasks: lm-eval, zero-shot{on}; length-normalized accuracy if available, ± standard error.")
+    return f"{results}\n\n{' '.join(notes)}"
 
 
 def _score(scores: Mapping[str, float]) -> str:
@@ -160,6 +160,6 @@ def _training_data(model: Mapping[str, Any]) -> str:
 
 
 def _license(license_id: str | None) -> str:
-    name = license_id or "Unknown: look it up at the source of the teacher"
+    name = license_id or "Unknown: look it up at the teacher's source"
     llama = _LLAMA_NOTE if license_id and "llama" in license_id.lower() else ""
     return f"{plain(name)}. {_LICENSE_NOTE}{llama}"

@@ -1,6 +1,7 @@
-"""The report's section on a search: its words and table for all forms of the report, and its two pictures.
+"""Report section on a search: its texts and table, shared by all forms of the report, and its two figures.
 
-Facts come as the search wrote them: candidates sorted by rank, `losses` with one entry for each rung taken part in.
+The facts have the form written by the search: candidates sorted by rank, and `losses` with one entry for each rung
+that a candidate took part in.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Candidate = Mapping[str, Any]
 Search = Mapping[str, Any]
 _HEIGHT = 3.1
 _NEAREST_TICKS = 0.07
-"""Share of the axis; numbers of steps that are closer would touch each other."""
+"""Smallest distance of two tick labels, as a share of the axis; closer ones would touch each other."""
 _Place = tuple[float, float, str]
 _BESIDE: tuple[_Place, ...] = ((7, 0, "left"), (7, 6, "left"), (7, -6, "left"))
 _AROUND: tuple[_Place, ...] = (
@@ -33,28 +34,28 @@ _AROUND: tuple[_Place, ...] = (
     (0, 11, "center"),
     (0, -11, "center"),
 )
-"""Where the name of a point may stand, the best place first: points to the right, points up, alignment."""
+"""Offsets for the name of a point, the best first: (points to the right, points up, alignment)."""
 
-# Keeps a name readable on a line. An outline around the letters would do so too, but turns text into curves.
+# Keeps a name readable on top of a line. An outline of the letters would do the same, but turns text into curves.
 _BEHIND: dict[str, Any] = {"facecolor": CARD, "linewidth": 0, "alpha": 0.8, "pad": 0.3}
 
 
-# --- words --------------------------------------------------------------------------------------
+# --- texts --------------------------------------------------------------------------------------
 
 
 def search_markdown(search: Search) -> str:
-    """Sentence, table and notes."""
+    """Return the section as Markdown: sentence, table and notes."""
     header, rows = search_table(search)
     names = [candidate["name"] for candidate in search["candidates"]]
-    told = [
+    body = [
         [f"**{plain(cell)}**" if name == search["winner"] and cell else plain(cell) for cell in row]
         for name, row in zip(names, rows, strict=True)
     ]
-    return "\n\n".join([plain(sentence(search)), table(header, told), *map(plain, notes(search))])
+    return "\n\n".join([plain(sentence(search)), table(header, body), *map(plain, notes(search))])
 
 
 def sentence(search: Search) -> str:
-    """Who won, after how much training, and whether the order before training would have told."""
+    """Return a sentence on the winner, its training, and how well the zero-shot order predicted the final one."""
     best, rungs, candidates = winner(search), len(search["rungs"]), len(search["candidates"])
     steps = _steps_of(best, search)
     parts = [
@@ -70,23 +71,23 @@ def sentence(search: Search) -> str:
 
 
 def notes(search: Search) -> list[str]:
-    """What was asked for, what the columns mean, and which candidates are on the front."""
+    """Return sentences on the constraints, the meaning of the columns and the Pareto front."""
     limits = search["constraints"]
     front = ", ".join(candidate["name"] for candidate in _front(search))
     sequences = _count(limits["batch_size"], "sequence")
     out = [
         f"Memory: weights and the KV cache of {sequences} of {limits['context_tokens']:,} tokens. Memory and decode "
-        "time are modelled. Losses are nats per token on held-out text.",
+        "time are modeled. Losses are nats per token on held-out text.",
     ]
-    asked = _asked(limits)
-    if asked:
-        out.insert(0, f"Asked for: {'; '.join(asked)}.")
+    constraints = _constraints(limits)
+    if constraints:
+        out.insert(0, f"Constraints: {'; '.join(constraints)}.")
     if front:
         out.append(f"Pareto front, where no other candidate is both smaller and better: {front}.")
     return out
 
 
-def _asked(limits: Mapping[str, Any]) -> list[str]:
+def _constraints(limits: Mapping[str, Any]) -> list[str]:
     size, tolerance = limits["num_params"], limits["num_params_tolerance"]
     out = []
     if size is not None:
@@ -105,7 +106,7 @@ def _asked(limits: Mapping[str, Any]) -> list[str]:
 
 
 def search_table(search: Search) -> tuple[list[str], list[list[str]]]:
-    """(header, a row for each candidate by rank). Measured speed has a column only where it was measured."""
+    """Return (header, one row for each candidate, by rank). Speed has a column only if it was measured."""
     timed = any(candidate["generate_tokens_per_s"] is not None for candidate in search["candidates"])
     header = ["rank", "name", "layers", "hidden", "ffn", "heads/groups", "parameters", "memory, GiB", "decode, ms"]
     header += [*(["tokens/s"] if timed else []), "zero-shot loss", "steps", "final loss"]
@@ -140,17 +141,17 @@ def _count(number: int, what: str) -> str:
 
 
 def winner(search: Search) -> Candidate:
-    """The candidate of the best shape."""
+    """Return the winning candidate."""
     return next(candidate for candidate in search["candidates"] if candidate["name"] == search["winner"])
 
 
 def last_loss(candidate: Candidate) -> float:
-    """After the last rung that it took part in; one that took part in none was only measured as it was cut."""
+    """Return the loss after the candidate's last rung; the zero-shot loss if it took part in none."""
     return float([candidate["zero_shot_loss"], *candidate["losses"]][-1])
 
 
 def _steps(search: Search) -> list[int]:
-    """Training steps so far: before the first rung, and after each."""
+    """Return the cumulative training steps before the first rung and after each."""
     return [0, *accumulate(rung["num_steps"] for rung in search["rungs"])]
 
 
@@ -159,16 +160,16 @@ def _steps_of(candidate: Candidate, search: Search) -> int:
 
 
 def _front(search: Search) -> list[Candidate]:
-    """From the smallest to the largest."""
+    """Return the candidates on the Pareto front, from the smallest to the largest."""
     front = [candidate for candidate in search["candidates"] if candidate["on_pareto_front"]]
     return sorted(front, key=lambda candidate: candidate["num_params"])
 
 
-# --- pictures -----------------------------------------------------------------------------------
+# --- figures ------------------------------------------------------------------------------------
 
 
 def pareto(search: Search) -> str:
-    """Held-out loss over size; candidates that were dropped early are lighter, for they were trained less."""
+    """Plot held-out loss over size; candidates that were dropped early, and so trained less, are lighter."""
     out: list[str] = []
     best, front, candidates = winner(search), _front(search), search["candidates"]
     unit, name = (1e9, "billion") if best["num_params"] >= 1e9 else (1e6, "million")
@@ -200,7 +201,7 @@ def pareto(search: Search) -> str:
 
 
 def ladder(search: Search) -> str:
-    """Held-out loss over training steps, a line for each candidate as far as it came."""
+    """Plot held-out loss over training steps, one line for each candidate up to its last rung."""
     out: list[str] = []
     best, steps = winner(search), _steps(search)
     alt = f"Held-out loss of {best['name']}, the winner: " + ", ".join(
@@ -214,13 +215,13 @@ def ladder(search: Search) -> str:
         losses = _losses(best)
         ax.plot(steps[: len(losses)], losses, color=DISTILLED, marker="o", ms=4.5, linewidth=2, zorder=3, clip_on=False)
         ax.set(xlabel="training steps (square root); 0: as cut, zero-shot", ylabel="held-out loss, nats per token")
-        # Each rung is a few times as long as the one before; in proportion, the first would be a sliver.
+        # Each rung is a few times as long as the one before; on a linear axis the first would be very narrow.
         ax.set_xscale("function", functions=(lambda at: np.sqrt(np.maximum(at, 0)), np.square))
         ax.set_xticks(_ticks(steps))
         ax.margins(y=0.08)
-        # Room for the names of those that reached the end.
+        # Leave space for the names of the candidates that reached the end.
         ax.set_xlim(0, max(1, steps[-1]) * 1.4)
-        # The others' names follow the winner's: where lines end together, only what has room is written.
+        # Place the winner's name first; where lines end close together, names without space are left out.
         ends = {c["name"]: (steps[len(c["losses"])], last_loss(c)) for c in [best, *others]}
         _write_names(ax, ends, best["name"], _BESIDE)
     return out[0]
@@ -244,21 +245,21 @@ def _points(candidates: Sequence[Candidate], unit: float) -> tuple[list[float], 
 
 
 def _stairs(front: Sequence[Candidate], unit: float) -> list[tuple[float, float]]:
-    """The front as steps, not slopes: nothing says that there are shapes between two candidates."""
+    """Return the points of the front as steps, not slopes, because there may be no shapes between two candidates."""
     points = [_point(candidate, unit) for candidate in front]
     corners = [((right, high), (right, low)) for (_, high), (right, low) in pairwise(points)]
     return [*points[:1], *(corner for pair in corners for corner in pair)]
 
 
 def _legend(ax: Axes) -> None:
-    """Above the picture, where no point can be."""
+    """Put the legend above the axes, where no point can be."""
     marks, _ = ax.get_legend_handles_labels()
     ax.legend(ncols=min(len(marks), 4), loc="lower left", bbox_to_anchor=(0, 1.0), handletextpad=0.1, columnspacing=1.0,
               borderaxespad=0.2, fontsize=8)  # fmt: skip
 
 
 def _ticks(steps: Sequence[int]) -> list[int]:
-    """Numbers of steps that have room on the axis beside the next one: the first, and from the last backwards."""
+    """Choose tick labels that do not touch each other: the first, then from the last backward."""
     places = {step: math.sqrt(step) for step in steps}
     least = _NEAREST_TICKS * places[steps[-1]]
     kept: list[int] = []
@@ -275,19 +276,19 @@ def _write_names(
     places: Sequence[_Place],
     line: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Names beside their points, in the order given, where they cover no point, no other name, and not the line."""
-    # Lays the picture out, so that places on the paper are known.
+    """Write names beside their points, in the given order, where they cover no point, no other name and no line."""
+    # Compute the layout, so that positions on the canvas are known.
     assert isinstance(ax.figure, Figure)
     ax.figure.draw_without_rendering()
-    taken = [_around(ax, x, y) for x, y in points.values()]
+    taken = [_marker_box(ax, x, y) for x, y in points.values()]
     taken += [Bbox(ax.transData.transform(ends)).padded(1) for ends in pairwise(line)]
     for name, (x, y) in points.items():
-        own = _around(ax, x, y)
+        own = _marker_box(ax, x, y)
         others = [box for box in taken if box.bounds != own.bounds]
         for label in _labels(ax, name, (x, y), name == best, places):
             box = label.get_window_extent()
             inside = ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1 and ax.bbox.y0 <= box.y0 and box.y1 <= ax.bbox.y1
-            # The winner is always named; a name that sticks out makes the axes smaller.
+            # A name outside of the axes would shrink them; only the winner's may be there.
             if (inside or name == best) and box.count_overlaps(others) == 0:
                 taken.append(box)
                 break
@@ -297,7 +298,7 @@ def _write_names(
 def _labels(
     ax: Axes, name: str, point: tuple[float, float], best: bool, places: Sequence[_Place]
 ) -> Iterator[Annotation]:
-    """The name at one place after the other."""
+    """Yield the label at each of the places in turn."""
     color, weight = (DISTILLED, "bold") if best else (INK, "normal")
     for right, up, align in places:
         label = ax.annotate(name, point, (right, up), textcoords="offset points", ha=align, va="center", fontsize=8,
@@ -305,7 +306,7 @@ def _labels(
         yield label
 
 
-def _around(ax: Axes, x: float, y: float) -> Bbox:
-    """What the mark of a point covers on the paper."""
+def _marker_box(ax: Axes, x: float, y: float) -> Bbox:
+    """Return the box on the canvas that the marker of a point covers."""
     center, radius = ax.transData.transform((x, y)), 4.5 * ax.figure.dpi / 72
     return Bbox([center - radius, center + radius])

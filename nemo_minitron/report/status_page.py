@@ -1,4 +1,4 @@
-"""A page about a run that goes on: one self-contained file that loads itself again."""
+"""Status page of a running run: one self-contained HTML file that reloads itself."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from nemo_minitron.report.html import TEMPLATES
 
 LOG_LINES, CURVE_POINTS = 12, 200
 WIDTH, HEIGHT, MARGIN = 640, 120, 6
-"""Of a curve, in the units of its picture."""
+"""Size and margin of a loss curve, in SVG units."""
 LOSS_KEYS = ("loss", "train/loss")
 
 
 def render_status(facts: Mapping[str, Any], *, reload_s: float) -> str:
-    """The page; all that comes from logs and recipes is escaped by the template.
+    """Render the page; the template escapes all texts from logs and recipes.
 
     Args:
-        facts: of `status_facts`.
-        reload_s: seconds after which a browser loads it again.
+        facts: result of `status_facts`.
+        reload_s: seconds after which a browser reloads the page.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -54,7 +54,7 @@ def render_status(facts: Mapping[str, Any], *, reload_s: float) -> str:
 
 
 def curve(losses: Sequence[float]) -> str:
-    """Points of a polyline from left to right, the highest loss at the top; empty below two losses."""
+    """Return the points of an SVG polyline, with the highest loss at the top; empty for fewer than two losses."""
     finite = [loss for loss in losses if loss == loss and abs(loss) != float("inf")]
     if len(finite) < 2:
         return ""
@@ -66,7 +66,7 @@ def curve(losses: Sequence[float]) -> str:
 
 
 def _losses(run: Path, stage: str) -> list[float]:
-    """Of a training that goes on: by Megatron-Core, or by NeMo-Aligner."""
+    """Return the losses so far of a running training of Megatron-Core or NeMo-Aligner."""
     work = run / ".work" / stage
     file = next(
         (path for path in (work / "curves.jsonl", work / "training/curves.jsonl") if os.access(path, os.R_OK)), None
@@ -77,7 +77,7 @@ def _losses(run: Path, stage: str) -> list[float]:
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):  # its last line is being written
+        except (ValueError, RecursionError):  # the last line may be incomplete
             continue
         if isinstance(row, dict):
             out += [float(row[key]) for key in LOSS_KEYS if isinstance(row.get(key), float)][:1]

@@ -55,7 +55,7 @@ def test_preferences_are_measured_against_the_reference(run: Path) -> None:
 def test_the_report_has_a_chapter(run: Path) -> None:
     page = (run / "report.html").read_text()
     assert "<h2>Alignment</h2>" in page
-    assert "The same questions" in page
+    assert "Answers to the same questions" in page
     told = (run / "report.md").read_text()
     assert "## Alignment" in told
     assert "after RPO" in told

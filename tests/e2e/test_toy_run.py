@@ -47,7 +47,7 @@ def test_the_report_tells_how_much_of_the_text_was_read(toy_run: Path) -> None:
     assert (use["source"], use["tokens"]) == (source["source"], 30 * 8 * 128)
     assert use["epochs"] == 30 * 8 * 128 / source["num_tokens"]
     assert f"| {use['tokens']:,} | {use['epochs']:.2f} |" in (folder / "report.md").read_text()
-    assert "Text that was read" in (folder / "report.html").read_text()
+    assert "Training text" in (folder / "report.html").read_text()
 
 
 def test_text_that_will_be_read_too_often_is_told_before(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:

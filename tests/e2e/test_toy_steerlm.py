@@ -92,7 +92,7 @@ def test_chat_is_brief_or_long_as_asked(run: Path, minitron: Cli) -> None:
 def test_the_report_shows_ratings_lengths_and_answers_to_each_wish(run: Path) -> None:
     told = (run / "report.md").read_text()
     assert "length ~ verbosity" in told
-    assert "The attribute model beside people" in told
+    assert "Attribute model and human ratings" in told
     assert "| verbosity | 0 | 1 | 2 | 3 | 4 |" in told
     page = (run / "report.html").read_text()
     assert page.count("<h4>verbosity 0</h4>") == page.count("<h4>verbosity 4</h4>") == 3

@@ -1,4 +1,4 @@
-"""report.md of a made-up run, word for word. After a wanted change: UPDATE_GOLDEN=1 pytest tests/golden."""
+"""Exact texts of report.md of a made-up run. After an intended change, run UPDATE_GOLDEN=1 pytest tests/golden."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parent
 
 
 @pytest.mark.parametrize("kind", ["width", "depth", "search"])
-def test_the_markdown_report_is_as_it_was(kind: str, tmp_path: Path) -> None:
+def test_the_markdown_report_is_unchanged(kind: str, tmp_path: Path) -> None:
     stages = fake_run(tmp_path, depth=kind == "depth", search=kind == "search")
     facts = collect(f"A model made small by {kind}", f"example/{kind}", stages)
     text, file = render_markdown(facts), GOLDEN / f"report_{kind}.md"

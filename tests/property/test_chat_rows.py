@@ -1,4 +1,4 @@
-"""Whatever stands in a row or a file: its texts are kept, or named as unused, or the row is bad with a reason."""
+"""The texts of random rows and files are kept or reported as unused, or the row is bad with a reason."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ EXTRAS = st.dictionaries(st.sampled_from([*NAMES, *RATED]), SAID, max_size=2) | 
 
 
 def _fitting(form: tuple[str, ...], formats: tuple[str, ...]) -> st.SearchStrategy[tuple[str, dict[str, Any]]]:
-    """(format, row) where the row has the format's fields, most often with usable texts."""
+    """Generate (format, row) where the row has the fields of the format, usually with valid texts."""
     spoken = DIALOGUES | TURNS if form[0] in ("messages", "conversations") else WORDS | SAID
     if form == ("chosen", "rejected"):
         spoken = st.sampled_from(["", "\n\nHuman: Hi\n\nAssistant: "]).flatmap(lambda start: WORDS.map(start.__add__))
@@ -110,7 +110,7 @@ ROWS = CASES.map(lambda case: case[1])
 
 
 def _words(value: Any) -> Iterator[str]:
-    """Every text below a value, JSON in texts unpacked."""
+    """Yield every text in a value, including those in JSON texts."""
     if isinstance(value, str):
         try:
             inside = json.loads(value)
@@ -128,13 +128,13 @@ def _squeezed(text: str) -> str:
 
 
 NOT_TEXT = ("role", "from", "type", "label", "labels", "mask", "attributes", "weight", "train", "prefix")
-"""Names of fields whose words are not said by anybody."""
+"""Names of fields whose texts are not part of the conversation."""
 
 
-def _said(value: Any, skip: tuple[str, ...], kept: str) -> Iterator[str]:
-    """Texts that somebody says: those below fields that are neither skipped nor about the texts.
+def _conversation_texts(value: Any, skip: tuple[str, ...], kept: str) -> Iterator[str]:
+    """Yield the texts of the conversation: those in fields that are neither skipped nor in NOT_TEXT.
 
-    JSON in a text is taken apart, unless it was kept as it stands.
+    JSON in a text is parsed, unless it was kept unchanged.
     """
     if isinstance(value, str) and _squeezed(value) in kept:
         return
@@ -144,16 +144,16 @@ def _said(value: Any, skip: tuple[str, ...], kept: str) -> Iterator[str]:
     if isinstance(value, dict):
         for name, each in value.items():
             if name not in skip and name not in NOT_TEXT and not is_empty(each):
-                yield from _said(each, skip, kept)
+                yield from _conversation_texts(each, skip, kept)
     elif isinstance(value, list):
-        yield from (word for each in value for word in _said(each, skip, kept))
+        yield from (word for each in value for word in _conversation_texts(each, skip, kept))
     elif isinstance(value, str):
         yield value
 
 
 @budget(100)
 @given(case=CASES, renames=st.sampled_from([{}, {"stars": "quality"}]))
-def test_a_row_keeps_its_texts_or_says_why_not(
+def test_a_row_keeps_its_texts_or_gives_a_reason(
     case: tuple[str, dict[str, Any]], renames: dict[str, str | None]
 ) -> None:
     name, row = case
@@ -171,7 +171,7 @@ def test_a_row_keeps_its_texts_or_says_why_not(
     if name in ("chosen_answers", "rejected_answers"):
         unused += ("chosen", "rejected", "chosen_response", "rejected_response", "answer")
     kept = _squeezed("\0".join(_words(found)))
-    for text in _said(row, unused, kept):
+    for text in _conversation_texts(row, unused, kept):
         for part in re.split(r"(?:^|\n\n)(?:Human|Assistant): ?", text):
             assert _squeezed(part) in kept, (text, found, unused)
     json.dumps(found, ensure_ascii=False).encode()
@@ -207,7 +207,7 @@ def test_any_bytes_are_rows_or_an_error_that_names_the_file(content: bytes, endi
 
 @budget(40)
 @given(content=FILES, rows=st.sampled_from(["conversations", "pairs"]), format=st.sampled_from(["auto", *FORMATS]))
-def test_the_stage_keeps_rows_or_stops_with_words(content: bytes, rows: Any, format: Any, tmp_path: Path) -> None:
+def test_the_stage_keeps_rows_or_gives_an_error(content: bytes, rows: Any, format: Any, tmp_path: Path) -> None:
     file, out, work = tmp_path / "rows.jsonl", tmp_path / "out", tmp_path / "work"
     out.mkdir(exist_ok=True)
     work.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Random folders, files and texts: the documents of a plain reading, the ids of the library, always the same bytes."""
+"""Random folders, files and texts give the documents of a simple reader, the ids of the library and the same bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from nemo_minitron.data import blocks, pieces, shard_pool
 from nemo_minitron.data.encoder import Encoder, open_tokenizer
 from nemo_minitron.data.readers import read_documents
-from nemo_minitron.data.shard_pool import Work
+from nemo_minitron.data.shard_pool import WorkerSettings
 from nemo_minitron.data.shards import Shard, Task
 from nemo_minitron.data.tokenization import is_heldout
 from nemo_minitron.data.word_cuts import KNOWN_EXPRESSIONS, can_be_cut
@@ -72,20 +72,20 @@ def packed(kind: str, texts: list[str], separator: str) -> bytes:
 
 
 def plain(text: str, separator: str) -> str:
-    """A text that a .txt can hold as it is."""
+    """Generate a text that a .txt represents exactly."""
     return text.replace("\0", "").replace("\r", "").replace(separator, "")
 
 
 @st.composite
 def folders(draw: st.DrawFn) -> tuple[dict[str, bytes], list[str], str]:
-    """(files by name, documents in order, separator as the recipe has it)."""
+    """Generate (files by name, documents in order, separator of the recipe)."""
     separator = draw(st.sampled_from(["\n---\n", "\r\n===\r\n", "#"]))
     as_read = separator.replace("\r\n", "\n")
     files, documents = {}, []
     for number in range(draw(st.integers(1, 4))):
         kind = draw(st.sampled_from([".txt", ".jsonl", ".json", ".parquet"]))
         texts = draw(DOCUMENTS)
-        # The first is one, so that the separator has a use.
+        # The first file is a .txt, because a separator is refused without one.
         if kind == ".txt" or number == 0:
             kind, texts = ".txt", [plain(text, as_read) for text in texts]
         texts.append("The end.")
@@ -99,11 +99,11 @@ def folders(draw: st.DrawFn) -> tuple[dict[str, bytes], list[str], str]:
 
 
 class Threads:
-    """Makers that finish in any order, as processes do, without the time that processes take to start."""
+    """Workers that finish in any order, as processes do, without their start-up time."""
 
     size = 3
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: WorkerSettings) -> None:
         self.work, self.executor = work, ThreadPoolExecutor(self.size)
 
     def submit(self, task: Task) -> Future[Shard]:
@@ -114,12 +114,12 @@ class Threads:
 
 
 @contextmanager
-def threads(work: Work, *_: object) -> Iterator[Threads]:
-    makers = Threads(work)
+def threads(work: WorkerSettings, *_: object) -> Iterator[Threads]:
+    workers = Threads(work)
     try:
-        yield makers
+        yield workers
     finally:
-        makers.executor.shutdown()
+        workers.executor.shutdown()
 
 
 class StopAfter(StopRequest):
@@ -145,7 +145,7 @@ def run(text: Path, work: Path, separator: str, stop: StopRequest, most: int | N
 
 @budget(20)
 @given(folders(), st.integers(0, 30), st.sampled_from([None, 2, 5]))
-def test_a_folder_gives_its_documents_whoever_reads_it_and_wherever_it_is_stopped(
+def test_a_folder_gives_the_same_documents_for_any_workers_and_stops(
     folder: tuple[dict[str, bytes], list[str], str], questions: int, most: int | None
 ) -> None:
     files, documents, separator = folder
@@ -174,7 +174,7 @@ def test_a_folder_gives_its_documents_whoever_reads_it_and_wherever_it_is_stoppe
         with suppress(Interrupted):
             run(root / "text", root / "stopped", separator, StopAfter(questions), most)
         assert run(root / "text", root / "stopped", separator, StopRequest(), most) == whole
-        with patch.object(shard_pool, "shard_makers", threads):
+        with patch.object(shard_pool, "shard_workers", threads):
             assert run(root / "text", root / "shared", separator, StopRequest(), most) == whole
 
 
@@ -183,7 +183,7 @@ def test_a_folder_gives_its_documents_whoever_reads_it_and_wherever_it_is_stoppe
 
 @cache
 def definition(number: int) -> str:
-    """A trained tokenizer with one of the expressions that texts may be cut for; the last two are GPT-2's."""
+    """Train a tokenizer with one of the expressions for which texts may be cut; the last two are GPT-2's."""
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     expressions = sorted(KNOWN_EXPRESSIONS)
@@ -237,7 +237,7 @@ def test_ids_of_words_are_those_of_the_whole_text(number: int, texts: list[str])
 
 @st.composite
 def damaged(draw: st.DrawFn) -> tuple[str, bytes]:
-    """(suffix, content): bytes of any kind, or a good file of the kind with some bytes changed or missing."""
+    """Generate (suffix, content): random bytes, or a valid file with some bytes changed or missing."""
     kind = draw(st.sampled_from([".txt", ".jsonl", ".json", ".parquet"]))
     compression = draw(st.sampled_from(list(PACK)))
     if draw(st.booleans()):
@@ -277,7 +277,7 @@ def test_any_bytes_are_documents_or_an_error_that_names_the_file(
 
 @pytest.mark.parametrize("expression", sorted(KNOWN_EXPRESSIONS))
 def test_no_known_expression_matches_across_a_cut(expression: str) -> None:
-    """Each alternative that may hold a space after another character would need a look at word_cuts."""
+    """An expression that matches a space after another character would need changes in word_cuts."""
     from tokenizers import Regex, pre_tokenizers
 
     split = pre_tokenizers.Split(Regex(expression), "isolated")

@@ -1,4 +1,4 @@
-"""Packages from elsewhere: pins with hashes, bundles that hold what they say, and configs that would fetch code."""
+"""Tests of foreign packages: pins with hashes, manipulated bundles, and configs that would fetch code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MARKER = "import pathlib\npathlib.Path('/').joinpath(*{parts!r}).touch()\n"
 
 
 def pins(*files: Path) -> set[tuple[str, str]]:
-    """(NAME==VERSION, marker) of lines that are pins."""
+    """Return (NAME==VERSION, marker) of the lines that are pins."""
     found = [PIN.match(line) for file in files for line in file.read_text().splitlines()]
     return {(re.sub(r"[-_.]+(?=.*==)", "-", match[1]).lower(), match[2] or "") for match in found if match}
 
@@ -65,7 +65,7 @@ def test_make_and_nemo_aligners_environment_install_nothing_without_a_hash_but_t
 
 
 def _bundle(root: Path) -> Path:
-    """An unpacked bundle of one wheel, for this machine and without recipes."""
+    """Create and unpack a bundle of one wheel, for this machine and without recipes."""
     make_wheel(root / "made")
     (wheel,) = (root / "made").iterdir()
     listed = Item("wheels/core/requirements.txt", wheels.list_of([wheel]), "list")
@@ -85,7 +85,7 @@ def install(bundle: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("name", ["json.py", "wheels/core/evil-1.0-py3-none-any.whl", "runs/x/.work/a", ".hidden"])
-def test_a_file_that_the_bundle_did_not_bring_is_refused(bundle: Path, name: str) -> None:
+def test_a_file_that_is_not_part_of_the_bundle_is_refused(bundle: Path, name: str) -> None:
     assert install(bundle, "--verify").returncode == 0
     (bundle / name).parent.mkdir(parents=True, exist_ok=True)
     (bundle / name).write_text("")
@@ -101,17 +101,17 @@ def test_a_file_that_the_bundle_did_not_bring_is_refused(bundle: Path, name: str
 def test_links_in_place_of_files_are_refused(bundle: Path, tmp_path: Path) -> None:
     (bundle / "manifest.json").rename(tmp_path / "manifest.json")
     (bundle / "manifest.json").symlink_to(tmp_path / "manifest.json")
-    assert "links stand in the place of files" in install(bundle, "--verify", "--accept-unlisted").stderr
+    assert "files of the bundle were replaced by links" in install(bundle, "--verify", "--accept-unlisted").stderr
     (bundle / "manifest.json").unlink()
     (tmp_path / "manifest.json").rename(bundle / "manifest.json")
     (bundle / "wheels").rename(tmp_path / "wheels")
     (bundle / "wheels").symlink_to(tmp_path / "wheels")
-    assert "links stand in the place of files" in install(bundle, "--accept-unlisted").stderr
+    assert "files of the bundle were replaced by links" in install(bundle, "--accept-unlisted").stderr
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A bundle with hostile files added, installed all the same, and what that said."""
+    """Install a bundle with added hostile files; return it with the output."""
     root = tmp_path_factory.mktemp("installed")
     bundle = _bundle(root)
     for name in ("json", "platform", "os", "venv", "ensurepip", "pip", "shlex"):
@@ -144,7 +144,7 @@ def test_a_wheel_with_other_bytes_is_refused_though_the_sums_were_written_anew(
     with zipfile.ZipFile(wheel, "a") as archive:
         archive.writestr("more.py", "")
     _write_sums(bundle)
-    # To make a virtual environment takes longer than all else here: a copy of one.
+    # Copy a virtual environment, because creating one takes longer than everything else here.
     python, made = tmp_path / "python", shlex.quote(str(installed[0] / ".venv"))
     copy = f'if [ "$*" = "-I -m venv --clear .venv" ]; then cp -a {made} .venv; rm -r .venv/lib/*/*/tiny_*; exit; fi'
     python.write_text(f'#!/bin/sh\n{copy}\nexec {shlex.quote(sys.executable)} "$@"\n')
@@ -156,7 +156,7 @@ def test_a_wheel_with_other_bytes_is_refused_though_the_sums_were_written_anew(
 
 
 def _write_sums(bundle: Path) -> None:
-    """As whoever changes a bundle can do it, too."""
+    """Rewrite the checksums, as an attacker who changes a bundle would."""
     names = [line.split("  ", 1)[1] for line in (bundle / "SHA256SUMS").read_text().splitlines()]
     sums = subprocess.run(["sha256sum", *names], cwd=bundle, capture_output=True, text=True, check=True).stdout
     (bundle / "SHA256SUMS").write_text(sums)
@@ -188,7 +188,7 @@ def test_a_list_that_names_other_things_than_files_of_the_bundle_is_refused_unre
 def test_a_pipe_in_place_of_a_file_is_refused_unread(bundle: Path) -> None:
     (bundle / "manifest.json").unlink()
     os.mkfifo(bundle / "manifest.json")
-    assert "no plain files\n  manifest.json" in install(bundle, "--verify").stderr
+    assert "not regular files\n  manifest.json" in install(bundle, "--verify").stderr
 
 
 MANIFESTS = [
@@ -205,7 +205,7 @@ MANIFESTS = [
 
 
 @pytest.mark.parametrize("text", MANIFESTS, ids=range(len(MANIFESTS)))
-def test_a_damaged_manifest_is_said(bundle: Path, text: str) -> None:
+def test_a_damaged_manifest_is_reported(bundle: Path, text: str) -> None:
     (bundle / "manifest.json").write_text(text)
     _write_sums(bundle)
     done = install(bundle)
@@ -263,7 +263,7 @@ def test_the_own_wheel_needs_no_build_and_is_whole(tmp_path: Path) -> None:
 
 
 def test_no_key_by_which_transformers_fetches_code_gets_into_a_published_config() -> None:
-    """CVE-2026-4372: such a key in config.json runs code of the hub, with trust_remote_code=False too."""
+    """CVE-2026-4372: such a key in config.json runs code from the hub, even with trust_remote_code=False."""
     config = json.loads((REPO / "nemo_minitron/toy/model/config.json").read_text())
     hostile = {
         "_attn_implementation_internal": "evil/kernels:run",

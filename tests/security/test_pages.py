@@ -1,4 +1,4 @@
-"""Pages and cards that hold text of other people: it is text there, and nothing in it is loaded or carried out."""
+"""Text from other people in pages and model cards stays text: nothing in it is loaded or executed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVIL = "x](https://evil.example) | <img src=http://evil.example/x onerror=1> `a`
 
 
 class _Page(HTMLParser):
-    """What a page would load, run or be allowed to."""
+    """Collect what a page would load or run, and its permissions."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -118,6 +118,6 @@ def test_a_hostile_label_is_text_in_the_report(tmp_path: Path) -> None:
         ("---\n" + "a: [" * 2000 + "\n---\n", None),
     ],
 )
-def test_the_licence_of_a_card_with_dashes_in_its_header(card: str, found: str | None, tmp_path: Path) -> None:
+def test_the_license_of_a_card_with_dashes_in_its_header(card: str, found: str | None, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(card.encode())
     assert read_license(tmp_path) == found

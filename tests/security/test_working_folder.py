@@ -29,7 +29,7 @@ from pathlib import Path
 
 from nemo_minitron.schema.data import DataSource
 from nemo_minitron.data.pieces import Piece
-from nemo_minitron.data.shard_pool import Work, shard_makers
+from nemo_minitron.data.shard_pool import WorkerSettings, shard_workers
 from nemo_minitron.data.shards import ShardFolder, Task
 from nemo_minitron.data.tokenization import DocumentTokenizer
 
@@ -38,9 +38,9 @@ if __name__ == "__main__":
     text = Path(shards).with_name("text.txt")
     text.write_text("What two processes read.")
     source = DataSource(source=str(text))
-    work = Work(ShardFolder(Path(shards), ""), DocumentTokenizer.load(Path(model), 512), "uint16", model)
-    with shard_makers(work, 2, lambda: None) as makers:
-        shard = makers.submit(Task("a", Piece((text,), 24), source, None)).result()
+    work = WorkerSettings(ShardFolder(Path(shards), ""), DocumentTokenizer.load(Path(model), 512), "uint16", model)
+    with shard_workers(work, 2, lambda: None) as workers:
+        shard = workers.submit(Task("a", Piece((text,), 24), source, None)).result()
     print(shard.num_documents, os.environ.get("PYTHONSAFEPATH"))
 """
 

@@ -1,4 +1,4 @@
-"""Making and unpacking bundles."""
+"""Support for tests that make and unpack bundles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INSTALL = Path(write_archive.__code__.co_filename).with_name("install.sh")
 
 
 def unpacked(archive: Path, folder: Path) -> Path:
-    """By the system's tar, into a new folder; the bundle's own folder in it."""
+    """Unpack a bundle into a new folder with the system's tar, and return the bundle's folder."""
     folder.mkdir(parents=True)
     subprocess.run(["tar", "xf", str(archive.absolute())], cwd=folder, check=True)
     (bundle,) = folder.iterdir()
@@ -24,7 +24,7 @@ def unpacked(archive: Path, folder: Path) -> Path:
 
 
 def bundled(tmp_path: Path, recipe: Path, *overrides: str) -> Path:
-    """The unpacked bundle of one recipe, without wheels."""
+    """Make and unpack a bundle of one recipe, without wheels."""
     found = collect([recipe], overrides, Progress(silent=True))
     script = Item("install.sh", INSTALL.read_bytes(), "script")
     archive = tmp_path / "my bundle.tar"
@@ -33,13 +33,13 @@ def bundled(tmp_path: Path, recipe: Path, *overrides: str) -> Path:
 
 
 def there(bundle: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """A command in the bundle's folder, with this Python's `minitron` on the PATH."""
+    """Run a command in the bundle's folder, with this Python's `minitron` on the PATH."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.run(words, cwd=bundle, env=environment, capture_output=True, text=True, check=False)
 
 
 def minitron_there(bundle: Path, *words: str) -> str:
-    """Output of `minitron`, which must succeed."""
+    """Run `minitron`, which must succeed, and return its output."""
     done = there(bundle, sys.executable, "-m", "nemo_minitron", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

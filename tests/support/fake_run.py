@@ -1,4 +1,4 @@
-"""The finished stages of a run that never ran: files and results with made-up but plausible numbers."""
+"""Finished stages of a made-up run: files and results with plausible numbers."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def fake_run(
     leave_out: tuple[str, ...] = (),
     student: str = "distilled",
 ) -> dict[str, Artifact]:
-    """Stage name -> artifact, in the order in which a run makes them.
+    """Create {stage name: artifact}, in the order of a run.
 
     Args:
-        depth: the plan drops layers by LM loss; else it cuts the MLP.
-        search: the shape was searched for.
-        leave_out: names of stages that have not run.
+        depth: the plan drops layers by LM loss; otherwise it cuts the MLP.
+        search: the shape was chosen by a search.
+        leave_out: names of stages that did not run.
         student: label of the distilled model.
     """
     target = {**_SOURCE, "num_layers": 24} if depth else {**_SOURCE, "ffn_hidden_size": 752}
@@ -134,7 +134,7 @@ def _score(root: Path, depth: bool) -> Artifact:
 
 
 def _search(root: Path) -> Artifact:
-    """Six shapes of about the same size, three of which were trained on."""
+    """Return six candidates of about the same size, three of which were trained further."""
     shapes = {
         # layers, hidden, ffn, heads; zero-shot loss, losses after the rungs
         "c03": ((30, 576, 752, 9), 5.192, (4.402, 4.012)),

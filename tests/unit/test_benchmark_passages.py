@@ -1,4 +1,4 @@
-"""Training text out of benchmark requests: every question once, with its right answer, and no context twice."""
+"""Tests of training text from benchmark requests: each question once with its correct answer, no repeated context."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from nemo_minitron.data.benchmark_passages import passages
 
 
 def request(query: str, choices: list[str], gold: int, **fields: Any) -> list[dict[str, Any]]:
-    """One row for each possible answer, as the source has them."""
+    """Return one row for each possible answer, as in the source."""
     doc = {"query": query, "choices": choices, "gold": gold, **fields}
     return [{"doc": doc, "idx": number, "label": gold} for number in range(len(choices))]
 
 
-def test_a_question_stands_once_with_its_right_answer() -> None:
+def test_each_question_appears_once_with_its_correct_answer() -> None:
     rows = request("Question: What burns?\nAnswer:", ["water", " wood", "stone"], 1)
     assert passages("arc_easy", rows + rows) == ["Question: What burns?\nAnswer: wood"]
 
 
-def test_one_goal_with_two_right_answers_is_one_document() -> None:
+def test_one_goal_with_two_correct_answers_is_one_document() -> None:
     rows = request("Goal: dry a cup\nAnswer:", ["towel", "x"], 0) + request("Goal: Dry a cup\nAnswer:", ["y", "air"], 1)
     assert passages("piqa", rows) == ["Goal: dry a cup\nAnswer: towel\n\nGoal: Dry a cup\nAnswer: air"]
 

@@ -1,4 +1,4 @@
-"""Bundles: what is in them, that they work where nothing else is, and what is refused."""
+"""Tests of bundles: their content, use without the original files, and refused input."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HOSTILE = ("with space", "$(touch pwned)", "a' ; touch pwned ; '", 'a" b', "back
 
 
 def write_recipe(folder: Path, teacher: str, *texts: str, name: str = "mine", **stages: Any) -> Path:
-    """A recipe that imports a model and reads texts."""
+    """Write a recipe that imports a model and reads texts."""
     file = folder / "recipes" / f"{name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     sources = [{"source": text} for text in texts]
@@ -60,14 +60,14 @@ def files_in(bundle: Path, folder: str) -> list[str]:
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder of the call."""
+    """Change to an empty working folder."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
     return folder
 
 
-# --- a bundle works where nothing else is ---------------------------------------------------------
+# --- a bundle works without the original files ----------------------------------------------------
 
 
 def test_a_toy_bundle_is_checked_and_planned_where_it_was_unpacked(tmp_path: Path, minitron: Cli) -> None:
@@ -86,7 +86,7 @@ def test_a_toy_bundle_is_checked_and_planned_where_it_was_unpacked(tmp_path: Pat
     assert planned["stages"] == json.loads(here)["stages"]
 
 
-def test_the_recipe_of_a_bundle_can_still_be_overridden_and_what_refers_follows(tmp_path: Path) -> None:
+def test_the_recipe_of_a_bundle_can_be_overridden_and_references_follow(tmp_path: Path) -> None:
     bundle = bundled(tmp_path, TOY, "stages.distill.num_steps=20", "stages.select.target.ffn_hidden_size=96")
     stages = yaml.safe_load((bundle / "recipes/toy/width.yaml").read_text())["stages"]
     assert (stages["distill"]["num_steps"], stages["select"]["target"]["ffn_hidden_size"]) == (20, 96)
@@ -131,14 +131,14 @@ def test_files_keep_their_relative_paths_and_others_get_a_folder(work: Path, tmp
     assert not list(bundle.rglob("pwned"))
 
 
-def test_a_path_that_another_key_holds_is_written_out(work: Path, tmp_path: Path) -> None:
+def test_a_path_from_another_key_is_written_out(work: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("A text.")
     recipe = write_recipe(work, "asset:toy-llama", "${execution.run_root}/a.txt")
     bundle = bundled(tmp_path, recipe, f"execution.run_root={tmp_path}")
     assert sources_of(bundle)[1] == "outside/1/a.txt"
 
 
-def test_a_gguf_file_and_its_asset_come_along(work: Path, tmp_path: Path) -> None:
+def test_a_gguf_file_and_its_asset_are_packed(work: Path, tmp_path: Path) -> None:
     model = tiny_model_dir(tmp_path / "models", "llama_gqa_tied")
     file = tiny_gguf(model, tmp_path / "tiny.gguf")
     (tmp_path / "kept/tiny").mkdir(parents=True)
@@ -180,7 +180,7 @@ def test_a_model_of_the_hub_is_found_without_the_hub(
     assert model_shape(recipe, "teacher") == Checkpoint.open(copy).shape
 
 
-def test_what_one_recipe_of_a_bundle_makes_for_another_is_not_missed(work: Path, tmp_path: Path) -> None:
+def test_results_of_one_recipe_that_another_needs_are_not_missing(work: Path, tmp_path: Path) -> None:
     export = "runs/mine/export"
     first = write_recipe(work, "asset:toy-llama", "asset:toy-text")
     second = write_recipe(
@@ -197,7 +197,7 @@ def test_what_one_recipe_of_a_bundle_makes_for_another_is_not_missed(work: Path,
     assert f"{export}/model.safetensors" in members
 
 
-def test_recipes_that_need_nemo_aligner_are_known() -> None:
+def test_recipes_that_need_nemo_aligner_are_recognized() -> None:
     assert not collect([TOY], [], SILENT).needs_aligner
     assert collect([TOY.with_name("aligned.yaml")], [], SILENT).needs_aligner
 
@@ -205,7 +205,7 @@ def test_recipes_that_need_nemo_aligner_are_known() -> None:
 # --- the file -------------------------------------------------------------------------------------
 
 
-def test_the_same_content_gives_the_same_bytes_in_order_and_nobodys_name(tmp_path: Path) -> None:
+def test_the_same_content_gives_the_same_bytes_without_user_names(tmp_path: Path) -> None:
     found = []
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
@@ -226,7 +226,7 @@ def test_the_same_content_gives_the_same_bytes_in_order_and_nobodys_name(tmp_pat
     }
 
 
-def test_a_flipped_byte_and_a_lost_file_are_found(work: Path, tmp_path: Path) -> None:
+def test_a_flipped_byte_and_a_missing_file_are_detected(work: Path, tmp_path: Path) -> None:
     (work / "my text.txt").write_text("A text.")
     bundle = bundled(tmp_path, write_recipe(work, "asset:toy-llama", "my text.txt"))
     assert there(bundle, "./install.sh", "--verify").returncode == 0
@@ -237,7 +237,7 @@ def test_a_flipped_byte_and_a_lost_file_are_found(work: Path, tmp_path: Path) ->
             done = there(bundle, "./install.sh", *words)
             assert done.returncode == 2
             assert name in done.stdout + done.stderr
-            assert "the bundle is damaged" in done.stderr
+            assert "are damaged" in done.stderr
         (bundle / name).unlink()
         assert there(bundle, "./install.sh", "--verify").returncode == 2
         (bundle / name).write_bytes(before)
@@ -258,7 +258,7 @@ def test_an_asset_outside_of_the_assets_is_refused(work: Path, tmp_path: Path) -
     (work / "secret/a.txt").write_text("A text.")
     recipe = write_recipe(work, "asset:toy-llama", "asset:../../secret")
     (work / "assets/x").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="would stand outside of the bundle"):
+    with pytest.raises(ConfigError, match="would be outside of the bundle"):
         bundled(tmp_path, recipe, "execution.assets_dir=assets/x")
     assert not list(tmp_path.glob("*.tar"))
 
@@ -267,7 +267,7 @@ def test_two_files_for_one_name_are_refused_unless_they_are_equal(tmp_path: Path
     for name, text in (("a", "1"), ("b", "2"), ("c", "1")):
         (tmp_path / name).write_text(text)
     assert len(sorted_items([Item("x", tmp_path / name, "data") for name in "ac"])) == 1
-    with pytest.raises(ConfigError, match="Two different files would be x"):
+    with pytest.raises(ConfigError, match="Two different files would have the name x"):
         sorted_items([Item("x", tmp_path / name, "data") for name in "ab"])
 
 
@@ -280,14 +280,14 @@ def refused(error: type[MinitronError], out: Path, items: list[Item]) -> str:
 
 def test_nothing_is_overwritten_and_names_are_clear(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_text("mine")
-    assert "is already there" in refused(EnvironmentProblem, tmp_path / "x.tar", [])
+    assert "already exists" in refused(EnvironmentProblem, tmp_path / "x.tar", [])
     assert (tmp_path / "x.tar").read_text() == "mine"
     for name in ("x.tgz", "x", ".tar", "...tar"):
-        assert "a bundle is called NAME.tar" in refused(EnvironmentProblem, tmp_path / name, [])
+        assert "the file name of a bundle must be NAME.tar" in refused(EnvironmentProblem, tmp_path / name, [])
     assert "There is no folder" in refused(EnvironmentProblem, tmp_path / "no/x.tar", [])
 
 
-def test_too_little_room_is_told_before_and_a_full_disk_leaves_nothing(
+def test_too_little_space_is_an_error_and_a_full_disk_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = [Item("x", os.urandom(3_000_000), "data")]
@@ -297,15 +297,15 @@ def test_too_little_room_is_told_before_and_a_full_disk_leaves_nothing(
         said = refused(EnvironmentProblem, tmp_path / "x.tar", items)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "too little room" in said
+    assert "not enough space" in said
     assert not list(tmp_path.iterdir())
     assert os.strerror(errno.EFBIG) in said
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1_000_000))
-    assert "3 MB are needed, 1 MB are free" in refused(EnvironmentProblem, tmp_path / "x.tar", items)
+    assert "it needs 3 MB, and 1 MB are free" in refused(EnvironmentProblem, tmp_path / "x.tar", items)
 
 
-def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert "gone" in refused(EnvironmentProblem, tmp_path / "x.tar", [Item("x", tmp_path / "gone", "data")])
 
 
@@ -314,7 +314,7 @@ def test_missing_texts_and_broken_models_are_named(work: Path, tmp_path: Path) -
         collect([write_recipe(work, "asset:toy-llama", "data/*.txt")], [], SILENT)
     (work / "data").mkdir()
     (work / "data/a.doc").write_text("x")
-    with pytest.raises(DataError, match="none of a known type"):
+    with pytest.raises(DataError, match="has a known type"):
         collect([write_recipe(work, "asset:toy-llama", "data")], [], SILENT)
     model = tiny_model_dir(tmp_path / "models", "llama_mha")
     weights = model / "model.safetensors"
@@ -323,7 +323,7 @@ def test_missing_texts_and_broken_models_are_named(work: Path, tmp_path: Path) -
         collect([write_recipe(work, str(model), "asset:toy-text")], [], SILENT)
 
 
-def test_tasks_that_would_ask_the_hub_are_refused() -> None:
+def test_tasks_that_need_the_hub_are_refused() -> None:
     with pytest.raises(PlanError, match=r"stages\.evaluate_pruned\.tasks\.0 = hellaswag") as caught:
         collect([TOY], ["+eval=hub_tasks"], SILENT)
     assert "asset:offline-eval-tasks" in str(caught.value)
@@ -339,7 +339,7 @@ def test_tasks_that_would_ask_the_hub_are_refused() -> None:
         ([REPO / "recipes/toy/none.yaml", "--no-wheels"], "There is no recipe"),
     ],
 )
-def test_the_command_says_what_is_wrong(words: list[object], said: str, tmp_path: Path, minitron: Cli) -> None:
+def test_the_command_reports_the_problem(words: list[object], said: str, tmp_path: Path, minitron: Cli) -> None:
     code, output = minitron("bundle", *words, "--out", tmp_path / "x.tar")
     assert code == 2
     assert said in output

@@ -1,4 +1,4 @@
-"""Wheels of a bundle: kept once they are whole, and what pip's failures become. The network is not asked."""
+"""Tests of the wheels of a bundle, without a network: caching, and errors of pip."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SILENT = Progress(silent=True)
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only place where pip may look."""
+    """Create a local package index, the only one that pip may use."""
     make_wheel(tmp_path / "index")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -34,7 +34,7 @@ def kept(wanted: str = "tiny-asset==1.0", pins: str = "") -> list[str]:
     def fill(folder: Path, scratch: Path) -> None:
         wheels._pip_wheel(folder, [wanted], scratch, SILENT)
 
-    return [file.name for file in wheels._kept("tiny", [pins], fill, SILENT).iterdir()]
+    return [file.name for file in wheels._cached("tiny", [pins], fill, SILENT).iterdir()]
 
 
 def test_wheels_are_collected_once_and_again_when_the_pins_change(index: Path) -> None:
@@ -45,7 +45,7 @@ def test_wheels_are_collected_once_and_again_when_the_pins_change(index: Path) -
         kept(pins="other")
 
 
-def test_a_package_without_a_file_is_named_and_nothing_stays(index: Path, tmp_path: Path) -> None:
+def test_a_package_without_a_file_is_named_and_leaves_no_cache(index: Path, tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match=r"pip finds no file of tiny-asset==2\.0 for \w+ \w+, Python 3\.\d+"):
         kept("tiny-asset==2.0")
     assert list((tmp_path / "cache").rglob("*.whl")) == []
@@ -53,16 +53,16 @@ def test_a_package_without_a_file_is_named_and_nothing_stays(index: Path, tmp_pa
 
 
 def test_another_failure_of_pip_is_quoted(index: Path) -> None:
-    with pytest.raises(EnvironmentProblem, match=r"pip could not make the wheels: .*nowhere"):
+    with pytest.raises(EnvironmentProblem, match=r"pip could not build the wheels: .*nowhere"):
         kept("/nowhere/at/all")
 
 
-def test_surprises_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_wheels_give_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wheels, "version", lambda _: "2.13.0+cpu")
     files = [Path("torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl"), Path("odd-1.0-cp311-cp311-linux_x86_64.whl")]
     compiled, torch = wheels.warnings_about(files)
     assert "odd-1.0-cp311-cp311-linux_x86_64.whl was compiled here" in compiled
-    assert "torch here is 2.13.0+cpu, in the bundle 2.13.0" in torch
+    assert "torch is 2.13.0+cpu here and 2.13.0 in the bundle" in torch
     assert not list(wheels.warnings_about([Path("torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl")]))
 
 
@@ -98,7 +98,7 @@ def test_every_wheel_of_a_bundle_is_listed_with_its_hash(monkeypatch: pytest.Mon
     assert facts["core"].keys() >= {"torch", "nemo_minitron"}
 
 
-def test_the_aligner_environment_is_made_of_the_folders_alone(index: Path, tmp_path: Path) -> None:
+def test_the_aligner_environment_uses_only_the_given_folders(index: Path, tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match="there is no folder /nowhere"):
         environment.make_environment(SILENT, find_links=[Path("/nowhere")])
     wheel = index / "tiny_asset-1.0-py3-none-any.whl"

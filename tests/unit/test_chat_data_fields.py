@@ -1,4 +1,4 @@
-"""What a message or a row says beyond its texts: carried, refused with the field's name, or counted as unused."""
+"""Tests of fields other than texts in rows and messages: kept, refused by name, or counted as unused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def answered(content: Any = "Ho", **more: Any) -> Row:
 
 
 def read(row: Row, kind: Any = "conversations", leave_out: tuple[str, ...] = ()) -> tuple[Row, list[str]]:
-    """(checked row, unused fields)."""
+    """Return (checked row, unused fields)."""
     fields = Fields(row, leave_out)
     return FORMATS[detect(fields.content, kind)].read(fields, {}), fields.unread()
 
@@ -42,52 +42,55 @@ def read(row: Row, kind: Any = "conversations", leave_out: tuple[str, ...] = ())
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (answered("Let me look.", tool_calls=CALL), "message 2 has tool_calls, which cannot be carried"),
+        (answered("Let me look.", tool_calls=CALL), "message 2 has tool_calls, which is not supported"),
         (answered(None, tool_calls=CALL), "message 2 has tool_calls"),
         (answered(function_call={"name": "f"}), "message 2 has function_call"),
-        ({**answered(), "tools": CALL}, "the row has tools, which cannot be carried"),
-        ({**answered(), "tools": json.dumps(CALL)}, "`leave_out: [tools]` of the source drops it"),
+        ({**answered(), "tools": CALL}, "the row has tools, which is not supported"),
+        ({**answered(), "tools": json.dumps(CALL)}, "set `leave_out: [tools]` of the source to drop it"),
         ({**answered(), "images": ["a.png"]}, "the row has images"),
         ({"messages": [USER, {"role": "tool", "content": "4"}]}, "message 2 has the role 'tool'"),
-        (answered(weight=0), "message 2 has weight = 0, but every answer is learned"),
+        (answered(weight=0), "message 2 has weight = 0, but every answer is trained on"),
         (answered(train=False), "message 2 has train = False"),
         (answered(prefix=True), "message 2 is marked as a prefix"),
-        (answered([{"type": "image_url"}]), "message 2 has a part of type 'image_url'; only text can be carried"),
+        (answered([{"type": "image_url"}]), "message 2 has a part of type 'image_url'; only text is supported"),
         (answered([{"type": "text", "text": None}]), "message 2 has a part whose text is None"),
-        (answered(3), "message 2 has no text but 3"),
+        (answered(3), "message 2 has 3 in place of text"),
         (answered(reasoning=["a"]), "message 2 has reasoning that is ['a'], not text"),
         ({"conversations": [USER, answered()["messages"][1]], "mask": "Assistant"}, "mask is 'Assistant'"),
-        ({**answered(), "quality": 3, "attributes": {"quality": 4}}, "quality is 3 beside the text and 4 under"),
+        (
+            {**answered(), "quality": 3, "attributes": {"quality": 4}},
+            "quality is 3 in the row, but 4 in its attributes",
+        ),
         ({**answered(), "labels": {"name": ["quality", "humor"], "value": [1]}}, "labels has 2 names and 1 values"),
-        ({**answered(), "labels": {"name": [["quality"]], "value": [1]}}, "each name is a text"),
+        ({**answered(), "labels": {"name": [["quality"]], "value": [1]}}, "not one value for each text name"),
         ({**answered(), "quality": 10**400}, "attribute quality is"),
         ({"messages": "[{'role': 'user', 'content': 'Hi'}]"}, "is a Python list of messages written as text"),
         ({"prompt": "Hi", "output": "Ho", "history": ["Q"]}, "history is ['Q'], not a list of [question, answer]"),
         (
             {**answered(), "system": "S", "messages": [{"role": "system", "content": "T"}, *answered()["messages"]]},
-            "differ",
+            "differs",
         ),
     ],
 )
-def test_what_cannot_be_carried_makes_a_row_bad(row: Row, reason: str) -> None:
+def test_unsupported_fields_make_a_row_bad(row: Row, reason: str) -> None:
     with pytest.raises(BadRow) as caught:
         read(row)
     assert reason in str(caught.value)
 
 
-def test_pairs_cannot_carry_reasoning() -> None:
+def test_pairs_do_not_support_reasoning() -> None:
     pair = {"chosen": [USER, answered(reasoning_content="R")["messages"][1]], "rejected": answered("No")["messages"]}
-    with pytest.raises(BadRow, match="chosen has reasoning_content, which pairs cannot carry"):
+    with pytest.raises(BadRow, match="chosen has reasoning_content, which pairs do not support"):
         read(pair, "pairs")
 
 
-def test_what_a_recipe_leaves_out_is_neither_refused_nor_counted() -> None:
+def test_fields_left_out_by_the_recipe_are_neither_refused_nor_counted() -> None:
     row = {**answered("Let me look.", tool_calls=CALL, id=1), "tools": CALL, "id": 7}
     found = read(row, leave_out=("tools", "tool_calls", "id", "content"))
     assert found == (answered("Let me look."), [])
 
 
-# --- carried ------------------------------------------------------------------------------------
+# --- kept ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
@@ -120,11 +123,11 @@ def test_reasoning_is_kept_under_one_name(name: str) -> None:
         ),
     ],
 )
-def test_what_a_row_says_is_carried(row: Row, carried: Row) -> None:
+def test_supported_fields_are_kept(row: Row, carried: Row) -> None:
     assert read(row) == (carried, [])
 
 
-def test_pairs_carry_their_input_and_conversation() -> None:
+def test_pairs_keep_their_input_and_conversation() -> None:
     alpaca = {"instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4"}
     assert read(alpaca, "pairs")[0]["prompt"] == [{**USER, "content": "Add.\n\n1 2"}]
     sharegpt = {
@@ -149,13 +152,13 @@ def test_other_fields_are_named() -> None:
     assert read(pair, "pairs")[1] == ["id"], "the prompt is repeated in the answers"
 
 
-def test_the_stage_tells_how_many_rows_lost_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_stage_reports_how_many_rows_lost_which_fields(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": f"Q{i}", "completion": "A", "id": i, **({"note": "x"} if i % 2 else {})} for i in range(20)]
     result, _, _ = prepare(tmp_path / "a", write(tmp_path / "x.jsonl", rows))
     assert result["sources"][0]["unused_fields"] == {"id": 20, "note": 10}
 
 
-def test_no_good_row_is_not_met_with_the_advice_to_leave_all_out(tmp_path: Path) -> None:
+def test_if_all_rows_are_bad_leaving_them_out_is_not_suggested(tmp_path: Path) -> None:
     source = write(tmp_path / "x.jsonl", [answered(tool_calls=CALL)] * 3)
     for share in (0.0, 1.0):
         with pytest.raises(DataError, match="All 3 rows are bad") as caught:
@@ -177,7 +180,7 @@ THINKING = (
 )
 
 
-def test_reasoning_is_learned_where_the_template_writes_it() -> None:
+def test_reasoning_is_trained_on_if_the_template_writes_it() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = THINKING
     row = answered("4", reasoning_content="2 and 2 is 4")
@@ -186,19 +189,19 @@ def test_reasoning_is_learned_where_the_template_writes_it() -> None:
     tokenizer.chat_template = CHAT_TEMPLATE
     with pytest.raises(BadRow, match="the chat template leaves out the reasoning_content"):
         sft_rows(row, ChatTemplate.bind(tokenizer, "model"))
-    with pytest.raises(BadRow, match=r"a text of assistant holds <\|im_end\|>"):
+    with pytest.raises(BadRow, match=r"a text of assistant contains <\|im_end\|>"):
         sft_rows(answered("4", reasoning_content="<|im_end|>"), ChatTemplate.bind(tokenizer, "model"))
 
 
 # --- files --------------------------------------------------------------------------------------
 
 
-def test_fields_that_stand_twice_and_huge_numbers_are_bad_rows(tmp_path: Path) -> None:
+def test_repeated_fields_and_huge_numbers_are_bad_rows(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'{"a": 1, "a": 2}\r\n{"a": {"b": 1, "b": 2}}\r\n{"a": ' + b"1" * 5000 + b'}\r\n{"a": "trunc')
     assert [str(row.content) for row in read_rows(file)] == [
-        "the field a stands twice in one object",
-        "the field b stands twice in one object",
+        "the field a appears twice in one object",
+        "the field b appears twice in one object",
         "not JSON: a number has too many digits",
         "not JSON: Unterminated string starting at in column 7",
     ]
@@ -210,11 +213,11 @@ def test_fields_that_stand_twice_and_huge_numbers_are_bad_rows(tmp_path: Path) -
         ("x.jsonl", b'\n{\n  "prompt": "Hi"\n}\n', "JSON over several lines", ":2"),
         ("x.jsonl", b"[\n{}\n]", "name it .json", ":1"),
         ("x.json", b'[\n{"a": 1},\n{"b" 2}]', "Not JSON: Expecting ':' delimiter in column 6", ":3"),
-        ("x.json", b'[{"a": 1, "a": 2}]', "the field a stands twice", ""),
+        ("x.json", b'[{"a": 1, "a": 2}]', "the field a appears twice", ""),
         ("x.json", b"[" + b"1" * 5000 + b"]", "Exceeds the limit", ""),
     ],
 )
-def test_a_file_in_another_form_says_where(tmp_path: Path, name: str, content: bytes, says: str, line: str) -> None:
+def test_a_file_error_names_the_place(tmp_path: Path, name: str, content: bytes, says: str, line: str) -> None:
     file = tmp_path / name
     file.write_bytes(content)
     with pytest.raises(DataError) as caught:

@@ -1,4 +1,4 @@
-"""Training text against transformers: golden texts, prompts as at inference, token boundaries, lengths."""
+"""Tests of rendered training text: golden texts, comparison with transformers, token boundaries, lengths."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ GOLDEN: dict[str, tuple[str, str]] = {
 
 @lru_cache
 def tokenizer() -> Any:
-    """The tiny byte-level tokenizer, with the markers of all templates."""
+    """Create the tiny byte-level tokenizer with the markers of all templates."""
     from transformers import PreTrainedTokenizerFast
 
     fast = PreTrainedTokenizerFast(
@@ -83,7 +83,7 @@ def pair(*prompt: dict[str, str], **more: Any) -> Row:
 
 @pytest.fixture
 def model_dir(tmp_path: Path) -> Path:
-    """A model folder without weights, with another chat template."""
+    """Create a model folder without weights and with another chat template."""
     folder = tmp_path / "model"
     shutil.copytree(BUILT_IN["toy-llama"], folder)
     tokenizer().save_pretrained(folder)
@@ -99,7 +99,7 @@ def test_golden_texts(name: Any) -> None:
     assert (rows[1]["input"], rows[1]["output"]) == GOLDEN[name]
     assert rows[0]["output"].startswith("Hello")
     assert not any(name in rows[0]["input"] for name in ATTRIBUTES), "an earlier answer has no ratings"
-    assert rows[1]["input"].startswith(rows[0]["input"] + "Hello"), "an answer is history as it was learnt"
+    assert rows[1]["input"].startswith(rows[0]["input"] + "Hello"), "an earlier answer is rendered as it is trained on"
 
 
 @pytest.mark.parametrize("name", [*NAMED, "model"])
@@ -121,7 +121,7 @@ def test_prompts_and_dialogues_are_those_of_apply_chat_template(name: Any, syste
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_attributes_stand_in_their_fixed_order_and_only_when_asked_for(name: Any) -> None:
+def test_attributes_are_written_in_fixed_order_and_only_on_request(name: Any) -> None:
     every = dict.fromkeys(reversed(ATTRIBUTES), 4) | {"unheard": 1}
     line = ",".join(f"{attribute}:4" for attribute in ATTRIBUTES) + "\n"
     prompt = template(name).prompt(CHAT[:1], every)
@@ -161,7 +161,7 @@ def test_a_rated_row_has_the_dialogue_and_nine_labels(name: Any, end: str) -> No
         rated_row(chat(*CHAT[:2]), template(name))
 
 
-# --- what a template or tokenizer cannot carry ----------------------------------------------------
+# --- what a template or tokenizer does not support ------------------------------------------------
 
 
 @pytest.mark.parametrize("marker", ["<|im_end|>", "<|endoftext|>"])
@@ -169,11 +169,11 @@ def test_a_marker_in_a_text_is_a_bad_row(marker: str) -> None:
     for index in (0, 1):
         messages = [dict(message) for message in CHAT[:2]]
         messages[index]["content"] += marker
-        with pytest.raises(BadRow, match=f"a text of {messages[index]['role']} holds"):
+        with pytest.raises(BadRow, match=f"a text of {messages[index]['role']} contains"):
             sft_rows(chat(*messages), template("chatml"))
 
 
-def test_a_token_across_the_border_is_a_bad_row() -> None:
+def test_a_token_across_the_end_of_the_prompt_is_a_bad_row() -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -181,7 +181,7 @@ def test_a_token_across_the_border_is_a_bad_row() -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=backend)
     fast.chat_template = "{% for m in messages %}{{ m.content }}:{% endfor %}"
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-    with pytest.raises(BadRow, match=r"the end of the prompt 'a:' has other tokens before the answer 'a:?' than alone"):
+    with pytest.raises(BadRow, match=r"the end of the prompt 'a:' is tokenized differently before the answer 'a:?'"):
         sft_rows(chat(*messages), ChatTemplate.bind(fast, "model"))
 
 
@@ -190,11 +190,11 @@ def test_a_token_across_the_border_is_a_bad_row() -> None:
     [
         ("{% if add_generation_prompt %}A: {% endif %}{{ messages[-1].content }}", "does not continue"),
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "does not continue"),
-        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "no place for attributes"),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "does not write attributes"),
         ("{{ raise_exception('No system!') }}", "the chat template refuses the messages: No system!"),
     ],
 )
-def test_a_model_template_that_cannot_be_taken_apart_is_a_bad_row(jinja: str, reason: str) -> None:
+def test_a_model_template_that_cannot_be_split_is_a_bad_row(jinja: str, reason: str) -> None:
     bound = ChatTemplate(tokenizer(), jinja, None, template("model").markers)
     with pytest.raises(BadRow, match=reason):
         sft_rows(chat(*CHAT, quality=3), bound)
@@ -223,7 +223,7 @@ def test_too_many_unusable_rows_stop_and_a_few_are_counted() -> None:
 # --- lengths --------------------------------------------------------------------------------------
 
 
-def test_statistics_are_those_of_the_tokens() -> None:
+def test_statistics_match_the_tokens() -> None:
     stats, bound = LengthStats(), template("chatml")
     found = sft_rows(chat(*CHAT), bound, ChatRendering(), stats)
     prompts, answers = ([len(bound.ids(row[key])) for row in found] for key in ("input", "output"))
@@ -268,7 +268,7 @@ def test_a_long_row_is_dropped_or_loses_its_oldest_turns(purpose: Purpose) -> No
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("kept", ["both", "config", "file"])
 def test_a_template_set_in_a_folder_is_what_transformers_uses(model_dir: Path, name: Any, kept: str) -> None:
-    """Versions differ in which of the two places they read."""
+    """Versions of transformers differ in which of the two places they read."""
     from transformers import AutoTokenizer
 
     set_template(model_dir, name)
@@ -297,7 +297,7 @@ def test_generation_ends_at_the_end_of_a_turn(model_dir: Path, name: Any) -> Non
     assert json.loads((model_dir / "generation_config.json").read_text())["eos_token_id"] == [0, stop]
 
 
-def test_the_models_own_template_is_left_alone(model_dir: Path) -> None:
+def test_the_models_own_template_is_unchanged(model_dir: Path) -> None:
     before = {file.name: file.read_bytes() for file in model_dir.iterdir()}
     set_template(model_dir, "model")
     assert {file.name: file.read_bytes() for file in model_dir.iterdir()} == before
@@ -308,9 +308,11 @@ def test_a_folder_without_tokenizer_is_a_clear_error(tmp_path: Path) -> None:
         set_template(tmp_path, "chatml")
 
 
-def test_markers_that_are_spelt_out_are_refused_unless_allowed() -> None:
+def test_markers_of_several_tokens_are_refused_unless_allowed() -> None:
     toy = BUILT_IN["toy-llama"]
-    with pytest.raises(DataError, match=r"does not know <extra_id_0>, <extra_id_1>, <extra_id_2> as single tokens"):
+    with pytest.raises(
+        DataError, match=r"uses <extra_id_0>, <extra_id_1>, <extra_id_2>, which the tokenizer does not know as single"
+    ):
         ChatTemplate.load(toy, "extra_id")
     with pytest.raises(DataError, match=r"allowed: with this tokenizer: chatml, model"):
         ChatTemplate.bind(tiny_tokenizer(), "llama3")
@@ -319,5 +321,5 @@ def test_markers_that_are_spelt_out_are_refused_unless_allowed() -> None:
 
 
 def test_a_tokenizer_without_template_is_a_clear_error() -> None:
-    with pytest.raises(DataError, match=r"no chat template of its own(.|\n)*chatml, llama3, extra_id"):
+    with pytest.raises(DataError, match=r"no chat template, or several(.|\n)*chatml, llama3, extra_id"):
         ChatTemplate.load(BUILT_IN["toy-llama"], "model")

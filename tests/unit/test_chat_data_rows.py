@@ -1,4 +1,4 @@
-"""Public formats to checked rows: every adapter, every reason for a bad row, every file type."""
+"""Tests of converting public formats to checked rows: adapters, reasons for bad rows, file types."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Fields = dict[str, Any]
 
 
 def said(*texts: str, system: str | None = None) -> list[dict[str, str]]:
-    """Messages of user and assistant in turn."""
+    """Return messages of user and assistant in turn."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return [{"role": "system", "content": system}, *turns] if system else turns
 
@@ -40,7 +40,7 @@ PARTS = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
 
 
 def nemo(label: str) -> Fields:
-    """A row as NeMo-Aligner's chat data set reads it."""
+    """Return a row in the format of NeMo-Aligner's chat data set."""
     turns = [{"from": "User", "value": "Hi", "label": None}, {"from": "Assistant", "value": "Ho", "label": label}]
     return {"system": "Be kind.", "mask": "User", "type": "VALUE_TO_TEXT", "conversations": turns}
 
@@ -49,7 +49,7 @@ HELPSTEER = {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 2
 OASST_LABELS = {"quality": {"value": 0.75, "count": 3}, "humor": {"value": 0.1, "count": 3}, "spam": {"value": 0.0}}
 HH = "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Really?\n\nAssistant: "
 
-# (format that auto takes, row, what comes out)
+# (detected format, row, checked row)
 ADAPTED: tuple[tuple[str, Fields, Fields], ...] = (
     ("messages", {"messages": said("Hi", "Ho")}, chat("Hi", "Ho")),
     ("messages", {"messages": said(" Hi\n", "\n\n Ho ", system=" S ")}, chat("Hi", "Ho", system="S")),
@@ -129,7 +129,7 @@ ADAPTED: tuple[tuple[str, Fields, Fields], ...] = (
 @pytest.mark.parametrize(
     "row", [pair("Hi", "Ho", "Really?"), {"chosen": f"{HH}Yes", "rejected": f"{HH}No"}], ids=["pairs", "hh"]
 )
-def test_an_answer_of_a_pair_becomes_a_conversation_when_it_is_asked_for(row: Fields) -> None:
+def test_an_answer_of_a_pair_becomes_a_conversation_on_request(row: Fields) -> None:
     for which, answer in (("chosen", "Yes"), ("rejected", "No")):
         found = FORMATS[f"{which}_answers"].adapt(row, {})
         assert [message["content"] for message in found["messages"]] == ["Hi", "Ho", "Really?", answer]
@@ -142,7 +142,7 @@ def rows_of(name: str) -> Any:
 
 
 @pytest.mark.parametrize(("name", "row", "expected"), ADAPTED)
-def test_a_public_row_is_recognised_and_brought_to_the_one_form(name: str, row: Fields, expected: Fields) -> None:
+def test_a_public_row_is_recognized_and_normalized(name: str, row: Fields, expected: Fields) -> None:
     assert detect(row, rows_of(name)) == name
     assert FORMATS[name].adapt(row, {}) == expected
 
@@ -158,7 +158,7 @@ def test_one_answer_of_a_pair_of_any_format_is_a_conversation(which: str, answer
     assert [message["content"] for message in found["messages"]] == ["What is 3 + 3?", answer]
 
 
-def test_what_was_written_is_read_again_unchanged() -> None:
+def test_written_rows_are_read_back_unchanged() -> None:
     for name, row, expected in ADAPTED:
         again = "oasst" if "attributes" in expected else "messages" if "messages" in expected else "pairs"
         assert detect(expected, rows_of(name)) == again, row
@@ -188,17 +188,17 @@ BAD: tuple[tuple[str, Fields, str], ...] = (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
         "message 1 has a part of type 'image'",
     ),
-    ("messages", {"messages": [{"role": "system", "content": "S"}]}, "there is no message"),
+    ("messages", {"messages": [{"role": "system", "content": "S"}]}, "there are no messages"),
     ("messages", {"messages": said("Hi", " \n")}, "message 2 (assistant) is empty"),
     (
         "messages",
         {"messages": said("Hi", "\ud800")},
-        "message 2 (assistant) holds half a surrogate pair at character 0",
+        "message 2 (assistant) has an unpaired surrogate at character 0",
     ),
     ("messages", {"messages": said("Hi")}, "the last message is from user, not from assistant"),
-    ("messages", {"messages": said("Hi", "Ho")[1:]}, "message 1 is from assistant, but user is due"),
-    ("messages", {"messages": said("Hi") * 2}, "message 2 is from user, but assistant is due"),
-    ("messages", {"messages": [*said("Hi"), *said("", "", system="S")[:1]]}, "message 2 is from system, but assistant"),
+    ("messages", {"messages": said("Hi", "Ho")[1:]}, "message 1 is from assistant, but should be from user"),
+    ("messages", {"messages": said("Hi") * 2}, "message 2 is from user, but should be from assistant"),
+    ("messages", {"messages": [*said("Hi"), *said("", "", system="S")[:1]]}, "message 2 is from system, but should be"),
     ("messages", chat("Hi", "Ho", violence=1), "unknown attribute 'violence'; known: quality, toxicity"),
     ("messages", chat("Hi", "Ho", quality=4.01), "attribute quality is 4.01, out of the range 0 to 4"),
     ("messages", chat("Hi", "Ho", quality="high"), "attribute quality is 'high', not a number"),  # type: ignore[arg-type]
@@ -209,14 +209,14 @@ BAD: tuple[tuple[str, Fields, str], ...] = (
     ("sharegpt", nemo("good"), "label 'good' is not of the form name:number"),
     ("gsm8k", {"question": "Hi"}, "there is no field answer; the row has question"),
     ("gsm8k", {"question": "Hi", "answer": 3}, "answer is 3, not text"),
-    ("worked_answers", {"question": "Hi", "answer": "6"}, "answer has no number behind ####"),
+    ("worked_answers", {"question": "Hi", "answer": "6"}, "answer has no number after ####"),
     ("helpsteer", {"prompt": "Hi", "response": "Ho", "tokens": 3}, "unknown attribute 'tokens'"),
     ("helpsteer", {"prompt": "Hi", "quality": 3}, "there is no field response; the row has prompt, quality"),
     ("prompt_completion", {"prompt": "Hi"}, "there is no field completion or output or response or answer"),
     ("pairs", {"prompt": "Hi", "chosen": "Yes"}, "there is no field rejected or rejected_response"),
     ("pairs", pair("Hi", rejected=" Yes"), "chosen and rejected are the same text"),
     ("pairs", pair("Hi", rejected=" "), "rejected is empty"),
-    ("pairs", pair("Hi", chosen_reward=1.0), "chosen_reward is given, but not the other reward"),
+    ("pairs", pair("Hi", chosen_reward=1.0), "chosen_reward is given, but the other reward is missing"),
     ("pairs", pair("Hi", chosen_reward="1", rejected_reward=1.0), "chosen_reward is '1', not a number"),  # type: ignore[arg-type]
     ("pairs", pair("Hi", "Ho"), "the last message is from assistant, not from user"),
     (
@@ -231,7 +231,7 @@ BAD: tuple[tuple[str, Fields, str], ...] = (
 
 
 @pytest.mark.parametrize(("name", "row", "reason"), BAD)
-def test_a_bad_row_says_what_is_wrong(name: str, row: Fields, reason: str) -> None:
+def test_a_bad_row_gives_a_reason(name: str, row: Fields, reason: str) -> None:
     with pytest.raises(BadRow) as caught:
         FORMATS[name].adapt(row, {})
     assert reason in str(caught.value)
@@ -251,18 +251,18 @@ def test_a_renamed_rating_is_found_in_every_format(row: Fields) -> None:
     assert found == chat("Hi", "Ho", quality=3)
 
 
-def test_two_attributes_cannot_get_one_name() -> None:
-    with pytest.raises(BadRow, match="two attributes are called quality"):
+def test_two_attributes_cannot_have_the_same_name() -> None:
+    with pytest.raises(BadRow, match="two attributes are named quality"):
         FORMATS["helpsteer"].adapt({"prompt": "Hi", "response": "Ho", "quality": 1, "stars": 2}, {"stars": "quality"})
 
 
 @pytest.mark.parametrize("rows", FORMATS_OF)
-def test_an_unknown_format_is_named_by_its_fields(rows: Any) -> None:
+def test_the_error_on_an_unknown_format_lists_the_fields(rows: Any) -> None:
     with pytest.raises(BadRow, match=f"no known format of {rows} has the fields text, id"):
         detect({"text": "Hi", "id": 1}, rows)
 
 
-def test_a_system_text_is_put_where_a_row_has_none() -> None:
+def test_a_system_text_is_added_if_a_row_has_none() -> None:
     assert with_system(chat("Hi", "Ho"), " S ") == chat("Hi", "Ho", system="S")
     assert with_system(pair("Hi"), "S") == pair("Hi", system="S")
     assert with_system(chat("Hi", "Ho", system="Own"), "S") == chat("Hi", "Ho", system="Own")
@@ -306,7 +306,7 @@ def test_every_file_type_gives_the_same_rows_with_their_places(tmp_path: Path, n
     assert found[0].where == f"{file}:1"
 
 
-def test_lines_that_cannot_be_read_are_handed_on_with_the_reason(tmp_path: Path) -> None:
+def test_unreadable_lines_become_bad_rows_with_a_reason(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'{"a": 1}\n\n{"a": \n[1]\n"\xe9"\n' + b"[" * 100_000 + b"\n")
     found = {row.number: str(row.content) for row in read_rows(file)}
@@ -322,10 +322,10 @@ def test_lines_that_cannot_be_read_are_handed_on_with_the_reason(tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("x.jsonl", b"\n", "The file holds no row"),
-        ("x.json", b"", "The file holds no row"),
-        ("x.json", b"[]", "The file holds no row"),
-        ("x.json", b'{"a": 1}', "The file holds an object, not a list"),
+        ("x.jsonl", b"\n", "The file has no rows"),
+        ("x.json", b"", "The file has no rows"),
+        ("x.json", b"[]", "The file has no rows"),
+        ("x.json", b'{"a": 1}', "The file contains an object, not a list"),
         ("x.json", LINES, "name it .jsonl"),
         ("x.parquet", b"PAR1", "Not a readable parquet file"),
         ("x.jsonl.zst", zstandard.compress(LINES)[:-5], "The compressed file is damaged"),
@@ -340,7 +340,7 @@ def test_a_file_that_cannot_be_read_is_a_clear_error(tmp_path: Path, name: str, 
 
 
 @pytest.mark.parametrize("make", [lambda folder: folder / "x.txt", lambda folder: folder])
-def test_text_files_are_no_chats(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+def test_text_files_are_not_chats(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     (tmp_path / "x.txt").write_text("Hi")
     with pytest.raises(DataError, match=r"allowed: \*\.jsonl\[\.gz\|\.zst\|\.bz2\|\.xz\], \*\.json"):
         chat_files(make(tmp_path))

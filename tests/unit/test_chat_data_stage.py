@@ -1,4 +1,4 @@
-"""The chat_data stage: what is held out, what is left out, and what its messages say."""
+"""Tests of the chat_data stage: held-out rows, rows left out, messages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sums(first: int, last: int) -> Rows:
 
 
 def prepare(folder: Path, *sources: dict[str, Any] | str, **params: Any) -> tuple[dict[str, Any], Rows, Rows]:
-    """(result, training rows, validation rows)."""
+    """Return (result, training rows, validation rows)."""
     listed = [{"source": source} if isinstance(source, str) else source for source in sources]
     stage = ChatDataStage(
         **{"kind": "chat_data", "rows": "conversations", "valid_rows": 10, "sources": listed, **params}
@@ -51,7 +51,7 @@ def texts(rows: Rows) -> set[str]:
     return {json.dumps({**row, "origin": ""}, sort_keys=True) for row in rows}
 
 
-def test_every_row_goes_into_one_part_and_knows_its_place(tmp_path: Path) -> None:
+def test_every_row_is_in_one_part_with_its_origin(tmp_path: Path) -> None:
     source = write(tmp_path / "x.jsonl", sums(0, 200))
     result, train, valid = prepare(tmp_path / "a", source)
     assert (len(train), len(valid)) == (190, 10) == (result["train_rows"], result["valid_rows"])
@@ -75,14 +75,14 @@ def test_the_held_out_rows_do_not_depend_on_the_order_nor_on_the_files(tmp_path:
     assert texts(prepare(tmp_path / "c", whole, seed=1)[2]) != texts(one[2])
 
 
-def test_no_question_stands_in_both_parts(tmp_path: Path) -> None:
+def test_no_question_is_in_both_parts(tmp_path: Path) -> None:
     rows = [{"prompt": f"Question {i % 40}", "chosen": f"Yes {i}", "rejected": "No"} for i in range(200)]
     for row in rows[::3]:
         row["prompt"] = row["prompt"].upper() + "  "
     result, train, valid = prepare(tmp_path / "a", write(tmp_path / "x.jsonl", rows), rows="pairs", valid_rows=12)
     assert result["num_questions"] == 40
     assert not {question(row) for row in train} & {question(row) for row in valid}
-    assert len(valid) == 10, "questions of five rows: a third one would be more than was asked for"
+    assert len(valid) == 10, "questions have five rows: a third question would exceed valid_rows"
 
 
 def test_conversations_that_begin_alike_stay_together(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_conversations_that_begin_alike_stay_together(tmp_path: Path) -> None:
     assert not {question(row) for row in train} & {question(row) for row in valid}
 
 
-def test_the_choice_is_pinned() -> None:
+def test_the_split_is_fixed() -> None:
     hashes = {text_hash(1234, f"question {number}"): 1 for number in range(100)}
     held = heldout_questions(hashes, 3)
     found = [number for number, key in enumerate(hashes) if key in held]
@@ -131,7 +131,7 @@ def test_ratings_are_counted_and_a_system_text_is_added(tmp_path: Path) -> None:
     assert all(row["messages"][0] == {"role": "system", "content": "Be kind."} for row in train)
 
 
-# --- what goes wrong ----------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------
 
 
 def test_any_bad_row_stops_and_the_first_ten_are_listed(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_tolerated_rows_are_listed_in_a_file(tmp_path: Path) -> None:
     )
 
 
-def test_an_unknown_format_names_the_fields_and_what_is_known(tmp_path: Path) -> None:
+def test_the_error_on_an_unknown_format_lists_fields_and_formats(tmp_path: Path) -> None:
     source = write(tmp_path / "x.jsonl", [{"text": "Hi"}])
     with pytest.raises(DataError) as caught:
         prepare(tmp_path / "a", source, rows="pairs")

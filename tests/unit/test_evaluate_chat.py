@@ -1,4 +1,4 @@
-"""evaluate_chat: rows that cannot be measured are counted, told before a training, or end in plain words."""
+"""Tests of evaluate_chat: rows that cannot be measured are counted, or reported before a training starts."""
 
 from __future__ import annotations
 
@@ -67,18 +67,18 @@ def test_rows_that_cannot_be_measured_are_counted(tmp_path: Path) -> None:
         "measured_rows": 2,
         "too_long_rows": 1,
         "bad_rows": 1,
-        "first_bad_rows": ["x.jsonl:2: a text of user holds <|im_end|>, which the tokenizer takes for a marker"],
+        "first_bad_rows": ["x.jsonl:2: a text of user contains <|im_end|>, which the tokenizer reads as a marker"],
     }
     assert [row["origin"] for row in found.rows] == ["x.jsonl:1", "x.jsonl:3"]
     assert len(found.rendered) == 2
     assert found.left_out().startswith("2 of 4 held-out rows are left out: 1 too long, 1 bad (the first: x.jsonl:2:")
 
 
-def test_more_bad_rows_than_are_tolerated_end_in_what_to_set(tmp_path: Path) -> None:
+def test_the_error_on_too_many_bad_rows_names_the_key_to_set(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         heldout(tmp_path, MARKED)
     message = str(caught.value)
-    assert "1 of 4 rows are bad (25.0%):\n  - x.jsonl:2: a text of user holds" in message
+    assert "1 of 4 rows are bad (25.0%):\n  - x.jsonl:2: a text of user contains" in message
     assert "stages.measured.max_bad_fraction=0.251" in message
 
 
@@ -91,7 +91,7 @@ def test_more_bad_rows_than_are_tolerated_end_in_what_to_set(tmp_path: Path) -> 
         (CHAT_TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>{% endif"), "its own generation prompt"),
     ],
 )
-def test_where_every_row_is_bad_nobody_is_told_to_leave_them_out(
+def test_if_every_row_is_bad_leaving_them_out_is_not_suggested(
     tmp_path: Path, template: str, reason: str, share: float
 ) -> None:
     with pytest.raises(DataError, match="All 2 rows are bad") as caught:
@@ -101,16 +101,16 @@ def test_where_every_row_is_bad_nobody_is_told_to_leave_them_out(
 
 
 @pytest.mark.parametrize(("kind", "make"), [("conversations", chat), ("pairs", pair)])
-def test_rows_that_are_all_too_long_say_how_long_the_shortest_is(tmp_path: Path, kind: Any, make: Any) -> None:
+def test_if_all_rows_are_too_long_the_error_has_the_shortest_length(tmp_path: Path, kind: Any, make: Any) -> None:
     rows = [make("What is " + "7" * size) for size in (3, 1, 2)]
     with pytest.raises(DataError, match="0 of 3 held-out rows fit into max_seq_len_tokens = 8") as caught:
         heldout(tmp_path, rows, kind, max_seq_len_tokens=8)
-    needed = int(str(caught.value).split("Raise it to ")[1].split()[0])
+    needed = int(str(caught.value).split("Raise it to at least ")[1].split(",")[0])
     assert len(heldout(tmp_path, rows, kind, max_seq_len_tokens=needed).rows) == 1
 
 
 def test_no_held_out_row_names_the_stage(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="Stage chats holds no held-out rows") as caught:
+    with pytest.raises(DataError, match="Stage chats has no held-out rows") as caught:
         heldout(tmp_path, [])
     assert "Raise valid_rows" in str(caught.value)
 
@@ -128,7 +128,7 @@ def test_prompts_of_rlhf_leave_out_a_few_bad_rows(tmp_path: Path) -> None:
     bound = ChatTemplate.bind(tiny_tokenizer(), "chatml")
     found = read_prompts(Rlhf(algorithm="ppo", max_bad_fraction=0.25), tmp_path, bound)
     assert [len(found[part]) for part in ("train", "valid")] == [3, 3]
-    with pytest.raises(DataError, match=r"x\.jsonl:2: a text of user holds") as caught:
+    with pytest.raises(DataError, match=r"x\.jsonl:2: a text of user contains") as caught:
         read_prompts(Rlhf(algorithm="ppo"), tmp_path, bound)
     assert "leave them out with max_bad_fraction=0.251" in str(caught.value)
 
@@ -197,7 +197,7 @@ def recipe(folder: Path, **measured: Any) -> Recipe:
         ({"inputs": {"model": "sft", "chats": "chats", "reference": "teacher"}}, "stage chats has conversations"),
     ],
 )
-def test_what_an_evaluation_cannot_get_is_known_from_the_recipe(
+def test_missing_inputs_of_an_evaluation_are_found_in_the_recipe(
     tmp_path: Path, keys: dict[str, Any], problem: str
 ) -> None:
     made = recipe(tmp_path, **keys)
@@ -218,7 +218,7 @@ def _problems(recipe: Recipe) -> Iterable[str]:
 
 @pytest.fixture
 def prepared(tmp_path: Path, minitron: Cli) -> Path:
-    """A folder whose teacher and chats are finished; one held-out row in four holds a marker."""
+    """Create a folder with finished teacher and chats; one held-out row in four contains a marker."""
     tiny_model_dir(tmp_path, "llama_mha")
     rows = [chat(f"What is {number}?" + " <|im_end|>" * (number % 4 == 0)) for number in range(12)]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -229,7 +229,7 @@ def prepared(tmp_path: Path, minitron: Cli) -> Path:
     return tmp_path
 
 
-def test_an_evaluation_that_would_stop_is_told_before_the_training(prepared: Path) -> None:
+def test_an_evaluation_that_would_fail_stops_before_the_training(prepared: Path) -> None:
     made = recipe(prepared, valid_rows=8)
     store = Store(prepared / "runs/r")
     with pytest.raises(DataError, match="Stage measured would stop after the training of sft") as caught:
@@ -245,7 +245,7 @@ def test_an_evaluation_that_would_stop_is_told_before_the_training(prepared: Pat
         rehearse_evaluations("sft", missing, store, missing.stages)
 
 
-def test_the_result_and_the_report_say_how_many_rows_were_measured(prepared: Path, minitron: Cli) -> None:
+def test_the_result_and_the_report_have_the_number_of_measured_rows(prepared: Path, minitron: Cli) -> None:
     inputs = {"model": "teacher", "chats": "chats"}
     keys = {"inputs": inputs, "max_bad_fraction": 0.9, "num_generated": 2, "max_new_tokens": 2, "prompts": ["Hi"]}
     recipe(prepared, valid_rows=8, **keys)

@@ -1,4 +1,4 @@
-"""The model card tells what the model is made of, and carries the licence."""
+"""Tests of the model card."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _header(card: str) -> dict[str, Any]:
     return dict(yaml.safe_load(card.split("---")[1]))
 
 
-def test_the_header_names_licence_base_model_and_tags() -> None:
+def test_the_header_names_license_base_model_and_tags() -> None:
     card = render_card("small", facts=FACTS, teacher=TEACHER, model=DISTILLED, metrics=METRICS)
     assert _header(card) == {
         "license": "llama3.1",
@@ -54,7 +54,7 @@ def test_the_header_names_licence_base_model_and_tags() -> None:
     }
 
 
-def test_lineage_goes_from_teacher_over_the_cut_to_the_file() -> None:
+def test_lineage_goes_from_the_teacher_to_the_stored_file() -> None:
     card = render_card("small", facts=FACTS, teacher=TEACHER, model=DISTILLED, metrics=[])
     assert "1. **Teacher** `hf:org/Llama-x`" in card
     assert "2. **Pruned**: MLP size 96 → 48, " in card
@@ -66,7 +66,7 @@ def test_lineage_goes_from_teacher_over_the_cut_to_the_file() -> None:
     assert "`asset:books`, `my'text'.jsonl`" in card
 
 
-def test_results_and_how_they_were_measured_stand_in_a_table() -> None:
+def test_results_are_in_a_table_with_the_method_of_measurement() -> None:
     card = render_card("small", facts=FACTS, teacher=TEACHER, model=DISTILLED, metrics=METRICS)
     assert "|  | teacher | distilled |" in card
     assert "| sciq | 0.680 ± 0.050 | 0.680 ± 0.050 |" in card
@@ -74,7 +74,7 @@ def test_results_and_how_they_were_measured_stand_in_a_table() -> None:
     assert "## Results" not in render_card("small", facts=FACTS, teacher=TEACHER, model=DISTILLED, metrics=[])
 
 
-def test_a_model_that_was_not_distilled_does_not_say_so() -> None:
+def test_a_model_that_was_not_distilled_has_no_distillation_facts() -> None:
     card = render_card("small", facts=FACTS, teacher=TEACHER, model={}, metrics=[])
     assert "distilled" not in _header(card)["tags"]
     assert "**Distilled**" not in card
@@ -89,10 +89,10 @@ def test_a_model_that_was_not_distilled_does_not_say_so() -> None:
         (None, "Unknown: look it up"),
     ],
 )
-def test_the_licence_and_its_conditions_are_carried(license_id: str | None, expected: str) -> None:
+def test_the_license_and_its_conditions_are_included(license_id: str | None, expected: str) -> None:
     card = render_card("small", facts=FACTS, teacher={**TEACHER, "license": license_id}, model={}, metrics=[])
     assert expected in card
-    assert "teacher's licence and its conditions apply" in card
+    assert "teacher's license and its conditions apply" in card
     assert _header(card)["license"] == (license_id or "other")
     assert ("Built with Llama" in card) == (license_id == "llama3.1")
 

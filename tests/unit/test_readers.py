@@ -1,4 +1,4 @@
-"""Text files of every format and compression, and what is said about bad ones."""
+"""Tests of reading text files: formats, compressions, finding files, errors."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_txt_without_separator_is_one_document_with_unix_line_ends(tmp_path: P
     assert read(file) == ["a\nb\n"]
 
 
-def test_a_byte_order_mark_is_no_text_in_jsonl(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_skipped_in_jsonl(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + jsonl(["a"]))
     assert read(file) == ["a"]
@@ -85,7 +85,7 @@ def test_a_byte_order_mark_is_no_text_in_jsonl(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("separator", ["\n---\n", "\r\n---\r\n", "\r---\r"])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
-def test_line_ends_of_a_separator_are_read_as_those_of_the_text(tmp_path: Path, separator: str, line_end: str) -> None:
+def test_line_ends_of_a_separator_are_normalized(tmp_path: Path, separator: str, line_end: str) -> None:
     file = tmp_path / "x.txt"
     file.write_bytes(f"{line_end}---{line_end}".join(["", "one", "two.*", ""]).encode())
     assert read(file, document_separator=separator) == ["one", "two.*"]
@@ -94,7 +94,7 @@ def test_line_ends_of_a_separator_are_read_as_those_of_the_text(tmp_path: Path, 
 
 def test_a_separator_without_a_txt_is_refused(tmp_path: Path) -> None:
     source = DataSource(source="x", document_separator="\n")
-    with pytest.raises(DataError, match=r"document_separator splits \.txt files"):
+    with pytest.raises(DataError, match=r"document_separator splits only \.txt files"):
         require_separator_is_used([tmp_path / "x.jsonl"], source, "stages.data.sources.0")
     require_separator_is_used([tmp_path / "x.jsonl", tmp_path / "y.txt.gz"], source, "stages.data.sources.0")
 
@@ -103,7 +103,7 @@ def test_a_separator_without_a_txt_is_refused(tmp_path: Path) -> None:
     "content",
     [b'[{"text": "a"}, {"text": null}, {"text": "b"}]', b'[\n{"text": "a"},\n{"text": "b"}\n]', jsonl(["a", "b"])],
 )
-def test_json_holds_a_list_or_rows_as_lines(tmp_path: Path, content: bytes) -> None:
+def test_json_is_a_list_or_one_row_per_line(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "c4.00000-of-00001.json.gz"
     file.write_bytes(gzip.compress(content))
     assert read(file) == ["a", "b"]
@@ -135,7 +135,7 @@ def test_text_columns_of_every_type_are_read(tmp_path: Path, column: pa.Array) -
     assert set(read(file)) == {"a", "b"}
 
 
-def test_a_column_of_bytes_that_are_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_column_of_bytes_that_are_not_text_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.parquet"
     pq.write_table(pa.table({"text": [b"\xff\xfe"]}), file)
     assert str(file) in problem(file)
@@ -226,7 +226,7 @@ def test_links_are_followed_and_each_file_is_read_once(tmp_path: Path) -> None:
     assert sorted(map(os.path.realpath, by_glob)) == sorted(os.path.realpath(text / name) for name in names)
 
 
-def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+def test_files_that_are_left_out_are_reported(tmp_path: Path) -> None:
     texts_in(
         tmp_path, "a.jsonl", "c4.json.gz", "README.md", "a.jsonl.sha256", "dataset_info.json", "._a.jsonl", "test/b.txt"
     )
@@ -237,7 +237,7 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     assert second == "folders named test are read as training text too"
 
 
-def test_names_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_special_characters_in_names_are_literal(tmp_path: Path) -> None:
     names = ["[old] a*.txt", "\u4e16\u754c.txt", "a b/{x,y}.txt", "Z.txt", "a.txt"]
     texts_in(tmp_path, *names)
     assert source_files(tmp_path) == sorted(tmp_path / name for name in names)
@@ -251,13 +251,11 @@ def test_braces_and_double_stars_are_patterns(tmp_path: Path) -> None:
     assert len(source_files(tmp_path / "**/*.txt")) == 4
 
 
-def test_text_that_cannot_be_reached_is_not_left_out_in_silence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreachable_text_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts_in(tmp_path, "a.txt", "closed/b.txt")
     link = tmp_path / "gone.jsonl"
     link.symlink_to(tmp_path / "nowhere.jsonl")
-    with pytest.raises(DataError, match="leads nowhere"):
+    with pytest.raises(DataError, match="link is broken"):
         source_files(tmp_path)
     link.unlink()
 
@@ -278,7 +276,7 @@ def test_text_that_cannot_be_reached_is_not_left_out_in_silence(
         ("x.csv", "Unknown file type .csv."),
         ("nowhere", "There is no text at"),
         ("*.txt", "No file matches"),
-        ("*.csv", "1 files at"),
+        ("*.csv", "of the 1 files at"),
     ],
 )
 def test_a_source_without_text_names_what_is_allowed(tmp_path: Path, path: str, says: str) -> None:
@@ -304,7 +302,7 @@ def test_a_source_without_text_names_what_is_allowed(tmp_path: Path, path: str, 
         ("x.jsonl", b'\xef\xbb\xbf{"text": "\xff"}\n', 1, 13),
     ],
 )
-def test_bad_encoding_is_found_at_its_line_and_byte(
+def test_bad_encoding_is_reported_with_line_and_byte(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
@@ -329,13 +327,13 @@ def test_bad_encoding_is_found_at_its_line_and_byte(
         (b'{"body": "a", "id": 1}', "no field 'text'"),
         (b'["a"]', "it is a list"),
         (b'{"text": 5}', "is int, not text"),
-        (b'{"text": "\\ud800"}', "half a surrogate pair"),
+        (b'{"text": "\\ud800"}', "an unpaired surrogate"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"text": "a", "id": ' + b"1" * 5000 + b"}", "cannot be read"),
         (b'{"text": ["a"]}', "is list, not text"),
     ],
 )
-def test_a_bad_jsonl_row_is_named_by_line(tmp_path: Path, row: bytes, says: str) -> None:
+def test_a_bad_jsonl_row_is_reported_with_its_line(tmp_path: Path, row: bytes, says: str) -> None:
     file = tmp_path / "x.jsonl"
     file.write_bytes(jsonl(["good"]) + row + b"\n")
     said = problem(file)
@@ -343,7 +341,7 @@ def test_a_bad_jsonl_row_is_named_by_line(tmp_path: Path, row: bytes, says: str)
     assert f"{file}:2" in said
 
 
-def test_a_missing_field_names_those_that_are_there(tmp_path: Path) -> None:
+def test_a_missing_field_error_lists_the_existing_fields(tmp_path: Path) -> None:
     rows, table = tmp_path / "x.jsonl", tmp_path / "x.parquet"
     rows.write_bytes(b'{"body": "a", "id": 1}\n')
     table.write_bytes(parquet(["a"], name="body"))
@@ -352,7 +350,7 @@ def test_a_missing_field_names_those_that_are_there(tmp_path: Path) -> None:
     assert read(rows, text_field="body") == read(table, text_field="body") == ["a"]
 
 
-def test_a_parquet_column_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_parquet_column_that_is_not_text_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.parquet"
     file.write_bytes(parquet([1, 2]))
     assert "Column 'text' is int64, not text." in problem(file)

@@ -1,4 +1,4 @@
-"""The report: what is computed, what is missing, and that data never becomes markup."""
+"""Tests of the report: computed facts, missing stages, escaping of data."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def report() -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["width", "depth"])
 def facts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """report.json of a made-up run."""
+    """Return report.json of a made-up run."""
     return collect("A title", "a/recipe", fake_run(tmp_path_factory.mktemp("run"), depth=request.param))
 
 
@@ -89,12 +89,12 @@ def test_names_of_models_and_tasks_are_escaped_in_the_pictures_too(tmp_path: Pat
     assert page.count("$(touch pwned)$") > 10
 
 
-def test_the_page_is_one_small_file_of_sound_pictures(facts: dict[str, Any]) -> None:
+def test_the_page_is_one_small_file_with_valid_figures(facts: dict[str, Any]) -> None:
     page = render_html(facts, "name: a/recipe")
     assert len(page.encode()) < 3_000_000
     for outside in ("<script", "<link", "src=", "@import", "url(http", "<iframe"):
         assert outside not in page
-    # xmlns and links to papers are names, not requests; what a browser fetches stands in src, href and url().
+    # xmlns and links to papers cause no requests; a browser fetches only src, href and url().
     assert set(re.findall(r'href="([^"#][^"]*)"', page)) <= {
         found for found in re.findall(r'href="(data:image/png;base64,[^"]*)"', page)
     }
@@ -107,7 +107,7 @@ def test_the_page_is_one_small_file_of_sound_pictures(facts: dict[str, Any]) -> 
     assert "mathdefault" not in page
 
 
-def test_pictures_take_every_colour_from_the_page(facts: dict[str, Any]) -> None:
+def test_figures_use_only_colors_of_the_page(facts: dict[str, Any]) -> None:
     page = render_html(facts, "")
     assert "var(--distilled)" in page
     assert not re.search(r"#0101[0-9a-f]{2}", page)
@@ -132,7 +132,7 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
     assert render_markdown(facts).startswith("# t\n")
 
 
-def test_the_three_files_are_written_and_tell_nothing_of_the_machine(tmp_path: Path) -> None:
+def test_the_three_files_are_written_without_facts_on_the_machine(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     result = render(ReportStage(kind="report"), fake_run(tmp_path / "run"), "a/recipe", {}, out)
@@ -145,7 +145,7 @@ def test_the_three_files_are_written_and_tell_nothing_of_the_machine(tmp_path: P
     assert json.loads((out / "report.json").read_text())["title"] == "a/recipe"
 
 
-def test_the_pipeline_is_told_in_the_order_of_the_work() -> None:
+def test_the_pipeline_is_shown_in_the_order_of_the_stages() -> None:
     ran = [("evaluate", 1.0), ("import", 2.0), ("evaluate", 3.0), ("new_kind", 0.5), ("distill", 4.0)]
     steps = pipeline([{"kind": kind, "wall_s": wall_s} for kind, wall_s in ran])
     assert [(step["kind"], step["count"], step["wall_s"]) for step in steps] == [
@@ -159,7 +159,7 @@ def test_the_pipeline_is_told_in_the_order_of_the_work() -> None:
 # --- facts --------------------------------------------------------------------------------------
 
 
-def test_columns_are_ordered_and_stages_stand_as_they_ran(facts: dict[str, Any]) -> None:
+def test_columns_are_ordered_and_stages_are_listed_as_they_ran(facts: dict[str, Any]) -> None:
     assert list(facts["models"]) == ["teacher", "distilled", "pruned", "random"]
     assert [row["stage"] for row in facts["cost"]["stages"]][:4] == ["teacher", "data", "check_teacher", "score"]
     tokens = {row["stage"]: row["tokens"] for row in facts["cost"]["stages"]}
@@ -168,7 +168,7 @@ def test_columns_are_ordered_and_stages_stand_as_they_ran(facts: dict[str, Any])
     assert tokens["prune"] is None
 
 
-def test_what_was_cut_is_the_plan_of_the_student_not_of_the_control(facts: dict[str, Any]) -> None:
+def test_pruning_facts_are_those_of_the_student_not_of_the_control(facts: dict[str, Any]) -> None:
     pruning = facts["pruning"]
     assert (pruning["stage"], pruning["method"]) == ("select", "importance")
     cut = {axis["axis"]: (axis["source"], axis["kept"]) for axis in pruning["axes"] if axis["kept"] < axis["source"]}
@@ -191,7 +191,7 @@ def test_importance_kept_by_hand() -> None:
     assert importance_share(two, "all") == 1.0
 
 
-def test_importance_curves_are_sorted_within_each_layer_and_relative_to_its_middle() -> None:
+def test_importance_curves_are_sorted_within_each_layer_and_relative_to_its_median() -> None:
     curve = importance_curve(np.array([[1.0, 4.0, 2.0], [10.0, 1.0, 2.0]]), 2)
     assert curve["rank"] == [1, 2, 3]
     assert curve["mean"] == [3.5, 1.0, 0.5]
@@ -200,7 +200,7 @@ def test_importance_curves_are_sorted_within_each_layer_and_relative_to_its_midd
     assert len(importance_curve(np.ones(5000), 10)["rank"]) <= 160
 
 
-def test_the_map_of_neurons_is_the_mean_of_neighbours_in_the_sorted_order() -> None:
+def test_the_map_of_neurons_has_means_of_adjacent_ranks() -> None:
     assert ffn_map(np.array([[1.0, 100.0], [10.0, 0.1]])) == [[2.0, 0.0], [1.0, -1.0]]
     assert np.array(ffn_map(np.ones((3, 1000)))).shape == (3, 96)
 
@@ -222,7 +222,7 @@ def test_markdown_cells_cannot_break_their_table() -> None:
 def test_the_best_student_is_marked_by_the_direction_of_the_figure(report: dict[str, Any]) -> None:
     rows = {row["name"]: row for row in report["comparison"]}
     assert (rows["bits per byte"]["best"], rows["bits per byte"]["worst"]) == ("distilled", "pruned")
-    # In these made-up numbers accuracy rises with the loss; the teacher never competes.
+    # In these made-up numbers accuracy rises with the loss. The teacher is never marked.
     assert rows["piqa (acc_norm)"]["best"] == "pruned"
     assert rows["piqa (acc_norm)"]["text"]["pruned"] == "0.500 ± 0.050"
     assert rows["parameters"]["best"] is None
@@ -251,18 +251,18 @@ def test_a_task_is_compared_by_a_metric_that_all_have() -> None:
     assert main_metric("t", {"a": both["a"]}) == "acc_norm"
 
 
-# --- words --------------------------------------------------------------------------------------
+# --- texts --------------------------------------------------------------------------------------
 
 
-def test_the_headline_tells_sizes_share_and_cost(report: dict[str, Any]) -> None:
-    assert "80% of the quality lost in pruning won back with 1,000 tokens in 1.0 minutes" in headline(report)
-    assert "won back" not in headline({**report, "recovered_share": None})
+def test_the_headline_has_sizes_share_and_cost(report: dict[str, Any]) -> None:
+    assert "recovered 80% of the quality lost in pruning with 1,000 tokens in 1.0 minutes" in headline(report)
+    assert "recovered" not in headline({**report, "recovered_share": None})
     assert "lost another 20%" in headline({**report, "recovered_share": -0.2})
     assert headline({**report, "models": {}}).startswith("The run has not measured")
     assert "| bits per byte | 1.000 | **1.200** | 2.000 |" in render_markdown(report)
 
 
-def test_sizes_and_times_are_written_as_people_say_them() -> None:
+def test_sizes_and_times_are_readable() -> None:
     assert millions(229_952) == "230K"
     assert millions(134_515_008) == "134.5M"
     assert millions(8_030_261_248) == "8.03B"

@@ -1,4 +1,4 @@
-"""The report of a search: its sentence, its table, its two pictures, and nothing where there was none."""
+"""Tests of the report section on a search: sentence, table, figures, and no section without a search."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOSTILE = "<b>c</b> $x$ | & `y`"
 
 @pytest.fixture
 def search(tmp_path: Path) -> dict[str, Any]:
-    """search.json as report.json has it."""
+    """Return search.json as part of report.json."""
     return dict(collect("t", "r", fake_run(tmp_path, search=True))["search"])
 
 
@@ -36,13 +36,13 @@ def _texts(svg: str) -> list[str]:
 # --- facts --------------------------------------------------------------------------------------
 
 
-def test_the_report_has_the_search_as_it_was_written(tmp_path: Path) -> None:
+def test_the_report_contains_the_search_unchanged(tmp_path: Path) -> None:
     stages = fake_run(tmp_path, search=True)
     facts = collect("t", "r", stages)
     assert facts["search"] == json.loads((stages["search"].path / "search.json").read_text())
 
 
-def test_of_two_searches_the_first_of_the_plan_counts_not_the_first_to_end(tmp_path: Path) -> None:
+def test_of_two_searches_the_first_in_the_plan_is_reported(tmp_path: Path) -> None:
     early, late = (fake_run(tmp_path / name, search=True)["search"] for name in ("early", "late"))
     late.provenance["started"] = "2030"  # type: ignore[index]
     facts = json.loads((late.path / "search.json").read_text())
@@ -59,19 +59,19 @@ def test_a_run_without_a_search_has_no_such_section(tmp_path: Path) -> None:
     assert "search-pareto" not in page
 
 
-# --- words --------------------------------------------------------------------------------------
+# --- texts --------------------------------------------------------------------------------------
 
 
-def test_the_sentence_tells_the_winner_the_effort_and_what_zero_shot_was_worth(search: dict[str, Any]) -> None:
+def test_the_sentence_has_winner_training_and_rank_correlation(search: dict[str, Any]) -> None:
     told = "c03 wins: loss 4.01 after 40 steps; 6 candidates, 2 rungs"
     assert sentence(search) == f"{told}; zero-shot order and final order agree, Kendall tau 0.73."
     assert sentence({**search, "rank_correlation": None}) == f"{told}."
     assert "do not agree, Kendall tau -0.20" in sentence({**search, "rank_correlation": -0.2})
 
 
-def test_what_was_asked_for_is_told_without_limits_that_were_not_set(search: dict[str, Any]) -> None:
+def test_only_constraints_that_were_set_are_listed(search: dict[str, Any]) -> None:
     asked, columns, front = notes(search)
-    assert asked == "Asked for: 94.0M parameters within 5 %; at most 0.5 GiB of memory."
+    assert asked == "Constraints: 94.0M parameters within 5 %; at most 0.5 GiB of memory."
     assert "1 sequence of 4,096 tokens" in columns
     assert front.endswith(": c06, c02, c03.")
     none = dict.fromkeys(search["constraints"]) | {"context_tokens": 512, "batch_size": 8}
@@ -80,12 +80,12 @@ def test_what_was_asked_for_is_told_without_limits_that_were_not_set(search: dic
     )
     every = {**none, "num_params_min": 1e6, "num_params_max": 2e9, "max_memory_gib": 3, "max_decode_ms": 2.5}
     assert notes({**search, "constraints": every})[0] == (
-        "Asked for: at least 1.0M parameters; at most 2.00B parameters; at most 3 GiB of memory; "
+        "Constraints: at least 1.0M parameters; at most 2.00B parameters; at most 3 GiB of memory; "
         "at most 2.5 ms for a generated token."
     )
 
 
-def test_rows_stand_by_rank_with_the_steps_behind_each_loss(search: dict[str, Any]) -> None:
+def test_rows_are_sorted_by_rank_and_have_the_steps_of_each_loss(search: dict[str, Any]) -> None:
     header, rows = search_table(search)
     by_name = {row[1]: dict(zip(header, row, strict=True)) for row in rows}
     assert [row[0] for row in rows] == ["1", "2", "3", "4", "5", "6"]
@@ -97,7 +97,7 @@ def test_rows_stand_by_rank_with_the_steps_behind_each_loss(search: dict[str, An
     ]
 
 
-def test_measured_speed_has_a_column_only_where_it_was_measured(search: dict[str, Any]) -> None:
+def test_speed_has_a_column_only_if_it_was_measured(search: dict[str, Any]) -> None:
     assert "tokens/s" not in search_table(search)[0]
     search["candidates"][0]["generate_tokens_per_s"] = 41.23
     header, rows = search_table(search)
@@ -113,29 +113,29 @@ def test_a_name_cannot_become_markup_or_break_the_table(tmp_path: Path) -> None:
     assert len(re.findall(r"(?<!\\)\|", next(line for line in text.splitlines() if line.startswith("| **1**")))) == 13
 
 
-# --- pictures -----------------------------------------------------------------------------------
+# --- figures ------------------------------------------------------------------------------------
 
 
-def test_the_page_shows_the_table_and_both_pictures(tmp_path: Path) -> None:
+def test_the_page_shows_the_table_and_both_figures(tmp_path: Path) -> None:
     page = render_html(collect("t", "r", fake_run(tmp_path, search=True)), "")
     section = page.split("<h2>Search: which shape</h2>")[1].split("</section>")[0]
     assert section.count("<svg") == 2
     assert section.count('<tr class="winner">') == 1
-    # Dropped after the first rung.
+    # These candidates were dropped after the first rung.
     assert section.count('<tr class="whole">') == 3
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert not re.search(r"#0101[0-9a-f]{2}", page)
 
 
-def test_pictures_name_winner_and_front(search: dict[str, Any]) -> None:
+def test_figures_name_winner_and_front(search: dict[str, Any]) -> None:
     told = _texts(pareto(search))
     assert {"c03", "c02", "c06", "winner", "Pareto front", "10 steps", "40 steps", "million parameters"} <= set(told)
     told = _texts(ladder(search))
     assert {"c03", "0", "10", "40"} <= set(told)
 
 
-def test_the_pictures_say_for_the_blind_what_they_show(search: dict[str, Any]) -> None:
+def test_the_figures_have_alternative_texts(search: dict[str, Any]) -> None:
     assert 'aria-label="Loss over parameters of 6 candidates; on the front: c06, c02, c03; winner: c03."' in pareto(
         search
     )
@@ -151,7 +151,7 @@ def test_a_search_of_few_rungs_or_one_candidate_is_drawn_too(search: dict[str, A
     assert sentence(small).endswith(("untrained; 1 candidate, 0 rungs.", "after 10 steps; 1 candidate, 1 rung."))
 
 
-def test_crowded_points_do_not_all_get_a_name_but_the_winner_does(search: dict[str, Any]) -> None:
+def test_of_crowded_points_not_all_are_named_but_the_winner_is(search: dict[str, Any]) -> None:
     one = _candidate(search, "c03")
     crowd = [{**one, "name": f"a-long-name-{number}", "rank": number} for number in range(1, 30)]
     told = _texts(ladder({**search, "candidates": crowd, "winner": "a-long-name-1"}))

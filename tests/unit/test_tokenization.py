@@ -1,4 +1,4 @@
-"""Text to ids to indexed datasets: what is appended, what is held out, and that processes and stops change nothing."""
+"""Tests of tokenization: ids, eod, the held-out split, the indexed dataset, and resuming with several processes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def run_stage(
     stop: StopRequest | None = None,
     **params: Any,
 ) -> dict[str, Any]:
-    """Writes into the folder `out`; what survives a stop is in `work`."""
+    """Run the stage with the folder `out` for results and `work` for what survives a stop."""
     stage = TokenizeStage(kind="tokenize", sources=sources, **params)
     inputs = Inputs(Model("teacher", "import", model, "", {}))
     return dict(tokenize(stage, inputs, context(folder, stop, workers=workers)))
@@ -76,7 +76,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def edited_tokenizer(folder: Path, **changes: Any) -> Path:
-    """A copy of the toy tokenizer with other keys in tokenizer_config.json."""
+    """Copy the toy tokenizer with other keys in tokenizer_config.json."""
     shutil.copytree(TOY_MODEL, folder)
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
@@ -95,7 +95,7 @@ def test_ids_are_those_of_transformers_with_eod_and_nothing_else_added(tokenizer
     assert ids(tokenizer, texts) == expected
 
 
-def test_no_more_processes_start_than_cores_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_processes_than_usable_cores_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_pool, "usable_cores", lambda: 3)
     assert processes_for(1 << 40, None) == 3
 
@@ -118,7 +118,7 @@ def test_small_texts_are_not_worth_a_process(size_bytes: int, workers: int | Non
         (["<s>", "</s>"], "</s>", "</s>"),
     ],
 )
-def test_eod_is_what_the_base_model_saw_between_documents(
+def test_eod_is_the_token_that_the_base_model_was_trained_with(
     tmp_path: Path, tokens: list[str], eos: str, eod: str
 ) -> None:
     from tokenizers import Tokenizer, models
@@ -179,7 +179,7 @@ def test_the_fingerprint_follows_the_vocabulary_only(tmp_path: Path) -> None:
 # --- the split ------------------------------------------------------------------------------------
 
 
-def test_the_split_has_the_share_asked_for_and_depends_on_the_seed() -> None:
+def test_the_split_has_the_requested_share_and_depends_on_the_seed() -> None:
     held = {seed: [i for i in range(20_000) if is_heldout(seed, 0, i, 0.05)] for seed in (1, 2)}
     assert 900 < len(held[1]) < 1100
     assert held[1] != held[2]
@@ -279,13 +279,13 @@ def test_the_index_is_the_one_that_megatron_would_write(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a few kB are divided as hundreds of GB are."""
+    """Reduce the size limits, so that a few kB are divided into pieces as hundreds of GB would be."""
     monkeypatch.setattr(pieces, "SMALLEST_BYTES", 4000)
     monkeypatch.setattr(shard_pool, "BYTES_PER_PROCESS", 1)
 
 
 def text_folder(folder: Path) -> Path:
-    """One large .jsonl, which is divided, and small files of other formats."""
+    """Write one large .jsonl, which is divided into pieces, and small files of other formats."""
     texts = toy_texts()[:120]
     folder.mkdir()
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:80]))
@@ -299,12 +299,12 @@ def sources_of(folder: Path, **keys: Any) -> list[dict[str, Any]]:
 
 
 def made_names(folder: Path) -> dict[str, int]:
-    """Shards that count, and when each was made."""
+    """Return the complete shards with their modification times."""
     return {file.name: file.stat().st_mtime_ns for file in (folder / "work" / SHARDS).glob(f"*{RECORD}")}
 
 
 class StopAfter(StopRequest):
-    """Asked to stop as soon as this many shards are there."""
+    """Requests a stop as soon as this many shards exist."""
 
     def __init__(self, folder: Path, shards: int) -> None:
         super().__init__()
@@ -367,7 +367,7 @@ def test_a_stop_keeps_finished_shards_and_the_next_start_reads_only_the_others(
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("damage", ["cut", "record", "source", "partial"])
-def test_a_shard_that_no_longer_holds_is_made_again(tmp_path: Path, damage: str) -> None:
+def test_an_invalid_shard_is_made_again(tmp_path: Path, damage: str) -> None:
     text = text_folder(tmp_path / "text")
     run_stage(tmp_path, sources_of(text), valid_fraction=0.1)
     before, whole = made_names(tmp_path), contents(tmp_path)
@@ -389,14 +389,14 @@ def test_a_shard_that_no_longer_holds_is_made_again(tmp_path: Path, damage: str)
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_a_bad_row_is_named_by_its_line_in_the_whole_file(tmp_path: Path) -> None:
+def test_a_bad_row_is_reported_with_its_line_in_the_whole_file(tmp_path: Path) -> None:
     text = text_folder(tmp_path / "text")
     lines = (text / "a.jsonl").read_text().splitlines(keepends=True)
     lines[60] = "{\n"
     (text / "a.jsonl").write_text("".join(lines))
     with pytest.raises(DataError, match=rf"{text}/a\.jsonl:61"):
         run_stage(tmp_path / "out", sources_of(text), workers=2, valid_fraction=0.1)
-    # Nobody looks beyond max_documents.
+    # Text beyond max_documents is not read.
     result = run_stage(tmp_path / "limited", sources_of(text, max_documents=60), valid_fraction=0.1)
     assert result["train_num_documents"] + result["valid_num_documents"] == 60
     with pytest.raises(DataError, match=rf"{text}/a\.jsonl:61"):
@@ -409,7 +409,7 @@ def die(*_: object) -> None:
 
 @pytest.mark.usefixtures("small_pieces")
 def test_a_killed_process_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_pool, "_make_here", die)
+    monkeypatch.setattr(shard_pool, "_make_in_worker", die)
     with pytest.raises(EnvironmentProblem, match=r"killed(.|\n)*execution\.workers"):
         run_stage(tmp_path, sources_of(text_folder(tmp_path / "text")), workers=2)
 
@@ -417,7 +417,7 @@ def test_a_killed_process_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.M
 # --- words ----------------------------------------------------------------------------------------
 
 
-def test_tokenizers_are_cut_only_where_that_is_known_to_be_safe() -> None:
+def test_text_is_cut_only_for_tokenizers_that_are_known_to_be_safe() -> None:
     definition = json.loads((TOY_MODEL / "tokenizer.json").read_text())
 
     def changed(**keys: Any) -> bool:
@@ -434,14 +434,14 @@ def test_tokenizers_are_cut_only_where_that_is_known_to_be_safe() -> None:
     assert not changed(added_tokens=[{**token, "content": "<mask>", "lstrip": True}])
 
 
-def test_a_full_memory_of_words_changes_nothing(tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_word_cache_changes_nothing(tokenizer: DocumentTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo_minitron.data import encoder as module
 
     texts = toy_texts()
     expected = ids(tokenizer, texts)
-    monkeypatch.setattr(module, "MOST_REMEMBERED_BYTES", 50_000)
-    monkeypatch.setattr(module, "_RELEARN_CHARS", 100_000)
-    monkeypatch.setattr(module, "_LONGEST_STRETCH", 100)
+    monkeypatch.setattr(module, "MAX_CACHE_BYTES", 50_000)
+    monkeypatch.setattr(module, "_CACHE_RESET_CHARS", 100_000)
+    monkeypatch.setattr(module, "_MAX_CHUNK_CHARS", 100)
     encoder: Encoder = tokenizer.encoder("uint16", "x")
     found = [encoder.encode(texts[start : start + 10]) for start in range(0, len(texts), 10)]
     assert [np.frombuffer(row, np.uint16).tolist() for batch in found for row in batch] == expected

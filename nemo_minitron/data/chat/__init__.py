@@ -1,1 +1,1 @@
-"""Chats, preferences and ratings: public files -> checked rows -> training text."""
+"""Converting public files of chats, preferences and ratings to checked rows and to training text."""

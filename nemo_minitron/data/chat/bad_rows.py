@@ -1,4 +1,4 @@
-"""Bad rows are counted; too many of them stop the work."""
+"""Counting bad rows; too many of them are an error."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _SHOWN = 10
 
 @dataclass
 class BadRows:
-    """Counts of one pass over rows."""
+    """Counts of bad rows in one pass."""
 
     num_rows: int = 0
-    """Good and bad."""
+    """All rows, good and bad."""
     num_bad: int = 0
     first: list[str] = field(default_factory=list)
-    """`file:line: reason` of the first ten."""
+    """`file:line: reason` of the first ten bad rows."""
 
     def add(self, where: str, reason: object) -> None:
         self.num_bad += 1
@@ -26,22 +26,22 @@ class BadRows:
             self.first.append(f"{where}: {reason}")
 
     def facts(self) -> dict[str, Any]:
-        """For manifests."""
+        """Return the counts for a manifest."""
         return {"bad_rows": self.num_bad, "first_bad_rows": list(self.first)}
 
     def require_few(self, max_fraction: float, where: str, key: str | None = None) -> None:
-        """Raises DataError with the first ten when more than the tolerated share is bad.
+        """Raise DataError, listing the first ten bad rows, when their share exceeds `max_fraction`.
 
         Args:
-            where: the stage's key in the recipe.
-            key: of the tolerated share; None: `max_bad_fraction` of the stage.
+            where: recipe key of the stage.
+            key: recipe key of the largest allowed share; None means `max_bad_fraction` of the stage.
         """
         key = key or f"{where}.max_bad_fraction"
         if self.num_bad <= max_fraction * self.num_rows:
             return
         if self.num_bad == self.num_rows:
             raise self.none_left(where)
-        # Rounded up, so that the advice is enough.
+        # Round up, so that the suggested value suffices.
         enough = min(1.0, int(self.num_bad / self.num_rows * 1000 + 1) / 1000)
         raise DataError(
             f"{self.num_bad} of {self.num_rows} rows are bad ({self.num_bad / self.num_rows:.1%}):{self._listed()}",
@@ -51,11 +51,11 @@ class BadRows:
         )
 
     def none_left(self, where: str) -> DataError:
-        """The error where every row is bad, so that leaving the bad ones out would leave nothing."""
+        """Return the error for the case that every row is bad, so that none would be left."""
         return DataError(
             f"All {self.num_rows} rows are bad:{self._listed()}",
             where=where,
-            next_step="Correct the rows, or what does not fit them: `format`, `leave_out`, or the chat template.",
+            next_step="Correct the rows, or the setting that does not fit them: `format`, `leave_out` or the template.",
         )
 
     def _listed(self) -> str:

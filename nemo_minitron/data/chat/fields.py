@@ -1,4 +1,4 @@
-"""Rows and messages as public files hold them: reading their fields, and knowing which were not read."""
+"""Reading the fields of rows and messages of public files, and tracking which fields were not read."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _NEVER_LEFT_OUT = ("role", "from", "content", "value")
 
 
 class Fields(Mapping[str, Any]):
-    """A row, or a message, that remembers which of its fields were read.
+    """Row or message that tracks which of its fields were read.
 
-    Reading is `row[name]` and `row.get(name)`; `name in row` is not.
+    `row[name]` and `row.get(name)` count as reading; `name in row` does not.
 
     Args:
-        leave_out: fields that the recipe drops on purpose, also from the messages of a row.
+        leave_out: fields that the recipe drops on purpose, from the row and from its messages.
     """
 
     def __init__(self, content: Mapping[str, Any], leave_out: Sequence[str] = ()) -> None:
@@ -43,36 +43,36 @@ class Fields(Mapping[str, Any]):
         return len(self.content)
 
     def message(self, content: Mapping[str, Any]) -> Fields:
-        """The fields of one message of this row."""
+        """Return the fields of one message of this row."""
         return Fields(content, [name for name in self.leave_out if name not in _NEVER_LEFT_OUT])
 
     def mark_read(self, *names: str) -> None:
         self._read.update(names)
 
     def mark_lost(self, names: Iterable[str]) -> None:
-        """Add names, as `messages.name`, of what was left behind below the top level of the row."""
+        """Add names of dropped fields below the top level of the row, e.g. `messages.name`."""
         self._lost.update(dict.fromkeys(names))
 
     def unread(self) -> list[str]:
-        """Fields that have a value and that nothing has read."""
+        """Return the fields that have a value but were not read."""
         skipped = [name for name, value in self.content.items() if name not in self._read and not is_empty(value)]
         return [*map(shown_name, skipped), *map(shown_name, self._lost)]
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a field says nothing: null, blank, or an empty list or object, also where it is written as text."""
+    """Return whether a value is null, blank, or an empty list or object, also when written as text."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     return value is None or (isinstance(value, list | dict) and not value)
 
 
 def first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """The value of the first of these fields that is not null; None where all are."""
+    """Return the value of the first of these fields that is not null, or None if all are."""
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def required(row: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """As `first`, but a row without any of them is bad."""
+    """Return the value of the first of these fields that is not null; raise BadRow if all are."""
     value = first(row, names)
     if value is None:
         raise BadRow(f"there is no field {' or '.join(names)}; the row has {shown_names(row)}")
@@ -87,7 +87,7 @@ def string(row: Mapping[str, Any], name: str) -> str:
 
 
 def mapping(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """An object, which may be written as JSON text; empty where the field is missing."""
+    """Return the object in a field, which may be given as JSON text; an empty one if the field is missing."""
     value = row.get(name)
     value = unpacked(value) if isinstance(value, str) else value
     if is_empty(value):
@@ -98,10 +98,10 @@ def mapping(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def unpacked(text: str) -> Any:
-    """The list or object that a text holds as JSON, which is how tables often store messages; else the text.
+    """Return the list or object that a text contains as JSON, as tables often store messages; otherwise the text.
 
     Raises:
-        BadRow: the text is a list of messages as Python prints it, which is not JSON.
+        BadRow: the text is a list of messages as printed by Python, which is not JSON.
     """
     if text.lstrip()[:1] in ("[", "{"):
         try:

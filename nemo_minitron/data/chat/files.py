@@ -1,4 +1,4 @@
-"""Rows of .jsonl, .json and .parquet files, each with its place. A row that cannot be read is handed on as such."""
+"""Reading rows of .jsonl, .json and .parquet files with their places. A row that cannot be read becomes a BadRow."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _ROWS_PER_BATCH = 256
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as it stands in its file."""
+    """Row as read from its file."""
 
     file: Path
     number: int
-    """Line of a .jsonl, else the row's number; from 1."""
+    """Line number in a .jsonl, otherwise the number of the row; counted from 1."""
     content: Mapping[str, Any] | BadRow
 
     @property
@@ -35,21 +35,21 @@ class RawRow:
 
     @property
     def origin(self) -> str:
-        """What goes into the normalised row: no folder, so that it is the same on every machine."""
+        """Place without the folder, for the normalized row, which has to be the same on every machine."""
         return f"{self.file.name}:{self.number}"
 
 
 def chat_files(path: Path) -> list[Path]:
-    """Files of a file, folder or glob.
+    """Return the chat files of a source: a file, a folder or a glob pattern.
 
     Raises:
-        DataError: nothing there, or nothing in a known format.
+        DataError: there is no file, or none in a known format.
     """
     return source_files(path, CHAT_FORMATS)
 
 
 def read_rows(file: Path) -> Iterator[RawRow]:
-    """All rows of one file, in order; blank lines are left out.
+    """Yield all rows of one file, in order; skip blank lines.
 
     Raises:
         DataError: the file as a whole cannot be read, or is empty.
@@ -62,7 +62,7 @@ def read_rows(file: Path) -> Iterator[RawRow]:
     except OSError as error:
         raise DataError(f"The file cannot be read: {error}", where=str(file)) from error
     if number == 0:
-        raise DataError("The file holds no row.", where=str(file), next_step="Remove it from the source, or fill it.")
+        raise DataError("The file has no rows.", where=str(file), next_step="Remove it from the source, or fill it.")
 
 
 Numbered = Iterator[tuple[int, Mapping[str, Any] | BadRow]]
@@ -76,9 +76,9 @@ def _jsonl(file: Path) -> Numbered:
             continue
         if is_first and line.strip() in (b"[", b"{"):
             raise DataError(
-                "The file holds JSON over several lines, not one row a line.",
+                "The file is JSON over several lines, not one row per line.",
                 where=f"{file}:{number}",
-                next_step="If it is a list of rows, name it .json; else write each row on one line.",
+                next_step="If it is a list of rows, name it .json; otherwise write each row on one line.",
             )
         is_first = False
         yield number, _parsed(line)
@@ -100,12 +100,12 @@ def _parsed(line: bytes) -> Mapping[str, Any] | BadRow:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; JSON would keep the last of two fields of one name and drop the other without a word."""
+    """Build an object; refuse repeated fields, of which the json module would silently keep only the last."""
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise BadRow(f"the field {shown_name(twice)} stands twice in one object")
+        raise BadRow(f"the field {shown_name(twice)} appears twice in one object")
     return found
 
 
@@ -133,16 +133,16 @@ def _json(file: Path) -> Numbered:
         raise DataError(
             f"Not JSON: {error.msg} in column {error.colno}.",
             where=f"{file}:{error.lineno}",
-            next_step="If it holds one row a line, name it .jsonl.",
+            next_step="If it has one row per line, name it .jsonl.",
         ) from error
     except (BadRow, ValueError, RecursionError) as error:
         raise DataError(f"Not a list of rows: {shortened(str(error).partition(';')[0])}.", where=str(file)) from error
     if not isinstance(rows, list):
         raise DataError(
-            f"The file holds {_json_type(rows)}, not a list.",
+            f"The file contains {_json_type(rows)}, not a list.",
             where=str(file),
             allowed="a list of rows",
-            next_step="Write it as .jsonl, one row a line.",
+            next_step="Write it as .jsonl, one row per line.",
         )
     for number, row in enumerate(rows, start=1):
         yield number, _object(row)

@@ -1,4 +1,4 @@
-"""Adapters: a row of a public format -> a checked row. One small function each, in the table FORMATS."""
+"""Adapters from rows of public formats to checked rows, one small function per format, listed in FORMATS."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_minitron.data.chat.messages import (
     plain_text,
     read,
     reasoning_of,
-    require_carried,
+    require_supported,
     system_of,
     user,
 )
@@ -32,38 +32,38 @@ _CHOSEN_REWARD = ("chosen_reward", "score_chosen", "chosen_score")
 _REJECTED_REWARD = ("rejected_reward", "score_rejected", "rejected_score")
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
-_UNRATED = ("violence",)
-"""OASST asks its raters for it; NeMo-Aligner has no place for it."""
+_UNSUPPORTED_ATTRIBUTES = ("violence",)
+"""OASST attributes that NeMo-Aligner does not support."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """One public format."""
+    """Public format of rows."""
 
     rows: RowKind
     reader: Callable[[Fields, Renames], Row]
     fits: Callable[[Mapping[str, Any]], bool]
-    """Whether a row looks like it; the first of the table that fits is taken."""
+    """Returns whether a row looks like this format; detection takes the first format in the table that fits."""
 
     def adapt(self, row: Mapping[str, Any], renames: Renames) -> Row:
-        """The checked row.
+        """Return the checked row.
 
         Raises:
-            BadRow: what is wrong with it.
+            BadRow: the row cannot be used.
         """
         return self.read(Fields(row), renames)
 
     def read(self, row: Fields, renames: Renames) -> Row:
-        """As `adapt`; afterwards `row.unread()` names what is not in the checked row."""
-        require_carried(row)
+        """Return the checked row; afterward, `row.unread()` lists the fields that are not in it."""
+        require_supported(row)
         return self.reader(row, renames)
 
 
 def detect(row: Mapping[str, Any], rows: RowKind) -> str:
-    """The name of the format that a row's keys tell.
+    """Return the name of the format that fits the row's fields.
 
     Raises:
-        BadRow: none that gives such rows.
+        BadRow: no format of this kind of rows fits.
     """
     for name in FORMATS_OF[rows]:
         if FORMATS[name].fits(row):
@@ -79,9 +79,9 @@ def _messages(row: Fields, renames: Renames) -> Row:
 
 
 def _oasst(row: Fields, renames: Renames) -> Row:
-    """Messages with ratings from 0 to 4, or `labels` from 0 to 1, as OASST publishes them."""
+    """Adapt messages with ratings from 0 to 4, or with `labels` from 0 to 1 as published by OASST."""
     found = {**labels(row), **ratings(row, renames)}
-    rated = {name: value for name, value in found.items() if name in renames or name not in _UNRATED}
+    rated = {name: value for name, value in found.items() if name in renames or name not in _UNSUPPORTED_ATTRIBUTES}
     row.mark_lost(f"attributes.{name}" for name in sorted(found.keys() - rated.keys()))
     return conversation(_after_system(row, read(row, ("messages",))), renamed(rated, renames))
 
@@ -99,7 +99,7 @@ def _sharegpt(row: Fields, renames: Renames) -> Row:
 
 
 def _without_labels(turns: Any) -> tuple[Any, list[Any]]:
-    """The turns without NeMo's `label`, and the label of each."""
+    """Return the turns without NeMo's `label`, and the label of each turn."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return turns, []
     plain = [{name: value for name, value in turn.items() if name != "label"} for turn in turns]
@@ -107,12 +107,12 @@ def _without_labels(turns: Any) -> tuple[Any, list[Any]]:
 
 
 def _require_questions_masked(row: Fields) -> None:
-    """NeMo's `mask` names whose turns are not learned; ours are those of the user."""
+    """Refuse a NeMo `mask`, the role excluded from the loss, other than the user, which is the one excluded here."""
     mask = row.get("mask")
     if not is_empty(mask) and ROLES.get(str(mask).strip().lower()) != "user":
-        raise BadRow(f"mask is {shown(mask)}, but the turns of the user are those that are not learned")
+        raise BadRow(f"mask is {shown(mask)}, but only turns of the user can be excluded from the loss")
     if mask is not None:
-        row.mark_read("type")  # says where the label stands, which the kind of training decides here
+        row.mark_read("type")  # position of the label, which depends on the kind of training here
 
 
 def _prompt_completion(row: Fields, renames: Renames) -> Row:
@@ -127,7 +127,7 @@ def _gsm8k(row: Fields, renames: Renames) -> Row:
 
 
 def _helpsteer(row: Fields, renames: Renames) -> Row:
-    """Every number beside prompt and response is a rating; one that is none has to be renamed to null."""
+    """Adapt HelpSteer, where every number is a rating; a number that is not has to be renamed to null."""
     rated = {name: row[name] for name, value in row.content.items() if is_rating(value) or name in ATTRIBUTES}
     messages = [*system_of(row), *_prompt(row), *read(row, ("response",), role="assistant")]
     return conversation(messages, renamed(rated, renames))
@@ -137,7 +137,7 @@ def _helpsteer(row: Fields, renames: Renames) -> Row:
 
 
 def _pairs(row: Fields, renames: Renames) -> Row:
-    """Chosen and rejected as texts, as one message, or as whole conversations that begin alike."""
+    """Adapt pairs whose chosen and rejected are texts, single messages, or conversations with the same beginning."""
     chosen = read(row, _CHOSEN, role="assistant")
     rejected = read(row, _REJECTED, role="assistant")
     prompt = _shared_prompt(chosen, rejected)
@@ -151,25 +151,25 @@ def _pairs(row: Fields, renames: Renames) -> Row:
 
 
 def _mark_repeated_prompt(row: Fields, prompt: Sequence[Message]) -> None:
-    """Mark a prompt field as read where chosen and rejected, which are whole conversations, repeat it."""
-    said = [message["content"].strip() for message in prompt if message["role"] == "user"]
+    """Mark a prompt field as read if chosen and rejected, which are whole conversations, repeat it."""
+    texts = [message["content"].strip() for message in prompt if message["role"] == "user"]
     for name in _PROMPTS:
-        if isinstance(row.content.get(name), str) and row.content[name].strip() in said:
+        if isinstance(row.content.get(name), str) and row.content[name].strip() in texts:
             row.mark_read(name)
 
 
 def _answer_of_pair(row: Fields, renames: Renames, *, which: str) -> Row:
-    """One answer of a pair, in any format of pairs, as a conversation for an attribute model to rate."""
+    """Adapt one answer of a pair, in any format of pairs, as a conversation that an attribute model can rate."""
     found = FORMATS[detect(row.content, "pairs")].read(row, renames)
     return conversation([*found["prompt"], assistant(found[which])], {})
 
 
 def _worked_answers(row: Fields, renames: Renames) -> Row:
-    """GSM8K for preferences: the worked answer over the bare number behind its `####`."""
+    """Adapt GSM8K as pairs that prefer the worked answer to the bare number after `####`."""
     answer = _CALCULATOR.sub("", string(row, "answer"))
     bare = answer.rpartition("####")[2].strip()
     if not bare or "####" not in answer:
-        raise BadRow("answer has no number behind ####")
+        raise BadRow("answer has no number after ####")
     question = user(_in_context(row, string(row, "question")))
     return pair([*system_of(row), question], answer, bare, (1.0, 0.0))
 
@@ -185,7 +185,7 @@ def _hh_messages(text: str, key: str) -> list[Message]:
     before, *parts = _HH_TURN.split(text)
     if before.strip() or not parts:
         raise BadRow(f"{key} does not begin with 'Human:'")
-    return [{"role": ROLES[name.lower()], "content": said} for name, said in zip(parts[::2], parts[1::2], strict=True)]
+    return [{"role": ROLES[name.lower()], "content": text} for name, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def _shared_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> list[Message]:
@@ -201,7 +201,7 @@ def _shared_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> li
 
 
 def _prompt(row: Fields, names: Sequence[str] = _PROMPTS) -> list[Message]:
-    """The prompt's messages; Alpaca's `input` follows its instruction, and a `context` precedes the question."""
+    """Return the prompt's messages, with Alpaca's `input` after the instruction and `context` before the question."""
     name = next((name for name in names if row.get(name) is not None), "")
     found = read(row, names, role="user")
     if name == "instruction" and not is_empty(row.get("input")):
@@ -210,12 +210,12 @@ def _prompt(row: Fields, names: Sequence[str] = _PROMPTS) -> list[Message]:
 
 
 def _in_context(row: Fields, question: str) -> str:
-    """A `context` comes before the question, as a passage does before what is asked of it."""
+    """Put the row's `context`, if it has one, before the question."""
     return question if is_empty(row.get("context")) else f"{string(row, 'context')}\n\n{question}"
 
 
 def _history(row: Fields) -> list[Message]:
-    """Earlier turns as LLaMA-Factory writes them: `history: [[question, answer], ...]`."""
+    """Return earlier turns in the format of LLaMA-Factory: `history: [[question, answer], ...]`."""
     turns = row.get("history")
     if is_empty(turns):
         return []
@@ -223,21 +223,21 @@ def _history(row: Fields) -> list[Message]:
         isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns
     ):
         raise BadRow(f"history is {shown(turns)}, not a list of [question, answer]")
-    return [said for question, answer in turns for said in (user(question), assistant(answer))]
+    return [message for question, answer in turns for message in (user(question), assistant(answer))]
 
 
 def _after_system(row: Fields, messages: list[Message]) -> list[Message]:
-    """The messages with the row's `system` in front; they may repeat it, but not say another one."""
+    """Return the messages after the row's `system`; refuse messages that begin with a different system message."""
     system = system_of(row)
     if not system or messages[0]["role"] != "system":
         return [*system, *messages]
     if messages[0]["content"].strip() != system[0]["content"].strip():
-        raise BadRow("the field system and the first message, which is from system, differ")
+        raise BadRow("the field system differs from the system message at the start")
     return messages
 
 
 def _with_reasoning(row: Fields, messages: list[Message]) -> list[Message]:
-    """A row's own `reasoning_content` belongs to its answer."""
+    """Move the `reasoning_content` of the row to its answer."""
     found = reasoning_of(row, "the row")
     if found and messages[-1]["role"] == "assistant":
         return [*messages[:-1], {**messages[-1], **found}]
@@ -248,7 +248,7 @@ def _with_reasoning(row: Fields, messages: list[Message]) -> list[Message]:
 
 
 def _has(*groups: Sequence[str]) -> Callable[[Mapping[str, Any]], bool]:
-    """Whether a row has one field of each group."""
+    """Return a test of whether a row has at least one field of each group."""
     return lambda row: all(first(row, names) is not None for names in groups)
 
 
@@ -261,7 +261,7 @@ def _is_helpsteer(row: Mapping[str, Any]) -> bool:
 
 
 def _only_by_name(row: Mapping[str, Any]) -> bool:
-    """Two formats would fit, or half of the row would be left out: the recipe has to ask for it."""
+    """Return False for formats that only a recipe can choose: they are ambiguous or use only half of a row."""
     return False
 
 
@@ -285,4 +285,4 @@ FORMATS: dict[str, Format] = {
 FORMATS_OF: dict[str, tuple[str, ...]] = {
     rows: tuple(name for name, found in FORMATS.items() if found.rows == rows) for rows in ("conversations", "pairs")
 }
-"""Kind of rows -> names of the formats that give it, in the order in which they are tried."""
+"""Kind of rows -> names of the formats that produce it, in the order of detection."""

@@ -1,7 +1,7 @@
-"""Chat templates are rendered here as `tokenizer.apply_chat_template` renders them, the same under all its versions.
+"""Rendering chat templates as `tokenizer.apply_chat_template` does, identically for all versions of transformers.
 
-From some version of transformers 5 on (5.24 does, 5.0 does not) a template is handed no function, so that it could not
-be told the day; and it checks the version of Jinja before each text.
+Some version after transformers 5.0 (at the latest 5.24) stopped passing functions to templates, so a fixed date
+cannot be passed through `apply_chat_template`. That method also checks the version of Jinja before each text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nemo_minitron.data.chat.purity import clock
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TEMPLATES = 8
-"""Compiled ones that are kept."""
+"""Number of compiled templates to keep."""
 
 
 def render_chat(
@@ -35,10 +35,10 @@ def render_chat(
     add_generation_prompt: bool,
     **variables: Any,
 ) -> str:
-    """What the template writes; `variables` are seen by it, as are the special tokens.
+    """Render the template with `variables` and the tokenizer's special tokens.
 
     Raises:
-        TemplateError: the template refuses the messages, or is not valid. Any other error may come from within it, too.
+        TemplateError: the template refuses the messages or is invalid. A template can also raise any other error.
     """
     tokens = {name: str(token) for name in _NAMED if (token := getattr(tokenizer, name, None)) is not None}
     options: dict[str, Any] = {"messages": [dict(message) for message in messages], "tools": None, "documents": None}
@@ -57,7 +57,7 @@ def _compiled(jinja: str) -> Template:
 
 
 class _Generation(Extension):
-    """The block {% generation %}, which marks an answer: its content, as a block of its own."""
+    """Renders the block {% generation %}, which marks an answer, as its content."""
 
     tags = {"generation"}  # noqa: RUF012 - as the base class declares it
 
@@ -71,10 +71,10 @@ class _Generation(Extension):
 
 
 class _Namespace(Namespace):
-    """Jinja's namespace without names that lead to Python's own."""
+    """Jinja's namespace without attributes that begin with an underscore, which would give access to Python."""
 
     def __init__(*args: Any, **attributes: Any) -> None:
-        # Jinja's signature: `namespace(self=...)` is a name like any other.
+        # As in Jinja, there is no parameter called `self`, so that `namespace(self=...)` is allowed.
         found = dict(*args[1:], **attributes)
         for name in found:
             _require_plain(name)
@@ -86,7 +86,7 @@ class _Namespace(Namespace):
 
 
 class _Dict:
-    """`dict(...)` without the attributes of the type."""
+    """Replaces the type `dict` in templates, without the attributes of the type."""
 
     def __call__(self, *args: Any, **items: Any) -> dict[Any, Any]:
         return dict(*args, **items)
@@ -111,5 +111,5 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own writes < and & for HTML.
+    # Jinja's own filter escapes < and & for HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,4 +1,4 @@
-"""How long rendered rows are, for manifests."""
+"""Length statistics of rendered rows, for manifests."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from nemo_minitron.data.chat.bad_rows import BadRows
 
 @dataclass
 class LengthStats:
-    """Counts of one pass over rows."""
+    """Length statistics of one pass over rows."""
 
     prompt_tokens: list[int] = field(default_factory=list)
     answer_tokens: list[int] = field(default_factory=list)
     sequence_tokens: list[int] = field(default_factory=list)
-    """Prompt and answer together; a pair is two sequences."""
+    """Tokens of prompt and answer together; a pair has two sequences."""
     num_rows: int = 0
-    """Rendered; one conversation can give several."""
+    """Number of rendered rows; one conversation can give several."""
     num_dropped: int = 0
-    """Too long."""
+    """Number of rows left out because they are too long."""
     num_cut: int = 0
-    """Lost their oldest turns."""
+    """Number of rows rendered without their oldest turns."""
     bad: BadRows = field(default_factory=BadRows)
 
     def add(self, prompt_tokens: int, answer_tokens: Sequence[int], *, cut: bool) -> None:
-        """One rendered row, with its one or two answers."""
+        """Count one rendered row with its one or two answers."""
         self.num_rows += 1
         self.num_cut += cut
         self.prompt_tokens.append(prompt_tokens)
@@ -36,7 +36,7 @@ class LengthStats:
         self.sequence_tokens += [prompt_tokens + number for number in answer_tokens]
 
     def facts(self) -> dict[str, Any]:
-        """Rows and tokens: {rows, tokens, loss_share, prompt_tokens: {mean, p50, p95, max}, ..., dropped_rows, ...}."""
+        """Return {rows, tokens, loss_share, prompt_tokens: {mean, p50, p95, max}, ..., dropped_rows, ...}."""
         total = sum(self.sequence_tokens)
         return {
             "rows": self.num_rows,

@@ -1,4 +1,7 @@
-"""Messages of public rows -> checked messages. What a message says beyond its text is carried, refused or counted."""
+"""Converting messages of public data sets to checked messages.
+
+Fields of a message other than its text are kept, refused, or counted as lost.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from nemo_minitron.data.chat.rows import ROLES, BadRow, Message
 from nemo_minitron.system.shown import shown
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Names of what an assistant thinks before its answer; rows here call it by the first."""
+"""Names of the field with an assistant's reasoning before its answer; normalized rows use the first."""
 CONTAINERS = ("messages", "conversations", "conversation")
 _ROLE, _CONTENT = ("role", "from"), ("content", "value")
 _REFUSED = ("tool_calls", "function_call", "images", "image", "audio", "videos", "video")
 _REFUSED_OF_ROW = ("tools", "functions", "images", "image", "audios", "audio", "videos", "video")
-_LEARNED = ("weight", "train", "training", "trainable")
-"""Whether an answer is to be learned; here all of a row's answers are."""
+_TRAIN_FLAGS = ("weight", "train", "training", "trainable")
+"""Fields that say whether to train on an answer; this package trains on every answer of a row."""
 
 
 def user(text: str) -> Message:
@@ -28,12 +31,12 @@ def assistant(text: str) -> Message:
 
 
 def system_of(row: Fields) -> list[Message]:
-    """The message of a `system` field; none where it is empty."""
+    """Return the message of the `system` field as a list, which is empty if the field is."""
     return [{"role": "system", "content": string(row, "system")}] if not is_empty(row.get("system")) else []
 
 
 def read(row: Fields, names: Sequence[str], role: str = "user") -> list[Message]:
-    """The messages of the first of these fields; a plain text is one message of the role."""
+    """Return the messages in the first of these fields that is present; a plain text is one message of `role`."""
     name = next((name for name in names if row.get(name) is not None), names[0])
     value = required(row, names)
     if isinstance(value, str):
@@ -44,7 +47,7 @@ def read(row: Fields, names: Sequence[str], role: str = "user") -> list[Message]
 
 
 def _is_messages(value: Any) -> bool:
-    """Whether what a text holds is messages; any other JSON is simply what somebody wrote."""
+    """Return whether JSON found in a text is a list of messages; any other JSON is ordinary text."""
     turns = value if isinstance(value, list) else [value]
     return bool(turns) and all(
         isinstance(turn, dict) and any(key in turn for key in _ROLE) and any(key in turn for key in _CONTENT)
@@ -53,7 +56,7 @@ def _is_messages(value: Any) -> bool:
 
 
 def messages_of(row: Fields, value: Any, name: str) -> list[Message]:
-    """The messages of a list, which may be written as JSON text."""
+    """Return the messages of a list, which may be given as JSON text."""
     turns = unpacked(value) if isinstance(value, str) else value
     if not isinstance(turns, list) or not turns:
         raise BadRow(f"{name} is {shown(value)}, not a list of messages")
@@ -69,7 +72,7 @@ def _message(row: Fields, turn: Any, number: int, name: str) -> Message:
     known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if known is None:
         raise BadRow(f"{what} has the role {shown(role)}; known: {', '.join(ROLES)}")
-    _require_carried(fields, what, known)
+    _require_supported(fields, what, known)
     out = {"role": known, "content": _content(fields, what)}
     if known == "assistant":
         out |= reasoning_of(fields, what)
@@ -78,64 +81,64 @@ def _message(row: Fields, turn: Any, number: int, name: str) -> Message:
 
 
 def _content(fields: Fields, what: str) -> str:
-    """The text of a message; parts of type text are joined."""
+    """Return the text of a message; join parts of type text."""
     content = first(fields, _CONTENT)
     if isinstance(content, list) and content:
         return "".join(_part(part, what) for part in content)
     if not isinstance(content, str):
-        raise BadRow(f"{what} has no text" if is_empty(content) else f"{what} has no text but {shown(content)}")
+        raise BadRow(f"{what} has no text" if is_empty(content) else f"{what} has {shown(content)} in place of text")
     return content
 
 
 def _part(part: Any, what: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind != "text":
-        raise BadRow(f"{what} has a part of type {shown(kind)}; only text can be carried")
+        raise BadRow(f"{what} has a part of type {shown(kind)}; only text is supported")
     text = part.get("text")
     if not isinstance(text, str):
-        raise BadRow(f"{what} has a part whose text is {shown(text)}")
+        raise BadRow(f"{what} has a part whose text is {shown(text)}, not a string")
     return text
 
 
 def reasoning_of(fields: Fields, what: str) -> dict[str, str]:
-    """The reasoning before an answer, under the name that chat templates read; empty where there is none."""
+    """Return {reasoning_content: text}, the name that chat templates use; an empty dict if there is no reasoning."""
     value = first(fields, REASONING)
     if is_empty(value):
         return {}
     if not isinstance(value, str):
         raise BadRow(f"{what} has reasoning that is {shown(value)}, not text")
-    # Some tables repeat it under another name.
+    # Some data sets repeat the reasoning under another name.
     fields.mark_read(*(name for name in REASONING if fields.content.get(name) == value))
     return {REASONING[0]: value}
 
 
 def plain_text(answer: Mapping[str, str], what: str) -> str:
-    """The text of an answer of a pair, which has no place for reasoning."""
+    """Return the text of an answer of a pair; refuse reasoning, for which pairs have no field."""
     if REASONING[0] in answer:
-        raise BadRow(f"{what} has {REASONING[0]}, which pairs cannot carry; {_way_out(REASONING[0])}")
+        raise BadRow(f"{what} has {REASONING[0]}, which pairs do not support; {_drop_hint(REASONING[0])}")
     return answer["content"]
 
 
-def require_carried(row: Fields) -> None:
-    """Refuse a row whose conversation cannot be understood without what no chat row here carries."""
+def require_supported(row: Fields) -> None:
+    """Refuse a row with tools or media, without which its conversation makes no sense."""
     for name in _REFUSED_OF_ROW:
         if not is_empty(row.content.get(name)):
-            raise BadRow(f"the row has {name}, which cannot be carried; {_way_out(name)}")
+            raise BadRow(f"the row has {name}, which is not supported; {_drop_hint(name)}")
 
 
-def _require_carried(fields: Fields, what: str, role: str) -> None:
+def _require_supported(fields: Fields, what: str, role: str) -> None:
     for name in _REFUSED:
         if not is_empty(fields.content.get(name)):
-            raise BadRow(f"{what} has {name}, which cannot be carried; {_way_out(name)}")
-    for name in _LEARNED:
+            raise BadRow(f"{what} has {name}, which is not supported; {_drop_hint(name)}")
+    for name in _TRAIN_FLAGS:
         value = fields.content.get(name)
         if role == "assistant" and value is not None and value not in (1, 1.0, True):
-            raise BadRow(f"{what} has {name} = {shown(value)}, but every answer is learned; {_way_out(name)}")
+            raise BadRow(f"{what} has {name} = {shown(value)}, but every answer is trained on; {_drop_hint(name)}")
         fields.mark_read(name)
     if fields.content.get("prefix") is True:
-        raise BadRow(f"{what} is marked as a prefix, but answers are learned whole; {_way_out('prefix')}")
+        raise BadRow(f"{what} is marked as a prefix, but whole answers are trained on; {_drop_hint('prefix')}")
     fields.mark_read("prefix")
 
 
-def _way_out(name: str) -> str:
-    return f"`leave_out: [{name}]` of the source drops it"
+def _drop_hint(name: str) -> str:
+    return f"set `leave_out: [{name}]` of the source to drop it"

@@ -1,4 +1,4 @@
-"""What a chat template may depend on: the messages, the options of the call, and a day that the recipe names."""
+"""Checks that a chat template depends only on the messages, the options of the call and a fixed date."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_FACTOR = 1000
 
 
 class _Generation(Extension):
-    """The block {% generation %} of transformers, which marks an answer."""
+    """Parses the block {% generation %} of transformers, which marks an answer."""
 
     tags = {"generation"}  # noqa: RUF012 - as the base class declares it
 
@@ -28,7 +28,7 @@ class _Generation(Extension):
 
 
 def require_pure(jinja: str, where: str) -> None:
-    """Raises DataError for a template that is no valid Jinja, or writes something else each time it is rendered."""
+    """Raise DataError for a template that is invalid Jinja, gives random output or could run without end."""
     environment = Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
     try:
         tree = environment.parse(jinja)
@@ -40,19 +40,19 @@ def require_pure(jinja: str, where: str) -> None:
     for name, what in _RANDOM.items():
         if name in filters | names:
             raise DataError(
-                f"The chat template uses {what}: it writes another text each time.",
+                f"The chat template uses {what}, so its output changes each time.",
                 where=where or None,
-                next_step="Choose another template; the rows of a training have to be the same on every start.",
+                next_step="Choose another template; training rows have to be identical on every start.",
             )
 
 
 def _require_short_sums(tree: nodes.Template, where: str) -> None:
-    """Refuse arithmetic whose single steps could take hours, which nothing can interrupt."""
+    """Refuse arithmetic with huge numbers: a single operation could take hours and cannot be interrupted."""
     unbounded: list[nodes.Expr] = [node for node in tree.find_all((nodes.Pow, nodes.Mul)) if not _is_small(node)]
     unbounded += [node for node in tree.find_all(nodes.Filter) if node.name == "int" and _has_base(node)]
     if unbounded:
         raise DataError(
-            "The chat template multiplies or takes powers of values that are not fixed: it could run without end.",
+            "The chat template has products or powers of values that are not constant, which could run for hours.",
             where=f"{where}, line {unbounded[0].lineno} of the template".lstrip(", "),
             allowed=f"products with a number up to {_MAX_FACTOR:,}",
             next_step="Choose another template.",
@@ -74,7 +74,7 @@ def _has_base(node: nodes.Filter) -> bool:
 
 
 def clock(day: date) -> Callable[[str], str]:
-    """Jinja's `strftime_now`, as templates of transformers call it, at midnight of a day that never changes."""
+    """Return a function `strftime_now`, as called by chat templates, that always uses midnight of the given day."""
 
     def strftime_now(form: Any) -> str:
         return datetime.combine(day, time()).strftime(str(form))
@@ -83,12 +83,12 @@ def clock(day: date) -> Callable[[str], str]:
 
 
 def parse_day(text: str, option: str) -> date:
-    """The day of a command line's `YYYY-MM-DD`.
+    """Parse a date `YYYY-MM-DD` of the command line.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: the text has another format.
     """
     try:
         return date.fromisoformat(text)
     except ValueError as error:
-        raise ConfigError(f"{option} {text} is no day.", allowed="YYYY-MM-DD, such as 2024-07-26") from error
+        raise ConfigError(f"{option} {text} is not a date.", allowed="YYYY-MM-DD, such as 2024-07-26") from error

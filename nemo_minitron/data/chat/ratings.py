@@ -1,4 +1,4 @@
-"""Ratings of public rows -> attributes under our names."""
+"""Converting ratings of public rows to attributes under this package's names."""
 
 from __future__ import annotations
 
@@ -10,39 +10,42 @@ from nemo_minitron.data.chat.rows import ATTRIBUTES, MAX_RATING, BadRow
 from nemo_minitron.system.shown import shown, shown_name
 
 Renames = Mapping[str, str | None]
-"""Attribute in the row -> ours; None: left out."""
+"""Name of an attribute in the row -> name here; None leaves it out."""
 
 
 def ratings(row: Fields, renames: Renames) -> dict[str, Any]:
-    """Ratings under `attributes`, and those that stand beside the text under a known or renamed name."""
+    """Return the ratings in the field `attributes` and those in fields of the row with a known or renamed name."""
     plain = {name: row[name] for name in row if name in ATTRIBUTES or name in renames}
     listed = mapping(row, "attributes")
     for name in plain.keys() & listed.keys():
         if plain[name] is not None and plain[name] != listed[name]:
-            raise BadRow(f"{name} is {shown(plain[name])} beside the text and {shown(listed[name])} under attributes")
+            raise BadRow(f"{name} is {shown(plain[name])} in the row, but {shown(listed[name])} in its attributes")
     return {**plain, **listed}
 
 
 def renamed(found: Mapping[str, Any], renames: Renames) -> dict[str, Any]:
-    """Our names; what the row leaves open (null) is left out."""
+    """Return the attributes under this package's names, without those that are null."""
     out: dict[str, Any] = {}
     for name, value in found.items():
         ours = renames.get(name, name)
         if ours is None or value is None:
             continue
         if ours in out:
-            raise BadRow(f"two attributes are called {ours}")
+            raise BadRow(f"two attributes are named {ours}")
         out[ours] = value
     return out
 
 
 def labels(row: Fields) -> dict[str, Any]:
-    """OASST's {name: {value, count}}, {name: value} or {name: [...], value: [...]}, 0 to 1 -> whole ratings."""
+    """Convert OASST labels from 0 to 1 to whole ratings from 0 to 4.
+
+    The labels are {name: {value, count}}, {name: value} or {name: [...], value: [...]}.
+    """
     found = mapping(row, "labels")
     if isinstance(found.get("name"), list) and isinstance(found.get("value"), list):
         names, numbers = found["name"], found["value"]
         if len(names) != len(numbers) or not all(isinstance(name, str) for name in names):
-            raise BadRow(f"labels has {len(names)} names and {len(numbers)} values; each name is a text with one value")
+            raise BadRow(f"labels has {len(names)} names and {len(numbers)} values, not one value for each text name")
         found = dict(zip(names, numbers, strict=True))
     values = {name: each.get("value") if isinstance(each, dict) else each for name, each in found.items()}
     out = {}
@@ -57,7 +60,7 @@ def labels(row: Fields) -> dict[str, Any]:
 
 
 def label_string(label: Any) -> dict[str, float]:
-    """NeMo's "helpfulness:3,correctness:4"."""
+    """Parse NeMo's label format, "helpfulness:3,correctness:4"."""
     if label is None or label == "":
         return {}
     out: dict[str, float] = {}

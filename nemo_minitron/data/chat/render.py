@@ -1,8 +1,8 @@
-"""Checked rows -> the rows that NeMo-Aligner trains on.
+"""Rendering checked rows as the rows that NeMo-Aligner trains on.
 
-Training and inference see the same text: a prompt is what `apply_chat_template` gives with a generation prompt, an
-answer is what it adds, up to and with the token that ends the turn. All special tokens stand in the text; whoever
-tokenizes it must add none.
+Training and inference use the same text. A prompt is the output of `apply_chat_template` with a generation prompt; an
+answer is the text that follows it, up to and including the token that ends the turn. The text contains all special
+tokens, so it must be tokenized without adding any.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from nemo_minitron.schema.chats import ChatRendering
 
 Purpose = Literal["sft", "pairs", "rated"]
 MISSING = -100.0
-"""NeMo-Aligner's label of an attribute that was not rated."""
+"""Label that NeMo-Aligner uses for an attribute without a rating."""
 
 
-def read_normalised(file: Path) -> Iterator[Row]:
-    """Rows of a train.jsonl or valid.jsonl of a chat_data stage."""
+def read_normalized(file: Path) -> Iterator[Row]:
+    """Yield the rows of a train.jsonl or valid.jsonl of a chat_data stage."""
     with file.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
 
@@ -38,13 +38,13 @@ def render_rows(
     *,
     where: str,
 ) -> Iterator[dict[str, Any]]:
-    """Training rows of all rows, in order; `stats` counts them as they come.
+    """Yield the training rows of all rows, in order, and count them in `stats`.
 
     Args:
-        where: the recipe's key above `max_bad_fraction`, for the message.
+        where: recipe key that contains `max_bad_fraction`, for the error message.
 
     Raises:
-        DataError: at the end, when too many rows are unusable.
+        DataError: too many rows are bad; raised after the last row.
     """
     render = _RENDERERS[purpose]
     for row in rows:
@@ -62,12 +62,13 @@ def sft_rows(
     options: ChatRendering | None = None,
     stats: LengthStats | None = None,
 ) -> list[dict[str, Any]]:
-    """[{"input": text up to and with the generation prompt, "output": answer and end of turn}], one for each answer.
+    """Return a row {"input", "output"} for each answer.
 
-    Attributes rate the last answer, and stand in its prompt alone. What is too long is left out.
+    "input" is the text up to and including the generation prompt, "output" the answer with its end of turn.
+    Attributes rate the last answer and appear only in its prompt. Rows that are too long are left out.
 
     Raises:
-        BadRow: the template or the tokenizer cannot carry the row.
+        BadRow: the template or the tokenizer cannot represent the row.
     """
     options, stats = options or ChatRendering(), stats or LengthStats()
     messages = conversation["messages"]
@@ -76,7 +77,7 @@ def sft_rows(
     for index in answers if options.turns == "all" else answers[-1:]:
         rated = options.condition_on_attributes and index == answers[-1]
         attributes = conversation.get("attributes") if rated else None
-        fitted.append(_fitted(messages[:index], [messages[index]], template, options, attributes))
+        fitted.append(_fit(messages[:index], [messages[index]], template, options, attributes))
     _count(fitted, stats)
     return [{"input": found.prompt, "output": found.answers[0]} for found in fitted if found is not None]
 
@@ -84,14 +85,14 @@ def sft_rows(
 def pair_row(
     pair: Row, template: ChatTemplate, options: ChatRendering | None = None, stats: LengthStats | None = None
 ) -> dict[str, Any] | None:
-    """{"prompt", "chosen_response", "rejected_response", and the rewards if the pair has them}; None: too long.
+    """Return {"prompt", "chosen_response", "rejected_response", and rewards if given}, or None if it is too long.
 
     Raises:
-        BadRow: the template or the tokenizer cannot carry the row.
+        BadRow: the template or the tokenizer cannot represent the row.
     """
     options, stats = options or ChatRendering(), stats or LengthStats()
     texts = [{"role": "assistant", "content": pair[key]} for key in ("chosen", "rejected")]
-    found = _fitted(pair["prompt"], texts, template, options)
+    found = _fit(pair["prompt"], texts, template, options)
     _count([found], stats)
     if found is None:
         return None
@@ -106,30 +107,30 @@ def rated_row(
     options: ChatRendering | None = None,
     stats: LengthStats | None = None,
 ) -> dict[str, Any] | None:
-    """{"text": the dialogue with its last answer, "label": nine ratings in the order of ATTRIBUTES}; None: too long.
+    """Return {"text": the dialogue, "label": nine ratings in the order of ATTRIBUTES}, or None if it is too long.
 
     Raises:
-        BadRow: there are no ratings; the template or the tokenizer cannot carry the row.
+        BadRow: the row has no ratings, or the template or the tokenizer cannot represent it.
     """
     options, stats = options or ChatRendering(), stats or LengthStats()
     attributes = conversation.get("attributes")
     if not attributes:
-        raise BadRow("the row has no attributes to learn")
+        raise BadRow("the row has no attributes to train on")
     *before, last = conversation["messages"]
-    found = _fitted(before, [last], template, options)
+    found = _fit(before, [last], template, options)
     _count([found], stats)
     if found is None:
         return None
     (answer,) = found.answers
     if template.rated_end:
-        # As NeMo-Aligner writes it: the marker of the ratings in place of the next turn's.
+        # NeMo-Aligner's format: the marker of the ratings replaces that of the next turn.
         answer = answer.removesuffix(template.stop or "") + template.rated_end
     return {"text": found.prompt + answer, "label": [float(attributes.get(name, MISSING)) for name in ATTRIBUTES]}
 
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A prompt with the answers to it."""
+    """Rendered prompt with its answers."""
 
     prompt: str
     answers: list[str]
@@ -139,7 +140,7 @@ class _Fitted:
 
 
 def _count(fitted: Sequence[_Fitted | None], stats: LengthStats) -> None:
-    """Called when all of a row is rendered: a bad row counts as nothing else."""
+    """Count a row after all of it was rendered, so that a bad row is counted only as bad."""
     for found in fitted:
         if found is None:
             stats.num_dropped += 1
@@ -147,20 +148,20 @@ def _count(fitted: Sequence[_Fitted | None], stats: LengthStats) -> None:
             stats.add(found.prompt_tokens, found.answer_tokens, cut=found.cut)
 
 
-def _fitted(
+def _fit(
     before: Sequence[Message],
     answers: Sequence[Message],
     template: ChatTemplate,
     options: ChatRendering,
     attributes: Attributes | None = None,
 ) -> _Fitted | None:
-    """Prompt and answers within the limit, without the oldest turns if need be; None: it cannot be."""
-    most, cut = options.max_seq_len_tokens, False
+    """Render prompt and answers within the limit, dropping the oldest turns if needed; return None if none fit."""
+    max_tokens, cut = options.max_seq_len_tokens, False
     while True:
         prompt = template.prompt(before, attributes)
         texts = [template.answer(prompt, [*before, answer], attributes) for answer in answers]
         sizes = [template.require_boundary(prompt, text) for text in texts]
-        if most is None or max(map(sum, sizes)) <= most:
+        if max_tokens is None or max(map(sum, sizes)) <= max_tokens:
             return _Fitted(prompt, texts, sizes[0][0], [size for _, size in sizes], cut)
         shorter = _without_oldest(before) if options.too_long == "cut_turns" else None
         if shorter is None:
@@ -169,13 +170,13 @@ def _fitted(
 
 
 def _without_oldest(before: Sequence[Message]) -> list[Message] | None:
-    """Messages without the first question and its answer; None: only one question is left."""
+    """Return the messages without the first question and its answer, or None if only one question is left."""
     system = [message for message in before[:1] if message["role"] == "system"]
     turns = list(before[len(system) :])
     return [*system, *turns[2:]] if len(turns) > 2 else None
 
 
-def _one(render: Callable[..., dict[str, Any] | None]) -> Callable[..., list[dict[str, Any]]]:
+def _as_list(render: Callable[..., dict[str, Any] | None]) -> Callable[..., list[dict[str, Any]]]:
     def rendered(*args: Any) -> list[dict[str, Any]]:
         row = render(*args)
         return [] if row is None else [row]
@@ -185,6 +186,6 @@ def _one(render: Callable[..., dict[str, Any] | None]) -> Callable[..., list[dic
 
 _RENDERERS: dict[Purpose, Callable[..., list[dict[str, Any]]]] = {
     "sft": sft_rows,
-    "pairs": _one(pair_row),
-    "rated": _one(rated_row),
+    "pairs": _as_list(pair_row),
+    "rated": _as_list(rated_row),
 }

@@ -1,10 +1,10 @@
-"""The one form of rows that all sources are brought to, and what makes a row bad.
+"""Normalized form of the rows of all sources, and the checks that make a row bad.
 
 conversations: {"messages": [{"role", "content"}, ...], "attributes": {name: 0..4} (optional), "origin"}
-    an answer may have "reasoning_content": what the assistant thinks before it
+    an answer may have "reasoning_content": the assistant's reasoning before it
 pairs: {"prompt": [messages], "chosen": str, "rejected": str, "chosen_reward", "rejected_reward" (optional), "origin"}
 
-Texts are stripped of white space at both ends: a tokenizer would join it with what the template puts there.
+Texts are stripped of white space at both ends, because a tokenizer would merge it with the text of the template.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "ai", "bot", "model"), "assistant"),
 }
-"""Names of the roles in public data, in lower case."""
+"""Name of a role in public data, in lower case -> role."""
 Message = dict[str, str]
-"""role, content, and for some answers reasoning_content."""
+"""Message with role, content, and for some answers reasoning_content."""
 Row = dict[str, Any]
 
 
 class BadRow(Exception):
-    """A row that cannot be used; the text says why. It is counted, and only too many of them stop a stage."""
+    """Row that cannot be used, with the reason. Bad rows are counted; only too many of them stop a stage."""
 
 
 def conversation(messages: Sequence[Message], attributes: Mapping[str, Any]) -> Row:
-    """A checked row of kind conversations, without its origin.
+    """Return a checked row of kind conversations, without its origin.
 
     Raises:
-        BadRow: empty text, roles out of order, an attribute that is unknown or out of range.
+        BadRow: a text is empty, roles are out of order, or an attribute is unknown or out of range.
     """
     row: Row = {"messages": _checked(messages, last="assistant")}
     if attributes:
@@ -46,13 +46,14 @@ def conversation(messages: Sequence[Message], attributes: Mapping[str, Any]) -> 
 
 
 def pair(prompt: Sequence[Message], chosen: str, rejected: str, rewards: tuple[Any, Any] = (None, None)) -> Row:
-    """A checked row of kind pairs, without its origin.
+    """Return a checked row of kind pairs, without its origin.
 
     Args:
-        rewards: of chosen and rejected; None: not given.
+        rewards: of chosen and rejected; None if not given.
 
     Raises:
-        BadRow: empty text, roles out of order, equal answers, a reward that is no number or stands alone.
+        BadRow: a text is empty, roles are out of order, the answers are equal, a reward is not a number, or only
+            one reward is given.
     """
     row: Row = {
         "prompt": _checked(prompt, last="user"),
@@ -64,12 +65,12 @@ def pair(prompt: Sequence[Message], chosen: str, rejected: str, rewards: tuple[A
     keys = ("chosen_reward", "rejected_reward")
     given = {key: _reward(key, value) for key, value in zip(keys, rewards, strict=True) if value is not None}
     if len(given) == 1:
-        raise BadRow(f"{next(iter(given))} is given, but not the other reward")
+        raise BadRow(f"{next(iter(given))} is given, but the other reward is missing")
     return {**row, **given}
 
 
 def with_system(row: Row, system: str | None) -> Row:
-    """The row with a system message, if it has none of its own."""
+    """Return the row with `system` as its system message, unless it already has one."""
     key = "messages" if "messages" in row else "prompt"
     if system is None or not system.strip() or row[key][0]["role"] == "system":
         return row
@@ -77,9 +78,9 @@ def with_system(row: Row, system: str | None) -> Row:
 
 
 def question(row: Row) -> str:
-    """What a row begins with: the user's first text, without regard to case and spaces.
+    """Return the first text of the user, normalized in case and spaces.
 
-    Rows with the same question belong into the same part of a split.
+    Rows with the same question belong to the same part of a split.
     """
     messages = row["messages" if "messages" in row else "prompt"]
     first = next(message["content"] for message in messages if message["role"] == "user")
@@ -92,7 +93,7 @@ def _checked(messages: Sequence[Message], *, last: str) -> list[Message]:
         found = found[1:]
     turns = found[1:] if found and found[0]["role"] == "system" else found
     if not turns:
-        raise BadRow("there is no message")
+        raise BadRow("there are no messages")
     for number, message in enumerate(found, start=1):
         for name, text in message.items():
             checked_text(
@@ -102,17 +103,17 @@ def _checked(messages: Sequence[Message], *, last: str) -> list[Message]:
         expected = "assistant" if index % 2 else "user"
         if message["role"] != expected:
             number = index + 1 + len(found) - len(turns)
-            raise BadRow(f"message {number} is from {message['role']}, but {expected} is due")
+            raise BadRow(f"message {number} is from {message['role']}, but should be from {expected}")
     if turns[-1]["role"] != last:
         raise BadRow(f"the last message is from {turns[-1]['role']}, not from {last}")
     return found
 
 
 def checked_text(value: str, what: str) -> str:
-    """The text without white space at its ends.
+    """Return the text without white space at its ends.
 
     Raises:
-        BadRow: it is empty, or no UTF-8 can write it.
+        BadRow: the text is empty or cannot be encoded as UTF-8.
     """
     text = value.strip()
     if not text:
@@ -120,14 +121,15 @@ def checked_text(value: str, what: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadRow(f"{what} holds half a surrogate pair at character {error.start}") from error
+        raise BadRow(f"{what} has an unpaired surrogate at character {error.start}") from error
     return text
 
 
 def _rating(name: str, value: Any) -> float:
     if name not in ATTRIBUTES:
         raise BadRow(
-            f"unknown attribute {shown(name)}; known: {', '.join(ATTRIBUTES)}; `attributes` of a source renames"
+            f"unknown attribute {shown(name)}; known: {', '.join(ATTRIBUTES)}; "
+            "rename it with `attributes` of the source"
         )
     if not _is_number(value):
         raise BadRow(f"attribute {name} is {shown(value)}, not a number")
@@ -147,5 +149,5 @@ def _is_number(value: Any) -> bool:
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number beyond any float
+    except OverflowError:  # an integer too large for a float
         return False

@@ -1,4 +1,4 @@
-"""Which rows are held out and how often one is written: by hashes of the text, so that the order of files is free."""
+"""Choosing the held-out rows and the copies of each row by hashes of the text, independently of the files' order."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Mapping
 
 
 def text_hash(seed: int, text: str) -> int:
-    """64 bits."""
+    """Return a 64-bit hash of the text."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=8).digest(), "big")
 
 
 def heldout_questions(num_rows: Mapping[int, int], valid_rows: int) -> set[int]:
-    """Hashes of the questions whose rows are held out, at most `valid_rows` rows in all.
+    """Return the hashes of the questions whose rows are held out, at most `valid_rows` rows in all.
 
     Args:
-        num_rows: hash of a question -> rows that begin with it; they are never divided.
+        num_rows: hash of a question -> number of rows that begin with it; these rows are kept together.
     """
     out, left = set(), valid_rows
     for question in sorted(num_rows):
@@ -28,6 +28,6 @@ def heldout_questions(num_rows: Mapping[int, int], valid_rows: int) -> set[int]:
 
 
 def copies(weight: float, row_hash: int) -> int:
-    """How often a row of this weight is written: on average over rows, the weight."""
+    """Return how often to write a row, so that the mean over many rows is `weight`."""
     whole = int(weight)
     return whole + (row_hash < (weight - whole) * 2**64)

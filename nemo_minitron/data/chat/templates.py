@@ -1,6 +1,6 @@
-"""Chat templates in Jinja, as Hugging Face tokenizers carry them.
+"""Named chat templates in Jinja, in the form that Hugging Face tokenizers use.
 
-Each takes an optional variable `attributes` (a dict of ratings), written as one line at the start of the last answer:
+Each takes an optional variable `attributes`, a dict of ratings, and writes it as one line before the last answer:
 
     tokenizer.apply_chat_template(messages, add_generation_prompt=True, attributes={"helpfulness": 4})
 """
@@ -19,24 +19,24 @@ from nemo_minitron.schema.chats import TemplateName
 
 TEMPLATE_FILE, CONFIG_FILE, GENERATION_FILE = "chat_template.jinja", "tokenizer_config.json", "generation_config.json"
 NAMED_TEMPLATES = "additional_chat_templates"
-"""Folder of a template for tools, and the like."""
+"""Folder of additional named templates, e.g. for tools."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """A named template and the tokens that it is made of."""
+    """Named template with its special tokens."""
 
     jinja: str
     stop: str
-    """Ends an answer; generation stops at it."""
+    """Text that ends an answer and stops generation."""
     markers: tuple[str, ...]
-    """Should be single special tokens of the tokenizer; no text of a row may hold them."""
+    """Tokens that should be single special tokens of the tokenizer; no text of a row may contain them."""
     rated_end: str = ""
-    """What a model that rates answers reads at the end of the dialogue."""
+    """Text at the end of the dialogue for a model that rates answers."""
 
 
 def _rating(prefix: str) -> str:
-    """Sets `rating`: prefix, then name:value of the attributes in their fixed order, then a line end; or nothing."""
+    """Return Jinja that sets `rating` to prefix, name:value in the fixed order and a line end, or to nothing."""
     names = ", ".join(f"'{name}'" for name in ATTRIBUTES)
     return (
         "{%- set rating -%}{%- if attributes is defined and attributes -%}"
@@ -48,7 +48,7 @@ def _rating(prefix: str) -> str:
 
 
 def _turns(header: str, end: str) -> str:
-    """Every message as header, text, end; `header` is a Jinja expression of `role`."""
+    """Return Jinja that writes each message as header, text and end; `header` is a Jinja expression of `role`."""
     return (
         "{%- for message in messages -%}{%- set role = message['role'] -%}"
         f"{{{{ {header} }}}}"
@@ -67,7 +67,7 @@ _LLAMA3 = (
     + "{{ '<|begin_of_text|>' }}"
     + _turns(r"'<|start_header_id|>' ~ role ~ '<|end_header_id|>\n\n'", "<|eot_id|>")
 )
-# The system block is always there: NeMo-Aligner writes it for an empty system text too.
+# The system block is always written, because NeMo-Aligner writes it for an empty system text, too.
 _EXTRA_ID = (
     _rating("<extra_id_2>")
     + "{%- if messages[0]['role'] != 'system' -%}{{ '<extra_id_0>System\\n\\n' }}{%- endif -%}"
@@ -88,15 +88,15 @@ TEMPLATES: dict[TemplateName, Template] = {
         rated_end="<extra_id_2>",
     ),
 }
-"""Named templates; `model` stands for the one beside the tokenizer."""
+"""Named templates; the name `model` means the tokenizer's own template."""
 
 
 def set_template(model_dir: Path, name: TemplateName) -> None:
-    """Make a template the chat template of a Hugging Face folder, and its stop token one that ends generation.
+    """Set the chat template of a Hugging Face folder, and add its stop token to those that end generation.
 
-    The template goes into both places from which versions of transformers read it: a file of its own, which the newer
-    ones prefer, and tokenizer_config.json. The named templates that the folder had besides are removed: the model was
-    not trained on them. `model` changes nothing.
+    The template is written to both places from which versions of transformers read it: a separate file, which newer
+    versions prefer, and tokenizer_config.json. Additional named templates of the folder are removed, because the
+    model was not trained with them. The name `model` changes nothing.
 
     Raises:
         CheckpointError: there is no readable tokenizer_config.json.
@@ -120,12 +120,12 @@ def _add_stop(file: Path, stop_id: int) -> None:
     known = config.get("eos_token_id")
     ids = known if isinstance(known, list) else [] if known is None else [known]
     if stop_id not in ids:
-        # The first one also pads: the end of a turn goes behind what was there.
+        # Append it, because the first id also serves for padding.
         _write(file, {**config, "eos_token_id": [*ids, stop_id]})
 
 
 def _token_id(model_dir: Path, token: str) -> int | None:
-    """Of an added token; None when the tokenizer spells it out."""
+    """Return the id of an added token, or None if the tokenizer has no single token for it."""
     file = model_dir / "tokenizer.json"
     added = _read(file).get("added_tokens", []) if file.is_file() else []
     return next((found["id"] for found in added if found["content"] == token), None)
@@ -138,7 +138,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"The file cannot be read: {shortened(error)}",
             where=str(file),
-            next_step="The folder needs tokenizer.json and tokenizer_config.json, as `export` writes them.",
+            next_step="The folder needs tokenizer.json and tokenizer_config.json in the format that `export` writes.",
         ) from error
 
 

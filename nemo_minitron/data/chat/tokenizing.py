@@ -1,4 +1,4 @@
-"""A chat template bound to a tokenizer: rows -> exact text."""
+"""Chat template bound to a tokenizer, which renders rows as exact text."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ Attributes = Mapping[str, float]
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """What `tokenizer.apply_chat_template` writes, taken apart into prompt and answer."""
+    """Renders dialogues as `tokenizer.apply_chat_template` does, split into prompt and answer."""
 
     tokenizer: Any
     jinja: str
     stop: str | None
-    """Ends an answer; None: the first special token that the template writes after it."""
+    """Text that ends an answer; None means the first special token that the template writes after it."""
     markers: re.Pattern[str]
-    """Tokens that no text of a row may hold: they would end turns, or begin them."""
+    """Matches tokens that no text of a row may contain, because they would end or begin a turn."""
     rated_end: str = ""
     vocab_size: int | None = None
-    """Of the model that reads the ids; None: not known."""
+    """Vocabulary size of the model that reads the ids; None if unknown."""
     day: date = TEMPLATE_DATE
-    """What a template writes that asks for the date."""
+    """Date for templates that write the current date."""
 
     @classmethod
     def load(
         cls, model_dir: Path, name: TemplateName, *, whole_markers: bool = True, day: date = TEMPLATE_DATE
     ) -> ChatTemplate:
-        """The template of this name with the tokenizer of a model folder.
+        """Load the template of this name with the tokenizer of a model folder.
 
         Raises:
             CheckpointError: there is no readable tokenizer.
-            DataError: it has no chat template (name = model), does not know the markers as single tokens, or the model
-                has no embeddings for them; or the template depends on more than the messages.
+            DataError: the tokenizer has no chat template (name = model) or splits the markers into several tokens;
+                the model has no embeddings for them; or the template depends on more than the messages.
         """
         size = read_config(model_dir).get("vocab_size") if (model_dir / "config.json").is_file() else None
         return cls.bind(
@@ -71,11 +71,11 @@ class ChatTemplate:
         vocab_size: int | None = None,
         day: date = TEMPLATE_DATE,
     ) -> ChatTemplate:
-        """As `load`, with a tokenizer that is there already."""
+        """Bind the template to a loaded tokenizer; see `load`."""
         special = tuple(tokenizer.all_special_tokens)
         if name == "model":
             own = _own_template(tokenizer, where)
-            # A folder that was given a named template: its ends of turns are known.
+            # The folder carries one of the named templates, whose stop tokens are known.
             named = next((known for known, template in TEMPLATES.items() if template.jinja == own), None)
             if named is None:
                 require_pure(own, where)
@@ -90,7 +90,7 @@ class ChatTemplate:
         return cls(tokenizer, template.jinja, template.stop, markers, template.rated_end, vocab_size, day)
 
     def prompt(self, messages: Sequence[Message], attributes: Attributes | None = None) -> str:
-        """Text up to and with the generation prompt.
+        """Return the text up to and including the generation prompt.
 
         Raises:
             BadRow: the template refuses the messages.
@@ -98,20 +98,20 @@ class ChatTemplate:
         return self._apply(messages, attributes, add_generation_prompt=True)
 
     def answer(self, prompt: str, messages: Sequence[Message], attributes: Attributes | None = None) -> str:
-        """What follows the prompt: the last message, up to and with the token that ends it.
+        """Return the text after the prompt: the last message, up to and including the token that ends it.
 
         Raises:
-            BadRow: a text holds a marker, or the template writes a dialogue that does not go on from its own prompt.
+            BadRow: a text contains a marker, or the rendered dialogue does not continue the rendered prompt.
         """
         self.require_no_marker(messages)
         if attributes and "attributes" not in self.jinja:
-            raise BadRow("the chat template of the model has no place for attributes")
+            raise BadRow("the chat template of the model does not write attributes")
         dialogue = self._apply(messages, attributes, add_generation_prompt=False)
         text, reasoning = messages[-1]["content"].strip(), messages[-1].get("reasoning_content", "").strip()
         thought = dialogue.find(reasoning, len(prompt))
         if dialogue.startswith(prompt) and thought < 0:
             raise BadRow("the chat template leaves out the reasoning_content of the answer")
-        # The reasoning may hold the answer's words, too.
+        # Search after the reasoning, which may contain the words of the answer.
         start = dialogue.find(text, thought + len(reasoning))
         if not dialogue.startswith(prompt) or start < 0:
             raise BadRow("the chat template does not continue its own generation prompt with the answer")
@@ -119,38 +119,39 @@ class ChatTemplate:
         return dialogue[len(prompt) : end] + self._end_of_turn(dialogue[end:])
 
     def require_no_marker(self, messages: Sequence[Message]) -> None:
-        """Raises BadRow when a text holds a token that would end a turn, or begin one."""
+        """Raise BadRow if a text contains a token that would end or begin a turn."""
         for message in messages:
             for text in message.values():
                 if found := self.markers.search(text):
                     raise BadRow(
-                        f"a text of {message['role']} holds {found.group()}, which the tokenizer takes for a marker"
+                        f"a text of {message['role']} contains {found.group()}, which the tokenizer reads as a marker"
                     )
 
     def ids(self, text: str) -> list[int]:
-        """Token ids; nothing is added to the text, which has all its special tokens.
+        """Return the token ids of a text that already contains all its special tokens.
 
         Raises:
-            DataError: the model has no embedding for one of them.
+            DataError: the model has no embedding for one of the ids.
         """
         found: list[int] = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         require_known_ids(found, self.vocab_size, self.tokenizer, str(self.tokenizer.name_or_path))
         return found
 
     def spelled_stop(self) -> str | None:
-        """The end of a turn where the tokenizer has no single token for it, so that no token id ends an answer."""
+        """Return the stop text if it is several tokens, so that no single token id ends an answer; otherwise None."""
         return self.stop if self.stop is not None and len(self.ids(self.stop)) > 1 else None
 
     def require_boundary(self, prompt: str, answer: str) -> tuple[int, int]:
-        """Tokens of prompt and answer.
+        """Return the numbers of tokens of prompt and answer.
 
         Raises:
-            BadRow: tokenized together they do not begin as the prompt does alone, which is what generation starts from.
+            BadRow: the tokens of prompt and answer together do not begin with those of the prompt alone, with which
+                generation starts; or the answer has no token.
         """
         alone, together = self.ids(prompt), self.ids(prompt + answer)
         if together[: len(alone)] != alone:
             raise BadRow(
-                f"the end of the prompt {prompt[-12:]!r} has other tokens before the answer {answer[:12]!r} than alone"
+                f"the end of the prompt {prompt[-12:]!r} is tokenized differently before the answer {answer[:12]!r}"
             )
         if len(together) == len(alone):
             raise BadRow(f"the tokenizer has no token for the answer {answer[:12]!r}")
@@ -175,17 +176,17 @@ class ChatTemplate:
                     attributes=dict(attributes or {}),
                 )
         except TimeIsUp:
-            # It would be as slow for the next row.
-            raise self._endless(f"takes more than {TEMPLATE_SECONDS.value()} s", TEMPLATE_SECONDS) from None
+            # This is an error, not a bad row, because the next row would take as long.
+            raise self._over_limit(f"takes more than {TEMPLATE_SECONDS.value()} s", TEMPLATE_SECONDS) from None
         except MemoryError:
-            raise self._endless(f"takes more than {TEMPLATE_BYTES.value():,} bytes", TEMPLATE_BYTES) from None
-        except Exception as error:  # some refuse a system text; and a template is a program that may fail in any way
+            raise self._over_limit(f"takes more than {TEMPLATE_BYTES.value():,} bytes", TEMPLATE_BYTES) from None
+        except Exception as error:  # a template is a program: it may refuse a system text, or fail in any other way
             raise BadRow(f"the chat template refuses the messages: {shortened(error)}") from error
         if len(text) > TEMPLATE_BYTES.value() // 10:
-            raise self._endless(f"writes {len(text):,} characters", TEMPLATE_BYTES)
+            raise self._over_limit(f"writes {len(text):,} characters", TEMPLATE_BYTES)
         return text
 
-    def _endless(self, does: str, limit: Limit) -> DataError:
+    def _over_limit(self, does: str, limit: Limit) -> DataError:
         return DataError(
             f"The chat template {does} for one dialogue.",
             where=str(self.tokenizer.name_or_path),
@@ -194,7 +195,7 @@ class ChatTemplate:
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    # Longest first; of no tokens: what matches nothing.
+    # Longest first. Without tokens, the pattern matches nothing.
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")
 
 
@@ -210,15 +211,15 @@ def _require_whole(tokenizer: Any, name: TemplateName, where: str) -> None:
     known: list[str] = [other for other in TEMPLATES if not _split_markers(tokenizer, other)]
     known += ["model"] if tokenizer.chat_template else []
     raise DataError(
-        f"The tokenizer does not know {', '.join(split)} as single tokens, which template {name} is made of.",
+        f"Template {name} uses {', '.join(split)}, which the tokenizer does not know as single tokens.",
         where=where,
         allowed=f"with this tokenizer: {', '.join(known) or 'no template'}",
-        next_step="Choose another template, add the tokens to the model, or try with whole_markers=false.",
+        next_step="Choose another template, add the tokens to the model, or set whole_markers=false.",
     )
 
 
 def _require_embedded(tokenizer: Any, written: str, vocab_size: int | None, where: str) -> None:
-    """Raises DataError if the model has no embedding for an added token that the template writes."""
+    """Raise DataError if the model has no embedding for an added token that the template writes."""
     if vocab_size is None:
         return
     named = {key: getattr(tokenizer, key) for key in ("bos_token", "eos_token") if key in written}
@@ -229,15 +230,15 @@ def _require_embedded(tokenizer: Any, written: str, vocab_size: int | None, wher
 
 def _own_template(tokenizer: Any, where: str) -> str:
     try:
-        # Of several named ones, the default.
+        # If there are several named templates, this returns the default.
         own = tokenizer.get_chat_template()
         if not isinstance(own, str):
-            raise ValueError("it is no text")
+            raise ValueError("it is not text")
         return own
     except (ValueError, TypeError) as error:
         raise DataError(
-            "The tokenizer has no chat template of its own, or several and no default.",
+            "The tokenizer has no chat template, or several without a default.",
             where=where,
             allowed=f"template = {', '.join(TEMPLATES)}",
-            next_step="Choose one of these; the exported model then carries it.",
+            next_step="Choose one of these; it is then saved with the exported model.",
         ) from error

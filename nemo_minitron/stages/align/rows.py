@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.data.chat.lengths import LengthStats
-from nemo_minitron.data.chat.render import Purpose, read_normalised, render_rows
+from nemo_minitron.data.chat.render import Purpose, read_normalized, render_rows
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import DataError
 from nemo_minitron.schema.alignment import Alignment
@@ -50,7 +50,7 @@ def write_rows(params: Alignment, model: Model, chats: ChatRows, ctx: StageConte
         stats = LengthStats()
         source = chats.file(part)
         rows = render_rows(
-            _with_needed(read_normalised(source), params, str(source)),
+            _with_needed(read_normalized(source), params, str(source)),
             purpose,
             template,
             params,

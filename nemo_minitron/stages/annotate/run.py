@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
 from nemo_minitron.data.chat.lengths import LengthStats
-from nemo_minitron.data.chat.render import MISSING, rated_row, read_normalised
+from nemo_minitron.data.chat.render import MISSING, rated_row, read_normalized
 from nemo_minitron.data.chat.rows import ATTRIBUTES, BadRow, Row
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import DataError, PlanError
@@ -85,7 +85,7 @@ def _readable(
         DataError: too many bad rows, or none left.
     """
     rows, texts, stats = [], [], LengthStats()
-    for row in read_normalised(file):
+    for row in read_normalized(file):
         stats.bad.num_rows += 1
         try:
             text = answer_text(row, template, params.max_seq_len_tokens, stats)

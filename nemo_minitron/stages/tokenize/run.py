@@ -77,7 +77,7 @@ def _make_shards(
 ) -> list[SourceShards]:
     from nemo_minitron.backends.megatron.data.indexed import token_dtype
     from nemo_minitron.data.shard_plan import ShardPlan, plan_source
-    from nemo_minitron.data.shard_pool import Work, processes_for, shard_makers
+    from nemo_minitron.data.shard_pool import WorkerSettings, processes_for, shard_workers
     from nemo_minitron.data.shards import ShardFolder, sha256_of
 
     dtype = token_dtype(tokenizer.vocab_size).name
@@ -88,17 +88,19 @@ def _make_shards(
         for number, source in enumerate(params.sources)
     ]
     plan = ShardPlan(sources, folder)
-    found = plan.take_finished()
+    found = plan.reuse_finished()
     ctx.progress.say(f"{found} of {plan.num_tasks} shards are there" if found else f"{plan.num_tasks} shards to make")
     num_processes = min(processes_for(plan.bytes_left, ctx.execution.workers), max(1, plan.num_tasks - found))
     with (
         ctx.progress.bar("tokenize", plan.num_bytes, "bytes", done=plan.num_bytes - plan.bytes_left) as bar,
-        shard_makers(Work(folder, tokenizer, dtype, model_dir), num_processes, lambda: _look_at_stop(ctx)) as makers,
+        shard_workers(
+            WorkerSettings(folder, tokenizer, dtype, model_dir), num_processes, lambda: _look_at_stop(ctx)
+        ) as workers,
     ):
         first = bar.done
-        for _ in plan.run(makers):
+        for _ in plan.run(workers):
             _look_at_stop(ctx)
-            num_bytes, documents = makers.done()
+            num_bytes, documents = workers.done()
             per_s = documents / max(bar.elapsed_s, 1e-3)
             bar.advance(first + num_bytes - bar.done, documents=documents, per_s=f"{per_s:,.0f}")
     return sources

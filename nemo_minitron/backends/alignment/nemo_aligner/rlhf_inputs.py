@@ -11,7 +11,7 @@ import yaml
 from nemo_minitron.artifacts.manifest import Manifest, read_manifest
 from nemo_minitron.backends.alignment.nemo_aligner.rlhf_checks import Limits, RlhfFacts, longest_prompt_tokens
 from nemo_minitron.data.chat.bad_rows import BadRows
-from nemo_minitron.data.chat.render import read_normalised
+from nemo_minitron.data.chat.render import read_normalized
 from nemo_minitron.data.chat.rows import BadRow
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import ArtifactError
@@ -65,7 +65,7 @@ def read_prompts(settings: Rlhf, rows: Path, template: ChatTemplate) -> dict[str
     most, found = longest_prompt_tokens(settings), {}
     for part in PARTS:
         file, bad, texts = rows / f"{part}.jsonl", BadRows(), []
-        for row in read_normalised(file):
+        for row in read_normalized(file):
             bad.num_rows += 1
             try:
                 template.require_no_marker(row["messages"][:-1])
