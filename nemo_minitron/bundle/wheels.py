@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from nemo_minitron.assets import sha256_of
+from nemo_minitron.artifacts.manifest import sha256_of
 from nemo_minitron.backends.alignment.nemo_aligner.environment import LOCK, SUPPORTED_PYTHONS, torch_requirement
 from nemo_minitron.bundle.archive import MEMBER_TIME_S
 from nemo_minitron.bundle.own_wheel import write_own_wheel

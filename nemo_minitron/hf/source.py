@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from nemo_minitron.errors import CheckpointError, EnvironmentProblem
+from nemo_minitron.hf.asset_files import require_expected_files
 from nemo_minitron.hf.gguf_parts import split_part
 from nemo_minitron.hf.links import require_inside
 from nemo_minitron.system.files import user_path
@@ -71,9 +72,7 @@ def resolve_path(source: str, assets_dir: Path) -> Path:
         raise EnvironmentProblem(
             f"Asset {name} has not been fetched.", where=str(path), next_step=f"Run: minitron assets fetch {name}"
         )
-    from nemo_minitron.assets import require_right  # imported here because assets imports this module
-
-    require_right(name, assets_dir)
+    require_expected_files(name, path)
     return path
 
 

@@ -22,7 +22,7 @@ from nemo_minitron.schema.execution import Execution
 from nemo_minitron.stages.adopt.params import AdoptStage
 from nemo_minitron.stages.adopt.run import adopt
 from nemo_minitron.stages.context import StageContext
-from nemo_minitron.stages.tokenize.params import TokenizeStage
+from nemo_minitron.stages.kind import Source
 from nemo_minitron.stages.typed_inputs import NoInputs
 from nemo_minitron.system.progress import Progress
 from tests.support.tiny_models import tiny_model_dir
@@ -143,9 +143,9 @@ def test_links_in_data_are_followed_and_said(tmp_path: Path, private: Path) -> N
     (tmp_path / "data/own.txt").write_text("text")
     (tmp_path / "data/link.txt").symlink_to(private)
     (tmp_path / "data/again.txt").symlink_to("own.txt")
-    stage = TokenizeStage.model_validate({"kind": "tokenize", "sources": [{"source": str(tmp_path / "data")}]})
-    assert [file.name for file in links_out(stage, str(tmp_path / "data"), tmp_path)] == ["link.txt"]
-    assert links_out(stage, "asset:toy-text", tmp_path) == []
+    data = Source("sources.0.source", str(tmp_path / "data"), "text")
+    assert [file.name for file in links_out(data, tmp_path)] == ["link.txt"]
+    assert links_out(Source("sources.0.source", "asset:toy-text", "text"), tmp_path) == []
 
 
 # --- checksums -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from nemo_minitron.bundle.archive import write_archive
 from nemo_minitron.bundle.items import Item
 from nemo_minitron.cli import main as cli
 from nemo_minitron.errors import ArtifactError, MinitronError
-from nemo_minitron.execution.runner import _log_file
+from nemo_minitron.execution.logs import log_file
 from nemo_minitron.system import ownership
 from nemo_minitron.system.files import write_whole
 from nemo_minitron.system.progress import Progress
@@ -53,7 +53,7 @@ def _lock_of_a_stage(run: Path) -> None:
 
 
 def _log(run: Path) -> None:
-    with _log_file(run, "distill"):
+    with log_file(run, "distill"):
         pass
 
 

@@ -23,7 +23,7 @@ DOORS: dict[str, str | tuple[str, ...]] = {
     "transformer_engine": "backends/megatron/",
     "torch.distributed": "backends/megatron/",
     "hydra": ("config/compose.py", "config/overrides.py"),
-    "omegaconf": "config/",
+    "omegaconf": ("config/", "system/bounded.py"),
     "lm_eval": "evaluation/",
     "wandb": "backends/megatron/training/curves.py",
 }

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron import assets
-from nemo_minitron.assets import ASSETS, Asset, File, Wheel, fetch, list_assets
+from nemo_minitron.assets import ASSETS, Asset, Wheel, fetch, list_assets
 from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.hf.asset_files import File, wrong_file
 from nemo_minitron.hf.source import BUILT_IN, resolve_path
 from nemo_minitron.system.progress import Progress
 
@@ -203,4 +204,4 @@ def test_the_fetched_assets_match_their_pinned_hashes() -> None:
     root = Path(__file__).resolve().parents[2] / "assets"
     for asset in list_assets():
         if asset.wheel is not None:
-            assert assets._wrong_file(asset, root / asset.name) is None, asset.name
+            assert wrong_file(asset.files, root / asset.name) is None, asset.name
