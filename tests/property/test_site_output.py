@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.launch import answers, slurm
+from nemo_minitron.launch.slurm import answers
+from nemo_minitron.launch.slurm import client as slurm
 from tests.support.examples import budget
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=60)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.cli.main import load_plan
+from nemo_minitron.api import load_plan
 from nemo_minitron.errors import ConfigError, EnvironmentProblem, PlanError
-from nemo_minitron.launch.answers import minutes_of, partitions
+from nemo_minitron.launch.context import cluster_of
 from nemo_minitron.launch.jobs import Job, jobs_of
-from nemo_minitron.launch.submit import cluster_of
+from nemo_minitron.launch.slurm.answers import minutes_of, partitions
 from nemo_minitron.processes.nodes import Nodes, dismiss, follow, start_everywhere
 from nemo_minitron.processes.same_code import START
 from nemo_minitron.schema.cluster import Cluster
