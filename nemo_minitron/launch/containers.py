@@ -9,6 +9,7 @@ from nemo_minitron.errors import PlanError
 from nemo_minitron.launch import images
 from nemo_minitron.launch.context import JobFolders
 from nemo_minitron.launch.jobs import Environment, image_of
+from nemo_minitron.schema.cluster import Cluster, Container, Mount
 
 PROGRAM = "minitron"
 """The program inside a container."""

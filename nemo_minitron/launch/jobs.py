@@ -25,7 +25,7 @@ class Job:
     """More than one: a job array with one task per stage."""
     nodes: int
     processes_per_node: int
-    asked: Resources
+    resources: Resources
     """Resources of the job; None where the site decides."""
     environment: Environment
     uses_gpu: bool
@@ -65,7 +65,7 @@ def _job_name(call: StageCall, plan: RunPlan) -> str:
 def _job(name: str, group: list[StageCall], job_of: dict[str, str], cluster: Cluster) -> Job:
     call = group[0]
     spec = STAGES[call.kind]
-    asked = _asked(call, cluster, uses_gpu=spec.uses_gpu)
+    resources = _merged_resources(call, cluster, uses_gpu=spec.uses_gpu)
     nodes, each = _share_out(call, cluster)
     waits = {job_of[other]: None for member in group for other in member.depends if other in job_of}
     return Job(
@@ -73,7 +73,9 @@ def _job(name: str, group: list[StageCall], job_of: dict[str, str], cluster: Clu
         stages=tuple(member.name for member in group),
         nodes=nodes,
         processes_per_node=each,
-        asked=asked.model_copy(update={"gpus_per_node": _gpus(asked, cluster, each, uses_gpu=spec.uses_gpu)}),
+        resources=resources.model_copy(
+            update={"gpus_per_node": _gpus(resources, cluster, each, uses_gpu=spec.uses_gpu)}
+        ),
         environment="aligner" if spec.needs_aligner else "core",
         uses_gpu=spec.uses_gpu,
         after=tuple(other for other in waits if other != name),
@@ -100,16 +102,16 @@ def _share_out(call: StageCall, cluster: Cluster) -> tuple[int, int]:
     return size // most, most
 
 
-def _gpus(asked: Resources, cluster: Cluster, processes: int, *, uses_gpu: bool) -> int:
+def _gpus(resources: Resources, cluster: Cluster, processes: int, *, uses_gpu: bool) -> int:
     """Return the GPUs of each node; all of them where jobs take whole nodes."""
-    if asked.gpus_per_node is not None:
-        return asked.gpus_per_node
+    if resources.gpus_per_node is not None:
+        return resources.gpus_per_node
     if not uses_gpu or not cluster.gpus_per_node:
         return 0
     return cluster.gpus_per_node if cluster.exclusive else min(processes, cluster.gpus_per_node)
 
 
-def _asked(call: StageCall, cluster: Cluster, *, uses_gpu: bool) -> Resources:
+def _merged_resources(call: StageCall, cluster: Cluster, *, uses_gpu: bool) -> Resources:
     """Merge resources: those of the stage override those of CPU stages, which override those of the cluster."""
     names = set(Resources.model_fields) & set(Cluster.model_fields) - {"gpus_per_node"}
     found = {name: getattr(cluster, name) for name in names}
@@ -142,7 +144,7 @@ def images_of(cluster: Cluster, jobs: list[Job]) -> dict[str, str]:
     return {f"{environment}_image": image for environment, image in named.items() if image is not None}
 
 
-def misspelt_images(cluster: Cluster, jobs: list[Job], folder: Path) -> Iterator[str]:
+def misspelled_images(cluster: Cluster, jobs: list[Job], folder: Path) -> Iterator[str]:
     """Yield what is wrong with the names of the jobs' images for the site's runtime.
 
     Args:

@@ -12,7 +12,7 @@ from nemo_minitron.launch import images, registry
 from nemo_minitron.launch.base import Finding
 from nemo_minitron.launch.containers import mounts_of
 from nemo_minitron.launch.context import cluster_of, job_context
-from nemo_minitron.launch.jobs import Job, images_of, jobs_of, missing_images, misspelt_images
+from nemo_minitron.launch.jobs import Job, images_of, jobs_of, missing_images, misspelled_images
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, make_plan
 from nemo_minitron.schema.cluster import Cluster
@@ -55,7 +55,7 @@ def missing_here(plan: RunPlan) -> list[str]:
 
 
 def _images(cluster: Cluster, jobs: list[Job]) -> Iterator[Finding]:
-    yield from (Finding("problem", text) for text in misspelt_images(cluster, jobs, Path.cwd()))
+    yield from (Finding("problem", text) for text in misspelled_images(cluster, jobs, Path.cwd()))
     for key, image in images_of(cluster, jobs).items():
         absent = images.missing(cluster.container.runtime, image, Path.cwd())
         if absent is not None:

@@ -38,8 +38,8 @@ def _cluster(runtime: str, **keys: Any) -> Cluster:
 
 
 def _job(name: str = "distill", **keys: Any) -> Job:
-    asked = Resources(partition="batch", time_min=240, gpus_per_node=8, max_restarts=50)
-    facts = {"stages": (name,), "nodes": 1, "processes_per_node": 8, "asked": asked, "environment": "core"}
+    resources = Resources(partition="batch", time_min=240, gpus_per_node=8, max_restarts=50)
+    facts = {"stages": (name,), "nodes": 1, "processes_per_node": 8, "resources": resources, "environment": "core"}
     return Job(**{"name": name, **facts, "uses_gpu": True, "after": (), **keys})
 
 
@@ -63,7 +63,7 @@ CASES = {
     "apptainer": (_job(), _cluster("apptainer")),
     "apptainer_several_nodes": (_job(nodes=2), _cluster("apptainer")),
     "cpu": (
-        _job("select", uses_gpu=False, asked=Resources(time_min=60, cpus_per_node=4, mem_gib=16, max_restarts=3)),
+        _job("select", uses_gpu=False, resources=Resources(time_min=60, cpus_per_node=4, mem_gib=16, max_restarts=3)),
         _cluster("none", gpus_per_node=0),
     ),
 }

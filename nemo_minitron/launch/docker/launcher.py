@@ -16,7 +16,7 @@ from nemo_minitron.launch.base import JobState, Launcher, Log, Step
 from nemo_minitron.launch.containers import PROGRAM, folders_to_make, inside
 from nemo_minitron.launch.context import JobContext, cluster_of, dry_run_context, job_context, make_launch_folder
 from nemo_minitron.launch.docker.command import docker_environment, docker_run
-from nemo_minitron.launch.jobs import jobs_of, missing_images, misspelt_images
+from nemo_minitron.launch.jobs import jobs_of, missing_images, misspelled_images
 from nemo_minitron.launch.record import Submission
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan
@@ -37,7 +37,7 @@ def commands(plan: RunPlan, context: JobContext, options: RunOptions) -> list[tu
         raise PlanError("execution.cluster.container.runtime = pyxis needs Slurm.", allowed="docker, apptainer, none")
     # On this machine one node takes every process.
     jobs = jobs_of(plan, cluster.model_copy(update={"ranks_per_node": 10**6}), plan.needed_for(options.until))
-    missing = [*missing_images(cluster, jobs), *misspelt_images(cluster, jobs, folders.cwd)]
+    missing = [*missing_images(cluster, jobs), *misspelled_images(cluster, jobs, folders.cwd)]
     if missing:
         raise PlanError(
             "\n".join(missing), next_step="Build it from the Dockerfile (docs/CLUSTER.md), and name it there."

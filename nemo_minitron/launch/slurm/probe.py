@@ -16,7 +16,7 @@ def problems(cluster: Cluster, jobs: list[Job]) -> Iterator[str]:
     if cluster.container.runtime == "docker":
         yield "execution.cluster.container.runtime = docker is for launcher=local; on Slurm: pyxis, apptainer or none."
     for job in jobs:
-        time_min = job.asked.time_min or 0
+        time_min = job.resources.time_min or 0
         if time_min * 60 <= cluster.grace_s:
             yield f"Stage {job.name} has {time_min} minutes, not more than the grace of {cluster.grace_s} s."
 
@@ -41,7 +41,7 @@ def _partitions(cluster: Cluster, jobs: list[Job]) -> Iterator[Finding]:
         return
     yield Finding("ok", f"Slurm answers; partitions: {', '.join(sorted(known))}")
     for job in jobs:
-        name = job.asked.partition or first
+        name = job.resources.partition or first
         if name is None or any(part not in known for part in name.split(",")):
             yield Finding("problem", f"{job.name}: there is no partition {name or '(no default)'}; {', '.join(known)}")
             continue
@@ -55,7 +55,8 @@ def _shared_cores(cluster: Cluster, jobs: list[Job]) -> Iterator[Finding]:
     modest = [
         job.name
         for job in jobs
-        if not (cluster.exclusive and job.uses_gpu) and (job.asked.cpus_per_node is None or job.asked.mem_gib is None)
+        if not (cluster.exclusive and job.uses_gpu)
+        and (job.resources.cpus_per_node is None or job.resources.mem_gib is None)
     ]
     if modest and "--exclusive" not in cluster.sbatch:
         names = ", ".join(modest[:4]) + (" ..." if len(modest) > 4 else "")
@@ -69,15 +70,15 @@ def _fits(job: Job, partition: Partition) -> Iterator[Finding]:
     where = f"{job.name} on {partition.name}"
     if not partition.is_up:
         yield Finding("warning", f"{where}: the partition is down; the job would wait")
-    if partition.limit_min is not None and (job.asked.time_min or 0) > partition.limit_min:
-        yield Finding("problem", f"{where}: {job.asked.time_min} minutes, the limit is {partition.limit_min}")
-    if (job.asked.gpus_per_node or 0) > partition.gpus:
-        yield Finding("problem", f"{where}: {job.asked.gpus_per_node} GPUs of a node, it has {partition.gpus}")
+    if partition.limit_min is not None and (job.resources.time_min or 0) > partition.limit_min:
+        yield Finding("problem", f"{where}: {job.resources.time_min} minutes, the limit is {partition.limit_min}")
+    if (job.resources.gpus_per_node or 0) > partition.gpus:
+        yield Finding("problem", f"{where}: {job.resources.gpus_per_node} GPUs of a node, it has {partition.gpus}")
     if job.nodes > partition.nodes:
         yield Finding("problem", f"{where}: {job.nodes} nodes, it has {partition.nodes}")
     elif partition.usable is not None and job.nodes > partition.usable:
         yield Finding("warning", f"{where}: {job.nodes} nodes, {partition.usable} are up now; the job would wait")
-    cpus, mem_gib = job.asked.cpus_per_node or 0, job.asked.mem_gib or 0
+    cpus, mem_gib = job.resources.cpus_per_node or 0, job.resources.mem_gib or 0
     if partition.cpus is not None and cpus > partition.cpus:
         yield Finding("problem", f"{where}: {cpus} cores of a node, it has {partition.cpus}")
     if partition.mem_mib is not None and mem_gib * 1024 > partition.mem_mib:

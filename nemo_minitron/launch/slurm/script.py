@@ -127,32 +127,32 @@ def render_script(job: Job, cluster: Cluster, context: JobContext) -> str:
         parts.append(SEVERAL_NODES.format(first_port=FIRST_PORT, num_ports=NUM_PORTS))
     if in_container:
         parts.append(f"mkdir -p -- {' '.join(_quote(folder) for folder in folders_to_make(context.folders))}")
-    parts += [f"{_srun(job, cluster, context)} &", WAIT.format(max_restarts=job.asked.max_restarts)]
+    parts += [f"{_srun(job, cluster, context)} &", WAIT.format(max_restarts=job.resources.max_restarts)]
     parts.append(REQUEUE if cluster.requeue else LINK)
     return "\n".join(parts)
 
 
 def sbatch_options(job: Job, cluster: Cluster, context: JobContext) -> Iterator[str]:
     """Yield the options without paths; an #SBATCH line cannot quote paths, so they are words of the sbatch command."""
-    asked = job.asked
+    resources = job.resources
     yield f"--job-name={job_name(context.recipe_name, job.name)}"
     yield f"--nodes={job.nodes}"
     yield "--ntasks-per-node=1"
     optional = {
-        "partition": asked.partition,
+        "partition": resources.partition,
         "account": cluster.account,
-        "qos": asked.qos,
-        "constraint": asked.constraint,
+        "qos": resources.qos,
+        "constraint": resources.constraint,
         "reservation": cluster.reservation,
-        "time": asked.time_min,
-        "cpus-per-task": asked.cpus_per_node,
-        "mem": _memory(asked.mem_gib),
+        "time": resources.time_min,
+        "cpus-per-task": resources.cpus_per_node,
+        "mem": _memory(resources.mem_gib),
     }
     yield from (f"--{name}={value}" for name, value in optional.items() if value is not None)
-    if asked.gpus_per_node and cluster.gpu_option == "gpus-per-node":
-        yield f"--gpus-per-node={asked.gpus_per_node}"
-    elif asked.gpus_per_node and cluster.gpu_option == "gres":
-        yield f"--gres=gpu:{asked.gpus_per_node}"
+    if resources.gpus_per_node and cluster.gpu_option == "gpus-per-node":
+        yield f"--gpus-per-node={resources.gpus_per_node}"
+    elif resources.gpus_per_node and cluster.gpu_option == "gres":
+        yield f"--gres=gpu:{resources.gpus_per_node}"
     if cluster.exclusive and job.uses_gpu:
         yield "--exclusive"
     if job.is_array:
@@ -230,7 +230,7 @@ def _srun(job: Job, cluster: Cluster, context: JobContext) -> str:
     # The stage is a variable of the script, because all tasks of an array share one script.
     command = inside([program, "stage", str(context.recipe_file)], cluster, job.environment, context.folders)
     words = ["srun", f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-    words += [f"--cpus-per-task={job.asked.cpus_per_node}"] if job.asked.cpus_per_node else ["--cpu-bind=none"]
+    words += [f"--cpus-per-task={job.resources.cpus_per_node}"] if job.resources.cpus_per_node else ["--cpu-bind=none"]
     words += [*srun_options(cluster, job.environment, context.folders), *command]
     return " \\\n    ".join(shlex.quote(word) for word in words) + ' \\\n    "$stage"'
 

@@ -13,7 +13,7 @@ from nemo_minitron.execution.runner import RunOptions, settle
 from nemo_minitron.launch import record
 from nemo_minitron.launch.base import Log, Step
 from nemo_minitron.launch.context import JobContext, cluster_of, dry_run_context, job_context, make_launch_folder
-from nemo_minitron.launch.jobs import Job, jobs_of, missing_images, misspelt_images
+from nemo_minitron.launch.jobs import Job, jobs_of, missing_images, misspelled_images
 from nemo_minitron.launch.record import Submission, Submitted
 from nemo_minitron.launch.slurm import client
 from nemo_minitron.launch.slurm.answers import split_id
@@ -73,7 +73,7 @@ def _submit_stages(plan: RunPlan, options: RunOptions, run: Path, log: Log) -> S
     jobs, cluster = jobs_left(plan, options), cluster_of(plan.recipe)
     if not jobs:
         return None
-    _require_none(misspelt_images(cluster, jobs, Path.cwd()))
+    _require_none(misspelled_images(cluster, jobs, Path.cwd()))
     dropped = dropped_defaults(os.environ)
     if dropped:
         log(f"not passed on to sbatch: {', '.join(dropped)} (a site's options are keys of its file)")
