@@ -40,7 +40,7 @@ def commands(plan: RunPlan, context: JobContext, options: RunOptions) -> list[tu
     missing = [*missing_images(cluster, jobs), *misspelled_images(cluster, jobs, folders.cwd)]
     if missing:
         raise PlanError(
-            "\n".join(missing), next_step="Build it from the Dockerfile (docs/CLUSTER.md), and name it there."
+            "\n".join(missing), next_step="Build it from the Dockerfile (docs/how-to/cluster.md), and name it there."
         )
     found = []
     for job in jobs:
