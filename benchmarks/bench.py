@@ -12,13 +12,12 @@ from statistics import median
 
 import torch
 
+from nemo_minitron import api
 from nemo_minitron.backends.megatron.distillation import distill
 from nemo_minitron.backends.megatron.model.forward import model_logits
 from nemo_minitron.backends.megatron.model.weights import load_model
 from nemo_minitron.backends.megatron.runtime.session import open_session
 from nemo_minitron.backends.megatron.training import loop as training
-from nemo_minitron.cli.main import load_recipe
-from nemo_minitron.execution.runner import RunOptions, run_recipe
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.distill.params import DistillStage
 
@@ -64,7 +63,7 @@ def bench_step(root: Path) -> dict[str, float]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as root:
-        run_recipe(load_recipe(RECIPE, [f"execution.run_root={root}"]), RunOptions(until="prune"))
+        api.run(api.load_recipe(RECIPE, [f"execution.run_root={root}"]), until="prune")
         results = {
             "machine": platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),

@@ -24,11 +24,7 @@ from typing import Any, Literal
 
 from distillation_claims import write_page
 
-from nemo_minitron.cli.main import load_recipe
-from nemo_minitron.execution.runner import RunOptions, run_recipe
-from nemo_minitron.plan.checks import require_valid
-from nemo_minitron.plan.folder import run_dir
-from nemo_minitron.plan.planner import make_plan
+from nemo_minitron import api
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes/claims"
@@ -323,13 +319,11 @@ def main() -> None:
     size = SIZES[arguments.size]
     text = [f"{size.text}={arguments.text}"] if arguments.text else []
     overrides = [f"execution.run_root={arguments.root}", *size.overrides, *text, *arguments.overrides]
-    recipe = load_recipe(RECIPES / f"{size.recipe}.yaml", overrides)
+    recipe = api.load_recipe(RECIPES / f"{size.recipe}.yaml", overrides)
     known = {trial.name for trial in trials()}
     if not known.issuperset(arguments.only):
         parser.error(f"no trial {sorted(set(arguments.only) - known)}; there are: {', '.join(sorted(known))}")
-    require_valid(make_plan(recipe))
-    run_recipe(recipe, RunOptions())
-    run, processes = run_dir(recipe), arguments.processes or (2 if size.device == "cpu" else 1)
+    run, processes = api.run(recipe), arguments.processes or (2 if size.device == "cpu" else 1)
     found = run_trials(run, size, processes, run / f"trials_{arguments.size}.json", arguments.only)
     if arguments.only or arguments.size == "smoke":
         print("docs/results.md stays as it is: it is written from all trials of a real size.")

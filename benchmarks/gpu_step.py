@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 
+from nemo_minitron.api import load_recipe
 from nemo_minitron.backends.megatron.data.datasets import HeldOutBatches
 from nemo_minitron.backends.megatron.distillation.distill import Classroom, objective_of
 from nemo_minitron.backends.megatron.model import layers
@@ -27,7 +28,6 @@ from nemo_minitron.backends.megatron.runtime.peak import matmul_flops_per_s
 from nemo_minitron.backends.megatron.runtime.session import Session, open_session
 from nemo_minitron.backends.megatron.training.loop import Job, forward_backward
 from nemo_minitron.backends.megatron.training.optim import make_trainable
-from nemo_minitron.cli.main import load_recipe
 from nemo_minitron.distillation.flops import training_flops_per_token
 from nemo_minitron.families import ModelShape
 from nemo_minitron.plan.shapes import model_shape

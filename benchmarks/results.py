@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from claims import BEGIN, CLAIMS, END, render
 
+from nemo_minitron import api
 from nemo_minitron.backends.megatron.data.datasets import (
     HeldOutBatches,
     heldout_batches,
@@ -34,9 +35,7 @@ from nemo_minitron.backends.megatron.runtime.session import Session, open_sessio
 from nemo_minitron.backends.megatron.scoring.depth_scores import DepthSamples, depth_scores, task_batches
 from nemo_minitron.backends.megatron.scoring.removal import effects_of_removal
 from nemo_minitron.backends.megatron.scoring.stats import activation_scores
-from nemo_minitron.cli.main import load_recipe
 from nemo_minitron.evaluation.choice_task import ChoiceTask, load_choice_task
-from nemo_minitron.execution.runner import RunOptions, run_recipe
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.hf.tokenizer import load_tokenizer
 from nemo_minitron.pruning.depth import task_error
@@ -223,7 +222,7 @@ EXPERIMENTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 def measure(names: Sequence[str], root: Path, figures: Path) -> dict[str, Any]:
     """Run the experiments; what is measured is kept after each, so that a stopped run has lost one at most."""
     found: dict[str, Any] = json.loads(figures.read_text()) if figures.is_file() else {}
-    run_recipe(load_recipe(RECIPE, [f"execution.run_root={root}"]), RunOptions(until="check_teacher"))
+    api.run(api.load_recipe(RECIPE, [f"execution.run_root={root}"]), until="check_teacher")
     run = root / "smollm2_135m/width"
     with open_session(Parallel(micro_batch_size=4), device="cpu") as session, tempfile.TemporaryDirectory() as scratch:
         heldout = heldout_batches(run / "data", session, num_tokens=8192, seq_len_tokens=256, batch_size=4)

@@ -13,13 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+from nemo_minitron import api
 from nemo_minitron.backends.megatron.data.datasets import step_batches, training_samples
 from nemo_minitron.backends.megatron.model.forward import Batch, evaluating, forward_batches
 from nemo_minitron.backends.megatron.model.weights import load_model
 from nemo_minitron.backends.megatron.runtime.session import open_session
 from nemo_minitron.backends.megatron.scoring.stats import activation_scores
-from nemo_minitron.cli.main import load_recipe
-from nemo_minitron.execution.runner import RunOptions, run_recipe
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.score.params import ScoreStage
 
@@ -82,7 +81,7 @@ def peak_gib(run: Path, work: Path, name: str) -> float:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as root:
-        run_recipe(load_recipe(RECIPE, [f"execution.run_root={root}"]), RunOptions(until="data"))
+        api.run(api.load_recipe(RECIPE, [f"execution.run_root={root}"]), until="data")
         run, work, names = Path(root) / "smollm2_135m/width", Path(root) / "index", ["forward", *CASES]
         times = calls(run, work, names, times_s)
         assert isinstance(times, dict)

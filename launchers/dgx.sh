@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run a recipe on this machine, each stage in the docker image that configs/cluster/dgx.yaml names for it.
+# Run a recipe on this machine, each stage in its docker image from configs/cluster/dgx.yaml.
 #   launchers/dgx.sh RECIPE [key=value ...]        first: docker build --target core -t nemo-minitron:core .
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check a recipe, then run it with the environment that `make install` made.
+# Check a recipe, then run it in the environment of `make install`.
 #   launchers/local.sh RECIPE [key=value ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."

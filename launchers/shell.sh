@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A shell in the image, with the GPUs and this folder.
+# Open a shell in the image, with the GPUs and this folder.
 #   launchers/shell.sh                              docker, on this machine
 #   launchers/shell.sh slurm [srun options ...]     pyxis, on a node: launchers/shell.sh slurm -p interactive --gpus=1
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-docker}" = slurm ]; then
     shift
-    # A file: pyxis looks for other names on Docker Hub, unless a registry with # stands before them.
+    # The default is a file: pyxis looks up other names on Docker Hub, unless they begin with a registry and #.
     image=${IMAGE:-$PWD/nemo-minitron-core.sqsh}
     exec srun --pty "--container-image=$image" "--container-mounts=$PWD:$PWD" "--container-workdir=$PWD" "$@" bash
 fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Look at the cluster, then submit all stages of a recipe that have not finished. Run it on a login node.
+# Check the cluster, then submit all stages of a recipe that have not finished. Run this on a login node.
 #   launchers/slurm.sh CLUSTER RECIPE [key=value ...]        CLUSTER: a file of configs/cluster/, without .yaml
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -156,7 +156,7 @@ def _slurm() -> Iterator[Finding]:
     if code:
         yield Finding("slurm", "Slurm", "missing", "no sbatch here", "on a login node: minitron launch launcher=slurm")
         return
-    from nemo_minitron.launch.answers import has_pyxis, lines_of, partition_names
+    from nemo_minitron.launch.slurm.answers import has_pyxis, lines_of, partition_names
 
     _, sinfo = _run(["sinfo", "--noheader", "--format=%R"])
     names = ", ".join(partition_names(sinfo)) or "none"

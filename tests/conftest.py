@@ -44,9 +44,8 @@ def minitron(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """run_root of one finished toy run; read only."""
-    from nemo_minitron.cli.main import load_recipe
-    from nemo_minitron.execution.runner import RunOptions, run_recipe
+    from nemo_minitron import api
 
     root = tmp_path_factory.mktemp("toy")
-    run_recipe(load_recipe(TOY, [f"execution.run_root={root}"]), RunOptions(), quiet=True)
+    api.run(api.load_recipe(TOY, [f"execution.run_root={root}"]), quiet=True)
     return root

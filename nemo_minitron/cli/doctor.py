@@ -11,18 +11,19 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from nemo_minitron.cli.output import console
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.system.terminal import Screen, write
+from nemo_minitron.system.terminal import write
 
 STYLES = {"ok": "green", "newer": "yellow", "missing": "yellow", "problem": "red"}
 
 
 def doctor(
-    run_root: Annotated[Path, typer.Option(help="Where runs are to be kept.")] = Path("runs"),
-    require: Annotated[str, typer.Option(help="What must be there: gpu, aligner, slurm, pyxis, docker ...")] = "",
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    run_root: Annotated[Path, typer.Option(help="Folder where runs will be kept.")] = Path("runs"),
+    require: Annotated[str, typer.Option(help="What must be available: gpu, aligner, slurm, pyxis, docker ...")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Explain this machine: GPUs, versions, NeMo-Aligner, Slurm, containers, disk. Exits with 2 if something lacks."""
+    """Examine this machine: GPUs, versions, NeMo-Aligner, Slurm, containers, disk. Exit with 2 on problems."""
     from nemo_minitron.doctor import examine, failures
 
     found = examine(run_root)
@@ -30,7 +31,7 @@ def doctor(
     unknown = sorted(set(wanted) - {one.group for one in found} - {"pyxis"})
     if unknown:
         groups = ", ".join(sorted({one.group for one in found}))
-        raise EnvironmentProblem(f"--require knows no {', '.join(unknown)}.", allowed=groups)
+        raise EnvironmentProblem(f"--require does not know {', '.join(unknown)}.", allowed=groups)
     if as_json:
         write(json.dumps([asdict(one) for one in found], indent=2))
     else:
@@ -40,9 +41,9 @@ def doctor(
         for one in found:
             step = one.next_step if one.level != "ok" else ""
             table.add_row(one.what, Text(one.level, style=STYLES[one.level]), Text(one.text), Text(step))
-        Screen().print(table)
+        console.print(table)
     wrong = failures(found, wanted)
     absent = [group for group in wanted if group not in {one.group for one in found}]
     if wrong or absent:
         names = ", ".join([*(one.what for one in wrong), *absent])
-        raise EnvironmentProblem(f"This machine lacks: {names}.", next_step="The table says what to do.")
+        raise EnvironmentProblem(f"This machine lacks: {names}.", next_step="See the last column of the table.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,29 +10,28 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from nemo_minitron.cli.status import STYLES
-from nemo_minitron.system.terminal import Screen, write
+from nemo_minitron import api
+from nemo_minitron.cli.arguments import Overrides, RecipeFile
+from nemo_minitron.cli.output import STATUS_STYLES, console, print_warnings
+from nemo_minitron.system.terminal import write
 
 if TYPE_CHECKING:
     from nemo_minitron.plan.planner import RunPlan
 
-console = Screen()
-
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The whole plan, for programs.")] = False,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole plan as JSON.")] = False,
 ) -> None:
     """Show what `run` would do, and why; the sizes of the models; memory, time, cost and disk of each stage."""
-    from nemo_minitron.cli.main import load_plan
     from nemo_minitron.plan.checks import find_problems
     from nemo_minitron.plan.describe import plan_facts
     from nemo_minitron.plan.epochs import epoch_warnings
     from nemo_minitron.plan.resources.summary import memory_warnings, resource_facts
 
-    found = load_plan(recipe, overrides, checked=False)
-    problems = [*find_problems(found), *missing_for_launch(found)]
+    found = api.load_plan(recipe, overrides, checked=False)
+    problems = [*find_problems(found), *_missing_for_launch(found)]
     resources = resource_facts(found)
     facts = {**plan_facts(found), "problems": problems, "resources": resources}
     facts["warnings"] = [*epoch_warnings(found), *memory_warnings(found, resources)]
@@ -49,8 +47,8 @@ def plan(
         console.say(problem, "problem", "red")
 
 
-def missing_for_launch(found: RunPlan) -> list[str]:
-    """What the chosen launcher would not find on this machine; nothing where no site is named."""
+def _missing_for_launch(found: RunPlan) -> list[str]:
+    """List what the launcher would not find on this machine; the launchers are loaded only if a site is named."""
     if found.recipe.execution.cluster is None:
         return []
     from nemo_minitron.launch.probe import missing_here
@@ -102,7 +100,7 @@ def _print_stages(found: RunPlan) -> None:
         table.add_column(column)
     for call in found.calls:
         state = found.states[call.name]
-        style = STYLES[state.status]
+        style = STATUS_STYLES[state.status]
         processes = str(call.parallel.world_size)
         table.add_row(call.name, call.kind, processes, Text(state.status, style), state.reason)
     console.print(table)
@@ -117,7 +115,7 @@ def _print_resources(resources: dict[str, Any]) -> None:
     total = resources["totals"]
     cost = "" if total["cost"] is None else f", cost {total['cost']:,.0f}"
     console.say(
-        f"in all {total['hours']:.1f} hours one after the other, {total['gpu_hours']:,.0f} GPU-hours{cost}, "
+        f"total: {total['hours']:.1f} hours one after the other, {total['gpu_hours']:,.0f} GPU-hours{cost}, "
         f"{total['disk_gib']:.1f} GiB of disk. Assumed: {assumed['peak_tflops']:g} TFLOPS of each process, "
         f"MFU {assumed['mfu']:.0%} ({assumed['mfu_from']}). docs/how-to/planning.md",
     )
@@ -175,14 +173,8 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _short(number: float) -> str:
-    """12.3K, 94.0B."""
+    """Format a count as 12.3K or 94.0B."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= limit:
             return f"{number / limit:.1f}{unit}"
     return f"{number:.0f}"
-
-
-def print_warnings(warnings: list[str]) -> None:
-    """One line each."""
-    for text in warnings:
-        console.say(text, "warning", "yellow")

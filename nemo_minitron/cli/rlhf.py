@@ -1,4 +1,4 @@
-"""`minitron rlhf`: from a finished run to the two programs of PPO or REINFORCE."""
+"""`minitron rlhf`: configs and start scripts for the two programs of PPO or REINFORCE, from a finished run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nemo_minitron.cli.output import console
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.system.terminal import Screen
 
 if TYPE_CHECKING:
     from nemo_minitron.schema.rlhf import Rlhf
 
-console = Screen()
 WHERE = "minitron rlhf"
-PROMPT_KINDS, REWARD_KINDS = ("chat_data", "annotate"), ("train_attribute_model",)
 
 
 def rlhf(
@@ -27,34 +25,39 @@ def rlhf(
         typer.Argument(metavar="[KEY=VALUE]...", help="Keys of nemo_minitron/config/schema/rlhf.py, e.g. lr=1e-6."),
     ] = None,
     algorithm: Annotated[str, typer.Option(help="ppo or reinforce.")] = "ppo",
-    model: Annotated[Path | None, typer.Option(help="A Hugging Face folder, not the run's last model.")] = None,
-    reward: Annotated[str | None, typer.Option(help="The train_attribute_model stage, of several.")] = None,
-    chats: Annotated[str | None, typer.Option(help="The stage with the prompts, of several.")] = None,
+    model: Annotated[Path | None, typer.Option(help="A Hugging Face folder; by default the run's last model.")] = None,
+    reward: Annotated[str | None, typer.Option(help="The train_attribute_model stage, if there are several.")] = None,
+    chats: Annotated[str | None, typer.Option(help="The stage with the prompts, if there are several.")] = None,
     out: Annotated[Path | None, typer.Option(help="A new folder; RUN/rlhf_ALGORITHM unless given.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="All but the model in NeMo's format.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Write everything but the model in NeMo's format.")] = False,
 ) -> None:
-    """Write prompts, complete configs and start scripts for PPO or REINFORCE in a container; all is checked first."""
+    """Check the settings; write prompts, complete configs and start scripts for PPO or REINFORCE in a container."""
     from nemo_minitron.backends.alignment.nemo_aligner.rlhf import PROMPT_FILES, render
     from nemo_minitron.backends.alignment.nemo_aligner.rlhf_checks import rlhf_problems
     from nemo_minitron.backends.alignment.nemo_aligner.rlhf_inputs import find_stage, gather_facts, read_prompts
     from nemo_minitron.cli.chat import find_model
     from nemo_minitron.data.chat.tokenizing import ChatTemplate
+    from nemo_minitron.stages.kind import Output
+    from nemo_minitron.stages.registry import kinds_with
 
-    asked = parse_settings(algorithm, settings or [])
+    parsed = parse_settings(algorithm, settings or [])
     folder = _run_folder(run).resolve()
     target = (out or folder / f"rlhf_{algorithm}").resolve()
     if target.exists():
         raise ConfigError("The target exists already.", where=str(target), next_step="Name a new folder with --out.")
-    rows = find_stage(folder, PROMPT_KINDS, chats, "--chats")
+    rows = find_stage(folder, kinds_with(Output.CHAT_ROWS), chats, "--chats")
+    reward_model = find_stage(folder, kinds_with(Output.REWARD_MODEL), reward, "--reward")
     start = (model or find_model(folder)).resolve()
-    template = ChatTemplate.load(start, asked.template, whole_markers=asked.whole_markers, day=asked.template_date)
-    prompts = read_prompts(asked, rows, template)
-    facts = gather_facts(start, template, find_stage(folder, REWARD_KINDS, reward, "--reward"), prompts)
-    problems = list(rlhf_problems(asked, facts))
+    template = ChatTemplate.load(start, parsed.template, whole_markers=parsed.whole_markers, day=parsed.template_date)
+    prompts = read_prompts(parsed, rows, template)
+    facts = gather_facts(start, template, reward_model, prompts)
+    problems = list(rlhf_problems(parsed, facts))
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise ConfigError(f"These do not fit together:\n{listed}", where=WHERE, next_step="Set them as KEY=VALUE.")
-    files = render(asked, facts, target)
+        raise ConfigError(
+            f"These settings do not fit together:\n{listed}", where=WHERE, next_step="Set them as KEY=VALUE."
+        )
+    files = render(parsed, facts, target)
     for part, texts in prompts.items():
         files[PROMPT_FILES[part]] = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     for name, text in files.items():
@@ -62,14 +65,14 @@ def rlhf(
         (target / name).write_text(text, encoding="utf-8")
     console.say(f"{target}: {', '.join(files)}", "written", "green")
     _start_model(start, target, dry_run=dry_run)
-    console.say("In the container: server.sh; beside it actor.sh; when that has ended, back.sh.")
+    console.say("In the container: start server.sh and actor.sh side by side; when actor.sh has ended, back.sh.")
 
 
 def parse_settings(algorithm: str, texts: list[str]) -> Rlhf:
-    """`KEY=VALUE`s as settings.
+    """Parse KEY=VALUE arguments.
 
     Raises:
-        ConfigError: an unknown key or a wrong value, all of them at once.
+        ConfigError: unknown keys or wrong values; lists all of them.
     """
     from difflib import get_close_matches
 
@@ -97,14 +100,14 @@ def parse_settings(algorithm: str, texts: list[str]) -> Rlhf:
 def _run_folder(run: Path) -> Path:
     if run.is_dir():
         return run
-    from nemo_minitron.cli.main import load_recipe
+    from nemo_minitron import api
     from nemo_minitron.plan.folder import run_dir
 
-    return run_dir(load_recipe(run, None))
+    return run_dir(api.load_recipe(run))
 
 
 def _start_model(model: Path, target: Path, *, dry_run: bool) -> None:
-    """What the actor starts from, in NeMo's format; only its command where that is left to the user."""
+    """Convert the actor's initial model to NeMo's format; in a dry run, print the command that does it."""
     from nemo_minitron.backends.alignment.nemo_aligner import nemo_file
     from nemo_minitron.backends.alignment.nemo_aligner.rlhf import ACTOR_NEMO
     from nemo_minitron.system.interrupts import StopRequest

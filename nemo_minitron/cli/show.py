@@ -10,31 +10,33 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 import typer
 from rich.text import Text
 
+from nemo_minitron import api
+from nemo_minitron.cli.arguments import Overrides, RecipeFile
+from nemo_minitron.cli.output import console
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.schema.base import TEMPLATE_DATE
-from nemo_minitron.system.terminal import Screen
 
 if TYPE_CHECKING:
     from nemo_minitron.artifacts.types import Artifact
     from nemo_minitron.data.chat.tokenizing import ChatTemplate
 
-KINDS = ("chat_data", "annotate")
 PROMPT, ANSWER = "dim", "bold"
 
 
 def show(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe YAML.")],
+    recipe: RecipeFile,
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="A finished chat_data or annotate stage.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows.")] = 3,
     split: Annotated[str, typer.Option(help="train or valid.")] = "train",
     model: Annotated[
-        Path | None, typer.Option(help="A model folder: show the rendered text, prompt dim, answer (loss) bright.")
+        Path | None,
+        typer.Option(help="A model folder: show the rendered text, prompt dim, answer (in the loss) bright."),
     ] = None,
     template: Annotated[str, typer.Option(help="chatml, llama3, extra_id, or model: the folder's own.")] = "model",
-    attributes: Annotated[bool, typer.Option(help="Ratings stand before the last answer.")] = True,
-    whole_markers: Annotated[bool, typer.Option(help="Refuse a tokenizer that spells the markers out.")] = True,
-    template_date: Annotated[str, typer.Option(help="Day that a template writes.")] = TEMPLATE_DATE.isoformat(),
+    attributes: Annotated[bool, typer.Option(help="Render ratings before the last answer.")] = True,
+    whole_markers: Annotated[bool, typer.Option(help="Refuse a tokenizer that splits markers into tokens.")] = True,
+    template_date: Annotated[str, typer.Option(help="Date that a template inserts.")] = TEMPLATE_DATE.isoformat(),
 ) -> None:
     """Show rows of a finished chat_data or annotate stage, or with --model the exact training text and its tokens."""
     from nemo_minitron.data.chat.purity import parse_day
@@ -45,7 +47,6 @@ def show(
     _require_one_of("--split", split, ("train", "valid"))
     _require_one_of("--template", template, get_args(TemplateName))
     found = list(islice(read_normalized(_artifact(recipe, stage, overrides).path / f"{split}.jsonl"), rows))
-    console = Screen()
     bound = None
     if model is not None:
         day = parse_day(template_date, "--template-date")
@@ -63,14 +64,16 @@ def _require_one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def _artifact(recipe: Path, stage: str, overrides: list[str] | None) -> Artifact:
     from nemo_minitron.artifacts.store import Store
-    from nemo_minitron.cli.main import load_recipe
     from nemo_minitron.plan.folder import run_dir
+    from nemo_minitron.stages.kind import Output
+    from nemo_minitron.stages.registry import kinds_with
 
-    loaded = load_recipe(recipe, overrides)
-    names = [name for name, config in loaded.stages.items() if config.kind in KINDS]
+    loaded = api.load_recipe(recipe, overrides)
+    kinds = kinds_with(Output.CHAT_ROWS)
+    names = [name for name, config in loaded.stages.items() if config.kind in kinds]
     if stage not in names:
         raise ConfigError(
-            f"{stage} is no {' or '.join(KINDS)} stage of this recipe.",
+            f"{stage} is not a {' or '.join(kinds)} stage of this recipe.",
             where=str(recipe),
             allowed=", ".join(names) or "none: the recipe has no such stage",
         )
@@ -85,22 +88,22 @@ def _artifact(recipe: Path, stage: str, overrides: list[str] | None) -> Artifact
 
 
 def _data(row: dict[str, Any]) -> list[Text]:
-    """Messages by role; then what is said of them."""
+    """Return the messages by role, then their ratings."""
     out = []
     for message in row.get("messages") or row["prompt"]:
-        out += [_said("reasoning", message["reasoning_content"])] if "reasoning_content" in message else []
-        out.append(_said(message["role"], message["content"]))
-    out += [_said(key, row[key]) for key in ("chosen", "rejected") if key in row]
+        out += [_labeled("reasoning", message["reasoning_content"])] if "reasoning_content" in message else []
+        out.append(_labeled(message["role"], message["content"]))
+    out += [_labeled(key, row[key]) for key in ("chosen", "rejected") if key in row]
     rest = {key: row[key] for key in ("attributes", "chosen_reward", "rejected_reward") if key in row}
     return [*out, Text(json.dumps(rest))] if rest else out
 
 
-def _said(who: str, text: str) -> Text:
-    return Text.assemble((f"{who}: ", "cyan"), text)
+def _labeled(label: str, text: str) -> Text:
+    return Text.assemble((f"{label}: ", "cyan"), text)
 
 
 def _rendered(row: dict[str, Any], template: ChatTemplate, *, attributes: bool) -> list[Text]:
-    """Each training row: the prompt, each answer after it, and their tokens."""
+    """Return the text of each training row: the prompt, the answers after it, and their numbers of tokens."""
     from nemo_minitron.data.chat.render import pair_row, sft_rows
     from nemo_minitron.data.chat.rows import BadRow
     from nemo_minitron.schema.chats import ChatRendering

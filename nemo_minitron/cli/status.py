@@ -1,4 +1,4 @@
-"""`minitron status`: in the terminal, once or as it goes on, and as a page."""
+"""`minitron status`: the state of every stage, in the terminal, repeatedly, or as a page."""
 
 from __future__ import annotations
 
@@ -12,28 +12,32 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from nemo_minitron import api
+from nemo_minitron.cli.arguments import Overrides, RecipeFile
+from nemo_minitron.cli.output import STATUS_STYLES, console
 from nemo_minitron.system.files import write_whole
-from nemo_minitron.system.terminal import Screen, write
+from nemo_minitron.system.terminal import write
 
-STYLES = {"finished": "green", "changed": "yellow", "to run": "cyan"}
 MIN_WATCH_S = 1.0
-console = Screen()
 
 
 def status(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the status as JSON.")] = False,
     verify: Annotated[bool, typer.Option(help="Compare the contents of every file with its sha256.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page that loads itself again.")] = None,
-    watch: Annotated[float | None, typer.Option(min=MIN_WATCH_S, help="Look again every so many seconds.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page that reloads itself.")] = None,
+    watch: Annotated[
+        float | None,
+        typer.Option(min=MIN_WATCH_S, help="Repeat at this interval in seconds."),
+    ] = None,
 ) -> None:
-    """Show which stages are finished, how far a running one is, and the jobs of a cluster."""
+    """Show which stages have finished, the progress of those that run, and their jobs on a cluster."""
 
-    def look() -> dict[str, Any]:
-        return _look(recipe, overrides, verify=verify)
+    def current() -> dict[str, Any]:
+        return _status(recipe, overrides, verify=verify)
 
-    facts = look()
+    facts = current()
     if as_json:
         write(json.dumps(facts, indent=2))
         return
@@ -44,18 +48,17 @@ def status(
     with Live(_table(facts), console=console, auto_refresh=False) as live:
         while any(stage["status"] != "finished" for stage in facts["stages"].values()):
             time.sleep(watch)
-            facts = look()
+            facts = current()
             _write_page(facts, html, watch)
             live.update(_table(facts), refresh=True)
 
 
-def _look(recipe: Path, overrides: list[str] | None, *, verify: bool) -> dict[str, Any]:
-    from nemo_minitron.cli.main import load_plan
+def _status(recipe: Path, overrides: list[str] | None, *, verify: bool) -> dict[str, Any]:
     from nemo_minitron.launch.status import job_facts
     from nemo_minitron.plan.describe import status_facts
     from nemo_minitron.plan.folder import run_dir
 
-    plan = load_plan(recipe, overrides, checked=False)
+    plan = api.load_plan(recipe, overrides, checked=False)
     return status_facts(plan, verify=verify, jobs=job_facts(run_dir(plan.recipe)))
 
 
@@ -66,14 +69,14 @@ def _table(facts: dict[str, Any]) -> Table:
     for column in ("stage", "status", "took", *(("job", "restarts") if has_jobs else ()), "result"):
         table.add_column(column)
     for name, stage in stages.items():
-        words = [name, Text(stage["status"], style=STYLES.get(stage["status"], "magenta")), stage["took"]]
+        cells = [name, Text(stage["status"], style=STATUS_STYLES.get(stage["status"], "magenta")), stage["took"]]
         if has_jobs:
-            words += _job_words(stage["job"])
-        table.add_row(*words, Text(stage["summary"]))
+            cells += _job_cells(stage["job"])
+        table.add_row(*cells, Text(stage["summary"]))
     return table
 
 
-def _job_words(job: dict[str, Any] | None) -> list[str]:
+def _job_cells(job: dict[str, Any] | None) -> list[str]:
     if job is None:
         return ["", ""]
     reason = f" ({job['reason']})" if job["reason"] and job["state"] == "pending" else ""

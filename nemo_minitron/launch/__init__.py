@@ -1,1 +1,1 @@
-"""From a plan to jobs: rendered by pure functions, submitted to Slurm or run in docker here."""
+"""Bring a recipe to the machines that run it: one sub-package per launcher, found by name in `registry`."""

@@ -1,101 +1,60 @@
-"""Command lines that run a program in a container. Pure; lists of words, quoted where they reach a shell."""
+"""Command lines that run a program in a container. Pure: lists of words, quoted where they reach a shell."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_minitron.errors import PlanError
 from nemo_minitron.launch import images
+from nemo_minitron.launch.context import JobFolders
 from nemo_minitron.launch.jobs import Environment, image_of
 from nemo_minitron.schema.cluster import Cluster, Container, Mount
-from nemo_minitron.system.disclosure import looks_secret
 
-IN_CONTAINER = "minitron"
+PROGRAM = "minitron"
+"""The program inside a container."""
 USER = "minitron"
-"""The name of the user inside; the image's list of users need not have the caller."""
-BY_NAME = (
-    "HF_TOKEN",
-    "HUGGING_FACE_HUB_TOKEN",
-    "HF_ENDPOINT",
-    "WANDB_API_KEY",
-    *(f"{kind}_proxy" for kind in ("http", "https", "no", "all")),
-    *(f"{kind}_PROXY" for kind in ("HTTP", "HTTPS", "NO", "ALL")),
-)
-"""Handed to docker without their values, which may be secret; pyxis and Apptainer hand on the caller's environment."""
-ENVIRONMENT_FILE = "environment.sh"
-"""In the folder of a submission, for its owner alone: `execution.cluster.environment`, as a shell reads it."""
-_SOURCING = '. "$1" && shift && exec "$@"'
-"""For a shell inside a container: take the variables of a file, then become the program."""
+"""Name of the user inside a container; the caller need not be in the image's list of users."""
+_SOURCE_FIRST = '. "$1" && shift && exec "$@"'
+"""Command for a shell inside a container: source a file of variables, then become the program."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """What the stages of one run need to see, and where they start."""
-
-    cwd: Path
-    run: Path
-    assets: Path
-    launch: Path
-    """Folder of this submission, in the run's."""
-
-    @property
-    def environment_file(self) -> Path:
-        return self.launch / ENVIRONMENT_FILE
-
-    @property
-    def folders(self) -> tuple[Path, ...]:
-        """Mounted at the same path."""
-        return (self.run, self.assets, self.cwd)
-
-    @property
-    def home(self) -> Path:
-        """The home folder inside containers, which belongs to the run."""
-        return self.run / ".home"
-
-    @property
-    def hub(self) -> Path:
-        """Where the Hugging Face hub's downloads lie, for containers."""
-        return self.assets / ".huggingface"
+def folders_to_make(folders: JobFolders) -> tuple[Path, ...]:
+    """Return the folders that must exist before a container starts, or their mounts fail or are created by root."""
+    return (folders.home, folders.hub)
 
 
-def folders_to_make(place: Place) -> tuple[Path, ...]:
-    """What must be there before a container starts: a mount that is missing would be refused, or made by root."""
-    return (place.home, place.hub)
+def inner_environment(cluster: Cluster, folders: JobFolders) -> dict[str, str]:
+    """Return variables of processes inside a container, without those that the site sets itself.
 
-
-def inner_environment(cluster: Cluster, place: Place) -> dict[str, str]:
-    """Variables of processes inside a container, but for those that the site sets itself.
-
-    Torch and Triton ask for the user's name and keep caches in the home folder, and a container has neither.
+    Torch and Triton look up the user's name and keep caches in the home folder, and a container has neither.
     """
     own = {
-        "HOME": str(place.home),
+        "HOME": str(folders.home),
         "USER": USER,
         "LOGNAME": USER,
-        "TORCHINDUCTOR_CACHE_DIR": str(place.home / "torchinductor"),
-        "TRITON_CACHE_DIR": str(place.home / "triton"),
-        "HF_HOME": str(place.hub),
+        "TORCHINDUCTOR_CACHE_DIR": str(folders.home / "torchinductor"),
+        "TRITON_CACHE_DIR": str(folders.home / "triton"),
+        "HF_HOME": str(folders.hub),
     }
     return {name: value for name, value in own.items() if name not in cluster.environment}
 
 
-def _image(container: Container, environment: Environment, place: Place) -> str:
-    """The image of a job that has one; see `missing_images`."""
+def image_name(container: Container, environment: Environment, folders: JobFolders) -> str:
+    """Return the image of a job as the runtime takes it; `missing_images` has checked that there is one."""
     image = image_of(container, environment)
     assert image is not None, environment
-    return images.absolute(container.runtime, image, place.cwd)
+    return images.absolute(container.runtime, image, folders.cwd)
 
 
-def mounts_of(container: Container, place: Place) -> list[Mount]:
-    """Every mount: the run's own, without those that lie in another, then the site's.
+def mounts_of(container: Container, folders: JobFolders) -> list[Mount]:
+    """Return every mount: the run's own folders, unless one contains another, then the site's mounts.
 
     Raises:
         PlanError: a path that the runtime's option cannot carry.
     """
-    folders = [path for path in place.folders if not any(other in path.parents for other in place.folders)]
-    found = [Mount(source=str(path)) for path in dict.fromkeys(folders)] + list(container.mounts)
+    own = [path for path in folders.mounted if not any(other in path.parents for other in folders.mounted)]
+    found = [Mount(source=str(path)) for path in dict.fromkeys(own)] + list(container.mounts)
     for mount in found:
         for path in (mount.source, mount.target or mount.source):
             if any(letter in path for letter in ',:"\n'):
@@ -106,69 +65,24 @@ def mounts_of(container: Container, place: Place) -> list[Mount]:
     return found
 
 
-def srun_options(cluster: Cluster, environment: Environment, place: Place) -> list[str]:
-    """Options of srun for pyxis; none for other runtimes."""
-    container = cluster.container
-    if container.runtime != "pyxis":
-        return []
-    return [
-        f"--container-image={_image(container, environment, place)}",
-        f"--container-mounts={','.join(_bind(mount) for mount in mounts_of(container, place))}",
-        f"--container-workdir={place.cwd}",
-        "--no-container-mount-home",
-    ]
+def bind(mount: Mount) -> str:
+    """Return a mount as SOURCE:TARGET[:ro]."""
+    return f"{mount.source}:{mount.target or mount.source}" + (":ro" if mount.read_only else "")
 
 
-def inside(command: Sequence[str], cluster: Cluster, environment: Environment, place: Place) -> list[str]:
-    """The command as the node starts it."""
+def inside(command: Sequence[str], cluster: Cluster, environment: Environment, folders: JobFolders) -> list[str]:
+    """Return the command as the node starts it."""
     container = cluster.container
     if container.runtime == "none":
         return list(command)
-    # Set inside, where neither the image nor the runtime changes them any more. The site's come from a file: everybody
-    # on a node can read command lines.
-    words = ["env", *(f"{name}={value}" for name, value in inner_environment(cluster, place).items())]
-    words += ["sh", "-c", _SOURCING, "sh", str(place.environment_file)] if cluster.environment else []
+    # Variables are set inside, where neither the image nor the runtime changes them any more. The site's variables come
+    # from a file, because every user of a node can read command lines.
+    words = ["env", *(f"{name}={value}" for name, value in inner_environment(cluster, folders).items())]
+    words += ["sh", "-c", _SOURCE_FIRST, "sh", str(folders.environment_file)] if cluster.environment else []
     command = [*words, *command]
     if container.runtime not in images.APPTAINER:
         return command
-    words = [container.runtime, "exec", "--no-home", f"--pwd={place.cwd}"]
+    words = [container.runtime, "exec", "--no-home", f"--pwd={folders.cwd}"]
     words += ["--nv"] if cluster.gpus_per_node else []
-    words += [f"--bind={_bind(mount)}" for mount in mounts_of(container, place)]
-    return [*words, _image(container, environment, place), *command]
-
-
-def docker_run(
-    command: Sequence[str], cluster: Cluster, environment: Environment, place: Place, *, user: str, terminal: bool
-) -> list[str]:
-    """`docker run` for this machine: files belong to the caller, memory is locked for NCCL, GPUs are seen.
-
-    Args:
-        user: `uid:gid`.
-        terminal: whether a person watches.
-    """
-    container = cluster.container
-    words = ["docker", "run", "--rm", "--init", f"--user={user}"]
-    words += ["--interactive", "--tty"] if terminal else []
-    words += ["--gpus=all"] if cluster.gpus_per_node else []
-    words += [f"--shm-size={container.shm_gib}g"] if container.shm_gib else ["--ipc=host"]
-    words += ["--ulimit=memlock=-1", "--ulimit=stack=67108864", f"--workdir={place.cwd}"]
-    words += [f"--volume={_bind(mount)}" for mount in mounts_of(container, place)]
-    own = inner_environment(cluster, place)
-    own |= {name: value for name, value in cluster.environment.items() if _is_read_by_docker(name)}
-    words += [f"--env={name}={value}" for name, value in own.items()]
-    words += [f"--env={name}" for name in dict.fromkeys([*docker_environment(cluster), *BY_NAME])]
-    return [*words, _image(container, environment, place), *command]
-
-
-def docker_environment(cluster: Cluster) -> dict[str, str]:
-    """What the docker program itself needs in its environment: it hands these on by name, without showing values."""
-    return {name: value for name, value in cluster.environment.items() if not _is_read_by_docker(name)}
-
-
-def _is_read_by_docker(name: str) -> bool:
-    """Whether the variable would change what the docker program does, so that it cannot be handed on by name."""
-    return not looks_secret(name) and (name in ("PATH", "HOME") or name.startswith(("DOCKER_", "LD_", "XDG_")))
-
-
-def _bind(mount: Mount) -> str:
-    return f"{mount.source}:{mount.target or mount.source}" + (":ro" if mount.read_only else "")
+    words += [f"--bind={bind(mount)}" for mount in mounts_of(container, folders)]
+    return [*words, image_name(container, environment, folders), *command]

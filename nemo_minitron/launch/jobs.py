@@ -1,4 +1,4 @@
-"""A plan -> the jobs of a cluster, with what each asks for and waits for. Pure."""
+"""The jobs of a plan on a cluster, with their resources and dependencies. Pure."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Environment = Literal["core", "aligner"]
 
 @dataclass(frozen=True)
 class Job:
-    """One script: a stage, or an array of candidates of a search."""
+    """One script: a stage, or a job array of the candidates of a search."""
 
     name: str
     stages: tuple[str, ...]
-    """More than one: an array, one index each."""
+    """More than one: a job array with one task per stage."""
     nodes: int
     processes_per_node: int
-    asked: Resources
-    """Complete but for what the site decides."""
+    resources: Resources
+    """Resources of the job; None where the site decides."""
     environment: Environment
     uses_gpu: bool
     after: tuple[str, ...]
-    """Names of jobs that must have succeeded."""
+    """Names of jobs that must succeed first."""
 
     @property
     def is_array(self) -> bool:
@@ -38,15 +38,15 @@ class Job:
 
 
 def jobs_of(plan: RunPlan, cluster: Cluster, wanted: set[str]) -> list[Job]:
-    """The jobs for the stages of `wanted` that have not finished, in an order in which they can be submitted.
+    """Return the jobs for the stages of `wanted` that have not finished, each after the jobs that it depends on.
 
     Raises:
-        PlanError: resources for stages that are not there, or a layout that does not fill nodes evenly.
+        PlanError: resources for stages that do not exist, or a layout that does not fill nodes evenly.
     """
     unknown = sorted(set(cluster.by_stage) - {call.name for call in plan.calls})
     if unknown:
         raise PlanError(
-            f"execution.cluster.by_stage has {', '.join(unknown)}, which this recipe has not.",
+            f"execution.cluster.by_stage has {', '.join(unknown)}, which this recipe does not have.",
             allowed=", ".join(call.name for call in plan.calls),
         )
     calls = [call for call in plan.calls if call.name in wanted and plan.states[call.name].status != "finished"]
@@ -58,14 +58,14 @@ def jobs_of(plan: RunPlan, cluster: Cluster, wanted: set[str]) -> list[Job]:
 
 
 def _job_name(call: StageCall, plan: RunPlan) -> str:
-    """Its own, or that of the array of the candidates that are compared with each other."""
+    """Return the stage's name, or the name of the array of the candidates that are compared with each other."""
     return STAGES[call.kind].array(call.name, plan.recipe.stages[call.name]) or call.name
 
 
 def _job(name: str, group: list[StageCall], job_of: dict[str, str], cluster: Cluster) -> Job:
     call = group[0]
     spec = STAGES[call.kind]
-    asked = _asked(call, cluster, uses_gpu=spec.uses_gpu)
+    resources = _merged_resources(call, cluster, uses_gpu=spec.uses_gpu)
     nodes, each = _share_out(call, cluster)
     waits = {job_of[other]: None for member in group for other in member.depends if other in job_of}
     return Job(
@@ -73,7 +73,9 @@ def _job(name: str, group: list[StageCall], job_of: dict[str, str], cluster: Clu
         stages=tuple(member.name for member in group),
         nodes=nodes,
         processes_per_node=each,
-        asked=asked.model_copy(update={"gpus_per_node": _gpus(asked, cluster, each, uses_gpu=spec.uses_gpu)}),
+        resources=resources.model_copy(
+            update={"gpus_per_node": _gpus(resources, cluster, each, uses_gpu=spec.uses_gpu)}
+        ),
         environment="aligner" if spec.needs_aligner else "core",
         uses_gpu=spec.uses_gpu,
         after=tuple(other for other in waits if other != name),
@@ -81,12 +83,12 @@ def _job(name: str, group: list[StageCall], job_of: dict[str, str], cluster: Clu
 
 
 def ranks_per_node(cluster: Cluster) -> int:
-    """Processes of a layout on one node."""
+    """Return how many processes of a layout one node takes."""
     return cluster.ranks_per_node or max(1, cluster.gpus_per_node)
 
 
 def _share_out(call: StageCall, cluster: Cluster) -> tuple[int, int]:
-    """(nodes, processes on each)."""
+    """Return (nodes, processes on each)."""
     size, most = call.parallel.world_size, ranks_per_node(cluster)
     if not STAGES[call.kind].has_layout or size <= most:
         return 1, size
@@ -100,17 +102,17 @@ def _share_out(call: StageCall, cluster: Cluster) -> tuple[int, int]:
     return size // most, most
 
 
-def _gpus(asked: Resources, cluster: Cluster, processes: int, *, uses_gpu: bool) -> int:
-    """GPUs of each node; all of them where whole nodes are taken."""
-    if asked.gpus_per_node is not None:
-        return asked.gpus_per_node
+def _gpus(resources: Resources, cluster: Cluster, processes: int, *, uses_gpu: bool) -> int:
+    """Return the GPUs of each node; all of them where jobs take whole nodes."""
+    if resources.gpus_per_node is not None:
+        return resources.gpus_per_node
     if not uses_gpu or not cluster.gpus_per_node:
         return 0
     return cluster.gpus_per_node if cluster.exclusive else min(processes, cluster.gpus_per_node)
 
 
-def _asked(call: StageCall, cluster: Cluster, *, uses_gpu: bool) -> Resources:
-    """The stage's own wishes over those of its kind over the cluster's."""
+def _merged_resources(call: StageCall, cluster: Cluster, *, uses_gpu: bool) -> Resources:
+    """Merge resources: those of the stage override those of CPU stages, which override those of the cluster."""
     names = set(Resources.model_fields) & set(Cluster.model_fields) - {"gpus_per_node"}
     found = {name: getattr(cluster, name) for name in names}
     layers = [*([] if uses_gpu else [cluster.cpu]), cluster.by_stage.get(call.name, Resources())]
@@ -120,12 +122,12 @@ def _asked(call: StageCall, cluster: Cluster, *, uses_gpu: bool) -> Resources:
 
 
 def image_of(container: Container, environment: Environment) -> str | None:
-    """The image that the site names for an environment."""
+    """Return the image that the site names for an environment."""
     return container.aligner_image if environment == "aligner" else container.core_image
 
 
 def missing_images(cluster: Cluster, jobs: list[Job]) -> Iterator[str]:
-    """Environments of these jobs for which the site's containers have no image."""
+    """Yield the environments of these jobs for which the site names no image."""
     container = cluster.container
     for environment in dict.fromkeys(job.environment for job in jobs):
         if container.runtime != "none" and image_of(container, environment) is None:
@@ -134,7 +136,7 @@ def missing_images(cluster: Cluster, jobs: list[Job]) -> Iterator[str]:
 
 
 def images_of(cluster: Cluster, jobs: list[Job]) -> dict[str, str]:
-    """Key below execution.cluster.container -> the image, for the environments that these jobs run in."""
+    """Map keys below execution.cluster.container to images, for the environments of these jobs."""
     container = cluster.container
     if container.runtime == "none":
         return {}
@@ -142,25 +144,13 @@ def images_of(cluster: Cluster, jobs: list[Job]) -> dict[str, str]:
     return {f"{environment}_image": image for environment, image in named.items() if image is not None}
 
 
-def misspelt_images(cluster: Cluster, jobs: list[Job], folder: Path) -> Iterator[str]:
-    """What is wrong with the names of the jobs' images for the site's runtime.
+def misspelled_images(cluster: Cluster, jobs: list[Job], folder: Path) -> Iterator[str]:
+    """Yield what is wrong with the names of the jobs' images for the site's runtime.
 
     Args:
-        folder: where relative paths begin.
+        folder: base of relative paths.
     """
     for key, image in images_of(cluster, jobs).items():
         wrong = images.problem(cluster.container.runtime, image, folder)
         if wrong is not None:
             yield f"execution.cluster.container.{key}: {wrong}"
-
-
-def problems(cluster: Cluster, jobs: list[Job]) -> Iterator[str]:
-    """What is wrong with the cluster's keys for these jobs."""
-    container = cluster.container
-    yield from missing_images(cluster, jobs)
-    if container.runtime == "docker":
-        yield "execution.cluster.container.runtime = docker is for launcher=local; on Slurm: pyxis, apptainer or none."
-    for job in jobs:
-        time_min = job.asked.time_min or 0
-        if time_min * 60 <= cluster.grace_s:
-            yield f"Stage {job.name} has {time_min} minutes, not more than the grace of {cluster.grace_s} s."

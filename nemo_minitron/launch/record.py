@@ -1,4 +1,4 @@
-"""What was submitted: a folder for each submission in `<run>/launch/`, with a list of its jobs."""
+"""Record of what was submitted: a folder per submission in `<run>/launch/`, with a list of its jobs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from nemo_minitron.errors import ArtifactError
-from nemo_minitron.launch.answers import split_id
 from nemo_minitron.system.files import read_json, write_whole
 
 LAUNCH_DIR, JOBS_FILE, RECIPE_FILE, LOCK_FILE = "launch", "jobs.json", "recipe.json", ".lock"
@@ -25,9 +24,9 @@ class Submitted:
     name: str
     stages: tuple[str, ...]
     job_ids: tuple[str, ...]
-    """More than one: the links of a chain, in order. None: it was not submitted, as far as anybody knows."""
+    """Several ids: the links of a chain, in order. None: no submission of this job is known."""
     log: str
-    """Pattern of its log, with Slurm's %j, %A and %a."""
+    """Pattern of its log file; Slurm's %j, %A and %a stand for ids."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,9 @@ class Submission:
     launcher: str
     time: float
     jobs: tuple[Submitted, ...] = field(default=())
-    """All that were to be submitted, from before the first one was."""
+    """Every planned job, recorded before the first one is submitted."""
     complete: bool = True
-    """False: `launch` was ended while it submitted, so that the queue may have jobs whose ids are not here."""
+    """False: `launch` ended while it was submitting, so the queue may hold jobs whose ids are not recorded."""
 
     @property
     def job_ids(self) -> list[str]:
@@ -53,32 +52,28 @@ class Submission:
         write_whole(self.folder / JOBS_FILE, json.dumps(facts, indent=2) + "\n")
 
     def with_ids(self, found: Mapping[str, Sequence[str]]) -> Submission:
-        """With ids added to jobs, by their names; what is known already is not added again."""
-
-        def new(job: Submitted) -> Iterator[str]:
-            known = {split_id(job_id)[0] for job_id in job.job_ids}
-            return (job_id for job_id in found.get(job.name, ()) if split_id(job_id)[0] not in known)
-
-        return replace(self, jobs=tuple(replace(job, job_ids=(*job.job_ids, *new(job))) for job in self.jobs))
+        """Return a copy with more ids, by name of the job."""
+        jobs = (replace(job, job_ids=(*job.job_ids, *found.get(job.name, ()))) for job in self.jobs)
+        return replace(self, jobs=tuple(jobs))
 
 
 @contextmanager
 def launching(run: Path) -> Iterator[None]:
-    """Held while a `minitron launch` of this run submits; not the lock of the run, for which its first jobs wait.
+    """Hold the lock of `minitron launch` for this run; the run's own lock is left to its first jobs.
 
     Raises:
-        ArtifactError: another one holds it.
+        ArtifactError: another process holds the lock.
     """
     (run / LAUNCH_DIR).mkdir(parents=True, exist_ok=True)
     file = run / LAUNCH_DIR / LOCK_FILE
-    # The programs that are started meanwhile do not inherit it: it ends with this process.
+    # O_CLOEXEC: programs started while the lock is held do not inherit it, so it ends with this process.
     try:
         number = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
         raise ArtifactError(
-            "The lock is a link.", where=str(file), next_step="Remove it; it was not made here."
+            "The lock is a link.", where=str(file), next_step="Remove it; nemo-minitron never makes it a link."
         ) from None
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,13 +89,13 @@ def launching(run: Path) -> Iterator[None]:
 
 
 def next_folder(run: Path) -> Path:
-    """Where the next submission goes; not there yet."""
+    """Return the folder of the next submission; it does not exist yet."""
     number = max((int(folder.name) for folder in _folders(run)), default=0) + 1
     return run / LAUNCH_DIR / f"{number:03d}"
 
 
 def newest(run: Path) -> Submission | None:
-    """The last submission of this run."""
+    """Return the last submission of this run."""
     for folder in sorted(_folders(run), reverse=True):
         file = folder / JOBS_FILE
         if file.is_file():
@@ -109,7 +104,7 @@ def newest(run: Path) -> Submission | None:
 
 
 def _read(file: Path) -> Submission:
-    next_step = f"Move {file.parent} away; jobs of that submission are then unknown here (`squeue` still has them)."
+    next_step = f"Move {file.parent} away; jobs of that submission are then unknown here (`squeue` still lists them)."
     try:
         facts = read_json(file, next_step)
         jobs = tuple(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nemo_minitron.report.markdown import mebibytes
+from nemo_minitron.report.text import mebibytes
 
 TEACHER = "teacher"
 LABELS = (TEACHER, "distilled", "pruned", "random")

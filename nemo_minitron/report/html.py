@@ -11,7 +11,8 @@ from typing import Any
 from nemo_minitron import __version__
 from nemo_minitron.report import figures, search
 from nemo_minitron.report.alignment import tables
-from nemo_minitron.report.markdown import dropped_layers, duration, headline, millions
+from nemo_minitron.report.markdown import dropped_layers, headline
+from nemo_minitron.report.text import duration, millions
 from nemo_minitron.stages.registry import STAGES
 
 TEMPLATES = Path(__file__).parent / "templates"

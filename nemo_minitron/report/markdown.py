@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_minitron.report.alignment import tables
-from nemo_minitron.system.terminal import visible
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; vertical bars and line breaks in cells are escaped."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
-
-    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
-
-
-def plain(text: str) -> str:
-    """Escape text from data as one line of Markdown without markup, links or invisible characters."""
-    escaped = re.sub(r"([\\`*\[\]<>~&])", r"\\\1", visible(" ".join(text.split())))
-    # GitHub turns bare addresses into links.
-    return re.sub(r"(?i)(:)(?=//)|(?<=\bwww)(\.)|(?<=\w)(@)(?=\w)", r"\\\g<0>", escaped)
-
-
-def code(text: str) -> str:
-    """Return text from data as a code span."""
-    return "`" + visible(" ".join(text.replace("`", "'").split())) + "`"
+from nemo_minitron.report.search import search_markdown
+from nemo_minitron.report.text import code, duration, millions, plain, table
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:
@@ -40,8 +19,6 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         sections.append("## Distillation\n\n" + _validation(report["curves"]))
     if report["search"]:
         # Import this only when needed: the module also draws figures, and so imports matplotlib.
-        from nemo_minitron.report.search import search_markdown
-
         sections.append("## Search: which shape\n\n" + search_markdown(report["search"]))
     if report["pruning"]:
         sections.append("## What was cut\n\n" + _pruning(report["pruning"]))
@@ -80,29 +57,6 @@ def _recovery(share: float | None) -> str:
     if share < 0:
         return f"; distillation lost another {-share:.0%} of what pruning had lost"
     return f"; recovered {share:.0%} of the quality lost in pruning"
-
-
-def millions(count: float) -> str:
-    """Format a count, e.g. 230K, 134.5M, 8.03B."""
-    if count < 1e6:
-        return f"{count / 1e3:.0f}K"
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
-
-
-def mebibytes(num_bytes: float) -> str:
-    """Format the size of a file in MiB, e.g. 179, 0.3."""
-    size = num_bytes / 2**20
-    return f"{size:,.0f}" if size >= 10 else f"{size:.1f}"
-
-
-def duration(seconds: float) -> str:
-    """Format a duration, e.g. 3 s, 5 min 12 s, 2 h 5 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s" if whole else "< 1 s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _models(report: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import yaml
 
 from nemo_minitron import __version__
 from nemo_minitron.report.comparison import ordered
-from nemo_minitron.report.markdown import code, mebibytes, millions, plain, table
+from nemo_minitron.report.text import code, mebibytes, millions, plain, table
 
 _LICENSE_NOTE = (
     "The weights derive from the teacher's, so the teacher's license and its conditions apply to them: attribution, and"

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from nemo_minitron.report.figures import CARD, DISTILLED, HALF, INK, SOFT, TEACHER, picture
-from nemo_minitron.report.markdown import millions, plain, table
+from nemo_minitron.report.text import millions, plain, table
 
 Candidate = Mapping[str, Any]
 Search = Mapping[str, Any]

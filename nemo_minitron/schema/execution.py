@@ -69,7 +69,7 @@ class Execution(Schema):
     notify_command: tuple[str, ...] = ()
     """A program and its arguments, called when a stage has finished, failed or stopped. It gets MINITRON_RUN,
     MINITRON_STAGE, MINITRON_STATUS and MINITRON_MESSAGE as environment variables."""
-    launcher: Literal["local", "slurm"] = "local"
+    launcher: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")] = "local"
     """Where `minitron launch` runs the stages. `launcher=slurm` is short for execution.launcher=slurm."""
     cluster: Cluster | None = None
     """The site of `minitron launch`. `cluster=NAME` takes it from configs/cluster/NAME.yaml."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.stages.kind import StageKind, load_function
+from nemo_minitron.stages.kind import Output, StageKind, load_function
 
 ENTRY_POINTS = "nemo_minitron.stages"
 """Entry-point group of other packages; each entry point names a StageKind."""
@@ -70,3 +70,8 @@ def _wrong(entry: EntryPoint, what: str, known: Iterable[str]) -> EnvironmentPro
 
 STAGES: dict[str, StageKind] = _registered()
 """Kind name -> kind."""
+
+
+def kinds_with(output: Output) -> tuple[str, ...]:
+    """Names of the kinds that publish this output."""
+    return tuple(kind.name for kind in STAGES.values() if output in kind.outputs)

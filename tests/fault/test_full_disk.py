@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from nemo_minitron.api import load_plan
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.backends.megatron.distillation import distill
 from nemo_minitron.backends.megatron.runtime.session import open_session
 from nemo_minitron.backends.megatron.training import loop as training
 from nemo_minitron.backends.megatron.training.checkpoint import checkpoints, step_of
-from nemo_minitron.cli.main import load_plan
 from nemo_minitron.execution.work import open_work
 from nemo_minitron.stages.distill.params import DistillStage
 from nemo_minitron.system.progress import Progress

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from nemo_minitron.api import load_recipe
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.cli.chat import parse_attributes
-from nemo_minitron.cli.main import load_recipe
 from nemo_minitron.errors import ConfigError, EnvironmentProblem, MinitronError
 from nemo_minitron.execution.runner import _published_names
 from nemo_minitron.system.disk import disk_errors

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_minitron.api import load_recipe
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.cli.main import load_recipe
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.execution.runner import run_single

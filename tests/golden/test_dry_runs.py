@@ -79,7 +79,7 @@ def test_an_empty_source_is_refused(source: str, minitron: Cli) -> None:
 
 
 def test_a_tilde_is_the_home_folder_whatever_the_key(minitron: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_minitron.cli.main import load_recipe
+    from nemo_minitron.api import load_recipe
 
     home = Path.cwd()
     monkeypatch.setenv("HOME", str(home))

@@ -15,9 +15,10 @@ import pytest
 from pydantic import ValidationError
 
 from nemo_minitron.errors import PlanError
-from nemo_minitron.launch.containers import BY_NAME, Place, docker_run
+from nemo_minitron.launch.context import JobContext, JobFolders
+from nemo_minitron.launch.docker.command import BY_NAME, docker_run
 from nemo_minitron.launch.jobs import Job
-from nemo_minitron.launch.script import Scripted, render, sbatch_command
+from nemo_minitron.launch.slurm.script import render_script, sbatch_command
 from nemo_minitron.schema.cluster import Cluster, Resources
 from nemo_minitron.system.disclosure import environment_script, write_private
 from tests.conftest import REPO
@@ -37,15 +38,15 @@ def _cluster(runtime: str, **keys: Any) -> Cluster:
 
 
 def _job(name: str = "distill", **keys: Any) -> Job:
-    asked = Resources(partition="batch", time_min=240, gpus_per_node=8, max_restarts=50)
-    facts = {"stages": (name,), "nodes": 1, "processes_per_node": 8, "asked": asked, "environment": "core"}
+    resources = Resources(partition="batch", time_min=240, gpus_per_node=8, max_restarts=50)
+    facts = {"stages": (name,), "nodes": 1, "processes_per_node": 8, "resources": resources, "environment": "core"}
     return Job(**{"name": name, **facts, "uses_gpu": True, "after": (), **keys})
 
 
-def _where(folder: str = "/shared") -> Scripted:
+def _where(folder: str = "/shared") -> JobContext:
     run = Path(folder, "runs/llama31_8b/width_4b")
-    place = Place(Path(folder, "checkout"), run, Path(folder, "assets"), run / "launch/001")
-    return Scripted("llama31_8b/width_4b", run, run / "launch/001", place, "/shared/venv/bin/minitron")
+    folders = JobFolders(Path(folder, "checkout"), run, Path(folder, "assets"), run / "launch/001")
+    return JobContext("llama31_8b/width_4b", run, run / "launch/001", folders, "/shared/venv/bin/minitron")
 
 
 SITE_KEYS = {"modules": ["cuda/12.4"], "environment": {"NCCL_DEBUG": "WARN"}, "setup_script": "/etc/site setup.sh"}
@@ -62,7 +63,7 @@ CASES = {
     "apptainer": (_job(), _cluster("apptainer")),
     "apptainer_several_nodes": (_job(nodes=2), _cluster("apptainer")),
     "cpu": (
-        _job("select", uses_gpu=False, asked=Resources(time_min=60, cpus_per_node=4, mem_gib=16, max_restarts=3)),
+        _job("select", uses_gpu=False, resources=Resources(time_min=60, cpus_per_node=4, mem_gib=16, max_restarts=3)),
         _cluster("none", gpus_per_node=0),
     ),
 }
@@ -71,8 +72,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_script_is_as_it_was(case: str) -> None:
     job, cluster = CASES[case]
-    text = render(job, cluster, _where())
-    assert text == render(job, cluster, _where())
+    text = render_script(job, cluster, _where())
+    assert text == render_script(job, cluster, _where())
     golden = GOLDEN / f"{case}.sh"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.parent.mkdir(exist_ok=True)
@@ -129,14 +130,16 @@ def test_what_a_recipe_says_reaches_programs_as_it_stands_and_a_shell_never(host
         (bin_dir / name).chmod(0o755)
     folder = tmp_path / f"x{hostile}"
     where = _where(str(folder))
-    where.place.cwd.mkdir(parents=True)
+    where.folders.cwd.mkdir(parents=True)
     where.launch_dir.mkdir(parents=True)
     setup = folder / "setup.sh"
     setup.write_text("")
     cluster = _cluster("none", environment={"SITE": hostile}, setup_script=str(setup))
-    write_private(where.place.environment_file, environment_script(cluster.environment))
+    write_private(where.folders.environment_file, environment_script(cluster.environment))
     script = tmp_path / "script.sh"
-    script.write_text(render(_job(nodes=2), cluster, Scripted(**{**vars(where), "program": f"/bin/{hostile}"})))
+    script.write_text(
+        render_script(_job(nodes=2), cluster, JobContext(**{**vars(where), "program": f"/bin/{hostile}"}))
+    )
     environment = {
         "PATH": f"{bin_dir}:{os.environ['PATH']}",
         "SEEN": str(outside / "seen"),
@@ -169,7 +172,7 @@ def test_a_hostile_word_for_the_scheduler_is_refused(hostile: str) -> None:
 
 def test_a_path_that_a_mount_cannot_carry_is_refused() -> None:
     with pytest.raises(PlanError, match="takes no comma, colon"):
-        render(_job(), _cluster("pyxis"), _where("/shared/a,b:/etc"))
+        render_script(_job(), _cluster("pyxis"), _where("/shared/a,b:/etc"))
 
 
 def test_the_commands_that_submit() -> None:
@@ -190,7 +193,7 @@ def test_the_commands_that_submit() -> None:
 
 def test_docker_gets_gpus_memory_user_and_mounts() -> None:
     cluster = _cluster("docker", environment={"NCCL_DEBUG": "WARN"})
-    words = docker_run(["minitron", "stage"], cluster, "core", _where().place, user="1000:1000", terminal=False)
+    words = docker_run(["minitron", "stage"], cluster, "core", _where().folders, user="1000:1000", terminal=False)
     by_name = " ".join(f"--env={name}" for name in BY_NAME)
     assert shlex.join(words) == (
         "docker run --rm --init --user=1000:1000 --gpus=all --ipc=host --ulimit=memlock=-1 "
@@ -213,16 +216,16 @@ def test_secrets_go_into_containers_by_name_and_stand_in_no_script(
     for name in BY_NAME:
         monkeypatch.setenv(name, "s3cret")
     cluster = _cluster(runtime)
-    words = docker_run(["minitron"], cluster, "core", _where().place, user="1:1", terminal=False)
+    words = docker_run(["minitron"], cluster, "core", _where().folders, user="1:1", terminal=False)
     assert {"--env=HF_TOKEN", "--env=https_proxy", "--env=HTTPS_PROXY", "--env=WANDB_API_KEY"} <= set(words)
-    assert "s3cret" not in render(_job(), cluster, _where()) + shlex.join(words)
+    assert "s3cret" not in render_script(_job(), cluster, _where()) + shlex.join(words)
 
 
 def test_the_site_decides_over_the_homes_and_caches_of_containers() -> None:
-    text = render(_job(), _cluster("pyxis", environment={"HF_HOME": "/site/hub"}), _where())
+    text = render_script(_job(), _cluster("pyxis", environment={"HF_HOME": "/site/hub"}), _where())
     assert "HF_HOME=" not in text, "its value is in a file, which the shell in the container reads"
     assert shlex.quote('. "$1" && shift && exec "$@"') in text
-    assert text.count(str(_where().place.environment_file)) == 2
+    assert text.count(str(_where().folders.environment_file)) == 2
 
 
 def test_steps_see_nothing_of_an_outer_job_and_nodes_are_named_behind_a_banner(tmp_path: Path) -> None:
@@ -231,14 +234,14 @@ def test_steps_see_nothing_of_an_outer_job_and_nodes_are_named_behind_a_banner(t
     inherited |= {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "elsewhere", "PYTHONPATH": "/host"}
     programs, where = tmp_path / "bin", _where(str(tmp_path))
     programs.mkdir()
-    where.place.cwd.mkdir(parents=True)
+    where.folders.cwd.mkdir(parents=True)
     where.launch_dir.mkdir(parents=True)
     stub = {"scontrol": "echo '== be nice =='; echo node1; echo node2", "srun": f"env >{tmp_path}/seen"}
     for name, body in stub.items():
         (programs / name).write_text(f"#!/bin/bash\n{body}\n")
         (programs / name).chmod(0o755)
     script = tmp_path / "script.sh"
-    script.write_text(render(_job(nodes=2), _cluster("pyxis"), where))
+    script.write_text(render_script(_job(nodes=2), _cluster("pyxis"), where))
     job = {"SLURM_JOB_ID": "39999", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
     own = {"PATH": f"{programs}:{os.environ['PATH']}", **job, **inherited}
     subprocess.run(["bash", str(script)], env=own, capture_output=True, check=False)
@@ -248,5 +251,5 @@ def test_steps_see_nothing_of_an_outer_job_and_nodes_are_named_behind_a_banner(t
     host, port = seen["MINITRON_RENDEZVOUS"].split(":")
     assert host == "node1"
     assert 20000 <= int(port) < 32768, "below the ports that Linux gives out itself"
-    assert where.place.home.is_dir()
-    assert where.place.hub.is_dir()
+    assert where.folders.home.is_dir()
+    assert where.folders.hub.is_dir()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.cli.main import load_plan
+from nemo_minitron.api import load_plan
 from nemo_minitron.plan.checks import find_problems
 from nemo_minitron.plan.describe import plan_facts
 from tests.conftest import REPO

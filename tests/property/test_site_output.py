@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.launch import answers, slurm
+from nemo_minitron.launch.base import UNKNOWN
+from nemo_minitron.launch.slurm import answers
+from nemo_minitron.launch.slurm import client as slurm
 from tests.support.examples import budget
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=60)
@@ -106,7 +108,7 @@ def test_a_job_is_gone_only_where_slurm_says_so(code: int, noise: list[str], err
     with patch.object(slurm, "_run", lambda words: (code, said, error)), patch("shutil.which", lambda name: None):
         (state,) = slurm.states([number])[number][:1]
     if code and "Invalid job id" not in error:
-        assert state.state == answers.UNKNOWN
+        assert state.state == UNKNOWN
     assert state.job_id.startswith(number)
 
 

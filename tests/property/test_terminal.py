@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.table import Table
 
-from nemo_minitron.report.markdown import code, plain
+from nemo_minitron.report.text import code, plain
 from nemo_minitron.system.progress import Progress
 from nemo_minitron.system.terminal import Screen, visible
 from tests.support.examples import budget

@@ -129,7 +129,7 @@ def test_check_knows_the_names_of_tasks(tmp_path: Path, minitron: Cli) -> None:
 
 
 def test_the_message_names_the_key() -> None:
-    from nemo_minitron.cli.main import load_recipe
+    from nemo_minitron.api import load_recipe
 
     with pytest.raises(ConfigError, match=r"stages\.score\.depth_task\.name"):
         load_recipe(TOY, ["stages.score.depth_task={name: /tmp/evil.yaml}"])

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.cli.main import load_recipe
+from nemo_minitron.api import load_recipe
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ArtifactError, EnvironmentProblem
 from nemo_minitron.execution.runner import RunOptions
 from nemo_minitron.launch import record
+from nemo_minitron.launch.slurm.submit import submit
 from nemo_minitron.launch.status import job_facts
-from nemo_minitron.launch.submit import launch
+from nemo_minitron.plan.planner import make_plan
 from tests.conftest import TOY, Cli
 from tests.support.fake_slurm import FakeSlurm
 
@@ -53,12 +54,12 @@ def _slow(fake: FakeSlurm, seconds: float) -> None:
 def test_a_second_launch_while_sbatch_is_slow_submits_nothing(tmp_path: Path, fake: FakeSlurm) -> None:
     _slow(fake, 0.6)
     recipe = _recipe(tmp_path)
-    first = threading.Thread(target=launch, args=(recipe, OPTIONS, print))
+    first = threading.Thread(target=submit, args=(make_plan(recipe), OPTIONS, print))
     first.start()
     while not (tmp_path / "runs/toy/width/launch/001").is_dir():
         time.sleep(0.02)
     with pytest.raises(ArtifactError, match="Another `minitron launch` of this run is at work"):
-        launch(recipe, OPTIONS, print)
+        submit(make_plan(recipe), OPTIONS, print)
     first.join()
     jobs = [call for call in fake.calls("sbatch") if call.endswith(".sh")]
     assert len(jobs) == len(set(jobs)) == 2
@@ -67,15 +68,16 @@ def test_a_second_launch_while_sbatch_is_slow_submits_nothing(tmp_path: Path, fa
     assert last.complete
     assert last.job_ids == ["41", "42"]
     with pytest.raises(ArtifactError, match="Jobs of this run are still there: 41, 42"):
-        launch(recipe, OPTIONS, print)
+        submit(make_plan(recipe), OPTIONS, print)
 
 
 KILLED = """
 import sys
 from tests.security.test_launch_once import OPTIONS, _recipe
-from nemo_minitron.launch.submit import launch
+from nemo_minitron.launch.slurm.submit import submit
+from nemo_minitron.plan.planner import make_plan
 from pathlib import Path
-launch(_recipe(Path(sys.argv[1])), OPTIONS, print)
+submit(make_plan(_recipe(Path(sys.argv[1]))), OPTIONS, print)
 """
 
 
@@ -94,9 +96,9 @@ def test_a_launch_that_is_killed_leaves_no_job_that_nobody_knows(
     assert [job["job_ids"] for job in recorded["jobs"]] == [[], []]
     assert job_facts(run)["teacher"]["job"] == "41"
     with pytest.raises(ArtifactError, match="Jobs of this run are still there: 41"):
-        launch(recipe, OPTIONS, print)
+        submit(make_plan(recipe), OPTIONS, print)
     code, said = minitron("cancel", TOY, f"execution.run_root={tmp_path}/runs")
-    assert (code, said.strip()) == (0, "cancelled 41")
+    assert (code, said.strip()) == (0, "canceled 41")
     assert fake.calls("scancel") == ["41"]
 
 
@@ -107,7 +109,7 @@ def test_where_the_queue_cannot_be_asked_after_a_kill_nothing_is_submitted(tmp_p
     record.Submission(folder, "slurm", 0.0, (record.Submitted("teacher", ("teacher",), (), "x"),), False).write()
     fake.set("squeue", "echo 'slurm_load_jobs error: Invalid user' >&2; exit 1")
     with pytest.raises(EnvironmentProblem, match="Invalid user"):
-        launch(recipe, OPTIONS, print)
+        submit(make_plan(recipe), OPTIONS, print)
     assert job_facts(run) == {}, "status shows what is recorded"
     assert not fake.calls("sbatch")
 

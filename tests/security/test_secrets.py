@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_minitron.cli.main import load_plan, load_recipe
+from nemo_minitron.api import load_plan, load_recipe
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.launch.containers import ENVIRONMENT_FILE
+from nemo_minitron.launch.context import ENVIRONMENT_FILE
 from nemo_minitron.processes import output
 from nemo_minitron.processes.output import without_secrets
 from nemo_minitron.system.disclosure import looks_secret, masked, masked_command, public_recipe, secrets_in

@@ -129,5 +129,5 @@ def test_jobs_whose_ids_nobody_said_are_taken_back(slurm: SlurmCluster, tmp_path
     mute = '"$sbatch" --begin=now+1hour "$@" >/dev/null; echo "your job is welcome"'
     outer = _site_with(mute, slurm, tmp_path / "bin")
     told = _launch("recipes/toy/width.yaml", slurm, f"execution.run_root={tmp_path}", outer=outer)
-    assert "was found in the queue and cancelled" in told, told
+    assert "was found in the queue and canceled" in told, told
     slurm.wait_until_idle(30)

@@ -175,7 +175,7 @@ def test_cancel_ends_the_jobs_and_launch_goes_on_from_their_checkpoint(
     run.call("launch", "--until=distill")
     (job,) = run.job_ids()["distill"]
     run.wait_for_step(7)
-    assert f"cancelled {job}" in run.call("cancel")
+    assert f"canceled {job}" in run.call("cancel")
     slurm.wait_until_idle(TIMEOUT_S)
     assert slurm.job(job)["JobState"] == "CANCELLED"
     run.call("launch", "--until=distill")

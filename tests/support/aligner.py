@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nemo_minitron.api import load_recipe
 from nemo_minitron.backends.alignment.nemo_aligner import convert
 from nemo_minitron.backends.alignment.nemo_aligner.config import TRAINER_KEYS, Method, complete_config
 from nemo_minitron.backends.alignment.nemo_aligner.environment import aligner_python
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
-from nemo_minitron.cli.main import load_recipe
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.execution.runner import RunOptions, run_recipe
 from nemo_minitron.hf.checkpoint import Checkpoint

@@ -18,9 +18,9 @@ class FakeSlurm:
         self.folder = folder
         (folder / "bin").mkdir(parents=True)
         monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
-        monkeypatch.setattr("nemo_minitron.launch.slurm.RETRY_S", 0.01)
-        monkeypatch.setattr("nemo_minitron.launch.slurm.PATIENCE_S", 1.0)
-        monkeypatch.setattr("nemo_minitron.launch.slurm.TIMEOUT_S", 10.0)
+        monkeypatch.setattr("nemo_minitron.launch.slurm.client.RETRY_S", 0.01)
+        monkeypatch.setattr("nemo_minitron.launch.slurm.client.PATIENCE_S", 1.0)
+        monkeypatch.setattr("nemo_minitron.launch.slurm.client.TIMEOUT_S", 10.0)
         for name in ("sbatch", "squeue", "sacct", "sinfo", "srun", "scancel", "scontrol"):
             self.set(name, "exit 1")
 

@@ -6,8 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+from nemo_minitron.api import load_plan
 from nemo_minitron.artifacts.manifest import sha256_of
-from nemo_minitron.cli.main import load_plan
 from tests.conftest import TOY
 
 SAME = (

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_minitron.api import load_plan
 from nemo_minitron.backends.alignment.nemo_aligner import environment, process
-from nemo_minitron.cli.main import load_plan
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.stages.align import run as align
 from nemo_minitron.stages.context import StageContext

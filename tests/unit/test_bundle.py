@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
+from nemo_minitron.api import load_recipe
 from nemo_minitron.bundle.archive import write_archive
 from nemo_minitron.bundle.collect import collect
 from nemo_minitron.bundle.items import Item, sorted_items
-from nemo_minitron.cli.main import load_recipe
 from nemo_minitron.errors import ConfigError, DataError, EnvironmentProblem, MinitronError, PlanError
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.hf.source import hub_copy, resolve_model
@@ -335,7 +335,7 @@ def test_tasks_that_need_the_hub_are_refused() -> None:
     ("words", "said"),
     [
         (["stages.distill.lr=1"], "No recipe is named"),
-        ([TOY, "--no-wheels", "--aligner"], "--aligner asks for wheels"),
+        ([TOY, "--no-wheels", "--aligner"], "--aligner requests wheels"),
         ([REPO / "recipes/toy/none.yaml", "--no-wheels"], "There is no recipe"),
     ],
 )

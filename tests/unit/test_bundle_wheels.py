@@ -11,7 +11,7 @@ import pytest
 from nemo_minitron import __version__
 from nemo_minitron.backends.alignment.nemo_aligner import environment
 from nemo_minitron.bundle import wheels
-from nemo_minitron.cli import bundle as cli_bundle
+from nemo_minitron.bundle.pack import wheel_items
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.system.progress import Progress
 from tests.unit.test_assets import make_wheel
@@ -79,7 +79,7 @@ def test_every_wheel_of_a_bundle_is_listed_with_its_hash(monkeypatch: pytest.Mon
     monkeypatch.setattr(wheels, "core_wheels", lambda *_: core)
     monkeypatch.setattr(wheels, "aligner_wheels", lambda _: aligner)
     with ExitStack() as stack:
-        items, facts, _ = cli_bundle._wheels(None, stack, SILENT, aligner=True)
+        items, facts, _ = wheel_items(None, stack, SILENT, with_aligner=True)
     found = {item.member: item.content for item in items}
     lists = {name: found.pop(f"wheels/{name}/requirements.txt") for name in ("core", "aligner")}
     assert {name.split("/")[1] for name in found if "numpy-1" in name or "typing" in name} == {"core", "aligner"}

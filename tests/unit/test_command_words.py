@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nemo_minitron.cli.main import load_recipe
+from nemo_minitron.api import load_recipe
 from nemo_minitron.cli.rlhf import parse_settings
 from nemo_minitron.config.compose import compose
 from nemo_minitron.config.keys import value_kind

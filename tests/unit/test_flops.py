@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_minitron.cli.main import load_recipe
+from nemo_minitron.api import load_recipe
 from nemo_minitron.distillation.flops import forward_flops_per_token, training_flops_per_token
 from nemo_minitron.families import ModelShape, num_params
 from nemo_minitron.plan.shapes import model_shape

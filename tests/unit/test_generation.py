@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_minitron.cli.chat import until
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.evaluation.answers import greedy_answers
 from nemo_minitron.evaluation.generation import greedy_texts, load_for_inference
+from nemo_minitron.evaluation.stop_text import split_at_stop
 from nemo_minitron.hf.tokenizer import load_tokenizer
 from nemo_minitron.system.progress import Progress
 from tests.conftest import Cli
@@ -175,16 +175,16 @@ def test_a_turn_ends_at_a_text_too(model_dir: Path) -> None:
 def test_what_is_streamed_ends_before_the_stop(pieces: list[str]) -> None:
     shown, waiting = "", ""
     for number, piece in enumerate(pieces):
-        more, waiting = until("<|im_end|>", waiting + piece, last=number == len(pieces) - 1)
+        more, waiting = split_at_stop("<|im_end|>", waiting + piece, last=number == len(pieces) - 1)
         shown += more
     assert shown == "4."
 
 
 def test_what_only_looks_like_a_stop_is_streamed() -> None:
-    assert until("<|im_end|>", "a <|im", last=False) == ("a ", "<|im")
-    assert until("<|im_end|>", "<|im here", last=False) == ("<|im here", "")
-    assert until("<|im_end|>", "1 <", last=True) == ("1 <", "")
-    assert until(None, "1 <", last=False) == ("1 <", "")
+    assert split_at_stop("<|im_end|>", "a <|im", last=False) == ("a ", "<|im")
+    assert split_at_stop("<|im_end|>", "<|im here", last=False) == ("<|im here", "")
+    assert split_at_stop("<|im_end|>", "1 <", last=True) == ("1 <", "")
+    assert split_at_stop(None, "1 <", last=False) == ("1 <", "")
 
 
 def test_an_empty_prompt_starts_from_nothing(model_dir: Path) -> None:

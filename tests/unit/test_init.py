@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
-from nemo_minitron.cli.main import load_plan
+from nemo_minitron.api import load_plan
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, MinitronError
 from nemo_minitron.families import num_params, parameters, read_shape
 from nemo_minitron.hf.checkpoint import Checkpoint, read_config

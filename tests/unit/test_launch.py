@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.cli.main import load_plan
+from nemo_minitron.api import load_plan
 from nemo_minitron.errors import ConfigError, EnvironmentProblem, PlanError
-from nemo_minitron.launch.answers import minutes_of, partitions
+from nemo_minitron.launch.context import cluster_of
 from nemo_minitron.launch.jobs import Job, jobs_of
-from nemo_minitron.launch.submit import cluster_of
+from nemo_minitron.launch.slurm.answers import minutes_of, partitions
 from nemo_minitron.processes.nodes import Nodes, dismiss, follow, start_everywhere
 from nemo_minitron.processes.same_code import START
 from nemo_minitron.schema.cluster import Cluster
@@ -32,11 +32,15 @@ def _jobs(recipe: Path, tmp_path: Path, *overrides: str) -> dict[str, Job]:
 def test_a_layout_decides_nodes_and_gpus(tmp_path: Path) -> None:
     layout = "execution.parallel_by_stage={distill: {tp: 2, dp: 16}, score: {dp: 3}}"
     jobs = _jobs(TOY, tmp_path, layout, "cluster.exclusive=false")
-    assert (jobs["distill"].nodes, jobs["distill"].processes_per_node, jobs["distill"].asked.gpus_per_node) == (4, 8, 8)
-    assert (jobs["score"].nodes, jobs["score"].asked.gpus_per_node) == (1, 3)
-    assert (jobs["select"].nodes, jobs["select"].asked.gpus_per_node) == (1, 0)
-    assert jobs["speed"].asked.gpus_per_node == 1
-    assert _jobs(TOY, tmp_path)["score"].asked.gpus_per_node == 8, "whole nodes: all their GPUs"
+    assert (jobs["distill"].nodes, jobs["distill"].processes_per_node, jobs["distill"].resources.gpus_per_node) == (
+        4,
+        8,
+        8,
+    )
+    assert (jobs["score"].nodes, jobs["score"].resources.gpus_per_node) == (1, 3)
+    assert (jobs["select"].nodes, jobs["select"].resources.gpus_per_node) == (1, 0)
+    assert jobs["speed"].resources.gpus_per_node == 1
+    assert _jobs(TOY, tmp_path)["score"].resources.gpus_per_node == 8, "whole nodes: all their GPUs"
 
 
 def test_nodes_that_cannot_be_filled_are_refused(tmp_path: Path) -> None:
@@ -69,7 +73,7 @@ def test_stages_of_nemo_aligner_get_its_image(tmp_path: Path) -> None:
 def test_keys_for_one_stage_win_over_those_for_its_kind_over_the_clusters(tmp_path: Path) -> None:
     keys = ["cluster.partition=gpu", "cluster.cpu={partition: cpu, time_min: 30}", "cluster.time_min=600"]
     jobs = _jobs(TOY, tmp_path, *keys, "cluster.by_stage={select: {time_min: 5}, distill: {partition: big}}")
-    asked = {name: (job.asked.partition, job.asked.time_min) for name, job in jobs.items()}
+    asked = {name: (job.resources.partition, job.resources.time_min) for name, job in jobs.items()}
     assert asked["score"] == ("gpu", 600)
     assert asked["distill"] == ("big", 600)
     assert asked["prune"] == ("cpu", 30)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.cli.main import load_plan, load_recipe
+from nemo_minitron.api import load_plan, load_recipe
 from nemo_minitron.config.compose import recipe_name
 from nemo_minitron.errors import ConfigError, PlanError
 from nemo_minitron.plan.fingerprint import canonical_json, differences, fingerprint

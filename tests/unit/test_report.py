@@ -16,9 +16,9 @@ from nemo_minitron.report.collect import collect, thin_out
 from nemo_minitron.report.comparison import comparison, main_metric
 from nemo_minitron.report.html import pipeline, render_html
 from nemo_minitron.report.importance import ffn_map, importance_curve, importance_share
-from nemo_minitron.report.markdown import duration, headline, millions, plain, render_markdown, table
-from nemo_minitron.stages.report.params import ReportStage
-from nemo_minitron.stages.report.run import render
+from nemo_minitron.report.markdown import headline, render_markdown
+from nemo_minitron.report.render import render
+from nemo_minitron.report.text import duration, millions, plain, table
 from tests.support.fake_run import fake_run
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" | $(touch pwned)$ {{ 7*7 }}"
@@ -135,7 +135,7 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
 def test_the_three_files_are_written_without_facts_on_the_machine(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    result = render(ReportStage(kind="report"), fake_run(tmp_path / "run"), "a/recipe", {}, out)
+    result = render(None, fake_run(tmp_path / "run"), "a/recipe", {}, out)
     assert sorted(file.name for file in out.iterdir()) == ["report.html", "report.json", "report.md"]
     assert result["recovered_share"] == pytest.approx((1.669 - 1.264) / (1.669 - 1.107))
     for file in out.iterdir():

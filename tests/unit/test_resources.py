@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.cli.main import load_plan
+from nemo_minitron.api import load_plan
 from nemo_minitron.plan.resources.costs import estimates, totals
 from nemo_minitron.plan.resources.hardware import HARDWARE
 from nemo_minitron.plan.resources.summary import memory_warnings, resource_facts

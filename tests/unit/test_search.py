@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from nemo_minitron.cli.main import load_recipe
+from nemo_minitron.api import load_recipe
 from nemo_minitron.errors import ArtifactError, PlanError
 from nemo_minitron.families import ModelShape, num_params, read_shape
 from nemo_minitron.plan.planner import expanded

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.cli.main import load_plan, load_recipe
+from nemo_minitron.api import load_plan, load_recipe
 from nemo_minitron.errors import EnvironmentProblem, PlanError
 from nemo_minitron.execution.runner import RunOptions
-from nemo_minitron.launch import submit
 from nemo_minitron.launch.probe import probe
 from nemo_minitron.launch.record import newest
+from nemo_minitron.launch.slurm import submit
 from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.plan.planner import make_plan
 from tests.conftest import TOY
 from tests.support.fake_slurm import FakeSlurm
 
@@ -49,7 +50,11 @@ def test_an_image_that_is_missing_or_misspelt_is_a_problem(fake: FakeSlurm, tmp_
     (wrong,) = _found(tmp_path, "cluster=slurm_pyxis", named)["problem"]
     assert "write nvcr.io#nvidia/nemo:24.12" in wrong
     with pytest.raises(PlanError, match=r"write nvcr\.io#nvidia/nemo:24\.12"):
-        submit.launch(load_recipe(TOY, _keys(tmp_path, "cluster=slurm_pyxis", named)), RunOptions(), lambda text: None)
+        submit.submit(
+            load_plan(TOY, _keys(tmp_path, "cluster=slurm_pyxis", named), checked=False),
+            RunOptions(),
+            lambda text: None,
+        )
 
 
 def test_what_jobs_ask_for_is_compared_with_the_nodes(fake: FakeSlurm, tmp_path: Path) -> None:
@@ -79,14 +84,14 @@ def test_launch_records_the_right_ids_behind_a_banner_and_says_what_it_leaves_ou
     monkeypatch.setenv("SBATCH_ACCOUNT", "mine")
     told: list[str] = []
     recipe = load_recipe(TOY, _keys(tmp_path, "cluster=slurm"))
-    done = submit.launch(recipe, RunOptions(), told.append)
+    done = submit.submit(make_plan(recipe), RunOptions(), told.append)
     assert done is not None
     assert done.job_ids == [str(number) for number in range(101, 101 + len(done.jobs))]
     assert "SBATCH_ACCOUNT" not in fake.environment("sbatch")
     assert any("SBATCH_ACCOUNT" in text for text in told)
     # A second launch does not know whether they are still there.
     with pytest.raises(EnvironmentProblem, match="does not say whether job 101 is still there"):
-        submit.launch(recipe, RunOptions(), told.append)
+        submit.submit(make_plan(recipe), RunOptions(), told.append)
 
 
 def test_a_failed_submission_takes_back_what_only_the_queue_knows(fake: FakeSlurm, tmp_path: Path) -> None:
@@ -100,7 +105,7 @@ def test_a_failed_submission_takes_back_what_only_the_queue_knows(fake: FakeSlur
     fake.set("scancel", 'echo "scancel: error: Access/permission denied" >&2; exit 1')
     told: list[str] = []
     with pytest.raises(EnvironmentProblem, match="no more"):
-        submit.launch(recipe, RunOptions(), told.append)
+        submit.submit(make_plan(recipe), RunOptions(), told.append)
     assert fake.calls("scancel") == ["101 102"]
-    assert "could not be cancelled: 101 102" in told[-1]
+    assert "could not be canceled: 101 102" in told[-1]
     assert newest(run_dir(recipe)) is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_minitron.launch.answers import (
+from nemo_minitron.launch.slurm.answers import (
     JobState,
     accounted_states,
     default_partition,
@@ -119,5 +119,5 @@ def test_times() -> None:
         None,
         None,
     ]
-    with pytest.raises(ValueError, match="no time"):
+    with pytest.raises(ValueError, match="not a time"):
         minutes_of("tomorrow")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.launch import slurm
+from nemo_minitron.launch.slurm import client as slurm
 from tests.support.fake_slurm import CONTROLLER_IS_AWAY, NO_SUCH_JOB, FakeSlurm
 
 SCRIPT = "/runs/toy/launch/001/distill.sh"
@@ -50,7 +50,7 @@ def test_a_job_whose_id_nobody_said_is_found_by_its_script_and_taken_back(fake: 
     fake.set("scancel", "exit 0")
     with pytest.raises(EnvironmentProblem, match=r"Ihr Auftrag.*no line with a job id") as error:
         _submit(known=("99",))
-    assert "101 was found in the queue and cancelled" in str(error.value)
+    assert "101 was found in the queue and canceled" in str(error.value)
     assert fake.calls("scancel") == ["101"]
 
 

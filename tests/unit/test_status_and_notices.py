@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.cli.main import load_plan
+from nemo_minitron.api import load_plan
 from nemo_minitron.plan.describe import status_facts
 from nemo_minitron.report.status_page import HEIGHT, MARGIN, WIDTH, curve, render_status
 from nemo_minitron.system.notify import notify

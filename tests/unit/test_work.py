@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_minitron.api import load_plan
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.cli.main import load_plan
 from nemo_minitron.execution.work import open_work
 from nemo_minitron.plan.planner import StageCall
 from nemo_minitron.system.progress import Progress

@@ -8,20 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemo_minitron.artifacts.run_paths import RunPaths
-from nemo_minitron.artifacts.store import Store
 from nemo_minitron.artifacts.types import Artifact
-from nemo_minitron.config.recipe import Recipe
-from nemo_minitron.errors import PlanError
-from nemo_minitron.plan.folder import run_dir
-from nemo_minitron.plan.planner import RunPlan
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
 from nemo_minitron.stages.report.params import ReportStage
-from nemo_minitron.system.disclosure import environment_of, masked_values, public_recipe
-from nemo_minitron.system.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -33,70 +24,12 @@ class Inputs:
 
 def report(params: ReportStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Render the finished stages."""
+    from nemo_minitron.report.render import render
+
     plan = _read_plan(ctx)
-    return render(params, inputs.stages, ctx.recipe_name, plan, ctx.out_dir)
-
-
-def render(
-    params: ReportStage, stages: Mapping[str, Artifact], recipe_name: str, recipe: Mapping[str, Any], folder: Path
-) -> Result:
-    """Write the three files into a folder."""
-    from nemo_minitron.report.collect import collect
-    from nemo_minitron.report.html import render_html
-    from nemo_minitron.report.markdown import render_markdown
-
-    facts = masked_values(collect(params.title or recipe_name, recipe_name, stages))
-    facts = masked_values(facts, environment_of(recipe))
-    planned = _planned(recipe)
-    for row in facts["cost"]["stages"]:
-        row["planned"] = planned.get(row["stage"])
-    pages = {
-        "report.json": json.dumps(facts, indent=2) + "\n",
-        "report.md": render_markdown(facts),
-        "report.html": render_html(facts, _recipe_text(recipe)),
-    }
-    for name, text in pages.items():
-        write_whole(folder / name, text)
-    return {"recovered_share": facts["recovered_share"]}
-
-
-def render_now(plan: RunPlan) -> None:
-    """Render whatever has finished into the run's folder, without running anything.
-
-    Raises:
-        PlanError: nothing has finished yet.
-    """
-    recipe, root = plan.recipe, run_dir(plan.recipe)
-    store = Store(root)
-    calls = [call for call in plan.calls if call.kind != "report" and store.manifest(call.name)]
-    if not calls:
-        raise PlanError("No stage of this run has finished yet.", where=str(root), next_step="minitron run RECIPE")
-    stages = {call.name: store.artifact(call.name, "small") for call in calls}
-    params = next((s for s in recipe.stages.values() if isinstance(s, ReportStage)), ReportStage(kind="report"))
-    render(params, stages, recipe.name, recipe.model_dump(mode="json"), root)
-
-
-def _planned(recipe: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """stage -> what the planner said of its trainings before they ran; empty where it can say nothing."""
-    from nemo_minitron.plan.planner import make_plan
-    from nemo_minitron.plan.resources.costs import estimates
-
-    if not recipe:
-        return {}
-    # The sources of a run play no part in its estimates: they are not listed again.
-    found = estimates(make_plan(Recipe.model_validate(recipe), {name: {} for name in recipe["stages"]}))
-    return {
-        name: {"seconds": estimate.seconds, "peak_gib": estimate.memory.peak / 2**30}
-        for name, estimate in found.items()
-        if estimate.memory.optimizer
-    }
+    return render(params.title, inputs.stages, ctx.recipe_name, plan, ctx.out_dir)
 
 
 def _read_plan(ctx: StageContext) -> dict[str, Any]:
     file = RunPaths(Path(ctx.execution.run_root) / ctx.recipe_name).plan
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-
-
-def _recipe_text(recipe: Mapping[str, Any]) -> str:
-    """The resolved recipe as YAML, as it may be passed on."""
-    return yaml.safe_dump(public_recipe(recipe), sort_keys=False, allow_unicode=True) if recipe else ""

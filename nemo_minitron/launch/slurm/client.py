@@ -1,4 +1,4 @@
-"""Calls of Slurm's own programs. What they print is read in `answers`."""
+"""Calls of Slurm's programs. `answers` parses their output."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.launch.answers import (
-    FORGOTTEN,
-    UNKNOWN,
-    JobState,
+from nemo_minitron.launch.base import FORGOTTEN, UNKNOWN, JobState, Log
+from nemo_minitron.launch.slurm.answers import (
     accounted_states,
     job_states,
     lines_of,
@@ -26,7 +24,7 @@ from nemo_minitron.system.outer_job import for_slurm
 
 TIMEOUT_S = 60.0
 PATIENCE_S, RETRY_S = 300.0, 5.0
-"""A controller that restarts does not answer for a while."""
+"""A controller that restarts does not answer for a while, so calls are repeated for PATIENCE_S seconds."""
 NOT_ANSWERING = (
     "Unable to contact slurm controller",
     "Unable to connect to",
@@ -46,47 +44,58 @@ NOT_ANSWERING = (
 )
 NO_SUCH_JOB = "Invalid job id"
 HAS_ENDED = (NO_SUCH_JOB, "already completing or completed", "Job/step already")
-"""What scancel says of jobs that are over."""
+"""Messages of scancel for jobs that have ended."""
 _FIELDS = "JobArrayID:64|,State:32|,Reason:64|,TimeUsed:32|,TimeLeft:32|,NodeList:128|,RestartCnt:16|"
 _QUEUE = ("squeue", "--noheader", "--states=all", f"--user={os.getuid()}", "--format=%F|%o")
 _NONE: frozenset[str] = frozenset()
 
 
 def require_slurm() -> None:
-    """Raises EnvironmentProblem where there is no sbatch."""
+    """Require sbatch on this machine.
+
+    Raises:
+        EnvironmentProblem: it is not there.
+    """
     if shutil.which("sbatch") is None:
         raise EnvironmentProblem(
             "There is no sbatch on this machine.",
             next_step="Run this on a login node of the cluster (perhaps after `module load slurm`), "
-            "or look at the scripts with --dry-run.",
+            "or print the scripts with --dry-run.",
         )
 
 
-def ask(words: Sequence[str], *, patience_s: float = 0.0, say: Callable[[str], None] = lambda _: None) -> str:
-    """What a program of Slurm prints; tried again while its controller does not answer.
+def query(words: Sequence[str], *, patience_s: float = 0.0) -> str:
+    """Return what a program of Slurm prints; repeat the call while the controller does not answer.
 
     Raises:
-        EnvironmentProblem: it failed, in its words, or the patience is at its end.
+        EnvironmentProblem: the program failed, or `patience_s` has passed.
     """
     until = time.monotonic() + patience_s
     while True:
         code, out, error = _run(words)
         if code == 0:
             return out
-        if not _is_silent(error) or time.monotonic() + RETRY_S > until:
+        if not _waited_to_retry(error, until):
             raise _failure(words[0], code, error)
-        say("Slurm's controller does not answer; trying again")
-        time.sleep(RETRY_S)
 
 
-def submit(words: Sequence[str], say: Callable[[str], None], known: Collection[str] = _NONE) -> str:
-    """The id of the job that this sbatch command makes; its last word is the script.
+def _waited_to_retry(error: str, until: float, log: Log = lambda _: None) -> bool:
+    """Wait before the next call. False, at once: the error is not the controller's silence, or the time has passed."""
+    if not _is_silent(error) or time.monotonic() + RETRY_S > until:
+        return False
+    log("Slurm's controller does not answer; trying again")
+    time.sleep(RETRY_S)
+    return True
+
+
+def submit(words: Sequence[str], log: Log, known: Collection[str] = _NONE) -> str:
+    """Run an sbatch command, whose last word is the script, and return the id of its job.
 
     Args:
         known: ids of other jobs of the same script.
 
     Raises:
-        EnvironmentProblem: sbatch refuses, or does not say which job it made; that one is cancelled.
+        EnvironmentProblem: sbatch refuses, or prints no id; a job that it has made all the same is canceled.
     """
     until = time.monotonic() + PATIENCE_S
     script = words[-1]
@@ -94,59 +103,57 @@ def submit(words: Sequence[str], say: Callable[[str], None], known: Collection[s
         code, out, error = _run(words)
         if code == 0:
             return _id_in(out, script, known)
-        if not _is_silent(error) or time.monotonic() + RETRY_S > until:
+        if not _waited_to_retry(error, until, log):
             raise _failure(words[0], code, error)
-        say("Slurm's controller does not answer; trying again")
-        time.sleep(RETRY_S)
-        # The controller may have taken the job and only its answer was lost: a second one would do the work twice.
+        # The controller may have taken the job although its answer was lost: a second job would do the work twice.
         queued = _queued(lambda command: command == script, known)
         if queued:
             return queued[-1]
 
 
 def _id_in(answer: str, script: str, known: Collection[str]) -> str:
-    """The id that sbatch has printed; where it has printed more than that, the queue is asked, too."""
+    """Return the id that sbatch printed; compare with the queue if it printed more than that."""
     ids = [job_id for job_id in submitted_ids(answer) if job_id not in known]
     if ids and len(lines_of(answer)) == 1:
         return ids[0]
     queued = _queued(lambda command: command == script, known)
     if ids:
-        # A line of a banner can look like an id, and the id can be written in another way.
+        # A line of a banner can look like an id, and the id can be printed in another form.
         confirmed = [job_id for job_id in ids if split_id(job_id)[0] in queued]
         return (confirmed or (queued if len(queued) == 1 else ids))[-1]
     raise EnvironmentProblem(
         f"sbatch answered {answer.strip()[:400]!r}, which has no line with a job id alone.",
         where=script,
         allowed="NUMBER or NUMBER;CLUSTER, as sbatch --parsable prints",
-        next_step=_taken_back(queued),
+        next_step=_cancel_unreported(queued),
     )
 
 
-def _taken_back(queued: Sequence[str]) -> str:
-    """Cancel jobs whose ids sbatch did not say, and tell the user what is left to do."""
+def _cancel_unreported(queued: Sequence[str]) -> str:
+    """Cancel jobs whose ids sbatch did not print, and return what is left for the user to do."""
     if not queued:
-        return "See with `squeue --me` whether the job is there all the same, and end it with scancel."
+        return "Look with `squeue --me` whether the job was made all the same, and end it with scancel."
     named = ", ".join(queued)
     try:
         cancel(queued)
     except EnvironmentProblem as error:
         return f"Its job {named} was found in the queue: end it with scancel ({error.what})"
-    return f"Its job {named} was found in the queue and cancelled. Make sbatch print the id on a line of its own."
+    return f"Its job {named} was found in the queue and canceled. Make sbatch print the id on a line of its own."
 
 
 def queued_below(folder: Path) -> list[str]:
-    """Numbers of this user's jobs whose scripts lie in a folder; empty where squeue does not answer."""
+    """Return the numbers of this user's jobs whose scripts are in a folder; empty where squeue does not answer."""
     return _queued(lambda command: Path(command).parent == folder, _NONE)
 
 
 def queued_scripts(folder: Path) -> dict[str, list[str]]:
-    """Name of a script in a folder, without its ending -> numbers of this user's jobs that run it.
+    """Map each script in a folder, by its name without suffix, to the numbers of this user's jobs that run it.
 
     Raises:
-        EnvironmentProblem: squeue does not answer, so that nobody knows.
+        EnvironmentProblem: squeue does not answer.
     """
     found: dict[str, list[str]] = {}
-    for number, command in queued_commands(ask(_QUEUE, patience_s=TIMEOUT_S)):
+    for number, command in queued_commands(query(_QUEUE, patience_s=TIMEOUT_S)):
         if Path(command).parent == folder:
             found.setdefault(Path(command).stem, []).append(number)
     return {name: sorted(set(numbers), key=int) for name, numbers in found.items()}
@@ -160,14 +167,14 @@ def _queued(is_wanted: Callable[[str], bool], known: Collection[str]) -> list[st
 
 
 def states(job_ids: Sequence[str]) -> dict[str, list[JobState]]:
-    """job id -> its state, or those of its array's indices.
+    """Map each job id to its state, or to the states of the tasks of its array.
 
-    FORGOTTEN where Slurm says that it knows the job no longer, UNKNOWN where it does not answer.
+    The state is FORGOTTEN where Slurm no longer knows the job, and UNKNOWN where it does not answer.
     """
     found: dict[str, list[JobState]] = {}
     failed: str | None = None
     for job_id in job_ids:
-        # One by one: squeue refuses a whole list for one job that is forgotten. After a failure the rest is not asked.
+        # One call per job: squeue refuses a whole list for one forgotten job. After a failure, skip the others.
         found[job_id] = _states_of(job_id) if failed is None else [JobState(split_id(job_id)[0], UNKNOWN, failed)]
         failed = found[job_id][0].reason if found[job_id][0].state == UNKNOWN else None
     return found
@@ -183,17 +190,17 @@ def _states_of(job_id: str) -> list[JobState]:
         return seen
     accounted = _from_accounting(number, where)
     if NO_SUCH_JOB in error or (code == 0 and not _is_silent(error) and number not in out):
-        # The controller has forgotten it. Accounts may still call a job running that was lost in a crash.
+        # The controller has forgotten the job. The accounts may still list a job as running that was lost in a crash.
         ended = [state for state in accounted if not state.is_active]
         return ended or [JobState(number, FORGOTTEN)]
     return accounted or [JobState(number, UNKNOWN, _failure("squeue", code, error or out).what)]
 
 
 def active(job_ids: Sequence[str], *, patience_s: float = TIMEOUT_S) -> list[str]:
-    """Those that wait or run; of an array its indices.
+    """Return the ids of the jobs, or tasks of arrays, that wait or run.
 
     Raises:
-        EnvironmentProblem: Slurm does not answer, so that nobody knows.
+        EnvironmentProblem: Slurm does not answer.
     """
     until = time.monotonic() + patience_s
     while True:
@@ -201,19 +208,18 @@ def active(job_ids: Sequence[str], *, patience_s: float = TIMEOUT_S) -> list[str
         unknown = next((state for _, state in seen if state.state == UNKNOWN), None)
         if unknown is None:
             return [with_cluster(state.job_id, cluster) for cluster, state in seen if state.is_active]
-        if not _is_silent(unknown.reason) or time.monotonic() + RETRY_S > until:
+        if not _waited_to_retry(unknown.reason, until):
             raise EnvironmentProblem(
                 f"Slurm does not say whether job {unknown.job_id} is still there: {unknown.reason}",
                 next_step="Try again when `squeue` works here.",
             )
-        time.sleep(RETRY_S)
 
 
 def cancel(job_ids: Sequence[str]) -> None:
-    """Cancel jobs; those that have ended are no error.
+    """Cancel jobs; jobs that have ended are no error.
 
     Raises:
-        EnvironmentProblem: scancel failed, in its words.
+        EnvironmentProblem: scancel failed.
     """
     by_cluster: dict[str | None, list[str]] = {}
     for job_id in job_ids:
@@ -227,13 +233,12 @@ def cancel(job_ids: Sequence[str]) -> None:
             lines = lines_of(error)
             if code == 0 or (lines and all(any(text in line for text in HAS_ENDED) for line in lines)):
                 break
-            if not _is_silent(error) or time.monotonic() + RETRY_S > until:
+            if not _waited_to_retry(error, until):
                 raise _failure(words[0], code, error)
-            time.sleep(RETRY_S)
 
 
 def _from_accounting(number: str, where: Sequence[str]) -> list[JobState]:
-    """What sacct knows, where the site keeps accounts."""
+    """Return the states that sacct knows, where the site keeps accounts."""
     if shutil.which("sacct") is None:
         return []
     words = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={number}"]
@@ -242,6 +247,7 @@ def _from_accounting(number: str, where: Sequence[str]) -> list[JobState]:
 
 
 def _is_silent(error: str) -> bool:
+    """Return whether the error means that the controller does not answer."""
     return any(text.lower() in error.lower() for text in NOT_ANSWERING)
 
 
@@ -253,7 +259,7 @@ def _failure(program: str, code: int, error: str) -> EnvironmentProblem:
 
 
 def _run(words: Sequence[str]) -> tuple[int, str, str]:
-    """Exit code, output and errors; what is no UTF-8 is replaced."""
+    """Return exit code, stdout and stderr; bytes that are not UTF-8 are replaced."""
     try:
         done = subprocess.run(
             list(words),

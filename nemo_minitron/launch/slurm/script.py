@@ -1,21 +1,21 @@
 """The sbatch script of a job. Pure: the same job gives the same text; every value is quoted.
 
-What a script decides, it decides on files, never on exit codes: a stage has finished when its manifest is there.
+Scripts decide by files, never by exit codes: a stage has finished when its manifest exists.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_minitron.launch.containers import IN_CONTAINER, Place, folders_to_make, inside, srun_options
-from nemo_minitron.launch.jobs import Job
+from nemo_minitron.launch.containers import PROGRAM, bind, folders_to_make, image_name, inside, mounts_of
+from nemo_minitron.launch.context import JobContext, JobFolders
+from nemo_minitron.launch.jobs import Environment, Job
 from nemo_minitron.schema.cluster import Cluster
 
 FIRST_PORT, NUM_PORTS = 20000, 12000
-"""The ranks of a job of several nodes meet on a port that its number gives, below those that Linux gives out itself."""
+"""Range of the rendezvous port of a job on several nodes, chosen by its job id; below the ephemeral ports of Linux."""
 
 CLEAN = """\
 # Steps take their memory, binding and environment from this job, not from one that it was submitted in.
@@ -110,66 +110,49 @@ exit 0
 """
 
 
-@dataclass(frozen=True)
-class Scripted:
-    """Where a script finds its things."""
-
-    recipe_name: str
-    run_dir: Path
-    launch_dir: Path
-    """Of this submission: the composed recipe, the scripts, the notes that stages leave for them."""
-    place: Place
-    program: str
-    """`minitron` on the node, where no container is used."""
-
-    @property
-    def recipe_file(self) -> Path:
-        return self.launch_dir / "recipe.json"
-
-
-def render(job: Job, cluster: Cluster, where: Scripted) -> str:
-    """The whole script."""
+def render_script(job: Job, cluster: Cluster, context: JobContext) -> str:
+    """Return the whole script."""
     in_container = cluster.container.runtime != "none"
     quoted_stages = " ".join(shlex.quote(stage) for stage in job.stages)
     parts = [
         "#!/bin/bash",
-        *(f"#SBATCH {option}" for option in sbatch_options(job, cluster, where)),
+        *(f"#SBATCH {option}" for option in sbatch_options(job, cluster, context)),
         "set -uo pipefail",
-        f"cd -- {_quote(where.place.cwd)} || exit 1",
+        f"cd -- {_quote(context.folders.cwd)} || exit 1",
         CLEAN + (HOST_PYTHON if in_container else ""),
-        *_setup(cluster, where),
-        PRELUDE.format(run=_quote(where.run_dir), launch=_quote(where.launch_dir), stages=quoted_stages),
+        *_setup(cluster, context),
+        PRELUDE.format(run=_quote(context.run_dir), launch=_quote(context.launch_dir), stages=quoted_stages),
     ]
     if job.nodes > 1:
         parts.append(SEVERAL_NODES.format(first_port=FIRST_PORT, num_ports=NUM_PORTS))
     if in_container:
-        parts.append(f"mkdir -p -- {' '.join(_quote(folder) for folder in folders_to_make(where.place))}")
-    parts += [f"{_srun(job, cluster, where)} &", WAIT.format(max_restarts=job.asked.max_restarts)]
+        parts.append(f"mkdir -p -- {' '.join(_quote(folder) for folder in folders_to_make(context.folders))}")
+    parts += [f"{_srun(job, cluster, context)} &", WAIT.format(max_restarts=job.resources.max_restarts)]
     parts.append(REQUEUE if cluster.requeue else LINK)
     return "\n".join(parts)
 
 
-def sbatch_options(job: Job, cluster: Cluster, where: Scripted) -> Iterator[str]:
-    """Without paths, which a line of #SBATCH cannot quote: those are words of the sbatch command."""
-    asked = job.asked
-    yield f"--job-name={job_name(where.recipe_name, job.name)}"
+def sbatch_options(job: Job, cluster: Cluster, context: JobContext) -> Iterator[str]:
+    """Yield the options without paths; an #SBATCH line cannot quote paths, so they are words of the sbatch command."""
+    resources = job.resources
+    yield f"--job-name={job_name(context.recipe_name, job.name)}"
     yield f"--nodes={job.nodes}"
     yield "--ntasks-per-node=1"
     optional = {
-        "partition": asked.partition,
+        "partition": resources.partition,
         "account": cluster.account,
-        "qos": asked.qos,
-        "constraint": asked.constraint,
+        "qos": resources.qos,
+        "constraint": resources.constraint,
         "reservation": cluster.reservation,
-        "time": asked.time_min,
-        "cpus-per-task": asked.cpus_per_node,
-        "mem": _memory(asked.mem_gib),
+        "time": resources.time_min,
+        "cpus-per-task": resources.cpus_per_node,
+        "mem": _memory(resources.mem_gib),
     }
     yield from (f"--{name}={value}" for name, value in optional.items() if value is not None)
-    if asked.gpus_per_node and cluster.gpu_option == "gpus-per-node":
-        yield f"--gpus-per-node={asked.gpus_per_node}"
-    elif asked.gpus_per_node and cluster.gpu_option == "gres":
-        yield f"--gres=gpu:{asked.gpus_per_node}"
+    if resources.gpus_per_node and cluster.gpu_option == "gpus-per-node":
+        yield f"--gpus-per-node={resources.gpus_per_node}"
+    elif resources.gpus_per_node and cluster.gpu_option == "gres":
+        yield f"--gres=gpu:{resources.gpus_per_node}"
     if cluster.exclusive and job.uses_gpu:
         yield "--exclusive"
     if job.is_array:
@@ -188,52 +171,67 @@ def _memory(mem_gib: int | None) -> str | None:
 
 
 def sbatch_command(
-    job: Job, where: Scripted, *, after: Sequence[str], any_end: bool = False, export: str = ""
+    job: Job, context: JobContext, *, after: Sequence[str], any_end: bool = False, export: str = ""
 ) -> list[str]:
-    """The words that submit the job.
+    """Return the command that submits the job.
 
     Args:
-        after: ids of jobs that it waits for.
-        any_end: wait for their end, not for their success.
-        export: `NAME=value` that the script sees besides the environment of the call.
+        after: ids of jobs that it depends on.
+        any_end: wait until they end, whether or not they succeed.
+        export: `NAME=value` that the script gets in addition to the environment of the call.
     """
-    log = f"{where.run_dir}/logs/slurm/{job.name}-{'%A_%a' if job.is_array else '%j'}.log"
-    path = str(where.run_dir).replace("%", "%%")
-    words = ["sbatch", "--parsable", f"--output={log.replace(str(where.run_dir), path, 1)}"]
-    words += [f"--chdir={where.place.cwd}"]
+    log = f"{context.run_dir}/logs/slurm/{job.name}-{'%A_%a' if job.is_array else '%j'}.log"
+    path = str(context.run_dir).replace("%", "%%")
+    words = ["sbatch", "--parsable", f"--output={log.replace(str(context.run_dir), path, 1)}"]
+    words += [f"--chdir={context.folders.cwd}"]
     if after:
         words += [f"--dependency={'afterany' if any_end else 'afterok'}:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
     if export:
         words.append(f"--export=ALL,{export}")
-    return [*words, str(script_file(job, where))]
+    return [*words, str(script_file(job, context))]
 
 
-def script_file(job: Job, where: Scripted) -> Path:
-    return where.launch_dir / f"{job.name}.sh"
+def script_file(job: Job, context: JobContext) -> Path:
+    """Return the file of the job's script."""
+    return context.launch_dir / f"{job.name}.sh"
 
 
 def job_name(recipe_name: str, job: str) -> str:
+    """Return the name that Slurm shows."""
     return f"{recipe_name.replace('/', '.')}.{job}"
 
 
-def _setup(cluster: Cluster, where: Scripted) -> Iterator[str]:
+def srun_options(cluster: Cluster, environment: Environment, folders: JobFolders) -> list[str]:
+    """Return the options of srun for pyxis; none for other runtimes."""
+    container = cluster.container
+    if container.runtime != "pyxis":
+        return []
+    return [
+        f"--container-image={image_name(container, environment, folders)}",
+        f"--container-mounts={','.join(bind(mount) for mount in mounts_of(container, folders))}",
+        f"--container-workdir={folders.cwd}",
+        "--no-container-mount-home",
+    ]
+
+
+def _setup(cluster: Cluster, context: JobContext) -> Iterator[str]:
     if cluster.setup_script is not None:
         yield f"# shellcheck disable=SC1090,SC1091\n. {_quote(cluster.setup_script)}"
     yield from (f"module load {shlex.quote(module)}" for module in cluster.modules)
     if cluster.environment:
         yield f"# Sets {', '.join(cluster.environment)}; their values stand in no script."
-        yield f"# shellcheck disable=SC1090,SC1091\n. {_quote(where.place.environment_file)} || exit 1"
+        yield f"# shellcheck disable=SC1090,SC1091\n. {_quote(context.folders.environment_file)} || exit 1"
     if cluster.agent != "torchrun":
         yield f"export MINITRON_AGENT={shlex.quote(cluster.agent)}"
 
 
-def _srun(job: Job, cluster: Cluster, where: Scripted) -> str:
-    program = where.program if cluster.container.runtime == "none" else cluster.command or IN_CONTAINER
-    # The stage is a variable of the script: an array has one script for all.
-    command = inside([program, "stage", str(where.recipe_file)], cluster, job.environment, where.place)
+def _srun(job: Job, cluster: Cluster, context: JobContext) -> str:
+    program = context.program if cluster.container.runtime == "none" else cluster.command or PROGRAM
+    # The stage is a variable of the script, because all tasks of an array share one script.
+    command = inside([program, "stage", str(context.recipe_file)], cluster, job.environment, context.folders)
     words = ["srun", f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-    words += [f"--cpus-per-task={job.asked.cpus_per_node}"] if job.asked.cpus_per_node else ["--cpu-bind=none"]
-    words += [*srun_options(cluster, job.environment, where.place), *command]
+    words += [f"--cpus-per-task={job.resources.cpus_per_node}"] if job.resources.cpus_per_node else ["--cpu-bind=none"]
+    words += [*srun_options(cluster, job.environment, context.folders), *command]
     return " \\\n    ".join(shlex.quote(word) for word in words) + ' \\\n    "$stage"'
 
 

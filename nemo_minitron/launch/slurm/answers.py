@@ -1,6 +1,6 @@
-"""What Slurm's programs print, as real sites print it: with banners, colors, header lines and odd states.
+"""Parsers for the output of Slurm's programs, which sites extend with banners, colors, header lines and odd states.
 
-Pure functions. A line that is not understood is left out, never guessed at.
+Pure functions. A line that does not parse is left out.
 """
 
 from __future__ import annotations
@@ -9,26 +9,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-ENDED = (
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "BOOT_FAIL",
-    "DEADLINE",
-    "PREEMPTED",
-    "REVOKED",
-    "LAUNCH_FAILED",
-    "RECONFIG_FAIL",
-)
-FORGOTTEN, UNKNOWN = "FORGOTTEN", "UNKNOWN"
-"""Of a job that Slurm no longer knows, and of one that it did not answer for."""
+from nemo_minitron.launch.base import ENDED, JobState
+
 CONTAINER_OPTION = "--container-image"
 """Option that the pyxis plugin adds to srun."""
 MOST_INDICES = 10_000
-"""Longer ranges of an array stay one line."""
+"""Job arrays with more indices than this stay one entry."""
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 _SUBMITTED = re.compile(
     r"(?:Submitted batch job )?([1-9][0-9]{0,18})(?:;([A-Za-z0-9_.-]+)| on cluster ([A-Za-z0-9_.-]+))?"
@@ -52,7 +38,7 @@ UNUSABLE = (
     "unknown",
     "error",
 )
-"""States of nodes that take no job, without their suffix."""
+"""States of nodes that take no job, without the suffix that sinfo adds."""
 
 
 def has_pyxis(srun_help: str) -> bool:
@@ -61,26 +47,8 @@ def has_pyxis(srun_help: str) -> bool:
 
 
 @dataclass(frozen=True)
-class JobState:
-    """One job, or one index of an array, as Slurm sees it."""
-
-    job_id: str
-    state: str
-    reason: str = ""
-    used: str = ""
-    left: str = ""
-    nodes: str = ""
-    restarts: int = 0
-
-    @property
-    def is_active(self) -> bool:
-        """Whether the job waits, runs or is about to end."""
-        return self.state not in ENDED and self.state not in (FORGOTTEN, UNKNOWN)
-
-
-@dataclass(frozen=True)
 class Partition:
-    """A partition as sinfo describes it; minutes, and what its best node has."""
+    """A partition as sinfo describes it: its time limit, and the GPUs, cores and memory of its largest node."""
 
     name: str
     is_up: bool
@@ -90,45 +58,45 @@ class Partition:
     cpus: int | None = None
     mem_mib: int | None = None
     usable: int | None = None
-    """Nodes that are not down or drained; None where sinfo did not say."""
+    """Nodes that are not down or drained; None where sinfo did not list states."""
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines without colors, carriage returns and blanks at their ends; empty ones are left out."""
+    """Return the lines that are not empty, without colors, carriage returns and surrounding blanks."""
     plain = _ANSI.sub("", text).replace("\r", "\n")
     return [line.strip() for line in plain.split("\n") if line.strip()]
 
 
 def submitted_ids(answer: str) -> list[str]:
-    """Every line of sbatch's answer that is a job id, as `NUMBER` or `NUMBER;CLUSTER`; the last one counts."""
+    """Return every line of sbatch's output that is a job id, as `NUMBER` or `NUMBER;CLUSTER`."""
     found = [_SUBMITTED.fullmatch(line) for line in lines_of(answer)]
     return [with_cluster(match[1], match[2] or match[3]) for match in found if match]
 
 
 def split_id(job_id: str) -> tuple[str, str | None]:
-    """The number of a job and its cluster, if sbatch named one."""
+    """Split an id into the number of the job and its cluster, if sbatch named one."""
     number, _, cluster = job_id.partition(";")
     return number, cluster or None
 
 
 def with_cluster(number: str, cluster: str | None) -> str:
-    """What `split_id` takes apart."""
+    """Join a job number and a cluster; the inverse of `split_id`."""
     return f"{number};{cluster}" if cluster else number
 
 
 def job_states(answer: str, number: str) -> list[JobState]:
-    """The states of job `number` from squeue's lines of `id|state|reason|used|left|nodes|restarts`."""
+    """Parse the states of job `number` from squeue's lines of `id|state|reason|used|left|nodes|restarts`."""
     return [state for fields in _rows(answer, number, 7) for state in _expanded(fields)]
 
 
 def accounted_states(answer: str, number: str) -> list[JobState]:
-    """The same from sacct's lines of `id|state|elapsed|nodes`."""
+    """Parse the states of job `number` from sacct's lines of `id|state|elapsed|nodes`."""
     rows = _rows(answer, number, 4)
     return [state for job_id, word, used, nodes in rows for state in _expanded([job_id, word, "", used, "", nodes, ""])]
 
 
 def queued_commands(answer: str) -> list[tuple[str, str]]:
-    """(number, command) from squeue's lines of `number|command`."""
+    """Parse (number, command) from squeue's lines of `number|command`."""
     found = [re.fullmatch(r"([1-9][0-9]{0,18})\s*\|\s*(.+)", line) for line in lines_of(answer)]
     return [(match[1], match[2]) for match in found if match]
 
@@ -155,14 +123,14 @@ def _expanded(fields: list[str]) -> Iterator[JobState]:
 
 
 def _whole_state(name: str, word: str) -> str:
-    """The state of a word that Slurm has cut off with a `+`, such as OUT_OF_ME+."""
+    """Complete a state that Slurm has cut off with a `+`, such as OUT_OF_ME+."""
     if f"{name}+" not in word:
         return name
     return next((ended for ended in ENDED if ended.startswith(name)), name)
 
 
 def _indices(ranges: str) -> list[str]:
-    """`4-7,9-13:2%2` -> 4 5 6 7 9 11 13; what is cut off with dots or too long stays as it stands."""
+    """Expand `4-7,9-13:2%2` to 4 5 6 7 9 11 13; ranges that are cut off with dots or too long stay one entry."""
     found: list[str] = []
     for part in ranges.partition("%")[0].split(","):
         match = _RANGE.fullmatch(part.strip())
@@ -177,7 +145,7 @@ def _indices(ranges: str) -> list[str]:
 
 
 def partitions(sinfo: str) -> dict[str, Partition]:
-    """From lines of `%R|%a|%l|%G|%D`, and `|%c|%m|%t` where sinfo gives them; the best node of each counts."""
+    """Parse lines of `%R|%a|%l|%G|%D`, with `|%c|%m|%t` where sinfo prints them; keep the maximum over nodes."""
     found: dict[str, Partition] = {}
     for line in lines_of(sinfo):
         part = _partition([word.strip() for word in line.split("|")])
@@ -218,7 +186,7 @@ def _joined(before: Partition, part: Partition) -> Partition:
 
 
 def _number(word: str) -> int | None:
-    """`64` or `64+`, as sinfo writes the least of several nodes."""
+    """Parse `64`, or `64+`, which sinfo prints for the minimum over several nodes."""
     match = re.fullmatch(r"([0-9]{1,12})\+?", word)
     return int(match[1]) if match else None
 
@@ -228,29 +196,29 @@ def _most(one: int | None, other: int | None) -> int | None:
 
 
 def partition_names(sinfo: str) -> list[str]:
-    """Each name that `sinfo --format=%R` prints, once."""
+    """Return each partition that `sinfo --format=%R` prints, once."""
     return sorted(
         {line for line in lines_of(sinfo) if re.fullmatch(r"[A-Za-z0-9_.+-]*[A-Za-z0-9][A-Za-z0-9_.+-]*", line)}
     )
 
 
 def default_partition(sinfo: str) -> str | None:
-    """The name that `sinfo --format=%P` marks with a star."""
+    """Return the partition that `sinfo --format=%P` marks with a star."""
     names = [line[:-1] for line in lines_of(sinfo) if re.fullmatch(r"[\w.+-]+\*", line)]
     return names[0] if names else None
 
 
 def minutes_of(limit: str) -> int | None:
-    """Minutes of Slurm's `[days-]hours:minutes:seconds` or `minutes:seconds`; None for no limit.
+    """Convert Slurm's `[days-]hours:minutes:seconds` or `minutes:seconds` to minutes; None for no limit.
 
     Raises:
-        ValueError: the text is no time.
+        ValueError: the text is not a time.
     """
     if limit.lower() in ("infinite", "unlimited", "n/a", "not_set", "partition_limit"):
         return None
     match = re.fullmatch(r"(?:([0-9]{1,6})-)?([0-9]{1,6}(?::[0-9]{1,2}){0,2})", limit)
     if match is None:
-        raise ValueError(f"{limit!r} is no time of Slurm's")
+        raise ValueError(f"{limit!r} is not a time in one of Slurm's formats")
     days, clock = match[1], match[2]
     parts = [int(part) for part in clock.split(":")]
     if days:

@@ -1,0 +1,53 @@
+"""`minitron check`: every mistake in a recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nemo_minitron import api
+from nemo_minitron.cli.arguments import Overrides, RecipeFile
+from nemo_minitron.cli.output import console, print_warnings
+from nemo_minitron.errors import EnvironmentProblem
+
+if TYPE_CHECKING:
+    from nemo_minitron.config.recipe import Recipe
+
+STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
+
+
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    cluster: Annotated[bool, typer.Option(help="Inspect the cluster too, as far as it is visible from here.")] = False,
+) -> None:
+    """Find every mistake in a recipe. Needs no GPU, no torch, no network."""
+    from nemo_minitron.plan.checks import require_valid
+    from nemo_minitron.plan.epochs import epoch_warnings
+
+    plan = api.load_plan(recipe, overrides, checked=False)
+    try:
+        if cluster:
+            _check_cluster(plan.recipe)
+    finally:
+        # The cluster's findings are printed by now; the recipe's own problems are reported in any case.
+        require_valid(plan)
+    print_warnings(epoch_warnings(plan))
+    console.say(f"{plan.recipe.name}: {len(plan.calls)} stages", "ok", "green")
+
+
+def _check_cluster(recipe: Recipe) -> None:
+    """Print what can be seen of the cluster from here.
+
+    Raises:
+        EnvironmentProblem: the cluster lacks something that the recipe needs.
+    """
+    from nemo_minitron.launch.probe import probe
+
+    findings = probe(recipe)
+    for found in findings:
+        console.say(found.text, found.level, STYLES[found.level])
+    wrong = [found.text for found in findings if found.level == "problem"]
+    if wrong:
+        raise EnvironmentProblem(f"The cluster cannot take this recipe: {len(wrong)} problems, above.")

@@ -1,0 +1,52 @@
+"""`minitron stage`: run one stage of a composed recipe, as the jobs of `minitron launch` do."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nemo_minitron.errors import ConfigError, Interrupted, MinitronError, ProcessesDied
+from nemo_minitron.system.disclosure import masked
+
+if TYPE_CHECKING:
+    from nemo_minitron.config.recipe import Recipe
+
+
+def stage(
+    recipe_json: Annotated[Path, typer.Argument(help="The composed recipe of a submission.")],
+    name: Annotated[str, typer.Argument(help="The stage.")],
+) -> None:
+    """Run one stage of a composed recipe. The jobs of `launch` call this on every node."""
+    from nemo_minitron.execution.job import run_in_job
+
+    failed = os.environ.get("MINITRON_FAILED_FILE")
+    try:
+        run_in_job(_read_composed(recipe_json), name)
+    except (Interrupted, ProcessesDied):
+        raise
+    except MinitronError as error:
+        # The job's script finds this file and does not retry, because only the user can repair the cause.
+        if failed:
+            Path(failed).write_text(f"{masked(str(error))}\n")
+        raise
+
+
+def _read_composed(file: Path) -> Recipe:
+    from pydantic import ValidationError
+
+    from nemo_minitron.config.recipe import Recipe
+
+    try:
+        return Recipe.model_validate(json.loads(file.read_text()))
+    except FileNotFoundError:
+        raise ConfigError(f"There is no {file}.", next_step="Submit again with `minitron launch`.") from None
+    except (ValidationError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"This is no composed recipe of this version: {str(error).splitlines()[0]}",
+            where=str(file),
+            next_step="Submit again with `minitron launch`.",
+        ) from None

@@ -1,0 +1,1 @@
+"""The launcher for this machine and this Python environment."""
