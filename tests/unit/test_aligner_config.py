@@ -68,7 +68,7 @@ def _check(minitron: Cli, tmp_path: Path, *overrides: str) -> str:
         ("stages.dpo.inputs.chats=chat_data", "has rows: conversations, not pairs"),
         ("stages.sft.warmup_steps=40", "must be fewer than num_steps"),
         ("stages.sft.min_lr=1.0", "above lr"),
-        ("+execution.parallel_by_stage.sft.pp=3", "as many layers in every pipeline stage"),
+        ("+execution.parallel_by_stage.sft.pp=3", "the same number of layers in every pipeline stage"),
         ("stages.dpo.preference_loss=rpo", "rpo_bwd_kl"),
     ],
 )

@@ -1,4 +1,4 @@
-"""SteerLM 2.0: several answers to each prompt, weighted by how well they fit the attributes asked for."""
+"""SteerLM 2.0: several answers to each prompt, weighted by how well they match the requested attributes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training import train as train_with
 
 
 def train(task: Task) -> dict[str, Any]:
-    """Train SteerLM 2.0. docs/explanation/alignment.md describes the rows: system, prompt_turns, label, responses."""
+    """Train on rows {"system", "prompt_turns", "label", "responses"} of NeMo-Aligner; see docs/explanation/alignment.md."""
     return train_with(task, "sft", GPTSteerLMModel, _loaders, SupervisedTrainer)
 
 
