@@ -167,7 +167,7 @@ def complete_config(
             optim.pop(key, None)
     empty = [key for key, value in flat(config).items() if value == TO_FILL]
     if empty:
-        raise AssertionError(f"nobody filled {empty} of {method}.yaml")
+        raise AssertionError(f"no value for {empty} of {method}.yaml")
     return config
 
 

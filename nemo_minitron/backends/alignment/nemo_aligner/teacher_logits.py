@@ -45,7 +45,7 @@ def cache_logits(training: Training, objective: TeacherObjective, context: TaskC
         return logits
     nemo = context.work_dir / "teacher" / "nemo"
     if not nemo.is_dir():
-        context.progress.say("the teacher goes to NeMo's format")
+        context.progress.say("converting the teacher to NeMo's format")
         _convert_teacher(training, objective.teacher_dir, nemo, context)
     for part, rows, pattern in (
         ("train", training.train_rows, logits.train),

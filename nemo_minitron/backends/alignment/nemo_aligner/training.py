@@ -93,7 +93,7 @@ def _converted(training: Training, nemo: Path, context: TaskContext, cpu: bool) 
     """Convert the input model to `nemo` unless an earlier run has done it; returns the model config."""
     settings = context.work_dir / "model_config.json"
     if not (nemo.is_dir() and settings.is_file()):
-        context.progress.say("the model goes to NeMo's format")
+        context.progress.say("converting the model to NeMo's format")
         config = convert.to_nemo(
             training.model_dir,
             nemo,

@@ -14,7 +14,7 @@ from training import train as train_with
 
 
 def train(task: Task) -> dict[str, Any]:
-    """Train on rows {"system", "prompt_turns", "label", "responses"} of NeMo-Aligner; see docs/explanation/alignment.md."""
+    """Train SteerLM 2.0. docs/explanation/alignment.md describes the rows: system, prompt_turns, label, responses."""
     return train_with(task, "sft", GPTSteerLMModel, _loaders, SupervisedTrainer)
 
 
