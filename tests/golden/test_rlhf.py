@@ -141,7 +141,7 @@ def test_scripts_are_bash_and_no_path_is_read_as_code(tmp_path: Path) -> None:
         ("ppo", ["server_layout.gpus_per_node=6"], "dp of the server = 1 * 6"),
         ("ppo", ["actor_layout.pp=3", "actor_layout.gpus_per_node=6"], "the same number of layers in every"),
         ("ppo", ["actor_layout.tp=16", "actor_layout.num_nodes=2"], "must divide the 8 query groups"),
-        ("ppo", ["actor_layout.num_nodes=2"], "needs the name of the server's first node"),
+        ("ppo", ["actor_layout.num_nodes=2"], "the host name of the server's first node"),
         ("ppo", ["max_new_tokens=4096"], "leaves no tokens for a prompt"),
         ("ppo", ["max_seq_len_tokens=262144"], "the model has 131072 positions"),
         ("ppo", ["num_rollout_prompts=20480"], "there are 20000 prompts of up to 2048 tokens"),
