@@ -1,1 +1,1 @@
-"""How good a model is."""
+"""Measurements of a model's quality and speed."""

@@ -1,4 +1,4 @@
-"""A model that is measured through transformers is the model that Megatron trains: their logits are compared first."""
+"""Comparison of transformers' logits with Megatron's, so that the measured model is the model that is trained."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ if TYPE_CHECKING:
 LIMIT = 1e-3
 """Largest accepted difference of two logits, for logits whose standard deviation is between 1 and 10."""
 POSITIONS = (*range(24), *range(240, 264), *range(2000, 2024))
-"""Of the tokens that are compared. Distances of 2000 show a wrong rope base, and scaling that only turns wavelengths
-above 8192 positions. Much larger ones would show how fp32 rounds the angles instead."""
+"""Positions of the compared tokens. Distances of 2000 reveal a wrong rope base, and rope scaling that only changes
+wavelengths above 8192 positions. Much larger distances would measure the fp32 rounding of the angles instead."""
 LAYER_PARAMETERS = 2**25
-"""As many layers are compared as fit in here, and two at least: all layers have the same code and the same config."""
+"""Parameters of the compared layers, at most; at least two layers are compared. All layers share code and config."""
 PROBE_VERSION = 1
-"""Raised when what was compared before has to be compared again."""
+"""Increase this to repeat comparisons that were made before."""
 
 
 def load_compared(
     model_dir: Path, precision: str, device: str, *, memory: Path | None, session: Session | None = None
 ) -> Any:
-    """The model in transformers, in eval mode, after its logits have been compared with Megatron's.
+    """Compare the logits of transformers and Megatron, and return the model in transformers, in eval mode.
 
     Args:
-        memory: file that remembers what has been compared; None: nothing does.
+        memory: file with the comparisons that were made before; None: compare again, and record nothing.
         session: the open Megatron session of this process, if there is one.
 
     Raises:
         CheckpointError: the folder is not a complete, supported model.
-        NumericsError: transformers and Megatron do not compute the same.
+        NumericsError: transformers and Megatron do not compute the same logits.
     """
     require_agreement(model_dir, memory, session)
     return load_for_inference(model_dir, precision, device)
 
 
 def memory_of(model_dir: Path) -> Path | None:
-    """Where the comparison of a model is remembered: in the run that published it, else in the user's cache.
+    """Return the file that records a model's comparison: in the run that published it, else in the user's cache.
 
-    None: the user has no home folder, so the model is compared each time.
+    Returns None if the user has no home folder; then the model is compared each time.
     """
     if (model_dir / "manifest.json").is_file():
         return model_dir.resolve().parent / COMPARED / LOGITS_FILE
@@ -66,10 +66,10 @@ def memory_of(model_dir: Path) -> Path | None:
 
 
 def require_agreement(model_dir: Path, memory: Path | None, session: Session | None = None) -> None:
-    """transformers and Megatron compute the same logits of this folder; asked once for each state of its files.
+    """Compare the logits of transformers and Megatron for this folder, once for each state of its files.
 
     Raises:
-        NumericsError: they do not, or the logits are not finite.
+        NumericsError: the logits differ, or are not finite.
     """
     checkpoint = Checkpoint.open(model_dir)
     key, known = _identity(checkpoint), {} if memory is None else read_record(memory)
@@ -81,7 +81,7 @@ def require_agreement(model_dir: Path, memory: Path | None, session: Session | N
 
 
 def _identity(checkpoint: Checkpoint) -> str:
-    """Changes with the config, the files of the weights, and the code on both sides."""
+    """Return a hash of the config, the weight files, and the versions of the code on both sides."""
     facts = {
         "probe": PROBE_VERSION,
         "versions": [__version__, *(installed_version(name) for name in ("torch", "transformers", "megatron-core"))],
@@ -92,7 +92,7 @@ def _identity(checkpoint: Checkpoint) -> str:
 
 
 def _compare(checkpoint: Checkpoint, session: Session | None) -> dict[str, float]:
-    """{difference, limit}. Raises as `require_agreement`."""
+    """Compare the logits and return {difference, limit}; raises as `require_agreement`."""
     from nemo_minitron.backends.megatron.model.probe import ask
 
     probe = make_probe(checkpoint.shape)
@@ -108,12 +108,12 @@ def _compare(checkpoint: Checkpoint, session: Session | None) -> dict[str, float
         raise NumericsError(
             "The model's logits are not finite.",
             where=str(checkpoint.path),
-            next_step="The weights hold NaN or infinite values. Take the last checkpoint before the loss went wrong.",
+            next_step="The weights contain NaN or infinite values. Use the last checkpoint before the loss diverged.",
         )
-    reading = "; ".join(differs) or "Both read config.json alike"
+    reading = "; ".join(differs) or "Both read the same values from config.json"
     raise NumericsError(
-        "transformers and Megatron do not compute the same logits for this model, so what is measured would not be "
-        f"what is trained: they differ by up to {difference:.3g}. {reading}.",
+        "transformers and Megatron do not compute the same logits for this model, so the measured model would differ "
+        f"from the trained one: the logits differ by up to {difference:.3g}. {reading}.",
         where=str(checkpoint.path),
         allowed=f"a difference of at most {limit:.3g}",
         next_step="Correct config.json, or install another version of transformers (here: "
@@ -122,10 +122,10 @@ def _compare(checkpoint: Checkpoint, session: Session | None) -> dict[str, float
 
 
 def make_probe(shape: ModelShape) -> Probe:
-    """Token ids from all over the vocabulary, the first and the last among them."""
+    """Return a probe with token ids from the whole vocabulary, including the first and the last one."""
     from nemo_minitron.backends.megatron.model.probe import Probe
 
-    # Neither Megatron nor this probe looks back further than a sliding window.
+    # The probe is no longer than a sliding window, beyond which Megatron does not attend.
     size = min(len(POSITIONS), shape.sliding_window_tokens or len(POSITIONS))
     tokens = [(number * 7919 + number * number * 31) % shape.vocab_size for number in range(size)]
     tokens[-1] = shape.vocab_size - 1
@@ -135,26 +135,27 @@ def make_probe(shape: ModelShape) -> Probe:
 
 @torch.inference_mode()
 def transformers_logits(model: Any, probe: Probe) -> Tensor:
-    """[tokens, vocabulary]."""
+    """Return the logits of the probe, [tokens, vocabulary]."""
     ids, positions = torch.tensor([probe.tokens]), torch.tensor([probe.positions])
-    # Without a mask, transformers takes gaps between positions for the borders of packed texts.
+    # Without a mask, transformers treats gaps between positions as the boundaries of packed texts.
     mask = torch.ones_like(ids)
     logits: Tensor = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
     return logits[0]
 
 
 def accepted_difference(logits: Tensor) -> float:
-    """LIMIT, or a thousandth of the spread where logits are small, or a ten-thousandth where they are large.
+    """Return the largest accepted difference: LIMIT, scaled for logits with a small or large standard deviation.
 
-    A loss changes by as much as its logits do, so the limit is absolute for what trained models answer. Logits in the
-    hundreds carry fp32's rounding of hundreds; of logits near zero a thousandth would hide any difference.
+    A loss changes by as much as its logits, so the limit is absolute for logits of trained models. It grows with a
+    standard deviation above 10, as the fp32 rounding error does, and shrinks with one below 1, where LIMIT would hide
+    any difference.
     """
     spread = float(logits.std())
     return LIMIT * min(spread, max(1.0, spread / 10))
 
 
 def different_readings(model: Any, shape: ModelShape, rope_frequencies: Tensor) -> list[str]:
-    """What transformers' model has otherwise than the shape that Megatron is built from."""
+    """Return the settings of transformers' model that differ from the shape that Megatron is built from."""
     inner = model.base_model
     attention, norm = inner.layers[0].self_attn, inner.norm
     is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -184,5 +185,5 @@ def _different_rope(found: Tensor, expected: Tensor) -> list[str]:
 
 
 def _rope_base(frequencies: Tensor) -> float:
-    """From the second frequency, which no supported scaling changes."""
+    """Return the rope base, computed from the second frequency, which no supported scaling changes."""
     return float(frequencies[1].double() ** -len(frequencies)) if len(frequencies) > 1 else 1.0

@@ -1,4 +1,4 @@
-"""How likely a model finds given answers, and what it answers itself; through transformers."""
+"""Log-probabilities of given answers, and generation of answers, with transformers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Sequences = Sequence[tuple[list[int], list[int]]]
 """Token ids of prompts and of answers."""
 TOKENS_PER_BATCH, PROMPTS_PER_BATCH = 2048, 16
 PADDING = 0
-"""Never seen: it is masked before a prompt, and follows the end of an answer. A tokenizer's own padding token may lie
-outside the embeddings."""
+"""Token id for padding. Its value has no effect: it is masked before a prompt and comes after the end of an answer. The
+tokenizer's own padding token may be outside the embeddings."""
 
 
 @torch.inference_mode()
 def answer_log_probs(model: Any, sequences: Sequences, progress: Progress, what: str) -> list[float]:
-    """log p(answer | prompt) of each, nats, summed over its tokens; batches hold answers of like length."""
+    """Return log p(answer | prompt) in nats, summed over the tokens of each answer; batches hold similar lengths."""
     order = sorted(range(len(sequences)), key=lambda index: sum(map(len, sequences[index])))
     found: dict[int, float] = {}
     with progress.bar(what, len(order), "answers") as bar:
@@ -34,7 +34,7 @@ def answer_log_probs(model: Any, sequences: Sequences, progress: Progress, what:
 def _batches(order: Sequence[int], sequences: Sequences) -> list[list[int]]:
     out: list[list[int]] = [[]]
     for index in order:
-        # Sorted by length: the newest is the longest.
+        # The order is by length, so the current sequence is the longest.
         if out[-1] and (len(out[-1]) + 1) * sum(map(len, sequences[index])) > TOKENS_PER_BATCH:
             out.append([])
         out[-1].append(index)
@@ -50,9 +50,9 @@ def _log_probs(model: Any, batch: Sequences) -> list[float]:
         tokens[row, :size] = torch.tensor(prompt + answer)
         answers[row, len(prompt) : size] = True
     tokens, answers = tokens.to(model.device), answers.to(model.device)
-    # Padding is on the right: causal attention never looks at it.
+    # Padding is on the right, where causal attention does not see it.
     hidden: Tensor = model.base_model(tokens[:, :-1]).last_hidden_state
-    # The output layer is most of a small model's work, and only what precedes an answer's token needs it.
+    # The output layer is most of a small model's work, and only positions before an answer's token need it.
     wanted = answers[:, 1:]
     logits: Tensor = model.get_output_embeddings()(hidden[wanted]).float()
     at_next = logits.log_softmax(-1).gather(-1, tokens[:, 1:][wanted][:, None])[:, 0]
@@ -69,7 +69,7 @@ def greedy_answers(
     progress: Progress,
     spelled_stop: str | None = None,
 ) -> list[tuple[str, int]]:
-    """(text, its tokens) for each prompt, up to the end of the turn: an eos token, or the text `spelled_stop`."""
+    """Return (text, number of tokens) of each answer, up to an end token or the text `spelled_stop`."""
     from transformers import GenerationConfig
 
     stops = turn_ends(model, tokenizer)
@@ -80,7 +80,7 @@ def greedy_answers(
         pad_token_id=PADDING,
         stop_strings=None if spelled_stop is None else [spelled_stop],
     )
-    # Of like length: the padding of a batch is work for nothing.
+    # Batches of similar length need little padding.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found: dict[int, tuple[str, int]] = {}
     with progress.bar("answers", len(prompts), "answers") as bar:
@@ -95,14 +95,14 @@ def greedy_answers(
 
 
 def turn_ends(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: those of the model, and the tokenizer's eos."""
+    """Return the tokens that end an answer: the model's end tokens and the tokenizer's eos token."""
     found = model.generation_config.eos_token_id
     ends = {*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id}
     return sorted(ends - {None})
 
 
 def _before(stop: str | None, tokens: list[int], tokenizer: Any) -> tuple[str, int]:
-    """(the text before `stop`, its tokens)."""
+    """Return (text before `stop`, number of its tokens)."""
     text: str = tokenizer.decode(tokens, skip_special_tokens=True)
     if stop is None or stop not in text:
         return text, len(tokens)
@@ -113,7 +113,7 @@ def _before(stop: str | None, tokens: list[int], tokenizer: Any) -> tuple[str, i
 
 
 def _continued(model: Any, tokenizer: Any, prompts: Sequence[list[int]], config: Any) -> list[list[int]]:
-    """New tokens for each prompt, with padding behind the end of the shorter ones."""
+    """Return the new tokens for each prompt; shorter answers are padded at the end."""
     longest, padding = max(map(len, prompts)), config.pad_token_id
     ids = torch.tensor([[padding] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
     seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)

@@ -1,4 +1,4 @@
-"""Figures of aligned models, from numbers. Pure."""
+"""Metrics of aligned models, as pure functions of numbers and texts."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
 
 
 def preference_metrics(chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, float | None]:
-    """How often, and by how much (nats), the chosen answer is ahead; with standard errors over the pairs.
+    """Return how often the chosen answer has the higher value, and the mean margin in nats, with standard errors.
 
-    One pair has no standard error: None.
+    Standard errors are over the pairs, and None for a single pair.
 
     Args:
-        chosen, rejected: implicit rewards log pi / pi_ref, or log-probabilities, of at least one pair. Equal ones count
-            as half.
+        chosen, rejected: implicit rewards log pi / pi_ref, or log-probabilities, of at least one pair. Equal values
+            count as half.
     """
     margin = np.asarray(chosen) - np.asarray(rejected)
     ahead = (margin > 0) + 0.5 * (margin == 0)
@@ -41,14 +41,14 @@ def _standard_error(values: NDArray[Any]) -> float | None:
 
 
 def final_answer(text: str) -> str | None:
-    """The number behind `####`, as GSM8K marks it (2110.14168); without the mark the last number."""
+    """Return the number after `####`, the mark of GSM8K (2110.14168), or the last number of a text without the mark."""
     marked = _FINAL.findall(text)
     found = marked or _NUMBER.findall(text)
     return found[-1].replace(",", "").rstrip(".") if found else None
 
 
 def is_exact_match(text: str, wanted: str) -> bool:
-    """Whether both end in the same number."""
+    """Return whether both texts have the same final answer."""
     one, other = final_answer(text), final_answer(wanted)
     try:
         return one is not None and other is not None and float(one) == float(other)
@@ -57,10 +57,10 @@ def is_exact_match(text: str, wanted: str) -> bool:
 
 
 def rank_correlation(levels: Sequence[Sequence[float]], lengths: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Spearman's rank correlation of lengths with asked levels, over all answers; error bar by bootstrap of prompts.
+    """Return Spearman's rank correlation of lengths with requested levels; standard error by bootstrap over prompts.
 
     Args:
-        levels, lengths: [prompts][levels].
+        levels, lengths: requested level and length of each answer, [prompts][levels].
     """
     x, y = np.asarray(levels, dtype=float), np.asarray(lengths, dtype=float)
     generator = np.random.default_rng(SEED)
@@ -70,7 +70,7 @@ def rank_correlation(levels: Sequence[Sequence[float]], lengths: Sequence[Sequen
 
 
 def _spearman(x: NDArray[Any], y: NDArray[Any]) -> float:
-    """Spearman's rank correlation; 0 where one side is constant and has no order."""
+    """Return Spearman's rank correlation, or 0 if one side is constant."""
     if x.std() == 0 or y.std() == 0:
         return 0.0
     return float(stats.spearmanr(x, y).statistic)

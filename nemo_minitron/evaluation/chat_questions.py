@@ -1,4 +1,4 @@
-"""What an evaluation of chats asks a model, rendered with its chat template."""
+"""Prompts of a chat evaluation, rendered with the model's chat template."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Tokens = list[int]
 
 @dataclass(frozen=True)
 class Questions:
-    """All that the model is asked, as token ids. Made before the model is loaded, so that mistakes show early."""
+    """All prompts of an evaluation, as token ids; made before the model is loaded, so that errors appear early."""
 
     heldout: HeldOut
     generated: list[tuple[Row, int | None, Tokens]]
@@ -35,7 +35,7 @@ class Questions:
     samples: list[tuple[str, Tokens]]
 
     def left_out(self) -> list[str]:
-        """Sentences on rows and instructions that are not measured."""
+        """Return sentences about rows and instructions that are not measured."""
         bad = self.bad_instructions
         out = [self.heldout.left_out()] if len(self.heldout.rows) < self.heldout.bad.num_rows else []
         if bad.num_bad:
@@ -46,23 +46,23 @@ class Questions:
 def prepare(
     params: ChatEvaluation, chats: Artifact, template: ChatTemplate, *, name: str, assets_dir: Path
 ) -> Questions:
-    """Render all that an evaluation asks.
+    """Render all prompts of an evaluation.
 
     Args:
-        chats: the rows.
-        name: of the evaluation, for messages.
+        chats: artifact with the rows.
+        name: name of the evaluation stage, for error messages.
 
     Raises:
         DataError: too many rows or instructions do not fit the template, or none is left.
-        EnvironmentProblem: the checkers of instructions are not installed.
+        EnvironmentProblem: lm-eval's checkers of instructions are not installed.
     """
     where = f"stages.{name}"
-    if _asks_attributes(params) and "attributes" not in template.jinja:
+    if _requests_attributes(params) and "attributes" not in template.jinja:
         raise DataError(
-            "The chat template of the model has no place for attributes, so that asking for them changes nothing.",
+            "The model's chat template has no attributes, so requesting them would have no effect.",
             where=where,
             allowed="template = chatml, llama3, extra_id, or a model that was trained with one of these",
-            next_step="Choose the template of the training, or leave out vary_attribute and other_attributes.",
+            next_step="Choose the template of the training, or remove vary_attribute and other_attributes.",
         )
     heldout = read_heldout(chats.path, chats.result["rows"], template, params, stage=chats.stage, where=where)
     generated = _rows_to_answer(params, heldout, template) if chats.result["rows"] != "pairs" else []
@@ -70,14 +70,14 @@ def prepare(
     return Questions(heldout, generated, instructions, bad, _sample_prompts(params, template, where))
 
 
-def _asks_attributes(params: ChatEvaluation) -> bool:
+def _requests_attributes(params: ChatEvaluation) -> bool:
     return params.vary_attribute is not None or bool(params.other_attributes)
 
 
 def _rows_to_answer(
     params: ChatEvaluation, heldout: HeldOut, template: ChatTemplate
 ) -> list[tuple[Row, int | None, Tokens]]:
-    """Prompts of the first `num_generated` questions; a question with many answers is asked once."""
+    """Return the prompts of the first `num_generated` questions; a question with several answers is used once."""
     first_rows: dict[str, Row] = {}
     for row in heldout.rows:
         first_rows.setdefault(question(row), row)
@@ -117,15 +117,15 @@ def _sample_prompts(params: ChatEvaluation, template: ChatTemplate, where: str) 
         try:
             out.append((text, _prompt([{"role": "user", "content": text}], _attributes(params), template)))
         except BadRow as reason:
-            raise DataError(f"The prompt cannot be asked: {reason}", where=f"{where}.prompts.{number}") from reason
+            raise DataError(f"The prompt cannot be used: {reason}", where=f"{where}.prompts.{number}") from reason
     return out
 
 
 def _prompt(messages: Sequence[Message], attributes: Mapping[str, float], template: ChatTemplate) -> Tokens:
-    """Token ids of a prompt.
+    """Return the token ids of a prompt.
 
     Raises:
-        BadRow: the template refuses it, or a text holds one of its markers.
+        BadRow: the template cannot render it, or a text contains one of its markers.
     """
     template.require_no_marker(messages)
     ids = template.ids(template.prompt(messages, attributes or None))

@@ -1,4 +1,4 @@
-"""Load a multiple-choice task of lm-eval."""
+"""Loading of multiple-choice tasks of lm-eval as token ids."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from nemo_minitron.evaluation.tasks import data_errors, offline, offline_name, q
 from nemo_minitron.pruning.choice_task import ChoiceTask
 
 METRICS = ("acc_norm", "acc")
-"""What a task is judged by: the first of these that it has."""
+"""Metrics by priority: a task is measured by the first one that it has."""
 
 
 def load_choice_task(name: str, tokenizer: Any, *, data_dir: Path | None, limit: int | None) -> ChoiceTask:
-    """Questions and answers of a task, zero-shot, from the first example on.
+    """Load the questions and answers of a task, zero-shot.
 
     Args:
-        data_dir: folder with <task>/validation.arrow; None lets lm-eval fetch from the hub.
+        data_dir: folder with <task>/validation.arrow; None: lm-eval fetches the data from the hub.
+        limit: maximum number of examples, from the first on; None: all.
 
     Raises:
-        PlanError: lm-eval does not know the task, it is no multiple-choice task, or has no offline data.
+        PlanError: lm-eval does not have the task, or it is not a multiple-choice task or has no offline data.
         DataError: offline data that cannot be read.
     """
     from lm_eval.tasks import TaskManager, get_task_dict
@@ -39,20 +40,19 @@ def load_choice_task(name: str, tokenizer: Any, *, data_dir: Path | None, limit:
             raise PlanError(f"Task {name} is not a multiple-choice task.", where="depth_task.name")
         task.build_all_requests(limit=limit, rank=0, world_size=1)
     if not task.instances:
-        raise DataError(f"Task {name} has no example.", where=str(data_dir or "the hub"))
+        raise DataError(f"Task {name} has no examples.", where=str(data_dir or "the hub"))
     instances = tuple(sorted(task.instances, key=lambda instance: (instance.doc_id, instance.idx)))
     metric = next((metric for metric in METRICS if metric in task.aggregation()), None)
     if metric is None:
-        raise PlanError(f"Task {name} has no accuracy.", where="depth_task.name", allowed=", ".join(METRICS))
+        raise PlanError(f"Task {name} has no accuracy metric.", where="depth_task.name", allowed=", ".join(METRICS))
     pairs = tuple(_encode(tokenizer, *instance.args) for instance in instances)
     return ChoiceTask(name, pairs, metric, task, instances)
 
 
 def _encode(tokenizer: Any, question: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """As lm-eval does.
+    """Tokenize a question and an answer as lm-eval does.
 
-    Spaces between the two belong to the answer, they are tokenized together, and a tokenizer that begins every text
-    with a bos token does so here.
+    Both are tokenized together. Spaces between them belong to the answer. A bos token that the tokenizer adds is kept.
     """
     spaces = len(question) - len(question.rstrip())
     if spaces:

@@ -1,8 +1,8 @@
-"""Log-likelihoods of answers, reading each question once. Pure: token ids and a model in, numbers out.
+"""Log-likelihoods of answers with a single forward pass over each question. Pure functions of token ids and a model.
 
-A multiple-choice benchmark scores several answers to one question. Scored one by one, the question is read once for
-each answer. Here a question and all its answers form one block, several blocks one sequence, and an attention mask
-lets each answer see its question and itself only: nothing is padded and nothing is read twice.
+A multiple-choice benchmark scores several answers to one question. Scored one by one, the question is processed once
+for each answer. Here a question and all its answers form one block, and several blocks form one sequence. An attention
+mask lets each answer attend to its question and itself only. Nothing is padded or processed twice.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 PACK_TOKENS = 256
-"""Length that packs are filled up to. Every token's attention is computed against the whole pack and then masked, so a
-long pack wastes work; a short one is small for the matrix products. Measured on two CPU cores with SmolLM2-135M in
-bf16: 96 tokens 20 s, 160 19 s, 256 18 s, 384 22 s, 768 25 s."""
+"""Length up to which packs are filled. Attention is computed against the whole pack and then masked, so long packs
+waste work, and short ones make matrix products small. Measured on two CPU cores with SmolLM2-135M in bf16: 96 tokens
+20 s, 160 19 s, 256 18 s, 384 22 s, 768 25 s."""
 Answer = tuple[float, bool]
-"""(summed log-likelihood in nats, whether every token is the most likely one)."""
+"""(log-likelihood in nats, summed over tokens; whether every token is the most likely one)."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One question with its answers, as token ids. `places[k]` is the number of answer k in the caller's list."""
+    """One question with its answers, as token ids. `places[k]` is the index of answer k in the caller's list."""
 
     question: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
@@ -32,24 +32,24 @@ class Block:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the model reads: the last one of an answer is predicted, not read."""
+        """Tokens that the model processes. The last token of each answer is only predicted."""
         return len(self.question) + sum(len(answer) - 1 for answer in self.answers)
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Blocks in one sequence; all but `rows` and `labels` have one number for each of its tokens."""
+    """Blocks in one sequence. All tensors except `rows` and `labels` have one number for each token."""
 
     tokens: Tensor
     positions: Tensor
     segments: Tensor
-    """Number of the answer that a token belongs to; questions have numbers of their own."""
+    """Number of the answer or question that each token belongs to."""
     parents: Tensor
-    """Segment of the question that a token's segment continues."""
+    """Number of the question that each token's segment continues."""
     rows: Tensor
-    """Where in the sequence each answer token is predicted."""
+    """Index in the sequence where each answer token is predicted."""
     labels: Tensor
-    """The tokens that are predicted there."""
+    """Tokens that are predicted at `rows`."""
 
 
 @torch.inference_mode()
@@ -60,12 +60,12 @@ def score_answers(
     pack_tokens: int = PACK_TOKENS,
     tick: Callable[[int], None] = lambda num_answers: None,
 ) -> list[Answer]:
-    """Of each (question, answer): log p(answer | question), as if each were read by itself.
+    """Return log p(answer | question) of each pair, equal to the result of scoring each pair by itself.
 
     Args:
         model: a causal model of transformers with full attention.
         pairs: token ids; neither part is empty.
-        tick: called with the number of answers that were scored since the last call.
+        tick: called with the number of answers scored since the last call.
     """
     out: list[Answer] = [(0.0, False)] * len(pairs)
     for blocks in fill_packs(group_by_question(pairs), pack_tokens):
@@ -78,7 +78,7 @@ def score_answers(
 
 
 def group_by_question(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Block]:
-    """Answers to the same question in one block, in the order in which questions come."""
+    """Put answers to the same question into one block; blocks keep the order of the questions."""
     found: dict[tuple[int, ...], list[int]] = {}
     for place, (question, answer) in enumerate(pairs):
         if not question or not answer:
@@ -91,17 +91,17 @@ def group_by_question(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> l
 
 
 def fill_packs(blocks: Sequence[Block], pack_tokens: int) -> list[list[Block]]:
-    """Longest blocks first, each into the first pack that has room; a block is never split."""
+    """Put each block, longest first, into the first pack with enough space; never split a block."""
     packs: list[list[Block]] = []
-    room: list[int] = []
+    free: list[int] = []
     for block in sorted(blocks, key=lambda block: -block.num_tokens):
-        number = next((i for i, free in enumerate(room) if free >= block.num_tokens), None)
+        number = next((i for i, tokens in enumerate(free) if tokens >= block.num_tokens), None)
         if number is None:
             packs.append([])
-            room.append(pack_tokens)
+            free.append(pack_tokens)
             number = len(packs) - 1
         packs[number].append(block)
-        room[number] -= block.num_tokens
+        free[number] -= block.num_tokens
     return packs
 
 
@@ -132,7 +132,7 @@ def pack(blocks: Sequence[Block]) -> Pack:
 
 
 def attention_mask(pack: Pack, dtype: torch.dtype) -> Tensor:
-    """[1, 1, T, T], added to the attention's logits: 0 where a token (row) sees another (column), else the least."""
+    """Return the mask to add to attention logits, [1, 1, T, T]: 0 where row attends to column, else dtype's minimum."""
     segments_T, parents_T = pack.segments, pack.parents
     size = len(segments_T)
     same_TT = segments_T[:, None] == segments_T[None, :]

@@ -1,4 +1,4 @@
-"""The model as a user of the exported folder meets it: plain transformers, and the texts that it writes."""
+"""Loading a model into transformers, and greedy generation, as a user of the exported folder does."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_for_inference(model_dir: Path, precision: str, device: str, *, num_layers: int | None = None) -> Any:
-    """The model in transformers, by our own reading of its folder. Stages call `agreement.load_compared` instead.
+    """Load the model into transformers with a config from our own reader. Stages call `load_compared` instead.
 
     Args:
-        num_layers: only so many layers, from the first on; None: all.
+        num_layers: number of layers to load, from the first on; None: all.
 
     Raises:
-        CheckpointError: the folder is not a complete, supported model, or it holds an adapter as well.
+        CheckpointError: the folder is not a complete, supported model, or it also contains an adapter.
     """
     from transformers import AutoModelForCausalLM
 
@@ -51,11 +51,11 @@ def load_for_inference(model_dir: Path, precision: str, device: str, *, num_laye
 
 
 def _require_no_adapter(model_dir: Path) -> None:
-    # transformers adds it to the weights when peft is installed; Megatron never does.
+    # transformers adds an adapter to the weights if peft is installed; Megatron never does.
     file = model_dir / "adapter_config.json"
     if file.is_file():
         raise CheckpointError(
-            "An adapter lies beside the model's weights: it is not certain which model is meant.",
+            "The folder contains an adapter beside the model's weights, so it is ambiguous which model is meant.",
             where=str(file),
             next_step="Merge the adapter into the weights, or move adapter_config.json elsewhere.",
         )
@@ -63,7 +63,7 @@ def _require_no_adapter(model_dir: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bar, and no warning that layers of the file are left out."""
+    """Turn off transformers' progress bars, and its warning about layers that are not loaded."""
     from transformers.utils import logging
 
     level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -79,7 +79,7 @@ def _quiet() -> Iterator[None]:
 
 @torch.inference_mode()
 def greedy_texts(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[dict[str, str]]:
-    """[{prompt, text}]: the most likely continuation of each prompt, token by token; no chat template."""
+    """Return [{prompt, text}] with the greedy continuation of each prompt, without a chat template."""
     from transformers import GenerationConfig
 
     ends = model.generation_config.eos_token_id

@@ -1,4 +1,4 @@
-"""Rules that a program can check ("use no comma"), as IFEval has them (2311.07911), by lm-eval's checkers."""
+"""Instructions that a program can verify ("use no comma"), from IFEval (2311.07911), checked by lm-eval's code."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from nemo_minitron.errors import DataError, EnvironmentProblem
 from nemo_minitron.system.shown import shown
 
 PUNKT = "punkt_tab"
-"""nltk's model of sentences, which some rules need and no package ships."""
+"""nltk's sentence tokenizer model, which some rules need and no package ships."""
 _PROBE = "A word, and another one."
-"""Any answer: settings that do not fit a rule are found with it before a model has answered anything."""
+"""Arbitrary answer that reveals invalid settings of a rule before a model generates answers."""
 
 
 @dataclass(frozen=True)
 class InstructionRow:
-    """A prompt, and the rules that its answer has to follow."""
+    """A prompt with the rules that its answer must follow."""
 
     prompt: str
     rules: tuple[str, ...]
     settings: tuple[Mapping[str, Any], ...]
-    """Of each rule: how many words, which keyword."""
+    """Arguments of each rule, such as a number of words or a keyword."""
     where: str = ""
-    """File and line."""
+    """File and line of the row."""
 
 
 def read_instructions(path: Path, max_rows: int, bad: BadRows | None = None) -> list[InstructionRow]:
-    """The first rows of IFEval's form: {prompt, instruction_id_list, kwargs}. Each is tried once on an answer.
+    """Read the first rows in IFEval's form, {prompt, instruction_id_list, kwargs}, and try each on an answer.
 
     Args:
-        bad: counts the rows that cannot be used, which are left out; None: the first one is an error.
+        bad: counter of unusable rows, which are skipped; None: raise an error for the first one.
 
     Raises:
-        DataError: a row without these, a rule that lm-eval does not have, or settings that do not fit it.
-        EnvironmentProblem: lm-eval's checkers, or what a rule needs, are not installed.
+        DataError: a row lacks a key, lm-eval does not have its rule, or the settings do not fit the rule.
+        EnvironmentProblem: lm-eval's checkers, or packages that a rule needs, are not installed.
     """
     known = _checkers().instructions_registry.INSTRUCTION_DICT
     out, counted = [], bad or BadRows()
@@ -83,25 +83,29 @@ def _row(raw: RawRow, known: Mapping[str, Any]) -> InstructionRow:
 
 
 def _settings(rule: Any, settings: Any, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a rule that are given."""
+    """Return the settings of a rule that are not null.
+
+    Raises:
+        BadRow: lm-eval does not have the rule, or required settings are missing.
+    """
     if not isinstance(rule, str) or rule not in known:
-        raise BadRow(f"no such rule: {shown(rule)}; known: {', '.join(sorted(known))}")
+        raise BadRow(f"unknown rule: {shown(rule)}; known: {', '.join(sorted(known))}")
     if settings is not None and not isinstance(settings, dict):
-        raise BadRow(f"kwargs holds {shown(settings)}, not an object")
-    # Tables hold every setting of every rule, most of them empty.
+        raise BadRow(f"kwargs contains {shown(settings)}, not an object")
+    # Tables have a column for every setting of every rule, most of them empty.
     kept = {key: value for key, value in (settings or {}).items() if value is not None}
-    # lm-eval would draw what is missing at random.
+    # lm-eval would choose missing settings at random.
     if missing := sorted(set(known[rule](rule).get_instruction_args_keys() or ()) - set(kept)):
         raise BadRow(f"{rule} lacks {', '.join(missing)} in its kwargs")
     return kept
 
 
 def follows(row: InstructionRow, answer: str) -> dict[str, list[bool]]:
-    """Whether the answer follows each rule: `strict`, and `loose` (without markup, first or last line).
+    """Return whether the answer follows each rule: `strict`, and `loose` (without markup, first or last line).
 
     Raises:
-        DataError: settings that do not belong to a rule.
-        EnvironmentProblem: a rule needs nltk's model of sentences, which is not here.
+        DataError: settings that do not fit a rule.
+        EnvironmentProblem: a rule needs nltk's sentence tokenizer model, which is not installed.
     """
     checkers = _checkers()
     example = checkers.InputExample(0, list(row.rules), row.prompt, [dict(each) for each in row.settings])
@@ -110,8 +114,8 @@ def follows(row: InstructionRow, answer: str) -> dict[str, list[bool]]:
         loose = checkers.test_instruction_following_loose(example, answer)
     except LookupError as error:
         raise EnvironmentProblem(
-            f"A rule of {', '.join(row.rules)} needs nltk's model of sentences.",
-            next_step=f"python -m nltk.downloader {PUNKT}, or leave these rows out.",
+            f"A rule of {', '.join(row.rules)} needs nltk's sentence tokenizer model.",
+            next_step=f"Run python -m nltk.downloader {PUNKT}, or remove these rows.",
         ) from error
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError, re.error) as error:
         raise DataError(f"Settings of {', '.join(row.rules)} do not fit: {error}", where=row.prompt[:60]) from error
@@ -119,10 +123,12 @@ def follows(row: InstructionRow, answer: str) -> dict[str, list[bool]]:
 
 
 def instruction_metrics(found: Sequence[Mapping[str, Sequence[bool]]]) -> dict[str, float]:
-    """Shares of prompts with all rules followed, and of rules; `prompt_strict_se` over the prompts.
+    """Return the share of prompts whose rules are all followed, and the share of followed rules.
+
+    `prompt_strict_se` is the standard error over the prompts.
 
     Args:
-        found: what `follows` gave, for each prompt; at least one.
+        found: results of `follows` for each prompt; at least one.
     """
     out: dict[str, float] = {"prompts": len(found)}
     for kind in ("strict", "loose"):
@@ -143,21 +149,21 @@ def _checkers() -> Any:
     except ImportError as error:
         raise EnvironmentProblem(
             f"The checkers of instructions cannot be imported: {error}",
-            next_step="pip install 'nemo-minitron[eval]', or leave `instructions` out.",
+            next_step="pip install 'nemo-minitron[eval]', or remove `instructions`.",
         ) from error
-    langdetect.DetectorFactory.seed = 0  # it guesses anew each time without
+    langdetect.DetectorFactory.seed = 0  # without a seed, its guesses vary
     return utils
 
 
 @contextmanager
 def _no_download() -> Iterator[None]:
-    """lm-eval's module fetches nltk's model when it is imported; a stage reaches for no network on its own."""
+    """Prevent lm-eval's module from downloading nltk's model at import: stages do not use the network on their own."""
     import nltk
 
     download = nltk.download
     nltk.download = lambda *args, **kwargs: False
     try:
-        with redirect_stdout(StringIO()):  # it says that it has fetched it, whatever happened
+        with redirect_stdout(StringIO()):  # it prints that it has downloaded the model in any case
             yield
     finally:
         nltk.download = download

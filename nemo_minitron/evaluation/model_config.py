@@ -1,8 +1,8 @@
-"""What transformers is told about a model: the reading of its config.json that Megatron is built from as well.
+"""The transformers config of a model, made from the same reading of config.json that Megatron is built from.
 
-Versions of transformers read one config.json in different ways: before 5.0 the rope base in `rope_parameters` is
-ignored without a word. The config is therefore made from the `ModelShape`, under names that every version knows, and
-no other key of the folder reaches transformers.
+Versions of transformers read one config.json in different ways: before 5.0, the rope base in `rope_parameters` is
+silently ignored. The config is therefore made from the `ModelShape`, with names that every version knows, and no other
+key of the folder reaches transformers.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from nemo_minitron.limits import CONFIG_BYTES, too_large
 
 GENERATION_FILE = "generation_config.json"
 _NEVER = ("attention_bias", "mlp_bias", "use_sliding_window")
-"""Switches of transformers' models that no supported model has on."""
+"""Options of transformers' models that no supported model enables."""
 
 
 def model_config(shape: ModelShape) -> Any:
-    """transformers' config of a model of this shape."""
+    """Return transformers' config of a model of this shape."""
     from transformers import AutoConfig
 
     is_nemotron = shape.norm == "layernorm1p"
@@ -35,14 +35,14 @@ def model_config(shape: ModelShape) -> Any:
         "partial_rotary_factor": shape.rotary_fraction,
         "sliding_window": shape.sliding_window_tokens,
         **dict.fromkeys(_NEVER, False),
-        # A padding id outside the vocabulary would stop the embeddings from being built; nothing here needs one.
+        # With a padding id outside the vocabulary, the embeddings could not be built; nothing here needs one.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
     return AutoConfig.for_model(**keys)
 
 
 def generation_config(checkpoint: Checkpoint) -> Any:
-    """The tokens that end a text, and nothing else of the folder: no sampling, penalty, bias or forced token.
+    """Return a generation config with the end tokens only: no sampling, penalties, biases or forced tokens.
 
     Raises:
         CheckpointError: generation_config.json is damaged, or an end token is not a token id.
@@ -53,10 +53,10 @@ def generation_config(checkpoint: Checkpoint) -> Any:
 
 
 def end_tokens(checkpoint: Checkpoint) -> int | list[int] | None:
-    """`eos_token_id` of generation_config.json, or of config.json where that file lacks it.
+    """Return `eos_token_id` of generation_config.json, or of config.json if that file lacks it.
 
     Raises:
-        CheckpointError: see `generation_config`.
+        CheckpointError: as `generation_config`.
     """
     file = checkpoint.path / GENERATION_FILE
     content = _read(file) if file.is_file() else {}

@@ -1,4 +1,4 @@
-"""How fast models read and write, side by side."""
+"""Speed of prefill and generation, measured for several models in turn."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 Rates = dict[str, float]
-"""prefill and generate: {name}_tokens_per_s (median), ..._min, ..._max, and {name}_ratio to the first model."""
+"""For `prefill` and `generate`: {name}_tokens_per_s (median), ..._min, ..._max, and {name}_ratio to the first model."""
 
 
 def measure_speed(
     models: Mapping[str, Any], *, prompt_tokens: int, new_tokens: int, rounds: int, tick: Callable[[], None]
 ) -> dict[str, Rates]:
-    """Speed of every model at batch 1, in tokens/s.
+    """Measure the speed of every model at batch size 1, in tokens/s.
 
-    The models take turns within a round, so that a machine that slows down slows them all. One round more than
-    `rounds` is run: the first warms up and does not count.
+    Each round measures all models in turn, so that a slowdown of the machine affects all of them. An additional first
+    round warms up and is not counted.
     """
     measured: dict[str, list[tuple[float, float]]] = {label: [] for label in models}
     for round_number in range(rounds + 1):
@@ -33,7 +33,7 @@ def measure_speed(
 
 @torch.inference_mode()
 def time_model(model: Any, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
-    """(prefill, generation) in tokens/s: read a prompt at once, then write tokens one by one with the cache."""
+    """Return (prefill, generation) in tokens/s: one pass over a prompt, then tokens one by one with the KV cache."""
     ids = (torch.arange(prompt_tokens, device=model.device) % model.config.vocab_size)[None]
     started_s = _now_s(model)
     out = model(ids, use_cache=True, logits_to_keep=1)
@@ -51,7 +51,7 @@ def _now_s(model: Any) -> float:
 
 
 def summarize(measured: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Rates]:
-    """Medians, extremes and ratios of (prefill, generation) rates."""
+    """Return medians, extremes and ratios of (prefill, generation) rates."""
     first = next(iter(measured.values()))
     out: dict[str, Rates] = {}
     for label, pairs in measured.items():

@@ -1,4 +1,4 @@
-"""Downstream tasks through lm-eval, with offline copies of their data when a folder is given."""
+"""Downstream tasks by lm-eval, with offline copies of their data if a folder is given."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from nemo_minitron.system.progress import Progress
 
 FALLBACK_BATCH_SIZE = 16
-"""Of requests that `score_answers` does not take: texts to generate, contexts that must be cut."""
+"""Batch size of requests that `score_answers` cannot process: texts to generate, contexts that must be truncated."""
 DATA_FILE = "validation.arrow"
-"""An offline copy is <folder>/<name of the task in lm-eval>/validation.arrow."""
+"""File of an offline copy: <folder>/<name of the task in lm-eval>/validation.arrow."""
 Scores = dict[str, dict[str, float]]
 _TOKENS = list[tuple[tuple[str, str], list[int], list[int]]]
 
@@ -42,19 +42,19 @@ def run_tasks(
     work_dir: Path,
     progress: Progress,
 ) -> Scores:
-    """Zero-shot scores: task -> {acc, acc_stderr, acc_norm, ...}: the metrics that lm-eval has for the task.
+    """Return zero-shot scores, task -> {acc, acc_stderr, acc_norm, ...}, with lm-eval's metrics of each task.
 
     Args:
-        model: of transformers, in eval mode.
-        data_dir: folder with <task>/validation.arrow; None lets lm-eval fetch from the hub.
-        limit: examples per task, from the first on; None: all.
-        work_dir: for task files and the datasets cache, which are removed again.
+        model: a model of transformers in eval mode.
+        data_dir: folder with <task>/validation.arrow; None: lm-eval fetches the data from the hub.
+        limit: examples of each task, from the first on; None: all.
+        work_dir: folder for task files and the datasets cache, which are removed afterwards.
 
     Raises:
         EnvironmentProblem: lm-eval is not installed, or the hub cannot be reached.
-        PlanError: lm-eval does not know a task, or a task has no offline data.
-        DataError: offline data that cannot be read, or tokens beyond the model's vocabulary.
-        CheckpointError: the tokenizer has no eos token, which stands for an empty context.
+        PlanError: lm-eval does not have a task, or a task has no offline data.
+        DataError: offline data cannot be read, or tokens are outside the model's vocabulary.
+        CheckpointError: the tokenizer has no eos token, which lm-eval uses for an empty context.
     """
     try:
         import lm_eval
@@ -76,7 +76,7 @@ def run_tasks(
             require_known(tasks, manager.all_tasks)
         else:
             write_offline_tasks(tasks, data_dir, Path(scratch))
-            # Without the stock tasks, which take seconds to list: each file names what it includes.
+            # The stock tasks take seconds to list and are not needed: each file names the stock file that it includes.
             manager = TaskManager(include_path=scratch, include_defaults=False)
         names = [offline_name(task) for task in tasks] if data_dir else list(tasks)
         with data_errors(data_dir):
@@ -92,15 +92,15 @@ def run_tasks(
 
 
 def offline_name(task: str) -> str:
-    """Under another name than the stock task, so that the two cannot be mixed up."""
+    """Return the name of a task with offline data, which differs from that of the stock task."""
     return f"{task}_offline"
 
 
 def write_offline_tasks(tasks: Sequence[str], data_dir: Path, folder: Path) -> None:
-    """One YAML for each task: lm-eval's own, with the data read from an arrow file.
+    """Write one YAML file for each task: it includes lm-eval's own, and reads the data from an arrow file.
 
     Raises:
-        PlanError: no such task, or no data for it.
+        PlanError: there is no such task, or no data for it.
     """
     import lm_eval.tasks
 
@@ -125,22 +125,22 @@ def write_offline_tasks(tasks: Sequence[str], data_dir: Path, folder: Path) -> N
 
 
 def _stock_file(stock: Path, task: str) -> Path:
-    """lm-eval's YAML of a task, by the name inside it."""
+    """Return lm-eval's YAML file of a task, found by the task name inside the file."""
     for file in sorted(stock.rglob(f"*{task}*.yaml")):
         lines = file.read_text(encoding="utf-8").splitlines()
         if any(line.split("#")[0].strip() in (f"task: {task}", f'task: "{task}"') for line in lines):
             return file
-    raise PlanError(f"lm-eval has no task {task} that can be run offline.")
+    raise PlanError(f"lm-eval has no task {task} that can run offline.")
 
 
 def read_scores(result: Mapping[str, Any]) -> dict[str, float]:
-    """lm-eval's {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": ...} -> {"acc": 0.5, "acc_stderr": 0.1}."""
+    """Convert {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": ...} of lm-eval to {"acc": 0.5, "acc_stderr": 0.1}."""
     numbers = {key: value for key, value in result.items() if "," in key and isinstance(value, int | float)}
     return {key.removesuffix(",none"): float(value) for key, value in numbers.items()}
 
 
 def require_known(tasks: Sequence[str], known: Sequence[str]) -> None:
-    """Raises PlanError for a name that is not lm-eval's own: it would be read as a file, which can run code."""
+    """Raise PlanError for a name that is not a task of lm-eval: it would be read as a file, which can run code."""
     for task in tasks:
         if task not in known:
             near = ", ".join(difflib.get_close_matches(task, known, 5))
@@ -148,10 +148,10 @@ def require_known(tasks: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _language_model(model: Any, tokenizer: Any, progress: Progress) -> Any:
-    """lm-eval's model of transformers, which reads every question once.
+    """Return lm-eval's wrapper of a transformers model, changed to process every question once.
 
-    It gets a model that is loaded already: given a name it would join the other ranks of the stage, and wait for
-    those that do not evaluate.
+    The wrapper gets a loaded model. From a name, it would join the other ranks of the stage and wait for them, but only
+    one rank evaluates.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -182,7 +182,7 @@ def _language_model(model: Any, tokenizer: Any, progress: Progress) -> Any:
 
 @contextmanager
 def data_errors(data_dir: Path | None) -> Iterator[None]:
-    """What the datasets library cannot read or fetch becomes a message."""
+    """Convert errors of the datasets library into our own errors."""
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
     from pyarrow import ArrowInvalid
 
@@ -198,7 +198,7 @@ def data_errors(data_dir: Path | None) -> Iterator[None]:
         if "unsafe" not in str(error):
             raise
         raise PlanError(
-            "A task runs code that the model writes, which is not done here.", next_step="Choose other tasks."
+            "A task runs code that the model writes, which is not supported.", next_step="Choose other tasks."
         ) from error
     except (DatasetNotFoundError, ConnectionError, *network_errors()) as error:
         raise EnvironmentProblem(
@@ -209,7 +209,7 @@ def data_errors(data_dir: Path | None) -> Iterator[None]:
 
 @contextmanager
 def offline(active: bool) -> Iterator[None]:
-    """Keep the data and hub libraries off the network for the duration."""
+    """Keep the datasets and hub libraries offline inside the context."""
     if not active:
         yield
         return
@@ -220,7 +220,7 @@ def offline(active: bool) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in names}
     flags = (datasets_config.HF_HUB_OFFLINE, hub_constants.HF_HUB_OFFLINE)
     os.environ.update(dict.fromkeys(names, "1"))
-    # Both libraries read the variables once, at import.
+    # Both libraries read the variables only at import.
     datasets_config.HF_HUB_OFFLINE = hub_constants.HF_HUB_OFFLINE = True
     try:
         yield
@@ -232,7 +232,7 @@ def offline(active: bool) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval and datasets talk a lot; what matters is in the result."""
+    """Silence the log output of lm-eval and datasets."""
     import datasets
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets", "transformers")]
@@ -242,7 +242,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
-        # Its bars ignore every switch.
+        # Progress bars of lm-eval ignore all settings.
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
 from nemo_minitron.artifacts.types import Artifact
+from nemo_minitron.backends.alignment.base import CURVES_FILE, alignment_backend
 from nemo_minitron.stages.registry import STAGES
 
 QUESTIONS_BY_LEVEL = 3
@@ -42,12 +44,8 @@ def _training(stage: Artifact) -> dict[str, Any]:
 
 
 def _curve(stage: Artifact) -> Rows:
-    rows = [json.loads(line) for line in (stage.path / "curves.jsonl").read_text().splitlines()]
-    return [
-        {"step": row["step"], "train": row.get("train/loss"), "valid": row.get("val/loss")}
-        for row in rows
-        if "train/loss" in row or "val/loss" in row
-    ]
+    points = alignment_backend().read_curve(stage.path / CURVES_FILE)
+    return [asdict(point) for point in points if point.train is not None or point.valid is not None]
 
 
 def _model(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -139,10 +139,10 @@ def test_scripts_are_bash_and_no_path_is_read_as_code(tmp_path: Path) -> None:
         ("ppo", ["num_valid_prompts=60"], "num_valid_prompts = 60: not a multiple of rollout_micro_batch_size"),
         ("ppo", ["actor_layout.tp=3"], "tp * pp = 3 * 1 does not divide the GPUs"),
         ("ppo", ["server_layout.gpus_per_node=6"], "dp of the server = 1 * 6"),
-        ("ppo", ["actor_layout.pp=3", "actor_layout.gpus_per_node=6"], "as many layers in every stage"),
+        ("ppo", ["actor_layout.pp=3", "actor_layout.gpus_per_node=6"], "the same number of layers in every"),
         ("ppo", ["actor_layout.tp=16", "actor_layout.num_nodes=2"], "must divide the 8 query groups"),
-        ("ppo", ["actor_layout.num_nodes=2"], "needs the name of the server's first node"),
-        ("ppo", ["max_new_tokens=4096"], "leaves no room for a prompt"),
+        ("ppo", ["actor_layout.num_nodes=2"], "the host name of the server's first node"),
+        ("ppo", ["max_new_tokens=4096"], "leaves no tokens for a prompt"),
         ("ppo", ["max_seq_len_tokens=262144"], "the model has 131072 positions"),
         ("ppo", ["num_rollout_prompts=20480"], "there are 20000 prompts of up to 2048 tokens"),
         ("ppo", ["lr=1e-8"], "min_lr = 9e-08: above lr = 1e-08"),
@@ -240,9 +240,9 @@ def test_from_a_run_to_files(finished: Path, minitron: Cli) -> None:
     ("change", "told"),
     [
         ("tokenizer", "has another tokenizer than the model"),
-        ("template", "has learnt another chat template"),
+        ("template", "was trained with another chat template"),
         ("two", "Name one with --reward"),
-        ("none", "There is no finished stage of kind train_attribute_model"),
+        ("none", "The run has no finished stage of kind train_attribute_model"),
     ],
 )
 def test_a_reward_model_that_would_misread_is_refused(change: str, told: str, finished: Path, minitron: Cli) -> None:

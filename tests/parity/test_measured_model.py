@@ -76,7 +76,7 @@ def test_a_difference_of_the_arithmetic_alone_is_refused(
 ) -> None:
     folder, right = save_spelled(tmp_path / "model", tiny_model("qwen2")), transformers_logits
     monkeypatch.setattr(agreement, "transformers_logits", lambda model, probe: right(model, probe) * 1.001)
-    with pytest.raises(NumericsError, match=r"Both read config\.json alike"):
+    with pytest.raises(NumericsError, match=r"Both read the same values from config\.json"):
         require_agreement(folder, tmp_path / "memory.json", session)
 
 

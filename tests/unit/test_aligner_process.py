@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.api import load_plan
+from nemo_minitron.backends.alignment.base import TaskContext
 from nemo_minitron.backends.alignment.nemo_aligner import environment, process
+from nemo_minitron.backends.alignment.nemo_aligner.context import on_cpu
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.stages.align import run as align
-from nemo_minitron.stages.context import StageContext
+from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Progress
 from nemo_minitron.system.terminal import Screen
-from tests.conftest import REPO
 
 STEPS = """
 import json, os, sys, time
@@ -104,20 +104,18 @@ def test_an_environment_without_apex_beside_a_gpu_is_refused_and_the_image_named
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setenv("MINITRON_ALIGNER_PYTHON", sys.executable)
-    recipe = load_plan(REPO / "recipes/toy/aligned.yaml", [f"execution.run_root={tmp_path}"], checked=False).recipe
-    either, cpu = (recipe.execution.model_copy(update={"device": device}) for device in ("auto", "cpu"))
-    context = StageContext("sft", "x", tmp_path, tmp_path, either, Progress(silent=True))
+    context = TaskContext("sft", tmp_path, Parallel(), "auto", None, Progress(silent=True), StopRequest())
     with pytest.raises(EnvironmentProblem, match="lacks Apex or Transformer Engine") as error:
-        align.on_cpu(context)
+        on_cpu(context)
     assert "aligner_image" in str(error.value)
-    assert align.on_cpu(dataclasses.replace(context, execution=cpu))
+    assert on_cpu(dataclasses.replace(context, device="cpu"))
     for name in ("apex", "transformer_engine"):
         (tmp_path / "packages" / name).mkdir(parents=True)
         (tmp_path / "packages" / name / "__init__.py").write_text("")
     # The same Python, as in a container: packages may come by PYTHONPATH, and the look sees what the task will see.
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     environment.has_gpu_kernels.cache_clear()
-    assert not align.on_cpu(context)
+    assert not on_cpu(context)
     environment.has_gpu_kernels.cache_clear()
 
 

@@ -87,5 +87,5 @@ def test_a_container_of_another_version_is_refused(tmp_path: Path, monkeypatch: 
     fill = {key: 1 for key, value in flat(base_config("dpo")).items() if value == "???"}
     complete_config("dpo", fill, {}, on_cpu=False, where="stages.dpo")  # no such file: nothing to compare with
     _container(tmp_path, "model.dpo.gt_reward_scale")
-    with pytest.raises(EnvironmentProblem, match=r"has no model\.dpo\.gt_reward_scale"):
+    with pytest.raises(EnvironmentProblem, match=r"does not have these keys: model\.dpo\.gt_reward_scale"):
         complete_config("dpo", fill, {}, on_cpu=False, where="stages.dpo")

@@ -99,7 +99,7 @@ def test_every_wheel_of_a_bundle_is_listed_with_its_hash(monkeypatch: pytest.Mon
 
 
 def test_the_aligner_environment_uses_only_the_given_folders(index: Path, tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentProblem, match="there is no folder /nowhere"):
+    with pytest.raises(EnvironmentProblem, match="/nowhere: no such folder"):
         environment.make_environment(SILENT, find_links=[Path("/nowhere")])
     wheel = index / "tiny_asset-1.0-py3-none-any.whl"
     (tmp_path / "my wheels").mkdir()

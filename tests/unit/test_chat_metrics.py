@@ -10,9 +10,10 @@ import torch
 
 from nemo_minitron.data.chat.rows import ATTRIBUTES
 from nemo_minitron.evaluation.answers import answer_log_probs
+from nemo_minitron.evaluation.attributes import agreement
 from nemo_minitron.evaluation.chat_metrics import final_answer, is_exact_match, preference_metrics, rank_correlation
 from nemo_minitron.stages.annotate.params import AnnotateStage
-from nemo_minitron.stages.annotate.run import agreement, merged
+from nemo_minitron.stages.annotate.run import merged
 from nemo_minitron.system.progress import Progress
 from tests.support.tiny_models import load_transformers, tiny_model_dir
 

@@ -16,7 +16,7 @@ RECIPE = REPO / "recipes/toy/offline.yaml"
     [
         ("stages.distill_offline.top_k=600", "the teacher's vocabulary has 512 tokens"),
         ("+execution.parallel_by_stage.distill_offline.tp=3", "tp = 3: must divide the vocabulary, 512"),
-        ("+execution.parallel_by_stage.distill_offline.pp=3", "as many layers in every pipeline stage"),
+        ("+execution.parallel_by_stage.distill_offline.pp=3", "the same number of layers in every pipeline stage"),
         ("stages.distill_offline.kd_loss_weight=0", "are both 0"),
         ("stages.distill_offline.kd_loss=mse", "fwd_kl"),
         ("stages.distill_offline.inputs.teacher=chat_data", "teacher"),

@@ -241,7 +241,7 @@ def test_an_evaluation_that_would_fail_stops_before_the_training(prepared: Path)
     tolerant = recipe(prepared, valid_rows=8, max_bad_fraction=0.9)
     rehearse_evaluations("sft", tolerant, store, tolerant.stages)
     missing = recipe(prepared, valid_rows=8, max_bad_fraction=0.9, vary_attribute="verbosity", num_generated=2)
-    with pytest.raises(DataError, match="no place for attributes"):
+    with pytest.raises(DataError, match="chat template has no attributes"):
         rehearse_evaluations("sft", missing, store, missing.stages)
 
 

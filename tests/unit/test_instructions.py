@@ -84,7 +84,7 @@ def test_settings_that_a_table_leaves_empty_do_not_count(tmp_path: Path) -> None
     ("row", "told"),
     [
         ({"prompt": "q"}, "no prompt with rules"),
-        ({"prompt": "q", "instruction_id_list": ["punctuation:no_coma"], "kwargs": [{}]}, "no such rule"),
+        ({"prompt": "q", "instruction_id_list": ["punctuation:no_coma"], "kwargs": [{}]}, "unknown rule"),
         ({"prompt": "q", "instruction_id_list": ["punctuation:no_comma"], "kwargs": []}, "1 rules and 0 kwargs"),
         (
             {"prompt": "q", "instruction_id_list": ["length_constraints:number_words"], "kwargs": [{"num_words": 3}]},

@@ -1,11 +1,10 @@
-"""Rules of trainings by an alignment backend; each function yields one line for each rule that is broken."""
+"""Rules for trainings with an alignment backend; each function yields one line for each broken rule."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nemo_minitron.backends.alignment.nemo_aligner.config import Method, override_problems
-from nemo_minitron.backends.alignment.nemo_aligner.model_config import unknown_to_nemo
+from nemo_minitron.backends.alignment.base import Method, alignment_backend
 from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.alignment import Alignment
 from nemo_minitron.schema.chats import ChatRowFacts, RowKind
@@ -13,17 +12,18 @@ from nemo_minitron.schema.execution import Parallel
 
 
 def option_problems(key: str, params: Alignment, method: Method) -> Iterator[str]:
-    """Overrides of the backend's config that it does not know."""
-    yield from (f"{key}.aligner.{problem}" for problem in override_problems(method, params.aligner))
+    """Yield what is wrong with the keys of the backend's own config."""
+    problems = alignment_backend().override_problems(method, params.aligner)
+    yield from (f"{key}.aligner.{problem}" for problem in problems)
 
 
 def row_problems(key: str, params: Alignment, chats: str, held: ChatRowFacts | None, needed: RowKind) -> Iterator[str]:
-    """What is wrong with the rows for this training.
+    """Yield what is wrong with the rows for this training.
 
     Args:
         chats: name of the stage that makes the rows.
-        held: what is known about them; None if nothing is.
-        needed: the kind of rows that the training reads.
+        held: facts about the rows; None if they are unknown.
+        needed: kind of rows that the training reads.
     """
     if held is None:
         return
@@ -41,7 +41,7 @@ def row_problems(key: str, params: Alignment, chats: str, held: ChatRowFacts | N
 
 
 def size_problems(key: str, params: Alignment, layout: Parallel) -> Iterator[str]:
-    """Batch sizes, rates and steps that do not go together."""
+    """Yield conflicts between batch sizes, learning rates and steps."""
     unit = layout.micro_batch_size * layout.dp
     if params.global_batch_size % unit:
         yield (
@@ -55,11 +55,6 @@ def size_problems(key: str, params: Alignment, layout: Parallel) -> Iterator[str
 
 
 def model_problems(key: str, shape: ModelShape | None, layout: Parallel) -> Iterator[str]:
-    """What the backend cannot do with a model of this shape."""
-    if shape is None:
-        return
-    reason = unknown_to_nemo(shape)
-    if reason is not None:
-        yield f"{key}: NeMo 2.1, which NeMo-Aligner builds on, has no models with {reason}."
-    if shape.num_layers % layout.pp:
-        yield f"{key}: NeMo needs as many layers in every pipeline stage; {shape.num_layers} layers, pp = {layout.pp}."
+    """Yield why the backend cannot train a model of this shape; nothing for an unknown shape."""
+    if shape is not None:
+        yield from (f"{key}: {problem}" for problem in alignment_backend().model_problems(shape, layout))

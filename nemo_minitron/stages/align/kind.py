@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from nemo_minitron.backends.alignment.nemo_aligner.config import Method
+from nemo_minitron.backends.alignment.base import Method
 from nemo_minitron.backends.alignment.rules import model_problems, option_problems, row_problems, size_problems
 from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.chats import RowKind

@@ -1,1 +1,1 @@
-"""NeMo-Aligner, in an environment of its own: files go in and come out, nothing of it is imported here."""
+"""NeMo-Aligner as an alignment backend. It runs in its own environment and exchanges files with this package."""

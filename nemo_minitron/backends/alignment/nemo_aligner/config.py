@@ -1,6 +1,6 @@
-"""Complete configs for NeMo-Aligner: those of configs/align, filled by a stage, changed by a recipe.
+"""Complete configs for NeMo-Aligner: files of configs/align, with values from a stage and overrides from a recipe.
 
-NeMo-Aligner ignores a misspelt key without a word; here every key must stand in the complete config.
+NeMo-Aligner silently ignores a misspelled key. Here every key must be in the complete config.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Method = Literal[
     "reinforce_actor",
     "reward_server",
 ]
-"""A file of configs/align."""
+"""Name of a file in configs/align."""
 TRAINER_KEYS: dict[Method, str] = {
     "sft": "sft",
     "dpo": "dpo",
@@ -37,11 +37,11 @@ TRAINER_KEYS: dict[Method, str] = {
     "knowledge_distillation": "knowledge_distillation",
     "steerlm2": "sft",
 }
-"""Where the trainer of a method that entry/ runs looks below `trainer`."""
+"""Section below `trainer` that a method's trainer reads, for the methods that entry/ runs."""
 FILLED_BY: dict[Method, str] = dict.fromkeys(
     ("ppo_actor", "ppo_critic", "reinforce_actor", "reward_server"), "minitron rlhf"
 )
-"""What fills in the missing values, where it is not a stage."""
+"""What sets the missing values, for methods where this is not a stage."""
 TO_FILL = "???"
 DEAD_KEYS = {
     "model.dpo.preference_avg_log_probs": "model.dpo.preference_average_log_probs",
@@ -56,7 +56,8 @@ DEAD_KEYS = {
     "trainer.reinforce.inference_micro_batch_size": "inference.inference_micro_batch_size",
     "inference.micro_batch_size": "inference.inference_micro_batch_size",
 }
-"""Keys of its documentation, its own files or recipes on the net that NeMo-Aligner 0.7 does not read."""
+"""Keys that NeMo-Aligner 0.7 does not read although its documentation, its own configs or public recipes have them ->
+the key to use."""
 RANGES: dict[str, tuple[float, float]] = {
     "hidden_dropout": (0.0, 1.0),
     "attention_dropout": (0.0, 1.0),
@@ -80,7 +81,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_queue_delay_microseconds": (0, float("inf")),
     "port": (1, 65535),
 }
-"""By the last part of the key."""
+"""Last part of a key -> its smallest and largest value."""
 ON_CPU: dict[str, Any] = {
     "trainer.accelerator": "cpu",
     "trainer.precision": 32,
@@ -90,24 +91,24 @@ ON_CPU: dict[str, Any] = {
     "model.gradient_as_bucket_view": True,
     "model.optim.name": "adamw",
 }
-"""Needed without CUDA and Apex."""
+"""Keys and values that trainings without CUDA and Apex need."""
 OF_FUSED_ADAM = ("bucket_cap_mb", "overlap_grad_sync", "overlap_param_sync", "contiguous_grad_buffer")
-"""Settings of `model.optim` that other optimizers refuse."""
+"""Keys of `model.optim` that only distributed_fused_adam accepts."""
 
 
 def base_config(method: Method) -> dict[str, Any]:
-    """The complete config of a method, as it stands in configs/align."""
+    """Return the config of a method from configs/align, without the values that a stage sets."""
     config: dict[str, Any] = yaml.safe_load(config_file(method).read_text(encoding="utf-8"))
     return config
 
 
 def config_file(method: Method) -> Path:
-    """The package's own file: a recipe changes single keys, which are checked against it."""
+    """Return the config file of a method in this package; overrides of a recipe are checked against it."""
     return shipped_dir(CONFIGS) / "align" / f"{method}.yaml"
 
 
 def override_problems(method: Method, overrides: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the NeMo-Aligner keys of a recipe, one line each."""
+    """Yield what is wrong with the NeMo-Aligner keys of a recipe, one line each."""
     base = flat(base_config(method))
     for key, value in flat(overrides).items():
         if key in DEAD_KEYS:
@@ -136,16 +137,16 @@ def _value_problems(key: str, value: Any, usual: Any) -> Iterator[str]:
 def complete_config(
     method: Method, fill: Mapping[str, Any], overrides: Mapping[str, Any], *, on_cpu: bool, where: str
 ) -> dict[str, Any]:
-    """The config that NeMo-Aligner gets.
+    """Return the config for NeMo-Aligner.
 
     Args:
         fill: dotted key -> value, from the stage.
         overrides: nested, from the recipe.
-        where: the stage, for messages.
+        where: key of the stage, for error messages.
 
     Raises:
         ConfigError: a key that NeMo-Aligner does not know, or a value out of range.
-        EnvironmentProblem: the container's NeMo-Aligner does not have our keys.
+        EnvironmentProblem: the container's NeMo-Aligner lacks keys of the config.
     """
     for problem in override_problems(method, overrides):
         raise ConfigError(problem, where=f"{where}.aligner")
@@ -166,12 +167,12 @@ def complete_config(
             optim.pop(key, None)
     empty = [key for key, value in flat(config).items() if value == TO_FILL]
     if empty:
-        raise AssertionError(f"nobody filled {empty} of {method}.yaml")
+        raise AssertionError(f"no value for {empty} of {method}.yaml")
     return config
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value; lists and empty mappings are values."""
+    """Return dotted key -> value; lists and empty mappings are values."""
     out: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint <-> NeMo checkpoint, in NeMo's own environment."""
+"""Conversion between Hugging Face and NeMo checkpoints, in NeMo-Aligner's environment."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.backends.alignment.nemo_aligner.border import read_megatron_tensors, write_megatron_tensors
-from nemo_minitron.backends.alignment.nemo_aligner.model_config import nemo_model_config
+from nemo_minitron.backends.alignment.nemo_aligner.model_config import nemo_model_config, tokenizer_dir
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
+from nemo_minitron.backends.alignment.nemo_aligner.weights import read_megatron_tensors, write_megatron_tensors
 from nemo_minitron.hf.checkpoint import Checkpoint, copy_side_files
 from nemo_minitron.hf.tokenizer import load_tokenizer
 from nemo_minitron.hf.tokenizer_files import TOKENIZER_FILE
@@ -29,14 +29,14 @@ def to_nemo(
     on_cpu: bool,
     tp: int = 1,
 ) -> dict[str, Any]:
-    """Make the NeMo checkpoint folder `out`, tokenizer included; returns its model config.
+    """Write the NeMo checkpoint folder `out`, and its tokenizer beside it; returns its model config.
 
     Raises:
-        ConfigError: a model that NeMo does not have.
+        ConfigError: NeMo does not support this model.
         CheckpointError: the Hugging Face checkpoint is damaged.
     """
     shape = Checkpoint.open(model_dir).shape
-    tokenizer = out.parent / f"{out.name}.tokenizer"
+    tokenizer = tokenizer_dir(out)
     _copy_tokenizer(model_dir, tokenizer)
     config = nemo_model_config(
         shape, tokenizer, seq_len_tokens=seq_len_tokens, on_cpu=on_cpu, where=str(model_dir), tp=tp
@@ -64,7 +64,7 @@ def from_nemo(
     *,
     on_cpu: bool | None = None,
 ) -> None:
-    """Write a NeMo checkpoint as Hugging Face does, with the config, the dtype and the tokenizer of `like`."""
+    """Convert a NeMo checkpoint to a Hugging Face checkpoint with the config, dtype and tokenizer of `like`."""
     weights = work_dir / "weights"
     shutil.rmtree(weights, ignore_errors=True)
     dtype = Checkpoint.open(like).dtype
@@ -77,7 +77,7 @@ def from_nemo(
 
 
 def _copy_tokenizer(model_dir: Path, out: Path) -> None:
-    """Copy the tokenizer for NeMo's transformers 4, with the class that takes everything from tokenizer.json."""
+    """Copy the tokenizer for transformers 4 in NeMo's environment: its class reads everything from tokenizer.json."""
     out.mkdir(parents=True, exist_ok=True)
     copy_side_files(model_dir, out)
     shutil.copyfile(model_dir / "config.json", out / "config.json")

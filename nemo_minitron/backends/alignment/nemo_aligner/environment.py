@@ -1,4 +1,4 @@
-"""The environment that NeMo-Aligner runs in: a container's own, or a virtual environment that this module makes."""
+"""The Python environment of NeMo-Aligner: that of a container, or a virtual environment that this module makes."""
 
 from __future__ import annotations
 
@@ -25,54 +25,54 @@ from nemo_minitron.system.progress import Progress
 ENTRY = Path(__file__).with_name("entry")
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 LOCK = REQUIREMENTS.with_suffix(".lock")
-"""The same pins, with the sha256 of their files."""
+"""The pins of REQUIREMENTS with the sha256 of their files."""
 SUPPORTED_PYTHONS = ((3, 10), (3, 11))
-"""nemo_toolkit 2.1.0 and its pins have wheels for these."""
+"""Versions for which nemo_toolkit 2.1.0 and its pins have wheels."""
 PYTHON_VARIABLE = "MINITRON_ALIGNER_PYTHON"
 READY_FILE = "minitron_ready.json"
 SUPPORTED_ALIGNER = "0.7.0"
 
 
 def aligner_python() -> Path:
-    """The Python that has NeMo-Aligner: the one named in MINITRON_ALIGNER_PYTHON, this one, or the made one's.
+    """Return the Python with NeMo-Aligner: that of MINITRON_ALIGNER_PYTHON, this one, or that of `make_environment`.
 
     Raises:
-        EnvironmentProblem: there is none.
+        EnvironmentProblem: NeMo-Aligner is not installed, or the variable names a file that does not exist.
     """
     named = os.environ.get(PYTHON_VARIABLE)
     if named:
         if not Path(named).is_file():
-            raise EnvironmentProblem(f"{PYTHON_VARIABLE} names a Python that is not there.", where=named)
+            raise EnvironmentProblem(f"{PYTHON_VARIABLE} names a Python that does not exist.", where=named)
         return Path(named)
     if is_installed_here():
         return Path(sys.executable)
     if is_ready():
         return _python(environment_dir())
     raise EnvironmentProblem(
-        "NeMo-Aligner is not installed: it needs an environment of its own, with other versions of Megatron-Core.",
+        "NeMo-Aligner is not installed. It needs its own environment, as it uses another version of Megatron-Core.",
         allowed=f"a container with NeMo-Aligner {SUPPORTED_ALIGNER}, or the environment at {environment_dir()}",
-        next_step="minitron env aligner    makes it: about 3 minutes and 2.3 GB",
+        next_step="minitron env aligner    installs it: about 3 minutes and 2.3 GB",
     )
 
 
 def environment_of(python: Path) -> dict[str, str]:
-    """What processes of that Python get besides this one's environment.
+    """Return the variables that processes of `python` need in addition to those of this process.
 
-    PYTHONPATH stays in a container, whose NeMo and Megatron may come by it; for another Python, what is set for this
-    package is cleared.
+    This Python keeps PYTHONPATH, because a container may find NeMo and Megatron through it. For any other Python the
+    variables that were set for this package are cleared.
     """
     return {} if _is_this(python) else {"PYTHONPATH": "", "PYTHONHOME": ""}
 
 
 def _is_this(python: Path) -> bool:
-    """Whether a path names the interpreter that runs this; links are not followed, since a venv's is one."""
+    """Return whether a path names the running interpreter. Links are not followed: in a venv, python is a link."""
     return os.path.abspath(python) == os.path.abspath(sys.executable)
 
 
 @cache
 def has_gpu_kernels(python: Path) -> bool:
-    """Whether that Python has Apex and Transformer Engine, which NeMo trains with on a GPU."""
-    # An empty word stands for the working folder, which `-c` puts first.
+    """Return whether `python` has Apex and Transformer Engine, which NeMo needs to train on a GPU."""
+    # `-c` puts an empty entry first, which stands for the working folder.
     look = (
         "import sys; sys.path[:] = filter(None, sys.path); import importlib.util as u; "
         "sys.exit(not all(map(u.find_spec, ('apex', 'transformer_engine'))))"
@@ -82,7 +82,7 @@ def has_gpu_kernels(python: Path) -> bool:
 
 
 def require_gpu_kernels() -> None:
-    """Raises EnvironmentProblem where the Python that has NeMo-Aligner cannot train on a GPU."""
+    """Raise EnvironmentProblem if the Python with NeMo-Aligner cannot train on a GPU."""
     python = aligner_python()
     if not has_gpu_kernels(python):
         raise EnvironmentProblem(
@@ -95,15 +95,15 @@ def require_gpu_kernels() -> None:
 
 
 def is_installed_here() -> bool:
-    """Whether this Python has NeMo-Aligner, as in its container."""
+    """Return whether this Python has NeMo-Aligner, as in a container."""
     return importlib.util.find_spec("nemo_aligner") is not None
 
 
 def versions_installed() -> dict[str, str]:
-    """Versions of what this Python has, after a self-test.
+    """Run the self-test with this Python; returns the versions of its packages.
 
     Raises:
-        EnvironmentProblem: it fails, or NeMo-Aligner has another version.
+        EnvironmentProblem: the test failed, or NeMo-Aligner has an unsupported version.
     """
     log = environment_dir().with_name("aligner-installed.log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -111,13 +111,13 @@ def versions_installed() -> dict[str, str]:
 
 
 def environment_dir() -> Path:
-    """Where the environment is made; its name changes with the requirements."""
+    """Return the folder of the environment; its name contains a hash of the requirements."""
     digest = hashlib.sha256(REQUIREMENTS.read_bytes() + torch_requirement().encode()).hexdigest()[:8]
     return cache_dir() / f"aligner-{digest}"
 
 
 def is_ready() -> bool:
-    """Whether the made environment is complete and has passed its self-test."""
+    """Return whether the environment is complete and has passed its self-test."""
     return (environment_dir() / READY_FILE).is_file()
 
 
@@ -131,12 +131,12 @@ def make_environment(
     """Install NeMo-Aligner beside this package, test it, and return its folder.
 
     Args:
-        torch_index_url: where pip finds the build of torch that the machine needs; None: pip's own index.
-        find_links: folders of wheels that everything is taken from, without any index; empty: from the indexes.
-        again: remove the old environment first.
+        torch_index_url: index with the build of torch that the machine needs; None: pip's default index.
+        find_links: folders of wheels to install from, without an index; empty: install from the indexes.
+        again: remove an existing environment first.
 
     Raises:
-        EnvironmentProblem: no fitting Python, no such folder, or pip or the self-test failed.
+        EnvironmentProblem: there is no supported Python or no such folder, or pip or the self-test failed.
     """
     folder = environment_dir()
     if again:
@@ -145,12 +145,12 @@ def make_environment(
         return folder
     missing = [str(links) for links in find_links if not links.is_dir()]
     if missing:
-        raise EnvironmentProblem(f"--find-links: there is no folder {', '.join(missing)}.")
+        raise EnvironmentProblem(f"--find-links: {', '.join(missing)}: no such folder.")
     base = _base_python()
     log = folder.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
-    # Not moved into place when done: a virtual environment knows its own path. READY_FILE says that it is whole.
+    # A virtual environment holds its own path, so it is not renamed when complete: READY_FILE marks it as complete.
     shutil.rmtree(folder, ignore_errors=True)
     steps = [
         ("new environment", [base, "-I", "-m", "venv", str(folder)]),
@@ -168,15 +168,15 @@ def make_environment(
 def _installations(
     python: Path, torch_index_url: str | None, find_links: Sequence[Path]
 ) -> Iterator[tuple[str, list[str]]]:
-    """(what, pip's command): every file that a lock file or a bundle's list names has to have its hash."""
+    """Yield (description, pip command). Files that a lock file or a bundle's list names must have the listed hash."""
     pip = [str(python), "-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     hashed = [*pip, "--no-deps", "--require-hashes"]
-    what = "NeMo-Aligner and what it needs"
+    what = "NeMo-Aligner and its dependencies"
     if not find_links:
         build = shipped_dir(CONSTRAINTS) / "build.lock"
-        yield "what packages are built with", [*hashed, "-r", str(build)]
+        yield "build dependencies", [*hashed, "-r", str(build)]
         yield what, [*hashed, "--no-build-isolation", "--use-pep517", "-r", str(LOCK)]
-        # The build of torch is the user's choice, so that its hash is not known. All that it needs is there by now.
+        # The user chooses the build of torch, so its hash is not known. Its dependencies are installed by now.
         index = ["--index-url", torch_index_url] if torch_index_url else []
         yield torch_requirement(), [*pip, *index, "-c", str(REQUIREMENTS), torch_requirement()]
         return
@@ -185,16 +185,16 @@ def _installations(
     if listed.is_file():
         yield what, [*hashed, *folders, "--only-binary=:all:", "-r", str(listed)]
         return
-    # Wheels that somebody has collected or built, whose hashes nobody has written down.
+    # The folders hold wheels of unknown hashes, collected or built by the user.
     yield torch_requirement(), [*pip, *folders, torch_requirement()]
     yield what, [*pip, *folders, "--no-deps", "-r", str(REQUIREMENTS)]
 
 
 def self_test(python: Path, log: Path) -> dict[str, str]:
-    """Versions of the packages that matter, after everything was imported there.
+    """Import with `python` all that the tasks import; returns the versions of the main packages.
 
     Raises:
-        EnvironmentProblem: an import failed, or NeMo-Aligner has another version.
+        EnvironmentProblem: an import failed, or NeMo-Aligner has an unsupported version.
     """
     work = log.with_name(f"self-test-{os.getpid()}-{time.time_ns()}")
     work.mkdir(parents=True)
@@ -217,12 +217,12 @@ def self_test(python: Path, log: Path) -> dict[str, str]:
 
 
 def torch_requirement() -> str:
-    """The torch of this environment: both are for the same machine."""
+    """Return the requirement for the same version of torch as in this environment."""
     return f"torch=={version('torch').split('+')[0]}"
 
 
 def _base_python() -> str:
-    """A Python of a supported version: this one, or one on the PATH."""
+    """Return a Python of a supported version: this one, or one on the PATH."""
     names = [f"python{major}.{minor}" for major, minor in reversed(SUPPORTED_PYTHONS)]
     if sys.version_info[:2] in SUPPORTED_PYTHONS:
         return sys.executable
@@ -233,7 +233,7 @@ def _base_python() -> str:
     raise EnvironmentProblem(
         f"NeMo-Aligner {SUPPORTED_ALIGNER} needs Python 3.10 or 3.11; this is {sys.version.split()[0]}.",
         allowed=" or ".join(names) + " on the PATH",
-        next_step="Install one of them; this package's own Python may stay as it is.",
+        next_step="Install one of them; this package can keep its own Python.",
     )
 
 
@@ -250,5 +250,5 @@ def _run(command: list[str], log: Path, what: str, environment: Mapping[str, str
         raise EnvironmentProblem(
             f"The aligner environment could not be made: {what} ended with code {code}: {' '.join(last)[:300]}",
             where=str(log),
-            next_step="Read the log; then the same command starts again.",
+            next_step="Read the log, then repeat the command.",
         )

@@ -1,4 +1,4 @@
-"""A model's shape in the words of NeMo 2.1."""
+"""The model config of NeMo 2.1 for a model's shape."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from nemo_minitron.families import ModelShape
 from nemo_minitron.families.shape import Llama3RopeScaling
 
 NEMO_ROPE_FACTOR = 8.0
-"""NeMo's `scale_positional_embedding` knows Llama 3.1's scaling with this factor alone (its apply_rope_scaling)."""
+"""The only factor of Llama 3.1's rope scaling that NeMo's `scale_positional_embedding` supports (its
+apply_rope_scaling)."""
 ACTIVATIONS = {"swiglu": "fast-swiglu", "squared_relu": "squared-relu"}
 
 
 def nemo_model_config(
     shape: ModelShape, tokenizer_dir: Path, *, seq_len_tokens: int, on_cpu: bool, where: str, tp: int = 1
 ) -> dict[str, Any]:
-    """`model_config.yaml` of a checkpoint for this shape.
+    """Return the content of a checkpoint's `model_config.yaml` for this shape.
 
-    NeMo 2.1's own converter is wrong for width-pruned models (it takes the head size for hidden / heads) and for
-    Llama 3.1 (it stretches positions by 8 on top of their scaling); both are spelled out here.
+    NeMo 2.1's own converter is wrong for width-pruned models, where it assumes head size = hidden / heads, and for
+    Llama 3.1, where it interpolates positions by 8 on top of the rope scaling. Here both are explicit.
 
     Args:
         tokenizer_dir: a Hugging Face tokenizer.
-        tp: ranks that will share the vocabulary; no more rows are added than they need.
-        where: of the model, for messages.
+        tp: tensor-parallel ranks; the vocabulary is padded to a multiple of this, and no further.
+        where: the model, for error messages.
 
     Raises:
-        ConfigError: NeMo 2.1 has no such model.
+        ConfigError: NeMo 2.1 does not support this model.
     """
     _require_known(shape, where)
     if on_cpu and shape.norm == "layernorm1p":
@@ -122,13 +123,18 @@ WITHOUT_FUSED_KERNELS = {
 }
 
 
+def tokenizer_dir(nemo: Path) -> Path:
+    """Return the folder beside a NeMo checkpoint that has its Hugging Face tokenizer."""
+    return nemo.with_name(f"{nemo.name}.tokenizer")
+
+
 def _tokenizer(folder: Path) -> dict[str, Any]:
     unused = {"model": None, "vocab_file": None, "merge_file": None, "delimiter": None, "sentencepiece_legacy": False}
     return {"library": "huggingface", "type": str(folder), "use_fast": True, **unused}
 
 
 def unknown_to_nemo(shape: ModelShape) -> str | None:
-    """What NeMo 2.1 lacks of this model; None: nothing."""
+    """Return the first feature of this model that NeMo 2.1 does not support; None: it supports all."""
     scaling: Llama3RopeScaling | None = shape.rope_scaling
     window = shape.sliding_window_tokens
     reasons = {
@@ -143,7 +149,7 @@ def _require_known(shape: ModelShape, where: str) -> None:
     reason = unknown_to_nemo(shape)
     if reason is not None:
         raise ConfigError(
-            f"NeMo 2.1, which NeMo-Aligner builds on, has no models with {reason}.",
+            f"NeMo 2.1, on which NeMo-Aligner builds, does not support {reason}.",
             where=where,
             allowed="Llama, Mistral without a window, Nemotron and Minitron models",
             next_step="Align another family, or align this model with another tool after export.",

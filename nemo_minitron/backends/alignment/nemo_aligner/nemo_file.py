@@ -1,4 +1,4 @@
-"""Whole conversions for a person: a Hugging Face folder to a NeMo checkpoint, packed or not, and back."""
+"""Conversions for `minitron convert`: a Hugging Face folder to a NeMo checkpoint (folder or .nemo file), and back."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ TOKENIZER_DIR, SUFFIX = "tokenizer", ".nemo"
 
 
 def from_hugging_face(model: Path, out: Path, work: Path, progress: Progress, stop: StopRequest) -> None:
-    """Write a NeMo checkpoint; its tokenizer is in the folder `tokenizer`, and the config names where that lies.
+    """Write a NeMo checkpoint with its tokenizer in the subfolder `tokenizer`, which the config names by its path.
 
     Raises:
         CheckpointError: `out` exists, or the model is damaged.
-        ConfigError: NeMo has no such model.
+        ConfigError: NeMo does not support this model.
     """
     _require_new(out)
     built = work / "nemo"
@@ -54,7 +54,7 @@ def from_hugging_face(model: Path, out: Path, work: Path, progress: Progress, st
 
 
 def to_hugging_face(nemo: Path, like: Path, out: Path, work: Path, progress: Progress, stop: StopRequest) -> None:
-    """Write the language model of a NeMo checkpoint with the config, dtype and tokenizer of `like`.
+    """Convert the language model of a NeMo checkpoint, with the config, dtype and tokenizer of `like`.
 
     Raises:
         CheckpointError: `out` exists, or one of the inputs cannot be read.
@@ -70,7 +70,7 @@ def to_hugging_face(nemo: Path, like: Path, out: Path, work: Path, progress: Pro
 
 def _require_new(out: Path) -> None:
     if out.exists() or out.is_symlink():
-        raise CheckpointError("The target exists already.", where=str(out), next_step="Choose a new name.")
+        raise CheckpointError("The target already exists.", where=str(out), next_step="Choose a new name.")
 
 
 def _has_cuda() -> bool:

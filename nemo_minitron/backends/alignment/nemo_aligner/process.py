@@ -1,4 +1,4 @@
-"""Run one task in the environment of NeMo-Aligner, show how it goes, and hand on requests to stop."""
+"""Run one task in NeMo-Aligner's environment, show its progress, and forward stop requests to it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from nemo_minitron.system.safe_files import open_log, write_whole
 TASK_FILE, RESULT_FILE, ERROR_FILE = "task.json", "result.json", "error.json"
 ERROR_BYTES = 8192
 PROGRESS_FILE, STOP_FILE = "aligner.json", "STOP"
-"""As in entry/task.py, which cannot import this package."""
+"""The same names as in entry/task.py, which cannot import this package."""
 POLL_S, SHUTDOWN_TIMEOUT_S = 0.5, 60.0
 
 
@@ -47,25 +47,27 @@ def run_task(
     stage_work: Path | None = None,
     on_cpu: bool | None = None,
 ) -> dict[str, Any]:
-    """The task's result.
+    """Run a task and return its result.
 
     Args:
-        name: of a task in entry/__main__.py.
-        work_dir: orders and answers; what a training needs to go on.
-        log: everything that the processes print.
-        threads: of each process; None: see `Nodes.threads_of_each`.
-        stage_work: the stage's work folder, where other nodes of the job look for orders; None: `work_dir`.
-        on_cpu: whether GPUs are hidden from the task; None: where its Python cannot use them.
+        name: name of a task in entry/__main__.py.
+        task: the task's own arguments, as JSON values.
+        work_dir: folder for the task's files: its arguments, its result, and what a training needs to resume.
+        log: file for the output of the processes.
+        threads: threads of each process; None: see `Nodes.threads_of_each`.
+        stage_work: the stage's work folder, where the other nodes of the job look for requests; None: `work_dir`.
+        on_cpu: whether GPUs are hidden from the task; None: hide them if the task's Python cannot use them.
 
     Raises:
-        EnvironmentProblem: no NeMo-Aligner, or the task failed.
-        Interrupted: it was asked to stop, and left a checkpoint if it trains.
+        EnvironmentProblem: NeMo-Aligner is not installed, or the task failed.
+        ProcessesDied: the processes ended without an error message.
+        Interrupted: a stop was requested; a training has written a checkpoint.
     """
     python = aligner_python()
     work_dir.mkdir(parents=True, exist_ok=True)
     for old in (RESULT_FILE, STOP_FILE, PROGRESS_FILE):
         (work_dir / old).unlink(missing_ok=True)
-    # Room for a message, which a full disk would not have.
+    # Reserve space for an error message, for which a full disk would have none.
     write_whole(work_dir / ERROR_FILE, " " * ERROR_BYTES)
     write_whole(work_dir / TASK_FILE, json.dumps({**task, "task": name, "work_dir": str(work_dir)}))
     nodes = Nodes.here() if num_processes > 1 else Nodes()
@@ -75,13 +77,13 @@ def run_task(
     environment = _environment(python, threads or nodes.threads_of_each(num_processes), on_cpu=hidden)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open_log(log) as file, without_secrets(file) as output, stop.deferred(), nodes.meeting() as meeting:
-        # Lightning would take a single process for one of the tasks of the job around it.
+        # Lightning would take a single process for one of the tasks of the surrounding Slurm job.
         process = start_everywhere(
             command,
             {**environment, **(meeting if num_processes > 1 else {})},
             nodes,
             stage_work or work_dir,
-            lambda words, own: _start(words, own, output),
+            lambda command, variables: _start(command, variables, output),
             outside_job=True,
         )
         code = _wait(process, name, work_dir, progress, stop)
@@ -93,7 +95,7 @@ def _environment(python: Path, threads: int, *, on_cpu: bool) -> dict[str, str]:
         **environment_of_children(),
         **environment_of(python),
         **SAFE_PATH,
-        # The task looks for CUDA, not at its config: with a GPU in sight it would run as if NeMo could use that.
+        # The task checks for CUDA and not its config: if it saw a GPU, it would use it even where NeMo cannot.
         **({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
@@ -104,19 +106,19 @@ def _environment(python: Path, threads: int, *, on_cpu: bool) -> dict[str, str]:
 
 
 def _start(command: list[str], environment: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
-    # In a session of its own: Ctrl-C reaches the runner, which asks for a checkpoint first.
+    # A new session keeps Ctrl-C from the task: the runner gets it, and requests a checkpoint first.
     return subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
 
 
 def _wait(process: subprocess.Popen[bytes], name: str, work_dir: Path, progress: Progress, stop: StopRequest) -> int:
-    """The exit code; meanwhile a bar, from the first step on, and a request to stop is handed on."""
+    """Wait for the process and return its exit code; show a bar from the first step on, and forward a stop request."""
     bar: Bar | None = None
     with ExitStack() as shown:
         try:
             while True:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(POLL_S)
-                code = process.poll()  # before the last look at the progress
+                code = process.poll()  # before the progress is read for the last time
                 if stop.source() is not None:
                     (work_dir / STOP_FILE).touch()
                 seen = _seen(work_dir)
@@ -131,12 +133,12 @@ def _wait(process: subprocess.Popen[bytes], name: str, work_dir: Path, progress:
             _end(process)
             raise
         finally:
-            with suppress(ProcessLookupError):  # what a killed process leaves behind
+            with suppress(ProcessLookupError):  # children of a killed process
                 os.killpg(process.pid, signal.SIGKILL)
 
 
 def _seen(work_dir: Path) -> dict[str, Any] | None:
-    """How far the task is; None before its first step."""
+    """Return the progress of the task; None before its first step."""
     try:
         seen: dict[str, Any] = json.loads((work_dir / PROGRESS_FILE).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -145,7 +147,7 @@ def _seen(work_dir: Path) -> dict[str, Any] | None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask; who asks kills what is left."""
+    """Request the end of the process group; the caller kills what is left of it."""
     os.killpg(process.pid, signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         process.wait(SHUTDOWN_TIMEOUT_S)
@@ -157,20 +159,20 @@ def _result(name: str, code: int, work_dir: Path, log: Path, stop: StopRequest) 
         result: dict[str, Any] = json.loads(file.read_text())
         if result.get("finished") is False:
             raise Interrupted(
-                f"Stopped at step {result['step']} as asked by {stop.source()}; the same command goes on."
+                f"Stopped at step {result['step']} as requested by {stop.source()}; the same command resumes."
             )
         return result
     if stop.source() is not None:
-        raise Interrupted(f"Stopped in {name} as asked by {stop.source()}; the same command goes on.")
-    reason, told = "", (work_dir / ERROR_FILE).read_text().strip()
-    if told:
-        error = json.loads(told)
+        raise Interrupted(f"Stopped in {name} as requested by {stop.source()}; the same command resumes.")
+    reason, content = "", (work_dir / ERROR_FILE).read_text().strip()
+    if content:
+        error = json.loads(content)
         reason = f": {error['type']}: {error['message']}"[:600]
         problem = disk_problem(RuntimeError(reason), work_dir)
         if problem is not None:
             raise problem
     raise (EnvironmentProblem if reason else ProcessesDied)(
-        f"NeMo-Aligner's {name} ended with code {code}{reason}",
+        f"NeMo-Aligner's task {name} ended with code {code}{reason}",
         where=str(log),
-        next_step="Read the log; the same command goes on from the last checkpoint.",
+        next_step="Read the log. The same command resumes from the last checkpoint.",
     )

@@ -1,7 +1,7 @@
-"""PPO and REINFORCE: settings -> the completed configs of NeMo-Aligner's two programs, and the scripts that start them.
+"""PPO and REINFORCE: settings -> complete configs of NeMo-Aligner's two programs, and the scripts that start them.
 
-The server has the reward model (for PPO the critic, too), the actor is what is trained and asks it. Both need
-TensorRT-LLM or PyTriton, which containers have.
+The server holds the reward model and, for PPO, the critic. The actor is trained and sends requests to the server. The
+programs need TensorRT-LLM or PyTriton, which NeMo's containers have.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ GPT = "examples/nlp/gpt"
 PROMPT_FILES = {"train": "prompts/train.jsonl", "valid": "prompts/valid.jsonl"}
 ACTOR_NEMO = "actor_start"
 END_OF_TEXT = "<|endoftext|>"
-"""To NeMo's generation: the tokenizer's own end."""
+"""End string that NeMo's generation replaces by the tokenizer's end-of-text token."""
 TRT_MODEL_TYPES = {"swiglu": "llama", "squared_relu": "gptnext"}
-"""Activation -> the converter of NeMo's export."""
+"""Activation -> model type for NeMo's export to TensorRT-LLM."""
 
 
 @dataclass(frozen=True)
 class Programs:
-    """What an algorithm consists of."""
+    """Configs and scripts of NeMo-Aligner for one algorithm."""
 
     server: Method
     server_script: str
     actor: Method
     actor_script: str
     section: str
-    """Of the actor, below `trainer` and `model`."""
+    """Name of the actor's section below `trainer` and `model`."""
 
 
 PROGRAMS: Mapping[str, Programs] = {
@@ -50,11 +50,11 @@ PROGRAMS: Mapping[str, Programs] = {
 
 
 def render(settings: Rlhf, facts: RlhfFacts, out: Path) -> dict[str, str]:
-    """File name below `out` -> its text: two configs, and the scripts server.sh, actor.sh and back.sh.
+    """Return file name below `out` -> text: two configs, and the scripts server.sh, actor.sh and back.sh.
 
     Args:
-        settings: without problems (`rlhf_problems`).
-        out: absolute; it is written into the configs.
+        settings: settings in which `rlhf_problems` finds no problem.
+        out: absolute path of the output folder; the configs contain it.
 
     Raises:
         ConfigError: a key of `actor` or `server` that NeMo-Aligner does not read, or a value out of range.
@@ -82,13 +82,13 @@ def _layout(layout: RlhfLayout) -> dict[str, Any]:
         "trainer.devices": layout.gpus_per_node,
         "model.tensor_model_parallel_size": layout.tp,
         "model.pipeline_model_parallel_size": layout.pp,
-        "model.precision": "",  # made equal to trainer.precision, which can be changed
+        "model.precision": "",  # set to trainer.precision in `render`, after overrides
     }
 
 
 def _server(settings: Rlhf, facts: RlhfFacts, out: Path) -> dict[str, Any]:
     layout = settings.server_layout
-    # A request is what one data-parallel rank of the actor rolls out at once.
+    # One request holds the rollouts of one data-parallel rank of the actor.
     batch = max(1, settings.rollout_micro_batch_size // layout.dp)
     given = {str(name): weight for name, weight in settings.attribute_weights.items()}
     weights = [given.get(name, 0.0) for name in ATTRIBUTES]
@@ -121,7 +121,7 @@ def _server(settings: Rlhf, facts: RlhfFacts, out: Path) -> dict[str, Any]:
 
 
 def _training(settings: Rlhf, layout: RlhfLayout, log_dir: Path, lr: float, min_lr: float) -> dict[str, Any]:
-    """Keys of both programs that learn."""
+    """Return the keys of a program that trains: the actor, and the server of PPO."""
     return {
         "exp_manager.explicit_log_dir": str(log_dir),
         "exp_manager.checkpoint_callback_params.model_parallel_size": layout.tp * layout.pp,
@@ -159,7 +159,7 @@ def _actor(settings: Rlhf, facts: RlhfFacts, out: Path) -> dict[str, Any]:
         f"trainer.{key}.initial_policy_kl_penalty": settings.kl_penalty,
         f"trainer.{key}.model_gbs": settings.global_batch_size,
         **{f"trainer.{key}.trt_llm.{name}": value for name, value in trt.items()},
-        **{f"model.{key}.trt_llm.{name}": "" for name in (*trt, "seed", "unload_engine_train")},  # copied when complete
+        **{f"model.{key}.trt_llm.{name}": "" for name in (*trt, "seed", "unload_engine_train")},  # set in `render`
         "model.encoder_seq_length": settings.max_seq_len_tokens,
         f"model.{key}.rollout_micro_batch_size": rollouts,
         f"model.{key}.num_rollout_samples": settings.num_rollout_prompts,
@@ -188,7 +188,7 @@ def _server_script(settings: Rlhf, programs: Programs, out: Path) -> str:
     layout = settings.server_layout
     launcher = [] if layout.num_nodes == 1 else _srun(layout)
     return _script(
-        f"The server that {programs.actor}.yaml asks, at port {settings.server_port}; runs until it is stopped.",
+        f"Server of {programs.actor}.yaml at port {settings.server_port}; runs until it is stopped.",
         [_program(programs.server_script, programs.server, out, launcher)],
         out,
     )
@@ -197,7 +197,7 @@ def _server_script(settings: Rlhf, programs: Programs, out: Path) -> str:
 def _actor_script(settings: Rlhf, programs: Programs, out: Path) -> str:
     layout = settings.actor_layout
     mpi = ["mpirun", "-n", str(layout.gpus_per_node), "--allow-run-as-root"]
-    # TensorRT-LLM wants MPI's ranks; without it Lightning starts the processes of a node itself.
+    # TensorRT-LLM needs MPI ranks. Without it, Lightning starts the processes of a node itself.
     launcher = _srun(layout) if layout.num_nodes > 1 else mpi if settings.trt_llm else []
     address = f"/dev/tcp/{settings.server_host}/{settings.server_port}"
     lines = [
@@ -208,13 +208,13 @@ def _actor_script(settings: Rlhf, programs: Programs, out: Path) -> str:
         "done",
         _program(programs.actor_script, programs.actor, out, launcher),
     ]
-    return _script("The training. Start it beside server.sh, here or on other nodes; it waits for it.", lines, out)
+    return _script("Training. Start it beside server.sh, here or on other nodes; it waits for the server.", lines, out)
 
 
 def _back_script(programs: Programs, facts: RlhfFacts, out: Path) -> str:
     trained = out / "actor/checkpoints" / f"{programs.actor}.nemo"
     words = ["minitron", "convert", str(trained), str(out / "trained"), "--like", str(facts.actor_model)]
-    return _script("The trained model, as Hugging Face has it.", [f"exec {shlex.join(words)}"], out)
+    return _script("Conversion of the trained model to a Hugging Face folder.", [f"exec {shlex.join(words)}"], out)
 
 
 def _srun(layout: RlhfLayout) -> list[str]:

@@ -1,4 +1,4 @@
-"""Sizes of PPO and REINFORCE that do not fit together; NeMo-Aligner finds most of them after the models are loaded."""
+"""Checks of PPO and REINFORCE settings. NeMo-Aligner finds most of these problems only after loading the models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_minitron.schema.rlhf import Rlhf
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a model, what a layout and a length must respect."""
+    """Sizes of a model that limit layouts and lengths."""
 
     num_layers: int
     num_query_groups: int
@@ -23,13 +23,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class RlhfFacts:
-    """What the settings are checked against. Paths are absolute."""
+    """Facts about models and prompts that the settings are checked against. Paths are absolute."""
 
     actor_model: Path
-    """A Hugging Face folder."""
+    """Hugging Face folder of the model to train."""
     actor_shape: ModelShape
     stop: str | None
-    """The text that ends a turn."""
+    """Text that ends a turn; None: the tokenizer's end-of-text token ends it."""
     reward: Literal["regression", "ranking"]
     reward_nemo: Path
     reward_tokenizer: Path
@@ -37,32 +37,32 @@ class RlhfFacts:
     num_prompts: int
     num_valid_prompts: int
     misunderstandings: tuple[str, ...] = ()
-    """Why the reward model would not read what the actor writes."""
+    """Reasons why the reward model would misread the actor's answers, as error messages."""
 
 
 def longest_prompt_tokens(settings: Rlhf) -> int:
-    """NeMo-Aligner puts another prompt in place of one that is longer than half the sequence, without a word."""
+    """Return the longest usable prompt. NeMo-Aligner silently replaces prompts longer than half the sequence."""
     return min(settings.max_seq_len_tokens // 2, settings.max_seq_len_tokens - settings.max_new_tokens)
 
 
 def inference_dp(settings: Rlhf) -> int:
-    """Ranks of the actor that roll out different prompts: with TensorRT-LLM pipeline stages do, too."""
+    """Return how many ranks of the actor roll out different prompts; with TensorRT-LLM, pipeline stages do as well."""
     layout = settings.actor_layout
     return max(1, layout.dp * (layout.pp if settings.trt_llm else 1))
 
 
 def rollouts_per_step(settings: Rlhf) -> int:
-    """Answers of one step."""
+    """Return the number of answers that a step generates."""
     return settings.num_rollout_prompts * (settings.rollouts_per_prompt if settings.algorithm == "reinforce" else 1)
 
 
 def steps_per_epoch(settings: Rlhf, facts: RlhfFacts) -> int:
-    """Whole batches of prompts."""
+    """Return the number of complete batches of prompts in an epoch, at least 1."""
     return max(1, facts.num_prompts // settings.num_rollout_prompts)
 
 
 def rlhf_problems(settings: Rlhf, facts: RlhfFacts) -> Iterator[str]:
-    """What does not fit, one line each."""
+    """Yield each problem of the settings, one line each."""
     yield from facts.misunderstandings
     yield from _layouts(settings, facts)
     yield from _batches(settings)
@@ -77,7 +77,7 @@ def rlhf_problems(settings: Rlhf, facts: RlhfFacts) -> Iterator[str]:
         if getattr(settings, low) > getattr(settings, high):
             yield f"{low} = {getattr(settings, low)}: above {high} = {getattr(settings, high)}."
     if facts.reward == "regression" and not any(settings.attribute_weights.values()):
-        yield "attribute_weights: none is other than 0; the reward would be 0 for every answer."
+        yield "attribute_weights: all are 0, so the reward would be 0 for every answer."
 
 
 def _layouts(settings: Rlhf, facts: RlhfFacts) -> Iterator[str]:
@@ -91,14 +91,17 @@ def _layouts(settings: Rlhf, facts: RlhfFacts) -> Iterator[str]:
                 f"num_nodes * gpus_per_node = {layout.num_nodes} * {layout.gpus_per_node}."
             )
         if model.num_layers % layout.pp:
-            yield f"{key}.pp = {layout.pp}: NeMo needs as many layers in every stage; there are {model.num_layers}."
+            yield (
+                f"{key}.pp = {layout.pp}: NeMo needs the same number of layers in every pipeline stage; "
+                f"there are {model.num_layers}."
+            )
         if model.num_query_groups % layout.tp:
             yield f"{key}.tp = {layout.tp}: must divide the {model.num_query_groups} query groups."
     if settings.server_host == "localhost" and settings.actor_layout.num_nodes > 1:
-        yield "server_host = localhost: an actor on several nodes needs the name of the server's first node."
+        yield "server_host = localhost: with an actor on several nodes, give the host name of the server's first node."
     reason = unknown_to_nemo(facts.actor_shape)
     if reason is not None:
-        yield f"NeMo 2.1, which NeMo-Aligner builds on, has no models with {reason}."
+        yield f"NeMo 2.1, on which NeMo-Aligner builds, does not support {reason}."
 
 
 def _limits(shape: ModelShape) -> Limits:
@@ -130,7 +133,7 @@ def _batches(settings: Rlhf) -> Iterator[str]:
 def _lengths(settings: Rlhf, facts: RlhfFacts) -> Iterator[str]:
     if settings.max_new_tokens >= settings.max_seq_len_tokens:
         yield (
-            f"max_new_tokens = {settings.max_new_tokens}: leaves no room for a prompt in max_seq_len_tokens = "
+            f"max_new_tokens = {settings.max_new_tokens}: leaves no tokens for a prompt in max_seq_len_tokens = "
             f"{settings.max_seq_len_tokens}."
         )
     for name, model in (("the model", _limits(facts.actor_shape)), ("the reward model", facts.reward_limits)):
@@ -138,4 +141,4 @@ def _lengths(settings: Rlhf, facts: RlhfFacts) -> Iterator[str]:
         if settings.max_seq_len_tokens > most:
             yield f"max_seq_len_tokens = {settings.max_seq_len_tokens}: {name} has {most} positions."
     if facts.stop is not None and "," in facts.stop:
-        yield f"template: its end of a turn, {facts.stop!r}, holds a comma, at which TensorRT-LLM would split it."
+        yield f"template: its end of turn, {facts.stop!r}, contains a comma, at which TensorRT-LLM would split it."

@@ -1,4 +1,4 @@
-"""What PPO and REINFORCE start from, out of a finished run: a model, a reward model and prompts."""
+"""Inputs of PPO and REINFORCE from a finished run: a model, a reward model and prompts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 import yaml
 
 from nemo_minitron.artifacts.manifest import Manifest, read_manifest
+from nemo_minitron.backends.alignment.nemo_aligner.backend import REWARD_DIR
+from nemo_minitron.backends.alignment.nemo_aligner.model_config import tokenizer_dir
 from nemo_minitron.backends.alignment.nemo_aligner.rlhf_checks import Limits, RlhfFacts, longest_prompt_tokens
+from nemo_minitron.backends.alignment.nemo_aligner.unpack import CONFIG_FILE
 from nemo_minitron.data.chat.bad_rows import BadRows
 from nemo_minitron.data.chat.render import read_normalized
 from nemo_minitron.data.chat.rows import BadRow
@@ -24,13 +27,14 @@ PARTS = ("train", "valid")
 
 
 def find_stage(run: Path, kinds: tuple[str, ...], named: str | None, option: str) -> Path:
-    """The folder of the only finished stage of these kinds, or of the one that the user names.
+    """Return the folder of the only finished stage of these kinds, or of the one that the user names.
 
     Args:
-        option: of the command, for the message.
+        named: name of the stage; None: there must be exactly one.
+        option: command-line option that names a stage, for the error message.
 
     Raises:
-        ArtifactError: there is none, or more than one and none is named.
+        ArtifactError: there is no such stage, or there are several and none is named.
     """
     finished = {path.name: read_manifest(path) for path in sorted(run.iterdir()) if path.is_dir()}
     found = [name for name, manifest in finished.items() if manifest is not None and _fits(manifest, kinds)]
@@ -40,12 +44,12 @@ def find_stage(run: Path, kinds: tuple[str, ...], named: str | None, option: str
     what = f"stage of kind {' or '.join(kinds)}"
     if not found:
         raise ArtifactError(
-            f"There is no finished {what} here.",
+            f"The run has no finished {what}.",
             where=str(run),
             next_step="minitron status RECIPE shows what has finished; prompts come from conversations, not pairs.",
         )
     raise ArtifactError(
-        f"Several stages could be used: {', '.join(found)}." if named is None else f"{named} is no finished {what}.",
+        f"Several stages match: {', '.join(found)}." if named is None else f"{named} is no finished {what}.",
         where=str(run),
         allowed=", ".join(found),
         next_step=f"Name one with {option}.",
@@ -57,10 +61,10 @@ def _fits(manifest: Manifest, kinds: tuple[str, ...]) -> bool:
 
 
 def read_prompts(settings: Rlhf, rows: Path, template: ChatTemplate) -> dict[str, list[str]]:
-    """Part -> what comes before the last answer of every conversation; long ones and a few bad ones are left out.
+    """Return part -> prompts: the text before the last answer of every conversation. Skip long and unusable ones.
 
     Raises:
-        DataError: the template refuses too many rows.
+        DataError: the template cannot render too many rows.
     """
     most, found = longest_prompt_tokens(settings), {}
     for part in PARTS:
@@ -78,26 +82,27 @@ def read_prompts(settings: Rlhf, rows: Path, template: ChatTemplate) -> dict[str
 
 
 def gather_facts(model: Path, template: ChatTemplate, reward: Path, prompts: dict[str, list[str]]) -> RlhfFacts:
-    """What the settings are checked against.
+    """Collect the facts that the settings are checked against.
 
     Args:
-        reward: the folder of a train_attribute_model stage.
+        reward: folder of a finished train_attribute_model stage.
 
     Raises:
         CheckpointError: the model is damaged.
     """
     manifest = read_manifest(reward)
     assert manifest is not None
-    nemo: dict[str, Any] = yaml.safe_load((reward / "nemo/model_config.yaml").read_text(encoding="utf-8"))
-    tokenizer = reward / "nemo.tokenizer"
+    nemo = reward / REWARD_DIR
+    config: dict[str, Any] = yaml.safe_load((nemo / CONFIG_FILE).read_text(encoding="utf-8"))
+    tokenizer = tokenizer_dir(nemo)
     return RlhfFacts(
         actor_model=model,
         actor_shape=Checkpoint.open(model).shape,
         stop=template.stop,
         reward=manifest.result["reward"],
-        reward_nemo=reward / "nemo",
+        reward_nemo=nemo,
         reward_tokenizer=tokenizer,
-        reward_limits=Limits(nemo["num_layers"], nemo["num_query_groups"], nemo["max_position_embeddings"]),
+        reward_limits=Limits(config["num_layers"], config["num_query_groups"], config["max_position_embeddings"]),
         num_prompts=len(prompts["train"]),
         num_valid_prompts=len(prompts["valid"]),
         misunderstandings=tuple(_misunderstandings(model, template, tokenizer, manifest)),
@@ -105,23 +110,23 @@ def gather_facts(model: Path, template: ChatTemplate, reward: Path, prompts: dic
 
 
 def _misunderstandings(model: Path, template: ChatTemplate, tokenizer: Path, manifest: Manifest) -> Iterator[str]:
-    """The reward model is sent the actor's tokens: it must know them, and be asked where it has learnt to answer."""
+    """Yield why the reward model would misread the actor: other tokenizer, template, date or rated position."""
     if tokenizer_fingerprint(model) != tokenizer_fingerprint(tokenizer):
-        yield "the reward model has another tokenizer than the model: it would read other words."
+        yield "the reward model has another tokenizer than the model, and would misread its tokens."
         return
     result = manifest.result
-    learnt = ChatTemplate.load(tokenizer, result["template"], whole_markers=result["whole_markers"])
-    if learnt.jinja != template.jinja:
+    trained = ChatTemplate.load(tokenizer, result["template"], whole_markers=result["whole_markers"])
+    if trained.jinja != template.jinja:
         yield (
-            f"template: the reward model (stage {manifest.stage}, template {result['template']}) has learnt another "
-            "chat template than the model writes."
+            f"template: the reward model (stage {manifest.stage}, template {result['template']}) was trained with "
+            "another chat template than the model uses."
         )
     elif "strftime_now" in template.jinja and (day := result.get("template_date", str(TEMPLATE_DATE))) != str(
         template.day
     ):
-        yield f"template_date: the reward model has learnt texts of {day}, and the prompts say {template.day}."
-    elif result["reward"] == "regression" and learnt.rated_end:
+        yield f"template_date: the reward model was trained on texts of {day}, and the prompts have {template.day}."
+    elif result["reward"] == "regression" and trained.rated_end:
         yield (
-            f"template: the reward model has learnt to rate at {learnt.rated_end!r}, and is asked at the end of the "
-            f"answer. Train stage {manifest.stage} with another template than {result['template']}."
+            f"template: the reward model was trained to rate at {trained.rated_end!r}, and would be evaluated at the "
+            f"end of the answer. Train stage {manifest.stage} with another template than {result['template']}."
         )

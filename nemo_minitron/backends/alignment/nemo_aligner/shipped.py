@@ -1,4 +1,4 @@
-"""The configs that a container's NeMo-Aligner ships, and whether they have the keys that we set."""
+"""Comparison of our config keys with the configs that the NeMo-Aligner of a container ships."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from nemo_minitron.errors import EnvironmentProblem
 
 HOME_VARIABLE, HOME = "NEMO_ALIGNER_HOME", "/opt/NeMo-Aligner"
-"""Where its repository is; the wheel has neither its scripts nor their configs."""
+"""Variable and default for the folder of NeMo-Aligner's repository; its wheel has neither scripts nor configs."""
 GPT = "examples/nlp/gpt/conf"
 SHIPPED = {
     "sft": f"{GPT}/gpt_sft.yaml",
@@ -26,7 +26,7 @@ SHIPPED = {
     "reinforce_actor": f"{GPT}/gpt_reinforce_actor.yaml",
     "reward_server": f"{GPT}/inference_rm.yaml",
 }
-"""Method -> the file that 0.7.0 has for it."""
+"""Method -> its config file in NeMo-Aligner 0.7.0."""
 ADDED = frozenset(
     {
         "name",
@@ -69,11 +69,11 @@ ADDED = frozenset(
         "model.data.train_ds.output_original_text",
     }
 )
-"""Keys that some of its files leave out and its code reads all the same: users add them with `++`."""
+"""Keys that NeMo-Aligner's code reads although some of its config files lack them; users add them with `++`."""
 
 
 def aligner_home() -> Path:
-    """The folder of NeMo-Aligner's repository in a container; it need not be there."""
+    """Return the folder of NeMo-Aligner's repository in a container; it may not exist."""
     return Path(os.environ.get(HOME_VARIABLE) or HOME)
 
 
@@ -81,7 +81,7 @@ def require_shipped(method: str, keys: Iterable[str]) -> None:
     """In a container, check the keys of a config against the file that its NeMo-Aligner ships; elsewhere do nothing.
 
     Raises:
-        EnvironmentProblem: it does not have some of them.
+        EnvironmentProblem: NeMo-Aligner lacks some of the keys.
     """
     file = aligner_home() / SHIPPED[method]
     if not file.is_file():
@@ -89,22 +89,22 @@ def require_shipped(method: str, keys: Iterable[str]) -> None:
     unknown = unknown_keys(keys, shipped_keys(yaml.safe_load(file.read_text(encoding="utf-8"))))
     if unknown:
         raise EnvironmentProblem(
-            f"The container's NeMo-Aligner has no {', '.join(unknown)}.",
+            f"The container's NeMo-Aligner does not have these keys: {', '.join(unknown)}.",
             where=str(file),
             allowed="NeMo-Aligner 0.7.0",
-            next_step=f"Use a container with that version. {HOME_VARIABLE} names the folder of its code.",
+            next_step=f"Use a container with that version, or set {HOME_VARIABLE} to the folder of its code.",
         )
 
 
 def unknown_keys(keys: Iterable[str], shipped: Iterable[str]) -> list[str]:
-    """Dotted keys that are neither shipped nor among those that are added; a key of ours may hold a shipped section."""
+    """Return the dotted keys that are neither shipped nor in ADDED; a key may also name a whole shipped section."""
     known = {*shipped, *ADDED}
     sections = {key[:end] for key in known for end, sign in enumerate(key) if sign == "."}
     return sorted(key for key in keys if key not in known and key not in sections)
 
 
 def shipped_keys(config: Mapping[str, Any]) -> set[str]:
-    """Dotted keys of a shipped config; a section that stands for another one (`${a.b}`) has its keys."""
+    """Return the dotted keys of a shipped config; a section that refers to another one (`${a.b}`) has its keys."""
     return set(_keys(config, config, ""))
 
 
@@ -118,7 +118,7 @@ def _keys(section: Mapping[str, Any], whole: Mapping[str, Any], prefix: str) -> 
 
 
 def _referred(value: str, whole: Mapping[str, Any]) -> Any:
-    """What an absolute reference names; None: it is none."""
+    """Return the value that an absolute reference names; None if `value` is not one."""
     if not (value.startswith("${") and value.endswith("}")) or ":" in value or value.startswith("${."):
         return None
     found: Any = whole

@@ -1,4 +1,4 @@
-"""A NeMo checkpoint from somebody else: its archive unpacked within bounds, and what may be taken from its config."""
+"""Safe reading of NeMo checkpoints of unknown origin: bounded unpacking, and a filter for the config."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from nemo_minitron.hf.links import require_inside
 CONFIG_FILE = "model_config.yaml"
 MOST_MEMBERS, MOST_CONFIG_BYTES, MOST_VALUE_CHARACTERS = 100_000, 1 << 18, 200
 MOST_BRACKETS = 1000
-"""The most brackets of a config; deep nesting takes YAML's reader seconds and more."""
+"""Maximum number of brackets in a config; the YAML reader needs seconds and more for deep nesting."""
 MOST_TIMES_AS_LARGE = 100
-"""The most by which an unpacked .nemo file may be larger than the packed one; weights hardly shrink."""
+"""Maximum ratio of the unpacked to the packed size of a .nemo file; weights hardly compress."""
 MOST_EXTRA_ROWS = 1 << 16
-"""That NeMo adds to a vocabulary, to share it out."""
+"""Maximum number of rows that NeMo may add to a vocabulary as padding for tensor parallelism."""
 _SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 _OURS = ("tokenizer", "dist_ckpt_format", *_SHAPE)
 MOST_READ_BYTES = 1 << 26
@@ -36,10 +36,10 @@ _BLOCK_BYTES = 1 << 20
 
 
 def unpacked(nemo: Path, work: Path) -> Path:
-    """The folder of a checkpoint; that of an archive is made in `work`.
+    """Return the folder of a checkpoint; an archive is unpacked below `work`.
 
     Raises:
-        CheckpointError: it is damaged, or it holds links, devices or paths that lead out of it, or far too much.
+        CheckpointError: it is damaged or too large, or it contains links, devices or paths that lead out of it.
     """
     if nemo.is_dir():
         for path in nemo.rglob("*"):
@@ -55,13 +55,13 @@ def unpacked(nemo: Path, work: Path) -> Path:
         members = list(_members(archive, nemo))
         needed = sum(member.size for member in members)
         if needed > shutil.disk_usage(work).free:
-            raise _refused(nemo, f"{needed / 1e6:,.0f} MB do not fit on the disk of {work.parent}.")
+            raise _refused(nemo, f"Unpacked, its {needed / 1e6:,.0f} MB do not fit on the disk of {work.parent}.")
         archive.extractall(folder, members=members, filter="data")
     return folder
 
 
 class _Clipped:
-    """A file of which one read takes as much as there is, at most: tarfile asks for whatever a header says."""
+    """A file that never reads more than it has: tarfile requests as many bytes as a header claims."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._size = file, os.fstat(file.fileno()).st_size
@@ -73,22 +73,25 @@ class _Clipped:
 
 
 def model_config(folder: Path, nemo: Path, shape: ModelShape, tokenizer: Path) -> dict[str, Any]:
-    """What NeMo is told of a checkpoint: only values of keys that this package writes itself.
+    """Return the safe part of a checkpoint's config: plain values of keys that this package writes itself.
 
-    NeMo makes an object of whatever class a config names, reads variables of the environment, and runs code that comes
-    with a tokenizer; so of the file it gets numbers, switches and plain words for known keys.
+    NeMo instantiates any class that a config names, reads environment variables, and runs code that comes with a
+    tokenizer. Therefore it gets only numbers, booleans and short strings, and only for known keys.
 
     Args:
-        shape: of the Hugging Face model that the weights will be read as.
+        folder: the unpacked checkpoint.
+        nemo: the checkpoint that the user named, for error messages.
+        shape: shape of the Hugging Face model that the weights will be read as.
+        tokenizer: Hugging Face tokenizer to use instead of the checkpoint's.
 
     Raises:
         CheckpointError: there is no config, or it cannot be read.
     """
     file = folder / CONFIG_FILE
     if not file.is_file():
-        raise CheckpointError(f"Not a NeMo checkpoint: there is no {CONFIG_FILE}.", where=str(nemo))
+        raise CheckpointError(f"This is not a NeMo checkpoint: it has no {CONFIG_FILE}.", where=str(nemo))
     if file.stat().st_size > MOST_CONFIG_BYTES:
-        raise _refused(nemo, f"{CONFIG_FILE} has more than {MOST_CONFIG_BYTES / 1e3:.0f} kB.")
+        raise _refused(nemo, f"{CONFIG_FILE} is larger than {MOST_CONFIG_BYTES / 1e3:.0f} kB.")
     try:
         text = file.read_text(encoding="utf-8")
         if text.count("[") + text.count("{") > MOST_BRACKETS:
@@ -97,7 +100,7 @@ def model_config(folder: Path, nemo: Path, shape: ModelShape, tokenizer: Path) -
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _refused(nemo, f"{CONFIG_FILE} cannot be read: {error}"[:500]) from error
     if not isinstance(found, Mapping):
-        raise _refused(nemo, f"{CONFIG_FILE} holds no keys.")
+        raise _refused(nemo, f"{CONFIG_FILE} contains no keys.")
     ours = nemo_model_config(shape, tokenizer, seq_len_tokens=1, on_cpu=False, where=str(nemo))
     _require_same_shape(found, ours, nemo)
     known = (ours.keys() | WITHOUT_FUSED_KERNELS.keys()) - set(_OURS)
@@ -106,7 +109,7 @@ def model_config(folder: Path, nemo: Path, shape: ModelShape, tokenizer: Path) -
 
 
 def _require_same_shape(found: Mapping[str, Any], ours: Mapping[str, Any], nemo: Path) -> None:
-    """Else NeMo would build a model of any size first, and then find that the weights do not fit."""
+    """Refuse a config of another shape: NeMo would build a model of any size before it compares the weights."""
     for key in _SHAPE:
         if found.get(key) is not None and found[key] != ours[key]:
             raise CheckpointError(
@@ -130,15 +133,15 @@ def _is_plain(value: Any) -> bool:
 def _members(archive: tarfile.TarFile, nemo: Path) -> Iterator[tarfile.TarInfo]:
     for number, member in enumerate(archive):
         if number == MOST_MEMBERS:
-            raise _refused(nemo, f"It holds more than {MOST_MEMBERS:,} files.")
+            raise _refused(nemo, f"It contains more than {MOST_MEMBERS:,} files.")
         if not (member.isreg() or member.isdir()) or member.issparse():
-            raise _refused(nemo, f"{member.name!r} in it is no plain file: a link, a device, or a file with holes.")
+            raise _refused(nemo, f"It contains {member.name!r}: a link, a device or a sparse file.")
         yield member
 
 
 @contextmanager
 def _plain_tar(nemo: Path, work: Path) -> Iterator[Path]:
-    """The archive without compression; a member's size is then bounded by the file's."""
+    """Yield the archive without compression, so that the size of the file bounds that of its members."""
     with nemo.open("rb") as file:
         packed = file.read(len(_GZIP)) == _GZIP
     if not packed:
@@ -148,7 +151,7 @@ def _plain_tar(nemo: Path, work: Path) -> Iterator[Path]:
     with gzip.open(nemo) as stream, plain.open("xb") as out:
         while block := stream.read(_BLOCK_BYTES):
             if out.tell() > most:
-                raise _refused(nemo, f"Unpacked, it is more than {MOST_TIMES_AS_LARGE} times as large.")
+                raise _refused(nemo, f"Unpacked, it is more than {MOST_TIMES_AS_LARGE} times as large as packed.")
             out.write(block)
     yield plain
     plain.unlink()
@@ -165,4 +168,6 @@ def _archive_errors(nemo: Path) -> Iterator[None]:
 
 
 def _refused(nemo: Path, what: str) -> CheckpointError:
-    return CheckpointError(what, where=str(nemo), next_step="Download or copy it again; is it a checkpoint of NeMo?")
+    return CheckpointError(
+        what, where=str(nemo), next_step="Check that it is a NeMo checkpoint, and download or copy it again."
+    )

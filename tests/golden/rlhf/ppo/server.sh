@@ -1,5 +1,5 @@
 #!/bin/bash
-# The server that ppo_actor.yaml asks, at port 5556; runs until it is stopped.
+# Server of ppo_actor.yaml at port 5556; runs until it is stopped.
 set -euo pipefail
 export NEMO_ALIGNER_HOME="${NEMO_ALIGNER_HOME:-/opt/NeMo-Aligner}" HYDRA_FULL_ERROR=1
 export PYTHONPATH="${NEMO_ALIGNER_HOME}:${PYTHONPATH:-}"

@@ -1,5 +1,5 @@
 #!/bin/bash
-# The training. Start it beside server.sh, here or on other nodes; it waits for it.
+# Training. Start it beside server.sh, here or on other nodes; it waits for the server.
 set -euo pipefail
 export NEMO_ALIGNER_HOME="${NEMO_ALIGNER_HOME:-/opt/NeMo-Aligner}" HYDRA_FULL_ERROR=1
 export PYTHONPATH="${NEMO_ALIGNER_HOME}:${PYTHONPATH:-}"

@@ -1,5 +1,5 @@
 #!/bin/bash
-# The trained model, as Hugging Face has it.
+# Conversion of the trained model to a Hugging Face folder.
 set -euo pipefail
 export NEMO_ALIGNER_HOME="${NEMO_ALIGNER_HOME:-/opt/NeMo-Aligner}" HYDRA_FULL_ERROR=1
 export PYTHONPATH="${NEMO_ALIGNER_HOME}:${PYTHONPATH:-}"

@@ -1,4 +1,4 @@
-"""`python .../entry TASK.json`: one task for NeMo-Aligner, in the environment that has it."""
+"""Run one task in NeMo-Aligner's environment: `python .../entry TASK.json`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from task import Task, answer, of_the_package
+from task import Task, load_backend_module, run
 
 TASKS = {
     "self_test": "self_test:self_test",
@@ -26,17 +26,17 @@ TASKS = {
     "preference_losses": "dpo:preference_losses",
 }
 ALONE = ("preference_losses",)
-"""Tasks without torch.distributed: what they call asks for Megatron's groups as soon as it runs."""
+"""Tasks that run without torch.distributed: with it, the functions that they call would require Megatron's groups."""
 
 
 def main() -> int:
-    """Run the task that the file names."""
+    """Run the task of the file; returns the exit code."""
     import cpu
 
     task = json.loads(Path(sys.argv[1]).read_text())
     cpu.enable()
-    of_the_package("megatron/runtime/known_pickles.py").read_only_known_pickles()
-    return answer(Path(task["work_dir"]), _run, task)
+    load_backend_module("megatron/runtime/known_pickles.py").read_only_known_pickles()
+    return run(Path(task["work_dir"]), _run, task)
 
 
 def _run(task: Task) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Weights between safetensors (Megatron's names, whole tensors) and NeMo's checkpoint folders."""
+"""Conversion between safetensors files (whole tensors, Megatron's names) and NeMo checkpoint folders."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ NORMS_INSIDE = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
     "mlp.linear_fc1.layer_norm_bias": "pre_mlp_layernorm.bias",
 }
-"""Transformer Engine keeps a norm inside the linear layer behind it."""
+"""Name with Transformer Engine -> name without it. Transformer Engine puts a norm into the linear layer after it."""
 
 
 def to_nemo(task: Task) -> dict[str, Any]:
-    """Make a NeMo checkpoint folder out of `weights` (a folder of safetensors) and `model_config`."""
+    """Write a NeMo checkpoint folder from `weights` (a folder of safetensors files) and `model_config`."""
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 
     out = Path(task["out"])
@@ -36,7 +36,7 @@ def to_nemo(task: Task) -> dict[str, Any]:
             for name in tensors.keys():  # noqa: SIM118  (not a dict)
                 copy_padded(parameters.pop(name), tensors.get_tensor(name))
     if parameters:
-        raise RuntimeError(f"no weights were given for {sorted(parameters)}")
+        raise RuntimeError(f"there are no weights for {sorted(parameters)}")
     save_nemo(model, out)
     return {"num_params": sum(parameter.numel() for parameter in model.model.parameters())}
 
@@ -54,7 +54,7 @@ def from_nemo(task: Task) -> dict[str, Any]:
 
 
 def logits(task: Task) -> dict[str, Any]:
-    """Logits of `tokens` (a safetensors file, [B, S]) by the NeMo checkpoint, to `out`."""
+    """Write to `out` the NeMo checkpoint's logits of `tokens` (a safetensors file, [B, S])."""
     model = load_language_model(Path(task["nemo"]), task["model_config"])
     model.eval()
     with safe_open(str(task["tokens"]), framework="pt") as tensors:
@@ -69,7 +69,7 @@ def logits(task: Task) -> dict[str, Any]:
 
 
 def make_trainer(model_config: dict[str, Any]) -> tuple[Any, DictConfig]:
-    """(a Lightning trainer for one process, the model's config)."""
+    """Return (Lightning trainer for one process, config of the model)."""
     from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
 
     accelerator = "gpu" if torch.cuda.is_available() else "cpu"
@@ -81,14 +81,17 @@ def make_trainer(model_config: dict[str, Any]) -> tuple[Any, DictConfig]:
             "name": "border",
             "trainer": {**trainer, **quiet},
             "exp_manager": {"log_tflops_per_sec_per_gpu": False},
-            "model": {"optim": {"name": "adamw", "lr": 1e-5}, **model_config},  # made with the model, and not used
+            "model": {
+                "optim": {"name": "adamw", "lr": 1e-5},
+                **model_config,
+            },  # required to build the model, but not used
         }
     )
     return MegatronTrainerBuilder(config).create_trainer(), config.model
 
 
 def load_language_model(folder: Path, model_config: dict[str, Any]) -> Any:
-    """The plain GPT model of a checkpoint, without what a method added to it, in one process."""
+    """Load the GPT model of a checkpoint in one process, without parts that a method added, such as a reward head."""
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
     from nemo_aligner.utils.utils import load_from_nemo
 
@@ -97,14 +100,14 @@ def load_language_model(folder: Path, model_config: dict[str, Any]) -> Any:
 
 
 def start_processes(trainer: Any) -> None:
-    """Start torch.distributed and Megatron's groups, as Lightning does it."""
+    """Start torch.distributed and Megatron's groups as Lightning does."""
     if trainer.strategy.launcher is not None:
         trainer.strategy.launcher.launch(lambda: None, trainer=trainer)
     trainer.strategy.setup_environment()
 
 
 def save_nemo(model: Any, out: Path) -> None:
-    """Write a NeMo checkpoint as a folder (the unpacked form of a .nemo file); all ranks call this."""
+    """Write a NeMo checkpoint as a folder (an unpacked .nemo file); all ranks must call this."""
     from nemo.utils.callbacks.dist_ckpt_io import DistributedCheckpointIO
 
     partial = out.with_name(out.name + ".partial")
@@ -124,7 +127,7 @@ def save_nemo(model: Any, out: Path) -> None:
 
 
 def file_name(parameter: str) -> str:
-    """The name in the files: that of layers without Transformer Engine."""
+    """Return the name of a parameter in the files: that of layers without Transformer Engine."""
     name = parameter.removeprefix("module.")
     for inside, outside in NORMS_INSIDE.items():
         name = name.replace(inside, outside)
@@ -133,6 +136,6 @@ def file_name(parameter: str) -> str:
 
 @torch.no_grad()
 def copy_padded(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Copy; rows of a padded vocabulary become zero."""
+    """Copy a tensor; set the rows of a padded vocabulary to zero."""
     parameter[: len(tensor)].copy_(tensor)
     parameter[len(tensor) :].zero_()

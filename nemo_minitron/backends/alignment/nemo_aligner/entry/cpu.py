@@ -1,7 +1,7 @@
 """NeMo 2.1, Megatron-Core 0.10 and NeMo-Aligner 0.7 on a machine without CUDA, Apex and Transformer Engine.
 
-They name CUDA devices, CUDA generators and Apex kernels outright. Each function below takes away one such
-assumption and says whose it is. Import nothing of theirs before `enable()`; with CUDA it does nothing.
+These packages use CUDA devices, CUDA generators and Apex kernels without checking for them. Each function below
+replaces one such use. Call `enable()` before importing any of the packages; on a machine with CUDA it does nothing.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ CPU = torch.device("cpu")
 
 
 def enable() -> bool:
-    """Make the CPU stand in for the GPU; False where a GPU is there, and nothing was done."""
+    """Apply all patches and return True; on a machine with a GPU, do nothing and return False."""
     if torch.cuda.is_available():
         return False
-    os.environ["NVIDIA_PYTORCH_VERSION"] = "none"  # NeMo tunes for NGC containers by this
+    os.environ["NVIDIA_PYTORCH_VERSION"] = "none"  # NeMo reads this to tune itself for NGC containers
     for patch in (
         _send_cuda_tensors_to_cpu,
         _make_cuda_calls_harmless,
@@ -42,7 +42,7 @@ def enable() -> bool:
 
 
 class _CudaToCpu(TorchFunctionMode):
-    """Every torch function that is asked for a CUDA device gets the CPU."""
+    """Replace CUDA devices by the CPU in the arguments of every torch function."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -51,7 +51,7 @@ class _CudaToCpu(TorchFunctionMode):
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
         if func is torch.Tensor.to:
-            # An int may be a dtype's place; devices as numbers are seen in `device=` only.
+            # A positional int may be another argument, so a number counts as a device in `device=` only.
             args = (args[0], *(CPU if not isinstance(a, int) and _is_cuda(a) else a for a in args[1:]))
         return func(*args, **kwargs)
 
@@ -65,12 +65,12 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _send_cuda_tensors_to_cpu() -> None:
-    _CudaToCpu().__enter__()  # for this thread, as long as the process lives
+    _CudaToCpu().__enter__()  # for this thread, until the process ends
     torch.nn.Module.cuda = lambda self, device=None: self
     begin = threading.Thread._bootstrap_inner  # type: ignore[attr-defined]
 
     def in_mode(self: threading.Thread) -> None:
-        """Function modes belong to a thread; workers need their own."""
+        """Run the thread in its own function mode, because modes are per thread."""
         with _CudaToCpu():
             begin(self)
 
@@ -103,7 +103,7 @@ def _make_cuda_calls_harmless() -> None:
 
 
 def _autocast_on_cpu() -> None:
-    """NeMo and Megatron name "cuda" for autocast and for custom autograd functions."""
+    """Redirect autocast and custom autograd functions, for which NeMo and Megatron name "cuda"."""
     begin = torch.autocast.__init__
     forward, backward = torch.amp.custom_fwd, torch.amp.custom_bwd
     amp: Any = torch.amp
@@ -117,7 +117,7 @@ def _autocast_on_cpu() -> None:
 
 
 def _megatron_random_numbers() -> None:
-    """Megatron keeps states of CUDA generators, and NeMo seeds them only where there is a CUDA device."""
+    """Use CPU generators: Megatron keeps states of CUDA generators, and NeMo seeds them only with a CUDA device."""
     import megatron.core.tensor_parallel.random as megatron_random
     import nemo.collections.nlp.modules.common.megatron.megatron_init as megatron_init
 
@@ -134,7 +134,7 @@ def _megatron_random_numbers() -> None:
 
 
 def _gather_scalars_with_gloo() -> None:
-    """NCCL gathers tensors without dimensions, gloo does not."""
+    """Gather tensors of shape [] as [1]: unlike NCCL, gloo does not gather tensors without dimensions."""
     gather = torch.distributed.all_gather_into_tensor
 
     def gather_any(out: torch.Tensor, part: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -144,7 +144,7 @@ def _gather_scalars_with_gloo() -> None:
 
 
 def _nemo_without_apex() -> None:
-    """NeMo's classes refuse to exist, or import Megatron and Apex in one breath, when Apex is missing."""
+    """Define what NeMo gets from Apex: without it, classes are missing and imports of Megatron are skipped."""
     import nemo.collections.nlp.models.language_modeling.megatron_base_model as base_model
     import nemo.collections.nlp.models.nlp_model as nlp_model
     import nemo.collections.nlp.modules.common.megatron.build_model as build_model
@@ -157,7 +157,7 @@ def _nemo_without_apex() -> None:
     overrides.HAVE_APEX = True
     for name in ("MegatronDistributedFusedAdam", "McoreDistributedOptimizer"):
         if not hasattr(overrides, name):
-            setattr(overrides, name, type(name, (), {}))  # only asked for with isinstance
+            setattr(overrides, name, type(name, (), {}))  # used with isinstance only
     overrides.NLPDDPStrategy._fix_tensors_device = lambda self, checkpoint: checkpoint
     build_model.parallel_state, build_model.HAVE_MEGATRON_CORE = parallel_state, True
     build_model.set_defaults_if_not_set_tensor_model_parallel_attributes = (
@@ -167,12 +167,12 @@ def _nemo_without_apex() -> None:
     megatron_utils.FusedLayerNorm = megatron_utils.FastLayerNorm = torch.nn.LayerNorm
     megatron_utils.MixedFusedRMSNorm = torch.nn.RMSNorm
     base_model.MegatronBaseModel._enable_nvidia_optimizations = lambda self: None
-    nlp_model.get_megatron_pretrained_bert_models = list  # would import a BERT that needs Transformer Engine
+    nlp_model.get_megatron_pretrained_bert_models = list  # the original imports a BERT that needs Transformer Engine
     ModelPT.cuda = lambda self, device=None: self
 
 
 def _clip_gradients_without_apex() -> None:
-    """The norm of all gradients comes from Apex's multi-tensor kernel."""
+    """Compute the norm of all gradients with torch instead of Apex's multi-tensor kernel."""
     import nemo.collections.nlp.modules.common.megatron.clip_grads as clip_grads
 
     class Kernels:
@@ -185,7 +185,7 @@ def _clip_gradients_without_apex() -> None:
 
 
 def _layers_without_transformer_engine() -> None:
-    """NeMo builds every known layer specification to look one up, those of Transformer Engine among them."""
+    """Return the local layer specification: NeMo builds all, also those of Transformer Engine, to select one."""
     import nemo.collections.nlp.models.language_modeling.megatron_gpt_model as gpt_model
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
@@ -196,7 +196,7 @@ def _layers_without_transformer_engine() -> None:
 
 
 def _checkpoints_with_newer_torch() -> None:
-    """torch 2.7 gave a private writer, which Megatron-Core 0.10 calls, two more arguments."""
+    """Pass two more arguments to a private writer of torch: it has them since 2.7, and Megatron-Core 0.10 calls it."""
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem
     import torch.distributed.checkpoint.filesystem as newer
 
@@ -210,9 +210,9 @@ def _checkpoints_with_newer_torch() -> None:
 
 
 def _checkpoints_of_torch_adam() -> None:
-    """Torch's Adam counts steps per parameter; NeMo expects every state to have its parameter's shape.
+    """Move the step counters of torch's Adam, which are per parameter, to the parameter groups in checkpoints.
 
-    The counter goes to the group on the way out, where Apex's Adam keeps it, and back on the way in.
+    NeMo expects every state to have the shape of its parameter. Apex's Adam keeps the counter in the group.
     """
     import nemo.collections.nlp.parts.nlp_overrides as overrides
 
@@ -220,7 +220,7 @@ def _checkpoints_of_torch_adam() -> None:
 
     def without_counters(state: dict[str, Any], model_state: Any, exclude_keys: Any = ()) -> None:
         counters = [float(values["step"]) for values in state["state"].values() if "step" in values]
-        # New dicts: these are shared with the optimizer that goes on training.
+        # New dicts, because these are shared with the optimizer, which continues to train.
         state["state"] = {
             index: {key: value for key, value in values.items() if key != "step"}
             for index, values in state["state"].items()

@@ -1,4 +1,4 @@
-"""Offline distillation: a teacher's top logits of every token, kept in files, and a student that learns them."""
+"""Offline distillation: cache a teacher's top logits of every token in files, and train a student on them."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from nemo_aligner.utils.distributed import compute_topk_logits_in_batched_sequen
 from nemo_aligner.utils.train_script_utils import init_distributed
 from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
 from omegaconf import DictConfig, OmegaConf, open_dict
-from task import STOP_FILE, Task, is_main, tell
+from task import STOP_FILE, Task, is_main, report_progress
 from training import Loaders, StopTimer, batch_loaders, jsonl_arguments
 from training import train as train_with
 
 SEQ_MULTIPLE = 16
-"""Sequences are split among tensor-parallel ranks, and are filled up to this."""
+"""Sequences are padded to a multiple of this, so that they can be split over tensor-parallel ranks."""
 PADDING = {"tokens": None, "labels": None, "topk_token_ids": None, "loss_mask": 0, "topk_logits": 0.0}
-"""Of what a batch holds; None: the end of text."""
+"""Key of a batch -> padding value; None: the end-of-text token."""
 
 
 def topk_logits(task: Task) -> dict[str, Any]:
-    """Write the `top_k` greatest logits of every token of the rows, `rows_per_file` of them in a file.
+    """Write the `top_k` largest logits of every token, with `rows_per_file` rows in each file.
 
-    Rows are {"input", "output"}; what does not fill a file is left out. Files that are there already stay.
+    Rows are {"input", "output"}; rows that do not fill a file are dropped. Existing files are kept.
     """
     config = OmegaConf.create(dict(task["config"]))
     config.model = load_and_override_model_config(task["nemo"], config.model)
     with open_dict(config):
         config.model.precision = config.trainer.precision
-        config.model.optim = {"name": "adamw", "lr": 1e-5}  # looked at when the model is made, and not used
+        config.model.optim = {"name": "adamw", "lr": 1e-5}  # required to build the model, but not used
     trainer = MegatronTrainerBuilder(config).create_trainer()
     model = load_from_nemo(MegatronGPTModel, config.model, trainer, strict=True, restore_path=task["nemo"])
     init_distributed(trainer, model, config.model.get("transformer_engine", False))
@@ -55,23 +55,23 @@ def topk_logits(task: Task) -> dict[str, Any]:
             return {"finished": False, "step": number}
         file = Path(config.output_path.replace(ChunkedJsonl.CHUNK_ID_STRING, str(number)))
         if not file.is_file():
-            rows = _asked(model, dataset, range(number * each, (number + 1) * each), config)
+            rows = _teacher_rows(model, dataset, range(number * each, (number + 1) * each), config)
             _write(file, rows)
-        tell(task, number + 1, num_files)
+        report_progress(task, number + 1, num_files)
     return {"finished": True, "num_files": num_files, "num_rows": num_files * each}
 
 
 def train(task: Task) -> dict[str, Any]:
-    """Train a student on such files."""
+    """Train a student on the files of `topk_logits`."""
     return train_with(task, "knowledge_distillation", GPTKnowledgeDistillationModel, _loaders, SupervisedTrainer)
 
 
 @torch.no_grad()
-def _asked(model: Any, dataset: Any, indices: range, config: DictConfig) -> list[dict[str, Any]]:
-    """The rows as tokens, with the teacher's logits; all ranks call this."""
+def _teacher_rows(model: Any, dataset: Any, indices: range, config: DictConfig) -> list[dict[str, Any]]:
+    """Return the rows as tokens with the teacher's logits; all ranks must call this."""
     micro, dp = config.model.micro_batch_size, parallel_state.get_data_parallel_world_size()
     items = [dataset[index] for index in indices]
-    items += items[-1:] * (-len(items) % (micro * dp))  # every rank has as many
+    items += items[-1:] * (-len(items) % (micro * dp))  # every rank needs the same number
     batch = dataset.collate_fn(items)
     share = len(items) // dp
     own = slice(parallel_state.get_data_parallel_rank() * share, (parallel_state.get_data_parallel_rank() + 1) * share)
@@ -112,7 +112,7 @@ def _loaders(config: DictConfig, model: Any, consumed_samples: int) -> Loaders:
 
 
 def _collate(rows: list[dict[str, torch.Tensor]], eos_id: int, data: DictConfig) -> dict[str, torch.Tensor]:
-    """Rows of [S] or [S, K] -> [B, S] or [B, S, K]."""
+    """Pad rows of shape [S] or [S, K] and stack them to [B, S] or [B, S, K]."""
     longest = max(len(row["tokens"]) for row in rows)
     seq = -(-longest // SEQ_MULTIPLE) * SEQ_MULTIPLE
     batch = {}
@@ -124,6 +124,6 @@ def _collate(rows: list[dict[str, torch.Tensor]], eos_id: int, data: DictConfig)
     mask, _, positions = get_ltor_masks_and_position_ids(
         batch["tokens"], eos_id, data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss
     )
-    # The model looks at the first mask only, but a batch is cut into micro-batches row by row.
+    # The model uses the first mask only, but a batch is split into micro-batches by rows.
     mask = mask.repeat(len(rows), 1, 1, 1) if len(mask) == 1 else mask
     return {**batch, "attention_mask": mask, "position_ids": positions}

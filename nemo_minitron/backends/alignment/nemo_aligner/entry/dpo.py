@@ -1,4 +1,4 @@
-"""Preference optimisation against a frozen copy of the model: DPO, IPO and the RPOs."""
+"""Preference optimization against a frozen copy of the model: DPO, IPO and the RPO losses."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from training import train as train_with
 
 
 def train(task: Task) -> dict[str, Any]:
-    """Rows are {"prompt", "chosen_response", "rejected_response"} and rewards, in the words of the chat template."""
+    """Train on rows {"prompt", "chosen_response", "rejected_response"} and rewards, rendered with the chat template."""
     return train_with(task, "dpo", MegatronGPTDPOModel, _loaders, _trainer, after_load=_keep_reference)
 
 
 def preference_losses(task: Task) -> dict[str, Any]:
-    """NeMo-Aligner's own loss and gradient for log-probabilities in `inputs`, one for each case, to `out`.
+    """Write to `out` NeMo-Aligner's own loss and gradient of each case, for the log-probabilities in `inputs`.
 
-    Nothing of the model is built: its loss function reads a few attributes only.
+    No model is built, because the loss function reads only a few of its attributes.
     """
     inputs, found = load_file(task["inputs"]), {}
     for name, settings in task["cases"].items():
@@ -44,7 +44,7 @@ def preference_losses(task: Task) -> dict[str, Any]:
 
 
 class _LossOnly:
-    """What MegatronGPTDPOModel.loss_func asks of its model."""
+    """Attributes of the model that MegatronGPTDPOModel.loss_func reads."""
 
     split_output_tensor = MegatronGPTDPOModel.split_output_tensor
     get_reduced_masked_logps = MegatronGPTDPOModel.get_reduced_masked_logps

@@ -1,4 +1,4 @@
-"""Reward models: a number for each attribute of an answer (regression), or one for the better of two (ranking)."""
+"""Reward models: a number for each attribute of an answer (regression), or one that ranks two answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_aligner.data.nlp.builders import (
 from nemo_aligner.models.nlp.gpt.reward_model_classes import REWARD_MODEL_CLASS_DICT, RewardModelType
 from nemo_aligner.utils.utils import load_from_nemo
 from omegaconf import DictConfig, OmegaConf
-from task import Task, tell
+from task import Task, report_progress
 from training import Loaders, jsonl_arguments
 from training import train as train_with
 
@@ -28,7 +28,7 @@ DATASETS = {
 
 
 def train(task: Task) -> dict[str, Any]:
-    """Regression rows are {"text", "label"}; ranking has two {"text"} rows for each pair, the better one first."""
+    """Train on rows {"text", "label"} (regression), or two rows {"text"} for each pair, the better first (ranking)."""
     kind = RewardModelType(task["config"]["model"]["reward_model_type"])
     return train_with(
         task, "rm", REWARD_MODEL_CLASS_DICT[kind], _loaders, SupervisedTrainer, base_model_only=task["base_model_only"]
@@ -36,9 +36,9 @@ def train(task: Task) -> dict[str, Any]:
 
 
 def annotate(task: Task) -> dict[str, Any]:
-    """The reward model's numbers for the `text` of every row, as lists, to `out`; in batches of similar length."""
+    """Write to `out` the reward model's outputs for the `text` of every row; batches hold texts of similar length."""
     config = OmegaConf.load(Path(task["nemo"]) / CONFIG_FILE)
-    # Checkpoints are moved; the config knows where the tokenizer was.
+    # The checkpoint may have been moved, and the config has the old path of the tokenizer.
     config = OmegaConf.merge(config, {"tokenizer": {"type": task["tokenizer"]}})
     trainer, config = make_trainer(OmegaConf.to_container(config))
     model_class = REWARD_MODEL_CLASS_DICT[RewardModelType(config.reward_model_type)]
@@ -57,7 +57,7 @@ def annotate(task: Task) -> dict[str, Any]:
         model.forward_micro_batch_size = len(batch)
         rewards = model.infer((padded, torch.tensor([len(tokens[index]) for index in batch])))
         found.update(zip(batch, rewards.float().cpu().tolist(), strict=True))
-        tell(task, len(found), len(order))
+        report_progress(task, len(found), len(order))
     Path(task["out"]).write_text("".join(json.dumps(found[index]) + "\n" for index in range(len(texts))))
     return {"num_rows": len(texts)}
 

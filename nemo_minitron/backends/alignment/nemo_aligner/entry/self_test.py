@@ -1,4 +1,4 @@
-"""Whether this environment can do its work."""
+"""Self-test of this environment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PACKAGES = ("nemo_toolkit", "megatron-core", "nemo-aligner", "torch", "lightning
 
 
 def self_test(task: Task) -> dict[str, Any]:
-    """Import what the tasks import, and run one small Megatron layer's worth of parallel state."""
+    """Import what the tasks import, and create a tensor on the CUDA device or its replacement."""
     import checkpoints
     import distillation
     import dpo

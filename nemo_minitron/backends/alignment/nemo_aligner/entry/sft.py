@@ -14,7 +14,7 @@ from training import train as train_with
 
 
 def train(task: Task) -> dict[str, Any]:
-    """Rows are {"input", "output"}, already in the words of the chat template."""
+    """Train on rows {"input", "output"}, rendered with the chat template."""
     return train_with(task, "sft", GPTSFTModel, _loaders, SupervisedTrainer)
 
 

@@ -1,4 +1,4 @@
-"""SteerLM 2.0: several answers to each prompt, weighted by how well they fit the attributes asked for."""
+"""SteerLM 2.0: several answers to each prompt, weighted by how well they match the requested attributes."""
 
 from __future__ import annotations
 

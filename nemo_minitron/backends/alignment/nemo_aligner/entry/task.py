@@ -1,4 +1,4 @@
-"""The order that a process of this folder gets, and how it answers: JSON files in the stage's work folder."""
+"""Exchange of a task with the runner: arguments, progress, curves, result and error as files in a work folder."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from typing import Any
 
 PROGRESS_FILE, CURVES_FILE, RESULT_FILE, ERROR_FILE = "aligner.json", "curves.jsonl", "result.json", "error.json"
 RUNNER_VARIABLE = "MINITRON_RUNNER"
-"""The process of this node with which this one ends."""
+"""Variable with the id of the process on this node whose end also ends this one."""
 WATCH_INTERVAL_S = 1.0
 STOP_FILE = "STOP"
-"""Appears in the work folder when the training is to end early, with a checkpoint."""
+"""File that the runner creates in the work folder to request an early end, with a checkpoint."""
 
 Task = Mapping[str, Any]
 
 
-def of_the_package(name: str) -> ModuleType:
-    """A module of nemo_minitron/backends, loaded by its path, because the package cannot be imported here."""
+def load_backend_module(name: str) -> ModuleType:
+    """Load a module of nemo_minitron/backends by its path, because the package cannot be imported here."""
     file = Path(__file__).resolve().parents[3] / name
     spec = spec_from_file_location(file.stem, file)
     assert spec is not None
@@ -36,14 +36,14 @@ def of_the_package(name: str) -> ModuleType:
 
 
 def is_main() -> bool:
-    """Whether this process answers: rank 0 of several, or the only one."""
+    """Return whether this process writes the files: rank 0 of several, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def answer(work_dir: Path, function: Callable[[Task], Mapping[str, Any]], task: Task) -> int:
-    """Run the task; write its result, or what went wrong. Returns the exit code."""
+def run(work_dir: Path, function: Callable[[Task], Mapping[str, Any]], task: Task) -> int:
+    """Run the task and write its result, or its error; returns the exit code."""
     if RUNNER_VARIABLE in os.environ:
-        threading.Thread(target=_end_with, args=(int(os.environ[RUNNER_VARIABLE]),), daemon=True).start()
+        threading.Thread(target=_exit_with, args=(int(os.environ[RUNNER_VARIABLE]),), daemon=True).start()
     try:
         result = function(task)
     except BaseException as error:
@@ -58,39 +58,41 @@ def answer(work_dir: Path, function: Callable[[Task], Mapping[str, Any]], task: 
 
 
 def _write_in_place(text: str, file: Path) -> None:
-    """In the room that the runner has kept: a full disk has no other."""
+    """Overwrite the space that the runner has reserved in the file, as a full disk has no other."""
     with file.open("r+b" if file.is_file() else "wb") as stream:
         stream.write(text.encode())
         stream.truncate()
 
 
-def _end_with(runner: int) -> None:
-    """A runner that was killed starts again, and must find its work folder to itself."""
+def _exit_with(runner: int) -> None:
+    """Kill this process group when the runner is gone: a restarted runner must be the only user of its work folder."""
     while True:
         try:
             os.kill(runner, 0)
         except ProcessLookupError:
-            os.killpg(0, signal.SIGKILL)  # the whole group: a helper that a library has spawned would stay for ever
+            os.killpg(
+                0, signal.SIGKILL
+            )  # the whole group, because helpers spawned by libraries would not end otherwise
         time.sleep(WATCH_INTERVAL_S)
 
 
-def tell(task: Task, step: int, max_steps: int) -> None:
-    """How far the task is, for the bar of the stage."""
+def report_progress(task: Task, step: int, max_steps: int) -> None:
+    """Write the progress of the task, for the progress bar of the stage."""
     if is_main():
         (Path(task["work_dir"]) / PROGRESS_FILE).write_text(json.dumps({"step": step, "max_steps": max_steps}))
 
 
 class Curves:
-    """A logger for NeMo-Aligner's trainers: one JSON line for each step, and the newest in a file to look at.
+    """Logger for NeMo-Aligner's trainers: writes one JSON line for each step, and the newest step to PROGRESS_FILE.
 
-    Lines of steps that a resumed run makes again are left out first.
+    When a run resumes, lines of steps that it will repeat are removed first.
     """
 
     def __init__(self, work_dir: Path, max_steps: int, first_step: int) -> None:
         self._file, self._now = work_dir / CURVES_FILE, work_dir / PROGRESS_FILE
         self._max_steps = max_steps
         if is_main() and self._file.is_file():
-            # A last line without an end was cut off by a kill or a full disk.
+            # A last line without a newline was cut off by a kill or a full disk.
             whole = self._file.read_text().rpartition("\n")[0].splitlines()
             kept = [line for line in whole if json.loads(line)["step"] <= first_step]
             partial = self._file.with_suffix(".partial")
@@ -98,7 +100,7 @@ class Curves:
             partial.replace(self._file)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Called with `train/...` before the step is counted, and with `val/...` after it."""
+        """Append metrics. The trainer counts a step after it logs `train/...` and before it logs `val/...`."""
         if not is_main():
             return
         done = (step or 0) + (1 if any(name.startswith("train/") for name in metrics) else 0)

@@ -1,4 +1,4 @@
-"""What the trainings by NeMo-Aligner's public classes have in common."""
+"""Code that all trainings with NeMo-Aligner's public classes share."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from task import STOP_FILE, Curves, Task
 
 Loaders = tuple[Any, Any, Any]
-"""(training dataset, its loader, the validation loader)."""
+"""(training dataset, training loader, validation loader)."""
 
 
 class StopTimer(Timer):  # type: ignore[misc]
-    """NeMo-Aligner asks its timer after every step whether to save and end; a file can say so, too."""
+    """Timer that also ends a training when a file appears. NeMo-Aligner checks its timer after every step."""
 
     def __init__(self, stop_file: Path) -> None:
         super().__init__(None)
         self._stop_file = stop_file
 
     def is_finished(self) -> bool:
-        """The same on every rank: what rank 0 sees."""
+        """Return whether the file exists, as seen by rank 0, on every rank."""
         seen = torch.tensor([self._stop_file.exists()], dtype=torch.bool, device=torch.cuda.current_device())
         torch.distributed.broadcast(seen, 0)
         return bool(seen.item())
@@ -53,17 +53,17 @@ def train(
     after_load: Callable[[Any, DictConfig], None] = lambda model, config: None,
     base_model_only: bool = False,
 ) -> dict[str, Any]:
-    """Train a NeMo checkpoint to the end, or until the file STOP appears.
+    """Train a NeMo checkpoint to the end, or until STOP_FILE appears.
 
     Args:
-        key: where the trainer's own settings are below `trainer` in the config.
-        make_loaders: (config, model, samples consumed before) -> data.
-        make_trainer: called with everything that all trainers take.
-        after_load: before the weights of a resumed run replace those of the checkpoint.
-        base_model_only: the checkpoint has no reward head.
+        key: section below `trainer` of the config with the settings of this trainer.
+        make_loaders: (config, model, samples consumed before) -> loaders.
+        make_trainer: makes the trainer from the arguments that all trainers take.
+        after_load: called before the weights of a resumed run replace those of the checkpoint.
+        base_model_only: whether the checkpoint has no reward head.
 
     Returns:
-        `finished`, `step`, and the folder of the trained checkpoint when finished.
+        `finished`, `step` and `seconds`. A finished training has written its checkpoint to `out` of the task.
     """
     started_s = time.monotonic()
     config, trainer = _prepare(task, key)
@@ -106,7 +106,7 @@ def train(
 
 
 def jsonl_arguments(config: DictConfig, model: Any) -> dict[str, Any]:
-    """What NeMo-Aligner's builders of datasets from .jsonl files take."""
+    """Return the arguments of NeMo-Aligner's functions that build datasets from .jsonl files."""
     data = config.model.data
     return {
         "cfg": config.model,
@@ -123,7 +123,7 @@ def jsonl_arguments(config: DictConfig, model: Any) -> dict[str, Any]:
 def batch_loaders(
     config: DictConfig, train_dataset: Any, valid_dataset: Any, consumed_samples: int, collate_fn: Callable[..., Any]
 ) -> Loaders:
-    """Of datasets with one batch size, the training rows in random order."""
+    """Return the loaders of datasets that share one batch size; training rows come in random order."""
     loaders = [
         build_dataloader(
             cfg=config,
@@ -142,7 +142,7 @@ def batch_loaders(
 
 
 def sft_loaders(config: DictConfig, consumed_samples: int, make_dataset: Callable[[DictConfig], Any]) -> Loaders:
-    """Of `train_ds` and `validation_ds`, which have settings of their own."""
+    """Return the loaders for the config sections `train_ds` and `validation_ds`, which have their own batch sizes."""
     parts = []
     for data, consumed, is_training in (
         (config.model.data.train_ds, consumed_samples, True),
@@ -166,11 +166,11 @@ def sft_loaders(config: DictConfig, consumed_samples: int, make_dataset: Callabl
 
 
 def _prepare(task: Task, key: str) -> tuple[DictConfig, Any]:
-    """(the whole config, Lightning's trainer)."""
+    """Return (complete config, Lightning trainer)."""
     config = OmegaConf.create(dict(task["config"]))
     config.model = load_and_override_model_config(task["nemo"], config.model)
     with open_dict(config):
-        # A copy, not an interpolation: it must stand in checkpoints, too.
+        # A copy instead of an interpolation, because it must also be in checkpoints.
         config.model.precision = config.trainer.precision
     trainer = resolve_and_create_trainer(config, key)
     exp_manager(trainer, config.exp_manager)

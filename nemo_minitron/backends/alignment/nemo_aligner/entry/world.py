@@ -1,4 +1,4 @@
-"""Joins the task's processes before Lightning does, which would listen on every network interface for them."""
+"""Start of torch.distributed before Lightning starts it, which would listen on every network interface."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
-from task import of_the_package
+from task import load_backend_module
 
 TIMEOUT = timedelta(minutes=30)
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Inside, torch.distributed runs among processes of one machine; Lightning starts it for those of several."""
-    meeting = of_the_package("megatron/runtime/meeting.py")
+    """Run torch.distributed among the processes of one machine; for several machines, Lightning starts it."""
+    meeting = load_backend_module("megatron/runtime/meeting.py")
     if not meeting.is_of_one_machine():
         yield
         return

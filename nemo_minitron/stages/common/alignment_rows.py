@@ -1,9 +1,9 @@
-"""The rows that NeMo-Aligner reads, from the checked rows of a chat_data stage; and what is asked of them."""
+"""Training rows for an alignment backend, rendered and checked from the rows of a chat_data stage."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from nemo_minitron.data.chat.render import Purpose, read_normalized, render_rows
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import DataError
 from nemo_minitron.schema.alignment import Alignment
-from nemo_minitron.stages.align.params import AttributeModelStage, DpoStage, SteerlmSftStage
 from nemo_minitron.stages.artifacts import ChatRows, Model
 from nemo_minitron.stages.context import StageContext
 
@@ -22,23 +21,35 @@ PARTS = ("train", "valid")
 
 @dataclass(frozen=True)
 class Rows:
-    """Files for NeMo-Aligner."""
+    """Files of training rows, in the form that the backend's objective names."""
 
     train: Path
     valid: Path
     num_train: int
-    """Rows that a batch counts: a pair of a ranking is one."""
+    """Training rows that a batch counts: a pair of a ranking is one."""
     facts: dict[str, Any]
-    """Lengths and counts, by part."""
+    """Lengths and counts of each part."""
 
 
-def write_rows(params: Alignment, model: Model, chats: ChatRows, ctx: StageContext) -> Rows:
-    """Render every row with the model's tokenizer, and check it, before anything is trained.
+def write_rows(
+    params: Alignment,
+    model: Model,
+    chats: ChatRows,
+    ctx: StageContext,
+    purpose: Purpose,
+    *,
+    required_keys: Sequence[str] = (),
+    split_pairs: bool = False,
+) -> Rows:
+    """Render every row with the model's tokenizer and check it, before training starts.
+
+    Args:
+        required_keys: keys that every row of the chat_data stage must have, such as rewards.
+        split_pairs: write each pair as two lines, the chosen answer first, as a ranking needs them.
 
     Raises:
         DataError: rows of the wrong kind, unusable rows, or fewer than a batch of them.
     """
-    purpose = _purpose(params)
     _require_kind(purpose, chats, ctx)
     template = ChatTemplate.load(
         model.path, params.template, whole_markers=params.whole_markers, day=params.template_date
@@ -50,25 +61,17 @@ def write_rows(params: Alignment, model: Model, chats: ChatRows, ctx: StageConte
         stats = LengthStats()
         source = chats.file(part)
         rows = render_rows(
-            _with_needed(read_normalized(source), params, str(source)),
+            _with_keys(read_normalized(source), required_keys, str(source)),
             purpose,
             template,
             params,
             stats,
             where=f"stages.{ctx.name}",
         )
-        counts[part] = _write(folder / f"{part}.jsonl", _in_aligners_form(rows, params))
+        counts[part] = _write(folder / f"{part}.jsonl", rows, split_pairs=split_pairs)
         facts[part] = stats.facts()
         _require_batch(counts[part], params.global_batch_size, part, stats, ctx)
     return Rows(folder / "train.jsonl", folder / "valid.jsonl", counts["train"], facts)
-
-
-def _purpose(params: Alignment) -> Purpose:
-    if isinstance(params, DpoStage):
-        return "pairs"
-    if isinstance(params, AttributeModelStage):
-        return "rated" if params.reward == "regression" else "pairs"
-    return "sft"
 
 
 def _require_kind(purpose: Purpose, chats: ChatRows, ctx: StageContext) -> None:
@@ -81,14 +84,10 @@ def _require_kind(purpose: Purpose, chats: ChatRows, ctx: StageContext) -> None:
         )
 
 
-def _with_needed(rows: Iterable[Mapping[str, Any]], params: Alignment, file: str) -> Iterable[Any]:
-    """The rows, each with what this training cannot do without."""
-    needs_rewards = isinstance(params, DpoStage) and params.preference_loss.startswith("rpo")
-    needs_attributes = isinstance(params, SteerlmSftStage)
+def _with_keys(rows: Iterable[Mapping[str, Any]], required_keys: Sequence[str], file: str) -> Iterable[Any]:
+    """Yield the rows; raise DataError for one that lacks a required key."""
     for row in rows:
-        missing = [key for key in ("chosen_reward", "rejected_reward") if needs_rewards and key not in row]
-        if needs_attributes and not row.get("attributes"):
-            missing.append("attributes")
+        missing = [key for key in required_keys if row.get(key) in (None, {})]
         if missing:
             raise DataError(
                 f"A row has no {' and no '.join(missing)}.",
@@ -99,23 +98,18 @@ def _with_needed(rows: Iterable[Mapping[str, Any]], params: Alignment, file: str
         yield row
 
 
-def _in_aligners_form(rows: Iterable[dict[str, Any]], params: Alignment) -> Iterable[list[dict[str, Any]]]:
-    """The lines that stand for each row."""
-    ranking = isinstance(params, AttributeModelStage) and params.reward == "ranking"
-    for row in rows:
-        if ranking:
-            yield [{"text": row["prompt"] + row[key]} for key in ("chosen_response", "rejected_response")]
-        else:
-            yield [row]
-
-
-def _write(file: Path, rows: Iterable[list[dict[str, Any]]]) -> int:
+def _write(file: Path, rows: Iterable[dict[str, Any]], *, split_pairs: bool) -> int:
+    """Write the rows as JSON lines; returns their number, where a split pair counts once."""
     count = 0
     with file.open("w", encoding="utf-8") as out:
-        for lines in rows:
-            out.writelines(json.dumps(line) + "\n" for line in lines)
+        for row in rows:
+            out.writelines(json.dumps(line) + "\n" for line in (_split(row) if split_pairs else [row]))
             count += 1
     return count
+
+
+def _split(pair: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{"text": pair["prompt"] + pair[key]} for key in ("chosen_response", "rejected_response")]
 
 
 def _require_batch(found: int, needed: int, part: str, stats: LengthStats, ctx: StageContext) -> None:

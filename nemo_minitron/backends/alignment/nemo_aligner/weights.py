@@ -1,4 +1,4 @@
-"""Weights across the border: Hugging Face checkpoint <-> whole tensors under Megatron's names."""
+"""Conversion of weights: Hugging Face checkpoint <-> files with whole tensors under Megatron's names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_
 
 
 def write_megatron_tensors(model_dir: Path, out: Path) -> ModelShape:
-    """One safetensors file for each tensor of the Megatron model, one in memory at a time."""
+    """Write one safetensors file for each tensor of the Megatron model; only one tensor is in memory at a time."""
     from safetensors.torch import save_file
 
     from nemo_minitron.backends.megatron.runtime.layout import fuse
@@ -26,7 +26,7 @@ def write_megatron_tensors(model_dir: Path, out: Path) -> ModelShape:
 
 
 def read_megatron_tensors(folder: Path, like: Path, out: Path) -> None:
-    """A Hugging Face checkpoint from such files, with the config, tokenizer and tensor names of `like`."""
+    """Write a Hugging Face checkpoint from such files, with the config, tokenizer and tensor names of `like`."""
     from safetensors import safe_open
 
     from nemo_minitron.backends.megatron.runtime.layout import split
