@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.api import load_plan
 from nemo_minitron.backends.alignment.base import TaskContext
 from nemo_minitron.backends.alignment.nemo_aligner import environment, process
 from nemo_minitron.backends.alignment.nemo_aligner.context import on_cpu
