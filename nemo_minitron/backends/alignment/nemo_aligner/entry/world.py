@@ -15,13 +15,13 @@ TIMEOUT = timedelta(minutes=30)
 @contextmanager
 def joined() -> Iterator[None]:
     """Inside, torch.distributed runs among processes of one machine; Lightning starts it for those of several."""
-    meeting = of_the_package("megatron/runtime/meeting.py")
-    if not meeting.is_of_one_machine():
+    rendezvous = of_the_package("megatron/runtime/rendezvous.py")
+    if not rendezvous.is_single_machine():
         yield
         return
     on_gpu = torch.cuda.is_available()
-    with meeting.among_ourselves():
-        meeting.join("nccl" if on_gpu else "gloo", TIMEOUT)
+    with rendezvous.restricted_to_own_user():
+        rendezvous.join("nccl" if on_gpu else "gloo", TIMEOUT)
         yield
         if on_gpu:
             torch.distributed.destroy_process_group()
