@@ -26,10 +26,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nemo_minitron.config.schema import LogitsLoss
 from nemo_minitron.distillation.losses import LossAndGrad
 from nemo_minitron.distillation.vocab import WHOLE, Vocab
 from nemo_minitron.errors import PlanError
+from nemo_minitron.schema.losses import LogitsLoss
 
 
 class LogitLoss(Protocol):

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_minitron.config.schema import LogitsLoss
 from nemo_minitron.distillation.autograd import LogitLoss, autograd_loss, log_softmax, split_autograd_loss
 from nemo_minitron.distillation.linear import Head, linear_loss
 from nemo_minitron.distillation.losses import forward_kl
 from nemo_minitron.distillation.objective import live_teacher
 from nemo_minitron.distillation.vocab import WHOLE, Vocab
 from nemo_minitron.errors import PlanError
+from nemo_minitron.schema.losses import LogitsLoss
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
