@@ -20,7 +20,8 @@ from unittest.mock import patch
 import torch
 
 from nemo_minitron.backends.megatron.data.datasets import HeldOutBatches
-from nemo_minitron.backends.megatron.distillation.distill import DistillSetup, objective_of
+from nemo_minitron.backends.megatron.distillation.distill import objective_of
+from nemo_minitron.backends.megatron.distillation.setup import DistillSetup
 from nemo_minitron.backends.megatron.model import layers
 from nemo_minitron.backends.megatron.model.build import build_model
 from nemo_minitron.backends.megatron.runtime.peak import matmul_flops_per_s

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import repeat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,18 @@ from nemo_minitron.backends.megatron.distillation.correction import Correction
 from nemo_minitron.backends.megatron.distillation.hidden import (
     HiddenLossWeight,
     HiddenStates,
-    States,
     attached_losses,
     hidden_states,
-    recording_states,
     share_weight,
     total_loss,
-    transfer_states,
 )
+from nemo_minitron.backends.megatron.distillation.setup import DistillSetup, caches_heldout, teacher_targets
 from nemo_minitron.backends.megatron.distillation.teacher_targets import TeacherTargets
 from nemo_minitron.backends.megatron.model.evaluate import EVAL_BATCH_SIZE
 from nemo_minitron.backends.megatron.model.forward import Batch, evaluating, forward_batches
-from nemo_minitron.backends.megatron.model.head import head_weight, model_hidden, vocab_of
+from nemo_minitron.backends.megatron.model.head import head_weight, model_hidden
 from nemo_minitron.backends.megatron.model.layers import require_document_mask
-from nemo_minitron.backends.megatron.model.parts import Model, head
+from nemo_minitron.backends.megatron.model.parts import Model
 from nemo_minitron.backends.megatron.model.weights import load_model
 from nemo_minitron.backends.megatron.runtime.context import own_rows, sum_over_context
 from nemo_minitron.backends.megatron.runtime.session import Session
@@ -46,8 +43,7 @@ from nemo_minitron.distillation.flops import training_flops_per_token
 from nemo_minitron.distillation.linear import Head
 from nemo_minitron.distillation.losses import forward_kl, next_token
 from nemo_minitron.distillation.objective import Distance, cached_teacher, live_teacher, token_loss
-from nemo_minitron.distillation.sparse import SparseTeacher, uniforms_of
-from nemo_minitron.distillation.vocab import Vocab
+from nemo_minitron.distillation.sparse import uniforms_of
 from nemo_minitron.errors import DataError
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.split import padded_vocab_size
@@ -59,32 +55,6 @@ NEXT_TOKEN = Loss(logits=None, next_token=1.0)
 KL = LogitsLoss()
 HeadLoss = Callable[[Tensor], tuple[Tensor, Parts]]
 """Input of the student's output layer [B, S, D] -> loss, parts."""
-
-
-@dataclass(frozen=True)
-class DistillSetup:
-    """Models, loss and held-out text of one training."""
-
-    loss: Loss
-    student: Model
-    teacher: Model | None
-    vocab_size: int
-    """Number of tokens that both models know."""
-    heldout: HeldOutBatches
-    session: Session
-    seed: int
-    hidden: HiddenStates | None = None
-    cache: TeacherCache | None = None
-    teacher_loss: float | None = None
-    """Held-out loss from the cache; None if it was measured on other text."""
-    teacher_shape: ModelShape | None = None
-    correction: Correction | None = None
-    """Set if the teacher is trained, too."""
-
-    @property
-    def vocab(self) -> Vocab:
-        rows = head(self.student).output_size_per_partition if self.session.is_last_stage else 0
-        return vocab_of(self.session, rows)
 
 
 def prepare_cached(
@@ -289,77 +259,6 @@ def _distance(setup: DistillSetup, batch: Batch, targets: TeacherTargets) -> Dis
     return live_teacher(targets.head_input.flatten(0, 1), weight, loss, uniforms, setup.vocab)
 
 
-def teacher_targets(setup: DistillSetup, batches: list[Batch]) -> Iterator[TeacherTargets]:
-    """Yield the teacher's targets of each micro-batch.
-
-    Without pipeline parallelism they are computed lazily, one micro-batch at a time. With it, the teacher first runs
-    its own forward schedule over all micro-batches.
-    """
-    if setup.cache is not None:
-        return _cached_targets(setup, setup.cache, batches)
-    if setup.teacher is None:
-        return repeat(TeacherTargets(), len(batches))
-    if setup.session.parallel.pp == 1:
-        return _live_targets(setup, setup.teacher, batches)
-    return iter(_pipelined_targets(setup, setup.teacher, batches))
-
-
-def _cached_targets(setup: DistillSetup, cache: TeacherCache, batches: list[Batch]) -> Iterator[TeacherTargets]:
-    for batch in batches:
-        numbers = _cached_numbers(setup, cache, batch)
-        if numbers is None or not setup.session.is_last_stage:
-            yield TeacherTargets()
-            continue
-        whole = batch["sample_tokens"]
-        found = cache.read(numbers.tolist(), whole.cpu().numpy())
-        yield TeacherTargets(cached=_own_tokens(found, len(whole), setup.session).to(whole.device))
-
-
-def _own_tokens(teacher: SparseTeacher, batch_size: int, session: Session) -> SparseTeacher:
-    fields = (teacher.ids, teacher.probs, teacher.negative_entropy)
-    return SparseTeacher(*(own_rows(field, batch_size, session) for field in fields))
-
-
-def _cached_numbers(setup: DistillSetup, cache: TeacherCache, batch: Batch) -> Tensor | None:
-    """Return the numbers of a batch in the cache; None if the cache does not contain it."""
-    if "sample_ids" in batch:
-        return batch["sample_ids"]
-    return batch["window_ids"] + cache.facts.first_heldout if _knows_heldout(setup) else None
-
-
-def _knows_heldout(setup: DistillSetup) -> bool:
-    """Whether the cache contains the teacher's distributions for the held-out text."""
-    return setup.cache is not None and setup.teacher_loss is not None and setup.cache.facts.num_heldout > 0
-
-
-def _live_targets(setup: DistillSetup, teacher: Model, batches: list[Batch]) -> Iterator[TeacherTargets]:
-    taps = setup.hidden.teacher_taps if setup.hidden is not None else ()
-    for batch in batches:
-        with torch.no_grad(), recording_states(teacher, taps) as states:
-            head_input = model_hidden(teacher, batch)
-        yield TeacherTargets(head_input, states)
-
-
-def _pipelined_targets(setup: DistillSetup, teacher: Model, batches: list[Batch]) -> list[TeacherTargets]:
-    outputs: list[Tensor | None] = []
-    kept: list[States] = []
-    taps = setup.hidden.teacher_taps if setup.hidden is not None else ()
-    with recording_states(teacher, taps) as states:
-
-        def after() -> None:
-            kept.append(dict(states))
-
-        def keep(hidden: Tensor, _: Batch) -> None:
-            outputs.append(hidden)
-
-        forward_batches(teacher, batches, setup.session, keep, after=after, forward=model_hidden)
-    if setup.hidden is not None:
-        kept = transfer_states(kept, setup.hidden, batches, teacher.config.params_dtype)
-    if not setup.session.is_last_stage:
-        outputs = [None] * len(batches)
-    return [TeacherTargets(head_input, states) for head_input, states in zip(outputs, kept, strict=True)]
-
-
 def validate(setup: DistillSetup) -> dict[str, float]:
     """Measure KL to the teacher at temperature 1 and both next-token losses on held-out text, in nats per token."""
     sums = torch.zeros(4, dtype=torch.float64, device=setup.session.device)
@@ -377,7 +276,7 @@ def validate(setup: DistillSetup) -> dict[str, float]:
     kl, loss, teacher_loss = (sums[:3] / sums[3]).tolist()
     if setup.teacher is None:
         extra = {} if setup.teacher_loss is None else {"valid_teacher_loss": setup.teacher_loss}
-        return ({"valid_kl": kl} if _knows_heldout(setup) else {}) | {"valid_loss": loss, **extra}
+        return ({"valid_kl": kl} if caches_heldout(setup) else {}) | {"valid_loss": loss, **extra}
     return {"valid_kl": kl, "valid_loss": loss, "valid_teacher_loss": teacher_loss}
 
 
