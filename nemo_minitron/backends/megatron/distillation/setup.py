@@ -33,7 +33,7 @@ class DistillSetup:
     student: Model
     teacher: Model | None
     vocab_size: int
-    """Number of tokens that both models know."""
+    """Number of tokens in both vocabularies."""
     heldout: HeldOutBatches
     session: Session
     seed: int
