@@ -21,7 +21,8 @@ import torch
 
 from nemo_minitron.api import load_recipe
 from nemo_minitron.backends.megatron.data.datasets import HeldOutBatches
-from nemo_minitron.backends.megatron.distillation.distill import Classroom, objective_of
+from nemo_minitron.backends.megatron.distillation.distill import objective_of
+from nemo_minitron.backends.megatron.distillation.setup import DistillSetup
 from nemo_minitron.backends.megatron.model import layers
 from nemo_minitron.backends.megatron.model.build import build_model
 from nemo_minitron.backends.megatron.runtime.peak import matmul_flops_per_s
@@ -76,7 +77,7 @@ def make_job(shapes: tuple[ModelShape, ModelShape], params: DistillStage, sessio
     student, teacher = (random_model(shape, session, params) for shape in shapes)
     teacher.requires_grad_(False).eval()
     vocab_size, nothing = shapes[0].vocab_size, HeldOutBatches([], 0)
-    room = Classroom(params.loss, student, teacher, vocab_size, nothing, session, 0, teacher_shape=shapes[1])
+    setup = DistillSetup(params.loss, student, teacher, vocab_size, nothing, session, 0, teacher_shape=shapes[1])
     return Job(
         params=params,
         num_steps=1,
@@ -84,7 +85,7 @@ def make_job(shapes: tuple[ModelShape, ModelShape], params: DistillStage, sessio
         shape=shapes[0],
         samples=RandomSamples(vocab_size, params.seq_len_tokens),
         session=session,
-        objective=objective_of(room),
+        objective=objective_of(setup),
         flops_per_token=training_flops_per_token(shapes[0], shapes[1], params.seq_len_tokens),
     )
 

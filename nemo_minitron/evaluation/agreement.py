@@ -93,12 +93,12 @@ def _identity(checkpoint: Checkpoint) -> str:
 
 def _compare(checkpoint: Checkpoint, session: Session | None) -> dict[str, float]:
     """Compare the logits and return {difference, limit}; raises as `require_agreement`."""
-    from nemo_minitron.backends.megatron.model.probe import ask
+    from nemo_minitron.backends.megatron.model.probe import run_probe
 
     probe = make_probe(checkpoint.shape)
     model = load_for_inference(checkpoint.path, "fp32", "cpu", num_layers=probe.num_layers)
     found = transformers_logits(model, probe)
-    expected = ask(checkpoint.path, probe, session)
+    expected = run_probe(checkpoint.path, probe, session)
     difference = float((found - expected.logits).abs().max())
     limit = accepted_difference(expected.logits)
     differs = different_readings(model, checkpoint.shape, expected.rope_frequencies)

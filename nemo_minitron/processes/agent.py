@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MEETING_VARIABLE = "MINITRON_MEETING"
-"""Names the folder where the ranks of this machine meet (backends/megatron/runtime/meeting.py)."""
+"""Names the folder where the ranks of this machine meet (backends/megatron/runtime/rendezvous.py)."""
 FAILED_FILE = "failed"
 """In that folder, when a rank has failed and the others are being ended."""
 POLL_S, GRACE_S, TOUCH_INTERVAL_S = 0.05, 15.0, 3600.0

@@ -20,8 +20,8 @@ from nemo_minitron.backends.megatron.distillation import distill
 from nemo_minitron.backends.megatron.runtime import versions
 from nemo_minitron.backends.megatron.runtime.session import open_session
 from nemo_minitron.backends.megatron.training import loop as training
-from nemo_minitron.backends.megatron.training.checkpoint import Checkpoints, Progressed, checkpoints
-from nemo_minitron.backends.megatron.training.intact import FACTS_FILE, read_facts
+from nemo_minitron.backends.megatron.training.checkpoint import Checkpoints, TrainingProgress, checkpoints
+from nemo_minitron.backends.megatron.training.integrity import FACTS_FILE, read_facts
 from nemo_minitron.errors import CheckpointError, NumericsError
 from nemo_minitron.schema.execution import Execution, Parallel
 from nemo_minitron.stages.context import StageContext
@@ -68,11 +68,11 @@ def _save_and_die(folders: Folders) -> None:
         job = _job(folders, session)
         kept = Checkpoints(folders["work"] / "checkpoints", session, keep=2, in_background=True)
         training.train_step(job, 0)
-        kept.save(job.trainable, Progressed(1))
+        kept.save(job.trainable, TrainingProgress(1))
         kept.finish()
         torch.save(_weights(job), folders["work"] / "expected.pt")
         training.train_step(job, 1)
-        kept.save(job.trainable, Progressed(2))
+        kept.save(job.trainable, TrainingProgress(2))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -104,11 +104,11 @@ def test_a_checkpoint_holds_the_state_of_its_own_step(in_background: bool, folde
         for step in range(3):
             training.train_step(job, step)
             saved = _weights(job)
-            kept.save(job.trainable, Progressed(step + 1, (1.5, 0.1)))
+            kept.save(job.trainable, TrainingProgress(step + 1, (1.5, 0.1)))
             _change_weights(job)
             kept.finish()
         assert [path.name for path in checkpoints(kept.folder)] == ["step_00000003"]
-        assert kept.resume(job.trainable) == Progressed(3, (1.5, 0.1))
+        assert kept.resume(job.trainable) == TrainingProgress(3, (1.5, 0.1))
         assert all(torch.equal(weight, saved[name]) for name, weight in _weights(job).items())
 
 
@@ -119,7 +119,7 @@ def _change_weights(job: training.Job) -> None:
 
 
 def _save_and_wait(kept: Checkpoints, job: training.Job) -> None:
-    kept.save(job.trainable, Progressed(2))
+    kept.save(job.trainable, TrainingProgress(2))
     kept.finish()
 
 
@@ -130,7 +130,7 @@ def test_a_write_that_fails_is_a_users_error_and_keeps_the_checkpoint_before(
     with open_session(Parallel(), device="cpu", threads=1) as session:
         job = _job(folders, session)
         kept = Checkpoints(folders["work"] / "checkpoints", session, keep=1, in_background=in_background)
-        kept.save(job.trainable, Progressed(1))
+        kept.save(job.trainable, TrainingProgress(1))
         kept.finish()
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))

@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     weights, rows = _train(folders, work)
     said = " ".join(capsys.readouterr().err.split())
     assert f"training: step_00000006 is damaged ({file.name}" in said
-    assert "goes on from step_00000004" in said
+    assert "resuming from step_00000004" in said
     assert "training 4/6" in said
     expected = torch.load(folders["expected"], weights_only=True)
     assert weights.keys() == expected["weights"].keys()

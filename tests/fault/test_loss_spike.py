@@ -31,7 +31,7 @@ def test_a_spike_stops_the_training_and_a_lower_rate_goes_on_from_before_it(tmp_
     assert "goes on with what was begun with other keys" in output
     assert f"distill {begun}/40" in output
     told = re.search(
-        r"loss (\S+) at step (\d+) is the 3\. in a row above 3 times the usual \(median of .*: (\S+)\)", output
+        r"loss (\S+) at step (\d+): 3 steps in a row above 3 times the median \(median of .*: (\S+)\)", output
     )
     assert told, output
     loss, stopped, usual = float(told[1]), int(told[2]), float(told[3])
@@ -40,7 +40,7 @@ def test_a_spike_stops_the_training_and_a_lower_rate_goes_on_from_before_it(tmp_
     step = int(newest.name.removeprefix("step_"))
     assert begun <= step <= stopped - 3, "no checkpoint may be from the spike"
     assert str(newest) in output
-    assert f"With --accept-drift it goes on from step {step}" in output
+    assert f"With --accept-drift it resumes from step {step}" in output
 
     last = start_run(tmp_path, *STEPS, "--accept-drift")
     output = output_of(last)

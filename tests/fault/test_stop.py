@@ -74,9 +74,9 @@ def test_a_training_stops_after_its_step_and_goes_on(ask: Ask, reason: str, dp: 
     ask(first, tmp_path)
     output = output_of(first)
     assert first.returncode == 130, output
-    told = re.search(rf"distill stopped after step (\d+) of 100000 as asked by {reason}", output)
+    told = re.search(rf"distill stopped after step (\d+) of 100000 as requested by {reason}", output)
     assert told, output
-    assert "the same command goes on." in output
+    assert "the same command continues." in output
     assert "Traceback" not in output
     step = int(told[1])
     assert [path.name for path in checkpoints(work / "checkpoints")] == [f"step_{step:08d}"]

@@ -144,7 +144,7 @@ def test_the_memory_of_a_distillation_is_the_planned_one(layers: str, recompute:
 @pytest.mark.skipif(ENGINE not in LAYERS, reason="Transformer Engine is not installed")
 def test_documents_that_cannot_be_kept_apart_are_refused(folders: dict[str, Path]) -> None:
     params = BF16.model_copy(update={"reset_attention_mask": True})
-    with pytest.raises(AssertionError, match="would let documents see each other"):
+    with pytest.raises(AssertionError, match="would ignore the document mask"):
         on_gpu(ENGINE, distill_losses, params, WHOLE, *_work(folders, "masked"), "cuda")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_minitron.backends.megatron.model.probe import answer
+from nemo_minitron.backends.megatron.model.probe import run_probe_in_session
 from nemo_minitron.backends.megatron.runtime.session import Session, open_session
 from nemo_minitron.errors import CheckpointError, NumericsError
 from nemo_minitron.evaluation import agreement, generation
@@ -43,7 +43,7 @@ def test_loader_and_megatron_compute_the_model_that_was_saved(name: str, session
     assert saved.abs().max() > 1.0, "the model must say something"
     loaded = transformers_logits(load_for_inference(folder, "fp32", "cpu"), probe)
     assert (loaded - saved).abs().max() <= TOLERANCE
-    assert (answer(folder, probe, session).logits - saved).abs().max() <= TOLERANCE
+    assert (run_probe_in_session(folder, probe, session).logits - saved).abs().max() <= TOLERANCE
 
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {

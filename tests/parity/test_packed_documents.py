@@ -69,5 +69,5 @@ def test_where_transformer_engine_would_see_across_documents_no_stage_starts(
         with pytest.raises(Exception, match="nothing"):
             start(wanted, *rest)
     monkeypatch.setattr(layers, "has_transformer_engine", lambda: True)
-    with pytest.raises(EnvironmentProblem, match="Transformer Engine's attention would let documents see each other"):
+    with pytest.raises(EnvironmentProblem, match="Transformer Engine's attention would ignore the document mask"):
         start(apart, *rest)

@@ -29,7 +29,7 @@ from nemo_minitron.backends.megatron.runtime.known_pickles import (
     require_known_backend,
 )
 from nemo_minitron.backends.megatron.runtime.session import Session, open_session
-from nemo_minitron.backends.megatron.training.intact import damage, write_facts
+from nemo_minitron.backends.megatron.training.integrity import find_damage, write_facts
 from nemo_minitron.errors import CheckpointError, MinitronError
 from nemo_minitron.schema.execution import Parallel
 from tests.support.examples import budget
@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_noticed(
         if added:
             (folder / f"{random.Random(end).random()}.distcp").write_bytes(b"x")
         try:
-            found = damage(folder, session)
+            found = find_damage(folder, session)
         except CheckpointError:  # one file has no checksum
             return
         assert not added or found is not None

@@ -15,8 +15,8 @@ from uuid import uuid4
 
 import pytest
 
-from nemo_minitron.backends.megatron.runtime import meeting
-from nemo_minitron.backends.megatron.runtime.meeting import StrangerError, require_own_peers
+from nemo_minitron.backends.megatron.runtime import rendezvous
+from nemo_minitron.backends.megatron.runtime.rendezvous import ForeignProcessError, require_own_peers
 from nemo_minitron.processes.agent import MEETING_VARIABLE, meeting_folder
 from tests.conftest import REPO, TOY
 from tests.support.part_runs import copy_before
@@ -71,28 +71,28 @@ def _connection_of(uid: int) -> Iterator[set[str]]:
         child.communicate()
 
 
-@pytest.mark.skipif(not meeting.TCP_TABLES[0].is_file(), reason="only Linux tells whose a connection is")
+@pytest.mark.skipif(not rendezvous.TCP_TABLES[0].is_file(), reason="only Linux tells whose a connection is")
 def test_a_connection_of_another_user_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     with _connection_of(os.getuid()) as own:
         require_own_peers(own)
     with _connection_of(UID) as sockets:
         if os.getuid():
             monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
-        with pytest.raises(StrangerError, match="Another user of this machine"):
+        with pytest.raises(ForeignProcessError, match="Another user of this machine"):
             require_own_peers(sockets)
         require_own_peers(set())  # somebody else's business, such as a proxy of this machine
 
 
 def test_groups_that_a_stranger_has_joined_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     made = threading.Event()
-    monkeypatch.setattr(meeting.dist, "new_group", lambda: (accepted.append(server.accept()), made.set()))
+    monkeypatch.setattr(rendezvous.dist, "new_group", lambda: (accepted.append(server.accept()), made.set()))
     accepted: list[object] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
         client = socket.create_connection(server.getsockname())
-        monkeypatch.setattr(meeting.os, "geteuid", lambda: os.getuid() + 1)
+        monkeypatch.setattr(rendezvous.os, "geteuid", lambda: os.getuid() + 1)
         monkeypatch.delenv("RANK", raising=False)
-        with pytest.raises(StrangerError), meeting.among_ourselves():
-            meeting.dist.new_group()
+        with pytest.raises(ForeignProcessError), rendezvous.restricted_to_own_user():
+            rendezvous.dist.new_group()
         client.close()
     assert made.is_set()
 
@@ -109,10 +109,10 @@ def test_one_process_listens_on_the_loopback_only() -> None:
 import os
 from datetime import timedelta
 import psutil
-from nemo_minitron.backends.megatron import meeting
+from nemo_minitron.backends.megatron.runtime import rendezvous
 before = os.environ.get("GLOO_SOCKET_IFNAME")
-with meeting.among_ourselves():
-    meeting.join("gloo", timedelta(seconds=60))
+with rendezvous.restricted_to_own_user():
+    rendezvous.join("gloo", timedelta(seconds=60))
     print(*{one.laddr.ip for one in psutil.Process().net_connections("inet") if one.status == psutil.CONN_LISTEN})
 assert os.environ.get("GLOO_SOCKET_IFNAME") == before
 """

@@ -22,13 +22,13 @@ def test_the_third_loss_in_a_row_above_the_bound_is_a_spike() -> None:
 def test_one_good_loss_between_starts_the_count_again() -> None:
     watch = LossWatch(RULES, [1.0] * 10)
     assert not any(_spikes(watch, [2.1, 2.1, 1.9, 2.1, 2.1]))
-    assert not watch.is_calm
+    assert not watch.last_loss_is_good
 
 
 def test_a_loss_at_the_bound_is_good() -> None:
     watch = LossWatch(RULES, [1.0] * 10)
     assert not any(_spikes(watch, [2.0] * 5))
-    assert watch.is_calm
+    assert watch.last_loss_is_good
 
 
 def test_nine_steps_give_no_bound_and_the_tenth_does() -> None:
@@ -65,7 +65,7 @@ def test_a_watch_made_from_a_checkpoint_decides_as_the_first_one_would() -> None
 def test_without_rules_nothing_is_a_spike() -> None:
     watch = LossWatch(None)
     assert not any(_spikes(watch, [1.0] * 10 + [1e9] * 10))
-    assert watch.is_calm
+    assert watch.last_loss_is_good
 
 
 @pytest.mark.parametrize("wrong", [{"max_ratio": 1.0}, {"window_steps": 9}, {"patience_steps": 0}])

@@ -115,16 +115,16 @@ def test_every_spelling_of_one_model_is_measured_alike(v5_folder: Path, tmp_path
 
 
 def test_without_a_usable_session_megatron_answers_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_minitron.backends.megatron.model.probe import Probe, ask
+    from nemo_minitron.backends.megatron.model.probe import Probe, run_probe
 
     folder = save_spelled(tmp_path, tiny_model("llama31_rope"))
     probe = Probe((5, 6, 7), (0, 1, 1500), 2)
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    here = ask(folder, probe, None)
+    here = run_probe(folder, probe, None)
     assert torch.equal(torch.get_rng_state(), before), "what is sampled later must not depend on the comparison"
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    child = ask(folder, probe, None)
+    child = run_probe(folder, probe, None)
     assert (child.logits - here.logits).abs().max() <= 1e-4
     assert torch.equal(child.rope_frequencies, here.rope_frequencies)

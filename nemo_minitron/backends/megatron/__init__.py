@@ -1,1 +1,1 @@
-"""The one door to Megatron-Core and torch.distributed."""
+"""The only package that imports Megatron-Core and torch.distributed."""

@@ -1,0 +1,1 @@
+"""Datasets and indexed files in Megatron's formats."""

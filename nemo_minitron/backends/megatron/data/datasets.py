@@ -14,7 +14,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from nemo_minitron.backends.megatron.data.index_cache import drop_unless_whole, mark_whole
+from nemo_minitron.backends.megatron.data.index_cache import drop_unless_complete, mark_complete
 from nemo_minitron.backends.megatron.model.forward import Batch
 from nemo_minitron.backends.megatron.runtime.context import own_part
 from nemo_minitron.backends.megatron.runtime.session import Session
@@ -22,12 +22,12 @@ from nemo_minitron.data.windows import heldout_windows
 from nemo_minitron.errors import DataError
 
 DOCUMENTS_PER_VALIDATION = 8
-"""A validation during training sees at least so many documents, if there are."""
+"""Minimum number of documents in a validation during training, if the split has as many."""
 
 
 @dataclass(frozen=True)
 class _TokenizerFacts:
-    """What Megatron's datasets ask of a tokenizer when the documents are already ids."""
+    """Replacement for a tokenizer, with the attributes that Megatron's datasets read for documents of token ids."""
 
     vocab_size: int
     eod: int
@@ -37,7 +37,7 @@ class _TokenizerFacts:
 
 
 def training_samples(data_dir: Path, *, num_samples: int, seq_len_tokens: int, seed: int, cache_dir: Path) -> Any:
-    """`num_samples` packed samples of the weighted blend, shuffled by seed; sample i is always the same.
+    """Return `num_samples` packed samples of the weighted blend, shuffled by seed; sample i is always the same.
 
     Raises:
         DataError: the sources hold less than one sample.
@@ -46,7 +46,7 @@ def training_samples(data_dir: Path, *, num_samples: int, seq_len_tokens: int, s
     sources = facts["train"]
     if sum(source["num_tokens"] for source in sources) <= seq_len_tokens:
         raise DataError(
-            f"The training split has no {seq_len_tokens + 1} tokens: not one sample.",
+            f"The training split has fewer than {seq_len_tokens + 1} tokens: not one sample.",
             where=str(data_dir),
             next_step="Add text or lower seq_len_tokens.",
         )
@@ -62,15 +62,15 @@ def training_samples(data_dir: Path, *, num_samples: int, seq_len_tokens: int, s
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    drop_unless_whole(cache_dir)
+    drop_unless_complete(cache_dir)
     samples = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config).build()[0]
-    mark_whole(cache_dir)
+    mark_complete(cache_dir)
     return samples
 
 
 def samples_of_each(samples: Any, num_sources: int, num_samples: int) -> list[int]:
-    """How many of the first `num_samples` training samples come from each source."""
-    # Megatron blends two sources or more.
+    """Count how many of the first `num_samples` training samples come from each source."""
+    # Megatron builds a blended dataset only for two or more sources.
     if num_sources < 2:
         return [num_samples] * num_sources
     return np.bincount(samples.dataset_index[:num_samples], minlength=num_sources).tolist()
@@ -85,9 +85,9 @@ def step_batches(
     micro_batch_size: int,
     separate_at: int | None = None,
 ) -> list[Batch]:
-    """This rank's part of the micro-batches of one optimizer step (0-based).
+    """Return this rank's part of the micro-batches of one optimizer step (0-based).
 
-    Sample numbers depend on the step only, so a resumed run sees the same data.
+    Sample numbers depend on the step only, so a resumed run uses the same data.
 
     Args:
         separate_at: end-of-document token that attention may not cross; None: packed samples are one text.
@@ -107,9 +107,9 @@ def step_batches(
 
 
 def mask_between_documents(tokens_BS: torch.Tensor, eod_id: int) -> torch.Tensor:
-    """[B, 1, S, S], True where the first may not look at the second: later tokens, and those of earlier documents.
+    """Return [B, 1, S, S], True where the query (dim 2) must not attend to the key: later tokens and other documents.
 
-    An end-of-document token belongs to the document that it ends. Rotary positions are relative: they need no reset.
+    An end-of-document token belongs to the document that it ends. Rotary positions are relative and need no reset.
     """
     ends = (tokens_BS == eod_id).long()
     document = ends.cumsum(1) - ends
@@ -119,12 +119,12 @@ def mask_between_documents(tokens_BS: torch.Tensor, eod_id: int) -> torch.Tensor
 
 
 def training_sources(data_dir: Path) -> list[dict[str, Any]]:
-    """The sources of a dataset artifact, in the order of the blend."""
+    """Return the sources of a dataset artifact, in the order of the blend."""
     return list(json.loads((data_dir / "data.json").read_text())["train"])
 
 
 def eod_id_of(data_dir: Path) -> int:
-    """The end-of-document token of a dataset artifact."""
+    """Return the end-of-document token of a dataset artifact."""
     return int(json.loads((data_dir / "data.json").read_text())["eod_id"])
 
 
@@ -137,7 +137,7 @@ def collate(rows: list[dict[str, torch.Tensor]], session: Session) -> Batch:
 
 @dataclass(frozen=True)
 class HeldOutBatches:
-    """Windows over the first whole validation documents."""
+    """Windows over the first validation documents."""
 
     batches: list[Batch]
     num_bytes: int
@@ -152,19 +152,19 @@ def heldout_batches(
     batch_size: int,
     whole_documents: bool = True,
 ) -> HeldOutBatches:
-    """At least `num_tokens` of held-out text (less when the split is smaller), every text token predicted once.
+    """Return at least `num_tokens` of held-out text (less if the split is smaller); every token is predicted once.
 
     Data-parallel ranks get every dp-th window, context-parallel ranks their part of each.
 
     Args:
-        whole_documents: False takes the beginning of long documents only, so that books do not make every
-            validation long; `num_bytes` then means nothing.
+        whole_documents: False truncates long documents, so that a few books do not dominate a validation; `num_bytes`
+            is then meaningless.
     """
     all_rows, num_bytes = heldout_rows(
         data_dir, num_tokens=num_tokens, seq_len_tokens=seq_len_tokens, whole_documents=whole_documents
     )
     rows = all_rows[session.dp_rank :: session.parallel.dp]
-    # Pipeline schedules need one batch shape: the last one is filled with rows that count for nothing.
+    # Pipeline schedules need one batch shape: fill the last batch with rows whose loss mask is zero.
     while rows and len(rows) % batch_size:
         rows.append({**rows[-1], "loss_mask": torch.zeros_like(rows[-1]["loss_mask"])})
     of_batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
@@ -180,7 +180,7 @@ def _heldout_batch(rows: list[dict[str, torch.Tensor]], session: Session) -> Bat
 def heldout_rows(
     data_dir: Path, *, num_tokens: int, seq_len_tokens: int, whole_documents: bool
 ) -> tuple[list[dict[str, torch.Tensor]], int]:
-    """(every window of `heldout_batches`, UTF-8 bytes of their documents)."""
+    """Return (every window of `heldout_batches`, UTF-8 bytes of their documents)."""
     facts = json.loads((data_dir / "data.json").read_text())
     documents, sizes = _valid_documents(data_dir, facts)
     if not whole_documents:
@@ -199,7 +199,7 @@ def _row(number: int, tokens: np.ndarray, mask: np.ndarray) -> dict[str, torch.T
 
 
 def _valid_documents(data_dir: Path, facts: dict[str, Any]) -> tuple[Iterator[np.ndarray], Iterator[int]]:
-    """Documents and their UTF-8 sizes, one source after the other in turns, so that a small budget sees all."""
+    """Return documents and their UTF-8 sizes, alternating between sources so that a small budget covers all of them."""
     stores = [IndexedDataset(str(data_dir / s["prefix"])) for s in facts["valid"]]
     sizes = [np.load(data_dir / f"{s['prefix']}.bytes.npy", allow_pickle=False) for s in facts["valid"]]
     order = [

@@ -1,4 +1,4 @@
-"""Megatron's index files of a dataset. It loads what is there as it is, so only a whole index may be there."""
+"""Validate Megatron's index files of a dataset. Megatron loads them unchecked, so incomplete ones must be deleted."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ ARRAY = b"\x93NUMPY"
 """The first bytes of an .npy file."""
 
 
-def drop_unless_whole(folder: Path) -> None:
-    """Delete an index that a kill or a full disk has cut off, or that was changed since: it is made again."""
-    if _is_main() and folder.is_dir() and not _is_whole(folder):
+def drop_unless_complete(folder: Path) -> None:
+    """Delete an index that a kill or a full disk has truncated, or that was changed; Megatron then rebuilds it."""
+    if _is_main() and folder.is_dir() and not _is_complete(folder):
         shutil.rmtree(folder)
 
 
-def mark_whole(folder: Path) -> None:
-    """The index has been written to its end."""
-    if _is_main() and folder.is_dir() and not _is_whole(folder):
+def mark_complete(folder: Path) -> None:
+    """Record the checksums of a completely written index."""
+    if _is_main() and folder.is_dir() and not _is_complete(folder):
         write_whole(folder / MARK, json.dumps(sealed(_files(folder))))
 
 
 def _is_main() -> bool:
-    """Megatron's rank 0 makes an index while the others wait."""
+    """Whether this is rank 0, which builds the index while the others wait."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     try:
         return unsealed(dict(json.loads((folder / MARK).read_text()))) == _files(folder) and _has_arrays_only(folder)
     except (OSError, ValueError, TypeError):
@@ -41,7 +41,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _has_arrays_only(folder: Path) -> bool:
-    """Megatron lets numpy unpickle what does not begin as an array; mapped arrays, as it asks for, hold no objects."""
+    """Check that all files are arrays: Megatron lets numpy unpickle others. Memory-mapped arrays hold no objects."""
     for file in folder.rglob("*.np[yz]"):
         with file.open("rb") as opened:
             if opened.read(len(ARRAY)) != ARRAY:

@@ -26,15 +26,15 @@ class Document:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
-    """The integer type in which a dataset of this vocabulary is stored."""
+    """Return the integer type that stores token ids of this vocabulary."""
     return np.dtype(DType.optimal_dtype(vocab_size))
 
 
 class IndexedWriter:
     """One `<prefix>.bin/.idx` pair and its `.bytes.npy`.
 
-    Megatron's own builder keeps lists of Python numbers, which for a few hundred million documents need more memory
-    than a node has; the files are the same.
+    Megatron's builder keeps lists of Python numbers, which for a few hundred million documents need more memory than a
+    node has. The files are identical.
     """
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
@@ -42,7 +42,7 @@ class IndexedWriter:
         self._dtype = token_dtype(vocab_size)
         self._out = Path(get_bin_path(str(prefix))).open("wb")  # noqa: SIM115
         self._lengths, self._bytes = bytearray(), bytearray()
-        """Arrays of int32 and uint32."""
+        """Bytes of an int32 and a uint32 array."""
         self.num_documents = 0
         self.num_tokens = 0
         self.num_bytes = 0
@@ -52,11 +52,11 @@ class IndexedWriter:
         self.add_run(memoryview(document.ids.astype(self._dtype).tobytes()), lengths, num_bytes)
 
     def add_run(self, ids: memoryview, lengths: NDArray[np.int64], num_bytes: NDArray[np.int64]) -> None:
-        """Add documents that lie one after the other.
+        """Add consecutive documents.
 
         Args:
-            ids: bytes of all their ids, in the type of the dataset.
-            lengths: tokens of each.
+            ids: bytes of all their token ids, in the type of the dataset.
+            lengths: number of tokens of each document.
             num_bytes: UTF-8 size of each text.
         """
         self._out.write(ids)
@@ -73,7 +73,7 @@ class IndexedWriter:
 
 
 def write_index(file: Path, lengths: NDArray[np.int32], dtype: np.dtype[np.generic]) -> None:
-    """The .idx file of a dataset whose documents are one sequence each."""
+    """Write the .idx file of a dataset with one sequence per document."""
     starts = np.zeros(len(lengths), np.int64)
     np.cumsum(lengths[:-1], out=starts[1:])
     with file.open("wb") as out:
@@ -85,7 +85,7 @@ def write_index(file: Path, lengths: NDArray[np.int32], dtype: np.dtype[np.gener
 
 @contextmanager
 def indexed_writers(*prefixes: Path, vocab_size: int) -> Iterator[tuple[IndexedWriter, ...]]:
-    """Open writers, and finish their files when the work under them is done."""
+    """Open writers, and complete their files if the context exits without an error."""
     writers = tuple(IndexedWriter(prefix, vocab_size) for prefix in prefixes)
     yield writers
     for writer in writers:

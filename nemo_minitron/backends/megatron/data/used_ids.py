@@ -1,4 +1,4 @@
-"""Which of some token ids occur in a tokenized dataset."""
+"""Find which token ids occur in a tokenized dataset."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _IDS_AT_A_TIME = 1 << 24
 
 
 def used_ids(data_dir: Path, wanted: Collection[int]) -> set[int]:
-    """Those of `wanted` that occur in an indexed dataset of the folder; every dataset is read once, in pieces."""
+    """Return the ids in `wanted` that occur in an indexed dataset of the folder; read each dataset once, in pieces."""
     found: set[int] = set()
     listed = np.array(sorted(wanted), dtype=np.int64)
     for file in sorted(data_dir.glob("*.bin")):

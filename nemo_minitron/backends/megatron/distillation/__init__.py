@@ -1,0 +1,1 @@
+"""Objectives with a teacher: logits, hidden states, teacher correction and teacher caches."""

@@ -1,4 +1,4 @@
-"""Teacher correction beside distillation: the teacher learns from the text that it teaches (2408.11796)."""
+"""Teacher correction during distillation: the teacher is trained on the same text (2408.11796)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.backends.megatron.distillation.hidden import HiddenStates, States, reading, transport
-from nemo_minitron.backends.megatron.distillation.lesson import Lesson
+from nemo_minitron.backends.megatron.distillation.hidden import HiddenStates, States, recording_states, transfer_states
+from nemo_minitron.backends.megatron.distillation.teacher_targets import TeacherTargets
 from nemo_minitron.backends.megatron.model.forward import Batch
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.backends.megatron.training.loop import ForwardStep, Parts, accumulate, mean_over_ranks, update
@@ -17,12 +17,13 @@ from nemo_minitron.backends.megatron.training.optim import Trainable
 
 
 class Correction:
-    """One forward pass of the teacher serves its own loss and the student's.
+    """Trains the teacher; one forward pass of it serves its own loss and the student's.
 
-    Each step `lessons`, then the student's pass, then `finish`: the student sees the weights that the lessons are of.
+    Each step calls `teacher_targets`, then runs the student, then calls `finish`. The teacher is updated last, because
+    the student's loss uses the output layer that belongs to the targets.
 
     Args:
-        forward: the teacher's own objective, which needs nothing beside a micro-batch.
+        forward: the teacher's own objective, which needs only the micro-batch.
         hidden: the pairs of hidden states that the student's loss compares.
     """
 
@@ -38,14 +39,14 @@ class Correction:
         self._forward, self._hidden, self._session, self._seq_len = forward, hidden, session, seq_len_tokens
         self._losses: list[Parts] = []
 
-    def lessons(self, batches: list[Batch]) -> list[Lesson]:
-        """What the teacher says of each micro-batch; its gradients are ready afterwards."""
+    def teacher_targets(self, batches: list[Batch]) -> list[TeacherTargets]:
+        """Compute the targets of each micro-batch, and the teacher's gradients."""
         head_inputs: list[Tensor | None] = []
         kept: list[States] = []
         taps = self._hidden.teacher_taps if self._hidden is not None else ()
 
         def forward(model: torch.nn.Module, batch: Batch, _: Any) -> Any:
-            with reading(model, taps) as states:
+            with recording_states(model, taps) as states:
                 output, loss_of = self._forward(model, batch, None)
             kept.append({tap: state.detach() for tap, state in states.items()})
 
@@ -57,13 +58,13 @@ class Correction:
 
         self._losses = accumulate(self.trainable, forward, batches, repeat(None), self._seq_len)
         if self._hidden is not None:
-            kept = transport(kept, self._hidden, batches, self.trainable.model.config.params_dtype)
+            kept = transfer_states(kept, self._hidden, batches, self.trainable.model.config.params_dtype)
         if not self._session.is_last_stage:
             head_inputs = [None] * len(batches)
-        return [Lesson(head_input, states) for head_input, states in zip(head_inputs, kept, strict=True)]
+        return [TeacherTargets(head_input, states) for head_input, states in zip(head_inputs, kept, strict=True)]
 
     def finish(self) -> dict[str, float]:
-        """Update the teacher; returns its columns of the curves."""
+        """Update the teacher; return its curve columns."""
         after = update(self.trainable)
         losses, _ = mean_over_ranks(self._losses, ("train_loss",), self._session, None)
         return {f"teacher_{name}": value for name, value in {"loss": losses["train_loss"], **after}.items()}

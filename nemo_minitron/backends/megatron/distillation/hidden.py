@@ -1,7 +1,8 @@
-"""Hidden-state losses in a Megatron model: states are read by hooks, and may lie on different pipeline stages.
+"""Hidden-state losses in a Megatron model: hooks read the states, which may be on different pipeline stages.
 
-The teacher's states are brought to the stage of the student's. A loss on an earlier stage than the last joins the
-backward pass through that stage's output; its weight is worked out on the last stage, which alone knows the logit loss.
+The teacher's states are sent to the stage of the student's states. The loss is computed there and attached to the
+student's state, so that the stage's own backward pass adds its gradient. The loss weight is computed on the last stage,
+the only one with the logit loss, and sent to the others.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from nemo_minitron.families.split import stage_bounds
 from nemo_minitron.schema.losses import HiddenLoss
 
 States = dict[Tap, Tensor]
-"""Outputs of norms [S / tp with sequence parallelism, B, D]."""
+"""Outputs of norms [S, B, D]; [S / tp, B, D] with sequence parallelism."""
 
 
 @contextmanager
-def reading(model: torch.nn.Module, taps: Iterable[Tap]) -> Iterator[States]:
-    """The outputs of these norms in the forward pass under it."""
+def recording_states(model: torch.nn.Module, taps: Iterable[Tap]) -> Iterator[States]:
+    """Record the outputs of these norms in the forward pass inside the context."""
     states: States = {}
     with ExitStack() as stack:
         for tap in taps:
@@ -53,15 +54,15 @@ def _norm(model: Model, tap: Tap) -> nn.Module:
 
 
 def stage_of(tap: Tap, num_layers: int, pp: int) -> int:
-    """Pipeline stage that holds the norm; the final norm is on the last."""
+    """Return the pipeline stage that holds the norm; the final norm is on the last stage."""
     bounds = stage_bounds(num_layers, pp)
     return next((stage for stage, (start, stop) in enumerate(bounds) if start <= tap.layer < stop), pp - 1)
 
 
 class Projection(nn.Linear):
-    """Student width -> teacher width, learnt with the student and shared by all pairs; it is not exported.
+    """Projection from student width to teacher width, trained with the student and shared by all pairs; not exported.
 
-    Every pipeline stage has it, with the same weights.
+    Every pipeline stage has a copy with the same weights.
     """
 
     def __init__(self, student_size: int, teacher_size: int, session: Session) -> None:
@@ -72,19 +73,19 @@ class Projection(nn.Linear):
         self.weight.sequence_parallel = session.parallel.sequence_parallel and session.parallel.tp > 1  # type: ignore[attr-defined]
         # The gradient norm counts it once, on the first stage.
         self.weight.shared = session.pp_rank > 0  # type: ignore[attr-defined]
-        # Of three parts, as Megatron's own: pipeline, tensor, and all that share the gradients.
+        # Three parts, as in Megatron: pipeline rank, tensor rank, and rank among those that share gradients.
         parallel = session.parallel
         self._replica = (session.pp_rank, session.tp_rank, session.dp_rank * parallel.cp + session.cp_rank)
 
     def sharded_state_dict(self, prefix: str = "", *_: Any, **__: Any) -> dict[str, Any]:
-        """For Megatron's checkpoints: whole on every rank."""
+        """Return the state for Megatron's checkpoints: whole on every rank."""
         key = f"{prefix}weight"
         return {key: ShardedTensor.from_rank_offsets(key, self.weight, replica_id=self._replica)}
 
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """The pairs of one distillation, seen from this rank."""
+    """The pairs of hidden states of one distillation, with this rank's part in them."""
 
     params: HiddenLoss
     pairs: list[Pair]
@@ -94,25 +95,25 @@ class HiddenStates:
     session: Session
     num_microbatches: int
     scalars: dist.ProcessGroup | None
-    """For a few numbers between pipeline stages; None where every pair is on the last stage."""
+    """Group for sending scalars between pipeline stages; None if every pair is on the last stage."""
     sent: deque[Any] = field(default_factory=lambda: deque(maxlen=1024))
-    """Sends that may be under way, with their buffers."""
+    """Sends that may be in progress, with their buffers."""
 
     @property
     def teacher_taps(self) -> list[Tap]:
-        """Of the teacher, on this stage."""
+        """The teacher's taps on this stage."""
         taps = zip(self.pairs, self.teacher_stages, strict=True)
         return [pair.teacher for pair, stage in taps if stage == self.session.pp_rank]
 
     @property
     def local_pairs(self) -> list[Pair]:
-        """Compared on this stage."""
+        """Pairs that are compared on this stage."""
         pairs = zip(self.pairs, self.student_stages, strict=True)
         return [pair for pair, stage in pairs if stage == self.session.pp_rank]
 
     @property
     def earlier_stages(self) -> list[int]:
-        """Stages before the last that compare something."""
+        """Stages before the last that compare pairs."""
         return sorted(set(self.student_stages) - {self.session.parallel.pp - 1})
 
 
@@ -124,11 +125,11 @@ def hidden_states(
     session: Session,
     num_microbatches: int,
 ) -> HiddenStates:
-    """Find the pairs, and give the student the projection where the widths differ."""
+    """Find the pairs, and add the projection to the student if the widths differ."""
     pp = session.parallel.pp
     if session.parallel.recompute == "full" and is_hybrid(student):
         raise EnvironmentProblem(
-            "Hidden states of a HybridModel have no gradients where its layers are recomputed.",
+            "Hidden states of a HybridModel have no gradients if its layers are recomputed.",
             next_step="Use recompute: selective, or GPTModel.",
         )
     pairs = pairs_of(params, teacher.num_layers, shape.num_layers)
@@ -146,7 +147,7 @@ def hidden_states(
 
 
 def _pipeline_group_for_scalars(session: Session) -> dist.ProcessGroup:
-    """A second group of this pipeline's ranks, apart from the one that Megatron's schedule uses, on the CPU."""
+    """Create a second CPU group of this pipeline's ranks, separate from the one that Megatron's schedule uses."""
     # Megatron orders ranks by pipeline stage last.
     per_stage = session.world_size // session.parallel.pp
     pipelines = [list(range(first, session.world_size, per_stage)) for first in range(per_stage)]
@@ -154,9 +155,10 @@ def _pipeline_group_for_scalars(session: Session) -> dist.ProcessGroup:
     return mine
 
 
-class Weight:
-    """The hidden loss's weight in one micro-batch: known to the last stage when it has the logit loss, and to the
-    others when it has been sent to them. Called in the backward pass.
+class HiddenLossWeight:
+    """Weight of the hidden loss in one micro-batch, called in the backward pass.
+
+    The last stage computes it from the logit loss; the other stages receive it when they first need it.
     """
 
     def __init__(self, hidden: HiddenStates) -> None:
@@ -170,18 +172,18 @@ class Weight:
 
 
 @contextmanager
-def comparing(
-    model: torch.nn.Module, hidden: HiddenStates, teacher: States, token_weights_BS: Tensor, weight: Weight
+def attached_losses(
+    model: torch.nn.Module, hidden: HiddenStates, teacher: States, token_weights_BS: Tensor, weight: HiddenLossWeight
 ) -> Iterator[list[Tensor]]:
-    """Attach the losses to the student's states in the forward pass under it; yields their values, one a pair: with
-    context parallelism this rank's share.
+    """Attach the losses to the student's states in the forward pass inside the context; yield one value per pair.
 
-    The attached loss counts as if it were added to the last stage's: times `weight`, over the micro-batches.
+    With context parallelism the values are this rank's share. The gradients equal those of a loss that is added on the
+    last stage, times `weight`, averaged over micro-batches.
     """
     student, values = bare(model), []
     tokens = _own_token_weights(token_weights_BS, hidden.session)
     project = getattr(student, "hidden_projection", None) or nn.Identity()
-    # As Megatron scales the last stage's loss.
+    # The scale that Megatron applies to the last stage's loss.
     gradient_scale = hidden.session.parallel.cp / hidden.num_microbatches
     with ExitStack() as stack:
         for pair in hidden.local_pairs:
@@ -197,10 +199,10 @@ def comparing(
 
 
 class _Attach(torch.autograd.Function):
-    """The state as it is; a loss that depends on it gets its gradient in the backward pass."""
+    """Identity for the state; in the backward pass it starts the gradient of a loss that depends on the state."""
 
     @staticmethod
-    def forward(ctx: Any, state: Tensor, loss: Tensor, weight: Weight, scale: float) -> Tensor:
+    def forward(ctx: Any, state: Tensor, loss: Tensor, weight: HiddenLossWeight, scale: float) -> Tensor:
         ctx.weight, ctx.scale, ctx.dtype = weight, scale, loss.dtype
         return state.view_as(state)
 
@@ -212,7 +214,7 @@ class _Attach(torch.autograd.Function):
 
 
 def total_loss(hidden: HiddenStates, values: list[Tensor]) -> Tensor:
-    """Sum over all pairs of one micro-batch; on earlier stages than the last it is sent there."""
+    """Sum over all pairs of one micro-batch; earlier stages send their sum to the last stage."""
     session = hidden.session
     local = torch.stack(values).sum() if values else torch.zeros((), device=session.device)
     if hidden.scalars is None:
@@ -224,8 +226,10 @@ def total_loss(hidden: HiddenStates, values: list[Tensor]) -> Tensor:
     return local + sum(_receive(hidden, stage).to(local) for stage in hidden.earlier_stages)
 
 
-def weigh(hidden: HiddenStates, weight: Weight, logits_loss: Tensor | None, hidden_loss: Tensor) -> Tensor:
-    """On the last stage: the weight of this micro-batch, which the earlier stages are told (2407.14679, section 3)."""
+def share_weight(
+    hidden: HiddenStates, weight: HiddenLossWeight, logits_loss: Tensor | None, hidden_loss: Tensor
+) -> Tensor:
+    """Compute the weight of this micro-batch on the last stage and send it to the others (2407.14679, section 3)."""
     if hidden.params.weight == "dynamic":
         assert logits_loss is not None
         whole = sum_over_context(torch.stack((logits_loss, hidden_loss)))
@@ -238,20 +242,22 @@ def weigh(hidden: HiddenStates, weight: Weight, logits_loss: Tensor | None, hidd
 
 
 def sum_projection_gradient(model: torch.nn.Module) -> None:
-    """Add up the projection's gradient over the pipeline stages, before data parallelism does its part."""
+    """Sum the projection's gradient over the pipeline stages, before the data-parallel reduction."""
     projection = getattr(bare(model), "hidden_projection", None)
     if projection is not None and parallel_state.get_pipeline_model_parallel_world_size() > 1:
         dist.all_reduce(projection.weight.main_grad, group=parallel_state.get_pipeline_model_parallel_group())
 
 
-def transport(here: list[States], hidden: HiddenStates, batches: list[Batch], dtype: torch.dtype) -> list[States]:
-    """For each micro-batch the teacher's states that this stage compares, from wherever the teacher computed them."""
+def transfer_states(
+    local: list[States], hidden: HiddenStates, batches: list[Batch], dtype: torch.dtype
+) -> list[States]:
+    """Send the teacher's states to the stages that compare them; return this stage's states of each micro-batch."""
     session = hidden.session
     group = parallel_state.get_pipeline_model_parallel_group()
     ranks = dist.get_process_group_ranks(group)
     out: list[States] = [{} for _ in batches]
     for pair, source, target in zip(hidden.pairs, hidden.teacher_stages, hidden.student_stages, strict=True):
-        for states, received, batch in zip(here, out, batches, strict=True):
+        for states, received, batch in zip(local, out, batches, strict=True):
             if session.pp_rank == source == target:
                 received[pair.teacher] = states[pair.teacher]
             elif session.pp_rank == source:
@@ -270,7 +276,7 @@ def _state_size(batch: Batch, hidden: HiddenStates) -> tuple[int, int, int]:
 
 
 def _own_token_weights(token_weights_BS: Tensor, session: Session) -> Tensor:
-    """[S, B]; this rank's part of the sequence with sequence parallelism."""
+    """Return token weights [S, B]; with sequence parallelism this rank's part of the sequence."""
     weights = token_weights_BS.t()
     if session.parallel.tp > 1 and session.parallel.sequence_parallel:
         return weights.chunk(session.parallel.tp)[session.tp_rank]
@@ -278,7 +284,7 @@ def _own_token_weights(token_weights_BS: Tensor, session: Session) -> Tensor:
 
 
 def _over_sequence(value: Tensor, session: Session) -> Tensor:
-    """The sum over the tensor-parallel ranks, where they hold parts of the sequence."""
+    """Sum over the tensor-parallel ranks if they hold parts of the sequence."""
     if session.parallel.tp > 1 and session.parallel.sequence_parallel:
         dist.all_reduce(value, group=parallel_state.get_tensor_model_parallel_group())
     return value

@@ -45,7 +45,7 @@ from nemo_minitron.system.progress import Progress
 def write_cache(
     params: TeacherCaching, teacher_dir: Path, data_dir: Path, work_dir: Path, session: Session, progress: Progress
 ) -> CacheFacts:
-    """Every shard that the work folder does not have yet; data-parallel ranks write different ones."""
+    """Write every shard that is missing in the work folder; data-parallel ranks write different ones."""
     require_document_mask(params.reset_attention_mask)
     model, shape = load_model(teacher_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
     require_vocabulary(shape.vocab_size)
@@ -69,7 +69,7 @@ def write_cache(
     )
     mine = range(session.dp_rank, facts.num_shards, session.parallel.dp)
     todo = [shard for shard in mine if not (work_dir / shard_name(shard)).is_file()]
-    # No rank may write before every rank has looked.
+    # No rank may write before every rank has listed the shards.
     session.barrier()
     separate_at = eod_id_of(data_dir) if params.reset_attention_mask else None
     with evaluating(model), progress.bar("cache teacher", len(mine), "shards", done=len(mine) - len(todo)) as bar:
@@ -78,7 +78,7 @@ def write_cache(
             if numbers.start < facts.first_heldout:
                 batches = _batches(samples, numbers, separate_at, session)
             else:
-                # Validation lets documents see each other.
+                # Validation does not mask attention between documents.
                 batches = _batches(dict(enumerate(windows, facts.first_heldout)), numbers, None, session)
             entries = _entries(model, params, batches, shape.vocab_size, session)
             if session.is_last_stage and session.tp_rank == 0:
@@ -90,7 +90,7 @@ def write_cache(
 
 
 def _heldout_windows(params: TeacherCaching, data_dir: Path) -> list[dict[str, Tensor]]:
-    """What distillation validates with; none where the entries would not tell the KL."""
+    """Return the windows that distillation validates on; empty if the entries cannot give the KL."""
     if not gives_kl(params.sparse, params.temperature):
         return []
     tokens, length = params.valid_num_tokens, params.seq_len_tokens
@@ -100,7 +100,7 @@ def _heldout_windows(params: TeacherCaching, data_dir: Path) -> list[dict[str, T
 def _heldout_loss(
     model: Model, params: TeacherCaching, vocab_size: int, data_dir: Path, session: Session, progress: Progress
 ) -> float:
-    """Nats per token, on the windows that distillation validates with."""
+    """Return the teacher's loss in nats per token, on the windows that distillation validates on."""
     heldout = heldout_batches(
         data_dir,
         session,
@@ -113,7 +113,7 @@ def _heldout_loss(
 
 
 def _batches(samples: Any, numbers: range, separate_at: int | None, session: Session) -> list[Batch]:
-    """Micro-batches of these samples, the last one smaller where they do not divide."""
+    """Return micro-batches of these samples; the last one may be smaller."""
     out, size = [], session.parallel.micro_batch_size
     for start in range(0, len(numbers), size):
         of_batch = numbers[start : start + size]

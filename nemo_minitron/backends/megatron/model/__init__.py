@@ -1,0 +1,1 @@
+"""Build, load, run and inspect Megatron models."""

@@ -1,4 +1,4 @@
-"""ModelShape -> a model of Megatron-Core: GPTModel, or HybridModel where the environment asks for it."""
+"""Build a Megatron-Core model from a ModelShape: GPTModel, or HybridModel if the environment variable selects it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 MODEL_CLASS_VARIABLE = "MINITRON_MODEL_CLASS"
-"""gpt or hybrid, for tests of what follows GPTModel: the numbers are the same, training checkpoints are not."""
+"""gpt or hybrid, to test GPTModel's successor: numbers are equal, training checkpoints are not interchangeable."""
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -32,9 +32,9 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def transformer_config(shape: ModelShape, session: Session, precision: str) -> TransformerConfig:
-    """Megatron's config of this shape in this session.
+    """Return Megatron's config of this shape in this session.
 
-    Fusions that need CUDA kernels are switched off on CPU.
+    Fusions that need CUDA kernels are disabled on the CPU.
     """
     parallel = session.parallel
     options: dict[str, Any] = {
@@ -89,7 +89,7 @@ def _wants_hybrid() -> bool:
 def _hybrid() -> ModuleType:
     if find_spec("megatron.core.models.hybrid") is None:
         raise EnvironmentProblem(
-            f"{MODEL_CLASS_VARIABLE} = hybrid, and this Megatron-Core has no HybridModel.",
+            f"{MODEL_CLASS_VARIABLE} = hybrid, but this Megatron-Core has no HybridModel.",
             allowed="gpt",
             next_step="Use megatron-core 0.19 or later, or unset the variable.",
         )
@@ -101,13 +101,13 @@ def _hybrid() -> ModuleType:
 def build_model(
     shape: ModelShape, session: Session, *, precision: str, seq_len_tokens: int, padded_vocab: int | None = None
 ) -> Model:
-    """This rank's part of the model, with undefined weights: load them next.
+    """Build this rank's part of the model, with uninitialized weights.
 
     Args:
         padded_vocab: rows of the embeddings; None: as few as the layout allows.
 
     Raises:
-        PlanError: the model cannot look back as far as the sequence is long.
+        PlanError: the sequence is longer than the model's sliding window.
     """
     window = shape.sliding_window_tokens
     if window is not None and seq_len_tokens > window:

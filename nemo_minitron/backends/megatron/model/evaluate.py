@@ -20,7 +20,7 @@ EVAL_BATCH_SIZE = 4
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Sums over the held-out text."""
+    """Sums over held-out text."""
 
     nll_nats: float
     num_tokens: int
@@ -28,7 +28,7 @@ class HeldOut:
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """Mean loss in nats per token."""
         return self.nll_nats / self.num_tokens
 
 
@@ -42,7 +42,7 @@ def heldout_loss(
     session: Session,
     progress: Progress,
 ) -> HeldOut:
-    """Next-token loss of a checkpoint on the validation split; equal on every rank."""
+    """Compute the next-token loss of a checkpoint on the validation split; equal on every rank."""
     model, shape = load_model(model_dir, session, precision=precision, seq_len_tokens=seq_len_tokens)
     heldout = heldout_batches(
         data_dir, session, num_tokens=num_tokens, seq_len_tokens=seq_len_tokens, batch_size=EVAL_BATCH_SIZE
@@ -51,7 +51,7 @@ def heldout_loss(
 
 
 def sum_nll(model: Model, heldout: HeldOutBatches, vocab_size: int, session: Session, progress: Progress) -> HeldOut:
-    """Loss of a model that is already in memory."""
+    """Compute the loss of a model that is already in memory."""
     totals = torch.zeros(2, dtype=torch.float64, device=session.device)
 
     def add(logits: Tensor, batch: Batch) -> None:
@@ -67,7 +67,7 @@ def sum_nll(model: Model, heldout: HeldOutBatches, vocab_size: int, session: Ses
 
 
 def _sum_over_data_parallel(totals: Tensor, session: Session) -> None:
-    """Every tensor-parallel rank of the last stage holds the same sums; count one of them."""
+    """Sum over all ranks; tensor-parallel ranks of the last stage hold equal sums, so count one of them."""
     if not (session.is_last_stage and session.tp_rank == 0):
         totals.zero_()
     session.sum(totals)

@@ -19,15 +19,15 @@ from nemo_minitron.backends.megatron.runtime.session import Session
 Batch = dict[str, Tensor]
 """tokens [B, S], labels [B, S], loss_mask [B, S]; with context parallelism this rank's part of each sequence.
 
-In training token_weights [B, S], whose sum over whole sequences is 1, and sample_ids [B] on the CPU; of held-out text
-window_ids [B]; of both sample_tokens [B, S], always whole. Where documents are kept apart, attention_mask [B, 1, S, S]:
-True where a token may not look.
+Training batches also have token_weights [B, S], which sum to 1 over whole sequences, and sample_ids [B] on the CPU.
+Held-out batches have window_ids [B]. Both have sample_tokens [B, S], always whole sequences. If attention may not cross
+documents, there is attention_mask [B, 1, S, S], True where attention is masked.
 """
 
 
 def model_logits(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """[B, S, V / tp] on the last pipeline stage; hidden states [S, B, D] on the others."""
-    # Rotary embeddings count positions by themselves.
+    """Return logits [B, S, V / tp] on the last pipeline stage and hidden states [S, B, D] on the others."""
+    # Megatron's rotary embeddings need no position ids.
     return model(batch["tokens"], None, batch.get("attention_mask"))
 
 
@@ -45,9 +45,9 @@ def forward_batches(
     after: Callable[[], None] = _nothing,
     forward: Callable[[torch.nn.Module, Batch], Tensor] = model_logits,
 ) -> None:
-    """Run every batch; on the last stage `consume(output, batch)` gets what `forward` returned there.
+    """Run every batch; on the last stage, pass the output of `forward` to `consume(output, batch)`.
 
-    Every pipeline stage is given the same batches, and calls `after` when one has gone through it.
+    Pass the same batches on every pipeline stage. Each stage calls `after` after each batch.
     """
 
     def loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -67,9 +67,9 @@ def backward_batches(
     *,
     after: Callable[[], None] = _nothing,
 ) -> None:
-    """Forward and backward of the summed next-token loss of every batch; no parameter gets a gradient.
+    """Run forward and backward of the summed next-token loss of every batch, without parameter gradients.
 
-    A sum, not a mean: a sample's gradients then do not depend on what else is in its batch.
+    The loss is a sum, not a mean, so that a sample's gradients do not depend on the rest of its batch.
     """
 
     def loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -113,7 +113,7 @@ def _forward_step(
 
 @contextmanager
 def _gradients_of_activations_only(model: Model) -> Iterator[None]:
-    """Freeze the parameters; the gradient starts at the embeddings' output."""
+    """Freeze the parameters; only activations from the embeddings' output onward get gradients."""
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -130,11 +130,11 @@ def _gradients_of_activations_only(model: Model) -> Iterator[None]:
 
 
 def token_nll(logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int) -> Tensor:
-    """-log p(label) [B, S], in at least fp32, over a vocabulary that is split over the tensor-parallel ranks.
+    """Compute -log p(label) [B, S], in at least fp32, over a vocabulary split over the tensor-parallel ranks.
 
-    Not Megatron's cross entropy, which would make fp32 of fp64.
+    Megatron's cross entropy is not used, because it converts fp64 to fp32.
     """
-    # Sequence first, as the head made them: a transposed gradient makes its bf16 product sixty times slower on a CPU.
+    # Keep the head's sequence-first layout: with a transposed gradient, the bf16 matmul on a CPU is sixty times slower.
     logits_SBV, labels = logits_BSV.transpose(0, 1), labels_BS.transpose(0, 1)
     wide = torch.promote_types(logits_BSV.dtype, torch.float32)
     logits_SBV = mask_padded_vocab(logits_SBV.to(wide), vocab_size)
@@ -152,14 +152,14 @@ def token_nll(logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int) -> Tensor:
 
 
 def _sum_over_vocab_ranks(tensor: Tensor) -> Tensor:
-    """Summed forward, passed on as it is backward: every rank holds the gradient of its own part."""
-    # Megatron reduces a contiguous copy, and returns the tensor that it was given.
+    """Sum in the forward pass; pass the gradient through unchanged, since each rank needs that of its own part."""
+    # For a non-contiguous tensor Megatron would reduce a copy and return the original.
     out: Tensor = reduce_from_tensor_model_parallel_region(tensor.contiguous())
     return out
 
 
 def mask_padded_vocab(logits_V: Tensor, vocab_size: int) -> Tensor:
-    """Rows that only pad the vocabulary for tensor parallelism get no probability."""
+    """Give the rows that pad the vocabulary for tensor parallelism zero probability."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     real = vocab_size - rank * logits_V.shape[-1]
     if real >= logits_V.shape[-1]:
@@ -170,7 +170,7 @@ def mask_padded_vocab(logits_V: Tensor, vocab_size: int) -> Tensor:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode for the duration."""
+    """Put the model into evaluation mode inside the context."""
     was_training = model.training
     model.eval()
     try:

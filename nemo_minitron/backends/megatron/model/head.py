@@ -1,4 +1,4 @@
-"""The output layer taken off a Megatron model: hidden states out, so that head and loss can be computed together."""
+"""Run a Megatron model without its output layer, so that head and loss can be computed together."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from nemo_minitron.distillation.vocab import Vocab
 
 
 def model_hidden(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """What the output layer would be given [B, S, D] on the last stage, whole on every tensor-parallel rank.
+    """Return the input of the output layer [B, S, D] on the last stage, whole on every tensor-parallel rank.
 
-    Hidden states [S, B, D] for the next stage on the others. The gradient that flows back may be of this rank's part
-    of the vocabulary: it is summed over the ranks.
+    Other stages return hidden states [S, B, D] for the next stage. The incoming gradient may cover only this rank's
+    part of the vocabulary: it is summed over the tensor-parallel ranks.
     """
     with _headless(bare(model)):
         return model_logits(model, batch)
 
 
 def bare(model: torch.nn.Module) -> Model:
-    """The model inside its data-parallel wrapper."""
+    """Unwrap a model from its data-parallel wrapper."""
     return getattr(model, "module", model)
 
 
@@ -43,8 +43,8 @@ def _headless(model: Model) -> Iterator[None]:
     def whole(hidden_SBD: Tensor, **_: Any) -> tuple[Tensor, None]:
         if model.config.sequence_parallel:
             return gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=True), None
-        # Megatron sums a copy of a gradient that is not contiguous, and passes on the one that was not summed; with
-        # the batch first, as the model transposes it next, the gradient arrives contiguous.
+        # For a non-contiguous gradient Megatron sums a copy and returns the unsummed original. The model transposes
+        # the output to batch first; transposing here as well makes the gradient arrive contiguous.
         hidden_BSD = copy_to_tensor_model_parallel_region(hidden_SBD.transpose(0, 1).contiguous())
         return hidden_BSD.transpose(0, 1), None
 
@@ -56,14 +56,14 @@ def _headless(model: Model) -> Iterator[None]:
 
 
 def head_weight(model: torch.nn.Module, vocab_size: int) -> Tensor:
-    """This rank's rows of the output layer [V, D], without those that only pad the vocabulary."""
+    """Return this rank's rows of the output layer [V, D], without vocabulary padding."""
     rows = parts.head_weight(bare(model))
     start = parallel_state.get_tensor_model_parallel_rank() * rows.shape[0]
     return rows[: max(0, min(rows.shape[0], vocab_size - start))]
 
 
 def vocab_of(session: Session, rows_per_rank: int) -> Vocab:
-    """Reductions over the tensor-parallel group.
+    """Return the vocabulary split of this rank, with reductions over the tensor-parallel group.
 
     Args:
         rows_per_rank: rows of each rank's output layer, padding included.
@@ -74,7 +74,7 @@ def vocab_of(session: Session, rows_per_rank: int) -> Vocab:
 
     def reduce(op: Any) -> Callable[[Tensor], Tensor]:
         def apply(tensor: Tensor) -> Tensor:
-            # A reduction writes into its argument: one that is not contiguous would be reduced as a copy.
+            # all_reduce works in place and needs a contiguous tensor.
             whole = tensor.contiguous()
             torch.distributed.all_reduce(whole, op=op, group=group)
             return whole

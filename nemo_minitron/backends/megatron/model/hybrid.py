@@ -1,6 +1,6 @@
-"""ModelShape -> HybridModel, which follows GPTModel in Megatron-Core 0.19.
+"""Build a HybridModel from a ModelShape: GPTModel's successor in Megatron-Core 0.19.
 
-Attention and MLP are layers of their own in it, and it needs nothing of Transformer Engine or Mamba for these two.
+Attention and MLP are separate layers in it. These two need neither Transformer Engine nor Mamba.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from nemo_minitron.families import ModelShape
 from nemo_minitron.families.split import stage_bounds
 
 LAYER = "*-"
-"""Attention and MLP, in the language of Megatron's patterns."""
+"""Pattern of one attention and one MLP layer in Megatron's notation."""
 
 
 class _Stack(HybridStack):  # type: ignore[misc]
-    """With a final norm as the other norms are: Megatron's own is always Transformer Engine's."""
+    """HybridStack whose final norm has the class of the other norms; Megatron always uses Transformer Engine's."""
 
     def __init__(self, config: TransformerConfig, submodules: HybridStackSubmodules, **options: Any) -> None:
         super().__init__(config, submodules, post_layer_norm=False, **options)
@@ -36,7 +36,7 @@ class _Stack(HybridStack):  # type: ignore[misc]
 
 
 def as_hybrid(options: dict[str, Any]) -> dict[str, Any]:
-    """Fields of GPTModel's config -> HybridModel's, which counts attention and MLP as layers."""
+    """Convert config fields of GPTModel to HybridModel, which counts attention and MLP as separate layers."""
     counts: dict[str, Any] = {
         key: options[key] * len(LAYER) for key in ("num_layers", "recompute_num_layers") if key in options
     }
@@ -44,10 +44,10 @@ def as_hybrid(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def hybrid_model(config: TransformerConfig, shape: ModelShape, options: dict[str, Any]) -> Model:
-    """A model of attention and MLP layers.
+    """Build a model of attention and MLP layers.
 
     Args:
-        options: the arguments that GPTModel has as well.
+        options: arguments that GPTModel and HybridModel share.
     """
     bounds = stage_bounds(shape.num_layers, config.pipeline_model_parallel_size)
     attention = TransformerLayerSubmodules(**attention_parts(qk_norm=shape.qk_norm))
@@ -58,7 +58,7 @@ def hybrid_model(config: TransformerConfig, shape: ModelShape, options: dict[str
     )
     pattern = "|".join(LAYER * (stop - start) for start, stop in bounds)
     model = HybridModel(config, ModuleSpec(_Stack, submodules=layers), hybrid_layer_pattern=pattern, **options)
-    # HybridModel has no arguments for it.
+    # HybridModel has no arguments for rope scaling.
     model.rotary_pos_emb = RotaryEmbedding(
         config.kv_channels,
         options["rotary_percent"],

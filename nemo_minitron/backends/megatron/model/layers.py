@@ -1,7 +1,7 @@
-"""The layer spec: Transformer Engine modules where they are installed, plain torch ones elsewhere.
+"""Layer specs: Transformer Engine modules where it is installed, plain torch modules elsewhere.
 
-Norms and linears stay separate modules in both (no fused layer-norm linear), so that one
-parameter table and one set of hooks serves both.
+Norms and linears are separate modules in both (no fused layer-norm linear), so that one parameter table and one set of
+hooks serves both.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from nemo_minitron.errors import EnvironmentProblem
 
 
 class TorchNorm(nn.Module):
-    """RMSNorm, or LayerNorm whose stored weight is centred on zero (w + 1), in plain torch.
+    """RMSNorm, or LayerNorm whose stored weight is centered on zero (w + 1), in plain torch.
 
-    The statistics are taken in fp32 (fp64 stays fp64), like the Hugging Face models that the weights come from.
+    Statistics are computed in fp32 (fp64 stays fp64), as in the Hugging Face models that the weights come from.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
@@ -61,8 +61,8 @@ class TorchNorm(nn.Module):
 class SdpaCoreAttention(nn.Module):
     """Causal attention by torch's scaled_dot_product_attention, with grouped queries.
 
-    With a mask (True: may not look) that mask alone counts. With context parallelism
-    the ranks' keys and values are brought together, and the mask has this rank's rows.
+    A mask (True: masked) replaces the causal mask. With context parallelism the ranks' keys and values are gathered,
+    and the mask has this rank's rows.
 
     Shapes: query [S, B, heads, head_dim], key and value [S, B, groups, head_dim] of this
     tensor-parallel rank; returns [S, B, heads * head_dim].
@@ -102,11 +102,11 @@ def has_transformer_engine() -> bool:
 
 
 def require_document_mask(reset_attention_mask: bool) -> None:
-    """Raises EnvironmentProblem where documents are to be kept apart and the attention would not do it."""
-    # Its causal attention ignores a mask without a word.
+    """Raise EnvironmentProblem if attention must not cross documents but the attention module ignores masks."""
+    # Transformer Engine's causal attention silently ignores a mask.
     if reset_attention_mask and has_transformer_engine():
         raise EnvironmentProblem(
-            "reset_attention_mask = True: Transformer Engine's attention would let documents see each other.",
+            "reset_attention_mask = True: Transformer Engine's attention would ignore the document mask.",
             allowed="torch attention, which is used where Transformer Engine is not installed or there is no GPU",
             next_step="Set reset_attention_mask to false, or use an environment without transformer-engine.",
         )
@@ -136,12 +136,12 @@ def _modules() -> dict[str, Any]:
 
 
 def norm() -> Any:
-    """What makes a norm."""
+    """Return the norm class."""
     return _modules()["norm"]
 
 
 def attention_parts(*, qk_norm: bool) -> dict[str, Any]:
-    """The submodules of a layer that belong to its attention."""
+    """Return the submodules of a layer's attention."""
     modules = _modules()
     head_norm = modules["norm"] if qk_norm else IdentityOp
     attention = SelfAttentionSubmodules(
@@ -161,7 +161,7 @@ def attention_parts(*, qk_norm: bool) -> dict[str, Any]:
 
 
 def mlp_parts() -> dict[str, Any]:
-    """The submodules of a layer that belong to its MLP."""
+    """Return the submodules of a layer's MLP."""
     modules = _modules()
     return {
         "pre_mlp_layernorm": modules["norm"],
@@ -171,7 +171,7 @@ def mlp_parts() -> dict[str, Any]:
 
 
 def block_spec(num_local_layers: int, *, qk_norm: bool) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the final norm."""
+    """Return the spec of this pipeline stage's layers and the final norm."""
     layer = TransformerLayerSubmodules(**attention_parts(qk_norm=qk_norm), **mlp_parts())
     specs = [ModuleSpec(module=TransformerLayer, submodules=layer)] * num_local_layers
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm())

@@ -1,6 +1,6 @@
-"""Finds the layers, norms, embeddings and head of a built Megatron model, and their names in the axis table.
+"""Find the layers, norms, embeddings and head of a built Megatron model, and their names in the axis table.
 
-The one place that knows: the other modules ask here, so that Megatron's names and classes may change.
+Only this module uses Megatron's names for them, so that a change in Megatron affects one place.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from torch import Tensor, nn
 
 Model: TypeAlias = LanguageModule
-"""This rank's part of a language model, as `build_model` makes it."""
+"""This rank's part of a language model, as returned by `build_model`."""
 _LAYERS = "decoder.layers."
 
 
@@ -24,9 +24,9 @@ class Layer:
     """One decoder layer: attention and MLP, each with its norm."""
 
     index: int
-    """0-based, of the whole model."""
+    """0-based index in the whole model."""
     modules: tuple[Any, ...]
-    """What runs, one after the other."""
+    """Megatron's modules of the layer, in execution order."""
 
     @property
     def input_norm(self) -> nn.Module:
@@ -34,7 +34,7 @@ class Layer:
 
     @property
     def attention_output(self) -> nn.Module:
-        """The projection of all heads' outputs."""
+        """The output projection of attention."""
         return self.modules[0].self_attention.linear_proj
 
     @property
@@ -43,27 +43,27 @@ class Layer:
 
     @property
     def mlp_input(self) -> nn.Module:
-        """The projection to the neurons; where there is a gate, to gate and neurons, stacked."""
+        """The MLP's input projection: to the neurons, or to gate and neurons, stacked."""
         return self.modules[-1].mlp.linear_fc1
 
     @property
     def mlp_output(self) -> nn.Module:
-        """The projection of the neurons."""
+        """The MLP's output projection."""
         return self.modules[-1].mlp.linear_fc2
 
 
 def _per_layer(model: Model) -> int:
-    """Megatron's own layers for each: HybridModel has attention and MLP apart."""
+    """Return Megatron's layers per decoder layer: HybridModel has separate attention and MLP layers."""
     return 2 if is_hybrid(model) else 1
 
 
 def is_hybrid(model: Model) -> bool:
-    """Whether attention and MLP are layers of their own."""
+    """Whether attention and MLP are separate Megatron layers."""
     return hasattr(model, "hybrid_layer_pattern")
 
 
 def layers(model: Model) -> list[Layer]:
-    """The layers of this pipeline stage."""
+    """Return the layers of this pipeline stage."""
     modules, size = tuple(model.decoder.layers), _per_layer(model)
     starts = range(0, len(modules), size)
     return [Layer(_index(model, start), modules[start : start + size]) for start in starts]
@@ -74,22 +74,22 @@ def _index(model: Model, position: int) -> int:
 
 
 def final_norm(model: Model) -> nn.Module:
-    """The norm before the head; on the last stage."""
+    """Return the norm before the head; on the last stage only."""
     return model.decoder.final_norm if is_hybrid(model) else model.decoder.final_layernorm
 
 
 def embedding(model: Model) -> nn.Module | None:
-    """Token ids -> the first layer's input; None on other stages than the first."""
+    """Return the embedding module; None on all stages but the first."""
     return getattr(model, "embedding", None)
 
 
 def head(model: Model) -> Any:
-    """The output layer; on the last stage."""
+    """Return the output layer; on the last stage only."""
     return model.output_layer
 
 
 def head_weight(model: Model) -> Tensor:
-    """This rank's rows of the output layer [V, D], those of the embeddings where they are tied; on the last stage."""
+    """Return this rank's rows of the output layer [V, D], possibly tied to the embeddings; on the last stage only."""
     if model.share_embeddings_and_output_weights:
         return model.shared_embedding_or_output_weight()
     return model.output_layer.weight
@@ -97,7 +97,7 @@ def head_weight(model: Model) -> Tensor:
 
 @contextmanager
 def only(model: Model, kept: Sequence[Layer]) -> Iterator[None]:
-    """The model has these of its layers for the duration, in this order."""
+    """Keep only these layers, in this order, inside the context."""
     before = model.decoder.layers
     model.decoder.layers = nn.ModuleList(module for layer in kept for module in layer.modules)
     try:
@@ -107,42 +107,42 @@ def only(model: Model, kept: Sequence[Layer]) -> Iterator[None]:
 
 
 @contextmanager
-def before_layers(model: Model, told: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Tell every layer's index and the hidden states that it is given, in the forward passes under it."""
+def before_layers(model: Model, consume: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Call `consume(layer index, input)` for every layer in forward passes inside the context."""
     with ExitStack() as stack:
         for layer in layers(model):
-            stack.callback(_on_input(layer, partial(told, layer.index)).remove)
+            stack.callback(_on_input(layer, partial(consume, layer.index)).remove)
         yield
 
 
 @contextmanager
-def after_layers(model: Model, told: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """Tell every layer's index and the hidden states before and after it, in the forward passes under it."""
+def after_layers(model: Model, consume: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `consume(layer index, input, output)` for every layer in forward passes inside the context."""
     with ExitStack() as stack:
         for layer in layers(model):
             given: list[Tensor] = []
 
-            def tell(_: Any, __: Any, out: Any, index: int = layer.index, given: list[Tensor] = given) -> None:
-                # A layer returns its hidden states, and a second value that only models with an encoder have.
-                told(index, given.pop(), out[0])
+            def hook(_: Any, __: Any, out: Any, index: int = layer.index, given: list[Tensor] = given) -> None:
+                # A layer returns hidden states and a second value that only models with an encoder use.
+                consume(index, given.pop(), out[0])
 
             stack.callback(_on_input(layer, given.append).remove)
-            stack.callback(layer.modules[-1].register_forward_hook(tell).remove)
+            stack.callback(layer.modules[-1].register_forward_hook(hook).remove)
         yield
 
 
-def _on_input(layer: Layer, told: Callable[[Tensor], None]) -> Any:
+def _on_input(layer: Layer, consume: Callable[[Tensor], None]) -> Any:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        told(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+        consume(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
     return layer.modules[0].register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def local_parameters(model: Model) -> dict[str, Tensor]:
-    """This rank's parameters by their names in the axis table, with the layer's number in the whole model.
+    """Return this rank's parameters by their names in the axis table, with the layer index in the whole model.
 
-    With tied embeddings and pipeline stages the last stage holds a copy of the word embeddings as its
-    output layer; it is listed under the embedding's name, so that both copies get the same weights.
+    With tied embeddings and pipeline stages, the last stage holds a copy of the word embeddings as its output layer. It
+    is listed under the embedding's name, so that both copies get the same weights.
     """
     return {_table_name(model, name): tensor for name, tensor in model.named_parameters()}
 

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint <-> the Megatron model of this rank, through the axis table."""
+"""Copy weights between Hugging Face checkpoints and this rank's Megatron model, through the axis table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_model(
     """Build this rank's model and read its weights; each rank reads only its own part of the files.
 
     Args:
-        padded_vocab: rows of the embeddings, so that two models split theirs alike; None: as few as possible.
+        padded_vocab: rows of the embeddings, so that two models split theirs equally; None: as few as possible.
 
     Raises:
         CheckpointError: missing, damaged or unexpected tensors.
@@ -66,9 +66,9 @@ def _by_megatron_name(shape: ModelShape) -> Iterator[tuple[str, list[Parameter]]
 
 
 def _mark_split(tensor: Tensor, parameter: Parameter) -> None:
-    """Tell Megatron that each rank holds its own part: its gradient norm counts unmarked parameters once.
+    """Mark a split parameter for Megatron, whose gradient norm counts unmarked parameters once.
 
-    Megatron's own marks come with its random initialisation, which is switched off here.
+    Megatron sets the marks in its random initialization, which is disabled here.
     """
     split_dims = [dim for dim, axis in enumerate(parameter.row.axes) if axis in SPLIT_AXES]
     if split_dims and not getattr(tensor, "tensor_model_parallel", False):
@@ -77,7 +77,7 @@ def _mark_split(tensor: Tensor, parameter: Parameter) -> None:
 
 @torch.no_grad()
 def _copy_padded(target: Tensor, source: Tensor) -> None:
-    """Copy, and fill the rows of a padded vocabulary with zeros."""
+    """Copy, and set the padding rows of the vocabulary to zero."""
     rows = source.shape[0]
     target[:rows].copy_(source)
     target[rows:].zero_()
@@ -86,9 +86,9 @@ def _copy_padded(target: Tensor, source: Tensor) -> None:
 def save_model(
     model: Model, shape: ModelShape, session: Session, writer: CheckpointWriter | None, *, dtype: torch.dtype
 ) -> None:
-    """Hand the whole model to rank 0's writer, one Hugging Face tensor at a time.
+    """Pass the whole model to rank 0's writer, one Hugging Face tensor at a time.
 
-    Every rank calls this; memory on any rank stays at one tensor.
+    Every rank calls this; no rank holds more than one whole tensor.
 
     Args:
         writer: on rank 0; None on the others.
@@ -104,7 +104,7 @@ def save_model(
 def _gather(
     local: Tensor | None, parameter: Parameter, shape: ModelShape, session: Session, dtype: torch.dtype
 ) -> Tensor | None:
-    """The whole tensor on rank 0; None elsewhere."""
+    """Return the whole tensor on rank 0, None on the other ranks."""
     if session.world_size == 1:
         return _without_padding(_local_part(local, parameter, shape), parameter, shape).to(dtype).contiguous()
     owner = _owner_stage(parameter, shape, session.parallel.pp)
@@ -122,7 +122,7 @@ def _local_part(local: Tensor | None, parameter: Parameter, shape: ModelShape) -
 
 
 def _owner_stage(parameter: Parameter, shape: ModelShape, pp: int) -> int:
-    """Pipeline stage that holds the parameter: the first for embeddings, the last for the head."""
+    """Return the pipeline stage that holds the parameter: the first for embeddings, the last for the head."""
     if parameter.layer is not None:
         bounds = stage_bounds(shape.num_layers, pp)
         return next(stage for stage, (start, stop) in enumerate(bounds) if start <= parameter.layer < stop)
@@ -139,14 +139,14 @@ def _gather_over_tp(local: Tensor, parameter: Parameter, shape: ModelShape, sess
 
 
 def _without_padding(whole: Tensor, parameter: Parameter, shape: ModelShape) -> Tensor:
-    """Without the rows that only fill up a vocabulary."""
+    """Remove the padding rows of the vocabulary."""
     return whole[: tensor_shape(shape, parameter.row)[0]]
 
 
 def _send_to_main(
     whole: Tensor | None, parameter: Parameter, shape: ModelShape, owner: int, session: Session, dtype: torch.dtype
 ) -> Tensor | None:
-    """From the owner stage's first tensor-parallel rank to rank 0."""
+    """Send the tensor from the owner stage's first tensor-parallel rank to rank 0."""
     # Megatron orders ranks by pipeline stage last.
     source = owner * session.world_size // session.parallel.pp
     if session.is_main and source == 0:

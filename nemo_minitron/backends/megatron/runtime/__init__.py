@@ -1,0 +1,1 @@
+"""Sessions, process groups, CPU support, and differences between versions of Megatron-Core."""

@@ -1,7 +1,7 @@
-"""Context parallelism: every sequence is split over a group of ranks, as Megatron splits it.
+"""Context parallelism: split every sequence over a group of ranks, as Megatron does.
 
-Rank r of cp holds chunks r and 2 * cp - 1 - r of a sequence's 2 * cp chunks, in this order: under causal attention
-every rank then has as much to do as the others.
+A sequence has 2 * cp chunks. Rank r holds chunks r and 2 * cp - 1 - r, in this order, so that all ranks have the same
+amount of work under causal attention.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nemo_minitron.backends.megatron.runtime.session import Session
 
 
 def own_part(batch: Batch, session: Session) -> Batch:
-    """This rank's tokens of whole sequences; of an attention mask its rows, which go over all tokens."""
+    """Return this rank's tokens of whole sequences. An attention mask keeps all its columns and this rank's rows."""
     if session.parallel.cp == 1:
         return batch
     return {key: _own_chunks(value, 2 if key == "attention_mask" else 1, session) for key, value in batch.items()}
@@ -30,12 +30,12 @@ def _own_chunks(whole: Tensor, dim: int, session: Session) -> Tensor:
 
 
 def own_rows(tensor: Tensor, batch_size: int, session: Session) -> Tensor:
-    """Of [B * S, ...] for whole sequences, the rows of this rank's tokens."""
+    """Return the rows of this rank's tokens from [B * S, ...] of whole sequences."""
     return own_part({"rows": tensor.unflatten(0, (batch_size, -1))}, session)["rows"].flatten(0, 1)
 
 
 def sum_over_context(tensor: Tensor) -> Tensor:
-    """The sum over the ranks that hold parts of the same sequences."""
+    """Sum over the context-parallel ranks, which hold parts of the same sequences."""
     group = parallel_state.get_context_parallel_group()
     if group.size() == 1:
         return tensor
@@ -47,11 +47,11 @@ def sum_over_context(tensor: Tensor) -> Tensor:
 def context_attention(
     query: Tensor, key: Tensor, value: Tensor, may_look: Tensor | None, group: dist.ProcessGroup
 ) -> Tensor:
-    """Causal attention of this rank's queries to the keys of whole sequences, which the ranks bring together.
+    """Compute causal attention of this rank's queries over the keys of whole sequences, gathered from all ranks.
 
     Args:
         query, key, value: [S / cp, B, heads or groups, head_dim].
-        may_look: [B, 1, S / cp, S], causal itself; None: causal and nothing else.
+        may_look: [B, 1, S / cp, S], True where attention is allowed; includes the causal mask. None: plain causal mask.
 
     Returns:
         [B, heads, S / cp, head_dim].
@@ -61,7 +61,7 @@ def context_attention(
     for half, chunk in enumerate((rank, 2 * cp - 1 - rank)):
         q = query.chunk(2)[half].permute(1, 2, 0, 3)
         size = q.shape[2]
-        # What comes after a chunk is seen by none of its tokens.
+        # No token of a chunk attends to anything after the chunk.
         stop = (chunk + 1) * size
         if may_look is None:
             mask = torch.ones(size, stop, dtype=torch.bool, device=q.device).tril(stop - size)
@@ -75,6 +75,6 @@ def context_attention(
 
 
 def _in_order(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[S / cp, ...] of each rank -> [S, ...]; backward, each rank gets the sum of the gradients of its part."""
+    """Gather [S / cp, ...] of each rank into [S, ...]; backward, each rank gets the summed gradient of its part."""
     chunks = gather_from_sequence_parallel_region(part, group=group).chunk(2 * group.size())
     return torch.cat([*chunks[::2], *chunks[::-2]])

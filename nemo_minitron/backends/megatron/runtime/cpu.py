@@ -1,8 +1,7 @@
-"""What Megatron-Core needs to run on the CPU, with or without a GPU in the machine.
+"""Run Megatron-Core on the CPU, with or without a GPU in the machine.
 
-Megatron-Core names the CUDA device in places that its public switches do not reach. While
-`cuda_means_cpu()` is active, in sessions on the CPU only, those places see the CPU instead.
-Everything is restored on leaving.
+Megatron-Core hard-codes the CUDA device in places that no public option reaches. While `cuda_means_cpu()` is active
+(in CPU sessions only), those places use the CPU instead. Leaving the context restores everything.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ def _cpu_device() -> Any:
 
 
 def cuda_is_cpu() -> bool:
-    """Whether `cuda_means_cpu()` is active: a session on the CPU is open."""
+    """Whether `cuda_means_cpu()` is active, that is, a CPU session is open."""
     return torch.cuda.current_device is _cpu_device
 
 
 @contextmanager
 def cuda_means_cpu() -> Iterator[None]:
-    """Redirect Megatron's CUDA devices to the CPU for the duration."""
+    """Redirect Megatron's CUDA devices to the CPU inside the context."""
     from megatron.core.tensor_parallel import random as megatron_random
 
     with ExitStack() as stack:
@@ -39,14 +38,14 @@ def cuda_means_cpu() -> Iterator[None]:
         # Called around pipeline sends and receives.
         stack.enter_context(patch.object(torch.cuda, "synchronize", lambda *_, **__: None))
         stack.enter_context(patch.object(torch.cuda, "current_stream", lambda *_, **__: _NoStream()))
-        # Torch's optimizers ask its stream whether a graph is being captured; those of torch 2.6 ask CUDA's.
+        # Torch's optimizers check whether a graph is being captured, through the accelerator's stream or (2.6) CUDA's.
         stack.enter_context(patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: None))
         stack.enter_context(patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
-        # Dropout regions fork the CUDA generator; on CPU there is one generator to fork.
+        # Dropout regions fork the CUDA generator; on the CPU there is only one generator.
         stack.enter_context(patch.object(megatron_random, "_CUDA_RNG_STATE_TRACKER", CpuRngTracker()))
         stack.enter_context(patch.object(megatron_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True))
-        # Recomputation keeps and restores the state of the CUDA generator beside the CPU's.
-        # Versions before 0.11 ask torch itself.
+        # Recomputation saves and restores the CUDA generator's state as well as the CPU's.
+        # Versions before 0.11 call torch.cuda.get_rng_state.
         stack.enter_context(patch.object(torch.cuda, "get_rng_state", lambda *_, **__: None))
         stack.enter_context(patch.object(megatron_random, "_get_cuda_rng_state", lambda *_, **__: None, create=True))
         stack.enter_context(patch.object(megatron_random, "_set_cuda_rng_state", lambda *_, **__: None))
@@ -55,7 +54,7 @@ def cuda_means_cpu() -> Iterator[None]:
 
 
 def _use_torch_optimizer(stack: ExitStack) -> None:
-    """Transformer Engine and Apex, where they are installed, bring kernels for CUDA's tensors alone."""
+    """Replace the optimizer kernels of Transformer Engine and Apex, which accept only CUDA tensors, by torch's."""
     from megatron.core import optimizer, utils
     from megatron.core.optimizer import clip_grads
     from megatron.core.optimizer import optimizer as mixed_precision
@@ -73,7 +72,7 @@ def _use_torch_optimizer(stack: ExitStack) -> None:
 
 
 class _NoStream:
-    """Stands for a CUDA stream where work is synchronous anyway."""
+    """Replacement for a CUDA stream; CPU work is synchronous."""
 
     def wait_stream(self, _: Any) -> None: ...
 
@@ -81,7 +80,7 @@ class _NoStream:
 
 
 class _CudaArgumentsToCpu(TorchFunctionMode):
-    """Rewrites `device="cuda"`, `.cuda()` and `.to("cuda")` (optimizer and gradient-norm code spell them out)."""
+    """Rewrites `device="cuda"`, `.cuda()` and `.to("cuda")`, which optimizer and gradient-norm code hard-codes."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -89,12 +88,12 @@ class _CudaArgumentsToCpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
-        # Pinned memory needs CUDA.
+        # Pinned memory requires CUDA.
         kwargs.pop("pin_memory", None)
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Megatron's optimizer sorts parameters by names such as torch.cuda.FloatTensor.
+            # Megatron's optimizer groups parameters by type names such as torch.cuda.FloatTensor.
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], CPU, *args[2:])
@@ -108,7 +107,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class CpuRngTracker:
-    """Megatron's named random states, over the CPU generator."""
+    """Megatron's named random states, backed by the CPU generator."""
 
     def __init__(self) -> None:
         self.states_: dict[str, torch.Tensor] = {}

@@ -1,10 +1,10 @@
-"""Read the pickles of Megatron's distributed checkpoints, and nothing else that a pickle could hold.
+"""Read the pickles of Megatron's distributed checkpoints with an allowlist of classes.
 
-A pickle can name any function and have it called. A checkpoint needs a few dozen classes: those of its table of
-contents (`.metadata`, by torch.distributed.checkpoint), of tensors, and of plain values. They are listed here, as found
-in files that Megatron-Core 0.10 to 0.19 and NeMo 2.1 have written; anything else is refused before it is imported.
+A pickle can name any function and have it called. A checkpoint needs only a few dozen classes: those of its index
+(`.metadata`, written by torch.distributed.checkpoint), of tensors, and of plain values. The allowlist contains what
+Megatron-Core 0.10 to 0.19 and NeMo 2.1 write. Everything else is refused before it is imported.
 
-Needs torch alone: NeMo-Aligner's processes load this file by its path.
+This module imports only torch and the standard library: NeMo-Aligner's processes load it by its path.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from typing import IO, Any, ClassVar
 
 import torch
 
-MOST_METADATA_JSON_BYTES = 1 << 20
+MAX_METADATA_JSON_BYTES = 1 << 20
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 _ZARR = "megatron.core.dist_checkpointing.strategies.zarr"
 _CONTENTS = "torch.distributed.checkpoint.metadata"
 _SHARDED = "torch.distributed._shard"
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
-_ZIP, _OLD = b"PK\x03\x04", pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
-_KNOWN: Mapping[str, frozenset[str]] = {
+_ZIP_MAGIC, _LEGACY_MAGIC = b"PK\x03\x04", pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+_ALLOWED: Mapping[str, frozenset[str]] = {
     module: frozenset(names.split())
     for module, names in {
         "builtins": "dict list set frozenset tuple int float bool str complex",
@@ -59,26 +59,26 @@ _KNOWN: Mapping[str, frozenset[str]] = {
         "omegaconf.dictconfig": "DictConfig",
         "omegaconf.listconfig": "ListConfig",
         "omegaconf.nodes": "AnyNode StringNode IntegerNode FloatNode BooleanNode",
-        # What Transformer Engine keeps of fp8.
+        # fp8 state of Transformer Engine.
         "transformer_engine.common.recipe": "DelayedScaling Format _FormatHelper",
     }.items()
 }
 
 
 def _bytes(value: bytes = b"") -> bytes:
-    """Stands in for `bytes`, which makes as many bytes as a number says."""
+    """Replace `bytes`, which would allocate n bytes for an integer n."""
     return bytes(memoryview(value))
 
 
 def _latin1(text: str, encoding: str = "latin1") -> bytes:
-    """Stands in for `_codecs.encode`, by which protocol 2 keeps bytes."""
+    """Replace `_codecs.encode`, which pickle protocol 2 uses to store bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
     return text.encode("latin1")
 
 
 def _stored_tensor(content: bytes) -> Any:
-    """Stands in for `torch.storage._load_from_bytes`."""
+    """Replace `torch.storage._load_from_bytes`."""
     return load_known(io.BytesIO(content))
 
 
@@ -87,40 +87,40 @@ _REPLACED: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("builtins", "bytearray"): lambda value=b"": bytearray(_bytes(value)),
     ("_codecs", "encode"): _latin1,
     ("torch.storage", "_load_from_bytes"): _stored_tensor,
-    # Megatron-Core puts this in its place since 0.17.
+    # Megatron-Core 0.17 and later use this one instead.
     ("megatron.core.safe_globals", "safe_load_from_bytes"): _stored_tensor,
 }
 
 
-_Steps: Any = pickle._Unpickler
-"""The unpickler in Python, of which single steps can be replaced."""
+_PythonUnpickler: Any = pickle._Unpickler
+"""The pure-Python unpickler, whose opcode handlers can be overridden."""
 
 
-class KnownUnpickler(_Steps):  # type: ignore[misc]
-    """An unpickler that finds only what checkpoints hold, and leaves classes as they are."""
+class KnownUnpickler(_PythonUnpickler):  # type: ignore[misc]
+    """Unpickler that resolves only allowed names and never modifies classes."""
 
     def find_class(self, module_name: str, name: str) -> Any:
-        """Called for everything that a pickle names.
+        """Resolve a name in the pickle.
 
         Raises:
-            UnpicklingError: checkpoints do not hold it.
+            UnpicklingError: the name is not on the allowlist.
         """
         if self.proto < 3:
             module_name, name = NAME_MAPPING.get((module_name, name), (module_name, name))
             module_name = IMPORT_MAPPING.get(module_name, module_name)
         if (module_name, name) in _REPLACED:
             return _REPLACED[module_name, name]
-        if name in _KNOWN.get(module_name, ()):
+        if name in _ALLOWED.get(module_name, ()):
             return getattr(import_module(module_name), name)
         if module_name == "torch" and _is_type_of_numbers(name):
             return getattr(torch, name)
-        raise pickle.UnpicklingError(f"it holds {module_name}.{name}, which no checkpoint of Megatron or NeMo does")
+        raise pickle.UnpicklingError(f"it contains {module_name}.{name}, which no Megatron or NeMo checkpoint contains")
 
     def load(self) -> Any:
-        """The object.
+        """Return the unpickled object.
 
         Raises:
-            UnpicklingError: it is damaged, or holds something unknown.
+            UnpicklingError: the pickle is damaged or contains a name that is not allowed.
         """
         try:
             return super().load()
@@ -130,55 +130,54 @@ class KnownUnpickler(_Steps):  # type: ignore[misc]
             raise pickle.UnpicklingError(f"it is damaged: {type(error).__name__}: {error}"[:300]) from error
 
     def load_build(self) -> None:
-        """Set attributes of an object; of a class they would change what is used everywhere."""
+        """Set attributes of an instance; refuse classes and functions, whose attributes affect the whole process."""
         if isinstance(self.stack[-2], type | ModuleType) or callable(self.stack[-2]):
-            raise pickle.UnpicklingError("it changes a class")
+            raise pickle.UnpicklingError("it modifies a class")
         super().load_build()
 
     def load_setitem(self) -> None:
-        """Fill a dictionary; of a tensor it would write into the memory."""
+        """Set a dictionary item; refuse other containers: for a tensor, this would write into its memory."""
         self._require_dictionary(self.stack[-3])
         super().load_setitem()
 
     def load_setitems(self) -> None:
-        """The same for several values."""
+        """Set several dictionary items; see `load_setitem`."""
         self._require_dictionary(self.metastack[-1][-1])
         super().load_setitems()
 
     @staticmethod
     def _require_dictionary(filled: Any) -> None:
         if not isinstance(filled, dict):
-            raise pickle.UnpicklingError("it fills what is no dictionary")
+            raise pickle.UnpicklingError("it sets items of something other than a dictionary")
 
     def load_binpersid(self) -> None:
-        """Take a tensor's numbers from the file; before torch 2.10 nothing else looks at how many there are."""
-        _require_room(self.stack[-1])
+        """Load a tensor's storage; before torch 2.10 nothing else checks its size against the file."""
+        _require_stored_bytes(self.stack[-1])
         super().load_binpersid()
 
     dispatch: ClassVar[dict[int, Any]] = {
-        **{code: step for code, step in _Steps.dispatch.items() if code not in b"\x82\x83\x84ioP"},
+        **{code: step for code, step in _PythonUnpickler.dispatch.items() if code not in b"\x82\x83\x84ioP"},
         pickle.BUILD[0]: load_build,
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
         pickle.BINPERSID[0]: load_binpersid,
     }
-    """Without extension codes, the two old ways to make an object and the old one to name numbers, which nothing has
-    written for twenty years."""
+    """Leaves out the opcodes for extension codes, INST, OBJ and text PERSID, which no current writer emits."""
 
 
 _bytes_of: ContextVar[Mapping[str, int] | None] = ContextVar("bytes_of", default=None)
-"""Key of a tensor's numbers -> how many bytes the file holds; None: a format that says so itself."""
+"""Storage key -> bytes in the file. None: a format that stores the size with the data."""
 
 
-def _require_room(saved: Any) -> None:
-    """Raises UnpicklingError where a tensor's numbers are said to be more than the file holds (CVE-2026-24747)."""
-    held = _bytes_of.get()
-    if held is None:
+def _require_stored_bytes(saved: Any) -> None:
+    """Raise UnpicklingError if a tensor declares more elements than the file contains (CVE-2026-24747)."""
+    stored = _bytes_of.get()
+    if stored is None:
         return
     kind, numbers, key, _, count = saved
     item = 1 if numbers is torch.UntypedStorage else numbers.dtype.itemsize
-    if kind != "storage" or not isinstance(count, int) or not 0 <= count * item <= held.get(str(key).lower(), -1):
-        raise pickle.UnpicklingError(f"it holds fewer numbers than it says of the tensor {key!r}"[:200])
+    if kind != "storage" or not isinstance(count, int) or not 0 <= count * item <= stored.get(str(key).lower(), -1):
+        raise pickle.UnpicklingError(f"it contains fewer elements than it declares for the tensor {key!r}"[:200])
 
 
 def _is_type_of_numbers(name: str) -> bool:
@@ -189,7 +188,7 @@ def _is_type_of_numbers(name: str) -> bool:
 
 
 class _KnownPickle(ModuleType):
-    """The module `pickle` with another way to load."""
+    """The module `pickle` with a restricted `load`."""
 
     Unpickler = KnownUnpickler
 
@@ -198,18 +197,18 @@ class _KnownPickle(ModuleType):
 
     @staticmethod
     def load(file: IO[bytes], **options: Any) -> Any:
-        """As `pickle.load`; a checkpoint's table of contents may only name files beside it."""
+        """Like `pickle.load`; a checkpoint index may only name files in its own folder."""
         found = KnownUnpickler(file, **options).load()
         if isinstance(getattr(found, "storage_data", None), dict):
             for info in found.storage_data.values():
                 name = getattr(info, "relative_path", None)
                 if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
-                    raise pickle.UnpicklingError(f"it names the file {name!r}, which is not beside it")
+                    raise pickle.UnpicklingError(f"it names the file {name!r}, which is not in the same folder")
         return found
 
     @staticmethod
     def loads(content: bytes, **options: Any) -> Any:
-        """As `pickle.loads`."""
+        """Like `pickle.loads`."""
         return _KnownPickle.load(io.BytesIO(content), **options)
 
 
@@ -218,12 +217,12 @@ _torch_load = torch.load
 
 
 def load_known(f: Any, map_location: Any = None, pickle_module: Any = None, **options: Any) -> Any:
-    """Stands in for `torch.load`; reads what torch.save has written of tensors and plain values.
+    """Replace `torch.load`: read tensors and plain values that torch.save has written.
 
     Raises:
-        UnpicklingError: it holds something else, or it is of another format.
+        UnpicklingError: the file contains something else or has another format.
     """
-    token = _bytes_of.set(_held(f) if _is_zip(f) else None)
+    token = _bytes_of.set(_stored_bytes(f) if _is_zip(f) else None)
     options["weights_only"] = False
     try:
         return _torch_load(f, map_location=map_location, pickle_module=_known_pickle, **options)
@@ -232,32 +231,32 @@ def load_known(f: Any, map_location: Any = None, pickle_module: Any = None, **op
 
 
 def _is_zip(f: Any) -> bool:
-    """Whether it is a zip file, as torch writes since 1.6, or the older format, which is read from memory only.
+    """Whether this is a zip file (torch 1.6 and later) or the legacy format, which is accepted from memory only.
 
-    torch itself still uses that one for tensors that processes send each other, and for copies of storages.
+    torch still uses the legacy format for tensors sent between processes and for copies of storages.
 
     Raises:
-        UnpicklingError: neither of them, or a program.
+        UnpicklingError: the format is neither of the two, or the file is a TorchScript program.
     """
     if isinstance(f, str | os.PathLike):
         with open(f, "rb") as opened:
             return _is_zip(opened)
     start = f.tell()
-    found = f.read(len(_OLD))
+    found = f.read(len(_LEGACY_MAGIC))
     f.seek(start)
-    if isinstance(f, io.BytesIO) and found == _OLD:
+    if isinstance(f, io.BytesIO) and found == _LEGACY_MAGIC:
         return False
-    if not found.startswith(_ZIP):
+    if not found.startswith(_ZIP_MAGIC):
         raise pickle.UnpicklingError("it is not in the format of torch.save")
     records = torch._C.PyTorchFileReader(f).get_all_records()
     f.seek(start)
     if "constants.pkl" in records:
-        raise pickle.UnpicklingError("it is a TorchScript program, no checkpoint")
+        raise pickle.UnpicklingError("it is a TorchScript program, not a checkpoint")
     return True
 
 
 class _Part(io.RawIOBase):
-    """An open file to read from. torch's own view of a part of one seeks wrongly from its end; that of 2.6 reads on."""
+    """Read-only view of an open file. torch's own seeks incorrectly from the end; in 2.6 it also reads past the end."""
 
     def __init__(self, f: Any) -> None:
         super().__init__()
@@ -286,33 +285,33 @@ class _Part(io.RawIOBase):
         return len(found)
 
 
-def _held(f: Any) -> dict[str, int]:
-    """Key of a record of numbers -> its bytes; of two with one name, the fewer. torch does not tell capitals apart."""
+def _stored_bytes(f: Any) -> dict[str, int]:
+    """Return storage key -> bytes; for duplicate names, the smaller size. torch ignores case in record names."""
     is_path = isinstance(f, str | os.PathLike)
     start = 0 if is_path else f.tell()
-    held: dict[str, int] = {}
+    stored: dict[str, int] = {}
     try:
         with zipfile.ZipFile(f if is_path else io.BufferedReader(_Part(f))) as archive:
             for entry in archive.infolist():
                 _, folder, key = (*entry.filename.lower().split("/", 2), "", "")[:3]
                 if folder == "data":
-                    held[key] = min(entry.file_size, held.get(key, entry.file_size))
+                    stored[key] = min(entry.file_size, stored.get(key, entry.file_size))
     except (zipfile.BadZipFile, NotImplementedError) as error:
         raise pickle.UnpicklingError(f"it is damaged: {error}"[:300]) from error
     finally:
         if not is_path:
             f.seek(start)
-    return held
+    return stored
 
 
 def require_known_backend(folder: Path) -> None:
-    """Refuse a checkpoint in another of Megatron's formats: zarr's files can name a pickle as their compression.
+    """Refuse Megatron's other checkpoint formats: zarr files can specify pickle as their codec.
 
     Raises:
-        ValueError: its metadata.json says so, or cannot be read.
+        ValueError: metadata.json names another format or cannot be read.
     """
     file = folder / "metadata.json"
-    if file.stat().st_size > MOST_METADATA_JSON_BYTES:
+    if file.stat().st_size > MAX_METADATA_JSON_BYTES:
         raise ValueError(f"{file.name} is too large")
     found = json.loads(file.read_text(encoding="utf-8"))
     backends = (found.get("sharded_backend"), found.get("common_backend", "torch")) if isinstance(found, dict) else None
@@ -322,7 +321,7 @@ def require_known_backend(folder: Path) -> None:
 
 @contextmanager
 def only_known_pickles() -> Iterator[None]:
-    """Inside, checkpoints are read by the functions of this file."""
+    """Read checkpoints through this module inside the context."""
     filesystem = import_module(_FILESYSTEM)
     before = torch.load, filesystem.pickle
     torch.load, filesystem.pickle = load_known, _known_pickle  # type: ignore[attr-defined]
@@ -333,8 +332,8 @@ def only_known_pickles() -> Iterator[None]:
 
 
 def read_only_known_pickles() -> None:
-    """The same for the rest of this process, for `pickle.load` of any file, and without Megatron's zarr format."""
+    """Restrict `pickle.load` and `torch.load` for the rest of this process, and disable Megatron's zarr format."""
     pickle.load = _KnownPickle.load  # type: ignore[assignment]
     torch.load = load_known
     import_module(_FILESYSTEM).pickle = _known_pickle  # type: ignore[attr-defined]
-    sys.modules[_ZARR] = None  # type: ignore[assignment]  # an import of it fails, in Megatron's own words
+    sys.modules[_ZARR] = None  # type: ignore[assignment]  # makes its import fail

@@ -1,7 +1,7 @@
-"""Hugging Face tensors <-> Megatron's fused, tensor-parallel layout. Pure functions of tensors.
+"""Convert between Hugging Face tensors and Megatron's fused, tensor-parallel layout. Pure functions of tensors.
 
-Megatron keeps q, k and v of one query group together ([q..q, k, v] per group) and gate and up
-stacked; each tensor-parallel rank holds a contiguous range of every split axis.
+Megatron stores q, k and v of one query group together ([q..q, k, v] per group) and stacks gate and up. Each
+tensor-parallel rank holds a contiguous range of every split axis.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nemo_minitron.families.split import SPLIT_AXES
 
 
 def shard_range(size: int, tp_rank: int, tp: int, padded: int | None = None) -> tuple[int, int]:
-    """[start, stop) of one rank on an axis of this size; the last ranks may get less (padded vocabulary)."""
+    """Return [start, stop) of one rank on an axis of this size; the last ranks may get less (padded vocabulary)."""
     per_rank = ceil((padded or size) / tp)
     return min(tp_rank * per_rank, size), min((tp_rank + 1) * per_rank, size)
 
@@ -25,7 +25,7 @@ def shard_range(size: int, tp_rank: int, tp: int, padded: int | None = None) -> 
 def shard_slices(
     row: Row, shape: ModelShape, tp_rank: int, tp: int, padded_vocab: int | None = None
 ) -> tuple[slice, ...]:
-    """Which part of the Hugging Face tensor this rank needs."""
+    """Return the slices of the Hugging Face tensor that this rank needs."""
     sizes, padded = shape.axis_sizes(), {"vocab": padded_vocab}
     return tuple(
         slice(*shard_range(sizes[axis], tp_rank, tp, padded.get(axis))) if axis in SPLIT_AXES else slice(0, sizes[axis])
@@ -34,7 +34,7 @@ def shard_slices(
 
 
 def fuse(parts: Mapping[str, Tensor], shape: ModelShape) -> Tensor:
-    """This rank's parts -> Megatron's fused tensor. Rows may be of a weight [rows, D] or a bias [rows]."""
+    """Fuse this rank's parts into Megatron's tensor: rows of a weight [rows, D] or a bias [rows]."""
     if "gate" in parts:
         return torch.cat([parts["gate"], parts["up"]])
     head = shape.kv_channels
@@ -45,7 +45,7 @@ def fuse(parts: Mapping[str, Tensor], shape: ModelShape) -> Tensor:
 
 
 def split(fused: Tensor, part: str, shape: ModelShape) -> Tensor:
-    """One part of this rank's fused tensor: the inverse of `fuse`."""
+    """Extract one part of this rank's fused tensor: the inverse of `fuse`."""
     if part in ("gate", "up"):
         gate, up = fused.chunk(2)
         return gate if part == "gate" else up

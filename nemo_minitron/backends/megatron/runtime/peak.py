@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices, which a training's speed is held against; and what memory it took."""
+"""Measure peak matrix throughput, the reference for model FLOPs utilization, and peak memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ SIZE_CPU, SIZE_GPU, ROUNDS = 1024, 8192, 5
 
 
 def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
-    """The best of a few square products, in this process with its threads."""
+    """Measure the best of several square matrix products, in this process with its threads."""
     size = SIZE_GPU if device.type == "cuda" else SIZE_CPU
-    # A generator of its own: the training's random numbers stay as they are.
+    # A separate generator, so that the training's random state does not change.
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     best_s = float("inf")
@@ -27,7 +27,7 @@ def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Of this process so far: of tensors on a GPU, of everything on a CPU."""
+    """Peak memory of this process so far: allocated tensors on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device)) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,4 +1,4 @@
-"""Open and close the distributed world. The only place that owns Megatron's global state."""
+"""Open and close the distributed session. The only module that owns Megatron's global state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from nemo_minitron.backends.megatron.runtime.cpu import cuda_means_cpu
-from nemo_minitron.backends.megatron.runtime.meeting import StrangerError, among_ourselves, join
+from nemo_minitron.backends.megatron.runtime.rendezvous import ForeignProcessError, join, restricted_to_own_user
 from nemo_minitron.errors import EnvironmentProblem, PlanError
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.system.heap import keep_freed_memory
@@ -23,7 +23,7 @@ TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Session:
-    """This process's place in the world, valid while the session is open."""
+    """This process's ranks and device; valid while the session is open."""
 
     parallel: Parallel
     device: torch.device
@@ -36,7 +36,7 @@ class Session:
 
     @property
     def is_main(self) -> bool:
-        """The rank that writes files."""
+        """Whether this is the rank that writes files."""
         return self.rank == 0
 
     @property
@@ -61,7 +61,7 @@ class Session:
         return tensor
 
     def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The last pipeline stage's values, on every stage, in place."""
+        """Copy the last pipeline stage's values to every stage, in place."""
         if self.parallel.pp > 1:
             source = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(tensor, source, group=parallel_state.get_pipeline_model_parallel_group())
@@ -72,10 +72,10 @@ class Session:
 def open_session(
     parallel: Parallel, *, device: str = "auto", seed: int = 1234, threads: int | None = None
 ) -> Iterator[Session]:
-    """Join the other ranks (or make a world of a single process) and set Megatron up in it.
+    """Initialize torch.distributed (for a single process, too) and Megatron's parallel state.
 
     Raises:
-        EnvironmentProblem: CUDA was asked for and is not there, or another user has joined.
+        EnvironmentProblem: CUDA was requested but is not available, or another user's process has connected.
         PlanError: the number of processes is not tp * pp * cp * dp.
     """
     chosen = _choose_device(device)
@@ -88,7 +88,7 @@ def open_session(
             torch.cuda.set_device(chosen)
         else:
             stack.enter_context(cuda_means_cpu())
-        stack.enter_context(_without_strangers())
+        stack.enter_context(_restricted_to_own_user())
         _join_world(chosen, parallel)
         stack.callback(dist.destroy_process_group)
         parallel_state.initialize_model_parallel(parallel.tp, parallel.pp, context_parallel_size=parallel.cp)
@@ -109,7 +109,7 @@ def open_session(
 def _choose_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise EnvironmentProblem(
-            "execution.device = cuda, but torch sees no GPU.", allowed="auto, cpu", next_step="Check `nvidia-smi`."
+            "execution.device = cuda, but torch finds no GPU.", allowed="auto, cpu", next_step="Check `nvidia-smi`."
         )
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -123,20 +123,20 @@ def _join_world(device: torch.device, parallel: Parallel) -> None:
         raise PlanError(
             f"{world_size} processes were started for a layout of {parallel.world_size} "
             f"(tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} x dp {parallel.dp}).",
-            next_step="Start as many processes as tp * pp * cp * dp.",
+            next_step="Start tp * pp * cp * dp processes.",
         )
     join(backend, TIMEOUT)
 
 
 @contextmanager
-def _without_strangers() -> Iterator[None]:
+def _restricted_to_own_user() -> Iterator[None]:
     try:
-        with among_ourselves():
+        with restricted_to_own_user():
             yield
-    except StrangerError as error:
+    except ForeignProcessError as error:
         raise EnvironmentProblem(
             str(error),
-            next_step="Run on a machine that you do not share, or report that user; the same command goes on.",
+            next_step="Run on a machine that you do not share, or report that user; the same command continues.",
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""What differs between the supported versions of Megatron-Core, 0.10.0 (of NeMo-Aligner's containers) to 0.19.2.
+"""Differences between the supported versions of Megatron-Core, 0.10.0 (in NeMo-Aligner's containers) to 0.19.2.
 
-Each difference says where it begins or ends, so that it can be deleted when the versions on one side of it are no
-longer supported. From 0.17 on Megatron-Core needs Python 3.12.
+Each difference names the version where it begins or ends, so that it can be deleted when the versions on one side are
+no longer supported. Megatron-Core 0.17 and later require Python 3.12.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ _OLDER_NAMES = {
     "num_layers_in_first_pipeline_stage": "first_pipeline_num_layers",
     "num_layers_in_last_pipeline_stage": "last_pipeline_num_layers",
 }
-"""Of a config's fields, before 0.11."""
+"""Names of config fields before 0.11."""
 _NOT_NEEDED = {
-    "recompute_modules",  # before 0.12 selective recomputation is of the core attention, and of nothing else
-    "overlap_param_gather",  # of the optimizer; older ones read the data-parallel wrapper's
+    "recompute_modules",  # before 0.12 selective recomputation always covers the core attention only
+    "overlap_param_gather",  # of the optimizer config; older versions read the data-parallel wrapper's
 }
-"""Fields that a version may lack."""
+"""Config fields that may be missing in a version."""
 
 try:
     from megatron.core.activations import squared_relu
 except ImportError:  # before 0.11
 
     def squared_relu(x: Tensor) -> Tensor:
-        """relu(x)^2, as later versions have it."""
+        """Compute relu(x)^2, as in later versions."""
         return torch.pow(F.relu(x), 2)
 
 
 def known_fields(config: type, options: dict[str, Any]) -> dict[str, Any]:
-    """The options under the names that this version's config class has for them."""
+    """Return the options under the names that this version's config class uses."""
     known = {field.name for field in fields(config)}
     named = {_OLDER_NAMES.get(key, key) if key not in known else key: value for key, value in options.items()}
     unknown = named.keys() - known - _NOT_NEEDED
@@ -64,40 +64,44 @@ def known_fields(config: type, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def share_of_loss(loss: Tensor) -> Tensor:
-    """A context-parallel rank's share of a loss, for Megatron's schedule.
+    """Scale a context-parallel rank's share of a loss for Megatron's schedule.
 
-    It averages gradients over the ranks that hold shares, and since 0.12 multiplies the loss by their number before.
+    Megatron averages gradients over context-parallel ranks. Since 0.12 it first multiplies the loss by their number;
+    before 0.12 this function does.
     """
     return loss if _VERSION >= (0, 12) else loss * parallel_state.get_context_parallel_world_size()
 
 
 def mlp_spec(submodules: MLPSubmodules) -> Any:
-    """What a layer's spec says of its MLP; since 0.18 a function, and specs are wrapped into one with a warning."""
+    """Return the spec of a layer's MLP. Since 0.18 it is a function; a ModuleSpec is wrapped with a warning."""
     if hasattr(MLP, "as_mlp_submodule"):
         return partial(MLP.as_mlp_submodule, submodules=submodules)
     return ModuleSpec(module=MLP, submodules=submodules)
 
 
 def context_group(pg_collection: Any) -> dist.ProcessGroup:
-    """Of what a module is handed; versions before 0.12 hand nothing."""
+    """Return the context-parallel group of a module's process groups; versions before 0.12 pass none."""
     return parallel_state.get_context_parallel_group() if pg_collection is None else pg_collection.cp
 
 
 def begin_checkpoint(state: dict[str, Any], folder: Path) -> AsyncRequest:
-    """Megatron's request to write this state; nothing is written yet."""
+    """Return Megatron's request to write this state; nothing is written yet."""
     options: dict[str, Any] = {"async_sharded_save": True}
     if "async_strategy" in signature(dist_checkpointing.save).parameters:
-        # Since 0.17 the default is nvidia-resiliency-ext, whose requests are others.
+        # Since 0.17 the default is nvidia-resiliency-ext, whose requests have another form.
         options["async_strategy"] = "mcore"
     request: AsyncRequest = dist_checkpointing.save(state, str(folder), **options)
     return request
 
 
 def require_readable(checkpoint: Path) -> None:
-    """Since 0.19 what is common to all ranks stands among the tensors, and not in a file that later ones still read.
+    """Check that this version can read the checkpoint.
+
+    Since 0.19 the state common to all ranks is stored with the tensors. Earlier versions need it in common.pt, which
+    0.19 and later still read.
 
     Raises:
-        CheckpointError: this version needs the file, and the checkpoint has none.
+        CheckpointError: this version needs common.pt, and the checkpoint has none.
     """
     if _VERSION < (0, 19) and not (checkpoint / "common.pt").is_file():
         raise CheckpointError(
@@ -109,27 +113,27 @@ def require_readable(checkpoint: Path) -> None:
 
 
 def checkpoint_buckets(request: AsyncRequest) -> list[Any]:
-    """What this rank is to write, a file each, in the memory of the host; None of it is a copy."""
+    """Return what this rank writes, one bucket for each file, in host memory. CPU tensors are not copied."""
     if _VERSION < (0, 12):
         return list(request.async_fn_args[0])
     return list(request.preload_fn() if request.preload_fn is not None else request.async_fn_args[1])
 
 
 def write_checkpoint_file(request: AsyncRequest, number: int, bucket: Any) -> Any:
-    """Write one bucket of a request; what Megatron wants to hear of it, an exception for a failure."""
-    told: queue.Queue[Any] = queue.Queue()
+    """Write one bucket of a request; return the result that Megatron expects, or the exception if it failed."""
+    results: queue.Queue[Any] = queue.Queue()
     open_jobs: queue.Queue[int] = queue.Queue()
     open_jobs.put(number)
-    # Since 0.12 transforms of the stream come first.
+    # Since 0.12 the first argument is the list of stream transforms.
     leading = getattr(request.async_fn, "args", ())[:1]
-    filesystem_async.FileSystemWriterAsync.write_preloaded_data(*leading, number, bucket, told, open_jobs, True)
-    return told.get()[1]
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data(*leading, number, bucket, results, open_jobs, True)
+    return results.get()[1]
 
 
 if _VERSION < (0, 13) and "serialization_format" in signature(torch_filesystem._write_item).parameters:
 
     def _write_item(*given: Any) -> Any:
-        """As these versions call torch's: without what torch 2.7 asks for, a format, and before 0.12 transforms."""
+        """Adapt calls of torch's `_write_item`: add torch 2.7's format argument, and before 0.12 the transforms."""
         transforms = given[0] if len(given) > 4 else torch_filesystem._StorageWriterTransforms()
         stream, data, item, key = given[-4:]
         as_before = torch_filesystem.SerializationFormat.TORCH_SAVE
@@ -139,19 +143,19 @@ if _VERSION < (0, 13) and "serialization_format" in signature(torch_filesystem._
 
 
 if _VERSION < (0, 15) and not hasattr(np, "product"):
-    # Their checkpoints of a distributed optimizer are checked with it; numpy 2 has no such name.
+    # These versions call np.product when they validate checkpoints of a distributed optimizer; numpy 2 removed it.
     np.product = np.prod  # type: ignore[attr-defined]
 
 
-# Since 0.19 it says on every start that HybridModel is to follow: what a user can do nothing about (see parts.py).
+# Since 0.19 GPTModel logs a deprecation warning on every start; users cannot act on it (see parts.py).
 logging.getLogger(GPTModel.__module__).addFilter(lambda record: "GPTModel IS DEPRECATED" not in record.getMessage())
 
 
 def rope_scaling_options(shape: ModelShape) -> dict[str, Any]:
-    """GPTModel's arguments for Llama 3.1's frequency scaling.
+    """Return GPTModel's arguments for Llama 3.1's frequency scaling.
 
     Raises:
-        EnvironmentProblem: before 0.11 the factor is fixed to Llama 3.1's, and the model has another one.
+        EnvironmentProblem: the model's factor is not Llama 3.1's, which is the only one before 0.11.
     """
     scaling = shape.rope_scaling
     options: dict[str, Any] = {"rope_scaling": scaling is not None}
@@ -159,7 +163,7 @@ def rope_scaling_options(shape: ModelShape) -> dict[str, Any]:
         return {**options, "rope_scaling_factor": scaling.factor if scaling else 1.0}
     if scaling is not None and scaling.factor != LLAMA_31_ROPE_FACTOR:
         raise EnvironmentProblem(
-            f"Megatron-Core {version('megatron-core')} knows no rope scaling by {scaling.factor:g}.",
+            f"Megatron-Core {version('megatron-core')} does not support the rope scaling factor {scaling.factor:g}.",
             allowed=f"{LLAMA_31_ROPE_FACTOR:g}",
             next_step="Use megatron-core 0.11 or later for this model.",
         )

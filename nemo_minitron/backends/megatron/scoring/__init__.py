@@ -1,0 +1,1 @@
+"""Importance scores from forward and backward passes of a Megatron model."""

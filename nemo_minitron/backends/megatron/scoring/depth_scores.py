@@ -1,7 +1,7 @@
-"""Importance of layers and of runs of layers, by what their removal does.
+"""Score the importance of layers and runs of layers by the effect of their removal.
 
-Names of the scores: `layers.<metric>` [L]; `blocks.<metric>.<length>` [L - length + 1], of runs by their first
-layer; `iterative.<metric>` [L], the round in which a layer was taken away (those left: the rounds + 1).
+Names of the scores: `layers.<metric>` [L]; `blocks.<metric>.<length>` [L - length + 1], indexed by the first layer of
+the run; `iterative.<metric>` [L], the round in which a layer was removed (rounds + 1 for the remaining layers).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Scores = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class DepthSamples:
-    """What layers are judged on."""
+    """Data for scoring layers."""
 
     calibration: Sequence[Batch]
     """This data-parallel rank's batches."""
@@ -46,9 +46,9 @@ def depth_scores(
     session: Session,
     progress: Progress,
 ) -> tuple[Scores, dict[str, float]]:
-    """(scores, the same figures of the whole model), fp64, equal on every rank.
+    """Return (scores, the same metrics of the whole model), fp64, equal on every rank.
 
-    Block influence of layers and runs is not here: it comes from the pass that scores the widths.
+    Block influence is computed elsewhere, in the pass that scores the widths.
     """
     probe = _Probe(model, shape, params, samples, session, progress)
     scores: Scores = {}
@@ -75,10 +75,10 @@ class _Probe:
     progress: Progress
 
     def effects(self, runs: Sequence[Run], only: LayerMetric | None = None) -> Effects:
-        """Of the removal of each run, by every metric that needs a pass of its own."""
+        """Measure the removal of each run, by every metric that needs a separate pass."""
         whole: dict[str, float] = {}
         without: dict[str, list[float]] = {}
-        for batches, metrics in self._questions():
+        for batches, metrics in self._metric_batches():
             chosen = {name: make() for name, make in metrics.items() if only in (None, name)}
             if not chosen:
                 continue
@@ -87,8 +87,8 @@ class _Probe:
             without |= found.without
         return Effects(whole, without)
 
-    def _questions(self) -> list[tuple[Sequence[Batch], dict[str, Callable[[], DepthMetric]]]]:
-        """Batches, and the metrics that are measured on them."""
+    def _metric_batches(self) -> list[tuple[Sequence[Batch], dict[str, Callable[[], DepthMetric]]]]:
+        """Return batches with the metrics that are measured on them."""
         wanted, task, vocab_size = self.params.layer_metrics, self.samples.task, self.shape.vocab_size
         by_loss = {"lm_loss": lm_loss, "logit_mse": lambda: logit_mse(vocab_size)}
         out: list[tuple[Sequence[Batch], dict[str, Callable[[], DepthMetric]]]] = [
@@ -100,7 +100,7 @@ class _Probe:
         return out
 
     def importance(self, metric: LayerMetric, left: Sequence[int]) -> list[float]:
-        """Of the layers that are left."""
+        """Return the importance of the remaining layers."""
         if metric != "block_influence":
             return self.effects([Run(layer) for layer in left], metric).without[metric]
         single = self.params.model_copy(
@@ -111,7 +111,7 @@ class _Probe:
 
 
 def _drop_order(probe: _Probe, metric: LayerMetric) -> Tensor:
-    """[L]: round (from 1) in which a layer goes, each time the one that is missed least."""
+    """Return [L]: the round (from 1) in which a layer is removed; each round removes the least important one."""
     rounds = probe.params.iterative_drops
     order = torch.full((probe.shape.num_layers,), rounds + 1, dtype=torch.float64)
     left = list(range(probe.shape.num_layers))
@@ -126,9 +126,9 @@ def _drop_order(probe: _Probe, metric: LayerMetric) -> Tensor:
 
 
 def task_batches(task: ChoiceTask, session: Session) -> list[Batch]:
-    """This data-parallel rank's questions with their answers, one of each a row, shortest first.
+    """Return batches of this data-parallel rank's question-answer pairs, one pair per row, shortest first.
 
-    Rows are filled up to the longest of their batch (a multiple of tp): what follows an answer changes nothing
+    Rows are padded to the longest of their batch (a multiple of tp); padding after the answer does not affect tokens
     before it. `answer` [B] is the number of the pair.
     """
     order = sorted(range(len(task.pairs)), key=lambda number: sum(map(len, task.pairs[number])))

@@ -1,5 +1,6 @@
-"""What a model says without some of its layers. One whole pass of each batch keeps every layer's input,
-so that removing layers i..j computes the layers after j only.
+"""Measure a model without some of its layers.
+
+One full pass of each batch keeps every layer's input, so that removing layers i..j computes only the layers after j.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from nemo_minitron.system.progress import Progress
 
 @dataclass(frozen=True)
 class Effects:
-    """Importance of each run by each metric, and the same figure of the whole model."""
+    """Importance of each run by each metric, and the same metrics of the whole model."""
 
     whole: dict[str, float]
     without: dict[str, list[float]]
@@ -42,20 +43,20 @@ def effects_of_removal(
 ) -> Effects:
     """Measure the model without each run of layers, on every batch; equal on every rank.
 
-    Layers that `without_layers` has taken out already stay out.
+    Layers that `without_layers` has removed stay removed.
     """
     totals = {
         name: torch.zeros(len(runs) + 1, metric.num_sums, dtype=torch.float64, device=session.device)
         for name, metric in metrics.items()
     }
-    pieces = _Pieces(model, shape, session)
+    runner = _LayerRunner(model, shape, session)
     with evaluating(model), progress.bar("without layers", len(batches) * len(runs), "passes") as bar:
         for batch in batches:
-            with pieces.recording():
-                whole = pieces.run(batch, None)
+            with runner.recording():
+                whole = runner.run(batch, None)
             _count(totals, 0, whole, whole, batch, metrics, shape, session)
             for number, run in enumerate(runs, 1):
-                logits = pieces.run(batch, run)
+                logits = runner.run(batch, run)
                 _count(totals, number, logits, whole, batch, metrics, shape, session)
                 bar.advance()
     for total in totals.values():
@@ -76,7 +77,7 @@ def _count(
     shape: ModelShape,
     session: Session,
 ) -> None:
-    """Add one removal to the sums, on the last stage."""
+    """Add the metrics of one removal to the sums; on the last stage only."""
     if logits is None or whole is None:
         return
     nll = token_nll(logits, batch["labels"], shape.vocab_size)
@@ -95,14 +96,14 @@ def _vocab_sum(session: Session) -> Callable[[Tensor], Tensor]:
 
 
 @dataclass
-class _Pieces:
-    """Runs parts of this rank's layers, and hands hidden states on to the next stage."""
+class _LayerRunner:
+    """Runs some of this rank's layers and sends hidden states to the next stage."""
 
     model: Model
     shape: ModelShape
     session: Session
     inputs: dict[int, Tensor] = field(default_factory=dict)
-    """Layer -> its input in the last recorded pass."""
+    """Layer index -> input in the last recorded pass."""
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -111,9 +112,9 @@ class _Pieces:
             yield
 
     def run(self, batch: Batch, removed: Run | None) -> Tensor | None:
-        """Logits on the last stage, None on the others.
+        """Return logits on the last stage, None on the others.
 
-        Everything before the removed run is taken from the recorded pass: stages that lie before it do nothing.
+        The input of the removed run is taken from the recorded pass: stages before it do nothing.
         """
         kept = layers(self.model)
         if removed is None:
@@ -137,7 +138,7 @@ class _Pieces:
         return None
 
     def _received(self, batch: Batch) -> Tensor | None:
-        """Hidden states of the stage before; None on the first."""
+        """Receive hidden states from the previous stage; None on the first."""
         if self.session.is_first_stage:
             return None
         batch_size, length = batch["tokens"].shape
@@ -151,6 +152,6 @@ class _Pieces:
 
 @contextmanager
 def without_layers(model: Model, dropped: Sequence[int]) -> Iterator[None]:
-    """Take layers (0-based, of the whole model) out for the duration."""
+    """Remove layers (0-based index in the whole model) inside the context."""
     with only(model, [layer for layer in layers(model) if layer.index not in dropped]):
         yield

@@ -1,7 +1,7 @@
-"""Importance statistics from hooks on a Megatron model.
+"""Collect importance statistics with hooks on a Megatron model.
 
-Every rank adds up what it sees of its own layers and channels into zero tensors of the whole
-model's size; one sum over all ranks then gives every rank the whole statistic, in any layout.
+Every rank accumulates its own layers and channels into zero tensors of the whole model's size. One sum over all ranks
+then gives every rank the complete statistics, in any layout.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
-from nemo_minitron.backends.megatron.data.stream import LayerStream
 from nemo_minitron.backends.megatron.model.forward import Batch, backward_batches, evaluating, forward_batches
 from nemo_minitron.backends.megatron.model.parts import Layer, Model, layers
 from nemo_minitron.backends.megatron.runtime.layout import shard_range
 from nemo_minitron.backends.megatron.runtime.session import Session
+from nemo_minitron.backends.megatron.scoring.layer_stream import LayerStream
 from nemo_minitron.families import ModelShape
 from nemo_minitron.pruning.importance import (
     CONVENTIONS,
@@ -41,14 +41,14 @@ View = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sums:
-    """Additive statistics of the whole model, fp64; this rank's share until they are summed."""
+    """Additive statistics of the whole model, fp64; this rank's share until summed over ranks."""
 
     norms: Tensor
-    """[2L, 4, hidden]: outputs of each layer's two norms."""
+    """Outputs of each layer's two norms, [2L, 4, hidden]."""
     ffn: Tensor
-    """[L, 4, ffn]: MLP neurons."""
+    """MLP neurons, [L, 4, ffn]."""
     attention: Tensor
-    """[L, 4, heads * kv_channels] or, where heads are measured at each token, [L, 4, heads]."""
+    """Attention outputs, [L, 4, heads * kv_channels], or [L, 4, heads] if heads are measured per token."""
 
     @classmethod
     def zeros(cls, shape: ModelShape, convention: Convention, device: torch.device) -> Sums:
@@ -59,7 +59,7 @@ class Sums:
 
 
 def convention_of(params: Scoring) -> Convention:
-    """The named convention, with the side of the activation function that the recipe may have chosen."""
+    """Return the named convention; the recipe may choose to measure neurons before or after the activation function."""
     found = CONVENTIONS[params.convention]
     return Convention(params.neuron_score or found.neuron, found.head_per_token)
 
@@ -71,10 +71,10 @@ def activation_scores(
     params: Scoring,
     session: Session,
 ) -> dict[str, Tensor]:
-    """Width scores, and block influence where it is asked for; one pass, fp64, equal on every rank.
+    """Compute width scores, and block influence if requested, in one pass; fp64, equal on every rank.
 
-    hidden: summed over the outputs of all layers' norms; ffn and heads: per layer (2407.14679,
-    section 2.2). The final norm is not counted.
+    hidden: summed over the outputs of all layers' norms; ffn and heads: per layer (2407.14679, section 2.2). The final
+    norm is not counted.
     """
     convention, method = convention_of(params), METHODS[params.method]
     sums = Sums.zeros(shape, convention, session.device)
@@ -108,7 +108,7 @@ def _width_scores(sums: Sums, shape: ModelShape, params: Scoring, convention: Co
 
 
 def _influence(stream: LayerStream) -> dict[str, Tensor]:
-    """block_influence of single layers as `layers.`, of runs as `blocks.<length>`."""
+    """Return block influence: `layers.block_influence`, and `blocks.block_influence.<length>` for runs."""
     return {
         f"layers.{_BI}" if length == 1 else f"blocks.{_BI}.{length}": block_influence(sums.cpu())
         for length, sums in stream.totals().items()
@@ -120,7 +120,7 @@ _BI = "block_influence"
 
 @dataclass(frozen=True)
 class _Taps:
-    """Where activations are taken from, and what is done with them."""
+    """Hooks that read activations and accumulate their statistics."""
 
     convention: Convention
     method: Method
@@ -130,7 +130,7 @@ class _Taps:
 
     @contextmanager
     def attached(self, model: Model, sums: Sums) -> Iterator[None]:
-        """Hooks on every layer of this rank, for the axes that are asked for."""
+        """Attach hooks to every layer of this rank, for the requested axes."""
         axes = self.params.width_axes
         with ExitStack() as stack:
             for layer in layers(model):
@@ -158,7 +158,7 @@ class _Taps:
         return _on_input(layer.attention_output, lambda x: self._take(x, view, mine))
 
     def _norm(self, norm: nn.Module, sums_4C: Tensor) -> Any:
-        """The same on every tensor-parallel rank, or a part of the sequence of each: the first one counts."""
+        """Read a norm; without sequence parallelism tensor-parallel ranks have equal outputs: only the first counts."""
         scattered = self.session.parallel.sequence_parallel and self.session.parallel.tp > 1
         if self.session.tp_rank and not scattered:
             return ExitStack()
@@ -193,7 +193,7 @@ def _whole_sequence(x: Tensor) -> Tensor:
 @contextmanager
 def _on_input(module: nn.Module, consume: Callable[[Tensor], None]) -> Iterator[None]:
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        # Returns None: a value would replace the activation.
+        # A hook that returns a value would replace the activation.
         consume(args[0])
 
     handle = module.register_forward_pre_hook(hook)

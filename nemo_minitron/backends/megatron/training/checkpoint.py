@@ -1,8 +1,11 @@
 """Training checkpoints: Megatron's distributed format in the stage's work folder.
 
-A checkpoint is written beside its final name and renamed when every rank is done, so a kill
-at any moment leaves the newest complete one to resume from. It has the checksums of its files: a
-damaged one is set aside, and the one before it is taken.
+A checkpoint is written under a temporary name and renamed when every rank has finished, so a kill at any moment leaves
+the newest complete checkpoint to resume from. A checkpoint contains the checksums of its files: if one is damaged, it
+is renamed and training resumes from the previous checkpoint.
+
+All checkpoints are written by `PendingCheckpoint`. With `in_background` it copies the state and the caller continues;
+otherwise the caller waits and nothing is copied.
 """
 
 from __future__ import annotations
@@ -23,118 +26,118 @@ from torch.distributed.checkpoint import CheckpointException
 from nemo_minitron.backends.megatron.runtime.known_pickles import only_known_pickles, require_known_backend
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.backends.megatron.runtime.versions import require_readable
+from nemo_minitron.backends.megatron.training.checkpoint_writer import Buffers, PendingCheckpoint
 from nemo_minitron.backends.megatron.training.distributed_adam import (
     HAS_WHOLE_TENSORS,
     load_optimizer_state,
     sharded_optimizer_state,
 )
-from nemo_minitron.backends.megatron.training.intact import FACTS_FILE, damage, read_facts, write_facts
+from nemo_minitron.backends.megatron.training.integrity import FACTS_FILE, find_damage, read_facts, write_facts
 from nemo_minitron.backends.megatron.training.optim import Trainable
-from nemo_minitron.backends.megatron.training.writing import Buffers, Writing
 from nemo_minitron.errors import CheckpointError, shortened
 from nemo_minitron.system.disk import disk_problem
 
 _PREFIX, _PARTIAL, _DAMAGED = "step_", ".partial_", "damaged_"
-_FROM_THE_RECIPE = ("max_lr", "min_lr", "weight_decay", "betas", "eps")
-"""Fields of the optimizer's groups that a checkpoint must not bring back: the recipe may say otherwise by now."""
+_RECIPE_OPTIONS = ("max_lr", "min_lr", "weight_decay", "betas", "eps")
+"""Fields of the optimizer's groups that are not restored from a checkpoint: the recipe may have changed them."""
 
 
 @dataclass(frozen=True)
-class Progressed:
-    """How far a training has come."""
+class TrainingProgress:
+    """How far a training has progressed."""
 
     step: int = 0
-    """Steps done."""
+    """Completed steps."""
     good_losses: tuple[float, ...] = ()
-    """Of the last steps; for the loss guard."""
+    """Losses of the last good steps, for the loss guard."""
 
 
 class Checkpoints:
-    """The training checkpoints in one folder. Every method is called on every rank.
+    """The training checkpoints in one folder. Call every method on every rank.
 
     Args:
-        keep: newest checkpoints that stay.
-        in_background: a thread writes while the training goes on; at most one checkpoint at a time.
+        keep: number of newest checkpoints to keep.
+        in_background: write from a thread while training continues, at most one checkpoint at a time.
     """
 
     def __init__(self, folder: Path, session: Session, *, keep: int, in_background: bool) -> None:
         self.folder, self._session, self._keep, self._in_background = folder, session, keep, in_background
-        self._writing: Writing | None = None
+        self._pending: PendingCheckpoint | None = None
         self._buffers: Buffers | None = {} if in_background else None
         self._drop_partial()
 
-    def save(self, trainable: Trainable, progressed: Progressed) -> None:
-        """Begin to write the state after this step; with `in_background`, `poll` or `finish` publish it."""
+    def save(self, trainable: Trainable, progress: TrainingProgress) -> None:
+        """Write the state after this step; with `in_background`, `poll` or `finish` publishes it later."""
         self.finish()
-        partial_dir = self.folder / f"{_PARTIAL}{progressed.step:08d}"
+        partial_dir = self.folder / f"{_PARTIAL}{progress.step:08d}"
         if self._session.is_main:
             shutil.rmtree(partial_dir, ignore_errors=True)
             partial_dir.mkdir(parents=True)
         self._session.barrier()
         state = _sharded_state(trainable, is_loading=False)
         with _write_errors(self.folder):
-            writing = self._writing = Writing.begin(state, partial_dir, self._buffers)
-            facts = {**asdict(progressed), **_optimizer_facts(trainable)}
-            writing.then(partial(self._publish, partial_dir, facts, writing.written))
+            pending = self._pending = PendingCheckpoint.begin(state, partial_dir, self._buffers)
+            facts = {**asdict(progress), **_optimizer_facts(trainable)}
+            pending.on_complete(partial(self._publish, partial_dir, facts, pending.written))
         if not self._in_background:
             self.finish()
 
     def poll(self) -> None:
-        """Publish the checkpoint that is being written when all ranks have written their part."""
-        if self._writing is None:
+        """Publish the pending checkpoint if all ranks have written their part."""
+        if self._pending is None:
             return
-        busy = torch.tensor([float(self._writing.is_busy)], device=self._session.device)
+        busy = torch.tensor([float(self._pending.is_writing)], device=self._session.device)
         if not self._session.sum(busy).item():
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, and publish it."""
-        writing, self._writing = self._writing, None
-        if writing is None:
+        """Wait for the pending checkpoint and publish it."""
+        pending, self._pending = self._pending, None
+        if pending is None:
             return
         try:
             with _write_errors(self.folder):
-                writing.finish(self._session)
+                pending.finish(self._session)
         except Exception:
             self._drop_partial()
             raise
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint."""
+        """Return the newest complete checkpoint, or None."""
         found = checkpoints(self.folder)
         return found[-1] if found else None
 
-    def resume(self, trainable: Trainable, tell: Callable[[str], None] = lambda _: None) -> Progressed:
-        """Load the newest checkpoint that is as it was written, when there is one; damaged ones are set aside.
+    def resume(self, trainable: Trainable, report: Callable[[str], None] = lambda _: None) -> TrainingProgress:
+        """Load the newest intact checkpoint, if there is one; rename damaged ones.
 
         Args:
-            tell: hears of those.
+            report: called with a message for each damaged checkpoint.
 
         Raises:
-            CheckpointError: all are damaged, or it cannot be read.
+            CheckpointError: the only remaining checkpoint is damaged, or a checkpoint cannot be read.
         """
         while True:
             found = checkpoints(self.folder)
-            # No rank may publish or remove a checkpoint before all have looked.
+            # No rank may publish or remove a checkpoint before all ranks have listed them.
             self._session.barrier()
             if not found:
-                return Progressed()
-            problem = damage(found[-1], self._session)
+                return TrainingProgress()
+            problem = find_damage(found[-1], self._session)
             if problem is None:
                 return _load(trainable, found[-1])
             if len(found) == 1:
-                raise _none_before(found[-1], problem)
+                raise _no_older_checkpoint(found[-1], problem)
             aside = self._set_aside(found[-1])
-            tell(f"{found[-1].name} is damaged ({problem}): goes on from {found[-2].name}; it is kept as {aside}")
+            report(f"{found[-1].name} is damaged ({problem}): resuming from {found[-2].name}; it is kept as {aside}")
 
     def _drop_partial(self) -> None:
-        """What a kill or a full disk has left of a checkpoint."""
+        """Delete incomplete checkpoints that a kill or a full disk has left."""
         if self._session.is_main:
             for left in self.folder.glob(f"{_PARTIAL}*"):
                 shutil.rmtree(left, ignore_errors=True)
 
     def _set_aside(self, checkpoint: Path) -> Path:
-        """Rename it, so that it does not count as one of those that are kept."""
+        """Rename a damaged checkpoint, so that it does not count toward `keep`."""
         aside = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
         self._session.barrier()
         if self._session.is_main:
@@ -150,50 +153,50 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             partial_dir.rename(final)
             for old in checkpoints(self.folder)[: -self._keep]:
-                # First what makes it complete: a kill may come before the rest is gone.
+                # Delete the completeness marker first, in case of a kill before the rest is deleted.
                 (old / FACTS_FILE).unlink()
                 shutil.rmtree(old)
         self._session.barrier()
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """List complete checkpoints, oldest first."""
     return sorted(path for path in folder.glob(f"{_PREFIX}*") if (path / FACTS_FILE).is_file())
 
 
 def step_of(checkpoint: Path) -> int:
-    """Steps that a checkpoint has behind it."""
+    """Return the number of completed steps of a checkpoint."""
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
-def _load(trainable: Trainable, checkpoint: Path) -> Progressed:
+def _load(trainable: Trainable, checkpoint: Path) -> TrainingProgress:
     try:
         facts = read_facts(checkpoint)
-        progressed = Progressed(int(facts["step"]), tuple(map(float, facts.get("good_losses", ()))))
+        progress = TrainingProgress(int(facts["step"]), tuple(map(float, facts.get("good_losses", ()))))
         _require_same_optimizer(trainable, facts, checkpoint)
         require_known_backend(checkpoint)
         require_readable(checkpoint)
         wanted = _sharded_state(trainable, is_loading=True)
         with only_known_pickles():
             state = dist_checkpointing.load(wanted, str(checkpoint))
-        _take_over(trainable, state, progressed.step)
+        _restore(trainable, state, progress.step)
     except CheckpointError:
         raise
-    except (Exception, CheckpointException) as error:  # torch's own is no Exception
+    except (Exception, CheckpointException) as error:  # CheckpointException is not a subclass of Exception
         failed = next(iter(error.failures.values()), (error,))[0] if isinstance(error, CheckpointException) else error
         raise CheckpointError(
             f"The training checkpoint cannot be read: {type(failed).__name__}: {shortened(failed, 1000)}",
             where=str(checkpoint),
-            next_step="Delete this folder; the same command then resumes from the one before it.",
+            next_step="Delete this folder; the same command then resumes from the previous checkpoint.",
         ) from error
-    return progressed
+    return progress
 
 
-def _take_over(trainable: Trainable, state: dict[str, Any], step: int) -> None:
+def _restore(trainable: Trainable, state: dict[str, Any], step: int) -> None:
     trainable.model.load_state_dict({k.removeprefix("model."): v for k, v in state["model"].items()})
-    wanted = [{key: group[key] for key in _FROM_THE_RECIPE if key in group} for group in _groups(trainable)]
+    wanted = [{key: group[key] for key in _RECIPE_OPTIONS if key in group} for group in _groups(trainable)]
     for saved in _saved_groups(state["optimizer"]):
-        # Megatron-Core 0.19 tells groups apart by these, too; all groups of a recipe have the same.
+        # Megatron-Core 0.19 also matches groups by these; all groups of a recipe have the same values.
         saved.update({key: wanted[0][key] for key in ("max_lr", "min_lr") if key in wanted[0]})
     if trainable.has_distributed_optimizer:
         load_optimizer_state(trainable.optimizer, state["optimizer"])
@@ -203,11 +206,11 @@ def _take_over(trainable: Trainable, state: dict[str, Any], step: int) -> None:
         group.update(values)
     trainable.schedule.step(step)
     if trainable.teacher is not None:
-        _take_over(trainable.teacher, state["teacher"], step)
+        _restore(trainable.teacher, state["teacher"], step)
 
 
 def _optimizer_facts(trainable: Trainable) -> dict[str, bool]:
-    """What tells optimizers with different files apart."""
+    """Return what distinguishes optimizers whose files are incompatible."""
     if not trainable.has_distributed_optimizer:
         return {"distributed_optimizer": False}
     return {"distributed_optimizer": True, "whole_tensors": HAS_WHOLE_TENSORS}
@@ -219,7 +222,7 @@ def _require_same_optimizer(trainable: Trainable, facts: Mapping[str, Any], chec
     if now["distributed_optimizer"] != was_distributed:
         was, want = (str(value).lower() for value in (was_distributed, now["distributed_optimizer"]))
         raise CheckpointError(
-            f"The training checkpoint is of execution.parallel.distributed_optimizer = {was}, not {want}.",
+            f"The training checkpoint was written with execution.parallel.distributed_optimizer = {was}, not {want}.",
             where=str(checkpoint),
             next_step=f"Set it to {was}, or delete the checkpoints to start from the first step.",
         )
@@ -227,7 +230,7 @@ def _require_same_optimizer(trainable: Trainable, facts: Mapping[str, Any], chec
         wanted = "0.14 or earlier" if HAS_WHOLE_TENSORS else "0.15 or later"
         raise CheckpointError(
             f"The training checkpoint of a distributed optimizer was written by Megatron-Core {wanted}, "
-            "whose files the installed one cannot read.",
+            "whose files the installed version cannot read.",
             where=str(checkpoint),
             next_step=f"Use megatron-core {wanted}, or delete the checkpoints to start from the first step.",
         )
@@ -238,7 +241,7 @@ def _groups(trainable: Trainable) -> list[dict[str, Any]]:
 
 
 def _saved_groups(optimizer_state: dict[str, Any]) -> list[dict[str, Any]]:
-    """Optimizers with fp32 copies of bf16 parameters, and distributed ones, keep torch's state one level deeper."""
+    """Return the saved groups; mixed-precision and distributed optimizers nest torch's state one level deeper."""
     found: list[dict[str, Any]] = optimizer_state.get("optimizer", optimizer_state)["param_groups"]
     return found
 
@@ -252,32 +255,32 @@ def _sharded_state(trainable: Trainable, *, is_loading: bool) -> dict[str, Any]:
     state = {"model": model, "optimizer": optimizer}
     if trainable.teacher is not None:
         state["teacher"] = _sharded_state(trainable.teacher, is_loading=is_loading)
-        # Tensors are told apart by their keys, wherever in the state they are.
+        # Tensors are identified by their keys alone, not by their place in the state.
         add_prefix_for_sharding(state["teacher"], "teacher.")
     return state
 
 
 @contextmanager
 def _write_errors(folder: Path) -> Iterator[None]:
-    """A failed write is an error of the user's; Megatron's own is one that `except Exception` does not catch."""
+    """Turn failed writes into CheckpointError; Megatron's CheckpointException is not a subclass of Exception."""
     try:
         yield
     except (CheckpointException, OSError) as error:
-        # Megatron's metadata phase collects the failures of ranks; only the main rank knows them.
+        # Megatron collects the ranks' failures while it writes metadata; only the main rank has them.
         failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
         failed = next((failure for failure, _ in failures), None)
         problem = None if failed is None else disk_problem(failed, folder)
-        why = f"{failed or 'another process says why'}".removeprefix("Worker failure: ")
+        why = f"{failed or 'see the error of another process'}".removeprefix("Worker failure: ")
         raise CheckpointError(
             f"A training checkpoint could not be written: {problem.what if problem else why}",
             where=str(folder),
-            next_step="Free space, or look after the disk; the same command goes on from the checkpoint before it.",
+            next_step="Free space or repair the disk; the same command resumes from the previous checkpoint.",
         ) from error
 
 
-def _none_before(checkpoint: Path, problem: str) -> CheckpointError:
+def _no_older_checkpoint(checkpoint: Path, problem: str) -> CheckpointError:
     return CheckpointError(
         f"The only training checkpoint is damaged: {problem}.",
         where=str(checkpoint),
-        next_step="Restore it; or delete its folder, and the same command starts the training from its first step.",
+        next_step="Restore it, or delete its folder; the same command then starts the training from its first step.",
     )

@@ -1,4 +1,4 @@
-"""Training curves: one JSON row a line, and the same numbers for TensorBoard and Weights & Biases."""
+"""Training curves as JSON lines, mirrored to TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ WANDB_ID_FILE = "wandb_run_id"
 
 @dataclass(frozen=True)
 class Tracker:
-    """A project of Weights & Biases, and what the run is called there."""
+    """A project of Weights & Biases and the run's name in it."""
 
     project: str
     run_name: str
     stage: str
     log_dir: Path
-    """wandb's own files go to `wandb/` in it: they outlast the work folder, as an offline run must."""
+    """Holds wandb's files in `wandb/`. Unlike the work folder it is kept, because an offline run is synced later."""
 
     def open(self, folder: Path) -> Any:
-        """The run; a resumed training goes on with the one whose id the work folder keeps.
+        """Open the run; a resumed training continues the run whose id is stored in the work folder.
 
         Raises:
             EnvironmentProblem: the package is missing, or the service cannot be reached.
@@ -58,19 +58,19 @@ class Tracker:
                 f"Weights & Biases cannot be used: {error}",
                 next_step="`wandb login`, or set WANDB_MODE=offline and `wandb sync` later.",
             ) from error
-        # Not wandb's own step, which may never go back: a resumed run repeats the steps after its checkpoint.
+        # wandb's own step may never decrease, but a resumed run repeats the steps after its checkpoint.
         run.define_metric("*", step_metric="step")
         return run
 
 
 class Curves:
-    """Appends rows; a resumed run first drops what its checkpoint does not know.
+    """Appends rows; a resumed run first drops the rows after its checkpoint.
 
     Args:
-        folder: curves.jsonl and tensorboard/ are kept here.
+        folder: holds curves.jsonl and tensorboard/.
         first_step: rows after this step are dropped; -1 drops all.
-        enabled: only the main rank writes.
-        tracker: where else the numbers go.
+        enabled: True on the main rank, the only one that writes.
+        tracker: optional Weights & Biases run.
     """
 
     def __init__(self, folder: Path, *, first_step: int, enabled: bool, tracker: Tracker | None = None) -> None:
@@ -84,7 +84,7 @@ class Curves:
             self._run = None if tracker is None else tracker.open(folder)
 
     def add(self, step: int, **values: float) -> None:
-        """Record values that belong to the state after `step` steps."""
+        """Record values of the state after `step` steps."""
         if not self._enabled:
             return
         self.rows.append({"step": step, **values})
@@ -97,12 +97,12 @@ class Curves:
             self._run.log({"step": step, **values})
 
     def flush(self) -> None:
-        """Rewrite the file from what is in memory."""
+        """Rewrite the file from the rows in memory."""
         if self._enabled:
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def has(self, key: str) -> bool:
-        """Whether any row has it."""
+        """Whether any row has this key."""
         return any(key in row for row in self.rows)
 
     def first(self, key: str) -> float:
@@ -119,7 +119,7 @@ class Curves:
 
 
 def read_curves(path: Path) -> list[dict[str, Any]]:
-    """Rows of a curve file; a last line cut off by a kill is left out."""
+    """Read the rows of a curve file; ignore a last line that a kill has truncated."""
     if not path.is_file():
         return []
     rows = []

@@ -1,11 +1,11 @@
-"""Megatron's distributed optimizer (each data-parallel rank keeps a part of Adam's states) over torch's own Adam.
+"""Megatron's distributed optimizer (each data-parallel rank keeps a part of Adam's states) with torch's Adam.
 
-Megatron was written for the fused Adam of Transformer Engine or Apex, which counts steps once for each group. Torch's
-counts them for each parameter, and Megatron's loading then gives all parameters one and the same counter: every step
-after a resume counts as many steps as there are parameters. What is here keeps the counters apart; with a fused Adam
-it leaves everything to Megatron.
+Megatron assumes the fused Adam of Transformer Engine or Apex, which counts steps once per parameter group. Torch's Adam
+has a step counter for each parameter; Megatron's loading makes all parameters share one counter tensor, so that after a
+resume each step increments it once per parameter. This module keeps the counters separate. With a fused Adam it
+leaves everything to Megatron.
 
-The files have whole tensors, or before 0.15 each rank's part of them; both can be read in another layout.
+The files contain whole tensors, or before 0.15 each rank's part of them; both can be read in another layout.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""Whole tensors on disk, so that a resume may have another layout."""
+"""Stores whole tensors, so that a resume may use another layout."""
 HAS_WHOLE_TENSORS = hasattr(DistributedOptimizer, "load_parameter_state_from_fully_reshardable")
-"""Since 0.15; neither side reads the files of the other."""
+"""True since 0.15; the two formats cannot read each other's files."""
 
 
 def sharded_optimizer_state(
     optimizer: MegatronOptimizer, model_state: dict[str, Any], *, is_loading: bool
 ) -> dict[str, Any]:
-    """What a checkpoint holds of the optimizer."""
+    """Return the optimizer's state as a checkpoint stores it."""
     only = _only(optimizer)
     if is_loading and _is_torch_adam(only):
         _make_states(only)
@@ -43,7 +43,7 @@ def sharded_optimizer_state(
 
 
 def load_optimizer_state(chained: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Take over what a checkpoint held."""
+    """Restore the optimizer's state from a checkpoint."""
     optimizer = _only(chained)
     if not _is_torch_adam(optimizer):
         optimizer.load_state_dict(state)
@@ -58,7 +58,7 @@ def load_optimizer_state(chained: MegatronOptimizer, state: dict[str, Any]) -> N
 
 @contextmanager
 def _without_counters(optimizer: DistributedOptimizer) -> Iterator[None]:
-    """Megatron takes every state for one of its parameter's size; afterwards each parameter has its own counter."""
+    """Hide the step counters, since Megatron expects states of the parameter's size; then restore separate counters."""
     states = list(optimizer.optimizer.state.values())
     steps = [float(tensors.pop("step")) for tensors in states]
     try:
@@ -69,7 +69,7 @@ def _without_counters(optimizer: DistributedOptimizer) -> Iterator[None]:
 
 
 def _only(optimizer: MegatronOptimizer) -> DistributedOptimizer:
-    """Megatron chains one optimizer for each kind of parameters; a dense model has one kind."""
+    """Return the only optimizer of Megatron's chain, which has one per kind of parameter: a dense model has one."""
     chain = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     if len(chain) != 1 or not isinstance(chain[0], DistributedOptimizer):
         raise AssertionError(f"expected one distributed optimizer, found {chain}")
@@ -81,7 +81,7 @@ def _is_torch_adam(optimizer: DistributedOptimizer) -> bool:
 
 
 def _make_states(optimizer: DistributedOptimizer) -> None:
-    """The states that torch makes at the first step; Megatron cannot describe an optimizer that has none."""
+    """Create the states that torch creates at the first step; Megatron cannot describe an optimizer without states."""
     adam = optimizer.optimizer
     for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
         if not adam.state[parameter]:

@@ -9,15 +9,15 @@ from statistics import median
 from nemo_minitron.schema.training import LossGuard
 
 MIN_GOOD_STEPS = 10
-"""Before so many good losses are known there is no bound."""
+"""Good losses that are needed before a bound exists."""
 
 
 class LossWatch:
-    """Compares each loss with the median of the good ones before it.
+    """Compares each loss with the median of the preceding good losses.
 
     Args:
-        rules: None: every loss is good.
-        good_losses: what a checkpoint knows of the steps before it.
+        rules: None treats every loss as good.
+        good_losses: losses of the preceding steps, from a checkpoint.
     """
 
     def __init__(self, rules: LossGuard | None, good_losses: Sequence[float] = ()) -> None:
@@ -27,21 +27,21 @@ class LossWatch:
 
     @property
     def good_losses(self) -> list[float]:
-        """Of the last window_steps good steps, oldest first."""
+        """Losses of the last window_steps good steps, oldest first."""
         return list(self._good)
 
     @property
     def median(self) -> float | None:
-        """None until enough good steps were seen."""
+        """Median of the good losses; None until there are enough of them."""
         return median(self._good) if len(self._good) >= MIN_GOOD_STEPS else None
 
     @property
-    def is_calm(self) -> bool:
-        """Whether the last loss was good: only then is a state worth keeping."""
+    def last_loss_is_good(self) -> bool:
+        """Whether the last loss was within the bound; only then is a checkpoint written."""
         return self.steps_above == 0
 
     def is_spike(self, loss: float) -> bool:
-        """Take in the loss of the next step; True when it is the patience_steps-th in a row above the bound."""
+        """Record the loss of the next step; return True if it is the patience_steps-th in a row above the bound."""
         if self._rules is None:
             return False
         usual = self.median

@@ -22,7 +22,7 @@ from nemo_minitron.backends.megatron.model.weights import save_model
 from nemo_minitron.backends.megatron.runtime.peak import matmul_flops_per_s
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.backends.megatron.runtime.versions import share_of_loss
-from nemo_minitron.backends.megatron.training.checkpoint import Checkpoints, Progressed, step_of
+from nemo_minitron.backends.megatron.training.checkpoint import Checkpoints, TrainingProgress, step_of
 from nemo_minitron.backends.megatron.training.curves import Curves, Tracker
 from nemo_minitron.backends.megatron.training.guard import LossWatch
 from nemo_minitron.backends.megatron.training.optim import Trainable
@@ -37,20 +37,20 @@ from nemo_minitron.system.interrupts import REASONS, StopRequest
 from nemo_minitron.system.progress import Bar, Progress
 
 Parts = dict[str, Tensor]
-"""What a loss is made of, for the curves: name -> detached scalar, the same on every rank of the last stage.
+"""Terms of a loss, for the curves: name -> detached scalar, the same on every rank of the last stage.
 
 With context parallelism each rank has its share, and their sum is the loss.
 """
 ForwardStep = Callable[[torch.nn.Module, Batch, Any], tuple[Tensor, Callable[[Tensor], tuple[Tensor, Parts]]]]
-"""(model, micro-batch, what the objective prepared for it) -> (what goes to the next stage, the loss of the output)."""
+"""(model, micro-batch, extra from `Objective.prepare`) -> (stage output, function: output -> loss, parts)."""
 
-_LEARNERS = (
+_TRAINED_MODELS = (
     ("the teacher's ", "teacher_loss", "teacher_grad_norm", ".teacher_correction"),
     ("", "train_loss", "grad_norm", ""),
 )
-"""What must stay finite: (whose, columns of loss and gradient norm, below which key its learning rate stands).
+"""Models whose values must stay finite: (owner, loss column, gradient norm column, section of the learning rate).
 
-The teacher comes first: it takes the student along.
+Check the teacher first: if its loss is not finite, the student's is not either.
 """
 
 
@@ -59,19 +59,19 @@ class Objective:
     """What a model is trained to do."""
 
     parts: tuple[str, ...]
-    """Columns of the curves that its loss fills, `train_loss` among them."""
+    """Curve columns that the loss fills, including `train_loss`."""
     prepare: Callable[[int, list[Batch]], Iterator[Any]]
-    """(step, micro-batches) -> one extra for each, made when it is asked for."""
+    """(step, micro-batches) -> one extra for each micro-batch, computed lazily."""
     forward: ForwardStep
     validate: Callable[[], dict[str, float]]
-    """Figures of the model as it stands, the same on every rank."""
+    """Measure the current model; the same on every rank."""
     finish: Callable[[], dict[str, float]] = dict
-    """Called when the model has been updated; more columns for the curves."""
+    """Called after each update of the model; returns more curve columns."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that the loop needs; nothing in it changes but the model and its optimizer."""
+    """Everything that the loop needs. Only the model and its optimizer change."""
 
     params: Optimization
     num_steps: int
@@ -81,33 +81,33 @@ class Job:
     session: Session
     objective: Objective
     flops_per_token: float
-    """Of student and teacher, without recomputation."""
+    """Student and teacher together, without recomputation."""
     separate_at: int | None = None
     """End-of-document token that attention may not cross."""
     sources: Sources = ()
-    """Where the samples come from."""
+    """Sources of the samples."""
 
     @property
     def tokens_per_step(self) -> int:
         return self.params.global_batch_size * self.params.seq_len_tokens
 
     def data_used(self, num_steps: int) -> list[dict[str, Any]]:
-        """What the first steps draw of each source: follows from their number, so it is the same after a resume."""
+        """Count what the first steps use of each source. Depends on their number only, so a resume gives the same."""
         counts = samples_of_each(self.samples, len(self.sources), num_steps * self.params.global_batch_size)
         return data_used(self.sources, [count * self.params.seq_len_tokens for count in counts])
 
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """Where and how a loop runs; nothing in it changes what is learnt."""
+    """Where and how a loop runs. Nothing here changes what is learned."""
 
     execution: Execution = field(default_factory=Execution)
     recipe_name: str = "training"
     stop: StopRequest = field(default_factory=StopRequest)
     stage: str = "training"
-    """Its name in the recipe."""
+    """Name of the stage in the recipe."""
     keys: str = "stages.training"
-    """Where in the recipe its learning rate stands."""
+    """Recipe section that contains the learning rate."""
 
 
 @dataclass(frozen=True)
@@ -120,19 +120,19 @@ class _Loop:
     watch: LossWatch
     options: LoopOptions
     peak_flops_per_s: float
-    """Of all processes, in matrix products."""
+    """Peak matrix throughput of all processes together."""
 
     def mfu(self, tokens_per_s: float) -> float:
-        """Model FLOPs utilisation: the arithmetic that the training needs over what the machine could do."""
+        """Return model FLOPs utilization: FLOPs that the training needs over the peak of the machine."""
         return tokens_per_s * self.job.flops_per_token / self.peak_flops_per_s
 
 
 def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | None = None) -> Curves:
-    """Train to the end, from the newest checkpoint of the work folder when there is one.
+    """Train to the end, resuming from the newest checkpoint in the work folder if there is one.
 
     Raises:
-        Interrupted: it was asked to stop; a checkpoint was written.
-        NumericsError: the loss blew up.
+        Interrupted: a stop was requested; a checkpoint was written.
+        NumericsError: the loss is not finite or exceeds the guard's bound.
     """
     options = options or LoopOptions()
     peak = _peak_flops_per_s(job, options.execution)
@@ -155,7 +155,7 @@ def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | Non
 
 
 def _peak_flops_per_s(job: Job, execution: Execution) -> float:
-    """Of all processes: as the recipe says, or measured."""
+    """Return the peak throughput of all processes, from the recipe or measured."""
     dtype, device = job.trainable.model.config.params_dtype, job.session.device
     given = execution.peak_tflops
     one = given * 1e12 if given is not None else matmul_flops_per_s(dtype, device)
@@ -170,10 +170,10 @@ def _tracker(options: LoopOptions) -> Tracker | None:
 
 
 def _advance(loop: _Loop, step: int, bar: Bar) -> None:
-    """One step, and all that follows from it."""
+    """Run one step, then log, validate, save and stop as needed."""
     job, done = loop.job, step + 1
     started_s = time.monotonic()
-    row, asked_by = train_step(job, step, loop.options.stop)
+    row, stop_reason = train_step(job, step, loop.options.stop)
     tokens_per_s = job.tokens_per_step / (time.monotonic() - started_s)
     _require_finite(loop, row, step)
     speed = {"tokens_per_s": tokens_per_s, "mfu": loop.mfu(tokens_per_s)}
@@ -184,21 +184,21 @@ def _advance(loop: _Loop, step: int, bar: Bar) -> None:
     loop.checkpoints.poll()
     last = done == job.num_steps
     validates = last or done % job.params.valid_interval_steps == 0
-    saves = (last or asked_by or done % job.params.save_interval_steps == 0) and loop.watch.is_calm
+    saves = (last or stop_reason or done % job.params.save_interval_steps == 0) and loop.watch.last_loss_is_good
     if validates or saves:
         job.trainable.gather_parameters()
     if validates:
         loop.curves.add(done, **job.objective.validate())
     if saves:
-        # The curve reaches the disk first: a checkpoint never knows more than its curve.
+        # Write the curve first, so that it always covers the steps of the checkpoint.
         loop.curves.flush()
         if job.session.is_main:
             _write_data_used(job, done, loop.curves.path.parent)
-        loop.checkpoints.save(job.trainable, Progressed(done, tuple(loop.watch.good_losses)))
-    if last or asked_by:
+        loop.checkpoints.save(job.trainable, TrainingProgress(done, tuple(loop.watch.good_losses)))
+    if last or stop_reason:
         loop.checkpoints.finish()
-    if asked_by and not last:
-        raise _interrupted(loop, done, asked_by)
+    if stop_reason and not last:
+        raise _interrupted(loop, done, stop_reason)
 
 
 def _write_data_used(job: Job, num_steps: int, folder: Path) -> list[dict[str, Any]]:
@@ -207,36 +207,36 @@ def _write_data_used(job: Job, num_steps: int, folder: Path) -> list[dict[str, A
     return used
 
 
-def _interrupted(loop: _Loop, done: int, asked_by: str) -> Interrupted:
+def _interrupted(loop: _Loop, done: int, stop_reason: str) -> Interrupted:
     newest = loop.checkpoints.newest()
     kept = 0 if newest is None else step_of(newest)
-    again = "" if kept == done else f" from step {kept}: the loss was above its bound, and no checkpoint was written"
+    resumes = "" if kept == done else f" from step {kept}: the loss was above its bound, so no checkpoint was written"
     return Interrupted(
-        f"{loop.options.stage} stopped after step {done} of {loop.job.num_steps} as asked by {asked_by}; "
-        f"the same command goes on{again}."
+        f"{loop.options.stage} stopped after step {done} of {loop.job.num_steps} as requested by {stop_reason}; "
+        f"the same command continues{resumes}."
     )
 
 
 def train_step(job: Job, step: int, stop: StopRequest | None = None) -> tuple[dict[str, float], str | None]:
-    """One optimizer step: (row of the curves, what any rank was asked to stop by).
+    """Run one optimizer step; return (curve row, reason of a stop request that reached any rank).
 
     Losses are in nats per token, averaged over the global batch.
     """
     found = forward_backward(job, step)
     after = update(job.trainable)
-    row, asked_by = mean_over_ranks(found, job.objective.parts, job.session, stop.source() if stop else None)
-    return {**row, **after, **job.objective.finish()}, asked_by
+    row, stop_reason = mean_over_ranks(found, job.objective.parts, job.session, stop.source() if stop else None)
+    return {**row, **after, **job.objective.finish()}, stop_reason
 
 
 def update(trainable: Trainable) -> dict[str, float]:
-    """Apply the gradients; returns the learning rate and their norm."""
+    """Apply the gradients; return the learning rate and the gradient norm."""
     trainable.schedule.step(1)
     _, grad_norm, _ = trainable.optimizer.step()
     return {"lr": trainable.lr, "grad_norm": float(grad_norm or 0.0)}
 
 
 def forward_backward(job: Job, step: int) -> list[Parts]:
-    """The gradients of one global batch, summed over the ranks; returns this rank's losses of each micro-batch."""
+    """Compute the gradients of one global batch, summed over the ranks; return this rank's losses per micro-batch."""
     batches = step_batches(
         job.samples,
         job.session,
@@ -252,7 +252,7 @@ def forward_backward(job: Job, step: int) -> list[Parts]:
 def accumulate(
     trainable: Trainable, forward: ForwardStep, batches: list[Batch], extras: Iterable[Any], seq_len_tokens: int
 ) -> list[Parts]:
-    """The gradients of these micro-batches in place of those before."""
+    """Replace the gradients by those of these micro-batches; return the losses per micro-batch."""
     trainable.ddp.zero_grad_buffer()
     trainable.optimizer.zero_grad()
     found: list[Parts] = []
@@ -284,30 +284,31 @@ def _forward_step(forward: ForwardStep, found: list[Parts]) -> Callable[..., Any
 
 
 def mean_over_ranks(
-    found: list[Parts], names: tuple[str, ...], session: Session, asked_by: str | None
+    found: list[Parts], names: tuple[str, ...], session: Session, stop_reason: str | None
 ) -> tuple[dict[str, float], str | None]:
-    """The last stage's losses, averaged over micro-batches and data-parallel ranks, on every rank.
+    """Average the last stage's losses over micro-batches and data-parallel ranks; every rank gets the result.
 
-    A request to stop that reached any rank travels with them, so that all ranks hear of it at the same step.
+    The same all-reduce carries a stop request that reached any rank, so that all ranks stop at the same step.
     """
     losses = torch.zeros(len(names) + 1, dtype=torch.float64, device=session.device)
     if found and session.is_last_stage:
         losses[:-1] = torch.stack([torch.stack([parts[name].double() for name in names]) for parts in found]).mean(0)
         # Context-parallel ranks hold shares of one loss.
         losses[-1] = 1.0 / session.parallel.cp
-    asked = torch.tensor([float(reason == asked_by) for reason in REASONS], dtype=torch.float64, device=session.device)
-    total = session.sum(torch.cat([losses, asked])).tolist()
+    flags = [float(reason == stop_reason) for reason in REASONS]
+    requested = torch.tensor(flags, dtype=torch.float64, device=session.device)
+    total = session.sum(torch.cat([losses, requested])).tolist()
     sums, count, requests = total[: len(names)], total[len(names)], total[len(names) + 1 :]
     reason = next((reason for reason, times in zip(REASONS, requests, strict=True) if times), None)
     return {name: value / count for name, value in zip(names, sums, strict=True)}, reason
 
 
 def _require_finite(loop: _Loop, row: dict[str, float], step: int) -> None:
-    for whose, of_loss, of_norm, section in _LEARNERS:
+    for owner, of_loss, of_norm, section in _TRAINED_MODELS:
         loss, norm = row.get(of_loss, 0.0), row.get(of_norm, 0.0)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            usual = "" if whose else _usual(loop)
-            what = f"{whose}loss {loss}, gradient norm {norm} at step {step + 1}{usual}."
+            note = "" if owner else _median_note(loop)
+            what = f"{owner}loss {loss}, gradient norm {norm} at step {step + 1}{note}."
             raise _numerics_error(loop, what, section)
 
 
@@ -315,35 +316,35 @@ def _spike_error(loop: _Loop, loss: float, done: int) -> NumericsError:
     guard = loop.job.params.guard
     assert guard is not None
     what = (
-        f"loss {loss:.4g} at step {done} is the {guard.patience_steps}. in a row above {guard.max_ratio:g} times "
-        f"the usual{_usual(loop)}."
+        f"loss {loss:.4g} at step {done}: {guard.patience_steps} steps in a row above {guard.max_ratio:g} times "
+        f"the median{_median_note(loop)}."
     )
     return _numerics_error(loop, what)
 
 
-def _usual(loop: _Loop) -> str:
+def _median_note(loop: _Loop) -> str:
     median = loop.watch.median
     return "" if median is None else f" (median of the last {len(loop.watch.good_losses)} good steps: {median:.4g})"
 
 
 def _numerics_error(loop: _Loop, what: str, section: str = "") -> NumericsError:
-    """Names the checkpoint from which a changed recipe can go on. Every rank comes here at the same step."""
+    """Make an error that names the checkpoint to resume from. Every rank calls this at the same step."""
     loop.checkpoints.finish()
     newest, key = loop.checkpoints.newest(), loop.options.keys
     rate = f"{key}{section}"
     if newest is None:
-        after = "There is no checkpoint yet: it starts again."
+        after = "There is no checkpoint yet, so the training starts again."
     else:
-        after = f"With --accept-drift it goes on from step {step_of(newest)}, without from the start."
+        after = f"With --accept-drift it resumes from step {step_of(newest)}, without from the start."
     return NumericsError(
         f"{loop.options.stage}: {what}",
         where=f"last good checkpoint: {newest}" if newest else None,
-        next_step=f"Lower {rate}.lr or raise {rate}.warmup_steps. {after} Another {key}.guard needs no flag.",
+        next_step=f"Lower {rate}.lr or raise {rate}.warmup_steps. {after} Changing {key}.guard needs no flag.",
     )
 
 
 def publish(job: Job, model_dir: Path, work_dir: Path, out_dir: Path) -> dict[str, Any]:
-    """Write the trained model as a Hugging Face checkpoint, its curves and data_used.json; facts on the main rank."""
+    """Write the model as a Hugging Face checkpoint, its curves and data_used.json; return facts on the main rank."""
     writer = None
     if job.session.is_main:
         source = Checkpoint.open(model_dir)

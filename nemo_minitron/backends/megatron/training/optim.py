@@ -20,13 +20,13 @@ from nemo_minitron.schema.training import Optimization
 
 @dataclass(frozen=True)
 class Trainable:
-    """A model with what it takes to train it."""
+    """A model with its data-parallel wrapper, optimizer and learning-rate schedule."""
 
     ddp: DistributedDataParallel
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     teacher: Trainable | None = None
-    """What learns beside it, and belongs into the same checkpoints."""
+    """Teacher that is trained at the same time and saved in the same checkpoints."""
 
     @property
     def model(self) -> Model:
@@ -38,9 +38,9 @@ class Trainable:
         return bool(self.ddp.ddp_config.use_distributed_optimizer)
 
     def gather_parameters(self) -> None:
-        """Bring every rank's parameters up to date; call it before they are read outside of a training step.
+        """Bring every rank's parameters up to date; call this before reading them outside a training step.
 
-        With overlap_param_gather a rank has new values of its own part only until its next training step.
+        With overlap_param_gather a rank has new values of only its own part until its next training step.
         """
         if self.ddp.ddp_config.overlap_param_gather:
             self.ddp.start_param_sync(force_sync=True)
@@ -53,7 +53,7 @@ class Trainable:
 
 
 def make_trainable(model: Model, params: Optimization, num_steps: int, parallel: Parallel) -> Trainable:
-    """Gradients and optimizer states in fp32 (fp64 stays fp64)."""
+    """Wrap a model for training, with gradients and optimizer states in fp32 (fp64 stays fp64)."""
     config = model.config
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.params_dtype != torch.float64,

@@ -15,13 +15,13 @@ TIMEOUT = timedelta(minutes=30)
 @contextmanager
 def joined() -> Iterator[None]:
     """Run torch.distributed among the processes of one machine; for several machines, Lightning starts it."""
-    meeting = load_backend_module("megatron/runtime/meeting.py")
-    if not meeting.is_of_one_machine():
+    rendezvous = load_backend_module("megatron/runtime/rendezvous.py")
+    if not rendezvous.is_single_machine():
         yield
         return
     on_gpu = torch.cuda.is_available()
-    with meeting.among_ourselves():
-        meeting.join("nccl" if on_gpu else "gloo", TIMEOUT)
+    with rendezvous.restricted_to_own_user():
+        rendezvous.join("nccl" if on_gpu else "gloo", TIMEOUT)
         yield
         if on_gpu:
             torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Whether the files of a training checkpoint are as they were written. Every function is called on every rank."""
+"""Check the files of a training checkpoint against their checksums. Call every function on every rank."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from nemo_minitron.system.files import SEAL, sealed, unsealed
 from nemo_minitron.system.ownership import TRUST_VARIABLE, is_trusted
 
 FACTS_FILE = "training.json"
-"""Written last: it makes a checkpoint complete. Holds the checksums of all other files, and its own."""
+"""Written last; marks a checkpoint as complete. Contains the checksums of all other files and its own."""
 READ = (".metadata", ".json", ".pt", ".distcp")
-"""Ends of the names of what is read of a checkpoint."""
+"""Suffixes of the files that loading a checkpoint reads."""
 _WRITTEN = "written_{rank:05d}.json"
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any], written: Mapping[str, Any], session: Session) -> None:
-    """Make a checkpoint complete.
+    """Write the facts file, which marks the checkpoint as complete.
 
     Args:
-        written: file name -> {bytes, sha256} of what this rank has written; the main rank looks at the others itself.
+        written: file name -> {bytes, sha256} of this rank's files; the main rank hashes all other files itself.
     """
     if not session.is_main:
         (folder / _WRITTEN.format(rank=session.rank)).write_text(json.dumps(written))
@@ -35,20 +35,20 @@ def write_facts(folder: Path, facts: Mapping[str, Any], written: Mapping[str, An
         return
     files = dict(written)
     for rank in range(1, session.world_size):
-        told = folder / _WRITTEN.format(rank=rank)
-        files |= json.loads(told.read_text())
-        told.unlink()
+        of_rank = folder / _WRITTEN.format(rank=rank)
+        files |= json.loads(of_rank.read_text())
+        of_rank.unlink()
     rest = file_facts(sorted(file for file in folder.iterdir() if file.name not in files))
     files |= {file.name: found for file, found in rest.items()}
     (folder / FACTS_FILE).write_text(json.dumps(sealed({**facts, "files": files})))
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What `write_facts` was given, and the checksums.
+    """Read the facts given to `write_facts`, and the checksums.
 
     Raises:
-        ValueError: damaged.
-        OSError: it cannot be read.
+        ValueError: the file is damaged.
+        OSError: the file cannot be read.
     """
     return unsealed(_read(folder))
 
@@ -57,11 +57,11 @@ def _read(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / FACTS_FILE).read_text(encoding="utf-8")))
 
 
-def damage(folder: Path, session: Session) -> str | None:
-    """What is wrong with a checkpoint, the same on every rank; None: nothing. Ranks share the reading of its files.
+def find_damage(folder: Path, session: Session) -> str | None:
+    """Describe what is wrong with a checkpoint, or return None; the same on every rank. Each rank reads some files.
 
     Raises:
-        CheckpointError: it has no checksums, and the user has not said that it is trusted.
+        CheckpointError: files have no checksums, and the user has not marked the folder as trusted.
     """
     try:
         found = _read(folder)
@@ -74,17 +74,17 @@ def damage(folder: Path, session: Session) -> str | None:
         if not is_trusted(folder):
             raise _without_checksums(folder, added)
         listed = []
-    bad = torch.zeros(len(listed), device=session.device)
+    damaged = torch.zeros(len(listed), device=session.device)
     for number in range(session.rank, len(listed), session.world_size):
         name, facts = listed[number]
-        bad[number] = float(not _is_as_written(folder / name, facts))
-    session.sum(bad)
-    names = [name for (name, _), is_bad in zip(listed, bad.tolist(), strict=True) if is_bad]
+        damaged[number] = float(not _matches_checksum(folder / name, facts))
+    session.sum(damaged)
+    names = [name for (name, _), is_bad in zip(listed, damaged.tolist(), strict=True) if is_bad]
     return f"{', '.join(names)} was changed since it was written" if names else None
 
 
 def _unlisted(folder: Path, facts: Mapping[str, Any]) -> list[str]:
-    """Files of a checkpoint without a checksum; the list itself, when it has none of its own."""
+    """List files without a checksum; the facts file itself, if it has none."""
     if SEAL not in facts:
         return [FACTS_FILE]
     names = {file.name for file in folder.iterdir() if file.name.endswith(READ)}
@@ -92,10 +92,10 @@ def _unlisted(folder: Path, facts: Mapping[str, Any]) -> list[str]:
 
 
 def _files(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The checksums: file name -> {bytes, sha256}.
+    """Return the checksums: file name -> {bytes, sha256}.
 
     Raises:
-        ValueError: they are something else.
+        ValueError: they have another form.
     """
     files = facts.get("files", {})
     known = isinstance(files, dict) and all(
@@ -103,21 +103,21 @@ def _files(facts: Mapping[str, Any]) -> dict[str, Any]:
         for name, found in files.items()
     )
     if not known:
-        raise ValueError("files holds no checksums")
+        raise ValueError("the key files contains no valid checksums")
     return dict(files)
 
 
 def _without_checksums(folder: Path, files: list[str]) -> CheckpointError:
     return CheckpointError(
-        f"The training checkpoint has no checksum of {', '.join(files[:3])}: an old version has written it, or "
-        "somebody has changed it.",
+        f"The training checkpoint has no checksum of {', '.join(files[:3])}: it was written by an old version or "
+        "changed by somebody.",
         where=str(folder),
-        next_step=f"If you have written it yourself: export {TRUST_VARIABLE}={folder.resolve()}. "
-        "Else delete this folder; the same command then goes on from the one before it, or starts again.",
+        next_step=f"If you wrote it yourself: export {TRUST_VARIABLE}={folder.resolve()}. "
+        "Otherwise delete this folder; the same command then resumes from the previous checkpoint, or starts again.",
     )
 
 
-def _is_as_written(file: Path, facts: Mapping[str, Any]) -> bool:
+def _matches_checksum(file: Path, facts: Mapping[str, Any]) -> bool:
     try:
         return file.stat().st_size == facts["bytes"] and file_facts([file])[file] == facts
     except OSError:

@@ -1,4 +1,4 @@
-"""The residual stream between the layers: what block influence is made of."""
+"""Record the residual stream between the layers, from which block influence is computed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from nemo_minitron.pruning.importance import block_influence_sums
 
 
 class LayerStream:
-    """Adds up the cosines between the inputs and outputs of runs of layers, batch by batch.
+    """Sums the cosines between the inputs and outputs of runs of layers, batch by batch.
 
-    Single layers are added up as they run. For longer runs the stream of one batch is kept until its end;
-    with pipeline stages these then tell each other theirs, as a run may begin on one and end on another.
+    Single layers are added as they run. For longer runs the stream of one batch is kept until its end. Pipeline stages
+    then exchange their streams, because a run may begin on one stage and end on another.
 
     Args:
-        lengths: of the runs; nothing is recorded when there are none.
+        lengths: lengths of the runs, in layers; nothing is recorded if empty.
     """
 
     def __init__(self, model: Model, shape: ModelShape, lengths: Sequence[int], session: Session) -> None:
@@ -35,7 +35,7 @@ class LayerStream:
         }
         self._stream: list[Tensor] = []
         scattered = session.parallel.sequence_parallel and session.parallel.tp > 1
-        # Tensor-parallel ranks hold the same stream, or each its part of the sequence.
+        # Tensor-parallel ranks hold the same stream, or with sequence parallelism a part of the sequence each.
         self._counts = bool(self.sums) and (session.tp_rank == 0 or scattered)
 
     @property
@@ -44,7 +44,7 @@ class LayerStream:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Watch the layers of this rank."""
+        """Record the layers of this rank inside the context."""
         if not self._counts:
             yield
             return
@@ -59,7 +59,7 @@ class LayerStream:
             self._stream = [*self._stream, after] if self._stream else [before, after]
 
     def close_batch(self) -> None:
-        """Count the runs of the batch that has just gone through."""
+        """Add the runs of the batch that has just been processed."""
         if not (self._counts and self._keeps_stream):
             return
         stream, self._stream = self._whole_stream(), []
@@ -70,7 +70,7 @@ class LayerStream:
                 sums[start] += block_influence_sums(stream[start], stream[start + length])
 
     def _whole_stream(self) -> list[Tensor]:
-        """Input of every layer and the last one's output, on every stage."""
+        """Return the input of every layer and the output of the last one, on every stage."""
         if self.session.parallel.pp == 1:
             return self._stream
         group = parallel_state.get_pipeline_model_parallel_group()
@@ -82,10 +82,10 @@ class LayerStream:
             else:
                 part = self._stream[0].new_empty(stop - start + 1, *self._stream[0].shape)
             dist.broadcast(part, ranks[stage], group=group)
-            # A stage's first tensor is the one before's last.
+            # The first tensor of a stage is the last of the stage before it.
             whole += list(part[1:] if whole else part)
         return whole
 
     def totals(self) -> dict[int, Tensor]:
-        """Length -> [runs, 2] over all ranks."""
+        """Return length -> [runs, 2], summed over all ranks."""
         return {length: self.session.sum(sums) for length, sums in self.sums.items()}

@@ -1,10 +1,10 @@
-"""How the processes of one machine find each other, out of reach of its other users.
+"""Rendezvous for the processes of one machine, protected from the machine's other users.
 
-They meet in a file of a folder that only their user can open. torch's own way is a store on all network interfaces that
-takes commands from anyone. What they say to each other goes over the loopback, where any user can still connect; so the
-other end of each connection is looked up, and must belong to this user.
+The processes use a FileStore in a folder that only their user can open; torch's default is a TCP store on all network
+interfaces that accepts commands from anyone. Their traffic uses the loopback interface. Any local user can still
+connect there, so the peer of every new connection is looked up and must belong to this user.
 
-Processes of NeMo-Aligner load this file by its path: it imports torch and the standard library only.
+This module imports only torch and the standard library: NeMo-Aligner's processes load it by its path.
 """
 
 from __future__ import annotations
@@ -20,50 +20,50 @@ from typing import Any
 
 import torch.distributed as dist
 
-MEETING_VARIABLE = "MINITRON_MEETING"
-"""As in processes/agent.py."""
+RENDEZVOUS_FOLDER_VARIABLE = "MINITRON_MEETING"
+"""Names the rendezvous folder; the same as in processes/agent.py."""
 LOOPBACKS = ("lo", "lo0")
 TCP_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 ESTABLISHED = "01"
-_meetings = count()
-"""Those of this process: each has a file of its own, because torch cannot use one twice."""
+_store_numbers = count()
+"""Counts the process groups of this process: each needs a new file, because torch cannot reuse one."""
 
 
-class StrangerError(RuntimeError):
-    """A process of another user has taken the place of a rank."""
+class ForeignProcessError(RuntimeError):
+    """A process of another user has connected in place of a rank."""
 
 
-def is_of_one_machine() -> bool:
-    """Whether this process is alone, or one of ranks that are all on this machine."""
-    return MEETING_VARIABLE in os.environ or "RANK" not in os.environ
+def is_single_machine() -> bool:
+    """Whether this process runs alone or all ranks are on this machine."""
+    return RENDEZVOUS_FOLDER_VARIABLE in os.environ or "RANK" not in os.environ
 
 
 def join(backend: str, timeout: timedelta) -> None:
-    """Start torch.distributed: alone, in the meeting's file, or as torchrun says on several machines."""
-    folder = os.environ.get(MEETING_VARIABLE)
+    """Initialize torch.distributed: alone, through the FileStore, or through torchrun's store on several machines."""
+    folder = os.environ.get(RENDEZVOUS_FOLDER_VARIABLE)
     if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     elif folder is None:
         dist.init_process_group(backend, timeout=timeout)
     else:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        name = f"store.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}.{next(_meetings)}"
+        name = f"store.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}.{next(_store_numbers)}"
         store = dist.FileStore(str(Path(folder, name)), world_size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 @contextmanager
-def among_ourselves() -> Iterator[None]:
-    """Inside, groups of processes of one machine talk over the loopback, and only with processes of this user.
+def restricted_to_own_user() -> Iterator[None]:
+    """Restrict the process groups of one machine to the loopback interface and to processes of this user.
 
     Raises:
-        StrangerError: where a group was made, another user's process has taken part.
+        ForeignProcessError: another user's process has connected while a group was created.
     """
-    if not is_of_one_machine():
+    if not is_single_machine():
         yield
         return
-    kept = {name: os.environ.get(name) for name in loopback_only()}
-    os.environ.update(loopback_only())
+    kept = {name: os.environ.get(name) for name in loopback_environment()}
+    os.environ.update(loopback_environment())
     plain = {name: getattr(dist, name) for name in ("init_process_group", "new_group")}
     for name, function in plain.items():
         setattr(dist, name, _checked(function))
@@ -79,10 +79,10 @@ def among_ourselves() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def loopback_only() -> dict[str, str]:
-    """What keeps gloo and NCCL on the loopback; empty where the machine has none.
+def loopback_environment() -> dict[str, str]:
+    """Return the variables that keep gloo and NCCL on the loopback interface; empty if the machine has none.
 
-    NCCL uses its sockets on one machine to begin with; data go by NVLink, PCIe or shared memory as before.
+    On one machine NCCL uses sockets only for its bootstrap; data still use NVLink, PCIe or shared memory.
     """
     try:
         names = {name for _, name in socket.if_nameindex()}
@@ -93,7 +93,7 @@ def loopback_only() -> dict[str, str]:
 
 
 def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, after which the other ends of new connections are looked up."""
+    """Wrap a function so that the peers of the connections that it opens are checked."""
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         before = _own_sockets()
@@ -105,21 +105,21 @@ def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def require_own_peers(sockets: set[str]) -> None:
-    """Raises StrangerError where the other end of one of these sockets (inodes) is not this user's.
+    """Raise ForeignProcessError if the peer of one of these sockets (inodes) belongs to another user.
 
-    Only Linux tells; elsewhere nothing is looked up.
+    Only Linux provides this information; on other systems nothing is checked.
     """
     rows = list(_connections())
     users = {(local, remote): user for local, remote, user, _ in rows}
     for local, remote, _, inode in rows:
         if inode in sockets and users.get((remote, local), os.geteuid()) != os.geteuid():
-            raise StrangerError(
+            raise ForeignProcessError(
                 f"Another user of this machine (uid {users[remote, local]}) has connected to a process of this run."
             )
 
 
 def _own_sockets() -> set[str]:
-    """The inodes of this process's sockets; empty where the system does not show them."""
+    """Return the inodes of this process's sockets; empty if the system does not show them."""
     found = set()
     try:
         names = os.listdir("/proc/self/fd")
@@ -136,7 +136,7 @@ def _own_sockets() -> set[str]:
 
 
 def _connections() -> Iterator[tuple[str, str, int, str]]:
-    """(own end, other end, user, inode) of the established TCP connections of this machine."""
+    """Yield (local address, remote address, user id, inode) of the established TCP connections of this machine."""
     for table in TCP_TABLES:
         try:
             lines = table.read_text().splitlines()[1:]

@@ -1,7 +1,7 @@
-"""Write Megatron's checkpoint files from a thread of the trainer.
+"""The writer of training checkpoints: Megatron's files, written from a thread of the trainer.
 
-Megatron itself forks writer processes and hears of them through a third one. A forked writer makes the trainer copy
-every page that it touches (slower than writing the file in the first place), and helpers outlive a killed trainer.
+Megatron's own asynchronous writer forks processes. After a fork, the trainer copies every page that it touches, which
+is slower than writing the file, and the forked processes outlive a killed trainer.
 """
 
 from __future__ import annotations
@@ -22,63 +22,63 @@ from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.backends.megatron.runtime.versions import begin_checkpoint, checkpoint_buckets, write_checkpoint_file
 
 Bucket = tuple[str, str, tuple[list[Any], list[tuple[Any, Tensor]]]]
-"""What goes into one file: its path, its name, (bytes, tensors); Megatron's WriteBucket."""
+"""Content of one file: path, name, (bytes, tensors); Megatron's WriteBucket."""
 Buffers = dict[Any, Tensor]
-"""Copies of tensors by their place in the checkpoint, kept from save to save: fresh memory is slow to get."""
+"""Index in the checkpoint -> copy of the tensor. Reused by later saves, because allocating memory is slow."""
 
 
-class Writing:
-    """A checkpoint that is being written; every rank has its part."""
+class PendingCheckpoint:
+    """A checkpoint that is being written; every rank writes its part."""
 
     def __init__(self, request: AsyncRequest) -> None:
         self._request = request
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self.written: dict[str, Any] = {}
-        """This rank's files, when it has finished: name -> {bytes, sha256}."""
+        """This rank's files, filled when they are written: name -> {bytes, sha256}."""
 
     @classmethod
-    def begin(cls, state: dict[str, Any], folder: Path, buffers: Buffers | None) -> Writing:
-        """Copy the state and start to write it. With buffers=None it is not copied: it must stay until `finish`."""
-        # In place of a queue that Megatron keeps in another process.
-        tell = filesystem_async._results_queue = queue.Queue()
+    def begin(cls, state: dict[str, Any], folder: Path, buffers: Buffers | None) -> PendingCheckpoint:
+        """Start writing a copy of the state. With buffers=None it is not copied and must not change until `finish`."""
+        # Replaces the queue that Megatron keeps in a separate process.
+        results_queue = filesystem_async._results_queue = queue.Queue()
         request = begin_checkpoint(state, folder)
-        writing = cls(request)
+        pending = cls(request)
         if request.async_fn is not None:
             found = checkpoint_buckets(request)
             buckets = found if buffers is None else [_staged(bucket, buffers) for bucket in found]
-            writing._thread = threading.Thread(
-                target=writing._write, args=(buckets, tell), name="checkpoint", daemon=True
+            pending._thread = threading.Thread(
+                target=pending._write, args=(buckets, results_queue), name="checkpoint", daemon=True
             )
-            writing._thread.start()
-        return writing
+            pending._thread.start()
+        return pending
 
-    def then(self, function: Callable[[], None]) -> None:
-        """Call it on every rank when all is written."""
+    def on_complete(self, function: Callable[[], None]) -> None:
+        """Register a function that every rank calls when all files are written."""
         self._request.add_finalize_fn(function)
 
     @property
-    def is_busy(self) -> bool:
-        """Whether this rank still writes."""
+    def is_writing(self) -> bool:
+        """Whether this rank is still writing."""
         return self._thread is not None and self._thread.is_alive()
 
     def finish(self, session: Session) -> None:
-        """Wait for every rank; write Megatron's metadata; call what was to come then.
+        """Wait for every rank, write Megatron's metadata, and call the registered functions.
 
         Raises:
-            OSError: on every rank, when one could not write its part.
+            OSError: on every rank, if any rank could not write its part.
         """
         if self._thread is not None:
             self._thread.join()
-        # Megatron before 0.14 leaves the others waiting for the one that failed.
+        # Before 0.14 the other ranks would wait forever for one that failed.
         failed = session.sum(torch.tensor([float(self._failure is not None)], device=session.device))
         if failed.item():
             raise OSError(str(self._failure or "another process could not write its part")) from self._failure
         for function in self._request.finalize_fns:
             function()
 
-    def _write(self, buckets: list[Bucket], tell: queue.Queue[Any]) -> None:
-        """Write this rank's files and take their checksums; the results go to Megatron's queue."""
+    def _write(self, buckets: list[Bucket], results_queue: queue.Queue[Any]) -> None:
+        """Write this rank's files, compute their checksums, and put the results into Megatron's queue."""
         results: dict[int, Any] = {}
         for number, bucket in enumerate(buckets):
             results[number] = write_checkpoint_file(self._request, number, bucket)
@@ -91,11 +91,11 @@ class Writing:
             self._failure = error
             return
         self.written.update({file.name: facts for file, facts in found.items()})
-        tell.put(results)
+        results_queue.put(results)
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """What went wrong before torch stumbled over it when it closed the file."""
+    """Return the original error; torch raises another one when it closes the file."""
     while error.__context__ is not None:
         error = error.__context__
     return error
@@ -103,7 +103,7 @@ def _first_cause(error: BaseException) -> BaseException:
 
 @torch.no_grad()
 def _staged(bucket: Bucket, buffers: Buffers) -> Bucket:
-    """The bucket with copies of its tensors."""
+    """Return the bucket with copies of its tensors."""
     path, name, (blobs, tensors) = bucket
     copies = []
     for item, tensor in tensors:

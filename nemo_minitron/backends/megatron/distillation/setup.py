@@ -1,0 +1,122 @@
+"""Models, loss and text of one training, and the teacher's targets for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.backends.megatron.data.datasets import HeldOutBatches
+from nemo_minitron.backends.megatron.distillation.correction import Correction
+from nemo_minitron.backends.megatron.distillation.hidden import HiddenStates, States, recording_states, transfer_states
+from nemo_minitron.backends.megatron.distillation.teacher_targets import TeacherTargets
+from nemo_minitron.backends.megatron.model.forward import Batch, forward_batches
+from nemo_minitron.backends.megatron.model.head import model_hidden, vocab_of
+from nemo_minitron.backends.megatron.model.parts import Model, head
+from nemo_minitron.backends.megatron.runtime.context import own_rows
+from nemo_minitron.backends.megatron.runtime.session import Session
+from nemo_minitron.distillation.cache import TeacherCache
+from nemo_minitron.distillation.sparse import SparseTeacher
+from nemo_minitron.distillation.vocab import Vocab
+from nemo_minitron.families import ModelShape
+from nemo_minitron.schema.losses import Loss
+
+
+@dataclass(frozen=True)
+class DistillSetup:
+    """Models, loss and held-out text of one training."""
+
+    loss: Loss
+    student: Model
+    teacher: Model | None
+    vocab_size: int
+    """Number of tokens in both vocabularies."""
+    heldout: HeldOutBatches
+    session: Session
+    seed: int
+    hidden: HiddenStates | None = None
+    cache: TeacherCache | None = None
+    teacher_loss: float | None = None
+    """Held-out loss from the cache; None if it was measured on other text."""
+    teacher_shape: ModelShape | None = None
+    correction: Correction | None = None
+    """Set if the teacher is trained, too."""
+
+    @property
+    def vocab(self) -> Vocab:
+        rows = head(self.student).output_size_per_partition if self.session.is_last_stage else 0
+        return vocab_of(self.session, rows)
+
+
+def teacher_targets(setup: DistillSetup, batches: list[Batch]) -> Iterator[TeacherTargets]:
+    """Yield the teacher's targets of each micro-batch.
+
+    Without pipeline parallelism they are computed lazily, one micro-batch at a time. With it, the teacher first runs
+    its own forward schedule over all micro-batches.
+    """
+    if setup.cache is not None:
+        return _cached_targets(setup, setup.cache, batches)
+    if setup.teacher is None:
+        return repeat(TeacherTargets(), len(batches))
+    if setup.session.parallel.pp == 1:
+        return _live_targets(setup, setup.teacher, batches)
+    return iter(_pipelined_targets(setup, setup.teacher, batches))
+
+
+def _cached_targets(setup: DistillSetup, cache: TeacherCache, batches: list[Batch]) -> Iterator[TeacherTargets]:
+    for batch in batches:
+        numbers = _cached_numbers(setup, cache, batch)
+        if numbers is None or not setup.session.is_last_stage:
+            yield TeacherTargets()
+            continue
+        whole = batch["sample_tokens"]
+        found = cache.read(numbers.tolist(), whole.cpu().numpy())
+        yield TeacherTargets(cached=_own_tokens(found, len(whole), setup.session).to(whole.device))
+
+
+def _own_tokens(teacher: SparseTeacher, batch_size: int, session: Session) -> SparseTeacher:
+    fields = (teacher.ids, teacher.probs, teacher.negative_entropy)
+    return SparseTeacher(*(own_rows(field, batch_size, session) for field in fields))
+
+
+def _cached_numbers(setup: DistillSetup, cache: TeacherCache, batch: Batch) -> Tensor | None:
+    """Return the numbers of a batch in the cache; None if the cache does not contain it."""
+    if "sample_ids" in batch:
+        return batch["sample_ids"]
+    return batch["window_ids"] + cache.facts.first_heldout if caches_heldout(setup) else None
+
+
+def caches_heldout(setup: DistillSetup) -> bool:
+    """Whether the cache contains the teacher's distributions for the held-out text."""
+    return setup.cache is not None and setup.teacher_loss is not None and setup.cache.facts.num_heldout > 0
+
+
+def _live_targets(setup: DistillSetup, teacher: Model, batches: list[Batch]) -> Iterator[TeacherTargets]:
+    taps = setup.hidden.teacher_taps if setup.hidden is not None else ()
+    for batch in batches:
+        with torch.no_grad(), recording_states(teacher, taps) as states:
+            head_input = model_hidden(teacher, batch)
+        yield TeacherTargets(head_input, states)
+
+
+def _pipelined_targets(setup: DistillSetup, teacher: Model, batches: list[Batch]) -> list[TeacherTargets]:
+    outputs: list[Tensor | None] = []
+    kept: list[States] = []
+    taps = setup.hidden.teacher_taps if setup.hidden is not None else ()
+    with recording_states(teacher, taps) as states:
+
+        def after() -> None:
+            kept.append(dict(states))
+
+        def keep(hidden: Tensor, _: Batch) -> None:
+            outputs.append(hidden)
+
+        forward_batches(teacher, batches, setup.session, keep, after=after, forward=model_hidden)
+    if setup.hidden is not None:
+        kept = transfer_states(kept, setup.hidden, batches, teacher.config.params_dtype)
+    if not setup.session.is_last_stage:
+        outputs = [None] * len(batches)
+    return [TeacherTargets(head_input, states) for head_input, states in zip(outputs, kept, strict=True)]
