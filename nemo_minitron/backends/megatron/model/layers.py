@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from nemo_minitron.backends.megatron.runtime.context import context_attention
 from nemo_minitron.backends.megatron.runtime.cpu import cuda_is_cpu
+from nemo_minitron.backends.megatron.runtime.torch_versions import attention
 from nemo_minitron.backends.megatron.runtime.versions import context_group, mlp_spec
 from nemo_minitron.errors import EnvironmentProblem
 
@@ -83,10 +84,7 @@ class SdpaCoreAttention(nn.Module):
             out = context_attention(query, key, value, may_look, self.context_group)
         else:
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-            grouped = q.shape[1] != k.shape[1]
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=may_look, is_causal=may_look is None, enable_gqa=grouped
-            )
+            out = attention(q, k, v, may_look, causal=may_look is None)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 

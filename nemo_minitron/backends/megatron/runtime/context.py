@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.model.forward import Batch
 from nemo_minitron.backends.megatron.runtime.session import Session
+from nemo_minitron.backends.megatron.runtime.torch_versions import attention
 
 
 def own_part(batch: Batch, session: Session) -> Batch:
@@ -67,10 +67,7 @@ def context_attention(
             mask = torch.ones(size, stop, dtype=torch.bool, device=q.device).tril(stop - size)
         else:
             mask = may_look.chunk(2, 2)[half][..., :stop]
-        grouped = q.shape[1] != k.shape[1]
-        out.append(
-            F.scaled_dot_product_attention(q, k[:, :, :stop], v[:, :, :stop], attn_mask=mask, enable_gqa=grouped)
-        )
+        out.append(attention(q, k[:, :, :stop], v[:, :, :stop], mask))
     return torch.cat(out, 2)
 
 
