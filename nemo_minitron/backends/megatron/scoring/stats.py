@@ -1,7 +1,7 @@
-"""Importance statistics from hooks on a Megatron model.
+"""Collect importance statistics with hooks on a Megatron model.
 
-Every rank adds up what it sees of its own layers and channels into zero tensors of the whole
-model's size; one sum over all ranks then gives every rank the whole statistic, in any layout.
+Every rank accumulates its own layers and channels into zero tensors of the whole model's size. One sum over all ranks
+then gives every rank the complete statistics, in any layout.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from nemo_minitron.backends.megatron.model.parts import Layer, Model, layers
 from nemo_minitron.backends.megatron.runtime.layout import shard_range
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.families import ModelShape
+from nemo_minitron.families.axes import SCORED_WIDTH_AXES, Axis, ScoredAt
+from nemo_minitron.families.registry import axes_of
 from nemo_minitron.pruning.importance import (
     CONVENTIONS,
     METHODS,
@@ -39,27 +41,12 @@ from nemo_minitron.schema.pruning import Scoring
 View = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Sums:
-    """Additive statistics of the whole model, fp64; this rank's share until they are summed."""
-
-    norms: Tensor
-    """[2L, 4, hidden]: outputs of each layer's two norms."""
-    ffn: Tensor
-    """[L, 4, ffn]: MLP neurons."""
-    attention: Tensor
-    """[L, 4, heads * kv_channels] or, where heads are measured at each token, [L, 4, heads]."""
-
-    @classmethod
-    def zeros(cls, shape: ModelShape, convention: Convention, device: torch.device) -> Sums:
-        layers, axis = shape.num_layers, shape.axis_sizes()
-        attention = shape.num_attention_heads if convention.head_per_token else axis["q"]
-        rows = ((2 * layers, axis["hidden"]), (layers, axis["ffn"]), (layers, attention))
-        return cls(*(torch.zeros(n, NUM_SUMS, size, dtype=torch.float64, device=device) for n, size in rows))
+Sums = dict[str, Tensor]
+"""Axis -> additive statistics [rows, 4, size] of the whole model, fp64; this rank's share until summed over ranks."""
 
 
 def convention_of(params: Scoring) -> Convention:
-    """The named convention, with the side of the activation function that the recipe may have chosen."""
+    """Return the named convention; the recipe may choose to measure neurons before or after the activation function."""
     found = CONVENTIONS[params.convention]
     return Convention(params.neuron_score or found.neuron, found.head_per_token)
 
@@ -71,44 +58,44 @@ def activation_scores(
     params: Scoring,
     session: Session,
 ) -> dict[str, Tensor]:
-    """Width scores, and block influence where it is asked for; one pass, fp64, equal on every rank.
+    """Compute width scores, and block influence if requested, in one pass; fp64, equal on every rank.
 
-    hidden: summed over the outputs of all layers' norms; ffn and heads: per layer (2407.14679,
-    section 2.2). The final norm is not counted.
+    hidden: summed over the outputs of all layers' norms; ffn and heads: per layer (2407.14679, section 2.2). The final
+    norm is not counted.
     """
     convention, method = convention_of(params), METHODS[params.method]
-    sums = Sums.zeros(shape, convention, session.device)
+    axes = [axis for axis in SCORED_WIDTH_AXES if axis.name in params.width_axes]
+    sums = {axis.name: _zeros(axis, shape, convention, session.device) for axis in axes}
     lengths = (1, *params.block_lengths) if "block_influence" in params.layer_metrics else ()
     stream = LayerStream(model, shape, lengths, session)
     taps = _Taps(convention, method, params, shape, session)
-    with evaluating(model), stream.recording(), taps.attached(model, sums):
+    with evaluating(model), stream.recording(), taps.attached(model, axes, sums):
         if method.needs_gradient:
             backward_batches(model, batches, session, shape.vocab_size, after=stream.close_batch)
         else:
             forward_batches(model, batches, session, lambda *_: None, after=stream.close_batch)
-    for tensor in (sums.norms, sums.ffn, sums.attention):
+    for tensor in sums.values():
         session.sum(tensor)
-    return {**_width_scores(sums, shape, params, convention), **_influence(stream)}
+    return {**_width_scores(axes, sums, shape, params, convention), **_influence(stream)}
 
 
-def _width_scores(sums: Sums, shape: ModelShape, params: Scoring, convention: Convention) -> dict[str, Tensor]:
+def _zeros(axis: Axis, shape: ModelShape, convention: Convention, device: torch.device) -> Tensor:
+    tap = _tap(axis)
+    size = (tap.num_rows * shape.num_layers, NUM_SUMS, tap.size(shape, convention))
+    return torch.zeros(size, dtype=torch.float64, device=device)
+
+
+def _width_scores(
+    axes: list[Axis], sums: Sums, shape: ModelShape, params: Scoring, convention: Convention
+) -> dict[str, Tensor]:
     def by_row(tensor_R4C: Tensor) -> Tensor:
         return torch.stack([aggregate_batch(row, params.batch_aggregation) for row in tensor_R4C]).cpu()
 
-    def heads() -> Tensor:
-        rows = by_row(sums.attention)
-        return rows if convention.head_per_token else head_scores(rows, shape.kv_channels)
-
-    scores: dict[str, Callable[[], Tensor]] = {
-        "hidden": lambda: by_row(sums.norms).sum(0),
-        "ffn": lambda: by_row(sums.ffn),
-        "heads": heads,
-    }
-    return {axis: scores[axis]() for axis in params.width_axes}
+    return {axis.name: _tap(axis).score(by_row(sums[axis.name]), shape, convention) for axis in axes}
 
 
 def _influence(stream: LayerStream) -> dict[str, Tensor]:
-    """block_influence of single layers as `layers.`, of runs as `blocks.<length>`."""
+    """Return block influence: `layers.block_influence`, and `blocks.block_influence.<length>` for runs."""
     return {
         f"layers.{_BI}" if length == 1 else f"blocks.{_BI}.{length}": block_influence(sums.cpu())
         for length, sums in stream.totals().items()
@@ -120,7 +107,7 @@ _BI = "block_influence"
 
 @dataclass(frozen=True)
 class _Taps:
-    """Where activations are taken from, and what is done with them."""
+    """Hooks that read activations and accumulate their statistics."""
 
     convention: Convention
     method: Method
@@ -129,36 +116,39 @@ class _Taps:
     session: Session
 
     @contextmanager
-    def attached(self, model: Model, sums: Sums) -> Iterator[None]:
-        """Hooks on every layer of this rank, for the axes that are asked for."""
-        axes = self.params.width_axes
+    def attached(self, model: Model, axes: list[Axis], sums: Sums) -> Iterator[None]:
+        """Attach hooks to every layer of this rank, for the requested axes."""
         with ExitStack() as stack:
             for layer in layers(model):
-                index = layer.index
-                if "ffn" in axes:
-                    stack.enter_context(self._neurons(layer, sums.ffn[index]))
-                if "heads" in axes:
-                    stack.enter_context(self._heads(layer, sums.attention[index]))
-                if "hidden" in axes:
-                    stack.enter_context(self._norm(layer.input_norm, sums.norms[2 * index]))
-                    stack.enter_context(self._norm(layer.pre_mlp_norm, sums.norms[2 * index + 1]))
+                inside = axes_of(self.shape, layer.index)
+                for axis in axes:
+                    if axis in inside or not axis.per_layer:
+                        tap = _tap(axis)
+                        first = tap.num_rows * layer.index
+                        rows = sums[axis.name][first : first + tap.num_rows]
+                        stack.enter_context(tap.attach(self, layer, rows))
             yield
 
-    def _neurons(self, layer: Layer, sums_4C: Tensor) -> Any:
-        mine = self._my_part(sums_4C)
+    def neurons(self, layer: Layer, sums_R4C: Tensor) -> Any:
+        mine = self._my_part(sums_R4C[0])
         if self.convention.neuron == "after_activation":
             return _on_input(layer.mlp_output, lambda x: self._take(x, _same, mine))
         # Megatron stacks gate and up; the gate goes through the activation function.
         view = (lambda x: x.chunk(2, -1)[0]) if self.shape.gated else _same
         return _on_output(layer.mlp_input, lambda out: self._take(out[0], view, mine))
 
-    def _heads(self, layer: Layer, sums_4C: Tensor) -> Any:
-        mine, size = self._my_part(sums_4C), self.shape.kv_channels
+    def heads(self, layer: Layer, sums_R4C: Tensor) -> Any:
+        mine, size = self._my_part(sums_R4C[0]), self.shape.kv_channels
         view = (lambda x: per_head(x, size)) if self.convention.head_per_token else _same
         return _on_input(layer.attention_output, lambda x: self._take(x, view, mine))
 
+    @contextmanager
+    def norms(self, layer: Layer, sums_R4C: Tensor) -> Iterator[None]:
+        with self._norm(layer.input_norm, sums_R4C[0]), self._norm(layer.pre_mlp_norm, sums_R4C[1]):
+            yield
+
     def _norm(self, norm: nn.Module, sums_4C: Tensor) -> Any:
-        """The same on every tensor-parallel rank, or a part of the sequence of each: the first one counts."""
+        """Read a norm; without sequence parallelism tensor-parallel ranks have equal outputs: only the first counts."""
         scattered = self.session.parallel.sequence_parallel and self.session.parallel.tp > 1
         if self.session.tp_rank and not scattered:
             return ExitStack()
@@ -182,6 +172,41 @@ class _Taps:
         activation.register_hook(lambda gradient: add(values(kept, gradient)))
 
 
+@dataclass(frozen=True)
+class _Tap:
+    """How the importance of an axis is measured at one place of a layer."""
+
+    num_rows: int
+    """Number of rows of statistics for each layer."""
+    size: Callable[[ModelShape, Convention], int]
+    """Number of values in a row."""
+    attach: Callable[[_Taps, Layer, Tensor], Any]
+    """(taps, layer, its rows of the sums) -> context manager that has hooks on the layer."""
+    score: Callable[[Tensor, ModelShape, Convention], Tensor]
+    """Rows after aggregation over the batch -> score of the axis."""
+
+
+def _attention_size(shape: ModelShape, convention: Convention) -> int:
+    return shape.num_attention_heads if convention.head_per_token else shape.axis_sizes()["q"]
+
+
+def _attention_score(rows: Tensor, shape: ModelShape, convention: Convention) -> Tensor:
+    return rows if convention.head_per_token else head_scores(rows, shape.kv_channels)
+
+
+TAPS: dict[ScoredAt, _Tap] = {
+    "norm_outputs": _Tap(2, lambda shape, _: shape.hidden_size, _Taps.norms, lambda rows, *_: rows.sum(0)),
+    "mlp_neurons": _Tap(1, lambda shape, _: shape.ffn_hidden_size, _Taps.neurons, lambda rows, *_: rows),
+    "attention_heads": _Tap(1, _attention_size, _Taps.heads, _attention_score),
+}
+"""Place of an axis (`Axis.scored_at`) -> how it is measured there."""
+
+
+def _tap(axis: Axis) -> _Tap:
+    assert axis.scored_at is not None
+    return TAPS[axis.scored_at]
+
+
 def _same(x: Tensor) -> Tensor:
     return x
 
@@ -193,7 +218,7 @@ def _whole_sequence(x: Tensor) -> Tensor:
 @contextmanager
 def _on_input(module: nn.Module, consume: Callable[[Tensor], None]) -> Iterator[None]:
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        # Returns None: a value would replace the activation.
+        # A hook that returns a value would replace the activation.
         consume(args[0])
 
     handle = module.register_forward_pre_hook(hook)
