@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_minitron.cli.status import STYLES
+from nemo_minitron.families.axes import AXES
+from nemo_minitron.families.shape import SIZE_AXES
 from nemo_minitron.system.terminal import Screen, write
 
 if TYPE_CHECKING:
@@ -82,11 +84,7 @@ def _print_candidates(candidates: list[dict[str, Any]]) -> None:
     columns = {
         "name": "name",
         "num_params": "parameters",
-        "num_layers": "layers",
-        "hidden_size": "hidden",
-        "ffn_hidden_size": "ffn",
-        "num_attention_heads": "heads",
-        "num_query_groups": "groups",
+        **{axis.target_key: axis.name for axis in SIZE_AXES if axis in AXES},
     }
     for column in (*columns.values(), "memory, GiB", "token, ms"):
         table.add_column(column, justify="right")

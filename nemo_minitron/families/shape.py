@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from nemo_minitron.families.axes import FIXED_AXES, GROUPS, HEADS, LAYERS, SIZE_KEYS, WIDTH_AXES
+from nemo_minitron.families.axes import AXES, FIXED_AXES, GROUPS, HEADS, LAYERS, SIZE_KEYS, WIDTH_AXES, Axis
 
 Norm = Literal["rmsnorm", "layernorm1p"]
 Activation = Literal["swiglu", "squared_relu"]
@@ -71,6 +71,11 @@ class ModelShape:
         """Return a copy with other sizes; `kv_channels` stays unless it is given."""
         return replace(self, **sizes)  # type: ignore[arg-type]
 
+
+SIZE_AXES: tuple[Axis, ...] = tuple(
+    axis for field in fields(ModelShape) for axis in (*AXES, *FIXED_AXES) if axis.target_key == field.name
+)
+"""Axes in the order in which a shape lists its sizes, for tables."""
 
 TargetSizes = Iterable[tuple[str, int | None]]
 """Pairs of a field of ModelShape and a student's size; a size that is None or missing stays as in the source."""
