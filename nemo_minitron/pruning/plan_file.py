@@ -148,7 +148,7 @@ def _parse(document: Mapping[str, Any], source: ModelShape) -> PrunePlan:
 def _parse_merged(document: Mapping[str, Any], layers: Sequence[int], source: ModelShape) -> dict[int, dict[int, int]]:
     how, merged = document.get("head_merge", OFF), document.get("merged_heads", {})
     if how != OFF and how not in SHARES:
-        raise ValueError(f"head_merge {how!r} is none of {', '.join([OFF, *SHARES])}")
+        raise ValueError(f"head_merge {how!r} is not one of {', '.join([OFF, *SHARES])}")
     out = {
         layer: {int(kept): int(cut) for kept, cut in merged.get(str(layer), {}).items()}
         for layer in (layers if how != OFF else ())
