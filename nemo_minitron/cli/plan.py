@@ -13,6 +13,8 @@ from rich.text import Text
 from nemo_minitron import api
 from nemo_minitron.cli.arguments import Overrides, RecipeFile
 from nemo_minitron.cli.output import STATUS_STYLES, console, print_warnings
+from nemo_minitron.families.axes import AXES
+from nemo_minitron.families.shape import SIZE_AXES
 from nemo_minitron.system.terminal import write
 
 if TYPE_CHECKING:
@@ -80,11 +82,7 @@ def _print_candidates(candidates: list[dict[str, Any]]) -> None:
     columns = {
         "name": "name",
         "num_params": "parameters",
-        "num_layers": "layers",
-        "hidden_size": "hidden",
-        "ffn_hidden_size": "ffn",
-        "num_attention_heads": "heads",
-        "num_query_groups": "groups",
+        **{axis.target_key: axis.name for axis in SIZE_AXES if axis in AXES},
     }
     for column in (*columns.values(), "memory, GiB", "token, ms"):
         table.add_column(column, justify="right")

@@ -1,1 +1,1 @@
-"""Distillation losses: functions of tensors."""
+"""Distillation losses and the teacher cache: functions of tensors."""

@@ -1,12 +1,12 @@
-"""A teacher's sparse distributions on disk: compact, checked, and found by sample.
+"""The teacher cache: sparse distributions of a teacher on disk, compact, with checksums, and indexed by sample.
 
-A cache is a folder of shards (safetensors) and cache.json. Each sample of S tokens is stored by itself, so that it can
-be read in any order, batch or parallel layout. What is read is compared with the text that it is asked for and with its
-checksum: a wrong or damaged entry is an error, never another loss.
+A cache is a folder of shards (safetensors) and cache.json. Each sample of S tokens is stored separately, so that it can
+be read in any order, batch or parallel layout. Each entry that is read is compared with its checksum and with the text
+of the sample: a wrong or damaged entry is an error, and never changes the loss.
 
-Entries: a draw is 3 bytes, 18 bits of id and 6 of count - 1 (draws of one token are merged). A top-k entry is 4 bytes,
-18 bits of id and 14 of log-probability: at most 0.07 % off, down to e^-20. Besides, each token has the number of its
-entries (1 byte) and the negative entropy (2 bytes, fp16; it shifts the loss, and has no part in its gradient).
+Format: a draw has 3 bytes, 18 bits of id and 6 of count - 1 (draws of one token are merged). A top-k entry has 4 bytes,
+18 bits of id and 14 of log-probability, with an error of at most 0.07 %, down to e^-20. Each token also has the number
+of its entries (1 byte) and the negative entropy (2 bytes, fp16), which shifts the loss but is not in its gradient.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ OPEN_SHARDS = 16
 
 @dataclass(frozen=True)
 class CacheFacts:
-    """What a cache is of; cache.json holds these fields."""
+    """Description of the content of a cache: the fields of cache.json."""
 
     sparse: dict[str, Any]
     temperature: float
@@ -50,14 +50,16 @@ class CacheFacts:
     seq_len_tokens: int
     num_samples: int
     seed: int
-    """Of the order of the samples, and of the draws."""
+    """Seed of the order of the samples, and of the draws."""
     reset_attention_mask: bool = False
-    """Whether the teacher's tokens did not look back over the end of a document."""
+    """Whether tokens did not attend to earlier documents of the same sample."""
     valid_num_tokens: int | None = None
+    """Number of held-out tokens for `valid_teacher_loss`."""
     valid_teacher_loss: float | None = None
-    """Of the teacher on that many held-out tokens, nats per token."""
+    """Held-out loss of the teacher, nats per token."""
     num_heldout: int = 0
-    """Windows of this held-out text, in shards of their own after those of the samples; 0: they give no KL."""
+    """Number of windows of the held-out text, which have shards of their own after those of the samples; 0 if the
+    entries do not determine the KL."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -66,20 +68,20 @@ class CacheFacts:
 
     @property
     def first_heldout(self) -> int:
-        """Number of the first held-out window, which is numbered as a sample."""
+        """Index of the first held-out window; windows are numbered after the samples."""
         return _shards(self.num_samples) * SAMPLES_PER_SHARD
 
     def has(self, sample: int) -> bool:
         return 0 <= sample < self.num_samples or 0 <= sample - self.first_heldout < self.num_heldout
 
     def samples_of(self, shard: int) -> range:
-        """Numbers of the samples, or held-out windows, of a shard."""
+        """Return the indices of the samples, or held-out windows, in a shard."""
         first = shard * SAMPLES_PER_SHARD
         end = self.num_samples if first < self.first_heldout else self.first_heldout + self.num_heldout
         return range(first, min(first + SAMPLES_PER_SHARD, end))
 
     def teacher_loss(self, params: Distillation) -> float | None:
-        """The teacher's held-out loss, where it was measured on the text of the student's."""
+        """Return the teacher's held-out loss if it was measured on as much text as the student's; otherwise None."""
         return self.valid_teacher_loss if self.valid_num_tokens == params.valid_num_tokens else None
 
 
@@ -88,19 +90,19 @@ def _shards(num_samples: int) -> int:
 
 
 def gives_kl(sparse: Sampled | TopK, temperature: float) -> bool:
-    """Whether the entries tell the KL at temperature 1, or with a tail a lower bound of it."""
+    """Return whether the entries determine the KL at temperature 1, or, with a tail, a lower bound of it."""
     return temperature == 1.0 and (isinstance(sparse, Sampled) or sparse.tail == "ghost")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One sample as it is stored."""
+    """One sample in the stored format."""
 
     payload: bytes
     per_token: NDArray[np.uint8]
-    """Entries of each token [S]."""
+    """Number of entries of each token [S]."""
     negative_entropy: NDArray[np.float16]
-    """[S]."""
+    """Negative entropy of each token's distribution [S]."""
     text_hash: int
 
     @property
@@ -109,7 +111,11 @@ class Entry:
 
 
 def require_vocabulary(vocab_size: int) -> None:
-    """Raises PlanError for a vocabulary whose ids do not fit."""
+    """Require a vocabulary whose ids fit into the format.
+
+    Raises:
+        PlanError: the vocabulary is too large.
+    """
     if vocab_size > MAX_VOCAB_SIZE:
         raise PlanError(
             f"A vocabulary of {vocab_size:,} does not fit into a teacher cache.", allowed=f"at most {MAX_VOCAB_SIZE:,}"
@@ -121,7 +127,7 @@ def shard_name(shard: int) -> str:
 
 
 def hash_of(tokens_S: NDArray[np.integer]) -> int:
-    """64 bits of the sample's token ids."""
+    """Return a 64-bit hash of the token ids of a sample."""
     digest = blake2b(np.ascontiguousarray(tokens_S, dtype="<i4").tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -130,7 +136,7 @@ def hash_of(tokens_S: NDArray[np.integer]) -> int:
 
 
 def pack(teacher: SparseTeacher, tokens_S: NDArray[np.integer], sparse: Sampled | TopK) -> Entry:
-    """One sample's distributions [S, K]."""
+    """Pack the distributions [S, K] of one sample."""
     ids = teacher.ids.cpu().numpy().astype(np.uint32)
     if isinstance(sparse, Sampled):
         payload, per_token = _pack_draws(ids)
@@ -158,7 +164,7 @@ def _pack_top_k(ids_SK: NDArray[np.uint32], log_probs_SK: NDArray[np.float64]) -
 
 
 def unpack(entry: Entry, sparse: Sampled | TopK) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """(ids, probabilities) [S, K]; tokens with fewer entries are filled up with probability 0."""
+    """Return (ids, probabilities) [S, K]; tokens with fewer entries are padded with probability 0."""
     if isinstance(sparse, TopK):
         words = np.frombuffer(entry.payload, dtype="<u4").reshape(len(entry.per_token), -1)
         levels = (words >> ID_BITS).astype(np.float32)
@@ -183,7 +189,7 @@ def _ids(words: NDArray[np.uint32]) -> NDArray[np.int64]:
 
 
 def write_shard(folder: Path, shard: int, entries: list[Entry]) -> None:
-    """All samples of a shard; the file appears when it is complete."""
+    """Write all samples of a shard. The file gets its name when it is complete."""
     payloads = [np.frombuffer(entry.payload, dtype=np.uint8) for entry in entries]
     tensors: dict[str, NDArray[Any]] = {
         "payload": np.concatenate(payloads),
@@ -199,9 +205,13 @@ def write_shard(folder: Path, shard: int, entries: list[Entry]) -> None:
 
 
 def require_same_keys(facts: CacheFacts, params: Distillation, folder: Path) -> None:
-    """Raises DataError unless the cache is of what a distillation asks for.
+    """Require a cache that was made with the settings of a distillation.
 
-    The plan compares recipes; a recipe that was changed over a finished cache (--accept-drift) is caught here only.
+    The plan compares the recipes of both. Only this check finds a recipe that was changed after the cache was made
+    (--accept-drift).
+
+    Raises:
+        DataError: a setting differs, or the cache has too few samples.
     """
     loss = params.loss.logits
     wanted = {
@@ -218,9 +228,9 @@ def require_same_keys(facts: CacheFacts, params: Distillation, folder: Path) -> 
         other.append(f"num_steps * global_batch_size = {needed}, the cache has {facts.num_samples} samples")
     if other:
         raise DataError(
-            f"The teacher cache is not of this distillation: {'; '.join(other)}.",
+            f"The teacher cache does not fit this distillation: {'; '.join(other)}.",
             where=str(folder),
-            next_step="Make both stages agree, and run the cache_teacher stage again if it changes.",
+            next_step="Give both stages the same values, and run the cache_teacher stage again if it changes.",
         )
 
 
@@ -229,7 +239,7 @@ def write_facts(folder: Path, facts: CacheFacts) -> None:
 
 
 class TeacherCache:
-    """Reads samples of a finished cache."""
+    """Reader of a finished cache."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -242,22 +252,22 @@ class TeacherCache:
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
 
     def read(self, sample_ids: list[int], tokens_BS: NDArray[np.integer]) -> SparseTeacher:
-        """The teacher's distributions of these samples [B * S, K].
+        """Return the teacher's distributions of these samples [B * S, K].
 
         Raises:
-            DataError: a sample that the cache does not have, has of another text, or has damaged.
+            DataError: the cache does not have a sample, has it with another text, or is damaged.
         """
         ids, probs, entropies = [], [], []
         for number, tokens in zip(sample_ids, tokens_BS, strict=True):
             entry = self._checked_entry(number, tokens)
             of_sample = unpack(entry, self.sparse)
             ids.append(torch.from_numpy(of_sample[0]))
-            probs.append(torch.from_numpy(self._whole(of_sample[1])))
+            probs.append(torch.from_numpy(self._normalized(of_sample[1])))
             entropies.append(torch.from_numpy(entry.negative_entropy.astype(np.float32)))
         return SparseTeacher(_padded(ids), _padded(probs), torch.cat(entropies))
 
-    def _whole(self, probs_SK: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Where no tail is left the probabilities sum to 1, whatever they were rounded to."""
+    def _normalized(self, probs_SK: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Normalize probabilities without a tail, which do not sum to 1 after rounding."""
         if isinstance(self.sparse, TopK) and (self.sparse.tail == "drop" or self.sparse.k >= self.facts.vocab_size):
             return probs_SK / probs_SK.sum(axis=1, keepdims=True)
         return probs_SK
@@ -279,9 +289,9 @@ class TeacherCache:
             raise _damaged(where, f"checksum of sample {number}")
         if entry.text_hash != hash_of(tokens_S):
             raise DataError(
-                f"Sample {number} of the teacher cache is of another text.",
+                f"Sample {number} of the teacher cache has another text.",
                 where=str(where),
-                next_step="The data, its seed or its length changed since: run the cache_teacher stage again.",
+                next_step="The data, its seed or its length has changed: run the cache_teacher stage again.",
             )
         return entry
 
@@ -309,7 +319,7 @@ def _read_facts(folder: Path) -> CacheFacts:
     file = folder / FACTS_FILE
     try:
         fields = dict(json.loads(file.read_text()))
-        # Before its fields: another format may have others.
+        # Check the version first: another version may have other fields.
         version = fields.get("format_version")
         if version == FORMAT_VERSION:
             return CacheFacts(**fields)
@@ -323,7 +333,7 @@ def _read_facts(folder: Path) -> CacheFacts:
     )
 
 
-def _damaged(where: Path, why: str) -> DataError:
+def _damaged(where: Path, reason: str) -> DataError:
     return DataError(
-        f"The teacher cache is damaged: {why}.", where=str(where), next_step="Run the cache_teacher stage again."
+        f"The teacher cache is damaged: {reason}.", where=str(where), next_step="Run the cache_teacher stage again."
     )

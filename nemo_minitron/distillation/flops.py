@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from nemo_minitron.families import ModelShape
+from nemo_minitron.families.registry import layers_of
 
 BACKWARD_OVER_FORWARD = 2
 """Each matrix product of the forward pass has two in the backward pass."""
 
 
 def forward_flops_per_token(shape: ModelShape, seq_len_tokens: int) -> float:
-    """Of matrix products: projections, MLP, head, and causal attention (on average half of the sequence is seen).
+    """Return the operations of matrix products: the blocks of all layers, and the head.
 
-    A product of [m, k] and [k, n] is 2 m k n operations, as in 2001.08361, section 2.1.
+    A product of [m, k] and [k, n] is 2 m k n operations, as in 2001.08361, section 2.1. Causal attention sees half of
+    the sequence on average.
     """
-    heads = shape.num_attention_heads * shape.kv_channels
-    groups = shape.num_query_groups * shape.kv_channels
-    attention = shape.hidden_size * (2 * heads + 2 * groups)
-    mlp = shape.hidden_size * shape.ffn_hidden_size * (3 if shape.gated else 2)
-    scores = 2 * heads * seq_len_tokens / 2
-    head = shape.hidden_size * shape.vocab_size
-    return 2.0 * (shape.num_layers * (attention + mlp + scores) + head)
+    sizes = shape.axis_sizes()
+    by_block = {
+        block: sum(2.0 * prod(sizes[label] for label in row.axes) for row in block.rows(shape) if len(row.axes) > 1)
+        + block.token_mixing_flops(shape, seq_len_tokens)
+        for block in {block for layer in layers_of(shape) for block in layer}
+    }
+    head = 2.0 * shape.hidden_size * shape.vocab_size
+    return sum(by_block[block] for layer in layers_of(shape) for block in layer) + head
 
 
 def training_flops_per_token(
     student: ModelShape, teacher: ModelShape | None, seq_len_tokens: int, *, teacher_learns: bool = False
 ) -> float:
-    """Forward and backward of what is trained, and the forward pass of its teacher; recomputation is not counted."""
+    """Return the operations of the student's forward and backward pass and the teacher's forward pass.
+
+    Recomputation is not counted.
+
+    Args:
+        teacher_learns: the teacher has a backward pass as well.
+    """
     both = 1 + BACKWARD_OVER_FORWARD
     trained = both * forward_flops_per_token(student, seq_len_tokens)
     if teacher is None:

@@ -1,7 +1,7 @@
-"""Losses between hidden states of a teacher and a student, and which states are compared.
+"""Losses between hidden states of a teacher and a student, and the choice of the states.
 
-Every state is read after the norm that follows it, as in 2407.14679, section 3: a block's output after the next block's
-first norm (the last block's after the final norm), the embeddings after the first block's first norm, an MLP's input
+Each state is read after the norm that follows it, as in 2407.14679, section 3: the output of a layer after the first
+norm of the next one (or the final norm), the embeddings after the first norm of the first layer, the input of an MLP
 after the norm before it.
 
 Shapes: S sequence, B batch, D hidden size (student and teacher may differ).
@@ -24,22 +24,22 @@ class Tap(NamedTuple):
     """A norm whose output is read."""
 
     layer: int
-    """From 0; the number of layers stands for the final norm."""
+    """0-based; the number of layers stands for the final norm."""
     norm: Literal["input", "mlp"]
 
 
 class Pair(NamedTuple):
-    """A state of the teacher and the one of the student that is to match it."""
+    """A state of the teacher, and the state of the student that is compared with it."""
 
     teacher: Tap
     student: Tap
 
 
 def pairs_of(params: HiddenLoss, teacher_layers: int, student_layers: int) -> list[Pair]:
-    """Every pair of norms that the recipe asks for.
+    """Return all pairs of norms that the loss compares.
 
     Raises:
-        PlanError: a layer that a model does not have.
+        PlanError: a model does not have one of the layers, or there is no pair.
     """
     found = [Pair(Tap(0, "input"), Tap(0, "input"))] if params.embedding else []
     for number, (teacher, student) in enumerate(params.pairs):
@@ -50,24 +50,24 @@ def pairs_of(params: HiddenLoss, teacher_layers: int, student_layers: int) -> li
         if "block_output" in params.states:
             found.append(Pair(Tap(t + 1, "input"), Tap(s + 1, "input")))
     if not found:
-        raise PlanError("loss.hidden compares nothing.", next_step="Give pairs, set embedding, or leave hidden out.")
+        raise PlanError("loss.hidden compares nothing.", next_step="Set pairs or embedding, or remove hidden.")
     return found
 
 
-def _layer(number: int, num_layers: int, whose: str) -> int:
+def _layer(number: int, num_layers: int, model: str) -> int:
     layer = number + num_layers if number < 0 else number
     if not 0 <= layer < num_layers:
-        raise PlanError(f"{whose} has no layer {number}.", allowed=f"{-num_layers} to {num_layers - 1}")
+        raise PlanError(f"{model} has no layer {number}.", allowed=f"{-num_layers} to {num_layers - 1}")
     return layer
 
 
 def state_loss(
     kind: str, student_SBD: Tensor, teacher_SBD: Tensor, token_weights_SB: Tensor, project: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Weighted sum over tokens of `1 - cos`, or of the mean square over D, in at least fp32: a scalar.
+    """Return the weighted sum over tokens of `1 - cos`, or of the mean squared difference over D, in at least fp32.
 
     Args:
-        project: brings the student's states to the teacher's width.
+        project: projects the student's states to the teacher's hidden size.
     """
     student = project(student_SBD)
     wide = torch.promote_types(student.dtype, torch.float32)
@@ -83,4 +83,4 @@ def _mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": _cosine, "mse": _mse}
-"""[S, B, D] twice -> [S, B]."""
+"""Value of `kind` -> function of the states of both models [S, B, D] -> distance [S, B]."""

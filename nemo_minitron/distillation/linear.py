@@ -1,9 +1,9 @@
-"""A loss on logits, without the logits: head and loss in one pass over chunks of tokens.
+"""Head and loss in one pass over chunks of tokens, without the logits of the whole batch.
 
-For each chunk the head's product, the loss, its gradient, and that gradient's way back through the head are computed
-together, so that at no time more than a few [chunk, V] tensors exist; the whole would be [T, V] for the student, the
-teacher, their probabilities and the gradient. Products want large chunks. On a CPU the arithmetic between them wants
-its operands in the cache, so it goes over smaller blocks of each chunk; the gradient of a block takes the place of
+For each chunk, the product with the head, the loss, its gradient and the backward pass through the head are computed
+together, so that only a few [chunk, V] tensors exist at a time instead of [T, V] for the student, the teacher, their
+probabilities and the gradient. Matrix products are faster with large chunks. The arithmetic between them is faster on a
+CPU if its operands fit into the cache, so it runs on smaller blocks of each chunk; the gradient of a block overwrites
 its logits.
 
 Shapes: T tokens, D hidden size, V this rank's part of the vocabulary (without padding), n tokens of a chunk or block.
@@ -21,9 +21,9 @@ from nemo_minitron.distillation.chunks import CHUNK_BYTES, MIN_CHUNK_TOKENS
 from nemo_minitron.distillation.losses import LossAndGrad
 
 ChunkLoss = Callable[[Tensor, slice], LossAndGrad]
-"""Student logits of a block [n, V] and which of the T tokens they are -> loss [n], gradient [n, V]."""
+"""Student logits of a block [n, V], and the positions of its tokens in the batch -> loss [n], gradient [n, V]."""
 CPU_BLOCK_BYTES = 2**22
-"""Of one block's logits in fp32."""
+"""Size of the logits of one block in fp32."""
 MIN_BLOCK_TOKENS = 4
 
 
@@ -35,17 +35,17 @@ def linear_loss(
     *,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """`sum_t token_weights_t * loss_t` of the logits `hidden @ weight.T`, differentiable for hidden and weight.
+    """Compute `sum_t token_weights_t * loss_t` of the logits `hidden @ weight.T`, differentiable in hidden and weight.
 
-    The gradients are computed in the forward pass and scaled in the backward pass: no product is done twice. The
-    gradient for `hidden` is this vocabulary part's share; the caller sums it over the ranks.
+    The gradients are computed in the forward pass and scaled in the backward pass, so no product is computed twice. The
+    gradient of `hidden` is the share of this part of the vocabulary; the caller sums it over the ranks.
 
     Args:
-        token_weights_T: no gradient flows into it.
-        chunk_tokens: size of a chunk; None: from CHUNK_BYTES.
+        token_weights_T: weights of the tokens; they get no gradient.
+        chunk_tokens: tokens of a chunk; None: from CHUNK_BYTES.
 
     Returns:
-        a scalar in at least fp32.
+        The loss, a scalar in at least fp32.
     """
     head = Head(weight_VD, hidden_TD, chunk_tokens)
     with_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
@@ -54,10 +54,10 @@ def linear_loss(
 
 
 class Head:
-    """The logits `hidden @ weight.T`, computed in chunks and given out in blocks.
+    """The logits `hidden @ weight.T`, computed in chunks and returned in blocks.
 
     Args:
-        chunk_tokens: size of a chunk; None: from CHUNK_BYTES.
+        chunk_tokens: tokens of a chunk; None: from CHUNK_BYTES.
     """
 
     def __init__(self, weight_VD: Tensor, hidden_TD: Tensor, chunk_tokens: int | None = None) -> None:
@@ -66,7 +66,7 @@ class Head:
         self.chunk_tokens = chunk_tokens or max(MIN_CHUNK_TOKENS, CHUNK_BYTES // (4 * vocab_size))
         of_cache = max(MIN_BLOCK_TOKENS, CPU_BLOCK_BYTES // (4 * vocab_size))
         self._block_tokens = min(self.chunk_tokens, self.chunk_tokens if weight_VD.is_cuda else of_cache)
-        self._chunk, self._given = slice(0, 0), 0
+        self._chunk, self._returned = slice(0, 0), 0
         self._product = self.hidden.new_empty(min(self.chunk_tokens, len(hidden_TD)), vocab_size)
         self._scratch = self._product
         if self.wide != self.hidden.dtype:
@@ -76,42 +76,42 @@ class Head:
 
     @property
     def wide(self) -> torch.dtype:
-        """Of the arithmetic on logits: at least fp32."""
+        """Precision of the arithmetic on logits: at least fp32."""
         return torch.promote_types(self.hidden.dtype, torch.float32)
 
     def chunks(self) -> Iterator[slice]:
-        """All tokens, a chunk at a time."""
+        """Yield all tokens, a chunk at a time."""
         return slices(0, len(self.hidden), self.chunk_tokens)
 
     def blocks(self, chunk: slice) -> Iterator[slice]:
-        """The tokens of a chunk, a block at a time."""
+        """Yield the tokens of a chunk, a block at a time."""
         return slices(chunk.start, chunk.stop, self._block_tokens)
 
     def all_blocks(self) -> Iterator[slice]:
-        """All tokens, a block at a time."""
+        """Yield all tokens, a block at a time."""
         return (rows for chunk in self.chunks() for rows in self.blocks(chunk))
 
     def logits(self, rows: slice) -> Tensor:
-        """[n, V] in at least fp32; it may be written to, and holds until the next call.
+        """Return logits [n, V] in at least fp32. The caller may overwrite them; they are valid until the next call.
 
         Args:
-            rows: at most chunk_tokens; out of order, the product is computed again.
+            rows: at most chunk_tokens; if they are not in order, the product is computed again.
         """
-        # What was given out may have been written to.
-        if not max(self._chunk.start, self._given) <= rows.start < rows.stop <= self._chunk.stop:
+        # The caller may have overwritten logits that it has already got.
+        if not max(self._chunk.start, self._returned) <= rows.start < rows.stop <= self._chunk.stop:
             self._chunk = slice(rows.start, min(rows.start + self.chunk_tokens, len(self.hidden)))
             torch.mm(self.hidden[self._chunk], self.weight.t(), out=self._product[: _length(self._chunk)])
-        found, self._given = self._rows(rows), rows.stop
+        found, self._returned = self._rows(rows), rows.stop
         return found if self._scratch is self._product else self._scratch[: _length(rows)].copy_(found)
 
     def put_gradient(self, rows: slice, grad_nV: Tensor) -> None:
-        """Keep a block's gradient in the place of its logits."""
+        """Overwrite the logits of a block with its gradient."""
         found = self._rows(rows)
         if found.data_ptr() != grad_nV.data_ptr():
             found.copy_(grad_nV)
 
     def take_gradient(self) -> Tensor:
-        """The gradient of a whole chunk [n, V], after that of its blocks was put; the next chunk overwrites it."""
+        """Return the gradient of a whole chunk [n, V], after all its blocks; the next chunk overwrites it."""
         chunk, self._chunk = self._chunk, slice(0, 0)
         return self._product[: _length(chunk)]
 
@@ -120,7 +120,7 @@ class Head:
 
 
 def slices(start: int, stop: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` from start to stop."""
+    """Yield slices of at most `size` from start to stop."""
     for begin in range(start, stop, size):
         yield slice(begin, min(begin + size, stop))
 
@@ -163,14 +163,14 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
-            raise RuntimeError("the gradient of a fused loss can be taken once")
+            raise RuntimeError("the gradient of a fused loss can be computed only once")
         grads, ctx.grads = ctx.grads, None
         hidden, weight = (None if grad is None else grad.mul_(grad_outputs[0]) for grad in grads)
         return hidden, weight, None, None, None, None
 
 
 def _add_product(out_VD: Tensor, grad_nV: Tensor, hidden_nD: Tensor) -> None:
-    """out += grad.T @ hidden, accumulated in out's precision."""
+    """Compute out += grad.T @ hidden, accumulated in the precision of out."""
     if out_VD.dtype == grad_nV.dtype:
         out_VD.addmm_(grad_nV.t(), hidden_nD)
     else:

@@ -1,10 +1,10 @@
 """Losses between the logits of a teacher and a student, each with its gradient in closed form.
 
 A loss is a function of a chunk of tokens. It returns the loss of each token and its exact gradient, so that one pass
-over chunks yields both and whole logits need never exist (distillation/linear.py). Logits come in fp32 or fp64, and a
-loss may overwrite them: fresh memory costs more than the arithmetic on a CPU.
+over chunks computes both, and the logits of a batch are never in memory as a whole (distillation/linear.py). Logits are
+fp32 or fp64, and a loss may overwrite them: on the CPU, new memory costs more than the arithmetic.
 
-To add one: write the function and name it in LOSSES; tests/unit/test_losses.py then checks it against autograd.
+To add one: write the function, and add an entry to LOSSES; tests/unit/test_losses.py then checks it against autograd.
 
 Shapes: n tokens of a chunk, V the vocabulary part of this rank. Sources: 2407.14679, section 3; 2306.13649 for JSD.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,11 +22,11 @@ from nemo_minitron.distillation.vocab import WHOLE, Vocab, local_ids, pick, shif
 from nemo_minitron.schema.losses import LogitsLoss
 
 LossAndGrad = tuple[Tensor, Tensor]
-"""Loss of each token [n], and its gradient for the student's logits [n, V]."""
+"""Loss of each token [n], and its gradient with respect to the student's logits [n, V]."""
 
 
 def forward_kl(student: Tensor, teacher: Tensor, params: LogitsLoss, vocab: Vocab = WHOLE) -> LossAndGrad:
-    """`sum_v p_t (log p_t - log p_s)`, nats; gradient (p_s - p_t) / T."""
+    """Compute `sum_v p_t (log p_t - log p_s)`, nats; gradient (p_s - p_t) / T."""
     s, t = shift(student, params.temperature, vocab), shift(teacher, params.temperature, vocab)
     exp_t = t.exp()
     # log p_t - log p_s without the totals, weighted by p_t without its total; s becomes exp(s).
@@ -38,7 +39,7 @@ def forward_kl(student: Tensor, teacher: Tensor, params: LogitsLoss, vocab: Voca
 
 
 def reverse_kl(student: Tensor, teacher: Tensor, params: LogitsLoss, vocab: Vocab = WHOLE) -> LossAndGrad:
-    """`sum_v p_s (log p_s - log p_t)`, nats."""
+    """Compute `sum_v p_s (log p_s - log p_t)`, nats."""
     s, t = softmax(student, params.temperature, vocab), softmax(teacher, params.temperature, vocab)
     ratio = s.shifted.sub_(t.shifted).sub_(s.total.log() - t.total.log())
     loss, grad = _through_softmax(s.probs, ratio, vocab)
@@ -46,9 +47,9 @@ def reverse_kl(student: Tensor, teacher: Tensor, params: LogitsLoss, vocab: Voca
 
 
 def jsd(student: Tensor, teacher: Tensor, params: LogitsLoss, vocab: Vocab = WHOLE) -> LossAndGrad:
-    """`beta KL(p_t || m) + (1 - beta) KL(p_s || m)`, m = beta p_t + (1 - beta) p_s (2306.13649, equation 1).
+    """Compute `beta KL(p_t || m) + (1 - beta) KL(p_s || m)`, m = beta p_t + (1 - beta) p_s (2306.13649, equation 1).
 
-    Divided by beta it tends to forward KL for beta -> 0; divided by 1 - beta to reverse KL for beta -> 1.
+    Divided by beta, it tends to forward KL for beta -> 0; divided by 1 - beta, to reverse KL for beta -> 1.
     """
     beta = params.jsd_beta
     s, t = softmax(student, params.temperature, vocab), softmax(teacher, params.temperature, vocab)
@@ -62,7 +63,7 @@ def jsd(student: Tensor, teacher: Tensor, params: LogitsLoss, vocab: Vocab = WHO
 
 
 def mse(student: Tensor, teacher: Tensor, params: LogitsLoss, vocab: Vocab = WHOLE) -> LossAndGrad:
-    """Squared distance, summed over the vocabulary: of probabilities, or of logits / T."""
+    """Compute the squared distance of probabilities, or of logits / T, summed over the vocabulary."""
     if params.of == "logits":
         difference = (student - teacher) / params.temperature
         return vocab.sum(difference.square().sum(-1)), _over(2.0 * difference, params.temperature)
@@ -73,7 +74,7 @@ def mse(student: Tensor, teacher: Tensor, params: LogitsLoss, vocab: Vocab = WHO
 
 
 def cosine(student: Tensor, teacher: Tensor, params: LogitsLoss, vocab: Vocab = WHOLE) -> LossAndGrad:
-    """`1 - cos` of probabilities, or of logits."""
+    """Compute `1 - cos` of probabilities, or of logits."""
     if params.of == "logits":
         return _cosine(student, teacher, vocab)
     p_s, p_t = (softmax(x, params.temperature, vocab).probs for x in (student, teacher))
@@ -82,17 +83,44 @@ def cosine(student: Tensor, teacher: Tensor, params: LogitsLoss, vocab: Vocab = 
     return loss, _over(grad, params.temperature)
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor, LogitsLoss, Vocab], LossAndGrad]] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jsd": jsd,
-    "mse": mse,
-    "cosine": cosine,
+LossFunction = Callable[[Tensor, Tensor, LogitsLoss, Vocab], LossAndGrad]
+
+
+@dataclass(frozen=True)
+class LogitsDistance:
+    """One loss on logits: how it is computed, and how model cards and logs describe it."""
+
+    function: LossFunction
+    """(student logits [n, V], teacher logits [n, V], keys of the recipe, vocabulary split) -> loss, gradient."""
+    label: str
+    """Description with the fields {teacher} and, if needed, {beta} and {of}."""
+
+    def __post_init__(self) -> None:
+        # An unknown field fails here, at import, instead of after a training.
+        if "TEACHER" not in self.describe("TEACHER", beta=0.5, of="logits"):
+            raise ValueError(f"the label {self.label!r} does not name the teacher")
+
+    def describe(self, teacher: str, *, beta: float, of: str) -> str:
+        """Return the description of the loss with this teacher."""
+        return self.label.format(teacher=teacher, beta=beta, of=of)
+
+
+LOSSES: dict[str, LogitsDistance] = {
+    "forward_kl": LogitsDistance(forward_kl, "forward KL to {teacher}'s logits"),
+    "reverse_kl": LogitsDistance(reverse_kl, "reverse KL to {teacher}'s logits"),
+    "jsd": LogitsDistance(jsd, "Jensen-Shannon divergence (beta {beta:g}) from {teacher}'s logits"),
+    "mse": LogitsDistance(mse, "squared distance of {of} to {teacher}'s"),
+    "cosine": LogitsDistance(cosine, "cosine distance of {of} to {teacher}'s"),
 }
+"""Value of `kind` in a recipe's loss -> the loss."""
 
 
 def next_token(student: Tensor, labels: Tensor, vocab: Vocab = WHOLE) -> LossAndGrad:
-    """Cross entropy with the next token's id [n], nats; always at temperature 1."""
+    """Compute the cross entropy with the next token, nats; always at temperature 1.
+
+    Args:
+        labels: ids of the next tokens [n].
+    """
     shifted, ids = shift(student, 1.0, vocab), labels[:, None]
     at_label = pick(shifted, ids, vocab)
     exp = shifted.exp_()
@@ -103,15 +131,15 @@ def next_token(student: Tensor, labels: Tensor, vocab: Vocab = WHOLE) -> LossAnd
 
 
 def distance(student: Tensor, teacher: Tensor, params: LogitsLoss, vocab: Vocab = WHOLE) -> LossAndGrad:
-    """The recipe's loss, times T^2 where it asks for that.
+    """Compute the loss of the recipe, times T^2 if `times_temperature_squared` is set.
 
-    Gradients of softened losses shrink by about 1 / T^2 (1503.02531, section 2); the papers stay at T = 1.
+    Gradients of softened losses shrink by about 1 / T^2 (1503.02531, section 2); the Minitron papers use T = 1.
     """
-    return scaled(LOSSES[params.kind](student, teacher, params, vocab), params)
+    return scaled(LOSSES[params.kind].function(student, teacher, params, vocab), params)
 
 
 def scaled(found: LossAndGrad, params: LogitsLoss) -> LossAndGrad:
-    """Times T^2 where the recipe asks for it."""
+    """Multiply by T^2 if `times_temperature_squared` is set."""
     loss, grad = found
     if not params.times_temperature_squared:
         return loss, grad
@@ -120,7 +148,7 @@ def scaled(found: LossAndGrad, params: LogitsLoss) -> LossAndGrad:
 
 
 def _through_softmax(probs: Tensor, grad_probs: Tensor, vocab: Vocab) -> LossAndGrad:
-    """(sum p g [n], gradient p (g - sum p g) for logits / T) from the gradient g for probabilities."""
+    """Return sum p g [n], and the gradient p (g - sum p g) of logits / T, from the gradient g of probabilities."""
     mean = vocab.sum((probs * grad_probs).sum(-1, keepdim=True))
     return mean.squeeze(-1), probs * (grad_probs - mean)
 

@@ -1,4 +1,4 @@
-"""The loss of a recipe over a batch of tokens: distance to the teacher, next-token cross entropy, and their balance.
+"""The loss of a recipe over a batch of tokens: distance to the teacher, next-token cross entropy, and their weights.
 
 Shapes: T tokens, n tokens of a block, D hidden size, V this rank's part of the vocabulary.
 """
@@ -17,7 +17,7 @@ from nemo_minitron.distillation.vocab import WHOLE, Vocab
 from nemo_minitron.schema.losses import LogitsLoss, Loss
 
 Distance = Callable[[Tensor, slice], LossAndGrad]
-"""Student logits of a block [n, V], and which tokens they are -> distance to the teacher [n], gradient [n, V]."""
+"""Student logits of a block [n, V], and the positions of its tokens -> distance to the teacher [n], gradient [n, V]."""
 
 
 def live_teacher(
@@ -29,11 +29,11 @@ def live_teacher(
     *,
     chunk_tokens: int | None = None,
 ) -> Distance:
-    """Distance to a teacher whose head is run on each chunk of tokens.
+    """Return the distance to a teacher whose head runs on each chunk of tokens.
 
     Args:
-        hidden_TD: the input of the teacher's output layer; D may differ from the student's.
-        uniforms: [T, rounds] for draws (`sparse: {kind: sampled}`).
+        hidden_TD: input of the teacher's output layer; D may differ from the student's.
+        uniforms: random numbers [T, rounds] for draws (`sparse: {kind: sampled}`).
     """
     head = Head(weight_VD, hidden_TD, chunk_tokens)
 
@@ -50,7 +50,7 @@ def live_teacher(
 
 
 def cached_teacher(teacher: SparseTeacher, params: LogitsLoss, vocab: Vocab = WHOLE) -> Distance:
-    """Distance to a teacher that was written down."""
+    """Return the distance to a teacher whose distributions were read from a cache."""
 
     def of(student: Tensor, rows: slice) -> LossAndGrad:
         return sparse_distance(student, teacher.rows(rows), params, vocab)
@@ -70,15 +70,15 @@ def token_loss(
     over_ranks: Callable[[Tensor], Tensor] = lambda share: share,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum over tokens of `logits + next_token * CE`, differentiable for hidden and weight.
+    """Compute the weighted sum over tokens of `logits + next_token * CE`, differentiable in hidden and weight.
 
     Args:
         token_weights_T: usually mask / number of tokens.
-        teacher: None where the loss has no teacher.
-        over_ranks: sums over the ranks that hold the other tokens of the same sequences.
+        teacher: None if the loss has no teacher.
+        over_ranks: sums over the ranks that have the other tokens of the same sequences.
 
     Returns:
-        the scalar, and its detached parts: `logits_loss`, `lm_loss` (unweighted) where they are part of it.
+        The loss, a scalar, and those of its detached parts `logits_loss` and `lm_loss` (unweighted) that it has.
     """
     if params.logits is not None and teacher is None:
         raise AssertionError("a loss with logits needs a teacher")
@@ -97,7 +97,7 @@ def token_loss(
 
 
 class Mixture:
-    """The loss of a block; adds up its parts on the way."""
+    """The loss of a block of tokens; accumulates the parts of the loss."""
 
     def __init__(
         self,
@@ -120,12 +120,12 @@ class Mixture:
             loss, grad = self.teacher(student, rows)
             self._add("logits_loss", loss, rows)
             return loss, grad
-        # Each loss overwrites the logits that it is given.
-        of_text, text_grad = next_token(student.clone(), self.labels[rows], self.vocab)
+        # Each loss overwrites its logits.
+        text_loss, text_grad = next_token(student.clone(), self.labels[rows], self.vocab)
         loss, grad = self.teacher(student, rows)
-        self._add("lm_loss", of_text, rows)
+        self._add("lm_loss", text_loss, rows)
         self._add("logits_loss", loss, rows)
-        return loss + self.lm_weight * of_text, grad.add_(text_grad.mul_(self.lm_weight))
+        return loss + self.lm_weight * text_loss, grad.add_(text_grad.mul_(self.lm_weight))
 
     def _add(self, name: str, loss: Tensor, rows: slice) -> None:
         value = loss @ self.token_weights[rows].to(loss.dtype)

@@ -1,4 +1,4 @@
-"""Losses against a teacher that is known at a few tokens only: the likeliest ones, or random draws.
+"""Losses against a teacher whose distribution is known at a few tokens only: the most likely ones, or random draws.
 
 Shapes: n tokens of a chunk, V the vocabulary part of this rank, K entries a token.
 """
@@ -18,14 +18,14 @@ from nemo_minitron.schema.losses import LogitsLoss, Sampled, TopK
 
 @dataclass(frozen=True)
 class SparseTeacher:
-    """A teacher's distribution at some ids. Entries with probability 0 are padding."""
+    """Distributions of a teacher at some ids. Entries with probability 0 are padding."""
 
     ids: Tensor
     """Vocabulary ids [n, K], int64. Drawn ids may repeat."""
     probs: Tensor
-    """Their probabilities [n, K]; what is missing to 1 is the tail. Draws: 1 / rounds each, so that no tail is left."""
+    """Their probabilities [n, K]; the rest is the tail. Each draw has 1 / rounds, so that draws have no tail."""
     negative_entropy: Tensor
-    """What makes the cross entropy a KL [n]: sum p log p over the entries and the tail, or over all tokens."""
+    """The term that turns the cross entropy into a KL [n]: sum p log p over entries and tail, or over all tokens."""
 
     def to(self, device: torch.device) -> SparseTeacher:
         return SparseTeacher(self.ids.to(device), self.probs.to(device), self.negative_entropy.to(device))
@@ -35,10 +35,10 @@ class SparseTeacher:
 
 
 def top_k_teacher(logits: Tensor, params: TopK, temperature: float, vocab: Vocab = WHOLE) -> SparseTeacher:
-    """The k likeliest tokens of each distribution; with tail "drop" their probabilities are scaled to sum to 1."""
+    """Keep the k most likely tokens of each distribution; with tail "drop" their probabilities are scaled to 1."""
     t = softmax(logits, temperature, vocab)
     values, local = t.shifted.topk(min(params.k, logits.shape[-1]), -1)
-    # Each rank offers its best; the best of these are the best of all.
+    # The k best of all tokens are among the k best of each rank.
     values, ids = vocab.gather(values), vocab.gather(local + vocab.start)
     values, order = values.topk(min(params.k, values.shape[-1]), -1)
     log_probs = values - t.total.log()
@@ -51,20 +51,20 @@ def top_k_teacher(logits: Tensor, params: TopK, temperature: float, vocab: Vocab
 
 
 def sampled_teacher(logits: Tensor, uniforms: Tensor, temperature: float, vocab: Vocab = WHOLE) -> SparseTeacher:
-    """Ids drawn from each distribution, `rounds` times with replacement (2503.16870, section 3).
+    """Draw ids from each distribution, `rounds` times with replacement (2503.16870, section 3).
 
-    The cross entropy with the draws is an unbiased estimate of the one with the whole distribution, and so is its
-    gradient; the entropy is exact, so that the loss estimates the KL.
+    The cross entropy with the draws, and its gradient, are unbiased estimates of those with the whole distribution. The
+    entropy is exact, so the loss is an estimate of the KL.
 
     Args:
-        uniforms: [n, rounds] in [0, 1), the same on every rank of the vocabulary.
+        uniforms: random numbers [n, rounds] in [0, 1), equal on all ranks that share the vocabulary.
     """
     t = softmax(logits, temperature, vocab)
     probs = t.probs
     negative_entropy = vocab.sum((probs * t.log_probs).sum(-1))
     mass = vocab.gather(probs.sum(-1, keepdim=True))
     edges = mass.cumsum(-1)
-    # Sums of fp32 probabilities miss 1 by a little: the draws are spread over what there is.
+    # fp32 probabilities do not sum to exactly 1: the draws are spread over their sum.
     points = (uniforms.to(probs.dtype) * edges[:, -1:]).contiguous()
     sizes = vocab.gather(torch.full_like(edges[:, :1], logits.shape[-1]))
     rank = int((sizes.cumsum(-1)[0] <= vocab.start).sum())
@@ -76,11 +76,11 @@ def sampled_teacher(logits: Tensor, uniforms: Tensor, temperature: float, vocab:
 
 
 def uniforms_of(seed: int, sample_ids_B: Tensor, seq_len_tokens: int, rounds: int) -> Tensor:
-    """[B * S, rounds] in [0, 1): the same for a sample in whatever batch, order or layout it comes."""
+    """Return random numbers [B * S, rounds] in [0, 1) that depend on the sample, not on its batch or the layout."""
     generator = torch.Generator()
     points = []
     for number in sample_ids_B.tolist():
-        # Hashed: the generator looks at 32 bits only, and neighbours should have nothing in common.
+        # Hashed, because the generator uses 32 bits only, and consecutive samples must not be correlated.
         digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
         generator.manual_seed(int.from_bytes(digest[:4], "little"))
         points.append(torch.rand(seq_len_tokens, rounds, generator=generator))
@@ -88,16 +88,16 @@ def uniforms_of(seed: int, sample_ids_B: Tensor, seq_len_tokens: int, rounds: in
 
 
 def tail_of(probs: Tensor) -> Tensor:
-    """Probability that the entries leave out [n]; rounding is no tail."""
+    """Return the probability that the entries lack [n]; less than the rounding error counts as 0."""
     tail = 1.0 - probs.sum(-1)
     return torch.where(tail > 4.0 * torch.finfo(probs.dtype).eps * probs.shape[-1], tail, torch.zeros_like(tail))
 
 
 def sparse_kl(student: Tensor, teacher: SparseTeacher, temperature: float, vocab: Vocab = WHOLE) -> LossAndGrad:
-    """Forward KL to a sparse teacher; what its entries leave out is one ghost token, for both models.
+    """Compute the forward KL to a sparse teacher; all other tokens count as one ghost token, for both models.
 
     With entries K, tails P = 1 - sum_K p and Q = 1 - sum_K q: `sum_K p log(p / q) + P log(P / Q)`, nats. The gradient
-    is (q - t) / T with t = p on the entries and P q / Q off them.
+    is (q - t) / T with t = p at the entries and P q / Q elsewhere.
     """
     shifted, valid = shift(student, temperature, vocab), teacher.probs > 0
     at = pick(shifted, teacher.ids, vocab)
@@ -109,7 +109,7 @@ def sparse_kl(student: Tensor, teacher: SparseTeacher, temperature: float, vocab
     at_entries = -teacher.probs
     tail_p = tail_of(teacher.probs)[:, None]
     if bool((tail_p > 0).any()):
-        # The tail is what is left when the entries are gone: 1 - their sum would lose it to rounding.
+        # Sum the tail without the entries: 1 - their sum would lose it to rounding.
         _clear(exp, local, valid & mine)
         tail_q = (vocab.sum(exp.sum(-1, keepdim=True)) / total).clamp_min(torch.finfo(exp.dtype).tiny)
         cross_entropy -= torch.where(tail_p > 0, tail_p * tail_q.log(), 0.0).squeeze(-1)
@@ -119,8 +119,8 @@ def sparse_kl(student: Tensor, teacher: SparseTeacher, temperature: float, vocab
     return teacher.negative_entropy + cross_entropy, grad if temperature == 1.0 else grad.div_(temperature)
 
 
-def renormalised_kl(student: Tensor, teacher: SparseTeacher, temperature: float, vocab: Vocab = WHOLE) -> LossAndGrad:
-    """Forward KL between the softmaxes over the teacher's entries alone: the tail is dropped from both models."""
+def renormalized_kl(student: Tensor, teacher: SparseTeacher, temperature: float, vocab: Vocab = WHOLE) -> LossAndGrad:
+    """Compute the forward KL between the softmaxes over the teacher's entries only; both models lose their tails."""
     at = pick(student, teacher.ids, vocab) / temperature
     log_q = torch.where(teacher.probs > 0, at, -torch.inf).log_softmax(-1)
     loss = teacher.negative_entropy - (teacher.probs * torch.where(teacher.probs > 0, log_q, 0.0)).sum(-1)
@@ -131,16 +131,16 @@ def renormalised_kl(student: Tensor, teacher: SparseTeacher, temperature: float,
 
 
 def sparse_distance(student: Tensor, teacher: SparseTeacher, params: LogitsLoss, vocab: Vocab = WHOLE) -> LossAndGrad:
-    """The recipe's loss against a sparse teacher, times T^2 where it asks for that."""
+    """Compute the loss of the recipe against a sparse teacher, times T^2 if `times_temperature_squared` is set."""
     drops = isinstance(params.sparse, TopK) and params.sparse.tail == "drop"
-    kl = renormalised_kl if drops else sparse_kl
+    kl = renormalized_kl if drops else sparse_kl
     return scaled(kl(student, teacher, params.temperature, vocab), params)
 
 
 def sparsify(
     logits: Tensor, params: TopK | Sampled, temperature: float, uniforms: Tensor | None, vocab: Vocab
 ) -> SparseTeacher:
-    """What a recipe's `sparse` keeps of a teacher's logits."""
+    """Reduce a teacher's logits as `sparse` in the recipe requires."""
     if isinstance(params, TopK):
         return top_k_teacher(logits, params, temperature, vocab)
     assert uniforms is not None, "draws need uniforms"
@@ -148,6 +148,6 @@ def sparsify(
 
 
 def _clear(values: Tensor, local: Tensor, chosen: Tensor) -> None:
-    """Zero at the chosen columns, in place; none of the values is negative."""
-    # A column that is not chosen here may be chosen by its neighbour: the smaller of both wins.
+    """Set the chosen columns to zero, in place; no value is negative."""
+    # A column may be in `local` twice, chosen and not chosen: the minimum is zero.
     values.scatter_reduce_(-1, local, torch.where(chosen, 0.0, values.gather(-1, local)), "amin")

@@ -1,4 +1,4 @@
-"""A vocabulary that may be split over tensor-parallel ranks: what a loss has to combine.
+"""A vocabulary that may be split over tensor-parallel ranks, and the reductions that a loss needs.
 
 Shapes: n tokens of a chunk, V the vocabulary part of this rank.
 """
@@ -19,7 +19,7 @@ def _same(tensor: Tensor) -> Tensor:
 class Vocab:
     """This rank's part [start, start + V) of the vocabulary, and reductions over the ranks that share it.
 
-    The default is a single rank that holds all of it.
+    The default is a single rank with the whole vocabulary.
     """
 
     start: int = 0
@@ -28,7 +28,7 @@ class Vocab:
     sum: Callable[[Tensor], Tensor] = _same
     """May overwrite its argument."""
     gather: Callable[[Tensor], Tensor] = _same
-    """[n, k] of each rank -> [n, k * ranks], in rank order."""
+    """[n, k] on each rank -> [n, k * ranks], in rank order."""
 
 
 WHOLE = Vocab()
@@ -55,26 +55,26 @@ class Softmax:
 
 
 def softmax(logits: Tensor, temperature: float, vocab: Vocab) -> Softmax:
-    """Overwrites the logits."""
+    """Compute a softmax over the whole vocabulary. Overwrites the logits."""
     shifted = shift(logits, temperature, vocab)
     exp = shifted.exp()
     return Softmax(shifted, exp, vocab.sum(exp.sum(-1, keepdim=True)))
 
 
 def shift(logits: Tensor, temperature: float, vocab: Vocab) -> Tensor:
-    """logits / temperature, less the largest over the whole vocabulary, in place."""
+    """Return logits / temperature - max over the whole vocabulary, in place."""
     if temperature != 1.0:
         logits.div_(temperature)
     return logits.sub_(vocab.max(logits.amax(-1, keepdim=True)))
 
 
 def pick(values: Tensor, ids: Tensor, vocab: Vocab) -> Tensor:
-    """values [n, V] at vocabulary ids [n, k], from whichever rank holds them: [n, k]."""
+    """Return values [n, V] at vocabulary ids [n, k], from the ranks that have them: [n, k]."""
     local, mine = local_ids(ids, values.shape[-1], vocab)
     return vocab.sum(values.gather(-1, local) * mine)
 
 
 def local_ids(ids: Tensor, size: int, vocab: Vocab) -> tuple[Tensor, Tensor]:
-    """Columns of this rank's part (any column for ids of other ranks), and whether they are its own."""
+    """Return the columns of ids in this rank's part, and whether it has them; ids of other ranks get any column."""
     local = ids - vocab.start
     return local.clamp(0, size - 1), (local >= 0) & (local < size)

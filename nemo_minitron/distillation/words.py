@@ -1,20 +1,17 @@
-"""A loss in words, for model cards and logs. No torch."""
+"""Descriptions of losses, for model cards and logs. Importing this module does not import torch."""
 
 from __future__ import annotations
 
 from nemo_minitron.schema.losses import HiddenLoss, LogitsLoss, Loss, Sampled
 
-_NAMES = {
-    "forward_kl": "forward KL to {teacher}'s logits",
-    "reverse_kl": "reverse KL to {teacher}'s logits",
-    "jsd": "Jensen-Shannon divergence (beta {beta:g}) from {teacher}'s logits",
-    "mse": "squared distance of {of} to {teacher}'s",
-    "cosine": "cosine distance of {of} to {teacher}'s",
-}
-
 
 def loss_in_words(loss: Loss, *, cached: bool = False, corrected: bool = False) -> str:
-    """What a student learnt from; `corrected`: its teacher went on learning meanwhile."""
+    """Describe the loss of a training.
+
+    Args:
+        cached: the teacher's distributions were read from a cache.
+        corrected: the teacher was trained as well (teacher correction).
+    """
     teacher = "the cached teacher" if cached else "the live and corrected teacher" if corrected else "the live teacher"
     parts = [] if loss.logits is None else [_logits(loss.logits, teacher)]
     if loss.next_token:
@@ -26,7 +23,9 @@ def loss_in_words(loss: Loss, *, cached: bool = False, corrected: bool = False) 
 
 
 def _logits(logits: LogitsLoss, teacher: str) -> str:
-    text = _NAMES[logits.kind].format(teacher=teacher, beta=logits.jsd_beta, of=logits.of)
+    from nemo_minitron.distillation.losses import LOSSES
+
+    text = LOSSES[logits.kind].describe(teacher, beta=logits.jsd_beta, of=logits.of)
     if logits.temperature != 1.0:
         text += f" at temperature {logits.temperature:g}"
     if isinstance(logits.sparse, Sampled):

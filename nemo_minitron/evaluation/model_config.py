@@ -13,6 +13,7 @@ from typing import Any
 
 from nemo_minitron.errors import CheckpointError, shortened
 from nemo_minitron.families import ModelShape, write_config
+from nemo_minitron.families.registry import family_of
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.limits import CONFIG_BYTES, too_large
 
@@ -25,13 +26,12 @@ def model_config(shape: ModelShape) -> Any:
     """Return transformers' config of a model of this shape."""
     from transformers import AutoConfig
 
-    is_nemotron = shape.norm == "layernorm1p"
+    family = family_of(shape)
     keys = {
         "rope_scaling": None,
         **write_config({}, shape),
         "max_position_embeddings": shape.max_position_embeddings,
-        "norm_eps" if is_nemotron else "rms_norm_eps": shape.norm_eps,
-        "hidden_act": "silu" if shape.gated else "relu2",
+        family.norm_eps_key: shape.norm_eps,
         "partial_rotary_factor": shape.rotary_fraction,
         "sliding_window": shape.sliding_window_tokens,
         **dict.fromkeys(_NEVER, False),

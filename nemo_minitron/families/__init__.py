@@ -1,8 +1,9 @@
-"""Model families: shapes, the axis table, and Hugging Face configs."""
+"""Model families: shapes, axes, blocks and the table of parameters, and Hugging Face configs. No torch."""
 
+from nemo_minitron.families.blocks import Row
 from nemo_minitron.families.hf_config import explicit_config, read_shape, write_config
 from nemo_minitron.families.shape import Llama3RopeScaling, ModelShape, target_shape
-from nemo_minitron.families.table import Parameter, Row, num_params, parameters, rows, tensor_shape
+from nemo_minitron.families.table import Parameter, num_params, parameters, rows, tensor_shape
 
 __all__ = [
     "Llama3RopeScaling",

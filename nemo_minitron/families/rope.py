@@ -1,7 +1,7 @@
-"""Rotary embeddings in config.json: the spellings of transformers 4 and 5 <-> one meaning.
+"""Rotary embeddings in config.json, in the spellings of transformers 4 and 5.
 
 transformers 4 reads `rope_theta`, `rope_scaling` and `partial_rotary_factor`; transformers 5 reads `rope_parameters`,
-which holds all three, or one object of them for each type of layer. Each ignores what only the other knows, so a file
+which has all three, or an object of them for each type of layer. Each version ignores the keys of the other, so a file
 whose spellings disagree describes two models, and is refused.
 """
 
@@ -30,7 +30,7 @@ _EXPECTED = "one value, the same in rope_parameters, rope_scaling and beside the
 
 @dataclass(frozen=True)
 class Rope:
-    """What all spellings of a config.json say together."""
+    """The rotary embeddings of a model."""
 
     theta: float
     fraction: float
@@ -38,14 +38,14 @@ class Rope:
 
 
 def read_rope(config: Mapping[str, Any], *, default_fraction: float, llama3: bool, where: str) -> Rope:
-    """The rotary embeddings that a config.json describes.
+    """Read the rotary embeddings that a config.json describes.
 
     Args:
-        default_fraction: `partial_rotary_factor` where no spelling gives it.
-        llama3: whether the family's code in transformers knows Llama 3.1's scaling.
+        default_fraction: `partial_rotary_factor` if no spelling has it.
+        llama3: whether the family's code in transformers supports the scaling of Llama 3.1.
 
     Raises:
-        CheckpointError: a scaling that is not supported, a value that is no number, or spellings that disagree.
+        CheckpointError: a scaling is not supported, a value is not a number, or spellings disagree.
     """
     spellings = _spellings(config, where)
     theta = _agreed("rope_theta", [config, *spellings.values()], where)
@@ -61,13 +61,13 @@ def read_rope(config: Mapping[str, Any], *, default_fraction: float, llama3: boo
             f"{' and '.join(scalings)} disagree: {' and '.join(map(_in_words, scalings.values()))}.",
             where=where,
             allowed="the same scaling in both, or one of the two keys",
-            next_step="transformers 4 follows rope_scaling, transformers 5 rope_parameters. Remove the wrong one.",
+            next_step="transformers 4 reads rope_scaling, transformers 5 rope_parameters. Remove the wrong one.",
         )
     return Rope(theta or DEFAULT_THETA, fraction, next(iter(scalings.values()), None))
 
 
 def rope_keys(rope: Rope) -> dict[str, Any]:
-    """The keys of config.json in both spellings, so that transformers 4 and 5 read the same model."""
+    """Return the keys of config.json in both spellings, so that transformers 4 and 5 read the same model."""
     scaling: dict[str, Any] = {"rope_type": "default"}
     if rope.scaling is not None:
         scaling = {"rope_type": "llama3", "factor": rope.scaling.factor, **LLAMA3_CONSTANTS}
@@ -83,22 +83,22 @@ def rope_keys(rope: Rope) -> dict[str, Any]:
 
 
 def _spellings(config: Mapping[str, Any], where: str) -> dict[str, Mapping[str, Any]]:
-    """`rope_parameters` and `rope_scaling`, as far as they are there."""
+    """Return those of `rope_parameters` and `rope_scaling` that the config has."""
     found = {key: table(config.get(key), key, where) for key in ("rope_parameters", "rope_scaling")}
     return {key: _flat(value, key, config, where) for key, value in found.items() if value}
 
 
 def _flat(found: Mapping[str, Any], key: str, config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The object of the layers with full attention, where there is one for each type of layer."""
+    """Return the object for layers with full attention, if there is one for each type of layer."""
     nested = {name: value for name, value in found.items() if isinstance(value, Mapping)}
     if not nested:
         return found
-    # Which types the layers have is checked elsewhere: where layer_types is given, all have full attention.
+    # The types of the layers are checked elsewhere: all layers in layer_types have full attention.
     chosen = nested.get(_LAYER_TYPE, next(iter(nested.values())))
     unclear = not config.get("layer_types") and any(value != chosen for value in nested.values())
     if len(nested) < len(found) or not all(name.endswith(_TYPE_SUFFIX) for name in nested) or unclear:
         raise CheckpointError(
-            f"{key} holds {shortened(', '.join(found))}.",
+            f"{key} contains {shortened(', '.join(found))}.",
             where=where,
             allowed=f"the same for all layers, or {_LAYER_TYPE} and layer_types that name no other type",
         )
@@ -106,7 +106,11 @@ def _flat(found: Mapping[str, Any], key: str, config: Mapping[str, Any], where: 
 
 
 def _agreed(key: str, places: list[Mapping[str, Any]], where: str) -> float | None:
-    """The one value of a key that may stand in several places."""
+    """Return the value of a key that may be in several places.
+
+    Raises:
+        CheckpointError: the values differ.
+    """
     values = [positive(place[key], key, where) for place in places if place.get(key) is not None]
     if len(set(values)) > 1:
         raise CheckpointError(
@@ -150,10 +154,9 @@ def _scaling(
 
 
 def _require_constants(found: Mapping[str, Any], key: str, config: Mapping[str, Any], where: str) -> None:
-    """Llama 3.1's three other numbers."""
+    """Require the three other numbers of Llama 3.1's scaling."""
     given = {name: found[name] for name in LLAMA3_CONSTANTS if found.get(name) is not None}
-    # Without an original length in the scaling, transformers 5 takes one from outside, or the model's own length;
-    # one outside it prefers.
+    # transformers 5 prefers an original length outside the scaling; without any, it takes the length of the model.
     length = config.get(_ORIGINAL_LENGTH) or given.get(_ORIGINAL_LENGTH, config.get("max_position_embeddings"))
     for name, value in {**given, _ORIGINAL_LENGTH: length}.items():
         if value != LLAMA3_CONSTANTS[name]:

@@ -1,10 +1,12 @@
-"""The sizes and switches of a decoder-only transformer, independent of any framework."""
+"""Sizes and switches of a decoder-only transformer, independent of any framework. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from nemo_minitron.families.axes import AXES, FIXED_AXES, GROUPS, HEADS, LAYERS, SIZE_KEYS, WIDTH_AXES, Axis
 
 Norm = Literal["rmsnorm", "layernorm1p"]
 Activation = Literal["swiglu", "squared_relu"]
@@ -12,17 +14,17 @@ Activation = Literal["swiglu", "squared_relu"]
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3RopeScaling:
-    """Llama 3.1's frequency scaling; the three other constants of it are fixed (1, 4, 8192)."""
+    """Frequency scaling of Llama 3.1. Its three other constants are fixed (1, 4, 8192)."""
 
     factor: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Everything that decides the parameters and the arithmetic of one model.
+    """Everything that determines the parameters and the arithmetic of one model.
 
-    `kv_channels` is the size of one head. It is explicit because a width-pruned model
-    has heads whose sizes no longer add up to `hidden_size`.
+    `kv_channels` is the size of one head. It is explicit because the heads of a width-pruned model no longer add up to
+    `hidden_size`.
     """
 
     family: str
@@ -54,58 +56,43 @@ class ModelShape:
         return self.num_attention_heads // self.num_query_groups
 
     def sizes(self) -> dict[str, int]:
-        """The sizes that pruning can change, and what they are counted in."""
-        return {
-            "num_layers": self.num_layers,
-            "hidden_size": self.hidden_size,
-            "ffn_hidden_size": self.ffn_hidden_size,
-            "num_attention_heads": self.num_attention_heads,
-            "num_query_groups": self.num_query_groups,
-            "kv_channels": self.kv_channels,
-        }
+        """Return the sizes that pruning can change, and the units that they are counted in."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name in SIZE_KEYS}
 
     def axis_sizes(self) -> dict[str, int]:
-        """Length of each axis label that a parameter row may carry."""
+        """Return the length of each label that a dimension of a parameter can carry."""
         return {
-            "vocab": self.vocab_size,
-            "hidden": self.hidden_size,
-            "ffn": self.ffn_hidden_size,
-            "q": self.num_attention_heads * self.kv_channels,
-            "kv": self.num_query_groups * self.kv_channels,
-            "head_dim": self.kv_channels,
+            label: getattr(self, axis.target_key) * (1 if axis.unit is None else getattr(self, axis.unit))
+            for axis in (*WIDTH_AXES, *FIXED_AXES)
+            for label in axis.coupled
         }
 
     def resized(self, **sizes: int) -> ModelShape:
-        """A copy with other sizes; `kv_channels` stays unless given."""
+        """Return a copy with other sizes; `kv_channels` stays unless it is given."""
         return replace(self, **sizes)  # type: ignore[arg-type]
 
 
-class Sizes(Protocol):
-    """Sizes that a student is to have; None keeps the source's."""
+SIZE_AXES: tuple[Axis, ...] = tuple(
+    axis for field in fields(ModelShape) for axis in (*AXES, *FIXED_AXES) if axis.target_key == field.name
+)
+"""Axes in the order in which a shape lists its sizes, for tables."""
 
-    @property
-    def num_layers(self) -> int | None: ...
-    @property
-    def hidden_size(self) -> int | None: ...
-    @property
-    def ffn_hidden_size(self) -> int | None: ...
-    @property
-    def num_attention_heads(self) -> int | None: ...
-    @property
-    def num_query_groups(self) -> int | None: ...
+TargetSizes = Iterable[tuple[str, int | None]]
+"""Pairs of a field of ModelShape and a student's size; a size that is None or missing stays as in the source."""
 
 
-def target_shape(source: ModelShape, target: Sizes, drop_layers: Collection[int] | None) -> ModelShape:
-    """What is left of `source`. Where every head is its own query group, the groups go with the heads."""
-    heads = target.num_attention_heads or source.num_attention_heads
-    groups = target.num_query_groups or (heads if source.heads_per_group == 1 else source.num_query_groups)
-    if target.num_attention_heads is None and target.num_query_groups is not None:
-        heads = groups * source.heads_per_group
-    dropped = 0 if drop_layers is None else len(set(drop_layers))
-    return source.resized(
-        num_layers=target.num_layers or source.num_layers - dropped,
-        hidden_size=target.hidden_size or source.hidden_size,
-        ffn_hidden_size=target.ffn_hidden_size or source.ffn_hidden_size,
-        num_attention_heads=heads,
-        num_query_groups=groups,
-    )
+def target_shape(source: ModelShape, target: TargetSizes, drop_layers: Collection[int] | None) -> ModelShape:
+    """Return the shape that is left of `source`.
+
+    Where each head is its own query group, the groups follow the heads. Where only the groups are given, each keeps all
+    of its heads.
+    """
+    sizes = {key: size for key, size in target if size}
+    heads, groups = sizes.get(HEADS.target_key), sizes.get(GROUPS.target_key)
+    if heads is None and groups is not None:
+        sizes[HEADS.target_key] = groups * source.heads_per_group
+    elif heads is not None and groups is None and source.heads_per_group == 1:
+        sizes[GROUPS.target_key] = heads
+    if LAYERS.target_key not in sizes:
+        sizes[LAYERS.target_key] = source.num_layers - len(set(drop_layers or ()))
+    return source.resized(**sizes)

@@ -1,4 +1,4 @@
-"""How Megatron shares a model out over tensor- and pipeline-parallel ranks. No torch."""
+"""How Megatron divides a model over tensor- and pipeline-parallel ranks. No torch."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ from itertools import accumulate
 from math import ceil, prod
 
 from nemo_minitron.errors import PlanError
+from nemo_minitron.families.axes import SPLIT_LABELS
 from nemo_minitron.families.shape import ModelShape
-from nemo_minitron.families.table import rows
-
-SPLIT_AXES = frozenset({"vocab", "q", "kv", "ffn"})
-"""Axes that tensor parallelism splits; all others are whole on every rank."""
+from nemo_minitron.families.table import placed_rows
 
 
 def stage_bounds(num_layers: int, pp: int) -> list[tuple[int, int]]:
-    """[start, stop) of each pipeline stage's layers.
+    """Return [start, stop) of the layers of each pipeline stage.
 
-    Where they do not divide, the stages in the middle, which hold neither embeddings nor head, get more.
+    If they do not divide evenly, the stages in the middle, which have neither embeddings nor head, get more.
 
     Raises:
-        PlanError: fewer layers than stages.
+        PlanError: there are fewer layers than stages.
     """
     middle = ceil(num_layers / pp)
     while num_layers - middle * (pp - 2) < 2 and middle > 1:
@@ -33,22 +31,26 @@ def stage_bounds(num_layers: int, pp: int) -> list[tuple[int, int]]:
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Megatron splits the vocabulary evenly over the tensor-parallel ranks; the rows added are zeros."""
+    """Return the vocabulary size after padding: Megatron splits it evenly over the tensor-parallel ranks.
+
+    The added rows are zeros.
+    """
     return -(-vocab_size // tp) * tp
 
 
 def params_of_rank(shape: ModelShape, *, tp: int, pp: int, stage: int) -> int:
-    """Parameters on one rank of this pipeline stage (0-based), padding of the vocabulary included.
+    """Return the number of parameters on one rank of this pipeline stage (0-based), with the padded vocabulary.
 
-    Tied embeddings are kept on the first and on the last stage.
+    Tied embeddings are on the first and on the last stage.
     """
     start, stop = stage_bounds(shape.num_layers, pp)[stage]
     sizes = {**shape.axis_sizes(), "vocab": padded_vocab_size(shape.vocab_size, tp)}
     total = 0
-    for row in rows(shape):
-        count = prod(sizes[axis] // tp if axis in SPLIT_AXES else sizes[axis] for axis in row.axes)
+    for row, places in placed_rows(shape).items():
+        count = prod(sizes[label] // tp if label in SPLIT_LABELS else sizes[label] for label in row.axes)
         if row.per_layer:
-            total += count * (stop - start)
+            here = sum(layer is not None and start <= layer < stop for layer in places)
+            total += count * here * len(row.experts)
         elif "vocab" in row.axes and row.megatron.startswith("embedding"):
             total += count * (stage == 0 or (shape.tied_embeddings and stage == pp - 1))
         else:

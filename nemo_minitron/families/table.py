@@ -1,118 +1,97 @@
-"""The axis table: one row for each parameter of a model.
+"""The axis table: one row for each parameter of a model. No torch.
 
-A row names a parameter in its Hugging Face checkpoint, labels its dimensions, and says where
-the parameter lives in Megatron-Core. The label is the coupling group: whatever is cut from one
-axis is cut from every parameter that carries its label. Counting, slicing, loading and saving
-all read this table; no layer's axes are written down anywhere else.
+What is cut from one axis is cut from each parameter that carries one of its labels. Counting, slicing, loading and
+saving all read this table; a layer's parameters are listed in `families/blocks.py` and nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
-from typing import Literal
+from types import MappingProxyType
 
+from nemo_minitron.families.blocks import EXPERT, LAYER, Layer, Row, norm_rows
+from nemo_minitron.families.registry import layers_of
 from nemo_minitron.families.shape import ModelShape
 
-Part = Literal["q", "k", "v", "gate", "up"]
-LAYER = "{layer}"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One parameter (of every layer, when the names hold `{layer}`)."""
-
-    hf: str
-    axes: tuple[str, ...]
-    megatron: str
-    part: Part | None = None
-    """Which part of a fused Megatron tensor this is; None: the whole tensor."""
-
-    @property
-    def per_layer(self) -> bool:
-        return LAYER in self.hf
+Places = tuple[int | None, ...]
+"""Layers that have a row; (None,) for a row outside the layers."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A row at a given layer: a concrete tensor."""
+    """A row at a given layer and expert: one tensor."""
 
     row: Row
     layer: int | None
+    expert: int | None = None
 
     @property
     def hf(self) -> str:
-        return self.row.hf.replace(LAYER, str(self.layer))
+        return self._at(self.row.hf)
 
     @property
     def megatron(self) -> str:
-        return self.row.megatron.replace(LAYER, str(self.layer))
+        return self._at(self.row.megatron)
+
+    def _at(self, name: str) -> str:
+        return name.replace(LAYER, str(self.layer)).replace(EXPERT, str(self.expert))
+
+
+@lru_cache(maxsize=64)
+def placed_rows(shape: ModelShape) -> Mapping[Row, Places]:
+    """Return each row of a model, in the order of the network, with the layers that have it."""
+    head = () if shape.tied_embeddings else (Row("lm_head.weight", ("vocab", "hidden"), "output_layer.weight"),)
+    table: dict[Row, Places] = {
+        Row("model.embed_tokens.weight", ("vocab", "hidden"), "embedding.word_embeddings.weight"): (None,),
+        **_layer_rows(shape),
+        **dict.fromkeys((*norm_rows(shape, "model.norm", "decoder.final_layernorm"), *head), (None,)),
+    }
+    return MappingProxyType(table)
+
+
+def _layer_rows(shape: ModelShape) -> dict[Row, Places]:
+    kinds: dict[Layer, list[int]] = {}
+    for number, layer in enumerate(layers_of(shape)):
+        kinds.setdefault(layer, []).append(number)
+    places: dict[Row, list[int]] = {}
+    for layer, numbers in kinds.items():
+        for block in layer:
+            for row in block.rows(shape):
+                places.setdefault(row, []).extend(numbers)
+    return {row: tuple(sorted(numbers)) for row, numbers in places.items()}
 
 
 def rows(shape: ModelShape) -> tuple[Row, ...]:
-    """Every row of a model of this shape, in the order of the network."""
-    return (
-        Row("model.embed_tokens.weight", ("vocab", "hidden"), "embedding.word_embeddings.weight"),
-        *_norm_rows(shape, "model.layers.{layer}.input_layernorm", "decoder.layers.{layer}.input_layernorm"),
-        *_attention_rows(shape),
-        *_norm_rows(shape, "model.layers.{layer}.post_attention_layernorm", "decoder.layers.{layer}.pre_mlp_layernorm"),
-        *_mlp_rows(shape),
-        *_norm_rows(shape, "model.norm", "decoder.final_layernorm"),
-        *(() if shape.tied_embeddings else (Row("lm_head.weight", ("vocab", "hidden"), "output_layer.weight"),)),
-    )
-
-
-def _norm_rows(shape: ModelShape, hf: str, megatron: str) -> Iterator[Row]:
-    yield Row(f"{hf}.weight", ("hidden",), f"{megatron}.weight")
-    if shape.norm == "layernorm1p":
-        yield Row(f"{hf}.bias", ("hidden",), f"{megatron}.bias")
-
-
-def _attention_rows(shape: ModelShape) -> Iterator[Row]:
-    hf, megatron = "model.layers.{layer}.self_attn", "decoder.layers.{layer}.self_attention"
-    parts: tuple[tuple[Part, str], ...] = (("q", "q"), ("k", "kv"), ("v", "kv"))
-    for part, axis in parts:
-        yield Row(f"{hf}.{part}_proj.weight", (axis, "hidden"), f"{megatron}.linear_qkv.weight", part)
-        if shape.qkv_bias:
-            yield Row(f"{hf}.{part}_proj.bias", (axis,), f"{megatron}.linear_qkv.bias", part)
-    if shape.qk_norm:
-        yield Row(f"{hf}.q_norm.weight", ("head_dim",), f"{megatron}.q_layernorm.weight")
-        yield Row(f"{hf}.k_norm.weight", ("head_dim",), f"{megatron}.k_layernorm.weight")
-    yield Row(f"{hf}.o_proj.weight", ("hidden", "q"), f"{megatron}.linear_proj.weight")
-
-
-def _mlp_rows(shape: ModelShape) -> Iterator[Row]:
-    hf, megatron = "model.layers.{layer}.mlp", "decoder.layers.{layer}.mlp"
-    if shape.gated:
-        yield Row(f"{hf}.gate_proj.weight", ("ffn", "hidden"), f"{megatron}.linear_fc1.weight", "gate")
-        yield Row(f"{hf}.up_proj.weight", ("ffn", "hidden"), f"{megatron}.linear_fc1.weight", "up")
-    else:
-        yield Row(f"{hf}.up_proj.weight", ("ffn", "hidden"), f"{megatron}.linear_fc1.weight")
-    yield Row(f"{hf}.down_proj.weight", ("hidden", "ffn"), f"{megatron}.linear_fc2.weight")
+    """Return each row of a model, in the order of the network."""
+    return tuple(placed_rows(shape))
 
 
 def parameters(shape: ModelShape) -> Iterator[Parameter]:
-    """Every tensor of the model: rows outside the layers once, the others once for each layer."""
-    for row in rows(shape):
-        for layer in range(shape.num_layers) if row.per_layer else (None,):
-            yield Parameter(row, layer)
+    """Yield each tensor of a model: all layers and experts of one row after those of the row before it."""
+    for row, places in placed_rows(shape).items():
+        for layer in places:
+            for expert in row.experts:
+                yield Parameter(row, layer, expert)
 
 
 def tensor_shape(shape: ModelShape, row: Row) -> tuple[int, ...]:
-    """Dimensions of one parameter in its Hugging Face checkpoint."""
+    """Return the dimensions of a parameter in its Hugging Face checkpoint."""
     sizes = shape.axis_sizes()
     return tuple(sizes[axis] for axis in row.axes)
 
 
 def num_params(shape: ModelShape, *, embeddings: bool = True) -> int:
-    """Exact parameter count; tied embeddings count once.
+    """Return the exact number of parameters; tied embeddings count once.
 
     Args:
-        embeddings: False leaves out every parameter with a vocab axis ("non-embedding" parameters).
+        embeddings: False leaves out all parameters with a vocab dimension ("non-embedding" parameters).
     """
+    sizes = shape.axis_sizes()
     return sum(
-        prod(tensor_shape(shape, row)) * (shape.num_layers if row.per_layer else 1)
-        for row in rows(shape)
+        prod(sizes[axis] for axis in row.axes) * len(places) * len(row.experts)
+        for row, places in placed_rows(shape).items()
         if embeddings or "vocab" not in row.axes
     )

@@ -1,4 +1,4 @@
-"""Typed access to the values of a config.json, with errors that name the key."""
+"""Typed access to the values of a config.json, with errors that contain the key."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from nemo_minitron.system.shown import shown
 
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 10_000
-"""More layers than any model has; a larger number would only keep the checks busy."""
+"""More layers than any model has; a larger number would make the checks slow."""
 
 
 def size(value: Any, key: str, where: str) -> int:
-    """A whole number from 1.
+    """Read a size, a whole number of at least 1.
 
     Raises:
-        CheckpointError: the key is missing, or its value is something else.
+        CheckpointError: the key is missing, or its value is not a size.
     """
     if value is None:
         raise CheckpointError(
@@ -33,10 +33,10 @@ def size(value: Any, key: str, where: str) -> int:
 
 
 def positive(value: Any, key: str, where: str) -> float:
-    """A finite number above 0.
+    """Read a finite number above 0.
 
     Raises:
-        CheckpointError: anything else, also a number written as text.
+        CheckpointError: the value is anything else, such as a number in quotes.
     """
     number = math.nan
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -50,10 +50,10 @@ def positive(value: Any, key: str, where: str) -> float:
 
 
 def switch(value: Any, key: str, where: str) -> bool:
-    """true or false; null means false.
+    """Read true or false; null means false.
 
     Raises:
-        CheckpointError: anything else: transformers would take the text "false" for true.
+        CheckpointError: the value is anything else. transformers would read the text "false" as true.
     """
     if value is not None and not isinstance(value, bool):
         raise CheckpointError(f"{key} = {shown(value)} is not a switch.", where=where, allowed="true, false")
@@ -61,10 +61,10 @@ def switch(value: Any, key: str, where: str) -> bool:
 
 
 def table(value: Any, key: str, where: str) -> Mapping[str, Any]:
-    """A JSON object; null means an empty one.
+    """Read a JSON object; null means an empty one.
 
     Raises:
-        CheckpointError: anything else.
+        CheckpointError: the value is anything else.
     """
     if value is not None and not isinstance(value, Mapping):
         raise CheckpointError(f"{key} = {shown(value)} is not an object.", where=where, allowed="null, or {...}")

@@ -10,6 +10,7 @@ from nemo_minitron.artifacts.run_paths import RESERVED
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import PlanError
 from nemo_minitron.families import ModelShape
+from nemo_minitron.families.axes import WIDTH_AXES
 from nemo_minitron.plan.missing import missing_sources
 from nemo_minitron.plan.planner import RunPlan
 from nemo_minitron.plan.task_names import unknown_tasks
@@ -122,12 +123,14 @@ def _models_of(name: str, stage: StageParams, view: View) -> Iterator[tuple[str,
 
 def layout_problems(shape: ModelShape, layout: Parallel) -> Iterator[str]:
     """Sizes of a model that a layout cannot share out."""
-    sizes = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)
-    if any(size % layout.tp for size in sizes):
-        allowed = [tp for tp in range(1, shape.num_query_groups + 1) if not any(size % tp for size in sizes)]
+    sizes = {axis.title: getattr(shape, axis.target_key) for axis in WIDTH_AXES if axis.split_by == "tensor"}
+    if any(size % layout.tp for size in sizes.values()):
+        tps = range(1, min(sizes.values()) + 1)
+        allowed = [tp for tp in tps if not any(size % tp for size in sizes.values())]
         yield (
-            f"execution.parallel.tp = {layout.tp}: does not divide {sizes[0]} heads, {sizes[1]} query groups "
-            f"and ffn {sizes[2]}. Allowed: {', '.join(map(str, allowed))}."
+            f"execution.parallel.tp = {layout.tp}: does not divide all of "
+            f"{', '.join(f'{size} {title}' for title, size in sizes.items())}. "
+            f"Allowed: {', '.join(map(str, allowed))}."
         )
     if layout.pp > shape.num_layers:
         most = shape.num_layers

@@ -1,1 +1,1 @@
-"""Score, decide, cut: functions of tensors."""
+"""Scores, the choice of what to keep, and the cut: functions of tensors."""

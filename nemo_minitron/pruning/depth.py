@@ -1,7 +1,7 @@
-"""What the removal of layers does to a model's output. Pure functions of tensors.
+"""How much the output of a model changes when layers are removed. Pure functions of tensors.
 
-A metric gives partial sums that can be added over batches and data-parallel ranks, and turns their total
-into an importance: the higher, the more the removed layers are missed.
+A metric makes partial sums, which can be added over batches and data-parallel ranks, and turns their total into an
+importance: the higher, the more the removed layers matter.
 Shapes: S sequence, B batch, V this rank's part of the vocabulary, K the metric's sums.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring layers, 0-based: start, start + 1, ..., start + length - 1."""
+    """Consecutive layers, 0-based: start, start + 1, ..., start + length - 1."""
 
     start: int
     length: int = 1
@@ -28,7 +28,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Removal:
-    """Logits of one batch, without the removed layers and of the whole model."""
+    """Logits of one batch, of the model without the removed layers and of the whole model."""
 
     logits: Tensor
     whole: Tensor
@@ -36,24 +36,24 @@ class Removal:
     """-log p(label) without the layers, nats."""
     loss_mask: Tensor
     answer: Tensor | None
-    """Number of the answer that each row holds, in a task."""
+    """In a task: index of the answer in each row [B]."""
     vocab_sum: Callable[[Tensor], Tensor]
-    """Adds up, in place, over the ranks that share the vocabulary."""
+    """Sums in place over the ranks that share the vocabulary."""
 
 
 @dataclass(frozen=True)
 class DepthMetric:
-    """One function of a removal, and one of the totals."""
+    """A function of a removal that makes sums, and a function of their totals."""
 
     num_sums: int
     sums: Callable[[Removal], Tensor]
-    """[K] fp64 of one batch."""
+    """Sums [K] of one batch, fp64."""
     importance: Callable[[Tensor], float]
-    """Total [K] -> how much the layers are missed."""
+    """Total [K] -> importance of the removed layers."""
 
 
 def lm_loss() -> DepthMetric:
-    """Next-token loss without the layers, nats per token (the PPL importance of 2407.14679, section 2.2)."""
+    """Return the metric "next-token loss without the layers", nats per token (PPL in 2407.14679, section 2.2)."""
 
     def sums(removal: Removal) -> Tensor:
         mask = removal.loss_mask
@@ -63,7 +63,7 @@ def lm_loss() -> DepthMetric:
 
 
 def logit_mse(vocab_size: int) -> DepthMetric:
-    """Mean squared difference to the whole model's logits (as in 2508.14444, which judges layers by it)."""
+    """Return the metric "mean squared difference from the logits of the whole model" (2508.14444)."""
 
     def sums(removal: Removal) -> Tensor:
         gap_BSV = removal.logits.to(_wide(removal.logits)) - removal.whole
@@ -75,10 +75,10 @@ def logit_mse(vocab_size: int) -> DepthMetric:
 
 
 def task_error(num_answers: int, accuracy: Callable[[Tensor], float]) -> DepthMetric:
-    """1 - accuracy on a multiple-choice task.
+    """Return the metric "1 - accuracy on a multiple-choice task".
 
     Args:
-        accuracy: of the summed log-likelihoods of all answers, [num_answers].
+        accuracy: a function of the summed log-likelihoods of all answers [num_answers].
     """
 
     def sums(removal: Removal) -> Tensor:
@@ -91,7 +91,7 @@ def task_error(num_answers: int, accuracy: Callable[[Tensor], float]) -> DepthMe
 
 
 def runs_of(num_layers: int, length: int) -> list[Run]:
-    """Every run of this many neighbouring layers."""
+    """Return every run of this many consecutive layers."""
     return [Run(start, length) for start in range(num_layers - length + 1)]
 
 

@@ -1,8 +1,8 @@
 """Importance scores from activations. Pure functions of tensors.
 
-A score is made in two steps (2407.14679, section 2.2): the activations of a sample are aggregated
-over its sequence, the results over the batch. Batch aggregation works on sums that can be added
-over micro-batches and over ranks, so any parallel layout gives the same score.
+A score is computed in two steps (2407.14679, section 2.2): the activations of a sample are aggregated over its
+sequence, and the results over the batch. Batch aggregation uses sums, which can be added over micro-batches and ranks,
+so each parallel layout gives the same score.
 Shapes: S sequence, B batch, C channels.
 """
 
@@ -22,7 +22,7 @@ NUM_SUMS = 4
 
 @dataclass(frozen=True)
 class Method:
-    """What is aggregated for each channel of an activation."""
+    """The values that are aggregated for each channel of an activation."""
 
     values: Callable[[Tensor, Tensor], Tensor]
     """activation, d loss / d activation -> values of the same shape."""
@@ -31,21 +31,21 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "activation": Method(lambda activation, _: activation, needs_gradient=False),
-    # First order: what the loss changes by, when the activation becomes zero.
+    # First-order estimate of the change of the loss if the activation becomes zero.
     "taylor": Method(lambda activation, gradient: activation * gradient, needs_gradient=True),
 }
-"""A new width metric is one entry here and its name in `config.schema.WidthMethod`."""
+"""A new width metric is one entry here, and its name in the schema's `WidthMethod`."""
 
 
 @dataclass(frozen=True)
 class Convention:
-    """Where the paper's formulas and the code that NVIDIA ships differ."""
+    """A choice between the formulas of the paper and the code of ModelOpt, where they differ."""
 
     neuron: Literal["before_activation", "after_activation"]
-    """Side of the activation function; before it, a gated MLP is measured at its gate."""
+    """Side of the activation function on which neurons are measured; before it, a gated MLP is measured at its gate."""
     head_per_token: bool
-    """A head's value is the L2 norm of its output at each token, then aggregated; else each of its channels
-    is aggregated and the score is the L2 norm of these."""
+    """True: the L2 norm of a head's output at each token is aggregated. False: each of its channels is aggregated, and
+    the score is the L2 norm of the results."""
 
 
 CONVENTIONS: dict[str, Convention] = {
@@ -56,7 +56,7 @@ CONVENTIONS: dict[str, Convention] = {
 }
 
 _SEQUENCE: dict[str, Callable[[Tensor], Tensor]] = {
-    # Widened first: on a CPU torch's reductions of bf16 take ten times as long.
+    # Convert first: on the CPU, reductions of bf16 in torch take ten times as long.
     "mean": lambda x: x.abs().to(_wide(x)).mean(0),
     "l2": lambda x: x.to(_wide(x)).square().sum(0).sqrt(),
     "var": lambda x: x.to(_wide(x)).var(0, correction=0),
@@ -68,19 +68,19 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def aggregate_sequence(activations_SBC: Tensor, how: Aggregation) -> Tensor:
-    """Score [B, C] of every sample: mean of absolute values, L2 norm or variance over the sequence."""
+    """Return the scores [B, C] of samples: mean of absolute values, L2 norm or variance over the sequence."""
     return _SEQUENCE[how](activations_SBC)
 
 
 def batch_sums(scores_BC: Tensor) -> Tensor:
-    """[4, C] fp64: what the batch aggregations need of these samples; add them up over batches and ranks."""
+    """Return the sums [4, C] that the batch aggregations need, fp64. They can be added over batches and ranks."""
     scores = scores_BC.double()
     count = torch.full_like(scores[0], scores.shape[0])
     return torch.stack([count, scores.abs().sum(0), scores.sum(0), scores.pow(2).sum(0)])
 
 
 def aggregate_batch(sums_4C: Tensor, how: Aggregation) -> Tensor:
-    """Score [C] over all samples.
+    """Return the scores [C] over all samples.
 
     `mean = (1/n) sum |s|`, `l2 = sqrt(sum s^2)`, `var = (1/n) sum (s - mean s)^2` (2407.14679, section 2.2).
     The papers use l2 over the batch of means over the sequence.
@@ -94,23 +94,23 @@ def aggregate_batch(sums_4C: Tensor, how: Aggregation) -> Tensor:
 
 
 def per_head(activations_SBC: Tensor, kv_channels: int) -> Tensor:
-    """[S, B, heads]: L2 norm of every head's output at each token."""
+    """Return the L2 norm of each head's output at each token [S, B, heads]."""
     heads = activations_SBC.unflatten(-1, (-1, kv_channels))
     return heads.to(_wide(heads)).square().sum(-1).sqrt()
 
 
 def head_scores(channel_scores_C: Tensor, kv_channels: int) -> Tensor:
-    """[..., heads]: L2 norm of the channel scores of each head's output."""
+    """Return the L2 norm of the channel scores of each head's output [..., heads]."""
     return channel_scores_C.unflatten(-1, (-1, kv_channels)).norm(dim=-1)
 
 
 def group_scores(head_scores_H: Tensor, heads_per_group: int) -> Tensor:
-    """[..., groups]: L2 norm of the scores of the query heads that share one key and value head."""
+    """Return the L2 norm of the scores of the query heads that share a key and value head [..., groups]."""
     return head_scores_H.unflatten(-1, (-1, heads_per_group)).norm(dim=-1)
 
 
 def block_influence_sums(layer_in_SBD: Tensor, layer_out_SBD: Tensor) -> Tensor:
-    """[2] fp64: sum over tokens of the cosine between a layer's input and output, and the number of tokens."""
+    """Return the sum over tokens of the cosine of a layer's input and output, and the number of tokens: [2], fp64."""
     before, after = (x.to(_wide(x)) for x in (layer_in_SBD, layer_out_SBD))
     lengths = before.norm(dim=-1) * after.norm(dim=-1)
     cosine = (torch.linalg.vecdot(before, after) / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)).double()
@@ -118,8 +118,9 @@ def block_influence_sums(layer_in_SBD: Tensor, layer_out_SBD: Tensor) -> Tensor:
 
 
 def block_influence(sums_L2: Tensor) -> Tensor:
-    """`BI = 1 - E[cos(x_in, x_out)]` of each layer (2407.14679, section 2.2, after ShortGPT); higher matters more.
+    """Return `BI = 1 - E[cos(x_in, x_out)]` of each layer (2407.14679, section 2.2, after ShortGPT).
 
-    Of a run of layers: its first layer's input and its last one's output (2403.17887).
+    A layer with a higher value matters more. For a run of layers, x_in is the input of its first layer and x_out the
+    output of its last (2403.17887).
     """
     return 1.0 - sums_L2[..., 0] / sums_L2[..., 1]

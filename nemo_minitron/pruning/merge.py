@@ -1,10 +1,10 @@
-"""Head-residual merging: what a cut head knows goes into a kept one (2407.14679, section 2.3).
+"""Head-residual merging: cut heads are merged into kept ones (2407.14679, section 2.3).
 
-With L heads in order of importance and K kept: `new_i = head_i + (head_i - head_(2K-i+1))` for the last
-min(K, L - K) kept heads, so that the kept head K takes in the cut head K + 1, K - 1 takes in K + 2, and so on. (The
-printed range begins one too early: at i = K - (L - K) the partner would be head L + 1.) Layer Collapse, which the
-paper follows, adds the difference with the opposite sign, `head_i + (head_(2K-i+1) - head_i)`: for a single partner
-that is the cut head itself. `mean`, half of each, lies between the kept head and that.
+With L heads in order of importance, of which K are kept: `new_i = head_i + (head_i - head_(2K-i+1))` for the last
+min(K, L - K) kept heads. Cut head K + 1 is merged into kept head K, K + 2 into K - 1, and so on. (The printed range
+begins one too early: at i = K - (L - K) the partner would be head L + 1.) Layer Collapse, which the paper follows, adds
+the difference with the opposite sign, `head_i + (head_(2K-i+1) - head_i)`: for a single partner that is the cut head
+itself. `mean` is the mean of the kept and the cut head.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ SHARES: Mapping[str, tuple[float, float]] = {
 def head_partners(
     scores_H: Tensor, kept: tuple[int, ...], groups: tuple[int, ...], source: ModelShape
 ) -> dict[int, int]:
-    """Kept head -> the cut head that is merged into it.
+    """Return kept head -> the cut head that is merged into it.
 
-    Within each query group that stays, as these heads share key and value. Where every head is its own group,
-    over all heads: key and value are then merged as well.
+    Heads are merged within each query group that stays, because these heads share key and value. If each head is its
+    own group, all heads are candidates, and their keys and values are merged as well.
     """
     per_group = source.heads_per_group
     if per_group == 1:
@@ -50,10 +50,10 @@ def _pairs(scores_H: Tensor, heads: list[int], kept: set[int]) -> dict[int, int]
 
 
 def merge_heads(tensor: Tensor, dim: int, partners: Mapping[int, int], kv_channels: int, how: str) -> Tensor:
-    """A copy in which kept heads have taken in cut ones; rows of head h are [h * kv_channels, (h + 1) * kv_channels).
+    """Return a copy with cut heads merged into kept ones; head h has the rows [h * kv_channels, (h + 1) * kv_channels).
 
     Args:
-        dim: dimension that is made of heads.
+        dim: the dimension that is made of heads.
         how: a key of SHARES.
     """
     if not partners:

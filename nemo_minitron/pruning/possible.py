@@ -1,4 +1,4 @@
-"""Whether a target can be cut out of a model. Imports no torch."""
+"""Check whether a target can be cut out of a model. No torch."""
 
 from __future__ import annotations
 
@@ -6,49 +6,57 @@ from collections.abc import Iterator
 
 from nemo_minitron.errors import PlanError
 from nemo_minitron.families import ModelShape, target_shape
+from nemo_minitron.families.axes import LAYERS, WIDTH_AXES, holder_of
 from nemo_minitron.schema.pruning import Selection
 
 
-def require_possible(params: Selection, source: ModelShape) -> None:
-    """The target can be cut out of this model.
+def require_possible(selection: Selection, source: ModelShape) -> None:
+    """Require a target that can be cut out of this model.
 
     Raises:
-        PlanError: naming the key that asks for too much.
+        PlanError: with the key whose value is impossible.
     """
-    problem = next(impossible(params, source), None)
+    problem = next(impossible(selection, source), None)
     if problem is not None:
         key, value, allowed = problem
         raise PlanError(f"{key} = {value} cannot be cut out of this model.", where="select", allowed=allowed)
 
 
-def impossible(params: Selection, source: ModelShape) -> Iterator[tuple[str, object, str]]:
-    """(key, value, what is allowed) of every size that cannot be cut out."""
-    yield from _too_large(params, source)
-    if params.drop_layers is None:
+def impossible(selection: Selection, source: ModelShape) -> Iterator[tuple[str, object, str]]:
+    """Yield (key, value, allowed values) of each key that makes the target impossible."""
+    yield from _too_large(selection, source)
+    if selection.drop_layers is None:
         return
-    dropped, last = set(params.drop_layers), source.num_layers - 1
+    dropped, last = set(selection.drop_layers), source.num_layers - 1
     if not dropped <= set(range(source.num_layers)) or len(dropped) == source.num_layers:
-        yield "drop_layers", list(params.drop_layers), f"layers from 0 to {last}, not all of them"
-    count = params.target.num_layers
-    if count is not None and count != source.num_layers - len(dropped):
-        yield "target.num_layers", count, f"{source.num_layers - len(dropped)}, which drop_layers leaves, or nothing"
+        yield "drop_layers", list(selection.drop_layers), f"layers from 0 to {last}, not all of them"
+    count = dict(selection.target).get(LAYERS.target_key)
+    left = source.num_layers - len(dropped)
+    if count is not None and count != left:
+        yield f"target.{LAYERS.target_key}", count, f"{left}, which drop_layers leaves, or nothing"
 
 
-def _too_large(params: Selection, source: ModelShape) -> Iterator[tuple[str, object, str]]:
-    for key, value in params.target:
+def _too_large(selection: Selection, source: ModelShape) -> Iterator[tuple[str, object, str]]:
+    for key, value in selection.target:
         if value is not None and value > getattr(source, key):
             yield f"target.{key}", value, f"1 to {getattr(source, key)}"
-    target = target_shape(source, params.target, None)
-    heads, groups = target.num_attention_heads, target.num_query_groups
-    if heads % groups:
-        yield "target.num_attention_heads", heads, _multiples(heads, groups)
-    elif heads // groups > source.heads_per_group:
-        most = groups * source.heads_per_group
-        yield "target.num_attention_heads", heads, f"at most {most}, which {groups} query groups hold"
-    if params.head_merge != "off" and heads == source.num_attention_heads:
-        yield "head_merge", params.head_merge, "off, as no heads are cut"
+    target = target_shape(source, selection.target, None)
+    for axis in WIDTH_AXES:
+        holder = holder_of(axis)
+        if holder is None:
+            continue
+        (size, count), (before, most) = (
+            (getattr(shape, axis.target_key), getattr(shape, holder.target_key)) for shape in (target, source)
+        )
+        if size % count:
+            yield f"target.{axis.target_key}", size, _multiples(size, count, holder.name)
+        elif size // count > before // most:
+            limit = f"at most {count * (before // most)}, the number in {count} {holder.name}"
+            yield f"target.{axis.target_key}", size, limit
+    if selection.head_merge != "off" and target.num_attention_heads == source.num_attention_heads:
+        yield "head_merge", selection.head_merge, "off, as no heads are cut"
 
 
-def _multiples(heads: int, groups: int) -> str:
-    near = [str(number) for number in (heads // groups * groups, (heads // groups + 1) * groups) if number > 0]
-    return f"a multiple of the {groups} query groups, such as {' or '.join(near)}"
+def _multiples(size: int, count: int, holder: str) -> str:
+    near = [str(number) for number in (size // count * count, (size // count + 1) * count) if number > 0]
+    return f"a multiple of the {count} {holder}, such as {' or '.join(near)}"

@@ -1,26 +1,21 @@
-"""Rules of a selection: what can be cut, and what must have been scored for it. Imports no torch."""
+"""Check whether a score stage measures what a selection needs. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from nemo_minitron.families import ModelShape
+from nemo_minitron.families.axes import SCORED_WIDTH_AXES, chosen_by
 from nemo_minitron.schema.pruning import Scoring, Selection
-
-SIZES_BY_AXIS = {
-    "hidden": ("hidden_size",),
-    "ffn": ("ffn_hidden_size",),
-    "heads": ("num_attention_heads", "num_query_groups"),
-}
 
 
 def scoring_problems(
     key: str, selection: Selection, scores: str | None, scoring: Scoring | None, source: ModelShape | None
 ) -> Iterator[str]:
-    """One line for each measure that the selection needs and that the score stage does not take.
+    """Yield one line for each score that the selection needs and that the score stage does not compute.
 
     Args:
-        key: of the selection's stage.
+        key: key of the stage that selects.
         scores: name of the score stage.
         scoring: its params; None if there is no such stage.
         source: shape of the model that is pruned.
@@ -30,10 +25,11 @@ def scoring_problems(
     if scoring is None:
         yield f"{key}.inputs.scores: method importance needs a score stage."
         return
-    for axis, sizes in SIZES_BY_AXIS.items():
+    for axis in SCORED_WIDTH_AXES:
+        sizes = (chosen.target_key for chosen in chosen_by(axis))
         wanted = [size for size in sizes if getattr(selection.target, size) is not None]
-        if wanted and axis not in scoring.width_axes:
-            yield f"{key}.target.{wanted[0]}: axis {axis} is not scored; add it to stages.{scores}.width_axes."
+        if wanted and axis.name not in scoring.width_axes:
+            yield f"{key}.target.{wanted[0]}: axis {axis.name} is not scored; add it to stages.{scores}.width_axes."
     if selection.target.num_layers is None or selection.drop_layers is not None or source is None:
         return
     if selection.target.num_layers < source.num_layers:

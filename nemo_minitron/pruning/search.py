@@ -1,4 +1,4 @@
-"""Which shape: enumerate a grid under constraints, and rank what was tried. Pure; imports no torch."""
+"""The search for a shape: the points of a grid that meet constraints, and the ranking of trained ones. No torch."""
 
 from __future__ import annotations
 
@@ -12,29 +12,33 @@ from typing import Any
 
 from nemo_minitron.errors import ArtifactError, PlanError
 from nemo_minitron.families import ModelShape, num_params, target_shape
+from nemo_minitron.families.axes import AXES, FFN, HIDDEN
 from nemo_minitron.schema.pruning import Target
 from nemo_minitron.schema.search import Hardware, SearchConstraints, SearchGrid
 
 SEARCH_FILE = "search.json"
 SCHEMA = 1
 GIB = 2**30
+FFN_EXPANSION = "ffn_expansion"
+"""Key of a grid: MLP sizes as multiples of the hidden size."""
+TARGET_KEYS = tuple(axis.target_key for axis in AXES)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One point of the grid, with what it would cost."""
+    """One point of the grid, with its estimated costs."""
 
     name: str
     target: Target
     num_params: int
     memory_gib: float
-    """Weights and KV cache at the constraints' context and batch."""
+    """Weights and KV cache at the context and batch size of the constraints."""
     decode_ms: float
-    """Modelled time of one generated token of the batch."""
+    """Modeled time of one generated token of each sequence in the batch."""
     shape: ModelShape
 
     def facts(self) -> dict[str, Any]:
-        """For tables and programs."""
+        """Return plain values, for tables and JSON."""
         return {
             "name": self.name,
             "num_params": self.num_params,
@@ -45,14 +49,14 @@ class Candidate:
 
 
 def enumerate_candidates(grid: SearchGrid, constraints: SearchConstraints, source: ModelShape) -> list[Candidate]:
-    """Every point of the grid that can be cut out of `source` and meets the constraints, in the grid's order.
+    """Return the points of the grid that can be cut out of `source` and meet the constraints, in the grid's order.
 
     Raises:
-        PlanError: none does, or more than `constraints.max_candidates`.
+        PlanError: there is no such point, or there are more than `constraints.max_candidates`.
     """
     found: list[Candidate] = []
     points = 0
-    for target in _points(grid, source):
+    for target in _points(dict(grid), source):
         points += 1
         shape = target_shape(source, target, None)
         if _can_be_cut(shape, source) and _meets(shape, constraints):
@@ -64,7 +68,7 @@ def enumerate_candidates(grid: SearchGrid, constraints: SearchConstraints, sourc
         raise PlanError(
             f"None of the {points} points of the grid meets the constraints.",
             where="search",
-            next_step="Widen the grid, or constraints.num_params_tolerance.",
+            next_step="Extend the grid, or raise constraints.num_params_tolerance.",
         )
     if len(found) > constraints.max_candidates:
         raise PlanError(
@@ -76,25 +80,22 @@ def enumerate_candidates(grid: SearchGrid, constraints: SearchConstraints, sourc
     return found
 
 
-def _points(grid: SearchGrid, source: ModelShape) -> Iterator[Target]:
-    hidden_sizes = grid.hidden_size or (source.hidden_size,)
-    others = (grid.num_layers, grid.num_attention_heads, grid.num_query_groups)
-    for layers, heads, groups in product(*(sizes or (None,) for sizes in others)):
-        for hidden in hidden_sizes:
-            for ffn in _ffn_sizes(grid, hidden, source):
-                yield Target(
-                    num_layers=layers,
-                    hidden_size=hidden,
-                    ffn_hidden_size=ffn,
-                    num_attention_heads=heads,
-                    num_query_groups=groups,
-                )
+def _points(grid: Mapping[str, Sequence[float]], source: ModelShape) -> Iterator[Target]:
+    last = (HIDDEN.target_key, FFN.target_key)
+    others = [key for key in source.sizes() if key in TARGET_KEYS and key not in last]
+    choices: list[list[int | None]] = [[int(size) for size in grid.get(key, ())] or [None] for key in others]
+    for chosen in product(*choices):
+        for hidden in grid.get(HIDDEN.target_key, ()) or (source.hidden_size,):
+            for ffn in _ffn_sizes(grid, int(hidden), source):
+                sizes = dict(zip(others, chosen, strict=True))
+                yield Target(**sizes, **{last[0]: int(hidden), last[1]: ffn})
 
 
-def _ffn_sizes(grid: SearchGrid, hidden: int, source: ModelShape) -> Sequence[int]:
-    if grid.ffn_expansion:
-        return list(dict.fromkeys(round(factor * hidden) for factor in grid.ffn_expansion))
-    return grid.ffn_hidden_size or (source.ffn_hidden_size,)
+def _ffn_sizes(grid: Mapping[str, Sequence[float]], hidden: int, source: ModelShape) -> Sequence[int]:
+    expansion = grid.get(FFN_EXPANSION, ())
+    if expansion:
+        return list(dict.fromkeys(round(factor * hidden) for factor in expansion))
+    return [int(size) for size in grid.get(FFN.target_key, ())] or [source.ffn_hidden_size]
 
 
 def _can_be_cut(shape: ModelShape, source: ModelShape) -> bool:
@@ -114,21 +115,22 @@ def _meets(shape: ModelShape, constraints: SearchConstraints) -> bool:
 
 
 def kv_cache_bytes(shape: ModelShape, constraints: SearchConstraints) -> int:
-    """Keys and values of every layer, for the whole context of every sequence, 16 bits each."""
+    """Return the size of the keys and values of all layers, for the full context of each sequence, 16 bits each."""
     per_token = 2 * shape.num_layers * shape.num_query_groups * shape.kv_channels * 2
     return per_token * constraints.context_tokens * constraints.batch_size
 
 
 def memory_gib(shape: ModelShape, constraints: SearchConstraints) -> float:
-    """16-bit weights and KV cache."""
+    """Return the size of 16-bit weights and the KV cache."""
     return (2 * num_params(shape) + kv_cache_bytes(shape, constraints)) / GIB
 
 
 def decode_ms(shape: ModelShape, constraints: SearchConstraints, hardware: Hardware) -> float:
-    """Roofline of one decoding step of the batch: what is read once, or what is computed, whichever takes longer.
+    """Return the roofline time of one decoding step of the batch: reading or computing, whichever takes longer.
 
-    Read: all 16-bit weights but the embedding rows, and the KV cache. Computed: 2 operations for each weight and
-    sequence. And a fixed cost for each layer (kernel launches), which is what makes depth faster than width.
+    Reading: all 16-bit weights except for the embeddings, and the KV cache, once. Computing: 2 operations for each
+    weight and sequence. Each layer adds a fixed cost (kernel launches), which makes fewer layers faster than narrower
+    ones.
     """
     embeddings = 0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size
     weights = num_params(shape) - embeddings
@@ -138,9 +140,10 @@ def decode_ms(shape: ModelShape, constraints: SearchConstraints, hardware: Hardw
 
 
 def ranking(candidates: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Best first: who came further in the rungs, then the lower loss there; with `rank` and `on_pareto_front`.
+    """Sort candidates, best first, and add `rank` and `on_pareto_front`.
 
-    A candidate whose loss is no number, or None because it was too slow to be trained, is last of its rung.
+    A candidate that reached a later rung is better; in the same rung, one with a lower loss. A candidate whose loss is
+    NaN, or None because it was too slow to be trained, is the last of its rung.
     """
     ordered = sorted(candidates, key=lambda c: (-len(c["losses"]), _orderable(c["losses"][-1]), c["name"]))
     return [
@@ -154,7 +157,7 @@ def _orderable(loss: float | None) -> float:
 
 
 def _on_front(one: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> bool:
-    """No other is at least as small and as good, and better in one of the two."""
+    """Return whether no other is at least as small and as good, and better in one of the two."""
 
     def dominates(other: Mapping[str, Any]) -> bool:
         mine, theirs = ((c["num_params"], _orderable(c["losses"][-1])) for c in (one, other))
@@ -164,7 +167,7 @@ def _on_front(one: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> bo
 
 
 def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Agreement of two orders, Kendall's tau-b, from -1 to 1; None where one side has no order."""
+    """Return Kendall's tau-b of two orders, from -1 to 1; None if it is undefined, as for a constant sequence."""
     from scipy import stats
 
     tau = float(stats.kendalltau(one, other).statistic) if len(one) > 1 else math.nan
@@ -172,15 +175,15 @@ def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float | None:
 
 
 def write_search(document: Mapping[str, Any], folder: Path) -> None:
-    """search.json."""
+    """Write search.json."""
     (folder / SEARCH_FILE).write_text(json.dumps({"schema": SCHEMA, **document}, indent=2) + "\n", encoding="utf-8")
 
 
 def read_search(folder: Path) -> dict[str, Any]:
-    """search.json of a finished search stage.
+    """Read search.json of a finished search stage.
 
     Raises:
-        ArtifactError: damaged.
+        ArtifactError: the file is damaged.
     """
     try:
         document = json.loads((folder / SEARCH_FILE).read_text(encoding="utf-8"))
@@ -196,6 +199,6 @@ def read_search(folder: Path) -> dict[str, Any]:
 
 
 def winner_of(folder: Path) -> Target:
-    """Sizes of the first in the ranking."""
+    """Return the sizes of the best candidate."""
     best = read_search(folder)["candidates"][0]
-    return Target(**{key: best[key] for key in Target.model_fields})
+    return Target(**{key: best[key] for key in TARGET_KEYS})

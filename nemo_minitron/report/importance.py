@@ -10,15 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_minitron.families.axes import AXES, FFN, LAYERS, Axis
 from nemo_minitron.pruning.plan_file import ALL, PLAN_FILE, from_ranges
 
-AXES = {
-    "hidden_size": ("hidden", "hidden size"),
-    "ffn_hidden_size": ("ffn", "MLP neurons"),
-    "num_attention_heads": ("heads", "attention heads"),
-    "num_layers": ("layers", "layers"),
-}
-"""Name of a size in the plan -> (name of the axis in scores and keep lists, name shown in the report)."""
+SHOWN_AXES = tuple(axis for axis in AXES if axis.scored_at is not None)
 CURVE_POINTS, MAP_COLUMNS = 160, 96
 Scores = Mapping[str, NDArray[np.float32]]
 
@@ -27,16 +22,16 @@ def pruning_facts(plan_dir: Path, scores_dir: Path | None) -> dict[str, Any]:
     """Return the `pruning` part of the report; without scores, the parts that need them are empty."""
     plan = json.loads((plan_dir / PLAN_FILE).read_text(encoding="utf-8"))
     scores, baseline = _read_scores(scores_dir)
-    ffn = scores.get("ffn")
+    ffn = scores.get(FFN.name)
     return {
         "method": plan["method"],
         "num_params": plan["num_params"],
-        "axes": [_axis(size, plan, scores) for size in AXES],
-        "kept_layers": list(_kept(plan["keep"]["layers"], plan["source"]["num_layers"])),
+        "axes": [_axis(axis, plan, scores) for axis in SHOWN_AXES],
+        "kept_layers": list(_kept(plan["keep"][LAYERS.name], plan["source"][LAYERS.target_key])),
         "importance": {
-            axis: {"name": name, **importance_curve(scores[axis], plan["target"][size])}
-            for size, (axis, name) in AXES.items()
-            if axis in scores
+            axis.name: {"name": axis.title, **importance_curve(scores[axis.name], plan["target"][axis.target_key])}
+            for axis in SHOWN_AXES
+            if axis.name in scores
         },
         "ffn_map": None if ffn is None else ffn_map(ffn),
         "layer_scores": {
@@ -57,11 +52,10 @@ def _read_scores(folder: Path | None) -> tuple[Scores, float | None]:
     return load_file(str(folder / "scores.safetensors")), facts.get("baseline_lm_loss")
 
 
-def _axis(size: str, plan: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
-    axis, name = AXES[size]
-    source, kept = plan["source"][size], plan["target"][size]
-    share = importance_share(scores[axis], plan["keep"][axis]) if axis in scores else None
-    return {"axis": name, "source": source, "kept": kept, "share": kept / source, "importance_share": share}
+def _axis(axis: Axis, plan: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
+    source, kept = plan["source"][axis.target_key], plan["target"][axis.target_key]
+    share = importance_share(scores[axis.name], plan["keep"][axis.name]) if axis.name in scores else None
+    return {"axis": axis.title, "source": source, "kept": kept, "share": kept / source, "importance_share": share}
 
 
 def importance_share(scores: NDArray[np.float32], keep: str | Mapping[str, str]) -> float:

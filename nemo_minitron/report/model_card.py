@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 from nemo_minitron import __version__
+from nemo_minitron.families.axes import FFN
+from nemo_minitron.families.shape import SIZE_AXES
 from nemo_minitron.report.comparison import ordered
 from nemo_minitron.report.text import code, mebibytes, millions, plain, table
 
@@ -19,15 +21,7 @@ _LLAMA_NOTE = (
     ' The Llama licenses require that derived models are named "Llama-...", display "Built with Llama", and include a'
     " copy of the license and its notice."
 )
-_SIZES = {
-    "num_layers": "layers",
-    "hidden_size": "hidden size",
-    "ffn_hidden_size": "MLP size",
-    "num_attention_heads": "attention heads",
-    "num_query_groups": "key/value heads",
-    "kv_channels": "head size",
-    "vocab_size": "vocabulary",
-}
+_SIZES = {axis.target_key: "MLP size" if axis is FFN else axis.title for axis in SIZE_AXES}
 
 
 def render_card(

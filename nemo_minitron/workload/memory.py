@@ -11,10 +11,14 @@ head size, a heads, g groups, f MLP size, V rows of the vocabulary; all of this 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from nemo_minitron.distillation.chunks import CHUNK_BYTES, MIN_CHUNK_TOKENS
 from nemo_minitron.families import ModelShape
+from nemo_minitron.families.blocks import ATTENTION, MLP, Block, Layer
+from nemo_minitron.families.registry import layers_of
 from nemo_minitron.families.split import padded_vocab_size, params_of_rank, stage_bounds
 from nemo_minitron.schema.execution import Parallel
 
@@ -115,20 +119,35 @@ def _tokens(work: Work) -> int:
 
 
 def layer_bytes_per_token(shape: ModelShape, parallel: Parallel, precision: str) -> float:
-    """What autograd keeps of one layer for each token."""
+    """Return the bytes that autograd keeps of the largest layer for each token."""
+    return max(_layer_bytes(layer, shape, parallel, precision) for layer in set(layers_of(shape)))
+
+
+def _layer_bytes(layer: Layer, shape: ModelShape, parallel: Parallel, precision: str) -> float:
+    """Bytes that autograd keeps of one layer for each token: each block with the norm before it."""
     w, tp = WEIGHT_BYTES[precision], parallel.tp
     # With sequence parallelism norms and the stream between blocks are split as well.
     h = shape.hidden_size / (tp if parallel.sequence_parallel else 1)
-    a, g, f = shape.num_attention_heads / tp, shape.num_query_groups / tp, shape.ffn_hidden_size / tp
+    return len(layer) * _norm_bytes(shape, h, w) + sum(BLOCK_BYTES[block](shape, w, tp) for block in layer)
+
+
+def _attention_bytes(shape: ModelShape, w: int, tp: int) -> float:
+    """The fused projection (for its v), q and k after rotation, the output, and the sums of the softmax."""
+    a, g = shape.num_attention_heads / tp, shape.num_query_groups / tp
     q, k = a * shape.kv_channels, g * shape.kv_channels
-    norms = 2 * _norm_bytes(shape, h, w)
-    # The fused projection (for its v), q and k after rotation, the output, and the sums of the softmax.
     attention = w * ((q + 2 * k) + q + k + q) + 4 * a
     if shape.qk_norm:
         attention += (4 + w) * (q + k) + 4 * (a + g)
-    # Gate and up, the activation of the gate, its input made contiguous, and the product; or what relu gave, squared.
-    mlp = (5 if shape.gated else 2) * w * f
-    return norms + attention + mlp
+    return attention
+
+
+def _mlp_bytes(shape: ModelShape, w: int, tp: int) -> float:
+    """Gate and up, the activation of the gate, its input made contiguous, and the product; or the ReLU, squared."""
+    return (5 if shape.gated else 2) * w * (shape.ffn_hidden_size / tp)
+
+
+BLOCK_BYTES: dict[Block, Callable[[ModelShape, int, int], float]] = {ATTENTION: _attention_bytes, MLP: _mlp_bytes}
+"""Block -> bytes that autograd keeps of it for each token, from shape, bytes of a weight, and tp."""
 
 
 def _norm_bytes(shape: ModelShape, h: float, w: int) -> float:
@@ -140,15 +159,16 @@ def _activations(work: Work, stage: int) -> int:
     """Of all layers of this stage, for as many micro-batches as are under way in it at once."""
     layout, n, w = work.parallel, _tokens(work), WEIGHT_BYTES[work.precision]
     start, stop = stage_bounds(work.shape.num_layers, layout.pp)[stage]
-    each = layer_bytes_per_token(work.shape, layout, work.precision) * n
+    each = {layer: _layer_bytes(layer, work.shape, layout, work.precision) * n for layer in set(layers_of(work.shape))}
     under_way = min(layout.pp - stage, work.num_micro_batches)
     h = work.shape.hidden_size / (layout.tp if layout.sequence_parallel else 1)
     stream = w * n * h
     if layout.recompute == "full":
         # The input of every layer, and one layer that is computed again.
-        return round(under_way * (stop - start) * stream + each + stream)
+        return round(under_way * (stop - start) * stream + max(each.values()) + stream)
+    here = Counter(layers_of(work.shape)[start:stop])
     ends = _norm_bytes(work.shape, h, w) * n if stage == layout.pp - 1 else 0
-    return round(under_way * (stop - start) * each + ends)
+    return round(sum(under_way * count * each[layer] for layer, count in here.items()) + ends)
 
 
 def _forward_only(work: Work) -> int:

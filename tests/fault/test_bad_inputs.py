@@ -91,7 +91,7 @@ TABLE = (
     Bad(
         "a layout that does not divide",
         lambda _: ["execution.parallel.tp=3"],
-        ("execution.parallel.tp = 3: does not divide 4 heads", "Allowed: 1, 2."),
+        ("execution.parallel.tp = 3: does not divide all of", "Allowed: 1, 2."),
     ),
     Bad("missing model", lambda folder: [f"stages.teacher.source={folder}/nowhere"], ("no such file or folder",)),
     Bad("missing text", lambda folder: [f"stages.data.sources=[{{source: {folder}/no.txt}}]"], ("no such file",)),

@@ -153,16 +153,16 @@ def _sorted(layers: list[list[int]]) -> list[list[int]]:
 def test_the_same_indices_stay(case: Case) -> None:
     plan = _our_plan(case)
     # Guards the comparison itself: everything asked for is there.
-    assert len(plan.hidden) == TARGET["hidden_size"]
+    assert len(plan.shared["hidden"]) == TARGET["hidden_size"]
     assert [len(indices) for indices in case.modelopt["ffn"]] == [TARGET["ffn_hidden_size"]] * 4
-    assert list(plan.hidden) == sorted(case.modelopt["hidden"])
-    assert _per_layer(plan.ffn) == _sorted(case.modelopt["ffn"])
-    assert _per_layer(plan.heads) == _sorted(case.modelopt["heads"])
+    assert list(plan.shared["hidden"]) == sorted(case.modelopt["hidden"])
+    assert _per_layer(plan.by_layer["ffn"]) == _sorted(case.modelopt["ffn"])
+    assert _per_layer(plan.by_layer["heads"]) == _sorted(case.modelopt["heads"])
 
 
 @pytest.mark.parametrize(("sequence", "batch"), [("l2", "l2"), ("var", "l2"), ("mean", "mean")])
 def test_another_aggregation_would_be_seen(case: Case, sequence: str, batch: str) -> None:
     plan = _our_plan(case, sequence_aggregation=sequence, batch_aggregation=batch)
-    assert list(plan.hidden) != sorted(case.modelopt["hidden"])
-    layers = zip(_per_layer(plan.ffn), _sorted(case.modelopt["ffn"]), strict=True)
+    assert list(plan.shared["hidden"]) != sorted(case.modelopt["hidden"])
+    layers = zip(_per_layer(plan.by_layer["ffn"]), _sorted(case.modelopt["ffn"]), strict=True)
     assert all(ours != theirs for ours, theirs in layers)

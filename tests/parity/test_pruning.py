@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from nemo_minitron.families import ModelShape, parameters
 from nemo_minitron.hf.checkpoint import Checkpoint
-from nemo_minitron.pruning.axes import Keep, expand_heads
 from nemo_minitron.pruning.plan_file import PrunePlan
+from nemo_minitron.pruning.positions import Keep, expand
 from nemo_minitron.pruning.selection import choose_keep
 from nemo_minitron.pruning.slicing import prune_checkpoint, slice_parameter
 from nemo_minitron.stages.select.params import SelectStage
@@ -104,8 +104,8 @@ def _orders(shape: ModelShape) -> Callable[[int | None], Keep]:
         layers[layer] = {
             "hidden": hidden,
             "ffn": torch.randperm(shape.ffn_hidden_size, generator=generator),
-            "q": torch.tensor(expand_heads(tuple(heads), shape.kv_channels)),
-            "kv": torch.tensor(expand_heads(tuple(groups), shape.kv_channels)),
+            "q": torch.tensor(expand(tuple(heads), shape.kv_channels)),
+            "kv": torch.tensor(expand(tuple(groups), shape.kv_channels)),
         }
     return lambda layer: {"hidden": hidden} if layer is None else layers[layer]
 
@@ -137,7 +137,7 @@ def test_cutting_neurons_equals_silencing_them(teacher_dir: Path) -> None:
     masked = _load(teacher_dir)
     whole = _logits(masked)
     for index, layer in enumerate(masked.model.layers):
-        layer.mlp.down_proj.weight[:, _dropped(plan.ffn[index], layer.mlp.down_proj.in_features)] = 0.0
+        layer.mlp.down_proj.weight[:, _dropped(plan.by_layer["ffn"][index], layer.mlp.down_proj.in_features)] = 0.0
     expected = _logits(masked)
     assert (expected - whole).abs().max() > 1e-2, "silencing must show"
     torch.testing.assert_close(_logits(_student(teacher_dir, plan)), expected, rtol=0, atol=ATOL)
@@ -155,7 +155,7 @@ def test_cutting_heads_equals_silencing_them(case: str, tied: bool, tmp_path: Pa
     masked = _load(teacher_dir)
     whole = _logits(masked)
     for index, layer in enumerate(masked.model.layers):
-        dropped = _dropped(expand_heads(plan.heads[index], shape.kv_channels), shape.axis_sizes()["q"])
+        dropped = _dropped(expand(plan.by_layer["heads"][index], shape.kv_channels), shape.axis_sizes()["q"])
         layer.self_attn.o_proj.weight[:, dropped] = 0.0
     expected = _logits(masked)
     assert (expected - whole).abs().max() > 1e-2, "silencing must show"
@@ -207,7 +207,7 @@ def test_cutting_channels_equals_silencing_them_up_to_the_norms_factor(teacher_d
     factor = 40 / shape.hidden_size
     layer_norm = shape.norm == "layernorm1p"
     masked = _load(teacher_dir)
-    keep, drop = list(plan.hidden), _dropped(plan.hidden, shape.hidden_size)
+    keep, drop = list(plan.shared["hidden"]), _dropped(plan.shared["hidden"], shape.hidden_size)
     _silence_channels(masked, keep, drop, fill_with_mean=layer_norm)
     without_factor = _logits(masked)
     _rescale_norms(masked, factor, one_plus_weight=layer_norm)
@@ -220,7 +220,7 @@ def test_zeroed_channels_shift_the_mean_of_a_layer_norm_so_that_no_factor_helps(
     teacher_dir = tiny_model_dir(tmp_path, "nemotron", dtype=torch.float64)
     plan = _plan(teacher_dir, hidden_size=40)
     masked = _load(teacher_dir)
-    keep, drop = list(plan.hidden), _dropped(plan.hidden, 64)
+    keep, drop = list(plan.shared["hidden"]), _dropped(plan.shared["hidden"], 64)
     with torch.no_grad():
         _silence_channels(masked, keep, drop, fill_with_mean=True)
         for written in (masked.model.embed_tokens.weight.T, *_residual_writers(masked)):
@@ -252,21 +252,16 @@ def test_cutting_everything_at_once_equals_cutting_one_axis_after_the_other(teac
     shape = Checkpoint.open(teacher_dir).shape
     plan = _plan(teacher_dir, num_layers=2, hidden_size=40, ffn_hidden_size=40)
     layers = tuple(range(shape.num_layers))
-    whole = PrunePlan(
-        "by hand",
-        layers,
-        tuple(range(shape.hidden_size)),
-        {layer: tuple(range(shape.ffn_hidden_size)) for layer in layers},
-        {layer: tuple(range(shape.num_query_groups)) for layer in layers},
-        {layer: tuple(range(shape.num_attention_heads)) for layer in layers},
-    )
-    first_ffn = {layer: plan.ffn.get(layer, tuple(range(40))) for layer in layers}
+    everything = {
+        axis: dict.fromkeys(layers, tuple(range(size)))
+        for axis, size in (("groups", shape.num_query_groups), ("heads", shape.num_attention_heads))
+    }
+    narrow = dict.fromkeys(layers, tuple(range(40)))
+    first_ffn = {layer: plan.by_layer["ffn"].get(layer, tuple(range(40))) for layer in layers}
     steps = [
-        PrunePlan("by hand", layers, whole.hidden, first_ffn, whole.groups, whole.heads),
-        PrunePlan("by hand", layers, plan.hidden, dict.fromkeys(layers, tuple(range(40))), whole.groups, whole.heads),
-        PrunePlan(
-            "by hand", plan.layers, tuple(range(40)), dict.fromkeys(layers, tuple(range(40))), whole.groups, whole.heads
-        ),
+        PrunePlan("by hand", layers, {"hidden": tuple(range(shape.hidden_size))}, {"ffn": first_ffn, **everything}),
+        PrunePlan("by hand", layers, plan.shared, {"ffn": narrow, **everything}),
+        PrunePlan("by hand", plan.layers, {"hidden": tuple(range(40))}, {"ffn": narrow, **everything}),
     ]
     folder = teacher_dir
     for number, step in enumerate(steps):

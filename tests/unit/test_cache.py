@@ -103,7 +103,7 @@ def test_a_sample_that_is_not_there_is_an_error(folder: Path) -> None:
 
 
 def test_another_text_is_an_error(folder: Path) -> None:
-    with pytest.raises(DataError, match="Sample 3 of the teacher cache is of another text"):
+    with pytest.raises(DataError, match="Sample 3 of the teacher cache has another text"):
         TeacherCache(folder).read([3], _tokens(4)[None])
 
 

@@ -343,7 +343,7 @@ REFUSED = {
     "two architectures": ({"architectures": ["LlamaForCausalLM", "MistralForCausalLM"]}, "LlamaForCausalLM, Mistral"),
     "architectures as text": ({"architectures": "GPT2LMHeadModel"}, "GPT2LMHeadModel"),
     "unknown model type": ({"architectures": None, "model_type": "gpt2"}, "model_type 'gpt2'"),
-    "another model type": ({"model_type": "mistral"}, "model_type says 'mistral'"),
+    "another model type": ({"model_type": "mistral"}, "model_type is 'mistral'"),
     "multimodal": ({"architectures": ["LlavaForConditionalGeneration"], "text_config": {"a": 1}}, "inside text_config"),
     "rope_scaling a word": ({"rope_scaling": "linear"}, "rope_scaling = 'linear'"),
     "rope_scaling a list": ({"rope_scaling": [1]}, "rope_scaling = [1]"),

@@ -1,11 +1,15 @@
-"""What model cards say of a loss."""
+"""Descriptions of losses in model cards."""
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
+from nemo_minitron.distillation.hidden import DISTANCES
+from nemo_minitron.distillation.losses import LOSSES, LogitsDistance, forward_kl
 from nemo_minitron.distillation.words import loss_in_words
-from nemo_minitron.schema.losses import Loss
+from nemo_minitron.schema.losses import HiddenLoss, LogitsLoss, Loss
 
 
 @pytest.mark.parametrize(
@@ -25,15 +29,33 @@ from nemo_minitron.schema.losses import Loss
         ),
     ],
 )
-def test_a_loss_is_told_as_it_is(keys: dict, text: str) -> None:
+def test_a_description_has_each_part_of_the_loss(keys: dict, text: str) -> None:
     assert loss_in_words(Loss.model_validate(keys)) == text
 
 
-def test_a_teacher_that_goes_on_learning_is_told() -> None:
+def test_a_description_names_teacher_correction() -> None:
     assert "the live and corrected teacher's logits" in loss_in_words(Loss(), corrected=True)
 
 
-def test_a_cached_teacher_is_told() -> None:
+def test_a_description_names_a_cached_teacher() -> None:
     loss = Loss.model_validate({"logits": {"sparse": {"kind": "sampled", "rounds": 50}}})
     text = loss_in_words(loss, cached=True)
     assert text == "forward KL to the cached teacher's logits, 50 draws a token, no other loss"
+
+
+def test_each_loss_of_a_recipe_has_one_record() -> None:
+    kinds = get_args(LogitsLoss.model_fields["kind"].annotation)
+    assert set(LOSSES) == set(kinds)
+    for kind in kinds:
+        text = loss_in_words(Loss(logits=LogitsLoss(kind=kind)))
+        assert "the live teacher's" in text
+        assert "{" not in text
+    for kind in get_args(HiddenLoss.model_fields["kind"].annotation):
+        assert kind in DISTANCES
+        assert f"{kind} distance" in loss_in_words(Loss(hidden=HiddenLoss(kind=kind)))
+
+
+@pytest.mark.parametrize("label", ["distance to {other}", "forward KL", "{teacher} {", "{teacher} {of:g}"])
+def test_a_label_that_cannot_be_filled_in_is_an_error_when_it_is_defined(label: str) -> None:
+    with pytest.raises((KeyError, ValueError)):
+        LogitsDistance(forward_kl, label)

@@ -62,24 +62,24 @@ def _choose(**keys: Any) -> PrunePlan:
 
 
 def test_hidden_keeps_the_best_channels_of_one_global_order_and_ties_go_to_the_lower_index() -> None:
-    assert _choose(hidden_size=4).hidden == (0, 2, 4, 7)
-    assert _choose(hidden_size=6).hidden == (0, 1, 2, 4, 6, 7)
+    assert _choose(hidden_size=4).shared["hidden"] == (0, 2, 4, 7)
+    assert _choose(hidden_size=6).shared["hidden"] == (0, 1, 2, 4, 6, 7)
 
 
 def test_ffn_is_chosen_in_each_layer_by_itself() -> None:
-    assert _choose(ffn_hidden_size=2).ffn == {0: (4, 5), 1: (0, 1), 2: (1, 3), 3: (0, 1)}
+    assert _choose(ffn_hidden_size=2).by_layer["ffn"] == {0: (4, 5), 1: (0, 1), 2: (1, 3), 3: (0, 1)}
 
 
 def test_heads_are_chosen_within_each_query_group_the_same_number_in_all() -> None:
     # Groups are heads 0-2 and 3-5; in layer 0 the three best heads of all are in one group.
-    assert _choose(num_attention_heads=2).heads == {0: (2, 3), 1: (0, 5), 2: (0, 3), 3: (0, 4)}
-    assert _choose(num_attention_heads=4).heads[0] == (1, 2, 3, 4)
+    assert _choose(num_attention_heads=2).by_layer["heads"] == {0: (2, 3), 1: (0, 5), 2: (0, 3), 3: (0, 4)}
+    assert _choose(num_attention_heads=4).by_layer["heads"][0] == (1, 2, 3, 4)
 
 
 def test_the_lowest_scored_layers_go() -> None:
     plan = _choose(num_layers=2)
     assert plan.layers == (0, 3)
-    assert plan.ffn.keys() == plan.heads.keys() == {0, 3}
+    assert plan.by_layer["ffn"].keys() == plan.by_layer["heads"].keys() == {0, 3}
     assert _choose(num_layers=2, layer_metric="lm_loss").layers == (0, 2)
 
 
@@ -101,24 +101,24 @@ def test_iterative_removal_takes_layers_in_the_order_in_which_they_went() -> Non
 def test_query_groups_go_by_the_scores_of_all_their_heads() -> None:
     plan = _choose(num_query_groups=1)
     # Group 0 holds heads 0-2, group 1 heads 3-5.
-    assert plan.groups == {0: (1,), 1: (1,), 2: (1,), 3: (0,)}
-    assert plan.heads == {0: (3, 4, 5), 1: (3, 4, 5), 2: (3, 4, 5), 3: (0, 1, 2)}
+    assert plan.by_layer["groups"] == {0: (1,), 1: (1,), 2: (1,), 3: (0,)}
+    assert plan.by_layer["heads"] == {0: (3, 4, 5), 1: (3, 4, 5), 2: (3, 4, 5), 3: (0, 1, 2)}
     assert plan.target_shape(SOURCE).sizes()["num_attention_heads"] == 3
     both = _choose(num_query_groups=1, num_attention_heads=2)
-    assert both.heads == {0: (3, 4), 1: (4, 5), 2: (3, 4), 3: (0, 2)}
+    assert both.by_layer["heads"] == {0: (3, 4), 1: (4, 5), 2: (3, 4), 3: (0, 2)}
 
 
 def test_without_shared_keys_the_groups_go_with_the_heads() -> None:
     source = SOURCE.resized(num_query_groups=6)
     plan = choose_keep(SCORES, source, _params(num_attention_heads=4))
-    assert plan.groups == plan.heads
-    assert plan.heads[0] == (2, 3, 4, 5)
+    assert plan.by_layer["groups"] == plan.by_layer["heads"]
+    assert plan.by_layer["heads"][0] == (2, 3, 4, 5)
 
 
 def test_network_ranking_keeps_the_same_neurons_in_every_layer() -> None:
     plan = _choose(ffn_hidden_size=2, ranking="network")
     # Columns of SCORES["ffn"] add up to 8, 16, 8, 16, 8, 16.
-    assert set(plan.ffn.values()) == {(1, 3)}
+    assert set(plan.by_layer["ffn"].values()) == {(1, 3)}
 
 
 def test_cut_heads_are_merged_into_the_least_important_kept_ones_of_their_group() -> None:
@@ -137,8 +137,8 @@ def test_named_layers_are_dropped_without_any_score() -> None:
 def test_what_is_not_asked_for_stays_whole_and_needs_no_score() -> None:
     plan = choose_keep({}, SOURCE, _params(ffn_hidden_size=6))
     assert plan.layers == (0, 1, 2, 3)
-    assert plan.hidden == tuple(range(8))
-    assert set(plan.ffn.values()) == set(plan.heads.values()) == {(0, 1, 2, 3, 4, 5)}
+    assert plan.shared["hidden"] == tuple(range(8))
+    assert set(plan.by_layer["ffn"].values()) == set(plan.by_layer["heads"].values()) == {(0, 1, 2, 3, 4, 5)}
     assert plan.target_shape(SOURCE) == SOURCE
 
 
@@ -154,14 +154,14 @@ def test_the_random_control_has_the_shape_of_the_target_and_depends_on_the_seed_
     other = choose_keep({}, SOURCE, _params("random", seed=2, **target))
     assert one == again != other
     assert one.target_shape(SOURCE) == choose_keep(SCORES, SOURCE, _params(**target)).target_shape(SOURCE)
-    assert len(set(one.ffn.values())) > 1, "each layer draws for itself"
+    assert len(set(one.by_layer["ffn"].values())) > 1, "each layer draws for itself"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_scores_that_are_no_numbers_are_refused(bad: float) -> None:
     scores = {**SCORES, "ffn": SCORES["ffn"].clone()}
     scores["ffn"][2, 3] = bad
-    with pytest.raises(NumericsError, match="'ffn' holds NaN or infinity"):
+    with pytest.raises(NumericsError, match="'ffn' contains NaN or infinity"):
         choose_keep(scores, SOURCE, _params(ffn_hidden_size=2))
 
 
@@ -169,7 +169,7 @@ def test_layers_of_different_sizes_can_be_planned_but_not_cut(tmp_path: Path) ->
     write_plan(_choose(hidden_size=4, ffn_hidden_size=2), SOURCE, tmp_path)
     _edit(tmp_path, lambda d: d["keep"]["ffn"].update({"0": "0-2"}))
     plan = read_plan(tmp_path, SOURCE)
-    assert [len(plan.ffn[layer]) for layer in plan.layers] == [3, 2, 2, 2]
+    assert [len(plan.by_layer["ffn"][layer]) for layer in plan.layers] == [3, 2, 2, 2]
     with pytest.raises(ArtifactError, match=r"keep.ffn has layers of different sizes: \{0: 3, 1: 2"):
         require_uniform(plan, "here")
 
@@ -253,8 +253,8 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "of another model": (lambda d: d["source"].update(hidden_size=16), "was made for"),
     "index too large": (lambda d: d["keep"].update(hidden="0-2,8"), "below 8"),
     "index twice": (lambda d: d["keep"].update(hidden="0,1,1,2"), "ascending"),
-    "not a list": (lambda d: d["keep"].update(hidden=4), "cannot be understood"),
-    "layer without neurons": (lambda d: d["keep"]["ffn"].pop("0"), "cannot be understood"),
+    "not a list": (lambda d: d["keep"].update(hidden=4), "is not valid"),
+    "layer without neurons": (lambda d: d["keep"]["ffn"].pop("0"), "is not valid"),
     "heads of a group that goes": (lambda d: d["keep"]["groups"].update({"0": "1"}), "keep.groups.0 is 1"),
     "merging that there is not": (lambda d: d.update(head_merge="twice"), "head_merge 'twice'"),
     "groups of different sizes": (lambda d: d["keep"]["heads"].update({"0": "0,1"}), "keep.heads.0 keeps different"),

@@ -14,8 +14,8 @@ from nemo_minitron.errors import ArtifactError, NumericsError
 from nemo_minitron.families import Row, num_params, parameters, read_shape
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.pruning import slicing
-from nemo_minitron.pruning.axes import expand_heads, expand_keep
 from nemo_minitron.pruning.plan_file import PrunePlan, write_plan
+from nemo_minitron.pruning.positions import expand, kept_positions
 from nemo_minitron.pruning.selection import choose_keep
 from nemo_minitron.pruning.slicing import prune_checkpoint, slice_parameter
 from nemo_minitron.schema.execution import Execution
@@ -55,7 +55,7 @@ def test_every_labelled_dimension_is_cut_and_the_others_stay() -> None:
 
 
 def test_heads_own_neighbouring_rows() -> None:
-    assert expand_heads((0, 2), 3) == (0, 1, 2, 6, 7, 8)
+    assert expand((0, 2), 3) == (0, 1, 2, 6, 7, 8)
 
 
 def test_axes_that_stay_whole_have_no_entry() -> None:
@@ -69,18 +69,20 @@ def test_axes_that_stay_whole_have_no_entry() -> None:
             "vocab_size": 8,
         }
     )
-    plan = PrunePlan("importance", (1,), (0, 1, 2, 3), {1: (0, 2)}, {1: (0, 1)}, {1: (0, 1)})
-    assert {axis: keep.tolist() for axis, keep in expand_keep(plan, shape, 1).items()} == {"ffn": [0, 2]}
-    assert expand_keep(plan, shape, None) == {}
+    plan = PrunePlan(
+        "importance", (1,), {"hidden": (0, 1, 2, 3)}, {"ffn": {1: (0, 2)}, "groups": {1: (0, 1)}, "heads": {1: (0, 1)}}
+    )
+    assert {axis: keep.tolist() for axis, keep in kept_positions(plan, shape, 1).items()} == {"ffn": [0, 2]}
+    assert kept_positions(plan, shape, None) == {}
 
 
 def test_a_pruned_layer_holds_the_teachers_numbers_at_the_kept_places(tmp_path: Path) -> None:
     source = tiny_model_dir(tmp_path, "qwen2")
     plan = _prune(source, tmp_path / "student")
     teacher, student = Checkpoint.open(source), Checkpoint.open(tmp_path / "student")
-    hidden = list(plan.hidden)
+    hidden = list(plan.shared["hidden"])
     for new, old in enumerate(plan.layers):
-        rows = [head * 8 + channel for head in plan.heads[old] for channel in range(8)]
+        rows = [head * 8 + channel for head in plan.by_layer["heads"][old] for channel in range(8)]
         name = "model.layers.{}.self_attn.{}"
         expected = {
             "q_proj.weight": teacher.read(name.format(old, "q_proj.weight"))[rows][:, hidden],
@@ -92,7 +94,7 @@ def test_a_pruned_layer_holds_the_teachers_numbers_at_the_kept_places(tmp_path: 
         for part, tensor in expected.items():
             assert torch.equal(student.read(name.format(new, part)), tensor), part
         down = "model.layers.{}.mlp.down_proj.weight"
-        ffn = list(plan.ffn[old])
+        ffn = list(plan.by_layer["ffn"][old])
         assert torch.equal(student.read(down.format(new)), teacher.read(down.format(old))[hidden][:, ffn])
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert torch.equal(student.read(name), teacher.read(name)[:, hidden])
@@ -146,7 +148,7 @@ def test_a_slice_that_was_forgotten_is_noticed(tmp_path: Path, monkeypatch: pyte
     source = tiny_model_dir(tmp_path, "llama_mha")
     monkeypatch.setattr(slicing, "slice_parameter", lambda tensor, row, keep: tensor)
     with pytest.raises(
-        NumericsError, match=r"model.embed_tokens.weight came out as \[512, 64\] instead of \[512, 40\]"
+        NumericsError, match=r"model.embed_tokens.weight has shape \[512, 64\] after the cut, instead of \[512, 40\]"
     ):
         _prune(source, tmp_path / "student")
 

@@ -49,6 +49,8 @@ def distill_student(
         job = objectives.prepare_cached(params, student.path, cache, data.path, ctx.work_dir, session)
     else:
         job = objectives.prepare(params, student.path, teacher.path, data.path, ctx.work_dir, session)
+    # Before the training, so that a loss without a description cannot fail after it.
+    description = loss_in_words(params.loss, cached=cache is not None, corrected=params.of_teacher is not None)
     curves = training.run(job, ctx.work_dir, ctx.progress, loop_options(ctx, keys))
     model_facts = training.publish(job, student.path, ctx.work_dir, ctx.out_dir)
     if not ctx.is_main:
@@ -56,7 +58,7 @@ def distill_student(
     return {
         **model_facts,
         **training_facts(job, curves, student, data, started_s),
-        "loss": loss_in_words(params.loss, cached=cache is not None, corrected=params.of_teacher is not None),
+        "loss": description,
     }
 
 

@@ -17,7 +17,8 @@ from nemo_minitron.backends.megatron.model.parts import Model, local_parameters
 from nemo_minitron.backends.megatron.runtime.layout import fuse, shard_slices, split
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.families import ModelShape, Parameter, parameters, tensor_shape
-from nemo_minitron.families.split import SPLIT_AXES, stage_bounds
+from nemo_minitron.families.axes import SPLIT_LABELS
+from nemo_minitron.families.split import stage_bounds
 from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter
 
 
@@ -70,7 +71,7 @@ def _mark_split(tensor: Tensor, parameter: Parameter) -> None:
 
     Megatron sets the marks in its random initialization, which is disabled here.
     """
-    split_dims = [dim for dim, axis in enumerate(parameter.row.axes) if axis in SPLIT_AXES]
+    split_dims = [dim for dim, axis in enumerate(parameter.row.axes) if axis in SPLIT_LABELS]
     if split_dims and not getattr(tensor, "tensor_model_parallel", False):
         set_tensor_model_parallel_attributes(tensor, True, split_dims[0], 1)
 
@@ -130,7 +131,7 @@ def _owner_stage(parameter: Parameter, shape: ModelShape, pp: int) -> int:
 
 
 def _gather_over_tp(local: Tensor, parameter: Parameter, shape: ModelShape, session: Session) -> Tensor:
-    split_dims = [dim for dim, axis in enumerate(parameter.row.axes) if axis in SPLIT_AXES]
+    split_dims = [dim for dim, axis in enumerate(parameter.row.axes) if axis in SPLIT_LABELS]
     if session.parallel.tp == 1 or not split_dims:
         return _without_padding(local, parameter, shape)
     shards = [torch.empty_like(local) for _ in range(session.parallel.tp)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.families import ModelShape, Row
-from nemo_minitron.families.split import SPLIT_AXES
+from nemo_minitron.families.axes import SPLIT_LABELS
 
 
 def shard_range(size: int, tp_rank: int, tp: int, padded: int | None = None) -> tuple[int, int]:
@@ -27,10 +27,13 @@ def shard_slices(
 ) -> tuple[slice, ...]:
     """Return the slices of the Hugging Face tensor that this rank needs."""
     sizes, padded = shape.axis_sizes(), {"vocab": padded_vocab}
-    return tuple(
-        slice(*shard_range(sizes[axis], tp_rank, tp, padded.get(axis))) if axis in SPLIT_AXES else slice(0, sizes[axis])
-        for axis in row.axes
-    )
+
+    def part(label: str) -> slice:
+        if label not in SPLIT_LABELS:
+            return slice(0, sizes[label])
+        return slice(*shard_range(sizes[label], tp_rank, tp, padded.get(label)))
+
+    return tuple(part(label) for label in row.axes)
 
 
 def fuse(parts: Mapping[str, Tensor], shape: ModelShape) -> Tensor:

@@ -21,6 +21,8 @@ from nemo_minitron.backends.megatron.runtime.layout import shard_range
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.backends.megatron.scoring.layer_stream import LayerStream
 from nemo_minitron.families import ModelShape
+from nemo_minitron.families.axes import SCORED_WIDTH_AXES, Axis, ScoredAt
+from nemo_minitron.families.registry import axes_of
 from nemo_minitron.pruning.importance import (
     CONVENTIONS,
     METHODS,
@@ -39,23 +41,8 @@ from nemo_minitron.schema.pruning import Scoring
 View = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Sums:
-    """Additive statistics of the whole model, fp64; this rank's share until summed over ranks."""
-
-    norms: Tensor
-    """Outputs of each layer's two norms, [2L, 4, hidden]."""
-    ffn: Tensor
-    """MLP neurons, [L, 4, ffn]."""
-    attention: Tensor
-    """Attention outputs, [L, 4, heads * kv_channels], or [L, 4, heads] if heads are measured per token."""
-
-    @classmethod
-    def zeros(cls, shape: ModelShape, convention: Convention, device: torch.device) -> Sums:
-        layers, axis = shape.num_layers, shape.axis_sizes()
-        attention = shape.num_attention_heads if convention.head_per_token else axis["q"]
-        rows = ((2 * layers, axis["hidden"]), (layers, axis["ffn"]), (layers, attention))
-        return cls(*(torch.zeros(n, NUM_SUMS, size, dtype=torch.float64, device=device) for n, size in rows))
+Sums = dict[str, Tensor]
+"""Axis -> additive statistics [rows, 4, size] of the whole model, fp64; this rank's share until summed over ranks."""
 
 
 def convention_of(params: Scoring) -> Convention:
@@ -77,34 +64,34 @@ def activation_scores(
     norm is not counted.
     """
     convention, method = convention_of(params), METHODS[params.method]
-    sums = Sums.zeros(shape, convention, session.device)
+    axes = [axis for axis in SCORED_WIDTH_AXES if axis.name in params.width_axes]
+    sums = {axis.name: _zeros(axis, shape, convention, session.device) for axis in axes}
     lengths = (1, *params.block_lengths) if "block_influence" in params.layer_metrics else ()
     stream = LayerStream(model, shape, lengths, session)
     taps = _Taps(convention, method, params, shape, session)
-    with evaluating(model), stream.recording(), taps.attached(model, sums):
+    with evaluating(model), stream.recording(), taps.attached(model, axes, sums):
         if method.needs_gradient:
             backward_batches(model, batches, session, shape.vocab_size, after=stream.close_batch)
         else:
             forward_batches(model, batches, session, lambda *_: None, after=stream.close_batch)
-    for tensor in (sums.norms, sums.ffn, sums.attention):
+    for tensor in sums.values():
         session.sum(tensor)
-    return {**_width_scores(sums, shape, params, convention), **_influence(stream)}
+    return {**_width_scores(axes, sums, shape, params, convention), **_influence(stream)}
 
 
-def _width_scores(sums: Sums, shape: ModelShape, params: Scoring, convention: Convention) -> dict[str, Tensor]:
+def _zeros(axis: Axis, shape: ModelShape, convention: Convention, device: torch.device) -> Tensor:
+    tap = _tap(axis)
+    size = (tap.num_rows * shape.num_layers, NUM_SUMS, tap.size(shape, convention))
+    return torch.zeros(size, dtype=torch.float64, device=device)
+
+
+def _width_scores(
+    axes: list[Axis], sums: Sums, shape: ModelShape, params: Scoring, convention: Convention
+) -> dict[str, Tensor]:
     def by_row(tensor_R4C: Tensor) -> Tensor:
         return torch.stack([aggregate_batch(row, params.batch_aggregation) for row in tensor_R4C]).cpu()
 
-    def heads() -> Tensor:
-        rows = by_row(sums.attention)
-        return rows if convention.head_per_token else head_scores(rows, shape.kv_channels)
-
-    scores: dict[str, Callable[[], Tensor]] = {
-        "hidden": lambda: by_row(sums.norms).sum(0),
-        "ffn": lambda: by_row(sums.ffn),
-        "heads": heads,
-    }
-    return {axis: scores[axis]() for axis in params.width_axes}
+    return {axis.name: _tap(axis).score(by_row(sums[axis.name]), shape, convention) for axis in axes}
 
 
 def _influence(stream: LayerStream) -> dict[str, Tensor]:
@@ -129,33 +116,36 @@ class _Taps:
     session: Session
 
     @contextmanager
-    def attached(self, model: Model, sums: Sums) -> Iterator[None]:
+    def attached(self, model: Model, axes: list[Axis], sums: Sums) -> Iterator[None]:
         """Attach hooks to every layer of this rank, for the requested axes."""
-        axes = self.params.width_axes
         with ExitStack() as stack:
             for layer in layers(model):
-                index = layer.index
-                if "ffn" in axes:
-                    stack.enter_context(self._neurons(layer, sums.ffn[index]))
-                if "heads" in axes:
-                    stack.enter_context(self._heads(layer, sums.attention[index]))
-                if "hidden" in axes:
-                    stack.enter_context(self._norm(layer.input_norm, sums.norms[2 * index]))
-                    stack.enter_context(self._norm(layer.pre_mlp_norm, sums.norms[2 * index + 1]))
+                inside = axes_of(self.shape, layer.index)
+                for axis in axes:
+                    if axis in inside or not axis.per_layer:
+                        tap = _tap(axis)
+                        first = tap.num_rows * layer.index
+                        rows = sums[axis.name][first : first + tap.num_rows]
+                        stack.enter_context(tap.attach(self, layer, rows))
             yield
 
-    def _neurons(self, layer: Layer, sums_4C: Tensor) -> Any:
-        mine = self._my_part(sums_4C)
+    def neurons(self, layer: Layer, sums_R4C: Tensor) -> Any:
+        mine = self._my_part(sums_R4C[0])
         if self.convention.neuron == "after_activation":
             return _on_input(layer.mlp_output, lambda x: self._take(x, _same, mine))
         # Megatron stacks gate and up; the gate goes through the activation function.
         view = (lambda x: x.chunk(2, -1)[0]) if self.shape.gated else _same
         return _on_output(layer.mlp_input, lambda out: self._take(out[0], view, mine))
 
-    def _heads(self, layer: Layer, sums_4C: Tensor) -> Any:
-        mine, size = self._my_part(sums_4C), self.shape.kv_channels
+    def heads(self, layer: Layer, sums_R4C: Tensor) -> Any:
+        mine, size = self._my_part(sums_R4C[0]), self.shape.kv_channels
         view = (lambda x: per_head(x, size)) if self.convention.head_per_token else _same
         return _on_input(layer.attention_output, lambda x: self._take(x, view, mine))
+
+    @contextmanager
+    def norms(self, layer: Layer, sums_R4C: Tensor) -> Iterator[None]:
+        with self._norm(layer.input_norm, sums_R4C[0]), self._norm(layer.pre_mlp_norm, sums_R4C[1]):
+            yield
 
     def _norm(self, norm: nn.Module, sums_4C: Tensor) -> Any:
         """Read a norm; without sequence parallelism tensor-parallel ranks have equal outputs: only the first counts."""
@@ -180,6 +170,41 @@ class _Taps:
             add(values(kept, kept))
             return
         activation.register_hook(lambda gradient: add(values(kept, gradient)))
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """How the importance of an axis is measured at one place of a layer."""
+
+    num_rows: int
+    """Number of rows of statistics for each layer."""
+    size: Callable[[ModelShape, Convention], int]
+    """Number of values in a row."""
+    attach: Callable[[_Taps, Layer, Tensor], Any]
+    """(taps, layer, its rows of the sums) -> context manager that has hooks on the layer."""
+    score: Callable[[Tensor, ModelShape, Convention], Tensor]
+    """Rows after aggregation over the batch -> score of the axis."""
+
+
+def _attention_size(shape: ModelShape, convention: Convention) -> int:
+    return shape.num_attention_heads if convention.head_per_token else shape.axis_sizes()["q"]
+
+
+def _attention_score(rows: Tensor, shape: ModelShape, convention: Convention) -> Tensor:
+    return rows if convention.head_per_token else head_scores(rows, shape.kv_channels)
+
+
+TAPS: dict[ScoredAt, _Tap] = {
+    "norm_outputs": _Tap(2, lambda shape, _: shape.hidden_size, _Taps.norms, lambda rows, *_: rows.sum(0)),
+    "mlp_neurons": _Tap(1, lambda shape, _: shape.ffn_hidden_size, _Taps.neurons, lambda rows, *_: rows),
+    "attention_heads": _Tap(1, _attention_size, _Taps.heads, _attention_score),
+}
+"""Place of an axis (`Axis.scored_at`) -> how it is measured there."""
+
+
+def _tap(axis: Axis) -> _Tap:
+    assert axis.scored_at is not None
+    return TAPS[axis.scored_at]
 
 
 def _same(x: Tensor) -> Tensor:
