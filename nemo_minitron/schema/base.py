@@ -14,7 +14,12 @@ class Schema(BaseModel):
 
     # Before 2.10 pydantic warns of every field that begins with `model_`, unless no name is protected.
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        defer_build=True,
     )
 
 
