@@ -92,7 +92,7 @@ def test_a_rope_scaling_that_megatron_does_not_know_is_refused(
         assert versions.rope_scaling_options(other) == {"rope_scaling": True, "rope_scaling_factor": 32.0}
         return
     assert versions.rope_scaling_options(shape) == {"rope_scaling": True}
-    with pytest.raises(EnvironmentProblem, match="no rope scaling by 32") as found:
+    with pytest.raises(EnvironmentProblem, match="does not support the rope scaling factor 32") as found:
         versions.rope_scaling_options(other)
     assert found.value.next_step == "Use megatron-core 0.11 or later for this model."
 
@@ -111,6 +111,6 @@ def test_a_model_class_that_this_version_lacks_is_refused(shape: ModelShape, mon
     monkeypatch.setattr(build, "find_spec", lambda _: None)
     with (
         open_session(Parallel(), device="cpu") as session,
-        pytest.raises(EnvironmentProblem, match="MINITRON_MODEL_CLASS = hybrid, and this Megatron-Core has no Hybrid"),
+        pytest.raises(EnvironmentProblem, match="MINITRON_MODEL_CLASS = hybrid, but this Megatron-Core has no Hybrid"),
     ):
         build.build_model(shape, session, precision="fp32", seq_len_tokens=8)
