@@ -93,7 +93,7 @@ def _is_made(source: str, made_here: Sequence[Path]) -> bool:
 
 def _require_valid(recipe: Recipe, made_here: Sequence[Path]) -> None:
     made = [f"{key} = {source.location}:" for key, source in _sources(recipe) if _is_made(source.location, made_here)]
-    require_valid(make_plan(recipe), besides=tuple(made))
+    require_valid(make_plan(recipe), ignored=tuple(made))
 
 
 def _require_no_hub(recipe: Recipe) -> None:

@@ -17,8 +17,8 @@ from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ArtifactError, DataError, Interrupted
 from nemo_minitron.execution.call import call_stage
 from nemo_minitron.execution.logs import log_file
+from nemo_minitron.execution.preflight import preflight_evaluations
 from nemo_minitron.execution.ranks import run_ranks
-from nemo_minitron.execution.rehearse import rehearse_evaluations
 from nemo_minitron.execution.task import StageTask
 from nemo_minitron.execution.work import open_work
 from nemo_minitron.plan.epochs import repeated_text
@@ -68,7 +68,7 @@ def run_plan(plan: RunPlan, options: RunOptions, *, quiet: bool = False) -> RunP
         for call in plan.calls:
             if call.name in wanted and plan.states[call.name].status != "finished":
                 _require_not_stopped(stop, f"before stage {call.name}")
-                rehearse_evaluations(call.name, plan.recipe, store, wanted)
+                preflight_evaluations(call.name, plan.recipe, store, wanted)
                 run_stage(call, plan.recipe, store, stop, options, quiet=quiet)
     return plan
 
@@ -152,7 +152,7 @@ def run_single(recipe: Recipe, stage: str, *, patience_s: float = 0.0, quiet: bo
             raise _drift_error(plan, {stage}, store)
         store.remove_leftovers(stage)
         store.require_free_paths([stage])
-        rehearse_evaluations(stage, plan.recipe, store, plan.recipe.stages)
+        preflight_evaluations(stage, plan.recipe, store, plan.recipe.stages)
         run_stage(plan.call(stage), plan.recipe, store, stop, RunOptions(), quiet=quiet)
 
 

@@ -1,1 +1,1 @@
-"""What a run will do, worked out before it starts. Imports no torch."""
+"""Planning of a run before it starts: stages, fingerprints, checks and costs. Imports no torch."""

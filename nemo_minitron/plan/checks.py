@@ -1,4 +1,4 @@
-"""Rules across sections of a recipe. Pure: returns every problem, edits nothing."""
+"""Rules that span several sections of a recipe. The functions report every problem and change nothing."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from nemo_minitron.stages.kind import StageKind
 from nemo_minitron.stages.registry import STAGES
 
 
-def require_valid(plan: RunPlan, *, besides: tuple[str, ...] = ()) -> None:
-    """Raises PlanError with every problem, but for those that begin with a text of `besides`."""
-    _refuse(plan, [text for text in find_problems(plan) if not text.startswith(besides)])
+def require_valid(plan: RunPlan, *, ignored: tuple[str, ...] = ()) -> None:
+    """Raise PlanError that lists every problem, except those that begin with one of the texts in `ignored`."""
+    _refuse(plan, [text for text in find_problems(plan) if not text.startswith(ignored)])
 
 
 def require_possible(plan: RunPlan) -> None:
-    """Raises PlanError where the recipe breaks a rule, wherever it runs; what only is not here yet may be missing."""
+    """Raise PlanError if the recipe breaks a rule. Sources that are missing on this machine are allowed."""
     _refuse(plan, list(broken_rules(plan)))
 
 
 def _refuse(plan: RunPlan, problems: list[str]) -> None:
     if problems:
         raise PlanError(
-            f"The recipe cannot be carried out ({len(problems)}):\n" + "\n".join(f"  - {text}" for text in problems),
+            f"The recipe cannot run ({len(problems)}):\n" + "\n".join(f"  - {text}" for text in problems),
             where=plan.recipe.name,
         )
 
 
 def find_problems(plan: RunPlan) -> Iterator[str]:
-    """Every rule that the recipe breaks, and everything that it reads and is not here, as one line each."""
+    """Yield one line for each rule that the recipe breaks and for each source or task that is missing here."""
     yield from broken_rules(plan)
     yield from missing_sources(plan)
     yield from unknown_tasks(plan)
 
 
 def broken_rules(plan: RunPlan) -> Iterator[str]:
-    """Every rule that the recipe breaks, on whatever machine, as one line each."""
+    """Yield one line for each rule that the recipe breaks on any machine."""
     recipe = plan.recipe
     view = View(recipe)
     for name, stage in recipe.stages.items():
@@ -57,18 +57,18 @@ def broken_rules(plan: RunPlan) -> Iterator[str]:
 
 
 def _names(recipe: Recipe) -> Iterator[str]:
-    """Names that nothing answers to, and names of folders that belong to the run itself."""
+    """Report layouts of unknown stages, and stages with the name of a folder that the run itself uses."""
     for name in sorted(set(recipe.execution.parallel_by_stage) - set(recipe.stages)):
         near = get_close_matches(name, recipe.stages, n=1)
-        meant = f" Did you mean {near[0]}?" if near else f" Allowed: {', '.join(recipe.stages)}."
-        yield f"execution.parallel_by_stage.{name}: this recipe has no such stage.{meant}"
+        hint = f" Did you mean {near[0]}?" if near else f" Allowed: {', '.join(recipe.stages)}."
+        yield f"execution.parallel_by_stage.{name}: this recipe has no such stage.{hint}"
     for name in recipe.stages:
         if name in RESERVED:
-            yield f"stages.{name}: the run keeps a folder of its own by this name. Next: call the stage something else."
+            yield f"stages.{name}: the run itself uses a folder with this name. Next: rename the stage."
 
 
 def _layouts(view: View) -> Iterator[str]:
-    """Every model that a distributed stage loads fits its layout and sequence length."""
+    """Report each model of a distributed stage that does not fit the stage's layout or sequence length."""
     found: dict[str, None] = {}
     for name, stage in view.stages.items():
         if not STAGES[stage.kind].has_layout:
@@ -80,22 +80,22 @@ def _layouts(view: View) -> Iterator[str]:
                 if seq_len > limit:
                     found[f"stages.{name}.seq_len_tokens = {seq_len}: the {label} {why} at most {limit}."] = None
             for text in layout_problems(shape, layout):
-                # One line for each layout and model, however many stages it fails in.
+                # Report a layout and a model once, even if several stages use them.
                 found.setdefault(f"{text} ({label})")
     yield from found
 
 
 def _context(name: str, kind: StageKind, layout: Parallel, seq_len: int) -> Iterator[str]:
-    """Context parallelism splits sequences into 2 * cp equal chunks, for stages that can work on parts of them."""
+    """Report a stage that context parallelism cannot serve: it splits sequences into 2 * cp equal chunks."""
     key, cp = "execution.parallel.cp", layout.cp
     if cp == 1:
         return
     if kind.whole_sequences:
         yield (
             f"{key} = {cp}: stages.{name} needs whole sequences. Allowed: 1. "
-            f"Next: give it a layout of its own, execution.parallel_by_stage.{name}."
+            f"Next: set a separate layout for it, execution.parallel_by_stage.{name}."
         )
-    # With sequence parallelism tp ranks share what a context-parallel rank holds.
+    # With sequence parallelism, tp ranks split the part of the sequence that a context-parallel rank holds.
     elif seq_len % (multiple := lcm(2 * cp, cp * layout.tp if layout.sequence_parallel else 1)):
         yield f"stages.{name}.seq_len_tokens = {seq_len}: {key} = {cp} needs a multiple of {multiple}."
 
@@ -106,13 +106,13 @@ def _seq_len(stage: StageParams) -> int:
 
 
 def _limits(shape: ModelShape) -> Iterator[tuple[int, str]]:
-    yield shape.max_position_embeddings, "was made for"
+    yield shape.max_position_embeddings, "supports"
     if shape.sliding_window_tokens is not None:
-        yield shape.sliding_window_tokens, "looks back"
+        yield shape.sliding_window_tokens, "has a sliding window of"
 
 
 def _models_of(name: str, stage: StageParams, view: View) -> Iterator[tuple[str, ModelShape]]:
-    """(name of the stage that made it, shape) of the models that a stage loads, where they are known."""
+    """Yield (name of the stage that makes the model, shape) for each model of known shape that a stage loads."""
     inputs, own = stage.inputs, {name} if STAGES[stage.kind].loads_own_model else set[str]()
     made_by = {str(getattr(inputs, role)) for role in ("model", "teacher", "student") if hasattr(inputs, role)}
     for other in sorted(made_by | own):
@@ -122,7 +122,7 @@ def _models_of(name: str, stage: StageParams, view: View) -> Iterator[tuple[str,
 
 
 def layout_problems(shape: ModelShape, layout: Parallel) -> Iterator[str]:
-    """Sizes of a model that a layout cannot share out."""
+    """Yield one line for each size of the model that the layout cannot split evenly."""
     sizes = {axis.title: getattr(shape, axis.target_key) for axis in WIDTH_AXES if axis.split_by == "tensor"}
     if any(size % layout.tp for size in sizes.values()):
         tps = range(1, min(sizes.values()) + 1)
@@ -134,4 +134,4 @@ def layout_problems(shape: ModelShape, layout: Parallel) -> Iterator[str]:
         )
     if layout.pp > shape.num_layers:
         most = shape.num_layers
-        yield f"execution.parallel.pp = {layout.pp}: more stages than the {most} layers. Allowed: 1 to {most}."
+        yield f"execution.parallel.pp = {layout.pp}: more pipeline stages than layers ({most}). Allowed: 1 to {most}."

@@ -1,4 +1,4 @@
-"""Plans and states as plain facts, for tables and programs."""
+"""Plans and stage states as JSON-compatible dicts, for tables and for other programs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SUMMARY_KEYS = (
 
 
 def plan_facts(plan: RunPlan) -> dict[str, Any]:
-    """The whole plan: name, stages in order with fingerprints and reasons, teacher and student sizes."""
+    """Describe the plan: its name, teacher and student sizes, and the stages in order with state and fingerprint."""
     teacher, student = _models(plan)
     return {
         "name": plan.recipe.name,
@@ -53,7 +53,7 @@ def plan_facts(plan: RunPlan) -> dict[str, Any]:
 
 
 def _models(plan: RunPlan) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Teacher and student of the last pruning that goes by importance: what a chain of prunings ends in."""
+    """Return the sizes of the first teacher and of the last student in a chain of prunings by importance."""
     view = View(plan.recipe)
     found = [STAGES[call.kind].reduction(call.name, view.stages[call.name], view) for call in plan.calls]
     chosen = [shapes for shapes in found if shapes is not None]
@@ -68,7 +68,7 @@ def _models(plan: RunPlan) -> tuple[dict[str, Any] | None, dict[str, Any] | None
 
 
 def _candidates(plan: RunPlan) -> list[dict[str, Any]]:
-    """The points of every search, with their sizes and modeled costs."""
+    """List the grid points of every search, with their sizes and estimated costs."""
     view = View(plan.recipe)
     return [
         dict(point) for name, stage in view.stages.items() for point in STAGES[stage.kind].points(name, stage, view)
@@ -78,13 +78,13 @@ def _candidates(plan: RunPlan) -> list[dict[str, Any]]:
 def status_facts(
     plan: RunPlan, *, verify: bool, jobs: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """State of each stage; a running one with its progress.
+    """Describe the state of each stage, with the progress of a running one.
 
     Args:
-        jobs: stage -> what a scheduler says of its job.
+        jobs: stage name -> state of its job as the scheduler reports it.
 
     Raises:
-        ArtifactError: with `verify`, a file that is not as it was published.
+        ArtifactError: with `verify`, a file differs from the one that was published.
     """
     store = Store(run_dir(plan.recipe))
     return {
@@ -119,7 +119,7 @@ def _stage_facts(name: str, plan: RunPlan, store: Store, verify: bool) -> dict[s
 
 
 def _progress(file: Path) -> dict[str, Any] | None:
-    """What a running stage says of itself; None when it says nothing, or nothing that can be read."""
+    """Read the progress file of a running stage; return None if it is missing or invalid."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -131,7 +131,7 @@ def _progress(file: Path) -> dict[str, Any] | None:
 
 
 def _is_number(value: Any) -> bool:
-    """Finite, and not so large that it could not be written."""
+    """Return whether the value is a finite number that can be formatted."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
 
 

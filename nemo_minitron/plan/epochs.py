@@ -1,4 +1,4 @@
-"""Warnings of text that would be read too often, where it is known how much there is."""
+"""Warnings about text that a training would repeat for too many epochs, once its size is known."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_minitron.system.files import read_json
 
 
 def epoch_warnings(plan: RunPlan) -> Iterator[str]:
-    """One line for each source that a training which still has to run reads too often; none before tokenization."""
+    """Yield one line for each source that a training yet to run would repeat too often, once it is tokenized."""
     store = Store(run_dir(plan.recipe))
     for name, stage in plan.recipe.stages.items():
         use = STAGES[stage.kind].text_use(stage)
@@ -26,14 +26,14 @@ def epoch_warnings(plan: RunPlan) -> Iterator[str]:
 
 
 def repeated_text(name: str, stage: StageParams, store: Store) -> Iterator[str]:
-    """The same for one stage, whose data has been made."""
+    """Yield the warnings of `epoch_warnings` for one stage whose data has been tokenized."""
     text = STAGES[stage.kind].text_use(stage)
     if text is None:
         return
     file = store.published(text.data) / "data.json"
     if not file.is_file():
         return
-    next_step = f"Make it again with --rerun {text.data}, or restore the file."
+    next_step = f"Create it again with --rerun {text.data}, or restore the file."
     facts = read_json(file, next_step)
     if not isinstance(facts, dict) or not isinstance(facts.get("train"), list):
         raise ArtifactError(f"{file.name} does not list its sources.", where=str(file), next_step=next_step)
@@ -41,6 +41,6 @@ def repeated_text(name: str, stage: StageParams, store: Store) -> Iterator[str]:
         if use["epochs"] > MAX_USEFUL_EPOCHS:
             yield (
                 f"stages.{name}: {use['source']} will be read {use['epochs']:.1f} times, {use['tokens']:,.0f} tokens; "
-                f"above {MAX_USEFUL_EPOCHS:g} times text is worth less and less (2305.16264). "
-                f"Lower its weight in stages.{text.data} or num_steps, or add text."
+                f"beyond {MAX_USEFUL_EPOCHS:g} epochs, repeated text adds less and less (arXiv:2305.16264). "
+                f"Lower its weight in stages.{text.data}, lower num_steps, or add text."
             )

@@ -1,4 +1,4 @@
-"""The identity of a stage's output: what was asked for and what it was made from."""
+"""The identity of a stage's output: its keys and the inputs from which it is computed."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from nemo_minitron.schema.base import TEMPLATE_DATE, StageParams
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys. Raises TypeError on anything that has no stable text (objects, NaN)."""
+    """Return JSON with sorted keys. Raise TypeError for values without a stable representation (objects, NaN)."""
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except ValueError as error:
-        raise TypeError(f"no stable fingerprint: {error}") from error
+        raise TypeError(f"the value has no stable fingerprint: {error}") from error
 
 
 def fingerprint(payload: Mapping[str, Any]) -> str:
-    """sha256 of the canonical JSON, 64 hex digits."""
+    """Return the sha256 of the canonical JSON as 64 hex digits."""
     return hashlib.sha256(canonical_json(payload).encode()).hexdigest()
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Fields that differ, as `path: old -> new`."""
+    """List the fields that differ, each as `path: old -> new`."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         out = []
         for key in sorted(old.keys() | new.keys()):
@@ -39,10 +39,10 @@ def _short(value: Any) -> str:
 
 
 def params_of(stage: StageParams) -> dict[str, Any]:
-    """The part of a stage's keys that decides its output: not its kind, its inputs, nor when training gives up."""
+    """Return the keys of a stage that determine its output: all except its kind, its inputs and the loss guard."""
     left_out = {"kind": True, "inputs": True, "guard": True, "retraining": {"guard": True}}
     dump: dict[str, Any] = stage.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
     if dump.get("template_date") == TEMPLATE_DATE.isoformat():
-        # The key is newer than many runs; at its default it leaves their fingerprints as they are.
+        # Runs of older versions do not have this key: its default must not change their fingerprints.
         del dump["template_date"]
     return dump

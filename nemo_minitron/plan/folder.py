@@ -1,4 +1,4 @@
-"""Where a run lives."""
+"""The folder of a run."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from nemo_minitron.config.recipe import Recipe
 
 
 def run_dir(recipe: Recipe) -> Path:
-    """Folder of the run."""
+    """Return the folder of the run."""
     return Path(recipe.execution.run_root) / recipe.name

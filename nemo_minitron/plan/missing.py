@@ -1,4 +1,4 @@
-"""Files that a recipe reads and that are not on this machine."""
+"""Files that a recipe reads and that are missing on this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_minitron.system.files import user_path
 
 
 def missing_sources(plan: RunPlan) -> Iterator[str]:
-    """What the stages that still have to run would not find, as one line each."""
+    """Yield one line for each missing source of a stage that has not finished."""
     for name, stage in plan.recipe.stages.items():
         if plan.states[name].status != "finished":
             for source in sources_of(stage):
@@ -24,7 +24,7 @@ def missing_sources(plan: RunPlan) -> Iterator[str]:
 
 def _source(key: str, source: str, recipe: Recipe) -> Iterator[str]:
     if not source.removeprefix(ASSET).removeprefix(HUB).strip():
-        yield f"{key}: is empty; it needs the name of a file, a folder, asset:NAME or hf:ORG/NAME."
+        yield f"{key}: is empty. Allowed: a file, a folder, asset:NAME or hf:ORG/NAME."
         return
     if source.startswith(HUB):
         return

@@ -1,4 +1,4 @@
-"""Recipe -> ordered stage calls with fingerprints, and what has to be done about each."""
+"""The planner: it turns a recipe into stage calls in order, with their fingerprints and states."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.registry import STAGES
 
 InputNames = Mapping[str, Any]
-"""role -> stage name, or a list or dict of stage names."""
+"""Input role -> stage name, or a list or dict of stage names."""
 
 
 @dataclass(frozen=True)
 class StageCall:
-    """One stage as it will be called."""
+    """A stage with everything that determines its output."""
 
     name: str
     kind: str
@@ -32,7 +32,7 @@ class StageCall:
     params: Mapping[str, Any]
     parallel: Parallel
     payload: Mapping[str, Any]
-    """What the fingerprint is made of."""
+    """The content that the fingerprint is computed from."""
     fingerprint: str
 
     @property
@@ -42,7 +42,7 @@ class StageCall:
 
 @dataclass(frozen=True)
 class State:
-    """What is to be done about a stage, and why."""
+    """Whether a stage has to run, and why."""
 
     status: str
     """finished, changed, or to run."""
@@ -51,7 +51,7 @@ class State:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The whole run, in order."""
+    """A recipe with its stage calls in order of execution, and the state of each stage."""
 
     recipe: Recipe
     calls: tuple[StageCall, ...]
@@ -61,7 +61,7 @@ class RunPlan:
         return next(call for call in self.calls if call.name == name)
 
     def followers(self, names: set[str]) -> set[str]:
-        """These stages and all that are made from them."""
+        """Return these stages and all stages that depend on them."""
         out = set(names)
         for call in self.calls:
             if out & set(call.depends):
@@ -69,7 +69,7 @@ class RunPlan:
         return out
 
     def needed_for(self, stage: str | None) -> set[str]:
-        """The stage and all that it is made from; every stage for None."""
+        """Return the stage and all stages that it depends on; for None, every stage."""
         out = {call.name for call in self.calls} if stage is None else {stage}
         for call in reversed(self.calls):
             if call.name in out:
@@ -78,15 +78,15 @@ class RunPlan:
 
 
 def make_plan(recipe: Recipe, sources: Mapping[str, Mapping[str, Any]] | None = None) -> RunPlan:
-    """Order the stages, fingerprint them, and compare with what is on disk. Reads manifests, writes nothing.
+    """Order the stages, compute their fingerprints, and compare these with the manifests on disk. Write nothing.
 
-    The plan's recipe is the given one with its searches written out as stages.
+    The recipe of the plan is the given one with its searches expanded into stages.
 
     Args:
-        sources: stage -> facts about its sources, if they are known already; otherwise the files are listed.
+        sources: stage -> facts about its sources, if they are already known; otherwise the files are listed.
 
     Raises:
-        PlanError: an input that is no stage, of the wrong kind, a cycle, or a search without candidates.
+        PlanError: an input is not a stage or is of the wrong kind, stages form a cycle, or a search has no candidates.
     """
     recipe = expanded(recipe)
     inputs = {name: _inputs_of(name, View(recipe)) for name in recipe.stages}
@@ -103,17 +103,17 @@ def make_plan(recipe: Recipe, sources: Mapping[str, Mapping[str, Any]] | None = 
 
 
 def refreshed(plan: RunPlan) -> RunPlan:
-    """The plan with the states that are on disk now; files outside the run are not listed again."""
+    """Return the plan with the current states on disk, without listing the files outside the run again."""
     return make_plan(plan.recipe, {call.name: call.payload["sources"] for call in plan.calls})
 
 
 def expanded(recipe: Recipe) -> Recipe:
-    """The recipe with its searches written out as stages; one that is written out already stays as it is.
+    """Return the recipe with its searches expanded into stages; expanding it again changes nothing.
 
-    A search over a model of unknown sizes stays as it is, and cannot run.
+    A search over a model of unknown sizes is not expanded and cannot run.
 
     Raises:
-        PlanError: no point of a grid, or too many, meet the constraints.
+        PlanError: no point of a grid meets the constraints, or too many points do.
     """
     view, stages = View(recipe), dict[str, StageParams]()
     for name, stage in recipe.stages.items():
@@ -157,25 +157,25 @@ def _states(calls: list[StageCall], store: Store, effective: Mapping[str, str]) 
     states: dict[str, State] = {}
     for call in calls:
         manifest = store.manifest(call.name)
-        moving = [name for name in call.depends if states[name].status != "finished"]
+        unfinished = [name for name in call.depends if states[name].status != "finished"]
         if manifest is None:
-            states[call.name] = State("to run", f"waits for {_few(moving)}" if moving else "not run yet")
+            states[call.name] = State("to run", f"waits for {_shortened(unfinished)}" if unfinished else "not run yet")
         elif manifest.fingerprint == effective[call.name]:
-            states[call.name] = _finished(call, effective, moving)
+            states[call.name] = _finished(call, effective, unfinished)
         else:
             states[call.name] = State("changed", _why_changed(manifest.payload, call, states))
     return states
 
 
-def _few(names: list[str]) -> str:
+def _shortened(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
 
 
-def _finished(call: StageCall, effective: Mapping[str, str], moving: list[str]) -> State:
-    if moving:
-        return State("finished", f"same fingerprint; {', '.join(moving)} is made again the same way")
+def _finished(call: StageCall, effective: Mapping[str, str], unfinished: list[str]) -> State:
+    if unfinished:
+        return State("finished", f"same fingerprint; {', '.join(unfinished)} will run again with the same keys")
     if effective[call.name] != call.fingerprint:
-        return State("finished", "drift accepted: the recipe has changed since")
+        return State("finished", "drift accepted: the recipe has changed since then")
     return State("finished", "same fingerprint")
 
 
@@ -183,12 +183,12 @@ def _why_changed(old: Mapping[str, Any], call: StageCall, states: Mapping[str, S
     own = differences({**old, "inputs": None}, {**call.payload, "inputs": None})
     if own:
         return "; ".join(diff.removeprefix("params.") for diff in own)
-    because = [name for name in call.depends if states[name].status != "finished"]
-    return f"because {', '.join(because)} changes" if because else "its inputs are others than before"
+    causes = [name for name in call.depends if states[name].status != "finished"]
+    return f"because {', '.join(causes)} changes" if causes else "it has different inputs than before"
 
 
 def _inputs_of(name: str, view: View) -> InputNames:
-    """The roles of a stage that are filled, as far as the stage reads them."""
+    """Return the input roles that are filled in the recipe and read by the stage."""
     stage = view.stages[name]
     named = {role: value for role, value in stage.inputs.model_dump(mode="json").items() if value is not None}
     used = STAGES[stage.kind].used_inputs(name, stage, named, view)
@@ -204,7 +204,7 @@ def _names(inputs: InputNames) -> Iterator[str]:
 
 
 def _replace_names(inputs: InputNames, done: Mapping[str, str]) -> dict[str, Any]:
-    """Input names -> fingerprints."""
+    """Replace the names of input stages with their fingerprints."""
 
     def replace(value: Any) -> Any:
         if isinstance(value, str):
@@ -225,8 +225,8 @@ def _order(inputs: Mapping[str, InputNames], recipe: Recipe) -> list[str]:
         sorter = TopologicalSorter(graph)
         sorter.prepare()
     except CycleError as error:
-        raise PlanError(f"Stages wait for each other: {' -> '.join(error.args[1])}.") from None
-    # Among stages that could run, the recipe's own order decides.
+        raise PlanError(f"Stages form a cycle: {' -> '.join(error.args[1])}.") from None
+    # Stages that are ready at the same time keep the order of the recipe.
     listed = list(recipe.stages)
     out: list[str] = []
     while sorter.is_active():
@@ -242,7 +242,7 @@ def _input_problems(name: str, roles: InputNames, recipe: Recipe) -> Iterator[st
         for other in _names({role: value}):
             key = f"stages.{name}.inputs.{role} = {other}"
             if other not in recipe.stages:
-                yield f"{key}: there is no such stage. Stages: {', '.join(recipe.stages)}."
+                yield f"{key}: there is no such stage. Allowed: {', '.join(recipe.stages)}."
             elif role in accepted and not set(accepted[role]) & set(STAGES[recipe.stages[other].kind].outputs):
                 kinds = ", ".join(kind.name for kind in STAGES.values() if set(accepted[role]) & set(kind.outputs))
-                yield f"{key}: is a {recipe.stages[other].kind} stage; {role} needs one of: {kinds}."
+                yield f"{key}: is a stage of kind {recipe.stages[other].kind}. Allowed kinds for {role}: {kinds}."

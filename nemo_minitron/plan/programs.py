@@ -1,4 +1,4 @@
-"""What a recipe starts beside the stages themselves, and who wrote it."""
+"""Programs that a recipe starts besides its stages, and a warning if another user owns the recipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ADMINISTRATOR = 0
 
 
 def programs_of(execution: Execution) -> Iterator[str]:
-    """Keys that name a program or a file which runs as the user."""
+    """Yield the keys that name a program or script, which would run with the user's rights."""
     if execution.notify_command:
         yield "execution.notify_command"
     cluster = execution.cluster
@@ -26,7 +26,7 @@ def programs_of(execution: Execution) -> Iterator[str]:
 
 
 def foreign_programs(recipe: Path, execution: Execution) -> list[str]:
-    """A warning where a recipe that runs programs belongs to another user; the administrator's are trusted."""
+    """Return a warning if a recipe that runs programs belongs to another user. Recipes of root are trusted."""
     named = list(programs_of(execution))
     owner = require_recipe(recipe).stat().st_uid
     if not named or owner in (os.getuid(), _ADMINISTRATOR):

@@ -1,4 +1,4 @@
-"""Sizes of the models of a run, known before anything is run."""
+"""Sizes of the models of a run, as known before the run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from nemo_minitron.plan.view import View
 
 
 def model_shape(recipe: Recipe, stage: str) -> ModelShape | None:
-    """Shape of the model that a stage makes; None if it is not known yet, or the stage makes none."""
+    """Return the shape of the model that a stage makes; None if it is not known yet or the stage makes no model."""
     return View(recipe).shape(stage)
 
 
 def shape_facts(shape: ModelShape) -> dict[str, Any]:
-    """Sizes and exact parameter counts."""
+    """Return the sizes of a model and its exact parameter counts."""
     return {
         "num_params": num_params(shape),
         "num_params_non_embedding": num_params(shape, embeddings=False),

@@ -1,4 +1,4 @@
-"""What a stage reads from outside the run, and its size: an edited text makes its stage `changed`."""
+"""Sources outside the run that a stage reads, and their sizes: a file of another size makes its stage `changed`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from nemo_minitron.system.files import user_path
 
 
 def sources_of(stage: StageParams) -> Iterable[Source]:
-    """Everything that a stage reads from outside the run."""
+    """Return everything that a stage reads from outside the run."""
     return STAGES[stage.kind].sources(stage)
 
 
 def source_facts(stage: StageParams, recipe: Recipe, before: Mapping[str, Any]) -> dict[str, Any]:
-    """source -> {files, bytes} of what is there now.
+    """Return source -> {files, bytes} as the files are now.
 
     Args:
-        before: the facts when the stage was made; a source that has gone since is taken to be as it was,
-            so that a finished run survives the removal of its raw data.
+        before: the facts when the stage ran. They are returned for a source that has been deleted since then, so that
+            the stages of a finished run do not become `changed` when the raw data are removed.
     """
     facts = {}
     for source in sources_of(stage):
@@ -41,19 +41,19 @@ def source_facts(stage: StageParams, recipe: Recipe, before: Mapping[str, Any]) 
 
 
 def source_path(source: str, assets_dir: Path) -> Path:
-    """Where a source that is not on the hub is, or would be."""
+    """Return the path of a source that is not on the Hugging Face Hub; it may not exist."""
     if source.startswith(ASSET):
         return asset_path(source.removeprefix(ASSET), assets_dir)
     return user_path(source)
 
 
 def _files(source: Source, assets_dir: Path) -> list[Path]:
-    """The files that the stage would read; of models and tasks, all files."""
+    """List the files that the stage would read: of text and chats the data files, otherwise all files."""
     if source.location.startswith(HUB):
         return []
     path = source_path(source.location, assets_dir)
     if source.content in ("text", "chats"):
-        # The stage, or `check`, reports what is wrong with a source.
+        # The stage and `minitron check` report errors in a source.
         with suppress(DataError):
             return source_files(path, CHAT_FORMATS if source.content == "chats" else FORMATS)
         return []

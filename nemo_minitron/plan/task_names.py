@@ -1,4 +1,4 @@
-"""Whether lm-eval has a task, asked of the files of the installed package: importing it takes seconds."""
+"""Check of lm-eval task names against the files of the installed package, because importing it takes seconds."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from nemo_minitron.plan.sources import source_path
 from nemo_minitron.stages.registry import STAGES
 
 DATA_FILE = "validation.arrow"
-"""An offline copy is <folder>/<name of the task in lm-eval>/validation.arrow."""
+"""File name of a task's offline data: <folder>/<name of the task in lm-eval>/validation.arrow."""
 
 
 def unknown_tasks(plan: RunPlan) -> Iterator[str]:
-    """Tasks of lm-eval that stages still have to run and that are not there, as one line each."""
+    """Yield one line for each unknown lm-eval task of a stage that has not finished."""
     recipe = plan.recipe
     for name, stage in recipe.stages.items():
         if plan.states[name].status == "finished":
@@ -45,11 +45,11 @@ def _problem(key: str, task: str, source: str | None, recipe: Recipe) -> Iterato
 
 @lru_cache(maxsize=1024)
 def is_known(task: str) -> bool:
-    """Whether the installed lm-eval has a task or group of this name; True where it is not installed here."""
+    """Return whether the installed lm-eval has a task or group of this name; True if lm-eval is not installed."""
     folder = _folder()
     if folder is None or task in _file_stems():
         return True
-    # Some names stand inside a file only, and some are made by putting a language behind a name.
+    # Some names occur only inside a file; others consist of a name and a language as its suffix.
     word = re.compile(rb"(?<![\w-])" + re.escape(task.encode()) + rb"(?![\w-])")
     return any(word.search(file.read_bytes()) for file in folder.rglob("*") if "yaml" in file.name and file.is_file())
 

@@ -1,4 +1,4 @@
-"""What kinds of stage ask about the recipe around a stage: shapes, rows, layouts and finished files."""
+"""The recipe around a stage, as the hooks of stage kinds see it: shapes, rows, layouts and published files."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from nemo_minitron.stages.registry import STAGES
 
 @dataclass(frozen=True)
 class View:
-    """A recipe as its stages see it; implements `nemo_minitron.stages.kind.RecipeView`."""
+    """Implementation of `nemo_minitron.stages.kind.RecipeView` for a recipe."""
 
     recipe: Recipe
     seen: frozenset[str] = frozenset()
-    """Stages whose shape is being asked for, so that a cycle of stages ends."""
+    """Stages whose shape is being computed; they end the recursion in a cycle of stages."""
 
     @property
     def stages(self) -> Mapping[str, StageParams]:
@@ -47,7 +47,7 @@ class View:
         return None if params is None else STAGES[params.kind].chat_rows(stage, params, self)
 
     def layout(self, stage: str) -> Parallel:
-        """Its own layout, the run's, or one process for a stage without a layout."""
+        """Return the stage's own layout, else the run's; one process for a stage that has no layout."""
         execution = self.recipe.execution
         if not STAGES[self.stages[stage].kind].has_layout:
             return Parallel()

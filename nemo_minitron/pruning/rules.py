@@ -17,8 +17,8 @@ def scoring_problems(
     Args:
         key: key of the stage that selects.
         scores: name of the score stage.
-        scoring: its params; None if there is no such stage.
-        source: shape of the model that is pruned.
+        scoring: params of the score stage; None if there is no such stage.
+        source: shape of the model to prune.
     """
     if selection.method != "importance":
         return
@@ -41,7 +41,7 @@ def _layers(key: str, selection: Selection, drops: int, scores: str | None, scor
         yield f"{key}.layer_metric = {selection.layer_metric}: not measured; add it to stages.{scores}.layer_metrics."
     if selection.layer_removal == "contiguous" and drops not in scoring.block_lengths:
         lengths = f"stages.{scores}.block_lengths"
-        yield f"{key}.layer_removal = contiguous: runs of {drops} layers are not scored; add {drops} to {lengths}."
+        yield f"{key}.layer_removal = contiguous: blocks of {drops} layers are not scored; add {drops} to {lengths}."
     if selection.layer_removal == "iterative" and drops > scoring.iterative_drops:
         least = f"stages.{scores}.iterative_drops to {drops}"
-        yield f"{key}.layer_removal = iterative: {drops} layers are to go; set {least} or more."
+        yield f"{key}.layer_removal = iterative: {drops} layers have to be removed; set {least} or more."

@@ -1,4 +1,4 @@
-"""Rules that the keys of a training follow; each function yields one line for each rule that is broken."""
+"""Rules for the keys of a training. Each function yields one line for each rule that is broken."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training import LearningRate, Optimization
 
-MOST_SAMPLES = 2**32
-"""An index of so many takes some 50 GB; text for it does not exist."""
+MAX_SAMPLES = 2**32
+"""Maximum number of samples; their index in memory takes about 50 GB."""
 
 
 def training_problems(
     name: str, stage: Optimization, num_steps: int, layout: Parallel, steps_key: str | None = None
 ) -> Iterator[str]:
-    """What is wrong with a training's batch size, steps, learning rate and layout.
+    """Check the batch size, number of steps, learning rate and layout of a training.
 
     Args:
-        name: of the stage.
-        steps_key: the whole key of the number of steps, for a training whose other keys are in `retraining`.
+        name: name of the stage.
+        steps_key: full key of the number of steps, for a training whose other keys are in `retraining`.
     """
     key, size = f"stages.{name}", layout.dp * layout.micro_batch_size
     if steps_key is not None:
@@ -28,21 +28,22 @@ def training_problems(
             f"{key}.global_batch_size = {stage.global_batch_size}: must be a multiple of "
             f"dp * micro_batch_size = {layout.dp} * {layout.micro_batch_size} = {size}."
         )
-    yield from countable(f"{steps_key or key + '.num_steps'} * global_batch_size", num_steps * stage.global_batch_size)
+    product = f"{steps_key or key + '.num_steps'} * global_batch_size"
+    yield from sample_count_problems(product, num_steps * stage.global_batch_size)
     yield from learning_rate_problems(key, stage, num_steps, steps_key or "num_steps")
     yield from _options(name, stage, layout)
     if layout.sequence_parallel and stage.seq_len_tokens % layout.tp:
         yield f"{key}.seq_len_tokens = {stage.seq_len_tokens}: must be a multiple of tp = {layout.tp}."
 
 
-def countable(what: str, count: int) -> Iterator[str]:
-    """A line if there are more samples than an index, which is kept in memory, can list."""
-    if count > MOST_SAMPLES:
-        yield f"{what} = {count:,} samples: more than any index of samples can hold. Allowed: up to {MOST_SAMPLES:,}."
+def sample_count_problems(what: str, count: int) -> Iterator[str]:
+    """Check that the index of the samples, which is kept in memory, can hold this number of samples."""
+    if count > MAX_SAMPLES:
+        yield f"{what} = {count:,} samples: more than the index of samples can hold. Allowed: up to {MAX_SAMPLES:,}."
 
 
 def learning_rate_problems(key: str, rate: LearningRate, num_steps: int, steps_key: str) -> Iterator[str]:
-    """What is wrong with a learning-rate schedule for this number of steps."""
+    """Check a learning-rate schedule for this number of steps."""
     if rate.min_lr > rate.lr:
         yield f"{key}.min_lr = {rate.min_lr}: above lr = {rate.lr}."
     if rate.warmup_steps >= num_steps:
@@ -53,7 +54,7 @@ def learning_rate_problems(key: str, rate: LearningRate, num_steps: int, steps_k
 
 
 def _options(name: str, stage: Optimization, layout: Parallel) -> Iterator[str]:
-    """Options of a layout that do not go together."""
+    """Check options of a layout that exclude or require each other."""
     key = "execution.parallel"
     if layout.overlap_param_gather and not (layout.distributed_optimizer and layout.overlap_grad_reduce):
         yield f"{key}.overlap_param_gather: needs {key}.distributed_optimizer and {key}.overlap_grad_reduce."
@@ -61,6 +62,6 @@ def _options(name: str, stage: Optimization, layout: Parallel) -> Iterator[str]:
     if loss is None or loss.hidden is None:
         return
     if layout.recompute == "full":
-        yield f"{key}.recompute = full: not with stages.{name}.loss.hidden; use selective."
+        yield f"{key}.recompute = full: not supported with stages.{name}.loss.hidden. Allowed: none, selective."
     if layout.pp > 1 and layout.overlap_grad_reduce:
-        yield f"{key}.overlap_grad_reduce: not with pp > 1 and stages.{name}.loss.hidden."
+        yield f"{key}.overlap_grad_reduce: not supported with pp > 1 and stages.{name}.loss.hidden."

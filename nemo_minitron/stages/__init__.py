@@ -1,1 +1,1 @@
-"""One file for each kind of stage, and the runner."""
+"""The kinds of stage, one folder for each, and what they share."""

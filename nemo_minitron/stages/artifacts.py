@@ -1,4 +1,4 @@
-"""What stages publish and other stages read, with typed facts. Importing this is cheap: no torch."""
+"""Types of the artifacts that stages publish and other stages read. Importing this module loads no torch."""
 
 from __future__ import annotations
 
@@ -32,37 +32,37 @@ class Model(Artifact):
 
     @property
     def license(self) -> str | None:
-        """SPDX id, as far as it is known."""
+        """SPDX id of the license; None if it is not known."""
         return self.result.get("license")
 
     @property
     def source(self) -> str | None:
-        """Where an imported model came from."""
+        """Source of an imported model, as the recipe names it."""
         return self.result.get("source")
 
 
 class Scores(Artifact):
-    """Importance of every axis."""
+    """Importance scores of every axis."""
 
     def load(self) -> dict[str, Tensor]:
-        """Axis -> scores."""
+        """Return axis -> scores."""
         from safetensors.torch import load_file
 
         return load_file(str(self.path / SCORES_FILE))
 
     @staticmethod
     def save(scores: dict[str, Tensor], folder: Path) -> None:
-        """Write the scores into a stage's folder."""
+        """Write the scores into the folder of a stage."""
         from safetensors.torch import save_file
 
         save_file(scores, str(folder / SCORES_FILE))
 
 
 class PrunePlanArtifact(Artifact):
-    """Which indices stay on each axis."""
+    """The indices to keep on each axis."""
 
     def load(self, source: ModelShape) -> PrunePlan:
-        """The indices that stay, checked against the shape of the model that is cut.
+        """Read the plan and check it against the shape of the model to prune.
 
         Raises:
             ArtifactError: the plan does not fit the model.
@@ -73,16 +73,16 @@ class PrunePlanArtifact(Artifact):
 
 
 class TokenizedText(Artifact):
-    """Indexed datasets of Megatron."""
+    """Tokenized text as Megatron's indexed datasets."""
 
     @property
     def sources(self) -> list[Any]:
-        """Where the text came from."""
+        """Sources of the text, as the recipe names them."""
         return list(self.result.get("sources", ()))
 
     @property
     def tokenizer_identity(self) -> str | None:
-        """Checksums of the tokenizer that made the tokens; runs of older versions do not have them."""
+        """Checksums of the tokenizer that made the tokens; None for runs of older versions."""
         found = self.result.get("tokenizer_sha256")
         return None if found is None else str(found)
 
@@ -92,11 +92,11 @@ class ChatRows(Artifact):
 
     @property
     def rows(self) -> RowKind:
-        """Whether a row is a conversation or a pair of answers."""
+        """Kind of the rows: conversations or pairs of answers."""
         return cast(RowKind, self.result["rows"])
 
     def file(self, part: str) -> Path:
-        """The rows of `train` or `valid`."""
+        """Return the file with the rows of `train` or `valid`."""
         return self.path / f"{part}.jsonl"
 
 
@@ -105,12 +105,12 @@ class RewardModel(Artifact):
 
     @property
     def reward(self) -> str:
-        """regression or ranking."""
+        """Training objective: regression or ranking."""
         return str(self.result["reward"])
 
     @property
     def template(self) -> TemplateName:
-        """Chat template of the texts that it was trained on."""
+        """Chat template of the texts that the model was trained on."""
         return cast(TemplateName, self.result["template"])
 
     @property
@@ -120,16 +120,16 @@ class RewardModel(Artifact):
 
     @property
     def template_date(self) -> date:
-        """The day that the template wrote into the texts; manifests of older versions do not have it."""
+        """Date that the template wrote into the texts; the default for manifests of older versions."""
         return date.fromisoformat(self.result.get("template_date", TEMPLATE_DATE.isoformat()))
 
 
 class TeacherCheck(Artifact):
-    """A teacher that has passed its check."""
+    """Result of a teacher check that has passed."""
 
 
 class TeacherCache(Artifact):
-    """A part of a teacher's distributions."""
+    """Cached distributions of a teacher: the largest probabilities at each position."""
 
 
 class SearchResult(Artifact):
@@ -141,18 +141,18 @@ class CandidateModel(Model):
 
     @property
     def candidate(self) -> str:
-        """Name of the point of the grid."""
+        """Name of the candidate's grid point."""
         return str(self.result["candidate"])
 
     @property
     def losses(self) -> list[float | None]:
-        """Held-out loss after each rung, in nats per token; None where it was too slow to be trained."""
+        """Held-out loss after each rung, in nats per token; None if the candidate was too slow to be trained."""
         return list(self.result["losses"])
 
 
 class Evaluation(Artifact):
-    """Measures of one model."""
+    """Measured quality of one model."""
 
     def metrics(self) -> dict[str, Any]:
-        """Content of metrics.json."""
+        """Read metrics.json."""
         return dict(json.loads((self.path / METRICS_FILE).read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""What a stage may use besides its params and inputs."""
+"""The context of a running stage: everything that it uses besides its params and inputs."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageContext:
-    """The run around a stage: its folders, its progress, and the Megatron session."""
+    """Folders, progress display, execution settings and Megatron session of a running stage."""
 
     name: str
     recipe_name: str
     out_dir: Path
-    """Write outputs here; the runner publishes the folder when the function returns."""
+    """Folder for outputs; the runner publishes it when the stage's function returns."""
     work_dir: Path
-    """Survives a kill; training state lives here. Removed when the stage is published."""
+    """Folder for state that must survive a kill, such as checkpoints. It is removed when the stage is published."""
     execution: Execution
     progress: Progress
     session: Session | None = None
     """The Megatron session of a distributed stage."""
     stop: StopRequest = field(default_factory=StopRequest)
-    """Long work looks here whether it should end early."""
+    """Stop request that long computations check regularly."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files (rank 0)."""
+        """Whether this process writes the files: rank 0 of a distributed stage, or the only process."""
         return self.session is None or self.session.is_main
 
     @property
     def logits_memory(self) -> Path:
-        """Which models of the run have been compared between transformers and Megatron."""
+        """File that lists the models of the run whose logits in transformers and Megatron have been compared."""
         return self.out_dir.parent / COMPARED / LOGITS_FILE
 
     @property
     def open_session(self) -> Session:
-        """The session of a distributed stage, which the runner has opened."""
+        """Megatron session of a distributed stage; the runner has opened it."""
         if self.session is None:
-            raise AssertionError(f"stage {self.name} runs outside a Megatron session")
+            raise AssertionError(f"stage {self.name} runs outside of a Megatron session")
         return self.session

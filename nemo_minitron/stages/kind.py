@@ -1,4 +1,4 @@
-"""What the package asks about a kind of stage. Every kind fills in one `StageKind`; importing it is cheap."""
+"""`StageKind`, the record by which the package knows a kind of stage. Importing it loads no torch."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from nemo_minitron.workload.load import Load
 
 Result = Mapping[str, Any]
-"""Facts that a stage returns for its manifest; they must be JSON."""
+"""Facts that a stage returns for its manifest; they must be serializable as JSON."""
 StageFunction = Callable[[Any, Any, "StageContext"], Result]
 """Called as function(params, inputs, ctx). The type of `inputs` is a dataclass with a field for each input role; see
 `nemo_minitron.stages.typed_inputs`."""
 
 
 class Output(Enum):
-    """What a stage publishes, as far as other stages read it."""
+    """Types of stage outputs that other stages can read."""
 
     MODEL = "model"
     """A Hugging Face model folder that can be trained and pruned."""
     EXPORTED_MODEL = "exported model"
-    """A Hugging Face model folder with a model card, made to be given away."""
+    """A Hugging Face model folder with a model card, ready for distribution."""
     TOKENIZER = "tokenizer"
     TOKENIZED_TEXT = "tokenized text"
     CHAT_ROWS = "chat rows"
@@ -56,11 +56,11 @@ class Source:
     """Something outside the run that a stage reads."""
 
     key: str
-    """Key of the stage that names it, such as `sources.0.source`."""
+    """Key of the stage that holds the location, such as `sources.0.source`."""
     location: str
     """`asset:NAME`, `hf:ORG/NAME`, a path, or a glob."""
     content: Literal["model", "text", "chats", "files"]
-    """What is read there, which decides the files that count. `files`: every file below a folder."""
+    """Type of the content, which determines the files to list; `files` means every file below a folder."""
     revision: str | None = None
     """Branch, tag or commit on the Hugging Face Hub."""
 
@@ -73,16 +73,16 @@ class TaskUse:
     """Key of the stage that names the task."""
     name: str
     source_key: str
-    """Key of the stage that says where the task's data are."""
+    """Key of the stage that holds the location of the task's data."""
     source: str | None
-    """Where the task's data are; None: lm-eval downloads them."""
+    """Location of the task's data; None: lm-eval downloads them."""
     runs: bool = True
     """Whether the stage runs the task; otherwise its name is only checked."""
 
 
 @dataclass(frozen=True)
 class TextUse:
-    """How much text a training reads."""
+    """Amount of text that a training reads."""
 
     data: str
     """Name of the stage that tokenizes the text."""
@@ -90,7 +90,7 @@ class TextUse:
 
 
 class RecipeView(Protocol):
-    """What a kind of stage may ask about the recipe around a stage."""
+    """The recipe around a stage, as the hooks of a kind see it."""
 
     @property
     def stages(self) -> Mapping[str, StageParams]:
@@ -101,23 +101,23 @@ class RecipeView(Protocol):
     def assets_dir(self) -> Path: ...
 
     def shape(self, stage: str) -> ModelShape | None:
-        """Shape of the model that a stage makes; None if it is not known yet, or the stage makes no model."""
+        """Return the shape of the model that a stage makes; None if it is not known yet or the stage makes no model."""
         ...
 
     def planned_shape(self, stage: str) -> ModelShape | None:
-        """Shape of the model that a prune plan leaves; None if it is not known yet, or the stage makes no plan."""
+        """Return the shape after pruning by a stage's plan; None if it is not known yet or the stage makes no plan."""
         ...
 
     def chat_rows(self, stage: str) -> ChatRowFacts | None:
-        """Facts about the chat rows that a stage makes; None if it makes none."""
+        """Return facts about the chat rows that a stage makes; None if it makes none."""
         ...
 
     def layout(self, stage: str) -> Parallel:
-        """Parallel layout of a stage."""
+        """Return the parallel layout of a stage."""
         ...
 
     def published(self, stage: str, file: str) -> Path | None:
-        """A file of a finished stage, compared with its checksum; None if the stage has not finished or it differs."""
+        """Return a file of a finished stage; None if the stage has not finished or the file's checksum differs."""
         ...
 
 
@@ -139,93 +139,94 @@ def _all_inputs(name: str, params: Any, inputs: Mapping[str, Any], view: RecipeV
 
 @dataclass(frozen=True)
 class StageKind:
-    """One kind of stage.
+    """A kind of stage: its keys, inputs and outputs, the function that runs it, and hooks for planning and reports.
 
-    Hooks get the stage's params, and where they need more, its name before them and the recipe around it behind them.
+    A hook is called with the stage's params. If it needs more, the name of the stage comes before the params and the
+    view of the recipe after them.
     """
 
     name: str
     params: type[StageParams]
     run: str
-    """The function that does the work, as `module:function`; it is imported when a stage runs."""
+    """The function that runs the stage, as `module:function`; it is imported when a stage runs."""
     outputs: tuple[Output, ...] = ()
     inputs: Mapping[str, tuple[Output, ...]] = field(default_factory=dict)
-    """Input role -> the outputs that can fill it; a role that is not named takes any stage."""
+    """Input role -> the outputs that can fill it; a role that is not listed accepts any stage."""
     version: int = 1
-    """Raised when the same inputs would now give other outputs; part of the fingerprint."""
+    """Part of the fingerprint; it is increased when the same inputs would give different outputs."""
 
-    # What a stage of this kind needs.
+    # Requirements.
     distributed: bool = False
-    """It runs on execution.parallel.world_size processes inside a Megatron session."""
+    """Whether it runs on execution.parallel.world_size processes inside a Megatron session."""
     starts_ranks: bool = False
-    """It has a layout, and starts its processes itself, because they run in another environment."""
+    """Whether it has a layout and starts its processes itself, because they run in another environment."""
     one_gpu: bool = False
-    """It has no layout, and is faster on a GPU."""
+    """Whether it has no layout but runs faster on a GPU."""
     needs_aligner: bool = False
-    """It runs in the environment of NeMo-Aligner."""
+    """Whether it runs in the environment of NeMo-Aligner."""
     whole_sequences: bool = False
-    """It cannot work on parts of sequences, as context parallelism gives them."""
+    """Whether it needs whole sequences, which context parallelism would split."""
     loads_own_model: bool = False
-    """It runs the model that it makes, not only those of its inputs."""
+    """Whether it also runs the model that it makes, not only those of its inputs."""
     reads_results: bool = False
-    """It reads results and small files of many stages, but not their weights."""
+    """Whether it reads only results and small files of its inputs, not their weights."""
 
-    # How it trains and resumes.
+    # Training and resuming.
     trains: bool = False
-    """It trains a model on text: a long run whose evaluations are prepared before it begins."""
+    """Whether it trains a model on text. The evaluations of that model are checked before such a stage starts."""
     stops_by_itself: bool = False
-    """Its ranks write a checkpoint and end when they are asked to stop."""
+    """Whether its ranks write a checkpoint and exit when a stop is requested."""
     resumes_with_other_rates: bool = False
-    """It can go on from a checkpoint that was made with another learning rate or other intervals."""
+    """Whether it can resume from a checkpoint that was made with another learning rate or other intervals."""
 
-    # What it shows.
+    # Presentation.
     report: str | None = None
-    """Section of the report that it belongs to."""
+    """Section of the report that shows its results."""
     chat_rank: int | None = None
-    """`minitron chat RUN` takes the finished model of the highest rank."""
+    """Preference of `minitron chat RUN`, which loads the finished model of the highest rank."""
     copied_to_run: str | None = None
-    """Pattern of the files that are also copied into the run's folder."""
+    """Glob pattern of the files that are also copied into the run's folder."""
 
-    # What can be said before it runs.
+    # Hooks for planning.
     sources: Callable[[Any], Iterable[Source]] = _nothing
     tasks: Callable[[Any], Iterable[TaskUse]] = _nothing
     text_use: Callable[[Any], TextUse | None] = _unknown
     expand: Callable[[str, Any, RecipeView], Mapping[str, StageParams] | None] = _unknown
-    """The stages that this one stands for, itself included; None: only itself."""
+    """The stages into which a search expands, itself included; None: the stage is not expanded."""
     used_inputs: Callable[[str, Any, Mapping[str, Any], RecipeView], Mapping[str, Any]] = lambda _n, _p, inputs, _v: (
         inputs
     )
-    """The inputs that are read, of those that the recipe names."""
+    """The inputs that the stage reads, out of those that the recipe names."""
     shape: Callable[[str, Any, RecipeView], ModelShape | None] = _unknown
-    """Shape of the model that it makes."""
+    """Shape of the model that it makes; None if it is not known or the stage makes none."""
     planned_shape: Callable[[str, Any, RecipeView], ModelShape | None] = _unknown
-    """For a prune plan: shape of the model that it leaves."""
+    """For a stage that makes a prune plan: shape of the pruned model."""
     reduction: Callable[[str, Any, RecipeView], tuple[ModelShape | None, ModelShape | None] | None] = _unknown
-    """For a stage that decides what to prune by importance: the shapes before and after; None for all others."""
+    """For a stage that selects what to prune by importance: the shapes before and after pruning."""
     chat_rows: Callable[[str, Any, RecipeView], ChatRowFacts | None] = _unknown
     rated_rows: Callable[[Any], str | None] = _unknown
     """For a stage that rates chat rows: the stage that makes the rows."""
     points: Callable[[str, Any, RecipeView], Iterable[Mapping[str, Any]]] = _nothing
     """For a search: facts about each point of its grid."""
     problems: Callable[[str, Any, RecipeView], Iterable[str]] = _nothing
-    """One line for each rule that the stage breaks, whatever the machine."""
+    """One line for each rule that the stage breaks on any machine."""
     load: Callable[[str, Any, Parallel, RecipeView], Load | None] = _unknown
-    """Its computation in a layout; None if sizes are not known or it computes nothing with a model."""
+    """Its computational load in a layout; None if sizes are not known or it does not run a model."""
     disk_bytes: Callable[[Any, Load], int | None] = _unknown
-    """Size of its output; None: that of a trained model with its checkpoints, or nothing."""
+    """Size of its output; None: that of a model with its checkpoints for a training, 0 for other stages."""
     source_disk_bytes: Callable[[str, int], int] = lambda _location, _num_bytes: 0
-    """Disk space that a source takes while the stage runs, from its location and size."""
+    """Disk space that a source needs while the stage runs, from its location and size in bytes."""
     array: Callable[[str, Any], str | None] = _unknown
-    """Name of the job array that runs it beside others of its kind; None: a job of its own."""
+    """Name of the job array that it shares with other stages of its kind; None: it has its own job."""
     result_tokens: Callable[[Result], int | None] = _num_tokens
-    """Tokens that a finished stage has processed."""
-    rehearsal: str | None = None
-    """A function, as `module:function`, that finds before a training what would stop this stage after it. It is called
-    as function(name, params, training, stages, store, assets_dir) and raises DataError."""
+    """Number of tokens that a finished stage has processed."""
+    preflight: str | None = None
+    """A function, as `module:function`, that runs before a training and finds problems that would stop this stage after
+    it. It is called as function(name, params, training, stages, store, assets_dir) and raises DataError."""
 
     @property
     def has_layout(self) -> bool:
-        """Whether it runs on several processes."""
+        """Whether it can run on several processes."""
         return self.distributed or self.starts_ranks
 
     @property
@@ -233,11 +234,11 @@ class StageKind:
         return self.has_layout or self.one_gpu
 
     def load_function(self) -> StageFunction:
-        """Import the function that does the work."""
+        """Import the function that runs the stage."""
         return load_function(self.run)
 
 
 def load_function(entry: str) -> Any:
-    """Import a function that is named as `module:function`."""
+    """Import a function from its name `module:function`."""
     module, function = entry.split(":")
     return getattr(import_module(module), function)

@@ -1,4 +1,4 @@
-"""All kinds of stage: those of this package, and those that installed packages add by an entry point."""
+"""All kinds of stage: those of this package, and those that other installed packages add by an entry point."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KINDS = (
     "export.kind:EXPORT",
     "report.kind:REPORT",
 )
-"""One line for each kind of this package, in the order of the work."""
+"""The kinds of this package, in the order in which a run uses them."""
 
 
 def _registered() -> dict[str, StageKind]:
@@ -46,7 +46,7 @@ def _registered() -> dict[str, StageKind]:
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
         kind = _loaded(entry)
         if kind.name in found:
-            raise _wrong(entry, f"adds the kind of stage `{kind.name}`, which is already there", found)
+            raise _wrong(entry, f"adds the kind of stage `{kind.name}`, which already exists", found)
         found[kind.name] = kind
     return found
 
@@ -54,7 +54,7 @@ def _registered() -> dict[str, StageKind]:
 def _loaded(entry: EntryPoint) -> StageKind:
     kind = entry.load()
     if not isinstance(kind, StageKind):
-        raise _wrong(entry, f"gives a {type(kind).__name__}, not a StageKind", ())
+        raise _wrong(entry, f"provides a {type(kind).__name__}, not a StageKind", ())
     return kind
 
 
@@ -64,7 +64,7 @@ def _wrong(entry: EntryPoint, what: str, known: Iterable[str]) -> EnvironmentPro
         f"{package} {what}.",
         where=f"entry point {entry.name} = {entry.value} of the group {ENTRY_POINTS}",
         allowed=f"a name other than {', '.join(known)}" if known else None,
-        next_step="Correct or uninstall that package.",
+        next_step="Fix or uninstall that package.",
     )
 
 

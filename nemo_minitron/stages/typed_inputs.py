@@ -1,4 +1,4 @@
-"""The inputs of a stage as the dataclass that its function declares."""
+"""Conversion of a stage's inputs into the dataclass that its function declares."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from nemo_minitron.artifacts.types import Artifact, ArtifactsByRole
 
 @dataclass(frozen=True)
 class NoInputs:
-    """Inputs of a stage that reads no other stage."""
+    """Inputs of a stage that reads no other stages."""
 
 
 def typed_inputs(function: Callable[..., Any], found: ArtifactsByRole) -> Any:
-    """The artifacts by role as the type of the function's parameter `inputs`.
+    """Convert the artifacts into the type of the function's parameter `inputs`.
 
-    That type is a dataclass with a field for each role: `student: Model`, `cache: TeacherCache | None = None`, or
-    `models: Mapping[str, Model]` for a role that several stages fill, by label or name.
+    That type is a dataclass with a field for each role: `student: Model`, `cache: TeacherCache | None = None`, or, for
+    a role that several stages fill, `models: Mapping[str, Model]` with their labels or names as keys.
     """
     declared = get_type_hints(function)["inputs"]
     hints = get_type_hints(declared)
@@ -33,7 +33,7 @@ def typed_inputs(function: Callable[..., Any], found: ArtifactsByRole) -> Any:
 
 
 def _artifact_type(hint: Any) -> type[Artifact]:
-    """The artifact class inside Mapping[str, T] or T | None."""
+    """Return the artifact class T of a hint T, T | None or Mapping[str, T]."""
     if isinstance(hint, type) and get_origin(hint) is None:
         return hint
     inner = get_args(hint)

@@ -1,1 +1,1 @@
-"""What a stage asks of its processes: memory, tokens and floating-point operations."""
+"""The computational load of a stage: memory of each process, tokens and floating-point operations."""

@@ -1,4 +1,4 @@
-"""The load of a stage: the model that it runs, the tokens that it reads, and the operations for each token."""
+"""The load of a stage: the model that it runs, its number of tokens, and the operations per token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_minitron.workload.memory import Work
 
 @dataclass(frozen=True)
 class Load:
-    """What a stage asks of its processes."""
+    """Computational load of a stage."""
 
     work: Work
     tokens: int
@@ -30,11 +30,12 @@ def training_load(
     teacher_learns: bool = False,
     hidden_pairs: int = 0,
 ) -> Load:
-    """Load of a Megatron training.
+    """Return the load of a Megatron training.
 
     Args:
-        teacher: the model that runs beside the student; None if no teacher is in memory.
-        hidden_pairs: layers whose hidden states are compared with the teacher's.
+        teacher: model in memory beside the student; None if there is none.
+        teacher_learns: whether the teacher is trained as well (teacher correction).
+        hidden_pairs: number of layers whose hidden states are compared with the teacher's.
     """
     micro_batches = max(1, keys.global_batch_size // (layout.dp * layout.micro_batch_size))
     work = Work(
@@ -63,10 +64,10 @@ def distillation_load(
     cached: bool = False,
     teacher_learns: bool = False,
 ) -> Load | None:
-    """Load of a distillation; None if the sizes of a model that it runs are not known.
+    """Return the load of a distillation; None if the sizes of a model that it runs are not known.
 
     Args:
-        cached: the teacher's distributions come from disk, so that the teacher is not in memory.
+        cached: whether the teacher's distributions are read from disk, so that the teacher is not in memory.
     """
     if student is None or (teacher is None and not cached):
         return None
@@ -78,12 +79,12 @@ def distillation_load(
 def alignment_load(
     shape: ModelShape, num_steps: int, global_batch_size: int, seq_len_tokens: int, layout: Parallel, *, pairs: bool
 ) -> Load:
-    """Load of a training by an alignment backend, in bf16.
+    """Return the load of a bf16 training by an alignment backend.
 
-    Rows are counted at their greatest length, so that tokens and hours are upper bounds.
+    Every row counts with the maximum length, so tokens and hours are upper bounds.
 
     Args:
-        pairs: both answers of a row are read, and a frozen reference model is in memory beside the trained one.
+        pairs: whether a row has two answers and a frozen reference model is in memory beside the trained one.
     """
     answers, reference = (2, shape) if pairs else (1, None)
     layout = layout.model_copy(update={"micro_batch_size": layout.micro_batch_size * answers})
@@ -93,6 +94,6 @@ def alignment_load(
 
 
 def forward_load(shape: ModelShape, tokens: int, seq_len_tokens: int, precision: str, layout: Parallel) -> Load:
-    """Load of forward passes over text, without training."""
+    """Return the load of forward passes over text, without training."""
     work = Work(shape, layout, precision, seq_len_tokens, trains=False)
     return Load(work, tokens, forward_flops_per_token(shape, seq_len_tokens))

@@ -1,12 +1,12 @@
-"""Bytes that one process of a training holds, part by part.
+"""Memory of one process of a training, in bytes, by its parts.
 
-Derived from what the code allocates: weights, gradient buffers and Adam's states are exact; activations are the tensors
-that autograd keeps for the backward pass of each module of backends/megatron/model/layers.py (the test compares with
-`saved_tensors_hooks`); the output layer and the loss are the chunks of distillation/linear.py. On a GPU Transformer
-Engine keeps somewhat less than the torch modules that are counted here.
+The estimates follow from what the code allocates. Weights, gradient buffers and Adam's states are exact. Activations
+are the tensors that autograd saves for the backward pass of each module in backends/megatron/model/layers.py (a test
+compares them with `saved_tensors_hooks`). The output layer and the loss use the chunks of distillation/linear.py. On a
+GPU, Transformer Engine keeps somewhat less than the torch modules that are counted here.
 
-Letters: w bytes of a weight, n tokens of a micro-batch on this rank, h hidden, q = heads * head size, k = groups *
-head size, a heads, g groups, f MLP size, V rows of the vocabulary; all of this rank.
+Symbols, all for one rank: w bytes per weight, n tokens of a micro-batch, h hidden size, a heads, g query groups,
+q = a * head size, k = g * head size, f FFN size, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from nemo_minitron.schema.execution import Parallel
 GIB = 2**30
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 GRADIENT_BYTES, ADAM_BYTES, MASTER_BYTES = 4, 8, 4
-"""Of each parameter, all in fp32; masters only beside bf16 weights."""
+"""Bytes per parameter, all in fp32; master weights exist only beside bf16 weights."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one process, in bytes; `peak` is the sum."""
+    """Memory of one process, in bytes."""
 
     weights: int = 0
     teacher: int = 0
@@ -38,32 +38,36 @@ class Memory:
     optimizer: int = 0
     activations: int = 0
     loss: int = 0
-    """The output layer's chunks, and the gradients that it makes."""
+    """Chunks of logits and the gradients of the output layer."""
     hidden_states: int = 0
-    """Of both models, where a loss compares them."""
+    """Hidden states of both models, if a loss compares them."""
 
     @property
     def fixed(self) -> int:
-        """What is there between two steps."""
+        """Memory between two training steps."""
         return self.weights + self.teacher + self.gradients + self.optimizer
 
     @property
     def peak(self) -> int:
+        """Sum of all parts."""
         return sum(asdict(self).values())
 
     def facts(self) -> dict[str, float]:
-        """In GiB."""
+        """Return all parts and the peak in GiB."""
         parts = {f"{name}_gib": round(value / GIB, 4) for name, value in asdict(self).items()}
         return {**parts, "peak_gib": round(self.peak / GIB, 4)}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a process is to do with a model.
+    """The computation of a process, as far as it determines its memory.
 
     Args:
-        trains: False: the model is only asked.
-        hidden_pairs: layers whose hidden states are compared with a teacher's.
+        shape: the model that is trained or evaluated.
+        trains: whether there are backward passes; otherwise only forward passes.
+        teacher: model in memory beside it; None if there is none.
+        teacher_learns: whether the teacher is trained as well.
+        hidden_pairs: number of layers whose hidden states are compared with a teacher's.
     """
 
     shape: ModelShape
@@ -78,7 +82,7 @@ class Work:
 
 
 def memory_of(work: Work) -> Memory:
-    """Of the pipeline stage that needs most."""
+    """Return the memory of a process in the pipeline stage that needs the most."""
     stages = range(work.parallel.pp)
     return max((_of_stage(work, stage) for stage in stages), key=lambda found: found.peak)
 
@@ -104,13 +108,13 @@ def _of_stage(work: Work, stage: int) -> Memory:
 
 
 def optimizer_bytes(num_params: int, precision: str, layout: Parallel) -> int:
-    """Adam's two moments, and masters of bf16 weights; a distributed optimizer keeps a part of them."""
+    """Return the bytes of Adam's two moments and of the master weights; a distributed optimizer keeps only a share."""
     each = ADAM_BYTES + (MASTER_BYTES if precision == "bf16" else 0)
     return each * num_params // (layout.dp * layout.cp if layout.distributed_optimizer else 1)
 
 
 def _same_vocab(teacher: ModelShape, work: Work) -> ModelShape:
-    """Both models are padded to one split of the vocabulary."""
+    """Return the teacher's shape with the larger vocabulary of both models, to which both are padded."""
     return teacher.resized(vocab_size=max(teacher.vocab_size, work.shape.vocab_size))
 
 
@@ -119,20 +123,20 @@ def _tokens(work: Work) -> int:
 
 
 def layer_bytes_per_token(shape: ModelShape, parallel: Parallel, precision: str) -> float:
-    """Return the bytes that autograd keeps of the largest layer for each token."""
+    """Return the bytes that autograd saves per token in the largest layer."""
     return max(_layer_bytes(layer, shape, parallel, precision) for layer in set(layers_of(shape)))
 
 
 def _layer_bytes(layer: Layer, shape: ModelShape, parallel: Parallel, precision: str) -> float:
-    """Bytes that autograd keeps of one layer for each token: each block with the norm before it."""
+    """Return the bytes that autograd saves per token in one layer: those of each block and of the norm before it."""
     w, tp = WEIGHT_BYTES[precision], parallel.tp
-    # With sequence parallelism norms and the stream between blocks are split as well.
+    # With sequence parallelism, norms and the residual stream are split as well.
     h = shape.hidden_size / (tp if parallel.sequence_parallel else 1)
     return len(layer) * _norm_bytes(shape, h, w) + sum(BLOCK_BYTES[block](shape, w, tp) for block in layer)
 
 
 def _attention_bytes(shape: ModelShape, w: int, tp: int) -> float:
-    """The fused projection (for its v), q and k after rotation, the output, and the sums of the softmax."""
+    """Return the bytes of the fused QKV projection, rotated q and k, the output, and the softmax statistics."""
     a, g = shape.num_attention_heads / tp, shape.num_query_groups / tp
     q, k = a * shape.kv_channels, g * shape.kv_channels
     attention = w * ((q + 2 * k) + q + k + q) + 4 * a
@@ -142,44 +146,44 @@ def _attention_bytes(shape: ModelShape, w: int, tp: int) -> float:
 
 
 def _mlp_bytes(shape: ModelShape, w: int, tp: int) -> float:
-    """Gate and up, the activation of the gate, its input made contiguous, and the product; or the ReLU, squared."""
+    """Return the bytes of gate, up, activation, its contiguous input, and product; or of the ReLU and its square."""
     return (5 if shape.gated else 2) * w * (shape.ffn_hidden_size / tp)
 
 
 BLOCK_BYTES: dict[Block, Callable[[ModelShape, int, int], float]] = {ATTENTION: _attention_bytes, MLP: _mlp_bytes}
-"""Block -> bytes that autograd keeps of it for each token, from shape, bytes of a weight, and tp."""
+"""Block -> function of (shape, bytes of a weight, tp) that returns the bytes that autograd saves per token."""
 
 
 def _norm_bytes(shape: ModelShape, h: float, w: int) -> float:
-    """Of one norm: its input in fp32, its statistics, its product with the weight, and what RMSNorm multiplies."""
+    """Return the bytes of one norm per token: fp32 input, statistics, output, and the normalized input of RMSNorm."""
     return (4 + w) * h + (4 + w * h if shape.norm == "rmsnorm" else 8)
 
 
 def _activations(work: Work, stage: int) -> int:
-    """Of all layers of this stage, for as many micro-batches as are under way in it at once."""
+    """Return the activations of all layers of a pipeline stage, for all micro-batches that are in flight in it."""
     layout, n, w = work.parallel, _tokens(work), WEIGHT_BYTES[work.precision]
     start, stop = stage_bounds(work.shape.num_layers, layout.pp)[stage]
     each = {layer: _layer_bytes(layer, work.shape, layout, work.precision) * n for layer in set(layers_of(work.shape))}
-    under_way = min(layout.pp - stage, work.num_micro_batches)
+    in_flight = min(layout.pp - stage, work.num_micro_batches)
     h = work.shape.hidden_size / (layout.tp if layout.sequence_parallel else 1)
     stream = w * n * h
     if layout.recompute == "full":
-        # The input of every layer, and one layer that is computed again.
-        return round(under_way * (stop - start) * stream + max(each.values()) + stream)
-    here = Counter(layers_of(work.shape)[start:stop])
-    ends = _norm_bytes(work.shape, h, w) * n if stage == layout.pp - 1 else 0
-    return round(sum(under_way * count * each[layer] for layer, count in here.items()) + ends)
+        # The input of every layer, and the activations of the layer that is being recomputed.
+        return round(in_flight * (stop - start) * stream + max(each.values()) + stream)
+    own_layers = Counter(layers_of(work.shape)[start:stop])
+    final_norm = _norm_bytes(work.shape, h, w) * n if stage == layout.pp - 1 else 0
+    return round(sum(in_flight * count * each[layer] for layer, count in own_layers.items()) + final_norm)
 
 
 def _forward_only(work: Work) -> int:
-    """One layer's tensors at their widest: the stream, its norm, and the MLP's input and output."""
+    """Return the largest set of tensors of one layer: residual stream, its norm, and the MLP's input and output."""
     w, n, tp = WEIGHT_BYTES[work.precision], _tokens(work), work.parallel.tp
     width = 3 * work.shape.hidden_size + (4 if work.shape.gated else 2) * work.shape.ffn_hidden_size / tp
     return round(w * n * width)
 
 
 def _loss_bytes(work: Work) -> int:
-    """A chunk of each model's logits, the gradients of the output layer's input and weight, and one product of them."""
+    """Return the bytes of a chunk of both models' logits and the gradients of the output layer's input and weight."""
     w, n, tp = WEIGHT_BYTES[work.precision], _tokens(work), work.parallel.tp
     vocab = padded_vocab_size(max(work.shape.vocab_size, work.teacher.vocab_size if work.teacher else 0), tp) // tp
     rows = min(n, max(MIN_CHUNK_TOKENS, CHUNK_BYTES // (4 * vocab)))
@@ -193,7 +197,7 @@ def _loss_bytes(work: Work) -> int:
 
 
 def _hidden_bytes(work: Work) -> int:
-    """The student's states and the teacher's, which are projected to compare."""
+    """Return the bytes of both models' hidden states and of the student's states projected to the teacher's size."""
     if not work.hidden_pairs or work.teacher is None:
         return 0
     w, n = WEIGHT_BYTES[work.precision], _tokens(work)

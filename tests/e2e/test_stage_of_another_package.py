@@ -91,5 +91,5 @@ def test_a_package_that_adds_a_kind_twice_is_named(tmp_path: Path, recipe: Path)
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    assert "other adds the kind of stage `distill`, which is already there." in done.stderr
-    assert "Correct or uninstall that package." in done.stderr
+    assert "other adds the kind of stage `distill`, which already exists." in done.stderr
+    assert "Fix or uninstall that package." in done.stderr

@@ -134,7 +134,7 @@ def test_accepted_drift_goes_on_with_the_old_output(toy_run: Path, minitron: Cli
     assert "(select)" not in output, "what is accepted is not made again"
     code, output = minitron("plan", TOY, *change, "--json")
     score = next(stage for stage in json.loads(output)["stages"] if stage["name"] == "score")
-    assert (score["status"], score["reason"]) == ("finished", "drift accepted: the recipe has changed since")
+    assert (score["status"], score["reason"]) == ("finished", "drift accepted: the recipe has changed since then")
 
 
 def test_status_and_report_tell_of_the_run(toy_run: Path, minitron: Cli) -> None:

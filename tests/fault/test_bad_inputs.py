@@ -79,14 +79,14 @@ TABLE = (
         "heads that do not divide",
         lambda _: ["stages.select.target.num_attention_heads=3"],
         (
-            "stages.select.target.num_attention_heads = 3: cannot be cut out of the model. "
+            "stages.select.target.num_attention_heads = 3: the model cannot be pruned to this. "
             "Allowed: a multiple of the 2 query groups, such as 2 or 4.",
         ),
     ),
     Bad(
         "larger than the teacher",
         lambda _: ["stages.select.target.ffn_hidden_size=193"],
-        ("stages.select.target.ffn_hidden_size = 193: cannot be cut out of the model. Allowed: 1 to 192.",),
+        ("stages.select.target.ffn_hidden_size = 193: the model cannot be pruned to this. Allowed: 1 to 192.",),
     ),
     Bad(
         "a layout that does not divide",

@@ -61,7 +61,7 @@ TABLE = (
         "one document, none to hold out",
         lambda folder: (folder / "x.txt").write_text("All of it."),
         "x.txt",
-        ("has 1 document, and none of them is for", "stages.data.sources.0", "document_separator"),
+        ("has 1 document, and none of them is left for", "stages.data.sources.0", "document_separator"),
     ),
     Bad(
         "no column of that name",

@@ -85,4 +85,4 @@ def test_a_second_runner_is_told_of_the_first(tmp_path: Path) -> None:
         _, output = first.communicate(timeout=60)
     assert first.returncode == 130
     assert "the same command goes on" in output
-    assert "times text is worth less and less" in " ".join(output.split()), "the text is too little for so many steps"
+    assert "repeated text adds less and less" in " ".join(output.split()), "the text is too little for so many steps"

@@ -165,7 +165,7 @@ def test_a_folder_gives_the_same_documents_for_any_workers_and_stops(
             (root / "text" / name).parent.mkdir(parents=True, exist_ok=True)
             (root / "text" / name).write_bytes(content)
         if not all(expected.values()):
-            with pytest.raises(DataError, match="none of them is for"):
+            with pytest.raises(DataError, match="none of them is left for"):
                 run(root / "text", root / "whole", separator, StopRequest(), most)
             return
         whole = run(root / "text", root / "whole", separator, StopRequest(), most)

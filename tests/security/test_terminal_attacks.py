@@ -147,7 +147,7 @@ def test_a_number_of_nodes_that_is_none_is_told(value: str) -> None:
 def test_a_stage_is_not_called_as_a_folder_of_the_run(name: str, minitron: Cli) -> None:
     code, said = minitron("check", TOY, f"+stages.{name}={{kind: import, source: asset:toy-llama}}")
     assert code == 2
-    assert f"stages.{name}: the run keeps a folder of its own by this name" in said
+    assert f"stages.{name}: the run itself uses a folder with this name" in said
 
 
 def test_a_layout_for_a_stage_that_is_not_there_is_refused(minitron: Cli) -> None:

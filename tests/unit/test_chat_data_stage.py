@@ -176,14 +176,14 @@ def test_the_error_on_an_unknown_format_lists_fields_and_formats(tmp_path: Path)
 
 @pytest.mark.parametrize(("count", "valid_rows", "part"), [(5, 5, "training"), (3, 10, "training")])
 def test_both_parts_need_rows(tmp_path: Path, count: int, valid_rows: int, part: str) -> None:
-    with pytest.raises(DataError, match=f"Of {count} good rows none is left for {part}"):
+    with pytest.raises(DataError, match=f"None of {count} valid rows is left for {part}"):
         prepare(tmp_path / "a", write(tmp_path / "x.jsonl", sums(0, count)), valid_rows=valid_rows)
 
 
 def test_one_question_cannot_be_divided(tmp_path: Path) -> None:
     rows = [{"prompt": "Hi", "completion": str(i)} for i in range(20)]
     source = write(tmp_path / "x.jsonl", rows)
-    with pytest.raises(DataError, match="Of 20 good rows none is left for validation"):
+    with pytest.raises(DataError, match="None of 20 valid rows is left for validation"):
         prepare(tmp_path / "a", source)
     assert len(prepare(tmp_path / "b", source, valid_rows=0)[1]) == 20
 
@@ -203,7 +203,7 @@ def test_check_finds_a_format_of_the_other_kind_and_a_missing_file(tmp_path: Pat
     file = recipe(tmp_path, "nowhere.jsonl", sources=[{"source": "nowhere.jsonl", "format": "hh"}])
     code, said = minitron("check", file)
     assert code == 2
-    assert "stages.chats.sources.0.format = hh: gives no conversations" in said
+    assert "stages.chats.sources.0.format = hh: contains no conversations" in said
     assert "stages.chats.sources.0.source = nowhere.jsonl: there is no such file" in said
 
 

@@ -17,7 +17,7 @@ from nemo_minitron.data.chat.heldout import HeldOut, read_heldout
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import DataError
 from nemo_minitron.evaluation.answers import greedy_answers
-from nemo_minitron.execution.rehearse import rehearse_evaluations
+from nemo_minitron.execution.preflight import preflight_evaluations
 from nemo_minitron.plan.view import View
 from nemo_minitron.report.alignment import alignment_facts, tables
 from nemo_minitron.schema.rlhf import Rlhf
@@ -232,17 +232,17 @@ def prepared(tmp_path: Path, minitron: Cli) -> Path:
 def test_an_evaluation_that_would_fail_stops_before_the_training(prepared: Path) -> None:
     made = recipe(prepared, valid_rows=8)
     store = Store(prepared / "runs/r")
-    with pytest.raises(DataError, match="Stage measured would stop after the training of sft") as caught:
-        rehearse_evaluations("sft", made, store, made.stages)
+    with pytest.raises(DataError, match="Stage measured would fail after the training of sft") as caught:
+        preflight_evaluations("sft", made, store, made.stages)
     assert "chats.jsonl:" in str(caught.value)
     assert "stages.measured.max_bad_fraction=" in str(caught.value)
-    rehearse_evaluations("sft", made, store, ["sft"])  # the run ends before the evaluation
-    rehearse_evaluations("chats", made, store, made.stages)  # nothing is trained
+    preflight_evaluations("sft", made, store, ["sft"])  # the run ends before the evaluation
+    preflight_evaluations("chats", made, store, made.stages)  # nothing is trained
     tolerant = recipe(prepared, valid_rows=8, max_bad_fraction=0.9)
-    rehearse_evaluations("sft", tolerant, store, tolerant.stages)
+    preflight_evaluations("sft", tolerant, store, tolerant.stages)
     missing = recipe(prepared, valid_rows=8, max_bad_fraction=0.9, vary_attribute="verbosity", num_generated=2)
     with pytest.raises(DataError, match="chat template has no attributes"):
-        rehearse_evaluations("sft", missing, store, missing.stages)
+        preflight_evaluations("sft", missing, store, missing.stages)
 
 
 def test_the_result_and_the_report_have_the_number_of_measured_rows(prepared: Path, minitron: Cli) -> None:

@@ -64,12 +64,12 @@ def test_a_missing_recipe_names_its_neighbours() -> None:
     ("override", "words"),
     [
         ("stages.prune.inputs.plan=nowhere", "there is no such stage"),
-        ("stages.prune.inputs.plan=score", "plan needs one of: select"),
-        ("stages.distill.inputs.teacher=distill", "wait for each other"),
+        ("stages.prune.inputs.plan=score", "Allowed kinds for plan: select"),
+        ("stages.distill.inputs.teacher=distill", "form a cycle"),
         ("stages.distill.global_batch_size=6", "must be a multiple of dp \\* micro_batch_size"),
         ("stages.distill.min_lr=1", "above lr"),
         ("stages.distill.warmup_steps=30", "must be below num_steps"),
-        ("stages.distill.seq_len_tokens=4096", "made for at most 256"),
+        ("stages.distill.seq_len_tokens=4096", "supports at most 256"),
         ("stages.evaluate_pruned.label=teacher", "has the same label"),
         ("execution.parallel.cp=2", "cp = 2: stages.score needs whole sequences"),
         (
@@ -89,7 +89,7 @@ def test_a_missing_recipe_names_its_neighbours() -> None:
         (
             "stages.distill.teacher_correction={pretraining_lr:1e-3,warmup_steps:5} "
             "stages.distill.loss={logits:null,next_token:1}",
-            "the loss has no teacher; leave it out",
+            "the loss does not use the teacher",
         ),
     ],
 )
@@ -101,21 +101,33 @@ def test_a_recipe_that_cannot_be_carried_out_is_refused(override: str, words: st
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("stages.cache_teacher.num_samples=239", r"num_samples = 239: stages.distill takes .* = 240 samples"),
-        ("stages.distill.seq_len_tokens=64", "stages.cache_teacher has 128; give both the same"),
+        ("stages.cache_teacher.num_samples=239", r"num_samples = 239: stages.distill reads .* = 240 samples"),
+        ("stages.distill.seq_len_tokens=64", "stages.cache_teacher has 128; both must be the same"),
         ("execution.parallel.cp=2", "cp = 2: stages.cache_teacher needs whole sequences"),
-        ("stages.distill.seed=7", "stages.cache_teacher has 1234; give both the same"),
-        ("stages.distill.reset_attention_mask=true", "stages.cache_teacher has False; give both the same"),
-        ("stages.cache_teacher.inputs.teacher=prune", "distill.inputs.teacher = teacher: .* was made from prune"),
-        ("stages.distill.loss.hidden={}", "a cache holds no hidden states"),
-        ("stages.distill.loss={logits: null, next_token: 1}", "the loss has no logits"),
-        ("stages.distill.loss.logits.sparse.rounds=49", "sparse and temperature must be those of stages.cache_teacher"),
-        ("stages.distill.loss.logits.temperature=2", "sparse and temperature must be those of stages.cache_teacher"),
-        ("stages.distill.loss.logits.sparse=null", "sparse and temperature must be those of stages.cache_teacher"),
-        ("stages.distill.inputs.cache=score", "cache needs one of: cache_teacher"),
+        ("stages.distill.seed=7", "stages.cache_teacher has 1234; both must be the same"),
+        ("stages.distill.reset_attention_mask=true", "stages.cache_teacher has False; both must be the same"),
+        (
+            "stages.cache_teacher.inputs.teacher=prune",
+            "inputs.teacher = teacher: stages.cache_teacher uses prune",
+        ),
+        ("stages.distill.loss.hidden={}", "the cache has no hidden states"),
+        ("stages.distill.loss={logits: null, next_token: 1}", "the loss does not use logits"),
+        (
+            "stages.distill.loss.logits.sparse.rounds=49",
+            "temperature must be the same as in stages.cache_teacher",
+        ),
+        (
+            "stages.distill.loss.logits.temperature=2",
+            "temperature must be the same as in stages.cache_teacher",
+        ),
+        (
+            "stages.distill.loss.logits.sparse=null",
+            "temperature must be the same as in stages.cache_teacher",
+        ),
+        ("stages.distill.inputs.cache=score", "Allowed kinds for cache: cache_teacher"),
         (
             "stages.distill.teacher_correction={pretraining_lr: 1e-3, warmup_steps: 5}",
-            "teacher_correction: a cached teacher cannot learn; use the live one",
+            "teacher_correction: a cached teacher cannot be trained",
         ),
     ],
 )

@@ -54,7 +54,7 @@ def test_a_stage_that_does_not_fit_is_told_with_what_would(tmp_path: Path) -> No
     assert not facts["stages"]["distill"]["fits"]
     (warning,) = memory_warnings(plan, facts)
     assert warning.startswith("distill: ")
-    assert "74.0 can be used; fits: {" in warning
+    assert "can use 74.0 GiB; fits: {" in warning
     for proposal in facts["proposals"]["distill"]:
         assert proposal["peak_gib"] <= 74.0
         words = proposal["words"].split(" (")[0]

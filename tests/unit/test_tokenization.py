@@ -357,7 +357,7 @@ def test_a_stop_keeps_finished_shards_and_the_next_start_reads_only_the_others(
     folder = tmp_path / "stopped"
     (folder / "work").mkdir(parents=True)
     for shards in (1, 3, 4):
-        with pytest.raises(Interrupted, match="as asked by SIGTERM"):
+        with pytest.raises(Interrupted, match="as requested by SIGTERM"):
             run_stage(folder, sources, stop=StopAfter(folder, shards), valid_fraction=0.1)
     run_stage(folder, sources, valid_fraction=0.1)
     assert contents(folder) == contents(tmp_path / "whole")

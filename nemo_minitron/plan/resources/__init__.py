@@ -1,1 +1,1 @@
-"""Memory, time, money and disk of a plan, before anything is queued. Pure functions of shapes; no torch."""
+"""Estimates of the memory, time, cost and disk space of a plan. Pure functions of shapes; imports no torch."""

@@ -1,4 +1,4 @@
-"""What each stage of a plan takes: memory of a process, tokens, operations, hours, money, disk."""
+"""Estimates for each stage of a plan: memory of a process, tokens, operations, hours, cost and disk space."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from nemo_minitron.workload.load import Load
 from nemo_minitron.workload.memory import GIB, WEIGHT_BYTES, Memory, memory_of, optimizer_bytes
 
 FORWARD_MFU_SHARE = 0.8
-"""A pass without its backward pass reaches less of the peak: its batches are smaller."""
+"""MFU of stages without a backward pass, relative to that of trainings: their batches are smaller."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one stage."""
+    """Estimated resources of one stage."""
 
     memory: Memory
     tokens: int
@@ -33,7 +33,7 @@ class Estimate:
     cost: float | None
     disk_bytes: int
     limit_gib: float | None
-    """Of a process; None: not known."""
+    """Memory that a process can use; None if it is not known."""
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -59,7 +59,7 @@ class Estimate:
 
 
 def estimates(plan: RunPlan) -> dict[str, Estimate]:
-    """stage -> estimate, for the stages that compute with models of known sizes."""
+    """Return stage -> estimate, for the stages that compute with models of known sizes."""
     found: dict[str, Estimate] = {}
     for call in plan.calls:
         load = load_of(call, plan.recipe)
@@ -69,7 +69,7 @@ def estimates(plan: RunPlan) -> dict[str, Estimate]:
 
 
 def tokenized_bytes(plan: RunPlan) -> int:
-    """Disk that tokenization takes while it joins its shards, where the text is there."""
+    """Return the disk space of tokenization while it joins its shards, for the sources that exist."""
     return sum(
         STAGES[call.kind].source_disk_bytes(source, facts["bytes"])
         for call in plan.calls
@@ -78,7 +78,11 @@ def tokenized_bytes(plan: RunPlan) -> int:
 
 
 def totals(found: Mapping[str, Estimate], more_disk_bytes: int = 0) -> dict[str, Any]:
-    """Of the whole run, one stage after the other; the disk also holds the imported teacher."""
+    """Sum the estimates over the run, in which stages run one after another.
+
+    Args:
+        more_disk_bytes: disk space that is not part of the estimates.
+    """
     costs = [estimate.cost for estimate in found.values() if estimate.cost is not None]
     return {
         "hours": sum(estimate.seconds for estimate in found.values()) / 3600,
@@ -89,7 +93,7 @@ def totals(found: Mapping[str, Estimate], more_disk_bytes: int = 0) -> dict[str,
 
 
 def limit_gib(recipe: Recipe) -> float | None:
-    """What a process may use: the GPU less a reserve."""
+    """Return the memory that a process can use: that of the GPU without the planning reserve."""
     memory = hardware_of(recipe).memory_gib
     return None if memory is None else memory - recipe.execution.planning.reserve_gib
 
@@ -114,12 +118,12 @@ def _estimate(load: Load, layout: Parallel, recipe: Recipe, disk_bytes: int) -> 
 
 
 def load_of(call: StageCall, recipe: Recipe, layout: Parallel | None = None) -> Load | None:
-    """The work of a stage in a layout (its own unless given); None where sizes are unknown or it computes nothing."""
+    """Return the load of a stage in a layout, by default its own; None if it computes nothing or sizes are unknown."""
     return STAGES[call.kind].load(call.name, recipe.stages[call.name], layout or call.parallel, View(recipe))
 
 
 def _disk(call: StageCall, load: Load, recipe: Recipe) -> int:
-    """What a stage leaves, and its training checkpoints while it runs."""
+    """Return the disk space of a stage's output and, for a training, of its checkpoints."""
     stage = recipe.stages[call.name]
     count = num_params(load.work.shape)
     own = STAGES[call.kind].disk_bytes(stage, load)

@@ -1,4 +1,4 @@
-"""Layouts that fit: which tp, pp, micro-batch and recomputation a stage could have on so many GPUs."""
+"""Proposals of layouts: tp, pp, micro-batch size and recomputation with which a stage fits on a number of GPUs."""
 
 from __future__ import annotations
 
@@ -18,22 +18,27 @@ from nemo_minitron.workload.memory import GIB, memory_of
 
 MICRO_BATCHES = (1, 2, 4, 8)
 TP_LOSS, RECOMPUTE_SHARE, SMALL_BATCH_TOKENS = 0.06, 0.75, 4096
-"""Share of speed that each doubling of tp costs inside a node; speed with full recomputation (a third forward pass of
-four); tokens of a micro-batch below which products are small. Rules of thumb, for the order of proposals only."""
+"""Relative loss of speed for each doubling of tp inside a node; relative speed with full recomputation, which adds one
+forward pass to the three of a training step; tokens of a micro-batch below which matrix products are too small for
+full speed. These are rules of thumb that only rank the proposals."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A layout that fits, with its memory and its expected speed among the others."""
+    """A layout that fits into memory, with its peak memory and its relative speed."""
 
     layout: Parallel
     peak_gib: float
     speed: float
-    """1 is every process at its best."""
+    """1 means that every process reaches its full speed."""
 
 
 def proposals(call: StageCall, recipe: Recipe, num_gpus: int, gpus_per_node: int, *, most: int = 3) -> list[Proposal]:
-    """The fastest layouts that fit, best first; none where nothing fits or sizes are unknown."""
+    """Return the fastest layouts that fit, fastest first; an empty list if nothing fits or sizes are unknown.
+
+    Args:
+        most: maximum number of proposals.
+    """
     stage = recipe.stages[call.name]
     limit = limit_gib(recipe)
     if limit is None or not isinstance(stage, Optimization):
@@ -50,7 +55,7 @@ def proposals(call: StageCall, recipe: Recipe, num_gpus: int, gpus_per_node: int
 
 
 def _candidates(stage: Optimization, num_gpus: int, gpus_per_node: int) -> Iterator[Parallel]:
-    """tp stays inside a node, and the global batch divides."""
+    """Yield layouts whose tp stays inside a node and whose dp * micro-batch size divides the global batch."""
     tps = [tp for tp in (1, 2, 4, 8, 16) if tp <= gpus_per_node]
     for tp, pp, micro, recompute in product(tps, (1, 2, 4, 8), MICRO_BATCHES, ("none", "full")):
         if num_gpus % (tp * pp):

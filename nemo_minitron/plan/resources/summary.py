@@ -1,4 +1,4 @@
-"""All that the planner says of a run, as plain facts."""
+"""All estimates for a run as JSON-compatible dicts, and warnings about memory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PROPOSED = ("tp", "pp", "dp", "micro_batch_size", "sequence_parallel", "distribu
 
 
 def resource_facts(plan: RunPlan) -> dict[str, Any]:
-    """Stages with memory, time, cost and disk; their sum; what was assumed; and layouts that fit.
+    """Return the memory, time, cost and disk space of each stage, their totals, the assumptions and proposed layouts.
 
-    Layouts are proposed for stages that do not fit, and for all trainings where execution.planning.num_gpus is set.
+    Layouts are proposed for stages that do not fit, and for all trainings if execution.planning.num_gpus is set.
     """
     found = estimates(plan)
     execution = plan.recipe.execution
@@ -47,15 +47,15 @@ def resource_facts(plan: RunPlan) -> dict[str, Any]:
 
 
 def memory_warnings(plan: RunPlan, resources: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each stage that would run out of memory, with what would not."""
+    """Yield a line for each stage that would run out of memory, with a layout that fits."""
     for name, facts in resources["stages"].items():
         if facts["fits"]:
             continue
         words = [line["words"] for line in resources["proposals"].get(name, [])]
         processes = plan.call(name).parallel.world_size
-        instead = f"fits: {words[0]}" if words else f"nothing fits on {processes}: more GPUs, or larger ones"
+        advice = f"fits: {words[0]}" if words else f"no layout fits on {processes} GPUs; use more or larger ones"
         peak, limit = facts["memory"]["peak_gib"], facts["limit_gib"]
-        yield f"{name}: {peak:.1f} GiB of a process, {limit:.1f} can be used; {instead}"
+        yield f"{name}: a process needs {peak:.1f} GiB and can use {limit:.1f} GiB; {advice}"
 
 
 def _proposal_facts(proposal: Proposal) -> dict[str, Any]:
@@ -67,6 +67,6 @@ def _proposal_facts(proposal: Proposal) -> dict[str, Any]:
 
 
 def _words(layout: Parallel) -> str:
-    """Every key that a proposal decides, whatever its default: an override is laid over what the recipe has."""
+    """Write all keys of the proposal, defaults included, because an override is merged into the recipe's layout."""
     keys = layout.model_dump(include=set(PROPOSED))
     return "{" + ", ".join(f"{key}: {str(keys[key]).lower()}" for key in PROPOSED) + "}"

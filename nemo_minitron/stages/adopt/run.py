@@ -1,4 +1,4 @@
-"""Take an existing model folder into the run without copying it."""
+"""Use an existing model folder in the run without copying it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from nemo_minitron.system.files import user_path
 
 
 def adopt(params: AdoptStage, inputs: NoInputs, ctx: StageContext) -> Result:
-    """Check the folder, record where it is and the checksums of its files; later stages read it there.
+    """Check the folder, and record its path and the checksums of its files. Later stages read the folder itself.
 
     Raises:
-        CheckpointError: not a complete model, or not the weights that the recipe names.
+        CheckpointError: the model is incomplete, or its weights differ from the sha256 in the recipe.
     """
     from nemo_minitron.hf.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, model_facts, side_files
     from nemo_minitron.hf.file_content import require_content
@@ -43,7 +43,7 @@ def adopt(params: AdoptStage, inputs: NoInputs, ctx: StageContext) -> Result:
 
 
 def sha256_of_all(files: Mapping[Path, Mapping[str, Any]], index: Path, shards: Iterable[Path]) -> str:
-    """Of an index and its shards: the checksum of the lines that `sha256sum INDEX SHARD ...` prints, shards by name."""
+    """Return the sha256 of the output of `sha256sum INDEX SHARD ...`, with the shards in order of their names."""
     named = [index, *sorted(shards, key=lambda shard: shard.name)]
     lines = "".join(f"{files[file]['sha256']}  {file.name}\n" for file in named)
     return hashlib.sha256(lines.encode()).hexdigest()
@@ -51,9 +51,9 @@ def sha256_of_all(files: Mapping[Path, Mapping[str, Any]], index: Path, shards: 
 
 def _other_weights(found: str, wanted: str, named: Path, *, is_single: bool) -> CheckpointError:
     of_index = "" if is_single else f" of {named.name} and all shards"
-    how = f"sha256sum {named.name} *.safetensors | sha256sum, in the folder, prints the one{of_index}."
+    how = f"To compute the sha256{of_index}, run in the folder: sha256sum {named.name} *.safetensors | sha256sum"
     return CheckpointError(
-        f"sha256{of_index} is {found}.", where=str(named), allowed=wanted, next_step=None if is_single else how
+        f"The sha256{of_index} is {found}.", where=str(named), allowed=wanted, next_step=None if is_single else how
     )
 
 
@@ -63,5 +63,5 @@ def _require_folder(path: Path, given: str) -> None:
             f"{path} is not a folder." if path.exists() else f"{path} does not exist.",
             where=f"path: {given}",
             allowed="a folder with config.json and *.safetensors",
-            next_step="A stage of kind import also takes asset:NAME, hf:ORG/NAME and a .gguf file.",
+            next_step="For asset:NAME, hf:ORG/NAME or a .gguf file, use a stage of kind import.",
         )

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nemo_minitron.schema.execution import Parallel
-from nemo_minitron.schema.training_rules import countable
+from nemo_minitron.schema.training_rules import sample_count_problems
 from nemo_minitron.stages.cache_teacher.params import CacheTeacherStage
 from nemo_minitron.stages.kind import Output, RecipeView, StageKind
 from nemo_minitron.workload.load import Load, forward_load
 
 SPARSE_BYTES_PER_TOKEN = {"sampled": 160, "top_k": 400}
-"""Bytes on disk for each token: measured with 50 draws (docs/results.md); 128 values of 16 bits and their indices,
-compressed."""
+"""Bytes on disk per token: `sampled` as measured with 50 draws; `top_k` for 128 compressed 16-bit values and their
+indices."""
 
 
 def _problems(name: str, params: CacheTeacherStage, view: RecipeView) -> Iterator[str]:
-    yield from countable(f"stages.{name}.num_samples", params.num_samples)
+    yield from sample_count_problems(f"stages.{name}.num_samples", params.num_samples)
 
 
 def _load(name: str, params: CacheTeacherStage, layout: Parallel, view: RecipeView) -> Load | None:

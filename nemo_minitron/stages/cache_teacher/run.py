@@ -1,4 +1,4 @@
-"""Write down what the teacher says, so that students learn without it."""
+"""Cache the teacher's distributions on disk, so that distillation does not have to load the teacher."""
 
 from __future__ import annotations
 
@@ -23,15 +23,13 @@ class Inputs:
 
 
 def cache_teacher(params: CacheTeacherStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Sparse distributions of `num_samples` training samples, and of the held-out text.
+    """Write the teacher's sparse distributions for `num_samples` training samples and for the held-out text.
 
-    Goes on after a kill with the shards that are missing.
-
-    Writes shard_NNNNNN.safetensors and cache.json.
+    After a kill, the stage resumes with the missing shards. It writes shard_NNNNNN.safetensors and cache.json.
 
     Raises:
         DataError: teacher and data do not share a tokenizer.
-        PlanError: a vocabulary that does not fit into the format.
+        PlanError: the vocabulary is too large for the file format.
     """
     from nemo_minitron.backends.megatron.distillation.teacher_cache import write_cache
     from nemo_minitron.distillation.cache import write_facts
@@ -56,7 +54,7 @@ def cache_teacher(params: CacheTeacherStage, inputs: Inputs, ctx: StageContext) 
 
 
 def _link_or_move(source: Path, target: Path) -> None:
-    """Both folders belong to the run; a link keeps the shard if the process dies before publishing."""
+    """Link the file, so that the work folder keeps it if the process dies before publishing; else move it."""
     try:
         os.link(source, target)
     except OSError:

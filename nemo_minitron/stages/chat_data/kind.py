@@ -20,12 +20,12 @@ def _chat_rows(name: str, params: ChatDataStage, view: RecipeView) -> ChatRowFac
 
 
 def _problems(name: str, params: ChatDataStage, view: RecipeView) -> Iterator[str]:
-    """Every format gives the kind of rows that the stage makes."""
+    """Check that every source has a format with the kind of rows that the stage makes."""
     allowed = FORMATS_OF[params.rows]
     for number, source in enumerate(params.sources):
         if source.format not in ("auto", *allowed):
             yield (
-                f"stages.{name}.sources.{number}.format = {source.format}: gives no {params.rows}. "
+                f"stages.{name}.sources.{number}.format = {source.format}: contains no {params.rows}. "
                 f"Allowed with rows = {params.rows}: auto, {', '.join(allowed)}."
             )
 

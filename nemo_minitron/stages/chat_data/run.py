@@ -1,4 +1,4 @@
-"""Public chat, preference and rating files -> checked rows in two parts."""
+"""Convert public chat, preference and rating data into checked rows for training and validation."""
 
 from __future__ import annotations
 
@@ -31,23 +31,24 @@ _LISTED_FIELDS = 20
 
 @dataclass
 class _Collected:
-    """What the first pass over all sources found; the rows themselves wait in a file."""
+    """Statistics of the first pass over all sources."""
 
     file: Path
+    """The valid rows, until they are split."""
     bad: BadRows = field(default_factory=BadRows)
     questions: Counter[int] = field(default_factory=Counter)
-    """Hash -> rows."""
+    """Hash of a question -> number of its rows."""
     ratings: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in ATTRIBUTES})
     sources: list[dict[str, Any]] = field(default_factory=list)
 
 
 def chat_data(params: ChatDataStage, inputs: NoInputs, ctx: StageContext) -> Result:
-    """Read, check and split every source. Memory holds a hash for each question, not the rows.
+    """Read, check and split every source. Only a hash of each question is kept in memory, not the rows.
 
-    Writes train.jsonl, valid.jsonl, facts.json, and bad_rows.jsonl when rows were left out.
+    Write train.jsonl, valid.jsonl, facts.json and, if rows were skipped, bad_rows.jsonl.
 
     Raises:
-        DataError: a file cannot be read, too many bad rows, or nothing left for one of the two parts.
+        DataError: a file cannot be read, too many rows are invalid, or one of the two splits would be empty.
     """
     found = _Collected(ctx.work_dir / "rows.jsonl")
     _collect(params, ctx, found)
@@ -71,7 +72,7 @@ def chat_data(params: ChatDataStage, inputs: NoInputs, ctx: StageContext) -> Res
 
 def _collect(params: ChatDataStage, ctx: StageContext, found: _Collected) -> None:
     bad_file = ctx.out_dir / "bad_rows.jsonl"
-    # Names of files can hold what UTF-8 cannot; in JSON its escape means the same.
+    # File names can contain bytes that are not UTF-8; in JSON, the escaped form has the same meaning.
     text = partial(Path.open, mode="w", encoding="utf-8", errors="backslashreplace")
     with text(found.file) as good, text(bad_file) as bad:
         for number, source in enumerate(params.sources):
@@ -89,7 +90,7 @@ def _collect_source(
     good: IO[str],
     bad: IO[str],
 ) -> dict[str, Any]:
-    """Facts of one source."""
+    """Read and check the rows of one source, and return facts about it."""
     num_rows, bad_before = 0, found.bad.num_bad
     unused: Counter[str] = Counter()
     name: str | None = None if source.format == "auto" else source.format
@@ -114,7 +115,7 @@ def _collect_source(
         num_rows += 1
         if num_rows == source.max_rows:
             break
-    _tell_unused(unused, source.source, ctx)
+    _report_unused(unused, source.source, ctx)
     return {
         "source": source.source,
         "format": name,
@@ -125,11 +126,11 @@ def _collect_source(
     }
 
 
-def _tell_unused(unused: Counter[str], source: str, ctx: StageContext) -> None:
+def _report_unused(unused: Counter[str], source: str, ctx: StageContext) -> None:
     if unused:
         listed = [f"{field} ({count:,})" for field, count in unused.most_common(_LISTED_FIELDS)]
         more = [f"and {len(unused) - len(listed)} more"] if len(unused) > len(listed) else []
-        ctx.progress.say(f"{source}: fields that are not used, and in how many rows: {', '.join([*listed, *more])}")
+        ctx.progress.say(f"{source}: unused fields (number of rows): {', '.join([*listed, *more])}")
 
 
 def _rows(files: list[Path], source: str, ctx: StageContext) -> Iterator[RawRow]:
@@ -144,36 +145,36 @@ def _rows(files: list[Path], source: str, ctx: StageContext) -> Iterator[RawRow]
 
 
 def _detected(raw: RawRow, params: ChatDataStage, source: ChatSource, number: int, ctx: StageContext) -> str:
-    """The format that the first readable row tells, said aloud."""
+    """Detect the format from the first readable row, and show it."""
     if isinstance(raw.content, BadRow):
         raise raw.content
     try:
-        name = detect(_looked_at(raw.content, source), params.rows)
+        name = detect(_without_left_out(raw.content, source), params.rows)
     except BadRow as error:
         raise DataError(
-            f"The format cannot be told: {error}.",
+            f"The format cannot be detected: {error}.",
             where=raw.where,
             allowed=f"with rows = {params.rows}: {', '.join(FORMATS_OF[params.rows])}",
-            next_step=f"Set stages.{ctx.name}.sources.{number}.format, or bring the rows into one of these forms.",
+            next_step=f"Set stages.{ctx.name}.sources.{number}.format, or convert the rows to one of these formats.",
         ) from error
     ctx.progress.say(f"{source.source}: read as {name} (its first row has {', '.join(raw.content)})")
     return name
 
 
 def _adapted(raw: RawRow, name: str, source: ChatSource) -> tuple[Row, list[str]]:
-    """The checked row, and the fields that are not in it."""
+    """Return the checked row and the names of the fields that were not used."""
     if isinstance(raw.content, BadRow):
         raise raw.content
     fields = Fields(raw.content, source.leave_out)
     return FORMATS[name].read(fields, source.attributes), fields.unread()
 
 
-def _looked_at(content: Mapping[str, Any], source: ChatSource) -> Mapping[str, Any]:
+def _without_left_out(content: Mapping[str, Any], source: ChatSource) -> Mapping[str, Any]:
     return {key: value for key, value in content.items() if key not in source.leave_out}
 
 
 def _split(params: ChatDataStage, found: _Collected, folder: Path) -> Counter[str]:
-    """Rows written to each part."""
+    """Write the rows to both splits, and return the number of rows of each."""
     heldout = heldout_questions(found.questions, params.valid_rows)
     counts: Counter[str] = Counter(dict.fromkeys(SPLITS, 0))
     with ExitStack() as stack:
@@ -193,9 +194,9 @@ def _require_both(params: ChatDataStage, counts: Counter[str], total: int, stage
         return
     split = "validation" if counts["train"] else "training"
     raise DataError(
-        f"Of {total} good rows none is left for {split}.",
+        f"None of {total} valid rows is left for {split}.",
         where=f"stages.{stage}.valid_rows = {params.valid_rows}",
-        allowed="rows with the same first question stay together; both parts need one such group",
+        allowed="at least two different first questions, because all rows of a question go into the same split",
         next_step="Change valid_rows, or add rows.",
     )
 

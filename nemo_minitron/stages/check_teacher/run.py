@@ -1,4 +1,4 @@
-"""Measure the teacher on held-out text before anything is built on it."""
+"""Measure the teacher on held-out text before it is used."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Inputs:
 
 
 def check_teacher(params: CheckTeacherStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Held-out loss of the teacher, which must stay under the recipe's bound.
+    """Measure the held-out loss of the teacher and compare it with `max_loss`.
 
-    A teacher whose weights were never loaded scores about ln(vocab_size) and stops here.
+    A teacher whose weights were not loaded has a loss of about ln(vocab_size) and is rejected here.
 
     Raises:
         NumericsError: the loss is above `max_loss`.
@@ -43,7 +43,7 @@ def check_teacher(params: CheckTeacherStage, inputs: Inputs, ctx: StageContext) 
             f"The teacher's held-out loss is {measured.loss:.3f} nats per token.",
             where=f"stages.{ctx.name}, teacher {inputs.teacher.path}",
             allowed=f"at most max_loss = {params.max_loss}",
-            next_step="Wrong checkpoint or text in another language or format? "
-            "If the loss is right for this text, raise max_loss.",
+            next_step="Check that the checkpoint is the right one and that the text has its language and format. "
+            "If the loss is plausible for this text, raise max_loss.",
         )
     return {"loss_nats_per_token": measured.loss, "max_loss": params.max_loss, **asdict(measured)}

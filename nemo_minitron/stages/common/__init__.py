@@ -1,1 +1,1 @@
-"""What several kinds of stage share. Stages import this, and never each other."""
+"""Code that several kinds of stage share, because kinds do not import each other."""

@@ -1,4 +1,4 @@
-"""Checks that models and data which meet in a stage have one tokenizer."""
+"""Check that all models and data of a stage have the same tokenizer."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def require_one_tokenizer(
 ) -> None:
     """Check that the models and the data share one tokenizer.
 
-    Vocabulary and merges must be equal. Added tokens may differ if neither the data nor `texts` hold one of these
-    tokens; that, and another way of splitting text, is said as a warning: the ids that are trained on are the same for
-    both models, but the student's own tokenizer may give it others later.
+    Vocabulary and merges must be equal. Added tokens may differ if neither the data nor `texts` contain one of the
+    differing tokens. Such a difference, or different rules for splitting text, causes a warning: both models are
+    trained on the same ids, but the student's own tokenizer may produce other ids later.
 
     Args:
         models: input role -> model.
-        data: the tokens that they are trained on; None if they read texts.
-        texts: files of rendered rows that both models read, where there is no tokenized data.
+        data: tokens that the models are trained on; None if they read texts.
+        texts: files of rendered rows that both models read if there is no tokenized data.
 
     Raises:
-        DataError: they do not share one tokenizer.
+        DataError: the models and the data do not share one tokenizer.
     """
     identities = {role: TokenizerIdentity.of(model.path) for role, model in models.items()}
     folders = {role: model.path for role, model in models.items()}
@@ -69,22 +69,23 @@ def _check_added(
     texts: tuple[Path, ...],
 ) -> None:
     if other == "data":
-        _warn(ctx, f"the data were tokenized with other added tokens than those of {one}.")
+        _warn(ctx, f"the data were tokenized with added tokens that differ from those of {one}.")
         return
     tokens = differing_added_tokens(folders[one], folders[other])
     used = _used(data, tokens, texts)
     if used:
         raise DataError(
-            f"{one} and {other} have different added tokens, and what they are trained on uses them: "
+            f"{one} and {other} have different added tokens, and the training data contain them: "
             f"{_named(used, one, other)}.",
             where=f"{one} {folders[one]}, {other} {folders[other]}",
-            next_step="Give both models the same tokenizer files, or leave these tokens out of the texts.",
+            next_step="Use the same tokenizer files for both models, or remove these tokens from the texts.",
         )
-    _warn(ctx, f"{one} and {other} have different added tokens, which nothing here uses: {_named(tokens, one, other)}.")
+    unused = _named(tokens, one, other)
+    _warn(ctx, f"{one} and {other} have different added tokens, which the training data do not contain: {unused}.")
 
 
 def _used(data: TokenizedText | None, tokens: AddedTokens, texts: tuple[Path, ...]) -> AddedTokens:
-    """The tokens that occur in the tokenized data, or by their names in the texts."""
+    """Return the tokens whose ids occur in the tokenized data or whose names occur in the texts."""
     found: set[int] = set()
     if data is not None:
         from nemo_minitron.backends.megatron.data.used_ids import used_ids

@@ -1,4 +1,4 @@
-"""The scores that a selection chooses by."""
+"""The importance scores that a selection uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def load_scores(params: Selection, model: Model, scores: Scores | None) -> dict[str, Tensor]:
-    """Importance by axis, as the selection's method defines it; empty for a random selection."""
+    """Return axis -> importance as the selection's method defines it; empty for a random selection."""
     if params.method == "magnitude":
         from nemo_minitron.hf.checkpoint import Checkpoint
         from nemo_minitron.pruning.magnitude import magnitude_scores

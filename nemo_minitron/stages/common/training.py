@@ -1,4 +1,4 @@
-"""Trainings by Megatron as stages run them: distillation, and what every training reports."""
+"""Megatron trainings as stages run them: distillation, and the facts that every training reports."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def distill_student(
     cache: Path | None = None,
     keys: str | None = None,
 ) -> dict[str, Any]:
-    """Train a student from its teacher; resumes from the work folder after a kill.
+    """Distill a teacher into a student. After a kill, the training resumes from the work folder.
 
-    Writes the student as a Hugging Face checkpoint, curves.jsonl, data_used.json and tensorboard/.
+    Write the student as a Hugging Face checkpoint, curves.jsonl, data_used.json and tensorboard/.
 
     Args:
-        cache: folder of the teacher's distributions; the teacher itself is then not loaded.
-        keys: where the recipe has the keys of the training, for messages; None: under the stage's name.
+        cache: folder of the teacher's cached distributions; the teacher itself is then not loaded.
+        keys: location of the training's keys in the recipe, for messages; None: the stage itself.
 
     Returns:
-        Facts for the manifest; empty on other ranks than the first.
+        Facts for the manifest; empty on all ranks but the first.
 
     Raises:
-        NumericsError: the loss blew up, or became NaN or infinite.
-        Interrupted: the run was asked to stop.
+        NumericsError: the loss diverged, or became NaN or infinite.
+        Interrupted: a stop was requested.
     """
     from nemo_minitron.backends.megatron.distillation import distill as objectives
     from nemo_minitron.backends.megatron.training import loop as training
@@ -63,14 +63,14 @@ def distill_student(
 
 
 def loop_options(ctx: StageContext, keys: str | None = None) -> LoopOptions:
-    """What the training loop needs to know of the run that it is a part of."""
+    """Return the options that the training loop takes from the run."""
     from nemo_minitron.backends.megatron.training.loop import LoopOptions
 
     return LoopOptions(ctx.execution, ctx.recipe_name, ctx.stop, ctx.name, keys or f"stages.{ctx.name}")
 
 
 def training_facts(job: Job, curves: Curves, model: Model, data: TokenizedText, started_s: float) -> dict[str, Any]:
-    """What a manifest tells of a training; losses in nats per token."""
+    """Return the facts about a training for its manifest; losses are in nats per token."""
     from nemo_minitron.backends.megatron.runtime.peak import peak_memory_gib
 
     measured = [key for key in ("valid_loss", "valid_kl", "valid_teacher_loss") if curves.has(key)]

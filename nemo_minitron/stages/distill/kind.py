@@ -26,40 +26,40 @@ def _problems(name: str, params: DistillStage, view: RecipeView) -> Iterator[str
 
 
 def _correction(key: str, params: DistillStage) -> Iterator[str]:
-    """A teacher that is trained too must be in memory, and its student must learn from it."""
+    """Check the keys of teacher correction, which needs a teacher in memory and a loss that uses it."""
     if params.teacher_correction is None:
         return
     rate = params.teacher_correction
     yield from learning_rate_problems(f"{key}.teacher_correction", rate, params.num_steps, "num_steps")
     if params.inputs.cache is not None:
-        yield f"{key}.teacher_correction: a cached teacher cannot learn; use the live one (inputs.cache: null)."
+        yield f"{key}.teacher_correction: a cached teacher cannot be trained. Next: set inputs.cache: null."
     if not params.loss.needs_teacher:
-        yield f"{key}.teacher_correction: the loss has no teacher; leave it out."
+        yield f"{key}.teacher_correction: the loss does not use the teacher. Next: remove this key."
 
 
 def _cached(key: str, params: DistillStage, name: str, cache: TeacherCaching) -> Iterator[str]:
-    """The cache holds what the distillation reads."""
+    """Check that the cache of a teacher contains everything that the distillation reads."""
     loss = params.loss
     if params.num_steps * params.global_batch_size > cache.num_samples:
         yield (
-            f"stages.{name}.num_samples = {cache.num_samples}: {key} takes num_steps * global_batch_size = "
+            f"stages.{name}.num_samples = {cache.num_samples}: {key} reads num_steps * global_batch_size = "
             f"{params.num_steps * params.global_batch_size} samples."
         )
     for role in ("teacher", "data"):
-        asked, used = getattr(params.inputs, role), getattr(cache.inputs, role)  # type: ignore[attr-defined]
-        if asked != used:
-            yield f"{key}.inputs.{role} = {asked}: stages.{name} was made from {used}; give both the same."
+        own, cached = getattr(params.inputs, role), getattr(cache.inputs, role)  # type: ignore[attr-defined]
+        if own != cached:
+            yield f"{key}.inputs.{role} = {own}: stages.{name} uses {cached}; both must be the same."
     for field in ("seq_len_tokens", "seed", "reset_attention_mask"):
         if getattr(params, field) != getattr(cache, field):
-            theirs = f"stages.{name} has {getattr(cache, field)}"
-            yield f"{key}.{field} = {getattr(params, field)}: {theirs}; give both the same."
+            cached = f"stages.{name} has {getattr(cache, field)}"
+            yield f"{key}.{field} = {getattr(params, field)}: {cached}; both must be the same."
     if loss.hidden is not None:
-        yield f"{key}.loss.hidden: a cache holds no hidden states; use the live teacher (inputs.cache: null)."
+        yield f"{key}.loss.hidden: the cache has no hidden states. Next: set inputs.cache: null."
     if loss.logits is None:
-        yield f"{key}.inputs.cache: the loss has no logits; leave the cache out."
+        yield f"{key}.inputs.cache: the loss does not use logits. Next: set inputs.cache: null."
     elif loss.logits.sparse != cache.sparse or loss.logits.temperature != cache.temperature:
         yield (
-            f"{key}.loss.logits: sparse and temperature must be those of stages.{name}: "
+            f"{key}.loss.logits: sparse and temperature must be the same as in stages.{name}: "
             f"sparse = {cache.sparse.model_dump(mode='json')}, temperature = {cache.temperature}."
         )
 

@@ -24,12 +24,12 @@ class Inputs:
 
 
 def distill(params: DistillStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Distill from the teacher, or from its cached distributions.
+    """Train the student from the teacher or from its cached distributions.
 
     Raises:
         DataError: teacher, student and data do not share a tokenizer.
-        NumericsError: the loss blew up, or became NaN or infinite.
-        Interrupted: the run was asked to stop.
+        NumericsError: the loss diverged, or became NaN or infinite.
+        Interrupted: a stop was requested.
     """
     require_one_tokenizer({"student": inputs.student, "teacher": inputs.teacher}, inputs.data, ctx)
     cache = None if inputs.cache is None else inputs.cache.path

@@ -21,7 +21,7 @@ def _tasks(params: EvaluateStage) -> Iterator[TaskUse]:
 
 
 def _problems(name: str, params: EvaluateStage, view: RecipeView) -> Iterator[str]:
-    """Labels name the columns of the report: each can be given once."""
+    """Check that labels are unique, because they name the columns of the report."""
     for other, stage in view.stages.items():
         if other == name:
             return

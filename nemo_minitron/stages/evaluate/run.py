@@ -1,4 +1,4 @@
-"""How good one model is."""
+"""Evaluate one model: held-out loss, lm-eval tasks and sample texts."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Inputs:
 
 
 def evaluate(params: EvaluateStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Held-out loss through Megatron on every rank; tasks and sample texts through transformers on the main one.
+    """Measure the held-out loss with Megatron on all ranks; run tasks and sample texts with transformers on rank 0.
 
-    Writes metrics.json.
+    Write metrics.json.
 
     Raises:
         NumericsError: transformers and Megatron do not compute the same logits.
@@ -71,7 +71,7 @@ def _uses_transformers(params: EvaluateStage) -> bool:
 
 
 def _through_transformers(params: EvaluateStage, model_dir: Path, ctx: StageContext) -> dict[str, Any]:
-    """{tasks, samples}; the model is loaded once, and only if one of them is asked for."""
+    """Return {tasks, samples}. The model is loaded once, and only if the recipe has tasks or prompts."""
     if not _uses_transformers(params):
         return {"tasks": {}, "samples": []}
     from nemo_minitron.evaluation.agreement import load_compared

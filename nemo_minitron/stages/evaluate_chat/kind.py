@@ -16,36 +16,36 @@ def _sources(params: EvaluateChatStage) -> Iterator[Source]:
 
 
 def _problems(name: str, params: EvaluateChatStage, view: RecipeView) -> Iterator[str]:
-    """What the evaluation asks for and cannot get."""
+    """Check that the chat rows support the measurements that the stage makes."""
     key, chats = f"stages.{name}", params.inputs.chats
-    held = view.chat_rows(chats)
-    if held is not None and held.valid_rows == 0:
+    facts = view.chat_rows(chats)
+    if facts is not None and facts.valid_rows == 0:
         yield f"{key}.inputs.chats: stage {chats} has valid_rows = 0, and the evaluation needs held-out rows."
-    if held is not None and held.rows == "pairs":
+    if facts is not None and facts.rows == "pairs":
         if params.num_generated:
             yield f"{key}.num_generated = {params.num_generated}: needs conversations, and stage {chats} has pairs."
-    elif params.inputs.reference is not None and held is not None:
-        yield f"{key}.inputs.reference: compares preferences, and stage {chats} has conversations; leave it out."
+    elif params.inputs.reference is not None and facts is not None:
+        yield f"{key}.inputs.reference: needs pairs, and stage {chats} has conversations. Next: remove this key."
     if params.vary_attribute is not None and not params.num_generated:
-        yield f"{key}.vary_attribute = {params.vary_attribute}: is asked of generated answers; set num_generated."
+        yield f"{key}.vary_attribute = {params.vary_attribute}: needs generated answers. Next: set num_generated."
     yield from _stricter_than_training(key, params, view.stages)
 
 
 def _stricter_than_training(key: str, params: EvaluateChatStage, stages: Mapping[str, StageParams]) -> Iterator[str]:
-    """Bad rows that a training leaves out must not stop the evaluation that comes after it."""
+    """Check that the evaluation tolerates the invalid rows that a training of its model may skip."""
     for name, trained in _trainings_before(params.inputs.model, stages):
         chats = params.inputs.chats
         same = trained.inputs.chats == chats  # type: ignore[attr-defined]
         if same and trained.max_bad_fraction > params.max_bad_fraction:
             yield (
-                f"{key}.max_bad_fraction = {params.max_bad_fraction:g}: stage {name} leaves out up to "
-                f"{trained.max_bad_fraction:g} of the rows of {chats}; the evaluation would stop at them. "
+                f"{key}.max_bad_fraction = {params.max_bad_fraction:g}: stage {name} may skip invalid rows up to a "
+                f"fraction of {trained.max_bad_fraction:g} of {chats}, which would stop the evaluation. "
                 f"Next: {key}.max_bad_fraction={trained.max_bad_fraction:g}."
             )
 
 
 def _trainings_before(model: str, stages: Mapping[str, StageParams]) -> Iterator[tuple[str, Alignment]]:
-    """The alignments that a model has come through, the last one first."""
+    """Yield the alignment stages from which a model was made, the last one first."""
     seen: set[str] = set()
     while model in stages and model not in seen:
         seen.add(model)
@@ -67,5 +67,5 @@ EVALUATE_CHAT = StageKind(
     report="chat_evaluation",
     sources=_sources,
     problems=_problems,
-    rehearsal="nemo_minitron.stages.evaluate_chat.rehearsal:rehearse",
+    preflight="nemo_minitron.stages.evaluate_chat.preflight:preflight",
 )

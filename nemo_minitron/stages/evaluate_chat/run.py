@@ -1,4 +1,4 @@
-"""How an aligned model does on held-out pairs and conversations."""
+"""Evaluate an aligned model on held-out pairs or conversations."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ class Inputs:
 
 
 def evaluate_chat(params: EvaluateChatStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Preferences on pairs; loss of answers, exact match, and obedience to attributes on conversations; rules followed.
+    """Measure the model, and write metrics.json and answers.jsonl.
 
-    Writes metrics.json and answers.jsonl.
+    On pairs: preference accuracy. On conversations: loss of the answers, exact match, and how the answers follow the
+    requested attribute. If the recipe names instructions: how often the answers follow their rules.
 
     Raises:
         CheckpointError: a model cannot be read.
-        DataError: its tokenizer has no chat template, too many rows do not fit it, or none is left to measure.
+        DataError: its tokenizer has no chat template, too many rows do not fit it, or no valid row is left.
         NumericsError: transformers and Megatron do not compute the same logits of a model.
     """
     from nemo_minitron.evaluation.agreement import load_compared
@@ -44,25 +45,25 @@ def evaluate_chat(params: EvaluateChatStage, inputs: Inputs, ctx: StageContext) 
     template = ChatTemplate.load(
         inputs.model.path, params.template, whole_markers=params.whole_markers, day=params.template_date
     )
-    asked = prepare(params, inputs.chats, template, name=ctx.name, assets_dir=Path(ctx.execution.assets_dir))
-    for text in asked.left_out():
+    questions = prepare(params, inputs.chats, template, name=ctx.name, assets_dir=Path(ctx.execution.assets_dir))
+    for text in questions.left_out():
         ctx.progress.say(text)
     device = _device(ctx)
     model = load_compared(inputs.model.path, params.precision, device, memory=ctx.logits_memory)
-    metrics: dict[str, Any] = {"label": params.label, **asked.heldout.facts()}
+    metrics: dict[str, Any] = {"label": params.label, **questions.heldout.facts()}
     answers: list[dict[str, Any]] = []
     if inputs.chats.rows == "pairs":
         reference = inputs.reference
         other = load_compared(reference.path, params.precision, device, memory=ctx.logits_memory) if reference else None
-        metrics["preferences"] = _preferences(asked.heldout, template, model, other, ctx)
+        metrics["preferences"] = _preferences(questions.heldout, template, model, other, ctx)
     else:
-        metrics["conversations"] = _conversations(asked.heldout, template, model, ctx)
-        metrics |= _generated(params, asked.generated, template, model, answers, ctx)
+        metrics["conversations"] = _conversations(questions.heldout, template, model, ctx)
+        metrics |= _generated(params, questions.generated, template, model, answers, ctx)
     if params.instructions is not None:
-        metrics["instructions"] = _instructions(params, asked, template, model, answers, ctx)
-    texts = _continued(params, [prompt for _, prompt in asked.samples], template, model, ctx)
+        metrics["instructions"] = _instructions(params, questions, template, model, answers, ctx)
+    texts = _continued(params, [prompt for _, prompt in questions.samples], template, model, ctx)
     metrics["samples"] = [
-        {"prompt": prompt, "text": text} for (prompt, _), (text, _) in zip(asked.samples, texts, strict=True)
+        {"prompt": prompt, "text": text} for (prompt, _), (text, _) in zip(questions.samples, texts, strict=True)
     ]
     (ctx.out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     (ctx.out_dir / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers), encoding="utf-8")
@@ -114,7 +115,7 @@ def _sequence(template: ChatTemplate, prompt: str, answer: str) -> tuple[Tokens,
 
 
 def _conversations(heldout: HeldOut, template: ChatTemplate, model: Any, ctx: StageContext) -> dict[str, Any]:
-    """Loss of the held-out answers, over answer tokens alone."""
+    """Measure the loss of the held-out answers over their own tokens, without those of the prompts."""
     from nemo_minitron.evaluation.answers import answer_log_probs
 
     sequences = [_sequence(template, text["input"], text["output"]) for text in heldout.rendered]
@@ -127,23 +128,21 @@ def _conversations(heldout: HeldOut, template: ChatTemplate, model: Any, ctx: St
 
 def _generated(
     params: EvaluateChatStage,
-    asked: list[tuple[Row, int | None, Tokens]],
+    questions: list[tuple[Row, int | None, Tokens]],
     template: ChatTemplate,
     model: Any,
     answers: list[dict[str, Any]],
     ctx: StageContext,
 ) -> dict[str, Any]:
-    """What the model answers to held-out questions by itself."""
-    if not asked:
+    """Generate answers to held-out questions, and measure their length, exact match or response to an attribute."""
+    if not questions:
         return {}
-    made = _continued(params, [prompt for _, _, prompt in asked], template, model, ctx)
-    for (row, level, _), (text, tokens) in zip(asked, made, strict=True):
-        asked_text = row["messages"][-2]["content"]
-        answers.append(
-            {"origin": row["origin"], "prompt": asked_text, "level": level, "answer": text, "tokens": tokens}
-        )
+    made = _continued(params, [prompt for _, _, prompt in questions], template, model, ctx)
+    for (row, level, _), (text, tokens) in zip(questions, made, strict=True):
+        question = row["messages"][-2]["content"]
+        answers.append({"origin": row["origin"], "prompt": question, "level": level, "answer": text, "tokens": tokens})
     out: dict[str, Any] = {"mean_answer_tokens": sum(tokens for _, tokens in made) / len(made)}
-    wanted = [row["messages"][-1]["content"] for row, _, _ in asked]
+    wanted = [row["messages"][-1]["content"] for row, _, _ in questions]
     if params.vary_attribute is not None:
         per_row = len(LEVELS)
         sizes = [[tokens for _, tokens in made[i : i + per_row]] for i in range(0, len(made), per_row)]
@@ -160,22 +159,22 @@ def _generated(
 
 def _instructions(
     params: EvaluateChatStage,
-    asked: Questions,
+    questions: Questions,
     template: ChatTemplate,
     model: Any,
     answers: list[dict[str, Any]],
     ctx: StageContext,
 ) -> dict[str, Any]:
-    """How often the model's answers follow rules that a program can check."""
+    """Measure how often the model's answers follow rules that a program can verify."""
     from nemo_minitron.evaluation.instructions import follows, instruction_metrics
 
-    made = _continued(params, [prompt for _, prompt in asked.instructions], template, model, ctx)
-    rows = [row for row, _ in asked.instructions]
+    made = _continued(params, [prompt for _, prompt in questions.instructions], template, model, ctx)
+    rows = [row for row, _ in questions.instructions]
     found = [follows(row, text) for row, (text, _) in zip(rows, made, strict=True)]
     for row, (text, tokens), followed in zip(rows, made, found, strict=True):
         rules = dict(zip(row.rules, followed["strict"], strict=True))
         answers.append({"prompt": row.prompt, "answer": text, "tokens": tokens, "followed": rules})
-    return {**instruction_metrics(found), **asked.bad_instructions.facts()}
+    return {**instruction_metrics(found), **questions.bad_instructions.facts()}
 
 
 def _continued(

@@ -1,4 +1,4 @@
-"""The finished model, as anyone loads it."""
+"""Export the finished model as a Hugging Face folder with a model card."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Inputs:
 
 
 def export(params: ExportStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Hugging Face folder with tokenizer, chat template, generation config and a model card.
+    """Write a Hugging Face folder with tokenizer, chat template, generation config and a model card.
 
-    Tensors pass through one by one. config.json spells out what a reader would otherwise have to infer (head_dim),
-    in the words of transformers 4 and 5.
+    Tensors are copied one at a time. config.json states values that a reader would otherwise have to infer (head_dim),
+    with the key names of both transformers 4 and 5.
     """
     import torch
 

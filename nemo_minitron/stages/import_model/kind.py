@@ -16,10 +16,10 @@ def _sources(params: ImportStage) -> Iterator[Source]:
 
 
 def _shape(name: str, params: ImportStage, view: RecipeView) -> ModelShape | None:
-    """From the recipe, the stage's finished output, or the folder that it imports."""
+    """Return the shape in the recipe, in the stage's finished output, or in the folder that it imports."""
     if params.architecture:
         return read_shape(params.architecture, where=f"stages.{name}.architecture")
-    # A damaged output is reported by the stage that reads it; planning must still work, so that it can be made again.
+    # Ignore a damaged output: the stage that reads it reports it, and planning must work so that it can run again.
     outside = source_folder(params.source, params.revision, view.assets_dir) / "config.json"
     file = view.published(name, "config.json") or outside
     return read_shape(read_json_object(file), where=str(file)) if file.is_file() else None

@@ -1,4 +1,4 @@
-"""Bring a model into the run as a plain Hugging Face folder."""
+"""Import a model into the run as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def import_model(params: ImportStage, inputs: NoInputs, ctx: StageContext) -> Result:
-    """Folder, hub name or GGUF file -> checked Hugging Face checkpoint in this run.
+    """Copy or convert a folder, a model of the Hugging Face Hub or a GGUF file into a checked Hugging Face checkpoint.
 
-    With `dtype: keep`, or when it is the stored one, the weights of a folder are copied bit for bit; a GGUF file
-    becomes fp32. config.json is written as it was understood, so that every later reader understands the same.
+    If `dtype` is `keep` or the stored one, the weights of a folder are copied bit for bit; with `keep`, a GGUF file
+    becomes fp32. config.json is written with all values spelled out, so that later readers interpret it the same way.
 
     Raises:
-        CheckpointError: missing, damaged or unsupported, or not the architecture that the recipe expects.
+        CheckpointError: the model is missing, damaged or unsupported, or has another architecture than the recipe.
     """
     from nemo_minitron.hf.checkpoint import CONFIG_FILE, model_facts, read_config
     from nemo_minitron.hf.license import read_license
@@ -47,13 +47,13 @@ def import_model(params: ImportStage, inputs: NoInputs, ctx: StageContext) -> Re
 
 
 def require_architecture(config: dict[str, Any], expected: dict[str, Any] | None, where: str) -> None:
-    """Every key that the recipe expects has that value in config.json, or as transformers fills it in.
+    """Check that config.json, completed with the defaults of transformers, has the values that the recipe expects.
 
     Args:
         where: the file that the config was read from.
 
     Raises:
-        CheckpointError: naming each key that differs.
+        CheckpointError: a value differs; the message names each such key.
     """
     from nemo_minitron.families import explicit_config
 
@@ -67,7 +67,7 @@ def require_architecture(config: dict[str, Any], expected: dict[str, Any] | None
         raise CheckpointError(
             f"Wrong architecture: {'; '.join(different)}.",
             where=where,
-            next_step="Point source at the model that the recipe was written for, or correct `architecture`.",
+            next_step="Set source to the model that the recipe was written for, or correct `architecture`.",
         )
 
 
@@ -80,7 +80,7 @@ def _equal(found: Any, expected: Any) -> bool:
 
 
 def _copy_folder(source: Path, out_dir: Path, dtype: str, *, may_link: bool) -> list[str]:
-    """Returns what was repaired in the tokenizer's files, in words."""
+    """Copy or convert a folder, and return messages about repairs of the tokenizer's files."""
     from nemo_minitron.families import parameters
     from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files, require_tied_head
 
@@ -98,7 +98,7 @@ def _copy_folder(source: Path, out_dir: Path, dtype: str, *, may_link: bool) -> 
 
 
 def _copy_weights(checkpoint: Checkpoint, out_dir: Path, *, may_link: bool) -> None:
-    """The files of the weights as they are, beside a config.json in the words of transformers 4 and 5."""
+    """Copy the weight files unchanged, and write config.json with the key names of both transformers 4 and 5."""
     from nemo_minitron.hf.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, write_json
 
     for file in checkpoint.files:
@@ -110,7 +110,7 @@ def _copy_weights(checkpoint: Checkpoint, out_dir: Path, *, may_link: bool) -> N
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """The hub's cache never changes a file, so a second name for it is as good as a copy."""
+    """Link the file if possible: files in the Hub's cache never change, so a hard link is as good as a copy."""
     try:
         os.link(source.resolve(), target)
     except OSError:

@@ -1,4 +1,4 @@
-"""A model with random weights."""
+"""Create a model with random weights."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Inputs:
 
 
 def init(params: InitStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """A Hugging Face folder: sizes and tokenizer of another model, or of the recipe.
+    """Write a Hugging Face folder with the sizes and tokenizer of another model, or those of the recipe.
 
     Raises:
         ConfigError: the tokenizer and the architecture have vocabularies of different sizes.
-        CheckpointError: an architecture that is not supported.
+        CheckpointError: the architecture is not supported.
     """
     from nemo_minitron.families import explicit_config
     from nemo_minitron.hf.checkpoint import CONFIG_FILE, copy_side_files, model_facts, read_config
@@ -55,7 +55,7 @@ def init(params: InitStage, inputs: Inputs, ctx: StageContext) -> Result:
 
 
 def _with_ends(architecture: dict[str, Any]) -> dict[str, Any]:
-    """The end-of-text token is the first that the tokenizer learns."""
+    """Add the id of the end-of-text token, which is the first one of the new tokenizer."""
     return {"bos_token_id": 0, "eos_token_id": 0, **architecture}
 
 
@@ -67,12 +67,12 @@ def _require_vocabulary(params: InitStage, stage: str) -> None:
         raise ConfigError(
             f"The architecture has a vocabulary of {size}, the tokenizer one of {params.tokenizer.vocab_size}.",
             where=f"stages.{stage}",
-            next_step="Give both the same vocab_size.",
+            next_step="Set both vocab_size keys to the same value.",
         )
 
 
 def train_tokenizer(params: NewTokenizer, ctx: StageContext) -> None:
-    """Learn the merges and save the tokenizer as transformers reads it."""
+    """Train a byte-level BPE tokenizer and save it in the format of transformers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     from nemo_minitron.hf.tokenizer_writer import write_tokenizer
@@ -124,7 +124,7 @@ def _write_weights(params: InitStage, config: dict[str, Any], out_dir: Path) -> 
 
 
 def random_tensor(parameter: Parameter, shape: ModelShape, init_std: float, generator: torch.Generator) -> torch.Tensor:
-    """Matrices from a normal distribution, norms at one, biases at zero."""
+    """Return a tensor for a parameter: matrices from a normal distribution, norms at one, biases at zero."""
     import torch
 
     from nemo_minitron.families import tensor_shape

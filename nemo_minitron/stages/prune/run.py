@@ -1,4 +1,4 @@
-"""Cut the model by plan."""
+"""Prune a model according to a prune plan."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Inputs:
 
 
 def prune(params: PruneStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Hugging Face checkpoint and prune_plan.json in, smaller Hugging Face checkpoint out."""
+    """Write the pruned model as a Hugging Face checkpoint."""
     from nemo_minitron.hf.checkpoint import model_facts
     from nemo_minitron.pruning.slicing import prune_checkpoint
 

@@ -10,7 +10,7 @@ from nemo_minitron.stages.report.params import ReportStage
 
 
 def _used_inputs(name: str, params: ReportStage, inputs: Mapping[str, Any], view: RecipeView) -> Mapping[str, Any]:
-    """Every other stage of the recipe, unless the recipe names some."""
+    """Return the stages that the recipe names, by default all others."""
     if "stages" in inputs:
         return inputs
     others = [other for other, stage in view.stages.items() if not isinstance(stage, ReportStage)]

@@ -1,4 +1,4 @@
-"""report.json, report.md and report.html of a run."""
+"""Write report.json, report.md and report.html of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Inputs:
 
 
 def report(params: ReportStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Render the finished stages."""
+    """Render the report of the finished stages."""
     from nemo_minitron.report.render import render
 
     plan = _read_plan(ctx)

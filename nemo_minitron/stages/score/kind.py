@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nemo_minitron.schema.execution import Parallel
-from nemo_minitron.schema.training_rules import countable
+from nemo_minitron.schema.training_rules import sample_count_problems
 from nemo_minitron.stages.kind import MODELS, Output, RecipeView, Result, Source, StageKind, TaskUse
 from nemo_minitron.stages.score.params import ScoreStage
 from nemo_minitron.workload.load import Load, forward_load
@@ -26,14 +26,14 @@ def _tasks(params: ScoreStage) -> Iterator[TaskUse]:
 def _problems(name: str, params: ScoreStage, view: RecipeView) -> Iterator[str]:
     layout = view.layout(name)
     size = layout.dp * layout.micro_batch_size
-    yield from countable(f"stages.{name}.num_samples", max(params.num_samples, params.depth_samples))
+    yield from sample_count_problems(f"stages.{name}.num_samples", max(params.num_samples, params.depth_samples))
     for key in ("num_samples", *(("depth_samples",) if params.draws_depth_samples else ())):
         value = getattr(params, key)
         if value % size:
             yield f"stages.{name}.{key} = {value}: must be a multiple of dp * micro_batch_size = {size}."
     for key, count in (("batch_aggregation", "num_samples"), ("sequence_aggregation", "seq_len_tokens")):
         if getattr(params, key) == "var" and getattr(params, count) < 2:
-            yield f"stages.{name}.{key} = var: needs stages.{name}.{count} of 2 or more; one value has no variance."
+            yield f"stages.{name}.{key} = var: needs stages.{name}.{count} >= 2; one value has no variance."
     if "task" in params.layer_metrics and params.depth_task is None:
         yield f"stages.{name}.layer_metrics: task needs stages.{name}.depth_task, with the name of an lm-eval task."
     shape = view.shape(params.inputs.model)
@@ -42,8 +42,8 @@ def _problems(name: str, params: ScoreStage, view: RecipeView) -> Iterator[str]:
     for length in (*params.block_lengths, params.iterative_drops):
         if length >= shape.num_layers:
             yield (
-                f"stages.{name}: {length} layers cannot be removed from a model of {shape.num_layers}; "
-                f"block_lengths and iterative_drops go up to {shape.num_layers - 1}."
+                f"stages.{name}: {length} layers cannot be removed from a model with {shape.num_layers}. "
+                f"Allowed: block_lengths and iterative_drops up to {shape.num_layers - 1}."
             )
 
 

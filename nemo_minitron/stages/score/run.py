@@ -1,4 +1,4 @@
-"""Measure how much every channel, head and layer matters."""
+"""Score the importance of every channel, head and layer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Inputs:
 
 
 def score(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Importance of the teacher's parts on calibration samples: scores.safetensors (fp64) and scores.json.
+    """Score the teacher on calibration samples, and write scores.safetensors (fp64) and scores.json.
 
     Raises:
         NumericsError: a score is NaN or infinite.
@@ -60,14 +60,14 @@ def score(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Result:
 
 
 def _calibration(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Iterator[Batch]:
-    """This rank's micro-batches of calibration samples, with a bar."""
+    """Yield this rank's micro-batches of calibration samples, with a progress bar."""
     batches = _batches(params, inputs, ctx, params.num_samples)
     total = params.num_samples // (ctx.open_session.parallel.micro_batch_size * ctx.open_session.parallel.dp)
     yield from ctx.progress.track(batches, "score", total, "batches")
 
 
 def _batches(params: ScoreStage, inputs: Inputs, ctx: StageContext, num_samples: int) -> Iterator[Batch]:
-    """This rank's micro-batches of the first `num_samples` samples: the layers are judged on those of the widths."""
+    """Yield this rank's micro-batches of the first `num_samples` samples; depth and width use the same samples."""
     from nemo_minitron.backends.megatron.data.datasets import step_batches, training_samples
 
     session = ctx.open_session

@@ -1,4 +1,4 @@
-"""One candidate of a search: cut it, train it a little, measure it."""
+"""Prune, train briefly and measure one candidate of a search."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Inputs:
 
 
 def candidate(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """The trained candidate as a Hugging Face checkpoint, with its losses in nats per held-out token.
+    """Write the trained candidate as a Hugging Face checkpoint; its losses are in nats per held-out token.
 
-    In the first rung the model is cut by the search's scores. Later rungs go on with the weights of the candidate
-    that is in their place in the ranking, with a fresh optimizer.
+    In the first rung, the model is pruned with the scores of the search. A later rung continues from the weights of the
+    candidate at its place in the ranking of the previous rung, with a new optimizer.
 
     Raises:
         NumericsError: the loss became NaN or infinite.
@@ -57,7 +57,7 @@ def candidate(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> Resu
         return {**_public(before), "num_steps": 0, "losses": [*before["losses"], None]}
     student = Model(ctx.name, "prune", before["path"], "", {"license": inputs.model.license})
     training = {field: getattr(params.retraining, field) for field in Training.model_fields}
-    # A later rung reads on in fresh samples.
+    # A later rung reads other samples than the rungs before.
     training["seed"] += params.rung - 1
     require_one_tokenizer({"student": student, "teacher": inputs.teacher}, inputs.data, ctx)
     distillation = Distillation(num_steps=params.num_steps, **training)
@@ -79,7 +79,7 @@ def _public(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _facts_before(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> dict[str, Any]:
-    """Which candidate it is, the folder of its weights, and what is known of it."""
+    """Return the candidate's name, the folder of its weights, and its results before this rung."""
     if params.place is None:
         folder = ctx.work_dir / "pruned"
         rates = _cut_and_measure(params, inputs, ctx, folder)
@@ -102,7 +102,7 @@ def _facts_before(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> 
 
 
 def _cut_and_measure(params: CandidateStage, inputs: Inputs, ctx: StageContext, folder: Path) -> Mapping[str, float]:
-    """Cut the model into `folder`, once, and time it when asked to; the main rank works, the others wait."""
+    """Prune the model into `folder` once and, if the recipe requests it, time it. Rank 0 works; the others wait."""
     rates = ctx.work_dir / "speed.json"
     if ctx.is_main and not folder.is_dir():
         partial = folder.with_suffix(".partial")

@@ -1,4 +1,4 @@
-"""A search stage written out as one stage for each candidate and rung, so that each can run, resume and be queued."""
+"""Expansion of a search into one stage for each candidate and rung, which run, resume and queue separately."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nemo_minitron.stages.search.params import CandidateInputs, CandidateStage, 
 
 
 def search_of(name: str, stage: CandidateStage) -> str:
-    """The search whose candidate has this name."""
+    """Return the name of the search that a candidate's stage belongs to."""
     own = _first_rung(stage.name) if stage.name is not None else _later_rung(stage.rung, stage.place)
     return name.removesuffix(own)
 
@@ -21,7 +21,8 @@ def _later_rung(rung: int, place: int | None) -> str:
     return f"_r{rung}_p{place}"
 
 
-def written_out(search: str, stage: SearchStage, source: ModelShape) -> dict[str, CandidateStage]:
+def candidate_stages(search: str, stage: SearchStage, source: ModelShape) -> dict[str, CandidateStage]:
+    """Return stage name -> candidate stage, for every candidate and rung of a search over a model of shape `source`."""
     candidates = enumerate_candidates(stage.grid, stage.constraints, source)
     out = {
         search + _first_rung(candidate.name): _candidate(stage, 1, name=candidate.name, target=candidate.target)

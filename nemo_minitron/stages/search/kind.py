@@ -13,7 +13,7 @@ from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.pruning import Scoring, Selection, Target
 from nemo_minitron.schema.training_rules import training_problems
 from nemo_minitron.stages.kind import MODELS, Output, RecipeView, StageKind
-from nemo_minitron.stages.search.expansion import search_of, written_out
+from nemo_minitron.stages.search.expansion import candidate_stages, search_of
 from nemo_minitron.stages.search.params import CandidateStage, SearchStage
 from nemo_minitron.workload.load import Load, distillation_load
 
@@ -21,24 +21,26 @@ from nemo_minitron.workload.load import Load, distillation_load
 def _used_inputs(
     name: str, params: SearchStage | CandidateStage, inputs: Mapping[str, Any], view: RecipeView
 ) -> Mapping[str, Any]:
-    """Only a selection by importance reads scores."""
+    """Leave out the scores unless the selection is by importance."""
     by_importance = params.selection.method == "importance"
     return inputs if by_importance else {role: value for role, value in inputs.items() if role != "scores"}
 
 
 def _expand(name: str, params: SearchStage, view: RecipeView) -> Mapping[str, StageParams] | None:
-    """A stage for each candidate and rung, and the search that reads them; None if it is written out already, or the
-    sizes of its model are not known."""
+    """Return a stage for each candidate and rung, and the search that reads them.
+
+    None if the search has been expanded already or the sizes of its model are not known.
+    """
     source = view.shape(params.inputs.model)
     if params.inputs.candidates or source is None:
         return None
-    candidates = written_out(name, params, source)
+    candidates = candidate_stages(name, params, source)
     inputs = params.inputs.model_copy(update={"candidates": tuple(candidates)})
     return {**candidates, name: params.model_copy(update={"inputs": inputs})}
 
 
 def _candidates(params: SearchStage, view: RecipeView) -> list[Candidate]:
-    """The points of the grid; none if the model's sizes are not known."""
+    """Return the points of the grid; an empty list if the sizes of the model are not known."""
     source = view.shape(params.inputs.model)
     return [] if source is None else enumerate_candidates(params.grid, params.constraints, source)
 
@@ -54,11 +56,11 @@ def _problems(name: str, params: SearchStage, view: RecipeView) -> Iterator[str]
     if source is None:
         yield (
             f"{key}: the candidates depend on the sizes of {model}, which are not known yet. "
-            f"Next: give stages.{model}.architecture, the keys of its config.json."
+            f"Next: set stages.{model}.architecture to the keys of its config.json."
         )
         return
     if params.constraints.min_generate_tokens_per_s is not None and params.measure_speed is None:
-        yield f"{key}.constraints.min_generate_tokens_per_s: needs {key}.measure_speed, {{}} for its defaults."
+        yield f"{key}.constraints.min_generate_tokens_per_s: needs {key}.measure_speed ({{}} means its defaults)."
     layout = view.layout(name)
     for number, rung in enumerate(params.rungs):
         yield from training_problems(name, params.retraining, rung.num_steps, layout, f"{key}.rungs.{number}.num_steps")
@@ -82,7 +84,7 @@ def _candidate_load(name: str, params: CandidateStage, layout: Parallel, view: R
 
 
 def _array(name: str, params: CandidateStage) -> str:
-    """Candidates that are compared with each other run as one job array."""
+    """Return one name for all candidates of a rung, so that they run as one job array."""
     return f"{search_of(name, params)}_rung{params.rung}"
 
 

@@ -28,7 +28,7 @@ class Inputs:
 
 
 def search(params: SearchStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """search.json: every candidate with its sizes, costs and losses, best first. Trains nothing itself."""
+    """Write search.json: every candidate with its sizes, costs and losses, best first. No model is trained here."""
     from nemo_minitron.pruning.search import enumerate_candidates, kendall_tau, ranking, write_search
 
     source = inputs.model.shape
@@ -53,7 +53,7 @@ def search(params: SearchStage, inputs: Inputs, ctx: StageContext) -> Result:
 
 
 def _newest(inputs: Inputs) -> dict[str, dict[str, Any]]:
-    """Candidate -> its result in the last rung that it took part in."""
+    """Return candidate -> its result in the last rung in which it was trained."""
     found: dict[str, dict[str, Any]] = {}
     for artifact in inputs.candidates.values():
         result = dict(artifact.result)
@@ -64,11 +64,15 @@ def _newest(inputs: Inputs) -> dict[str, dict[str, Any]]:
 
 
 def _rungs(params: SearchStage, inputs: Inputs) -> list[dict[str, Any]]:
-    def took_part(rung: int) -> list[Artifact]:
+    def candidates_of(rung: int) -> list[Artifact]:
         return [a for a in inputs.candidates.values() if len(a.losses) == rung]
 
     tokens = params.retraining.global_batch_size * params.retraining.seq_len_tokens
     return [
-        {"num_steps": rung.num_steps, "num_candidates": len(took_part(number)), "tokens_each": rung.num_steps * tokens}
+        {
+            "num_steps": rung.num_steps,
+            "num_candidates": len(candidates_of(number)),
+            "tokens_each": rung.num_steps * tokens,
+        }
         for number, rung in enumerate(params.rungs, 1)
     ]

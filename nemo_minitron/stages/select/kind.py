@@ -15,7 +15,7 @@ from nemo_minitron.stages.select.params import SelectStage
 
 
 def _used_inputs(name: str, params: SelectStage, inputs: Mapping[str, Any], view: RecipeView) -> Mapping[str, Any]:
-    """Only a selection by importance reads scores."""
+    """Leave out the scores unless the selection is by importance."""
     return inputs if params.method == "importance" else {role: v for role, v in inputs.items() if role != "scores"}
 
 
@@ -23,14 +23,14 @@ def _problems(name: str, params: SelectStage, view: RecipeView) -> Iterator[str]
     key, search = f"stages.{name}", params.inputs.search
     if search is not None:
         if params.target != Target() or params.drop_layers is not None:
-            yield f"{key}: the sizes come from inputs.search = {search}; leave out target and drop_layers."
+            yield f"{key}: the sizes come from inputs.search = {search}. Next: remove target and drop_layers."
         return
     source = view.shape(params.inputs.model)
     if params.target == Target() and params.drop_layers is None:
-        yield f"{key}.target: nothing is made smaller; give a size, drop_layers, or inputs.search."
+        yield f"{key}.target: does not reduce any size. Next: set a size, drop_layers, or inputs.search."
     problems = list(impossible(params, source)) if source is not None else []
     yield from (
-        f"{key}.{where} = {value}: cannot be cut out of the model. Allowed: {allowed}."
+        f"{key}.{where} = {value}: the model cannot be pruned to this. Allowed: {allowed}."
         for where, value, allowed in problems
     )
     if not problems:
@@ -40,7 +40,7 @@ def _problems(name: str, params: SelectStage, view: RecipeView) -> Iterator[str]
 
 
 def _shape(name: str, params: SelectStage, view: RecipeView) -> ModelShape | None:
-    """What the plan leaves of its model; None if that depends on a search that has not finished."""
+    """Return the shape of the pruned model; None if it depends on a search that has not finished."""
     source, target = view.shape(params.inputs.model), params.target
     if params.inputs.search is not None:
         found = view.published(params.inputs.search, SEARCH_FILE)

@@ -1,4 +1,4 @@
-"""Decide what to keep."""
+"""Select the channels, heads and layers to keep."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Inputs:
 
 
 def select(params: SelectStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Turn scores and target sizes into prune_plan.json. Seconds on a CPU, deterministic."""
+    """Write prune_plan.json from scores and target sizes. This is deterministic and takes seconds on a CPU."""
     from nemo_minitron.pruning.plan_file import write_plan
     from nemo_minitron.pruning.search import winner_of
     from nemo_minitron.pruning.selection import choose_keep

@@ -1,4 +1,4 @@
-"""How fast models are, side by side."""
+"""Measure the speed of several models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Inputs:
 
 
 def speed(params: SpeedStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Time all models in one process with interleaved rounds, so that the ratios mean something. Writes speed.json.
+    """Time all models in one process with interleaved rounds, so that they are comparable, and write speed.json.
 
     Raises:
         NumericsError: transformers and Megatron do not compute the same logits of a model.

@@ -9,8 +9,8 @@ from nemo_minitron.stages.kind import Output, Result, Source, StageKind
 from nemo_minitron.stages.tokenize.params import TokenizeStage
 
 TOKENIZED_BYTES, UNPACKED_BYTES = 2, 4
-"""Bytes of shards and result together for each byte of text, at four characters and up to four bytes a token; bytes of
-text for each byte of a compressed file."""
+"""Bytes of shards and datasets together per byte of text, for four characters and at most four bytes per token; bytes
+of text per byte of a compressed file."""
 
 
 def _sources(params: TokenizeStage) -> Iterator[Source]:
@@ -19,7 +19,7 @@ def _sources(params: TokenizeStage) -> Iterator[Source]:
 
 
 def _source_disk_bytes(location: str, num_bytes: int) -> int:
-    """Disk space that the shards and the joined result of a source take together."""
+    """Return the disk space of a source's shards and joined datasets together."""
     return TOKENIZED_BYTES * num_bytes * (UNPACKED_BYTES if location.endswith(COMPRESSIONS) else 1)
 
 

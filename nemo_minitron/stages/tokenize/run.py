@@ -1,4 +1,4 @@
-"""Text to Megatron indexed datasets."""
+"""Tokenize text into Megatron's indexed datasets."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class Inputs:
 
 
 def tokenize(params: TokenizeStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Tokenize every source with the teacher's tokenizer, and hold out a share of its documents.
+    """Tokenize every source with the teacher's tokenizer, and hold out a fraction of its documents for validation.
 
-    Processes make shards of pieces of the text. Finished shards survive a kill, a stop or a full disk; in the end they
-    are joined, so that the result does not depend on the number of processes.
+    Worker processes tokenize parts of the text into shards. Finished shards survive a kill, a stop or a full disk. At
+    the end they are joined in order, so the result does not depend on the number of processes.
 
-    Writes train_NN and valid_NN indexed datasets and data.json.
+    Write the indexed datasets train_NN and valid_NN, and data.json.
 
     Raises:
-        DataError: unreadable text, or a source without a train and a validation document.
-        Interrupted: it was asked to stop.
+        DataError: text cannot be read, or a source has no document for training or none for validation.
+        Interrupted: a stop was requested.
     """
     from nemo_minitron.data.tokenization import DocumentTokenizer
     from nemo_minitron.hf.checkpoint import read_config, write_json
@@ -57,7 +57,7 @@ def tokenize(params: TokenizeStage, inputs: Inputs, ctx: StageContext) -> Result
         for split, facts in _join(params, made, number, tokenizer, ctx).items():
             splits[split].append(facts)
     totals = {f"{split}_{key}": sum(facts[key] for facts in splits[split]) for split in splits for key in _TOTALS}
-    # Without the eod that closes each document: it stands for no text.
+    # The end-of-document token of each document is not text.
     num_text_tokens = sum(totals[f"{split}_num_tokens"] - totals[f"{split}_num_documents"] for split in splits)
     facts = {
         "vocab_size": tokenizer.vocab_size,
@@ -89,17 +89,17 @@ def _make_shards(
     ]
     plan = ShardPlan(sources, folder)
     found = plan.reuse_finished()
-    ctx.progress.say(f"{found} of {plan.num_tasks} shards are there" if found else f"{plan.num_tasks} shards to make")
+    ctx.progress.say(f"{found} of {plan.num_tasks} shards exist" if found else f"{plan.num_tasks} shards to make")
     num_processes = min(processes_for(plan.bytes_left, ctx.execution.workers), max(1, plan.num_tasks - found))
     with (
         ctx.progress.bar("tokenize", plan.num_bytes, "bytes", done=plan.num_bytes - plan.bytes_left) as bar,
         shard_workers(
-            WorkerSettings(folder, tokenizer, dtype, model_dir), num_processes, lambda: _look_at_stop(ctx)
+            WorkerSettings(folder, tokenizer, dtype, model_dir), num_processes, lambda: _check_stop(ctx)
         ) as workers,
     ):
         first = bar.done
         for _ in plan.run(workers):
-            _look_at_stop(ctx)
+            _check_stop(ctx)
             num_bytes, documents = workers.done()
             per_s = documents / max(bar.elapsed_s, 1e-3)
             bar.advance(first + num_bytes - bar.done, documents=documents, per_s=f"{per_s:,.0f}")
@@ -117,10 +117,10 @@ def _files(source: DataSource, key: str, ctx: StageContext) -> list[Path]:
     return found.files
 
 
-def _look_at_stop(ctx: StageContext) -> None:
+def _check_stop(ctx: StageContext) -> None:
     reason = ctx.stop.source()
     if reason is not None:
-        raise Interrupted(f"Stopped as asked by {reason}; finished shards are kept, and the same command goes on.")
+        raise Interrupted(f"Stopped as requested by {reason}; finished shards are kept, the same command continues.")
 
 
 # --- joining --------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def _look_at_stop(ctx: StageContext) -> None:
 def _join(
     params: TokenizeStage, made: SourceShards, number: int, tokenizer: DocumentTokenizer, ctx: StageContext
 ) -> dict[str, dict[str, Any]]:
-    """The two datasets of a source, of its shards in order."""
+    """Join the shards of a source, in order, into its training and validation datasets."""
     from nemo_minitron.backends.megatron.data.indexed import indexed_writers
 
     source = made.source
@@ -139,7 +139,7 @@ def _join(
         indexed_writers(*prefixes, vocab_size=tokenizer.vocab_size) as (train, valid),
     ):
         for shard, count in made.in_order():
-            _look_at_stop(ctx)
+            _check_stop(ctx)
             heldout = _heldout(params, number, bar.done, count)
             _add(shard, heldout, train, valid)
             bar.advance(count)
@@ -163,7 +163,7 @@ def _heldout(params: TokenizeStage, source: int, start: int, count: int) -> list
 
 
 def _add(shard: Shard, heldout: Sequence[bool], train: IndexedWriter, valid: IndexedWriter) -> None:
-    """Write the first documents of a shard, run by run."""
+    """Write the first `len(heldout)` documents of a shard, in runs of documents for the same dataset."""
     import numpy as np
 
     if not heldout:
@@ -180,7 +180,7 @@ def _add(shard: Shard, heldout: Sequence[bool], train: IndexedWriter, valid: Ind
 
 
 def _runs(flags: Sequence[bool]) -> Iterator[tuple[int, int]]:
-    """(start, end) of stretches of equal flags."""
+    """Yield (start, end) of each run of equal flags."""
     start = 0
     for number in range(1, len(flags) + 1):
         if number == len(flags) or flags[number] != flags[start]:
@@ -193,8 +193,8 @@ def _require_both(num_train: int, num_valid: int, source: DataSource, number: in
         return
     total, split = num_train + num_valid, "training" if num_valid else "validation"
     raise DataError(
-        f"Source {source.source} has {total} document{'s' * (total != 1)}, and none of them is for {split}.",
+        f"Source {source.source} has {total} document{'s' * (total != 1)}, and none of them is left for {split}.",
         where=f"stages.{stage}.sources.{number}",
         allowed="at least one document for training and one for validation",
-        next_step="Set document_separator for a .txt that holds many documents, change valid_fraction, or add text.",
+        next_step="Set document_separator if a .txt contains many documents, change valid_fraction, or add text.",
     )

@@ -22,14 +22,14 @@ class Inputs:
 
 
 def train(params: TrainStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Next-token training of a whole model; resumes from the work folder after a kill.
+    """Train a whole model by next-token prediction. After a kill, the training resumes from the work folder.
 
-    Writes the model as a Hugging Face checkpoint, curves.jsonl, data_used.json and tensorboard/.
+    Write the model as a Hugging Face checkpoint, curves.jsonl, data_used.json and tensorboard/.
 
     Raises:
         DataError: model and data do not share a tokenizer.
-        NumericsError: the loss blew up, or became NaN or infinite.
-        Interrupted: the run was asked to stop.
+        NumericsError: the loss diverged, or became NaN or infinite.
+        Interrupted: a stop was requested.
     """
     from nemo_minitron.backends.megatron.distillation import distill
     from nemo_minitron.backends.megatron.training import loop as training

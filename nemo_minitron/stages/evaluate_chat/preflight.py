@@ -1,4 +1,4 @@
-"""Render before a training what the evaluation after it will ask."""
+"""Preflight check of a chat evaluation: render its questions before the model is trained."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from nemo_minitron.stages.registry import STAGES
 Stages = Mapping[str, StageParams]
 
 
-def rehearse(
+def preflight(
     name: str, params: EvaluateChatStage, training: str, stages: Stages, store: Store, assets_dir: Path
 ) -> None:
-    """Render the evaluation's questions, if its rows and its tokenizer have been made.
+    """Render the evaluation's questions if its rows and its tokenizer exist already.
 
-    A training changes neither, so that a row which the evaluation cannot read is found before the hours are spent.
+    A training changes neither of them, so rows that the evaluation cannot use are found before the training starts.
 
     Args:
-        training: the stage that is about to train; nothing happens if the evaluated model does not come from it.
+        training: the stage that is about to train; nothing is checked if the evaluated model does not depend on it.
 
     Raises:
-        DataError: the evaluation would stop, for the reason that it would give itself.
+        DataError: the evaluation would fail; with the message of the evaluation.
     """
     if training not in _ancestors(params.inputs.model, stages):
         return
@@ -42,10 +42,10 @@ def rehearse(
         bound = ChatTemplate.load(folder, template, whole_markers=params.whole_markers, day=params.template_date)
         prepare(params, chats, bound, name=name, assets_dir=assets_dir)
     except CheckpointError:
-        return  # the stages that need the tokenizer report better what is wrong with it
+        return  # the stage that reads the tokenizer first reports this error with more context
     except MinitronError as error:
         raise DataError(
-            f"Stage {name} would stop after the training of {params.inputs.model}. {error.what}",
+            f"Stage {name} would fail after the training of {params.inputs.model}. {error.what}",
             where=error.where,
             allowed=error.allowed,
             next_step=error.next_step,
@@ -53,7 +53,7 @@ def rehearse(
 
 
 def _rows(chats: str, stages: Stages, store: Store) -> Artifact | None:
-    """The finished rows; if they are still to be rated, the rows without ratings."""
+    """Return the rows of the evaluation; if they have not been rated yet, the rows without ratings."""
     while store.manifest(chats) is None:
         source = STAGES[stages[chats].kind].rated_rows(stages[chats])
         if source is None:
@@ -63,7 +63,7 @@ def _rows(chats: str, stages: Stages, store: Store) -> Artifact | None:
 
 
 def _tokenizer(params: EvaluateChatStage, stages: Stages, store: Store) -> tuple[Path, TemplateName] | None:
-    """The folder that the evaluated model has its tokenizer from, and the template that the model will have."""
+    """Return the folder with the tokenizer of the evaluated model, and the chat template that the model will have."""
     template: TemplateName = params.template
     for name in _ancestors(params.inputs.model, stages):
         if store.manifest(name) is not None:
@@ -75,7 +75,7 @@ def _tokenizer(params: EvaluateChatStage, stages: Stages, store: Store) -> tuple
 
 
 def _ancestors(model: str, stages: Stages) -> list[str]:
-    """A model and those that it was made from, the newest first."""
+    """List a model's stage and the stages of the models that it was made from, newest first."""
     out: list[str] = []
     while model in stages and model not in out:
         out.append(model)
