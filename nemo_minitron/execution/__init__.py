@@ -1,1 +1,1 @@
-"""Running planned stages: the runner, its ranks, and the folders that they work in."""
+"""Execution of planned stages: the runner, its ranks, and their work folders."""

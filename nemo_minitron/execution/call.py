@@ -15,10 +15,10 @@ from nemo_minitron.system.progress import Progress
 
 
 def call_stage(task: StageTask, inputs: ArtifactsByRole, progress: Progress, stop: StopRequest) -> dict[str, Any]:
-    """The result of the stage's function on this process.
+    """Call the stage's function in this process and return its result.
 
     Raises:
-        MinitronError: what the stage raises.
+        MinitronError: an error of the stage.
     """
     execution = task.execution
     context = StageContext(task.name, task.recipe_name, task.out_dir, task.work_dir, execution, progress, stop=stop)

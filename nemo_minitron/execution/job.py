@@ -1,4 +1,4 @@
-"""A stage inside a job: run it on the first node, help on the others."""
+"""Execution of a stage inside a job: the first node runs it, the other nodes start the processes it requests."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ArtifactError, ProcessesDied
 from nemo_minitron.execution.runner import run_single
 from nemo_minitron.plan.folder import run_dir
-from nemo_minitron.processes.nodes import Nodes, dismiss, follow
+from nemo_minitron.processes.nodes import Nodes, release_nodes, serve_requests
 from nemo_minitron.processes.output import without_secrets
 from nemo_minitron.system.disclosure import environment_of
 from nemo_minitron.system.safe_files import open_log, own_folder
 
 LOCK_PATIENCE_S = 150.0
-"""A node that was lost holds its lock until the file system gives it up."""
+"""How long to wait for the lock of a lost node, which the file system releases with a delay."""
 
 
 def run_in_job(recipe: Recipe, stage: str) -> None:
-    """Bring the stage to `finished`, together with the other nodes of this job.
+    """Run the stage until it is `finished`, together with the other nodes of this job.
 
     Raises:
-        MinitronError: as `run_single`; on other nodes than the first ProcessesDied alone.
+        MinitronError: on the first node, as `run_single`; on other nodes only ProcessesDied.
     """
     nodes, store = Nodes.here(), Store(run_dir(recipe))
     if nodes.rank == 0:
         try:
             run_single(recipe, stage, patience_s=LOCK_PATIENCE_S)
         finally:
-            with suppress(ArtifactError):  # not this user's folder: then the other nodes have refused it as well
-                dismiss(nodes, store.own_work(stage))
+            with suppress(ArtifactError):  # if another user owns the folder, the other nodes have refused it as well
+                release_nodes(nodes, store.own_work(stage))
         return
     own_folder(store.root, LOGS)
     log_file = store.paths.node_log(stage, nodes.rank)
@@ -39,9 +39,9 @@ def run_in_job(recipe: Recipe, stage: str) -> None:
         open_log(log_file) as log,
         without_secrets(log, environment_of(recipe.model_dump(mode="json"))) as output,
     ):
-        code = follow(nodes, store.own_work(stage), lambda: store.manifest(stage) is not None, output)
+        code = serve_requests(nodes, store.own_work(stage), lambda: store.manifest(stage) is not None, output)
     if code:
         raise ProcessesDied(
-            f"The processes of stage {stage} on this node ended with code {code}.",
+            f"The processes of stage {stage} on this node exited with code {code}.",
             where=str(log_file),
         )

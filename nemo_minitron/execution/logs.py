@@ -1,4 +1,4 @@
-"""Where the log output of libraries goes while a stage runs."""
+"""Redirection of the log output of libraries while a stage runs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from nemo_minitron.system.safe_files import open_log, own_folder
 
 
 def log_handler(log: IO[str]) -> logging.Handler:
-    """Writes what libraries log, without secrets."""
+    """Return a handler that writes log records without secrets."""
     handler = logging.StreamHandler(log)
-    # A full disk is told once, by the stage that it stops; not by every line that the log could not take.
+    # On a full disk, the stage reports the error once; ignore it for every line of the log.
     handler.handleError = lambda record: None  # type: ignore[method-assign]
     handler.setFormatter(MaskingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     return handler
@@ -25,7 +25,7 @@ def log_handler(log: IO[str]) -> logging.Handler:
 
 @contextmanager
 def log_file(root: Path, stage: str) -> Iterator[None]:
-    """Library chatter and warnings go to logs/<stage>.log instead of the terminal."""
+    """Redirect log output and warnings of libraries from the terminal to logs/<stage>.log."""
     own_folder(root, LOGS)
     log = open_log(RunPaths(root).log(stage))
     handler = log_handler(log)

@@ -1,4 +1,4 @@
-"""Run the stages of a plan that need it, one after the other, and publish what they make."""
+"""The runner: it runs the unfinished stages of a plan one after another and publishes their outputs."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ CHANGED = "changed"
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the user said about stages that are already there."""
+    """Options of `minitron run` about stages that have outputs already, and about the stages to run."""
 
     rerun: tuple[str, ...] = ()
-    """Stages to make again, with all that follows from them; `changed` stands for every changed one."""
+    """Stages to run again, with all stages that depend on them; `changed` means every changed stage."""
     accept_drift: bool = False
-    """Use outputs that no longer match the recipe."""
+    """Whether to use outputs that no longer match the recipe."""
     until: str | None = None
-    """Run this stage and what it needs, nothing else."""
+    """Run only this stage and the stages that it depends on."""
 
 
 def run_recipe(recipe: Recipe, options: RunOptions, *, quiet: bool = False) -> RunPlan:
-    """Plan a recipe and run it. Raises as `run_plan`."""
+    """Plan a recipe and run it. Raise the errors of `run_plan`."""
     return run_plan(make_plan(recipe), options, quiet=quiet)
 
 
 def run_plan(plan: RunPlan, options: RunOptions, *, quiet: bool = False) -> RunPlan:
-    """Bring every stage of the plan to `finished`; returns the plan as it was before.
+    """Run every stage of the plan that has not finished; return the plan as it was before the first of them.
 
     Raises:
-        MinitronError: the first problem; everything that had finished stays.
-        Interrupted: by SIGTERM, SIGUSR1 or a file STOP in the run's folder.
+        MinitronError: the first problem; stages that have finished are kept.
+        Interrupted: a stop was requested by SIGTERM, SIGUSR1 or a file STOP in the run's folder.
     """
     store = Store(run_dir(plan.recipe))
     stop = StopRequest(store.root)
@@ -76,11 +76,11 @@ def run_plan(plan: RunPlan, options: RunOptions, *, quiet: bool = False) -> RunP
 def _require_not_stopped(stop: StopRequest, where: str) -> None:
     reason = stop.source()
     if reason is not None:
-        raise Interrupted(f"Stopped {where} as asked by {reason}; the same command goes on.")
+        raise Interrupted(f"Stopped {where} as requested by {reason}; the same command continues.")
 
 
 def _settle_drift(plan: RunPlan, store: Store, options: RunOptions) -> RunPlan:
-    """Apply --rerun and --accept-drift; refuse to go on over changed stages without either."""
+    """Apply --rerun and --accept-drift. Without either, raise ArtifactError if stages have changed."""
     if options.until is not None:
         _require_stage(plan, options.until)
     again = {name for name in options.rerun if name != CHANGED}
@@ -93,7 +93,7 @@ def _settle_drift(plan: RunPlan, store: Store, options: RunOptions) -> RunPlan:
     if left and not options.accept_drift:
         raise _drift_error(plan, left, store)
     while left:
-        # What is accepted changes what follows: one stage at a time, in order.
+        # Accepting a stage changes the fingerprints of its dependents, so accept one stage at a time, in order.
         call = next(call for call in plan.calls if call.name in left)
         manifest = store.manifest(call.name)
         assert manifest is not None
@@ -121,25 +121,25 @@ def _drift_error(plan: RunPlan, left: set[str], store: Store) -> ArtifactError:
     rerun = f"--rerun {roots[0]}" if len(roots) == 1 else f"--rerun {CHANGED}"
     lines = "\n".join(f"  - {name}: {plan.states[name].reason}" for name in ordered)
     return ArtifactError(
-        f"The recipe no longer matches what is on disk:\n{lines}",
+        f"The recipe no longer matches the outputs on disk:\n{lines}",
         where=str(store.root),
         next_step="one of\n"
-        f"    {rerun}   make {', '.join(roots)} and what follows again (the old output goes to .superseded)\n"
+        f"    {rerun}   run {', '.join(roots)} and all dependent stages again (old outputs are moved to .superseded)\n"
         "    name=NEW_NAME    keep this run and start another one\n"
-        "    --accept-drift   go on with the old output",
+        "    --accept-drift   continue with the old outputs",
     )
 
 
 def run_single(recipe: Recipe, stage: str, *, patience_s: float = 0.0, quiet: bool = False) -> None:
-    """Bring one stage to `finished`, beside runners of other stages; what it needs has finished.
+    """Run one stage whose inputs have finished; runners of other stages may be active at the same time.
 
     Args:
-        patience_s: how long another runner of the stage may take to go.
+        patience_s: how long to wait for another runner of the same stage to exit.
 
     Raises:
-        PlanError: no such stage.
-        ArtifactError: another runner works on it, what it needs is missing, or the recipe has changed since.
-        Interrupted: it was asked to stop.
+        PlanError: there is no such stage.
+        ArtifactError: another runner works on the stage, an input is missing, or the recipe has changed since.
+        Interrupted: a stop was requested.
     """
     store = Store(run_dir(recipe))
     stop = StopRequest(store.root, stop_file_of_job())
@@ -157,7 +157,7 @@ def run_single(recipe: Recipe, stage: str, *, patience_s: float = 0.0, quiet: bo
 
 
 def settle(plan: RunPlan, options: RunOptions) -> RunPlan:
-    """What `run_plan` does before its first stage: drift is settled, leftovers are gone, the recipe is written.
+    """Prepare the run as `run_plan` does before its first stage: apply options, remove leftovers, write the recipe.
 
     Raises:
         MinitronError: the first problem.
@@ -168,11 +168,11 @@ def settle(plan: RunPlan, options: RunOptions) -> RunPlan:
 
 
 def _settle(plan: RunPlan, options: RunOptions, store: Store, stop: StopRequest, *, quiet: bool) -> RunPlan:
-    """With the run's lock held."""
+    """Prepare the run. The caller holds the run's lock."""
     store.remove_leftovers()
     if stop.clear():
-        Progress(silent=quiet).say(f"removed {stop.file}, which an earlier run was stopped with")
-    # Another run may have finished stages since the plan was made, before the lock was taken.
+        Progress(silent=quiet).say(f"removed {stop.file}, which stopped an earlier run")
+    # Another runner may have finished stages between planning and taking the lock.
     plan = _settle_drift(refreshed(plan), store, options)
     store.require_free_paths(plan.needed_for(options.until))
     write_recipe(plan.recipe, store.paths.plan)
@@ -180,30 +180,30 @@ def _settle(plan: RunPlan, options: RunOptions, store: Store, stop: StopRequest,
 
 
 def write_recipe(recipe: Recipe, file: Path) -> None:
-    """The composed recipe, for workers and jobs; with values of `execution.cluster`, so for its owner alone."""
+    """Write the composed recipe for workers and jobs, readable only by the user: it may contain secrets."""
     write_private(file, json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
 
 
 def run_stage(
     call: StageCall, recipe: Recipe, store: Store, stop: StopRequest, options: RunOptions, *, quiet: bool = False
 ) -> None:
-    """Make the stage, and tell `execution.notify_command` how it went."""
-    tell = partial(notify, recipe.execution.notify_command, run=recipe.name, stage=call.name)
+    """Run the stage, and report the outcome to `execution.notify_command`."""
+    send = partial(notify, recipe.execution.notify_command, run=recipe.name, stage=call.name)
     try:
-        _make_stage(call, recipe, store, stop, options, quiet=quiet)
+        _run_and_publish(call, recipe, store, stop, options, quiet=quiet)
     except (Interrupted, KeyboardInterrupt) as error:
-        tell(status="stopped", message=masked(str(error)))
+        send(status="stopped", message=masked(str(error)))
         raise
     except BaseException as error:
-        tell(status="failed", message=masked(str(error)))
+        send(status="failed", message=masked(str(error)))
         raise
-    tell(status="finished")
+    send(status="finished")
 
 
-def _make_stage(
+def _run_and_publish(
     call: StageCall, recipe: Recipe, store: Store, stop: StopRequest, options: RunOptions, *, quiet: bool
 ) -> None:
-    """Run one stage in this process, or on as many as its layout asks for, and publish it."""
+    """Run one stage in this process, or on the processes of its layout, and publish its output."""
     started_s = time.monotonic()
     inputs = store.inputs(call.inputs, "small" if STAGES[call.kind].reads_results else "unverified")
     progress = Progress(store.paths.progress(call.name), silent=quiet)
@@ -234,7 +234,7 @@ def _make_stage(
 
 @contextmanager
 def _published_names(out: Path, stage: str, store: Store) -> Iterator[None]:
-    """Errors name the stage's folder as it is published: the one that it is made in is deleted when they are read."""
+    """Replace the temporary folder in error messages with the published one, because the former is deleted."""
     try:
         with disk_errors(store.root):
             yield
@@ -244,15 +244,15 @@ def _published_names(out: Path, stage: str, store: Store) -> Iterator[None]:
 
 
 def _require_same_sources(call: StageCall, recipe: Recipe) -> None:
-    """Files from outside the run are as they were when it began: else nobody could say what the stage has read."""
-    was, now = call.payload["sources"], source_facts(recipe.stages[call.name], recipe, {})
-    for source, facts in was.items():
+    """Check that no source outside the run has changed since planning; otherwise it is unknown what the stage read."""
+    before, now = call.payload["sources"], source_facts(recipe.stages[call.name], recipe, {})
+    for source, facts in before.items():
         if now.get(source) != facts:
-            found = _size_in_words(now[source]) if source in now else "gone"
+            found = _size_in_words(now[source]) if source in now else "missing"
             raise DataError(
-                f"Stage {call.name} is not kept: its source changed since the run began.",
+                f"The output of stage {call.name} is discarded: a source has changed since the run began.",
                 where=f"{source}: it was {_size_in_words(facts)}, and is {found}",
-                next_step="Put it back, or wait until nothing writes there; then run the same command again.",
+                next_step="Restore it, or wait until nothing writes to it; then run the same command again.",
             )
 
 

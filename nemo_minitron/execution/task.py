@@ -1,4 +1,4 @@
-"""One stage as a process runs it: everything is decided, so that nothing is planned again."""
+"""The task of a process: one fully planned stage, so that ranks do not plan again."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from nemo_minitron.system.disclosure import write_private
 
 @dataclass(frozen=True)
 class StageTask:
-    """A planned stage with the folders that it writes into."""
+    """A planned stage with its execution settings and the folders that it writes to."""
 
     name: str
     recipe_name: str
     params: StageParams
     inputs: InputNames
-    """Input role -> names of the stages that fill it."""
+    """Input role -> stage name, or a list or dict of stage names."""
     parallel: Parallel
     execution: Execution
     run_dir: Path
@@ -41,7 +41,7 @@ class StageTask:
 
     @classmethod
     def of(cls, call: StageCall, recipe: Recipe, out_dir: Path, work_dir: Path) -> StageTask:
-        """The task of a stage of a planned recipe."""
+        """Create the task for a stage of a planned recipe."""
         return cls(
             name=call.name,
             recipe_name=recipe.name,
@@ -59,7 +59,7 @@ class StageTask:
         return self.work_dir / TASK
 
     def save(self) -> None:
-        """Write the task for the ranks, readable by the user alone: `execution.cluster` may hold secrets."""
+        """Write the task for the ranks, readable only by the user: `execution.cluster` may hold secrets."""
         content = {
             "name": self.name,
             "recipe_name": self.recipe_name,
@@ -76,7 +76,7 @@ class StageTask:
 
     @classmethod
     def load(cls, content: Mapping[str, Any]) -> StageTask:
-        """The task that `save` has written."""
+        """Create the task from the content that `save` has written."""
         return cls(
             name=content["name"],
             recipe_name=content["recipe_name"],

@@ -1,4 +1,4 @@
-"""The work folder of a stage: whose it is, and when another recipe may go on with it."""
+"""The work folder of a stage: which recipe it belongs to, and when another recipe may resume from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_minitron.system.files import read_json, write_whole
 from nemo_minitron.system.progress import Progress
 
 PAYLOAD_FILE, ACCEPTED_FILE = "payload.json", "accepted_work.json"
-FORGOTTEN = "the stage goes on, and only forgets with which other keys it was begun"
+DELETE_IT = "Delete it: the stage then resumes, but has no record of the keys with which it was started."
 ADJUSTABLE = {
     "lr",
     "pretraining_lr",
@@ -31,63 +31,63 @@ ADJUSTABLE = {
     "save_interval_steps",
     "keep_checkpoints",
 }
-"""Keys that may differ from those with which a training checkpoint was made: what it holds fits all the same."""
+"""Keys with which a training can resume from a checkpoint even if they differ from those that made it."""
 
 
 def open_work(
     call: StageCall, store: Store, *, accept_drift: bool, progress: Progress
 ) -> tuple[Path, list[dict[str, Any]]]:
-    """(work folder, what of its contents was begun with other keys).
+    """Open the work folder; return it with the changes of keys that were accepted for its contents.
 
-    A training that was begun with another learning rate or the like goes on when the user accepts it; else, and
-    for everything else, a folder that was begun for something else is moved away.
+    If only adjustable keys have changed, such as the learning rate, and the user accepts the drift, the training
+    resumes. In all other cases, a folder that belongs to other keys is moved away.
     """
     folder = store.own_work(call.name)
     changed = _changed_keys(folder, call)
     if changed:
-        told = "; ".join(changed)
+        changes = "; ".join(changed)
         if accept_drift:
-            progress.say(f"goes on with what was begun with other keys ({told})")
+            progress.say(f"resumes work that was started with other keys ({changes})")
             _accept(folder, call, changed)
         else:
-            progress.say(f"starts again, as it was begun with other keys ({told}); --accept-drift would go on with it")
-    if _is_begun_for(call, folder):
-        # Whatever has become of the file that says so.
+            progress.say(f"starts again, because its keys have changed ({changes}); --accept-drift would resume it")
+    if _is_started_for(call, folder):
+        # Claim it even if the file with the owner's fingerprint is missing.
         store.claim_work(folder, call.fingerprint)
     work = store.open_work(call.name, call.fingerprint)
-    if not _is_begun_for(call, work):
+    if not _is_started_for(call, work):
         write_whole(work / PAYLOAD_FILE, json.dumps(call.payload))
     return work, _accepted(work)
 
 
-def _begun_with(folder: Path) -> Any:
-    """The payload for which a work folder was begun; None when it does not say."""
+def _started_with(folder: Path) -> Any:
+    """Return the payload of the stage that started a work folder; None if it is not recorded."""
     file = folder / PAYLOAD_FILE
-    return read_json(file, f"Delete it: {FORGOTTEN}.") if file.is_file() else None
+    return read_json(file, DELETE_IT) if file.is_file() else None
 
 
-def _is_begun_for(call: StageCall, folder: Path) -> bool:
-    begun = _begun_with(folder)
-    return begun is not None and fingerprint(begun) == call.fingerprint
+def _is_started_for(call: StageCall, folder: Path) -> bool:
+    started = _started_with(folder)
+    return started is not None and fingerprint(started) == call.fingerprint
 
 
 def _accepted(folder: Path) -> list[dict[str, Any]]:
     file = folder / ACCEPTED_FILE
-    return list(read_json(file, f"Delete it: {FORGOTTEN}.")) if file.is_file() else []
+    return list(read_json(file, DELETE_IT)) if file.is_file() else []
 
 
 def _changed_keys(folder: Path, call: StageCall) -> list[str]:
-    """How the keys differ from those with which a training in this folder was begun, when it could go on with them."""
-    begun = _begun_with(folder)
-    if begun is None or not STAGES[call.kind].resumes_with_other_rates:
+    """List the keys that differ from those of the training in this folder, if it could resume with the new ones."""
+    started = _started_with(folder)
+    if started is None or not STAGES[call.kind].resumes_with_other_rates:
         return []
-    if fingerprint(begun) == call.fingerprint or _unadjustable(begun) != _unadjustable(call.payload):
+    if fingerprint(started) == call.fingerprint or _unadjustable(started) != _unadjustable(call.payload):
         return []
-    return [text.removeprefix("params.") for text in differences(begun, call.payload)]
+    return [text.removeprefix("params.") for text in differences(started, call.payload)]
 
 
 def _unadjustable(payload: Mapping[str, Any]) -> str:
-    """Fingerprint of the keys that must be the same."""
+    """Return the fingerprint of the keys that must be equal for resuming."""
     params = _without_adjustable(payload["params"])
     if params.get("teacher_correction"):
         params["teacher_correction"] = _without_adjustable(params["teacher_correction"])
@@ -99,7 +99,7 @@ def _without_adjustable(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _accept(folder: Path, call: StageCall, changed: list[str]) -> None:
-    """Give the folder to this call, and remember what it was."""
-    entry = {"fingerprint": fingerprint(_begun_with(folder)), "changed": changed}
+    """Assign the folder to this call, and record the changed keys."""
+    entry = {"fingerprint": fingerprint(_started_with(folder)), "changed": changed}
     write_whole(folder / ACCEPTED_FILE, json.dumps([*_accepted(folder), entry]))
     Store.claim_work(folder, call.fingerprint)

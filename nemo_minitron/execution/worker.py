@@ -1,4 +1,4 @@
-"""One rank of a distributed stage; `nemo_minitron/start` calls it with the file that the runner has left."""
+"""One rank of a distributed stage; `nemo_minitron/start` calls it with the task file of the runner."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from nemo_minitron.system.safe_files import write_whole
 
 
 def main(task_file: Path) -> int:
-    """Run the stage on this rank; rank 0 leaves the result, or the error, beside the task file."""
+    """Run the stage on this rank; rank 0 writes the result or the error beside the task file."""
     content = json.loads(task_file.read_text())
     exit_without_parent(int(os.environ[RUNNER_VARIABLE]))
-    # The runner asks for the stop; this process only loses its terminal.
+    # The runner forwards stop requests; on SIGHUP, this process only detaches from its terminal.
     signal.signal(signal.SIGHUP, detach_terminal)
     work, is_main = task_file.parent, os.environ.get("RANK", "0") == "0"
     try:
@@ -39,11 +39,11 @@ def main(task_file: Path) -> int:
         save_error(error, work / ERROR)
         return 2
     task = StageTask.load(content)
-    # The runner passes requests to stop on; only one rank looks at files.
+    # Only rank 0 reads the file by which the runner forwards stop requests.
     stop = StopRequest(task.run_dir, work / RELAY_FILE) if is_main else StopRequest()
     progress = Progress(RunPaths(task.run_dir).progress(task.name), silent=not is_main)
     warnings.simplefilter("ignore")
-    # The log is this process's standard output; on a terminal the bar has the other stream.
+    # stdout is redirected to the log; the progress bar uses stderr if that is a terminal.
     logging.getLogger().handlers[:] = [log_handler(sys.stdout)]
     try:
         with stop.listening(), disk_errors(task.run_dir):
@@ -52,15 +52,16 @@ def main(task_file: Path) -> int:
     except KeyboardInterrupt as error:
         if a_rank_failed():
             return 1
-        save_error(Interrupted(f"Stopped in stage {task.name} by {error}; the same command goes on."), work / ERROR)
+        message = f"Stopped in stage {task.name} by {error}; the same command continues."
+        save_error(Interrupted(message), work / ERROR)
         return 0
     except Interrupted as error:
-        # All ranks end in the same way: the agent need not end any.
+        # All ranks exit with code 0, so that the agent does not end the others.
         if is_main:
             save_error(error, work / ERROR)
         return 0
     except MinitronError as error:
-        # The main rank knows best; another rank's error counts if there is none yet.
+        # The error of rank 0 takes precedence; another rank only writes its error if there is none yet.
         if is_main or load_error(work / ERROR) is None:
             save_error(error, work / ERROR)
         return 2

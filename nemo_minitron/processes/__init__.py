@@ -1,1 +1,1 @@
-"""Starting the processes of a stage on one or several nodes."""
+"""Start of the processes of a stage on one or several nodes."""

@@ -1,8 +1,9 @@
-"""Several nodes on one stage: the first node's runner decides, the others start the same processes beside its own.
+"""Execution of a stage on several nodes: the runner on node 0 controls the processes on all nodes.
 
-The script of a job starts `minitron stage` on every node. On node 0 it runs the stage; whenever that needs a group of
-processes, it leaves an order (a JSON file in the stage's work folder, which every node sees), and starts its own part.
-The others wait for orders, carry them out, and end when node 0 says so.
+The script of a job starts `minitron stage` on every node. Node 0 runs the stage. When the stage needs a group of
+processes, node 0 writes a request (a JSON file in the stage's work folder, on a file system that all nodes share) and
+starts its own part of the processes. The other nodes wait for requests, start their parts, and exit when node 0
+releases them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.processes.agent import MEETING_VARIABLE, meeting_folder
+from nemo_minitron.processes.agent import RENDEZVOUS_VARIABLE, rendezvous_folder
 from nemo_minitron.processes.same_code import START
 from nemo_minitron.system.cores import usable_cores
 from nemo_minitron.system.files import write_whole
@@ -28,35 +29,35 @@ from nemo_minitron.system.interrupts import SIGNALS
 from nemo_minitron.system.outer_job import launcher_variables, without_outer_job
 
 RUNNER_VARIABLE = "MINITRON_RUNNER"
-"""The process of this node with which its ranks end."""
-ORDERS, END, POLL_S, SHUTDOWN_TIMEOUT_S = "orders", "end", 0.2, 40.0
+"""Environment variable with the id of the process whose end also ends the ranks of this node."""
+REQUESTS, END, POLL_S, SHUTDOWN_TIMEOUT_S = "orders", "end", 0.2, 40.0
 FT_LAUNCHER, FT_RESTARTS = "ft_launcher", 3
-"""How often ft_launcher starts the ranks of a node again."""
+"""Name of the launcher with fault tolerance, and how often it restarts the ranks of a node."""
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """The nodes of this job, as its script describes them."""
+    """The nodes of this job, as described by its script."""
 
     count: int = 1
     rank: int = 0
     address: str = "127.0.0.1"
     port: int = 0
     attempt: str = ""
-    """Identifies this start of the job, so that orders left over from an earlier start are ignored."""
+    """Identifier of this start of the job, so that requests left over from an earlier start are ignored."""
     agent: str = "torchrun"
 
     @staticmethod
     def here(environment: Mapping[str, str] = os.environ) -> Nodes:
-        """From MINITRON_NODES, MINITRON_RENDEZVOUS (host:port), MINITRON_ATTEMPT and SLURM_NODEID; one node without.
+        """Read MINITRON_NODES, MINITRON_RENDEZVOUS (host:port), MINITRON_ATTEMPT and SLURM_NODEID; default: one node.
 
         Raises:
-            EnvironmentProblem: they are not complete.
+            EnvironmentProblem: a variable is missing or invalid.
         """
         agent = environment.get("MINITRON_AGENT", "torchrun")
-        said = environment.get("MINITRON_NODES", "1")
+        num_nodes = environment.get("MINITRON_NODES", "1")
         try:
-            count = int(said)
+            count = int(num_nodes)
             if count < 1:
                 raise ValueError("a number of nodes")
             if count == 1:
@@ -67,30 +68,31 @@ class Nodes:
             )
         except (KeyError, ValueError) as error:
             raise EnvironmentProblem(
-                f"MINITRON_NODES = {said}: this, or what goes with it, is not set or no number ({error}).",
+                f"MINITRON_NODES = {num_nodes}: it or a variable that belongs to it is missing or invalid ({error}).",
                 where="MINITRON_NODES, MINITRON_RENDEZVOUS, MINITRON_ATTEMPT, SLURM_NODEID",
-                next_step="Start jobs of several nodes with `minitron launch`; its scripts set all of it.",
+                next_step="Start jobs on several nodes with `minitron launch`; its scripts set all these variables.",
             ) from None
 
     def threads_of_each(self, num_processes: int, environment: Mapping[str, str] = os.environ) -> int:
-        """CPU threads for each process: OMP_NUM_THREADS, else this job's cores of a node divided by its processes."""
-        said = environment.get("OMP_NUM_THREADS", "")
-        if said.isdigit() and int(said):
-            return int(said)
+        """Return the CPU threads per process: OMP_NUM_THREADS, else the usable cores divided by a node's processes."""
+        value = environment.get("OMP_NUM_THREADS", "")
+        if value.isdigit() and int(value):
+            return int(value)
         return max(1, usable_cores() * self.count // num_processes)
 
     def command(self, python: Path | str, num_processes: int, script: Sequence[str]) -> list[str]:
-        """The words that start this node's part of so many ranks; `{rank}` stands for the rank of the node.
+        """Return the command that starts a node's part of the ranks; `{rank}` stands for the rank of the node.
 
         Args:
-            python: runs the ranks, and the agent unless that is a program of its own.
-            script: a file or folder for that Python, and its words.
+            python: Python for the ranks, and for the agent unless that is a separate program.
+            num_processes: number of ranks on all nodes together.
+            script: a file or folder for that Python, and its arguments.
 
         Raises:
-            EnvironmentProblem: the processes cannot be shared out evenly.
+            EnvironmentProblem: the ranks cannot be distributed evenly.
         """
         if num_processes % self.count:
-            raise EnvironmentProblem(f"{num_processes} processes cannot be shared out over {self.count} nodes.")
+            raise EnvironmentProblem(f"{num_processes} processes cannot be distributed evenly over {self.count} nodes.")
         if self.agent != FT_LAUNCHER and self.count == 1:
             return [str(python), str(START), "ranks", str(num_processes), str(python), "-u", *script]
         each = f"--nproc-per-node={num_processes // self.count}"
@@ -100,24 +102,24 @@ class Nodes:
         else:
             start = [str(python), str(START), "torch.distributed.run"]
         port = self.port or free_port()
-        # A static rendezvous: the other one keeps its state as a pickle in a store that everybody can reach.
+        # Use the static rendezvous: the c10d one keeps its state as a pickle in a store that any user can access.
         where = ["--rdzv-backend=static", f"--nnodes={self.count}", "--node-rank={rank}"]
         return [*start, *where, f"--master-addr={self.address}", f"--master-port={port}", each, *script]
 
     @contextmanager
-    def meeting(self) -> Iterator[dict[str, str]]:
-        """What ranks of one node need in their environment to find each other; those of several ask the first node."""
+    def rendezvous(self) -> Iterator[dict[str, str]]:
+        """Yield the environment variables for the rendezvous of ranks on one node; none for several nodes."""
         if self.count > 1:
             yield {}
             return
-        with meeting_folder() as variables:
-            # ft_launcher takes pickles from sockets with names that can be foretold, in the folder for temporary files.
-            own = {"TMPDIR": variables[MEETING_VARIABLE]} if self.agent == FT_LAUNCHER else {}
+        with rendezvous_folder() as variables:
+            # ft_launcher reads pickles from sockets with predictable names in TMPDIR, so use the protected folder.
+            own = {"TMPDIR": variables[RENDEZVOUS_VARIABLE]} if self.agent == FT_LAUNCHER else {}
             yield {**variables, **own}
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody uses now."""
+    """Return an unused port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -132,25 +134,26 @@ def start_everywhere(
     *,
     outside_job: bool = False,
 ) -> subprocess.Popen[bytes]:
-    """Leave the order for the other nodes, and start this node's part.
+    """Write the request for the other nodes, and start the processes of this node.
 
     Args:
-        command: with `{rank}` in the words that name the node.
-        environment: what is set besides the node's own.
-        work: the stage's work folder.
-        outside_job: hide Slurm's variables from the processes.
+        command: the command, with `{rank}` in place of the node's rank.
+        environment: variables to set in addition to the environment of each node.
+        work: work folder of the stage.
+        start: function that starts the command with an environment.
+        outside_job: whether to hide Slurm's variables from the processes.
     """
     if nodes.count > 1:
         folder = _folder(work, nodes)
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.glob("*.json")))
-        order = {"command": list(command), "environment": dict(environment), "outside_job": outside_job}
-        write_whole(folder / f"{number}.json", json.dumps(order))
+        request = {"command": list(command), "environment": dict(environment), "outside_job": outside_job}
+        write_whole(folder / f"{number}.json", json.dumps(request))
     return start(_for_node(command, 0), _own_environment(environment, nodes, outside_job=outside_job))
 
 
 def _own_environment(environment: Mapping[str, str], nodes: Nodes, *, outside_job: bool) -> dict[str, str]:
-    """This node's environment with what an order sets; without the ranks of another launcher."""
+    """Return this node's environment with the variables of a request, and without ranks set by another launcher."""
     own = without_outer_job(os.environ) if outside_job else {**os.environ}
     for name in launcher_variables(own):
         del own[name]
@@ -158,9 +161,10 @@ def _own_environment(environment: Mapping[str, str], nodes: Nodes, *, outside_jo
 
 
 def gloo_interface(nodes: Nodes, environment: Mapping[str, str]) -> dict[str, str]:
-    """GLOO_SOCKET_IFNAME where this node's own name stands for the loopback, which gloo would offer to other nodes.
+    """Return GLOO_SOCKET_IFNAME if this node's host name resolves to the loopback, whose address gloo would announce.
 
-    Debian writes `127.0.1.1 NAME` into /etc/hosts. Empty for one node, and where the name or the user says it right.
+    Debian writes `127.0.1.1 NAME` to /etc/hosts. The result is empty for one node, for a host name with a usable
+    address, and if the user has set the variable.
     """
     if nodes.count == 1 or "GLOO_SOCKET_IFNAME" in environment:
         return {}
@@ -178,7 +182,7 @@ def _address_of(host: str) -> str:
 
 
 def _default_interface() -> str | None:
-    """The network interface of the default route."""
+    """Return the network interface of the default route; None if there is none."""
     try:
         rows = [line.split() for line in Path("/proc/net/route").read_text().splitlines()[1:]]
     except OSError:
@@ -186,31 +190,35 @@ def _default_interface() -> str | None:
     return next((row[0] for row in rows if len(row) > 1 and row[1] == "00000000"), None)
 
 
-def dismiss(nodes: Nodes, work: Path) -> None:
-    """The stage is over: the other nodes may go."""
+def release_nodes(nodes: Nodes, work: Path) -> None:
+    """Let the other nodes exit, because the stage has ended."""
     if nodes.count > 1:
         folder = _folder(work, nodes)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / END).touch()
 
 
-def follow(nodes: Nodes, work: Path, is_published: Callable[[], bool], output: IO[bytes]) -> int:
-    """What a node other than the first does: 0 when dismissed, else the code of the processes that failed."""
+def serve_requests(nodes: Nodes, work: Path, is_published: Callable[[], bool], output: IO[bytes]) -> int:
+    """Start the requested processes on a node other than the first.
+
+    Returns:
+        0 when node 0 has released this node or the stage is published, else the exit code of processes that failed.
+    """
     folder, number = _folder(work, nodes), 0
     while not (folder / END).is_file() and not is_published():
-        order = folder / f"{number}.json"
-        if not order.is_file():
+        request = folder / f"{number}.json"
+        if not request.is_file():
             time.sleep(POLL_S)
             continue
         number += 1
-        code = _carry_out(json.loads(order.read_text()), nodes, output)
+        code = _serve(json.loads(request.read_text()), nodes, output)
         if code:
             return code
     return 0
 
 
-def deaf_to_stops(start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
-    """Start a child that ignores the signals that ask for a stop: ignored ones stay ignored in a child."""
+def ignore_stop_signals(start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    """Start a child process that ignores stop signals. A child inherits the signals that its parent ignores."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS.values()}
     try:
         return start()
@@ -219,12 +227,12 @@ def deaf_to_stops(start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Po
             signal.signal(number, handler)
 
 
-def _carry_out(order: Mapping[str, object], nodes: Nodes, output: IO[bytes]) -> int:
-    command, environment = order["command"], order["environment"]
+def _serve(request: Mapping[str, object], nodes: Nodes, output: IO[bytes]) -> int:
+    command, environment = request["command"], request["environment"]
     assert isinstance(command, list)
     assert isinstance(environment, dict)
-    own = _own_environment(environment, nodes, outside_job=bool(order.get("outside_job")))
-    process = deaf_to_stops(
+    own = _own_environment(environment, nodes, outside_job=bool(request.get("outside_job")))
+    process = ignore_stop_signals(
         lambda: subprocess.Popen(_for_node(command, nodes.rank), env=own, stdout=output, stderr=output),
     )
     try:
@@ -235,7 +243,7 @@ def _carry_out(order: Mapping[str, object], nodes: Nodes, output: IO[bytes]) -> 
 
 
 def end_agent(process: subprocess.Popen[bytes]) -> None:
-    """An agent ends its ranks on SIGINT; killed outright it would leave them behind."""
+    """End an agent with SIGINT, on which it ends its ranks; if it were killed, they would keep running."""
     process.send_signal(signal.SIGINT)
     try:
         process.wait(SHUTDOWN_TIMEOUT_S)
@@ -248,4 +256,4 @@ def _for_node(command: Sequence[str], rank: int) -> list[str]:
 
 
 def _folder(work: Path, nodes: Nodes) -> Path:
-    return work / ORDERS / nodes.attempt
+    return work / REQUESTS / nodes.attempt

@@ -1,7 +1,7 @@
-"""What processes of a stage print, copied into a log without secrets.
+"""Logging of the output of a stage's processes, without secrets.
 
-The copy is made by a process of its own (`start log`). It ends when the last of those that print has ended: where a
-runner is killed, its ranks still save themselves, and a closed pipe would stop them.
+A separate process (`start log`) copies the output to the log. It exits after the last process that writes to it: if a
+runner is killed, its ranks still save a checkpoint, and a closed pipe would stop them.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import IO
 from nemo_minitron.processes.same_code import SAFE_PATH, START
 from nemo_minitron.system.disclosure import looks_secret, masked, secrets_in
 
-PATIENCE_S = 10.0
-"""How long the end of a log is waited for: a process that was left behind may hold the pipe open."""
-_BLOCK_BYTES, _MOST_OF_A_LINE_BYTES = 1 << 16, 1 << 20
+TIMEOUT_S = 10.0
+"""How long to wait for the end of the output; a process that still runs may keep the pipe open."""
+_BLOCK_BYTES, _MAX_LINE_BYTES = 1 << 16, 1 << 20
 _FURTHER = "MINITRON_SECRET_"
 
 
 @contextmanager
 def without_secrets(log: IO[str], further: Mapping[str, str] = MappingProxyType({})) -> Iterator[IO[bytes]]:
-    """A stream for stdout and stderr of processes, which ends in the log.
+    """Yield a stream for stdout and stderr of processes that is copied to the log without secrets.
 
     Args:
-        further: variables whose secrets are masked besides those of this process.
+        further: environment variables whose secrets are masked in addition to those of this process.
     """
     hidden = {f"{_FURTHER}{name}": value for name, value in further.items() if looks_secret(name)}
     copier = subprocess.Popen(
@@ -38,7 +38,7 @@ def without_secrets(log: IO[str], further: Mapping[str, str] = MappingProxyType(
         stdout=log,
         stderr=log,
         env={**os.environ, **SAFE_PATH, **hidden},
-        start_new_session=True,  # Ctrl-C is not for it
+        start_new_session=True,  # Ctrl-C must not end it
     )
     assert copier.stdin is not None
     try:
@@ -47,11 +47,11 @@ def without_secrets(log: IO[str], further: Mapping[str, str] = MappingProxyType(
         with suppress(BrokenPipeError):
             copier.stdin.close()
         with suppress(subprocess.TimeoutExpired):
-            copier.wait(PATIENCE_S)
+            copier.wait(TIMEOUT_S)
 
 
 def main() -> int:
-    """Copy stdin to stdout, line by line, without the secrets of the environment."""
+    """Copy stdin to stdout line by line, without the secrets in the environment variables."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     longest = max((len(os.fsencode(value)) for value in secrets_in(os.environ)), default=0)
@@ -59,7 +59,7 @@ def main() -> int:
     while block := os.read(0, _BLOCK_BYTES):
         left += block
         end = max(left.rfind(b"\n"), left.rfind(b"\r")) + 1
-        if not end and len(left) > _MOST_OF_A_LINE_BYTES:
+        if not end and len(left) > _MAX_LINE_BYTES:
             left = _masked(left)
             end = len(left) - longest  # the rest may be the beginning of a secret
         _write(_masked(left[:end]))
@@ -73,7 +73,7 @@ def _masked(line: bytes) -> bytes:
 
 
 def _write(text: bytes) -> None:
-    """On a full disk the rest is lost; the processes go on, and their stage says what it could not write."""
+    """Write the text. On a full disk the rest is lost; the processes continue, and their stage reports the error."""
     with suppress(OSError):
         while text:
             text = text[os.write(1, text) :]

@@ -1,4 +1,4 @@
-"""Runner and ranks run the same code: how ranks are started, and what they compare."""
+"""Assurance that runner and ranks run the same code: the way ranks are started, and the comparison of versions."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import nemo_minitron
 from nemo_minitron.errors import EnvironmentProblem
 
 START = Path(nemo_minitron.__file__).resolve().with_name("start")
-"""The folder that starts processes without the working folder on their import path."""
+"""Folder that Python runs to start a process without the working directory on its import path."""
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
-"""From Python 3.11 on, the same for what those processes start in turn."""
+"""Environment variable that, from Python 3.11 on, has the same effect in the children of those processes."""
 
 
 @contextmanager
 def safe_path_of_children() -> Iterator[None]:
-    """Inside, Python's own ways to start processes keep the working folder off their import path."""
+    """In this context, processes started by Python's multiprocessing do not import from the working directory."""
     kept = {name: os.environ.get(name) for name in SAFE_PATH}
     util: Any = multiprocessing.util
     options = util._args_from_interpreter_flags
     os.environ.update(SAFE_PATH)
     if sys.version_info < (3, 11):
-        # What multiprocessing starts gets this process's options, and -I here. That hides no package from a worker:
-        # this process's import path replaces its own before it imports anything but the standard library.
+        # multiprocessing passes this process's options to its children; add -I. A worker still finds all packages,
+        # because it takes over this process's import path before it imports anything but the standard library.
         util._args_from_interpreter_flags = lambda: [*options(), "-I", f"-Xutf8={sys.flags.utf8_mode}"]
     try:
         yield
@@ -42,16 +42,16 @@ def safe_path_of_children() -> Iterator[None]:
 
 
 def of_this_process() -> dict[str, str]:
-    """What identifies the code that runs here."""
+    """Return the version and the location of the package in this process."""
     return {"version": nemo_minitron.__version__, "package": str(Path(nemo_minitron.__file__).resolve().parent)}
 
 
 def require_same(runner: Mapping[str, str]) -> None:
-    """Raises EnvironmentProblem where the runner has another version of this package, or one in another place."""
+    """Raise EnvironmentProblem if the runner uses another version of this package or one at another location."""
     here = of_this_process()
     if dict(runner) != here:
         raise EnvironmentProblem(
             f"The runner has nemo-minitron {runner.get('version')} and a rank has {here['version']}.",
             where=f"runner: {runner.get('package')}; rank: {here['package']}, by {sys.executable}",
-            next_step="Install one version on all nodes, and take other copies off PYTHONPATH.",
+            next_step="Install the same version on all nodes, and remove other copies from PYTHONPATH.",
         )

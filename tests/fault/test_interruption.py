@@ -84,5 +84,5 @@ def test_a_second_runner_is_told_of_the_first(tmp_path: Path) -> None:
         first.send_signal(signal.SIGINT)
         _, output = first.communicate(timeout=60)
     assert first.returncode == 130
-    assert "the same command goes on" in output
+    assert "the same command continues" in output
     assert "repeated text adds less and less" in " ".join(output.split()), "the text is too little for so many steps"

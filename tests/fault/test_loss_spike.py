@@ -28,7 +28,7 @@ def test_a_spike_stops_the_training_and_a_lower_rate_goes_on_from_before_it(tmp_
     output = output_of(spike)
     assert spike.returncode == 2, output
     assert "Traceback" not in output
-    assert "goes on with what was begun with other keys" in output
+    assert "resumes work that was started with other keys" in output
     assert f"distill {begun}/40" in output
     told = re.search(
         r"loss (\S+) at step (\d+): 3 steps in a row above 3 times the median \(median of .*: (\S+)\)", output
@@ -64,7 +64,7 @@ def test_without_the_flag_a_training_with_another_rate_starts_again(tmp_path: Pa
     again = start_run(tmp_path, *STEPS, "stages.distill.lr=1e-3")
     output = output_of(again)
     assert again.returncode == 0, output
-    assert "starts again, as it was begun with other keys (lr: 0.002 -> 0.001); --accept-drift would go on" in output
+    assert "starts again, because its keys have changed (lr: 0.002 -> 0.001); --accept-drift would resume" in output
     assert "distill 0/40" in output
     assert list((tmp_path / RUN / ".superseded").glob("work-distill-*/checkpoints/step_*"))
 

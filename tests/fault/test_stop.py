@@ -90,7 +90,7 @@ def test_a_training_stops_after_its_step_and_goes_on(ask: Ask, reason: str, dp: 
     assert again.returncode == 130
     log = tmp_path / RUN / "logs/distill.ranks.log"
     assert f"distill {step}/100000" in (log.read_text() if dp > 1 else output), "it must go on from the checkpoint"
-    assert ("STOP, which an earlier run was stopped with" in output) == (reason == "the file STOP")
+    assert ("STOP, which stopped an earlier run" in output) == (reason == "the file STOP")
     assert not (tmp_path / RUN / "STOP").exists()
 
 

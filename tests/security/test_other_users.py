@@ -17,7 +17,7 @@ import pytest
 
 from nemo_minitron.backends.megatron.runtime import rendezvous
 from nemo_minitron.backends.megatron.runtime.rendezvous import ForeignProcessError, require_own_peers
-from nemo_minitron.processes.agent import MEETING_VARIABLE, meeting_folder
+from nemo_minitron.processes.agent import RENDEZVOUS_VARIABLE, rendezvous_folder
 from tests.conftest import REPO, TOY
 from tests.support.part_runs import copy_before
 from tests.support.processes import MARK
@@ -98,8 +98,8 @@ def test_groups_that_a_stranger_has_joined_are_not_used(monkeypatch: pytest.Monk
 
 
 def test_the_folder_where_ranks_meet_is_closed_to_others_and_goes() -> None:
-    with meeting_folder() as variables:
-        folder = Path(variables[MEETING_VARIABLE])
+    with rendezvous_folder() as variables:
+        folder = Path(variables[RENDEZVOUS_VARIABLE])
         assert folder.stat().st_mode & 0o777 == 0o700
     assert not folder.exists()
 

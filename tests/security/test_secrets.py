@@ -250,7 +250,7 @@ def test_what_processes_print_is_masked_before_it_stands_in_a_log(
 def test_the_copy_of_a_log_outlives_its_runner_and_waits_for_nobody_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(output, "TIMEOUT_S", 0.1)
     late = 'import time; time.sleep(1); print("saved", flush=True)'
     with open_log(tmp_path / "log") as log, without_secrets(log) as stream:
         left = subprocess.Popen([sys.executable, "-c", late], stdout=stream)

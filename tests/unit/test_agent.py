@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.processes.agent import FAILED_FILE, MEETING_VARIABLE
+from nemo_minitron.processes.agent import FAILED_FILE, RENDEZVOUS_VARIABLE
 from nemo_minitron.processes.nodes import Nodes
 
 SCRIPT = """
@@ -35,7 +35,7 @@ WAITS = "time.sleep(60)"
 def _start(folder: Path, last_line: str) -> subprocess.Popen[bytes]:
     (folder / "script.py").write_text(SCRIPT + last_line)
     words = Nodes().command(sys.executable, 2, [str(folder / "script.py"), str(folder)])
-    return subprocess.Popen(words, env={**os.environ, MEETING_VARIABLE: str(folder)})
+    return subprocess.Popen(words, env={**os.environ, RENDEZVOUS_VARIABLE: str(folder)})
 
 
 def _ranks(folder: Path) -> list[dict[str, str]]:
@@ -90,7 +90,7 @@ def test_a_rank_that_does_not_listen_is_killed(tmp_path: Path) -> None:
     code += "sys.exit(agent.main('2', *sys.argv[1:]))"
     (tmp_path / "script.py").write_text(SCRIPT + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WAITS)
     words = [sys.executable, "-c", code, sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
-    agent = subprocess.Popen(words, env={**os.environ, MEETING_VARIABLE: str(tmp_path)})
+    agent = subprocess.Popen(words, env={**os.environ, RENDEZVOUS_VARIABLE: str(tmp_path)})
     pids = [int(rank["pid"]) for rank in _ranks(tmp_path)]
     time.sleep(0.3)
     agent.send_signal(signal.SIGTERM)
@@ -102,10 +102,12 @@ def test_ranks_end_when_their_runner_is_gone(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT + WAITS)
     words = Nodes().command(sys.executable, 2, [str(tmp_path / "script.py"), str(tmp_path)])
     code = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.sleep(60)"
-    meeting = tmp_path / "meeting"
-    meeting.mkdir()
-    runner = subprocess.Popen([sys.executable, "-c", code, *words], env={**os.environ, MEETING_VARIABLE: str(meeting)})
+    rendezvous = tmp_path / "rendezvous"
+    rendezvous.mkdir()
+    runner = subprocess.Popen(
+        [sys.executable, "-c", code, *words], env={**os.environ, RENDEZVOUS_VARIABLE: str(rendezvous)}
+    )
     pids = [int(rank["pid"]) for rank in _ranks(tmp_path)]
     runner.kill()
     runner.wait()
-    _wait_until(lambda: not any(_lives(pid) for pid in pids) and not meeting.exists())
+    _wait_until(lambda: not any(_lives(pid) for pid in pids) and not rendezvous.exists())

@@ -14,7 +14,7 @@ from nemo_minitron.errors import ConfigError, EnvironmentProblem, PlanError
 from nemo_minitron.launch.context import cluster_of
 from nemo_minitron.launch.jobs import Job, jobs_of
 from nemo_minitron.launch.slurm.answers import minutes_of, partitions
-from nemo_minitron.processes.nodes import Nodes, dismiss, follow, start_everywhere
+from nemo_minitron.processes.nodes import Nodes, release_nodes, serve_requests, start_everywhere
 from nemo_minitron.processes.same_code import START
 from nemo_minitron.schema.cluster import Cluster
 from tests.conftest import REPO, TOY
@@ -107,8 +107,8 @@ def test_what_sinfo_says() -> None:
 FOLLOWER = """
 import sys
 from pathlib import Path
-from nemo_minitron.processes.nodes import Nodes, follow
-sys.exit(follow(Nodes(2, 1, "node1", 20001, "7-0"), Path(sys.argv[1]), lambda: False, sys.stderr.buffer))
+from nemo_minitron.processes.nodes import Nodes, serve_requests
+sys.exit(serve_requests(Nodes(2, 1, "node1", 20001, "7-0"), Path(sys.argv[1]), lambda: False, sys.stderr.buffer))
 """
 
 
@@ -123,7 +123,7 @@ def test_other_nodes_carry_out_the_orders_of_the_first_and_go_when_dismissed(tmp
     for word in ("a", "b"):
         command = [sys.executable, "-c", write, f"{tmp_path}/", "--node-rank={rank}"]
         assert start_everywhere(command, {"WORD": word}, first, tmp_path, _start).wait() == 0
-    dismiss(first, tmp_path)
+    release_nodes(first, tmp_path)
     assert other.wait(60) == 0
     assert {"a0", "b0"} <= {path.name for path in tmp_path.iterdir()}
     orders = sorted((tmp_path / "orders/7-0").glob("*.json"))
@@ -133,7 +133,7 @@ def test_other_nodes_carry_out_the_orders_of_the_first_and_go_when_dismissed(tmp
 def test_a_node_whose_processes_fail_ends_with_their_code(tmp_path: Path) -> None:
     first, second = (Nodes(2, rank, "node1", 20001, "7-1") for rank in (0, 1))
     start_everywhere([sys.executable, "-c", "raise SystemExit(3)"], {}, first, tmp_path, _start).wait()
-    assert follow(second, tmp_path, lambda: False, (tmp_path / "log").open("wb")) == 3
+    assert serve_requests(second, tmp_path, lambda: False, (tmp_path / "log").open("wb")) == 3
 
 
 def test_orders_of_an_earlier_attempt_are_not_carried_out(tmp_path: Path) -> None:
@@ -141,8 +141,8 @@ def test_orders_of_an_earlier_attempt_are_not_carried_out(tmp_path: Path) -> Non
         [sys.executable, "-c", "raise SystemExit(3)"], {}, Nodes(2, 0, "a", 1, "7-0"), tmp_path, _start
     ).wait()
     later = Nodes(2, 1, "a", 1, "7-1")
-    dismiss(later, tmp_path)
-    assert follow(later, tmp_path, lambda: False, (tmp_path / "log").open("wb")) == 0
+    release_nodes(later, tmp_path)
+    assert serve_requests(later, tmp_path, lambda: False, (tmp_path / "log").open("wb")) == 0
 
 
 def test_the_agent_of_several_nodes(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_the_agent_of_several_nodes(tmp_path: Path) -> None:
         "--nproc-per-node=2",
         "script",
     ]
-    with pytest.raises(EnvironmentProblem, match="3 processes cannot be shared out over 2 nodes"):
+    with pytest.raises(EnvironmentProblem, match="3 processes cannot be distributed evenly over 2 nodes"):
         nodes.command("python", 3, ["script"])
     with pytest.raises(EnvironmentProblem, match="MINITRON_NODES = 2"):
         Nodes.here({"MINITRON_NODES": "2"})

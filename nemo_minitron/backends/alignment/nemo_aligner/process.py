@@ -76,11 +76,11 @@ def run_task(
     hidden = not has_gpu_kernels(python) if on_cpu is None else on_cpu
     environment = _environment(python, threads or nodes.threads_of_each(num_processes), on_cpu=hidden)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open_log(log) as file, without_secrets(file) as output, stop.deferred(), nodes.meeting() as meeting:
+    with open_log(log) as file, without_secrets(file) as output, stop.deferred(), nodes.rendezvous() as rendezvous:
         # Lightning would take a single process for one of the tasks of the surrounding Slurm job.
         process = start_everywhere(
             command,
-            {**environment, **(meeting if num_processes > 1 else {})},
+            {**environment, **(rendezvous if num_processes > 1 else {})},
             nodes,
             stage_work or work_dir,
             lambda command, variables: _start(command, variables, output),
