@@ -103,7 +103,7 @@ def test_a_signal_outside_of_training_ends_the_run_at_once(tmp_path: Path) -> No
     process.send_signal(signal.SIGTERM)
     output = output_of(process, 60)
     assert process.returncode == 130, output
-    assert "the same command goes on" in output
+    assert "the same command continues" in output
     assert not (tmp_path / RUN / "distill").exists()
 
 
