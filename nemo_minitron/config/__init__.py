@@ -1,1 +1,1 @@
-"""Recipes: composed by Hydra, validated by a frozen schema."""
+"""Recipes: composition by Hydra, validation by a frozen schema, and the reference of all keys."""

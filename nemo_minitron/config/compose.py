@@ -1,4 +1,4 @@
-"""Recipe file + overrides -> one plain dict. The only place that knows Hydra."""
+"""Composition of a recipe file and overrides into one dict, by Hydra."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from nemo_minitron.system.files import user_path
 from nemo_minitron.system.places import SUFFIXES, configs_dirs, recipe_name, require_recipe, with_suffix
 
 _PRIMARY, _BODIES = "minitron_recipe", "minitron_recipes"
-"""Names in Hydra's store; no file of a recipe's folder may have them."""
+"""Names in Hydra's config store, which no file in a recipe's folder may have."""
 
 
 def compose(recipe: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a recipe with its defaults list and apply overrides such as `stages.distill.lr=1e-4`.
 
-    Any key of the schema can be overridden, whether the recipe mentions it or not; `group=choice`
-    and Hydra's own `~key` and `+key` work as in Hydra. Texts need no quotes but the shell's.
+    Any key of the schema can be overridden, even if the recipe does not contain it. `group=choice`, `~key` and `+key`
+    work as in Hydra. Texts need no quotes except those of the shell.
 
     Raises:
-        ConfigError: no such file, bad YAML, an unknown config group or a malformed override.
+        ConfigError: the file is missing or not valid YAML, a config group is unknown, or an override is malformed.
     """
     return _compose(recipe, overrides)[1]
 
 
 def write_out(recipe: Path, overrides: Sequence[str], changes: Mapping[str, str]) -> str:
-    """The recipe as one YAML text that needs no configs: its defaults list and the overrides are carried out.
+    """Return the composed recipe as a self-contained YAML text, without a defaults list.
 
-    `${...}` stays, so that an override of the text still reaches all that follows it. Values that may be secret are
-    left out (`disclosure.portable_recipe`): the text is passed on.
+    `${...}` is kept, so that later overrides still reach the values that refer to them. Values that may be secret are
+    removed (`disclosure.portable_recipe`), because the text may be published.
 
     Args:
-        changes: key -> value to write instead of what stands there, for keys that are there.
+        changes: key -> new value, for keys that the recipe contains.
     """
     from omegaconf import OmegaConf
 
@@ -54,7 +54,7 @@ def _changed(written: Any, resolved: Any, changes: Mapping[str, str], key: str) 
     if key in changes:
         return changes[key]
     if isinstance(written, str) and any(other.startswith(f"{key}.") for other in changes):
-        written = resolved  # `${...}` that stands for a section in which something changes
+        written = resolved  # `${...}` in place of a section that contains a changed key
     if isinstance(written, dict):
         return {name: _changed(written[name], resolved[name], changes, f"{key}.{name}".lstrip(".")) for name in written}
     if isinstance(written, list):
@@ -63,7 +63,7 @@ def _changed(written: Any, resolved: Any, changes: Mapping[str, str], key: str) 
 
 
 def _compose(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The composed recipe, with `${...}` as written and with its values."""
+    """Return the composed recipe twice: with `${...}` as written, and resolved."""
     require_form(recipe, overrides)
     file = require_recipe(recipe)
     with bounded(str(recipe)):
@@ -96,13 +96,13 @@ def _compose_file(recipe: Path, file: Path, overrides: Sequence[str]) -> tuple[d
 
 @contextmanager
 def _stored(chain: Chain) -> Iterator[None]:
-    """Hand a chain of recipes to Hydra, which keeps configs that are not files in one store of the process."""
+    """Add a chain of recipes to Hydra's config store, a global of the process, for the duration of the context."""
     from hydra.core.config_store import ConfigStore
 
     defaults: list[Any] = [SELF]
     defaults += [f"/{_BODIES}/{entry}" if isinstance(entry, int) else entry for entry in chain.entries]
     defaults += chain.overrides.values()
-    # A folder may be called like an interpolation.
+    # Escape folder names that look like an interpolation.
     places = [f"file://{folder}".replace("${", "\\${") for folder in chain.places]
     primary = {"defaults": defaults, "hydra": {"searchpath": places}}
     store = ConfigStore.instance()
@@ -117,19 +117,19 @@ def _stored(chain: Chain) -> Iterator[None]:
 
 
 def _with_files(text: str, chain: Chain) -> str:
-    """A message of Hydra's with the names of files, not of what was stored."""
+    """Replace the names in the config store with those of files in a message of Hydra."""
     for number, file in enumerate(chain.files):
         text = text.replace(f"{_BODIES}/{number}", str(file))
     return text.replace(_PRIMARY, str(chain.files[-1]))
 
 
 def _not_composed(recipe: Path, file: Path, chain: Chain, overrides: Sequence[str], error: Exception) -> ConfigError:
-    """The message, about an override whose key is unknown where there is one."""
+    """Return the error to raise: about an override with an unknown key if there is one, else Hydra's message."""
     if overrides:
         try:
             stages = list(_compose(recipe, ())[1].get("stages") or {})
         except MinitronError:
-            # The recipe itself cannot be composed: its error is the one to show.
+            # The recipe itself cannot be composed, so report its error and not one about the overrides.
             stages = []
         folders = (*configs_dirs(file), file.parent)
         groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
@@ -138,7 +138,9 @@ def _not_composed(recipe: Path, file: Path, chain: Chain, overrides: Sequence[st
             return unknown
     next_step = "Overrides look like stages.distill.lr=1e-4; config groups are the folders of configs/."
     if "Interpolation key" in str(error):
-        next_step = "${a.b} is another key of the recipe; in execution, ${oc.env:HOME} is a variable."
+        next_step = (
+            "${a.b} refers to another key of the recipe; in execution, ${oc.env:HOME} to an environment variable."
+        )
     return ConfigError(
         "The recipe could not be composed: " + _with_files(first_lines(error), chain),
         where=str(recipe),
@@ -152,18 +154,18 @@ def _with_name_and_site(out: Any, file: Path, site: str | None) -> dict[str, Any
     out.setdefault("name", recipe_name(file))
     if site is not None:
         execution = out.setdefault("execution", {})
-        execution["cluster"] = _over(_read_cluster(site, file), execution.get("cluster") or {})
+        execution["cluster"] = _merged(_read_cluster(site, file), execution.get("cluster") or {})
     return {str(key): value for key, value in out.items()}
 
 
 def _split_cluster(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
-    """(the site of `cluster=NAME`, the other overrides)."""
+    """Return the site of `cluster=NAME`, if any, and the other overrides."""
     chosen = [text.split("=", 1)[1] for text in overrides if text.startswith(f"{CLUSTER}=")]
     return (chosen[-1] if chosen else None), [text for text in overrides if not text.startswith(f"{CLUSTER}=")]
 
 
 def _read_cluster(site: str, file: Path) -> dict[str, Any]:
-    """The site's file, by its name in configs/cluster/ or by its path."""
+    """Read the file of a site, given by its name in configs/cluster/ or by its path."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -175,7 +177,7 @@ def _read_cluster(site: str, file: Path) -> dict[str, Any]:
         raise ConfigError(
             f"There is no cluster {site}.",
             allowed=", ".join(known) or None,
-            next_step=f"Copy one of {folders[-1]} to configs/cluster/ and change it, or name a file: "
+            next_step=f"Copy a file of {folders[-1]} to configs/cluster/ and edit it, or give the path of a file: "
             "cluster=path/to/site.yaml.",
         )
     try:
@@ -186,10 +188,10 @@ def _read_cluster(site: str, file: Path) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
-def _over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`, section by section."""
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Merge `changes` into `base`, section by section."""
     nested = {
-        key: _over(base[key], value)
+        key: _merged(base[key], value)
         for key, value in changes.items()
         if isinstance(value, dict) and isinstance(base.get(key), dict)
     }
@@ -197,13 +199,13 @@ def _over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_dotlist(texts: Sequence[str], root: type[BaseModel]) -> dict[str, Any]:
-    """`a.b=1` texts -> a nested dict.
+    """Convert texts of the form `a.b=1` into a nested dict.
 
     Args:
-        root: the schema of the keys. Where it has text, the value is taken as it is; elsewhere as in YAML.
+        root: schema of the keys. Values of keys that hold text are taken literally; others are parsed as YAML.
 
     Raises:
-        ConfigError: one of them is malformed.
+        ConfigError: a text is malformed.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -213,10 +215,10 @@ def from_dotlist(texts: Sequence[str], root: type[BaseModel]) -> dict[str, Any]:
     for text in texts:
         key, sign, value = text.partition("=")
         if not sign or not KEY.fullmatch(key):
-            raise ConfigError(f"{text}: not of the form KEY=VALUE.", next_step="For example: lr=1e-6")
+            raise ConfigError(f"{text}: does not have the form KEY=VALUE.", next_step="For example: lr=1e-6")
         try:
             parsed = value if value_kind(key, root) == "text" else OmegaConf.from_dotlist([f"value={value}"])["value"]
-            # YAML would drop what follows ` #` from a text.
+            # Keep the text as it is, because YAML would remove ` #` and everything after it.
             OmegaConf.update(found, key, value if isinstance(parsed, str) else parsed, force_add=True)
         except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"{text} could not be read: " + first_lines(error)) from error

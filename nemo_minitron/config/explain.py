@@ -1,4 +1,4 @@
-"""Validate a composed recipe; explain every problem at once, in the user's words."""
+"""Validation of a composed recipe, with one message for all problems."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from nemo_minitron.system.disclosure import is_private_key
 from nemo_minitron.system.shown import shown
 
 Location = tuple[Any, ...]
-_MAX_SAID_CHARS, _QUOTE = 300, "'"
+_MAX_SHOWN_CHARS, _QUOTE = 300, "'"
 _MAX_BITS = 1000
 
 
 def validate(composed: Mapping[str, Any], *, where: str) -> Recipe:
-    """The frozen recipe.
+    """Validate a composed recipe and return it as a frozen object.
 
     Raises:
-        ConfigError: listing every wrong key and value, with what is allowed.
+        ConfigError: the recipe is invalid; the message lists every wrong key and value, with what is allowed.
     """
     raw = _with_kinds(composed)
     _refuse_long_numbers(raw, where)
@@ -40,12 +40,12 @@ def validate(composed: Mapping[str, Any], *, where: str) -> Recipe:
 
 
 def _refuse_long_numbers(raw: Mapping[str, Any], where: str) -> None:
-    """YAML reads hexadecimal numbers of any length; Python does not write one of 4,300 digits."""
+    """Reject very long integers: YAML reads hexadecimal numbers of any length, and Python cannot print them all."""
     waiting: list[tuple[str, Any]] = [("", raw)]
     while waiting:
         key, value = waiting.pop()
         if isinstance(value, int) and value.bit_length() > _MAX_BITS:
-            raise ConfigError(f"{key}: a number of more than 300 digits.", where=where)
+            raise ConfigError(f"{key}: a number with more than 300 digits.", where=where)
         items: Iterable[tuple[Any, Any]] = ()
         if isinstance(value, Mapping):
             items = value.items()
@@ -55,7 +55,7 @@ def _refuse_long_numbers(raw: Mapping[str, Any], where: str) -> None:
 
 
 def _with_kinds(composed: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage's kind is its name unless it says otherwise."""
+    """Add the key `kind` to stages without it whose name is that of a kind."""
     raw = dict(composed)
     stages = raw.get("stages")
     if isinstance(stages, Mapping):
@@ -78,41 +78,41 @@ def _explain(problem: Any, raw: Mapping[str, Any]) -> str:
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return f"{text}{_wrong_kind(str(path[-1]), raw)}"
     if kind == "literal_error":
-        return f"{text} = {_said(problem['input'])}: allowed are {context['expected']}."
+        return f"{text} = {_quoted(problem['input'])}: not allowed. Allowed: {context['expected']}."
     if is_private_key(text) and kind in ("string_type", "tuple_type"):
         return f"{text}: must be {'a text, in quotes' if kind == 'string_type' else 'a list'}."
     if kind == "string_type" and isinstance(problem["input"], bool | int | float):
-        return f"{text} = {_said(problem['input'])}: is read as no text; write it in quotes in the recipe."
+        return f"{text} = {_quoted(problem['input'])}: must be a text; write it in quotes in the recipe."
     if kind == "tuple_type":
-        said = _said(problem["input"])
-        return f"{text} = {said}: must be a list, such as [{said.strip(_QUOTE)}]."
+        value = _quoted(problem["input"])
+        return f"{text} = {value}: must be a list, such as [{value.strip(_QUOTE)}]."
     message = problem["msg"][0].lower() + problem["msg"][1:]
     if is_private_key(text):
         return f"{text}: {message}."
-    return f"{text} = {_said(problem['input'])}: {message}."
+    return f"{text} = {_quoted(problem['input'])}: {message}."
 
 
-def _said(value: Any) -> str:
-    """A wrong value as it stands in the recipe, unless it is long."""
+def _quoted(value: Any) -> str:
+    """Return a wrong value as in the recipe, or a summary of it if it is long."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a number of more than 4,300 digits, or too deep
+    except (ValueError, RecursionError):  # a number with more than 4,300 digits, or a value that is nested too deeply
         return shown(value)
-    return text if len(text) <= _MAX_SAID_CHARS else shown(value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else shown(value)
 
 
 def _wrong_kind(name: str, raw: Mapping[str, Any]) -> str:
     stages = {str(other): stage for other, stage in raw["stages"].items()}
     stage = stages.get(name)
     found = stage.get("kind") if isinstance(stage, Mapping) else None
-    meant = get_close_matches(name, [other for other in stages if other != name], n=1, cutoff=0.75)
-    if found is None and meant:
-        return f": unknown stage without a kind. Did you mean stages.{meant[0]}?"
-    return f".kind = {_said(found)}: not a kind of stage. Allowed: {', '.join(sorted(stage_classes()))}."
+    near = get_close_matches(name, [other for other in stages if other != name], n=1, cutoff=0.75)
+    if found is None and near:
+        return f": unknown stage without a kind. Did you mean stages.{near[0]}?"
+    return f".kind = {_quoted(found)}: not a kind of stage. Allowed: {', '.join(sorted(stage_classes()))}."
 
 
 def _path(location: Location, raw: Mapping[str, Any]) -> Location:
-    """Without the tag that pydantic puts behind the name of a stage."""
+    """Return the location without the tag that pydantic adds after the name of a stage."""
     if len(location) > 2 and location[0] == "stages" and location[2] in stage_classes():
         return (*location[:2], *location[3:])
     return location
@@ -125,7 +125,7 @@ def _nearest(key: str, parent: Location, raw: Mapping[str, Any]) -> str:
 
 
 def _keys_at(parent: Location, raw: Mapping[str, Any]) -> list[str]:
-    """Field names of the schema at a path."""
+    """Return the field names of the schema at a path."""
     model: type[BaseModel] = Recipe
     steps = list(parent)
     if steps[:1] == ["stages"] and len(steps) > 1:

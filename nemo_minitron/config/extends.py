@@ -1,6 +1,6 @@
-"""Recipes that extend recipes: the files of a chain of bases -> one defaults list and their contents, in order.
+"""Recipes that extend other recipes: the chain of bases is merged into one defaults list.
 
-Hydra alone would put a base in another folder below a key of that folder's name.
+Without this, Hydra would place a base of another folder below a key with that folder's name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nemo_minitron.system.places import configs_dirs, nearest_recipes, recipe_ro
 
 SELF, GLOBAL, OPTIONAL, OVERRIDE = "_self_", "_global_", "optional ", "override "
 _HEADER = re.compile(r"\A\s*#\s*@package\s+(\S+)")
-_NEXT = "A base is named as in `defaults: [smollm2_135m/width, _self_]`, or by its path; a group as in `- /data: NAME`."
+_NEXT = "Name a base as in `defaults: [smollm2_135m/width, _self_]` or by its path, and a group as in `- /data: NAME`."
 
 
 @dataclass
@@ -26,20 +26,20 @@ class Chain:
 
     files: list[Path] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
-    """What each file holds beside its defaults list."""
+    """Content of each file without its defaults list."""
     entries: list[int | str | dict[str, Any]] = field(default_factory=list)
-    """The joint defaults list; a number stands for the body of that file."""
+    """The merged defaults list; a number is the index of a file, in place of its body."""
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Group -> the `override` entry that counts: that of the outermost recipe."""
+    """Group -> the `override` entry of the outermost recipe that has one."""
     places: list[Path] = field(default_factory=list)
-    """Where configs are looked for, the first match counts."""
+    """Search path for configs, in order of precedence."""
 
 
 def read_chain(file: Path) -> Chain:
-    """Read a recipe and all that it extends.
+    """Read a recipe and all recipes that it extends.
 
     Raises:
-        ConfigError: a file that cannot be read, a base that is not there, or bases in a circle.
+        ConfigError: a file cannot be read, a base does not exist, or recipes extend each other in a cycle.
     """
     chain = Chain()
     _add(file, (), chain)
@@ -57,9 +57,9 @@ def _add(file: Path, users: tuple[Path, ...], chain: Chain) -> None:
     body = load_mapping(file, "recipe")
     entries = _entries(body.pop("defaults", None), file)
     if "hydra" in body:
-        raise ConfigError("hydra: a recipe has no such key.", where=str(file))
+        raise ConfigError("hydra: unknown key of a recipe.", where=str(file))
     if users:
-        # A base's name is the name of its own run.
+        # The name of a base belongs to its own run.
         body.pop("name", None)
     for entry in entries:
         if entry == SELF:
@@ -83,7 +83,7 @@ def _add_entry(entry: str | dict[str, Any], file: Path, users: tuple[Path, ...],
         if optional:
             return
         raise ConfigError(
-            f"The recipe extends {name}, and there is no such recipe.",
+            f"The recipe extends {name}, which does not exist.",
             where=str(file),
             allowed=", ".join(nearest_recipes(name.strip("/"))),
             next_step=_NEXT,
@@ -95,7 +95,7 @@ def _add_entry(entry: str | dict[str, Any], file: Path, users: tuple[Path, ...],
 
 
 def _name_of_base(entry: str | dict[str, Any]) -> tuple[str | None, bool]:
-    """(the name of the base that an entry may stand for, whether it is optional); no name: a config, surely."""
+    """Return the name of the base that an entry may refer to, and whether it is optional; None: it is a config."""
     text = entry if isinstance(entry, str) else next(iter(entry))
     optional = text.startswith(OPTIONAL)
     name, _, package = text.removeprefix(OPTIONAL).strip().rpartition("@") if "@" in text else (text, "", "")
@@ -111,7 +111,7 @@ def _name_of_base(entry: str | dict[str, Any]) -> tuple[str | None, bool]:
 
 
 def _find_base(name: str, file: Path, users: Sequence[Path]) -> Path | None:
-    """The recipe that a name in `file` stands for; None: it is no recipe.
+    """Find the recipe that a name in `file` refers to; return None if it is not a recipe.
 
     Raises:
         ConfigError: the recipe extends itself.
@@ -127,13 +127,13 @@ def _find_base(name: str, file: Path, users: Sequence[Path]) -> Path | None:
             continue
         found = found.resolve()
         if found == file:
-            # A user's recipe may have the name of the shipped one that it extends.
+            # A user's recipe may have the same name as the shipped recipe that it extends.
             own = True
             continue
         if found in users:
-            circle = [*users[users.index(found) :], file, found]
+            cycle = [*users[users.index(found) :], file, found]
             raise ConfigError(
-                "The recipe extends itself: " + " -> ".join(str(one) for one in circle) + ".", where=str(file)
+                "The recipe extends itself: " + " -> ".join(str(one) for one in cycle) + ".", where=str(file)
             )
         return found
     if own:
@@ -147,7 +147,7 @@ def _is_config(name: str, file: Path) -> bool:
 
 
 def _package_of(file: Path) -> str | None:
-    """What a line `# @package X` says; as for Hydra, only at the very top."""
+    """Return X of a header `# @package X`, which, as for Hydra, must be at the top of the file."""
     try:
         found = _HEADER.match(file.read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -156,7 +156,7 @@ def _package_of(file: Path) -> str | None:
 
 
 def _entries(defaults: Any, file: Path) -> list[Any]:
-    """The defaults list, checked, with `_self_` at its end unless it stands somewhere."""
+    """Check the defaults list, and append `_self_` unless the list contains it."""
     if defaults is None:
         return [SELF]
     if not isinstance(defaults, list):
@@ -167,7 +167,7 @@ def _entries(defaults: Any, file: Path) -> list[Any]:
                 f"defaults.{number} = {entry!r}: neither a name nor GROUP: NAME.", where=str(file), next_step=_NEXT
             )
     if defaults.count(SELF) > 1:
-        raise ConfigError(f"defaults: {SELF} stands there twice.", where=str(file))
+        raise ConfigError(f"defaults: contains {SELF} more than once.", where=str(file))
     return defaults if SELF in defaults else [*defaults, SELF]
 
 
@@ -182,13 +182,13 @@ def _is_entry(entry: Any) -> bool:
 
 
 def load_mapping(file: Path, what: str) -> dict[str, Any]:
-    """The content of a YAML file, with `${...}` as it is written.
+    """Read a YAML file without resolving `${...}`.
 
     Args:
-        what: the kind of file, for messages.
+        what: kind of the file, for messages.
 
     Raises:
-        ConfigError: it cannot be read, or is not a mapping of names to values.
+        ConfigError: the file cannot be read, or is not a mapping of names to values.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -201,15 +201,15 @@ def load_mapping(file: Path, what: str) -> dict[str, Any]:
     except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
         raise ConfigError(f"The {what} could not be read: {first_lines(error)}", where=str(file)) from error
     if not isinstance(found, dict):
-        raise ConfigError(f"A {what} is a mapping of keys to values.", where=str(file))
+        raise ConfigError(f"A {what} must be a mapping of keys to values.", where=str(file))
     for key in found:
         if not isinstance(key, str):
-            raise ConfigError(f"{key!r}: a key of a {what} is a text.", where=str(file), next_step="Put it in quotes.")
+            raise ConfigError(f"{key!r}: a key of a {what} must be a text.", where=str(file), next_step="Quote it.")
     return {str(key): value for key, value in found.items()}
 
 
 def first_lines(error: Exception) -> str:
-    """The gist of a library's error on one line; where Hydra names only the override that failed, its cause as well."""
+    """Return the first lines of a library's error and of its cause as one line; Hydra's reasons are often the cause."""
     causes = [error, *([error.__cause__] if error.__cause__ is not None else [])]
     lines = [line.strip() for one in causes for line in str(one).splitlines() if line.strip()]
     return " ".join(lines[: 3 * len(causes)]) or type(error).__name__

@@ -1,4 +1,4 @@
-"""What the schema says about a key of a recipe: whether its value is text, a list, or something else."""
+"""Look-up of keys in the schema: whether the value of a key is text, a list, or something else."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Kind = Literal["text", "list", "other", "unknown"]
 
 
 def stage_classes() -> dict[str, type[BaseModel]]:
-    """Stage kind -> the class of its keys."""
+    """Return kind of stage -> class of its keys."""
     return {name: kind.params for name, kind in STAGES.items()}
 
 
 def value_kind(key: str, root: type[BaseModel] = Recipe) -> Kind:
-    """What a dotted key such as `stages.teacher.source` holds.
+    """Return the type of value that a dotted key such as `stages.teacher.source` holds.
 
-    A stage whose kind the recipe tells (its name is no kind) may be of any kind that has the key. Keys that the
-    schema does not have, and keys that may hold anything, are `unknown`.
+    If the name of a stage is not a kind, the stage may be of any kind that has the key. The result is `unknown` for
+    keys that the schema does not have and for keys that may hold any value.
     """
     found = [leaf for annotation in _at(key.split("."), root) for leaf in _parts(annotation)]
     kinds = {_kind_of(leaf) for leaf in found if leaf is not type(None)}
@@ -39,7 +39,7 @@ def _kind_of(leaf: Any) -> Kind:
 
 
 def _at(steps: Sequence[str], root: type[BaseModel]) -> list[Any]:
-    """The annotations that the schema has at a path."""
+    """Return the possible annotations in the schema at a path."""
     found: list[Any] = [root]
     for number, step in enumerate(steps):
         if number == 1 and steps[0] == "stages" and root is Recipe:
@@ -64,12 +64,12 @@ def _below(annotation: Any, step: str) -> Iterator[Any]:
 
 
 def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
-    """Whether it is a class of the schema; on Python 3.10 `list[str]` is a type, too, and no class."""
+    """Return whether an annotation is a class of the schema. On Python 3.10, `list[str]` is an instance of type too."""
     return get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The schema classes inside tuple[...], dict[...], Optional and Annotated."""
+    """Yield the schema classes in an annotation, also inside tuple, dict, unions and Annotated."""
     if is_section(annotation):
         yield annotation
     elif get_origin(annotation) in (Annotated, Union, types.UnionType, tuple, dict):
@@ -78,7 +78,7 @@ def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
-    """The members of unions and what is annotated."""
+    """Yield the members of unions and the types inside Annotated."""
     if get_origin(annotation) is Annotated:
         yield from _parts(get_args(annotation)[0])
     elif get_origin(annotation) in (Union, types.UnionType):

@@ -1,4 +1,4 @@
-"""Values of the environment stay in `execution`: all else of a recipe stands in reports, model cards and bundles."""
+"""Check that values of environment variables stay in `execution`; reports, model cards and bundles show the rest."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from nemo_minitron.errors import ConfigError
 
 EXECUTION, VARIABLE = "execution", "oc.env"
 _PRIVATE = ("cluster", "notify_command")
-"""Keys of `execution` to which no other section may refer: commands and variables stand in them."""
+"""Keys of `execution` to which no other section may refer, because they hold commands and environment variables."""
 
 
 def require_public_values(composed: Any, where: str) -> None:
-    """Refuse a recipe that takes values of the environment, or of `execution.cluster`, to where they are published.
+    """Reject a recipe that uses environment variables or `execution.cluster` in a section that is published.
 
-    A recipe of somebody else could otherwise write a token of yours into the files that you pass on.
+    Otherwise a recipe by someone else could write the user's tokens into files that the user publishes.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: a key uses such a value; the message names it.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -33,32 +33,32 @@ def require_public_values(composed: Any, where: str) -> None:
     for key in found:
         if key == EXECUTION:
             continue
-        with _asked_for() as asked:
+        with _variables_blocked() as blocked:
             try:
                 node = found[key]
                 if OmegaConf.is_config(node):
                     OmegaConf.to_container(node, resolve=True)
             except OmegaConfBaseException as error:
-                if asked:
-                    raise _refusal(str(getattr(error, "full_key", None) or key), str(key), asked[0], where) from None
-                # Anything else is told in its own words when the whole recipe is resolved.
+                if blocked:
+                    raise _refusal(str(getattr(error, "full_key", None) or key), str(key), blocked[0], where) from None
+                # Other errors are reported when the whole recipe is resolved.
 
 
 @contextmanager
-def _asked_for() -> Iterator[list[str]]:
-    """No variable can be read; those that were asked for."""
+def _variables_blocked() -> Iterator[list[str]]:
+    """Block reading environment variables in this context, and yield a list of those that the recipe tried to read."""
     from omegaconf import OmegaConf
     from omegaconf.resolvers import oc
 
-    asked: list[str] = []
+    blocked: list[str] = []
 
     def refuse(name: str, *_: Any) -> str:
-        asked.append(name)
+        blocked.append(name)
         raise ValueError(name)
 
     OmegaConf.register_new_resolver(VARIABLE, refuse, replace=True)
     try:
-        yield asked
+        yield blocked
     finally:
         OmegaConf.register_new_resolver(VARIABLE, oc.env, replace=True)
 
@@ -68,9 +68,9 @@ def _refusal(full_key: str, section: str, name: str, where: str) -> ConfigError:
     if name.startswith(f"{EXECUTION}."):
         what = f"{key} takes its value from {name}, which may hold secrets."
     else:
-        what = f"{key} takes its value from the variable {name} of the environment."
+        what = f"{key} takes its value from the environment variable {name}."
     return ConfigError(
-        f"{what} Values from the environment may stand in {EXECUTION} only: the rest of a recipe is published.",
+        f"{what} Only {EXECUTION} may use environment variables, because the rest of a recipe is published.",
         where=where,
-        next_step=f'If you want it to be published, say so yourself, on the command line: {key}="$NAME"',
+        next_step=f'To publish the value anyway, set it on the command line: {key}="$NAME"',
     )

@@ -1,8 +1,8 @@
-"""Overrides as people type them -> overrides as Hydra's grammar accepts them.
+"""Conversion of overrides on the command line into Hydra's grammar.
 
-Hydra reads `~`, `#`, `=`, parentheses, commas and most letters beyond ASCII as its own syntax. Here the schema decides:
-the value of a key that holds text is that text, whatever it looks like. Other values are Hydra's where its grammar
-accepts them, and text where it does not.
+Hydra interprets `~`, `#`, `=`, parentheses, commas and most non-ASCII letters as syntax. Here the schema decides: the
+value of a key that holds text is taken literally. Other values are parsed by Hydra, or taken as text if its grammar
+does not accept them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nemo_minitron.errors import ConfigError
 
 CLUSTER = "cluster"
 SHORT = {"launcher": "execution.launcher", CLUSTER: "execution.cluster"}
-"""First words of overrides that stand for a longer key."""
+"""Short forms of keys in overrides."""
 _FORM = re.compile(r"(\+\+|\+|~)?([^=]*)=(.*)", re.DOTALL)
 _DELETION = re.compile(r"~[A-Za-z_][\w./@:-]*")
 KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
@@ -28,48 +28,48 @@ _EXAMPLE = "stages.distill.lr=1e-4"
 
 
 class Override(NamedTuple):
-    """One KEY=VALUE."""
+    """An override KEY=VALUE."""
 
     prefix: str
-    """Hydra's `+` or `++`, or nothing."""
+    """`+`, `++` or empty, as in Hydra."""
     key: str
-    """With short forms written out."""
+    """The full key, without short forms."""
     value: str
 
 
 def require_form(recipe: Path, words: Sequence[str]) -> None:
-    """Refuse words that are no overrides, and say what was probably meant.
+    """Check that all words are overrides.
 
     Raises:
-        ConfigError: naming the first such word.
+        ConfigError: a word is not an override; the message suggests a correction.
     """
     if not recipe.name:
-        raise ConfigError("No recipe is named.", next_step="For example: recipes/toy/width.yaml")
+        raise ConfigError("No recipe is given.", next_step="For example: recipes/toy/width.yaml")
     if "=" in str(recipe) and not recipe.is_file():
         later = next((word for word in words if Path(word).suffix in (".yaml", ".yml")), "RECIPE")
         raise ConfigError(
-            f"{recipe} stands where the recipe goes.",
-            next_step=f"The recipe comes first, overrides follow: minitron COMMAND {later} {recipe}",
+            f"{recipe} is in the place of the recipe.",
+            next_step=f"Put the recipe first and overrides after it: minitron COMMAND {later} {recipe}",
         )
     for number, word in enumerate(words):
         found = _FORM.fullmatch(word)
         if found is None and _DELETION.fullmatch(word):
             continue
         if found is None or not found[2].strip():
-            raise ConfigError(f"{word!r} is no override.", next_step=_meant(number, words))
+            raise ConfigError(f"{word!r} is not an override.", next_step=_suggestion(number, words))
         if found[2] != found[2].strip():
             raise ConfigError(f"{word!r}: there is a space in the key.", next_step=f"Write KEY=VALUE: {_EXAMPLE}")
 
 
-def _meant(number: int, words: Sequence[str]) -> str:
+def _suggestion(number: int, words: Sequence[str]) -> str:
     word = words[number]
     before, after = words[number - 1] if number else "", words[number + 1] if number + 1 < len(words) else ""
     if word.startswith("=") or before.endswith("=") or after.startswith("="):
-        return f"Leave no spaces around the =, as in {_EXAMPLE}; quote a value that has spaces."
+        return f"Remove the spaces around the =, as in {_EXAMPLE}; quote a value that has spaces."
     if word.startswith("-"):
-        return "What follows -- is taken as overrides; put options before it."
+        return "Everything after -- is an override; put options before it."
     if Path(word).suffix in (".yaml", ".yml"):
-        return "Give one recipe, and after it overrides."
+        return "Give one recipe, followed by overrides."
     if ":" in word and KEY.fullmatch(word.split(":", 1)[0]):
         key, value = word.split(":", 1)
         return f"Write {key}={value.strip()}"
@@ -77,25 +77,25 @@ def _meant(number: int, words: Sequence[str]) -> str:
 
 
 def for_hydra(word: str) -> str:
-    """An override that sets what the word says; keys that only the schema knows are allowed, as it refuses wrong ones.
+    """Convert an override into Hydra's grammar. It may add keys to the recipe, because the schema rejects wrong ones.
 
     Raises:
-        ConfigError: a value that is no value: several of them, or a list that is not closed.
+        ConfigError: the value is a sweep over several values, or a list that is not closed.
     """
     found = _FORM.fullmatch(word)
     if found is None or found[1] == "~":
         return word
-    key = _long(found[2])
+    key = _full_key(found[2])
     if key.split(".")[0] not in Recipe.model_fields or "@" in key:
         return word
     if not KEY.fullmatch(key):
-        raise ConfigError(f"{found[2]} is no key.", next_step=f"Keys are names joined by dots, as in {_EXAMPLE}")
+        raise ConfigError(f"{found[2]} is not a key.", next_step=f"Keys are names joined by dots, as in {_EXAMPLE}")
     override = Override(found[1] or "++", key, found[3])
     return f"{override.prefix}{key}={_value(override)}"
 
 
-def _long(key: str) -> str:
-    """With short forms written out, and `[0]` as `.0`."""
+def _full_key(key: str) -> str:
+    """Expand short forms, and replace `[0]` with `.0`."""
     first = re.split(r"[.\[]", key, maxsplit=1)[0]
     if first in SHORT:
         key = SHORT[first] + key[len(first) :]
@@ -109,7 +109,7 @@ def _value(override: Override) -> str:
     try:
         parsed = _parsed(value)
     except (HydraException, RecursionError):
-        # What Hydra cannot read may still be a list or a mapping in YAML.
+        # A value outside Hydra's grammar may still be a list or a mapping in YAML.
         is_nested = kind != "text" and value.lstrip()[:1] in ("[", "{")
         return _nested(override) if is_nested else _quoted(value)
     if kind == "text":
@@ -120,10 +120,10 @@ def _value(override: Override) -> str:
     if kind == "unknown":
         return _quoted(value)
     raise ConfigError(
-        f"{override.key} = {value}: several values, where one is needed.",
+        f"{override.key} = {value}: several values for a key that holds one.",
         next_step=f"Write a list with brackets: {override.key}=[{value}]"
         if kind == "list"
-        else "A recipe has one value for each key; start one run for each value, with names of their own (name=...).",
+        else "Start one run for each value, with a different name (name=...).",
     )
 
 
@@ -140,7 +140,7 @@ def _quoted(text: str) -> str:
 
 
 def _nested(override: Override) -> str:
-    """A list or mapping with texts that need quotes, such as [~/a.txt], in Hydra's grammar."""
+    """Convert a list or mapping with texts that need quotes, such as [~/a.txt], into Hydra's grammar."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -150,8 +150,8 @@ def _nested(override: Override) -> str:
     except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
         first = str(error).strip().splitlines()[:1]
         raise ConfigError(
-            f"{override.key}: {override.value} is no list or mapping: {''.join(first)}",
-            next_step="Write [a, b] or {key: value}; put quotes around texts with commas, colons or brackets.",
+            f"{override.key}: {override.value} is not a list or mapping: {''.join(first)}",
+            next_step="Write [a, b] or {key: value}; quote texts with commas, colons or brackets.",
         ) from error
 
 
@@ -159,7 +159,7 @@ def _written(value: Any) -> str:
     if isinstance(value, dict):
         odd = [key for key in value if not _PLAIN_DICT_KEY.fullmatch(str(key))]
         if odd:
-            raise ValueError(f"the key {odd[0]!r} is no plain name")
+            raise ValueError(f"the key {odd[0]!r} is not a plain name")
         return "{" + ",".join(f"{key}:{_written(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ",".join(map(_written, value)) + "]"
@@ -169,11 +169,11 @@ def _written(value: Any) -> str:
 
 
 def unknown_key(words: Sequence[str], groups: Sequence[str], stages: Sequence[str]) -> ConfigError | None:
-    """A message for the first override whose first word means nothing here; None when all are known.
+    """Return an error for the first override whose key begins with an unknown name; None if all are known.
 
     Args:
-        groups: config groups that can be chosen from.
-        stages: stages of the recipe.
+        groups: names of the config groups.
+        stages: names of the recipe's stages.
     """
     known = list(dict.fromkeys((*Recipe.model_fields, *SHORT, *groups, "hydra")))
     for word in words:

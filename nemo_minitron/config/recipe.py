@@ -15,7 +15,7 @@ from nemo_minitron.stages.registry import STAGES
 if TYPE_CHECKING:
     StageConfig = StageParams
 else:
-    # The union of all kinds that are registered, so that a kind of another package is validated like one of ours.
+    # The union of all registered kinds, so that the kinds of other packages are validated in the same way.
     StageConfig = Annotated[reduce(or_, (kind.params for kind in STAGES.values())), Field(discriminator="kind")]
 
 

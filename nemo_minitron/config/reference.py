@@ -1,4 +1,4 @@
-"""The keys of a recipe as a JSON schema for editors and as a page, made from the schema and its docstrings."""
+"""The JSON schema for editors and the page of all recipe keys, generated from the schema and its docstrings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_minitron.schema.execution import Execution
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 INTERPOLATION = {"type": "string", "pattern": r"\$\{.*\}"}
-"""`${...}` of OmegaConf may stand for a value of any type."""
+"""JSON schema of an OmegaConf interpolation, which can replace a value of any type."""
 _BOUNDS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}"}
 _PAGE = """# Recipe keys
 
@@ -31,7 +31,7 @@ A key without a default must be given. `A | null` means that the key may be null
 
 @cache
 def field_docs(model: type[BaseModel]) -> Mapping[str, str]:
-    """Field name -> the docstring below it, for the fields of a model and of the models that it extends."""
+    """Return field name -> the docstring below it, for the fields of a model and of its base classes."""
     found: dict[str, str] = {}
     for owner in reversed(model.__mro__):
         if not issubclass(owner, BaseModel) or owner is BaseModel:
@@ -51,9 +51,9 @@ def _string(statement: ast.stmt) -> str | None:
 
 
 def json_schema() -> dict[str, Any]:
-    """A JSON schema for recipe files as people write them.
+    """Return the JSON schema of recipe files.
 
-    A recipe may leave keys to its `defaults`, so that nothing is required; and any value may be an interpolation.
+    No key is required, because a recipe can inherit keys from its `defaults`, and any value can be an interpolation.
     """
     schema = _plain(Recipe.model_json_schema())
     definitions = schema["$defs"]
@@ -77,7 +77,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _plain(part: Any) -> Any:
-    """Without what versions of pydantic write or leave out: a constant said twice, and keys that are allowed anyway."""
+    """Remove entries that only some versions of pydantic write: `enum` beside `const`, and default permissions."""
     if isinstance(part, list):
         return [_plain(one) for one in part]
     if not isinstance(part, dict):
@@ -103,7 +103,7 @@ def _or_interpolation(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _models(root: type[BaseModel]) -> list[type[BaseModel]]:
-    """A model and all models that its fields hold, each once, in the order in which a reader meets them."""
+    """List a model and all models in its fields, each once, in the order of their first use."""
     found = [root]
     for model in found:
         for field in model.model_fields.values():
@@ -112,7 +112,7 @@ def _models(root: type[BaseModel]) -> list[type[BaseModel]]:
 
 
 def page() -> str:
-    """All keys as one page of Markdown: the stages by kind, then `execution`, then the sections inside them."""
+    """Return the Markdown page of all keys: the stages by kind, then `execution`, then the sections inside them."""
     definitions = Recipe.model_json_schema()["$defs"]
     stages = list(stage_classes().items())
     tops = [*(model for _, model in stages), Execution]
@@ -137,7 +137,7 @@ def _section(model: type[BaseModel], definitions: Mapping[str, Any]) -> str:
 
 
 def _type(value: Mapping[str, Any]) -> str:
-    """The type of a value in words, with its bounds; sections are links."""
+    """Return the type of a value as text, with its bounds; sections are links."""
     if "$ref" in value:
         name = str(value["$ref"]).rsplit("/", 1)[1]
         return f"[{name}](#{name.lower()})"
@@ -158,7 +158,7 @@ def _type(value: Mapping[str, Any]) -> str:
 
 
 def _default(value: Mapping[str, Any], required: bool) -> str:
-    """The default as YAML writes it; that of a section is spelled out there."""
+    """Return the default as in YAML; the defaults of a section are listed in its own table."""
     if required:
         return "required"
     default = value.get("default")

@@ -97,7 +97,7 @@ def test_a_text_that_changes_while_it_is_read(what: str, minitron: Cli, tmp_path
         code, output = minitron(*command)
     assert done, "it must be disturbed for this to mean anything"
     says = {
-        "grows": (f"its source changed since the run began. where: {text}", "wait until nothing writes there"),
+        "grows": (f"a source has changed since the run began. where: {text}", "wait until nothing writes to it"),
         "goes": (str(text),),
         "another goes": ("b.jsonl", "If it was moved or deleted, put it back"),
     }

@@ -162,7 +162,7 @@ def test_sizes_that_do_not_fit_are_refused(algorithm: str, texts: list[str], tol
         ("ppo", "server_port=99999", "less than or equal to 65535"),
         ("ppo", "server_host=a;b", "server_host"),
         ("grpo", "lr=1e-6", "'ppo' or 'reinforce'"),
-        ("ppo", "lr", "not of the form KEY=VALUE"),
+        ("ppo", "lr", "does not have the form KEY=VALUE"),
         ("ppo", "actor.model.ppo.combine_rm_and_critic_server=true", "Use remote_critic_rm.combine_rm_and_critic"),
         ("ppo", "actor.trainer.ppo.trt_model_dir=/x", "Use model.ppo.trt_model_dir"),
         ("ppo", "actor.model.ppo.ratio_ep=0.1", "Did you mean model.ppo.ratio_eps?"),

@@ -110,8 +110,8 @@ def test_the_schema_tells_what_a_key_holds(key: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["stages.distill.lr=1,2"], "several values, where one is needed"),
-        (["stages.distill.lr=range(1,3)"], "several values, where one is needed"),
+        (["stages.distill.lr=1,2"], "several values for a key that holds one"),
+        (["stages.distill.lr=range(1,3)"], "several values for a key that holds one"),
         (["stages.score.width_axes=ffn,heads"], r"stages.score.width_axes=\[ffn,heads\]"),
         (["stages.score.block_lengths=3"], r"must be a list, such as \[3\]"),
         (["stages.distill.lr=~x"], "lr = '~x': input should be a valid number"),
@@ -121,13 +121,13 @@ def test_the_schema_tells_what_a_key_holds(key: str, kind: str) -> None:
         (["stagess.distill.lr=1"], "Did you mean stages.distill.lr"),
         (["distil.lr=1"], "Did you mean stages.distill.lr"),
         (["pipelin=chain"], "Did you mean pipeline"),
-        (["stages..lr=1"], "no key"),
+        (["stages..lr=1"], "is not a key"),
         (["stages.distill.lr =1"], "a space in the key"),
-        (["stages.distill.lr", "=", "1"], "no spaces around the ="),
-        (["stages.distill.lr=", "1"], "no spaces around the ="),
+        (["stages.distill.lr", "=", "1"], "the spaces around the ="),
+        (["stages.distill.lr=", "1"], "the spaces around the ="),
         (["stages.distill.lr:1"], "Write stages.distill.lr=1"),
         (["stages.distill.lr"], "KEY=VALUE"),
-        (["=1"], "no override"),
+        (["=1"], "is not an override"),
         (["--dry-run"], "put options before it"),
         (["recipes/toy/depth.yaml"], "Give one recipe"),
         (["stages.data.sources.7.source=x"], "list index out of range"),
@@ -140,7 +140,7 @@ def test_words_that_cannot_be_meant_are_explained(words: list[str], said: str) -
 
 
 def test_an_override_before_the_recipe_is_named() -> None:
-    with pytest.raises(ConfigError, match="The recipe comes first"):
+    with pytest.raises(ConfigError, match="Put the recipe first"):
         load_recipe(Path("stages.distill.lr=1"), [str(TOY)])
 
 

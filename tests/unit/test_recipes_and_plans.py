@@ -47,7 +47,7 @@ def test_a_recipe_outside_the_repository_finds_the_configs_of_the_package(tmp_pa
         ("stages.select.method=best", "'importance', 'random' or 'magnitude'"),
         ("stages.distill.loss.logits.temperatur=2", "Did you mean temperature?"),
         ("eval=nothing", "could not be composed"),
-        ("stages.distill.lr=[", "no list or mapping"),
+        ("stages.distill.lr=[", "not a list or mapping"),
     ],
 )
 def test_a_wrong_override_is_named(override: str, words: str) -> None:

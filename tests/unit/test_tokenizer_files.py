@@ -399,7 +399,7 @@ def test_different_added_tokens_are_an_error_if_the_data_use_them_and_otherwise_
     )
     assert any(f"{number} (teacher <two>, student <User>)" in text for text in said)
     assert not any("<one>" in text for text in said)
-    with pytest.raises(DataError, match=rf"uses them: {number} \(teacher <two>, student <User>\)"):
+    with pytest.raises(DataError, match=rf"contain them: {number} \(teacher <two>, student <User>\)"):
         require_one_tokenizer(
             *inputs_of(tmp_path, [5, number, 0], teacher=teacher, student=student), context(tmp_path, [])
         )
