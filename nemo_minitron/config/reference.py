@@ -68,7 +68,7 @@ def json_schema() -> dict[str, Any]:
         "defaults": {"type": "array", "description": "Configs and recipes that this one starts from, as in Hydra."},
         "stages": {
             "type": "object",
-            "description": "Stage name -> its keys. A stage that is not named as its kind says `kind`.",
+            "description": "Stage name -> its keys. A stage whose name is not that of its kind needs the key `kind`.",
             "properties": stages,
             "additionalProperties": {"anyOf": list(stages.values())},
         },

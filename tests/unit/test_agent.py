@@ -1,4 +1,4 @@
-"""The agent of one node: what its ranks get, and how they end."""
+"""The agent of one node: the environment of its ranks, and how they end."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SCRIPT = """
 import json, os, signal, sys, time
 from pathlib import Path
 folder, rank = Path(sys.argv[1]), os.environ["RANK"]
-def last_words(number, _):
-    (folder / f"asked.{rank}").write_text(f"{number} {Path(os.environ['MINITRON_MEETING'], 'failed').exists()}")
+def record(number, _):
+    (folder / f"signal.{rank}").write_text(f"{number} {Path(os.environ['MINITRON_MEETING'], 'failed').exists()}")
     sys.exit(0)
-signal.signal(signal.SIGTERM, last_words)
-signal.signal(signal.SIGINT, last_words)
+signal.signal(signal.SIGTERM, record)
+signal.signal(signal.SIGINT, record)
 place = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
 (folder / f"new.{rank}").write_text(json.dumps({"pid": os.getpid(), **place}))
 os.replace(folder / f"new.{rank}", folder / f"rank.{rank}")
@@ -58,7 +58,7 @@ def _lives(pid: int) -> bool:
         return False
 
 
-def test_every_rank_gets_its_place(tmp_path: Path) -> None:
+def test_the_agent_sets_the_rank_variables(tmp_path: Path) -> None:
     agent = _start(tmp_path, "sys.exit(0)")
     assert agent.wait(60) == 0
     for rank, found in enumerate(_ranks(tmp_path)):
@@ -67,25 +67,25 @@ def test_every_rank_gets_its_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("end", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGKILL)", 137)])
-def test_a_rank_that_fails_ends_the_others_who_know_why(end: str, code: int, tmp_path: Path) -> None:
+def test_a_failed_rank_ends_the_others_and_they_know_the_reason(end: str, code: int, tmp_path: Path) -> None:
     wait = "while not (folder / 'rank.0').exists(): time.sleep(0.01)\n"
     agent = _start(tmp_path, f"if rank == '1':\n    {wait}    {end}\n{WAITS}")
     assert agent.wait(60) == code
-    assert (tmp_path / "asked.0").read_text() == f"{int(signal.SIGTERM)} True"
+    assert (tmp_path / "signal.0").read_text() == f"{int(signal.SIGTERM)} True"
     assert (tmp_path / FAILED_FILE).exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_request_reaches_every_rank(number: signal.Signals, tmp_path: Path) -> None:
+def test_the_agent_forwards_stop_signals_to_all_ranks(number: signal.Signals, tmp_path: Path) -> None:
     agent = _start(tmp_path, WAITS)
     _ranks(tmp_path)
     agent.send_signal(number)
     assert agent.wait(60) == 128 + number
     for rank in (0, 1):
-        assert (tmp_path / f"asked.{rank}").read_text() == f"{int(number)} False"
+        assert (tmp_path / f"signal.{rank}").read_text() == f"{int(number)} False"
 
 
-def test_a_rank_that_does_not_listen_is_killed(tmp_path: Path) -> None:
+def test_a_rank_that_ignores_the_signal_is_killed(tmp_path: Path) -> None:
     code = "import sys; from nemo_minitron.processes import agent; agent.GRACE_S = 0.5; "
     code += "sys.exit(agent.main('2', *sys.argv[1:]))"
     (tmp_path / "script.py").write_text(SCRIPT + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WAITS)
@@ -98,7 +98,7 @@ def test_a_rank_that_does_not_listen_is_killed(tmp_path: Path) -> None:
     assert not any(_lives(pid) for pid in pids)
 
 
-def test_ranks_end_when_their_runner_is_gone(tmp_path: Path) -> None:
+def test_ranks_end_after_their_runner_was_killed(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT + WAITS)
     words = Nodes().command(sys.executable, 2, [str(tmp_path / "script.py"), str(tmp_path)])
     code = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.sleep(60)"

@@ -1,4 +1,4 @@
-"""Words of the command line: values as people type them, and what is said about words that are no overrides."""
+"""Overrides on the command line: how their values are read, and messages about words that are not overrides."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _source(recipe: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_the_value_of_a_text_key_arrives_as_it_was_typed(text: str) -> None:
+def test_the_value_of_a_text_key_is_taken_literally(text: str) -> None:
     assert _source(compose(TOY, [f"stages.teacher.source={text}"])) == text
 
 
@@ -66,7 +66,7 @@ def test_lists_and_mappings_may_hold_any_text() -> None:
     assert sources.sources[0].weight == 2.0  # type: ignore[union-attr]
 
 
-def test_short_forms_and_indices_are_written_out(tmp_path: Path) -> None:
+def test_short_forms_and_indices_are_expanded(tmp_path: Path) -> None:
     site = tmp_path / "our site=1.yaml"
     site.write_text("partition: big\n")
     recipe = load_recipe(
@@ -103,12 +103,12 @@ def test_a_cluster_of_the_home_folder_needs_no_shell_to_find_it(
         ("stages.distill.lrr", "unknown"),
     ],
 )
-def test_the_schema_tells_what_a_key_holds(key: str, kind: str) -> None:
+def test_the_type_of_a_key_comes_from_the_schema(key: str, kind: str) -> None:
     assert value_kind(key) == kind
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["stages.distill.lr=1,2"], "several values for a key that holds one"),
         (["stages.distill.lr=range(1,3)"], "several values for a key that holds one"),
@@ -134,17 +134,17 @@ def test_the_schema_tells_what_a_key_holds(key: str, kind: str) -> None:
         (["stages.teacher.source=${HOME}/x"], r"\$\{oc.env:HOME\}"),
     ],
 )
-def test_words_that_cannot_be_meant_are_explained(words: list[str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_wrong_overrides_are_explained(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         load_recipe(TOY, words)
 
 
-def test_an_override_before_the_recipe_is_named() -> None:
+def test_an_override_in_place_of_the_recipe_is_rejected() -> None:
     with pytest.raises(ConfigError, match="Put the recipe first"):
         load_recipe(Path("stages.distill.lr=1"), [str(TOY)])
 
 
-def test_a_number_that_yaml_reads_where_text_is_needed_asks_for_quotes(tmp_path: Path) -> None:
+def test_a_number_for_a_text_key_needs_quotes(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("stages:\n  teacher: {kind: import, source: x, revision: 1.10}\n")
     with pytest.raises(ConfigError, match="write it in quotes"):

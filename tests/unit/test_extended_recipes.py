@@ -1,4 +1,4 @@
-"""Recipes that extend recipes, and where recipes and configs are found."""
+"""Recipes that extend other recipes, and the search path of recipes and configs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MINE = "stages: {distill: {num_steps: 7}}\n"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's working folder, outside of the checkout."""
+    """Return a user's working directory outside of the checkout."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -36,7 +36,7 @@ def shipped(name: str) -> dict[str, Any]:
 
 
 def expected(base: str, name: str, **distill: Any) -> dict[str, Any]:
-    """A shipped recipe with another name, and with changes of its distill stage."""
+    """Return a shipped recipe with another name and with changes to its distill stage."""
     found = copy.deepcopy(shipped(base))
     found["stages"]["distill"] |= distill
     return {**found, "name": name}
@@ -68,7 +68,7 @@ def test_a_shipped_recipe_is_extended_from_any_folder(file: str, name: str, fold
     assert compose(Path(file).with_suffix("")) == compose(folder / file)
 
 
-def test_several_levels_over_folders_and_the_last_word_counts(folder: Path) -> None:
+def test_recipes_extend_over_several_folders_and_the_outermost_takes_precedence(folder: Path) -> None:
     write("recipes/first.yml", f"defaults: [toy/width, _self_]\n{MINE}")
     write("recipes/deeper/second.yaml", "defaults: [../first, _self_]\nstages: {distill: {lr: 1.0e-5}}\n")
     write("third recipe.yaml", "defaults: [recipes/deeper/second, _self_]\nstages: {distill: {num_steps: 9}}\n")
@@ -77,7 +77,7 @@ def test_several_levels_over_folders_and_the_last_word_counts(folder: Path) -> N
     assert compose(Path("before.yaml"))["stages"]["distill"]["num_steps"] == 7
 
 
-def test_groups_of_a_base_are_chosen_anew_and_a_base_named_twice_counts_once(folder: Path) -> None:
+def test_groups_of_a_base_can_be_overridden_and_a_base_is_merged_only_once(folder: Path) -> None:
     write("chain.yaml", "defaults: [smollm2_135m/iterative, _self_]\n")
     assert compose(Path("chain.yaml")) == {**compose(REPO / "recipes/smollm2_135m/iterative.yaml"), "name": "chain"}
     text = "defaults: [toy/depth, override /data@stages.data: your_text, _self_]\n"
@@ -90,8 +90,8 @@ def test_groups_of_a_base_are_chosen_anew_and_a_base_named_twice_counts_once(fol
     assert compose(Path("both.yaml"), ["data@stages.data=your_text"])["stages"]["data"] != {}
 
 
-def test_a_base_keeps_its_name_to_itself_and_what_is_written_out_needs_no_base(folder: Path) -> None:
-    """A run under the name of the base would be told that its recipe had changed."""
+def test_the_name_of_a_base_is_not_inherited_and_a_composed_recipe_needs_no_base(folder: Path) -> None:
+    """With the name of the base, the run would be reported as one whose recipe has changed."""
     base = write("base.yaml", "name: of/the/base\ndefaults: [toy/width, _self_]\n")
     mine = write("mine.yaml", f"defaults: [base, _self_]\n{MINE}")
     assert (compose(base)["name"], compose(mine)["name"]) == ("of/the/base", "mine")
@@ -100,14 +100,14 @@ def test_a_base_keeps_its_name_to_itself_and_what_is_written_out_needs_no_base(f
     assert compose(alone) == expected("toy/width", "mine", num_steps=7)
 
 
-def test_fragments_beside_a_recipe_go_where_they_say(folder: Path) -> None:
+def test_the_package_header_places_the_configs_beside_a_recipe(folder: Path) -> None:
     write("more/steps.yaml", "num_steps: 7\n")
     write("more/header.yaml", "# @package stages.distill\n# My own.\nlr: 1.0e-5\n")
     write("more/mine.yaml", "defaults: [toy/width, steps@stages.distill, header, _self_]\n")
     assert compose(Path("more/mine.yaml")) == expected("toy/width", "mine", num_steps=7, lr=1.0e-5)
 
 
-def test_a_users_own_folders_go_first_and_the_packages_follow(folder: Path) -> None:
+def test_folders_of_the_user_take_precedence_over_those_of_the_package(folder: Path) -> None:
     assert require_recipe(Path("toy/width")) == REPO / "recipes/toy/width.yaml"
     own = write("recipes/toy/width.yaml", f"defaults: [toy/width, _self_]\n{MINE}")
     assert require_recipe(Path("toy/width")) == own.resolve()
@@ -133,7 +133,7 @@ def test_a_users_own_folders_go_first_and_the_packages_follow(folder: Path) -> N
         ("/x/recipe.json", "recipe.json"),
     ],
 )
-def test_every_file_name_gives_a_name_that_a_run_can_have(file: str, name: str, folder: Path) -> None:
+def test_every_file_name_gives_a_valid_run_name(file: str, name: str, folder: Path) -> None:
     from nemo_minitron.config.explain import validate
 
     assert recipe_name(Path(file)) == name
@@ -142,7 +142,7 @@ def test_every_file_name_gives_a_name_that_a_run_can_have(file: str, name: str, 
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("defaults: [toy/widht]", "extends toy/widht, which does not exist"),
         ("defaults: [nothing, _self_]", "allowed: claims/smollm2_135m, "),
@@ -163,16 +163,16 @@ def test_every_file_name_gives_a_name_that_a_run_can_have(file: str, name: str, 
         ("a: ${b}\nb: ${a}", "Recursive interpolation"),
     ],
 )
-def test_what_is_wrong_is_said_with_the_users_file(text: str, said: str, folder: Path, minitron: Cli) -> None:
+def test_errors_name_the_file_of_the_user(text: str, message: str, folder: Path, minitron: Cli) -> None:
     write("other.yaml", "defaults: [mine]\n")
     code, out = minitron("check", write("mine.yaml", text + "\n"))
     assert code == 2
-    assert said in out
+    assert message in out
     assert "mine.yaml" in out
     assert "minitron_recipe" not in out
 
 
-def test_a_recipe_that_is_not_there_names_its_neighbors_and_the_shipped_ones(folder: Path, minitron: Cli) -> None:
+def test_the_error_about_a_missing_recipe_names_others(folder: Path, minitron: Cli) -> None:
     write("neighbor.yaml", "{}\n")
     code, out = minitron("check", "toy/depht")
     assert (code, "allowed: toy/depth" in out) == (2, True)

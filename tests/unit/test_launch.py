@@ -104,7 +104,7 @@ def test_what_sinfo_says() -> None:
     assert [minutes_of(text) for text in ("30:00", "1-12:30:00", "2-0")] == [30, 2190, 2880]
 
 
-FOLLOWER = """
+OTHER_NODE = """
 import sys
 from pathlib import Path
 from nemo_minitron.processes.nodes import Nodes, serve_requests
@@ -116,27 +116,27 @@ def _start(words: list[str], environment: dict[str, str]) -> subprocess.Popen[by
     return subprocess.Popen(words, env=environment)
 
 
-def test_other_nodes_carry_out_the_orders_of_the_first_and_go_when_dismissed(tmp_path: Path) -> None:
+def test_other_nodes_serve_requests_until_they_are_released(tmp_path: Path) -> None:
     first = Nodes(2, 0, "node1", 20001, "7-0")
     write = "import sys, os; open(sys.argv[1] + os.environ['WORD'] + sys.argv[2][-1], 'w')"
-    other = subprocess.Popen([sys.executable, "-c", FOLLOWER, str(tmp_path)], cwd=REPO)
+    other = subprocess.Popen([sys.executable, "-c", OTHER_NODE, str(tmp_path)], cwd=REPO)
     for word in ("a", "b"):
         command = [sys.executable, "-c", write, f"{tmp_path}/", "--node-rank={rank}"]
         assert start_everywhere(command, {"WORD": word}, first, tmp_path, _start).wait() == 0
     release_nodes(first, tmp_path)
     assert other.wait(60) == 0
     assert {"a0", "b0"} <= {path.name for path in tmp_path.iterdir()}
-    orders = sorted((tmp_path / "orders/7-0").glob("*.json"))
-    assert [json.loads(file.read_text())["environment"]["WORD"] for file in orders] == ["a", "b"]
+    requests = sorted((tmp_path / "orders/7-0").glob("*.json"))
+    assert [json.loads(file.read_text())["environment"]["WORD"] for file in requests] == ["a", "b"]
 
 
-def test_a_node_whose_processes_fail_ends_with_their_code(tmp_path: Path) -> None:
+def test_a_node_returns_the_exit_code_of_its_failed_processes(tmp_path: Path) -> None:
     first, second = (Nodes(2, rank, "node1", 20001, "7-1") for rank in (0, 1))
     start_everywhere([sys.executable, "-c", "raise SystemExit(3)"], {}, first, tmp_path, _start).wait()
     assert serve_requests(second, tmp_path, lambda: False, (tmp_path / "log").open("wb")) == 3
 
 
-def test_orders_of_an_earlier_attempt_are_not_carried_out(tmp_path: Path) -> None:
+def test_requests_of_an_earlier_attempt_are_ignored(tmp_path: Path) -> None:
     start_everywhere(
         [sys.executable, "-c", "raise SystemExit(3)"], {}, Nodes(2, 0, "a", 1, "7-0"), tmp_path, _start
     ).wait()
@@ -154,7 +154,7 @@ def test_the_agent_of_several_nodes(tmp_path: Path) -> None:
     }
     nodes = Nodes.here(several)
     words = nodes.command("python", 4, ["script"])
-    # Not `-m`, which would put the working folder first on the import path.
+    # `-m` would put the working directory first on the import path.
     assert words[:3] == ["python", str(START), "torch.distributed.run"]
     assert words[3:] == [
         "--rdzv-backend=static",
@@ -171,7 +171,7 @@ def test_the_agent_of_several_nodes(tmp_path: Path) -> None:
         Nodes.here({"MINITRON_NODES": "2"})
 
 
-def test_the_agent_of_one_node_listens_on_nothing_and_ft_launcher_meets_on_the_loopback(tmp_path: Path) -> None:
+def test_the_agent_of_one_node_opens_no_port_and_ft_launcher_uses_the_loopback(tmp_path: Path) -> None:
     words = Nodes.here({}).command("python", 4, ["script", "word"])
     assert words == ["python", str(START), "ranks", "4", "python", "-u", "script", "word"]
     words = Nodes.here({"MINITRON_AGENT": "ft_launcher"}).command(tmp_path / "python", 2, ["script"])
@@ -180,7 +180,7 @@ def test_the_agent_of_one_node_listens_on_nothing_and_ft_launcher_meets_on_the_l
     assert "--standalone" not in words
 
 
-def test_threads_are_the_users_or_share_out_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_omp_num_threads_or_an_equal_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nemo_minitron.processes.nodes.usable_cores", lambda: 16)
     assert Nodes().threads_of_each(1, {}) == 16
     assert Nodes().threads_of_each(8, {"OMP_NUM_THREADS": ""}) == 2

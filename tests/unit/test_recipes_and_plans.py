@@ -55,7 +55,7 @@ def test_a_wrong_override_is_named(override: str, words: str) -> None:
         load_recipe(TOY, [override])
 
 
-def test_a_missing_recipe_names_its_neighbours() -> None:
+def test_the_error_about_a_missing_recipe_names_its_neighbors() -> None:
     with pytest.raises(ConfigError, match=r"toy/depth\.yaml"):
         load_recipe(REPO / "recipes/toy/widht.yaml", [])
 
@@ -93,7 +93,7 @@ def test_a_missing_recipe_names_its_neighbours() -> None:
         ),
     ],
 )
-def test_a_recipe_that_cannot_be_carried_out_is_refused(override: str, words: str, tmp_path: Path) -> None:
+def test_a_recipe_that_cannot_run_is_rejected(override: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=words):
         load_plan(TOY, [f"execution.run_root={tmp_path}", *override.split()])
 
@@ -131,14 +131,14 @@ def test_a_recipe_that_cannot_be_carried_out_is_refused(override: str, words: st
         ),
     ],
 )
-def test_a_distillation_that_asks_for_what_its_cache_does_not_have_is_refused(
+def test_a_distillation_that_needs_more_than_its_cache_has_is_rejected(
     override: str, words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(PlanError, match=words):
         load_plan(CACHED, [f"execution.run_root={tmp_path}", override])
 
 
-def test_an_edited_text_makes_its_stage_another_one_and_a_removed_text_does_not(tmp_path: Path) -> None:
+def test_a_stage_changes_if_its_text_is_edited_but_not_if_it_is_removed(tmp_path: Path) -> None:
     text = tmp_path / "a.jsonl"
     text.write_text('{"text": "one"}')
     recipe = load_recipe(TOY, [f"stages.data.sources=[{{source: '{text}'}}]", f"execution.run_root={tmp_path}"])

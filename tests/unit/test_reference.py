@@ -1,4 +1,4 @@
-"""The JSON schema and the page of keys follow the schema, and editors can use them for every recipe that ships."""
+"""The JSON schema and the page of keys match the schema, and the JSON schema accepts every shipped recipe."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def validator() -> Any:
     return jsonschema.Draft202012Validator(schema)
 
 
-def test_both_files_are_what_the_schema_says_now() -> None:
+def test_both_files_are_up_to_date() -> None:
     if f"pydantic=={version('pydantic')}" not in (REPO / "constraints" / "newest.txt").read_text().splitlines():
         pytest.skip("other versions of pydantic spell the same schema differently")
     assert (FOLDER / "recipe.schema.json").read_text() == json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
@@ -35,13 +35,13 @@ def test_both_files_are_what_the_schema_says_now() -> None:
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: f"{file.parent.name}/{file.stem}")
-def test_an_editor_has_nothing_against_a_recipe_that_ships(file: Path, validator: Any) -> None:
+def test_the_json_schema_accepts_every_shipped_recipe(file: Path, validator: Any) -> None:
     found = [f"{'.'.join(map(str, one.absolute_path))}: {one.message}" for one in validator.iter_errors(load(file))]
     assert not found
 
 
 def load(file: Path) -> Any:
-    """A recipe with numbers as OmegaConf and editors read them: PyYAML takes 1e9 for text."""
+    """Read a recipe with numbers as in OmegaConf and editors; PyYAML would read 1e9 as text."""
     return OmegaConf.to_container(OmegaConf.load(file), resolve=False)
 
 
@@ -55,7 +55,9 @@ def load(file: Path) -> Any:
         {"score": {"method": "taylr"}},
     ],
 )
-def test_an_editor_marks_misspelled_keys_and_values_out_of_bounds(stages: dict[str, Any], validator: Any) -> None:
+def test_the_json_schema_rejects_misspelled_keys_and_values_out_of_bounds(
+    stages: dict[str, Any], validator: Any
+) -> None:
     assert not validator.is_valid({"stages": stages})
 
 
@@ -63,7 +65,7 @@ def test_any_value_can_be_an_interpolation(validator: Any) -> None:
     assert validator.is_valid({"stages": {"distill": {"num_steps": "${stages.other.num_steps}", "lr": 1e-4}}})
 
 
-def test_a_key_has_the_words_below_it_and_an_inherited_key_those_of_its_owner() -> None:
+def test_a_key_is_described_by_the_docstring_below_it_also_if_inherited() -> None:
     assert field_docs(DistillStage)["global_batch_size"] == "Sequences per optimizer step."
     properties = json_schema()["$defs"]["DistillStage"]["properties"]
     assert properties["global_batch_size"]["description"] == "Sequences per optimizer step."

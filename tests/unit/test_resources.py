@@ -1,4 +1,4 @@
-"""What the planner says of time, money, disk and layouts, against sums made by hand."""
+"""Estimates of time, cost, disk space and layouts, compared with calculations by hand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_papers_distillation_takes_a_plausible_number_of_gpu_hours(tmp_path:
     """94B tokens on 32 DGX H100 (2408.11796, section 3): three passes of the student and one of the teacher."""
     distill = estimates(_plan(MINITRON_4B, tmp_path, DGX_32))["distill"]
     assert distill.tokens == 9961 * 1152 * 8192
-    # By hand: 2 operations a weight and pass, embeddings aside; and two products of attention, over half the sequence.
+    # By hand: 2 operations per weight and pass, without embeddings; two attention products over half the sequence.
     student, teacher = 4_512_746_496 - 128_256 * 3072, 8_030_261_248 - 128_256 * 4096
     attention = 32 * 2 * 2 * (32 * 128) * 8192 / 2
     by_hand = (6 * student + 2 * teacher + 4 * attention) * distill.tokens
@@ -48,7 +48,7 @@ def test_mfu_price_and_hardware_are_keys(tmp_path: Path) -> None:
     assert all(found.peak_tflops > 0 for found in HARDWARE.values())
 
 
-def test_a_stage_that_does_not_fit_is_told_with_what_would(tmp_path: Path) -> None:
+def test_the_warning_about_memory_proposes_a_layout_that_fits(tmp_path: Path) -> None:
     plan = _plan(MINITRON_4B, tmp_path, "execution.parallel={tp: 1, dp: 8, micro_batch_size: 4}")
     facts = resource_facts(plan)
     assert not facts["stages"]["distill"]["fits"]
@@ -59,7 +59,7 @@ def test_a_stage_that_does_not_fit_is_told_with_what_would(tmp_path: Path) -> No
         assert proposal["peak_gib"] <= 74.0
         words = proposal["words"].split(" (")[0]
         again = resource_facts(_plan(MINITRON_4B, tmp_path, f"execution.parallel={words}"))
-        assert again["stages"]["distill"]["fits"], "what is proposed can be put into the recipe as it stands"
+        assert again["stages"]["distill"]["fits"], "the proposal can be copied into the recipe"
         assert again["stages"]["distill"]["memory"]["peak_gib"] == pytest.approx(proposal["peak_gib"], abs=1e-3)
 
 
@@ -74,14 +74,14 @@ def test_proposals_divide_the_model_and_the_batch(tmp_path: Path) -> None:
         assert 8 % layout["tp"] == 0
 
 
-def test_disk_holds_weights_and_the_checkpoints_that_are_kept(tmp_path: Path) -> None:
+def test_disk_space_includes_weights_and_kept_checkpoints(tmp_path: Path) -> None:
     count = 4_512_746_496
-    # bf16 weights; master and two moments in fp32 beside them; two checkpoints stay while a third is written.
+    # bf16 weights; checkpoints also hold fp32 masters and two moments; two are kept while a third is written.
     expected = 2 * count + 3 * 14 * count
     assert estimates(_plan(MINITRON_4B, tmp_path, DGX_32))["distill"].disk_bytes == expected
 
 
-def test_a_laptop_pays_nothing_and_a_cache_has_its_size(tmp_path: Path) -> None:
+def test_a_laptop_uses_no_gpu_hours_and_a_cache_has_a_size(tmp_path: Path) -> None:
     found = estimates(_plan(REPO / "recipes/toy/cached.yaml", tmp_path))
     assert all(estimate.gpu_hours == 0 for estimate in found.values())
     assert found["cache_teacher"].disk_bytes > 0
@@ -96,7 +96,9 @@ def test_alignment_and_candidates_are_counted(tmp_path: Path) -> None:
     assert any(name.startswith("search_") for name in searched)
 
 
-def test_plan_shows_it_and_gives_it_to_programs(tmp_path: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_shows_the_estimates_and_prints_them_as_json(
+    tmp_path: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     code, output = minitron("plan", TOY, f"execution.run_root={tmp_path}")
     assert code == 0
@@ -108,7 +110,7 @@ def test_plan_shows_it_and_gives_it_to_programs(tmp_path: Path, minitron: Cli, m
     assert set(facts["totals"]) == {"hours", "gpu_hours", "cost", "disk_gib"}
 
 
-def test_the_disk_holds_tokens_twice_while_they_are_joined(tmp_path: Path) -> None:
+def test_disk_space_includes_shards_and_joined_datasets(tmp_path: Path) -> None:
     text = tmp_path / "x.jsonl"
     text.write_text('{"text": "a"}\n')
     before = resource_facts(_plan(TOY, tmp_path))["totals"]["disk_gib"]

@@ -1,4 +1,4 @@
-"""When a training goes on in a work folder that was begun with other keys."""
+"""Resuming a training in a work folder that was started with other keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _distill(tmp_path: Path, correction: str) -> StageCall:
 
 
 @pytest.mark.parametrize(
-    ("correction", "goes_on"),
+    ("correction", "resumes"),
     [
         ("{pretraining_lr: 4e-3, warmup_steps: 5}", True),
         ("{pretraining_lr: 5e-3, warmup_steps: 4, min_lr: 1e-5}", True),
@@ -28,13 +28,13 @@ def _distill(tmp_path: Path, correction: str) -> StageCall:
         ("null", False),
     ],
 )
-def test_another_rate_of_the_teacher_may_go_on_and_another_course_may_not(
-    correction: str, goes_on: bool, tmp_path: Path
+def test_a_training_resumes_with_other_teacher_rates_but_not_with_another_schedule(
+    correction: str, resumes: bool, tmp_path: Path
 ) -> None:
     store, silent = Store(tmp_path / "run"), Progress(silent=True)
-    begun = _distill(tmp_path, "{pretraining_lr: 5e-3, warmup_steps: 5}")
-    folder, _ = open_work(begun, store, accept_drift=True, progress=silent)
+    first = _distill(tmp_path, "{pretraining_lr: 5e-3, warmup_steps: 5}")
+    folder, _ = open_work(first, store, accept_drift=True, progress=silent)
     (folder / "checkpoint").touch()
     again, accepted = open_work(_distill(tmp_path, correction), store, accept_drift=True, progress=silent)
-    assert (again / "checkpoint").exists() == goes_on
-    assert bool(accepted) == goes_on
+    assert (again / "checkpoint").exists() == resumes
+    assert bool(accepted) == resumes

@@ -1,4 +1,4 @@
-"""The kind of stage that writes a teacher's distributions to disk."""
+"""The kind of stage that caches the distributions of a teacher on disk."""
 
 from __future__ import annotations
 

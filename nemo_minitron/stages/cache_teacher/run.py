@@ -15,7 +15,7 @@ from nemo_minitron.stages.kind import Result
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stage reads."""
+    """Inputs of the stage, by role."""
 
     teacher: Model
     data: TokenizedText

@@ -1,4 +1,4 @@
-"""The kind of stage that stops a run whose teacher is too bad."""
+"""The kind of stage that measures the teacher, and stops the run if its loss is too high."""
 
 from __future__ import annotations
 

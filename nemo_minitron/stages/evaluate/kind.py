@@ -1,4 +1,4 @@
-"""The kind of stage that measures a model on held-out text and tasks."""
+"""The kind of stage that evaluates a model on held-out text and lm-eval tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kind of stage that measures what an aligned model prefers and answers."""
+"""The kind of stage that evaluates an aligned model on pairs or conversations."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from nemo_minitron.stages.kind import Result
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stage reads."""
+    """Inputs of the stage, by role."""
 
     model: Model
     chats: ChatRows

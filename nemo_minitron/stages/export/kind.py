@@ -1,4 +1,4 @@
-"""The kind of stage that writes the finished model with its model card."""
+"""The kind of stage that exports the finished model with a model card."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from nemo_minitron.system.disclosure import masked
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stage reads."""
+    """Inputs of the stage, by role."""
 
     model: Model
     teacher: Model

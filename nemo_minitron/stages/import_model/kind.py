@@ -1,4 +1,4 @@
-"""The kind of stage that brings a model into a run."""
+"""The kind of stage that imports a model into a run."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _WRITES_TO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stage reads."""
+    """Inputs of the stage, by role."""
 
     like: Model | None = None
 

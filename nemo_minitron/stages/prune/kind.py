@@ -1,4 +1,4 @@
-"""The kind of stage that cuts a model by plan."""
+"""The kind of stage that prunes a model according to a plan."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from nemo_minitron.stages.prune.params import PruneStage
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stage reads."""
+    """Inputs of the stage, by role."""
 
     model: Model
     plan: PrunePlanArtifact

@@ -17,7 +17,7 @@ from nemo_minitron.stages.report.params import ReportStage
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stage reads."""
+    """Inputs of the stage, by role."""
 
     stages: Mapping[str, Artifact]
 

@@ -1,4 +1,4 @@
-"""The kind of stage that measures the importance of every axis."""
+"""The kind of stage that scores the importance of every axis."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stage reads."""
+    """Inputs of the stage, by role."""
 
     model: Model
     teacher: Model

@@ -1,4 +1,4 @@
-"""The kinds of stage that search for a shape: the search itself, and its candidates."""
+"""The kinds of stage that search for a shape: the search itself and its candidates."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _MEASURED = ("zero_shot_loss", "losses", "generate_tokens_per_s")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stage reads."""
+    """Inputs of the stage, by role."""
 
     model: Model
     candidates: Mapping[str, CandidateModel]

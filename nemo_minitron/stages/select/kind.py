@@ -1,4 +1,4 @@
-"""The kind of stage that decides which indices stay."""
+"""The kind of stage that selects the indices to keep on each axis."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from nemo_minitron.stages.select.params import SelectStage
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stage reads."""
+    """Inputs of the stage, by role."""
 
     model: Model
     scores: Scores | None = None

@@ -1,4 +1,4 @@
-"""The kind of stage that times models side by side."""
+"""The kind of stage that measures the speed of several models."""
 
 from __future__ import annotations
 

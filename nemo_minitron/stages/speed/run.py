@@ -14,7 +14,7 @@ from nemo_minitron.stages.speed.params import SpeedStage
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stage reads."""
+    """Inputs of the stage, by role."""
 
     models: Mapping[str, Model]
 

@@ -1,4 +1,4 @@
-"""The kind of stage that turns text into Megatron's indexed datasets."""
+"""The kind of stage that tokenizes text into Megatron's indexed datasets."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _TOTALS = ("num_documents", "num_tokens", "num_bytes")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stage reads."""
+    """Inputs of the stage, by role."""
 
     tokenizer: Model
 

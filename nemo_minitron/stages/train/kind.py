@@ -1,4 +1,4 @@
-"""The kinds of stage that train a model on text: from any start, and the correction of a teacher."""
+"""The kinds of stage that train a model on text: general training, and the correction of a teacher."""
 
 from __future__ import annotations
 

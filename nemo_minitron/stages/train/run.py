@@ -15,7 +15,7 @@ from nemo_minitron.stages.train.params import TrainStage
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stage reads."""
+    """Inputs of the stage, by role."""
 
     model: Model
     data: TokenizedText
