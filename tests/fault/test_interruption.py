@@ -1,4 +1,4 @@
-"""kill -9 in the middle of distillation, and a second runner."""
+"""A distillation that is killed, and a second runner of the same run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _wait_for_step(curves: Path, step: int, process: subprocess.Popen[str]) -> N
             return
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
-    raise AssertionError("the distillation did not get that far")
+    raise AssertionError("the distillation did not reach this step")
 
 
 def test_a_killed_distillation_resumes_to_the_same_bits(tmp_path: Path) -> None:
@@ -49,12 +49,12 @@ def test_a_killed_distillation_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert not (root / "distill").exists(), "nothing may be published"
     assert [path.name for path in sorted((work / "checkpoints").glob("step_*"))] == ["step_00000005", "step_00000010"]
     used = json.loads((work / "data_used.json").read_text())
-    assert [source["tokens"] for source in used] == [10 * 8 * 128], "as far as the newest checkpoint knows"
+    assert [source["tokens"] for source in used] == [10 * 8 * 128], "the tokens up to the newest checkpoint"
 
     again = _start(tmp_path / "cut")
     _, output = again.communicate(timeout=300)
     assert again.returncode == 0, output
-    assert "distill 10/24" in output, "it must go on from the checkpoint"
+    assert "distill 10/24" in output, "it must resume from the checkpoint"
     results = [tmp_path / run / "toy/width/distill" for run in ("whole", "cut")]
     first, second = (folder.joinpath("model.safetensors").read_bytes() for folder in results)
     assert first == second
@@ -67,11 +67,11 @@ def test_a_killed_distillation_resumes_to_the_same_bits(tmp_path: Path) -> None:
     uses = [json.loads((folder / "data_used.json").read_text()) for folder in results]
     assert uses[0] == uses[1]
     assert uses[0][0]["tokens"] == 24 * 8 * 128
-    assert not work.exists(), "the work folder goes when the stage is published"
+    assert not work.exists(), "the work folder is removed when the stage is published"
     assert not list(root.glob(".partial-*"))
 
 
-def test_a_second_runner_is_told_of_the_first(tmp_path: Path) -> None:
+def test_a_second_runner_reports_the_first(tmp_path: Path) -> None:
     first = _start(tmp_path, "stages.distill.num_steps=50000")
     try:
         _wait_for_step(tmp_path / "toy/width/.work/distill/curves.jsonl", 1, first)
@@ -85,4 +85,4 @@ def test_a_second_runner_is_told_of_the_first(tmp_path: Path) -> None:
         _, output = first.communicate(timeout=60)
     assert first.returncode == 130
     assert "the same command continues" in output
-    assert "repeated text adds less and less" in " ".join(output.split()), "the text is too little for so many steps"
+    assert "repeated text adds less and less" in " ".join(output.split()), "there is too little text for 50000 steps"

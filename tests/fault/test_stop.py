@@ -1,4 +1,4 @@
-"""A run that is asked to stop ends after the step, with a checkpoint; killed, it leaves no process behind."""
+"""A stop request ends a training after its step, with a checkpoint; a killed run leaves no process behind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.processes import output_of, processes_of, start_run, wait_for
 
 LONG = ("stages.distill.num_steps=100000", "stages.distill.save_interval_steps=100000")
 RUN = "toy/width"
-Ask = Callable[[subprocess.Popen[str], Path], None]
+Request = Callable[[subprocess.Popen[str], Path], None]
 
 
 def _sigterm_to_the_runner(process: subprocess.Popen[str], _: Path) -> None:
@@ -24,13 +24,13 @@ def _sigterm_to_the_runner(process: subprocess.Popen[str], _: Path) -> None:
 
 
 def _sighup_to_every_process(process: subprocess.Popen[str], _: Path) -> None:
-    """As the end of a terminal does."""
+    """Send the signal of a closed terminal."""
     for found in list(processes_of(process)):
         found.send_signal(signal.SIGHUP)
 
 
 def _sigusr1_to_every_process(process: subprocess.Popen[str], _: Path) -> None:
-    """As a scheduler does before a job's time is up."""
+    """Send the signal of a scheduler before the time limit of a job."""
     for found in list(processes_of(process)):
         found.send_signal(signal.SIGUSR1)
 
@@ -41,7 +41,7 @@ def _sigterm_to_every_process(process: subprocess.Popen[str], _: Path) -> None:
 
 
 def _sigterm_to_the_last_rank(process: subprocess.Popen[str], _: Path) -> None:
-    # torch starts helpers of its own, which inherit the variable.
+    # Helper processes of torch inherit the variable.
     ranks = [
         found for found in processes_of(process) if found.environ().get("RANK") == "1" and "worker" in found.cmdline()
     ]
@@ -54,7 +54,7 @@ def _stop_file(_: subprocess.Popen[str], root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ask", "reason", "dp"),
+    ("request_stop", "reason", "dp"),
     [
         (_sigterm_to_the_runner, "SIGTERM", 1),
         (_stop_file, "the file STOP", 1),
@@ -66,19 +66,21 @@ def _stop_file(_: subprocess.Popen[str], root: Path) -> None:
         pytest.param(_sighup_to_every_process, "SIGHUP", 2, marks=pytest.mark.slow),
     ],
 )
-def test_a_training_stops_after_its_step_and_goes_on(ask: Ask, reason: str, dp: int, tmp_path: Path) -> None:
+def test_a_training_stops_after_its_step_and_resumes(
+    request_stop: Request, reason: str, dp: int, tmp_path: Path
+) -> None:
     layout = f"execution.parallel_by_stage={{distill: {{dp: {dp}, micro_batch_size: 4}}}}"
     first = start_run(tmp_path, *LONG, layout)
     work = tmp_path / RUN / ".work/distill"
     wait_for_step(work / "curves.jsonl", 5, first)
-    ask(first, tmp_path)
+    request_stop(first, tmp_path)
     output = output_of(first)
     assert first.returncode == 130, output
-    told = re.search(rf"distill stopped after step (\d+) of 100000 as requested by {reason}", output)
-    assert told, output
+    found = re.search(rf"distill stopped after step (\d+) of 100000 as requested by {reason}", output)
+    assert found, output
     assert "the same command continues." in output
     assert "Traceback" not in output
-    step = int(told[1])
+    step = int(found[1])
     assert [path.name for path in checkpoints(work / "checkpoints")] == [f"step_{step:08d}"]
     assert not (tmp_path / RUN / "distill").exists(), "nothing may be published"
     assert not list(processes_of(first))
@@ -89,7 +91,7 @@ def test_a_training_stops_after_its_step_and_goes_on(ask: Ask, reason: str, dp: 
     output = output_of(again)
     assert again.returncode == 130
     log = tmp_path / RUN / "logs/distill.ranks.log"
-    assert f"distill {step}/100000" in (log.read_text() if dp > 1 else output), "it must go on from the checkpoint"
+    assert f"distill {step}/100000" in (log.read_text() if dp > 1 else output), "it must resume from the checkpoint"
     assert ("STOP, which stopped an earlier run" in output) == (reason == "the file STOP")
     assert not (tmp_path / RUN / "STOP").exists()
 
@@ -112,7 +114,7 @@ def test_a_killed_runner_leaves_no_process(dp: int, tmp_path: Path) -> None:
     layout = f"execution.parallel_by_stage={{distill: {{dp: {dp}, micro_batch_size: 4}}}}"
     process = start_run(tmp_path, "stages.distill.num_steps=100000", "stages.distill.save_interval_steps=2", layout)
     wait_for_step(tmp_path / RUN / ".work/distill/curves.jsonl", 5, process)
-    assert list(processes_of(process)), "the mark must be found for this to mean anything"
+    assert list(processes_of(process)), "otherwise the test would pass without any process"
     process.kill()
     process.wait()
     deadline = time.monotonic() + 15

@@ -1,4 +1,4 @@
-"""Files that were there when a run began, and are gone or others when they are needed."""
+"""Files that are deleted or changed after a run has begun and before they are read."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.support.tiny_models import tiny_model_dir
 
 LINE = json.dumps({"text": "The hound went over the moor, and what it saw there nobody knows. " * 40}) + "\n"
 LONG = 700
-"""Lines that take long enough to be disturbed."""
+"""Number of lines that takes long enough for a change in the meantime."""
 
 
 def _remove_after_a_stage(path: Path) -> str:
-    """An override: a command of the user's that runs whenever a stage has finished."""
+    """Return an override with a notify command, which runs after each stage, that removes the path."""
     return f"execution.notify_command=[rm,-rf,'{path}']"
 
 
@@ -37,7 +37,7 @@ def _require_one_message(code: int, output: str, *says: str) -> None:
 
 @contextmanager
 def _while_it_is_read(run: Path, disturb: Callable[[], object]) -> Iterator[list[bool]]:
-    """Do something as soon as the data stage has written its first tokens; whether it came to that."""
+    """Call a function when the data stage has written its first tokens; yield a list that then holds True."""
     done: list[bool] = []
     over = threading.Event()
 
@@ -58,19 +58,19 @@ def _while_it_is_read(run: Path, disturb: Callable[[], object]) -> Iterator[list
 
 
 def _text(folder: Path, *names: str) -> str:
-    """Files of rows, and the override that names their folder."""
+    """Write files of rows, and return the override that names their folder."""
     folder.mkdir()
     for name in names:
         (folder / name).write_text(LINE * LONG)
     return f"stages.data.sources=[{{source: '{folder}'}}]"
 
 
-def test_a_text_that_goes_before_it_is_read(minitron: Cli, tmp_path: Path) -> None:
+def test_a_text_that_is_deleted_before_it_is_read(minitron: Cli, tmp_path: Path) -> None:
     text = tmp_path / "text"
     command = ("run", TOY, f"execution.run_root={tmp_path}", _text(text, "a.jsonl"), "--until", "data")
     code, output = minitron(*command, _remove_after_a_stage(text))
     _require_one_message(code, output, f"There is no text at {text}.", "Check the path")
-    assert (tmp_path / "toy/width/teacher").is_dir(), "what had finished stays"
+    assert (tmp_path / "toy/width/teacher").is_dir(), "finished stages must be kept"
     code, output = minitron(*command)
     _require_one_message(code, output, "stages.data.sources.0", str(text))
     (tmp_path / "again").mkdir()
@@ -95,7 +95,7 @@ def test_a_text_that_changes_while_it_is_read(what: str, minitron: Cli, tmp_path
 
     with _while_it_is_read(run, disturb) as done:
         code, output = minitron(*command)
-    assert done, "it must be disturbed for this to mean anything"
+    assert done, "otherwise the test would pass without any change"
     says = {
         "grows": (f"a source has changed since the run began. where: {text}", "wait until nothing writes to it"),
         "goes": (str(text),),
@@ -110,7 +110,7 @@ def test_a_text_that_changes_while_it_is_read(what: str, minitron: Cli, tmp_path
     assert source["bytes"] == sum(file.stat().st_size for file in text.iterdir())
 
 
-def test_an_artifact_that_goes_is_made_again(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
+def test_a_deleted_artifact_is_made_again(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
     run = copy_before(toy_run, tmp_path, "score")
     command = ("run", TOY, f"execution.run_root={tmp_path}", "--until", "select")
     code, output = minitron(*command, _remove_after_a_stage(run / "score"))
@@ -122,14 +122,14 @@ def test_an_artifact_that_goes_is_made_again(toy_run: Path, minitron: Cli, tmp_p
     assert computed(run / "select") == computed(toy_run / "toy/width/select")
 
 
-def test_a_file_of_an_artifact_that_goes_is_named(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
+def test_the_error_names_a_deleted_file_of_an_artifact(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
     run = copy_before(toy_run, tmp_path, "score")
     (run / "data/train_00.idx").unlink()
     code, output = minitron("run", TOY, f"execution.run_root={tmp_path}", "--until", "score")
     _require_one_message(code, output, "train_00.idx of stage data is missing.", "--rerun data")
 
 
-def test_a_shard_of_a_model_that_is_gone_is_named(minitron: Cli, tmp_path: Path) -> None:
+def test_the_error_names_a_deleted_shard_of_a_model(minitron: Cli, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
@@ -152,7 +152,7 @@ def test_a_shard_of_a_model_that_is_gone_is_named(minitron: Cli, tmp_path: Path)
     assert minitron(*command)[0] == 0
 
 
-def test_a_finished_run_needs_its_text_no_more(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
+def test_a_finished_run_does_not_need_its_text(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text(LINE * 50)
     command = ("run", TOY, f"execution.run_root={tmp_path}", f"stages.data.sources=[{{source: '{text}'}}]", "--until")
