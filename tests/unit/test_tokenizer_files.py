@@ -412,7 +412,7 @@ def test_rendered_rows_count_as_use_without_other_data(tmp_path: Path) -> None:
     for text, used in (("<one> says", False), ("<User> says", True)):
         rows.write_text(json.dumps({"input": text}) + "\n")
         if used:
-            with pytest.raises(DataError, match="uses them"):
+            with pytest.raises(DataError, match="contain them"):
                 require_one_tokenizer(models, None, context(tmp_path, []), texts=(rows,))
         else:
             require_one_tokenizer(models, None, context(tmp_path, []), texts=(rows,))
