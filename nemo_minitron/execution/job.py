@@ -15,7 +15,7 @@ from nemo_minitron.processes.output import without_secrets
 from nemo_minitron.system.disclosure import environment_of
 from nemo_minitron.system.safe_files import open_log, own_folder
 
-LOCK_PATIENCE_S = 150.0
+LOCK_TIMEOUT_S = 150.0
 """How long to wait for the lock of a lost node, which the file system releases with a delay."""
 
 
@@ -28,7 +28,7 @@ def run_in_job(recipe: Recipe, stage: str) -> None:
     nodes, store = Nodes.here(), Store(run_dir(recipe))
     if nodes.rank == 0:
         try:
-            run_single(recipe, stage, patience_s=LOCK_PATIENCE_S)
+            run_single(recipe, stage, patience_s=LOCK_TIMEOUT_S)
         finally:
             with suppress(ArtifactError):  # if another user owns the folder, the other nodes have refused it as well
                 release_nodes(nodes, store.own_work(stage))

@@ -11,7 +11,7 @@ from nemo_minitron.hf.tokenizer_identity import TokenizerIdentity, differing_add
 from nemo_minitron.stages.artifacts import Model, TokenizedText
 from nemo_minitron.stages.context import StageContext
 
-_MOST_NAMED = 8
+_MAX_NAMED = 8
 _WORDS = {"vocab": "vocabularies", "merges": "merges"}
 AddedTokens = Mapping[int, tuple[str | None, str | None]]
 
@@ -102,8 +102,8 @@ def _named(tokens: AddedTokens, one: str, other: str) -> str:
     named = [
         f"{number} ({one} {mine or 'none'}, {other} {theirs or 'none'})" for number, (mine, theirs) in tokens.items()
     ]
-    more = [f"and {len(named) - _MOST_NAMED} more"] if len(named) > _MOST_NAMED else []
-    return ", ".join([*named[:_MOST_NAMED], *more])
+    more = [f"and {len(named) - _MAX_NAMED} more"] if len(named) > _MAX_NAMED else []
+    return ", ".join([*named[:_MAX_NAMED], *more])
 
 
 def _warn(ctx: StageContext, text: str) -> None:

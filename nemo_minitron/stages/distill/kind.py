@@ -51,8 +51,8 @@ def _cached(key: str, params: DistillStage, name: str, cache: TeacherCaching) ->
             yield f"{key}.inputs.{role} = {own}: stages.{name} uses {cached}; both must be the same."
     for field in ("seq_len_tokens", "seed", "reset_attention_mask"):
         if getattr(params, field) != getattr(cache, field):
-            cached = f"stages.{name} has {getattr(cache, field)}"
-            yield f"{key}.{field} = {getattr(params, field)}: {cached}; both must be the same."
+            other = f"stages.{name} has {getattr(cache, field)}"
+            yield f"{key}.{field} = {getattr(params, field)}: {other}; both must be the same."
     if loss.hidden is not None:
         yield f"{key}.loss.hidden: the cache has no hidden states. Next: set inputs.cache: null."
     if loss.logits is None:
