@@ -18,19 +18,19 @@ GOOD = "".join(json.dumps({"text": f"Row {number}."}) + "\n" for number in range
 
 @dataclass(frozen=True)
 class Bad:
-    """One row of the table."""
+    """A faulty text and the expected error."""
 
     what: str
     write: Callable[[Path], object]
-    """Fills a folder with text."""
+    """Function that fills a folder with text."""
     source: str
-    """In that folder."""
+    """Source, relative to that folder."""
     says: tuple[str, ...]
     options: str = ""
 
 
 def _mixed(folder: Path) -> None:
-    """A good file first: the error comes after documents have been written."""
+    """Write a valid file before the faulty one, so that the error occurs after documents have been written."""
     (folder / "a.jsonl").write_bytes(GOOD)
     (folder / "b.jsonl").write_bytes(b'{"text": "good"}\n{"text": "\xe9"}\n')
 

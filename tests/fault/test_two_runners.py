@@ -1,4 +1,4 @@
-"""Several runners in the folder of one run, and locks of those that are gone."""
+"""Several runners of one run, and the locks of runners that have died."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ with Store(Path(sys.argv[1])).lock():
 
 
 def _recipe(root: Path) -> Recipe:
-    """As a launcher writes it down for its jobs."""
+    """Write the recipe as a launcher does for its jobs."""
     return load_recipe(TOY, [f"execution.run_root={root}"])
 
 
 def _start_stage(root: Path, stage: str) -> subprocess.Popen[str]:
-    """As the script of a job does."""
+    """Start a stage as the script of a job does."""
     return subprocess.Popen(
         [sys.executable, "-m", "nemo_minitron", "stage", str(root / "recipe.json"), stage],
         cwd=REPO,
@@ -66,7 +66,7 @@ def test_two_jobs_at_once(stages: tuple[str, str], toy_run: Path, tmp_path: Path
     assert not list(run.glob(".partial-*"))
 
 
-def test_a_stage_that_another_runner_makes_is_not_touched(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
+def test_a_stage_of_another_active_runner_is_not_changed(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
     run = copy_before(toy_run, tmp_path, "select")
     command = ("run", TOY, f"execution.run_root={tmp_path}", "--until", "select")
     with Store(run).lock("select"):
@@ -87,7 +87,7 @@ def test_a_stage_that_another_runner_makes_is_not_touched(toy_run: Path, minitro
     assert code == 0, output
 
 
-def test_a_runner_of_the_whole_run_keeps_jobs_out(toy_run: Path, tmp_path: Path) -> None:
+def test_a_runner_of_the_whole_run_excludes_jobs(toy_run: Path, tmp_path: Path) -> None:
     run = copy_before(toy_run, tmp_path, "select")
     with (
         Store(run).lock(),
@@ -112,8 +112,8 @@ def test_the_lock_of_a_killed_process_is_free(toy_run: Path, minitron: Cli, tmp_
     assert code == 0, output
 
 
-def test_the_words_of_another_host_hold_nothing(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
-    """A node that was lost: its file system has given up the lock, the file still names it."""
+def test_the_text_in_a_lock_file_of_another_host_does_not_lock(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
+    """After the loss of a node, the file system has released its lock, but the file still names the node."""
     run = copy_before(toy_run, tmp_path, "select")
     (run / ".lock").write_text("process 4711 on node-17: minitron run recipe.yaml\n")
     (run / ".work").mkdir(exist_ok=True)
@@ -125,7 +125,7 @@ def test_the_words_of_another_host_hold_nothing(toy_run: Path, minitron: Cli, tm
 
 
 @pytest.mark.slow
-def test_a_job_waits_for_the_lock_of_the_one_before(toy_run: Path, tmp_path: Path) -> None:
+def test_a_job_waits_for_the_lock_of_the_previous_job(toy_run: Path, tmp_path: Path) -> None:
     run = copy_before(toy_run, tmp_path, "select")
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], cwd=REPO, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None

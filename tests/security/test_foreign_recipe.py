@@ -20,7 +20,7 @@ def test_the_keys_that_run_programs_are_named() -> None:
     assert list(programs_of(Execution())) == []
 
 
-def test_only_a_recipe_of_another_user_is_told_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_recipe_of_another_user_causes_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("{}")
     owner = recipe.stat().st_uid

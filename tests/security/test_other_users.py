@@ -28,7 +28,7 @@ TP2 = ["execution.parallel.tp=2", "execution.parallel.micro_batch_size=2"]
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Iterator[Path]:
-    """What the stranger's command would make; in a folder that everybody can write to."""
+    """Yield the path of a file that the other user's command would create, in a folder that all users can write to."""
     folder = tmp_path / "everybody"
     folder.mkdir()
     folder.chmod(0o1777)
@@ -36,7 +36,7 @@ def marker(tmp_path: Path) -> Iterator[Path]:
     assert not list(folder.iterdir()), "a command of the stranger has run"
 
 
-def test_a_stage_of_two_processes_offers_no_other_user_anything(toy_run: Path, tmp_path: Path, marker: Path) -> None:
+def test_a_stage_of_two_processes_is_closed_to_other_users(toy_run: Path, tmp_path: Path, marker: Path) -> None:
     run, mark = copy_before(toy_run, tmp_path / "runs", "check_teacher"), uuid4().hex
     words = [sys.executable, "-m", "nemo_minitron", "run", str(TOY), f"execution.run_root={tmp_path / 'runs'}", *TP2]
     words += ["--until", "check_teacher"]
@@ -58,7 +58,7 @@ def test_a_stage_of_two_processes_offers_no_other_user_anything(toy_run: Path, t
 
 @contextmanager
 def _connection_of(uid: int) -> Iterator[set[str]]:
-    """The inode of an accepted connection whose other end is this user's."""
+    """Yield the inode of an accepted connection whose peer belongs to this user."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = "import os, socket, sys; os.setuid(int(sys.argv[2])) if os.getuid() == 0 else None\n"
         code += "s = socket.socket(); s.connect(('127.0.0.1', int(sys.argv[1]))); sys.stdin.read()"
@@ -72,7 +72,7 @@ def _connection_of(uid: int) -> Iterator[set[str]]:
 
 
 @pytest.mark.skipif(not rendezvous.TCP_TABLES[0].is_file(), reason="only Linux tells whose a connection is")
-def test_a_connection_of_another_user_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_of_another_user_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     with _connection_of(os.getuid()) as own:
         require_own_peers(own)
     with _connection_of(UID) as sockets:
@@ -83,7 +83,7 @@ def test_a_connection_of_another_user_is_seen(monkeypatch: pytest.MonkeyPatch) -
         require_own_peers(set())  # somebody else's business, such as a proxy of this machine
 
 
-def test_groups_that_a_stranger_has_joined_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_groups_with_another_user_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     made = threading.Event()
     monkeypatch.setattr(rendezvous.dist, "new_group", lambda: (accepted.append(server.accept()), made.set()))
     accepted: list[object] = []
@@ -97,7 +97,7 @@ def test_groups_that_a_stranger_has_joined_are_not_used(monkeypatch: pytest.Monk
     assert made.is_set()
 
 
-def test_the_folder_where_ranks_meet_is_closed_to_others_and_goes() -> None:
+def test_the_rendezvous_folder_is_closed_to_others_and_removed() -> None:
     with rendezvous_folder() as variables:
         folder = Path(variables[RENDEZVOUS_VARIABLE])
         assert folder.stat().st_mode & 0o777 == 0o700
