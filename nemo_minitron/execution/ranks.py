@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -10,18 +9,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from nemo_minitron import errors
-from nemo_minitron.artifacts.run_paths import ERROR, LOGS, RESULT, RunPaths
+from nemo_minitron.artifacts.run_paths import LOGS, RunPaths
 from nemo_minitron.errors import Interrupted, MinitronError, ProcessesDied
 from nemo_minitron.execution.task import StageTask
+from nemo_minitron.processes import exchange
 from nemo_minitron.processes.nodes import Nodes, end_agent, ignore_stop_signals, start_everywhere
 from nemo_minitron.processes.output import without_secrets
 from nemo_minitron.processes.same_code import SAFE_PATH, START
 from nemo_minitron.system.disclosure import environment_of, masked
 from nemo_minitron.system.interrupts import RELAY_FILE, StopRequest
-from nemo_minitron.system.safe_files import open_log, own_folder, write_reserved, write_whole
+from nemo_minitron.system.safe_files import open_log, own_folder, write_whole
 
 POLL_INTERVAL_S = 0.2
-ERROR_BYTES = 8192
 
 
 def run_ranks(task: StageTask, stop: StopRequest) -> dict[str, Any]:
@@ -33,10 +32,7 @@ def run_ranks(task: StageTask, stop: StopRequest) -> dict[str, Any]:
         Interrupted: a stop was requested.
     """
     work, size, by_itself = task.work_dir, task.parallel.world_size, task.kind.stops_by_itself
-    for name in (RESULT, RELAY_FILE):
-        (work / name).unlink(missing_ok=True)
-    # Reserve space for an error message, because the disk may be full by then.
-    write_whole(work / ERROR, " " * ERROR_BYTES)
+    exchange.prepare(work, RELAY_FILE)
     task.save()
     nodes = Nodes.here()
     command = nodes.command(sys.executable, size, [str(START), "worker", str(task.file)])
@@ -60,16 +56,16 @@ def run_ranks(task: StageTask, stop: StopRequest) -> dict[str, Any]:
     reason = stop.source()
     if reason is not None and not by_itself:
         raise Interrupted(f"Stopped in stage {task.name} as requested by {reason}; the same command continues.")
-    error = load_error(work / ERROR)
+    error, result = load_error(work), exchange.load_result(work)
     if error is not None:
         raise error
-    if code or not (work / RESULT).is_file():
+    if code or result is None:
         raise ProcessesDied(
             f"The {size} processes of stage {task.name} exited with code {code}.",
             where=str(log),
             next_step="Read the log. The same command resumes from the last checkpoint.",
         )
-    return dict(json.loads((work / RESULT).read_text()))
+    return result
 
 
 def _start(command: list[str], environment: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -98,20 +94,18 @@ def _wait(process: subprocess.Popen[bytes], work: Path, stop: StopRequest, *, by
         raise
 
 
-def save_error(error: MinitronError, file: Path) -> None:
-    """Write an error of a worker into the space that the runner has reserved, without secrets."""
-    parts = {key: getattr(error, key) for key in ("what", "where", "allowed", "next_step")}
-    fields = {key: None if value is None else masked(value) for key, value in parts.items()}
-    text = json.dumps({"type": type(error).__name__, **fields})
-    write_reserved(file, text.ljust(ERROR_BYTES).encode())
+def save_error(error: MinitronError, work: Path) -> None:
+    """Write an error that a user can cause, for the runner, without secrets."""
+    values = {key: getattr(error, key) for key in ("what", "where", "allowed", "next_step")}
+    fields = {key: None if value is None else masked(value) for key, value in values.items()}
+    exchange.save_error({"type": type(error).__name__, **fields}, work)
 
 
-def load_error(file: Path) -> MinitronError | None:
-    """Read the error that a worker has written; return None if there is none."""
-    text = file.read_text().strip() if file.is_file() else ""
-    if not text:
+def load_error(work: Path) -> MinitronError | None:
+    """Return the error that a rank has written, or None."""
+    fields = exchange.load_error(work)
+    if fields is None:
         return None
-    fields = json.loads(text)
     kind = getattr(errors, fields.pop("type"), MinitronError)
     error: MinitronError = kind(fields.pop("what"), **fields)
     return error

@@ -15,11 +15,10 @@ from nemo_minitron.artifacts.manifest import Manifest, provenance
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ArtifactError, DataError, Interrupted
-from nemo_minitron.execution.call import call_stage
 from nemo_minitron.execution.logs import log_file
 from nemo_minitron.execution.preflight import preflight_evaluations
 from nemo_minitron.execution.ranks import run_ranks
-from nemo_minitron.execution.task import StageTask
+from nemo_minitron.execution.task import StageTask, run_task
 from nemo_minitron.execution.work import open_work
 from nemo_minitron.plan.epochs import repeated_text
 from nemo_minitron.plan.folder import run_dir
@@ -214,7 +213,7 @@ def _run_and_publish(
     with store.building(call.name) as out, _published_names(out, call.name, store), log_file(store.root, call.name):
         task = StageTask.of(call, recipe, out, work)
         if call.parallel.world_size == 1 or not task.kind.distributed:
-            result = call_stage(task, inputs, progress, stop)
+            result = run_task(task, inputs, progress, stop)
         else:
             result = run_ranks(task, stop)
         _require_same_sources(call, recipe)

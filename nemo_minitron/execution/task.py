@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.run_paths import TASK
+from nemo_minitron.artifacts.types import ArtifactsByRole
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import InputNames, StageCall
+from nemo_minitron.processes.nodes import Nodes
 from nemo_minitron.processes.same_code import of_this_process
 from nemo_minitron.schema.base import StageParams
 from nemo_minitron.schema.execution import Execution, Parallel
+from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import StageKind
 from nemo_minitron.stages.registry import STAGES
+from nemo_minitron.stages.typed_inputs import typed_inputs
 from nemo_minitron.system.disclosure import write_private
+from nemo_minitron.system.interrupts import StopRequest
+from nemo_minitron.system.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -88,3 +94,23 @@ class StageTask:
             out_dir=Path(content["out_dir"]),
             work_dir=Path(content["work_dir"]),
         )
+
+
+def run_task(task: StageTask, inputs: ArtifactsByRole, progress: Progress, stop: StopRequest) -> dict[str, Any]:
+    """Call the stage's function in this process and return its result.
+
+    Raises:
+        MinitronError: an error of the stage.
+    """
+    execution = task.execution
+    context = StageContext(task.name, task.recipe_name, task.out_dir, task.work_dir, execution, progress, stop=stop)
+    function = task.kind.load_function()
+    reads = typed_inputs(function, inputs)
+    if not task.kind.distributed:
+        return dict(function(task.params, reads, context))
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+
+    threads = execution.threads or Nodes.here().threads_of_each(task.parallel.world_size)
+    with open_session(task.parallel, device=execution.device, threads=threads) as session:
+        shown = progress if session.is_main else Progress(silent=True)
+        return dict(function(task.params, reads, replace(context, progress=shown, session=session)))

@@ -10,20 +10,19 @@ import sys
 import warnings
 from pathlib import Path
 
-from nemo_minitron.artifacts.run_paths import ERROR, RESULT, RunPaths
+from nemo_minitron.artifacts.run_paths import RunPaths
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.errors import EnvironmentProblem, Interrupted, MinitronError
-from nemo_minitron.execution.call import call_stage
 from nemo_minitron.execution.logs import log_handler
 from nemo_minitron.execution.ranks import load_error, save_error
-from nemo_minitron.execution.task import StageTask
+from nemo_minitron.execution.task import StageTask, run_task
 from nemo_minitron.processes.agent import a_rank_failed
+from nemo_minitron.processes.exchange import save_result
 from nemo_minitron.processes.nodes import RUNNER_VARIABLE
 from nemo_minitron.processes.same_code import require_same
 from nemo_minitron.system.disk import disk_errors
 from nemo_minitron.system.interrupts import RELAY_FILE, StopRequest, detach_terminal, exit_without_parent
 from nemo_minitron.system.progress import Progress
-from nemo_minitron.system.safe_files import write_whole
 
 
 def main(task_file: Path) -> int:
@@ -36,7 +35,7 @@ def main(task_file: Path) -> int:
     try:
         require_same(content["code"])
     except EnvironmentProblem as error:
-        save_error(error, work / ERROR)
+        save_error(error, work)
         return 2
     task = StageTask.load(content)
     # Only rank 0 reads the file by which the runner forwards stop requests.
@@ -48,23 +47,23 @@ def main(task_file: Path) -> int:
     try:
         with stop.listening(), disk_errors(task.run_dir):
             inputs = Store(task.run_dir).inputs(task.inputs)
-            result = call_stage(task, inputs, progress, stop)
+            result = run_task(task, inputs, progress, stop)
     except KeyboardInterrupt as error:
         if a_rank_failed():
             return 1
         message = f"Stopped in stage {task.name} by {error}; the same command continues."
-        save_error(Interrupted(message), work / ERROR)
+        save_error(Interrupted(message), work)
         return 0
     except Interrupted as error:
         # All ranks exit with code 0, so that the agent does not end the others.
         if is_main:
-            save_error(error, work / ERROR)
+            save_error(error, work)
         return 0
     except MinitronError as error:
         # The error of rank 0 takes precedence; another rank only writes its error if there is none yet.
-        if is_main or load_error(work / ERROR) is None:
-            save_error(error, work / ERROR)
+        if is_main or load_error(work) is None:
+            save_error(error, work)
         return 2
     if is_main:
-        write_whole(work / RESULT, json.dumps(result))
+        save_result(result, work)
     return 0

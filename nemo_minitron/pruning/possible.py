@@ -49,9 +49,9 @@ def _too_large(selection: Selection, source: ModelShape) -> Iterator[tuple[str, 
             (getattr(shape, axis.target_key), getattr(shape, holder.target_key)) for shape in (target, source)
         )
         if size % count:
-            yield f"target.{axis.target_key}", size, _multiples(size, count, holder.name)
+            yield f"target.{axis.target_key}", size, _multiples(size, count, holder.title)
         elif size // count > before // most:
-            limit = f"at most {count * (before // most)}, the number in {count} {holder.name}"
+            limit = f"at most {count * (before // most)}, the number in {count} {holder.title}"
             yield f"target.{axis.target_key}", size, limit
     if selection.head_merge != "off" and target.num_attention_heads == source.num_attention_heads:
         yield "head_merge", selection.head_merge, "off, as no heads are cut"

@@ -103,5 +103,5 @@ def test_without_the_environment_the_message_says_how_to_make_it(
     with pytest.raises(EnvironmentProblem, match="minitron env aligner"):
         aligner_python()
     monkeypatch.setenv("MINITRON_ALIGNER_PYTHON", str(tmp_path / "python"))
-    with pytest.raises(EnvironmentProblem, match="is not there"):
+    with pytest.raises(EnvironmentProblem, match="does not exist"):
         aligner_python()

@@ -17,7 +17,7 @@ from nemo_minitron.backends.alignment.nemo_aligner.environment import SUPPORTED_
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
 from nemo_minitron.config.compose import compose
 from nemo_minitron.config.explain import validate
-from nemo_minitron.execution.ranks import ERROR_FILE, load_error
+from nemo_minitron.execution.ranks import load_error
 from nemo_minitron.plan.planner import make_plan
 from nemo_minitron.processes.nodes import RUNNER_VARIABLE, free_port
 from nemo_minitron.processes.same_code import START
@@ -177,7 +177,7 @@ def test_a_rank_has_the_code_of_its_runner_and_refuses_another(installed: Path, 
     variables = {**os.environ, RUNNER_VARIABLE: str(os.getpid())}
     done = subprocess.run(words, cwd=elsewhere, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    error = load_error(elsewhere / ERROR_FILE)
+    error = load_error(elsewhere)
     assert error is not None
     assert f"The runner has nemo-minitron 0.0.9 and a rank has {__version__}." in str(error)
     assert f"runner: /opt/other/nemo_minitron; rank: {start.parent}" in str(error)

@@ -24,8 +24,8 @@ from nemo_minitron.backends.megatron.training.checkpoint import Checkpoints, Tra
 from nemo_minitron.backends.megatron.training.integrity import FACTS_FILE, read_facts
 from nemo_minitron.errors import CheckpointError, NumericsError
 from nemo_minitron.schema.execution import Execution, Parallel
+from nemo_minitron.stages.common.training import loop_options
 from nemo_minitron.stages.context import StageContext
-from nemo_minitron.stages.distill.run import loop_options
 from nemo_minitron.stages.train.params import TrainStage
 from nemo_minitron.system.files import sealed
 from nemo_minitron.system.progress import Progress

@@ -217,5 +217,5 @@ def test_a_killed_writer_goes_on_with_what_is_missing(folders: dict[str, Path]) 
 
 def test_other_samples_than_the_cached_ones_are_an_error(folders: dict[str, Path]) -> None:
     other = tiny_data_dir(folders["root"] / "other data", vocab_size=510, seed=5)
-    with pytest.raises(AssertionError, match="of another text"):
+    with pytest.raises(AssertionError, match="has another text"):
         _read("other", Parallel(), folders["root"] / "one process", _distill(DRAWS), {**folders, "data": other})

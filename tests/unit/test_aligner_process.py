@@ -121,3 +121,12 @@ def test_an_environment_without_apex_beside_a_gpu_is_refused_and_the_image_named
 def test_pythonpath_stays_for_this_python_and_for_no_other() -> None:
     assert environment.environment_of(Path(sys.executable)) == {}
     assert environment.environment_of(Path("/elsewhere/bin/python")) == {"PYTHONPATH": "", "PYTHONHOME": ""}
+
+
+def test_both_environments_spell_the_files_of_a_task_alike() -> None:
+    """The scripts of the other environment cannot import the names."""
+    from nemo_minitron.artifacts import run_paths
+
+    task = runpy.run_path(str(environment.ENTRY / "task.py"))
+    assert (task["RESULT_FILE"], task["ERROR_FILE"]) == (run_paths.RESULT, run_paths.ERROR)
+    assert (task["PROGRESS_FILE"], task["STOP_FILE"]) == (process.PROGRESS_FILE, process.STOP_FILE)

@@ -18,6 +18,7 @@ from nemo_minitron.backends.alignment.nemo_aligner.environment import (
     has_gpu_kernels,
 )
 from nemo_minitron.errors import EnvironmentProblem, Interrupted, ProcessesDied
+from nemo_minitron.processes import exchange
 from nemo_minitron.processes.nodes import Nodes, start_everywhere
 from nemo_minitron.processes.output import without_secrets
 from nemo_minitron.processes.same_code import SAFE_PATH
@@ -27,8 +28,7 @@ from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Bar, Progress
 from nemo_minitron.system.safe_files import open_log, write_whole
 
-TASK_FILE, RESULT_FILE, ERROR_FILE = "task.json", "result.json", "error.json"
-ERROR_BYTES = 8192
+TASK_FILE = "task.json"
 PROGRESS_FILE, STOP_FILE = "aligner.json", "STOP"
 """The same names as in entry/task.py, which cannot import this package."""
 POLL_S, SHUTDOWN_TIMEOUT_S = 0.5, 60.0
@@ -65,10 +65,7 @@ def run_task(
     """
     python = aligner_python()
     work_dir.mkdir(parents=True, exist_ok=True)
-    for old in (RESULT_FILE, STOP_FILE, PROGRESS_FILE):
-        (work_dir / old).unlink(missing_ok=True)
-    # Reserve space for an error message, for which a full disk would have none.
-    write_whole(work_dir / ERROR_FILE, " " * ERROR_BYTES)
+    exchange.prepare(work_dir, STOP_FILE, PROGRESS_FILE)
     write_whole(work_dir / TASK_FILE, json.dumps({**task, "task": name, "work_dir": str(work_dir)}))
     nodes = Nodes.here() if num_processes > 1 else Nodes()
     script = [str(ENTRY), str(work_dir / TASK_FILE)]
@@ -154,9 +151,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _result(name: str, code: int, work_dir: Path, log: Path, stop: StopRequest) -> dict[str, Any]:
-    file = work_dir / RESULT_FILE
-    if code == 0 and file.is_file():
-        result: dict[str, Any] = json.loads(file.read_text())
+    result = exchange.load_result(work_dir)
+    if code == 0 and result is not None:
         if result.get("finished") is False:
             raise Interrupted(
                 f"Stopped at step {result['step']} as requested by {stop.source()}; the same command resumes."
@@ -164,9 +160,8 @@ def _result(name: str, code: int, work_dir: Path, log: Path, stop: StopRequest) 
         return result
     if stop.source() is not None:
         raise Interrupted(f"Stopped in {name} as requested by {stop.source()}; the same command resumes.")
-    reason, content = "", (work_dir / ERROR_FILE).read_text().strip()
-    if content:
-        error = json.loads(content)
+    reason, error = "", exchange.load_error(work_dir)
+    if error is not None:
         reason = f": {error['type']}: {error['message']}"[:600]
         problem = disk_problem(RuntimeError(reason), work_dir)
         if problem is not None:
