@@ -49,9 +49,9 @@ def _too_large(selection: Selection, source: ModelShape) -> Iterator[tuple[str, 
             (getattr(shape, axis.target_key), getattr(shape, holder.target_key)) for shape in (target, source)
         )
         if size % count:
-            yield f"target.{axis.target_key}", size, _multiples(size, count, holder.title)
+            yield f"target.{axis.target_key}", size, _multiples(size, count, holder.target_key)
         elif size // count > before // most:
-            limit = f"at most {count * (before // most)}, the number in {count} {holder.title}"
+            limit = f"at most {count * (before // most)}, with {holder.target_key} = {count}"
             yield f"target.{axis.target_key}", size, limit
     if selection.head_merge != "off" and target.num_attention_heads == source.num_attention_heads:
         yield "head_merge", selection.head_merge, "off, as no heads are cut"
@@ -59,4 +59,4 @@ def _too_large(selection: Selection, source: ModelShape) -> Iterator[tuple[str, 
 
 def _multiples(size: int, count: int, holder: str) -> str:
     near = [str(number) for number in (size // count * count, (size // count + 1) * count) if number > 0]
-    return f"a multiple of the {count} {holder}, such as {' or '.join(near)}"
+    return f"a multiple of {holder} = {count}, such as {' or '.join(near)}"

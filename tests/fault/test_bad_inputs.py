@@ -80,7 +80,7 @@ TABLE = (
         lambda _: ["stages.select.target.num_attention_heads=3"],
         (
             "stages.select.target.num_attention_heads = 3: the model cannot be pruned to this. "
-            "Allowed: a multiple of the 2 query groups, such as 2 or 4.",
+            "Allowed: a multiple of num_query_groups = 2, such as 2 or 4.",
         ),
     ),
     Bad(

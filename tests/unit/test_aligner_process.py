@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import runpy
 import subprocess
 import sys
 from pathlib import Path
