@@ -193,9 +193,7 @@ class StageKind:
     text_use: Callable[[Any], TextUse | None] = _unknown
     expand: Callable[[str, Any, RecipeView], Mapping[str, StageParams] | None] = _unknown
     """The stages into which a search expands, itself included; None: the stage is not expanded."""
-    used_inputs: Callable[[str, Any, Mapping[str, Any], RecipeView], Mapping[str, Any]] = lambda _n, _p, inputs, _v: (
-        inputs
-    )
+    used_inputs: Callable[[str, Any, Mapping[str, Any], RecipeView], Mapping[str, Any]] = _all_inputs
     """The inputs that the stage reads, out of those that the recipe names."""
     shape: Callable[[str, Any, RecipeView], ModelShape | None] = _unknown
     """Shape of the model that it makes; None if it is not known or the stage makes none."""
