@@ -23,6 +23,9 @@ from tests.support.part_runs import copy_before
 from tests.support.processes import MARK
 from tests.support.stranger import UID, stranger
 
+MAX_ATTEMPTS = 5
+DISTURBED = ("do not reach each other", "Another user of this machine")
+"""Messages of a stage that ended because the stranger connected before a rank did; the same command resumes."""
 TP2 = ["execution.parallel.tp=2", "execution.parallel.micro_batch_size=2"]
 
 
@@ -41,9 +44,12 @@ def test_a_stage_of_two_processes_is_closed_to_other_users(toy_run: Path, tmp_pa
     words = [sys.executable, "-m", "nemo_minitron", "run", str(TOY), f"execution.run_root={tmp_path / 'runs'}", *TP2]
     words += ["--until", "check_teacher"]
     with stranger(mark, marker) as seen:
-        done = subprocess.run(
-            words, cwd=REPO, env={**os.environ, MARK: mark}, capture_output=True, text=True, check=False
-        )
+        for _ in range(MAX_ATTEMPTS):
+            done = subprocess.run(
+                words, cwd=REPO, env={**os.environ, MARK: mark}, capture_output=True, text=True, check=False
+            )
+            if not any(text in done.stderr for text in DISTURBED):
+                break
     assert done.returncode == 0, done.stderr
     assert seen.addresses, "gloo's sockets must be found for this to mean anything"
     assert seen.beyond_loopback == set()

@@ -348,7 +348,7 @@ def test_text_files_are_not_chats(tmp_path: Path, make: Callable[[Path], Path]) 
 
 def test_fields_can_be_left_out() -> None:
     from nemo_minitron.schema.chats import ChatSource
-    from nemo_minitron.stages.chat_data.run import _looked_at
+    from nemo_minitron.stages.chat_data.run import _without_left_out
 
     source = ChatSource(source="x", leave_out=("context",))
-    assert _looked_at({"prompt": "Q", "context": "A text."}, source) == {"prompt": "Q"}
+    assert _without_left_out({"prompt": "Q", "context": "A text."}, source) == {"prompt": "Q"}

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_minitron.backends.megatron import torch_versions
+from nemo_minitron.backends.megatron.runtime import torch_versions
 from nemo_minitron.backends.megatron.runtime.torch_versions import attention
 
 BATCH, HEADS, TOKENS, HEAD_DIM = 2, 6, 40, 8

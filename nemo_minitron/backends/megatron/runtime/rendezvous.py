@@ -18,6 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 RENDEZVOUS_FOLDER_VARIABLE = "MINITRON_MEETING"
@@ -25,12 +26,14 @@ RENDEZVOUS_FOLDER_VARIABLE = "MINITRON_MEETING"
 LOOPBACKS = ("lo", "lo0")
 TCP_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 ESTABLISHED = "01"
+HANDSHAKE_TIMEOUT = timedelta(seconds=60)
+"""Time in which all members of a new group must answer each other."""
 _store_numbers = count()
 """Counts the process groups of this process: each needs a new file, because torch cannot reuse one."""
 
 
 class ForeignProcessError(RuntimeError):
-    """A process of another user has connected in place of a rank."""
+    """Another process has connected in place of a rank."""
 
 
 def is_single_machine() -> bool:
@@ -99,9 +102,35 @@ def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
         before = _own_sockets()
         made = function(*args, **kwargs)
         require_own_peers(_own_sockets() - before)
+        require_answers(made)
         return made
 
     return checked
+
+
+def require_answers(group: Any) -> None:
+    """Let all members of a new gloo group answer each other once.
+
+    gloo accepts the first connection that sends the expected number, which is 0 at first. If a foreign process sends it
+    and disconnects, its owner can no longer be looked up, and gloo would retry on the closed connection forever.
+
+    Args:
+        group: what `init_process_group` (None) or `new_group` has returned.
+
+    Raises:
+        ForeignProcessError: a member does not answer.
+    """
+    if group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_backend(group) != "gloo":
+        return
+    if dist.get_world_size(group) == 1:
+        return
+    try:
+        dist.all_reduce(torch.ones(1), group=group, async_op=True).wait(HANDSHAKE_TIMEOUT)
+    except RuntimeError as error:
+        raise ForeignProcessError(
+            "The processes of this run do not reach each other: another process of this machine has probably connected "
+            "in place of one of them."
+        ) from error
 
 
 def require_own_peers(sockets: set[str]) -> None:
