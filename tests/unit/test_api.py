@@ -15,7 +15,9 @@ from tests.conftest import TOY
 def test_the_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = doctest.testmod(api)
-    assert (found.failed, found.attempted) == (0, 3)
+    # Python 3.13 counts skipped examples too.
+    assert found.failed == 0
+    assert found.attempted >= 3
 
 
 def test_a_recipe_that_breaks_a_rule_is_planned_only_unchecked(tmp_path: Path) -> None:
