@@ -44,13 +44,18 @@ def hub_copy(name: str, revision: str | None, assets_dir: Path) -> Path:
     return assets_dir / "hub" / (name if revision is None else f"{name}@{quote(revision, safe='')}")
 
 
+def source_path(source: str, assets_dir: Path) -> Path:
+    """Return the path of a source that is not on the Hugging Face Hub; it may not exist."""
+    if source.startswith(ASSET):
+        return asset_path(source.removeprefix(ASSET), assets_dir)
+    return user_path(source)
+
+
 def source_folder(source: str, revision: str | None, assets_dir: Path) -> Path:
     """Return the local path of a model, which need not exist; for a hub model, its copy in the assets folder."""
     if source.startswith(HUB):
         return hub_copy(source.removeprefix(HUB), revision, assets_dir)
-    if source.startswith(ASSET):
-        return asset_path(source.removeprefix(ASSET), assets_dir)
-    return user_path(source)
+    return source_path(source, assets_dir)
 
 
 NOT_FROM_HUB = ("original/*", "consolidated*", "*/*.safetensors")

@@ -11,11 +11,10 @@ from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.data.found import CHAT_FORMATS, FORMATS, source_files
 from nemo_minitron.data.globs import files_below, matches
 from nemo_minitron.errors import DataError
-from nemo_minitron.hf.source import ASSET, HUB, asset_path
+from nemo_minitron.hf.source import HUB, source_path
 from nemo_minitron.schema.base import StageParams
 from nemo_minitron.stages.kind import Source
 from nemo_minitron.stages.registry import STAGES
-from nemo_minitron.system.files import user_path
 
 
 def sources_of(stage: StageParams) -> Iterable[Source]:
@@ -38,13 +37,6 @@ def source_facts(stage: StageParams, recipe: Recipe, before: Mapping[str, Any]) 
         elif source.location in before:
             facts[source.location] = before[source.location]
     return facts
-
-
-def source_path(source: str, assets_dir: Path) -> Path:
-    """Return the path of a source that is not on the Hugging Face Hub; it may not exist."""
-    if source.startswith(ASSET):
-        return asset_path(source.removeprefix(ASSET), assets_dir)
-    return user_path(source)
 
 
 def _files(source: Source, assets_dir: Path) -> list[Path]:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.data.globs import matches
-from nemo_minitron.hf.source import HUB
+from nemo_minitron.hf.source import HUB, source_path
 from nemo_minitron.plan.planner import RunPlan
-from nemo_minitron.plan.sources import source_path
 from nemo_minitron.stages.registry import STAGES
 
 DATA_FILE = "validation.arrow"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.axes import SCORED_WIDTH_AXES, chosen_by
@@ -45,3 +46,8 @@ def _layers(key: str, selection: Selection, drops: int, scores: str | None, scor
     if selection.layer_removal == "iterative" and drops > scoring.iterative_drops:
         least = f"stages.{scores}.iterative_drops to {drops}"
         yield f"{key}.layer_removal = iterative: {drops} layers have to be removed; set {least} or more."
+
+
+def without_unused_scores(method: str, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Leave out the role `scores` unless the selection is by importance, the only method that reads scores."""
+    return inputs if method == "importance" else {role: value for role, value in inputs.items() if role != "scores"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_minitron.artifacts.types import Artifact
 from nemo_minitron.backends.alignment.base import CURVES_FILE, alignment_backend
-from nemo_minitron.stages.registry import STAGES
+from nemo_minitron.report.sections import in_section
 
 QUESTIONS_BY_LEVEL = 3
 Rows = list[dict[str, Any]]
@@ -18,8 +18,8 @@ Rows = list[dict[str, Any]]
 
 def alignment_facts(stages: Sequence[Artifact]) -> dict[str, Any] | None:
     """Return {trainings, curves, models, attributes, lengths, samples}; None if nothing was aligned or measured."""
-    trained = [stage for stage in stages if _section(stage) == "alignment"]
-    measured = [stage for stage in stages if _section(stage) == "chat_evaluation"]
+    trained = in_section(stages, "alignment")
+    measured = in_section(stages, "chat_evaluation")
     if not trained and not measured:
         return None
     return {
@@ -30,10 +30,6 @@ def alignment_facts(stages: Sequence[Artifact]) -> dict[str, Any] | None:
         "lengths": [row for stage in measured for row in _lengths(stage)],
         "samples": [*_samples(measured), *(sample for stage in measured for sample in _by_level(stage))],
     }
-
-
-def _section(stage: Artifact) -> str | None:
-    return STAGES[stage.kind].report if stage.kind in STAGES else None
 
 
 def _training(stage: Artifact) -> dict[str, Any]:

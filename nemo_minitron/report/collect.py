@@ -12,6 +12,7 @@ from nemo_minitron.evaluation.metrics import recovered_share
 from nemo_minitron.report.alignment import alignment_facts
 from nemo_minitron.report.comparison import comparison, ordered
 from nemo_minitron.report.importance import pruning_facts
+from nemo_minitron.report.sections import in_section
 from nemo_minitron.stages.registry import STAGES
 
 SCHEMA = 1
@@ -22,7 +23,7 @@ MAX_CURVE_ROWS = 600
 def collect(title: str, recipe_name: str, stages: Mapping[str, Artifact]) -> dict[str, Any]:
     """Return the content of report.json: sizes, quality and cost. Parts whose stage is missing are empty or None."""
     in_order = sorted(stages.values(), key=lambda stage: str(stage.provenance.get("started", "")))
-    found = {str(stage.result["label"]): _model(stage) for stage in _in_section(in_order, "evaluation")}
+    found = {str(stage.result["label"]): _model(stage) for stage in in_section(in_order, "evaluation")}
     models = {label: found[label] for label in ordered(found)}
     speed, data = _first(in_order, "speed"), _first(in_order, "data")
     return {
@@ -45,13 +46,8 @@ def collect(title: str, recipe_name: str, stages: Mapping[str, Artifact]) -> dic
     }
 
 
-def _in_section(stages: Sequence[Artifact], *sections: str) -> list[Artifact]:
-    """The stages whose kind belongs to one of these sections of the report."""
-    return [stage for stage in stages if stage.kind in STAGES and STAGES[stage.kind].report in sections]
-
-
 def _first(stages: Sequence[Artifact], section: str) -> Artifact | None:
-    return next(iter(_in_section(stages, section)), None)
+    return next(iter(in_section(stages, section)), None)
 
 
 def _model(stage: Artifact) -> dict[str, Any]:
@@ -67,7 +63,7 @@ def _recovered(models: Mapping[str, Mapping[str, Any]]) -> float | None:
 
 def _pruning(stages: Sequence[Artifact]) -> dict[str, Any] | None:
     """Return facts of the first pruning plan made from scores; plans of the random control have no scores."""
-    plans = _in_section(stages, "selection")
+    plans = in_section(stages, "selection")
     chosen = next((plan for plan in plans if plan.result.get("method") == "importance"), next(iter(plans), None))
     if chosen is None:
         return None
@@ -98,7 +94,7 @@ def _curves(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
 
 def _data_used(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
     """Return rows {stage, source, weight, tokens, epochs} of the trainings, without the candidates of a search."""
-    trained = _in_section(stages, "training", "distillation")
+    trained = in_section(stages, "training", "distillation")
     return [{"stage": stage.stage, **use} for stage in trained for use in stage.result.get("data_used", ())]
 
 
@@ -144,7 +140,7 @@ def _tokens(stage: Artifact) -> int | None:
 def _samples(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
     """Return [{prompt, texts: {label: continuation}}]."""
     by_prompt: dict[str, dict[str, str]] = {}
-    for stage in _in_section(stages, "evaluation"):
+    for stage in in_section(stages, "evaluation"):
         metrics = json.loads((stage.path / "metrics.json").read_text(encoding="utf-8"))
         for sample in metrics["samples"]:
             by_prompt.setdefault(sample["prompt"], {})[metrics["label"]] = sample["text"]

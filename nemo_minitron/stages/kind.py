@@ -133,6 +133,11 @@ def _num_tokens(result: Result) -> int | None:
     return result.get("num_tokens")
 
 
+def trained_tokens(result: Result) -> int | None:
+    """Number of tokens that a training has read; a hook for `StageKind.result_tokens`."""
+    return result.get("tokens")
+
+
 def _all_inputs(name: str, params: Any, inputs: Mapping[str, Any], view: RecipeView) -> Mapping[str, Any]:
     return inputs
 

@@ -9,7 +9,7 @@ from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training import TeacherCaching
 from nemo_minitron.schema.training_rules import learning_rate_problems, training_problems
 from nemo_minitron.stages.distill.params import DistillStage
-from nemo_minitron.stages.kind import Output, RecipeView, Result, StageKind, TextUse
+from nemo_minitron.stages.kind import Output, RecipeView, StageKind, TextUse, trained_tokens
 from nemo_minitron.workload.load import Load, distillation_load
 
 
@@ -80,10 +80,6 @@ def _load(name: str, params: DistillStage, layout: Parallel, view: RecipeView) -
     )
 
 
-def _result_tokens(result: Result) -> int | None:
-    return result.get("tokens")
-
-
 DISTILL = StageKind(
     name="distill",
     params=DistillStage,
@@ -107,5 +103,5 @@ DISTILL = StageKind(
     problems=_problems,
     text_use=_text_use,
     load=_load,
-    result_tokens=_result_tokens,
+    result_tokens=trained_tokens,
 )

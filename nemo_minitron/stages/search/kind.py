@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_minitron.families import ModelShape, target_shape
-from nemo_minitron.pruning.rules import scoring_problems
+from nemo_minitron.pruning.rules import scoring_problems, without_unused_scores
 from nemo_minitron.pruning.search import Candidate, enumerate_candidates
 from nemo_minitron.schema.base import StageParams
 from nemo_minitron.schema.execution import Parallel
@@ -21,9 +21,7 @@ from nemo_minitron.workload.load import Load, distillation_load
 def _used_inputs(
     name: str, params: SearchStage | CandidateStage, inputs: Mapping[str, Any], view: RecipeView
 ) -> Mapping[str, Any]:
-    """Leave out the scores unless the selection is by importance."""
-    by_importance = params.selection.method == "importance"
-    return inputs if by_importance else {role: value for role, value in inputs.items() if role != "scores"}
+    return without_unused_scores(params.selection.method, inputs)
 
 
 def _expand(name: str, params: SearchStage, view: RecipeView) -> Mapping[str, StageParams] | None:
@@ -88,19 +86,19 @@ def _array(name: str, params: CandidateStage) -> str:
     return f"{search_of(name, params)}_rung{params.rung}"
 
 
+_INPUTS = {
+    "model": MODELS,
+    "teacher": (Output.MODEL,),
+    "scores": (Output.SCORES,),
+    "data": (Output.TOKENIZED_TEXT,),
+    "check": (Output.TEACHER_CHECK,),
+}
 SEARCH = StageKind(
     name="search",
     params=SearchStage,
     run="nemo_minitron.stages.search.run:search",
     outputs=(Output.SEARCH,),
-    inputs={
-        "model": MODELS,
-        "teacher": (Output.MODEL,),
-        "scores": (Output.SCORES,),
-        "data": (Output.TOKENIZED_TEXT,),
-        "check": (Output.TEACHER_CHECK,),
-        "candidates": (Output.CANDIDATE,),
-    },
+    inputs={**_INPUTS, "candidates": (Output.CANDIDATE,)},
     reads_results=True,
     report="search",
     used_inputs=_used_inputs,
@@ -113,14 +111,7 @@ CANDIDATE = StageKind(
     params=CandidateStage,
     run="nemo_minitron.stages.search.candidate:candidate",
     outputs=(Output.CANDIDATE,),
-    inputs={
-        "model": MODELS,
-        "teacher": (Output.MODEL,),
-        "scores": (Output.SCORES,),
-        "data": (Output.TOKENIZED_TEXT,),
-        "check": (Output.TEACHER_CHECK,),
-        "rivals": (Output.CANDIDATE,),
-    },
+    inputs={**_INPUTS, "rivals": (Output.CANDIDATE,)},
     distributed=True,
     stops_by_itself=True,
     loads_own_model=True,

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_minitron.families import ModelShape, target_shape
 from nemo_minitron.pruning.possible import impossible
-from nemo_minitron.pruning.rules import scoring_problems
+from nemo_minitron.pruning.rules import scoring_problems, without_unused_scores
 from nemo_minitron.pruning.search import SEARCH_FILE, winner_of
 from nemo_minitron.schema.pruning import Scoring, Target
 from nemo_minitron.stages.kind import MODELS, Output, RecipeView, StageKind
@@ -15,8 +15,7 @@ from nemo_minitron.stages.select.params import SelectStage
 
 
 def _used_inputs(name: str, params: SelectStage, inputs: Mapping[str, Any], view: RecipeView) -> Mapping[str, Any]:
-    """Leave out the scores unless the selection is by importance."""
-    return inputs if params.method == "importance" else {role: v for role, v in inputs.items() if role != "scores"}
+    return without_unused_scores(params.method, inputs)
 
 
 def _problems(name: str, params: SelectStage, view: RecipeView) -> Iterator[str]:

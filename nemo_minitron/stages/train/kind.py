@@ -8,7 +8,7 @@ from dataclasses import replace
 from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training_rules import training_problems
-from nemo_minitron.stages.kind import MODELS, Output, RecipeView, Result, StageKind, TextUse
+from nemo_minitron.stages.kind import MODELS, Output, RecipeView, StageKind, TextUse, trained_tokens
 from nemo_minitron.stages.train.params import CorrectStage, TrainStage
 from nemo_minitron.workload.load import Load, training_load
 
@@ -30,10 +30,6 @@ def _load(name: str, params: TrainStage, layout: Parallel, view: RecipeView) -> 
     return None if shape is None else training_load(shape, None, params, params.num_steps, layout)
 
 
-def _result_tokens(result: Result) -> int | None:
-    return result.get("tokens")
-
-
 TRAIN = StageKind(
     name="train",
     params=TrainStage,
@@ -49,6 +45,6 @@ TRAIN = StageKind(
     problems=_problems,
     text_use=_text_use,
     load=_load,
-    result_tokens=_result_tokens,
+    result_tokens=trained_tokens,
 )
 CORRECT = replace(TRAIN, name="correct", params=CorrectStage)
