@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -33,6 +34,8 @@ RUNNER_VARIABLE = "MINITRON_RUNNER"
 REQUESTS, END, POLL_S, SHUTDOWN_TIMEOUT_S = "orders", "end", 0.2, 40.0
 FT_LAUNCHER, FT_RESTARTS = "ft_launcher", 3
 """Name of the launcher with fault tolerance, and how often it restarts the ranks of a node."""
+PORTS, ATTEMPTS_TO_FIND_A_PORT = range(20000, 32768), 100
+"""Ports for a rendezvous: below Linux's ephemeral range, and above most services."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +122,19 @@ class Nodes:
 
 
 def free_port() -> int:
-    """Return an unused port of the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return an unused port of the loopback interface.
+
+    Its user opens it seconds later. The system gives the ports of the ephemeral range (from 32768 on Linux) to other
+    processes at any time, so choose one below it.
+
+    Raises:
+        EnvironmentProblem: no port is free.
+    """
+    for port in random.SystemRandom().sample(PORTS, ATTEMPTS_TO_FIND_A_PORT):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise EnvironmentProblem(f"None of {ATTEMPTS_TO_FIND_A_PORT} ports tried from {PORTS.start} to {PORTS[-1]} is free.")
 
 
 def start_everywhere(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
 
-from nemo_minitron.processes.nodes import free_port
+from nemo_minitron.processes.agent import rendezvous_folder
 
 PRELOADED = [
     "nemo_minitron.backends.megatron.distillation.distill",
@@ -39,11 +39,18 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     The function must be importable; results must survive a pipe (tensors do). The environment is that of this
     process's first call.
     """
+    # The ranks meet in a folder, as those of a stage do: a port that is free now may be taken a moment later.
+    with rendezvous_folder() as rendezvous:
+        return _run_ranks(world_size, rendezvous, function, args)
+
+
+def _run_ranks(
+    world_size: int, rendezvous: Mapping[str, str], function: Callable[..., Any], args: tuple[Any, ...]
+) -> list[Any]:
     context = process_context()
-    port = free_port()
     queue = context.SimpleQueue()
     processes = [
-        context.Process(target=_one_rank, args=(rank, world_size, port, queue, function, args))
+        context.Process(target=_one_rank, args=(rank, world_size, rendezvous, queue, function, args))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -61,10 +68,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     return [results[rank] for rank in range(world_size)]
 
 
-def _one_rank(rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], args: Any) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+def _one_rank(
+    rank: int, world_size: int, rendezvous: Mapping[str, str], queue: Any, function: Callable[..., Any], args: Any
+) -> None:
+    os.environ.update(rendezvous, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     try:
         queue.put((rank, True, function(*args)))
