@@ -49,9 +49,13 @@ class View:
     def layout(self, stage: str) -> Parallel:
         """Return the stage's own layout, else the run's; one process for a stage that has no layout."""
         execution = self.recipe.execution
-        if not STAGES[self.stages[stage].kind].has_layout:
+        kind = STAGES[self.stages[stage].kind]
+        if not kind.has_layout:
             return Parallel()
-        return execution.parallel_by_stage.get(stage, execution.parallel)
+        layout = execution.parallel_by_stage.get(stage, execution.parallel)
+        if kind.whole_layers:
+            return Parallel(dp=layout.world_size, micro_batch_size=layout.micro_batch_size)
+        return layout
 
     def published(self, stage: str, file: str) -> Path | None:
         return Store(run_dir(self.recipe)).intact(stage, file)

@@ -134,7 +134,9 @@ def free_port() -> int:
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-    raise EnvironmentProblem(f"None of {ATTEMPTS_TO_FIND_A_PORT} ports tried from {PORTS.start} to {PORTS[-1]} is free.")
+    raise EnvironmentProblem(
+        f"None of {ATTEMPTS_TO_FIND_A_PORT} ports tried from {PORTS.start} to {PORTS[-1]} is free."
+    )
 
 
 def start_everywhere(

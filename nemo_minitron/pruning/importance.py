@@ -27,12 +27,17 @@ class Method:
     values: Callable[[Tensor, Tensor], Tensor]
     """activation, d loss / d activation -> values of the same shape."""
     needs_gradient: bool
+    weighs_columns: bool = False
+    """Whether activations are first multiplied by the L2 norms of the columns of the weights that read them. The score
+    is then the root of the mean over all tokens, whatever the aggregations say."""
 
 
 METHODS: dict[str, Method] = {
     "activation": Method(lambda activation, _: activation, needs_gradient=False),
     # First-order estimate of the change of the loss if the activation becomes zero.
     "taylor": Method(lambda activation, gradient: activation * gradient, needs_gradient=True),
+    # ||W_j|| rms(a_j): Wanda (2306.11695, equation 1) for whole columns, as in FLAP's Wanda-sp (2312.11983).
+    "wanda": Method(lambda activation, _: activation.square(), needs_gradient=False, weighs_columns=True),
 }
 """A new width metric is one entry here, and its name in the schema's `WidthMethod`."""
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.axes import SCORED_WIDTH_AXES, chosen_by
-from nemo_minitron.schema.pruning import Scoring, Selection
+from nemo_minitron.schema.pruning import AnyScoring, Selection
 
 
 def scoring_problems(
-    key: str, selection: Selection, scores: str | None, scoring: Scoring | None, source: ModelShape | None
+    key: str, selection: Selection, scores: str | None, scoring: AnyScoring | None, source: ModelShape | None
 ) -> Iterator[str]:
     """Yield one line for each score that the selection needs and that the score stage does not compute.
 
@@ -37,7 +37,7 @@ def scoring_problems(
         yield from _layers(key, selection, source.num_layers - selection.target.num_layers, scores, scoring)
 
 
-def _layers(key: str, selection: Selection, drops: int, scores: str | None, scoring: Scoring) -> Iterator[str]:
+def _layers(key: str, selection: Selection, drops: int, scores: str | None, scoring: AnyScoring) -> Iterator[str]:
     if selection.layer_metric not in scoring.layer_metrics:
         yield f"{key}.layer_metric = {selection.layer_metric}: not measured; add it to stages.{scores}.layer_metrics."
     if selection.layer_removal == "contiguous" and drops not in scoring.block_lengths:

@@ -11,6 +11,7 @@ from nemo_minitron.artifacts.types import Artifact
 from nemo_minitron.evaluation.metrics import recovered_share
 from nemo_minitron.report.alignment import alignment_facts
 from nemo_minitron.report.comparison import comparison, ordered
+from nemo_minitron.report.compensation import compensation_facts
 from nemo_minitron.report.importance import pruning_facts
 from nemo_minitron.report.sections import in_section
 from nemo_minitron.stages.registry import STAGES
@@ -35,6 +36,7 @@ def collect(title: str, recipe_name: str, stages: Mapping[str, Artifact]) -> dic
         "comparison": comparison(models, speed.result if speed else None),
         "search": _search(stages),
         "pruning": _pruning(in_order),
+        "compensation": compensation_facts(_first(in_order, "compensation")),
         "curves": _curves(in_order),
         "speed": dict(speed.result) if speed else None,
         "data": dict(data.result) if data else None,

@@ -296,6 +296,20 @@ def layer_points(metric: str, values: Sequence[float], kept: Sequence[int], base
     return out[0]
 
 
+def share_by_layer(name: str, lines: Mapping[str, Sequence[tuple[int, float]]], alt: str) -> str:
+    """Plot shares against the layers of the student, a line of its own color and marker for each name."""
+    out: list[str] = []
+    with picture(out, name, WIDE, 2.9, alt) as ax:
+        looks = zip((TEACHER, DISTILLED, PRUNED, SOFT), "os^D", strict=True)
+        for (label, points), (color, marker) in zip(lines.items(), looks, strict=False):
+            ax.plot(*zip(*points, strict=True), color=color, marker=marker, ms=3.5, linewidth=1.2, label=label)
+        ax.set(xlabel="layer of the student", ylim=(0, None))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.legend(fontsize=8)
+    return out[0]
+
+
 def task_points(models: Mapping[str, Mapping[str, Any]]) -> str:
     """Plot the score of each model on each task, with one standard error."""
     out: list[str] = []

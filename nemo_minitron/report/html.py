@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import __version__
-from nemo_minitron.report import figures, search
+from nemo_minitron.report import compensation, figures, search
 from nemo_minitron.report.alignment import tables
 from nemo_minitron.report.markdown import dropped_layers, headline
 from nemo_minitron.report.text import duration, millions
@@ -49,6 +49,7 @@ def render_html(report: Mapping[str, Any], recipe: str) -> str:
         headline=headline(report),
         pipeline=pipeline(report["cost"]["stages"]),
         search=_search(report["search"]) if report["search"] else None,
+        repair=_repair(report["compensation"]) if report.get("compensation") else None,
         alignment=report.get("alignment"),
         aligned=tables(report["alignment"]) if report.get("alignment") else [],
         dropped=dropped_layers(report["pruning"]) if report["pruning"] else [],
@@ -93,6 +94,8 @@ def _pictures(report: Mapping[str, Any]) -> dict[str, list[Draw]]:
         out["alignment"] = [partial(figures.loss_curve, name, rows) for name, rows in found.items() if rows]
     if report["search"]:
         out["search"] = [partial(search.pareto, report["search"]), partial(search.ladder, report["search"])]
+    if report.get("compensation"):
+        out["compensation"] = [partial(compensation.recovered_by_layer, report["compensation"])]
     return {**out, **_pruning_pictures(report["pruning"] or {})}
 
 
@@ -112,6 +115,12 @@ def _search(facts: Mapping[str, Any]) -> dict[str, Any]:
         for candidate, row in zip(facts["candidates"], cells, strict=True)
     ]
     return {"sentence": search.sentence(facts), "header": header, "rows": rows, "notes": search.notes(facts)}
+
+
+def _repair(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sentence and the table of a repair."""
+    rows = compensation.compensation_rows(facts)
+    return {"sentence": compensation.SENTENCE, "header": compensation.HEADER, "rows": rows}
 
 
 def _pruning_pictures(pruning: Mapping[str, Any]) -> dict[str, list[Draw]]:

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nemo_minitron.report.alignment import tables
+from nemo_minitron.report.compensation import compensation_markdown
 from nemo_minitron.report.search import search_markdown
 from nemo_minitron.report.text import code, duration, millions, plain, table
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:
     """Render the report as a short page of tables."""
-    sections = [f"# {plain(report['title'])}", headline(report)]
-    if report["models"]:
-        sections.append("## Before and after\n\n" + _models(report))
-    if report["curves"]:
-        sections.append("## Distillation\n\n" + _validation(report["curves"]))
-    if report["search"]:
-        # Import this only when needed: the module also draws figures, and so imports matplotlib.
-        sections.append("## Search: which shape\n\n" + search_markdown(report["search"]))
-    if report["pruning"]:
-        sections.append("## What was cut\n\n" + _pruning(report["pruning"]))
-    if report["samples"]:
-        sections.append("## Sample texts\n\n" + _samples(report["samples"]))
-    if report.get("alignment"):
-        sections.append("## Alignment\n\n" + _alignment(report["alignment"]))
-    if report["cost"]["stages"]:
-        sections.append("## Cost\n\n" + _cost(report["cost"]))
-    if report["data_used"]:
-        sections.append("## Training text\n\n" + _data_used(report["data_used"]))
-    if report["lineage"]:
-        sections.append("## Lineage\n\n" + _lineage(report))
-    return "\n\n".join(section for section in sections if section.strip()) + "\n"
+    found = ((title, text(report)) for title, text in _SECTIONS.items())
+    sections = [f"## {title}\n\n{text}" for title, text in found if text.strip()]
+    return "\n\n".join([f"# {plain(report['title'])}", headline(report), *sections]) + "\n"
 
 
 def headline(report: Mapping[str, Any]) -> str:
@@ -141,3 +124,23 @@ def _lineage(report: Mapping[str, Any]) -> str:
     rows = [[plain(row["stage"]), plain(row["kind"]), code(row["fingerprint"][:12])] for row in report["lineage"]]
     versions = ", ".join(plain(f"{name} {version}") for name, version in report["lineage"][-1]["versions"].items())
     return table(["stage", "kind", "fingerprint"], rows) + (f"\n\nMade with {versions}." if versions else "")
+
+
+def _section(key: str, text: Callable[[Any], str]) -> Callable[[Mapping[str, Any]], str]:
+    """Return a function that renders one part of the report; the section is empty if the run has nothing for it."""
+    return lambda report: text(report[key]) if report.get(key) else ""
+
+
+_SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "Before and after": lambda report: _models(report) if report["models"] else "",
+    "Distillation": _section("curves", _validation),
+    "Search: which shape": _section("search", search_markdown),
+    "What was cut": _section("pruning", _pruning),
+    "What least squares won back": _section("compensation", compensation_markdown),
+    "Sample texts": _section("samples", _samples),
+    "Alignment": _section("alignment", _alignment),
+    "Cost": lambda report: _cost(report["cost"]) if report["cost"]["stages"] else "",
+    "Training text": _section("data_used", _data_used),
+    "Lineage": lambda report: _lineage(report) if report["lineage"] else "",
+}
+"""Title -> function that renders the section."""

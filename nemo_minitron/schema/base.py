@@ -66,7 +66,7 @@ def _task(name: str) -> str:
 
 TaskName = Annotated[str, AfterValidator(_task)]
 """A task or group that comes with lm-eval, such as arc_easy."""
-WidthMethod = Literal["activation", "taylor"]
+WidthMethod = Literal["activation", "taylor", "wanda"]
 LayerMetric = Literal["block_influence", "lm_loss", "logit_mse", "task"]
 """Names of the metrics; their functions are in pruning/importance.py and pruning/depth.py."""
 

@@ -8,6 +8,9 @@ from pydantic import Field, PositiveInt
 
 from nemo_minitron.schema.base import LayerMetric, Precision, Schema, Seed, TaskName, WidthMethod
 
+RepairSite = Literal["attention_input", "attention_output", "mlp_input", "mlp_output"]
+"""Linear layers of a decoder layer that share one input."""
+
 
 class Target(Schema):
     """Sizes of the student. null keeps the teacher's size."""
@@ -67,7 +70,8 @@ class Scoring(Schema):
     """Axes to score. The score of a query group comes from the scores of its heads."""
     method: WidthMethod = "activation"
     """activation: how strongly a channel responds. taylor: activation times the gradient of the loss, which needs a
-    backward pass."""
+    backward pass. wanda: root mean square of the activation, times the norm of the weights that read it (2306.11695);
+    `convention` and the aggregations do not apply to it."""
     convention: Literal["modelopt", "paper"] = "modelopt"
     """Which formulas to use where the papers and NVIDIA's code differ; see pruning/importance.py."""
     neuron_score: Literal["before_activation", "after_activation"] | None = None
@@ -106,3 +110,72 @@ class Selection(SelectionRules):
     """Sizes of the student."""
     drop_layers: tuple[int, ...] | None = None
     """Layers to drop, counted from 0, instead of a choice by score."""
+
+
+class Compensation(Schema):
+    """How a pruned model is repaired in closed form."""
+
+    mode: Literal["one_shot", "sequential"] = "one_shot"
+    """one_shot: every weight is repaired for the teacher's own activations. sequential: layer by layer, for the
+    activations of the repaired layers before it."""
+    target: Literal["layer", "stream"] = "stream"
+    """What a sequential repair approximates. layer: the output of the same linear layer of the teacher. stream: the
+    teacher's residual stream, which also makes up for errors of earlier layers."""
+    sites: tuple[RepairSite, ...] = ("attention_input", "attention_output", "mlp_input", "mlp_output")
+    """Linear layers to repair, if their inputs were cut: those that read the residual stream (q, k and v; gate and up)
+    and those that write to it (o_proj; down_proj)."""
+    num_samples: PositiveInt = 256
+    """Samples of calibration text."""
+    heldout_tokens: PositiveInt = 16384
+    """Tokens of held-out text, on which damping is chosen and every repair is judged."""
+    seq_len_tokens: PositiveInt = 512
+    """Tokens in each sequence."""
+    dampings: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1)
+    """Values to choose the damping of the least squares from, as shares of the mean squared input."""
+    precision: Precision = "fp32"
+    """Floating-point format of weights and activations; sums are fp64."""
+    seed: Seed = 1234
+    """Seed of the random numbers that draw the samples."""
+
+
+class ReconstructionScoring(Schema):
+    """How indices are ranked by what the layers lose when least squares repairs them after the cut."""
+
+    method: Literal["obs", "greedy"] = "obs"
+    """obs: remove what costs the least (Optimal Brain Surgeon, as in ZipLM and OSSCAR). greedy: add what helps most."""
+    width_axes: tuple[Literal["hidden", "ffn", "heads"], ...] = ("hidden", "ffn", "heads")
+    """Axes to rank."""
+    step: PositiveInt = 16
+    """Neurons or hidden channels that are chosen at once; heads are chosen one by one."""
+    swap_to: Target = Target()
+    """Sizes for which kept and cut indices are exchanged afterwards while that lowers the error (OSSCAR, 2403.12983).
+    The ranking is then best for these sizes. null sizes: no exchange."""
+    swap_rounds: PositiveInt = 20
+    """Exchanges to try on each axis of each layer."""
+    num_samples: PositiveInt = 256
+    """Samples of calibration text."""
+    seq_len_tokens: PositiveInt = 512
+    """Tokens in each sequence."""
+    precision: Precision = "fp32"
+    """Floating-point format of weights and activations; sums are fp64."""
+    seed: Seed = 1234
+    """Seed of the random numbers that draw the samples."""
+
+    @property
+    def layer_metrics(self) -> tuple[LayerMetric, ...]:
+        """Metrics of layers; none."""
+        return ()
+
+    @property
+    def block_lengths(self) -> tuple[int, ...]:
+        """Lengths of runs of layers that have scores; none."""
+        return ()
+
+    @property
+    def iterative_drops(self) -> int:
+        """Layers that have been removed one after the other; none."""
+        return 0
+
+
+AnyScoring = Scoring | ReconstructionScoring
+"""Keys of every kind of stage that publishes scores."""

@@ -165,6 +165,8 @@ class StageKind:
     """Whether it runs on execution.parallel.world_size processes inside a Megatron session."""
     starts_ranks: bool = False
     """Whether it has a layout and starts its processes itself, because they run in another environment."""
+    whole_layers: bool = False
+    """Whether each of its processes works with whole layers, so that tp, pp and cp of its layout count as dp."""
     one_gpu: bool = False
     """Whether it has no layout but runs faster on a GPU."""
     needs_aligner: bool = False

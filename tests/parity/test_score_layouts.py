@@ -48,6 +48,7 @@ MORE_CASES = {
     for name, keys in {
         "paper": {"convention": "paper"},
         "taylor": {"method": "taylor"},
+        "wanda": {"method": "wanda"},
         "taylor, paper": {"method": "taylor", "convention": "paper"},
         "l2, var": {"batch_aggregation": "var", "sequence_aggregation": "l2"},
     }.items()

@@ -10,7 +10,7 @@ from nemo_minitron.pruning.rules import scoring_problems, without_unused_scores
 from nemo_minitron.pruning.search import Candidate, enumerate_candidates
 from nemo_minitron.schema.base import StageParams
 from nemo_minitron.schema.execution import Parallel
-from nemo_minitron.schema.pruning import Scoring, Selection, Target
+from nemo_minitron.schema.pruning import AnyScoring, Selection, Target
 from nemo_minitron.schema.training_rules import training_problems
 from nemo_minitron.stages.kind import MODELS, Output, RecipeView, StageKind
 from nemo_minitron.stages.search.expansion import candidate_stages, search_of
@@ -63,7 +63,7 @@ def _problems(name: str, params: SearchStage, view: RecipeView) -> Iterator[str]
     for number, rung in enumerate(params.rungs):
         yield from training_problems(name, params.retraining, rung.num_steps, layout, f"{key}.rungs.{number}.num_steps")
     scoring = view.stages.get(params.inputs.scores or "")
-    known = scoring if isinstance(scoring, Scoring) else None
+    known = scoring if isinstance(scoring, AnyScoring) else None
     seen: set[str] = set()
     for candidate in _candidates(params, view):
         rules = Selection(target=candidate.target, **params.selection.model_dump())

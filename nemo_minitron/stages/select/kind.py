@@ -9,7 +9,7 @@ from nemo_minitron.families import ModelShape, target_shape
 from nemo_minitron.pruning.possible import impossible
 from nemo_minitron.pruning.rules import scoring_problems, without_unused_scores
 from nemo_minitron.pruning.search import SEARCH_FILE, winner_of
-from nemo_minitron.schema.pruning import Scoring, Target
+from nemo_minitron.schema.pruning import AnyScoring, Target
 from nemo_minitron.stages.kind import MODELS, Output, RecipeView, StageKind
 from nemo_minitron.stages.select.params import SelectStage
 
@@ -34,7 +34,7 @@ def _problems(name: str, params: SelectStage, view: RecipeView) -> Iterator[str]
     )
     if not problems:
         scoring = view.stages.get(params.inputs.scores or "")
-        known = scoring if isinstance(scoring, Scoring) else None
+        known = scoring if isinstance(scoring, AnyScoring) else None
         yield from scoring_problems(key, params, params.inputs.scores, known, source)
 
 

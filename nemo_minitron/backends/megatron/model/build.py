@@ -109,19 +109,55 @@ def build_model(
     Raises:
         PlanError: the sequence is longer than the model's sliding window.
     """
+    require_window(shape, seq_len_tokens)
+    start, stop = stage_bounds(shape.num_layers, session.parallel.pp)[session.pp_rank]
+    ends = (session.is_first_stage, session.is_last_stage)
+    return _build(shape, session, precision, seq_len_tokens, stop - start, ends, padded_vocab)
+
+
+def build_layer(shape: ModelShape, session: Session, *, precision: str, seq_len_tokens: int) -> Model:
+    """Build one layer without embeddings and head, as of a stage in the middle of a pipeline, with unset weights.
+
+    Give it the residual stream [S, B, D] with `set_input_tensor`. The layer is whole: the session has tp = pp = cp = 1.
+
+    Raises:
+        PlanError: the sequence is longer than the model's sliding window.
+    """
+    require_window(shape, seq_len_tokens)
+    one = shape.resized(num_layers=1)
+    return _build(one, session, precision, seq_len_tokens, 1, (False, False), None)
+
+
+def require_window(shape: ModelShape, seq_len_tokens: int) -> None:
+    """Require a sequence that fits into the model's sliding window.
+
+    Raises:
+        PlanError: it does not.
+    """
     window = shape.sliding_window_tokens
     if window is not None and seq_len_tokens > window:
         raise PlanError(
             f"seq_len_tokens = {seq_len_tokens} is longer than the model's sliding window of {window} tokens.",
             allowed=f"at most {window}",
         )
+
+
+def _build(
+    shape: ModelShape,
+    session: Session,
+    precision: str,
+    seq_len_tokens: int,
+    num_layers: int,
+    ends: tuple[bool, bool],
+    padded_vocab: int | None,
+) -> Model:
+    """Build `num_layers` layers of a model; `ends` says whether they come with the embeddings and with the head."""
     config = transformer_config(shape, session, precision)
-    start, stop = stage_bounds(shape.num_layers, session.parallel.pp)[session.pp_rank]
     options = {
         "vocab_size": padded_vocab or padded_vocab_size(shape.vocab_size, session.parallel.tp),
         "max_sequence_length": seq_len_tokens,
-        "pre_process": session.is_first_stage,
-        "post_process": session.is_last_stage,
+        "pre_process": ends[0],
+        "post_process": ends[1],
         "parallel_output": True,
         "share_embeddings_and_output_weights": shape.tied_embeddings,
         "position_embedding_type": "rope",
@@ -131,6 +167,6 @@ def build_model(
     if _wants_hybrid():
         model = _hybrid().hybrid_model(config, shape, options)
     else:
-        spec = block_spec(stop - start, qk_norm=shape.qk_norm)
+        spec = block_spec(num_layers, qk_norm=shape.qk_norm)
         model = GPTModel(config, spec, **options, **rope_scaling_options(shape))
     return model.to(device=session.device, dtype=DTYPES[precision])

@@ -33,6 +33,11 @@ class Layer:
         return self.modules[0].input_layernorm
 
     @property
+    def attention_input(self) -> nn.Module:
+        """The fused projection to queries, keys and values."""
+        return self.modules[0].self_attention.linear_qkv
+
+    @property
     def attention_output(self) -> nn.Module:
         """The output projection of attention."""
         return self.modules[0].self_attention.linear_proj

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -56,6 +56,25 @@ def load_weights(model: Model, checkpoint: Checkpoint, session: Session, padded_
         _mark_split(local[name], group[0])
         tensor = parts[None] if None in parts else fuse({str(part): t for part, t in parts.items()}, shape)
         _copy_padded(local.pop(name), tensor)
+    if local:
+        raise AssertionError(f"Megatron parameters without a row in the axis table: {sorted(local)}")
+
+
+def load_layer(model: Model, layer: int, shape: ModelShape, read: Callable[[Parameter], Tensor]) -> None:
+    """Fill a model of one layer (`build_layer`) with the weights of one layer of a model of this shape.
+
+    Args:
+        layer: 0-based index of the layer whose weights are read.
+        read: returns the whole Hugging Face tensor of a parameter.
+    """
+    local = local_parameters(model)
+    for _, group in _by_megatron_name(shape):
+        if group[0].layer != layer:
+            continue
+        parts = {str(parameter.row.part): read(parameter) for parameter in group}
+        tensor = parts["None"] if "None" in parts else fuse(parts, shape)
+        with torch.no_grad():
+            local.pop(Parameter(group[0].row, 0, group[0].expert).megatron).copy_(tensor)
     if local:
         raise AssertionError(f"Megatron parameters without a row in the axis table: {sorted(local)}")
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor, nn
 
 from nemo_minitron.backends.megatron.model.forward import Batch, backward_batches, evaluating, forward_batches
@@ -27,6 +30,7 @@ from nemo_minitron.pruning.importance import (
     CONVENTIONS,
     METHODS,
     NUM_SUMS,
+    Aggregation,
     Convention,
     Method,
     aggregate_batch,
@@ -47,7 +51,9 @@ Sums = dict[str, Tensor]
 
 def convention_of(params: Scoring) -> Convention:
     """Return the named convention; the recipe may choose to measure neurons before or after the activation function."""
-    found = CONVENTIONS[params.convention]
+    found = CONVENTIONS["modelopt" if METHODS[params.method].weighs_columns else params.convention]
+    if METHODS[params.method].weighs_columns:
+        return found
     return Convention(params.neuron_score or found.neuron, found.head_per_token)
 
 
@@ -88,8 +94,12 @@ def _zeros(axis: Axis, shape: ModelShape, convention: Convention, device: torch.
 def _width_scores(
     axes: list[Axis], sums: Sums, shape: ModelShape, params: Scoring, convention: Convention
 ) -> dict[str, Tensor]:
+    squared = METHODS[params.method].weighs_columns
+
     def by_row(tensor_R4C: Tensor) -> Tensor:
-        return torch.stack([aggregate_batch(row, params.batch_aggregation) for row in tensor_R4C]).cpu()
+        how: Aggregation = "mean" if squared else params.batch_aggregation
+        scores = torch.stack([aggregate_batch(row, how) for row in tensor_R4C]).cpu()
+        return scores.sqrt() if squared else scores
 
     return {axis.name: _tap(axis).score(by_row(sums[axis.name]), shape, convention) for axis in axes}
 
@@ -132,7 +142,8 @@ class _Taps:
     def neurons(self, layer: Layer, sums_R4C: Tensor) -> Any:
         mine = self._my_part(sums_R4C[0])
         if self.convention.neuron == "after_activation":
-            return _on_input(layer.mlp_output, lambda x: self._take(x, _same, mine))
+            norms = self._column_norms(layer.mlp_output)
+            return _on_input(layer.mlp_output, lambda x: self._take(x, _same, mine, norms))
         # Megatron stacks gate and up; the gate goes through the activation function.
         view = (lambda x: x.chunk(2, -1)[0]) if self.shape.gated else _same
         return _on_output(layer.mlp_input, lambda out: self._take(out[0], view, mine))
@@ -140,32 +151,50 @@ class _Taps:
     def heads(self, layer: Layer, sums_R4C: Tensor) -> Any:
         mine, size = self._my_part(sums_R4C[0]), self.shape.kv_channels
         view = (lambda x: per_head(x, size)) if self.convention.head_per_token else _same
-        return _on_input(layer.attention_output, lambda x: self._take(x, view, mine))
+        norms = self._column_norms(layer.attention_output)
+        return _on_input(layer.attention_output, lambda x: self._take(x, view, mine, norms))
 
     @contextmanager
     def norms(self, layer: Layer, sums_R4C: Tensor) -> Iterator[None]:
-        with self._norm(layer.input_norm, sums_R4C[0]), self._norm(layer.pre_mlp_norm, sums_R4C[1]):
+        attention = self._norm(layer.input_norm, layer.attention_input, sums_R4C[0])
+        with attention, self._norm(layer.pre_mlp_norm, layer.mlp_input, sums_R4C[1]):
             yield
 
-    def _norm(self, norm: nn.Module, sums_4C: Tensor) -> Any:
+    def _norm(self, norm: nn.Module, reader: nn.Module, sums_4C: Tensor) -> Any:
         """Read a norm; without sequence parallelism tensor-parallel ranks have equal outputs: only the first counts."""
         scattered = self.session.parallel.sequence_parallel and self.session.parallel.tp > 1
+        norms = self._column_norms(reader, over_ranks=True)
         if self.session.tp_rank and not scattered:
             return ExitStack()
         view = _whole_sequence if scattered else _same
         target = sums_4C if self.session.tp_rank == 0 else torch.zeros_like(sums_4C)
-        return _on_output(norm, lambda x: self._take(x, view, target))
+        return _on_output(norm, lambda x: self._take(x, view, target, norms))
+
+    def _column_norms(self, linear: nn.Module, *, over_ranks: bool = False) -> Tensor | None:
+        """Return the L2 norms of a weight's columns; None for methods that do not use them.
+
+        Args:
+            over_ranks: whether each tensor-parallel rank has other rows of the weight.
+        """
+        if not self.method.weighs_columns:
+            return None
+        weight = cast(Tensor, linear.weight).detach()
+        squares = weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(0)
+        return (reduce_from_tensor_model_parallel_region(squares) if over_ranks else squares).sqrt()
 
     def _my_part(self, sums_4C: Tensor) -> Tensor:
         start, stop = shard_range(sums_4C.shape[-1], self.session.tp_rank, self.session.parallel.tp)
         return sums_4C[:, start:stop]
 
-    def _take(self, activation: Tensor, view: View, target_4C: Tensor) -> None:
+    def _take(self, activation: Tensor, view: View, target_4C: Tensor, column_norms: Tensor | None = None) -> None:
+        how = "mean" if self.method.weighs_columns else self.params.sequence_aggregation
+
         def add(values: Tensor) -> None:
-            sequence = aggregate_sequence(view(values), self.params.sequence_aggregation)
-            target_4C.add_(batch_sums(sequence))
+            target_4C.add_(batch_sums(aggregate_sequence(view(values), how)))
 
         values, kept = self.method.values, activation.detach()
+        if column_norms is not None:
+            kept = kept * column_norms
         if not self.method.needs_gradient:
             add(values(kept, kept))
             return

@@ -1,0 +1,288 @@
+"""Repair the layers of a pruned model one after the other, in closed form.
+
+One-shot: a student's layer gets the kept part of its teacher layer's activations, and each site is solved for them.
+Sequential: it gets its own activations, which depend on the repair of everything before it, so each site needs a pass
+over the text. In both modes the target of the last kept layer in front of dropped layers is the teacher's stream after
+these: its MLP output takes over what they did, as far as its neurons can express it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemo_minitron.backends.megatron.compensation.runner import Activations, LayerRunner
+from nemo_minitron.backends.megatron.compensation.sites import SITES, Site, counted_positions, input_label, weights_of
+from nemo_minitron.backends.megatron.compensation.streams import Stream
+from nemo_minitron.backends.megatron.runtime.session import Session
+from nemo_minitron.families import ModelShape, Parameter
+from nemo_minitron.families.blocks import ATTENTION, MLP
+from nemo_minitron.hf.checkpoint import Checkpoint
+from nemo_minitron.pruning.compensation import Moments, Repair, best_repair
+from nemo_minitron.pruning.plan_file import PrunePlan
+from nemo_minitron.pruning.positions import Keep, kept_positions
+from nemo_minitron.pruning.slicing import merge_parameter
+from nemo_minitron.schema.pruning import Compensation
+
+Weights = dict[str, Tensor]
+"""Hugging Face name -> tensor, of one layer of the student."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """The two models, and how one was cut out of the other."""
+
+    teacher: Checkpoint
+    student: Checkpoint
+    plan: PrunePlan
+
+    @property
+    def source(self) -> ModelShape:
+        return self.teacher.shape
+
+    @property
+    def target(self) -> ModelShape:
+        return self.student.shape
+
+    def keep(self, number: int) -> Keep:
+        """Return the kept positions of one layer of the student."""
+        return kept_positions(self.plan, self.source, self.plan.layers[number])
+
+    def dropped_after(self, number: int) -> range:
+        """Return the dropped layers of the teacher between one layer of the student and the next."""
+        layers = (*self.plan.layers, self.source.num_layers)
+        return range(layers[number] + 1, layers[number + 1])
+
+    def teacher_rows(self, site: Site, number: int) -> Tensor:
+        """Return the teacher's weights of a site with the rows that the student keeps [O, I], fp32 or wider."""
+        layer, keep = self.plan.layers[number], self.keep(number)
+        return torch.cat([self._rows(parameter, keep) for parameter in weights_of(site, self.source, layer)])
+
+    def _rows(self, parameter: Parameter, keep: Keep) -> Tensor:
+        whole = self.teacher.read(parameter.hf)
+        merged = merge_parameter(whole, parameter.row, self.plan, self.source, parameter.layer)
+        label = parameter.row.axes[0]
+        return _wide(merged if label not in keep else merged.index_select(0, keep[label]))
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """One site of one layer of the student."""
+
+    site: Site
+    kept_hidden: Tensor | None
+    """Kept channels of the stream; None: all."""
+    kept_inputs: Tensor | None
+    """Kept inputs of the site; None: all."""
+    teacher_weight: Tensor
+    """The teacher's weight with the rows that stay [O, I]."""
+    sliced_weight: Tensor
+    """The student's weight [O, K]."""
+    target: str
+    """As `Compensation.target`; always `layer` in a one-shot repair."""
+
+    def residual(self, teacher: Activations, student: Activations, teacher_after: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (what the sliced layer lacks [S, B, M], its input [S, B, K]).
+
+        For a site that reads the stream, the residual is in front of the teacher's weight.
+
+        Args:
+            teacher_after: the teacher's stream behind the layer and the dropped layers that follow it.
+        """
+        given, full = student.inputs[self.site.name], teacher.inputs[self.site.name]
+        if self.site.reads_stream:
+            return _minus_embedded(full, given, self.kept_hidden), given
+        made = F.linear(given, self.sliced_weight.to(given))
+        if self.target == "stream":
+            wanted = teacher_after if self.site.block is MLP else teacher.after(ATTENTION.name)
+            return _take(wanted, self.kept_hidden) - student.before[self.site.block.name] - made, given
+        lacks = F.linear(full, self.teacher_weight.to(full)) - made
+        if self.site.block is MLP:
+            # What dropped layers added to the stream; exactly zero if none follow.
+            lacks = lacks + _take(teacher_after - teacher.out, self.kept_hidden)
+        return lacks, given
+
+
+class LayerRepair:
+    """Repair of single layers, with one layer of each model in memory."""
+
+    def __init__(self, models: Models, params: Compensation, session: Session) -> None:
+        self.models, self.params, self.session = models, params, session
+        self.teacher = LayerRunner(models.source, session, params.precision, params.seq_len_tokens)
+        self.student = LayerRunner(models.target, session, params.precision, params.seq_len_tokens)
+
+    def sliced(self, number: int) -> Weights:
+        """Return the sliced weights of one layer of the student."""
+        sites = (weights_of(site, self.models.target, number) for site in SITES)
+        return {parameter.hf: self.models.student.read(parameter.hf) for some in sites for parameter in some}
+
+    def repair(self, number: int, streams: list[Stream]) -> tuple[Weights, dict[str, Repair]]:
+        """Return the repaired weights of one layer, and what became of each site."""
+        weights, found = self.sliced(number), dict[str, Repair]()
+        if self.models.dropped_after(number):
+            self._run_teacher(number, streams)
+        self._load_teacher(self.models.plan.layers[number])
+        groups = [[site] for site in SITES] if self.params.mode == "sequential" else [list(SITES)]
+        for group in groups:
+            problems = [self._problem(site, number, weights) for site in group if self._wants(site, number)]
+            if not problems:
+                continue
+            self._load_student(number, weights)
+            moments = self._moments(problems, streams)
+            for problem in problems:
+                found[problem.site.name] = self._solve(problem, moments[problem.site.name], number, weights)
+        return weights, found
+
+    def advance(self, number: int, weights: Weights, streams: list[Stream]) -> None:
+        """Move all streams to the next layer of the student, with its repaired weights."""
+        if any(stream.teacher_after is None for stream in streams):
+            self._run_teacher(number, streams)
+        for stream in streams:
+            assert stream.teacher_after is not None
+            stream.teacher, stream.teacher_after = stream.teacher_after, None
+        if self.params.mode == "sequential":
+            self._load_student(number, weights)
+            for stream in streams:
+                stream.student = self.student.forward(stream.student).cpu()
+
+    def skip_dropped_before_first(self, streams: list[Stream]) -> None:
+        """Move the teacher's streams over dropped layers in front of the student's first one."""
+        for layer in range(self.models.plan.layers[0]):
+            self._load_teacher(layer)
+            for stream in streams:
+                stream.teacher = self.teacher.forward(stream.teacher).cpu()
+
+    def _run_teacher(self, number: int, streams: list[Stream]) -> None:
+        """Compute the teacher's streams behind a layer of the student and the dropped layers that follow it."""
+        after = [stream.teacher for stream in streams]
+        for layer in (self.models.plan.layers[number], *self.models.dropped_after(number)):
+            self._load_teacher(layer)
+            after = [self.teacher.forward(tensor).cpu() for tensor in after]
+        for stream, tensor in zip(streams, after, strict=True):
+            stream.teacher_after = tensor
+
+    def _load_teacher(self, layer: int) -> None:
+        self.teacher.load(layer, lambda parameter: self.models.teacher.read(parameter.hf))
+
+    def _load_student(self, number: int, weights: Weights) -> None:
+        read = self.models.student.read
+        self.student.load(number, lambda p: weights[p.hf] if p.hf in weights else read(p.hf))
+
+    def _wants(self, site: Site, number: int) -> bool:
+        """Whether the site is to be repaired, and what it gets differs from what its teacher gets."""
+        if site.name not in self.params.sites:
+            return False
+        if self.params.mode == "sequential":
+            return True
+        folds = bool(self.models.dropped_after(number)) and site.name == "mlp_output"
+        return folds or input_label(site, self.models.source) in self.models.keep(number)
+
+    def _problem(self, site: Site, number: int, weights: Weights) -> _Problem:
+        keep = self.models.keep(number)
+        names = [parameter.hf for parameter in weights_of(site, self.models.target, number)]
+        return _Problem(
+            site=site,
+            kept_hidden=keep.get("hidden"),
+            kept_inputs=keep.get(input_label(site, self.models.source)),
+            teacher_weight=self.models.teacher_rows(site, number).to(self.session.device),
+            sliced_weight=_wide(torch.cat([weights[name] for name in names])).to(self.session.device),
+            target=self.params.target if self.params.mode == "sequential" else "layer",
+        )
+
+    def _moments(self, problems: list[_Problem], streams: list[Stream]) -> Mapping[str, tuple[Moments, Moments]]:
+        """Return site -> (moments of the calibration text, moments of the held-out text), over all processes."""
+        device = self.session.device
+        sums: dict[str, tuple[Moments, Moments]] = {}
+        for problem in problems:
+            residuals = self.models.source.hidden_size if problem.site.reads_stream else len(problem.sliced_weight)
+            inputs = problem.sliced_weight.shape[1]
+            sums[problem.site.name] = (
+                Moments.zeros(residuals, inputs, device),
+                Moments.zeros(residuals, inputs, device),
+            )
+        for stream in streams:
+            teacher = self.teacher.activations(stream.teacher)
+            if stream.teacher_after is None:
+                stream.teacher_after = teacher.out.cpu()
+            student = self._student_activations(problems, teacher, stream)
+            after = stream.teacher_after.to(device)
+            for problem in problems:
+                residual, given = problem.residual(teacher, student, after)
+                counted = counted_positions(problem.site, stream.counted).to(device)
+                sums[problem.site.name][stream.is_heldout].add(residual[counted], given[counted])
+        for tensor in (tensor for pair in sums.values() for moments in pair for tensor in moments.tensors):
+            self.session.sum(tensor)
+        return sums
+
+    def _student_activations(self, problems: list[_Problem], teacher: Activations, stream: Stream) -> Activations:
+        """Return the student's own activations, or those that it would have on its teacher's stream."""
+        if self.params.mode == "sequential":
+            return self.student.activations(stream.student)
+        kept = problems[0].kept_hidden
+        before = {block: _take(tensor, kept) for block, tensor in teacher.before.items()}
+        inputs: dict[str, Tensor] = {
+            problem.site.name: self.student.norm(problem.site.block, before[problem.site.block.name])
+            if problem.site.reads_stream
+            else _take(teacher.inputs[problem.site.name], problem.kept_inputs)
+            for problem in problems
+        }
+        return Activations(inputs, before, _take(teacher.out, kept))
+
+    def _solve(self, problem: _Problem, moments: tuple[Moments, Moments], number: int, weights: Weights) -> Repair:
+        """Solve one site and put its repaired weights into `weights`; the first process solves for all."""
+        calibration, heldout = moments
+        if problem.site.reads_stream:
+            calibration, heldout = (some.mapped(problem.teacher_weight) for some in moments)
+        repair = best_repair(calibration, heldout, self.params.dampings)
+        repaired = problem.sliced_weight.double()
+        if repair.update is not None:
+            repaired = repaired + repair.update
+        if self.session.world_size > 1:
+            dist.broadcast(repaired, 0)
+        start = 0
+        for parameter in weights_of(problem.site, self.models.target, number):
+            old = weights[parameter.hf]
+            if repair.update is not None:
+                weights[parameter.hf] = (
+                    repaired[start : start + len(old)].to(device="cpu", dtype=old.dtype).contiguous()
+                )
+            start += len(old)
+        return repair
+
+
+def _minus_embedded(full: Tensor, kept_part: Tensor, kept: Tensor | None) -> Tensor:
+    """Return `full` minus the kept part, whose channels are put where they are in the full width."""
+    if kept is None:
+        return full - kept_part
+    return full.index_add(-1, kept.to(full.device), kept_part, alpha=-1)
+
+
+def _take(tensor: Tensor, kept: Tensor | None) -> Tensor:
+    return tensor if kept is None else tensor.index_select(-1, kept.to(tensor.device))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def repaired_layers(
+    repair: LayerRepair, streams: list[Stream], done: Mapping[int, Weights]
+) -> Iterator[tuple[int, Weights, dict[str, Repair] | None]]:
+    """Yield (layer of the student, its repaired weights, what became of each site), in order.
+
+    Args:
+        done: repaired weights of layers that an interrupted run has already made; None is yielded as their repairs.
+    """
+    repair.skip_dropped_before_first(streams)
+    for number in range(repair.models.target.num_layers):
+        if number in done:
+            weights, found = done[number], None
+        else:
+            weights, found = repair.repair(number, streams)
+        yield number, weights, found
+        repair.advance(number, weights, streams)

@@ -1,0 +1,60 @@
+"""The places of a layer whose linear layers can be repaired: their parameters, inputs and positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nemo_minitron.families import ModelShape, Parameter, Row
+from nemo_minitron.families.axes import HIDDEN
+from nemo_minitron.families.blocks import ATTENTION, MLP, Block
+from nemo_minitron.families.registry import layers_of
+from nemo_minitron.schema.pruning import RepairSite
+
+
+@dataclass(frozen=True)
+class Site:
+    """Linear layers that share one input."""
+
+    name: RepairSite
+    block: Block
+    reads_stream: bool
+    """Whether they read the normalized residual stream; otherwise they write to the stream."""
+
+    def has(self, row: Row) -> bool:
+        """Whether a row of the axis table is one of their weight matrices."""
+        return len(row.axes) == 2 and row.axes[1 if self.reads_stream else 0] in HIDDEN.coupled
+
+
+SITES = (
+    Site("attention_input", ATTENTION, True),
+    Site("attention_output", ATTENTION, False),
+    Site("mlp_input", MLP, True),
+    Site("mlp_output", MLP, False),
+)
+"""All sites of a layer, in the order in which they run."""
+
+
+def weights_of(site: Site, shape: ModelShape, layer: int) -> list[Parameter]:
+    """Return the weight matrices of a site in one layer; empty if the layer does not have its block."""
+    blocks = [block for block in layers_of(shape)[layer] if block is site.block]
+    return [Parameter(row, layer) for block in blocks for row in block.rows(shape) if site.has(row)]
+
+
+def input_label(site: Site, shape: ModelShape) -> str:
+    """Return the label of the site's input dimension in the axis table."""
+    return weights_of(site, shape, 0)[0].row.axes[1]
+
+
+def counted_positions(site: Site, counted: Tensor) -> Tensor:
+    """Return the positions [S, B] that count for a site, of those that count at all.
+
+    The first position often has activations that are hundreds of times larger than all others ("massive activations",
+    2402.17762), and norms turn them into one direction; readers of the stream would be fitted to it.
+    """
+    if not site.reads_stream:
+        return counted
+    counted = counted.clone()
+    counted[0] = False
+    return counted

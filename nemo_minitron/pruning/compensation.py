@@ -1,0 +1,132 @@
+"""Closed-form repair of linear layers whose inputs have been cut, by least squares. Pure functions of tensors.
+
+A linear layer of the student has the sliced weight W [O, K] and gets the input s [K]; it should give y [O]. The repair
+adds the X that minimizes
+
+    E || (y - W s) - X s ||^2 + lambda ||X||^2,   so   X = C (H + lambda I)^-1,   C = E[(y - W s) s^T], H = E[s s^T].
+
+This is ridge regression centered on the sliced weight: infinite damping gives plain slicing, and if nothing was cut,
+y = W s and X = 0 exactly. For an input s that is the kept part of the teacher's own input a and y = W_T a, X equals
+`W_cut A_cut,kept (A_kept,kept + lambda I)^-1`, the update of Optimal Brain Surgeon for removed inputs (OSSCAR,
+2403.12983; ZipLM). The moments are uncentered, so that a constant part of the cut input is repaired, too.
+
+Shapes: N tokens, K inputs of the student, M residuals, O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Values of lambda to choose from, as shares of the mean of H's diagonal (OSSCAR and ZipLM use 1e-2, GRAIL 1e-3)."""
+_STRONGER = 10.0
+"""Factor by which the damping grows while H + lambda I is not positive definite."""
+
+
+@dataclass
+class Moments:
+    """Sums over tokens, fp64, from which the repair and its error follow. They can be added over batches and ranks."""
+
+    inputs: Tensor
+    """Sum of s s^T, [K, K]."""
+    cross: Tensor
+    """Sum of r s^T, [M, K], where the residual r is what the sliced layer lacks."""
+    residuals: Tensor
+    """Sum of r r^T, [M, M]."""
+    num_tokens: Tensor
+    """Number of tokens, [1]."""
+
+    @classmethod
+    def zeros(cls, num_residuals: int, num_inputs: int, device: torch.device) -> Moments:
+        def empty(*dims: int) -> Tensor:
+            return torch.zeros(*dims, dtype=torch.float64, device=device)
+
+        return cls(
+            empty(num_inputs, num_inputs),
+            empty(num_residuals, num_inputs),
+            empty(num_residuals, num_residuals),
+            empty(1),
+        )
+
+    def add(self, residuals_NM: Tensor, inputs_NK: Tensor) -> None:
+        """Add tokens; products are computed in at least fp32."""
+        wide = torch.promote_types(inputs_NK.dtype, torch.float32)
+        r, s = residuals_NM.to(wide), inputs_NK.to(wide)
+        self.inputs += s.T @ s
+        self.cross += r.T @ s
+        self.residuals += r.T @ r
+        self.num_tokens += len(s)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All sums, for a reduction over ranks."""
+        return (self.inputs, self.cross, self.residuals, self.num_tokens)
+
+    def mapped(self, left_OM: Tensor) -> Moments:
+        """Return the moments of the residuals `left @ r`, as when r is in front of a teacher's weight."""
+        left = left_OM.to(self.cross)
+        return Moments(self.inputs, left @ self.cross, left @ self.residuals @ left.T, self.num_tokens)
+
+
+@dataclass(frozen=True)
+class Repair:
+    """The chosen correction of one weight, and how well it does on held-out text."""
+
+    update: Tensor | None
+    """Added to the sliced weight, fp64 [O, K]; None: the sliced weight stays."""
+    damping: float
+    """Share of the mean diagonal; infinite if the sliced weight stays."""
+    sliced_error: float
+    """Held-out E||y - W s||^2 of the sliced weight."""
+    error: float
+    """The same with the correction; never above `sliced_error`."""
+
+    @property
+    def recovered(self) -> float:
+        """Share of the held-out error of plain slicing that is gone."""
+        return 1.0 - self.error / self.sliced_error if self.sliced_error > 0 else 0.0
+
+
+def least_squares(moments: Moments, damping: float) -> tuple[Tensor, float]:
+    """Return (X [M, K] in fp64, the damping that was used).
+
+    Args:
+        damping: lambda as a share of the mean of H's diagonal. It grows tenfold while H + lambda I is singular to
+            working precision; infinite damping gives X = 0.
+    """
+    h, c = moments.inputs, moments.cross
+    scale = float(h.diagonal().mean())
+    if math.isinf(damping) or scale == 0.0 or not bool(c.any()):
+        return torch.zeros_like(c), damping
+    while True:
+        damped = h + damping * scale * torch.eye(len(h), dtype=h.dtype, device=h.device)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            return torch.cholesky_solve(c.T, factor).T, damping
+        damping = max(damping, torch.finfo(h.dtype).eps) * _STRONGER
+
+
+def error_of(moments: Moments, update_MK: Tensor | None) -> float:
+    """Return E||r - X s||^2 per token on the text of these moments; None stands for X = 0."""
+    total = moments.residuals.trace()
+    if update_MK is not None:
+        total = total - 2 * (update_MK * moments.cross).sum()
+        total = total + ((update_MK @ moments.inputs) * update_MK).sum()
+    return float(total / moments.num_tokens.clamp_min(1))
+
+
+def best_repair(calibration: Moments, heldout: Moments, dampings: Sequence[float] = DAMPINGS) -> Repair:
+    """Choose the damping with the smallest error on held-out text; the sliced weight stays if none is better."""
+    sliced = error_of(heldout, None)
+    best = Repair(None, math.inf, sliced, sliced)
+    for damping in dampings:
+        update, used = least_squares(calibration, damping)
+        error = error_of(heldout, update)
+        if error < best.error:
+            best = Repair(update, used, sliced, error)
+    return best

@@ -1,0 +1,191 @@
+"""Which inputs of a linear layer to keep, if least squares repairs the layer afterwards. Pure functions of tensors.
+
+With the second moments A = E[a a^T] of the inputs, the error that is left after the repair (`pruning/compensation.py`)
+when only the inputs S are kept is `tr B R_S`, with the Schur complement R_S = A - A_:S A_SS^-1 A_S: and B = W^T W. Two
+searches for S, both of which give an order, so that one ranking serves every size:
+
+- `greedy_order` adds the input that removes the most error: column-pivoted Cholesky with the exact gain.
+- `obs_order` removes the input whose loss costs the least: Optimal Brain Surgeon as in ZipLM, OSSCAR (2403.12983) and
+  Tyr-the-Pruner (2503.09657).
+
+`swapped` then exchanges kept and removed inputs while that lowers the error (OSSCAR's local search).
+
+Shapes: F inputs, in blocks of equal size that stay or go together, as the channels of a head do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DAMPING = 1e-2
+"""Added to A's diagonal, as a share of its mean (ZipLM, OSSCAR and Tyr-the-Pruner use the same)."""
+_TINY = 1e-12
+
+
+def damped(moments: Tensor, damping: float = DAMPING) -> Tensor:
+    """Return A + lambda I in fp64, [F, F]."""
+    a = moments.double()
+    mean = a.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return a + damping * mean * torch.eye(len(a), dtype=torch.float64, device=a.device)
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Linear layers that share one input, all of which least squares will repair."""
+
+    moments: Tensor
+    """A = E[a a^T] of the input [F, F]."""
+    weight_gram: Tensor
+    """B = W^T W of the weights, stacked [F, F]."""
+
+    @property
+    def relative(self) -> Readers:
+        """The same in fp64, damped, with B divided by the mean squared output `tr B A`, so that sites compare.
+
+        Rows of B of inputs that are always zero are zero, so that these are the least useful.
+        """
+        a = damped(self.moments)
+        a = a / a.diagonal().mean()
+        active = (self.moments.diagonal() > 0).double()
+        gram = self.weight_gram.double() * active * active[:, None]
+        return Readers(a, gram / (gram * a).sum().clamp_min(_TINY))
+
+
+def greedy_order(readers: Sequence[Readers], *, block: int = 1, step: int = 1) -> list[int]:
+    """Return all blocks, most useful first.
+
+    The gain of adding block J, with the Schur complement R of the blocks so far, is `tr R_JJ^-1 (R B R)_JJ`.
+
+    Args:
+        readers: one for a choice inside a layer; several for inputs that are chosen once for all of them, as hidden
+            channels are.
+        block: inputs in each block.
+        step: blocks to add before the gains are computed again.
+    """
+    scaled = [some.relative for some in readers]
+    # R B R changes with R by one projection on both sides, so a step costs O(F^2) per block.
+    states = [(some.moments, some.moments @ some.weight_gram @ some.moments) for some in scaled]
+    remaining, order = list(range(len(scaled[0].moments) // block)), list[int]()
+    while remaining:
+        gains = torch.stack([_block_ratio(_blocks(q, block), _blocks(r, block)) for r, q in states]).sum(0)[remaining]
+        best = [remaining[place] for place in gains.topk(min(step, len(remaining))).indices.tolist()]
+        order += best
+        remaining = [number for number in remaining if number not in set(best)]
+        states = [_projected(*state, _positions(best, block)) for state in states]
+    return order
+
+
+def obs_order(readers: Sequence[Readers], *, block: int = 1, step: int = 1) -> list[int]:
+    """Return all blocks, most useful first: the reverse of the order in which they are removed.
+
+    Removing block J from the kept inputs, whose inverse moments are P = A_SS^-1 and whose repaired weights are W, costs
+    `tr W_J P_JJ^-1 W_J^T`. The weights are updated with each removal, through their Gram matrix W^T W.
+
+    Args:
+        readers: as of `greedy_order`.
+        block: inputs in each block.
+        step: blocks to remove before the costs are computed again (Tyr-the-Pruner removes 16 neurons or one head).
+    """
+    scaled = [some.relative for some in readers]
+    states = [(torch.linalg.inv(some.moments), some.weight_gram) for some in scaled]
+    alive, removed = list(range(len(scaled[0].moments) // block)), list[int]()
+    while alive:
+        costs = torch.stack([_block_ratio(_blocks(g, block), _blocks(p, block)) for p, g in states]).sum(0)[alive]
+        worst = [alive[place] for place in (-costs).topk(min(step, len(alive))).indices.tolist()]
+        removed += worst
+        alive = [number for number in alive if number not in set(worst)]
+        states = [_projected(*state, _positions(worst, block)) for state in states]
+    return removed[::-1]
+
+
+def _projected(matrix: Tensor, weighted: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return M - M_:J M_JJ^-1 M_J:, and Q - Q P - P^T Q + P^T Q P with P = M_JJ^-1 M_J: in the rows J."""
+    mixed = torch.linalg.solve(_regular(matrix[positions][:, positions]), matrix[positions])
+    weighted = weighted - weighted[:, positions] @ mixed
+    weighted = weighted - mixed.T @ weighted[positions]
+    return matrix - matrix[:, positions] @ mixed, weighted
+
+
+def remaining_error(readers: Sequence[Readers], kept: Sequence[int], *, block: int = 1) -> float:
+    """Return what is left of the mean squared outputs when least squares has repaired all readers for these blocks.
+
+    It is the sum over the readers of `tr B R_S / tr B A`.
+    """
+    return sum(_error(some.relative, _positions(kept, block)) for some in readers)
+
+
+def _error(scaled: Readers, positions: Tensor) -> float:
+    return float((scaled.weight_gram * _schur(scaled.moments, positions)).sum())
+
+
+def _schur(a: Tensor, positions: Tensor) -> Tensor:
+    cross = a[:, positions]
+    return a - cross @ torch.linalg.solve(cross[positions], cross.T)
+
+
+def swapped(readers: Sequence[Readers], kept: Sequence[int], *, rounds: int = 20, block: int = 1) -> list[int]:
+    """Exchange kept and removed blocks while that lowers `remaining_error` (OSSCAR, local search).
+
+    In each round the kept block that costs the least goes, and the removed block with the largest gain comes.
+
+    Returns:
+        The kept blocks, in ascending order.
+    """
+    scaled = [some.relative for some in readers]
+
+    def error(blocks: Sequence[int]) -> float:
+        return sum(_error(some, _positions(blocks, block)) for some in scaled)
+
+    best = sorted(kept)
+    lowest = error(best)
+    for _ in range(rounds):
+        candidate = _swap(scaled, best, block)
+        if candidate is None or (found := error(candidate)) >= lowest:
+            break
+        best, lowest = candidate, found
+    return best
+
+
+def _swap(scaled: Sequence[Readers], kept: list[int], block: int) -> list[int] | None:
+    cost = torch.stack([_removal_costs(some, kept, block) for some in scaled]).sum(0)
+    stays = [number for place, number in enumerate(kept) if place != int(cost.argmin())]
+    left = [(some, _schur(some.moments, _positions(stays, block))) for some in scaled]
+    gains = sum(_block_ratio(_blocks(r @ some.weight_gram @ r, block), _blocks(r, block)) for some, r in left)
+    assert isinstance(gains, Tensor)
+    gains[torch.tensor(stays)] = -torch.inf
+    comes = int(gains.argmax())
+    return None if comes in kept else sorted([*stays, comes])
+
+
+def _removal_costs(scaled: Readers, kept: list[int], block: int) -> Tensor:
+    positions = _positions(kept, block)
+    inverse = torch.linalg.inv(scaled.moments[positions][:, positions])
+    # Repaired weights W A_:S A_SS^-1, through their Gram matrix.
+    solved = scaled.moments[:, positions] @ inverse
+    return _block_ratio(_blocks(solved.T @ scaled.weight_gram @ solved, block), _blocks(inverse, block))
+
+
+def _positions(blocks: Sequence[int], size: int) -> Tensor:
+    return (torch.tensor(blocks)[:, None] * size + torch.arange(size)).flatten()
+
+
+def _blocks(matrix: Tensor, size: int) -> Tensor:
+    """Return the diagonal blocks [F / size, size, size]."""
+    count = len(matrix) // size
+    return matrix.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _block_ratio(over: Tensor, under: Tensor) -> Tensor:
+    """Return tr(under^-1 over) of each block."""
+    if under.shape[-1] == 1:
+        return (over / under.clamp_min(_TINY)).flatten()
+    return torch.linalg.solve(_regular(under), over).diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _regular(blocks: Tensor) -> Tensor:
+    """Add enough to the diagonals of blocks that are used up to keep them invertible."""
+    return blocks + _TINY * torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)

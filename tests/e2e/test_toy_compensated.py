@@ -1,0 +1,67 @@
+"""Ranking by reconstruction, pruning and repair through the command line: layouts, faults, report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nemo_minitron import api
+from tests.conftest import REPO, Cli
+
+RECIPE = REPO / "recipes/toy/compensated.yaml"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """run_root of one finished run."""
+    root = tmp_path_factory.mktemp("compensation")
+    api.run(api.load_recipe(RECIPE, [f"execution.run_root={root}"]), quiet=True)
+    return root
+
+
+def test_the_repair_recovers_much_of_the_loss_without_training(root: Path) -> None:
+    report = json.loads((root / "toy/compensated/report.json").read_text())
+    loss = {label: model["bits_per_byte"] for label, model in report["models"].items()}
+    assert loss["teacher"] < loss["distilled"] < loss["compensated"] < loss["pruned"]
+    assert (loss["pruned"] - loss["compensated"]) / (loss["pruned"] - loss["teacher"]) > 0.4
+
+
+def test_the_report_shows_each_layer(root: Path) -> None:
+    run = root / "toy/compensated"
+    assert "What least squares won back" in (run / "report.html").read_text()
+    assert "| down_proj |" in (run / "report.md").read_text()
+    facts = json.loads((run / "compensate/compensation.json").read_text())
+    assert len(facts) == 4
+    assert all(site["error"] <= site["sliced_error"] for layer in facts for site in layer.values())
+
+
+def test_a_tensor_parallel_layout_gives_the_same_model(root: Path, tmp_path: Path) -> None:
+    """Its processes count as data-parallel ones, each with whole layers."""
+    shutil.copytree(root / "toy/compensated", tmp_path / "toy/compensated")
+    shutil.rmtree(tmp_path / "toy/compensated/compensate")
+    options = [f"execution.run_root={tmp_path}", "execution.parallel.tp=2"]
+    api.run(api.load_recipe(RECIPE, options), until="compensate", quiet=True)
+    one, two = (load_file(str(folder / "toy/compensated/compensate/model.safetensors")) for folder in (root, tmp_path))
+    for name, tensor in one.items():
+        # The checkpoint is bf16: a difference in the last digit of a sum may round to its neighbor.
+        torch.testing.assert_close(two[name], tensor, rtol=2**-7, atol=1e-4 * float(tensor.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("stages.compensate.num_samples=4", "512 calibration tokens (num_samples * seq_len_tokens) are too few"),
+        ("stages.compensate.inputs.heldout=data", "the same as inputs.data"),
+        ("stages.compensate.dampings=[0.0]", "stages.compensate.dampings"),
+        ("stages.score.width_axes=[heads]", "axis hidden is not scored"),
+    ],
+)
+def test_impossible_keys_are_refused(option: str, message: str, minitron: Cli) -> None:
+    code, output = minitron("check", RECIPE, option)
+    assert code == 2
+    assert message in output

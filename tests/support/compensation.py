@@ -1,0 +1,115 @@
+"""Repair of tiny pruned models, as each rank does it. Importable, so that spawned processes find it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nemo_minitron.backends.megatron.compensation.repair import LayerRepair, Models, Weights, repaired_layers
+from nemo_minitron.backends.megatron.compensation.streams import calibration_batches, embedded, heldout_batches
+from nemo_minitron.backends.megatron.model.build import DTYPES
+from nemo_minitron.backends.megatron.runtime.session import Session, open_session
+from nemo_minitron.hf.checkpoint import Checkpoint
+from nemo_minitron.pruning.compensation import Repair
+from nemo_minitron.pruning.plan_file import PrunePlan, read_plan, write_plan
+from nemo_minitron.pruning.selection import choose_keep
+from nemo_minitron.pruning.slicing import prune_checkpoint
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.pruning import Compensation, Selection, Target
+from nemo_minitron.system.progress import Progress
+from tests.support.tiny_data import tiny_data_dir
+from tests.support.tiny_models import tiny_model_dir
+
+Arrays = dict[str, NDArray]
+Layers = list[tuple[Arrays, dict[str, Repair] | None]]
+SMALL = Compensation(num_samples=24, heldout_tokens=256, seq_len_tokens=32)
+
+
+def cut_model(root: Path, case: str, target: Target, **model: Any) -> Path:
+    """Make teacher, student, plan and data of a case below `root`; the cut is random."""
+    teacher = tiny_model_dir(root / "teacher", case, **model)
+    source = Checkpoint.open(teacher).shape
+    return cut_by(root, teacher, choose_keep({}, source, Selection(method="random", target=target)))
+
+
+def cut_by(root: Path, teacher: Path, plan: PrunePlan) -> Path:
+    """Cut a teacher by a plan; make student, plan and data below `root`."""
+    for name in ("plan", "student"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    write_plan(plan, Checkpoint.open(teacher).shape, root / "plan")
+    prune_checkpoint(teacher, plan, root / "student", Progress(silent=True))
+    tiny_data_dir(root / "data")
+    return teacher
+
+
+def models_in(root: Path, teacher: Path) -> Models:
+    """Open the models that `cut_by` has made."""
+    checkpoint = Checkpoint.open(teacher)
+    return Models(checkpoint, Checkpoint.open(root / "student"), read_plan(root / "plan", checkpoint.shape))
+
+
+def repair_layers(
+    root: Path,
+    teacher: Path,
+    cases: Mapping[str, Compensation],
+    parallel: Parallel,
+    work: Path,
+    done: Mapping[int, Arrays] | None = None,
+) -> dict[str, Layers]:
+    """Repair the student in every way of `cases`, in one session; returns (weights, repairs) of each layer."""
+    with open_session(parallel, device="cpu", threads=1) as session:
+        return {name: _repair_layers(root, teacher, params, session, work, done) for name, params in cases.items()}
+
+
+def _repair_layers(
+    root: Path, teacher: Path, params: Compensation, session: Session, work: Path, done: Mapping[int, Arrays] | None
+) -> Layers:
+    models = models_in(root, teacher)
+    text = {"seq_len_tokens": params.seq_len_tokens}
+    samples = {"num_samples": params.num_samples, "seed": params.seed, "cache_dir": work}
+    calibration = calibration_batches(root / "data", session, **text, **samples)
+    heldout = heldout_batches(root / "data", session, **text, num_tokens=params.heldout_tokens)
+    name = "model.embed_tokens.weight"
+    embeddings = (models.teacher.read(name), models.student.read(name))
+    streams = embedded([*calibration, *heldout], *embeddings, DTYPES[params.precision])
+    repair = LayerRepair(models, params, session)
+    layers = repaired_layers(repair, streams, {number: _tensors(some) for number, some in (done or {}).items()})
+    return [(_arrays(weights), _numbers(found)) for _, weights, found in layers]
+
+
+def _arrays(weights: Weights) -> Arrays:
+    """Arrays survive the end of the process that has made them."""
+    return {name: tensor.numpy() for name, tensor in weights.items()}
+
+
+def _tensors(arrays: Arrays) -> Weights:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _numbers(found: dict[str, Repair] | None) -> dict[str, Repair] | None:
+    return None if found is None else {site: replace(repair, update=None) for site, repair in found.items()}
+
+
+def updates(layers: Layers, root: Path) -> dict[str, Tensor]:
+    """What the repair added to each weight of the student, fp64."""
+    student = Checkpoint.open(root / "student")
+    return {
+        name: tensor.double() - student.read(name).double()
+        for weights, _ in layers
+        for name, tensor in _tensors(weights).items()
+    }
+
+
+def with_weights(layers: Layers, model: torch.nn.Module) -> torch.nn.Module:
+    """Put the repaired weights into the student that transformers has loaded."""
+    state = model.state_dict()
+    for weights, _ in layers:
+        for name, tensor in _tensors(weights).items():
+            state[name].copy_(tensor)
+    return model

@@ -1,0 +1,130 @@
+"""Closed-form repair of a linear layer whose inputs were cut."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_minitron.pruning.compensation import Moments, best_repair, error_of, least_squares
+
+CPU = torch.device("cpu")
+KEPT = torch.tensor([0, 2, 3, 5, 7])
+
+
+def _inputs(num_tokens: int = 400, size: int = 8, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    return torch.randn(num_tokens, size, generator=generator, dtype=torch.float64) @ mixed + 0.5
+
+
+def _weight(rows: int = 6, size: int = 8) -> Tensor:
+    return torch.randn(rows, size, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+
+def _moments(inputs: Tensor, weight: Tensor, kept: Tensor) -> Moments:
+    given = inputs[:, kept]
+    moments = Moments.zeros(len(weight), len(kept), CPU)
+    for rows in torch.arange(len(inputs)).split(64):
+        moments.add(inputs[rows] @ weight.T - given[rows] @ weight[:, kept].T, given[rows])
+    return moments
+
+
+def test_the_repaired_weight_is_the_least_squares_solution_on_the_raw_activations() -> None:
+    inputs, weight = _inputs(), _weight()
+    update, _ = least_squares(_moments(inputs, weight, KEPT), 1e-14)
+    expected = torch.linalg.lstsq(inputs[:, KEPT], inputs @ weight.T).solution.T
+    torch.testing.assert_close(weight[:, KEPT] + update, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_it_is_the_update_of_optimal_brain_surgeon_for_removed_inputs() -> None:
+    """W_cut A_cut,kept (A_kept,kept + lambda I)^-1, as OSSCAR has it."""
+    inputs, weight, damping = _inputs(), _weight(), 1e-2
+    cut = torch.tensor([1, 4, 6])
+    gram = inputs.T @ inputs
+    kept_gram = gram[KEPT][:, KEPT]
+    damped = kept_gram + damping * kept_gram.diagonal().mean() * torch.eye(len(KEPT), dtype=torch.float64)
+    expected = weight[:, cut] @ gram[cut][:, KEPT] @ torch.linalg.inv(damped)
+    update, _ = least_squares(_moments(inputs, weight, KEPT), damping)
+    torch.testing.assert_close(update, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_keeping_everything_changes_no_bit() -> None:
+    inputs, weight = _inputs(), _weight()
+    moments = _moments(inputs, weight, torch.arange(8))
+    update, _ = least_squares(moments, 1e-3)
+    assert torch.equal(weight + update, weight)
+    assert best_repair(moments, moments).update is None
+
+
+def test_infinite_damping_is_plain_slicing() -> None:
+    update, _ = least_squares(_moments(_inputs(), _weight(), KEPT), math.inf)
+    assert not update.any()
+
+
+def test_a_duplicated_input_is_restored_exactly() -> None:
+    inputs, weight = _inputs(), _weight()
+    inputs[:, 6] = inputs[:, 5]
+    kept = torch.tensor([0, 1, 2, 3, 4, 5, 7])
+    moments = _moments(inputs, weight, kept)
+    update, _ = least_squares(moments, 1e-13)
+    merged = weight[:, kept].clone()
+    merged[:, 5] += weight[:, 6]
+    torch.testing.assert_close(weight[:, kept] + update, merged, rtol=1e-6, atol=1e-6)
+    assert error_of(moments, update) < 1e-9 * error_of(moments, None)
+
+
+def test_inputs_that_are_zero_or_dependent_need_no_special_care() -> None:
+    inputs, weight = _inputs(), _weight()
+    inputs[:, 0] = 0.0
+    inputs[:, 3] = inputs[:, 2]
+    update, damping = least_squares(_moments(inputs, weight, KEPT), 1e-30)
+    assert torch.isfinite(update).all()
+    assert damping > 1e-30, "a singular matrix makes the damping grow"
+    silent = Moments.zeros(6, 5, CPU)
+    assert not least_squares(silent, 1e-3)[0].any()
+
+
+@pytest.mark.parametrize("update", [None, "some"])
+def test_the_error_is_that_of_the_raw_activations(update: str | None) -> None:
+    inputs, weight = _inputs(), _weight()
+    moments = _moments(inputs, weight, KEPT)
+    correction = None if update is None else least_squares(moments, 1e-1)[0]
+    used = weight[:, KEPT] if correction is None else weight[:, KEPT] + correction
+    expected = (inputs @ weight.T - inputs[:, KEPT] @ used.T).square().sum(1).mean()
+    assert error_of(moments, correction) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_the_damping_is_chosen_on_held_out_text() -> None:
+    weight = _weight()
+    few, other = _inputs(6), _inputs(400, seed=1)
+    calibration, heldout = _moments(few, weight, KEPT), _moments(other, weight, KEPT)
+    found = best_repair(calibration, heldout, (1e-8, 1e-2, 1.0, 10.0))
+    errors = {d: error_of(heldout, least_squares(calibration, d)[0]) for d in (1e-8, 1e-2, 1.0, 10.0)}
+    assert found.error == min(*errors.values(), found.sliced_error)
+
+
+def test_a_repair_that_makes_held_out_text_worse_is_not_used() -> None:
+    weight = _weight()
+    calibration = _moments(_inputs(6), weight, KEPT)
+    opposite = _moments(_inputs(400), weight, KEPT)
+    opposite.cross.neg_()
+    found = best_repair(calibration, opposite)
+    assert found.update is None
+    assert found.error == found.sliced_error
+    assert found.recovered == 0.0
+
+
+def test_residuals_in_front_of_a_weight_are_mapped_through_it() -> None:
+    """Readers of one norm share their moments: W C and W R W^T are those of the residuals W r."""
+    inputs, weight = _inputs(), _weight()
+    given = inputs[:, KEPT]
+    lacks = inputs.clone()
+    lacks[:, KEPT] = 0.0
+    in_front, direct = Moments.zeros(8, len(KEPT), CPU), Moments.zeros(6, len(KEPT), CPU)
+    in_front.add(lacks, given)
+    direct.add(lacks @ weight.T, given)
+    for found, expected in zip(in_front.mapped(weight).tensors, direct.tensors, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
