@@ -10,6 +10,7 @@ from nemo_minitron import api
 from nemo_minitron.cli.arguments import Overrides, RecipeFile
 from nemo_minitron.cli.output import console, print_warnings
 from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.system.heap import skip_collection_at_exit
 
 if TYPE_CHECKING:
     from nemo_minitron.config.recipe import Recipe
@@ -23,10 +24,12 @@ def check(
     cluster: Annotated[bool, typer.Option(help="Inspect the cluster too, as far as it is visible from here.")] = False,
 ) -> None:
     """Find every mistake in a recipe. Needs no GPU, no torch, no network."""
+    skip_collection_at_exit()
+    plan = api.load_plan(recipe, overrides, checked=False)
+
     from nemo_minitron.plan.checks import require_valid
     from nemo_minitron.plan.epochs import epoch_warnings
 
-    plan = api.load_plan(recipe, overrides, checked=False)
     try:
         if cluster:
             _check_cluster(plan.recipe)
