@@ -52,7 +52,7 @@ HIDDEN = ("stage",)
 
 
 def make_app(names: Collection[str] = (*GROUPS, *COMMANDS)) -> typer.Typer:
-    """Return the parser of these commands. Only their modules are imported, which saves a third of the start-up time."""
+    """Return the parser of these commands. Only their modules are imported; all would take 70 ms."""
     app = typer.Typer(
         # With a callback, the name of a command is required even if there is only one.
         callback=_no_options,

@@ -84,8 +84,8 @@ def _compose_file(recipe: Path, file: Path, overrides: Sequence[str]) -> tuple[d
     site, overrides = _split_cluster(overrides)
     GlobalHydra.instance().clear()
     try:
-        # Everything is in the store. This package, which has no YAML, stands for the folder of the primary config:
-        # `initialize` would look for that folder through the sources of all frames of the call stack, which takes 20 ms.
+        # Everything is in the store, so this package, which has no YAML, stands for the folder of the primary config.
+        # `initialize` would look for that folder in the sources of the whole call stack, which takes 20 ms.
         with _stored(chain), initialize_config_module(_NO_FILES, job_name="minitron", version_base="1.3"):
             composed = hydra_compose(_PRIMARY, overrides=[for_hydra(text) for text in overrides])
         require_public_values(composed, str(recipe))

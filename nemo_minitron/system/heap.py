@@ -50,7 +50,7 @@ def _is_set_up(environment: Mapping[str, str]) -> bool:
 def collector_paused() -> Iterator[None]:
     """Pause Python's garbage collector in this context, for work that creates many objects and discards few.
 
-    Imports and the classes of a recipe are such work: a tenth of its time would be spent in collections that find nothing.
+    Imports and the classes of a recipe are such work: collections would take a tenth of its time and find nothing.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -58,7 +58,7 @@ def collector_paused() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
-            # Together these move all objects to the oldest generation. Otherwise the next collection would examine them.
+            # Move all objects to the oldest generation. Otherwise the next collection would examine them.
             gc.freeze()
             gc.unfreeze()
             gc.enable()
