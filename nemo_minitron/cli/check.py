@@ -13,7 +13,7 @@ from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.system.heap import skip_collection_at_exit
 
 if TYPE_CHECKING:
-    from nemo_minitron.config.recipe import Recipe
+    from nemo_minitron.plan.planner import RunPlan
 
 STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
 
@@ -32,7 +32,7 @@ def check(
 
     try:
         if cluster:
-            _check_cluster(plan.recipe)
+            _check_cluster(plan)
     finally:
         # The cluster's findings are printed by now; the recipe's own problems are reported in any case.
         require_valid(plan)
@@ -40,7 +40,7 @@ def check(
     console.say(f"{plan.recipe.name}: {len(plan.calls)} stages", "ok", "green")
 
 
-def _check_cluster(recipe: Recipe) -> None:
+def _check_cluster(plan: RunPlan) -> None:
     """Print what can be seen of the cluster from here.
 
     Raises:
@@ -48,7 +48,7 @@ def _check_cluster(recipe: Recipe) -> None:
     """
     from nemo_minitron.launch.probe import probe
 
-    findings = probe(recipe)
+    findings = probe(plan)
     for found in findings:
         console.say(found.text, found.level, STYLES[found.level])
     wrong = [found.text for found in findings if found.level == "problem"]
