@@ -52,6 +52,8 @@ $(STAMP): pyproject.toml setup.py $(CONSTRAINTS) $(TORCH_PIN) $(LOCKS)
 	$(PIP) $(HASHED) -r constraints/$(PINS).lock -r constraints/dev.lock
 	$(PIP) $(TORCH_INDEX) -c $(CONSTRAINTS) $(TORCH)
 	$(PIP) --no-deps --no-build-isolation -e .
+	@# pip compiles installed files, but not those of a checkout; with PYTHONDONTWRITEBYTECODE each command would compile them.
+	@$(BIN)/python -m compileall -q nemo_minitron
 	@touch $(STAMP)
 
 # The environment of NeMo-Aligner, which needs another Megatron-Core. Not needed in a container with NeMo-Aligner.

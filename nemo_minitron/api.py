@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_minitron.system.heap import collector_paused
+
 # Imports are inside the functions, so that `minitron check` and `plan` start without torch.
 if TYPE_CHECKING:
     from nemo_minitron.config.recipe import Recipe
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["load_plan", "load_recipe", "plan", "report", "run"]
 
 
+@collector_paused()
 def load_recipe(file: Path | str, overrides: Sequence[str] | None = None) -> Recipe:
     """Compose and validate a recipe.
 
@@ -40,6 +43,7 @@ def load_recipe(file: Path | str, overrides: Sequence[str] | None = None) -> Rec
     return validate(compose(Path(file), list(overrides or ())), where=str(file))
 
 
+@collector_paused()
 def plan(recipe: Recipe, *, checked: bool = True) -> RunPlan:
     """Order the stages and compare them with what the run's folder already has.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 MAX_LINE_CHARS, MAX_LINES = 5000, 500
 """Limits of one part of a message. A path can have 4,096 characters, and a recipe can have many problems."""
 
@@ -44,6 +47,12 @@ class MinitronError(Exception):
                 lines.append(f"  {label}: {text}")
         return "\n".join(lines)
 
+    def add(self, *, where: str | None = None, next_step: str | None = None) -> None:
+        """Add what a caller knows: a location if there is none, and a further next step."""
+        self.where = self.where or _bounded(where)
+        self.next_step = _bounded(" ".join(text for text in (self.next_step, next_step) if text)) or None
+        self.args = (self._text(),)
+
     def rename(self, old: str, new: str) -> None:
         """Replace `old` with `new` in the message, for example the temporary name of a folder with its final name."""
         for field in ("what", "where", "allowed", "next_step"):
@@ -51,6 +60,18 @@ class MinitronError(Exception):
             if text:
                 setattr(self, field, text.replace(old, new))
         self.args = (self._text(),)
+
+
+@contextmanager
+def error_context(
+    *types: type[MinitronError], where: str | None = None, next_step: str | None = None
+) -> Iterator[None]:
+    """Add to errors of these types what only the caller knows, such as the names of stages and keys of the recipe."""
+    try:
+        yield
+    except types as error:
+        error.add(where=where, next_step=next_step)
+        raise
 
 
 def _bounded(text: str | None) -> str | None:

@@ -10,9 +10,10 @@ from nemo_minitron import api
 from nemo_minitron.cli.arguments import Overrides, RecipeFile
 from nemo_minitron.cli.output import console, print_warnings
 from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.system.heap import skip_collection_at_exit
 
 if TYPE_CHECKING:
-    from nemo_minitron.config.recipe import Recipe
+    from nemo_minitron.plan.planner import RunPlan
 
 STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
 
@@ -23,13 +24,15 @@ def check(
     cluster: Annotated[bool, typer.Option(help="Inspect the cluster too, as far as it is visible from here.")] = False,
 ) -> None:
     """Find every mistake in a recipe. Needs no GPU, no torch, no network."""
+    skip_collection_at_exit()
+    plan = api.load_plan(recipe, overrides, checked=False)
+
     from nemo_minitron.plan.checks import require_valid
     from nemo_minitron.plan.epochs import epoch_warnings
 
-    plan = api.load_plan(recipe, overrides, checked=False)
     try:
         if cluster:
-            _check_cluster(plan.recipe)
+            _check_cluster(plan)
     finally:
         # The cluster's findings are printed by now; the recipe's own problems are reported in any case.
         require_valid(plan)
@@ -37,7 +40,7 @@ def check(
     console.say(f"{plan.recipe.name}: {len(plan.calls)} stages", "ok", "green")
 
 
-def _check_cluster(recipe: Recipe) -> None:
+def _check_cluster(plan: RunPlan) -> None:
     """Print what can be seen of the cluster from here.
 
     Raises:
@@ -45,7 +48,7 @@ def _check_cluster(recipe: Recipe) -> None:
     """
     from nemo_minitron.launch.probe import probe
 
-    findings = probe(recipe)
+    findings = probe(plan)
     for found in findings:
         console.say(found.text, found.level, STYLES[found.level])
     wrong = [found.text for found in findings if found.level == "problem"]

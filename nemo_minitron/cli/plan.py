@@ -15,6 +15,7 @@ from nemo_minitron.cli.arguments import Overrides, RecipeFile
 from nemo_minitron.cli.output import STATUS_STYLES, console, print_warnings
 from nemo_minitron.families.axes import AXES
 from nemo_minitron.families.shape import SIZE_AXES
+from nemo_minitron.system.heap import skip_collection_at_exit
 from nemo_minitron.system.terminal import write
 
 if TYPE_CHECKING:
@@ -27,12 +28,14 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole plan as JSON.")] = False,
 ) -> None:
     """Show what `run` would do, and why; the sizes of the models; memory, time, cost and disk of each stage."""
+    skip_collection_at_exit()
+    found = api.load_plan(recipe, overrides, checked=False)
+
     from nemo_minitron.plan.checks import find_problems
     from nemo_minitron.plan.describe import plan_facts
     from nemo_minitron.plan.epochs import epoch_warnings
     from nemo_minitron.plan.resources.summary import memory_warnings, resource_facts
 
-    found = api.load_plan(recipe, overrides, checked=False)
     problems = [*find_problems(found), *_missing_for_launch(found)]
     resources = resource_facts(found)
     facts = {**plan_facts(found), "problems": problems, "resources": resources}

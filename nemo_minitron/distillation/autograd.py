@@ -51,7 +51,7 @@ def autograd_loss(function: Callable[[Tensor, Tensor], Tensor]) -> LogitLoss:
         if vocab != WHOLE:
             raise PlanError(
                 f"The loss {function.__name__} needs whole vocabulary rows, but tensor parallelism splits them.",
-                allowed="execution.parallel.tp = 1",
+                allowed="tp = 1",
                 next_step="Set tp to 1, or write the loss for a split vocabulary with split_autograd_loss.",
             )
         return _loss_and_grad(lambda s, t, _: function(s, t), student, teacher, params.temperature, vocab)

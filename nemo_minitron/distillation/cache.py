@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from nemo_minitron.distillation.sparse import SparseTeacher
-from nemo_minitron.errors import DataError, PlanError
+from nemo_minitron.errors import ArtifactError, PlanError
 from nemo_minitron.schema.losses import Sampled, TopK
 from nemo_minitron.schema.training import Distillation
 
@@ -211,7 +211,7 @@ def require_same_keys(facts: CacheFacts, params: Distillation, folder: Path) -> 
     (--accept-drift).
 
     Raises:
-        DataError: a setting differs, or the cache has too few samples.
+        ArtifactError: a setting differs, or the cache has too few samples.
     """
     loss = params.loss.logits
     wanted = {
@@ -227,10 +227,10 @@ def require_same_keys(facts: CacheFacts, params: Distillation, folder: Path) -> 
     if needed > facts.num_samples:
         other.append(f"num_steps * global_batch_size = {needed}, the cache has {facts.num_samples} samples")
     if other:
-        raise DataError(
+        raise ArtifactError(
             f"The teacher cache does not fit this distillation: {'; '.join(other)}.",
             where=str(folder),
-            next_step="Give both stages the same values, and run the cache_teacher stage again if it changes.",
+            next_step="Give both the same values.",
         )
 
 
@@ -255,7 +255,7 @@ class TeacherCache:
         """Return the teacher's distributions of these samples [B * S, K].
 
         Raises:
-            DataError: the cache does not have a sample, has it with another text, or is damaged.
+            ArtifactError: the cache does not have a sample, has it with another text, or is damaged.
         """
         ids, probs, entropies = [], [], []
         for number, tokens in zip(sample_ids, tokens_BS, strict=True):
@@ -274,11 +274,11 @@ class TeacherCache:
 
     def _checked_entry(self, number: int, tokens_S: NDArray[np.integer]) -> Entry:
         if not self.facts.has(number):
-            raise DataError(
+            raise ArtifactError(
                 f"The teacher cache has no sample {number}.",
                 where=str(self.folder),
                 allowed=f"0 to {self.facts.num_samples - 1}",
-                next_step="Raise num_samples of the cache_teacher stage to num_steps * global_batch_size.",
+                next_step="Raise num_samples of the cache to num_steps * global_batch_size.",
             )
         where = self.folder / shard_name(number // SAMPLES_PER_SHARD)
         try:
@@ -288,10 +288,10 @@ class TeacherCache:
         if entry.checksum != checksum:
             raise _damaged(where, f"checksum of sample {number}")
         if entry.text_hash != hash_of(tokens_S):
-            raise DataError(
+            raise ArtifactError(
                 f"Sample {number} of the teacher cache has another text.",
                 where=str(where),
-                next_step="The data, its seed or its length has changed: run the cache_teacher stage again.",
+                next_step="The data, its seed or its length has changed since the cache was made.",
             )
         return entry
 
@@ -325,15 +325,12 @@ def _read_facts(folder: Path) -> CacheFacts:
             return CacheFacts(**fields)
     except (OSError, ValueError, TypeError) as error:
         raise _damaged(file, f"{type(error).__name__}: {error}") from error
-    raise DataError(
+    raise ArtifactError(
         f"The teacher cache has format {version}.",
         where=str(file),
         allowed=str(FORMAT_VERSION),
-        next_step="Run the cache_teacher stage again.",
     )
 
 
-def _damaged(where: Path, reason: str) -> DataError:
-    return DataError(
-        f"The teacher cache is damaged: {reason}.", where=str(where), next_step="Run the cache_teacher stage again."
-    )
+def _damaged(where: Path, reason: str) -> ArtifactError:
+    return ArtifactError(f"The teacher cache is damaged: {reason}.", where=str(where))

@@ -14,17 +14,17 @@ from nemo_minitron.launch.containers import mounts_of
 from nemo_minitron.launch.context import cluster_of, job_context
 from nemo_minitron.launch.jobs import Job, images_of, jobs_of, missing_images, misspelled_images
 from nemo_minitron.plan.folder import run_dir
-from nemo_minitron.plan.planner import RunPlan, make_plan
+from nemo_minitron.plan.planner import RunPlan
 from nemo_minitron.schema.cluster import Cluster
 
 
-def probe(recipe: Recipe) -> list[Finding]:
+def probe(plan: RunPlan) -> list[Finding]:
     """Inspect the scheduler, the container images and the mounts.
 
     Raises:
         PlanError: the recipe names no cluster.
     """
-    cluster, plan = cluster_of(recipe), make_plan(recipe)
+    recipe, cluster = plan.recipe, cluster_of(plan.recipe)
     jobs = jobs_of(plan, cluster, {call.name for call in plan.calls})
     inspect = registry.of_recipe(recipe).inspect or registry.get(registry.CLUSTER).inspect
     assert inspect

@@ -93,7 +93,6 @@ def read_plan(folder: Path, source: ModelShape) -> PrunePlan:
         raise ArtifactError(
             f"The plan was made for {document['source']}, but the model is {source.sizes()}.",
             where=str(file),
-            next_step="Run the select stage for this model.",
         )
     try:
         plan = _parse(document, source)
@@ -113,9 +112,7 @@ def _read_document(file: Path) -> dict[str, Any]:
         if document["schema"] != SCHEMA or not {"source", "target", "keep", "method"} <= document.keys():
             raise ValueError(f"not a plan of schema {SCHEMA}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"The prune plan cannot be read: {error!r}", where=str(file), next_step="Run the select stage again."
-        ) from error
+        raise ArtifactError(f"The prune plan cannot be read: {error!r}", where=str(file)) from error
     return dict(document)
 
 

@@ -19,7 +19,7 @@ def require_possible(selection: Selection, source: ModelShape) -> None:
     problem = next(impossible(selection, source), None)
     if problem is not None:
         key, value, allowed = problem
-        raise PlanError(f"{key} = {value} cannot be cut out of this model.", where="select", allowed=allowed)
+        raise PlanError(f"{key} = {value} cannot be cut out of this model.", allowed=allowed)
 
 
 def impossible(selection: Selection, source: ModelShape) -> Iterator[tuple[str, object, str]]:

@@ -67,13 +67,11 @@ def enumerate_candidates(grid: SearchGrid, constraints: SearchConstraints, sourc
     if not found:
         raise PlanError(
             f"None of the {points} points of the grid meets the constraints.",
-            where="search",
             next_step="Extend the grid, or raise constraints.num_params_tolerance.",
         )
     if len(found) > constraints.max_candidates:
         raise PlanError(
             f"{len(found)} of the {points} points of the grid meet the constraints.",
-            where="search.constraints.max_candidates",
             allowed=f"at most {constraints.max_candidates}",
             next_step="Narrow the grid or the constraints, or raise max_candidates.",
         )
@@ -180,7 +178,7 @@ def write_search(document: Mapping[str, Any], folder: Path) -> None:
 
 
 def read_search(folder: Path) -> dict[str, Any]:
-    """Read search.json of a finished search stage.
+    """Read search.json of a finished search.
 
     Raises:
         ArtifactError: the file is damaged.
@@ -193,7 +191,6 @@ def read_search(folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"The search result cannot be read: {error!r}",
             where=str(folder / SEARCH_FILE),
-            next_step="Run the search stage again.",
         ) from error
     return dict(document)
 

@@ -78,7 +78,7 @@ def require_scores(scores: Scores, source: ModelShape, selection: Selection) -> 
             raise ArtifactError(
                 f"There is no score {name!r}.",
                 allowed=", ".join(sorted(scores)) or "(none)",
-                next_step="Add it to the score stage: width_axes, layer_metrics, block_lengths or iterative_drops.",
+                next_step="Add it to width_axes, layer_metrics, block_lengths or iterative_drops.",
             )
         if tuple(scores[name].shape) != dims:
             raise ArtifactError(
@@ -136,7 +136,7 @@ def require_finite(scores: Scores) -> None:
         if not torch.isfinite(score).all():
             raise NumericsError(
                 f"Score {name!r} contains NaN or infinity.",
-                next_step="Run the score stage again with precision: fp32.",
+                next_step="Score with precision: fp32.",
             )
 
 

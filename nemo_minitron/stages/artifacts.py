@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from nemo_minitron.artifacts.types import Artifact
+from nemo_minitron.errors import ArtifactError, error_context
 from nemo_minitron.families import ModelShape, read_shape
 from nemo_minitron.schema.base import TEMPLATE_DATE
 from nemo_minitron.schema.chats import RowKind, TemplateName
+from nemo_minitron.schema.pruning import Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
     from nemo_minitron.pruning.plan_file import PrunePlan
 
 SCORES_FILE, METRICS_FILE = "scores.safetensors", "metrics.json"
+
+
+def how_to_remake(stage: str) -> str:
+    """Return the next step for an error in the output of a stage."""
+    return f"To make it again: --rerun {stage}."
 
 
 class Model(Artifact):
@@ -69,7 +76,8 @@ class PrunePlanArtifact(Artifact):
         """
         from nemo_minitron.pruning.plan_file import read_plan
 
-        return read_plan(self.path, source)
+        with error_context(ArtifactError, next_step=how_to_remake(self.stage)):
+            return read_plan(self.path, source)
 
 
 class TokenizedText(Artifact):
@@ -134,6 +142,22 @@ class TeacherCache(Artifact):
 
 class SearchResult(Artifact):
     """The ranking of a search."""
+
+    def winner(self) -> Target:
+        """Return the sizes of the best candidate."""
+        return winner_of(self.path, self.stage)
+
+
+def winner_of(folder: Path, search: str) -> Target:
+    """Return the sizes of the best candidate of a search.
+
+    Args:
+        search: the stage of the search, for messages.
+    """
+    from nemo_minitron.pruning.search import winner_of as best
+
+    with error_context(ArtifactError, next_step=how_to_remake(search)):
+        return best(folder)
 
 
 class CandidateModel(Model):

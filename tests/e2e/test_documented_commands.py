@@ -17,7 +17,7 @@ import click
 import pytest
 import typer
 
-from nemo_minitron.cli.main import app
+from nemo_minitron.cli.main import make_app
 from tests.conftest import REPO, Cli
 
 PAGES = (REPO / "README.md", *sorted((REPO / "docs").rglob("*.md")), *sorted((REPO / "recipes").glob("*.md")))
@@ -64,7 +64,7 @@ MENTIONS = sorted(set().union(*map(_inline, PAGES)))
 
 @cache
 def _cli() -> Any:
-    return typer.main.get_command(app)
+    return typer.main.get_command(make_app())
 
 
 def _command(words: Words) -> tuple[click.Command, Words, tuple[str, ...]]:

@@ -40,7 +40,7 @@ LAYERS = {
     "cli": "The commands.",
 }
 """Layer -> what it holds, from the lowest to the highest. A layer imports only lower ones."""
-RECORDS = ("kind", "params", "expansion", "registry", "artifacts", "typed_inputs", "context")
+RECORDS = ("kind", "params", "expansion", "registry", "artifacts", "typed_inputs", "context", "scoring_rules")
 """Modules in `stages` that describe stages and run none."""
 
 

@@ -100,7 +100,7 @@ def test_a_split_vocabulary_gives_the_gradient_of_each_part() -> None:
 def test_a_loss_of_whole_rows_refuses_a_split_vocabulary() -> None:
     with pytest.raises(PlanError, match="plain_kl needs whole vocabulary rows") as error:
         autograd_loss(plain_kl)(_normal(2, 3, seed=0), _normal(2, 3, seed=1), LogitsLoss(), Vocab(start=3))
-    assert error.value.allowed == "execution.parallel.tp = 1"
+    assert error.value.allowed == "tp = 1"
     assert autograd_loss(plain_kl)(_normal(2, 3, seed=0), _normal(2, 3, seed=1), LogitsLoss(), Vocab())
 
 

@@ -26,7 +26,7 @@ from nemo_minitron.distillation.cache import (
     write_shard,
 )
 from nemo_minitron.distillation.sparse import SparseTeacher, sparse_kl, sparsify, uniforms_of
-from nemo_minitron.errors import DataError, PlanError
+from nemo_minitron.errors import ArtifactError, PlanError
 from nemo_minitron.schema.losses import Sampled, TopK
 from nemo_minitron.stages.distill.params import DistillStage
 
@@ -97,13 +97,13 @@ def test_quantised_probabilities_stay_within_the_stated_error() -> None:
 
 
 def test_a_sample_that_is_not_there_is_an_error(folder: Path) -> None:
-    with pytest.raises(DataError, match="has no sample 70") as error:
+    with pytest.raises(ArtifactError, match="has no sample 70") as error:
         TeacherCache(folder).read([70], _tokens(0)[None])
     assert error.value.allowed == "0 to 69"
 
 
 def test_another_text_is_an_error(folder: Path) -> None:
-    with pytest.raises(DataError, match="Sample 3 of the teacher cache has another text"):
+    with pytest.raises(ArtifactError, match="Sample 3 of the teacher cache has another text"):
         TeacherCache(folder).read([3], _tokens(4)[None])
 
 
@@ -114,24 +114,24 @@ def test_a_changed_byte_is_an_error(folder: Path, field: str) -> None:
     changed = tensors[field].copy()
     changed.reshape(-1)[0] += 1
     save_file({**tensors, field: changed}, file)
-    with pytest.raises(DataError, match="damaged"):
+    with pytest.raises(ArtifactError, match="damaged"):
         TeacherCache(folder).read([0], _tokens(0)[None])
 
 
 def test_a_missing_or_cut_off_shard_is_an_error(folder: Path) -> None:
     (folder / shard_name(1)).unlink()
-    with pytest.raises(DataError, match="damaged"):
+    with pytest.raises(ArtifactError, match="damaged"):
         TeacherCache(folder).read([SAMPLES_PER_SHARD], _tokens(SAMPLES_PER_SHARD)[None])
     file = folder / shard_name(0)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(DataError, match="damaged"):
+    with pytest.raises(ArtifactError, match="damaged"):
         TeacherCache(folder).read([0], _tokens(0)[None])
 
 
 def test_another_format_is_an_error(folder: Path) -> None:
     facts = json.loads((folder / FACTS_FILE).read_text())
     (folder / FACTS_FILE).write_text(json.dumps({**facts, "format_version": 9, "a_field_of_it": 1}))
-    with pytest.raises(DataError, match="format 9"):
+    with pytest.raises(ArtifactError, match="format 9"):
         TeacherCache(folder)
 
 
@@ -176,7 +176,7 @@ KEYS = {
 )
 def test_a_distillation_with_other_keys_is_an_error(changed: dict, words: str, tmp_path: Path) -> None:
     require_same_keys(FACTS, DistillStage.model_validate(KEYS), tmp_path)
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(ArtifactError, match=words):
         require_same_keys(FACTS, DistillStage.model_validate({**KEYS, **changed}), tmp_path)
 
 

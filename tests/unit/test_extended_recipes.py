@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -192,3 +193,9 @@ def test_the_shipped_recipes_are_listed_and_printed(folder: Path, minitron: Cli)
     code, out = minitron("recipes", "toy/nothing")
     assert code == 2
     assert "allowed: " in out
+
+
+def test_hydra_does_not_inspect_the_call_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would read the sources of all callers to find a folder of configs that no recipe has."""
+    monkeypatch.delattr(inspect, "stack")
+    assert compose(REPO / "recipes/toy/width.yaml")["name"] == "toy/width"

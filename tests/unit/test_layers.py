@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -87,3 +90,33 @@ def test_a_kind_of_stage_is_complete(name: str) -> None:
     roles = set(get_type_hints(kind.params)["inputs"].model_fields)
     assert {field.name for field in fields(get_type_hints(function)["inputs"])} == roles
     assert set(kind.inputs) <= roles
+
+
+CORES = ("families", "pruning", "distillation", "workload")
+_STAGE = re.compile(r"(?<!pipeline )\bstages?\b|\b(execution|launcher)\.")
+
+
+def _texts(file: Path) -> Iterator[str]:
+    """All string constants of a file but its docstrings."""
+    tree = ast.parse(file.read_text())
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+
+
+def test_messages_of_the_layers_below_recipes_name_no_stage() -> None:
+    """A stage adds its own name, its keys and its inputs (`errors.error_context`)."""
+    found = [
+        f"{file}: {text}"
+        for core in CORES
+        for file in (layers.PACKAGE / core).rglob("*.py")
+        for text in _texts(file)
+        if _STAGE.search(text)
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize(("text", "is_wrong"), [("Run the score stage.", True), ("2 pipeline stages", False)])
+def test_stages_of_a_pipeline_are_no_stages_of_a_recipe(text: str, is_wrong: bool) -> None:
+    assert bool(_STAGE.search(text)) == is_wrong

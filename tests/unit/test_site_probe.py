@@ -35,7 +35,7 @@ def _keys(tmp_path: Path, *words: str) -> list[str]:
 
 def _found(tmp_path: Path, *words: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"ok": [], "warning": [], "problem": []}
-    for finding in probe(load_plan(TOY, _keys(tmp_path, *words), checked=False).recipe):
+    for finding in probe(load_plan(TOY, _keys(tmp_path, *words), checked=False)):
         found[finding.level].append(finding.text)
     return found
 

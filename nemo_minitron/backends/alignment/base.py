@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
 
 from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.execution import Parallel
-from nemo_minitron.system.interrupts import StopRequest
-from nemo_minitron.system.progress import Progress
+
+if TYPE_CHECKING:
+    from nemo_minitron.system.interrupts import StopRequest
+    from nemo_minitron.system.progress import Progress
 
 Method = Literal["sft", "dpo", "reward_model", "knowledge_distillation"]
 """A kind of training; recorded as `method` in the results of a stage."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_minitron.stages.artifacts import Model, TeacherCache, TeacherCheck, TokenizedText
+from nemo_minitron.errors import ArtifactError, error_context
+from nemo_minitron.stages.artifacts import Model, TeacherCache, TeacherCheck, TokenizedText, how_to_remake
 from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
 from nemo_minitron.stages.common.training import distill_student
 from nemo_minitron.stages.context import StageContext
@@ -28,9 +29,13 @@ def distill(params: DistillStage, inputs: Inputs, ctx: StageContext) -> Result:
 
     Raises:
         DataError: teacher, student and data do not share a tokenizer.
+        ArtifactError: the cache is damaged or was made for another distillation.
         NumericsError: the loss diverged, or became NaN or infinite.
         Interrupted: a stop was requested.
     """
     require_one_tokenizer({"student": inputs.student, "teacher": inputs.teacher}, inputs.data, ctx)
-    cache = None if inputs.cache is None else inputs.cache.path
-    return distill_student(params, inputs.student, inputs.teacher, inputs.data, ctx, cache=cache)
+    models, cache = (inputs.student, inputs.teacher), inputs.cache
+    if cache is None:
+        return distill_student(params, *models, inputs.data, ctx)
+    with error_context(ArtifactError, next_step=how_to_remake(cache.stage)):
+        return distill_student(params, *models, inputs.data, ctx, cache=cache.path)

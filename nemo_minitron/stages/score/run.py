@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_minitron.errors import NumericsError, error_context
 from nemo_minitron.stages.artifacts import Model, Scores, TokenizedText
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
@@ -47,7 +48,8 @@ def score(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Result:
     samples = DepthSamples(drawn, _task(params, inputs, ctx))
     layers, whole = depth_scores(model, shape, params, samples, session, ctx.progress)
     scores |= layers
-    require_finite(scores)
+    with error_context(NumericsError, where=f"stages.{ctx.name}"):
+        require_finite(scores)
     facts = {
         "num_samples": params.num_samples,
         "seq_len_tokens": params.seq_len_tokens,

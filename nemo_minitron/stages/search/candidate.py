@@ -16,7 +16,7 @@ from nemo_minitron.schema.speed import SpeedMeasurement
 from nemo_minitron.schema.training import Distillation, Training
 from nemo_minitron.stages.artifacts import CandidateModel, Model, Scores, TeacherCheck, TokenizedText
 from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
-from nemo_minitron.stages.common.scores import load_scores
+from nemo_minitron.stages.common.scores import choose_plan
 from nemo_minitron.stages.common.training import distill_student
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
@@ -118,18 +118,14 @@ def _cut_and_measure(params: CandidateStage, inputs: Inputs, ctx: StageContext, 
 
 
 def _cut(params: CandidateStage, inputs: Inputs, ctx: StageContext, folder: Path) -> ModelShape:
-    from nemo_minitron.families import read_shape
-    from nemo_minitron.hf.checkpoint import read_config
     from nemo_minitron.pruning.plan_file import write_plan
-    from nemo_minitron.pruning.selection import choose_keep
     from nemo_minitron.pruning.slicing import prune_checkpoint
 
     rules = Selection(target=params.target, **params.selection.model_dump())
-    model = inputs.model.path
-    source = read_shape(read_config(model))
-    plan = choose_keep(load_scores(rules, inputs.model, inputs.scores), source, rules)
-    write_plan(plan, source, folder)
-    return prune_checkpoint(model, plan, folder, ctx.progress)
+    key = f"stages.{search_of(ctx.name, params)}"
+    plan = choose_plan(rules, inputs.model, inputs.scores, key)
+    write_plan(plan, inputs.model.shape, folder)
+    return prune_checkpoint(inputs.model.path, plan, folder, ctx.progress)
 
 
 def _speed(params: SpeedMeasurement, folder: Path, ctx: StageContext) -> Mapping[str, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from nemo_minitron.errors import PlanError, error_context
 from nemo_minitron.families import ModelShape
-from nemo_minitron.pruning.search import enumerate_candidates
+from nemo_minitron.pruning.search import Candidate, enumerate_candidates
 from nemo_minitron.stages.search.params import CandidateInputs, CandidateStage, SearchStage
 
 
@@ -21,9 +22,19 @@ def _later_rung(rung: int, place: int | None) -> str:
     return f"_r{rung}_p{place}"
 
 
+def points_of(search: str, stage: SearchStage, source: ModelShape) -> list[Candidate]:
+    """Return the points of the grid that meet the constraints, for a model of shape `source`.
+
+    Raises:
+        PlanError: there is none, or there are too many.
+    """
+    with error_context(PlanError, where=f"stages.{search}"):
+        return enumerate_candidates(stage.grid, stage.constraints, source)
+
+
 def candidate_stages(search: str, stage: SearchStage, source: ModelShape) -> dict[str, CandidateStage]:
     """Return stage name -> candidate stage, for every candidate and rung of a search over a model of shape `source`."""
-    candidates = enumerate_candidates(stage.grid, stage.constraints, source)
+    candidates = points_of(search, stage, source)
     out = {
         search + _first_rung(candidate.name): _candidate(stage, 1, name=candidate.name, target=candidate.target)
         for candidate in candidates

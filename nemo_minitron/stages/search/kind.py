@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_minitron.families import ModelShape, target_shape
-from nemo_minitron.pruning.rules import scoring_problems, without_unused_scores
-from nemo_minitron.pruning.search import Candidate, enumerate_candidates
+from nemo_minitron.pruning.search import Candidate
 from nemo_minitron.schema.base import StageParams
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.pruning import AnyScoring, Selection, Target
 from nemo_minitron.schema.training_rules import training_problems
+from nemo_minitron.stages.common.scoring_rules import scoring_problems, without_unused_scores
 from nemo_minitron.stages.kind import MODELS, Output, RecipeView, StageKind
-from nemo_minitron.stages.search.expansion import candidate_stages, search_of
+from nemo_minitron.stages.search.expansion import candidate_stages, points_of, search_of
 from nemo_minitron.stages.search.params import CandidateStage, SearchStage
 from nemo_minitron.workload.load import Load, distillation_load
 
@@ -37,14 +37,14 @@ def _expand(name: str, params: SearchStage, view: RecipeView) -> Mapping[str, St
     return {**candidates, name: params.model_copy(update={"inputs": inputs})}
 
 
-def _candidates(params: SearchStage, view: RecipeView) -> list[Candidate]:
+def _candidates(name: str, params: SearchStage, view: RecipeView) -> list[Candidate]:
     """Return the points of the grid; an empty list if the sizes of the model are not known."""
     source = view.shape(params.inputs.model)
-    return [] if source is None else enumerate_candidates(params.grid, params.constraints, source)
+    return [] if source is None else points_of(name, params, source)
 
 
 def _points(name: str, params: SearchStage, view: RecipeView) -> Iterator[Mapping[str, Any]]:
-    for candidate in _candidates(params, view):
+    for candidate in _candidates(name, params, view):
         yield {"search": name, **candidate.facts()}
 
 
@@ -65,7 +65,7 @@ def _problems(name: str, params: SearchStage, view: RecipeView) -> Iterator[str]
     scoring = view.stages.get(params.inputs.scores or "")
     known = scoring if isinstance(scoring, AnyScoring) else None
     seen: set[str] = set()
-    for candidate in _candidates(params, view):
+    for candidate in _candidates(name, params, view):
         rules = Selection(target=candidate.target, **params.selection.model_dump())
         seen.update(scoring_problems(key, rules, params.inputs.scores, known, source))
     yield from sorted(seen)

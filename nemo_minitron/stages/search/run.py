@@ -10,6 +10,7 @@ from nemo_minitron.artifacts.types import Artifact
 from nemo_minitron.stages.artifacts import CandidateModel, Model, Scores, TeacherCheck, TokenizedText
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
+from nemo_minitron.stages.search.expansion import points_of
 from nemo_minitron.stages.search.params import SearchStage
 
 _MEASURED = ("zero_shot_loss", "losses", "generate_tokens_per_s")
@@ -29,10 +30,10 @@ class Inputs:
 
 def search(params: SearchStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Write search.json: every candidate with its sizes, costs and losses, best first. No model is trained here."""
-    from nemo_minitron.pruning.search import enumerate_candidates, kendall_tau, ranking, write_search
+    from nemo_minitron.pruning.search import kendall_tau, ranking, write_search
 
     source = inputs.model.shape
-    points = enumerate_candidates(params.grid, params.constraints, source)
+    points = points_of(ctx.name, params, source)
     trained = _newest(inputs)
     ranked = ranking([{**point.facts(), **{key: trained[point.name][key] for key in _MEASURED}} for point in points])
     compared = [found for found in ranked if None not in (found["zero_shot_loss"], found["losses"][-1])]

@@ -7,9 +7,10 @@ from typing import Any
 
 from nemo_minitron.families import ModelShape, target_shape
 from nemo_minitron.pruning.possible import impossible
-from nemo_minitron.pruning.rules import scoring_problems, without_unused_scores
-from nemo_minitron.pruning.search import SEARCH_FILE, winner_of
+from nemo_minitron.pruning.search import SEARCH_FILE
 from nemo_minitron.schema.pruning import AnyScoring, Target
+from nemo_minitron.stages.artifacts import winner_of
+from nemo_minitron.stages.common.scoring_rules import scoring_problems, without_unused_scores
 from nemo_minitron.stages.kind import MODELS, Output, RecipeView, StageKind
 from nemo_minitron.stages.select.params import SelectStage
 
@@ -45,7 +46,7 @@ def _shape(name: str, params: SelectStage, view: RecipeView) -> ModelShape | Non
         found = view.published(params.inputs.search, SEARCH_FILE)
         if found is None:
             return None
-        target = winner_of(found.parent)
+        target = winner_of(found.parent, params.inputs.search)
     return None if source is None else target_shape(source, target, params.drop_layers)
 
 

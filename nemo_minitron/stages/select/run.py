@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_minitron.stages.artifacts import Model, Scores, SearchResult
-from nemo_minitron.stages.common.scores import load_scores
+from nemo_minitron.stages.common.scores import choose_plan
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
 from nemo_minitron.stages.select.params import SelectStage
@@ -23,15 +23,12 @@ class Inputs:
 def select(params: SelectStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Write prune_plan.json from scores and target sizes. This is deterministic and takes seconds on a CPU."""
     from nemo_minitron.pruning.plan_file import write_plan
-    from nemo_minitron.pruning.search import winner_of
-    from nemo_minitron.pruning.selection import choose_keep
 
     source = inputs.model.shape
-    search = inputs.search
-    if search is not None:
-        params = params.model_copy(update={"target": winner_of(search.path)})
-    scores = load_scores(params, inputs.model, inputs.scores)
-    document = write_plan(choose_keep(scores, source, params), source, ctx.out_dir)
+    if inputs.search is not None:
+        params = params.model_copy(update={"target": inputs.search.winner()})
+    plan = choose_plan(params, inputs.model, inputs.scores, f"stages.{ctx.name}")
+    document = write_plan(plan, source, ctx.out_dir)
     kept, total = document["num_params"]["target"], document["num_params"]["source"]
     ctx.progress.say(f"keeps {kept:,} of {total:,} parameters ({kept / total:.1%})")
     return {"num_params": kept, "share": kept / total, "target": document["target"], "method": params.method}
