@@ -30,7 +30,7 @@ _STRONGER = 10.0
 
 @dataclass
 class Moments:
-    """Sums over tokens, fp64, from which the repair and its error follow. They can be added over batches and ranks."""
+    """Sums over tokens, fp64, from which the objective of a repair follows. They add up over batches and ranks."""
 
     inputs: Tensor
     """Sum of s s^T, [K, K]."""
@@ -67,10 +67,30 @@ class Moments:
         """All sums, for a reduction over ranks."""
         return (self.inputs, self.cross, self.residuals, self.num_tokens)
 
-    def mapped(self, left_OM: Tensor) -> Moments:
-        """Return the moments of the residuals `left @ r`, as when r is in front of a teacher's weight."""
+    def objective(self, left_OM: Tensor | None = None) -> Objective:
+        """Return the objective of a weight.
+
+        Args:
+            left_OM: matrix that the residuals still have to pass, as when they are in front of a teacher's weight.
+        """
+        if left_OM is None:
+            return Objective(self.inputs, self.cross, self.residuals.trace(), self.num_tokens)
         left = left_OM.to(self.cross)
-        return Moments(self.inputs, left @ self.cross, left @ self.residuals @ left.T, self.num_tokens)
+        return Objective(self.inputs, left @ self.cross, ((left @ self.residuals) * left).sum(), self.num_tokens)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The least-squares objective of one weight, as sums over tokens, fp64."""
+
+    inputs: Tensor
+    """Sum of s s^T, [K, K]."""
+    cross: Tensor
+    """Sum of (y - W s) s^T, [O, K]."""
+    squares: Tensor
+    """Sum of ||y - W s||^2, a scalar."""
+    num_tokens: Tensor
+    """Number of tokens, [1]."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +112,14 @@ class Repair:
         return 1.0 - self.error / self.sliced_error if self.sliced_error > 0 else 0.0
 
 
-def least_squares(moments: Moments, damping: float) -> tuple[Tensor, float]:
-    """Return (X [M, K] in fp64, the damping that was used).
+def least_squares(objective: Objective, damping: float) -> tuple[Tensor, float]:
+    """Return (X [O, K] in fp64, the damping that was used).
 
     Args:
         damping: lambda as a share of the mean of H's diagonal. It grows tenfold while H + lambda I is singular to
             working precision; infinite damping gives X = 0.
     """
-    h, c = moments.inputs, moments.cross
+    h, c = objective.inputs, objective.cross
     scale = float(h.diagonal().mean())
     if math.isinf(damping) or scale == 0.0 or not bool(c.any()):
         return torch.zeros_like(c), damping
@@ -111,16 +131,16 @@ def least_squares(moments: Moments, damping: float) -> tuple[Tensor, float]:
         damping = max(damping, torch.finfo(h.dtype).eps) * _STRONGER
 
 
-def error_of(moments: Moments, update_MK: Tensor | None) -> float:
-    """Return E||r - X s||^2 per token on the text of these moments; None stands for X = 0."""
-    total = moments.residuals.trace()
-    if update_MK is not None:
-        total = total - 2 * (update_MK * moments.cross).sum()
-        total = total + ((update_MK @ moments.inputs) * update_MK).sum()
-    return float(total / moments.num_tokens.clamp_min(1))
+def error_of(objective: Objective, update_OK: Tensor | None) -> float:
+    """Return E||y - W s - X s||^2 per token on the text of the objective; None stands for X = 0."""
+    total = objective.squares
+    if update_OK is not None:
+        total = total - 2 * (update_OK * objective.cross).sum()
+        total = total + ((update_OK @ objective.inputs) * update_OK).sum()
+    return float(total / objective.num_tokens.clamp_min(1))
 
 
-def best_repair(calibration: Moments, heldout: Moments, dampings: Sequence[float] = DAMPINGS) -> Repair:
+def best_repair(calibration: Objective, heldout: Objective, dampings: Sequence[float] = DAMPINGS) -> Repair:
     """Choose the damping with the smallest error on held-out text; the sliced weight stays if none is better."""
     sliced = error_of(heldout, None)
     best = Repair(None, math.inf, sliced, sliced)

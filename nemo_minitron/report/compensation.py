@@ -15,6 +15,7 @@ TITLES = {
     "attention_output": "o_proj",
     "mlp_input": "gate, up",
     "mlp_output": "down_proj",
+    "head": "lm_head",
 }
 """Site -> name of its weights in tables."""
 SENTENCE = (
@@ -64,5 +65,6 @@ def recovered_by_layer(facts: Mapping[str, Any]) -> str:
     lines = {
         TITLES[site]: [(number, layer[site]["recovered"]) for number, layer in enumerate(layers) if site in layer]
         for site in sites_of(layers)
+        if site != "head"
     }
     return figures.share_by_layer("compensation", lines, "Error of slicing that the repair has removed, by layer.")

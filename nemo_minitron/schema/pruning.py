@@ -8,8 +8,10 @@ from pydantic import Field, PositiveInt
 
 from nemo_minitron.schema.base import LayerMetric, Precision, Schema, Seed, TaskName, WidthMethod
 
-RepairSite = Literal["attention_input", "attention_output", "mlp_input", "mlp_output"]
+LayerSite = Literal["attention_input", "attention_output", "mlp_input", "mlp_output"]
 """Linear layers of a decoder layer that share one input."""
+RepairSite = LayerSite | Literal["head"]
+"""Linear layers of a model that a repair can change."""
 
 
 class Target(Schema):
@@ -121,9 +123,9 @@ class Compensation(Schema):
     target: Literal["layer", "stream"] = "stream"
     """What a sequential repair approximates. layer: the output of the same linear layer of the teacher. stream: the
     teacher's residual stream, which also makes up for errors of earlier layers."""
-    sites: tuple[RepairSite, ...] = ("attention_input", "attention_output", "mlp_input", "mlp_output")
-    """Linear layers to repair, if their inputs were cut: those that read the residual stream (q, k and v; gate and up)
-    and those that write to it (o_proj; down_proj)."""
+    sites: tuple[RepairSite, ...] = ("attention_input", "attention_output", "mlp_input", "mlp_output", "head")
+    """Linear layers to repair, if their inputs were cut: those that read the residual stream (q, k and v; gate and up;
+    the output head, unless it is tied to the embeddings) and those that write to it (o_proj; down_proj)."""
     num_samples: PositiveInt = 256
     """Samples of calibration text."""
     heldout_tokens: PositiveInt = 16384

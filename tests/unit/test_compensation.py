@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_minitron.pruning.compensation import Moments, best_repair, error_of, least_squares
+from nemo_minitron.pruning.compensation import Moments, Objective, best_repair, error_of, least_squares
 
 CPU = torch.device("cpu")
 KEPT = torch.tensor([0, 2, 3, 5, 7])
@@ -32,9 +32,13 @@ def _moments(inputs: Tensor, weight: Tensor, kept: Tensor) -> Moments:
     return moments
 
 
+def _objective(inputs: Tensor, weight: Tensor, kept: Tensor) -> Objective:
+    return _moments(inputs, weight, kept).objective()
+
+
 def test_the_repaired_weight_is_the_least_squares_solution_on_the_raw_activations() -> None:
     inputs, weight = _inputs(), _weight()
-    update, _ = least_squares(_moments(inputs, weight, KEPT), 1e-14)
+    update, _ = least_squares(_objective(inputs, weight, KEPT), 1e-14)
     expected = torch.linalg.lstsq(inputs[:, KEPT], inputs @ weight.T).solution.T
     torch.testing.assert_close(weight[:, KEPT] + update, expected, rtol=1e-8, atol=1e-8)
 
@@ -47,20 +51,20 @@ def test_it_is_the_update_of_optimal_brain_surgeon_for_removed_inputs() -> None:
     kept_gram = gram[KEPT][:, KEPT]
     damped = kept_gram + damping * kept_gram.diagonal().mean() * torch.eye(len(KEPT), dtype=torch.float64)
     expected = weight[:, cut] @ gram[cut][:, KEPT] @ torch.linalg.inv(damped)
-    update, _ = least_squares(_moments(inputs, weight, KEPT), damping)
+    update, _ = least_squares(_objective(inputs, weight, KEPT), damping)
     torch.testing.assert_close(update, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_keeping_everything_changes_no_bit() -> None:
     inputs, weight = _inputs(), _weight()
-    moments = _moments(inputs, weight, torch.arange(8))
+    moments = _objective(inputs, weight, torch.arange(8))
     update, _ = least_squares(moments, 1e-3)
     assert torch.equal(weight + update, weight)
     assert best_repair(moments, moments).update is None
 
 
 def test_infinite_damping_is_plain_slicing() -> None:
-    update, _ = least_squares(_moments(_inputs(), _weight(), KEPT), math.inf)
+    update, _ = least_squares(_objective(_inputs(), _weight(), KEPT), math.inf)
     assert not update.any()
 
 
@@ -68,7 +72,7 @@ def test_a_duplicated_input_is_restored_exactly() -> None:
     inputs, weight = _inputs(), _weight()
     inputs[:, 6] = inputs[:, 5]
     kept = torch.tensor([0, 1, 2, 3, 4, 5, 7])
-    moments = _moments(inputs, weight, kept)
+    moments = _objective(inputs, weight, kept)
     update, _ = least_squares(moments, 1e-13)
     merged = weight[:, kept].clone()
     merged[:, 5] += weight[:, 6]
@@ -80,17 +84,17 @@ def test_inputs_that_are_zero_or_dependent_need_no_special_care() -> None:
     inputs, weight = _inputs(), _weight()
     inputs[:, 0] = 0.0
     inputs[:, 3] = inputs[:, 2]
-    update, damping = least_squares(_moments(inputs, weight, KEPT), 1e-30)
+    update, damping = least_squares(_objective(inputs, weight, KEPT), 1e-30)
     assert torch.isfinite(update).all()
     assert damping > 1e-30, "a singular matrix makes the damping grow"
-    silent = Moments.zeros(6, 5, CPU)
+    silent = Moments.zeros(6, 5, CPU).objective()
     assert not least_squares(silent, 1e-3)[0].any()
 
 
 @pytest.mark.parametrize("update", [None, "some"])
 def test_the_error_is_that_of_the_raw_activations(update: str | None) -> None:
     inputs, weight = _inputs(), _weight()
-    moments = _moments(inputs, weight, KEPT)
+    moments = _objective(inputs, weight, KEPT)
     correction = None if update is None else least_squares(moments, 1e-1)[0]
     used = weight[:, KEPT] if correction is None else weight[:, KEPT] + correction
     expected = (inputs @ weight.T - inputs[:, KEPT] @ used.T).square().sum(1).mean()
@@ -100,7 +104,7 @@ def test_the_error_is_that_of_the_raw_activations(update: str | None) -> None:
 def test_the_damping_is_chosen_on_held_out_text() -> None:
     weight = _weight()
     few, other = _inputs(6), _inputs(400, seed=1)
-    calibration, heldout = _moments(few, weight, KEPT), _moments(other, weight, KEPT)
+    calibration, heldout = _objective(few, weight, KEPT), _objective(other, weight, KEPT)
     found = best_repair(calibration, heldout, (1e-8, 1e-2, 1.0, 10.0))
     errors = {d: error_of(heldout, least_squares(calibration, d)[0]) for d in (1e-8, 1e-2, 1.0, 10.0)}
     assert found.error == min(*errors.values(), found.sliced_error)
@@ -108,8 +112,8 @@ def test_the_damping_is_chosen_on_held_out_text() -> None:
 
 def test_a_repair_that_makes_held_out_text_worse_is_not_used() -> None:
     weight = _weight()
-    calibration = _moments(_inputs(6), weight, KEPT)
-    opposite = _moments(_inputs(400), weight, KEPT)
+    calibration = _objective(_inputs(6), weight, KEPT)
+    opposite = _objective(_inputs(400), weight, KEPT)
     opposite.cross.neg_()
     found = best_repair(calibration, opposite)
     assert found.update is None
@@ -126,5 +130,6 @@ def test_residuals_in_front_of_a_weight_are_mapped_through_it() -> None:
     in_front, direct = Moments.zeros(8, len(KEPT), CPU), Moments.zeros(6, len(KEPT), CPU)
     in_front.add(lacks, given)
     direct.add(lacks @ weight.T, given)
-    for found, expected in zip(in_front.mapped(weight).tensors, direct.tensors, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    found, expected = in_front.objective(weight), direct.objective()
+    for name in ("inputs", "cross", "squares", "num_tokens"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-9, atol=1e-9)

@@ -57,7 +57,8 @@ def compensate(params: CompensateStage, inputs: Inputs, ctx: StageContext) -> Re
     streams = _streams(params, inputs, models, ctx)
     repair = LayerRepair(models, params, ctx.open_session)
     layers = repaired_layers(repair, streams, saved.load())
-    for number, weights, found in ctx.progress.track(layers, "compensate", student.shape.num_layers, "layers"):
+    total = student.shape.num_layers + repair.repairs_head
+    for number, weights, found in ctx.progress.track(layers, "compensate", total, "parts"):
         if found is not None and ctx.is_main:
             saved.save(number, weights, found)
     ctx.open_session.barrier()

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from nemo_minitron.families import ModelShape
     from nemo_minitron.families.axes import Axis
     from nemo_minitron.pruning.reconstruction import Readers
-    from nemo_minitron.schema.pruning import RepairSite
+    from nemo_minitron.schema.pruning import LayerSite
 
-    Found = dict[RepairSite, Readers]
+    Found = dict[LayerSite, Readers]
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ def score_reconstruction(params: ScoreReconstructionStage, inputs: Inputs, ctx: 
     return {**facts, "scores": sorted(scores)}
 
 
-_SITES_OF_AXIS: dict[str, tuple[RepairSite, ...]] = {
+_SITES_OF_AXIS: dict[str, tuple[LayerSite, ...]] = {
     "hidden": ("attention_input", "mlp_input"),
     "ffn": ("mlp_output",),
     "heads": ("attention_output",),
 }
 
 
-def _sites(params: ScoreReconstructionStage) -> list[RepairSite]:
+def _sites(params: ScoreReconstructionStage) -> list[LayerSite]:
     return [site for axis in params.width_axes for site in _SITES_OF_AXIS[axis]]
 
 

@@ -13,12 +13,12 @@ from nemo_minitron.backends.megatron.compensation.streams import Stream
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.pruning.reconstruction import Readers
-from nemo_minitron.schema.pruning import RepairSite
+from nemo_minitron.schema.pruning import LayerSite
 
 
 def readers_by_layer(
-    teacher: Checkpoint, runner: LayerRunner, sites: Sequence[RepairSite], streams: list[Stream], session: Session
-) -> Iterator[dict[RepairSite, Readers]]:
+    teacher: Checkpoint, runner: LayerRunner, sites: Sequence[LayerSite], streams: list[Stream], session: Session
+) -> Iterator[dict[LayerSite, Readers]]:
     """Yield the moments and weights of the sites of each layer, over all processes; the streams advance."""
     chosen = [site for site in SITES if site.name in sites]
     for layer in range(teacher.shape.num_layers):

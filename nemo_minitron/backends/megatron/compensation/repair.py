@@ -22,7 +22,7 @@ from nemo_minitron.backends.megatron.compensation.streams import Stream
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.families import ModelShape, Parameter
 from nemo_minitron.families.blocks import ATTENTION, MLP
-from nemo_minitron.hf.checkpoint import Checkpoint
+from nemo_minitron.hf.checkpoint import HEAD, Checkpoint
 from nemo_minitron.pruning.compensation import Moments, Repair, best_repair
 from nemo_minitron.pruning.plan_file import PrunePlan
 from nemo_minitron.pruning.positions import Keep, kept_positions
@@ -234,16 +234,10 @@ class LayerRepair:
         return Activations(inputs, before, _take(teacher.out, kept))
 
     def _solve(self, problem: _Problem, moments: tuple[Moments, Moments], number: int, weights: Weights) -> Repair:
-        """Solve one site and put its repaired weights into `weights`; the first process solves for all."""
+        """Solve one site and put its repaired weights into `weights`."""
         calibration, heldout = moments
-        if problem.site.reads_stream:
-            calibration, heldout = (some.mapped(problem.teacher_weight) for some in moments)
-        repair = best_repair(calibration, heldout, self.params.dampings)
-        repaired = problem.sliced_weight.double()
-        if repair.update is not None:
-            repaired = repaired + repair.update
-        if self.session.world_size > 1:
-            dist.broadcast(repaired, 0)
+        left = problem.teacher_weight if problem.site.reads_stream else None
+        repair, repaired = self._best(calibration, heldout, left, problem.sliced_weight)
         start = 0
         for parameter in weights_of(problem.site, self.models.target, number):
             old = weights[parameter.hf]
@@ -253,6 +247,43 @@ class LayerRepair:
                 )
             start += len(old)
         return repair
+
+    def _best(
+        self, calibration: Moments, heldout: Moments, left: Tensor | None, sliced: Tensor
+    ) -> tuple[Repair, Tensor]:
+        """Return the best repair and the repaired weight, fp64; those of the first process count for all."""
+        repair = best_repair(calibration.objective(left), heldout.objective(left), self.params.dampings)
+        repaired = sliced.double() if repair.update is None else sliced.double() + repair.update
+        if self.session.world_size > 1:
+            dist.broadcast(repaired, 0)
+        return repair, repaired
+
+    @property
+    def repairs_head(self) -> bool:
+        """Whether the model has a head of its own whose inputs were cut."""
+        cut = self.models.source.hidden_size > self.models.target.hidden_size
+        return "head" in self.params.sites and cut and not self.models.target.tied_embeddings
+
+    def repair_head(self, streams: list[Stream]) -> tuple[Weights, dict[str, Repair]]:
+        """Return the repaired output head, for streams behind the last layer, and what became of it."""
+        models, device = self.models, self.session.device
+        kept = kept_positions(models.plan, models.source, None)["hidden"]
+        sizes = (models.source.hidden_size, models.target.hidden_size, device)
+        sums = (Moments.zeros(*sizes), Moments.zeros(*sizes))
+        own = (s.student if self.params.mode == "sequential" else _take(s.teacher, kept) for s in streams)
+        normed = self.student.final_norm(own, lambda parameter: models.student.read(parameter.hf))
+        wanted = self.teacher.final_norm((s.teacher for s in streams), lambda p: models.teacher.read(p.hf))
+        for stream, full, given in zip(streams, wanted, normed, strict=True):
+            counted = stream.counted.clone()
+            counted[0] = False
+            residual = _minus_embedded(full, given, kept)
+            sums[stream.is_heldout].add(residual[counted.to(device)], given[counted.to(device)])
+        for tensor in (tensor for moments in sums for tensor in moments.tensors):
+            self.session.sum(tensor)
+        sliced = models.student.read(HEAD)
+        repair, repaired = self._best(*sums, _wide(models.teacher.read(HEAD)).to(device), _wide(sliced).to(device))
+        changed = repaired.to(device="cpu", dtype=sliced.dtype).contiguous()
+        return {HEAD: sliced if repair.update is None else changed}, {"head": repair}
 
 
 def _minus_embedded(full: Tensor, kept_part: Tensor, kept: Tensor | None) -> Tensor:
@@ -273,7 +304,7 @@ def _wide(tensor: Tensor) -> Tensor:
 def repaired_layers(
     repair: LayerRepair, streams: list[Stream], done: Mapping[int, Weights]
 ) -> Iterator[tuple[int, Weights, dict[str, Repair] | None]]:
-    """Yield (layer of the student, its repaired weights, what became of each site), in order.
+    """Yield (layer of the student, its repaired weights, what became of each site), in order; then the head, if any.
 
     Args:
         done: repaired weights of layers that an interrupted run has already made; None is yielded as their repairs.
@@ -286,3 +317,6 @@ def repaired_layers(
             weights, found = repair.repair(number, streams)
         yield number, weights, found
         repair.advance(number, weights, streams)
+    head = repair.models.target.num_layers
+    if repair.repairs_head:
+        yield head, *((done[head], None) if head in done else repair.repair_head(streams))

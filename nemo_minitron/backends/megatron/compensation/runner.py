@@ -6,7 +6,7 @@ the text, so all layouts of a session are data parallel here (tp = pp = cp = 1).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from nemo_minitron.backends.megatron.model.build import build_layer
 from nemo_minitron.backends.megatron.model.forward import evaluating
 from nemo_minitron.backends.megatron.model.parts import Layer, Model, layers
-from nemo_minitron.backends.megatron.model.weights import load_layer
+from nemo_minitron.backends.megatron.model.weights import load_final_norm, load_layer
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.families import ModelShape, Parameter
 from nemo_minitron.families.blocks import ATTENTION, MLP, Block
@@ -62,14 +62,22 @@ class LayerRunner:
         """Fill in the weights of a layer."""
         load_layer(self.model, layer, self.shape, read)
 
+    def final_norm(self, streams: Iterable[Tensor], read: Read) -> Iterator[Tensor]:
+        """Apply the norm in front of the head to residual streams [S, B, D]; it replaces a norm of the layer."""
+        load_final_norm(self.layer.input_norm, self.shape, read)
+        for stream in streams:
+            yield self.norm(ATTENTION, self._given(stream))
+
     @torch.no_grad()
     def forward(self, stream_SBD: Tensor) -> Tensor:
         """Return the residual stream after the layer."""
-        device, dtype = self.session.device, next(self.model.parameters()).dtype
-        self.model.set_input_tensor(stream_SBD.to(device=device, dtype=dtype))
+        self.model.set_input_tensor(self._given(stream_SBD))
         with evaluating(self.model):
             out: Tensor = self.model(None, None, None)
         return out
+
+    def _given(self, stream_SBD: Tensor) -> Tensor:
+        return stream_SBD.to(device=self.session.device, dtype=next(self.model.parameters()).dtype)
 
     def activations(self, stream_SBD: Tensor) -> Activations:
         """Run the layer and return what enters its linear layers and its blocks."""

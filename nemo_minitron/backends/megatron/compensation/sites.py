@@ -10,14 +10,14 @@ from nemo_minitron.families import ModelShape, Parameter, Row
 from nemo_minitron.families.axes import HIDDEN
 from nemo_minitron.families.blocks import ATTENTION, MLP, Block
 from nemo_minitron.families.registry import layers_of
-from nemo_minitron.schema.pruning import RepairSite
+from nemo_minitron.schema.pruning import LayerSite
 
 
 @dataclass(frozen=True)
 class Site:
     """Linear layers that share one input."""
 
-    name: RepairSite
+    name: LayerSite
     block: Block
     reads_stream: bool
     """Whether they read the normalized residual stream; otherwise they write to the stream."""

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_minitron.backends.megatron.model.build import build_model
 from nemo_minitron.backends.megatron.model.parts import Model, local_parameters
 from nemo_minitron.backends.megatron.runtime.layout import fuse, shard_slices, split
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.families import ModelShape, Parameter, parameters, tensor_shape
-from nemo_minitron.families.axes import SPLIT_LABELS
+from nemo_minitron.families.axes import HIDDEN, SPLIT_LABELS
 from nemo_minitron.families.split import stage_bounds
 from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter
 
@@ -77,6 +77,15 @@ def load_layer(model: Model, layer: int, shape: ModelShape, read: Callable[[Para
             local.pop(Parameter(group[0].row, 0, group[0].expert).megatron).copy_(tensor)
     if local:
         raise AssertionError(f"Megatron parameters without a row in the axis table: {sorted(local)}")
+
+
+@torch.no_grad()
+def load_final_norm(norm: nn.Module, shape: ModelShape, read: Callable[[Parameter], Tensor]) -> None:
+    """Fill any norm of a model of this shape with the weights of the norm in front of its head."""
+    own = dict(norm.named_parameters())
+    for parameter in parameters(shape):
+        if parameter.layer is None and parameter.row.axes == HIDDEN.coupled:
+            own[parameter.megatron.rpartition(".")[2]].copy_(read(parameter))
 
 
 def _by_megatron_name(shape: ModelShape) -> Iterator[tuple[str, list[Parameter]]]:
