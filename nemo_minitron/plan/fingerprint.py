@@ -38,11 +38,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+_NEWER_KEYS = {"template_date": TEMPLATE_DATE.isoformat(), "compensation": None}
+
+
 def params_of(stage: StageParams) -> dict[str, Any]:
     """Return the keys of a stage that determine its output: all except its kind, its inputs and the loss guard."""
     left_out = {"kind": True, "inputs": True, "guard": True, "retraining": {"guard": True}}
     dump: dict[str, Any] = stage.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
-    if dump.get("template_date") == TEMPLATE_DATE.isoformat():
-        # Runs of older versions do not have this key: its default must not change their fingerprints.
-        del dump["template_date"]
+    # Runs of older versions do not have these keys: their defaults must not change fingerprints.
+    for key, default in _NEWER_KEYS.items():
+        if key in dump and dump[key] == default:
+            del dump[key]
     return dump

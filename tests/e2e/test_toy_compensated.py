@@ -65,3 +65,24 @@ def test_impossible_keys_are_refused(option: str, message: str, minitron: Cli) -
     code, output = minitron("check", RECIPE, option)
     assert code == 2
     assert message in output
+
+
+@pytest.mark.slow
+def test_the_candidates_of_a_search_are_repaired_before_they_are_trained(minitron: Cli, tmp_path: Path) -> None:
+    keys = "{num_samples: 64, seq_len_tokens: 128, heldout_tokens: 2048}"
+    zero_shot = []
+    for name, repair in (("sliced", "null"), ("repaired", keys)):
+        options = [f"name={name}", f"execution.run_root={tmp_path}", f"stages.search.compensation={repair}"]
+        code, output = minitron("run", REPO / "recipes/toy/search.yaml", *options, "--until=search")
+        assert code == 0, output
+        found = json.loads((tmp_path / name / "search/search.json").read_text())["candidates"]
+        zero_shot.append({candidate["name"]: candidate["zero_shot_loss"] for candidate in found})
+    sliced, repaired = zero_shot
+    assert all(repaired[candidate] < loss for candidate, loss in sliced.items())
+
+
+def test_a_search_repairs_in_data_parallel_layouts_only(minitron: Cli) -> None:
+    recipe = REPO / "recipes/toy/search.yaml"
+    code, output = minitron("check", recipe, "stages.search.compensation={}", "execution.parallel.tp=2")
+    assert code == 2
+    assert "stages.search.compensation: needs a layout with tp = pp = cp = 1" in output

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.stages.artifacts import Model, PrunePlanArtifact, TokenizedText
+from nemo_minitron.stages.common.compensation import RepairTexts, repair_model
 from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
 from nemo_minitron.stages.compensate.params import CompensateStage
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from nemo_minitron.backends.megatron.compensation.repair import Models
-    from nemo_minitron.backends.megatron.compensation.streams import Stream
-    from nemo_minitron.pruning.compensation import Repair
-
-FACTS_FILE = "compensation.json"
 
 
 @dataclass(frozen=True)
@@ -38,150 +26,17 @@ class Inputs:
 def compensate(params: CompensateStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Write the repaired model as a Hugging Face checkpoint, and compensation.json with the gain of each layer.
 
-    After a kill, layers that have been repaired are not solved again.
-
     Raises:
         DataError: the models and the texts do not share a tokenizer.
         ArtifactError: the plan does not belong to these models.
     """
-    from nemo_minitron.backends.megatron.compensation.repair import LayerRepair, Models, repaired_layers
-    from nemo_minitron.hf.checkpoint import Checkpoint, model_facts
+    from nemo_minitron.hf.checkpoint import model_facts
 
-    for text in (inputs.data, inputs.heldout):
-        if text is not None:
-            require_one_tokenizer({"student": inputs.student, "teacher": inputs.teacher}, text, ctx)
-    teacher, student = Checkpoint.open(inputs.teacher.path), Checkpoint.open(inputs.student.path)
-    models = Models(teacher, student, inputs.plan.load(teacher.shape))
-    _require_same_cut(models, inputs)
-    saved = _SavedLayers(ctx.work_dir / "layers")
-    streams = _streams(params, inputs, models, ctx)
-    repair = LayerRepair(models, params, ctx.open_session)
-    layers = repaired_layers(repair, streams, saved.load())
-    total = student.shape.num_layers + repair.repairs_head
-    for number, weights, found in ctx.progress.track(layers, "compensate", total, "parts"):
-        if found is not None and ctx.is_main:
-            saved.save(number, weights, found)
-    ctx.open_session.barrier()
-    num_tokens = params.num_samples * params.seq_len_tokens
+    texts = RepairTexts(inputs.data, inputs.heldout or inputs.data)
+    for text in (texts.calibration, texts.heldout):
+        require_one_tokenizer({"student": inputs.student, "teacher": inputs.teacher}, text, ctx)
+    models = (inputs.teacher.path, inputs.student.path, inputs.plan.path)
+    facts = repair_model(params, *models, texts, ctx, ctx.out_dir)
     if not ctx.is_main:
         return {}
-    facts = saved.facts()
-    _write(models, saved, ctx.out_dir)
-    (ctx.out_dir / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
-    return {
-        **model_facts(ctx.out_dir),
-        "license": inputs.student.license,
-        "num_tokens": num_tokens,
-        "mode": params.mode,
-        "heldout_sources": (inputs.heldout or inputs.data).sources,
-        "recovered": _recovered(facts),
-    }
-
-
-def _require_same_cut(models: Models, inputs: Inputs) -> None:
-    from nemo_minitron.errors import ArtifactError
-
-    if models.plan.target_shape(models.source) != models.target:
-        raise ArtifactError(
-            "The student does not have the sizes of the prune plan.",
-            where=str(inputs.student.path),
-            next_step="Give inputs.student the model that was pruned by inputs.plan.",
-        )
-
-
-def _streams(params: CompensateStage, inputs: Inputs, models: Models, ctx: StageContext) -> list[Stream]:
-    from nemo_minitron.backends.megatron.compensation.streams import calibration_batches, embedded, heldout_batches
-    from nemo_minitron.backends.megatron.model.build import DTYPES
-
-    session, length = ctx.open_session, params.seq_len_tokens
-    calibration = calibration_batches(
-        inputs.data.path,
-        session,
-        num_samples=params.num_samples,
-        seq_len_tokens=length,
-        seed=params.seed,
-        cache_dir=ctx.work_dir / "data_index",
-    )
-    heldout = inputs.heldout or inputs.data
-    judged = heldout_batches(heldout.path, session, num_tokens=params.heldout_tokens, seq_len_tokens=length)
-    name = "model.embed_tokens.weight"
-    embeddings = (models.teacher.read(name), models.student.read(name))
-    return embedded([*calibration, *judged], *embeddings, DTYPES[params.precision])
-
-
-@dataclass(frozen=True)
-class _SavedLayers:
-    """Repaired layers in the work folder, so that a killed stage goes on from the last one."""
-
-    folder: Path
-
-    def _file(self, number: int) -> Path:
-        return self.folder / f"layer-{number:05d}.safetensors"
-
-    def save(self, number: int, weights: dict[str, Tensor], found: Mapping[str, Repair]) -> None:
-        """Write a layer so that its file is either whole or not there."""
-        from safetensors.torch import save_file
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self._file(number).with_suffix(".partial")
-        facts = {site: _facts(repair) for site, repair in found.items()}
-        save_file(weights, str(partial), metadata={"repairs": json.dumps(facts)})
-        partial.replace(self._file(number))
-
-    def load(self) -> dict[int, dict[str, Tensor]]:
-        """Return the weights of all saved layers."""
-        from safetensors.torch import load_file
-
-        return {int(file.stem.split("-")[1]): load_file(str(file)) for file in self._files()}
-
-    def facts(self) -> list[dict[str, Any]]:
-        """Return for each layer what became of its sites."""
-        from safetensors import safe_open
-
-        out = []
-        for file in self._files():
-            with safe_open(str(file), "pt") as opened:
-                out.append(json.loads(opened.metadata()["repairs"]))
-        return out
-
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("layer-*.safetensors"))
-
-
-def _facts(repair: Repair) -> dict[str, Any]:
-    return {
-        "sliced_error": repair.sliced_error,
-        "error": repair.error,
-        "recovered": repair.recovered,
-        "damping": repair.damping if repair.update is not None else None,
-    }
-
-
-def _recovered(facts: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the mean share of the held-out error that is gone, by site."""
-    sites = dict.fromkeys(site for layer in facts for site in layer)
-    return {site: _mean(layer[site]["recovered"] for layer in facts if site in layer) for site in sites}
-
-
-def _mean(values: Iterator[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
-
-
-def _write(models: Models, saved: _SavedLayers, out_dir: Path) -> None:
-    """Write the student's checkpoint with the repaired weights in place of the sliced ones, in the same data types."""
-    from nemo_minitron.families import parameters, tensor_shape
-    from nemo_minitron.hf.checkpoint import copy_side_files
-    from nemo_minitron.hf.stream_writer import Planned, StreamWriter
-
-    student = models.student
-    repaired = {name: tensor for weights in saved.load().values() for name, tensor in weights.items()}
-    planned = [
-        Planned(parameter.hf, tensor_shape(student.shape, parameter.row), student.tensors[parameter.hf].dtype)
-        for parameter in parameters(student.shape)
-    ]
-    writer = StreamWriter(out_dir, student.config, planned)
-    for item in planned:
-        writer.add(item.name, repaired[item.name] if item.name in repaired else student.read(item.name))
-    writer.close()
-    copy_side_files(student.path, out_dir)
+    return {**model_facts(ctx.out_dir), "license": inputs.student.license, **facts}

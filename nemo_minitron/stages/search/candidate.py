@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.pruning.plan_file import PLAN_FILE
-from nemo_minitron.schema.pruning import Selection
+from nemo_minitron.schema.pruning import Compensation, Selection
 from nemo_minitron.schema.speed import SpeedMeasurement
 from nemo_minitron.schema.training import Distillation, Training
 from nemo_minitron.stages.artifacts import CandidateModel, Model, Scores, TeacherCheck, TokenizedText
+from nemo_minitron.stages.common.compensation import RepairTexts, repair_model
 from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
 from nemo_minitron.stages.common.scores import choose_plan
 from nemo_minitron.stages.common.training import distill_student
@@ -36,6 +37,7 @@ class Inputs:
     data: TokenizedText
     scores: Scores | None = None
     check: TeacherCheck | None = None
+    heldout: TokenizedText | None = None
     rivals: Mapping[str, CandidateModel] = field(default_factory=dict)
 
 
@@ -83,6 +85,8 @@ def _facts_before(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> 
     if params.place is None:
         folder = ctx.work_dir / "pruned"
         rates = _cut_and_measure(params, inputs, ctx, folder)
+        if params.compensation is not None:
+            folder = _repair(params.compensation, inputs, folder, ctx)
         speed, limit = rates.get("generate_tokens_per_s"), params.min_generate_tokens_per_s
         return {
             "candidate": params.name,
@@ -99,6 +103,21 @@ def _facts_before(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> 
     stage = next(stage for stage, facts in rivals.items() if facts["name"] == chosen["name"])
     kept = ("candidate", "generate_tokens_per_s", "too_slow", "zero_shot_loss", "losses")
     return {"path": inputs.rivals[stage].path, **{key: chosen[key] for key in kept}}
+
+
+def _repair(compensation: Compensation, inputs: Inputs, pruned: Path, ctx: StageContext) -> Path:
+    """Repair the pruned model once, and return the folder of the repaired one."""
+    folder = ctx.work_dir / "repaired"
+    if not folder.is_dir():
+        partial = folder.with_suffix(".partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        texts = RepairTexts(inputs.data, inputs.heldout or inputs.data)
+        repair_model(compensation, inputs.model.path, pruned, pruned, texts, ctx, partial)
+        if ctx.is_main:
+            shutil.copyfile(pruned / PLAN_FILE, partial / PLAN_FILE)
+            os.replace(partial, folder)
+        ctx.open_session.barrier()
+    return folder
 
 
 def _cut_and_measure(params: CandidateStage, inputs: Inputs, ctx: StageContext, folder: Path) -> Mapping[str, float]:

@@ -60,6 +60,7 @@ def _candidate(stage: SearchStage, rung: int, rivals: tuple[str, ...] = (), **wh
                 scores=inputs.scores,
                 data=inputs.data,
                 check=inputs.check,
+                heldout=inputs.heldout,
                 rivals=rivals,
             ),
             "rung": rung,
@@ -68,6 +69,7 @@ def _candidate(stage: SearchStage, rung: int, rivals: tuple[str, ...] = (), **wh
             "selection": stage.selection,
             "min_generate_tokens_per_s": stage.constraints.min_generate_tokens_per_s,
             "measure_speed": stage.measure_speed if rung == 1 else None,
+            "compensation": stage.compensation if rung == 1 else None,
             **which,
         }
     )

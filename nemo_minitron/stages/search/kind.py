@@ -60,6 +60,8 @@ def _problems(name: str, params: SearchStage, view: RecipeView) -> Iterator[str]
     if params.constraints.min_generate_tokens_per_s is not None and params.measure_speed is None:
         yield f"{key}.constraints.min_generate_tokens_per_s: needs {key}.measure_speed ({{}} means its defaults)."
     layout = view.layout(name)
+    if params.compensation is not None and layout.dp != layout.world_size:
+        yield f"{key}.compensation: needs a layout with tp = pp = cp = 1. Next: set one, or remove the key."
     for number, rung in enumerate(params.rungs):
         yield from training_problems(name, params.retraining, rung.num_steps, layout, f"{key}.rungs.{number}.num_steps")
     scoring = view.stages.get(params.inputs.scores or "")
@@ -92,6 +94,7 @@ _INPUTS = {
     "scores": (Output.SCORES,),
     "data": (Output.TOKENIZED_TEXT,),
     "check": (Output.TEACHER_CHECK,),
+    "heldout": (Output.TOKENIZED_TEXT,),
 }
 SEARCH = StageKind(
     name="search",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from nemo_minitron.schema.base import Schema, StageName, StageParams
-from nemo_minitron.schema.pruning import SelectionRules, Target
+from nemo_minitron.schema.pruning import Compensation, SelectionRules, Target
 from nemo_minitron.schema.search import Rung, SearchConstraints, SearchGrid
 from nemo_minitron.schema.speed import SpeedMeasurement
 from nemo_minitron.schema.training import Training
@@ -26,6 +26,8 @@ class SearchInputs(Schema):
     """Stage that provides the tokenized text."""
     check: StageName | None = "check_teacher"
     """Teacher check to wait for. null: none."""
+    heldout: StageName | None = None
+    """Stage that provides the held-out text of `compensation`. null: the held-out part of the data."""
     candidates: tuple[StageName, ...] = ()
     """Set by the planner: one stage for each candidate and rung."""
 
@@ -50,6 +52,8 @@ class SearchStage(StageParams):
     """How the indices that stay are chosen."""
     measure_speed: SpeedMeasurement | None = None
     """Measure the generation speed of each candidate after pruning. null: do not."""
+    compensation: Compensation | None = None
+    """Repair each candidate by least squares after pruning. null: do not. It needs a layout with tp = pp = cp = 1."""
 
 
 class CandidateInputs(Schema):
@@ -65,6 +69,8 @@ class CandidateInputs(Schema):
     """Stage that provides the tokenized text."""
     check: StageName | None = None
     """Teacher check to wait for. null: none."""
+    heldout: StageName | None = None
+    """Stage that provides the held-out text of `compensation`. null: the held-out part of the data."""
     rivals: tuple[StageName, ...] = ()
     """Candidates of the rung before."""
 
@@ -92,3 +98,5 @@ class CandidateStage(StageParams):
     """Slower candidates are not trained. null: no limit."""
     measure_speed: SpeedMeasurement | None = None
     """Measure the generation speed after pruning. null: do not."""
+    compensation: Compensation | None = None
+    """Repair the candidate by least squares after pruning, in the first rung. null: do not."""
