@@ -50,8 +50,10 @@ def broken_rules(plan: RunPlan) -> Iterator[str]:
     """Yield one line for each rule that the recipe breaks on any machine."""
     recipe = plan.recipe
     view = View(recipe)
-    for name, stage in recipe.stages.items():
-        yield from STAGES[stage.kind].problems(name, stage, view)
+    # The candidates of a search all report what is wrong with its keys.
+    yield from dict.fromkeys(
+        problem for name, stage in recipe.stages.items() for problem in STAGES[stage.kind].problems(name, stage, view)
+    )
     yield from _names(recipe)
     yield from _layouts(view)
 

@@ -60,8 +60,6 @@ def _problems(name: str, params: SearchStage, view: RecipeView) -> Iterator[str]
     if params.constraints.min_generate_tokens_per_s is not None and params.measure_speed is None:
         yield f"{key}.constraints.min_generate_tokens_per_s: needs {key}.measure_speed ({{}} means its defaults)."
     layout = view.layout(name)
-    if params.compensation is not None and layout.dp != layout.world_size:
-        yield f"{key}.compensation: needs a layout with tp = pp = cp = 1. Next: set one, or remove the key."
     for number, rung in enumerate(params.rungs):
         yield from training_problems(name, params.retraining, rung.num_steps, layout, f"{key}.rungs.{number}.num_steps")
     scoring = view.stages.get(params.inputs.scores or "")
@@ -71,6 +69,13 @@ def _problems(name: str, params: SearchStage, view: RecipeView) -> Iterator[str]
         rules = Selection(target=candidate.target, **params.selection.model_dump())
         seen.update(scoring_problems(key, rules, params.inputs.scores, known, source))
     yield from sorted(seen)
+
+
+def _candidate_problems(name: str, params: CandidateStage, view: RecipeView) -> Iterator[str]:
+    layout = view.layout(name)
+    if params.compensation is not None and layout.dp != layout.world_size:
+        key = f"stages.{search_of(name, params)}.compensation"
+        yield f"{key}: needs a layout with tp = pp = cp = 1. Next: set one, or remove the key."
 
 
 def _candidate_shape(name: str, params: CandidateStage, view: RecipeView) -> ModelShape | None:
@@ -120,6 +125,7 @@ CANDIDATE = StageKind(
     loads_own_model=True,
     used_inputs=_used_inputs,
     shape=_candidate_shape,
+    problems=_candidate_problems,
     load=_candidate_load,
     array=_array,
 )
