@@ -23,8 +23,12 @@ def forward_flops_per_token(shape: ModelShape, seq_len_tokens: int) -> float:
         + block.token_mixing_flops(shape, seq_len_tokens)
         for block in {block for layer in layers_of(shape) for block in layer}
     }
-    head = 2.0 * shape.hidden_size * shape.vocab_size
-    return sum(by_block[block] for layer in layers_of(shape) for block in layer) + head
+    return sum(by_block[block] for layer in layers_of(shape) for block in layer) + head_flops_per_token(shape)
+
+
+def head_flops_per_token(shape: ModelShape) -> float:
+    """Return the operations of the output layer in a forward pass."""
+    return 2.0 * shape.hidden_size * shape.vocab_size
 
 
 def training_flops_per_token(
@@ -42,3 +46,12 @@ def training_flops_per_token(
     if teacher is None:
         return trained
     return trained + (both if teacher_learns else 1) * forward_flops_per_token(teacher, seq_len_tokens)
+
+
+def layerwise_flops_per_token(student: ModelShape, teacher: ModelShape, seq_len_tokens: int) -> float:
+    """Return the operations of layer-local distillation: as `training_flops_per_token`, but without the heads."""
+
+    def layers(shape: ModelShape) -> float:
+        return forward_flops_per_token(shape, seq_len_tokens) - head_flops_per_token(shape)
+
+    return (1 + BACKWARD_OVER_FORWARD) * layers(student) + layers(teacher)

@@ -38,10 +38,13 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // tp) * tp
 
 
-def params_of_rank(shape: ModelShape, *, tp: int, pp: int, stage: int) -> int:
+def params_of_rank(shape: ModelShape, *, tp: int, pp: int, stage: int, layers_only: bool = False) -> int:
     """Return the number of parameters on one rank of this pipeline stage (0-based), with the padded vocabulary.
 
     Tied embeddings are on the first and on the last stage.
+
+    Args:
+        layers_only: leave out embeddings, final norm and head.
     """
     start, stop = stage_bounds(shape.num_layers, pp)[stage]
     sizes = {**shape.axis_sizes(), "vocab": padded_vocab_size(shape.vocab_size, tp)}
@@ -51,6 +54,8 @@ def params_of_rank(shape: ModelShape, *, tp: int, pp: int, stage: int) -> int:
         if row.per_layer:
             here = sum(layer is not None and start <= layer < stop for layer in places)
             total += count * here * len(row.experts)
+        elif layers_only:
+            continue
         elif "vocab" in row.axes and row.megatron.startswith("embedding"):
             total += count * (stage == 0 or (shape.tied_embeddings and stage == pp - 1))
         else:

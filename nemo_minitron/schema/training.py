@@ -118,6 +118,13 @@ class Distillation(Training):
         return Optimization(**{**shared, **own})
 
 
+class LayerDistillation(Optimization):
+    """How the layers of a student are trained, each apart from the others, on the teacher's hidden states."""
+
+    num_steps: PositiveInt
+    """Optimizer steps."""
+
+
 class TextTraining(Optimization):
     """How a model is trained on text by next-token cross entropy."""
 

@@ -26,6 +26,7 @@ KINDS = (
     "prune.kind:PRUNE",
     "compensate.kind:COMPENSATE",
     "cache_teacher.kind:CACHE_TEACHER",
+    "distill_layers.kind:DISTILL_LAYERS",
     "distill.kind:DISTILL",
     "chat_data.kind:CHAT_DATA",
     "distill_offline.kind:DISTILL_OFFLINE",

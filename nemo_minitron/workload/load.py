@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from nemo_minitron.distillation.flops import forward_flops_per_token, training_flops_per_token
+from nemo_minitron.distillation.flops import (
+    forward_flops_per_token,
+    layerwise_flops_per_token,
+    training_flops_per_token,
+)
 from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training import Optimization, Training
@@ -52,6 +56,15 @@ def training_load(
     if layout.recompute == "full":
         each += forward_flops_per_token(shape, keys.seq_len_tokens)
     return Load(work, num_steps * keys.global_batch_size * keys.seq_len_tokens, each)
+
+
+def layerwise_load(
+    student: ModelShape, teacher: ModelShape, keys: Optimization, num_steps: int, layout: Parallel
+) -> Load:
+    """Return the load of layer-local distillation, whose training steps do not run the heads."""
+    whole = training_load(student, teacher, keys, num_steps, layout)
+    each = layerwise_flops_per_token(student, teacher, keys.seq_len_tokens)
+    return replace(whole, work=replace(whole.work, layerwise=True), flops_per_token=each)
 
 
 def distillation_load(

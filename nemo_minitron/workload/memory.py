@@ -68,6 +68,8 @@ class Work:
         teacher: model in memory beside it; None if there is none.
         teacher_learns: whether the teacher is trained as well.
         hidden_pairs: number of layers whose hidden states are compared with a teacher's.
+        layerwise: whether each layer is trained apart from the others, so that only one has activations in memory, and
+            embeddings, final norm and head are not trained.
     """
 
     shape: ModelShape
@@ -79,6 +81,7 @@ class Work:
     teacher: ModelShape | None = None
     teacher_learns: bool = False
     hidden_pairs: int = 0
+    layerwise: bool = False
 
 
 def memory_of(work: Work) -> Memory:
@@ -90,7 +93,7 @@ def memory_of(work: Work) -> Memory:
 def _of_stage(work: Work, stage: int) -> Memory:
     layout, wide = work.parallel, WEIGHT_BYTES[work.precision]
     count = params_of_rank(work.shape, tp=layout.tp, pp=layout.pp, stage=stage)
-    learned = count if work.trains else 0
+    learned = _trained_params(work, stage) if work.trains else 0
     teacher = 0
     if work.teacher is not None:
         teacher = params_of_rank(_same_vocab(work.teacher, work), tp=layout.tp, pp=layout.pp, stage=stage)
@@ -103,8 +106,13 @@ def _of_stage(work: Work, stage: int) -> Memory:
         optimizer=optimizer_bytes(learned, work.precision, layout),
         activations=_activations(work, stage) if work.trains else _forward_only(work),
         loss=_loss_bytes(work) if last else 0,
-        hidden_states=_hidden_bytes(work),
+        hidden_states=_stream_bytes(work, stage) if work.layerwise else _hidden_bytes(work),
     )
+
+
+def _trained_params(work: Work, stage: int) -> int:
+    layout = work.parallel
+    return params_of_rank(work.shape, tp=layout.tp, pp=layout.pp, stage=stage, layers_only=work.layerwise)
 
 
 def optimizer_bytes(num_params: int, precision: str, layout: Parallel) -> int:
@@ -167,6 +175,9 @@ def _activations(work: Work, stage: int) -> int:
     in_flight = min(layout.pp - stage, work.num_micro_batches)
     h = work.shape.hidden_size / (layout.tp if layout.sequence_parallel else 1)
     stream = w * n * h
+    if work.layerwise:
+        # The activations of one layer, and the error of its output in fp32 with its square.
+        return round(max(each.values()) + stream + 2 * 4 * n * h)
     if layout.recompute == "full":
         # The input of every layer, and the activations of the layer that is being recomputed.
         return round(in_flight * (stop - start) * stream + max(each.values()) + stream)
@@ -190,10 +201,18 @@ def _loss_bytes(work: Work) -> int:
     total = w * rows * vocab * (2 if work.teacher is not None else 1)
     if work.teacher is not None:
         total += w * n * work.teacher.hidden_size
-    if work.trains:
+    if work.trains and not work.layerwise:
         product = w if work.precision == "bf16" else 0
         total += (4 + product) * vocab * work.shape.hidden_size + w * n * work.shape.hidden_size
     return total
+
+
+def _stream_bytes(work: Work, stage: int) -> int:
+    """Return the bytes of the teacher's streams before and after each layer of a pipeline stage."""
+    layout, n, w = work.parallel, _tokens(work), WEIGHT_BYTES[work.precision]
+    start, stop = stage_bounds(work.shape.num_layers, layout.pp)[stage]
+    h = work.shape.hidden_size // (layout.tp if layout.sequence_parallel else 1)
+    return (stop - start + 1) * w * n * h
 
 
 def _hidden_bytes(work: Work) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ from nemo_minitron.backends.megatron.model.parts import Model
 from nemo_minitron.backends.megatron.model.weights import load_model
 from nemo_minitron.backends.megatron.runtime.context import own_rows, sum_over_context
 from nemo_minitron.backends.megatron.runtime.session import Session
-from nemo_minitron.backends.megatron.training.loop import Job, Objective, Parts
-from nemo_minitron.backends.megatron.training.optim import make_trainable
+from nemo_minitron.backends.megatron.training.loop import ForwardStep, Job, Objective, Parts, accumulate
+from nemo_minitron.backends.megatron.training.optim import Trainable, make_trainable
 from nemo_minitron.distillation.cache import TeacherCache, require_same_keys
 from nemo_minitron.distillation.flops import training_flops_per_token
 from nemo_minitron.distillation.linear import Head
@@ -70,12 +70,12 @@ def prepare_cached(
             f"The student has {shape.vocab_size:,} tokens, but the teacher cache has {cache.facts.vocab_size:,}.",
             where=f"{student_dir}, {cache_dir}",
         )
-    heldout = _heldout(params, data_dir, session)
+    heldout = heldout_text(params, data_dir, session)
     size, loss = cache.facts.vocab_size, cache.facts.teacher_loss(params)
     setup = DistillSetup(
         params.loss, student, None, size, heldout, session, params.seed, cache=cache, teacher_loss=loss
     )
-    return _job(params, params.num_steps, setup, shape, data_dir, work_dir, cache.facts.num_samples)
+    return make_job(params, params.num_steps, setup, shape, data_dir, work_dir, cache.facts.num_samples)
 
 
 def prepare(
@@ -83,32 +83,45 @@ def prepare(
 ) -> Job:
     """Load the student and, if the loss needs it, the teacher; open the data."""
     require_document_mask(params.reset_attention_mask)
-    shapes = [Checkpoint.open(folder).shape for folder in (student_dir, teacher_dir)]
-    sizes = [shape.vocab_size for shape in shapes]
-    options = {
-        "precision": params.precision,
-        "seq_len_tokens": params.seq_len_tokens,
-        # Both models use the same split of the vocabulary, padded for the larger one.
-        "padded_vocab": padded_vocab_size(max(sizes), session.parallel.tp),
-    }
-    student, shape = load_model(student_dir, session, **options)  # type: ignore[arg-type]
-    heldout = _heldout(params, data_dir, session)
+    heldout = heldout_text(params, data_dir, session)
     if not params.loss.needs_teacher:
-        setup = DistillSetup(params.loss, student, None, min(sizes), heldout, session, params.seed)
-        return _job(params, params.num_steps, setup, shape, data_dir, work_dir)
-    teacher, _ = load_model(teacher_dir, session, **options)  # type: ignore[arg-type]
+        options = _shared_options(params, (student_dir, teacher_dir), session)
+        student, shape = load_model(student_dir, session, **options)
+        size = min(shape.vocab_size, Checkpoint.open(teacher_dir).shape.vocab_size)
+        setup = DistillSetup(params.loss, student, None, size, heldout, session, params.seed)
+        return make_job(params, params.num_steps, setup, shape, data_dir, work_dir)
+    (student, shape), (teacher, teacher_shape) = load_pair(params, student_dir, teacher_dir, session)
+    size = min(shape.vocab_size, teacher_shape.vocab_size)
     hidden = None
     if params.loss.hidden is not None:
         micro_batches = params.global_batch_size // (session.parallel.dp * session.parallel.micro_batch_size)
-        hidden = hidden_states(params.loss.hidden, shapes[1], student, shape, session, micro_batches)
+        hidden = hidden_states(params.loss.hidden, teacher_shape, student, shape, session, micro_batches)
     setup = DistillSetup(
-        params.loss, student, teacher, min(sizes), heldout, session, params.seed, hidden, teacher_shape=shapes[1]
+        params.loss, student, teacher, size, heldout, session, params.seed, hidden, teacher_shape=teacher_shape
     )
     if params.of_teacher is None:
         teacher.requires_grad_(False).eval()
     else:
-        setup = replace(setup, correction=_correction(setup, params.of_teacher, params.num_steps, teacher, sizes[1]))
-    return _job(params, params.num_steps, setup, shape, data_dir, work_dir)
+        corrected = _correction(setup, params.of_teacher, params.num_steps, teacher, teacher_shape.vocab_size)
+        setup = replace(setup, correction=corrected)
+    return make_job(params, params.num_steps, setup, shape, data_dir, work_dir)
+
+
+def load_pair(
+    params: Optimization, student_dir: Path, teacher_dir: Path, session: Session
+) -> tuple[tuple[Model, ModelShape], tuple[Model, ModelShape]]:
+    """Load student and teacher."""
+    folders = (student_dir, teacher_dir)
+    options = _shared_options(params, folders, session)
+    student, teacher = (load_model(folder, session, **options) for folder in folders)
+    return student, teacher
+
+
+def _shared_options(params: Optimization, folders: tuple[Path, Path], session: Session) -> dict[str, Any]:
+    """Return the options with which both models use the same split of the vocabulary, padded for the larger one."""
+    vocab_size = max(Checkpoint.open(folder).shape.vocab_size for folder in folders)
+    padded = padded_vocab_size(vocab_size, session.parallel.tp)
+    return {"precision": params.precision, "seq_len_tokens": params.seq_len_tokens, "padded_vocab": padded}
 
 
 def _correction(
@@ -117,19 +130,19 @@ def _correction(
     """Set up the teacher's training in the same way as `prepare_training`."""
     own = DistillSetup(NEXT_TOKEN, teacher, None, vocab_size, setup.heldout, setup.session, params.seed)
     trainable = make_trainable(teacher, params, num_steps, setup.session.parallel)
-    return Correction(trainable, objective_of(own).forward, setup.hidden, setup.session, params.seq_len_tokens)
+    return Correction(trainable, _forward_step(own), setup.hidden, setup.session, params.seq_len_tokens)
 
 
 def prepare_training(params: TextTraining, model_dir: Path, data_dir: Path, work_dir: Path, session: Session) -> Job:
     """Load the model and open the data: next-token cross entropy, no teacher."""
     require_document_mask(params.reset_attention_mask)
     model, shape = load_model(model_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
-    heldout = _heldout(params, data_dir, session)
+    heldout = heldout_text(params, data_dir, session)
     setup = DistillSetup(NEXT_TOKEN, model, None, shape.vocab_size, heldout, session, params.seed)
-    return _job(params, params.num_steps, setup, shape, data_dir, work_dir)
+    return make_job(params, params.num_steps, setup, shape, data_dir, work_dir)
 
 
-def _heldout(params: Optimization, data_dir: Path, session: Session) -> HeldOutBatches:
+def heldout_text(params: Optimization, data_dir: Path, session: Session) -> HeldOutBatches:
     return heldout_batches(
         data_dir,
         session,
@@ -140,7 +153,7 @@ def _heldout(params: Optimization, data_dir: Path, session: Session) -> HeldOutB
     )
 
 
-def _job(
+def make_job(
     params: Optimization,
     num_steps: int,
     setup: DistillSetup,
@@ -178,21 +191,31 @@ def _job(
 
 def objective_of(setup: DistillSetup) -> Objective:
     """Make the training objective of the recipe's loss."""
-    correction = setup.correction
+    correction, forward = setup.correction, _forward_step(setup)
 
     def prepare(step: int, batches: list[Batch]) -> Iterator[TeacherTargets]:
         return teacher_targets(setup, batches) if correction is None else iter(correction.teacher_targets(batches))
 
-    def forward(model: torch.nn.Module, batch: Batch, targets: TeacherTargets) -> Any:
+    def gradients(trainable: Trainable, batches: list[Batch], targets: Iterable[TeacherTargets]) -> list[Parts]:
+        length = batches[0]["tokens"].shape[1] * setup.session.parallel.cp
+        return accumulate(trainable, forward, batches, targets, length)
+
+    finish = dict if correction is None else correction.finish
+    return Objective(_part_names(setup.loss), prepare, gradients, lambda: validate(setup), finish)
+
+
+def _forward_step(setup: DistillSetup) -> ForwardStep:
+    def forward(model: torch.nn.Module, batch: Batch, targets: TeacherTargets | None) -> Any:
+        given = targets or TeacherTargets()
+
         def loss(hidden_BSD: Tensor) -> tuple[Tensor, Parts]:
-            return _head_loss(setup, model, batch, targets, hidden_BSD)
+            return _head_loss(setup, model, batch, given, hidden_BSD)
 
         if setup.hidden is None:
             return model_hidden(model, batch), loss
-        return _forward_with_hidden_losses(setup, setup.hidden, model, batch, targets, loss)
+        return _forward_with_hidden_losses(setup, setup.hidden, model, batch, given, loss)
 
-    finish = dict if correction is None else correction.finish
-    return Objective(_part_names(setup.loss), prepare, forward, lambda: validate(setup), finish)
+    return forward
 
 
 def _part_names(loss: Loss) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ the only one with the logit loss, and sent to the others.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor, nn
 
+from nemo_minitron.backends.megatron.distillation.stage_transfer import Move, transfer
 from nemo_minitron.backends.megatron.model.forward import Batch
 from nemo_minitron.backends.megatron.model.head import bare
 from nemo_minitron.backends.megatron.model.parts import Model, final_norm, is_hybrid, layers
@@ -181,7 +182,7 @@ def attached_losses(
     last stage, times `weight`, averaged over micro-batches.
     """
     student, values = bare(model), []
-    tokens = _own_token_weights(token_weights_BS, hidden.session)
+    tokens = own_token_weights(token_weights_BS, hidden.session)
     project = getattr(student, "hidden_projection", None) or nn.Identity()
     # The scale that Megatron applies to the last stage's loss.
     gradient_scale = hidden.session.parallel.cp / hidden.num_microbatches
@@ -190,19 +191,22 @@ def attached_losses(
 
             def compare(_: Any, __: Any, out: Tensor, pair: Pair = pair) -> Tensor:
                 loss = state_loss(hidden.params.kind, out, teacher[pair.teacher], tokens, project)
-                values.append(_over_sequence(loss.detach(), hidden.session))
-                attached: Tensor = _Attach.apply(out, loss, weight, gradient_scale)
+                values.append(over_sequence(loss.detach(), hidden.session))
+                attached: Tensor = AttachedLoss.apply(out, loss, weight, gradient_scale)
                 return attached
 
             stack.callback(_norm(student, pair.student).register_forward_hook(compare).remove)
         yield values
 
 
-class _Attach(torch.autograd.Function):
-    """Identity for the state; in the backward pass it starts the gradient of a loss that depends on the state."""
+class AttachedLoss(torch.autograd.Function):
+    """Identity for the state; in the backward pass it starts the gradient of a loss that depends on the state.
+
+    The loss is multiplied by `weight()`, called in the backward pass, and by `scale`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, state: Tensor, loss: Tensor, weight: HiddenLossWeight, scale: float) -> Tensor:
+    def forward(ctx: Any, state: Tensor, loss: Tensor, weight: Callable[[], Tensor], scale: float) -> Tensor:
         ctx.weight, ctx.scale, ctx.dtype = weight, scale, loss.dtype
         return state.view_as(state)
 
@@ -252,21 +256,12 @@ def transfer_states(
     local: list[States], hidden: HiddenStates, batches: list[Batch], dtype: torch.dtype
 ) -> list[States]:
     """Send the teacher's states to the stages that compare them; return this stage's states of each micro-batch."""
-    session = hidden.session
-    group = parallel_state.get_pipeline_model_parallel_group()
-    ranks = dist.get_process_group_ranks(group)
-    out: list[States] = [{} for _ in batches]
-    for pair, source, target in zip(hidden.pairs, hidden.teacher_stages, hidden.student_stages, strict=True):
-        for states, received, batch in zip(local, out, batches, strict=True):
-            if session.pp_rank == source == target:
-                received[pair.teacher] = states[pair.teacher]
-            elif session.pp_rank == source:
-                dist.send(states[pair.teacher].contiguous(), ranks[target], group=group)
-            elif session.pp_rank == target:
-                state = torch.empty(_state_size(batch, hidden), dtype=dtype, device=session.device)
-                dist.recv(state, ranks[source], group=group)
-                received[pair.teacher] = state
-    return out
+    stages = zip(hidden.pairs, hidden.teacher_stages, hidden.student_stages, strict=True)
+    moves = [Move(pair.teacher, source, target) for pair, source, target in stages]
+    return [
+        transfer(states, moves, lambda _, batch=batch: _state_size(batch, hidden), dtype, hidden.session)
+        for states, batch in zip(local, batches, strict=True)
+    ]
 
 
 def _state_size(batch: Batch, hidden: HiddenStates) -> tuple[int, int, int]:
@@ -275,7 +270,7 @@ def _state_size(batch: Batch, hidden: HiddenStates) -> tuple[int, int, int]:
     return length // (parallel.tp if parallel.sequence_parallel else 1), batch_size, hidden.teacher_size
 
 
-def _own_token_weights(token_weights_BS: Tensor, session: Session) -> Tensor:
+def own_token_weights(token_weights_BS: Tensor, session: Session) -> Tensor:
     """Return token weights [S, B]; with sequence parallelism this rank's part of the sequence."""
     weights = token_weights_BS.t()
     if session.parallel.tp > 1 and session.parallel.sequence_parallel:
@@ -283,7 +278,7 @@ def _own_token_weights(token_weights_BS: Tensor, session: Session) -> Tensor:
     return weights
 
 
-def _over_sequence(value: Tensor, session: Session) -> Tensor:
+def over_sequence(value: Tensor, session: Session) -> Tensor:
     """Sum over the tensor-parallel ranks if they hold parts of the sequence."""
     if session.parallel.tp > 1 and session.parallel.sequence_parallel:
         dist.all_reduce(value, group=parallel_state.get_tensor_model_parallel_group())

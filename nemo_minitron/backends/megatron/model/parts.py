@@ -136,6 +136,53 @@ def after_layers(model: Model, consume: Callable[[int, Tensor, Tensor], None]) -
         yield
 
 
+@contextmanager
+def separate_layers(
+    model: Model, input_of: Callable[[int], Tensor], consume: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Separate the layers in forward passes inside the context.
+
+    Layer i gets `input_of(i)` instead of the output of the layer before it. Its output goes to `consume(i, output)`
+    and is detached from the graph.
+    """
+    with ExitStack() as stack:
+        for layer in layers(model):
+
+            def replace(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = layer.index) -> Any:
+                if "hidden_states" in kwargs:
+                    return args, {**kwargs, "hidden_states": input_of(index)}
+                return (input_of(index), *args[1:]), kwargs
+
+            def take(_: nn.Module, __: Any, out: Any, index: int = layer.index) -> Any:
+                consume(index, out[0])
+                return out[0].detach(), *out[1:]
+
+            stack.callback(layer.modules[0].register_forward_pre_hook(replace, with_kwargs=True).remove)
+            stack.callback(layer.modules[-1].register_forward_hook(take).remove)
+        yield
+
+
+def freeze_outside_layers(model: Model) -> None:
+    """Leave only the layers trainable: freeze the embeddings, the final norm and the head."""
+    for name, parameter in model.named_parameters():
+        if not name.startswith(_LAYERS):
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def without_shared_embeddings(model: Model) -> Iterator[None]:
+    """Keep Megatron from summing the gradient of tied embeddings over pipeline stages inside the context.
+
+    Frozen embeddings have no gradient, which Megatron-Core 0.10 does not expect.
+    """
+    shared = model.share_embeddings_and_output_weights
+    model.share_embeddings_and_output_weights = False
+    try:
+        yield
+    finally:
+        model.share_embeddings_and_output_weights = shared
+
+
 def _on_input(layer: Layer, consume: Callable[[Tensor], None]) -> Any:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         consume(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])

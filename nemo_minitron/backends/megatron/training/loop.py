@@ -62,7 +62,8 @@ class Objective:
     """Curve columns that the loss fills, including `train_loss`."""
     prepare: Callable[[int, list[Batch]], Iterator[Any]]
     """(step, micro-batches) -> one extra for each micro-batch, computed lazily."""
-    forward: ForwardStep
+    gradients: Callable[[Trainable, list[Batch], Iterable[Any]], list[Parts]]
+    """(model, micro-batches, their extras) -> losses per micro-batch; replaces the model's gradients."""
     validate: Callable[[], dict[str, float]]
     """Measure the current model; the same on every rank."""
     finish: Callable[[], dict[str, float]] = dict
@@ -245,8 +246,7 @@ def forward_backward(job: Job, step: int) -> list[Parts]:
         micro_batch_size=job.session.parallel.micro_batch_size,
         separate_at=job.separate_at,
     )
-    extras = job.objective.prepare(step, batches)
-    return accumulate(job.trainable, job.objective.forward, batches, extras, job.params.seq_len_tokens)
+    return job.objective.gradients(job.trainable, batches, job.objective.prepare(step, batches))
 
 
 def accumulate(

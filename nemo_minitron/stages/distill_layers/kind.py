@@ -1,0 +1,68 @@
+"""The kind of stage that trains every layer of a student on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nemo_minitron.families import ModelShape
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.training_rules import training_problems
+from nemo_minitron.stages.distill_layers.params import DistillLayersStage
+from nemo_minitron.stages.kind import Output, RecipeView, StageKind, TextUse, trained_tokens
+from nemo_minitron.workload.load import Load, layerwise_load
+
+
+def _shape(name: str, params: DistillLayersStage, view: RecipeView) -> ModelShape | None:
+    return view.shape(params.inputs.student)
+
+
+def _problems(name: str, params: DistillLayersStage, view: RecipeView) -> Iterator[str]:
+    layout, inputs = view.layout(name), params.inputs
+    yield from training_problems(name, params, params.num_steps, layout)
+    if layout.recompute == "full":
+        yield (
+            f"execution.parallel.recompute = full: not supported by stages.{name}, which keeps the activations of "
+            "one layer only. Allowed: none, selective."
+        )
+    student, planned = view.shape(inputs.student), view.planned_shape(inputs.plan)
+    if student is not None and planned is not None and student.sizes() != planned.sizes():
+        yield (
+            f"stages.{name}.inputs.plan = {inputs.plan}: it leaves {planned.sizes()}, but {inputs.student} has "
+            f"{student.sizes()}. Next: name the plan by which the student was pruned."
+        )
+
+
+def _text_use(params: DistillLayersStage) -> TextUse:
+    return TextUse(params.inputs.data, params.num_steps * params.global_batch_size * params.seq_len_tokens)
+
+
+def _load(name: str, params: DistillLayersStage, layout: Parallel, view: RecipeView) -> Load | None:
+    student, teacher = view.shape(params.inputs.student), view.shape(params.inputs.teacher)
+    if student is None or teacher is None:
+        return None
+    return layerwise_load(student, teacher, params, params.num_steps, layout)
+
+
+DISTILL_LAYERS = StageKind(
+    name="distill_layers",
+    params=DistillLayersStage,
+    run="nemo_minitron.stages.distill_layers.run:distill_layers",
+    outputs=(Output.MODEL,),
+    inputs={
+        "student": (Output.MODEL,),
+        "teacher": (Output.MODEL,),
+        "plan": (Output.PRUNE_PLAN,),
+        "data": (Output.TOKENIZED_TEXT,),
+    },
+    distributed=True,
+    trains=True,
+    stops_by_itself=True,
+    resumes_with_other_rates=True,
+    report="training",
+    chat_rank=1,
+    shape=_shape,
+    problems=_problems,
+    text_use=_text_use,
+    load=_load,
+    result_tokens=trained_tokens,
+)

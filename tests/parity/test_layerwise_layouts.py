@@ -1,0 +1,160 @@
+"""Layer-local distillation: the gradients of a plain formula, and the same training in every parallel layout."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from nemo_minitron.pruning.plan_file import PrunePlan
+from nemo_minitron.schema.execution import Parallel
+from tests.support.distributed import run_ranks
+from tests.support.gradients import Found
+from tests.support.tiny_layers import (
+    DEPTHS,
+    TWENTY_STEPS,
+    layer_folders,
+    layer_gradients,
+    layer_rows,
+    plain_layer_gradients,
+)
+from tests.support.tiny_models import load_transformers
+
+LAYOUTS = {
+    "one process": Parallel(),
+    "tp2": Parallel(tp=2, micro_batch_size=2),
+    "tp2 with sequence parallel": Parallel(tp=2, micro_batch_size=2, sequence_parallel=True),
+    "pp2": Parallel(pp=2),
+    "tp2 pp2 with sequence parallel": Parallel(tp=2, pp=2, sequence_parallel=True),
+    "dp2": Parallel(dp=2),
+    "cp2": Parallel(cp=2, micro_batch_size=2),
+    "cp2 pp2": Parallel(cp=2, pp=2),
+    "dp2, distributed optimizer, overlapped": Parallel(
+        dp=2, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
+    ),
+    "attention recomputed": Parallel(micro_batch_size=2, recompute="selective"),
+}
+OVERLAPPED = "dp2, distributed optimizer, overlapped"
+BOUND_PLAIN, BOUND_FP64 = 1e-6, 1e-12
+"""Relative errors. The plain formula runs in transformers, which computes norms in fp32 also in an fp64 model."""
+Student = tuple[PrunePlan, dict[str, Path]]
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Student]:
+    return {name: layer_folders(tmp_path_factory.mktemp("layers"), kept) for name, kept in DEPTHS.items()}
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_gradients_are_those_of_the_plain_formula(name: str, students: dict[str, Student]) -> None:
+    plan, folders = students[name]
+    expected, (loss,) = run_ranks(1, plain_layer_gradients, plan, folders)[0]
+    grads, losses = _gradients(name, "one process", students)
+    trained = {key for key in expected if key.startswith("model.layers.")}
+    assert trained <= grads.keys()
+    for key in expected.keys() & grads.keys():
+        if key in trained:
+            assert _error(grads[key], expected[key]) <= BOUND_PLAIN, key
+        else:
+            assert not grads[key].any(), f"{key} is not in a layer and must not be trained"
+    np.testing.assert_allclose(np.mean(losses), loss, rtol=BOUND_PLAIN)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("one process", OVERLAPPED)])
+@pytest.mark.parametrize("name", DEPTHS)
+def test_gradients_are_those_of_one_process(name: str, layout: str, students: dict[str, Student]) -> None:
+    """Those of a distributed optimizer are spread over the ranks; the losses below cover it."""
+    expected, _ = _gradients(name, "one process", students)
+    found, _ = _gradients(name, layout, students)
+    assert found.keys() == expected.keys()
+    for key, want in expected.items():
+        assert _error(found[key], want) <= BOUND_FP64, key
+
+
+def _error(found: NDArray, want: NDArray) -> float:
+    return float(np.linalg.norm(found - want) / (np.linalg.norm(want) or 1.0))
+
+
+def _gradients(name: str, layout: str, students: dict[str, Student]) -> Found:
+    plan, folders = students[name]
+    return run_ranks(LAYOUTS[layout].world_size, layer_gradients, plan, LAYOUTS[layout], folders)[0]
+
+
+@cache
+def _rows(name: str, layout: str, plan_of: int, work: Path) -> tuple[dict[str, float], ...]:
+    plan, folders = _STUDENTS[plan_of]
+    own = work / f"{name}-{layout}".replace(" ", "-")
+    own.mkdir()
+    parallel = Parallel(micro_batch_size=4) if layout == "one" else LAYOUTS[layout]
+    rows = run_ranks(parallel.world_size, layer_rows, TWENTY_STEPS, plan, parallel, folders, own, 20)[0]
+    return tuple(rows)
+
+
+_STUDENTS: dict[int, Student] = {}
+
+
+def _curves(name: str, layout: str, students: dict[str, Student]) -> tuple[dict[str, float], ...]:
+    _STUDENTS[list(DEPTHS).index(name)] = students[name]
+    return _rows(name, layout, list(DEPTHS).index(name), students[name][1]["work"])
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one process"])
+@pytest.mark.parametrize("name", DEPTHS)
+def test_twenty_steps_have_the_losses_of_one_process(name: str, layout: str, students: dict[str, Student]) -> None:
+    expected, found = _curves(name, "one", students), _curves(name, layout, students)
+    assert [row.keys() for row in found] == [row.keys() for row in expected]
+    first, last = expected[0], expected[-1]
+    assert last["valid_layer_loss"] < 0.95 * first["valid_layer_loss"], "layers must learn for this to mean anything"
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(list(mine.values()), list(theirs.values()), atol=1e-4, err_msg=str(theirs))
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_every_layer_learns_and_the_rest_stays(name: str, students: dict[str, Student]) -> None:
+    rows = _curves(name, "one", students)
+    layers = range(len(DEPTHS[name]))
+    for layer in layers:
+        assert rows[-1][f"valid_layer_loss_{layer}"] < rows[0][f"valid_layer_loss_{layer}"]
+    mean = sum(rows[-1][f"valid_layer_loss_{layer}"] for layer in layers) / len(layers)
+    assert rows[-1]["valid_layer_loss"] == pytest.approx(mean)
+    folders = students[name][1]
+    before = load_transformers(folders["student"]).state_dict()
+    after = load_transformers(folders["work"] / f"{name}-one".replace(" ", "-") / "published").state_dict()
+    for key, tensor in after.items():
+        assert torch.equal(tensor, before[key]) != key.startswith("model.layers."), key
+
+
+def test_a_resumed_training_has_the_same_bits(students: dict[str, Student]) -> None:
+    plan, folders = students["width"]
+    layout = Parallel(dp=2, distributed_optimizer=True)
+    works = [folders["work"] / f"resumed-{name}" for name in ("whole", "stopped")]
+    for work in works:
+        work.mkdir()
+    whole = run_ranks(2, layer_rows, TWENTY_STEPS, plan, layout, folders, works[0], 12)[0]
+    run_ranks(2, layer_rows, TWENTY_STEPS, plan, layout, folders, works[1], 7)
+    resumed = run_ranks(2, layer_rows, TWENTY_STEPS, plan, layout, folders, works[1], 12)[0]
+    trained = [[row["train_loss"] for row in rows if "train_loss" in row] for rows in (whole, resumed)]
+    assert trained[0] == trained[1]
+    assert len(trained[0]) == 12
+
+
+def test_without_pruning_no_layer_has_a_loss(tmp_path: Path) -> None:
+    """A student that is the teacher starts at zero, in the order of the same additions."""
+    plan, folders = layer_folders(tmp_path, DEPTHS["width"])
+    same = PrunePlan(
+        method="importance",
+        layers=plan.layers,
+        shared={"hidden": tuple(range(64))},
+        by_layer={**plan.by_layer, "ffn": dict.fromkeys(plan.layers, tuple(range(96)))},
+    )
+    work = tmp_path / "same"
+    work.mkdir()
+    params = TWENTY_STEPS.model_copy(update={"num_steps": 1, "warmup_steps": 0})
+    one = Parallel(micro_batch_size=4)
+    rows = run_ranks(1, layer_rows, params, same, one, {**folders, "student": folders["teacher"]}, work, 1)[0]
+    assert rows[0]["valid_layer_loss"] == 0.0
+    assert rows[0]["valid_kl"] == pytest.approx(0.0, abs=1e-6)
