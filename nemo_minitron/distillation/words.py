@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_minitron.schema.losses import HiddenLoss, LogitsLoss, Loss, Sampled
+from nemo_minitron.schema.losses import AnchorLoss, HiddenLoss, LogitsLoss, Loss, Sampled
 
 
 def loss_in_words(loss: Loss, *, cached: bool = False, corrected: bool = False) -> str:
@@ -19,6 +19,8 @@ def loss_in_words(loss: Loss, *, cached: bool = False, corrected: bool = False) 
         parts.append("next-token cross entropy" + (f" ({weight})" if parts else ""))
     if loss.hidden is not None:
         parts.append(_hidden(loss.hidden))
+    if loss.anchors is not None:
+        parts.append(_anchors(loss.anchors))
     return f"{parts[0]}, no other loss" if len(parts) == 1 else ", ".join(parts)
 
 
@@ -41,3 +43,9 @@ def _hidden(hidden: HiddenLoss) -> str:
     if hidden.embedding:
         places.append("embeddings")
     return f"{hidden.kind} distance of hidden states ({', '.join(places)})"
+
+
+def _anchors(anchors: AnchorLoss) -> str:
+    places = ", ".join(name.replace("_", " ") for name in anchors.of)
+    until = "the last step" if anchors.decay_steps is None else f"step {anchors.decay_steps}"
+    return f"relative squared error inside the layers ({places}; weight {anchors.weight:g}, falling to 0 by {until})"

@@ -49,4 +49,8 @@ def params_of(stage: StageParams) -> dict[str, Any]:
     for key, default in _NEWER_KEYS.items():
         if key in dump and dump[key] == default:
             del dump[key]
+    for section in (dump, dump.get("retraining") or {}):
+        loss = section.get("loss")
+        if isinstance(loss, dict) and loss.get("anchors", 0) is None:
+            del loss["anchors"]
     return dump

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import cos, pi
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -77,8 +78,37 @@ class HiddenLoss(Schema):
     papers' alpha)."""
 
 
+class AnchorLoss(Schema):
+    """Squared error of what the student's layers compute inside, relative to the teacher's at the indices that the
+    prune plan keeps: the mean over tokens, layers and `of`. Its weight falls to 0 during the training.
+
+    Like the clone loss of 2505.12781, but without projections: everything that a pruned student computes has its
+    counterpart among the teacher's neurons and channels. Pruned indices change what is best for the student, hence the
+    decay.
+    """
+
+    of: Annotated[tuple[Literal["gate_up", "attention_output", "mlp_output"], ...], Field(min_length=1)] = (
+        "gate_up",
+        "attention_output",
+        "mlp_output",
+    )
+    """What is compared. gate_up: the outputs of the gate and the up projection."""
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Weight of this loss in the first step."""
+    decay: Literal["linear", "cosine"] = "linear"
+    """How the weight falls."""
+    decay_steps: PositiveInt | None = None
+    """Steps after which the weight is 0; from then on nothing is computed for this loss. null: all steps."""
+
+    def weight_at(self, step: int, num_steps: int) -> float:
+        """Return the weight in a step, counted from 0, of a training of `num_steps`."""
+        left = max(0.0, 1.0 - step / (self.decay_steps or num_steps))
+        return self.weight * (left if self.decay == "linear" else 0.5 - 0.5 * cos(pi * left))
+
+
 class Loss(Schema):
-    """`logits + next_token * cross entropy + weight * hidden`. Terms that are null or 0 are not computed."""
+    """`logits + next_token * cross entropy + weight * hidden + weight * anchors`. Terms that are null or 0 are not
+    computed."""
 
     logits: LogitsLoss | None = LogitsLoss()
     """Distance between the distributions. null: none."""
@@ -87,6 +117,8 @@ class Loss(Schema):
     The papers leave this term out, because distillation alone was better (2407.14679, table 15)."""
     hidden: HiddenLoss | None = None
     """Distance between hidden states. null: none."""
+    anchors: AnchorLoss | None = None
+    """Distance inside the layers, at the indices of the prune plan; needs inputs.plan. null: none."""
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Loss:
@@ -100,4 +132,4 @@ class Loss(Schema):
 
     @property
     def needs_teacher(self) -> bool:
-        return self.logits is not None or self.hidden is not None
+        return self.logits is not None or self.hidden is not None or self.anchors is not None

@@ -59,9 +59,10 @@ def _options(name: str, stage: Optimization, layout: Parallel) -> Iterator[str]:
     if layout.overlap_param_gather and not (layout.distributed_optimizer and layout.overlap_grad_reduce):
         yield f"{key}.overlap_param_gather: needs {key}.distributed_optimizer and {key}.overlap_grad_reduce."
     loss = getattr(stage, "loss", None)
+    for term in ("hidden", "anchors"):
+        if layout.recompute == "full" and getattr(loss, term, None) is not None:
+            yield f"{key}.recompute = full: not supported with stages.{name}.loss.{term}. Allowed: none, selective."
     if loss is None or loss.hidden is None:
         return
-    if layout.recompute == "full":
-        yield f"{key}.recompute = full: not supported with stages.{name}.loss.hidden. Allowed: none, selective."
     if layout.pp > 1 and layout.overlap_grad_reduce:
         yield f"{key}.overlap_grad_reduce: not supported with pp > 1 and stages.{name}.loss.hidden."

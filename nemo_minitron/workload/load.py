@@ -33,6 +33,7 @@ def training_load(
     *,
     teacher_learns: bool = False,
     hidden_pairs: int = 0,
+    anchors: tuple[str, ...] = (),
 ) -> Load:
     """Return the load of a Megatron training.
 
@@ -40,6 +41,7 @@ def training_load(
         teacher: model in memory beside the student; None if there is none.
         teacher_learns: whether the teacher is trained as well (teacher correction).
         hidden_pairs: number of layers whose hidden states are compared with the teacher's.
+        anchors: outputs inside each layer that are compared with the teacher's.
     """
     micro_batches = max(1, keys.global_batch_size // (layout.dp * layout.micro_batch_size))
     work = Work(
@@ -51,6 +53,7 @@ def training_load(
         teacher=teacher,
         teacher_learns=teacher_learns,
         hidden_pairs=hidden_pairs,
+        anchors=anchors,
     )
     each = training_flops_per_token(shape, teacher, keys.seq_len_tokens, teacher_learns=teacher_learns)
     if layout.recompute == "full":
@@ -86,7 +89,16 @@ def distillation_load(
         return None
     needed = teacher if keys.loss.needs_teacher and not cached else None
     pairs = 0 if keys.loss.hidden is None else student.num_layers
-    return training_load(student, needed, keys, num_steps, layout, teacher_learns=teacher_learns, hidden_pairs=pairs)
+    return training_load(
+        student,
+        needed,
+        keys,
+        num_steps,
+        layout,
+        teacher_learns=teacher_learns,
+        hidden_pairs=pairs,
+        anchors=() if keys.loss.anchors is None else keys.loss.anchors.of,
+    )
 
 
 def alignment_load(

@@ -68,6 +68,7 @@ class Work:
         teacher: model in memory beside it; None if there is none.
         teacher_learns: whether the teacher is trained as well.
         hidden_pairs: number of layers whose hidden states are compared with a teacher's.
+        anchors: outputs inside each layer that are compared with the teacher's.
         layerwise: whether each layer is trained apart from the others, so that only one has activations in memory, and
             embeddings, final norm and head are not trained.
     """
@@ -81,6 +82,7 @@ class Work:
     teacher: ModelShape | None = None
     teacher_learns: bool = False
     hidden_pairs: int = 0
+    anchors: tuple[str, ...] = ()
     layerwise: bool = False
 
 
@@ -106,7 +108,9 @@ def _of_stage(work: Work, stage: int) -> Memory:
         optimizer=optimizer_bytes(learned, work.precision, layout),
         activations=_activations(work, stage) if work.trains else _forward_only(work),
         loss=_loss_bytes(work) if last else 0,
-        hidden_states=_stream_bytes(work, stage) if work.layerwise else _hidden_bytes(work),
+        hidden_states=_stream_bytes(work, stage)
+        if work.layerwise
+        else _hidden_bytes(work) + _anchor_bytes(work, stage),
     )
 
 
@@ -213,6 +217,21 @@ def _stream_bytes(work: Work, stage: int) -> int:
     start, stop = stage_bounds(work.shape.num_layers, layout.pp)[stage]
     h = work.shape.hidden_size // (layout.tp if layout.sequence_parallel else 1)
     return (stop - start + 1) * w * n * h
+
+
+def _anchor_bytes(work: Work, stage: int) -> int:
+    """Return the bytes of the teacher's outputs inside the layers of a stage and of the errors in fp32.
+
+    With pipeline stages the teacher's outputs exist for all micro-batches, the errors for those in flight.
+    """
+    layout, n, w = work.parallel, _tokens(work), WEIGHT_BYTES[work.precision]
+    start, stop = stage_bounds(work.shape.num_layers, layout.pp)[stage]
+    h = work.shape.hidden_size // (layout.tp if layout.sequence_parallel else 1)
+    neurons = (2 if work.shape.gated else 1) * work.shape.ffn_hidden_size // layout.tp
+    width = sum(neurons if name == "gate_up" else h for name in work.anchors)
+    held = work.num_micro_batches if layout.pp > 1 else 1
+    in_flight = min(layout.pp - stage, work.num_micro_batches)
+    return (stop - start) * n * width * (w * held + 4 * in_flight)
 
 
 def _hidden_bytes(work: Work) -> int:

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.distillation.words import loss_in_words
+from nemo_minitron.errors import ArtifactError
 from nemo_minitron.schema.training import Distillation
-from nemo_minitron.stages.artifacts import Model, TokenizedText
+from nemo_minitron.stages.artifacts import Model, PrunePlanArtifact, TokenizedText
 from nemo_minitron.stages.context import StageContext
 
 if TYPE_CHECKING:
     from nemo_minitron.backends.megatron.training.curves import Curves
     from nemo_minitron.backends.megatron.training.loop import Job, LoopOptions
+    from nemo_minitron.pruning.plan_file import PrunePlan
 
 
 def distill_student(
@@ -25,6 +27,7 @@ def distill_student(
     *,
     cache: Path | None = None,
     keys: str | None = None,
+    plan: PrunePlan | None = None,
 ) -> dict[str, Any]:
     """Distill a teacher into a student. After a kill, the training resumes from the work folder.
 
@@ -33,6 +36,7 @@ def distill_student(
     Args:
         cache: folder of the teacher's cached distributions; the teacher itself is then not loaded.
         keys: location of the training's keys in the recipe, for messages; None: the stage itself.
+        plan: the plan by which the student was pruned, for a loss with anchors.
 
     Returns:
         Facts for the manifest; empty on all ranks but the first.
@@ -48,7 +52,7 @@ def distill_student(
     if cache is not None:
         job = objectives.prepare_cached(params, student.path, cache, data.path, ctx.work_dir, session)
     else:
-        job = objectives.prepare(params, student.path, teacher.path, data.path, ctx.work_dir, session)
+        job = objectives.prepare(params, student.path, teacher.path, data.path, ctx.work_dir, session, plan)
     # Before the training, so that a loss without a description cannot fail after it.
     description = loss_in_words(params.loss, cached=cache is not None, corrected=params.of_teacher is not None)
     curves = training.run(job, ctx.work_dir, ctx.progress, loop_options(ctx, keys))
@@ -60,6 +64,23 @@ def distill_student(
         **training_facts(job, curves, student, data, started_s),
         "loss": description,
     }
+
+
+def plan_between(artifact: PrunePlanArtifact, teacher: Model, student: Model) -> PrunePlan:
+    """Read a plan and check that it leads from the teacher to the student.
+
+    Raises:
+        ArtifactError: the sizes of one of the models are others.
+    """
+    plan = artifact.load(teacher.shape)
+    left = plan.target_shape(teacher.shape).sizes()
+    if left != student.shape.sizes():
+        raise ArtifactError(
+            f"The plan leaves {left}, but the student is {student.shape.sizes()}.",
+            where=f"{artifact.path}, {student.path}",
+            next_step="Name the plan by which the student was pruned.",
+        )
+    return plan
 
 
 def loop_options(ctx: StageContext, keys: str | None = None) -> LoopOptions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nemo_minitron.families import ModelShape
+from nemo_minitron.pruning.rules import plan_problems
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training import TeacherCaching
 from nemo_minitron.schema.training_rules import learning_rate_problems, training_problems
@@ -20,6 +21,7 @@ def _shape(name: str, params: DistillStage, view: RecipeView) -> ModelShape | No
 def _problems(name: str, params: DistillStage, view: RecipeView) -> Iterator[str]:
     yield from training_problems(name, params, params.num_steps, view.layout(name))
     yield from _correction(f"stages.{name}", params)
+    yield from _anchors(name, params, view)
     cache = view.stages.get(params.inputs.cache or "")
     if isinstance(cache, TeacherCaching):
         yield from _cached(f"stages.{name}", params, params.inputs.cache or "", cache)
@@ -35,6 +37,26 @@ def _correction(key: str, params: DistillStage) -> Iterator[str]:
         yield f"{key}.teacher_correction: a cached teacher cannot be trained. Next: set inputs.cache: null."
     if not params.loss.needs_teacher:
         yield f"{key}.teacher_correction: the loss does not use the teacher. Next: remove this key."
+
+
+def _anchors(name: str, params: DistillStage, view: RecipeView) -> Iterator[str]:
+    """Check the keys of anchors, which need the plan and a live teacher that stays fixed."""
+    key, plan, anchors = f"stages.{name}", params.inputs.plan, params.loss.anchors
+    if anchors is None:
+        if plan is not None:
+            yield f"{key}.inputs.plan = {plan}: only loss.anchors reads it. Next: set it to null, or set loss.anchors."
+        return
+    if plan is None:
+        yield f"{key}.loss.anchors: needs {key}.inputs.plan, the plan by which the student was pruned."
+    else:
+        student = params.inputs.student
+        yield from plan_problems(key, plan, view.planned_shape(plan), student, view.shape(student))
+    if params.inputs.cache is not None:
+        yield f"{key}.loss.anchors: the cache has no outputs of layers. Next: set inputs.cache: null."
+    if params.teacher_correction is not None:
+        yield f"{key}.loss.anchors: not supported with teacher_correction. Next: use a correct stage before."
+    if (anchors.decay_steps or 0) > params.num_steps:
+        yield f"{key}.loss.anchors.decay_steps = {anchors.decay_steps}: above num_steps = {params.num_steps}."
 
 
 def _cached(key: str, params: DistillStage, name: str, cache: TeacherCaching) -> Iterator[str]:
@@ -92,6 +114,7 @@ DISTILL = StageKind(
         "data": (Output.TOKENIZED_TEXT,),
         "check": (Output.TEACHER_CHECK,),
         "cache": (Output.TEACHER_CACHE,),
+        "plan": (Output.PRUNE_PLAN,),
     },
     distributed=True,
     trains=True,

@@ -21,6 +21,8 @@ class DistillInputs(Schema):
     """Teacher check to wait for. null: none."""
     cache: StageName | None = None
     """cache_teacher stage to learn from; the teacher is then not loaded. null: the live teacher."""
+    plan: StageName | None = None
+    """Stage that provides the plan by which the student was pruned, for `loss.anchors`. null: none."""
 
 
 class DistillStage(Distillation, StageParams):

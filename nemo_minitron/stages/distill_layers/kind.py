@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nemo_minitron.families import ModelShape
+from nemo_minitron.pruning.rules import plan_problems
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training_rules import training_problems
 from nemo_minitron.stages.distill_layers.params import DistillLayersStage
@@ -25,11 +26,7 @@ def _problems(name: str, params: DistillLayersStage, view: RecipeView) -> Iterat
             "one layer only. Allowed: none, selective."
         )
     student, planned = view.shape(inputs.student), view.planned_shape(inputs.plan)
-    if student is not None and planned is not None and student.sizes() != planned.sizes():
-        yield (
-            f"stages.{name}.inputs.plan = {inputs.plan}: it leaves {planned.sizes()}, but {inputs.student} has "
-            f"{student.sizes()}. Next: name the plan by which the student was pruned."
-        )
+    yield from plan_problems(f"stages.{name}", inputs.plan, planned, inputs.student, student)
 
 
 def _text_use(params: DistillLayersStage) -> TextUse:

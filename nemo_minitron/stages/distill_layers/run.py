@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from nemo_minitron.errors import ArtifactError
 from nemo_minitron.stages.artifacts import Model, PrunePlanArtifact, TokenizedText
 from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
-from nemo_minitron.stages.common.training import loop_options, training_facts
+from nemo_minitron.stages.common.training import loop_options, plan_between, training_facts
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.distill_layers.params import DistillLayersStage
 from nemo_minitron.stages.kind import Result
@@ -41,14 +40,7 @@ def distill_layers(params: DistillLayersStage, inputs: Inputs, ctx: StageContext
     started_s, session = time.monotonic(), ctx.open_session
     student, teacher, data = inputs.student, inputs.teacher, inputs.data
     require_one_tokenizer({"student": student, "teacher": teacher}, data, ctx)
-    plan = inputs.plan.load(teacher.shape)
-    left = plan.target_shape(teacher.shape).sizes()
-    if left != student.shape.sizes():
-        raise ArtifactError(
-            f"The plan leaves {left}, but the student is {student.shape.sizes()}.",
-            where=f"{inputs.plan.path}, {student.path}",
-            next_step="Name the plan by which the student was pruned.",
-        )
+    plan = plan_between(inputs.plan, teacher, student)
     job = layerwise.prepare(params, plan, student.path, teacher.path, data.path, ctx.work_dir, session)
     curves = training.run(job, ctx.work_dir, ctx.progress, loop_options(ctx))
     model_facts = training.publish(job, student.path, ctx.work_dir, ctx.out_dir)

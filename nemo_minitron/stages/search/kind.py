@@ -59,6 +59,8 @@ def _problems(name: str, params: SearchStage, view: RecipeView) -> Iterator[str]
         return
     if params.constraints.min_generate_tokens_per_s is not None and params.measure_speed is None:
         yield f"{key}.constraints.min_generate_tokens_per_s: needs {key}.measure_speed ({{}} means its defaults)."
+    if params.retraining.loss.anchors is not None:
+        yield f"{key}.retraining.loss.anchors: not supported in a search. Next: set it to null."
     layout = view.layout(name)
     for number, rung in enumerate(params.rungs):
         yield from training_problems(name, params.retraining, rung.num_steps, layout, f"{key}.rungs.{number}.num_steps")

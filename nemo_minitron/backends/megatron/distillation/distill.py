@@ -17,6 +17,7 @@ from nemo_minitron.backends.megatron.data.datasets import (
     training_samples,
     training_sources,
 )
+from nemo_minitron.backends.megatron.distillation.anchors import Anchors, attached_anchors
 from nemo_minitron.backends.megatron.distillation.correction import Correction
 from nemo_minitron.backends.megatron.distillation.hidden import (
     HiddenLossWeight,
@@ -48,6 +49,7 @@ from nemo_minitron.errors import DataError
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.split import padded_vocab_size
 from nemo_minitron.hf.checkpoint import Checkpoint
+from nemo_minitron.pruning.plan_file import PrunePlan
 from nemo_minitron.schema.losses import LogitsLoss, Loss, Sampled
 from nemo_minitron.schema.training import Distillation, Optimization, TextTraining
 
@@ -79,9 +81,19 @@ def prepare_cached(
 
 
 def prepare(
-    params: Distillation, student_dir: Path, teacher_dir: Path, data_dir: Path, work_dir: Path, session: Session
+    params: Distillation,
+    student_dir: Path,
+    teacher_dir: Path,
+    data_dir: Path,
+    work_dir: Path,
+    session: Session,
+    plan: PrunePlan | None = None,
 ) -> Job:
-    """Load the student and, if the loss needs it, the teacher; open the data."""
+    """Load the student and, if the loss needs it, the teacher; open the data.
+
+    Args:
+        plan: the plan by which the student was pruned, for a loss with anchors.
+    """
     require_document_mask(params.reset_attention_mask)
     heldout = heldout_text(params, data_dir, session)
     if not params.loss.needs_teacher:
@@ -92,12 +104,16 @@ def prepare(
         return make_job(params, params.num_steps, setup, shape, data_dir, work_dir)
     (student, shape), (teacher, teacher_shape) = load_pair(params, student_dir, teacher_dir, session)
     size = min(shape.vocab_size, teacher_shape.vocab_size)
-    hidden = None
+    micro_batches = params.global_batch_size // (session.parallel.dp * session.parallel.micro_batch_size)
+    hidden, anchors = None, None
     if params.loss.hidden is not None:
-        micro_batches = params.global_batch_size // (session.parallel.dp * session.parallel.micro_batch_size)
         hidden = hidden_states(params.loss.hidden, teacher_shape, student, shape, session, micro_batches)
+    if params.loss.anchors is not None:
+        assert plan is not None
+        steps = params.num_steps
+        anchors = Anchors(params.loss.anchors, plan, teacher_shape, shape, session, micro_batches, steps)
     setup = DistillSetup(
-        params.loss, student, teacher, size, heldout, session, params.seed, hidden, teacher_shape=teacher_shape
+        params.loss, student, teacher, size, heldout, session, params.seed, hidden, anchors, teacher_shape=teacher_shape
     )
     if params.of_teacher is None:
         teacher.requires_grad_(False).eval()
@@ -191,16 +207,19 @@ def make_job(
 
 def objective_of(setup: DistillSetup) -> Objective:
     """Make the training objective of the recipe's loss."""
-    correction, forward = setup.correction, _forward_step(setup)
+    correction, anchors, forward = setup.correction, setup.anchors, _forward_step(setup)
 
     def prepare(step: int, batches: list[Batch]) -> Iterator[TeacherTargets]:
-        return teacher_targets(setup, batches) if correction is None else iter(correction.teacher_targets(batches))
+        if correction is not None:
+            return iter(correction.teacher_targets(batches))
+        return teacher_targets(setup, batches, 0.0 if anchors is None else anchors.weight_at(step))
 
     def gradients(trainable: Trainable, batches: list[Batch], targets: Iterable[TeacherTargets]) -> list[Parts]:
         length = batches[0]["tokens"].shape[1] * setup.session.parallel.cp
         return accumulate(trainable, forward, batches, targets, length)
 
-    finish = dict if correction is None else correction.finish
+    finishes = [part.finish for part in (correction, anchors) if part is not None]
+    finish = finishes[0] if finishes else dict
     return Objective(_part_names(setup.loss), prepare, gradients, lambda: validate(setup), finish)
 
 
@@ -211,9 +230,10 @@ def _forward_step(setup: DistillSetup) -> ForwardStep:
         def loss(hidden_BSD: Tensor) -> tuple[Tensor, Parts]:
             return _head_loss(setup, model, batch, given, hidden_BSD)
 
-        if setup.hidden is None:
-            return model_hidden(model, batch), loss
-        return _forward_with_hidden_losses(setup, setup.hidden, model, batch, given, loss)
+        with attached_anchors(model, setup.anchors, given.anchors, given.anchor_weight, batch["token_weights"]):
+            if setup.hidden is None:
+                return model_hidden(model, batch), loss
+            return _forward_with_hidden_losses(setup, setup.hidden, model, batch, given, loss)
 
     return forward
 

@@ -123,9 +123,12 @@ class LayerwiseTraining:
         trainable.optimizer.zero_grad()
         values = self._zeros(len(batches))
         scale = self._session.parallel.cp / len(batches)  # Megatron averages gradients over context-parallel ranks.
-        for number, (batch, given) in enumerate(zip(batches, streams, strict=True)):
+        iterator = iter(streams)
+        for number, batch in enumerate(batches):
+            given = next(iterator)
             with nullcontext() if number == len(batches) - 1 else trainable.ddp.no_sync():
                 self._run(trainable.ddp, batch, given, batch["token_weights"], values[number], scale)
+            del given  # Before the teacher makes the next ones.
         with without_shared_embeddings(trainable.model):
             trainable.model.config.finalize_model_grads_func([trainable.ddp])
         dist.all_reduce(values, group=parallel_state.get_model_parallel_group())

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.data.datasets import HeldOutBatches
+from nemo_minitron.backends.megatron.distillation.anchors import (
+    Anchors,
+    Outputs,
+    recording_anchors,
+    transfer_anchors,
+)
 from nemo_minitron.backends.megatron.distillation.correction import Correction
 from nemo_minitron.backends.megatron.distillation.hidden import HiddenStates, States, recording_states, transfer_states
 from nemo_minitron.backends.megatron.distillation.teacher_targets import TeacherTargets
@@ -38,6 +44,7 @@ class DistillSetup:
     session: Session
     seed: int
     hidden: HiddenStates | None = None
+    anchors: Anchors | None = None
     cache: TeacherCache | None = None
     teacher_loss: float | None = None
     """Held-out loss from the cache; None if it was measured on other text."""
@@ -51,19 +58,24 @@ class DistillSetup:
         return vocab_of(self.session, rows)
 
 
-def teacher_targets(setup: DistillSetup, batches: list[Batch]) -> Iterator[TeacherTargets]:
+def teacher_targets(setup: DistillSetup, batches: list[Batch], anchor_weight: float = 0.0) -> Iterator[TeacherTargets]:
     """Yield the teacher's targets of each micro-batch.
 
     Without pipeline parallelism they are computed lazily, one micro-batch at a time. With it, the teacher first runs
     its own forward schedule over all micro-batches.
+
+    Args:
+        anchor_weight: 0: the targets have no anchors.
     """
+    if not anchor_weight:
+        setup = replace(setup, anchors=None)
     if setup.cache is not None:
         return _cached_targets(setup, setup.cache, batches)
     if setup.teacher is None:
         return repeat(TeacherTargets(), len(batches))
     if setup.session.parallel.pp == 1:
-        return _live_targets(setup, setup.teacher, batches)
-    return iter(_pipelined_targets(setup, setup.teacher, batches))
+        return _live_targets(setup, setup.teacher, batches, anchor_weight)
+    return iter(_pipelined_targets(setup, setup.teacher, batches, anchor_weight))
 
 
 def _cached_targets(setup: DistillSetup, cache: TeacherCache, batches: list[Batch]) -> Iterator[TeacherTargets]:
@@ -94,29 +106,42 @@ def caches_heldout(setup: DistillSetup) -> bool:
     return setup.cache is not None and setup.teacher_loss is not None and setup.cache.facts.num_heldout > 0
 
 
-def _live_targets(setup: DistillSetup, teacher: Model, batches: list[Batch]) -> Iterator[TeacherTargets]:
+def _live_targets(
+    setup: DistillSetup, teacher: Model, batches: list[Batch], anchor_weight: float
+) -> Iterator[TeacherTargets]:
     taps = setup.hidden.teacher_taps if setup.hidden is not None else ()
     for batch in batches:
-        with torch.no_grad(), recording_states(teacher, taps) as states:
+        with (
+            torch.no_grad(),
+            recording_states(teacher, taps) as states,
+            recording_anchors(teacher, setup.anchors) as anchors,
+        ):
             head_input = model_hidden(teacher, batch)
-        yield TeacherTargets(head_input, states)
+        yield TeacherTargets(head_input, states, anchors, anchor_weight)
 
 
-def _pipelined_targets(setup: DistillSetup, teacher: Model, batches: list[Batch]) -> list[TeacherTargets]:
+def _pipelined_targets(
+    setup: DistillSetup, teacher: Model, batches: list[Batch], anchor_weight: float
+) -> list[TeacherTargets]:
     outputs: list[Tensor | None] = []
     kept: list[States] = []
+    kept_anchors: list[Outputs] = []
     taps = setup.hidden.teacher_taps if setup.hidden is not None else ()
-    with recording_states(teacher, taps) as states:
+    with recording_states(teacher, taps) as states, recording_anchors(teacher, setup.anchors) as anchors:
 
         def after() -> None:
             kept.append(dict(states))
+            kept_anchors.append(dict(anchors))
 
         def keep(hidden: Tensor, _: Batch) -> None:
             outputs.append(hidden)
 
         forward_batches(teacher, batches, setup.session, keep, after=after, forward=model_hidden)
+    dtype = teacher.config.params_dtype
     if setup.hidden is not None:
-        kept = transfer_states(kept, setup.hidden, batches, teacher.config.params_dtype)
+        kept = transfer_states(kept, setup.hidden, batches, dtype)
+    if setup.anchors is not None:
+        kept_anchors = transfer_anchors(kept_anchors, setup.anchors, batches, dtype)
     if not setup.session.is_last_stage:
         outputs = [None] * len(batches)
-    return [TeacherTargets(head_input, states) for head_input, states in zip(outputs, kept, strict=True)]
+    return [TeacherTargets(*found, anchor_weight) for found in zip(outputs, kept, kept_anchors, strict=True)]
