@@ -123,6 +123,22 @@ def _print_resources(resources: dict[str, Any]) -> None:
     for stage, lines in resources["proposals"].items():
         for number, line in enumerate(lines):
             console.say(f"{'fits ' + stage if not number else ' ' * (5 + len(stage))}: {line['words']}")
+    _print_batches(resources["batches"])
+
+
+def _print_batches(batches: dict[str, Any]) -> None:
+    """Propose a smaller batch for trainings with few tokens whose batch is far above that of the rule."""
+    for stage, facts in batches.items():
+        if not facts["is_too_large"]:
+            continue
+        numbers = {key: f"{facts[key]}" for key in ("global_batch_size", "num_steps", "warmup_steps")}
+        numbers |= {"adam_beta2": f"{facts['adam_beta2']:.5g}", "weight_decay": f"{facts['weight_decay']:.3g}"}
+        keys = "{" + ", ".join(f"{key}: {value}" for key, value in numbers.items()) + "}"
+        batch, tokens, best = (_short(facts[key]) for key in ("batch_tokens", "num_tokens", "best_batch_tokens"))
+        console.say(
+            f"batch of {stage}: {batch} tokens a step; for {tokens} tokens the rule in docs/how-to/distillation.md "
+            f"gives {best}: {keys}"
+        )
 
 
 # Two tables, so that no figure is cut in 80 columns.

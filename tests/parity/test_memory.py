@@ -54,7 +54,7 @@ def _measure(case: dict[str, Any], folder: Path) -> tuple[dict[str, int], ModelS
     student = tiny_model_dir(folder / "student", case["family"], dtype=dtype, **case["student"])
     teacher = tiny_model_dir(folder / "teacher", case["family"], dtype=dtype, seed=1, **teacher_sizes)
     data = tiny_data_dir(folder / "data", num_documents=400)
-    params = {"kind": "distill", "num_steps": 4, "lr": 1e-4, "global_batch_size": case["micro"]}
+    params = {"kind": case.get("kind", "distill"), "num_steps": 4, "lr": 1e-4, "global_batch_size": case["micro"]}
     params |= {"seq_len_tokens": case["seq"], "precision": case["precision"], "valid_num_tokens": case["seq"]}
     parallel = {"micro_batch_size": case["micro"], "recompute": "full" if case.get("full") else "none"}
     order = {"params": params, "parallel": parallel, "work": str(folder / "work")}
@@ -85,6 +85,18 @@ def test_the_memory_of_a_distillation_is_the_planned_one(name: str, tmp_path: Pa
     print(name, json.dumps(told))
     assert planned.fixed == pytest.approx(measured["fixed"], rel=0.02), told
     assert planned.peak == pytest.approx(measured["peak"], rel=0.15), told
+
+
+def test_the_memory_of_a_layer_local_distillation_is_the_planned_one(tmp_path: Path) -> None:
+    case = {**CASES["deep_fp32"], "kind": "distill_layers"}
+    measured, student, teacher = _measure(case, tmp_path)
+    layout = Parallel(micro_batch_size=case["micro"])
+    planned = memory_of(Work(student, layout, case["precision"], case["seq"], teacher=teacher, layerwise=True))
+    told = {"planned": planned.facts(), "measured": {key: value / 2**30 for key, value in measured.items()}}
+    print(json.dumps(told))
+    assert planned.fixed == pytest.approx(measured["fixed"], rel=0.02), told
+    # The heads run in validations only.
+    assert planned.peak - planned.loss == pytest.approx(measured["peak"], rel=0.15), told
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])

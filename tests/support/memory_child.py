@@ -17,23 +17,38 @@ FIXED_THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_":
 
 def main(order: dict[str, Any]) -> dict[str, int]:
     from nemo_minitron.backends.megatron.distillation import distill
+    from nemo_minitron.backends.megatron.distillation import layerwise as layer_local
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.backends.megatron.training import loop as training
     from nemo_minitron.schema.execution import Parallel
     from nemo_minitron.stages.distill.params import DistillStage
+    from nemo_minitron.stages.distill_layers.params import DistillLayersStage
 
-    params = DistillStage.model_validate(order["params"])
+    layerwise = order["params"]["kind"] == "distill_layers"
+    params = (DistillLayersStage if layerwise else DistillStage).model_validate(order["params"])
     with open_session(Parallel(**order["parallel"]), device="cpu", threads=2) as session:
         _warm_up()
         before = _resident("VmRSS")
         folders = (Path(order[name]) for name in ("student", "teacher", "data"))
-        job = distill.prepare(params, *folders, Path(order["work"]), session)
+        if layerwise:
+            job = layer_local.prepare(params, _whole_plan(order["teacher"]), *folders, Path(order["work"]), session)
+        else:
+            job = distill.prepare(params, *folders, Path(order["work"]), session)
         training.train_step(job, 0)
         Path("/proc/self/clear_refs").write_text("5")
         for step in range(1, STEPS):
             training.train_step(job, step)
         peak = _resident("VmHWM") - before
         return {"peak": peak, "fixed": _held(job)}
+
+
+def _whole_plan(teacher: str) -> Any:
+    """Keep everything but the teacher's last two layers, which the student does not have."""
+    from nemo_minitron.families import read_shape
+    from nemo_minitron.pruning.plan_file import PrunePlan
+
+    shape = read_shape(json.loads((Path(teacher) / "config.json").read_text()))
+    return PrunePlan("importance", tuple(range(shape.num_layers - 2)), {"hidden": tuple(range(shape.hidden_size))}, {})
 
 
 def _warm_up() -> None:

@@ -91,6 +91,36 @@ def test_the_error_about_a_missing_recipe_names_its_neighbors() -> None:
             "stages.distill.loss={logits:null,next_token:1}",
             "the loss does not use the teacher",
         ),
+        ("stages.distill.loss.anchors={}", r"distill\.loss\.anchors: needs stages\.distill\.inputs\.plan"),
+        ("stages.distill.inputs.plan=select", r"only loss\.anchors reads it"),
+        (
+            "stages.distill.loss.anchors={} stages.distill.inputs.plan=select_random "
+            "stages.select_random.target={hidden_size:48}",
+            r"distill\.inputs\.plan = select_random: it leaves .*'hidden_size': 48.* but prune has .*'hidden_size': 56",
+        ),
+        (
+            "stages.distill.loss.anchors={decay_steps:31} stages.distill.inputs.plan=select",
+            r"decay_steps = 31: above num_steps = 30",
+        ),
+        (
+            "stages.distill.loss.anchors={} stages.distill.inputs.plan=select execution.parallel.recompute=full",
+            r"recompute = full: not supported with stages\.distill\.loss\.anchors",
+        ),
+        (
+            "stages.distill.loss.anchors={} stages.distill.inputs.plan=select "
+            "stages.distill.teacher_correction={pretraining_lr:1e-3,warmup_steps:5}",
+            r"loss\.anchors: not supported with teacher_correction",
+        ),
+        (
+            "++stages.layers={kind:distill_layers,num_steps:9,global_batch_size:8,seq_len_tokens:128,lr:1e-3} "
+            "execution.parallel.recompute=full",
+            r"recompute = full: not supported by stages\.layers",
+        ),
+        (
+            "++stages.layers={kind:distill_layers,num_steps:9,global_batch_size:8,seq_len_tokens:128,lr:1e-3,"
+            "inputs:{student:teacher}}",
+            r"layers\.inputs\.plan = select: it leaves .* but teacher has",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_run_is_rejected(override: str, words: str, tmp_path: Path) -> None:
@@ -111,6 +141,10 @@ def test_a_recipe_that_cannot_run_is_rejected(override: str, words: str, tmp_pat
             "inputs.teacher = teacher: stages.cache_teacher uses prune",
         ),
         ("stages.distill.loss.hidden={}", "the cache has no hidden states"),
+        (
+            "stages.distill.loss.anchors={} stages.distill.inputs.plan=select",
+            "the cache has no outputs of layers",
+        ),
         ("stages.distill.loss={logits: null, next_token: 1}", "the loss does not use logits"),
         (
             "stages.distill.loss.logits.sparse.rounds=49",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from nemo_minitron.plan.planner import RunPlan
@@ -11,6 +12,7 @@ from nemo_minitron.plan.resources.hardware import hardware_of, peak_tflops
 from nemo_minitron.plan.resources.layouts import Proposal, proposals
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training import Optimization
+from nemo_minitron.workload.batch import batch_proposal
 
 PROPOSED = ("tp", "pp", "dp", "micro_batch_size", "sequence_parallel", "distributed_optimizer", "recompute")
 
@@ -35,6 +37,7 @@ def resource_facts(plan: RunPlan) -> dict[str, Any]:
         "stages": {name: estimate.facts() for name, estimate in found.items()},
         "totals": totals(found, tokenized_bytes(plan)),
         "proposals": proposed,
+        "batches": _batches(plan),
         "assumptions": {
             "hardware": hardware.name,
             "peak_tflops": peak_tflops(plan.recipe),
@@ -44,6 +47,19 @@ def resource_facts(plan: RunPlan) -> dict[str, Any]:
             "reserve_gib": planning.reserve_gib,
         },
     }
+
+
+def _batches(plan: RunPlan) -> dict[str, dict[str, Any]]:
+    """Return the batch of each training, that of the rule for its number of tokens, and the keys that follow."""
+    found: dict[str, dict[str, Any]] = {}
+    for call in plan.calls:
+        stage = plan.recipe.stages[call.name]
+        num_steps = getattr(stage, "num_steps", None)
+        if isinstance(stage, Optimization) and num_steps is not None:
+            layout = call.parallel
+            proposal = batch_proposal(stage, num_steps, layout.dp * layout.micro_batch_size)
+            found[call.name] = {**asdict(proposal), "is_too_large": proposal.is_too_large}
+    return found
 
 
 def memory_warnings(plan: RunPlan, resources: Mapping[str, Any]) -> Iterator[str]:

@@ -142,11 +142,11 @@ def _kept_by(anchors: Anchors, anchor: Anchor) -> Callable[[Tensor], Tensor]:
 
 def transfer_anchors(local: list[Outputs], anchors: Anchors, batches: list[Batch], dtype: torch.dtype) -> list[Outputs]:
     """Send the teacher's outputs to the stages that compare them; return this stage's, of each micro-batch."""
-    moves = anchors.moves()
-    return [
-        transfer(outputs, moves, lambda anchor, b=batch: _size(anchors, anchor, b), dtype, anchors.session)  # type: ignore[misc]
-        for outputs, batch in zip(local, batches, strict=True)
-    ]
+    moves, found = anchors.moves(), []
+    for outputs, batch in zip(local, batches, strict=True):
+        sizes = {move.key: _size(anchors, move.key, batch) for move in moves}
+        found.append(transfer(outputs, moves, sizes, dtype, anchors.session))
+    return found
 
 
 def _size(anchors: Anchors, anchor: Anchor, batch: Batch) -> tuple[int, ...]:

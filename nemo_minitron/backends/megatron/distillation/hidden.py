@@ -258,10 +258,11 @@ def transfer_states(
     """Send the teacher's states to the stages that compare them; return this stage's states of each micro-batch."""
     stages = zip(hidden.pairs, hidden.teacher_stages, hidden.student_stages, strict=True)
     moves = [Move(pair.teacher, source, target) for pair, source, target in stages]
-    return [
-        transfer(states, moves, lambda _, batch=batch: _state_size(batch, hidden), dtype, hidden.session)
-        for states, batch in zip(local, batches, strict=True)
-    ]
+    found = []
+    for states, batch in zip(local, batches, strict=True):
+        sizes = dict.fromkeys((pair.teacher for pair in hidden.pairs), _state_size(batch, hidden))
+        found.append(transfer(states, moves, sizes, dtype, hidden.session))
+    return found
 
 
 def _state_size(batch: Batch, hidden: HiddenStates) -> tuple[int, int, int]:

@@ -67,7 +67,8 @@ class TeacherStreams:
         """Run the teacher on one micro-batch at a time; yield the streams that this pipeline stage needs."""
         dtype = self.teacher.config.params_dtype
         for batch in batches:
-            yield transfer(self._recorded(batch), self.moves, lambda _, b=batch: self._size(b), dtype, self.session)
+            sizes = dict.fromkeys(self.positions, self._size(batch))
+            yield transfer(self._recorded(batch), self.moves, sizes, dtype, self.session)
 
     def _recorded(self, batch: Batch) -> Streams:
         wanted, found = {move.key for move in self.moves if move.source == self.session.pp_rank}, Streams()
@@ -177,7 +178,7 @@ class LayerwiseTraining:
         def compare(layer: int, out: Tensor) -> None:
             loss = (relative_errors(out, streams[positions[layer + 1]]) * tokens).sum()
             if scale is not None:
-                (loss * scale).backward()  # type: ignore[no-untyped-call]
+                (loss * scale).backward()
             values[layer] += loss.detach() / self._copies
 
         model = bare(student)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -28,7 +28,7 @@ class Move(Generic[Key]):
 def transfer(
     local: Mapping[Key, Tensor],
     moves: Iterable[Move[Key]],
-    size_of: Callable[[Key], tuple[int, ...]],
+    sizes: Mapping[Key, tuple[int, ...]],
     dtype: torch.dtype,
     session: Session,
 ) -> dict[Key, Tensor]:
@@ -36,7 +36,7 @@ def transfer(
 
     Args:
         local: tensors that this stage has.
-        size_of: size of a tensor that is received.
+        sizes: size of each tensor.
     """
     group = parallel_state.get_pipeline_model_parallel_group()
     ranks = dist.get_process_group_ranks(group)
@@ -47,7 +47,7 @@ def transfer(
         elif session.pp_rank == move.source:
             dist.send(local[move.key].contiguous(), ranks[move.target], group=group)
         elif session.pp_rank == move.target:
-            received = torch.empty(size_of(move.key), dtype=dtype, device=session.device)
+            received = torch.empty(sizes[move.key], dtype=dtype, device=session.device)
             dist.recv(received, ranks[move.source], group=group)
             found[move.key] = received
     return found
