@@ -38,6 +38,7 @@ def collect(title: str, recipe_name: str, stages: Mapping[str, Artifact]) -> dic
         "pruning": _pruning(in_order),
         "compensation": compensation_facts(_first(in_order, "compensation")),
         "curves": _curves(in_order),
+        "layers": _layers(in_order),
         "speed": dict(speed.result) if speed else None,
         "data": dict(data.result) if data else None,
         "data_used": _data_used(in_order),
@@ -92,6 +93,18 @@ def _curves(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
     training = thin_out([row for row in rows if "train_loss" in row], MAX_CURVE_ROWS)
     validation = thin_out([row for row in rows if "valid_loss" in row], MAX_CURVE_ROWS)
     return sorted([*training, *validation], key=lambda row: int(row["step"]))
+
+
+def _layers(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
+    """Return {stage, losses} of each layer-local distillation; losses are (before, after) of each layer."""
+    return [
+        {
+            "stage": stage.stage,
+            "losses": list(zip(stage.result["initial_layer_losses"], stage.result["final_layer_losses"], strict=True)),
+        }
+        for stage in in_section(stages, "training")
+        if "final_layer_losses" in stage.result
+    ]
 
 
 def _data_used(stages: Sequence[Artifact]) -> list[dict[str, Any]]:

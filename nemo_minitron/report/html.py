@@ -11,7 +11,7 @@ from typing import Any
 from nemo_minitron import __version__
 from nemo_minitron.report import compensation, figures, search
 from nemo_minitron.report.alignment import tables
-from nemo_minitron.report.markdown import dropped_layers, headline
+from nemo_minitron.report.markdown import LAYERS_NOTE, dropped_layers, headline
 from nemo_minitron.report.text import duration, millions
 from nemo_minitron.stages.registry import STAGES
 
@@ -53,6 +53,7 @@ def render_html(report: Mapping[str, Any], recipe: str) -> str:
         alignment=report.get("alignment"),
         aligned=tables(report["alignment"]) if report.get("alignment") else [],
         dropped=dropped_layers(report["pruning"]) if report["pruning"] else [],
+        layers_note=LAYERS_NOTE,
         recipe=recipe,
         version=__version__,
     )

@@ -57,6 +57,20 @@ def _cell(row: Mapping[str, Any], label: str) -> str:
     return f"**{text}**" if row["best"] == label else text
 
 
+def _layers(trainings: Sequence[Mapping[str, Any]]) -> str:
+    parts = []
+    for found in trainings:
+        losses = enumerate(found["losses"])
+        rows = [[str(number), f"{before:.4f}", f"{after:.4f}"] for number, (before, after) in losses]
+        parts.append(f"{plain(found['stage'])}:\n\n{table(['layer', 'before', 'after'], rows)}")
+    return "\n\n".join([LAYERS_NOTE, *parts])
+
+
+LAYERS_NOTE = (
+    "Squared error of each layer's output on held-out text, relative to the teacher's, from the teacher's own input."
+)
+
+
 def _validation(curves: Sequence[Mapping[str, Any]]) -> str:
     measured = [row for row in curves if "valid_loss" in row]
     if not any("valid_kl" in row for row in measured):
@@ -133,6 +147,7 @@ def _section(key: str, text: Callable[[Any], str]) -> Callable[[Mapping[str, Any
 
 _SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "Before and after": lambda report: _models(report) if report["models"] else "",
+    "Layer-local distillation": _section("layers", _layers),
     "Distillation": _section("curves", _validation),
     "Search: which shape": _section("search", search_markdown),
     "What was cut": _section("pruning", _pruning),

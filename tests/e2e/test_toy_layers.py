@@ -27,16 +27,24 @@ def test_the_layers_learn_before_the_whole_model_does(minitron: Cli, tmp_path: P
     assert "layers" in output
     code, output = minitron("run", recipe, *words, "--until", "distill")
     assert code == 0, output
+    code, output = minitron("report", recipe, *words)
+    assert code == 0, output
     run = tmp_path / "toy/depth"
     layers, distilled = (_result(run / stage) for stage in ("layers", "distill"))
-    pairs = zip(layers["initial_layer_losses"], layers["final_layer_losses"], strict=True)
-    assert sum(after < before for before, after in pairs) >= 2
+    before, after = layers["initial_layer_losses"], layers["final_layer_losses"]
+    # One layer was dropped; the layer before it learns its part, the others have nothing to learn.
+    assert [loss for loss in before if loss] != []
+    assert sum(after) < 0.9 * sum(before)
     assert layers["final_valid_kl"] < layers["initial_valid_kl"]
     assert distilled["initial_valid_kl"] == layers["final_valid_kl"]
     assert layers["tokens"] == 60 * 4 * 128
     curves = [json.loads(line) for line in (run / "distill/curves.jsonl").read_text().splitlines()]
     assert [row["step"] for row in curves if "anchor_loss" in row] == list(range(1, 11))
     assert "relative squared error inside the layers" in distilled["loss"]
+    found = list(run.rglob("report.md"))
+    assert found
+    assert "## Layer-local distillation" in found[0].read_text()
+    assert "Layer-local distillation: layers" in found[0].with_suffix(".html").read_text()
     assert load_transformers(run / "layers").config.num_hidden_layers == 3
 
 

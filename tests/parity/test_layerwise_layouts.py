@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from nemo_minitron.pruning.plan_file import PrunePlan
+from nemo_minitron.pruning.slicing import prune_checkpoint
 from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.system.progress import Progress
 from tests.support.distributed import run_ranks
 from tests.support.gradients import Found
 from tests.support.tiny_layers import (
@@ -142,19 +144,35 @@ def test_a_resumed_training_has_the_same_bits(students: dict[str, Student]) -> N
     assert len(trained[0]) == 12
 
 
-def test_without_pruning_no_layer_has_a_loss(tmp_path: Path) -> None:
-    """A student that is the teacher starts at zero, in the order of the same additions."""
-    plan, folders = layer_folders(tmp_path, DEPTHS["width"])
-    same = PrunePlan(
-        method="importance",
-        layers=plan.layers,
-        shared={"hidden": tuple(range(64))},
-        by_layer={**plan.by_layer, "ffn": dict.fromkeys(plan.layers, tuple(range(96)))},
-    )
-    work = tmp_path / "same"
-    work.mkdir()
-    params = TWENTY_STEPS.model_copy(update={"num_steps": 1, "warmup_steps": 0})
+def _depth_plan(plan: PrunePlan, kept: tuple[int, ...]) -> PrunePlan:
+    """The same plan without any cut of width."""
+    whole = {"ffn": 96, "heads": 8, "groups": 4}
+    by_layer = {name: dict.fromkeys(kept, tuple(range(size))) for name, size in whole.items()}
+    return PrunePlan("importance", kept, {"hidden": tuple(range(64))}, by_layer)
+
+
+def test_layers_that_the_plan_leaves_whole_are_not_trained(students: dict[str, Student], tmp_path: Path) -> None:
+    """They start without error; Adam would move them whatever the size of their gradients is."""
+    plan, folders = students["width"]
+    plan = _depth_plan(plan, (0, 1, 3, 4, 5))
+    student = tmp_path / "student"
+    student.mkdir()
+    prune_checkpoint(folders["teacher"], plan, student, Progress(silent=True))
     one = Parallel(micro_batch_size=4)
-    rows = run_ranks(1, layer_rows, params, same, one, {**folders, "student": folders["teacher"]}, work, 1)[0]
-    assert rows[0]["valid_layer_loss"] == 0.0
-    assert rows[0]["valid_kl"] == pytest.approx(0.0, abs=1e-6)
+    own = {**folders, "student": student}
+    rows = run_ranks(1, layer_rows, TWENTY_STEPS, plan, one, own, tmp_path, 20)[0]
+    last = {layer: rows[-1][f"valid_layer_loss_{layer}"] for layer in range(5)}
+    assert [layer for layer, loss in last.items() if loss] == [1]
+    assert last[1] < rows[0]["valid_layer_loss_1"]
+    before, after = (load_transformers(path).state_dict() for path in (student, tmp_path / "published"))
+    changed = {key.split(".")[2] for key, tensor in after.items() if not torch.equal(tensor, before[key])}
+    assert changed == {"1"}
+    with pytest.raises(AssertionError, match=r"PlanError: The plan leaves every layer .* of a pipeline stage"):
+        run_ranks(2, layer_rows, TWENTY_STEPS, plan, Parallel(pp=2), own, tmp_path, 20)
+
+
+def test_a_student_that_is_the_teacher_has_nothing_to_learn(students: dict[str, Student], tmp_path: Path) -> None:
+    plan, folders = students["width"]
+    plan, own = _depth_plan(plan, plan.layers), {**folders, "student": folders["teacher"]}
+    with pytest.raises(AssertionError, match="PlanError: The plan leaves every layer"):
+        run_ranks(1, layer_rows, TWENTY_STEPS, plan, Parallel(micro_batch_size=4), own, tmp_path, 1)

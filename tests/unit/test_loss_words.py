@@ -27,6 +27,11 @@ from nemo_minitron.schema.losses import HiddenLoss, LogitsLoss, Loss
             "forward KL to the live teacher's logits, "
             "cosine distance of hidden states (layers -3:-3 (teacher:student), embeddings)",
         ),
+        (
+            {"anchors": {"of": ["gate_up", "mlp_output"], "weight": 0.5, "decay_steps": 40}},
+            "forward KL to the live teacher's logits, "
+            "relative squared error inside the layers (gate up, mlp output; weight 0.5, falling to 0 by step 40)",
+        ),
     ],
 )
 def test_a_description_has_each_part_of_the_loss(keys: dict, text: str) -> None:

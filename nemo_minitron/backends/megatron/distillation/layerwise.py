@@ -27,9 +27,9 @@ from nemo_minitron.backends.megatron.model.layers import require_document_mask
 from nemo_minitron.backends.megatron.model.parts import (
     Model,
     after_layers,
-    freeze_outside_layers,
     layers,
     separate_layers,
+    train_only_layers,
     without_shared_embeddings,
 )
 from nemo_minitron.backends.megatron.runtime.session import Session
@@ -37,7 +37,10 @@ from nemo_minitron.backends.megatron.training.loop import Job, Objective, Parts
 from nemo_minitron.backends.megatron.training.optim import Trainable
 from nemo_minitron.distillation.flops import layerwise_flops_per_token
 from nemo_minitron.distillation.layers import relative_errors, stream_positions
+from nemo_minitron.errors import PlanError
+from nemo_minitron.families import ModelShape
 from nemo_minitron.families.axes import HIDDEN
+from nemo_minitron.families.registry import width_axes
 from nemo_minitron.families.split import stage_bounds
 from nemo_minitron.pruning.plan_file import PrunePlan
 from nemo_minitron.schema.losses import Loss
@@ -177,7 +180,7 @@ class LayerwiseTraining:
 
         def compare(layer: int, out: Tensor) -> None:
             loss = (relative_errors(out, streams[positions[layer + 1]]) * tokens).sum()
-            if scale is not None:
+            if scale is not None and loss.requires_grad:
                 (loss * scale).backward()
             values[layer] += loss.detach() / self._copies
 
@@ -198,11 +201,16 @@ def prepare(
     work_dir: Path,
     session: Session,
 ) -> Job:
-    """Load both models, open the data, and leave only the student's layers trainable."""
+    """Load both models, open the data, and leave only layers trainable from which the plan takes something.
+
+    Raises:
+        PlanError: a pipeline stage has no such layer.
+    """
     require_document_mask(params.reset_attention_mask)
     (student, shape), (teacher, teacher_shape) = load_pair(params, student_dir, teacher_dir, session)
     teacher.requires_grad_(False).eval()
-    freeze_outside_layers(student)
+    positions = stream_positions(plan.layers, teacher_shape.num_layers)
+    _train_cut_layers(student, cut_layers(plan, teacher_shape), session)
     setup = DistillSetup(
         Loss(),
         student,
@@ -215,7 +223,6 @@ def prepare(
     )
     kept = plan.shared[HIDDEN.name]
     everything = len(kept) == teacher_shape.hidden_size
-    positions = stream_positions(plan.layers, teacher_shape.num_layers)
     streams = TeacherStreams(
         teacher=teacher,
         positions=positions,
@@ -237,3 +244,29 @@ def prepare(
         ),
         flops_per_token=layerwise_flops_per_token(shape, teacher_shape, params.seq_len_tokens),
     )
+
+
+def cut_layers(plan: PrunePlan, teacher: ModelShape) -> list[int]:
+    """Return the student's layers that cannot just repeat the teacher's: some of their width, or a layer next to
+    them, is gone.
+
+    The others start without error, and Adam would only move them away, however small their gradients are.
+    """
+    width = [axis for axis in width_axes(teacher) if axis.name in plan.shared or axis.name in plan.by_layer]
+    positions = stream_positions(plan.layers, teacher.num_layers)
+    return [
+        number
+        for number, layer in enumerate(plan.layers)
+        if positions[number : number + 2] != (layer, layer + 1)
+        or any(len(plan.kept(axis, layer)) < getattr(teacher, axis.target_key) for axis in width)
+    ]
+
+
+def _train_cut_layers(student: Model, cut: list[int], session: Session) -> None:
+    idle = torch.tensor(float(not train_only_layers(student, cut)), device=session.device)
+    if session.sum(idle).item():
+        raise PlanError(
+            "The plan leaves every layer of the model, or of a pipeline stage, as it is, so there is nothing to train.",
+            allowed=f"stages with one of the layers {', '.join(map(str, cut)) or '(none)'} each",
+            next_step="Use fewer pipeline stages (dp instead), or leave out this stage if no layer was cut.",
+        )

@@ -5,7 +5,7 @@ Only this module uses Megatron's names for them, so that a change in Megatron af
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -162,11 +162,14 @@ def separate_layers(
         yield
 
 
-def freeze_outside_layers(model: Model) -> None:
-    """Leave only the layers trainable: freeze the embeddings, the final norm and the head."""
-    for name, parameter in model.named_parameters():
-        if not name.startswith(_LAYERS):
-            parameter.requires_grad_(False)
+def train_only_layers(model: Model, trained: Collection[int]) -> bool:
+    """Freeze everything but these layers; return whether this stage has one of them."""
+    model.requires_grad_(False)
+    mine = [layer for layer in layers(model) if layer.index in trained]
+    for layer in mine:
+        for module in layer.modules:
+            module.requires_grad_(True)
+    return bool(mine)
 
 
 @contextmanager
