@@ -18,6 +18,6 @@ PRUNE = StageKind(
     version=2,
     outputs=(Output.MODEL,),
     inputs={"model": MODELS, "plan": (Output.PRUNE_PLAN,)},
-    chat_rank=1,
+    chat_rank=0,
     shape=_shape,
 )
