@@ -31,7 +31,7 @@ def main(order: dict[str, Any]) -> dict[str, int]:
         before = _resident("VmRSS")
         folders = (Path(order[name]) for name in ("student", "teacher", "data"))
         if layerwise:
-            job = layer_local.prepare(params, _whole_plan(order["teacher"]), *folders, Path(order["work"]), session)
+            job = layer_local.prepare(params, _cut_plan(order["teacher"]), *folders, Path(order["work"]), session)
         else:
             job = distill.prepare(params, *folders, Path(order["work"]), session)
         training.train_step(job, 0)
@@ -42,13 +42,19 @@ def main(order: dict[str, Any]) -> dict[str, int]:
         return {"peak": peak, "fixed": _held(job)}
 
 
-def _whole_plan(teacher: str) -> Any:
-    """Keep everything but the teacher's last two layers, which the student does not have."""
+def _cut_plan(teacher: str) -> Any:
+    """Drop the teacher's last two layers, which the student does not have, and name a cut in all layers.
+
+    So all layers are trained; nothing depends on which neurons are kept.
+    """
     from nemo_minitron.families import read_shape
     from nemo_minitron.pruning.plan_file import PrunePlan
 
     shape = read_shape(json.loads((Path(teacher) / "config.json").read_text()))
-    return PrunePlan("importance", tuple(range(shape.num_layers - 2)), {"hidden": tuple(range(shape.hidden_size))}, {})
+    kept = tuple(range(shape.num_layers - 2))
+    neurons = tuple(range(shape.ffn_hidden_size - 1))
+    hidden = tuple(range(shape.hidden_size))
+    return PrunePlan("importance", kept, {"hidden": hidden}, {"ffn": dict.fromkeys(kept, neurons)})
 
 
 def _warm_up() -> None:

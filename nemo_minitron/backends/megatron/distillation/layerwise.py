@@ -235,6 +235,7 @@ def prepare(
     job = make_job(params, params.num_steps, setup, shape, data_dir, work_dir)
     return replace(
         job,
+        trainable=replace(job.trainable, has_frozen_layers=True),
         objective=Objective(
             parts=("train_loss",),
             prepare=training.teacher_streams,

@@ -247,7 +247,9 @@ def _saved_groups(optimizer_state: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _sharded_state(trainable: Trainable, *, is_loading: bool) -> dict[str, Any]:
-    model = trainable.model.sharded_state_dict(prefix="model.")
+    # Megatron otherwise stores a parameter of all layers as one tensor, of which no layer may be missing.
+    metadata = {"non_homogeneous_layers": True} if trainable.has_frozen_layers else None
+    model = trainable.model.sharded_state_dict(prefix="model.", metadata=metadata)
     if trainable.has_distributed_optimizer:
         optimizer = sharded_optimizer_state(trainable.optimizer, model, is_loading=is_loading)
     else:

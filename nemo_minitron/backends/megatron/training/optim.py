@@ -28,6 +28,9 @@ class Trainable:
     teacher: Trainable | None = None
     """Teacher that is trained at the same time and saved in the same checkpoints."""
 
+    has_frozen_layers: bool = False
+    """Whether some layers, on any rank, may have no optimizer states."""
+
     @property
     def model(self) -> Model:
         return self.ddp.module
