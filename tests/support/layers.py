@@ -40,7 +40,17 @@ LAYERS = {
     "cli": "The commands.",
 }
 """Layer -> what it holds, from the lowest to the highest. A layer imports only lower ones."""
-RECORDS = ("kind", "params", "expansion", "registry", "artifacts", "typed_inputs", "context", "scoring_rules")
+RECORDS = (
+    "kind",
+    "params",
+    "expansion",
+    "registry",
+    "artifacts",
+    "typed_inputs",
+    "context",
+    "plan_rules",
+    "scoring_rules",
+)
 """Modules in `stages` that describe stages and run none."""
 
 

@@ -63,13 +63,13 @@ SFT = StageKind(
     whole_sequences=True,
     trains=True,
     report="alignment",
-    chat_rank=4,
+    chat_rank=5,
     shape=_shape,
     problems=_problems,
     load=_load,
 )
-STEERLM_SFT = replace(SFT, name="steerlm_sft", params=SteerlmSftStage, chat_rank=5)
-DPO = replace(SFT, name="dpo", params=DpoStage, run="nemo_minitron.stages.align.run:dpo", chat_rank=6)
+STEERLM_SFT = replace(SFT, name="steerlm_sft", params=SteerlmSftStage, chat_rank=6)
+DPO = replace(SFT, name="dpo", params=DpoStage, run="nemo_minitron.stages.align.run:dpo", chat_rank=7)
 TRAIN_ATTRIBUTE_MODEL = replace(
     SFT,
     name="train_attribute_model",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nemo_minitron.families import ModelShape
-from nemo_minitron.pruning.rules import plan_problems
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training import TeacherCaching
 from nemo_minitron.schema.training_rules import learning_rate_problems, training_problems
+from nemo_minitron.stages.common.plan_rules import plan_problems
 from nemo_minitron.stages.distill.params import DistillStage
 from nemo_minitron.stages.kind import Output, RecipeView, StageKind, TextUse, trained_tokens
 from nemo_minitron.workload.load import Load, distillation_load
@@ -49,8 +49,7 @@ def _anchors(name: str, params: DistillStage, view: RecipeView) -> Iterator[str]
     if plan is None:
         yield f"{key}.loss.anchors: needs {key}.inputs.plan, the plan by which the student was pruned."
     else:
-        student = params.inputs.student
-        yield from plan_problems(key, plan, view.planned_shape(plan), student, view.shape(student))
+        yield from plan_problems(name, plan, params.inputs.student, view)
     if params.inputs.cache is not None:
         yield f"{key}.loss.anchors: the cache has no outputs of layers. Next: set inputs.cache: null."
     if params.teacher_correction is not None:
@@ -121,7 +120,7 @@ DISTILL = StageKind(
     stops_by_itself=True,
     resumes_with_other_rates=True,
     report="distillation",
-    chat_rank=2,
+    chat_rank=3,
     shape=_shape,
     problems=_problems,
     text_use=_text_use,

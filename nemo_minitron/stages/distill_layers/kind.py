@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nemo_minitron.families import ModelShape
-from nemo_minitron.pruning.rules import plan_problems
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training_rules import training_problems
+from nemo_minitron.stages.common.plan_rules import plan_problems
 from nemo_minitron.stages.distill_layers.params import DistillLayersStage
 from nemo_minitron.stages.kind import Output, RecipeView, StageKind, TextUse, trained_tokens
 from nemo_minitron.workload.load import Load, layerwise_load
@@ -25,8 +25,7 @@ def _problems(name: str, params: DistillLayersStage, view: RecipeView) -> Iterat
             f"execution.parallel.recompute = full: not supported by stages.{name}, which keeps the activations of "
             "one layer only. Allowed: none, selective."
         )
-    student, planned = view.shape(inputs.student), view.planned_shape(inputs.plan)
-    yield from plan_problems(f"stages.{name}", inputs.plan, planned, inputs.student, student)
+    yield from plan_problems(name, inputs.plan, inputs.student, view)
 
 
 def _text_use(params: DistillLayersStage) -> TextUse:
@@ -56,7 +55,7 @@ DISTILL_LAYERS = StageKind(
     stops_by_itself=True,
     resumes_with_other_rates=True,
     report="training",
-    chat_rank=1,
+    chat_rank=2,
     shape=_shape,
     problems=_problems,
     text_use=_text_use,

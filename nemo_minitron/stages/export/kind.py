@@ -17,6 +17,6 @@ EXPORT = StageKind(
     run="nemo_minitron.stages.export.run:export",
     outputs=(Output.EXPORTED_MODEL,),
     inputs={"model": MODELS, "teacher": (Output.MODEL,), "evaluations": (Output.EVALUATION,)},
-    chat_rank=7,
+    chat_rank=8,
     shape=_shape,
 )
