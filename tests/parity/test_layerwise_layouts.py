@@ -171,6 +171,26 @@ def test_layers_that_the_plan_leaves_whole_are_not_trained(students: dict[str, S
         run_ranks(2, layer_rows, TWENTY_STEPS, plan, Parallel(pp=2), own, tmp_path, 20)
 
 
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_training_of_some_layers_resumes(distributed: bool, students: dict[str, Student], tmp_path: Path) -> None:
+    """The others have no optimizer states in its checkpoints."""
+    plan, folders = students["width"]
+    plan = _depth_plan(plan, (0, 1, 3, 4, 5))
+    student = tmp_path / "student"
+    student.mkdir()
+    prune_checkpoint(folders["teacher"], plan, student, Progress(silent=True))
+    layout, own = Parallel(dp=2, distributed_optimizer=distributed), {**folders, "student": student}
+    works = [tmp_path / name for name in ("whole", "stopped")]
+    for work in works:
+        work.mkdir()
+    whole = run_ranks(2, layer_rows, TWENTY_STEPS, plan, layout, own, works[0], 8)[0]
+    run_ranks(2, layer_rows, TWENTY_STEPS, plan, layout, own, works[1], 5)
+    resumed = run_ranks(2, layer_rows, TWENTY_STEPS, plan, layout, own, works[1], 8)[0]
+    losses = [[row["train_loss"] for row in rows if "train_loss" in row] for rows in (whole, resumed)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 8
+
+
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(students: dict[str, Student], tmp_path: Path) -> None:
     plan, folders = students["width"]
     plan, own = _depth_plan(plan, plan.layers), {**folders, "student": folders["teacher"]}
