@@ -64,13 +64,16 @@ def json_schema() -> dict[str, Any]:
         for key, value in part.get("properties", {}).items():
             part["properties"][key] = _or_interpolation(value)
     stages = {kind: {"$ref": f"#/$defs/{model.__name__}"} for kind, model in stage_classes().items()}
+    # A stage that has the name of a kind is of that kind, unless it names another.
+    definitions["AnyStage"] = {"anyOf": list(stages.values())}
+    any_kind, names_kind = {"$ref": "#/$defs/AnyStage"}, {"required": ["kind"]}
     schema["properties"] |= {
         "defaults": {"type": "array", "description": "Configs and recipes that this one starts from, as in Hydra."},
         "stages": {
             "type": "object",
             "description": "Stage name -> its keys. A stage whose name is not that of its kind needs the key `kind`.",
-            "properties": stages,
-            "additionalProperties": {"anyOf": list(stages.values())},
+            "properties": {kind: {"if": names_kind, "then": any_kind, "else": own} for kind, own in stages.items()},
+            "additionalProperties": any_kind,
         },
     }
     return {"$schema": DIALECT, **schema, "title": "Recipe of nemo-minitron"}

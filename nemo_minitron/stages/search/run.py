@@ -26,6 +26,7 @@ class Inputs:
     scores: Scores | None = None
     data: TokenizedText | None = None
     check: TeacherCheck | None = None
+    heldout: TokenizedText | None = None
 
 
 def search(params: SearchStage, inputs: Inputs, ctx: StageContext) -> Result:
