@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.common.plan_rules import plan_problems
 from nemo_minitron.stages.compensate.params import CompensateStage
 from nemo_minitron.stages.kind import MODELS, Output, RecipeView, Result, StageKind
 from nemo_minitron.workload.load import Load, forward_load
@@ -19,6 +20,7 @@ def _problems(name: str, params: CompensateStage, view: RecipeView) -> Iterator[
     key = f"stages.{name}"
     if params.inputs.heldout == params.inputs.data:
         yield f"{key}.inputs.heldout: the same as inputs.data. Next: remove the key, or name a stage with other text."
+    yield from plan_problems(name, params.inputs.plan, params.inputs.student, view)
     target = view.shape(params.inputs.student)
     if target is None:
         return
