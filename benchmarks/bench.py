@@ -13,6 +13,7 @@ from statistics import median
 import torch
 
 from nemo_minitron import api
+from nemo_minitron.backends.megatron.data.datasets import step_batches
 from nemo_minitron.backends.megatron.distillation import distill
 from nemo_minitron.backends.megatron.model.forward import model_logits
 from nemo_minitron.backends.megatron.model.weights import load_model
@@ -46,7 +47,7 @@ def bench_step(root: Path) -> dict[str, float]:
     with open_session(Parallel(micro_batch_size=4), device="cpu") as session, tempfile.TemporaryDirectory() as work:
         job = distill.prepare(params, run / "prune", run / "teacher", run / "data", Path(work), session)
         teacher_model, _ = load_model(run / "teacher", session, precision="bf16", seq_len_tokens=256)
-        batch = training.step_batches(job.samples, session, step=0, global_batch_size=4, micro_batch_size=4)[0]
+        batch = step_batches(job.samples, session, step=0, global_batch_size=4, micro_batch_size=4)[0]
 
         def teacher() -> None:
             with torch.no_grad():

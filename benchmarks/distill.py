@@ -122,6 +122,7 @@ def random_model(config: dict[str, Any], folder: Path) -> Path:
 
 def bench_step(root: Path) -> dict[str, float]:
     """A distillation step against teacher forward plus student forward and backward; and against a cached teacher."""
+    from nemo_minitron.backends.megatron.data.datasets import step_batches
     from nemo_minitron.backends.megatron.distillation import distill
     from nemo_minitron.backends.megatron.distillation.teacher_cache import write_cache
     from nemo_minitron.backends.megatron.model.forward import evaluating, model_logits
@@ -147,7 +148,7 @@ def bench_step(root: Path) -> dict[str, float]:
         live = distill.prepare(live_keys, student, teacher, data, root / "live", session)
         cached = distill.prepare_cached(cached_keys, student, root / "cache", data, root / "cached", session)
         model, _ = load_model(teacher, session, precision="bf16", seq_len_tokens=256)
-        batch = training.step_batches(live.samples, session, step=0, global_batch_size=8, micro_batch_size=8)[0]
+        batch = step_batches(live.samples, session, step=0, global_batch_size=8, micro_batch_size=8)[0]
 
         def teacher_forward() -> None:
             with torch.no_grad(), evaluating(model):

@@ -19,6 +19,7 @@ import torch
 from bench import interleaved
 from distill import SHAPE, STEP, STUDENT, TEACHER, _memory_gib, random_model
 
+from nemo_minitron.backends.megatron.data.datasets import step_batches
 from nemo_minitron.backends.megatron.distillation import distill
 from nemo_minitron.backends.megatron.model.weights import load_model
 from nemo_minitron.backends.megatron.runtime.session import Session, open_session
@@ -53,7 +54,7 @@ def modelopt(folder: Path, session: Session) -> tuple[Callable[[], float], Any]:
     plugin.adjust_distillation_model_for_mcore(model, config)
     trainable = make_trainable(model, PARAMS, 1, session.parallel)
     job = distill.prepare(PARAMS, folder / "student", folder / "teacher", folder / "data", folder / "batch", session)
-    batch = training.step_batches(
+    batch = step_batches(
         job.samples, session, step=0, global_batch_size=MICRO_BATCH_SIZE, micro_batch_size=MICRO_BATCH_SIZE
     )[0]
     del job

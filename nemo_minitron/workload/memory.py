@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from nemo_minitron.distillation.chunks import CHUNK_BYTES, MIN_CHUNK_TOKENS
+from nemo_minitron.distillation.rounds import round_size, round_sizes
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.blocks import ATTENTION, MLP, Block, Layer
 from nemo_minitron.families.registry import layers_of
@@ -38,7 +39,7 @@ class Memory:
     optimizer: int = 0
     activations: int = 0
     loss: int = 0
-    """Chunks of logits and the gradients of the output layer."""
+    """Chunks of logits, the gradients of the output layer, and the inputs of the teacher's output layer."""
     hidden_states: int = 0
     """Hidden states of both models, if a loss compares them."""
 
@@ -100,14 +101,14 @@ def _of_stage(work: Work, stage: int) -> Memory:
     if work.teacher is not None:
         teacher = params_of_rank(_same_vocab(work.teacher, work), tp=layout.tp, pp=layout.pp, stage=stage)
         learned += teacher if work.teacher_learns else 0
-    last = stage == layout.pp - 1
+    activations, loss = _passes(work, stage)
     return Memory(
         weights=wide * count,
         teacher=wide * teacher,
         gradients=GRADIENT_BYTES * learned,
         optimizer=optimizer_bytes(learned, work.precision, layout),
-        activations=_activations(work, stage) if work.trains else _forward_only(work),
-        loss=_loss_bytes(work) if last else 0,
+        activations=activations,
+        loss=loss + (_kept_head_inputs(work) if stage == layout.pp - 1 else 0),
         hidden_states=_stream_bytes(work, stage)
         if work.layerwise
         else _hidden_bytes(work) + _anchor_bytes(work, stage),
@@ -117,6 +118,38 @@ def _of_stage(work: Work, stage: int) -> Memory:
 def _trained_params(work: Work, stage: int) -> int:
     layout = work.parallel
     return params_of_rank(work.shape, tp=layout.tp, pp=layout.pp, stage=stage, layers_only=work.layerwise)
+
+
+def _passes(work: Work, stage: int) -> tuple[int, int]:
+    """Return the bytes of activations and of the loss; those of the teacher's own training if they are larger."""
+    last = stage == work.parallel.pp - 1
+    if not work.trains:
+        return _forward_only(work), _loss_bytes(work) if last else 0
+    own = (_activations(work, stage), _loss_bytes(work) if last else 0)
+    if work.teacher is None or not work.teacher_learns:
+        return own
+    # The teacher's backward passes of a round precede the student's forward passes.
+    teacher = _same_vocab(work.teacher, work)
+    alone = replace(work, shape=teacher, teacher=None, teacher_learns=False, hidden_pairs=0, anchors=())
+    return max(own, _passes(alone, stage), key=sum)
+
+
+def teacher_micro_batches(work: Work) -> int:
+    """Return the largest number of micro-batches whose teacher targets are in memory at the same time."""
+    if work.teacher is None or not work.trains:
+        return 0
+    if work.layerwise:
+        return 1
+    largest = round_size(work.parallel.pp, teacher_is_live=True, teacher_learns=work.teacher_learns)
+    return 1 if largest is None else max(round_sizes(work.num_micro_batches, largest))
+
+
+def _kept_head_inputs(work: Work) -> int:
+    """Return the bytes of the inputs of the teacher's output layer, which the last stage keeps for a round."""
+    if work.teacher is None:
+        return 0
+    each = WEIGHT_BYTES[work.precision] * _tokens(work) * work.teacher.hidden_size
+    return max(1, teacher_micro_batches(work)) * each
 
 
 def optimizer_bytes(num_params: int, precision: str, layout: Parallel) -> int:
@@ -203,8 +236,6 @@ def _loss_bytes(work: Work) -> int:
     vocab = padded_vocab_size(max(work.shape.vocab_size, work.teacher.vocab_size if work.teacher else 0), tp) // tp
     rows = min(n, max(MIN_CHUNK_TOKENS, CHUNK_BYTES // (4 * vocab)))
     total = w * rows * vocab * (2 if work.teacher is not None else 1)
-    if work.teacher is not None:
-        total += w * n * work.teacher.hidden_size
     if work.trains and not work.layerwise:
         product = w if work.precision == "bf16" else 0
         total += (4 + product) * vocab * work.shape.hidden_size + w * n * work.shape.hidden_size
@@ -222,21 +253,26 @@ def _stream_bytes(work: Work, stage: int) -> int:
 def _anchor_bytes(work: Work, stage: int) -> int:
     """Return the bytes of the teacher's outputs inside the layers of a stage and of the errors in fp32.
 
-    With pipeline stages the teacher's outputs exist for all micro-batches, the errors for those in flight.
+    With pipeline stages the teacher's outputs exist for a round of micro-batches, the errors for those in flight.
     """
     layout, n, w = work.parallel, _tokens(work), WEIGHT_BYTES[work.precision]
     start, stop = stage_bounds(work.shape.num_layers, layout.pp)[stage]
     h = work.shape.hidden_size // (layout.tp if layout.sequence_parallel else 1)
     neurons = (2 if work.shape.gated else 1) * work.shape.ffn_hidden_size // layout.tp
     width = sum(neurons if name == "gate_up" else h for name in work.anchors)
-    held = work.num_micro_batches if layout.pp > 1 else 1
+    held = max(1, teacher_micro_batches(work))
     in_flight = min(layout.pp - stage, work.num_micro_batches)
     return (stop - start) * n * width * (w * held + 4 * in_flight)
 
 
 def _hidden_bytes(work: Work) -> int:
-    """Return the bytes of both models' hidden states and of the student's states projected to the teacher's size."""
+    """Return the bytes of both models' hidden states and of the student's states projected to the teacher's size.
+
+    A stage keeps its part of the teacher's states of a whole round; those of one micro-batch count for all stages.
+    """
     if not work.hidden_pairs or work.teacher is None:
         return 0
     w, n = WEIGHT_BYTES[work.precision], _tokens(work)
-    return work.hidden_pairs * n * w * (work.shape.hidden_size + 2 * work.teacher.hidden_size)
+    one = work.hidden_pairs * n * w * (work.shape.hidden_size + 2 * work.teacher.hidden_size)
+    on_stage = -(-work.hidden_pairs // work.parallel.pp)
+    return one + max(0, teacher_micro_batches(work) - 1) * on_stage * n * w * work.teacher.hidden_size

@@ -85,25 +85,38 @@ def step_batches(
     micro_batch_size: int,
     separate_at: int | None = None,
 ) -> list[Batch]:
-    """Return this rank's part of the micro-batches of one optimizer step (0-based).
+    """Return this rank's part of the micro-batches of one optimizer step (0-based), all at once.
 
-    Sample numbers depend on the step only, so a resumed run uses the same data.
+    Training reads the same ones one by one (`reader.py`). Sample numbers depend on the step only, so a resumed run uses
+    the same data.
 
     Args:
         separate_at: end-of-document token that attention may not cross; None: packed samples are one text.
     """
     per_rank = global_batch_size // session.parallel.dp
     first = step * global_batch_size + session.dp_rank * per_rank
-    out = []
-    for start in range(first, first + per_rank, micro_batch_size):
-        numbers = range(start, start + micro_batch_size)
-        batch = collate([samples[i] for i in numbers], session)
-        tokens, mask = batch["tokens"], batch["loss_mask"]
-        if separate_at is not None:
-            batch["attention_mask"] = mask_between_documents(tokens, separate_at)
-        mine = own_part({**batch, "token_weights": mask / mask.sum()}, session)
-        out.append({**mine, "sample_ids": torch.tensor(numbers), "sample_tokens": tokens})
-    return out
+    return [
+        training_batch(host_batch(samples, range(start, start + micro_batch_size)), session, separate_at)
+        for start in range(first, first + per_rank, micro_batch_size)
+    ]
+
+
+def host_batch(samples: Any, numbers: range, *, pinned: bool = False) -> Batch:
+    """Stack samples into [B, S] tensors on the CPU, in pinned memory if requested, with their numbers."""
+    stacked = _stacked([samples[i] for i in numbers])
+    if pinned:
+        stacked = {key: tensor.pin_memory() for key, tensor in stacked.items()}
+    return {**stacked, "sample_ids": torch.tensor(numbers)}
+
+
+def training_batch(host: Batch, session: Session, separate_at: int | None) -> Batch:
+    """Return this rank's part of a micro-batch of `host_batch`, on the session's device, with its attention mask."""
+    batch = {key: host[key].to(session.device, non_blocking=True) for key in ("tokens", "labels", "loss_mask")}
+    tokens, mask = batch["tokens"], batch["loss_mask"]
+    if separate_at is not None:
+        batch["attention_mask"] = mask_between_documents(tokens, separate_at)
+    mine = own_part({**batch, "token_weights": mask / mask.sum()}, session)
+    return {**mine, "sample_ids": host["sample_ids"], "sample_tokens": tokens}
 
 
 def mask_between_documents(tokens_BS: torch.Tensor, eod_id: int) -> torch.Tensor:
@@ -130,9 +143,11 @@ def eod_id_of(data_dir: Path) -> int:
 
 def collate(rows: list[dict[str, torch.Tensor]], session: Session) -> Batch:
     """Stack samples into [B, S] tensors on the session's device."""
-    return {
-        key: torch.stack([row[key] for row in rows]).to(session.device) for key in ("tokens", "labels", "loss_mask")
-    }
+    return {key: tensor.to(session.device) for key, tensor in _stacked(rows).items()}
+
+
+def _stacked(rows: list[dict[str, torch.Tensor]]) -> Batch:
+    return {key: torch.stack([row[key] for row in rows]) for key in ("tokens", "labels", "loss_mask")}
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,16 @@ from nemo_minitron.backends.megatron.distillation.hidden import HiddenStates, St
 from nemo_minitron.backends.megatron.distillation.teacher_targets import TeacherTargets
 from nemo_minitron.backends.megatron.model.forward import Batch
 from nemo_minitron.backends.megatron.runtime.session import Session
-from nemo_minitron.backends.megatron.training.loop import ForwardStep, Parts, accumulate, mean_over_ranks, update
+from nemo_minitron.backends.megatron.training.loop import mean_over_ranks, update
 from nemo_minitron.backends.megatron.training.optim import Trainable
+from nemo_minitron.backends.megatron.training.schedule import ForwardStep, Parts, Round, accumulate
 
 
 class Correction:
     """Trains the teacher; one forward pass of it serves its own loss and the student's.
 
-    Each step calls `teacher_targets`, then runs the student, then calls `finish`. The teacher is updated last, because
-    the student's loss uses the output layer that belongs to the targets.
+    Each round of a step calls `teacher_targets`, then runs the student; the step then calls `finish`. The teacher is
+    updated last, because the student's loss uses the output layer that belongs to the targets.
 
     Args:
         forward: the teacher's own objective, which needs only the micro-batch.
@@ -33,14 +34,13 @@ class Correction:
         forward: ForwardStep,
         hidden: HiddenStates | None,
         session: Session,
-        seq_len_tokens: int,
     ) -> None:
         self.trainable = trainable
-        self._forward, self._hidden, self._session, self._seq_len = forward, hidden, session, seq_len_tokens
+        self._forward, self._hidden, self._session = forward, hidden, session
         self._losses: list[Parts] = []
 
-    def teacher_targets(self, batches: list[Batch]) -> list[TeacherTargets]:
-        """Compute the targets of each micro-batch, and the teacher's gradients."""
+    def teacher_targets(self, part: Round, batches: list[Batch]) -> list[TeacherTargets]:
+        """Compute the targets of each micro-batch of a round, and add the teacher's gradients."""
         head_inputs: list[Tensor | None] = []
         kept: list[States] = []
         taps = self._hidden.teacher_taps if self._hidden is not None else ()
@@ -56,7 +56,8 @@ class Correction:
 
             return output, loss
 
-        self._losses = accumulate(self.trainable, forward, batches, repeat(None), self._seq_len)
+        losses = accumulate(self.trainable, forward, zip(batches, repeat(None), strict=False), part)
+        self._losses = losses if part.is_first else self._losses + losses
         if self._hidden is not None:
             kept = transfer_states(kept, self._hidden, batches, self.trainable.model.config.params_dtype)
         if not self._session.is_last_stage:

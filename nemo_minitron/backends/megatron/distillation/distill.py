@@ -37,13 +37,15 @@ from nemo_minitron.backends.megatron.model.parts import Model
 from nemo_minitron.backends.megatron.model.weights import load_model
 from nemo_minitron.backends.megatron.runtime.context import own_rows, sum_over_context
 from nemo_minitron.backends.megatron.runtime.session import Session
-from nemo_minitron.backends.megatron.training.loop import ForwardStep, Job, Objective, Parts, accumulate
+from nemo_minitron.backends.megatron.training.loop import Job, Objective
 from nemo_minitron.backends.megatron.training.optim import Trainable, make_trainable
+from nemo_minitron.backends.megatron.training.schedule import ForwardStep, Parts, Round, accumulate
 from nemo_minitron.distillation.cache import TeacherCache, require_same_keys
 from nemo_minitron.distillation.flops import training_flops_per_token
 from nemo_minitron.distillation.linear import Head
 from nemo_minitron.distillation.losses import forward_kl, next_token
 from nemo_minitron.distillation.objective import Distance, cached_teacher, live_teacher, token_loss
+from nemo_minitron.distillation.rounds import round_size
 from nemo_minitron.distillation.sparse import uniforms_of
 from nemo_minitron.errors import DataError
 from nemo_minitron.families import ModelShape
@@ -146,7 +148,7 @@ def _correction(
     """Set up the teacher's training in the same way as `prepare_training`."""
     own = DistillSetup(NEXT_TOKEN, teacher, None, vocab_size, setup.heldout, setup.session, params.seed)
     trainable = make_trainable(teacher, params, num_steps, setup.session.parallel)
-    return Correction(trainable, _forward_step(own), setup.hidden, setup.session, params.seq_len_tokens)
+    return Correction(trainable, _forward_step(own), setup.hidden, setup.session)
 
 
 def prepare_training(params: TextTraining, model_dir: Path, data_dir: Path, work_dir: Path, session: Session) -> Job:
@@ -209,18 +211,22 @@ def objective_of(setup: DistillSetup) -> Objective:
     """Make the training objective of the recipe's loss."""
     correction, anchors, forward = setup.correction, setup.anchors, _forward_step(setup)
 
-    def prepare(step: int, batches: list[Batch]) -> Iterator[TeacherTargets]:
+    def prepare(part: Round, batches: Iterable[Batch]) -> Iterator[TeacherTargets]:
         if correction is not None:
-            return iter(correction.teacher_targets(batches))
-        return teacher_targets(setup, batches, 0.0 if anchors is None else anchors.weight_at(step))
+            return iter(correction.teacher_targets(part, list(batches)))
+        return teacher_targets(setup, batches, 0.0 if anchors is None else anchors.weight_at(part.step))
 
-    def gradients(trainable: Trainable, batches: list[Batch], targets: Iterable[TeacherTargets]) -> list[Parts]:
-        length = batches[0]["tokens"].shape[1] * setup.session.parallel.cp
-        return accumulate(trainable, forward, batches, targets, length)
+    def gradients(
+        trainable: Trainable, part: Round, batches: Iterator[Batch], targets: Iterator[TeacherTargets]
+    ) -> list[Parts]:
+        return accumulate(trainable, forward, zip(batches, targets, strict=False), part)
 
     finishes = [part.finish for part in (correction, anchors) if part is not None]
     finish = finishes[0] if finishes else dict
-    return Objective(_part_names(setup.loss), prepare, gradients, lambda: validate(setup), finish)
+    largest = round_size(
+        setup.session.parallel.pp, teacher_is_live=setup.teacher is not None, teacher_learns=correction is not None
+    )
+    return Objective(_part_names(setup.loss), prepare, gradients, lambda: validate(setup), finish, largest)
 
 
 def _forward_step(setup: DistillSetup) -> ForwardStep:

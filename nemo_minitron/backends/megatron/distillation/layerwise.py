@@ -33,8 +33,9 @@ from nemo_minitron.backends.megatron.model.parts import (
     without_shared_embeddings,
 )
 from nemo_minitron.backends.megatron.runtime.session import Session
-from nemo_minitron.backends.megatron.training.loop import Job, Objective, Parts
+from nemo_minitron.backends.megatron.training.loop import Job, Objective
 from nemo_minitron.backends.megatron.training.optim import Trainable
+from nemo_minitron.backends.megatron.training.schedule import Parts, Round
 from nemo_minitron.distillation.flops import layerwise_flops_per_token
 from nemo_minitron.distillation.layers import relative_errors, stream_positions
 from nemo_minitron.errors import PlanError
@@ -117,20 +118,22 @@ class LayerwiseTraining:
         self._copies = 1 if parallel.sequence_parallel else parallel.tp
         self._losses_of_step = torch.zeros(self._num_layers)
 
-    def teacher_streams(self, step: int, batches: list[Batch]) -> Iterator[Streams]:
+    def teacher_streams(self, part: Round, batches: Iterable[Batch]) -> Iterator[Streams]:
         """Yield the teacher's streams of each micro-batch, computed when they are needed."""
         return self._streams.of(batches)
 
-    def gradients(self, trainable: Trainable, batches: list[Batch], streams: Iterable[Streams]) -> list[Parts]:
+    def gradients(
+        self, trainable: Trainable, part: Round, batches: Iterator[Batch], streams: Iterator[Streams]
+    ) -> list[Parts]:
         """Compute the gradients of these micro-batches; return the mean loss of the layers of each."""
         trainable.ddp.zero_grad_buffer()
         trainable.optimizer.zero_grad()
-        values = self._zeros(len(batches))
-        scale = self._session.parallel.cp / len(batches)  # Megatron averages gradients over context-parallel ranks.
-        iterator = iter(streams)
+        count = part.num_micro_batches
+        values = self._zeros(count)
+        scale = self._session.parallel.cp / count  # Megatron averages gradients over context-parallel ranks.
         for number, batch in enumerate(batches):
-            given = next(iterator)
-            with nullcontext() if number == len(batches) - 1 else trainable.ddp.no_sync():
+            given = next(streams)
+            with nullcontext() if number == count - 1 else trainable.ddp.no_sync():
                 self._run(trainable.ddp, batch, given, batch["token_weights"], values[number], scale)
             del given  # Before the teacher makes the next ones.
         with without_shared_embeddings(trainable.model):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -58,11 +57,13 @@ class DistillSetup:
         return vocab_of(self.session, rows)
 
 
-def teacher_targets(setup: DistillSetup, batches: list[Batch], anchor_weight: float = 0.0) -> Iterator[TeacherTargets]:
+def teacher_targets(
+    setup: DistillSetup, batches: Iterable[Batch], anchor_weight: float = 0.0
+) -> Iterator[TeacherTargets]:
     """Yield the teacher's targets of each micro-batch.
 
     Without pipeline parallelism they are computed lazily, one micro-batch at a time. With it, the teacher first runs
-    its own forward schedule over all micro-batches.
+    its own forward schedule over all these micro-batches.
 
     Args:
         anchor_weight: 0: the targets have no anchors.
@@ -72,13 +73,13 @@ def teacher_targets(setup: DistillSetup, batches: list[Batch], anchor_weight: fl
     if setup.cache is not None:
         return _cached_targets(setup, setup.cache, batches)
     if setup.teacher is None:
-        return repeat(TeacherTargets(), len(batches))
+        return (TeacherTargets() for _ in batches)
     if setup.session.parallel.pp == 1:
         return _live_targets(setup, setup.teacher, batches, anchor_weight)
-    return iter(_pipelined_targets(setup, setup.teacher, batches, anchor_weight))
+    return iter(_pipelined_targets(setup, setup.teacher, list(batches), anchor_weight))
 
 
-def _cached_targets(setup: DistillSetup, cache: TeacherCache, batches: list[Batch]) -> Iterator[TeacherTargets]:
+def _cached_targets(setup: DistillSetup, cache: TeacherCache, batches: Iterable[Batch]) -> Iterator[TeacherTargets]:
     for batch in batches:
         numbers = _cached_numbers(setup, cache, batch)
         if numbers is None or not setup.session.is_last_stage:
@@ -107,7 +108,7 @@ def caches_heldout(setup: DistillSetup) -> bool:
 
 
 def _live_targets(
-    setup: DistillSetup, teacher: Model, batches: list[Batch], anchor_weight: float
+    setup: DistillSetup, teacher: Model, batches: Iterable[Batch], anchor_weight: float
 ) -> Iterator[TeacherTargets]:
     taps = setup.hidden.teacher_taps if setup.hidden is not None else ()
     for batch in batches:

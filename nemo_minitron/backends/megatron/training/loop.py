@@ -6,27 +6,30 @@ import json
 import math
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
 
-from nemo_minitron.backends.megatron.data.datasets import samples_of_each, step_batches
+from nemo_minitron.backends.megatron.data.datasets import samples_of_each
+from nemo_minitron.backends.megatron.data.reader import MicroBatchReader
 from nemo_minitron.backends.megatron.model.build import DTYPES
 from nemo_minitron.backends.megatron.model.forward import Batch
 from nemo_minitron.backends.megatron.model.weights import save_model
 from nemo_minitron.backends.megatron.runtime.peak import matmul_flops_per_s
 from nemo_minitron.backends.megatron.runtime.session import Session
-from nemo_minitron.backends.megatron.runtime.versions import share_of_loss
 from nemo_minitron.backends.megatron.training.checkpoint import Checkpoints, TrainingProgress, step_of
 from nemo_minitron.backends.megatron.training.curves import Curves, Tracker
 from nemo_minitron.backends.megatron.training.guard import LossWatch
 from nemo_minitron.backends.megatron.training.optim import Trainable
+from nemo_minitron.backends.megatron.training.schedule import Parts, Round
 from nemo_minitron.data.used import DATA_USED_FILE, Sources, data_used
+from nemo_minitron.distillation.rounds import round_sizes
 from nemo_minitron.errors import Interrupted, NumericsError
 from nemo_minitron.families import ModelShape
 from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files, model_facts
@@ -35,14 +38,6 @@ from nemo_minitron.schema.training import Optimization
 from nemo_minitron.system.files import write_whole
 from nemo_minitron.system.interrupts import REASONS, StopRequest
 from nemo_minitron.system.progress import Bar, Progress
-
-Parts = dict[str, Tensor]
-"""Terms of a loss, for the curves: name -> detached scalar, the same on every rank of the last stage.
-
-With context parallelism each rank has its share, and their sum is the loss.
-"""
-ForwardStep = Callable[[torch.nn.Module, Batch, Any], tuple[Tensor, Callable[[Tensor], tuple[Tensor, Parts]]]]
-"""(model, micro-batch, extra from `Objective.prepare`) -> (stage output, function: output -> loss, parts)."""
 
 _TRAINED_MODELS = (
     ("the teacher's ", "teacher_loss", "teacher_grad_norm", ".teacher_correction"),
@@ -60,14 +55,18 @@ class Objective:
 
     parts: tuple[str, ...]
     """Curve columns that the loss fills, including `train_loss`."""
-    prepare: Callable[[int, list[Batch]], Iterator[Any]]
-    """(step, micro-batches) -> one extra for each micro-batch, computed lazily."""
-    gradients: Callable[[Trainable, list[Batch], Iterable[Any]], list[Parts]]
-    """(model, micro-batches, their extras) -> losses per micro-batch; replaces the model's gradients."""
+    prepare: Callable[[Round, Iterable[Batch]], Iterator[Any]]
+    """(round, its micro-batches) -> one extra for each micro-batch, computed lazily."""
+    gradients: Callable[[Trainable, Round, Iterator[Batch], Iterator[Any]], list[Parts]]
+    """(model, round, its micro-batches, their extras) -> losses per micro-batch. The first round of a step replaces
+    the model's gradients, the others add to them."""
     validate: Callable[[], dict[str, float]]
     """Measure the current model; the same on every rank."""
     finish: Callable[[], dict[str, float]] = dict
     """Called after each update of the model; returns more curve columns."""
+    round_size: int | None = None
+    """Largest number of micro-batches in a round, if `prepare` needs them all at once; None: a step is one round, and
+    its micro-batches are made one at a time."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,17 @@ class Job:
     """End-of-document token that attention may not cross."""
     sources: Sources = ()
     """Sources of the samples."""
+
+    @cached_property
+    def reader(self) -> MicroBatchReader:
+        """Reader of the micro-batches of each step."""
+        return MicroBatchReader(
+            self.samples,
+            self.session,
+            num_steps=self.num_steps,
+            global_batch_size=self.params.global_batch_size,
+            separate_at=self.separate_at,
+        )
 
     @property
     def tokens_per_step(self) -> int:
@@ -151,6 +161,7 @@ def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | Non
             for step in range(before.step, job.num_steps):
                 _advance(loop, step, bar)
     finally:
+        job.reader.close()
         curves.close()
     return curves
 
@@ -238,49 +249,41 @@ def update(trainable: Trainable) -> dict[str, float]:
 
 def forward_backward(job: Job, step: int) -> list[Parts]:
     """Compute the gradients of one global batch, summed over the ranks; return this rank's losses per micro-batch."""
-    batches = step_batches(
-        job.samples,
-        job.session,
-        step=step,
-        global_batch_size=job.params.global_batch_size,
-        micro_batch_size=job.session.parallel.micro_batch_size,
-        separate_at=job.separate_at,
-    )
-    return job.objective.gradients(job.trainable, batches, job.objective.prepare(step, batches))
-
-
-def accumulate(
-    trainable: Trainable, forward: ForwardStep, batches: list[Batch], extras: Iterable[Any], seq_len_tokens: int
-) -> list[Parts]:
-    """Replace the gradients by those of these micro-batches; return the losses per micro-batch."""
-    trainable.ddp.zero_grad_buffer()
-    trainable.optimizer.zero_grad()
-    found: list[Parts] = []
-    get_forward_backward_func()(
-        forward_step_func=_forward_step(forward, found),
-        data_iterator=zip(batches, extras, strict=False),
-        model=[trainable.ddp],
-        num_microbatches=len(batches),
-        seq_length=seq_len_tokens,
-        micro_batch_size=len(batches[0]["tokens"]),
-        forward_only=False,
-    )
+    objective, batches, found = job.objective, job.reader.step(step), list[Parts]()
+    sizes = (job.session.parallel.micro_batch_size, job.params.seq_len_tokens)
+    done, total = 0, job.reader.num_micro_batches
+    for count in round_sizes(total, objective.round_size):
+        part = Round(step, count, total, *sizes, is_first=done == 0, is_last=done + count == total)
+        done += count
+        of_round = islice(batches, count)
+        if objective.round_size is None:
+            of_teacher, of_student = _read_twice(of_round)
+        else:
+            kept = list(of_round)
+            of_teacher, of_student = iter(kept), iter(kept)
+        found += objective.gradients(job.trainable, part, of_student, objective.prepare(part, of_teacher))
     return found
 
 
-def _forward_step(forward: ForwardStep, found: list[Parts]) -> Callable[..., Any]:
-    def step(data: Iterator[tuple[Batch, Any]], model: torch.nn.Module) -> Any:
-        batch, extra = next(data)
-        output, loss_of = forward(model, batch, extra)
+def _read_twice(batches: Iterator[Batch]) -> tuple[Iterator[Batch], Iterator[Batch]]:
+    """Return two iterators over the same micro-batches; only those that one of them has not reached are kept.
 
-        def loss(output: Tensor) -> tuple[Tensor, Parts]:
-            value, parts = loss_of(output)
-            found.append({"train_loss": value.detach().clone(), **parts})
-            return share_of_loss(value), {}
+    itertools.tee keeps up to 57 more.
+    """
 
-        return output, loss
+    def read(own: deque[Batch], other: deque[Batch]) -> Iterator[Batch]:
+        while True:
+            if not own:
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                own.append(batch)
+                other.append(batch)
+                del batch
+            yield own.popleft()
 
-    return step
+    queues: tuple[deque[Batch], deque[Batch]] = (deque(), deque())
+    return read(*queues), read(*reversed(queues))
 
 
 def mean_over_ranks(
