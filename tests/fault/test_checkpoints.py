@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from nemo_minitron.artifacts.manifest import file_facts
 from nemo_minitron.backends.megatron.distillation import distill
@@ -30,6 +31,7 @@ from nemo_minitron.stages.train.params import TrainStage
 from nemo_minitron.system.files import sealed
 from nemo_minitron.system.progress import Progress
 from tests.support.distributed import run_ranks
+from tests.support.live_bytes import LiveBytes
 from tests.support.tiny_data import tiny_data_dir
 from tests.support.tiny_models import tiny_model_dir
 
@@ -110,6 +112,34 @@ def test_a_checkpoint_holds_the_state_of_its_own_step(in_background: bool, folde
         assert [path.name for path in checkpoints(kept.folder)] == ["step_00000003"]
         assert kept.resume(job.trainable) == TrainingProgress(3, (1.5, 0.1))
         assert all(torch.equal(weight, saved[name]) for name, weight in _weights(job).items())
+
+
+@pytest.mark.skipif(versions._VERSION < (0, 12), reason="tensors are always copied to the host")
+def test_a_save_in_the_background_copies_each_tensor_once(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    def to_host(buckets: list[Any], *_: Any, **__: Any) -> list[Any]:
+        """Copy every tensor, as Megatron does on a GPU."""
+        return [
+            (path, name, (blobs, [(item, tensor.clone()) for item, tensor in tensors]))
+            for path, name, (blobs, tensors) in buckets
+        ]
+
+    monkeypatch.setattr(filesystem_async.FileSystemWriterAsync, "preload_tensors", staticmethod(to_host))
+    with open_session(Parallel(), device="cpu", threads=1) as session:
+        job = _job(folders, session)
+        training.train_step(job, 0)
+        kept = Checkpoints(folders["work"] / "checkpoints", session, keep=1, in_background=True)
+        peaks = []
+        for step in range(1, 3):
+            with LiveBytes() as live:
+                kept.save(job.trainable, TrainingProgress(step))
+            peaks.append(live.peak)
+            kept.finish()
+        assert kept._buffers is not None
+        size = sum(buffer.nbytes for buffer in kept._buffers.values())
+    print(f"state {size} B, peaks of two saves {peaks}")
+    assert size > 12 * sum(weight.numel() for weight in _weights(job).values()) * 0.99
+    assert peaks[0] < 1.2 * size, "the first save makes one copy"
+    assert peaks[1] < 0.2 * size, "later saves use the same memory"
 
 
 @torch.no_grad()

@@ -11,7 +11,12 @@ import torch
 
 from nemo_minitron.schema.execution import Parallel
 from tests.support.distributed import run_ranks
-from tests.support.megatron_ranks import distill_losses, distill_losses_beside_a_gpu, distill_until
+from tests.support.megatron_ranks import (
+    distill_losses,
+    distill_losses_beside_a_gpu,
+    distill_until,
+    distill_until_beside_fused_adam,
+)
 from tests.support.tiny_distill import TWENTY_STEPS, distill_folders
 
 PARAMS = TWENTY_STEPS
@@ -116,6 +121,18 @@ def test_a_distributed_optimizer_goes_on_to_the_same_bits(precision: str, folder
     whole = run_ranks(2, distill_until, params, layout, *models, works[0], 8)[0]
     run_ranks(2, distill_until, params, layout, *models, works[1], 5)
     assert run_ranks(2, distill_until, params, layout, *models, works[1], 8)[0] == whole
+
+
+def test_the_counters_of_adam_survive_a_resume_beside_a_fused_adam(folders: dict[str, Path]) -> None:
+    params = PARAMS.model_copy(update={"num_steps": 6})
+    layout = Parallel(micro_batch_size=4, distributed_optimizer=True)
+    models = (folders["student"], folders["teacher"], folders["data"])
+    works = [folders["work"] / f"fused-{name}" for name in ("whole", "stopped")]
+    for work in works:
+        work.mkdir()
+    whole = run_ranks(1, distill_until, params, layout, *models, works[0], 6)[0]
+    run_ranks(1, distill_until_beside_fused_adam, params, layout, *models, works[1], 3)
+    assert run_ranks(1, distill_until_beside_fused_adam, params, layout, *models, works[1], 6)[0] == whole
 
 
 def test_a_checkpoint_of_the_other_optimizer_is_refused(folders: dict[str, Path]) -> None:

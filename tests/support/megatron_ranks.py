@@ -104,6 +104,19 @@ def distill_until(
     return [row["train_loss"] for row in rows if "train_loss" in row]
 
 
+def distill_until_beside_fused_adam(*args: Any) -> list[float]:
+    """distill_until where Transformer Engine's or Apex's Adam is installed, as far as Megatron can see."""
+    from unittest.mock import patch
+
+    from megatron.core.optimizer import distrib_optimizer
+
+    names = ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER")
+    installed = {name: True for name in names if hasattr(distrib_optimizer, name)}
+    assert installed, "without these names the test means nothing"
+    with patch.multiple(distrib_optimizer, **installed):
+        return distill_until(*args)
+
+
 def distill_losses_beside_a_gpu(*args: Any) -> tuple[list[float], list[float]]:
     """distill_losses on the CPU of a machine with a GPU and Transformer Engine, as far as anyone can see.
 

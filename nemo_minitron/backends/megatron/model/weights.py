@@ -16,6 +16,7 @@ from nemo_minitron.backends.megatron.model.build import build_model
 from nemo_minitron.backends.megatron.model.parts import Model, local_parameters
 from nemo_minitron.backends.megatron.runtime.layout import fuse, shard_slices, split
 from nemo_minitron.backends.megatron.runtime.session import Session
+from nemo_minitron.backends.megatron.runtime.versions import replicas
 from nemo_minitron.families import ModelShape, Parameter, parameters, tensor_shape
 from nemo_minitron.families.axes import HIDDEN, SPLIT_LABELS
 from nemo_minitron.families.split import stage_bounds
@@ -25,7 +26,10 @@ from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter
 def load_model(
     model_dir: Path, session: Session, *, precision: str, seq_len_tokens: int, padded_vocab: int | None = None
 ) -> tuple[Model, ModelShape]:
-    """Build this rank's model and read its weights; each rank reads only its own part of the files.
+    """Build this rank's model and load its weights.
+
+    Each tensor-parallel and pipeline rank reads only its own part of the files. Of the ranks with the same part, the
+    first reads it and broadcasts it to the others.
 
     Args:
         padded_vocab: rows of the embeddings, so that two models split theirs equally; None: as few as possible.
@@ -42,20 +46,17 @@ def load_model(
 
 def load_weights(model: Model, checkpoint: Checkpoint, session: Session, padded_vocab: int | None = None) -> None:
     """Copy the checkpoint into the model; every parameter of the model is written exactly once."""
-    shape, tp = checkpoint.shape, session.parallel.tp
-    local = local_parameters(model)
-    for name, group in _by_megatron_name(shape):
+    local, group = local_parameters(model), replicas()
+    reader = dist.get_process_group_ranks(group)[0]
+    for name, parts in _by_megatron_name(checkpoint.shape):
         if name not in local:
             continue
-        parts = {
-            parameter.row.part: checkpoint.read(
-                parameter.hf, shard_slices(parameter.row, shape, session.tp_rank, tp, padded_vocab)
-            )
-            for parameter in group
-        }
-        _mark_split(local[name], group[0])
-        tensor = parts[None] if None in parts else fuse({str(part): t for part, t in parts.items()}, shape)
-        _copy_padded(local.pop(name), tensor)
+        target = local.pop(name)
+        _mark_split(target, parts[0])
+        if session.rank == reader:
+            _copy_padded(target, _read(parts, checkpoint, session, padded_vocab))
+        if group.size() > 1:
+            dist.broadcast(target.detach(), reader, group=group)
     if local:
         raise AssertionError(f"Megatron parameters without a row in the axis table: {sorted(local)}")
 
@@ -86,6 +87,16 @@ def load_final_norm(norm: nn.Module, shape: ModelShape, read: Callable[[Paramete
     for parameter in parameters(shape):
         if parameter.layer is None and parameter.row.axes == HIDDEN.coupled:
             own[parameter.megatron.rpartition(".")[2]].copy_(read(parameter))
+
+
+def _read(parts: list[Parameter], checkpoint: Checkpoint, session: Session, padded_vocab: int | None) -> Tensor:
+    """Read this rank's part of the tensors that make up one Megatron parameter, and fuse them."""
+    shape, tp = checkpoint.shape, session.parallel.tp
+    found = {
+        part.row.part: checkpoint.read(part.hf, shard_slices(part.row, shape, session.tp_rank, tp, padded_vocab))
+        for part in parts
+    }
+    return found[None] if None in found else fuse({str(part): tensor for part, tensor in found.items()}, shape)
 
 
 def _by_megatron_name(shape: ModelShape) -> Iterator[tuple[str, list[Parameter]]]:

@@ -56,10 +56,14 @@ def cuda_means_cpu() -> Iterator[None]:
 def _use_torch_optimizer(stack: ExitStack) -> None:
     """Replace the optimizer kernels of Transformer Engine and Apex, which accept only CUDA tensors, by torch's."""
     from megatron.core import optimizer, utils
-    from megatron.core.optimizer import clip_grads
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
     from megatron.core.optimizer import optimizer as mixed_precision
 
     stack.enter_context(patch.multiple(optimizer, Adam=torch.optim.AdamW, USING_PYTORCH_OPTIMIZER=True, create=True))
+    # With a fused Adam the distributed optimizer neither saves nor restores the step counters of torch's Adam.
+    for name in ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER"):
+        if hasattr(distrib_optimizer, name):
+            stack.enter_context(patch.object(distrib_optimizer, name, False))
     torch_kernels = {
         "multi_tensor_applier": utils.local_multi_tensor_applier,
         "l2_norm_impl": utils.local_multi_tensor_l2_norm,

@@ -21,6 +21,10 @@ import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -85,13 +89,31 @@ def context_group(pg_collection: Any) -> dist.ProcessGroup:
 
 
 def begin_checkpoint(state: dict[str, Any], folder: Path) -> AsyncRequest:
-    """Return Megatron's request to write this state; nothing is written yet."""
-    options: dict[str, Any] = {"async_sharded_save": True}
+    """Return Megatron's request to write this state; nothing is written yet.
+
+    Ranks with the same state write different parts of it.
+    """
+    strategy = FullyParallelSaveStrategyWrapper(
+        dist_checkpointing.serialization.get_default_save_sharded_strategy(), replicas()
+    )
+    options: dict[str, Any] = {"async_sharded_save": True, "sharded_strategy": strategy}
     if "async_strategy" in signature(dist_checkpointing.save).parameters:
         # Since 0.17 the default is nvidia-resiliency-ext, whose requests have another form.
         options["async_strategy"] = "mcore"
     request: AsyncRequest = dist_checkpointing.save(state, str(folder), **options)
     return request
+
+
+def replicas() -> dist.ProcessGroup:
+    """Return the ranks that hold the same part of the model: data-parallel and context-parallel ones."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def load_checkpoint(wanted: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """Load a training checkpoint; ranks with the same state read different parts of it and exchange them."""
+    plain = dist_checkpointing.serialization.get_default_load_sharded_strategy(str(checkpoint))
+    strategy = FullyParallelLoadStrategyWrapper(plain, replicas())
+    return dict(dist_checkpointing.load(wanted, str(checkpoint), sharded_strategy=strategy))
 
 
 def require_readable(checkpoint: Path) -> None:
@@ -112,11 +134,15 @@ def require_readable(checkpoint: Path) -> None:
         )
 
 
-def checkpoint_buckets(request: AsyncRequest) -> list[Any]:
-    """Return what this rank writes, one bucket for each file, in host memory. CPU tensors are not copied."""
+def checkpoint_buckets(request: AsyncRequest, *, on_host: bool) -> list[Any]:
+    """Return what this rank writes, one bucket for each file.
+
+    Args:
+        on_host: copy tensors of a GPU to host memory; otherwise they stay there (before 0.12 they are always copied).
+    """
     if _VERSION < (0, 12):
         return list(request.async_fn_args[0])
-    return list(request.preload_fn() if request.preload_fn is not None else request.async_fn_args[1])
+    return list(request.preload_fn() if on_host and request.preload_fn is not None else request.async_fn_args[1])
 
 
 def write_checkpoint_file(request: AsyncRequest, number: int, bucket: Any) -> Any:
@@ -175,7 +201,9 @@ __all__ = [
     "checkpoint_buckets",
     "context_group",
     "known_fields",
+    "load_checkpoint",
     "mlp_spec",
+    "replicas",
     "require_readable",
     "rope_scaling_options",
     "share_of_loss",

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch.distributed.checkpoint import CheckpointException
 
 from nemo_minitron.backends.megatron.runtime.known_pickles import only_known_pickles, require_known_backend
 from nemo_minitron.backends.megatron.runtime.session import Session
-from nemo_minitron.backends.megatron.runtime.versions import require_readable
+from nemo_minitron.backends.megatron.runtime.versions import load_checkpoint, require_readable
 from nemo_minitron.backends.megatron.training.checkpoint_writer import Buffers, PendingCheckpoint
 from nemo_minitron.backends.megatron.training.distributed_adam import (
     HAS_WHOLE_TENSORS,
@@ -178,7 +177,7 @@ def _load(trainable: Trainable, checkpoint: Path) -> TrainingProgress:
         require_readable(checkpoint)
         wanted = _sharded_state(trainable, is_loading=True)
         with only_known_pickles():
-            state = dist_checkpointing.load(wanted, str(checkpoint))
+            state = load_checkpoint(wanted, checkpoint)
         _restore(trainable, state, progress.step)
     except CheckpointError:
         raise

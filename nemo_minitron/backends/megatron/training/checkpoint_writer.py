@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,9 @@ class PendingCheckpoint:
         request = begin_checkpoint(state, folder)
         pending = cls(request)
         if request.async_fn is not None:
-            found = checkpoint_buckets(request)
-            buckets = found if buffers is None else [_staged(bucket, buffers) for bucket in found]
+            buckets = checkpoint_buckets(request, on_host=buffers is None)
+            if buffers is not None:
+                buckets = _staged(buckets, buffers)
             pending._thread = threading.Thread(
                 target=pending._write, args=(buckets, results_queue), name="checkpoint", daemon=True
             )
@@ -102,13 +104,32 @@ def _first_cause(error: BaseException) -> BaseException:
 
 
 @torch.no_grad()
-def _staged(bucket: Bucket, buffers: Buffers) -> Bucket:
-    """Return the bucket with copies of its tensors."""
-    path, name, (blobs, tensors) = bucket
-    copies = []
-    for item, tensor in tensors:
-        buffer = buffers.get(item.index)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = buffers[item.index] = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        copies.append((item, buffer.copy_(tensor)))
-    return path, name, (blobs, copies)
+def _staged(buckets: list[Bucket], buffers: Buffers) -> list[Bucket]:
+    """Return the buckets with copies of their tensors in host memory, which is the only copy that is made."""
+    staged, on_gpu = [], False
+    for path, name, (blobs, tensors) in buckets:
+        copies = []
+        for item, tensor in tensors:
+            buffer = buffers.get(item.index)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                buffer = buffers[item.index] = _host_buffer(tensor)
+            copies.append((item, buffer.copy_(tensor, non_blocking=True)))
+            on_gpu |= tensor.is_cuda
+        staged.append((path, name, (blobs, copies)))
+    if on_gpu:
+        torch.cuda.synchronize()
+    return staged
+
+
+def _host_buffer(tensor: Tensor) -> Tensor:
+    """Return uninitialized host memory for a tensor, page-locked if the tensor is on a GPU.
+
+    The memory is registered with CUDA, because torch's own pinned memory is rounded up to powers of two. If it cannot
+    be registered, copies are slower.
+    """
+    buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
+    if tensor.is_cuda and buffer.nbytes:
+        cuda = torch.cuda.cudart()
+        if int(cuda.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)) == 0:
+            weakref.finalize(buffer, cuda.cudaHostUnregister, buffer.data_ptr())
+    return buffer
