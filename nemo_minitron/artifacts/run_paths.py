@@ -66,6 +66,10 @@ class RunPaths:
         """Return the file with the output of the ranks of a stage."""
         return self.logs / f"{stage}.ranks.log"
 
+    def nccl_traces(self, stage: str) -> Path:
+        """Return the beginning of the paths of the files that NCCL's flight recorder writes; the rank follows."""
+        return self.logs / f"{stage}.nccl_trace_rank_"
+
     def node_log(self, stage: str, node: int) -> Path:
         """Return the file with the output of a stage on a node other than the first."""
         return self.logs / f"{stage}.node{node}.log"

@@ -8,11 +8,12 @@ import io
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
@@ -22,6 +23,7 @@ from nemo_minitron.hf.tokenizer import require_known_ids
 from nemo_minitron.hf.transformers_versions import network_errors
 
 if TYPE_CHECKING:
+    from nemo_minitron.backends.megatron.runtime.session import Session
     from nemo_minitron.system.progress import Progress
 
 FALLBACK_BATCH_SIZE = 16
@@ -29,6 +31,7 @@ FALLBACK_BATCH_SIZE = 16
 DATA_FILE = "validation.arrow"
 """File of an offline copy: <folder>/<name of the task in lm-eval>/validation.arrow."""
 Scores = dict[str, dict[str, float]]
+_T = TypeVar("_T")
 _TOKENS = list[tuple[tuple[str, str], list[int], list[int]]]
 
 
@@ -41,6 +44,7 @@ def run_tasks(
     limit: int | None,
     work_dir: Path,
     progress: Progress,
+    session: Session | None = None,
 ) -> Scores:
     """Return zero-shot scores, task -> {acc, acc_stderr, acc_norm, ...}, with lm-eval's metrics of each task.
 
@@ -49,6 +53,7 @@ def run_tasks(
         data_dir: folder with <task>/validation.arrow; None: lm-eval fetches the data from the hub.
         limit: examples of each task, from the first on; None: all.
         work_dir: folder for task files and the datasets cache, which are removed afterwards.
+        session: its ranks share out the questions; all of them call this function, and rank 0 gets the scores.
 
     Raises:
         EnvironmentProblem: lm-eval is not installed, or the hub cannot be reached.
@@ -81,13 +86,15 @@ def run_tasks(
         names = [offline_name(task) for task in tasks] if data_dir else list(tasks)
         with data_errors(data_dir):
             found = lm_eval.simple_evaluate(
-                _language_model(model, tokenizer, progress),
+                _language_model(model, tokenizer, progress, session),
                 tasks=names,
                 num_fewshot=0,
                 limit=limit,
                 task_manager=manager,
                 log_samples=False,
             )
+    if found is None:  # lm-eval returns the scores on the first rank of a node only
+        return {}
     return {task: read_scores(found["results"][name]) for task, name in zip(tasks, names, strict=True)}
 
 
@@ -147,11 +154,27 @@ def require_known(tasks: Sequence[str], known: Sequence[str]) -> None:
             raise PlanError(f"lm-eval has no task {task}.", allowed=near or "see `lm-eval ls tasks`")
 
 
-def _language_model(model: Any, tokenizer: Any, progress: Progress) -> Any:
-    """Return lm-eval's wrapper of a transformers model, changed to process every question once.
+def share_out(
+    requests: Sequence[_T], keys: Sequence[Hashable], compute: Callable[[list[_T]], list[Any]], session: Session | None
+) -> list[Any]:
+    """Compute the results of each rank's part of the requests, and return all results in their order on every rank.
 
-    The wrapper gets a loaded model. From a name, it would join the other ranks of the stage and wait for them, but only
-    one rank evaluates.
+    Args:
+        keys: requests with the same key stay on one rank.
+    """
+    if session is None or session.world_size == 1:
+        return compute(list(requests))
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    owners = [numbers[key] % session.world_size for key in keys]
+    own = [request for request, owner in zip(requests, owners, strict=True) if owner == session.rank]
+    parts = [iter(part) for part in session.gather(compute(own) if own else [])]
+    return [next(parts[owner]) for owner in owners]
+
+
+def _language_model(model: Any, tokenizer: Any, progress: Progress, session: Session | None) -> Any:
+    """Return lm-eval's wrapper of a transformers model, changed to process every question once, on one rank.
+
+    The wrapper gets a loaded model. From a name, it would join the other ranks of the stage by itself.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -163,7 +186,15 @@ def _language_model(model: Any, tokenizer: Any, progress: Progress) -> Any:
             require_known_ids([int(ids.max())], vocab_size, tokenizer, where)
             return ids, mask
 
+        def generate_until(self, requests: list[Any], **options: Any) -> list[str]:
+            compute = partial(super().generate_until, **options)
+            return share_out(requests, range(len(requests)), compute, session)
+
         def _loglikelihood_tokens(self, requests: _TOKENS, **options: Any) -> list[Answer]:
+            questions = [tuple(question) for _, question, _ in requests]
+            return share_out(requests, questions, partial(self._answers, **options), session)
+
+        def _answers(self, requests: _TOKENS, **options: Any) -> list[Answer]:
             for _, question, answer in requests:
                 require_known_ids(chain(question, answer), vocab_size, tokenizer, where)
             window = getattr(model.config, "sliding_window", None) or self.max_length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from nemo_minitron.system.interrupts import RELAY_FILE, StopRequest
 from nemo_minitron.system.safe_files import open_log, own_folder, write_whole
 
 POLL_INTERVAL_S = 0.2
+MAX_COMPILE_THREADS, NUM_TRACED_OPERATIONS = 4, 2000
+"""Compilers of each rank, and collective operations that NCCL's flight recorder keeps."""
 
 
 def run_ranks(task: StageTask, stop: StopRequest) -> dict[str, Any]:
@@ -36,9 +39,11 @@ def run_ranks(task: StageTask, stop: StopRequest) -> dict[str, Any]:
     task.save()
     nodes = Nodes.here()
     command = nodes.command(sys.executable, size, [str(START), "worker", str(task.file)])
+    threads = task.execution.threads or nodes.threads_of_each(size)
     environment = {
         **SAFE_PATH,
-        "OMP_NUM_THREADS": str(task.execution.threads or nodes.threads_of_each(size)),
+        **_defaults(threads, RunPaths(task.run_dir).nccl_traces(task.name)),
+        "OMP_NUM_THREADS": str(threads),
         # Without this setting, torchrun handles SIGTERM and SIGHUP itself (from torch 2.9 on).
         "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGQUIT",
     }
@@ -66,6 +71,28 @@ def run_ranks(task: StageTask, stop: StopRequest) -> dict[str, Any]:
             next_step="Read the log. The same command resumes from the last checkpoint.",
         )
     return result
+
+
+def _defaults(threads: int, traces: Path) -> dict[str, str]:
+    """Return the environment variables that the user has not set and whose own defaults do not suit several ranks.
+
+    Args:
+        threads: CPU threads of each rank.
+        traces: NCCL's flight recorder writes files that begin with this path and end with the rank.
+    """
+    names = {
+        # By default each rank starts up to 32 compilers at the first step.
+        "TORCHINDUCTOR_COMPILE_THREADS": str(min(threads, MAX_COMPILE_THREADS)),
+        # After a timeout, each rank writes its last collective operations.
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    }
+    # Torch 2.9 renamed these two.
+    for size_name, file_name in (
+        ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"),
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"),
+    ):
+        names |= {size_name: str(NUM_TRACED_OPERATIONS), file_name: str(traces)}
+    return {name: value for name, value in names.items() if name not in os.environ}
 
 
 def _start(command: list[str], environment: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -111,6 +111,7 @@ def run_task(task: StageTask, inputs: ArtifactsByRole, progress: Progress, stop:
     from nemo_minitron.backends.megatron.runtime.session import open_session
 
     threads = execution.threads or Nodes.here().threads_of_each(task.parallel.world_size)
-    with open_session(task.parallel, device=execution.device, threads=threads) as session:
+    options = {"device": execution.device, "threads": threads, "deterministic": execution.deterministic}
+    with open_session(task.parallel, **options) as session:  # type: ignore[arg-type]
         shown = progress if session.is_main else Progress(silent=True)
         return dict(function(task.params, reads, replace(context, progress=shown, session=session)))

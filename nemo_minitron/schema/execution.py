@@ -54,6 +54,9 @@ class Execution(Schema):
     """CPU threads of each process. null: OMP_NUM_THREADS if it is set, else cores divided by processes."""
     workers: PositiveInt | None = None
     """Processes for tokenization. null: one for each core."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits each time on the same number of GPUs of the same kind, where there
+    are any. This is slower. On a CPU, results are the same bits anyway."""
     async_checkpoints: bool = True
     """Write training checkpoints from a thread while the training continues. This needs memory for a copy of the
     weights and the optimizer state."""

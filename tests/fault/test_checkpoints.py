@@ -138,8 +138,9 @@ def test_a_save_in_the_background_copies_each_tensor_once(folders: Folders, monk
         size = sum(buffer.nbytes for buffer in kept._buffers.values())
     print(f"state {size} B, peaks of two saves {peaks}")
     assert size > 12 * sum(weight.numel() for weight in _weights(job).values()) * 0.99
-    assert peaks[0] < 1.2 * size, "the first save makes one copy"
-    assert peaks[1] < 0.2 * size, "later saves use the same memory"
+    # On the CPU Megatron copies the tensors that are parts of a larger one, here a third.
+    assert peaks[0] < 1.4 * size, "the first save makes one copy"
+    assert peaks[1] < 0.4 * size, "later saves use the same memory"
 
 
 @torch.no_grad()

@@ -22,10 +22,12 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        before = {storage._cdata for storage in _storages((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self._add(leaf.untyped_storage())
+        for storage in _storages(out):
+            # A view of an input, or an input that was changed in place, is not new.
+            if storage._cdata not in before:
+                self._add(storage)
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -40,3 +42,7 @@ class LiveBytes(TorchDispatchMode):
     def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
 
 from nemo_minitron.evaluation import speed
 from nemo_minitron.evaluation.speed import measure_speed, summarize, time_model
@@ -48,3 +53,16 @@ def test_a_real_model_reads_a_prompt_longer_than_its_vocabulary_and_writes(case:
     prefill, generate = time_model(tiny_model(case, vocab_size=64), prompt_tokens=80, new_tokens=3)
     assert prefill > 0
     assert generate > 0
+
+
+def test_candidates_are_timed_on_the_device_of_the_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from nemo_minitron.evaluation import agreement, speed
+    from nemo_minitron.schema.speed import SpeedMeasurement
+    from nemo_minitron.stages.search import candidate
+
+    devices: list[str] = []
+    monkeypatch.setattr(agreement, "load_compared", lambda folder, precision, device, **_: devices.append(device))
+    monkeypatch.setattr(speed, "measure_speed", lambda models, **_: {"candidate": {"generate_tokens_per_s": 1.0}})
+    context: Any = SimpleNamespace(open_session=SimpleNamespace(device=torch.device("cuda", 3)), logits_memory=None)
+    candidate._speed(SpeedMeasurement(), tmp_path, context)
+    assert devices == ["cuda:3"]

@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow as pa
 import pytest
@@ -15,6 +16,7 @@ from nemo_minitron.evaluation.generation import load_for_inference
 from nemo_minitron.evaluation.tasks import FALLBACK_BATCH_SIZE, read_scores, run_tasks, write_offline_tasks
 from nemo_minitron.hf.tokenizer import load_tokenizer
 from nemo_minitron.system.progress import Progress
+from tests.support.distributed import run_ranks
 from tests.support.tiny_models import tiny_model_dir
 
 pytest.importorskip("lm_eval")
@@ -57,6 +59,35 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _run(model_dir: Path, data_dir: Path, work: Path, *tasks: str, limit: int | None = None) -> Any:
     model, tokenizer = load_for_inference(model_dir, "fp32", "cpu"), load_tokenizer(model_dir)
     return run_tasks(model, tokenizer, tasks, data_dir=data_dir, limit=limit, work_dir=work, progress=SILENT)
+
+
+def tasks_of_rank(ranks: int, model_dir: Path, data_dir: Path, work: Path) -> tuple[Any, int]:
+    """Scores on this rank, and the number of answers that it has scored itself."""
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+    from nemo_minitron.evaluation import tasks
+    from nemo_minitron.schema.execution import Parallel
+
+    own, plain = [0], tasks.score_answers
+
+    def counted(model: Any, pairs: Any, **options: Any) -> Any:
+        own[0] += len(pairs)
+        return plain(model, pairs, **options)
+
+    model, tokenizer = load_for_inference(model_dir, "fp32", "cpu"), load_tokenizer(model_dir)
+    options = {"data_dir": data_dir, "limit": None, "work_dir": work, "progress": SILENT}
+    with patch.object(tasks, "score_answers", counted), open_session(Parallel(dp=ranks), device="cpu") as session:
+        return run_tasks(model, tokenizer, ("piqa", "sciq"), session=session, **options), own[0]
+
+
+def test_ranks_share_out_the_questions(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    ((whole, all_answers),) = run_ranks(1, tasks_of_rank, 1, model_dir, data_dir, tmp_path)
+    found = run_ranks(2, tasks_of_rank, 2, model_dir, data_dir, tmp_path)
+    assert all_answers == 8 * 2 + 8 * 4
+    assert [answers for _, answers in found] == [all_answers // 2] * 2
+    scores, others = (scores for scores, _ in found)
+    assert scores.keys() == whole.keys()
+    assert all(scores[task] == pytest.approx(whole[task]) for task in whole)
+    assert not others
 
 
 def test_scores_equal_those_of_lm_evals_own_model(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:

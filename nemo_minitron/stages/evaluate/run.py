@@ -22,7 +22,7 @@ class Inputs:
 
 
 def evaluate(params: EvaluateStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Measure the held-out loss with Megatron on all ranks; run tasks and sample texts with transformers on rank 0.
+    """Measure the held-out loss with Megatron, and run tasks with transformers, on all ranks; sample texts on rank 0.
 
     Write metrics.json.
 
@@ -47,6 +47,7 @@ def evaluate(params: EvaluateStage, inputs: Inputs, ctx: StageContext) -> Result
         session=ctx.open_session,
         progress=ctx.progress,
     )
+    through_transformers = _through_transformers(params, model_dir, ctx)
     if not ctx.is_main:
         return {}
     facts = model_facts(model_dir)
@@ -60,7 +61,7 @@ def evaluate(params: EvaluateStage, inputs: Inputs, ctx: StageContext) -> Result
         "num_tokens": heldout.num_tokens,
         "num_bytes": heldout.num_bytes,
         "tasks_limit": params.tasks_limit,
-        **_through_transformers(params, model_dir, ctx),
+        **through_transformers,
     }
     (ctx.out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return {key: value for key, value in metrics.items() if key != "samples"}
@@ -71,17 +72,24 @@ def _uses_transformers(params: EvaluateStage) -> bool:
 
 
 def _through_transformers(params: EvaluateStage, model_dir: Path, ctx: StageContext) -> dict[str, Any]:
-    """Return {tasks, samples}. The model is loaded once, and only if the recipe has tasks or prompts."""
+    """Return {tasks, samples}. The model is loaded once on each rank that needs it: all of them for tasks."""
     if not _uses_transformers(params):
         return {"tasks": {}, "samples": []}
+    with ctx.open_session.main_works():
+        if not (ctx.is_main or params.tasks):
+            return {}
+        return _tasks_and_samples(params, model_dir, ctx)
+
+
+def _tasks_and_samples(params: EvaluateStage, model_dir: Path, ctx: StageContext) -> dict[str, Any]:
     from nemo_minitron.evaluation.agreement import load_compared
     from nemo_minitron.evaluation.generation import greedy_texts
     from nemo_minitron.evaluation.tasks import run_tasks
     from nemo_minitron.hf.source import resolve_path
     from nemo_minitron.hf.tokenizer import load_tokenizer
 
-    device = str(ctx.open_session.device)
-    model = load_compared(model_dir, params.precision, device, memory=ctx.logits_memory, session=ctx.open_session)
+    session = ctx.open_session
+    model = load_compared(model_dir, params.precision, str(session.device), memory=ctx.logits_memory, session=session)
     tokenizer = load_tokenizer(model_dir)
     tasks: dict[str, dict[str, float]] = {}
     if params.tasks:
@@ -94,5 +102,7 @@ def _through_transformers(params: EvaluateStage, model_dir: Path, ctx: StageCont
             limit=params.tasks_limit,
             work_dir=ctx.work_dir,
             progress=ctx.progress,
+            session=session,
         )
-    return {"tasks": tasks, "samples": greedy_texts(model, tokenizer, params.prompts, params.max_new_tokens)}
+    prompts = params.prompts if ctx.is_main else ()
+    return {"tasks": tasks, "samples": greedy_texts(model, tokenizer, prompts, params.max_new_tokens)}

@@ -123,15 +123,15 @@ def _repair(compensation: Compensation, inputs: Inputs, pruned: Path, ctx: Stage
 def _cut_and_measure(params: CandidateStage, inputs: Inputs, ctx: StageContext, folder: Path) -> Mapping[str, float]:
     """Prune the model into `folder` once and, if the recipe requests it, time it. Rank 0 works; the others wait."""
     rates = ctx.work_dir / "speed.json"
-    if ctx.is_main and not folder.is_dir():
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _cut(params, inputs, ctx, partial)
-        os.replace(partial, folder)
-    if ctx.is_main and params.measure_speed is not None and not rates.is_file():
-        rates.write_text(json.dumps(_speed(params.measure_speed, folder, ctx)))
-    ctx.open_session.barrier()
+    with ctx.open_session.main_works():
+        if ctx.is_main and not folder.is_dir():
+            partial = folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _cut(params, inputs, ctx, partial)
+            os.replace(partial, folder)
+        if ctx.is_main and params.measure_speed is not None and not rates.is_file():
+            rates.write_text(json.dumps(_speed(params.measure_speed, folder, ctx)))
     found: dict[str, float] = json.loads(rates.read_text()) if rates.is_file() else {}
     return found
 
@@ -151,7 +151,8 @@ def _speed(params: SpeedMeasurement, folder: Path, ctx: StageContext) -> Mapping
     from nemo_minitron.evaluation.agreement import load_compared
     from nemo_minitron.evaluation.speed import measure_speed
 
-    model = load_compared(folder, params.precision, "cpu", memory=ctx.logits_memory, session=ctx.open_session)
+    session = ctx.open_session
+    model = load_compared(folder, params.precision, str(session.device), memory=ctx.logits_memory, session=session)
     return measure_speed(
         {"candidate": model},
         prompt_tokens=params.prompt_tokens,

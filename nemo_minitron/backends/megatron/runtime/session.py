@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch.distributed import distributed_c10d
 
 from nemo_minitron.backends.megatron.runtime.cpu import cuda_means_cpu
 from nemo_minitron.backends.megatron.runtime.rendezvous import ForeignProcessError, join, restricted_to_own_user
@@ -19,6 +21,19 @@ from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.system.heap import keep_freed_memory
 
 TIMEOUT = timedelta(minutes=30)
+"""Time in which every rank must join a collective operation, until a training has made its first step."""
+STEP_TIMEOUT = timedelta(minutes=10)
+"""The same between the first and the last step of a training, so that a hang does not cost hours of all GPUs."""
+LONG_TIMEOUT = timedelta(days=1)
+"""Time for work that only one rank does."""
+DETERMINISTIC = {
+    # Transformer Engine and cuDNN choose backward passes of attention without atomic additions.
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    # NCCL then adds in the same order every time.
+    "NCCL_ALGO": "Ring",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}
+"""Environment variables of execution.deterministic. Libraries read them when they are first used."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,39 @@ class Session:
     def barrier(self) -> None:
         dist.barrier()
 
+    @contextmanager
+    def main_works(self) -> Iterator[None]:
+        """Let rank 0 do long work inside the context; the others wait at its end, for up to a day.
+
+        They wait in a group on the CPU, because NCCL's watchdog would end processes that wait longer than its timeout.
+        """
+        with self._patient_group() as group:
+            yield
+            if group is not None:
+                dist.barrier(group=group)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks in their order, on every rank; ranks may be up to a day apart."""
+        found = [value] * self.world_size
+        with self._patient_group() as group:
+            if group is not None:
+                dist.all_gather_object(found, value, group=group)
+        return found
+
+    @contextmanager
+    def _patient_group(self) -> Iterator[dist.ProcessGroup | None]:
+        if self.world_size == 1:
+            yield None
+            return
+        group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+        yield group
+        dist.destroy_process_group(group)
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Limit the time that a collective operation of any group waits for the other ranks."""
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(timeout, group)
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """All-reduce over every rank, in place."""
         if self.world_size > 1:
@@ -70,9 +118,17 @@ class Session:
 
 @contextmanager
 def open_session(
-    parallel: Parallel, *, device: str = "auto", seed: int = 1234, threads: int | None = None
+    parallel: Parallel,
+    *,
+    device: str = "auto",
+    seed: int = 1234,
+    threads: int | None = None,
+    deterministic: bool = False,
 ) -> Iterator[Session]:
     """Initialize torch.distributed (for a single process, too) and Megatron's parallel state.
+
+    Args:
+        deterministic: use only algorithms that give the same bits each time, where there are any.
 
     Raises:
         EnvironmentProblem: CUDA was requested but is not available, or another user's process has connected.
@@ -84,6 +140,8 @@ def open_session(
         if threads:
             torch.set_num_threads(threads)
     with ExitStack() as stack:
+        if deterministic:
+            stack.enter_context(_deterministic())
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         else:
@@ -126,6 +184,21 @@ def _join_world(device: torch.device, parallel: Parallel) -> None:
             next_step="Start tp * pp * cp * dp processes.",
         )
     join(backend, TIMEOUT)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Use deterministic algorithms inside the context. An operation that has none logs a warning."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    added = {name: value for name, value in DETERMINISTIC.items() if name not in os.environ}
+    os.environ.update(added)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        for name in added:
+            os.environ.pop(name, None)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from nemo_minitron.backends.megatron.training.distributed_adam import (
     sharded_optimizer_state,
 )
 from nemo_minitron.backends.megatron.training.integrity import FACTS_FILE, find_damage, read_facts, write_facts
-from nemo_minitron.backends.megatron.training.optim import Trainable
+from nemo_minitron.backends.megatron.training.optim import Trainable, use_fused_adam
 from nemo_minitron.errors import CheckpointError, shortened
 from nemo_minitron.system.disk import disk_problem
 
@@ -203,6 +203,7 @@ def _restore(trainable: Trainable, state: dict[str, Any], step: int) -> None:
         trainable.optimizer.load_state_dict(state["optimizer"])
     for group, values in zip(_groups(trainable), wanted, strict=True):
         group.update(values)
+    use_fused_adam(trainable.optimizer)
     trainable.schedule.step(step)
     if trainable.teacher is not None:
         _restore(trainable.teacher, state["teacher"], step)

@@ -59,13 +59,26 @@ def load_optimizer_state(chained: MegatronOptimizer, state: dict[str, Any]) -> N
 @contextmanager
 def _without_counters(optimizer: DistributedOptimizer) -> Iterator[None]:
     """Hide the step counters, since Megatron expects states of the parameter's size; then restore separate counters."""
-    states = list(optimizer.optimizer.state.values())
-    steps = [float(tensors.pop("step")) for tensors in states]
+    adam = optimizer.optimizer
+    counters = [(parameter, float(tensors.pop("step"))) for parameter, tensors in adam.state.items()]
     try:
         yield
     finally:
-        for tensors, step in zip(states, steps, strict=True):
-            tensors["step"] = torch.tensor(step)
+        fused = dict(_parameters(adam))
+        for parameter, step in counters:
+            adam.state[parameter]["step"] = _counter(step, parameter, is_fused=fused[parameter])
+
+
+def _parameters(adam: torch.optim.Optimizer) -> Iterator[tuple[torch.Tensor, bool]]:
+    """Yield each parameter, and whether its group uses the fused kernel."""
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            yield parameter, bool(group.get("fused"))
+
+
+def _counter(step: float, parameter: torch.Tensor, *, is_fused: bool) -> torch.Tensor:
+    """Return a step counter of torch's Adam. The fused kernel needs it on the parameter's device."""
+    return torch.tensor(step, device=parameter.device if is_fused else "cpu")
 
 
 def _only(optimizer: MegatronOptimizer) -> DistributedOptimizer:
@@ -83,7 +96,7 @@ def _is_torch_adam(optimizer: DistributedOptimizer) -> bool:
 def _make_states(optimizer: DistributedOptimizer) -> None:
     """Create the states that torch creates at the first step; Megatron cannot describe an optimizer without states."""
     adam = optimizer.optimizer
-    for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+    for parameter, is_fused in _parameters(adam):
         if not adam.state[parameter]:
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+            adam.state[parameter] = {"step": _counter(0.0, parameter, is_fused=is_fused), **moments}

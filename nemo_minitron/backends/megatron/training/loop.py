@@ -22,7 +22,7 @@ from nemo_minitron.backends.megatron.model.build import DTYPES
 from nemo_minitron.backends.megatron.model.forward import Batch
 from nemo_minitron.backends.megatron.model.weights import save_model
 from nemo_minitron.backends.megatron.runtime.peak import matmul_flops_per_s
-from nemo_minitron.backends.megatron.runtime.session import Session
+from nemo_minitron.backends.megatron.runtime.session import STEP_TIMEOUT, TIMEOUT, Session
 from nemo_minitron.backends.megatron.training.checkpoint import Checkpoints, TrainingProgress, step_of
 from nemo_minitron.backends.megatron.training.curves import Curves, Tracker
 from nemo_minitron.backends.megatron.training.guard import LossWatch
@@ -160,7 +160,11 @@ def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | Non
         with options.stop.deferred(), progress.bar(options.stage, job.num_steps, "steps", done=before.step) as bar:
             for step in range(before.step, job.num_steps):
                 _advance(loop, step, bar)
+                if step == before.step:
+                    # The first step compiles kernels and opens connections, which takes longer.
+                    job.session.set_timeout(STEP_TIMEOUT)
     finally:
+        job.session.set_timeout(TIMEOUT)
         job.reader.close()
         curves.close()
     return curves

@@ -68,8 +68,38 @@ def make_trainable(model: Model, params: Optimization, num_steps: int, parallel:
     config.finalize_model_grads_func = _finalize_gradients
     config.no_sync_func = ddp.no_sync
     optimizer = get_megatron_optimizer(_optimizer_config(params, parallel), [ddp])
+    use_fused_adam(optimizer)
     config.grad_scale_func = optimizer.scale_loss
     return Trainable(ddp, optimizer, _schedule(optimizer, params, num_steps))
+
+
+def use_fused_adam(optimizer: MegatronOptimizer) -> None:
+    """Let torch's Adam update the parameters of a GPU in one kernel; by default it makes a copy of all of them.
+
+    Transformer Engine's and Apex's Adam are fused already. Call this again after loading a state, which includes the
+    choice and the step counters of another device.
+    """
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam = getattr(single, "optimizer", None)
+        for group in adam.param_groups if isinstance(adam, torch.optim.AdamW | torch.optim.Adam) else ():
+            if can_be_fused(group["params"]):
+                group["fused"] = True
+            elif group.get("fused"):
+                group["fused"] = False
+            for parameter in group["params"]:
+                if "step" in adam.state.get(parameter, {}):
+                    place_counter(adam, parameter, is_fused=bool(group.get("fused")))
+
+
+def can_be_fused(parameters: list[torch.Tensor]) -> bool:
+    """Whether all parameters are on a GPU."""
+    return bool(parameters) and all(parameter.is_cuda for parameter in parameters)
+
+
+def place_counter(adam: torch.optim.Optimizer, parameter: torch.Tensor, *, is_fused: bool) -> None:
+    """Put a step counter where torch's Adam needs it: the fused kernel on the parameter's device, others on the CPU."""
+    state = adam.state[parameter]
+    state["step"] = torch.as_tensor(state["step"]).to("cpu" if not is_fused else parameter.device)
 
 
 def _finalize_gradients(models: list[Any], *args: Any, **kwargs: Any) -> None:
