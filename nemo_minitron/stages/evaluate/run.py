@@ -34,10 +34,12 @@ def evaluate(params: EvaluateStage, inputs: Inputs, ctx: StageContext) -> Result
     from nemo_minitron.hf.checkpoint import model_facts
 
     model_dir = inputs.model.path
-    if ctx.is_main and _uses_transformers(params):
+    if _uses_transformers(params):
         from nemo_minitron.evaluation.agreement import require_agreement
 
-        require_agreement(model_dir, ctx.logits_memory, ctx.open_session)
+        with ctx.open_session.main_works():
+            if ctx.is_main:
+                require_agreement(model_dir, ctx.logits_memory, ctx.open_session)
     heldout = heldout_loss(
         model_dir,
         inputs.data.path,
