@@ -93,9 +93,8 @@ def test_an_error_of_the_samples_reaches_the_step() -> None:
         next(batches)
 
 
-def test_batches_on_a_gpu_come_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    pinned: list[bool] = []
-    plain = reader.host_batch
+def test_batches_on_a_gpu_come_from_pinned_memory_of_its_own_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned, selected, plain = list[bool](), list[tuple[str, Any]](), reader.host_batch
 
     def host_batch(samples: Any, numbers: range, *, pinned: bool) -> Any:
         recorded.append(pinned)
@@ -103,8 +102,13 @@ def test_batches_on_a_gpu_come_from_pinned_memory(monkeypatch: pytest.MonkeyPatc
 
     recorded = pinned
     monkeypatch.setattr(reader, "host_batch", host_batch)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: selected.append((threading.current_thread().name, device))
+    )
     session = _session()
     session.on_gpu = True
     next(MicroBatchReader(Samples(8), session, num_steps=1, global_batch_size=4).step(0))
-    assert all(recorded)
     assert recorded
+    assert all(recorded)
+    assert [device for _, device in selected] == [session.device]
+    assert selected[0][0].startswith("samples")

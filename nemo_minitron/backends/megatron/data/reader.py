@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import torch
+
 from nemo_minitron.backends.megatron.data.datasets import host_batch, training_batch
 from nemo_minitron.backends.megatron.model.forward import Batch
 from nemo_minitron.backends.megatron.runtime.session import Session
@@ -61,9 +63,14 @@ class MicroBatchReader:
         following = self._ahead[-1][0] + 1 if self._ahead else number
         for ahead in range(following, min(number + READ_AHEAD + 1, max(self._total, number + 1))):
             if self._executor is None:
-                self._executor = ThreadPoolExecutor(1, "samples")
+                self._executor = ThreadPoolExecutor(1, "samples", initializer=self._enter_thread)
             self._ahead.append((ahead, self._executor.submit(self._read, ahead)))
         return self._ahead.popleft()[1].result()
+
+    def _enter_thread(self) -> None:
+        """Select this rank's GPU, so that pinned memory does not open a context on the first one."""
+        if self._session.on_gpu:
+            torch.cuda.set_device(self._session.device)
 
     def _read(self, number: int) -> Batch:
         step, place = divmod(number, self.num_micro_batches)
