@@ -38,6 +38,7 @@ def run_ranks(task: StageTask, stop: StopRequest) -> dict[str, Any]:
     command = nodes.command(sys.executable, size, [str(START), "worker", str(task.file)])
     environment = {
         **SAFE_PATH,
+        **task.gpu_environment(),
         "OMP_NUM_THREADS": str(task.execution.threads or nodes.threads_of_each(size)),
         # Without this setting, torchrun handles SIGTERM and SIGHUP itself (from torch 2.9 on).
         "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGQUIT",
