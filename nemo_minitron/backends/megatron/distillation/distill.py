@@ -18,6 +18,7 @@ from nemo_minitron.backends.megatron.data.datasets import (
     training_sources,
 )
 from nemo_minitron.backends.megatron.distillation.correction import Correction
+from nemo_minitron.backends.megatron.distillation.fp8_teacher import require_close_teacher, run_in_fp8
 from nemo_minitron.backends.megatron.distillation.hidden import (
     HiddenLossWeight,
     HiddenStates,
@@ -98,6 +99,10 @@ def prepare(
         setup = DistillSetup(params.loss, student, None, min(sizes), heldout, session, params.seed)
         return _job(params, params.num_steps, setup, shape, data_dir, work_dir)
     teacher, _ = load_model(teacher_dir, session, **options)  # type: ignore[arg-type]
+    if params.teacher_fp8 is not None:
+        weight = head_weight(teacher, min(sizes)) if session.is_last_stage else None
+        run_in_fp8(teacher, params.teacher_fp8, session)
+        require_close_teacher(teacher, weight, heldout, params.teacher_fp8, session, work_dir)
     hidden = None
     if params.loss.hidden is not None:
         micro_batches = params.global_batch_size // (session.parallel.dp * session.parallel.micro_batch_size)
