@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from nemo_minitron.distillation.flops import forward_flops_per_token, training_flops_per_token
 from nemo_minitron.families import ModelShape, num_params
 from nemo_minitron.schema.execution import Parallel
-from nemo_minitron.schema.training import Optimization, Training
+from nemo_minitron.schema.training import Distillation, Optimization, Training
 from nemo_minitron.workload.memory import Work
 
 
@@ -87,7 +87,9 @@ def distillation_load(
     needed = teacher if keys.loss.needs_teacher and not cached else None
     pairs = 0 if keys.loss.hidden is None else student.num_layers
     found = training_load(student, needed, keys, num_steps, layout, teacher_learns=teacher_learns, hidden_pairs=pairs)
-    return replace(found, work=replace(found.work, lone_forward_kl=keys.loss.is_lone_forward_kl and not cached))
+    in_fp8 = needed is not None and isinstance(keys, Distillation) and keys.teacher_fp8 is not None
+    alone = keys.loss.is_lone_forward_kl and not cached
+    return replace(found, work=replace(found.work, lone_forward_kl=alone, teacher_in_fp8=in_fp8))
 
 
 def alignment_load(
