@@ -13,9 +13,32 @@ TORCH, ENGINE = "torch", "transformer_engine"
 LAYERS = [TORCH, *([ENGINE] if importlib.util.find_spec("transformer_engine_torch") else [])]
 
 
+DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    "NCCL_ALGO": "Ring",
+}
+"""Variables with which cuBLAS, Transformer Engine and NCCL add in the same order each time."""
+
+
 def on_gpu(layers: str, function: Callable[..., Any], *args: Any) -> Any:
     """function(*args) in a process of its own, with these layers."""
     return run_ranks(1, _with_layers, layers, function, *args)[0]
+
+
+def on_gpu_deterministic(layers: str, function: Callable[..., Any], *args: Any) -> Any:
+    """The same without kernels whose result depends on timing, such as atomic sums of embedding gradients."""
+    return run_ranks(1, _deterministic, layers, function, *args)[0]
+
+
+def _deterministic(layers: str, function: Callable[..., Any], *args: Any) -> Any:
+    import os
+
+    import torch
+
+    os.environ.update(DETERMINISTIC)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return _with_layers(layers, function, *args)
 
 
 def _with_layers(kind: str, function: Callable[..., Any], *args: Any) -> Any:
@@ -45,6 +68,8 @@ def distill_peak_bytes(order: dict[str, Any]) -> dict[str, int]:
         folders = (Path(order[name]) for name in ("student", "teacher", "data"))
         job = distill.prepare(params, *folders, Path(order["work"]), session)
         training.train_step(job, 0)
+        # Workspaces of cuBLAS, 32 MiB for each thread that multiplies, are no part of the plan.
+        torch._C._cuda_clearCublasWorkspaces()
         fixed = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         for step in (1, 2):
