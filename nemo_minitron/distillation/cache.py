@@ -264,7 +264,8 @@ class TeacherCache:
             ids.append(torch.from_numpy(of_sample[0]))
             probs.append(torch.from_numpy(self._normalized(of_sample[1])))
             entropies.append(torch.from_numpy(entry.negative_entropy.astype(np.float32)))
-        return SparseTeacher(_padded(ids), _padded(probs), torch.cat(entropies))
+        has_tail = isinstance(self.sparse, TopK) and self.sparse.tail == "ghost"
+        return SparseTeacher(_padded(ids), _padded(probs), torch.cat(entropies), may_have_tail=has_tail)
 
     def _normalized(self, probs_SK: NDArray[np.float32]) -> NDArray[np.float32]:
         """Normalize probabilities without a tail, which do not sum to 1 after rounding."""

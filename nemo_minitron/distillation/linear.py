@@ -12,19 +12,32 @@ Shapes: T tokens, D hidden size, V this rank's part of the vocabulary (without p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_minitron.distillation.chunks import CHUNK_BYTES, MIN_CHUNK_TOKENS
+from nemo_minitron.distillation import chunks
 from nemo_minitron.distillation.losses import LossAndGrad
+from nemo_minitron.distillation.matmul import add_product
 
 ChunkLoss = Callable[[Tensor, slice], LossAndGrad]
 """Student logits of a block [n, V], and the positions of its tokens in the batch -> loss [n], gradient [n, V]."""
-CPU_BLOCK_BYTES = 2**22
-"""Size of the logits of one block in fp32."""
-MIN_BLOCK_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class MainGrad:
+    """The buffer in which a training loop sums the gradient of the output layer's weight over micro-batches."""
+
+    parameter: Tensor
+    """The whole weight, vocabulary padding included; autograd must see that it has got its gradient."""
+    scale: float
+    """What the training loop multiplies the loss by before its backward pass. The backward pass checks it."""
+
+    def rows(self, vocab_size: int) -> Tensor:
+        buffer: Tensor = self.parameter.main_grad  # type: ignore[attr-defined]
+        return buffer[:vocab_size]
 
 
 def linear_loss(
@@ -34,6 +47,8 @@ def linear_loss(
     chunk_loss: ChunkLoss,
     *,
     chunk_tokens: int | None = None,
+    in_place: bool = False,
+    main_grad: MainGrad | None = None,
 ) -> Tensor:
     """Compute `sum_t token_weights_t * loss_t` of the logits `hidden @ weight.T`, differentiable in hidden and weight.
 
@@ -42,37 +57,48 @@ def linear_loss(
 
     Args:
         token_weights_T: weights of the tokens; they get no gradient.
-        chunk_tokens: tokens of a chunk; None: from CHUNK_BYTES.
+        chunk_tokens: tokens of a chunk; None: see chunks.py.
+        in_place: the loss takes the logits of a whole chunk in the precision of hidden, and overwrites them with the
+            gradient times the token weights (fused_kl.py).
+        main_grad: where the gradient of the weight is added in the forward pass; None: autograd gets it.
 
     Returns:
         The loss, a scalar in at least fp32.
     """
     head = Head(weight_VD, hidden_TD, chunk_tokens)
     with_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
-    total: Tensor = _LinearLoss.apply(hidden_TD, weight_VD, token_weights_T, chunk_loss, head, with_gradient)
+    options = _Options(chunk_loss, head, with_gradient, in_place, main_grad)
+    parameter = weight_VD if main_grad is None else main_grad.parameter
+    total: Tensor = _LinearLoss.apply(hidden_TD, parameter, token_weights_T, options)
     return total
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Arguments of a head-and-loss pass that are not tensors."""
+
+    loss: ChunkLoss
+    head: Head
+    with_gradient: bool
+    in_place: bool
+    main_grad: MainGrad | None
 
 
 class Head:
     """The logits `hidden @ weight.T`, computed in chunks and returned in blocks.
 
     Args:
-        chunk_tokens: tokens of a chunk; None: from CHUNK_BYTES.
+        chunk_tokens: tokens of a chunk; None: see chunks.py.
     """
 
     def __init__(self, weight_VD: Tensor, hidden_TD: Tensor, chunk_tokens: int | None = None) -> None:
         self.weight, self.hidden = weight_VD.detach(), hidden_TD.detach()
-        vocab_size = weight_VD.shape[0]
-        self.chunk_tokens = chunk_tokens or max(MIN_CHUNK_TOKENS, CHUNK_BYTES // (4 * vocab_size))
-        of_cache = max(MIN_BLOCK_TOKENS, CPU_BLOCK_BYTES // (4 * vocab_size))
-        self._block_tokens = min(self.chunk_tokens, self.chunk_tokens if weight_VD.is_cuda else of_cache)
+        vocab_size, on_gpu = weight_VD.shape[0], weight_VD.is_cuda
+        self.chunk_tokens = chunk_tokens or chunks.chunk_tokens(vocab_size, on_gpu=on_gpu)
+        self._block_tokens = chunks.block_tokens(vocab_size, self.chunk_tokens, on_gpu=on_gpu)
         self._chunk, self._returned = slice(0, 0), 0
         self._product = self.hidden.new_empty(min(self.chunk_tokens, len(hidden_TD)), vocab_size)
-        self._scratch = self._product
-        if self.wide != self.hidden.dtype:
-            self._scratch = self._product.new_empty(
-                min(self._block_tokens, len(hidden_TD)), vocab_size, dtype=self.wide
-            )
+        self._scratch: Tensor | None = None
 
     @property
     def wide(self) -> torch.dtype:
@@ -97,12 +123,21 @@ class Head:
         Args:
             rows: at most chunk_tokens; if they are not in order, the product is computed again.
         """
+        found = self.product(rows)
+        if found.dtype == self.wide:
+            return found
+        if self._scratch is None or len(self._scratch) < len(found):
+            self._scratch = torch.empty_like(found, dtype=self.wide)
+        return self._scratch[: len(found)].copy_(found)
+
+    def product(self, rows: slice) -> Tensor:
+        """Return logits [n, V] in the precision of hidden, otherwise like `logits`."""
         # The caller may have overwritten logits that it has already got.
         if not max(self._chunk.start, self._returned) <= rows.start < rows.stop <= self._chunk.stop:
             self._chunk = slice(rows.start, min(rows.start + self.chunk_tokens, len(self.hidden)))
             torch.mm(self.hidden[self._chunk], self.weight.t(), out=self._product[: _length(self._chunk)])
-        found, self._returned = self._rows(rows), rows.stop
-        return found if self._scratch is self._product else self._scratch[: _length(rows)].copy_(found)
+        self._returned = rows.stop
+        return self._rows(rows)
 
     def put_gradient(self, rows: slice, grad_nV: Tensor) -> None:
         """Overwrite the logits of a block with its gradient."""
@@ -131,33 +166,25 @@ def _length(rows: slice) -> int:
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        token_weights: Tensor,
-        chunk_loss: ChunkLoss,
-        head: Head,
-        with_gradient: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, parameter: Tensor, token_weights: Tensor, options: _Options) -> Tensor:
+        head, main_grad = options.head, options.main_grad
         total = torch.zeros((), dtype=head.wide, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if with_gradient else None
-        grad_weight = None
-        if with_gradient and weight.requires_grad:
-            grad_weight = torch.zeros(weight.shape, dtype=head.wide, device=weight.device)
+        grad_hidden = torch.empty_like(hidden) if options.with_gradient else None
+        grad_weight, scale = None, 1.0
+        if options.with_gradient and main_grad is not None:
+            grad_weight, scale = main_grad.rows(len(head.weight)), main_grad.scale
+        elif options.with_gradient and parameter.requires_grad:
+            grad_weight = torch.zeros(head.weight.shape, dtype=head.wide, device=parameter.device)
         for chunk in head.chunks():
-            for rows in head.blocks(chunk):
-                loss, grad = chunk_loss(head.logits(rows), rows)
-                total += loss @ token_weights[rows].to(loss.dtype)
-                if with_gradient:
-                    head.put_gradient(rows, grad.mul_(token_weights[rows, None]))
+            total += _chunk_loss(options, chunk, token_weights)
             if grad_hidden is None:
                 continue
             narrow = head.take_gradient()
-            torch.mm(narrow, weight, out=grad_hidden[chunk])
+            torch.mm(narrow, head.weight, out=grad_hidden[chunk])
             if grad_weight is not None:
-                _add_product(grad_weight, narrow, hidden[chunk])
-        ctx.grads = (grad_hidden, grad_weight)
+                add_product(grad_weight, narrow, head.hidden[chunk], scale)
+        ctx.grads = (grad_hidden, grad_weight if main_grad is None else None)
+        ctx.main_grad = main_grad
         return total
 
     @staticmethod
@@ -166,12 +193,30 @@ class _LinearLoss(torch.autograd.Function):
             raise RuntimeError("the gradient of a fused loss can be computed only once")
         grads, ctx.grads = ctx.grads, None
         hidden, weight = (None if grad is None else grad.mul_(grad_outputs[0]) for grad in grads)
-        return hidden, weight, None, None, None, None
+        if ctx.main_grad is not None:
+            weight = _added_already(ctx.main_grad, grad_outputs[0])
+        return hidden, weight, None, None
 
 
-def _add_product(out_VD: Tensor, grad_nV: Tensor, hidden_nD: Tensor) -> None:
-    """Compute out += grad.T @ hidden, accumulated in the precision of out."""
-    if out_VD.dtype == grad_nV.dtype:
-        out_VD.addmm_(grad_nV.t(), hidden_nD)
-    else:
-        out_VD.add_(grad_nV.t() @ hidden_nD)
+def _chunk_loss(options: _Options, chunk: slice, token_weights: Tensor) -> Tensor:
+    """Return the weighted sum of the losses of a chunk, and leave its gradient in the head."""
+    head = options.head
+    total = torch.zeros((), dtype=head.wide, device=token_weights.device)
+    for rows in (chunk,) if options.in_place else head.blocks(chunk):
+        loss, grad = options.loss(head.product(rows) if options.in_place else head.logits(rows), rows)
+        total += loss @ token_weights[rows].to(loss.dtype)
+        if options.with_gradient and not options.in_place:
+            head.put_gradient(rows, grad.mul_(token_weights[rows, None]))
+    return total
+
+
+def _added_already(main_grad: MainGrad, grad_output: Tensor) -> Tensor:
+    """Return a placeholder for the gradient of a weight whose gradient buffer has it already.
+
+    Megatron's hook needs some gradient to see that the backward pass has reached the weight; it drops this one.
+    """
+    parameter = main_grad.parameter
+    # On a GPU the check does not wait for the device.
+    torch._assert_async(torch.isclose(grad_output, torch.full_like(grad_output, main_grad.scale)))
+    parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.empty_like(parameter)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nemo_minitron.distillation.linear import Head, linear_loss
+from nemo_minitron.distillation.fused_kl import FusedForwardKl
+from nemo_minitron.distillation.linear import Head, MainGrad, linear_loss
 from nemo_minitron.distillation.losses import LossAndGrad, distance, next_token
 from nemo_minitron.distillation.sparse import SparseTeacher, sparse_distance, sparsify
 from nemo_minitron.distillation.vocab import WHOLE, Vocab
@@ -69,6 +70,7 @@ def token_loss(
     *,
     over_ranks: Callable[[Tensor], Tensor] = lambda share: share,
     chunk_tokens: int | None = None,
+    main_grad: MainGrad | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the weighted sum over tokens of `logits + next_token * CE`, differentiable in hidden and weight.
 
@@ -76,12 +78,15 @@ def token_loss(
         token_weights_T: usually mask / number of tokens.
         teacher: None if the loss has no teacher.
         over_ranks: sums over the ranks that have the other tokens of the same sequences.
+        main_grad: where the gradient of the weight is added in the forward pass; None: autograd gets it.
 
     Returns:
         The loss, a scalar, and those of its detached parts `logits_loss` and `lm_loss` (unweighted) that it has.
     """
     if params.logits is not None and teacher is None:
         raise AssertionError("a loss with logits needs a teacher")
+    if params.next_token and isinstance(teacher, FusedForwardKl):
+        raise AssertionError("a fused loss allows no other term on logits")
     weight: float | Tensor
     if params.next_token == "balanced":
         with torch.no_grad():
@@ -92,7 +97,15 @@ def token_loss(
     else:
         weight = params.next_token
     mixture = Mixture(teacher, labels_T, token_weights_T, weight, vocab)
-    total = linear_loss(hidden_TD, weight_VD, token_weights_T, mixture, chunk_tokens=chunk_tokens)
+    total = linear_loss(
+        hidden_TD,
+        weight_VD,
+        token_weights_T,
+        mixture,
+        chunk_tokens=chunk_tokens,
+        in_place=isinstance(teacher, FusedForwardKl),
+        main_grad=main_grad,
+    )
     return total, mixture.parts
 
 

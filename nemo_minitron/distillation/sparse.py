@@ -6,7 +6,8 @@ Shapes: n tokens of a chunk, V the vocabulary part of this rank, K entries a tok
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,12 +27,23 @@ class SparseTeacher:
     """Their probabilities [n, K]; the rest is the tail. Each draw has 1 / rounds, so that draws have no tail."""
     negative_entropy: Tensor
     """The term that turns the cross entropy into a KL [n]: sum p log p over entries and tail, or over all tokens."""
+    may_have_tail: bool = True
+    """False if the probabilities sum to 1. Known without reading them, because that would wait for the GPU."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> SparseTeacher:
+        """Apply a function to each tensor."""
+        return replace(
+            self,
+            ids=function(self.ids),
+            probs=function(self.probs),
+            negative_entropy=function(self.negative_entropy),
+        )
 
     def to(self, device: torch.device) -> SparseTeacher:
-        return SparseTeacher(self.ids.to(device), self.probs.to(device), self.negative_entropy.to(device))
+        return self.map(lambda tensor: tensor.to(device))
 
     def rows(self, rows: slice) -> SparseTeacher:
-        return SparseTeacher(self.ids[rows], self.probs[rows], self.negative_entropy[rows])
+        return self.map(lambda tensor: tensor[rows])
 
 
 def top_k_teacher(logits: Tensor, params: TopK, temperature: float, vocab: Vocab = WHOLE) -> SparseTeacher:
@@ -47,7 +59,7 @@ def top_k_teacher(logits: Tensor, params: TopK, temperature: float, vocab: Vocab
     probs = log_probs.exp()
     tail = tail_of(probs)
     negative_entropy = (probs * log_probs).sum(-1) + torch.xlogy(tail, tail)
-    return SparseTeacher(ids.gather(-1, order), probs, negative_entropy)
+    return SparseTeacher(ids.gather(-1, order), probs, negative_entropy, may_have_tail=params.tail != "drop")
 
 
 def sampled_teacher(logits: Tensor, uniforms: Tensor, temperature: float, vocab: Vocab = WHOLE) -> SparseTeacher:
@@ -67,12 +79,14 @@ def sampled_teacher(logits: Tensor, uniforms: Tensor, temperature: float, vocab:
     # fp32 probabilities do not sum to exactly 1: the draws are spread over their sum.
     points = (uniforms.to(probs.dtype) * edges[:, -1:]).contiguous()
     sizes = vocab.gather(torch.full_like(edges[:, :1], logits.shape[-1]))
-    rank = int((sizes.cumsum(-1)[0] <= vocab.start).sum())
-    before = edges[:, rank : rank + 1] - mass[:, rank : rank + 1]
+    # A tensor: reading its value would wait for the GPU.
+    rank = (sizes.cumsum(-1) <= vocab.start).sum(-1, keepdim=True)
+    before = edges.gather(-1, rank) - mass.gather(-1, rank)
     found = torch.searchsorted(probs.cumsum(-1), points - before, right=True).clamp(max=logits.shape[-1] - 1)
     owner = torch.searchsorted(edges.contiguous(), points, right=True).clamp(max=edges.shape[-1] - 1)
     ids = vocab.sum(torch.where(owner == rank, found + vocab.start, 0))
-    return SparseTeacher(ids, torch.full_like(points, 1.0 / points.shape[-1]), negative_entropy)
+    probs = torch.full_like(points, 1.0 / points.shape[-1])
+    return SparseTeacher(ids, probs, negative_entropy, may_have_tail=False)
 
 
 def uniforms_of(seed: int, sample_ids_B: Tensor, seq_len_tokens: int, rounds: int) -> Tensor:
@@ -107,8 +121,8 @@ def sparse_kl(student: Tensor, teacher: SparseTeacher, temperature: float, vocab
     cross_entropy = -(teacher.probs * torch.where(valid, log_q, 0.0)).sum(-1)
     local, mine = local_ids(teacher.ids, exp.shape[-1], vocab)
     at_entries = -teacher.probs
-    tail_p = tail_of(teacher.probs)[:, None]
-    if bool((tail_p > 0).any()):
+    if teacher.may_have_tail:
+        tail_p = tail_of(teacher.probs)[:, None]
         # Sum the tail without the entries: 1 - their sum would lose it to rounding.
         _clear(exp, local, valid & mine)
         tail_q = (vocab.sum(exp.sum(-1, keepdim=True)) / total).clamp_min(torch.finfo(exp.dtype).tiny)

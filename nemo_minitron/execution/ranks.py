@@ -42,6 +42,7 @@ def run_ranks(task: StageTask, stop: StopRequest) -> dict[str, Any]:
     threads = task.execution.threads or nodes.threads_of_each(size)
     environment = {
         **SAFE_PATH,
+        **task.gpu_environment(),
         **_defaults(threads, RunPaths(task.run_dir).nccl_traces(task.name)),
         "OMP_NUM_THREADS": str(threads),
         # Without this setting, torchrun handles SIGTERM and SIGHUP itself (from torch 2.9 on).

@@ -18,7 +18,7 @@ from nemo_minitron.errors import ArtifactError, DataError, Interrupted
 from nemo_minitron.execution.logs import log_file
 from nemo_minitron.execution.preflight import preflight_evaluations
 from nemo_minitron.execution.ranks import run_ranks
-from nemo_minitron.execution.task import StageTask, run_task
+from nemo_minitron.execution.task import SESSION_FACTS, StageTask, run_task
 from nemo_minitron.execution.work import open_work
 from nemo_minitron.plan.epochs import repeated_text
 from nemo_minitron.plan.folder import run_dir
@@ -217,6 +217,7 @@ def _run_and_publish(
         else:
             result = run_ranks(task, stop)
         _require_same_sources(call, recipe)
+        extra = {"session": result.pop(SESSION_FACTS, None), "accepted_work": accepted}
         manifest = Manifest(
             recipe=recipe.name,
             stage=call.name,
@@ -224,8 +225,8 @@ def _run_and_publish(
             fingerprint=call.fingerprint,
             payload=call.payload,
             inputs=call.inputs,
-            result=dict(result),
-            provenance={**provenance(started_s), **({"accepted_work": accepted} if accepted else {})},
+            result=result,
+            provenance={**provenance(started_s), **{key: value for key, value in extra.items() if value}},
         )
         _copy_to_run(call, out, store.root)
         store.publish(call.name, out, manifest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from nemo_minitron.artifacts.types import ArtifactsByRole
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import InputNames, StageCall
+from nemo_minitron.processes.gpu_environment import gpu_environment, has_nvidia_driver
 from nemo_minitron.processes.nodes import Nodes
 from nemo_minitron.processes.same_code import of_this_process
 from nemo_minitron.schema.base import StageParams
@@ -24,6 +26,10 @@ from nemo_minitron.stages.typed_inputs import typed_inputs
 from nemo_minitron.system.disclosure import write_private
 from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Progress
+
+SESSION_FACTS = "session"
+"""Key of a distributed stage's result: on which device it ran, and with which layers. The runner moves it to the
+provenance."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,16 @@ class StageTask:
             run_dir=run_dir(recipe),
             out_dir=out_dir,
             work_dir=work_dir,
+        )
+
+    def gpu_environment(self) -> dict[str, str]:
+        """Return the environment variables that the processes need if they run on GPUs, as far as they are not set."""
+        device = self.execution.device
+        if device == "cpu" or (device == "auto" and not has_nvidia_driver()):
+            return {}
+        layout = self.parallel
+        return gpu_environment(
+            os.environ, splits_layers=layout.tp > 1 or layout.cp > 1, num_processes=layout.world_size
         )
 
     @property
@@ -108,10 +124,14 @@ def run_task(task: StageTask, inputs: ArtifactsByRole, progress: Progress, stop:
     reads = typed_inputs(function, inputs)
     if not task.kind.distributed:
         return dict(function(task.params, reads, context))
+    # Stages on one process run in this one; torch reads these variables when it first uses a GPU.
+    os.environ.update(task.gpu_environment())
+    from nemo_minitron.backends.megatron.model.layers import layers_in_use
     from nemo_minitron.backends.megatron.runtime.session import open_session
 
     threads = execution.threads or Nodes.here().threads_of_each(task.parallel.world_size)
     options = {"device": execution.device, "threads": threads, "deterministic": execution.deterministic}
-    with open_session(task.parallel, **options) as session:  # type: ignore[arg-type]
+    with open_session(task.parallel, kernels=execution.kernels, **options) as session:  # type: ignore[arg-type]
         shown = progress if session.is_main else Progress(silent=True)
-        return dict(function(task.params, reads, replace(context, progress=shown, session=session)))
+        result = dict(function(task.params, reads, replace(context, progress=shown, session=session)))
+        return {**result, SESSION_FACTS: {"device": session.device.type, "megatron_layers": layers_in_use()}}

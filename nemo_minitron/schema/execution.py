@@ -41,6 +41,26 @@ class Parallel(Schema):
         return self.tp * self.pp * self.cp * self.dp
 
 
+class Kernels(Schema):
+    """Faster paths of a training step. Loss and gradients stay the same up to rounding."""
+
+    chunk_tokens: PositiveInt | None = None
+    """Tokens whose logits are in memory at a time. null: on a GPU a multiple of 256, at least 4096, for fast matrix
+    products; on a CPU the tokens of 256 MiB of logits."""
+    head_gradient_in_place: bool = True
+    """Add the gradient of the output layer's weight to Megatron's fp32 gradient buffer directly, without a buffer of
+    its own and without rounding to bf16. No effect on models with tied embeddings."""
+    fused_kl: Literal["auto", "triton", "torch", "off"] = "auto"
+    """How forward KL and its gradient are computed if the loss has no other term on logits. triton: two Triton kernels
+    that read logits in bf16 and overwrite them with the gradient. torch: the same in PyTorch, compiled by torch.compile
+    on a GPU. off: as all other losses. auto: triton on a GPU if Triton is installed, else off."""
+    fuse_rope: bool = True
+    """Rotate queries and keys by one kernel of Transformer Engine, where it is used."""
+    fuse_weight_gradient: bool = True
+    """Let Transformer Engine's linear layers add weight gradients to Megatron's fp32 gradient buffer inside the matrix
+    product, where it is used."""
+
+
 class Execution(Schema):
     """Where and how a recipe runs. Two runs that differ only here give the same artifacts."""
 
@@ -69,6 +89,8 @@ class Execution(Schema):
     """Parallel layout of all stages that have one."""
     parallel_by_stage: dict[StageName, Parallel] = Field(default_factory=dict)
     """Stage name -> its own parallel layout."""
+    kernels: Kernels = Kernels()
+    """Faster paths of a training step."""
     notify_command: tuple[str, ...] = ()
     """A program and its arguments, called when a stage has finished, failed or stopped. It gets MINITRON_RUN,
     MINITRON_STAGE, MINITRON_STATUS and MINITRON_MESSAGE as environment variables."""

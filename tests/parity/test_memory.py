@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_minitron.distillation import linear
+from nemo_minitron.distillation.chunks import chunk_tokens
 from nemo_minitron.families import ModelShape, num_params, read_shape
 from nemo_minitron.families.split import params_of_rank
 from nemo_minitron.schema.execution import Parallel
-from nemo_minitron.workload import memory
 from nemo_minitron.workload.memory import Work, layer_bytes_per_token, memory_of
 from tests.conftest import REPO
 from tests.support.memory_child import FIXED_THRESHOLDS
@@ -112,9 +113,8 @@ def test_ranks_have_all_parameters_between_them(tp: int, pp: int) -> None:
 
 
 def test_the_chunks_are_those_of_the_loss() -> None:
-    from nemo_minitron.distillation import linear
-
-    assert (memory.CHUNK_BYTES, memory.MIN_CHUNK_TOKENS) == (linear.CHUNK_BYTES, linear.MIN_CHUNK_TOKENS)
+    head = linear.Head(torch.empty(1000, 8), torch.empty(16, 8))
+    assert head.chunk_tokens == chunk_tokens(1000, on_gpu=False)
 
 
 def test_layouts_and_recomputation_save_what_they_should() -> None:

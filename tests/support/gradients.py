@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nemo_minitron.distillation.sparse import uniforms_of
-from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.execution import Kernels, Parallel
 from nemo_minitron.schema.losses import HiddenLoss, Loss, Sampled
 from nemo_minitron.stages.distill.params import DistillStage
 from tests.support.plain_losses import plain_draws, plain_logits_loss, plain_state_loss
@@ -40,13 +40,30 @@ def package_gradients(
 ) -> dict[str, Found]:
     """Of every loss, in this layout; whole on rank 0."""
     from nemo_minitron.backends.megatron.runtime.session import open_session
-    from nemo_minitron.distillation import linear
+    from nemo_minitron.distillation import chunks
 
     if chunk_tokens is not None:
-        linear.CHUNK_BYTES, linear.MIN_CHUNK_TOKENS = 0, chunk_tokens
-        linear.CPU_BLOCK_BYTES, linear.MIN_BLOCK_TOKENS = 0, max(1, chunk_tokens // 2)
+        chunks.CHUNK_BYTES, chunks.MIN_CHUNK_TOKENS = 0, chunk_tokens
+        chunks.CPU_BLOCK_BYTES, chunks.MIN_BLOCK_TOKENS = 0, max(1, chunk_tokens // 2)
     with open_session(parallel, device="cpu", threads=1) as session:
         return {name: _package(params_of(loss, precision), session, folders) for name, loss in losses.items()}
+
+
+def kernel_gradients(
+    losses: dict[str, Loss],
+    precision: str,
+    parallel: Parallel,
+    folders: dict[str, Path],
+    kernels: dict[str, Kernels],
+) -> dict[str, dict[str, Found]]:
+    """Of every loss with each choice of kernels."""
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+
+    found = {}
+    for name, chosen in kernels.items():
+        with open_session(parallel, device="cpu", threads=1, kernels=chosen) as session:
+            found[name] = {key: _package(params_of(loss, precision), session, folders) for key, loss in losses.items()}
+    return found
 
 
 def _package(params: DistillStage, session: Any, folders: dict[str, Path]) -> Found:

@@ -123,10 +123,13 @@ def distill_losses_beside_a_gpu(*args: Any) -> tuple[list[float], list[float]]:
     This torch has no CUDA, so whoever reaches for it fails, and so does whoever takes the engine's layers.
     """
     import sys
+    from importlib.machinery import ModuleSpec
     from types import ModuleType
     from unittest.mock import patch
 
     engine = {name: ModuleType(name) for name in ("transformer_engine", "transformer_engine.pytorch")}
+    for name, module in engine.items():
+        module.__spec__ = ModuleSpec(name, None)
     from nemo_minitron.backends.megatron.model import layers
 
     with patch.object(torch.cuda, "is_available", lambda: True), patch.dict(sys.modules, engine):

@@ -31,7 +31,7 @@ from nemo_minitron.backends.megatron.distillation.setup import DistillSetup, cac
 from nemo_minitron.backends.megatron.distillation.teacher_targets import TeacherTargets
 from nemo_minitron.backends.megatron.model.evaluate import EVAL_BATCH_SIZE
 from nemo_minitron.backends.megatron.model.forward import Batch, evaluating, forward_batches
-from nemo_minitron.backends.megatron.model.head import head_weight, model_hidden
+from nemo_minitron.backends.megatron.model.head import head_main_grad, head_weight, model_hidden
 from nemo_minitron.backends.megatron.model.layers import require_document_mask
 from nemo_minitron.backends.megatron.model.parts import Model
 from nemo_minitron.backends.megatron.model.weights import load_model
@@ -40,6 +40,7 @@ from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.backends.megatron.training.loop import Job, Objective
 from nemo_minitron.backends.megatron.training.optim import Trainable, make_trainable
 from nemo_minitron.backends.megatron.training.schedule import ForwardStep, Parts, Round, accumulate
+from nemo_minitron.distillation import fused_kl
 from nemo_minitron.distillation.cache import TeacherCache, require_same_keys
 from nemo_minitron.distillation.flops import training_flops_per_token
 from nemo_minitron.distillation.linear import Head
@@ -147,7 +148,7 @@ def _correction(
 ) -> Correction:
     """Set up the teacher's training in the same way as `prepare_training`."""
     own = DistillSetup(NEXT_TOKEN, teacher, None, vocab_size, setup.heldout, setup.session, params.seed)
-    trainable = make_trainable(teacher, params, num_steps, setup.session.parallel)
+    trainable = make_trainable(teacher, params, num_steps, setup.session.parallel, setup.session.kernels)
     return Correction(trainable, _forward_step(own), setup.hidden, setup.session)
 
 
@@ -188,7 +189,7 @@ def make_job(
         seed=params.seed,
         cache_dir=work_dir / "data_index",
     )
-    trainable = make_trainable(setup.student, params, num_steps, setup.session.parallel)
+    trainable = make_trainable(setup.student, params, num_steps, setup.session.parallel, setup.session.kernels)
     if setup.correction is not None:
         trainable = replace(trainable, teacher=setup.correction.trainable)
     return Job(
@@ -265,6 +266,8 @@ def _head_loss(
         _distance(setup, batch, targets),
         setup.vocab,
         over_ranks=sum_over_context,
+        chunk_tokens=setup.session.kernels.chunk_tokens,
+        main_grad=head_main_grad(model),
     )
 
 
@@ -299,13 +302,21 @@ def _distance(setup: DistillSetup, batch: Batch, targets: TeacherTargets) -> Dis
         return cached_teacher(targets.cached, loss, setup.vocab)
     assert setup.teacher is not None
     assert targets.head_input is not None
+    kernels, hidden_TD = setup.session.kernels, targets.head_input.flatten(0, 1)
     weight = head_weight(setup.teacher, setup.vocab_size)
+    fused = fused_kl.chosen(kernels.fused_kl, setup.loss, hidden_TD.dtype, on_gpu=hidden_TD.is_cuda)
+    if fused is not None:
+        passes = fused_kl.kernels_of(fused, on_gpu=hidden_TD.is_cuda)
+        weights = batch["token_weights"].flatten()
+        return fused_kl.FusedForwardKl(
+            hidden_TD, weight, weights, loss, passes, setup.vocab, chunk_tokens=kernels.chunk_tokens
+        )
     uniforms = None
     if isinstance(loss.sparse, Sampled):
         size, length = batch["sample_tokens"].shape
         uniforms = uniforms_of(setup.seed, batch["sample_ids"], length, loss.sparse.rounds)
         uniforms = own_rows(uniforms, size, setup.session).to(batch["tokens"].device)
-    return live_teacher(targets.head_input.flatten(0, 1), weight, loss, uniforms, setup.vocab)
+    return live_teacher(hidden_TD, weight, loss, uniforms, setup.vocab, chunk_tokens=kernels.chunk_tokens)
 
 
 def validate(setup: DistillSetup) -> dict[str, float]:

@@ -91,8 +91,7 @@ def _cached_targets(setup: DistillSetup, cache: TeacherCache, batches: Iterable[
 
 
 def _own_tokens(teacher: SparseTeacher, batch_size: int, session: Session) -> SparseTeacher:
-    fields = (teacher.ids, teacher.probs, teacher.negative_entropy)
-    return SparseTeacher(*(own_rows(field, batch_size, session) for field in fields))
+    return teacher.map(lambda tensor: own_rows(tensor, batch_size, session))
 
 
 def _cached_numbers(setup: DistillSetup, cache: TeacherCache, batch: Batch) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_minitron.backends.megatron.model.layers import block_spec
+from nemo_minitron.backends.megatron.model.layers import block_spec, has_transformer_engine
 from nemo_minitron.backends.megatron.model.parts import Model
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.backends.megatron.runtime.versions import GPTModel, known_fields, rope_scaling_options, squared_relu
@@ -67,7 +67,7 @@ def transformer_config(shape: ModelShape, session: Session, precision: str) -> T
         "bias_dropout_fusion": session.on_gpu,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
-        "apply_rope_fusion": False,
+        "apply_rope_fusion": session.kernels.fuse_rope and has_transformer_engine(),
         "gradient_accumulation_fusion": False,
         "batch_p2p_comm": session.on_gpu,
         "deallocate_pipeline_outputs": True,

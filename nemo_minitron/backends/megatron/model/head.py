@@ -15,7 +15,11 @@ from nemo_minitron.backends.megatron.model import parts
 from nemo_minitron.backends.megatron.model.forward import Batch, model_logits
 from nemo_minitron.backends.megatron.model.parts import Model
 from nemo_minitron.backends.megatron.runtime.session import Session
+from nemo_minitron.distillation.linear import MainGrad
 from nemo_minitron.distillation.vocab import Vocab
+
+_LOSS_SCALE = "minitron_loss_scale"
+"""Attribute of the output layer's weight, beside Megatron's own `main_grad`."""
 
 
 def model_hidden(model: torch.nn.Module, batch: Batch) -> Tensor:
@@ -60,6 +64,25 @@ def head_weight(model: torch.nn.Module, vocab_size: int) -> Tensor:
     rows = parts.head_weight(bare(model))
     start = parallel_state.get_tensor_model_parallel_rank() * rows.shape[0]
     return rows[: max(0, min(rows.shape[0], vocab_size - start))]
+
+
+def head_main_grad(model: torch.nn.Module) -> MainGrad | None:
+    """Return the gradient buffer of the output layer's weight; None if autograd collects its gradient."""
+    weight = parts.head_weight(bare(model))
+    scale = getattr(weight, _LOSS_SCALE, None)
+    return None if scale is None else MainGrad(weight, scale)
+
+
+def collect_head_gradient_in_place(model: Model, loss_scale: float) -> None:
+    """Let `head_main_grad` return the gradient buffer of this model, which a data-parallel wrapper has made.
+
+    Tied embeddings get a gradient from autograd as well, and Megatron's hook can take only one of both.
+
+    Args:
+        loss_scale: what the training multiplies the loss of a micro-batch by before its backward pass.
+    """
+    if model.post_process and not model.share_embeddings_and_output_weights:
+        setattr(parts.head_weight(model), _LOSS_SCALE, loss_scale)
 
 
 def vocab_of(session: Session, rows_per_rank: int) -> Vocab:

@@ -6,6 +6,7 @@ hooks serves both.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -89,14 +90,38 @@ class SdpaCoreAttention(nn.Module):
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine can be imported and this session has a GPU for it to run on."""
-    if cuda_is_cpu() or not torch.cuda.is_available():
+    """Whether Transformer Engine is installed and this session has a GPU for it to run on.
+
+    Raises:
+        EnvironmentProblem: it is installed, but cannot be imported. Torch layers would be slower without a word.
+    """
+    if cuda_is_cpu() or not torch.cuda.is_available() or find_spec("transformer_engine") is None:
         return False
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except ImportError:
-        return False
+    except (ImportError, OSError, RuntimeError) as error:
+        raise EnvironmentProblem(
+            f"Transformer Engine is installed, but cannot be imported: {error}",
+            next_step="Install the version that this torch and CUDA need, or uninstall transformer-engine to use torch "
+            "layers.",
+        ) from error
     return True
+
+
+def layers_in_use() -> str:
+    """Return the name of the modules that layers are made of, for the records of a stage."""
+    return "transformer_engine" if has_transformer_engine() else "torch"
+
+
+def fuse_weight_gradients(model: nn.Module) -> None:
+    """Let Transformer Engine's linear layers add their weight gradients to Megatron's gradient buffers themselves.
+
+    Call this after the data-parallel wrapper has made the buffers. The config's gradient_accumulation_fusion would
+    require Apex for the output layer, whose product is not computed by Megatron here.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation") and hasattr(getattr(module, "weight", None), "main_grad"):
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
 def require_document_mask(reset_attention_mask: bool) -> None:

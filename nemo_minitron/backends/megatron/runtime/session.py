@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.distributed import distributed_c10d
 from nemo_minitron.backends.megatron.runtime.cpu import cuda_means_cpu
 from nemo_minitron.backends.megatron.runtime.rendezvous import ForeignProcessError, join, restricted_to_own_user
 from nemo_minitron.errors import EnvironmentProblem, PlanError
-from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.execution import Kernels, Parallel
 from nemo_minitron.system.heap import keep_freed_memory
 
 TIMEOUT = timedelta(minutes=30)
@@ -48,6 +48,7 @@ class Session:
     pp_rank: int
     cp_rank: int
     dp_rank: int
+    kernels: Kernels = field(default_factory=Kernels)
 
     @property
     def is_main(self) -> bool:
@@ -123,6 +124,7 @@ def open_session(
     device: str = "auto",
     seed: int = 1234,
     threads: int | None = None,
+    kernels: Kernels | None = None,
     deterministic: bool = False,
 ) -> Iterator[Session]:
     """Initialize torch.distributed (for a single process, too) and Megatron's parallel state.
@@ -144,6 +146,7 @@ def open_session(
             stack.enter_context(_deterministic())
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
+            stack.enter_context(_full_fp32_products())
         else:
             stack.enter_context(cuda_means_cpu())
         stack.enter_context(_restricted_to_own_user())
@@ -161,6 +164,7 @@ def open_session(
             pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
             cp_rank=parallel_state.get_context_parallel_rank(),
             dp_rank=parallel_state.get_data_parallel_rank(),
+            kernels=kernels or Kernels(),
         )
 
 
@@ -184,6 +188,20 @@ def _join_world(device: torch.device, parallel: Parallel) -> None:
             next_step="Start tp * pp * cp * dp processes.",
         )
     join(backend, TIMEOUT)
+
+
+@contextmanager
+def _full_fp32_products() -> Iterator[None]:
+    """Multiply fp32 matrices in fp32. NVIDIA's images set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, so that torch would use
+    TF32, with 10 bits of mantissa."""
+    matrices, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matrices)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 @contextmanager

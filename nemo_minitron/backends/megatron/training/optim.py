@@ -12,9 +12,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_minitron.backends.megatron.distillation.hidden import sum_projection_gradient
 from nemo_minitron.backends.megatron.model.build import DTYPES
+from nemo_minitron.backends.megatron.model.head import collect_head_gradient_in_place
+from nemo_minitron.backends.megatron.model.layers import fuse_weight_gradients
 from nemo_minitron.backends.megatron.model.parts import Model
 from nemo_minitron.backends.megatron.runtime.versions import known_fields
-from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.execution import Kernels, Parallel
 from nemo_minitron.schema.training import Optimization
 
 
@@ -55,8 +57,11 @@ class Trainable:
         return float(self.optimizer.param_groups[0]["lr"])
 
 
-def make_trainable(model: Model, params: Optimization, num_steps: int, parallel: Parallel) -> Trainable:
+def make_trainable(
+    model: Model, params: Optimization, num_steps: int, parallel: Parallel, kernels: Kernels | None = None
+) -> Trainable:
     """Wrap a model for training, with gradients and optimizer states in fp32 (fp64 stays fp64)."""
+    kernels = kernels or Kernels()
     config = model.config
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.params_dtype != torch.float64,
@@ -65,6 +70,12 @@ def make_trainable(model: Model, params: Optimization, num_steps: int, parallel:
         overlap_param_gather=parallel.overlap_param_gather,
     )
     ddp = DistributedDataParallel(config, ddp_config, model)
+    if kernels.head_gradient_in_place:
+        # Each micro-batch counts equally. Megatron later averages over context-parallel ranks, whose losses are shares.
+        micro_batches = params.global_batch_size // (parallel.dp * parallel.micro_batch_size)
+        collect_head_gradient_in_place(model, parallel.cp / micro_batches)
+    if kernels.fuse_weight_gradient:
+        fuse_weight_gradients(model)
     config.finalize_model_grads_func = _finalize_gradients
     config.no_sync_func = ddp.no_sync
     optimizer = get_megatron_optimizer(_optimizer_config(params, parallel), [ddp])
