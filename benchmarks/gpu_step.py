@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from statistics import median
@@ -32,6 +33,7 @@ from nemo_minitron.backends.megatron.training.optim import make_trainable
 from nemo_minitron.distillation.flops import training_flops_per_token
 from nemo_minitron.families import ModelShape
 from nemo_minitron.plan.shapes import model_shape
+from nemo_minitron.processes.gpu_environment import gpu_environment
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.distill.params import DistillStage
 from nemo_minitron.workload.memory import GIB, Work, memory_of
@@ -72,28 +74,42 @@ def shapes_of(recipe_name: str) -> tuple[ModelShape, ModelShape]:
     return student, teacher
 
 
-def make_job(shapes: tuple[ModelShape, ModelShape], params: DistillStage, session: Session) -> Job:
-    """Student and teacher, ready to train."""
+def make_params(global_batch_size: int, seq_len_tokens: int) -> DistillStage:
+    """Keys of a distillation of one step."""
+    keys = {"lr": 1e-5, "num_steps": 1, "valid_num_tokens": 1}
+    sizes = {"global_batch_size": global_batch_size, "seq_len_tokens": seq_len_tokens}
+    return DistillStage.model_validate({"kind": "distill", **keys, **sizes})
+
+
+def make_setup(shapes: tuple[ModelShape, ModelShape], params: DistillStage, session: Session) -> DistillSetup:
+    """Student and teacher with random weights, and no held-out text."""
     student, teacher = (random_model(shape, session, params) for shape in shapes)
     teacher.requires_grad_(False).eval()
-    vocab_size, nothing = shapes[0].vocab_size, HeldOutBatches([], 0)
-    setup = DistillSetup(params.loss, student, teacher, vocab_size, nothing, session, 0, teacher_shape=shapes[1])
+    nothing = HeldOutBatches([], 0)
+    return DistillSetup(
+        params.loss, student, teacher, shapes[0].vocab_size, nothing, session, 0, teacher_shape=shapes[1]
+    )
+
+
+def make_job(shapes: tuple[ModelShape, ModelShape], params: DistillStage, setup: DistillSetup) -> Job:
+    """Both models, ready to train."""
+    session = setup.session
     return Job(
         params=params,
         num_steps=1,
-        trainable=make_trainable(student, params, 1, session.parallel),
+        trainable=make_trainable(setup.student, params, 1, session.parallel, session.kernels),
         shape=shapes[0],
-        samples=RandomSamples(vocab_size, params.seq_len_tokens),
+        samples=RandomSamples(setup.vocab_size, params.seq_len_tokens),
         session=session,
         objective=objective_of(setup),
         flops_per_token=training_flops_per_token(shapes[0], shapes[1], params.seq_len_tokens),
     )
 
 
-def measure(job: Job, *, with_optimizer: bool) -> dict[str, float]:
+def measure(job: Job, *, with_optimizer: bool, rounds: int = ROUNDS) -> dict[str, float]:
     """Median of a few steps, after one that warms up."""
     times_s = []
-    for _ in range(ROUNDS + 1):
+    for _ in range(rounds + 1):
         started_s = time.perf_counter()
         forward_backward(job, 0)
         if with_optimizer:
@@ -116,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="llama31_8b/width_4b")
     parser.add_argument("--seq-len-tokens", type=int, default=8192)
-    parser.add_argument("--global-batch-size", type=int, default=8)
+    parser.add_argument("--global-batch-size", type=int, default=16, help="with few micro-batches the optimizer weighs")
     for size in ("tp", "pp", "dp"):
         parser.add_argument(f"--{size}", type=int, default=1)
     parser.add_argument("--sequence-parallel", action="store_true")
@@ -124,19 +140,30 @@ def main() -> None:
     parser.add_argument("--no-transformer-engine", action="store_true")
     parser.add_argument("--steps-without-optimizer", action="store_true")
     arguments = parser.parse_args()
-    keys = {"lr": 1e-5, "num_steps": 1, "valid_num_tokens": 1}
-    sizes = {"global_batch_size": arguments.global_batch_size, "seq_len_tokens": arguments.seq_len_tokens}
-    params = DistillStage.model_validate({"kind": "distill", **keys, **sizes})
+    params = make_params(arguments.global_batch_size, arguments.seq_len_tokens)
     layout = {key: getattr(arguments, key) for key in ("tp", "pp", "dp", "sequence_parallel", "recompute")}
+    if torch.cuda.is_available():
+        os.environ.update(
+            gpu_environment(os.environ, splits_layers=arguments.tp > 1, num_processes=Parallel(**layout).world_size)
+        )
     without = patch.object(layers, "has_transformer_engine", lambda: False)
     if arguments.no_transformer_engine:
         without.start()
     with open_session(Parallel(**layout)) as session:
         shapes = shapes_of(arguments.recipe)
-        found = measure(make_job(shapes, params, session), with_optimizer=not arguments.steps_without_optimizer)
+        job = make_job(shapes, params, make_setup(shapes, params, session))
+        found = measure(job, with_optimizer=not arguments.steps_without_optimizer)
         micro_batches = arguments.global_batch_size // arguments.dp
         work = Work(
-            shapes[0], session.parallel, params.precision, params.seq_len_tokens, micro_batches, teacher=shapes[1]
+            shapes[0],
+            session.parallel,
+            params.precision,
+            params.seq_len_tokens,
+            micro_batches,
+            teacher=shapes[1],
+            lone_forward_kl=True,
+            on_gpu=session.on_gpu,
+            kernels=session.kernels,
         )
         if session.is_main:
             facts = {"recipe": arguments.recipe, **layout, "transformer_engine": layers.has_transformer_engine()}

@@ -95,8 +95,7 @@ def chosen(name: str, loss: Loss, dtype: torch.dtype, *, on_gpu: bool) -> str | 
         name: execution.kernels.fused_kl.
         dtype: precision of the logits; the Triton kernels compute in fp32.
     """
-    logits = loss.logits
-    if name == "off" or logits is None or logits.kind != "forward_kl" or logits.sparse is not None or loss.next_token:
+    if name == "off" or not loss.is_lone_forward_kl:
         return None
     if name != "auto":
         return name

@@ -38,7 +38,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-_NEWER_KEYS = {"template_date": TEMPLATE_DATE.isoformat(), "compensation": None}
+_NEWER_KEYS = {"template_date": TEMPLATE_DATE.isoformat(), "compensation": None, "teacher_fp8": None}
 
 
 def params_of(stage: StageParams) -> dict[str, Any]:

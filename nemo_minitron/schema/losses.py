@@ -131,5 +131,11 @@ class Loss(Schema):
         return self
 
     @property
+    def is_lone_forward_kl(self) -> bool:
+        """Whether the loss on logits is forward KL to whole distributions, without a loss on the text."""
+        logits = self.logits
+        return logits is not None and logits.kind == "forward_kl" and logits.sparse is None and not self.next_token
+
+    @property
     def needs_teacher(self) -> bool:
         return self.logits is not None or self.hidden is not None or self.anchors is not None

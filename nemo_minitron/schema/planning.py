@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt
 
 from nemo_minitron.schema.base import Schema
 
-HardwareName = Literal["CPU", "A100", "H100", "H200", "B200", "L40S"]
+HardwareName = Literal["CPU", "A100", "H100", "H200", "B200", "GB200", "B300", "RTX_PRO_6000", "L40S", "A6000"]
 
 
 class Planning(Schema):

@@ -99,6 +99,20 @@ class TeacherCorrection(LearningRate):
         return data
 
 
+class Fp8Teacher(Schema):
+    """Run the layers of a fixed teacher in FP8, whose peak is twice that of bf16 on an H100 and later. Its logits change
+    a little, so the KL to the bf16 teacher is measured on held-out text before each training. Needs Transformer Engine.
+    """
+
+    format: Literal["e4m3", "hybrid"] = "e4m3"
+    """Number format of weights and activations. Both are the same in forward passes."""
+    scaling: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
+    """How tensors are scaled to FP8's range. tensorwise: by the current maximum of each tensor. blockwise: of each
+    block. mxfp8: of 32 values, on Blackwell. delayed: by earlier maxima."""
+    max_kl: Annotated[float, Field(gt=0.0)] = 0.01
+    """Largest KL from the bf16 teacher to the FP8 teacher, nats per token. The training does not start above it."""
+
+
 class Distillation(Training):
     """How a student is distilled from its teacher."""
 
@@ -107,6 +121,9 @@ class Distillation(Training):
     teacher_correction: TeacherCorrection | None = None
     """Train the teacher on the same text while the student learns from it (2408.11796, figure 5). null: the teacher
     stays fixed."""
+
+    teacher_fp8: Fp8Teacher | None = None
+    """Run the teacher in FP8. null: in `precision`."""
 
     @property
     def of_teacher(self) -> Optimization | None:

@@ -9,7 +9,7 @@ from nemo_minitron.distillation.flops import (
     layerwise_flops_per_token,
     training_flops_per_token,
 )
-from nemo_minitron.families import ModelShape
+from nemo_minitron.families import ModelShape, num_params
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training import Optimization, Training
 from nemo_minitron.workload.memory import Work
@@ -22,6 +22,20 @@ class Load:
     work: Work
     tokens: int
     flops_per_token: float
+    """All operations, those of recomputation included."""
+    recomputed_flops_per_token: float = 0.0
+    """Operations that repeat others, to save memory."""
+
+    @property
+    def useful_flops_per_token(self) -> float:
+        return self.flops_per_token - self.recomputed_flops_per_token
+
+    @property
+    def trained_params(self) -> int:
+        """Parameters that have gradients."""
+        work = self.work
+        teacher = num_params(work.teacher) if work.teacher is not None and work.teacher_learns else 0
+        return (num_params(work.shape) if work.trains else 0) + teacher
 
 
 def training_load(
@@ -56,9 +70,8 @@ def training_load(
         anchors=anchors,
     )
     each = training_flops_per_token(shape, teacher, keys.seq_len_tokens, teacher_learns=teacher_learns)
-    if layout.recompute == "full":
-        each += forward_flops_per_token(shape, keys.seq_len_tokens)
-    return Load(work, num_steps * keys.global_batch_size * keys.seq_len_tokens, each)
+    again = forward_flops_per_token(shape, keys.seq_len_tokens) if layout.recompute == "full" else 0.0
+    return Load(work, num_steps * keys.global_batch_size * keys.seq_len_tokens, each + again, again)
 
 
 def layerwise_load(
@@ -89,7 +102,7 @@ def distillation_load(
         return None
     needed = teacher if keys.loss.needs_teacher and not cached else None
     pairs = 0 if keys.loss.hidden is None else student.num_layers
-    return training_load(
+    found = training_load(
         student,
         needed,
         keys,
@@ -99,6 +112,7 @@ def distillation_load(
         hidden_pairs=pairs,
         anchors=() if keys.loss.anchors is None else keys.loss.anchors.of,
     )
+    return replace(found, work=replace(found.work, lone_forward_kl=keys.loss.is_lone_forward_kl and not cached))
 
 
 def alignment_load(

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
-from nemo_minitron.distillation.chunks import CHUNK_BYTES, MIN_CHUNK_TOKENS
+from nemo_minitron.distillation.chunks import block_tokens, chunk_tokens
 from nemo_minitron.distillation.rounds import round_size, round_sizes
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.blocks import ATTENTION, MLP, Block, Layer
 from nemo_minitron.families.registry import layers_of
 from nemo_minitron.families.split import padded_vocab_size, params_of_rank, stage_bounds
-from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.execution import Kernels, Parallel
 
 GIB = 2**30
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
@@ -72,6 +72,9 @@ class Work:
         anchors: outputs inside each layer that are compared with the teacher's.
         layerwise: whether each layer is trained apart from the others, so that only one has activations in memory, and
             embeddings, final norm and head are not trained.
+        lone_forward_kl: whether the loss on logits is forward KL to a whole distribution and nothing else.
+        on_gpu: whether the process runs on a GPU, where the chunks of logits are larger.
+        kernels: the paths of a training step that its memory depends on.
     """
 
     shape: ModelShape
@@ -85,6 +88,9 @@ class Work:
     hidden_pairs: int = 0
     anchors: tuple[str, ...] = ()
     layerwise: bool = False
+    lone_forward_kl: bool = False
+    on_gpu: bool = False
+    kernels: Kernels = field(default_factory=Kernels)
 
 
 def memory_of(work: Work) -> Memory:
@@ -130,7 +136,9 @@ def _passes(work: Work, stage: int) -> tuple[int, int]:
         return own
     # The teacher's backward passes of a round precede the student's forward passes.
     teacher = _same_vocab(work.teacher, work)
-    alone = replace(work, shape=teacher, teacher=None, teacher_learns=False, hidden_pairs=0, anchors=())
+    alone = replace(
+        work, shape=teacher, teacher=None, teacher_learns=False, hidden_pairs=0, lone_forward_kl=False, anchors=()
+    )
     return max(own, _passes(alone, stage), key=sum)
 
 
@@ -167,20 +175,20 @@ def _tokens(work: Work) -> int:
     return work.seq_len_tokens * work.parallel.micro_batch_size // work.parallel.cp
 
 
-def layer_bytes_per_token(shape: ModelShape, parallel: Parallel, precision: str) -> float:
+def layer_bytes_per_token(shape: ModelShape, parallel: Parallel, precision: str, *, on_gpu: bool = False) -> float:
     """Return the bytes that autograd saves per token in the largest layer."""
-    return max(_layer_bytes(layer, shape, parallel, precision) for layer in set(layers_of(shape)))
+    return max(_layer_bytes(layer, shape, parallel, precision, on_gpu=on_gpu) for layer in set(layers_of(shape)))
 
 
-def _layer_bytes(layer: Layer, shape: ModelShape, parallel: Parallel, precision: str) -> float:
+def _layer_bytes(layer: Layer, shape: ModelShape, parallel: Parallel, precision: str, *, on_gpu: bool) -> float:
     """Return the bytes that autograd saves per token in one layer: those of each block and of the norm before it."""
     w, tp = WEIGHT_BYTES[precision], parallel.tp
     # With sequence parallelism, norms and the residual stream are split as well.
     h = shape.hidden_size / (tp if parallel.sequence_parallel else 1)
-    return len(layer) * _norm_bytes(shape, h, w) + sum(BLOCK_BYTES[block](shape, w, tp) for block in layer)
+    return len(layer) * _norm_bytes(shape, h, w) + sum(BLOCK_BYTES[block](shape, w, tp, on_gpu) for block in layer)
 
 
-def _attention_bytes(shape: ModelShape, w: int, tp: int) -> float:
+def _attention_bytes(shape: ModelShape, w: int, tp: int, on_gpu: bool) -> float:
     """Return the bytes of the fused QKV projection, rotated q and k, the output, and the softmax statistics."""
     a, g = shape.num_attention_heads / tp, shape.num_query_groups / tp
     q, k = a * shape.kv_channels, g * shape.kv_channels
@@ -190,13 +198,18 @@ def _attention_bytes(shape: ModelShape, w: int, tp: int) -> float:
     return attention
 
 
-def _mlp_bytes(shape: ModelShape, w: int, tp: int) -> float:
-    """Return the bytes of gate, up, activation, its contiguous input, and product; or of the ReLU and its square."""
-    return (5 if shape.gated else 2) * w * (shape.ffn_hidden_size / tp)
+def _mlp_bytes(shape: ModelShape, w: int, tp: int, on_gpu: bool) -> float:
+    """Return the bytes of gate, up, activation, its contiguous input, and product; or of the ReLU and its square.
+
+    On a GPU, Megatron fuses the gated activation, which then keeps gate, up and product only.
+    """
+    tensors = (3 if on_gpu else 5) if shape.gated else 2
+    return tensors * w * (shape.ffn_hidden_size / tp)
 
 
-BLOCK_BYTES: dict[Block, Callable[[ModelShape, int, int], float]] = {ATTENTION: _attention_bytes, MLP: _mlp_bytes}
-"""Block -> function of (shape, bytes of a weight, tp) that returns the bytes that autograd saves per token."""
+BlockBytes = Callable[[ModelShape, int, int, bool], float]
+"""(shape, bytes of a weight, tp, whether on a GPU) -> bytes that autograd saves per token."""
+BLOCK_BYTES: dict[Block, BlockBytes] = {ATTENTION: _attention_bytes, MLP: _mlp_bytes}
 
 
 def _norm_bytes(shape: ModelShape, h: float, w: int) -> float:
@@ -208,7 +221,10 @@ def _activations(work: Work, stage: int) -> int:
     """Return the activations of all layers of a pipeline stage, for all micro-batches that are in flight in it."""
     layout, n, w = work.parallel, _tokens(work), WEIGHT_BYTES[work.precision]
     start, stop = stage_bounds(work.shape.num_layers, layout.pp)[stage]
-    each = {layer: _layer_bytes(layer, work.shape, layout, work.precision) * n for layer in set(layers_of(work.shape))}
+    each = {
+        layer: _layer_bytes(layer, work.shape, layout, work.precision, on_gpu=work.on_gpu) * n
+        for layer in set(layers_of(work.shape))
+    }
     in_flight = min(layout.pp - stage, work.num_micro_batches)
     h = work.shape.hidden_size / (layout.tp if layout.sequence_parallel else 1)
     stream = w * n * h
@@ -232,14 +248,46 @@ def _forward_only(work: Work) -> int:
 
 def _loss_bytes(work: Work) -> int:
     """Return the bytes of a chunk of both models' logits and the gradients of the output layer's input and weight."""
-    w, n, tp = WEIGHT_BYTES[work.precision], _tokens(work), work.parallel.tp
-    vocab = padded_vocab_size(max(work.shape.vocab_size, work.teacher.vocab_size if work.teacher else 0), tp) // tp
-    rows = min(n, max(MIN_CHUNK_TOKENS, CHUNK_BYTES // (4 * vocab)))
-    total = w * rows * vocab * (2 if work.teacher is not None else 1)
+    w, n = WEIGHT_BYTES[work.precision], _tokens(work)
+    total = _chunk_bytes(work)
     if work.trains and not work.layerwise:
-        product = w if work.precision == "bf16" else 0
-        total += (4 + product) * vocab * work.shape.hidden_size + w * n * work.shape.hidden_size
+        forward, backward = _head_gradient_bytes(work)
+        # The chunks are freed before the backward pass.
+        total += max(forward, backward - _chunk_bytes(work)) + w * n * work.shape.hidden_size
     return total
+
+
+def _padded_vocab_of_rank(work: Work) -> int:
+    tp = work.parallel.tp
+    return padded_vocab_size(max(work.shape.vocab_size, work.teacher.vocab_size if work.teacher else 0), tp) // tp
+
+
+def _chunk_bytes(work: Work) -> int:
+    """Return the bytes of a chunk of each model's logits, and on a GPU of the fp32 blocks that the loss works on.
+
+    On a CPU a block is a part of the cache. The fused forward KL has none.
+    """
+    w, n, vocab = WEIGHT_BYTES[work.precision], _tokens(work), _padded_vocab_of_rank(work)
+    chunk = min(n, work.kernels.chunk_tokens or chunk_tokens(vocab, on_gpu=work.on_gpu))
+    models = 1 if work.teacher is None else 2
+    fused = work.lone_forward_kl and work.kernels.fused_kl != "off"
+    block = block_tokens(vocab, chunk, on_gpu=True) if work.on_gpu and not fused else 0
+    # Logits of each model in fp32 unless they already are, and one more for exponentials.
+    blocks = 1 + (models if work.precision == "bf16" else 0)
+    return w * models * chunk * vocab + 4 * blocks * block * vocab
+
+
+def _head_gradient_bytes(work: Work) -> tuple[int, int]:
+    """Return the bytes that the gradient of the output layer's weight takes in the forward and the backward pass.
+
+    If it is added to the gradient buffer directly, autograd still gets a placeholder in the backward pass. Otherwise it
+    is summed in fp32 and, for bf16 weights, converted. A CPU computes the product of a chunk in bf16 first.
+    """
+    size, w = _padded_vocab_of_rank(work) * work.shape.hidden_size, WEIGHT_BYTES[work.precision]
+    product = w * size if work.precision == "bf16" and not work.on_gpu else 0
+    if work.kernels.head_gradient_in_place and not work.shape.tied_embeddings:
+        return product, w * size
+    return 4 * size + product, (4 + (w if work.precision == "bf16" else 0)) * size
 
 
 def _stream_bytes(work: Work, stage: int) -> int:

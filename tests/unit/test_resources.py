@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nemo_minitron.api import load_plan
+from nemo_minitron.api import load_plan, load_recipe
 from nemo_minitron.plan.resources.costs import estimates, totals
 from nemo_minitron.plan.resources.hardware import HARDWARE
+from nemo_minitron.plan.resources.step_time import step_time
 from nemo_minitron.plan.resources.summary import memory_warnings, resource_facts
+from nemo_minitron.plan.shapes import model_shape
+from nemo_minitron.schema.execution import Kernels, Parallel
+from nemo_minitron.stages.distill.params import DistillStage
+from nemo_minitron.workload.load import Load, distillation_load
+from nemo_minitron.workload.memory import GIB, memory_of
 from tests.conftest import REPO, TOY, Cli
 
 MINITRON_4B = REPO / "recipes/llama31_8b/width_4b.yaml"
@@ -72,6 +80,74 @@ def test_proposals_divide_the_model_and_the_batch(tmp_path: Path) -> None:
         assert layout["tp"] * layout["pp"] * layout["dp"] == 256
         assert 1152 % (layout["dp"] * layout["micro_batch_size"]) == 0
         assert 8 % layout["tp"] == 0
+
+
+def _minitron_4b(layout: Parallel, **keys: Any) -> Load:
+    recipe = load_recipe(MINITRON_4B, [])
+    student, teacher = model_shape(recipe, "distill"), model_shape(recipe, "teacher")
+    assert student is not None
+    stage = recipe.stages["distill"]
+    assert isinstance(stage, DistillStage)
+    load = distillation_load(student, teacher, stage.model_copy(update=keys), 1, layout)
+    assert load is not None
+    return load
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        (Parallel(tp=8, sequence_parallel=True), 0.31),
+        (Parallel(tp=2, dp=4, sequence_parallel=True, overlap_grad_reduce=True), 0.44),
+        (Parallel(), 0.48),
+    ],
+)
+def test_tensor_parallelism_costs_what_its_bytes_take(layout: Parallel, expected: float) -> None:
+    """By hand for tp 8: 21.6 GB of collectives at 370 GB/s: 58 ms, beside 104 ms of kernels (50 ms of products)."""
+    found = step_time(_minitron_4b(layout), layout, HARDWARE["H100"], 989.4, 8)
+    assert found.mfu == pytest.approx(expected, abs=0.01)
+
+
+def test_a_small_share_of_a_short_batch_waits_for_launches() -> None:
+    layout = Parallel(tp=8, sequence_parallel=True)
+    short = step_time(_minitron_4b(layout, seq_len_tokens=2048), layout, HARDWARE["H100"], 989.4, 8)
+    assert short.mfu < 0.15
+    wide = layout.model_copy(update={"micro_batch_size": 4})
+    assert step_time(_minitron_4b(wide, seq_len_tokens=2048), wide, HARDWARE["H100"], 989.4, 8).mfu > 1.8 * short.mfu
+
+
+def test_gradients_that_no_backward_pass_hides_and_bubbles_cost_time() -> None:
+    hidden = Parallel(tp=2, dp=128, overlap_grad_reduce=True)
+    seen = hidden.model_copy(update={"overlap_grad_reduce": False})
+    staged = Parallel(tp=2, pp=4, dp=32, overlap_grad_reduce=True)
+    found = [step_time(_minitron_4b(one), one, HARDWARE["H100"], 989.4, 8).mfu for one in (hidden, seen, staged)]
+    assert found[0] > found[1]
+    assert found[0] > found[2]
+    again = Parallel(tp=2, dp=128, overlap_grad_reduce=True, recompute="full")
+    assert step_time(_minitron_4b(again), again, HARDWARE["H100"], 989.4, 8).mfu < found[0]
+
+
+@pytest.mark.parametrize(("recompute", "measured_gib"), [("none", 127.2), ("none", 118.6), ("full", 95.3)])
+def test_the_peak_of_the_measured_gpu_runs_is_planned_within_a_tenth(recompute: str, measured_gib: float) -> None:
+    """One H200, 8B to 4.5B (docs/results.md): torch layers, Transformer Engine, and with full recomputation."""
+    work = _minitron_4b(Parallel(recompute=recompute), global_batch_size=4).work  # type: ignore[arg-type]
+    as_then = Kernels(chunk_tokens=523, head_gradient_in_place=False, fused_kl="off")
+    planned = memory_of(replace(work, on_gpu=True, kernels=as_then)).peak / GIB
+    assert planned == pytest.approx(measured_gib, rel=0.1)
+
+
+def test_chunks_on_a_gpu_are_counted() -> None:
+    work = replace(_minitron_4b(Parallel()).work, on_gpu=True)
+    logits = 4096 * 128_256
+    fused, mixed = memory_of(work).loss, memory_of(replace(work, lone_forward_kl=False)).loss
+    assert fused == pytest.approx(2 * 2 * logits + 2 * 8192 * (4096 + 3072), rel=0.001), "no fp32 gradient of the head"
+    assert mixed - fused == 3 * 4 * 523 * 128_256, "three blocks in fp32"
+
+
+def test_recipes_for_one_node_use_a_layout_that_the_planner_would_choose(tmp_path: Path) -> None:
+    for name in ("llama31_8b/width_4b", "nemotron4_15b/width_8b", "qwen3_8b/width_6b"):
+        plan = _plan(REPO / f"recipes/{name}.yaml", tmp_path, "execution.planning.num_gpus=8")
+        layout = plan.call("distill").parallel.model_dump()
+        assert any(one["layout"] == layout for one in resource_facts(plan)["proposals"]["distill"]), name
 
 
 def test_disk_space_includes_weights_and_kept_checkpoints(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nemo_minitron.config.recipe import Recipe
@@ -119,7 +119,11 @@ def _estimate(load: Load, layout: Parallel, recipe: Recipe, disk_bytes: int) -> 
 
 def load_of(call: StageCall, recipe: Recipe, layout: Parallel | None = None) -> Load | None:
     """Return the load of a stage in a layout, by default its own; None if it computes nothing or sizes are unknown."""
-    return STAGES[call.kind].load(call.name, recipe.stages[call.name], layout or call.parallel, View(recipe))
+    load = STAGES[call.kind].load(call.name, recipe.stages[call.name], layout or call.parallel, View(recipe))
+    if load is None:
+        return None
+    on_gpu = hardware_of(recipe).name != "CPU"
+    return replace(load, work=replace(load.work, on_gpu=on_gpu, kernels=recipe.execution.kernels))
 
 
 def _disk(call: StageCall, load: Load, recipe: Recipe) -> int:

@@ -19,17 +19,25 @@ class Hardware:
     """Memory of the GPU; None for a CPU, which uses the memory of the machine."""
     usual_mfu: float
     """Typical MFU of trainings; a measured value can be set in execution.planning.mfu."""
+    link_gb_per_s: float = 1.0
+    """Rate at which a GPU of a node exchanges data with the others, in each direction: about four fifths of NVLink's or
+    PCIe's nominal figure, which NCCL reaches with large messages."""
 
 
 HARDWARE: dict[HardwareName, Hardware] = {
     found.name: found
     for found in (
-        # From NVIDIA's data sheets, dense bf16 on tensor cores: half of the figure with sparsity.
-        Hardware("A100", 312.0, 80.0, 0.45),  # A100 80GB SXM
-        Hardware("H100", 989.4, 80.0, 0.40),  # H100 SXM5
-        Hardware("H200", 989.4, 141.0, 0.40),  # H200 SXM
-        Hardware("B200", 2250.0, 180.0, 0.40),  # HGX B200, for each GPU
-        Hardware("L40S", 362.05, 48.0, 0.35),
+        # Peaks from NVIDIA's data sheets, dense bf16 on tensor cores with fp32 sums: half of the figure with sparsity.
+        # Memory as nvidia-smi reports it where that is known to be less than the data sheet says.
+        Hardware("A100", 312.0, 80.0, 0.45, 240.0),  # A100 80GB SXM; NVLink 3: 300 GB/s
+        Hardware("H100", 989.4, 80.0, 0.40, 370.0),  # H100 SXM5; NVLink 4: 450 GB/s
+        Hardware("H200", 989.4, 141.0, 0.40, 370.0),  # H200 SXM
+        Hardware("B200", 2250.0, 180.0, 0.40, 740.0),  # HGX B200, for each GPU; NVLink 5: 900 GB/s
+        Hardware("GB200", 2500.0, 186.0, 0.40, 740.0),  # GB200 NVL72: 360 PFLOP/s with sparsity, 13.4 TB for 72 GPUs
+        Hardware("B300", 2250.0, 268.0, 0.40, 740.0),  # HGX B300: 36 PFLOP/s with sparsity for 8 GPUs of 288 GB
+        Hardware("RTX_PRO_6000", 503.8, 95.0, 0.40, 50.0),  # RTX PRO 6000 Blackwell Workstation Edition; PCIe 5
+        Hardware("L40S", 362.05, 45.0, 0.35, 25.0),  # 48 GB with ECC; PCIe 4
+        Hardware("A6000", 154.8, 48.0, 0.40, 25.0),  # RTX A6000 (GA102 white paper, appendix A); PCIe 4
         # About two cores with AVX-512; set execution.peak_tflops for a measured value.
         Hardware("CPU", 0.15, None, 0.5),
     )

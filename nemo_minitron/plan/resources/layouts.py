@@ -5,32 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from math import log2
 
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.plan.checks import layout_problems
 from nemo_minitron.plan.planner import StageCall
 from nemo_minitron.plan.resources.costs import limit_gib, load_of
+from nemo_minitron.plan.resources.hardware import hardware_of, peak_tflops
+from nemo_minitron.plan.resources.step_time import step_time
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training import Optimization
 from nemo_minitron.workload.load import Load
 from nemo_minitron.workload.memory import GIB, memory_of
 
 MICRO_BATCHES = (1, 2, 4, 8)
-TP_LOSS, RECOMPUTE_SHARE, SMALL_BATCH_TOKENS = 0.06, 0.75, 4096
-"""Relative loss of speed for each doubling of tp inside a node; relative speed with full recomputation, which adds one
-forward pass to the three of a training step; tokens of a micro-batch below which matrix products are too small for
-full speed. These are rules of thumb that only rank the proposals."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A layout that fits into memory, with its peak memory and its relative speed."""
+    """A layout that fits into memory, with its peak memory and its expected MFU."""
 
     layout: Parallel
     peak_gib: float
-    speed: float
-    """1 means that every process reaches its full speed."""
+    mfu: float
+    """Expected MFU, which ranks the proposals (step_time.py)."""
 
 
 def proposals(call: StageCall, recipe: Recipe, num_gpus: int, gpus_per_node: int, *, most: int = 3) -> list[Proposal]:
@@ -50,8 +47,9 @@ def proposals(call: StageCall, recipe: Recipe, num_gpus: int, gpus_per_node: int
             continue
         peak = memory_of(load.work).peak / GIB
         if peak <= limit:
-            found.append(Proposal(layout, peak, _speed(load, layout)))
-    return sorted(found, key=lambda proposal: -proposal.speed)[:most]
+            time = step_time(load, layout, hardware_of(recipe), peak_tflops(recipe), gpus_per_node)
+            found.append(Proposal(layout, peak, time.mfu))
+    return sorted(found, key=lambda proposal: -proposal.mfu)[:most]
 
 
 def _candidates(stage: Optimization, num_gpus: int, gpus_per_node: int) -> Iterator[Parallel]:
@@ -69,6 +67,8 @@ def _candidates(stage: Optimization, num_gpus: int, gpus_per_node: int) -> Itera
                 sequence_parallel=tp > 1,
                 micro_batch_size=micro,
                 distributed_optimizer=dp > 1,
+                overlap_grad_reduce=dp > 1,
+                overlap_param_gather=dp > 1,
                 recompute=recompute,  # type: ignore[arg-type]
             )
 
@@ -78,12 +78,3 @@ def _divides(load: Load, layout: Parallel) -> bool:
     if load.work.seq_len_tokens % layout.tp:
         return False
     return not any(problem for shape in shapes for problem in layout_problems(shape, layout))
-
-
-def _speed(load: Load, layout: Parallel) -> float:
-    micro_batches = load.work.num_micro_batches
-    bubble = micro_batches / (micro_batches + layout.pp - 1)
-    tokens = load.work.seq_len_tokens * layout.micro_batch_size
-    filled = min(1.0, (tokens / SMALL_BATCH_TOKENS) ** 0.25)
-    again = RECOMPUTE_SHARE if layout.recompute == "full" else 1.0
-    return bubble * filled * again * (1.0 - TP_LOSS * log2(layout.tp))

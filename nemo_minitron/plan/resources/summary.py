@@ -14,7 +14,10 @@ from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training import Optimization
 from nemo_minitron.workload.batch import batch_proposal
 
-PROPOSED = ("tp", "pp", "dp", "micro_batch_size", "sequence_parallel", "distributed_optimizer", "recompute")
+PROPOSED = (
+    *("tp", "pp", "dp", "micro_batch_size", "sequence_parallel", "distributed_optimizer"),
+    *("overlap_grad_reduce", "overlap_param_gather", "recompute"),
+)
 
 
 def resource_facts(plan: RunPlan) -> dict[str, Any]:
@@ -78,6 +81,7 @@ def _proposal_facts(proposal: Proposal) -> dict[str, Any]:
     return {
         "layout": proposal.layout.model_dump(),
         "peak_gib": proposal.peak_gib,
+        "mfu": proposal.mfu,
         "words": f"{_words(proposal.layout)} ({proposal.peak_gib:.1f} GiB)",
     }
 

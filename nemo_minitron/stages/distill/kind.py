@@ -22,6 +22,7 @@ def _problems(name: str, params: DistillStage, view: RecipeView) -> Iterator[str
     yield from training_problems(name, params, params.num_steps, view.layout(name))
     yield from _correction(f"stages.{name}", params)
     yield from _anchors(name, params, view)
+    yield from _fp8(f"stages.{name}.teacher_fp8", params)
     cache = view.stages.get(params.inputs.cache or "")
     if isinstance(cache, TeacherCaching):
         yield from _cached(f"stages.{name}", params, params.inputs.cache or "", cache)
@@ -56,6 +57,20 @@ def _anchors(name: str, params: DistillStage, view: RecipeView) -> Iterator[str]
         yield f"{key}.loss.anchors: not supported with teacher_correction. Next: use a correct stage before."
     if (anchors.decay_steps or 0) > params.num_steps:
         yield f"{key}.loss.anchors.decay_steps = {anchors.decay_steps}: above num_steps = {params.num_steps}."
+
+
+def _fp8(key: str, params: DistillStage) -> Iterator[str]:
+    """Check that a teacher in FP8 is live, fixed, used, and otherwise in bf16."""
+    if params.teacher_fp8 is None:
+        return
+    if params.inputs.cache is not None:
+        yield f"{key}: a cached teacher is not run. Next: set inputs.cache: null."
+    if params.teacher_correction is not None:
+        yield f"{key}: a teacher that is trained needs bf16. Next: remove this key, or teacher_correction."
+    if not params.loss.needs_teacher:
+        yield f"{key}: the loss does not use the teacher. Next: remove this key."
+    if params.precision != "bf16":
+        yield f"{key}: the other layers must be in bf16. Next: set precision: bf16."
 
 
 def _cached(key: str, params: DistillStage, name: str, cache: TeacherCaching) -> Iterator[str]:

@@ -19,6 +19,7 @@ from nemo_minitron.backends.megatron.data.datasets import (
 )
 from nemo_minitron.backends.megatron.distillation.anchors import Anchors, attached_anchors
 from nemo_minitron.backends.megatron.distillation.correction import Correction
+from nemo_minitron.backends.megatron.distillation.fp8_teacher import require_close_teacher, run_in_fp8
 from nemo_minitron.backends.megatron.distillation.hidden import (
     HiddenLossWeight,
     HiddenStates,
@@ -107,6 +108,10 @@ def prepare(
         return make_job(params, params.num_steps, setup, shape, data_dir, work_dir)
     (student, shape), (teacher, teacher_shape) = load_pair(params, student_dir, teacher_dir, session)
     size = min(shape.vocab_size, teacher_shape.vocab_size)
+    if params.teacher_fp8 is not None:
+        weight = head_weight(teacher, size) if session.is_last_stage else None
+        run_in_fp8(teacher, params.teacher_fp8, session)
+        require_close_teacher(teacher, weight, heldout, params.teacher_fp8, session, work_dir)
     micro_batches = params.global_batch_size // (session.parallel.dp * session.parallel.micro_batch_size)
     hidden, anchors = None, None
     if params.loss.hidden is not None:
