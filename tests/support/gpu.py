@@ -13,9 +13,32 @@ TORCH, ENGINE = "torch", "transformer_engine"
 LAYERS = [TORCH, *([ENGINE] if importlib.util.find_spec("transformer_engine_torch") else [])]
 
 
+DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    "NCCL_ALGO": "Ring",
+}
+"""Variables with which cuBLAS, Transformer Engine and NCCL add in the same order each time."""
+
+
 def on_gpu(layers: str, function: Callable[..., Any], *args: Any) -> Any:
     """function(*args) in a process of its own, with these layers."""
     return run_ranks(1, _with_layers, layers, function, *args)[0]
+
+
+def on_gpu_deterministic(layers: str, function: Callable[..., Any], *args: Any) -> Any:
+    """The same without kernels whose result depends on timing, such as atomic sums of embedding gradients."""
+    return run_ranks(1, _deterministic, layers, function, *args)[0]
+
+
+def _deterministic(layers: str, function: Callable[..., Any], *args: Any) -> Any:
+    import os
+
+    import torch
+
+    os.environ.update(DETERMINISTIC)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return _with_layers(layers, function, *args)
 
 
 def _with_layers(kind: str, function: Callable[..., Any], *args: Any) -> Any:
