@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from gpu_items import BF16, ENGINE, TORCH, Context, Skipped, with_layers
-from gpu_step import make_job, make_params, make_setup, measure, shapes_of
+from gpu_step import make_job, make_params, make_setup, measure, random_model, shapes_of
 
 from nemo_minitron.backends.megatron.data.datasets import HeldOutBatches, step_batches
 from nemo_minitron.backends.megatron.distillation import fp8_teacher
@@ -214,6 +214,7 @@ def profile(context: Context) -> dict[str, Any]:
 
 def masks_and_sparse(context: Context) -> dict[str, Any]:
     """One micro-batch with a document mask (torch layers), and the time of a sparse loss beside a dense one."""
+    close_bench(context)
     out: dict[str, Any] = {}
     tokens, vocab = (1024, 128_256) if context.on_gpu else (16, 1024)
     device = torch.device(context.device)
@@ -314,38 +315,41 @@ def nccl(context: Context) -> dict[str, Any]:
         out["open_s"] = time.perf_counter() - started
         session.barrier()
         out["sum"] = float(session.sum(torch.ones(1, device=session.device)))
-        if context.on_gpu:
-            out |= _graph(session)
+        out |= _graph(session)
         started = time.perf_counter()
     out["close_s"] = time.perf_counter() - started
     return out
 
 
 def _graph(session: Session) -> dict[str, float]:
-    """Return the time of a small model's forward pass, launched by Python and as a graph."""
-    shapes, params = shapes_of("llama31_8b/width_4b"), make_params(1, 1024)
+    """Return the time of a small model's forward pass, launched by Python and, on a GPU, as a graph."""
+    shapes = shapes_of("llama31_8b/width_4b" if session.on_gpu else "smollm2_135m/width")
+    tokens = 1024 if session.on_gpu else 32
     shape = shapes[1].resized(num_layers=2)
-    setup = make_setup((shape, shape), params, session)
-    hidden = torch.randn(1024, 1, shape.hidden_size, device="cuda", dtype=torch.bfloat16)
-    decoder, rotary = setup.student.decoder, setup.student.rotary_pos_emb(1024)
+    model = random_model(shape, session, make_params(1, tokens))
+    hidden = torch.randn(tokens, 1, shape.hidden_size, device=session.device, dtype=torch.bfloat16)
+    rotary = model.rotary_pos_emb(tokens)  # type: ignore[operator]
 
     @torch.no_grad()
     def run() -> None:
-        decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
+        model.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)  # type: ignore[operator]
 
+    calls: dict[str, Callable[[], Any]] = {"launched_s": run}
     for _ in range(3):
         run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    found = {}
-    for name, call in {"launched_s": run, "graph_s": graph.replay}.items():
+    if session.on_gpu:
         torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        calls["graph_s"] = graph.replay
+    found = {}
+    for name, call in calls.items():
+        _synchronize(session)
         started = time.perf_counter()
         for _ in range(20):
             call()
-        torch.cuda.synchronize()
+        _synchronize(session)
         found[name] = (time.perf_counter() - started) / 20
     return found
 

@@ -100,8 +100,10 @@ class TeacherCorrection(LearningRate):
 
 
 class Fp8Teacher(Schema):
-    """Run the layers of a fixed teacher in FP8, whose peak is twice that of bf16 on an H100 and later. Its logits change
-    a little, so the KL to the bf16 teacher is measured on held-out text before each training. Needs Transformer Engine.
+    """Run the layers of a fixed teacher in FP8, whose peak is twice that of bf16 on an H100 and later.
+
+    Its logits change a little, so the KL to the bf16 teacher is measured on held-out text before each training. Needs
+    Transformer Engine.
     """
 
     format: Literal["e4m3", "hybrid"] = "e4m3"
