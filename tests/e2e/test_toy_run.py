@@ -22,6 +22,11 @@ def test_every_stage_is_published_with_hashes_and_provenance(toy_run: Path) -> N
         assert manifest.files
         assert all(len(facts["sha256"]) == 64 for facts in manifest.files.values())
         assert {"versions", "command", "wall_s", "started"} <= manifest.provenance.keys()
+        if stage in ("score", "distill", "evaluate_distilled"):
+            assert manifest.provenance["session"] == {"device": "cpu", "megatron_layers": "torch"}
+        else:
+            assert "session" not in manifest.provenance
+        assert "session" not in manifest.result
         store.verify(stage, manifest, "all")
 
 

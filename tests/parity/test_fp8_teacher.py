@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer import transformer_block
 
 from nemo_minitron.api import load_plan
 from nemo_minitron.backends.megatron.distillation import distill, fp8_teacher
@@ -24,6 +27,9 @@ from nemo_minitron.schema.training import Fp8Teacher
 from tests.conftest import TOY
 from tests.support.tiny_distill import TWENTY_STEPS, distill_folders
 
+needs_recipes = pytest.mark.skipif(
+    not hasattr(transformer_block, "get_fp8_context"), reason="this Megatron-Core has delayed scaling only, inline"
+)
 PARAMS = TWENTY_STEPS.model_copy(update={"precision": "bf16", "teacher_fp8": Fp8Teacher(max_kl=0.02)})
 
 
@@ -72,6 +78,7 @@ def _no_context(*_: Any, **__: Any) -> Any:
     return nullcontext()
 
 
+@needs_recipes
 def test_a_close_teacher_is_used_and_its_kl_is_that_of_its_logits(
     folders: dict[str, Path], session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +105,7 @@ def test_a_close_teacher_is_used_and_its_kl_is_that_of_its_logits(
     assert job.trainable.model.config.fp8 is None, "the student stays in bf16"
 
 
+@needs_recipes
 def test_a_teacher_that_is_too_far_away_stops_the_training(
     folders: dict[str, Path], session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +119,18 @@ def test_without_transformer_engine_it_is_refused(folders: dict[str, Path], sess
         distill.prepare(
             PARAMS, folders["student"], folders["teacher"], folders["data"], folders["work"] / "run", session
         )
+
+
+def test_an_older_megatron_refuses_what_it_does_not_know() -> None:
+    @dataclass
+    class Config:
+        fp8: str | None = None
+
+    model: Any = SimpleNamespace(config=Config())
+    with pytest.raises(EnvironmentProblem, match="does not support FP8 with tensorwise scaling"):
+        set_fp8(model, Fp8Teacher())
+    set_fp8(model, Fp8Teacher(format="hybrid", scaling="delayed"))
+    assert model.config.fp8 == "hybrid"
 
 
 def test_the_default_leaves_fingerprints_alone() -> None:
