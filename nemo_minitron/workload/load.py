@@ -11,7 +11,7 @@ from nemo_minitron.distillation.flops import (
 )
 from nemo_minitron.families import ModelShape, num_params
 from nemo_minitron.schema.execution import Parallel
-from nemo_minitron.schema.training import Optimization, Training
+from nemo_minitron.schema.training import Distillation, Optimization, Training
 from nemo_minitron.workload.memory import Work
 
 
@@ -112,7 +112,9 @@ def distillation_load(
         hidden_pairs=pairs,
         anchors=() if keys.loss.anchors is None else keys.loss.anchors.of,
     )
-    return replace(found, work=replace(found.work, lone_forward_kl=keys.loss.is_lone_forward_kl and not cached))
+    in_fp8 = needed is not None and isinstance(keys, Distillation) and keys.teacher_fp8 is not None
+    alone = keys.loss.is_lone_forward_kl and not cached
+    return replace(found, work=replace(found.work, lone_forward_kl=alone, teacher_in_fp8=in_fp8))
 
 
 def alignment_load(

@@ -25,6 +25,8 @@ from nemo_minitron.schema.execution import Kernels, Parallel
 
 GIB = 2**30
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
+FP8_BYTES = 1
+"""Bytes of the FP8 copy of a weight. Embeddings and norms have none; they count all the same."""
 GRADIENT_BYTES, ADAM_BYTES, MASTER_BYTES = 4, 8, 4
 """Bytes per parameter, all in fp32; master weights exist only beside bf16 weights."""
 
@@ -72,6 +74,7 @@ class Work:
         anchors: outputs inside each layer that are compared with the teacher's.
         layerwise: whether each layer is trained apart from the others, so that only one has activations in memory, and
             embeddings, final norm and head are not trained.
+        teacher_in_fp8: whether Transformer Engine keeps FP8 copies of the teacher's weights.
         lone_forward_kl: whether the loss on logits is forward KL to a whole distribution and nothing else.
         on_gpu: whether the process runs on a GPU, where the chunks of logits are larger.
         kernels: the paths of a training step that its memory depends on.
@@ -88,6 +91,7 @@ class Work:
     hidden_pairs: int = 0
     anchors: tuple[str, ...] = ()
     layerwise: bool = False
+    teacher_in_fp8: bool = False
     lone_forward_kl: bool = False
     on_gpu: bool = False
     kernels: Kernels = field(default_factory=Kernels)
@@ -110,7 +114,7 @@ def _of_stage(work: Work, stage: int) -> Memory:
     activations, loss = _passes(work, stage)
     return Memory(
         weights=wide * count,
-        teacher=wide * teacher,
+        teacher=(wide + (FP8_BYTES if work.teacher_in_fp8 else 0)) * teacher,
         gradients=GRADIENT_BYTES * learned,
         optimizer=optimizer_bytes(learned, work.precision, layout),
         activations=activations,

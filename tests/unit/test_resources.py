@@ -16,6 +16,7 @@ from nemo_minitron.plan.resources.step_time import step_time
 from nemo_minitron.plan.resources.summary import memory_warnings, resource_facts
 from nemo_minitron.plan.shapes import model_shape
 from nemo_minitron.schema.execution import Kernels, Parallel
+from nemo_minitron.schema.training import Fp8Teacher
 from nemo_minitron.stages.distill.params import DistillStage
 from nemo_minitron.workload.load import Load, distillation_load
 from nemo_minitron.workload.memory import GIB, memory_of
@@ -141,6 +142,13 @@ def test_chunks_on_a_gpu_are_counted() -> None:
     fused, mixed = memory_of(work).loss, memory_of(replace(work, lone_forward_kl=False)).loss
     assert fused == pytest.approx(2 * 2 * logits + 2 * 8192 * (4096 + 3072), rel=0.001), "no fp32 gradient of the head"
     assert mixed - fused == 3 * 4 * 523 * 128_256, "three blocks in fp32"
+
+
+def test_an_fp8_teacher_keeps_both_copies_of_its_weights() -> None:
+    plain = memory_of(_minitron_4b(Parallel()).work)
+    in_fp8 = memory_of(_minitron_4b(Parallel(), teacher_fp8=Fp8Teacher()).work)
+    assert in_fp8.teacher == plain.teacher * 3 // 2
+    assert in_fp8.peak - plain.peak == in_fp8.teacher - plain.teacher
 
 
 def test_recipes_for_one_node_use_a_layout_that_the_planner_would_choose(tmp_path: Path) -> None:
