@@ -10,8 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from nemo_minitron.processes.gpu_environment import has_nvidia_driver
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not has_nvidia_driver():
+    # Triton kernels run in its interpreter. It reads this when it is imported, which other libraries do, too.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background jobs ignore Ctrl-C, and so would all that tests start and interrupt.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import pytest
 import torch
@@ -17,8 +16,6 @@ from nemo_minitron.schema.losses import LogitsLoss, Loss
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 ON_GPU = torch.cuda.is_available()
-if HAS_TRITON and not ON_GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 DEVICE = "cuda" if ON_GPU else "cpu"
 NAMES = [
     "torch",
