@@ -140,8 +140,9 @@ def _passes(work: Work, stage: int) -> tuple[int, int]:
         return own
     # The teacher's backward passes of a round precede the student's forward passes.
     teacher = _same_vocab(work.teacher, work)
-    alone = replace(work, shape=teacher, teacher=None, teacher_learns=False, hidden_pairs=0, anchors=())
-    alone = replace(alone, lone_forward_kl=False)
+    alone = replace(
+        work, shape=teacher, teacher=None, teacher_learns=False, hidden_pairs=0, lone_forward_kl=False, anchors=()
+    )
     return max(own, _passes(alone, stage), key=sum)
 
 
