@@ -23,6 +23,7 @@ from suite import (
     explicit_stages,
     markdown_table,
     needed_stages,
+    prepare,
     read_figures,
     replace_part,
     require_same_origin,
@@ -288,7 +289,8 @@ def main() -> None:
         return [task for task in tasks if task.id not in found]
 
     if not arguments.report:
-        limit_s = None if arguments.limit_minutes is None else 60 * arguments.limit_minutes
+        spent_s = prepare(recipe, ("teacher", *TEXTS, "other", "judge"))
+        limit_s = None if arguments.limit_minutes is None else 60 * arguments.limit_minutes - spent_s
         found = run_tasks(waiting, lambda task: run_task(task, recipe), file, limit_s=limit_s)
     text = page(list(found.values()), size, arguments.size)
     print(text)

@@ -17,6 +17,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from nemo_minitron.artifacts.manifest import MANIFEST_FILE
+from nemo_minitron.artifacts.run_paths import RunPaths
+
 Stages = dict[str, dict[str, Any]]
 Found = dict[str, dict[str, Any]]
 """Id of a task -> its line in the file of figures."""
@@ -83,27 +86,22 @@ def _inputs_of(stage: Mapping[str, Any]) -> list[str]:
     return out
 
 
+def prepare(recipe: Any, names: Sequence[str]) -> float:
+    """Run the stages that all tasks share, such as the teacher, and return the seconds that it took."""
+    started_s = time.monotonic()
+    _run_stages(recipe, needed_stages(explicit_stages(recipe), names), "shared stages")
+    return time.monotonic() - started_s
+
+
 def run_task(task: Task, recipe: Any) -> dict[str, Any]:
     """Run the stages of a task in the run folder of the recipe, and return its figures.
 
     `wall_s` has the seconds of each stage, and `resumed` the stages that had been interrupted, whose seconds are
     therefore incomplete.
     """
-    from nemo_minitron import api
-    from nemo_minitron.artifacts.run_paths import RunPaths
-    from nemo_minitron.config.explain import validate
-
-    raw = {**recipe.model_dump(mode="json"), "stages": task.stages}
-    if task.micro_batch_size is not None:
-        raw["execution"]["parallel"]["micro_batch_size"] = task.micro_batch_size
-    layouts = raw["execution"]["parallel_by_stage"]
-    raw["execution"]["parallel_by_stage"] = {name: layouts[name] for name in layouts if name in task.stages}
-    plan = api.plan(validate(raw, where=task.id))
-    unfinished = [call.name for call in plan.calls if plan.states[call.name].status != "finished"]
+    resumed = _run_stages(recipe, task.stages, task.id, task.micro_batch_size)
     paths = RunPaths(run_folder(recipe))
-    resumed = [name for name in unfinished if paths.work(name).exists()]
-    folder = api.run(plan, quiet=True)
-    manifests = {name: json.loads((folder / name / "manifest.json").read_text()) for name in task.stages}
+    manifests = {name: json.loads((paths.published(name) / MANIFEST_FILE).read_text()) for name in task.stages}
     figures = {
         name: {key: manifests[stage]["result"][key] for key in ("loss_nats_per_token", "bits_per_byte")}
         for name, stage in task.measures.items()
@@ -114,6 +112,24 @@ def run_task(task: Task, recipe: Any) -> dict[str, Any]:
             shutil.rmtree(place, ignore_errors=True)
     gc.collect()  # Megatron's models refer to themselves.
     return {"figures": figures, "wall_s": wall_s, "resumed": resumed}
+
+
+def _run_stages(recipe: Any, stages: Stages, where: str, micro_batch_size: int | None = None) -> list[str]:
+    """Run stages with the execution of the recipe; return those that an earlier process had begun and not finished."""
+    from nemo_minitron import api
+    from nemo_minitron.config.explain import validate
+
+    raw = {**recipe.model_dump(mode="json"), "stages": stages}
+    if micro_batch_size is not None:
+        raw["execution"]["parallel"]["micro_batch_size"] = micro_batch_size
+    layouts = raw["execution"]["parallel_by_stage"]
+    raw["execution"]["parallel_by_stage"] = {name: layouts[name] for name in layouts if name in stages}
+    plan = api.plan(validate(raw, where=where))
+    paths = RunPaths(run_folder(recipe))
+    unfinished = [call.name for call in plan.calls if plan.states[call.name].status != "finished"]
+    begun = [name for name in unfinished if paths.work(name).exists()]
+    api.run(plan, quiet=True)
+    return begun
 
 
 def run_folder(recipe: Any) -> Path:

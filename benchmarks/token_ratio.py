@@ -19,6 +19,7 @@ from suite import (
     Task,
     explicit_stages,
     needed_stages,
+    prepare,
     read_figures,
     replace_part,
     require_same_origin,
@@ -334,7 +335,8 @@ def main() -> None:
     found = read_figures(file)
     require_same_origin(found, tasks(found), file)
     if not arguments.report:
-        limit_s = None if arguments.limit_minutes is None else 60 * arguments.limit_minutes
+        spent_s = prepare(recipe, ("teacher", "data", "other", "judge"))
+        limit_s = None if arguments.limit_minutes is None else 60 * arguments.limit_minutes - spent_s
         found = run_tasks(waiting, lambda task: run_task(task, recipe), file, limit_s=limit_s)
     publish(found, arguments.size, folder, write_docs=arguments.write_docs)
 
