@@ -265,8 +265,9 @@ def picture(rows: Sequence[Row], file: Path) -> None:
     figure, panels = plt.subplots(1, len(TEXTS), figsize=(9.6, 3.8))
     for axes, (text, name) in zip(panels, TEXTS.items(), strict=True):
         for arm, color in zip(arms_of(rows), COLORS, strict=False):
-            curves = list(curves_of(rows, arm, text).values())
-            ends = zip(*(curve.values() for curve in curves), strict=False)
+            curves = curves_of(rows, arm, text).values()
+            budgets = sorted({budget for curve in curves for budget in curve})
+            ends = ([curve[budget] for curve in curves if budget in curve] for budget in budgets)
             points = [list(zip(*of_seeds, strict=True)) for of_seeds in ends]
             tokens = [mean(xs) for xs, _ in points]
             axes.plot(tokens, [mean(losses) for _, losses in points], "o-", ms=4, label=arm, color=color, linewidth=1.8)
