@@ -14,6 +14,7 @@ from nemo_minitron import api
 from nemo_minitron.config.explain import validate
 from nemo_minitron.plan.checks import find_problems
 from nemo_minitron.plan.planner import make_plan
+from nemo_minitron.stages.registry import STAGES
 from tests.conftest import REPO
 
 
@@ -214,7 +215,7 @@ def test_the_arm_with_layers_is_left_out_without_its_kind_of_stage(suite: Module
 @pytest.mark.parametrize("size", ["toy", "smollm2", "gpu"])
 def test_every_run_composes_and_passes_the_checks(size: str, suite: ModuleType, tmp_path: Path) -> None:
     recipe, stages = _recipe(suite, size, tmp_path)
-    for arm in suite.usable_arms(["compensate"]):
+    for arm in suite.usable_arms(STAGES):
         run = suite.Run(arm, suite.SIZES[size].budgets[-1], 1, rate=1 / 3, batch=0.5)
         task = suite.task_of(run, stages, recipe.execution.parallel.micro_batch_size)
         raw = {**recipe.model_dump(mode="json"), "stages": task.stages}
