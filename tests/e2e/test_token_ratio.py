@@ -26,7 +26,9 @@ COMPENSATE = {
 def test_two_arms_are_trained_once_and_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
     suite, ratio, claims = (importlib.import_module(name) for name in ("suite", "token_ratio", "token_ratio_claims"))
-    recipe = api.load_recipe("toy/width", [f"execution.run_root={tmp_path}", "stages.distill.inputs.check=null"])
+    recipe = api.load_recipe(
+        "toy/width", [f"execution.run_root={tmp_path}", "execution.threads=1", "stages.distill.inputs.check=null"]
+    )
     measured = {
         name: {**EVALUATE, "label": name, "inputs": {"data": "data"}} for name in ("evaluate", "evaluate_other")
     }
