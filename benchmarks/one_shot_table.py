@@ -187,15 +187,19 @@ def _scoring(case: Case, method: str, recipe: Stages, target: Target) -> dict[st
     return {**METHODS[method], **_draw(case, keys["seq_len_tokens"]), "width_axes": axes, **swaps, "inputs": inputs}
 
 
-def teacher_task(recipe: Stages) -> Task:
-    """Return the task that measures the teacher on all texts."""
+def teacher_task(recipe: Stages, work: float) -> Task:
+    """Return the task that measures the teacher on all texts.
+
+    Args:
+        work: that of the smallest setting, so that the first estimates are of the right size.
+    """
     measures = {text: f"teacher_on_{text}" for text in (*TEXTS, "other")}
     measured: Stages = {
         stage: {**recipe["evaluate"], "label": stage, "inputs": {"model": "teacher", "data": text}}
         for text, stage in measures.items()
     }
     stages = needed_stages({**recipe, **measured}, list(measured))
-    return Task("teacher", "teacher", 1.0, stages, measures)
+    return Task("teacher", "teacher", work, stages, measures)
 
 
 def page(rows: Sequence[Mapping[str, Any]], size: Size, name: str) -> str:
@@ -279,7 +283,7 @@ def main() -> None:
     recipe = api.load_recipe(token_ratio.RECIPES / f"{size.recipe}.yaml", overrides)
     stages = explicit_stages(recipe)
     some = [case for case in cases(size) if wanted(case, arguments)]
-    tasks = [teacher_task(stages), *(task_of(case, stages, size.parts[case.part]) for case in some)]
+    tasks = [teacher_task(stages, size.tokens[0]), *(task_of(case, stages, size.parts[case.part]) for case in some)]
     folder = run_folder(recipe)
     file = folder / "one_shot_table.jsonl"
     found = read_figures(file)
