@@ -31,10 +31,10 @@ ALIGNER_PYTHON = $(shell for python in $(PYTHON) python3.11 python3.10; do \
 WITH_ALIGNER = $(if $(ALIGNER_PYTHON),aligner,without-aligner)
 TEST_ENV = $(if $(ALIGNER_PYTHON),MINITRON_REQUIRE_ALIGNER=1) $(QUIET_ENV)
 
-.PHONY: aligner without-aligner demo test test-all test-compat test-slurm test-faults test-gpu check claims results reference bench format lock install clean help
+.PHONY: aligner without-aligner demo test test-all test-compat test-slurm test-faults test-gpu check claims token-ratio one-shot-table results reference bench format lock install clean help
 
 help:
-	@echo "make demo | aligner | test | test-all | test-compat | test-slurm | test-faults | test-gpu | check | claims | results | reference | bench | format | lock | clean"
+	@echo "make demo | aligner | test | test-all | test-compat | test-slurm | test-faults | test-gpu | check | claims | token-ratio | one-shot-table | results | reference | bench | format | lock | clean"
 
 install: $(STAMP)
 
@@ -138,6 +138,15 @@ TEXT ?= ./data/*.txt*
 claims: $(STAMP)
 	$(BIN)/minitron assets fetch
 	$(BIN)/python benchmarks/distillation.py --text '$(TEXT)' $(ARGS)
+
+# Tokens that a repair by least squares saves, and repaired students without training: docs/explanation/token-ratio.md.
+token-ratio: $(STAMP)
+	$(BIN)/minitron assets fetch
+	$(BIN)/python benchmarks/token_ratio.py $(if $(filter command line environment,$(origin TEXT)),--text '$(TEXT)') $(ARGS)
+
+one-shot-table: $(STAMP)
+	$(BIN)/minitron assets fetch
+	$(BIN)/python benchmarks/one_shot_table.py $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/minitron assets fetch

@@ -180,11 +180,9 @@ def _shortcut(tokens: float | None, most: int) -> str:
 
 def picture(found: Found, file: Path) -> None:
     """Held-out loss over tokens, from scratch and pruned."""
-    import matplotlib
+    from pictures import finish, pyplot
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     named = {
         "from scratch, CE": ("from scratch, next-token", "#b5651d"),
         "random init, KD": ("from scratch, distilled", "#d9a441"),
@@ -202,12 +200,8 @@ def picture(found: Found, file: Path) -> None:
         low, high = [min(point[1]) for point in points], [max(point[1]) for point in points]
         axes.fill_between(tokens, low, high, color=color, alpha=0.2, linewidth=0)
     axes.set(xscale="log", xlabel="training tokens", ylabel="held-out loss, nats per token")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(file, dpi=150, facecolor="white")
-    plt.close(figure)
+    finish(figure, file)
 
 
 def bars(found: Found, file: Path) -> None:

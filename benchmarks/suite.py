@@ -1,0 +1,250 @@
+"""Suites of runs: each task is a small recipe in a shared run folder; its figures are a line of a JSON-lines file.
+
+Finished tasks are skipped, so a stopped suite continues with the same command.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from nemo_minitron.artifacts.manifest import MANIFEST_FILE
+from nemo_minitron.artifacts.run_paths import RunPaths
+
+Stages = dict[str, dict[str, Any]]
+Found = dict[str, dict[str, Any]]
+"""Id of a task -> its line in the file of figures."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of a suite."""
+
+    id: str
+    group: str
+    """Tasks of a group take about the same time per unit of work."""
+    work: float
+    """Amount of work, such as training tokens, by which the time is estimated."""
+    stages: Stages
+    """All stages of the run, including those that it shares with other tasks."""
+    measures: Mapping[str, str]
+    """Name of a figure -> evaluate stage that measures it."""
+    temporary: tuple[str, ...] = ()
+    """Stages whose outputs are deleted after the figures are stored."""
+    micro_batch_size: int | None = None
+    """Sequences per forward pass. None: as in the recipe."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the task that are stored with its figures."""
+
+    @property
+    def made_from(self) -> str:
+        """Hash of the stages that the figures depend on; keys that have their default are left out."""
+        from nemo_minitron.stages.registry import STAGES
+
+        keys = {
+            name: STAGES[stage["kind"]].params.model_validate(stage).model_dump(mode="json", exclude_defaults=True)
+            for name, stage in self.stages.items()
+        }
+        return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
+
+
+def needed_stages(stages: Stages, wanted: Sequence[str]) -> Stages:
+    """Return the wanted stages and all stages that they read, in the order of `stages`."""
+    needed: set[str] = set()
+    waiting = [*wanted]
+    while waiting:
+        name = waiting.pop()
+        if name not in needed:
+            needed.add(name)
+            waiting += _inputs_of(stages[name])
+    return {name: stage for name, stage in stages.items() if name in needed}
+
+
+def explicit_stages(recipe: Any) -> Stages:
+    """Return the stages of a loaded recipe with all keys and inputs, defaults included."""
+    return dict(recipe.model_dump(mode="json")["stages"])
+
+
+def _inputs_of(stage: Mapping[str, Any]) -> list[str]:
+    out: list[str] = []
+    for value in stage["inputs"].values():
+        if isinstance(value, str):
+            out.append(value)
+        elif isinstance(value, list):
+            out += value
+        elif isinstance(value, dict):
+            out += value.values()
+    return out
+
+
+def prepare(recipe: Any, names: Sequence[str]) -> float:
+    """Run the stages that all tasks share, such as the teacher, and return the seconds that it took."""
+    started_s = time.monotonic()
+    _run_stages(recipe, needed_stages(explicit_stages(recipe), names), "shared stages")
+    return time.monotonic() - started_s
+
+
+def run_task(task: Task, recipe: Any) -> dict[str, Any]:
+    """Run the stages of a task in the run folder of the recipe, and return its figures.
+
+    `wall_s` has the seconds of each stage, and `resumed` the stages that had been interrupted, whose seconds are
+    therefore incomplete.
+    """
+    resumed = _run_stages(recipe, task.stages, task.id, task.micro_batch_size)
+    paths = RunPaths(run_folder(recipe))
+    manifests = {name: json.loads((paths.published(name) / MANIFEST_FILE).read_text()) for name in task.stages}
+    figures = {
+        name: {key: manifests[stage]["result"][key] for key in ("loss_nats_per_token", "bits_per_byte")}
+        for name, stage in task.measures.items()
+    }
+    wall_s = {name: manifest["provenance"]["wall_s"] for name, manifest in manifests.items()}
+    for name in task.temporary:
+        for place in (paths.published(name), paths.work(name)):
+            shutil.rmtree(place, ignore_errors=True)
+    gc.collect()  # Megatron's models refer to themselves.
+    return {"figures": figures, "wall_s": wall_s, "resumed": resumed}
+
+
+def _run_stages(recipe: Any, stages: Stages, where: str, micro_batch_size: int | None = None) -> list[str]:
+    """Run stages with the execution of the recipe; return those that an earlier process had begun and not finished."""
+    from nemo_minitron import api
+    from nemo_minitron.config.explain import validate
+
+    raw = {**recipe.model_dump(mode="json"), "stages": stages}
+    if micro_batch_size is not None:
+        raw["execution"]["parallel"]["micro_batch_size"] = micro_batch_size
+    layouts = raw["execution"]["parallel_by_stage"]
+    raw["execution"]["parallel_by_stage"] = {name: layouts[name] for name in layouts if name in stages}
+    plan = api.plan(validate(raw, where=where))
+    paths = RunPaths(run_folder(recipe))
+    unfinished = [call.name for call in plan.calls if plan.states[call.name].status != "finished"]
+    begun = [name for name in unfinished if paths.work(name).exists()]
+    api.run(plan, quiet=True)
+    return begun
+
+
+def run_folder(recipe: Any) -> Path:
+    """Return the folder of a recipe's run."""
+    from nemo_minitron.plan.folder import run_dir
+
+    return run_dir(recipe)
+
+
+def read_figures(file: Path) -> Found:
+    """Read the file of figures. A last line that was cut off by a kill is removed from the file."""
+    if not file.is_file():
+        return {}
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with file.open("r+b") as opened:
+            opened.truncate(len(whole))
+    rows = [json.loads(line) for line in whole.decode().splitlines()]
+    return {row["id"]: row for row in rows}
+
+
+def append_figures(file: Path, row: Mapping[str, Any]) -> None:
+    """Add one line and flush it to disk."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write(json.dumps(row) + "\n")
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def require_same_origin(found: Found, tasks: Sequence[Task], file: Path) -> None:
+    """Refuse to mix figures of other models, texts or keys: they would compare nothing.
+
+    Raises:
+        SystemExit: a finished task was made from other stages.
+    """
+    other = [task.id for task in tasks if task.id in found and found[task.id]["made_from"] != task.made_from]
+    if other:
+        raise SystemExit(
+            f"{file} has figures of other models, texts or keys ({len(other)} runs: {'; '.join(other[:3])} ...).\n"
+            "Next: move the file away to run them again, or give this suite another name: name=claims/NAME."
+        )
+
+
+def estimated_s(task: Task, found: Found) -> float | None:
+    """Estimate the seconds of a task from finished ones; None: there are none.
+
+    The closest tasks count: of the same group and amount of work, else of the group, else all.
+    """
+    rows = list(found.values())
+    same = [row for row in rows if row["group"] == task.group]
+    exact = [row for row in same if row["work"] == task.work]
+    closest = exact or same or rows
+    return task.work * median(row["elapsed_s"] / row["work"] for row in closest) if closest else None
+
+
+def run_tasks(
+    waiting: Callable[[Found], Sequence[Task]],
+    measure: Callable[[Task], dict[str, Any]],
+    file: Path,
+    *,
+    limit_s: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Found:
+    """Run one task after another and store the figures of each; return all figures.
+
+    Args:
+        waiting: unfinished tasks, the next one first. Later ones may change with the figures of earlier ones.
+        measure: runs a task.
+        limit_s: stop before a task that would probably end after these seconds.
+    """
+    found, started_s = read_figures(file), clock()
+    while tasks := waiting(found):
+        task, began_s = tasks[0], clock()
+        expected = estimated_s(task, found) or 0.0
+        if limit_s is not None and began_s - started_s + expected > limit_s:
+            print(f"stopped before {task.id}: it would exceed the time limit. The same command continues.", flush=True)
+            break
+        print(f"{task.id} ... {len(tasks)} runs left, about {in_words(remaining_s(tasks, found))}", flush=True)
+        measured = measure(task)
+        about_task = {"id": task.id, "group": task.group, "work": task.work, "made_from": task.made_from}
+        row = {**about_task, "elapsed_s": clock() - began_s, **task.facts, **measured}
+        append_figures(file, row)
+        found[task.id] = row
+        losses = ", ".join(f"{name} {figure['loss_nats_per_token']:.4f}" for name, figure in row["figures"].items())
+        print(f"  loss: {losses}; {in_words(row['elapsed_s'])}", flush=True)
+    return found
+
+
+def remaining_s(tasks: Sequence[Task], found: Found) -> float | None:
+    """Estimate the seconds of all tasks; None: nothing has finished yet."""
+    times = [estimated_s(task, found) for task in tasks]
+    return sum(value for value in times if value is not None) if times and None not in times else None
+
+
+def in_words(seconds: float | None) -> str:
+    """Format a duration."""
+    if seconds is None:
+        return "an unknown time"
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def replace_part(page: Path, begin: str, end: str, part: str) -> None:
+    """Replace the part of a page between two marks, or add it at the end."""
+    text, marked = page.read_text(), f"{begin}\n\n{part.strip()}\n\n{end}"
+    if begin in text:
+        text = text[: text.index(begin)] + marked + text[text.index(end) + len(end) :]
+    else:
+        text = f"{text.rstrip()}\n\n{marked}\n"
+    page.write_text(text)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
