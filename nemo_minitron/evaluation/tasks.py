@@ -61,19 +61,10 @@ def run_tasks(
         DataError: offline data cannot be read, or tokens are outside the model's vocabulary.
         CheckpointError: the tokenizer has no eos token, which lm-eval uses for an empty context.
     """
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"lm-eval cannot be imported: {error}", next_step="pip install 'nemo-minitron[eval]', or set tasks=[]"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise CheckpointError(
-            "The tokenizer has no end-of-text token, which lm-eval needs.",
-            where=str(tokenizer.name_or_path),
-            next_step='Set "eos_token" in tokenizer_config.json.',
-        )
+    _require_usable(tokenizer)
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
     work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work_dir) as scratch, offline(data_dir is not None), quiet():
         if data_dir is None:
@@ -96,6 +87,22 @@ def run_tasks(
     if found is None:  # lm-eval returns the scores on the first rank of a node only
         return {}
     return {task: read_scores(found["results"][name]) for task, name in zip(tasks, names, strict=True)}
+
+
+def _require_usable(tokenizer: Any) -> None:
+    """Require an installed lm-eval, and a tokenizer with the end-of-text token that it needs."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"lm-eval cannot be imported: {error}", next_step="pip install 'nemo-minitron[eval]', or set tasks=[]"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(
+            "The tokenizer has no end-of-text token, which lm-eval needs.",
+            where=str(tokenizer.name_or_path),
+            next_step='Set "eos_token" in tokenizer_config.json.',
+        )
 
 
 def offline_name(task: str) -> str:
@@ -168,7 +175,9 @@ def share_out(
     owners = [numbers[key] % session.world_size for key in keys]
     own = [request for request, owner in zip(requests, owners, strict=True) if owner == session.rank]
     parts = [iter(part) for part in session.gather(compute(own) if own else [])]
-    return [next(parts[owner]) for owner in owners]
+    found = [next(parts[owner]) for owner in owners]
+    # lm-eval expects (log-likelihood, is_greedy) as a tuple.
+    return [tuple(answer) if isinstance(answer, list) else answer for answer in found]
 
 
 def _language_model(model: Any, tokenizer: Any, progress: Progress, session: Session | None) -> Any:

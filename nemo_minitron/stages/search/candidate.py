@@ -107,8 +107,9 @@ def _facts_before(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> 
 
 def _repair(compensation: Compensation, inputs: Inputs, pruned: Path, ctx: StageContext) -> Path:
     """Repair the pruned model once, and return the folder of the repaired one."""
-    folder = ctx.work_dir / "repaired"
-    if not folder.is_dir():
+    folder, session = ctx.work_dir / "repaired", ctx.open_session
+    # The first rank decides for all: another node may see its folder later.
+    if not session.gather(folder.is_dir())[0]:
         partial = folder.with_suffix(".partial")
         partial.mkdir(parents=True, exist_ok=True)
         texts = RepairTexts(inputs.data, inputs.heldout or inputs.data)
@@ -116,7 +117,7 @@ def _repair(compensation: Compensation, inputs: Inputs, pruned: Path, ctx: Stage
         if ctx.is_main:
             shutil.copyfile(pruned / PLAN_FILE, partial / PLAN_FILE)
             os.replace(partial, folder)
-        ctx.open_session.barrier()
+        session.barrier()
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -82,12 +83,21 @@ class Session:
                 dist.barrier(group=group)
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the values of all ranks in their order, on every rank; ranks may be up to a day apart."""
-        found = [value] * self.world_size
+        """Return the values of all ranks in their order, on every rank; ranks may be up to a day apart.
+
+        Values travel as JSON, so tuples arrive as lists. torch's own function for objects would unpickle what arrives.
+        """
+        if self.world_size == 1:
+            return [value]
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         with self._patient_group() as group:
-            if group is not None:
-                dist.all_gather_object(found, value, group=group)
-        return found
+            dist.all_gather(sizes, torch.tensor([len(own)]), group=group)
+            longest = max(int(size) for size in sizes)
+            padded = torch.cat([own, own.new_zeros(longest - len(own))])
+            texts = [torch.empty_like(padded) for _ in sizes]
+            dist.all_gather(texts, padded, group=group)
+        return [json.loads(bytes(text[: int(size)].tolist())) for text, size in zip(texts, sizes, strict=True)]
 
     @contextmanager
     def _patient_group(self) -> Iterator[dist.ProcessGroup | None]:
