@@ -32,6 +32,7 @@ KINDS = (
     "annotate.kind:ANNOTATE",
     "align.kind:STEERLM_SFT",
     "align.kind:DPO",
+    "reinforce.kind:REINFORCE",
     "evaluate.kind:EVALUATE",
     "evaluate_chat.kind:EVALUATE_CHAT",
     "speed.kind:SPEED",
