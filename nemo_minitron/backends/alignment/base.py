@@ -18,7 +18,7 @@ from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Progress
 
-Method = Literal["sft", "dpo", "reward_model", "knowledge_distillation", "reinforce"]
+Method = Literal["sft", "dpo", "reward_model", "knowledge_distillation", "reinforce", "ppo"]
 """A kind of training; recorded as `method` in the results of a stage."""
 CURVES_FILE, ANSWERS_FILE = "curves.jsonl", "answers.jsonl"
 """Files in a published folder: the metrics of a training, one JSON line for each step (`read_curve` reads it), and the
@@ -110,10 +110,28 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Critic:
+    """Settings of PPO, whose critic starts from the model to train, with a new head."""
+
+    lr: float
+    min_lr: float
+    warmup_steps: int
+    """Steps before the first one in which only the critic is trained."""
+    ratio_clip: float
+    value_clip: float
+    """Clipping of the critic's loss; 0: none."""
+    discount_factor: float
+    gae_lambda: float
+    entropy_bonus: float
+
+
+@dataclass(frozen=True)
 class Rollouts:
     """One training on rewards of the model's own answers."""
 
-    method: Literal["reinforce"]
+    method: Literal["reinforce", "ppo"]
+    critic: Critic | None
+    """For ppo."""
     model_dir: Path
     """Hugging Face folder of the model to start from; the KL divergence is measured against it."""
     train_prompts: Path

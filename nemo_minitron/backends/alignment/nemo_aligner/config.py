@@ -25,6 +25,8 @@ Method = Literal[
     "knowledge_distillation",
     "steerlm2",
     "reinforce",
+    "ppo",
+    "critic",
     "ppo_actor",
     "ppo_critic",
     "reinforce_actor",
@@ -38,6 +40,8 @@ TRAINER_KEYS: dict[Method, str] = {
     "knowledge_distillation": "knowledge_distillation",
     "steerlm2": "sft",
     "reinforce": "reinforce",
+    "ppo": "ppo",
+    "critic": "ppo",
 }
 """Section below `trainer` that a method's trainer reads, for the methods that entry/ runs."""
 FILLED_BY: dict[Method, str] = dict.fromkeys(

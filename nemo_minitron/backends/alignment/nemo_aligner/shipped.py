@@ -22,6 +22,8 @@ SHIPPED = {
     "knowledge_distillation": f"{GPT}/gpt_knowledge_distillation.yaml",
     "steerlm2": f"{GPT}/gpt_sft.yaml",
     "reinforce": f"{GPT}/gpt_reinforce_actor.yaml",
+    "ppo": f"{GPT}/gpt_ppo_actor.yaml",
+    "critic": f"{GPT}/gpt_ppo_critic.yaml",
     "ppo_actor": f"{GPT}/gpt_ppo_actor.yaml",
     "ppo_critic": f"{GPT}/gpt_ppo_critic.yaml",
     "reinforce_actor": f"{GPT}/gpt_reinforce_actor.yaml",

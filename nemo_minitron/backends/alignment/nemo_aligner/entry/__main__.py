@@ -26,6 +26,10 @@ TASKS = {
     "steerlm2": "steerlm2:train",
     "preference_losses": "dpo:preference_losses",
     "reinforce": "reinforce:train",
+    "ppo": "ppo:train",
+    "critic_server": "ppo:serve_critic",
+    "reinforce_loss": "rollout_losses:reinforce",
+    "ppo_loss": "rollout_losses:ppo",
     "rule_server": "rule_server:serve",
 }
 ALONE = ("preference_losses",)

@@ -21,6 +21,8 @@ from nemo_aligner.data.nlp.builders import (
 )
 from nemo_aligner.utils import parallel_state
 from nemo_aligner.utils.batch_iterators import get_batch_iterator_cls
+from nemo_aligner.utils.distributed import all_reduce_dict
+from nemo_aligner.utils.ppo_utils import create_mask
 from nemo_aligner.utils.train_script_utils import (
     CustomLoggerWrapper,
     add_custom_checkpoint_callback,
@@ -81,7 +83,7 @@ def train(task: Task, algorithm: Algorithm) -> dict[str, Any]:
     Returns:
         `finished` and `step`. A finished training has written its checkpoint to `out` of the task.
     """
-    config, trainer = _prepare(task, algorithm.key)
+    config, trainer = prepare(task, algorithm.key)
     loggers = CustomLoggerWrapper(list(trainer.loggers))
     model = load_from_nemo(algorithm.model_class, config.model, trainer, strict=True, restore_path=task["nemo"])
     # The start of the training, also if it resumes: its log-probabilities measure the KL divergence.
@@ -122,7 +124,7 @@ def train(task: Task, algorithm: Algorithm) -> dict[str, Any]:
     return {"finished": finished, "step": int(rl_trainer.step)}
 
 
-def _prepare(task: Task, key: str) -> tuple[DictConfig, Any]:
+def prepare(task: Task, key: str) -> tuple[DictConfig, Any]:
     """Return (complete config, Lightning trainer)."""
     config = OmegaConf.create(dict(task["config"]))
     config.model = load_and_override_model_config(task["nemo"], config.model)
@@ -194,6 +196,19 @@ def kl_nats(log_probs: torch.Tensor, start_log_probs: torch.Tensor, mask: torch.
     return float(((difference.exp() - 1 - difference) * mask).sum() / mask.sum().clamp(min=1))
 
 
+def _policy_metrics(batch: Any) -> dict[str, float]:
+    """Return the mean KL divergence and log-probability per token, over all data-parallel ranks."""
+    mask = create_mask(
+        values=batch["logprobs"], prompt_lengths=batch["prompt_lengths"], response_lengths=batch["response_lengths"]
+    )
+    sums = {"log_prob": float((batch["logprobs"] * mask).sum()), "tokens": float(mask.sum())}
+    if "init_logprobs" in batch:
+        sums["kl"] = kl_nats(batch["logprobs"], batch["init_logprobs"], mask) * sums["tokens"]
+    total = all_reduce_dict(sums, group=parallel_state.get_data_parallel_group(), op=torch.distributed.ReduceOp.SUM)
+    tokens = max(1.0, float(total.pop("tokens")))
+    return {name: float(value) / tokens for name, value in total.items()}
+
+
 def standard_error(values: torch.Tensor) -> float:
     """Return the standard error of the mean; NaN for a single value."""
     return float(values.float().std() / math.sqrt(values.numel()))
@@ -257,3 +272,29 @@ class RolloutCurves:
         partial = self._now.with_suffix(".partial")
         partial.write_text(json.dumps({**seen, "loss": row["loss"]} if "loss" in row else seen))
         partial.replace(self._now)
+
+
+class Measured:
+    """Adds metrics to a trainer of NeMo-Aligner: KL divergence, log-probabilities, standard errors, and answers."""
+
+    answers: Answers
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Also without a penalty: the KL divergence is reported, and NeMo-Aligner's REINFORCE would fail without it.
+        self.compute_init_policy_kl = True
+
+    def _run_inference(self: Any, dataloader_builder: Any, consumed_samples: int, is_validation: bool) -> Any:
+        self._is_validation = is_validation
+        batch, metrics = super()._run_inference(dataloader_builder, consumed_samples, is_validation)
+        if is_validation:
+            batch["init_logprobs"] = self.model.get_init_policy_logprobs(batch["response_tokens"])
+        return batch, {**metrics, **_policy_metrics(batch)}
+
+    def compute_rollout_metrics(self: Any, rollout_batch: Any) -> Any:
+        """Return the trainer's metrics of all ranks' answers; write the answers of a validation."""
+        metrics = super().compute_rollout_metrics(rollout_batch)
+        if self._is_validation:
+            metrics["rewards_se"] = standard_error(rollout_batch["rewards"])
+            self.answers.write(self.step, rollout_batch, self.model.tokenizer)
+        return metrics

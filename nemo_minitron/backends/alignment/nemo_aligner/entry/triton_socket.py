@@ -98,6 +98,7 @@ def serve(
     ready_file: Path,
 ) -> None:
     """Serve a function as a model until the process ends; create `ready_file` once it can be called."""
+    announce(ready_file)
     from pytriton.model_config import ModelConfig
     from pytriton.model_config.common import DynamicBatcher
     from pytriton.triton import Triton
@@ -105,12 +106,24 @@ def serve(
     config = ModelConfig(batching=True, max_batch_size=MAX_BATCH, batcher=DynamicBatcher(2000))
     with Triton(config=triton_config(number)) as triton:
         triton.bind(model_name=name, infer_func=infer, inputs=list(inputs), outputs=list(outputs), config=config)
-        triton.run()
+        triton.serve()
+    raise RuntimeError("Triton has ended")
+
+
+def announce(ready_file: Path) -> None:
+    """Let every server of this process create a file once its models can be called."""
+    from pytriton.triton import Triton
+
+    serve = Triton.serve
+
+    def announced(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.run()
         for file in shared_memory():
             file.chmod(0o600)  # it is created for all users to read
         ready_file.touch()
-        triton.serve()
-    raise RuntimeError("Triton has ended")
+        serve(self, *args, **kwargs)
+
+    Triton.serve = announced
 
 
 def shared_memory() -> list[Path]:

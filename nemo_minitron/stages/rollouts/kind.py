@@ -1,8 +1,9 @@
-"""The kind of stage that trains a model on rewards of its own answers."""
+"""The kinds of stage that train a model on rewards of its own answers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from nemo_minitron.backends.alignment.base import alignment_backend
 from nemo_minitron.backends.alignment.rules import model_problems
@@ -10,17 +11,19 @@ from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.rewards import rule_problems
 from nemo_minitron.stages.kind import MODELS, Output, RecipeView, StageKind
-from nemo_minitron.stages.reinforce.params import ReinforceStage
+from nemo_minitron.stages.rollouts.params import PpoStage, ReinforceStage
 from nemo_minitron.workload.load import Load, alignment_load
 
+RolloutStage = ReinforceStage | PpoStage
 
-def _shape(name: str, params: ReinforceStage, view: RecipeView) -> ModelShape | None:
+
+def _shape(name: str, params: RolloutStage, view: RecipeView) -> ModelShape | None:
     return view.shape(params.inputs.model)
 
 
-def _problems(name: str, params: ReinforceStage, view: RecipeView) -> Iterator[str]:
+def _problems(name: str, params: RolloutStage, view: RecipeView) -> Iterator[str]:
     key, layout, shape = f"stages.{name}", view.layout(name), view.shape(params.inputs.model)
-    problems = alignment_backend().override_problems("reinforce", params.aligner)
+    problems = alignment_backend().override_problems(params.kind, params.aligner)
     yield from (f"{key}.aligner.{problem}" for problem in problems)
     yield from rule_problems(f"{key}.rewards", params.rewards)
     yield from _row_problems(key, params, view)
@@ -31,7 +34,7 @@ def _problems(name: str, params: ReinforceStage, view: RecipeView) -> Iterator[s
         yield f"{key}.max_seq_len_tokens = {params.max_seq_len_tokens}: the model has {most} positions."
 
 
-def _row_problems(key: str, params: ReinforceStage, view: RecipeView) -> Iterator[str]:
+def _row_problems(key: str, params: RolloutStage, view: RecipeView) -> Iterator[str]:
     held = view.chat_rows(params.inputs.chats)
     if held is None:
         return
@@ -44,7 +47,7 @@ def _row_problems(key: str, params: ReinforceStage, view: RecipeView) -> Iterato
         )
 
 
-def _size_problems(key: str, params: ReinforceStage, layout: Parallel) -> Iterator[str]:
+def _size_problems(key: str, params: RolloutStage, layout: Parallel) -> Iterator[str]:
     """Yield conflicts between numbers of answers, batch sizes, lengths and learning rates."""
     answers = params.prompts_per_step * params.answers_per_prompt
     if params.global_batch_size % layout.dp:
@@ -62,11 +65,18 @@ def _size_problems(key: str, params: ReinforceStage, layout: Parallel) -> Iterat
             )
     if params.max_new_tokens >= params.max_seq_len_tokens:
         yield f"{key}.max_new_tokens = {params.max_new_tokens}: leaves no tokens of max_seq_len_tokens for a prompt."
+    if isinstance(params, PpoStage) and params.global_batch_size % (layout.micro_batch_size * layout.dp):
+        yield (
+            f"{key}.global_batch_size = {params.global_batch_size}: not a multiple of micro_batch_size * dp = "
+            f"{layout.micro_batch_size} * {layout.dp}."
+        )
+    if isinstance(params, PpoStage) and params.critic_min_lr > params.critic_lr:
+        yield f"{key}.critic_min_lr = {params.critic_min_lr}: above critic_lr = {params.critic_lr}."
     if params.min_lr > params.lr:
         yield f"{key}.min_lr = {params.min_lr}: above lr = {params.lr}."
 
 
-def _load(name: str, params: ReinforceStage, layout: Parallel, view: RecipeView) -> Load | None:
+def _load(name: str, params: RolloutStage, layout: Parallel, view: RecipeView) -> Load | None:
     """Estimate the training on the answers; generating them, which takes longer on a CPU, is not counted."""
     shape = view.shape(params.inputs.model)
     if shape is None:
@@ -79,7 +89,7 @@ def _load(name: str, params: ReinforceStage, layout: Parallel, view: RecipeView)
 REINFORCE = StageKind(
     name="reinforce",
     params=ReinforceStage,
-    run="nemo_minitron.stages.reinforce.run:reinforce",
+    run="nemo_minitron.stages.rollouts.run:reinforce",
     outputs=(Output.MODEL,),
     inputs={"model": MODELS, "chats": (Output.CHAT_ROWS,)},
     starts_ranks=True,
@@ -92,3 +102,4 @@ REINFORCE = StageKind(
     problems=_problems,
     load=_load,
 )
+PPO = replace(REINFORCE, name="ppo", params=PpoStage, run="nemo_minitron.stages.rollouts.run:ppo", chat_rank=8)

@@ -1,4 +1,4 @@
-"""The stage that trains a model on rewards of its own answers, through an alignment backend."""
+"""The stages that train a model on rewards of its own answers, through an alignment backend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.backends.alignment.base import Rollouts, alignment_backend
+from nemo_minitron.backends.alignment.base import Critic, Rollouts, alignment_backend
 from nemo_minitron.data.chat.templates import set_template
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import DataError
@@ -22,8 +22,9 @@ from nemo_minitron.stages.common.alignment_training import task_context
 from nemo_minitron.stages.common.prompts import Prompts, write_prompts
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
-from nemo_minitron.stages.reinforce.params import ReinforceStage
+from nemo_minitron.stages.rollouts.params import PpoStage, ReinforceStage
 
+RolloutStage = ReinforceStage | PpoStage
 RULES_FILE = "rules.json"
 MEASURED = ("valid_reward", "valid_reward_se", "valid_kl_nats_per_token", "valid_answer_tokens", "valid_ended")
 """Metrics of the first and the last validation in the manifest, without their prefix."""
@@ -46,6 +47,29 @@ def reinforce(params: ReinforceStage, inputs: Inputs, ctx: StageContext) -> Resu
         EnvironmentProblem: the backend is not installed, or a process failed.
         Interrupted: a stop was requested; the same command resumes.
     """
+    return _train(params, inputs, ctx, None)
+
+
+def ppo(params: PpoStage, inputs: Inputs, ctx: StageContext) -> Result:
+    """Train on rewards with a critic; publish what `reinforce` does.
+
+    Raises:
+        As `reinforce`.
+    """
+    critic = Critic(
+        lr=params.critic_lr,
+        min_lr=params.critic_min_lr,
+        warmup_steps=params.critic_warmup_steps,
+        ratio_clip=params.ratio_clip,
+        value_clip=params.value_clip,
+        discount_factor=params.discount_factor,
+        gae_lambda=params.gae_lambda,
+        entropy_bonus=params.entropy_bonus,
+    )
+    return _train(params, inputs, ctx, critic)
+
+
+def _train(params: RolloutStage, inputs: Inputs, ctx: StageContext, critic: Critic | None) -> Result:
     make_rules(params.rewards)  # finds a function that cannot be imported before any process starts
     template = ChatTemplate.load(
         inputs.model.path, params.template, whole_markers=params.whole_markers, day=params.template_date
@@ -57,16 +81,19 @@ def reinforce(params: ReinforceStage, inputs: Inputs, ctx: StageContext) -> Resu
     set_template(ctx.out_dir, params.template)
     return {
         **model_facts(ctx.out_dir),
-        "method": "reinforce",
+        "method": params.kind,
         "num_steps": curve[-1]["step"],
         **_change(curve),
         "prompts": prompts.facts,
     }
 
 
-def _rollouts(params: ReinforceStage, inputs: Inputs, prompts: Prompts, ctx: StageContext) -> Rollouts:
+def _rollouts(
+    params: RolloutStage, inputs: Inputs, prompts: Prompts, ctx: StageContext, critic: Critic | None
+) -> Rollouts:
     return Rollouts(
-        method="reinforce",
+        method=params.kind,
+        critic=critic,
         model_dir=inputs.model.path,
         train_prompts=prompts.train,
         valid_prompts=prompts.valid,
