@@ -76,7 +76,7 @@ def _train(params: RolloutStage, inputs: Inputs, ctx: StageContext, critic: Crit
     )
     prompts = write_prompts(params, template, inputs.chats, ctx)
     curve = alignment_backend().train_on_rewards(
-        _rollouts(params, inputs, prompts, ctx), ctx.out_dir, task_context(ctx)
+        _rollouts(params, inputs, prompts, ctx, critic), ctx.out_dir, task_context(ctx)
     )
     set_template(ctx.out_dir, params.template)
     return {

@@ -24,11 +24,18 @@ from nemo_minitron.backends.alignment.nemo_aligner.rollout_keys import (
 )
 from nemo_minitron.backends.alignment.nemo_aligner.servers import ServerTask, running
 from nemo_minitron.backends.alignment.nemo_aligner.training import CONFIG_FILE, converted, start_checkpoint
+from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.processes.nodes import Nodes
 
 
 def train_on_rewards(rollouts: Rollouts, out_dir: Path, context: TaskContext) -> Path:
     """Train, and write a Hugging Face model with curves and answers to `out_dir`; returns the file of the curves."""
+    if Nodes.here().count > 1:
+        raise EnvironmentProblem(
+            "A training on rewards runs on one node: its servers use sockets that other nodes cannot reach.",
+            where=f"stages.{context.stage}",
+            next_step="Give it a layout whose processes fit on one node (execution.parallel_by_stage).",
+        )
     cpu, work = on_cpu(context), context.work_dir / "training"
     nemo, trained = start_checkpoint(context), context.work_dir / "trained"
     model_config = converted(rollouts.model_dir, rollouts.max_seq_len_tokens, nemo, context, cpu)

@@ -286,14 +286,16 @@ class Measured:
 
     def _run_inference(self: Any, dataloader_builder: Any, consumed_samples: int, is_validation: bool) -> Any:
         self._is_validation = is_validation
-        batch, metrics = super()._run_inference(dataloader_builder, consumed_samples, is_validation)
+        batch, metrics = super()._run_inference(  # type: ignore[misc]
+            dataloader_builder, consumed_samples, is_validation
+        )
         if is_validation:
             batch["init_logprobs"] = self.model.get_init_policy_logprobs(batch["response_tokens"])
         return batch, {**metrics, **_policy_metrics(batch)}
 
     def compute_rollout_metrics(self: Any, rollout_batch: Any) -> Any:
         """Return the trainer's metrics of all ranks' answers; write the answers of a validation."""
-        metrics = super().compute_rollout_metrics(rollout_batch)
+        metrics = super().compute_rollout_metrics(rollout_batch)  # type: ignore[misc]
         if self._is_validation:
             metrics["rewards_se"] = standard_error(rollout_batch["rewards"])
             self.answers.write(self.step, rollout_batch, self.model.tokenizer)

@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
@@ -51,7 +52,7 @@ class _Module(ModuleType):
         return type(name, (_Unusable,), {})
 
 
-class _Finder:
+class _Finder(Loader):
     """Finds and loads every module of some packages."""
 
     def __init__(self, packages: tuple[str, ...]) -> None:
