@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -22,7 +21,7 @@ from nemo_minitron.backends.alignment.nemo_aligner.rollout_keys import (
     critic_keys,
     critic_steps,
 )
-from nemo_minitron.backends.alignment.nemo_aligner.servers import ServerTask, running
+from nemo_minitron.backends.alignment.nemo_aligner.servers import ServerTask, changed_variables, running
 from nemo_minitron.backends.alignment.nemo_aligner.training import CONFIG_FILE, converted, start_checkpoint
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.processes.nodes import Nodes
@@ -80,7 +79,7 @@ def train_on_rewards(rollouts: Rollouts, out_dir: Path, context: TaskContext) ->
 
 
 def _servers(rollouts: Rollouts, nemo: Path, context: TaskContext, cpu: bool) -> list[ServerTask]:
-    servers = [_rule_server(rollouts, nemo, context)]
+    servers = [_rule_server(rollouts, nemo, context, cpu)]
     if rollouts.critic is not None:
         work = context.work_dir / "critic"
         config = complete_config(
@@ -106,13 +105,12 @@ def _last_step(work: Path) -> int:
     return max((int(match.group(1)) for match in found if match), default=0)
 
 
-def _rule_server(rollouts: Rollouts, nemo: Path, context: TaskContext) -> ServerTask:
+def _rule_server(rollouts: Rollouts, nemo: Path, context: TaskContext, cpu: bool) -> ServerTask:
     task: dict[str, Any] = {
         "prompts": [str(rollouts.train_prompts), str(rollouts.valid_prompts)],
         "tokenizer": str(tokenizer_dir(nemo)),
         "stop": rollouts.stop,
         "evaluator": list(rollouts.evaluator),
-        # That of the runner: the server's own environment is NeMo-Aligner's.
-        "evaluator_environment": dict(os.environ),
+        "changed_variables": changed_variables(on_cpu=cpu),
     }
     return ServerTask("rule_server", REWARD_SOCKET, task, context.work_dir / "rule_server")

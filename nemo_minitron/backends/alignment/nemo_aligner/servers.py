@@ -52,6 +52,11 @@ class Running:
     """Raises EnvironmentProblem if one of them has ended."""
 
 
+def changed_variables(*, on_cpu: bool) -> dict[str, str | None]:
+    """Return the values in this process of the variables that a server gets with other ones; None: not set."""
+    return {name: os.environ.get(name) for name in task_environment(aligner_python(), 1, on_cpu=on_cpu)}
+
+
 @contextmanager
 def running(servers: Sequence[ServerTask], threads: int, stop: StopRequest, *, on_cpu: bool) -> Iterator[Running]:
     """Start the servers, wait until all are ready, and end them with everything that they started.

@@ -294,7 +294,13 @@ class Measured:
         return batch, {**metrics, **_policy_metrics(batch)}
 
     def compute_rollout_metrics(self: Any, rollout_batch: Any) -> Any:
-        """Return the trainer's metrics of all ranks' answers; write the answers of a validation."""
+        """Return the trainer's metrics of all ranks' answers; write the answers of a validation.
+
+        Raises:
+            RuntimeError: a reward is not finite.
+        """
+        if not torch.isfinite(rollout_batch["rewards"]).all():
+            raise RuntimeError("the server gave a reward that is not a finite number; its log says why")
         metrics = super().compute_rollout_metrics(rollout_batch)  # type: ignore[misc]
         if self._is_validation:
             metrics["rewards_se"] = standard_error(rollout_batch["rewards"])
