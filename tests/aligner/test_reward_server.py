@@ -52,7 +52,8 @@ from tokenizers import Tokenizer
 tokenizer = Tokenizer.from_file(sys.argv[2] + "/tokenizer.json")
 
 def ask(texts):
-    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    # As the actor does: the tokens of the answer come after those of the prompt.
+    ids = [sum((tokenizer.encode(part, add_special_tokens=False).ids for part in parts), []) for parts in texts]
     width = max(map(len, ids)) + 3
     tokens = np.array([row + [7] * (width - len(row)) for row in ids])
     lengths = np.array([[len(row)] for row in ids])
@@ -82,7 +83,7 @@ def server(work: Path, rules: list[dict[str, Any]]) -> ServerTask:
     return ServerTask("rule_server", 1, task, work)
 
 
-def ask(requests: list[list[str]], folder: dict[str, str]) -> list[Any]:
+def ask(requests: list[list[tuple[str, str]]], folder: dict[str, str]) -> list[Any]:
     command = [str(aligner_python()), "-c", CLIENT, str(ENTRY), str(TOKENIZER), str(NUM_THREADS)]
     done = subprocess.run(
         command, input=json.dumps(requests), env={**os.environ, **folder}, capture_output=True, text=True, check=True
@@ -109,12 +110,12 @@ def test_concurrent_and_malformed_requests_get_what_a_direct_call_gives(started:
     for number, answer in enumerate(answers):
         row, end = ROWS[number % len(ROWS)], STOP if number % 2 else ""
         if number % 10 == 9:
-            requests.append(["Not a prompt of the training"])
+            requests.append([("Not a prompt of the training", answer)])
             expected.append(None)
             continue
-        requests.append([row["text"] + answer + end])
-        whole, prompt = (len(tokenizer.encode(t, add_special_tokens=False).ids) for t in (requests[-1][0], row["text"]))
-        expected += rewards(rules, make_rules(rules), [Answer(row["text"], answer, whole - prompt, row)])
+        requests.append([(row["text"], answer + end)])
+        num_tokens = len(tokenizer.encode(answer + end, add_special_tokens=False).ids)
+        expected += rewards(rules, make_rules(rules), [Answer(row["text"], answer, num_tokens, row)])
     for found, wanted in zip(ask(requests, started), expected, strict=True):
         assert found == pytest.approx([math.nan if wanted is None else wanted], abs=1e-5, nan_ok=True)
 

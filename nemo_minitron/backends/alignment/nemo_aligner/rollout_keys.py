@@ -91,7 +91,7 @@ def _own_keys(rollouts: Rollouts) -> dict[str, Any]:
         "trainer.ppo.gae_lambda": critic.gae_lambda,
         "model.ppo.ratio_eps": critic.ratio_clip,
         "model.ppo.entropy_bonus": critic.entropy_bonus,
-        "remote_critic_rm.pad_to_length": rollouts.max_seq_len_tokens,
+        "remote_critic_rm.pad_to_length": None,
         **{f"remote_critic_rm.{name}.ip": "localhost" for name in sockets},
         **{f"remote_critic_rm.{name}.port": number for name, number in sockets.items()},
     }

@@ -16,9 +16,9 @@ with without_tensorrt.importable():
     from nemo_aligner.algorithms.ppo import PPOTrainer
     from nemo_aligner.models.nlp.gpt.megatron_gpt_ppo_actor import MegatronGPTActorModel
 import triton_socket
-from checkpoints import start_processes
 from nemo_aligner.models.nlp.gpt.megatron_gpt_critic import MegatronGPTCriticModel
 from nemo_aligner.models.nlp.gpt.reward_critic_clients import RemoteGPTRMCriticClient
+from nemo_aligner.utils.distributed import run_distributed_inference
 from nemo_aligner.utils.text_generation_utils import tokenize_batch
 from nemo_aligner.utils.train_script_utils import (
     CustomLoggerWrapper,
@@ -28,7 +28,7 @@ from nemo_aligner.utils.train_script_utils import (
     init_using_ptl,
     retrieve_custom_trainer_state_dict,
 )
-from nemo_aligner.utils.utils import load_from_nemo
+from nemo_aligner.utils.utils import load_from_nemo, set_autocast_gpu_dtype
 from rollouts import Algorithm, Measured, prepare
 from rollouts import train as train_with
 from task import Curves
@@ -83,6 +83,7 @@ def serve_critic(task: Task) -> dict[str, Any]:
 
     _choose_checkpoint(_checkpoints(task), task["step"])
     config, trainer = prepare(task, "ppo")
+    set_autocast_gpu_dtype(config.trainer.precision)
     model = load_from_nemo(
         MegatronGPTCriticModel,
         config.model,
@@ -92,7 +93,6 @@ def serve_critic(task: Task) -> dict[str, Any]:
         load_base_model_only=task["base_model_only"],
     )
     progress = None if trainer.ckpt_path is None else retrieve_custom_trainer_state_dict(trainer)
-    start_processes(trainer)
     init_distributed(trainer, model, config.model.get("transformer_engine", False))
     init_using_ptl(trainer, model, None, None)
     optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(model)
@@ -101,7 +101,16 @@ def serve_critic(task: Task) -> dict[str, Any]:
     loggers.loggers.append(Curves(Path(task["work_dir"]), config.trainer.ppo.max_steps, first_step))
 
     class Server(CriticServerTrainer):  # type: ignore[misc]
-        """Keeps the checkpoint before the newest."""
+        """Keeps the checkpoint before the newest, and serves values without rewards."""
+
+        @torch.no_grad()
+        def run_inference(self, inputs: Any = None) -> tuple[None, Any]:
+            """Return (None, values): NeMo-Aligner's method expects rewards from the same model in any case."""
+            self.model.prepare_for_inference()
+            values = run_distributed_inference(inputs, self.infer_fn)
+            self.model.finish_inference()
+            torch.distributed.barrier()
+            return None, values
 
         def save(self, *args: Any, **kwargs: Any) -> None:
             if torch.distributed.get_rank() == 0:

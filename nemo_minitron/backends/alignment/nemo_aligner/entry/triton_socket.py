@@ -7,7 +7,9 @@ port N of any host connects there. gRPC and metrics are off. PyTriton's own sock
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import sysconfig
 from collections.abc import Callable, Mapping
@@ -118,6 +120,8 @@ def announce(ready_file: Path) -> None:
 
     def announced(self: Any, *args: Any, **kwargs: Any) -> None:
         self.run()
+        copies = _copies_of_models()
+        after_runner.append(lambda: [shutil.rmtree(copy, ignore_errors=True) for copy in copies])
         for file in shared_memory():
             file.chmod(0o600)  # it is created for all users to read
         ready_file.touch()
@@ -129,6 +133,16 @@ def announce(ready_file: Path) -> None:
 def shared_memory() -> list[Path]:
     """Return the shared memory of this process's server, which PyTriton names after the process."""
     return list(SHARED_MEMORY.glob(f"pytrtion{os.getpid()}-*"))
+
+
+def _copies_of_models() -> list[str]:
+    """Return Triton's folders in /tmp with the programs that it runs; a killed Triton leaves them behind."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ProcessLookupError):
+            if os.getpgid(int(process.name)) == os.getpgrp():
+                found += re.findall(r"/tmp/folder\w{6}", (process / "cmdline").read_text(errors="replace"))
+    return found
 
 
 def _remove_traces() -> None:
