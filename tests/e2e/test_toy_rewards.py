@@ -85,10 +85,10 @@ def test_the_published_model_is_a_hugging_face_model_with_other_weights(reinforc
 def test_curves_and_answers_are_published(reinforce: Path) -> None:
     rows = [json.loads(line) for line in (reinforce / "reinforce/curves.jsonl").read_text().splitlines()]
     trained = [row for row in rows if "reward" in row]
-    assert [row["step"] for row in trained] == list(range(1, 9))
+    assert [row["step"] for row in trained] == list(range(1, 17))
     keys = {"reward", "kl_nats_per_token", "log_prob_per_token", "answer_tokens", "ended", "loss", "grad_norm", "lr"}
     assert all(keys <= row.keys() for row in trained)
-    assert [row["step"] for row in rows if "valid_reward" in row] == [0, 4, 8]
+    assert [row["step"] for row in rows if "valid_reward" in row] == [0, 8, 16]
     answers = [json.loads(line) for line in (reinforce / "reinforce/answers.jsonl").read_text().splitlines()]
-    assert {row["step"] for row in answers} == {0, 4, 8}
+    assert {row["step"] for row in answers} == {0, 8, 16}
     assert len(answers) == 3 * 48

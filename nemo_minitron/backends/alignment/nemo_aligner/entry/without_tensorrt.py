@@ -34,7 +34,14 @@ def importable() -> Iterator[None]:
             del sys.modules[name]
 
 
-class _Unusable:
+class _Refusing(type):
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        _refuse()
+
+
+class _Unusable(metaclass=_Refusing):
     """Something imported from the stand-in. It may be named in annotations and be a base class, but not be used."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -49,7 +56,7 @@ class _Module(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (_Unusable,), {})
+        return _Refusing(name, (_Unusable,), {})
 
 
 class _Finder(Loader):
