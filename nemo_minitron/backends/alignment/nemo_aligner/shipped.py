@@ -58,6 +58,7 @@ ADDED = frozenset(
                 "ppo.trt_model_dir",
                 "seed",
                 "sequence_parallel",
+                "share_embeddings_and_output_weights",
                 "tensor_model_parallel_size",
                 "tokenizer.type",
                 "transformer_engine",
