@@ -13,6 +13,7 @@ import re
 import shutil
 import sysconfig
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,7 @@ def announce(ready_file: Path) -> None:
 
     def announced(self: Any, *args: Any, **kwargs: Any) -> None:
         self.run()
-        copies = _copies_of_models()
-        after_runner.append(lambda: [shutil.rmtree(copy, ignore_errors=True) for copy in copies])
+        after_runner.extend(partial(shutil.rmtree, copy, ignore_errors=True) for copy in _copies_of_models())
         for file in shared_memory():
             file.chmod(0o600)  # it is created for all users to read
         ready_file.touch()
