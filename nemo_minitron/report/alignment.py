@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_minitron.artifacts.types import Artifact
 from nemo_minitron.backends.alignment.base import CURVES_FILE, alignment_backend
+from nemo_minitron.report.rewards import reward_samples, reward_table, reward_trainings
 from nemo_minitron.report.sections import in_section
 
 QUESTIONS_BY_LEVEL = 3
@@ -17,10 +18,10 @@ Rows = list[dict[str, Any]]
 
 
 def alignment_facts(stages: Sequence[Artifact]) -> dict[str, Any] | None:
-    """Return {trainings, curves, models, attributes, lengths, samples}; None if nothing was aligned or measured."""
+    """Return the section's facts: {trainings, curves, models, attributes, lengths, rewards, samples}; None: no section."""
     trained = in_section(stages, "alignment")
-    measured = in_section(stages, "chat_evaluation")
-    if not trained and not measured:
+    measured, rewarded = in_section(stages, "chat_evaluation"), in_section(stages, "rewards")
+    if not trained and not measured and not rewarded:
         return None
     return {
         "trainings": [_training(stage) for stage in trained],
@@ -28,7 +29,12 @@ def alignment_facts(stages: Sequence[Artifact]) -> dict[str, Any] | None:
         "models": [_model(stage.result) for stage in measured],
         "attributes": [row for stage in trained for row in _attributes(stage)],
         "lengths": [row for stage in measured for row in _lengths(stage)],
-        "samples": [*_samples(measured), *(sample for stage in measured for sample in _by_level(stage))],
+        "rewards": reward_trainings(rewarded),
+        "samples": [
+            *_samples(measured),
+            *reward_samples(rewarded),
+            *(sample for stage in measured for sample in _by_level(stage)),
+        ],
     }
 
 
@@ -107,6 +113,8 @@ def _by_level(stage: Artifact) -> Rows:
 def tables(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the tables of the section as [{title, header, rows}]; all cells are text."""
     out = [_training_table(facts["trainings"])] if facts["trainings"] else []
+    if facts["rewards"]:
+        out.append(reward_table(facts["rewards"]))
     if facts["models"]:
         figures = list(dict.fromkeys(key for row in facts["models"] for key in row if key != "label"))
         cells = [[row["label"], *(_cell(row.get(figure)) for figure in figures)] for row in facts["models"]]

@@ -35,6 +35,8 @@ KINDS = (
     "annotate.kind:ANNOTATE",
     "align.kind:STEERLM_SFT",
     "align.kind:DPO",
+    "rollouts.kind:REINFORCE",
+    "rollouts.kind:PPO",
     "evaluate.kind:EVALUATE",
     "evaluate_chat.kind:EVALUATE_CHAT",
     "speed.kind:SPEED",

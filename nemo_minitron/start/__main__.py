@@ -31,6 +31,8 @@ def _main() -> int:
     if what == "probe":
         _own("nemo_minitron.backends.megatron.model.probe").main(Path(*words))
         return 0
+    if what == "rewards":
+        return int(_own("nemo_minitron.evaluation.reward_worker").main(Path(*words)))
     if what == "log":
         return int(_own("nemo_minitron.processes.output").main())
     if what == "ranks":

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from nemo_minitron.system.interrupts import StopRequest
     from nemo_minitron.system.progress import Progress
 
-Method = Literal["sft", "dpo", "reward_model", "knowledge_distillation"]
+Method = Literal["sft", "dpo", "reward_model", "knowledge_distillation", "reinforce", "ppo"]
 """A kind of training; recorded as `method` in the results of a stage."""
-CURVES_FILE = "curves.jsonl"
-"""File in a published folder with the metrics of a training, one JSON line for each step. `read_curve` reads it."""
+CURVES_FILE, ANSWERS_FILE = "curves.jsonl", "answers.jsonl"
+"""Files in a published folder: the metrics of a training, one JSON line for each step (`read_curve` reads it), and the
+answers to held-out prompts of a training on rewards."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,61 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Critic:
+    """Settings of PPO, whose critic starts from the model to train, with a new head."""
+
+    lr: float
+    min_lr: float
+    warmup_steps: int
+    """Steps before the first one in which only the critic is trained."""
+    ratio_clip: float
+    value_clip: float
+    """Clipping of the critic's loss; 0: none."""
+    discount_factor: float
+    gae_lambda: float
+    entropy_bonus: float
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """One training on rewards of the model's own answers."""
+
+    method: Literal["reinforce", "ppo"]
+    critic: Critic | None
+    """For ppo."""
+    model_dir: Path
+    """Hugging Face folder of the model to start from; the KL divergence is measured against it."""
+    train_prompts: Path
+    """JSON lines {"text": prompt with all special tokens, ...}; other keys are for the evaluator."""
+    valid_prompts: Path
+    num_train_prompts: int
+    stop: str
+    """Text that ends an answer."""
+    evaluator: Sequence[str]
+    """Command of the process that computes rewards (evaluation/reward_worker.py)."""
+    num_steps: int
+    prompts_per_step: int
+    answers_per_prompt: int
+    global_batch_size: int
+    """Answers per optimizer step."""
+    generation_batch_size: int
+    """Answers that one process generates at a time."""
+    num_valid_prompts: int
+    max_seq_len_tokens: int
+    max_new_tokens: int
+    temperature: float
+    kl_penalty: float
+    lr: float
+    min_lr: float
+    warmup_steps: int
+    valid_interval_steps: int
+    """Steps between validations, which also write a checkpoint."""
+    seed: int
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of the backend's own config, nested, from the recipe; checked by `override_problems`."""
+
+
+@dataclass(frozen=True)
 class TaskContext:
     """Where and how a backend works for one stage."""
 
@@ -165,6 +221,17 @@ class AlignmentBackend(Protocol):
             ConfigError: an unknown override, or a model that the package does not support.
             EnvironmentProblem: the package is not installed, or the training failed.
             Interrupted: a stop was requested; the same call resumes.
+        """
+        ...
+
+    def train_on_rewards(self, rollouts: Rollouts, out_dir: Path, context: TaskContext) -> list[dict[str, float]]:
+        """Train to the end and write a Hugging Face model to `out_dir`, with CURVES_FILE and ANSWERS_FILE beside it.
+
+        Returns:
+            The lines of CURVES_FILE: "step" (0: before the first), and the metrics that docs/how-to/alignment.md lists.
+
+        Raises:
+            As `train`; also EnvironmentProblem if the server of rewards ended or refused an answer.
         """
         ...
 

@@ -7,7 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.backends.alignment.base import AlignmentBackend, LossPoint, Method, TaskContext, Training
+from nemo_minitron.backends.alignment.base import (
+    AlignmentBackend,
+    LossPoint,
+    Method,
+    Rollouts,
+    TaskContext,
+    Training,
+)
 from nemo_minitron.backends.alignment.nemo_aligner import config, model_config
 from nemo_minitron.backends.alignment.nemo_aligner.environment import aligner_python
 from nemo_minitron.errors import EnvironmentProblem
@@ -53,6 +60,12 @@ class NemoAligner(AlignmentBackend):
             else train_language_model(training, out_dir, context)
         )
         return self.read_curve(curves)
+
+    def train_on_rewards(self, rollouts: Rollouts, out_dir: Path, context: TaskContext) -> list[dict[str, float]]:
+        from nemo_minitron.backends.alignment.nemo_aligner.rollouts import train_on_rewards
+
+        curves = train_on_rewards(rollouts, out_dir, context)
+        return [json.loads(line) for line in curves.read_text(encoding="utf-8").splitlines()]
 
     def read_curve(self, file: Path) -> list[LossPoint]:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

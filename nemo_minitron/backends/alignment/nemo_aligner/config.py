@@ -24,6 +24,9 @@ Method = Literal[
     "topk_logits",
     "knowledge_distillation",
     "steerlm2",
+    "reinforce",
+    "ppo",
+    "critic",
     "ppo_actor",
     "ppo_critic",
     "reinforce_actor",
@@ -36,6 +39,9 @@ TRAINER_KEYS: dict[Method, str] = {
     "reward_model": "rm",
     "knowledge_distillation": "knowledge_distillation",
     "steerlm2": "sft",
+    "reinforce": "reinforce",
+    "ppo": "ppo",
+    "critic": "ppo",
 }
 """Section below `trainer` that a method's trainer reads, for the methods that entry/ runs."""
 FILLED_BY: dict[Method, str] = dict.fromkeys(

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -46,6 +46,8 @@ def run_task(
     threads: int | None = None,
     stage_work: Path | None = None,
     on_cpu: bool | None = None,
+    variables: Mapping[str, str] | None = None,
+    watch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Run a task and return its result.
 
@@ -57,6 +59,8 @@ def run_task(
         threads: threads of each process; None: see `Nodes.threads_of_each`.
         stage_work: the stage's work folder, where the other nodes of the job look for requests; None: `work_dir`.
         on_cpu: whether GPUs are hidden from the task; None: hide them if the task's Python cannot use them.
+        variables: more environment variables for the task.
+        watch: called regularly; the task is ended with the error that it raises.
 
     Raises:
         EnvironmentProblem: NeMo-Aligner is not installed, or the task failed.
@@ -64,14 +68,12 @@ def run_task(
         Interrupted: a stop was requested; a training has written a checkpoint.
     """
     python = aligner_python()
-    work_dir.mkdir(parents=True, exist_ok=True)
-    exchange.prepare(work_dir, STOP_FILE, PROGRESS_FILE)
-    write_whole(work_dir / TASK_FILE, json.dumps({**task, "task": name, "work_dir": str(work_dir)}))
+    script = write_task(name, task, work_dir)
     nodes = Nodes.here() if num_processes > 1 else Nodes()
-    script = [str(ENTRY), str(work_dir / TASK_FILE)]
     command = nodes.command(python, num_processes, script) if num_processes > 1 else [str(python), *script]
     hidden = not has_gpu_kernels(python) if on_cpu is None else on_cpu
-    environment = _environment(python, threads or nodes.threads_of_each(num_processes), on_cpu=hidden)
+    own = task_environment(python, threads or nodes.threads_of_each(num_processes), on_cpu=hidden)
+    environment = {**own, **(variables or {})}
     log.parent.mkdir(parents=True, exist_ok=True)
     with open_log(log) as file, without_secrets(file) as output, stop.deferred(), nodes.rendezvous() as rendezvous:
         # Lightning would take a single process for one of the tasks of the surrounding Slurm job.
@@ -83,11 +85,20 @@ def run_task(
             lambda command, variables: _start(command, variables, output),
             outside_job=True,
         )
-        code = _wait(process, name, work_dir, progress, stop)
+        code = _wait(process, name, work_dir, progress, stop, watch)
     return _result(name, code, work_dir, log, stop)
 
 
-def _environment(python: Path, threads: int, *, on_cpu: bool) -> dict[str, str]:
+def write_task(name: str, task: Mapping[str, Any], work_dir: Path) -> list[str]:
+    """Write a task into its work folder; returns the script that runs it, with its arguments."""
+    work_dir.mkdir(parents=True, exist_ok=True)
+    exchange.prepare(work_dir, STOP_FILE, PROGRESS_FILE)
+    write_whole(work_dir / TASK_FILE, json.dumps({**task, "task": name, "work_dir": str(work_dir)}))
+    return [str(ENTRY), str(work_dir / TASK_FILE)]
+
+
+def task_environment(python: Path, threads: int, *, on_cpu: bool) -> dict[str, str]:
+    """Return the variables of a task, in addition to those of this process."""
     return {
         **environment_of_children(),
         **environment_of(python),
@@ -107,7 +118,14 @@ def _start(command: list[str], environment: dict[str, str], output: IO[bytes]) -
     return subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
 
 
-def _wait(process: subprocess.Popen[bytes], name: str, work_dir: Path, progress: Progress, stop: StopRequest) -> int:
+def _wait(
+    process: subprocess.Popen[bytes],
+    name: str,
+    work_dir: Path,
+    progress: Progress,
+    stop: StopRequest,
+    watch: Callable[[], None],
+) -> int:
     """Wait for the process and return its exit code; show a bar from the first step on, and forward a stop request."""
     bar: Bar | None = None
     with ExitStack() as shown:
@@ -116,6 +134,8 @@ def _wait(process: subprocess.Popen[bytes], name: str, work_dir: Path, progress:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(POLL_S)
                 code = process.poll()  # before the progress is read for the last time
+                if code is None:
+                    watch()
                 if stop.source() is not None:
                     (work_dir / STOP_FILE).touch()
                 seen = _seen(work_dir)

@@ -43,7 +43,7 @@ def train_reward_model(training: Training, nemo: Path, context: TaskContext) -> 
     """Train into the NeMo checkpoint `nemo`, tokenizer and curves beside it; returns the file of the curves."""
     _train(training, nemo, context)
     curves = _publish_records(nemo.parent, context)
-    shutil.copytree(tokenizer_dir(_start(context)), tokenizer_dir(nemo))
+    shutil.copytree(tokenizer_dir(start_checkpoint(context)), tokenizer_dir(nemo))
     return curves
 
 
@@ -57,10 +57,10 @@ def _publish_records(out_dir: Path, context: TaskContext) -> Path:
 def _train(training: Training, out: Path, context: TaskContext) -> dict[str, Any]:
     """Train into the NeMo checkpoint `out`; returns the model config of the checkpoint that it started from."""
     cpu, method = on_cpu(context), training.objective.method
-    nemo = _start(context)
+    nemo = start_checkpoint(context)
     # A teacher's logits are cached before the student is converted.
     own_keys = objective_keys(training, nemo, context)
-    model_config = _converted(training, nemo, context, cpu)
+    model_config = converted(training.model_dir, training.max_seq_len_tokens, nemo, context, cpu)
     complete = complete_config(
         method,
         {**_common_keys(training, context), **own_keys},
@@ -84,24 +84,24 @@ def _train(training: Training, out: Path, context: TaskContext) -> dict[str, Any
     return model_config
 
 
-def _start(context: TaskContext) -> Path:
+def start_checkpoint(context: TaskContext) -> Path:
     """Return the NeMo checkpoint that the training starts from."""
     return context.work_dir / "nemo"
 
 
-def _converted(training: Training, nemo: Path, context: TaskContext, cpu: bool) -> dict[str, Any]:
+def converted(model_dir: Path, seq_len_tokens: int, nemo: Path, context: TaskContext, cpu: bool) -> dict[str, Any]:
     """Convert the input model to `nemo` unless an earlier run has done it; returns the model config."""
     settings = context.work_dir / "model_config.json"
     if not (nemo.is_dir() and settings.is_file()):
         context.progress.say("converting the model to NeMo's format")
         config = convert.to_nemo(
-            training.model_dir,
+            model_dir,
             nemo,
             conversion_dir(context),
             log_file(context),
             context.progress,
             context.stop,
-            seq_len_tokens=training.max_seq_len_tokens,
+            seq_len_tokens=seq_len_tokens,
             on_cpu=cpu,
             tp=context.layout.tp,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -24,31 +25,43 @@ TASKS = {
     "knowledge_distillation": "distillation:train",
     "steerlm2": "steerlm2:train",
     "preference_losses": "dpo:preference_losses",
+    "reinforce": "reinforce:train",
+    "ppo": "ppo:train",
+    "critic_server": "ppo:serve_critic",
+    "reinforce_loss": "rollout_losses:reinforce",
+    "ppo_loss": "rollout_losses:ppo",
+    "rule_server": "rule_server:serve",
 }
 ALONE = ("preference_losses",)
 """Tasks that run without torch.distributed: with it, the functions that they call would require Megatron's groups."""
+WITHOUT_NEMO = ("rule_server",)
+"""Tasks that import neither torch nor NeMo, and so start in a second."""
 
 
 def main() -> int:
     """Run the task of the file; returns the exit code."""
-    import cpu
-
     task = json.loads(Path(sys.argv[1]).read_text())
-    cpu.enable()
-    load_backend_module("megatron/runtime/known_pickles.py").read_only_known_pickles()
+    if task["task"] not in WITHOUT_NEMO:
+        import cpu
+
+        cpu.enable()
+        load_backend_module("megatron/runtime/known_pickles.py").read_only_known_pickles()
     return run(Path(task["work_dir"]), _run, task)
 
 
 def _run(task: Task) -> Mapping[str, Any]:
-    from world import joined
-
     module, name = TASKS[task["task"]].split(":")
     function: Callable[[Task], Mapping[str, Any]] = getattr(import_module(module), name)
-    if task["task"] in ALONE:
+    if task["task"] in (*ALONE, *WITHOUT_NEMO):
         return function(task)
+    from world import joined
+
     with joined():
         return function(task)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads of PyTriton's clients would wait for a server that may have ended

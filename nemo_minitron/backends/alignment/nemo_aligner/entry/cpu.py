@@ -50,6 +50,8 @@ class _CudaToCpu(TorchFunctionMode):
             return args[0]
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False  # only memory that a GPU reads can be pinned
         if func is torch.Tensor.to:
             # A positional int may be another argument, so a number counts as a device in `device=` only.
             args = (args[0], *(CPU if not isinstance(a, int) and _is_cuda(a) else a for a in args[1:]))

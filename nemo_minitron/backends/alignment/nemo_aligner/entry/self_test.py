@@ -16,15 +16,21 @@ def self_test(task: Task) -> dict[str, Any]:
     import checkpoints
     import distillation
     import dpo
+    import ppo
+    import reinforce
     import reward_model
     import sft
     import steerlm2
     import torch
+    import triton_socket
 
     total = torch.ones(4, device="cuda").sum().item()
     if total != 4.0:
         raise RuntimeError(f"1 + 1 + 1 + 1 = {total}")
-    tested = [module.__name__ for module in (checkpoints, distillation, dpo, reward_model, sft, steerlm2)]
+    tested = [
+        module.__name__
+        for module in (checkpoints, distillation, dpo, ppo, reinforce, reward_model, sft, steerlm2, triton_socket)
+    ]
     return {
         "tested": tested,
         "versions": {name: version(name) for name in PACKAGES},

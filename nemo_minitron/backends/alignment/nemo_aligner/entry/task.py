@@ -21,6 +21,9 @@ WATCH_INTERVAL_S = 1.0
 STOP_FILE = "STOP"
 """File that the runner creates in the work folder to request an early end, with a checkpoint."""
 
+after_runner: list[Callable[[], None]] = []
+"""Called when the runner has ended without ending this process, before it ends itself."""
+
 Task = Mapping[str, Any]
 
 
@@ -70,6 +73,8 @@ def _exit_with(runner: int) -> None:
         try:
             os.kill(runner, 0)
         except ProcessLookupError:
+            for function in after_runner:
+                function()
             os.killpg(
                 0, signal.SIGKILL
             )  # the whole group, because helpers spawned by libraries would not end otherwise
@@ -82,6 +87,18 @@ def report_progress(task: Task, step: int, max_steps: int) -> None:
         (Path(task["work_dir"]) / PROGRESS_FILE).write_text(json.dumps({"step": step, "max_steps": max_steps}))
 
 
+def rewrite_lines(file: Path, first_step: int) -> None:
+    """Remove the JSON lines of steps after `first_step`, which a resumed run repeats."""
+    if not is_main() or not file.is_file():
+        return
+    # A last line without a newline was cut off by a kill or a full disk.
+    whole = file.read_text().rpartition("\n")[0].splitlines()
+    kept = [line for line in whole if json.loads(line)["step"] <= first_step]
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in kept))
+    partial.replace(file)
+
+
 class Curves:
     """Logger for NeMo-Aligner's trainers: writes one JSON line for each step, and the newest step to PROGRESS_FILE.
 
@@ -91,13 +108,7 @@ class Curves:
     def __init__(self, work_dir: Path, max_steps: int, first_step: int) -> None:
         self._file, self._now = work_dir / CURVES_FILE, work_dir / PROGRESS_FILE
         self._max_steps = max_steps
-        if is_main() and self._file.is_file():
-            # A last line without a newline was cut off by a kill or a full disk.
-            whole = self._file.read_text().rpartition("\n")[0].splitlines()
-            kept = [line for line in whole if json.loads(line)["step"] <= first_step]
-            partial = self._file.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in kept))
-            partial.replace(self._file)
+        rewrite_lines(self._file, first_step)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Append metrics. The trainer counts a step after it logs `train/...` and before it logs `val/...`."""

@@ -1,0 +1,116 @@
+"""Trainings on rewards: convert the model, start the servers, train, convert back."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.backends.alignment.base import ANSWERS_FILE, CURVES_FILE, Rollouts, TaskContext
+from nemo_minitron.backends.alignment.nemo_aligner import convert
+from nemo_minitron.backends.alignment.nemo_aligner.config import complete_config
+from nemo_minitron.backends.alignment.nemo_aligner.context import conversion_dir, log_file, on_cpu
+from nemo_minitron.backends.alignment.nemo_aligner.model_config import tokenizer_dir
+from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
+from nemo_minitron.backends.alignment.nemo_aligner.rollout_keys import (
+    CRITIC_SOCKET,
+    REWARD_SOCKET,
+    actor_keys,
+    critic_keys,
+    critic_steps,
+)
+from nemo_minitron.backends.alignment.nemo_aligner.servers import ServerTask, changed_variables, running
+from nemo_minitron.backends.alignment.nemo_aligner.training import CONFIG_FILE, converted, start_checkpoint
+from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.processes.nodes import Nodes
+
+
+def train_on_rewards(rollouts: Rollouts, out_dir: Path, context: TaskContext) -> Path:
+    """Train, and write a Hugging Face model with curves and answers to `out_dir`; returns the file of the curves."""
+    if Nodes.here().count > 1:
+        raise EnvironmentProblem(
+            "A training on rewards runs on one node: its servers use sockets that other nodes cannot reach.",
+            where=f"stages.{context.stage}",
+            next_step="Give it a layout whose processes fit on one node (execution.parallel_by_stage).",
+        )
+    cpu, work = on_cpu(context), context.work_dir / "training"
+    nemo, trained = start_checkpoint(context), context.work_dir / "trained"
+    model_config = converted(rollouts.model_dir, rollouts.max_seq_len_tokens, nemo, context, cpu)
+    complete = complete_config(
+        rollouts.method,
+        actor_keys(rollouts, nemo, context),
+        rollouts.overrides,
+        on_cpu=cpu,
+        where=f"stages.{context.stage}",
+    )
+    (context.work_dir / CONFIG_FILE).write_text(json.dumps(complete, indent=2))
+    threads = context.threads or Nodes.here().threads_of_each(context.layout.world_size)
+    with running(_servers(rollouts, nemo, context, cpu), threads, context.stop, on_cpu=cpu) as servers:
+        run_task(
+            rollouts.method,
+            {"config": complete, "nemo": str(nemo), "out": str(trained)},
+            work,
+            log_file(context),
+            context.progress,
+            context.stop,
+            num_processes=context.layout.world_size,
+            threads=context.threads,
+            stage_work=context.work_dir,
+            on_cpu=cpu,
+            variables=servers.variables,
+            watch=servers.watch,
+        )
+    for file in (work / CURVES_FILE, work / ANSWERS_FILE, context.work_dir / CONFIG_FILE):
+        shutil.copyfile(file, out_dir / file.name)
+    convert.from_nemo(
+        trained,
+        model_config,
+        rollouts.model_dir,
+        out_dir,
+        conversion_dir(context),
+        log_file(context),
+        context.progress,
+        context.stop,
+        on_cpu=cpu,
+    )
+    return out_dir / CURVES_FILE
+
+
+def _servers(rollouts: Rollouts, nemo: Path, context: TaskContext, cpu: bool) -> list[ServerTask]:
+    servers = [_rule_server(rollouts, nemo, context, cpu)]
+    if rollouts.critic is not None:
+        work = context.work_dir / "critic"
+        config = complete_config(
+            "critic",
+            critic_keys(rollouts, rollouts.critic, nemo, work),
+            {},
+            on_cpu=cpu,
+            where=f"stages.{context.stage}",
+        )
+        task = {
+            "config": config,
+            "nemo": str(nemo),
+            "base_model_only": True,
+            "step": critic_steps(rollouts, _last_step(context.work_dir / "training")),
+        }
+        servers.append(ServerTask("critic_server", CRITIC_SOCKET, task, work))
+    return servers
+
+
+def _last_step(work: Path) -> int:
+    """Return the step of the checkpoint from which the actor resumes; 0: there is none."""
+    found = [re.search(r"step=(\d+)", path.name) for path in work.glob("nemo_experiment/checkpoints/*-last*")]
+    return max((int(match.group(1)) for match in found if match), default=0)
+
+
+def _rule_server(rollouts: Rollouts, nemo: Path, context: TaskContext, cpu: bool) -> ServerTask:
+    task: dict[str, Any] = {
+        "prompts": [str(rollouts.train_prompts), str(rollouts.valid_prompts)],
+        "tokenizer": str(tokenizer_dir(nemo)),
+        "stop": rollouts.stop,
+        "evaluator": list(rollouts.evaluator),
+        "changed_variables": changed_variables(on_cpu=cpu),
+    }
+    return ServerTask("rule_server", REWARD_SOCKET, task, context.work_dir / "rule_server")

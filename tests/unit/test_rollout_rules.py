@@ -1,0 +1,129 @@
+"""What `minitron check` refuses in trainings on rewards, and the prompts that such a training gets."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.backends.alignment.base import Critic, Rollouts, TaskContext
+from nemo_minitron.backends.alignment.nemo_aligner.config import complete_config
+from nemo_minitron.backends.alignment.nemo_aligner.rollout_keys import actor_keys, critic_keys, critic_steps
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.system.interrupts import StopRequest
+from nemo_minitron.system.progress import Progress
+from tests.conftest import REPO, Cli
+
+
+def check(minitron: Cli, kind: str, root: Path, *overrides: str) -> tuple[int, str]:
+    code, output = minitron("check", REPO / f"recipes/toy/{kind}.yaml", f"execution.run_root={root}", *overrides)
+    return code, " ".join(output.split())
+
+
+@pytest.mark.parametrize(
+    ("kind", "override", "message"),
+    [
+        ("reinforce", "rewards=[{rule: length}]", "rewards.0.target: required by rule length"),
+        ("reinforce", "rewards=[]", "at least 1 item"),
+        ("reinforce", "answers_per_prompt=1", "greater than or equal to 2"),
+        ("reinforce", "global_batch_size=24", "does not divide the answers of a step, prompts_per_step * answers_per_"),
+        ("reinforce", "generation_batch_size=10", "not a multiple of generation_batch_size * dp = 10 * 1"),
+        ("reinforce", "num_valid_prompts=64", "valid_rows = 48"),
+        ("reinforce", "max_new_tokens=256", "leaves no tokens of max_seq_len_tokens"),
+        ("reinforce", "max_seq_len_tokens=100000", "positions"),
+        ("reinforce", "min_lr=1.0", "above lr"),
+        ("reinforce", "aligner.model.optim.weight_dekay=0.0", "Did you mean model.optim.weight_decay"),
+        ("reinforce", "aligner.trainer.reinforce.max_steps=3", "set by the stage"),
+        ("ppo", "critic_min_lr=1.0", "above critic_lr"),
+        ("ppo", "ratio_clip=1.0", "less than 1"),
+    ],
+)
+def test_check_names_what_is_wrong(kind: str, override: str, message: str, minitron: Cli, tmp_path: Path) -> None:
+    code, output = check(minitron, kind, tmp_path, f"stages.{kind}.{override}")
+    assert code == 2, output
+    assert message in output
+
+
+@pytest.mark.parametrize("kind", ["reinforce", "ppo"])
+def test_the_toy_recipes_are_valid(kind: str, minitron: Cli, tmp_path: Path) -> None:
+    code, output = check(minitron, kind, tmp_path)
+    assert code == 0, output
+
+
+def rollouts(critic: Critic | None, tmp_path: Path) -> Rollouts:
+    return Rollouts(
+        method="reinforce" if critic is None else "ppo",
+        critic=critic,
+        model_dir=tmp_path,
+        train_prompts=tmp_path / "train.jsonl",
+        valid_prompts=tmp_path / "valid.jsonl",
+        num_train_prompts=40,
+        stop="<end>",
+        evaluator=[],
+        num_steps=7,
+        prompts_per_step=16,
+        answers_per_prompt=4 if critic is None else 1,
+        global_batch_size=8,
+        generation_batch_size=4,
+        num_valid_prompts=8,
+        max_seq_len_tokens=64,
+        max_new_tokens=16,
+        temperature=1.0,
+        kl_penalty=0.0,
+        lr=1e-4,
+        min_lr=0.0,
+        warmup_steps=0,
+        valid_interval_steps=2,
+        seed=1,
+    )
+
+
+CRITIC = Critic(1e-4, 0.0, 2, ratio_clip=0.2, value_clip=0.2, discount_factor=1.0, gae_lambda=0.95, entropy_bonus=0.0)
+
+
+@pytest.mark.parametrize("critic", [None, CRITIC])
+def test_configs_are_complete(critic: Critic | None, tmp_path: Path) -> None:
+    settings = rollouts(critic, tmp_path)
+    context = TaskContext("rl", tmp_path, Parallel(micro_batch_size=4), "cpu", 1, Progress(), StopRequest())
+    keys = actor_keys(settings, tmp_path / "nemo", context)
+    found = complete_config(settings.method, keys, {}, on_cpu=True, where="test")
+    assert found["model"]["micro_batch_size"] == (1 if critic is None else 4)
+    assert found["trainer"]["max_epochs"] == 4  # 40 prompts are 2 steps
+    if critic is not None:
+        keys = critic_keys(settings, critic, tmp_path / "nemo", tmp_path)
+        assert complete_config("critic", keys, {}, on_cpu=True, where="test")["model"]["loss_clip_val"] == 0.2
+
+
+def test_the_critic_trains_on_every_step_of_the_actor_and_on_warmup(tmp_path: Path) -> None:
+    settings = rollouts(CRITIC, tmp_path)
+    assert [critic_steps(settings, steps) for steps in (0, 1, 5)] == [0, 6, 14]
+
+
+def test_prompts_are_written_once_with_their_reference(tmp_path: Path) -> None:
+    from nemo_minitron.data.chat.tokenizing import ChatTemplate
+    from nemo_minitron.schema.rewards import RewardRule, RolloutTraining
+    from nemo_minitron.stages.common.prompts import _prompts
+
+    params = RolloutTraining(
+        rewards=(RewardRule(rule="final_number"),),
+        num_steps=1,
+        prompts_per_step=1,
+        global_batch_size=2,
+        generation_batch_size=1,
+        num_valid_prompts=1,
+        max_seq_len_tokens=200,
+        max_new_tokens=20,
+        lr=1e-3,
+    )
+    template = ChatTemplate.load(REPO / "nemo_minitron/toy/model", "chatml", whole_markers=False, day=date(2024, 7, 26))
+    questions = ("What is 1?", "What is 1?", "x" * 400)
+    file = tmp_path / "train.jsonl"
+    turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": "It is 1."}] for text in questions]
+    file.write_text("".join(json.dumps({"messages": messages, "origin": "t"}) + "\n" for messages in turns))
+    seen: set[str] = set()
+    rows, counts = _prompts(params, template, file, seen, "stages.rl")
+    assert rows == [{"text": template.prompt(turns[0][:1]), "reference": "It is 1."}]
+    assert counts == {"repeated": 1, "too_long": 1, "bad": 0}
+    assert _prompts(params, template, file, seen, "stages.rl")[0] == []
