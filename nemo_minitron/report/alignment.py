@@ -18,7 +18,7 @@ Rows = list[dict[str, Any]]
 
 
 def alignment_facts(stages: Sequence[Artifact]) -> dict[str, Any] | None:
-    """Return the section's facts: {trainings, curves, models, attributes, lengths, rewards, samples}; None: no section."""
+    """Return {trainings, curves, models, attributes, lengths, rewards, samples}; None if there is nothing to show."""
     trained = in_section(stages, "alignment")
     measured, rewarded = in_section(stages, "chat_evaluation"), in_section(stages, "rewards")
     if not trained and not measured and not rewarded:
