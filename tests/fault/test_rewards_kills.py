@@ -90,7 +90,7 @@ def test_a_kill_leaves_nothing_behind_and_the_same_command_goes_on(
     else:
         victim(first, what).kill()
     output = output_of(first, 200)
-    assert first.returncode == (130 if what == "SIGTERM" else -signal.SIGKILL if what == "runner" else 1), output
+    assert first.returncode == (130 if what == "SIGTERM" else -signal.SIGKILL if what == "runner" else 2), output
     _require_nothing_left(mark)
     steps_before = [json.loads(line)["step"] for line in curves.read_text().splitlines()]
     second = start(kind, tmp_path)
