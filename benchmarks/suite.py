@@ -19,6 +19,7 @@ from typing import Any
 
 from nemo_minitron.artifacts.manifest import MANIFEST_FILE
 from nemo_minitron.artifacts.run_paths import RunPaths
+from nemo_minitron.errors import Interrupted
 
 Stages = dict[str, dict[str, Any]]
 Found = dict[str, dict[str, Any]]
@@ -201,6 +202,9 @@ def run_tasks(
         waiting: unfinished tasks, the next one first. Later ones may change with the figures of earlier ones.
         measure: runs a task.
         limit_s: stop before a task that would probably end after these seconds.
+
+    Raises:
+        SystemExit: a stop was requested during a task, which is run again or resumed next time.
     """
     found, started_s = read_figures(file), clock()
     while tasks := waiting(found):
@@ -210,7 +214,10 @@ def run_tasks(
             print(f"stopped before {task.id}: it would exceed the time limit. The same command continues.", flush=True)
             break
         print(f"{task.id} ... {len(tasks)} runs left, about {in_words(remaining_s(tasks, found))}", flush=True)
-        measured = measure(task)
+        try:
+            measured = measure(task)
+        except (KeyboardInterrupt, Interrupted):
+            raise SystemExit(f"stopped in {task.id}; the same command continues.") from None
         about_task = {"id": task.id, "group": task.group, "work": task.work, "made_from": task.made_from}
         row = {**about_task, "elapsed_s": clock() - began_s, **task.facts, **measured}
         append_figures(file, row)

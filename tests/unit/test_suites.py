@@ -91,6 +91,14 @@ def test_a_run_that_fails_leaves_no_figures(suite: ModuleType, tmp_path: Path) -
     assert suite.read_figures(file) == {}
 
 
+def test_a_stop_in_a_run_says_how_to_continue(suite: ModuleType, tmp_path: Path) -> None:
+    def stop(_: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt("SIGTERM")
+
+    with pytest.raises(SystemExit, match="stopped in run 0; the same command continues"):
+        suite.run_tasks(lambda _: _tasks(suite, 1), stop, tmp_path / "figures.jsonl")
+
+
 def test_the_closest_runs_give_the_estimate(suite: ModuleType) -> None:
     rows = [("a", 100.0, 10.0), ("a", 400.0, 80.0), ("b", 100.0, 50.0)]
     found = {str(n): {"group": g, "work": w, "elapsed_s": s} for n, (g, w, s) in enumerate(rows)}
