@@ -77,7 +77,9 @@ def test_every_package_that_the_code_imports_is_declared() -> None:
     named = [*project()["dependencies"], *chain(*project()["optional-dependencies"].values())]
     declared = {canonicalize_name(Requirement(text).name) for text in named}
     packages = {"hydra": "hydra-core", "megatron": "megatron-core", "yaml": "pyyaml"}
-    assert {canonicalize_name(packages.get(name, name)) for name in foreign} <= declared
+    # CUDA builds of torch bring Triton; the module that imports it is only imported where there is a GPU.
+    brought = {"triton"}
+    assert {canonicalize_name(packages.get(name, name)) for name in foreign} - brought <= declared
 
 
 def test_files_beside_the_code_are_in_the_wheel() -> None:
