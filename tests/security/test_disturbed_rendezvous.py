@@ -9,6 +9,8 @@ from datetime import timedelta
 from multiprocessing.queues import Queue
 from pathlib import Path
 
+import torch.distributed as dist
+
 from nemo_minitron.backends.megatron.runtime import rendezvous
 
 
@@ -18,11 +20,13 @@ def _join(rank: int, folder: str, answers: Queue[tuple[int, str]], *, silent: bo
     try:
         if silent:
             rendezvous.join("gloo", timedelta(minutes=30))
-            time.sleep(60)
+            time.sleep(600)
         with rendezvous.restricted_to_own_user():
             rendezvous.join("gloo", timedelta(minutes=30))
         answers.put((rank, "joined"))
     except rendezvous.ForeignProcessError as error:
+        # As the interpreter does at its end: an operation that is still waiting would keep the process.
+        dist.destroy_process_group()
         answers.put((rank, str(error)))
     answers.close()
     answers.join_thread()
@@ -41,7 +45,7 @@ def _outcome(folder: Path, *, silent: bool) -> dict[int, str]:
     ]
     for rank in ranks:
         rank.start()
-    found = dict(answers.get(timeout=90) for _ in range(1 if silent else 2))
+    found = dict(answers.get(timeout=60) for _ in range(1 if silent else 2))
     for rank in ranks:
         rank.kill()
         rank.join()

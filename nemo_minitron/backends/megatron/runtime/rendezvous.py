@@ -124,8 +124,12 @@ def require_answers(group: Any) -> None:
         return
     if dist.get_world_size(group) == 1:
         return
+    # The timeout is that of the operation itself: if only the wait ended, the group could not be destroyed before the
+    # operation ends by the group's own timeout, half an hour later.
+    options = dist.AllreduceOptions()
+    options.timeout = HANDSHAKE_TIMEOUT
     try:
-        dist.all_reduce(torch.ones(1), group=group, async_op=True).wait(HANDSHAKE_TIMEOUT)
+        (group or dist.group.WORLD).allreduce([torch.ones(1)], options).wait(HANDSHAKE_TIMEOUT)
     except RuntimeError as error:
         raise ForeignProcessError(
             "The processes of this run do not reach each other: another process of this machine has probably connected "
