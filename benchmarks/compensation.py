@@ -97,8 +97,7 @@ def streams_of(models: Models, params: Compensation) -> list[Stream]:
         MicroBatch(part, torch.ones_like(part, dtype=torch.bool), number * 4 >= params.num_samples)
         for number, part in enumerate(rows.split(4))
     ]
-    name = "model.embed_tokens.weight"
-    embeddings = (models.teacher.read(name), models.student.read(name))
+    embeddings = (models.teacher.embeddings(), models.student.embeddings())
     return embedded(batches, *embeddings, DTYPES[params.precision])
 
 

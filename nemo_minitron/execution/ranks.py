@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
@@ -87,13 +88,16 @@ def _defaults(threads: int, traces: Path) -> dict[str, str]:
         # After a timeout, each rank writes its last collective operations.
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     }
-    # Torch 2.9 renamed these two.
-    for size_name, file_name in (
-        ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"),
-        ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"),
-    ):
-        names |= {size_name: str(NUM_TRACED_OPERATIONS), file_name: str(traces)}
+    size_name, file_name = _flight_recorder(version("torch"))
+    names |= {size_name: str(NUM_TRACED_OPERATIONS), file_name: str(traces)}
     return {name: value for name, value in names.items() if name not in os.environ}
+
+
+def _flight_recorder(torch_version: str) -> tuple[str, str]:
+    """Return the variables for the recorder's size and its files; torch 2.9 renamed both, and warns of the old ones."""
+    if tuple(int(part) for part in torch_version.split(".")[:2]) >= (2, 9):
+        return "TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"
+    return "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
 
 
 def _start(command: list[str], environment: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:

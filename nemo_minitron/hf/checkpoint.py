@@ -90,6 +90,10 @@ class Checkpoint:
                 return file.get_tensor(name)
             return file.get_slice(name)[part]
 
+    def embeddings(self) -> Tensor:
+        """Read the input embeddings [vocabulary, hidden size]."""
+        return self.read(next(parameters(self.shape)).hf)
+
     @property
     def files(self) -> tuple[Path, ...]:
         """Sorted paths of the safetensors files."""

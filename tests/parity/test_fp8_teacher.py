@@ -88,7 +88,7 @@ def test_a_close_teacher_is_used_and_its_kl_is_that_of_its_logits(
     assert 0 < facts["kl_nats_per_token"] <= facts["max_kl"] == 0.02
     teacher, _ = load_model(folders["teacher"], session, precision="bf16", seq_len_tokens=32)
     _rounded(teacher, step)
-    batches = distill._heldout(PARAMS, folders["data"], session).batches
+    batches = distill.heldout_text(PARAMS, folders["data"], session).batches
     total, count = 0.0, 0
     with torch.no_grad():
         for batch in batches[: fp8_teacher.MAX_BATCHES]:

@@ -27,7 +27,7 @@ from tests.support.tiny_models import tiny_model_dir
 
 
 def test_no_task_of_nemo_loads_any_pickle() -> None:
-    environment = process._environment(Path("/usr/bin/python3"), 1, on_cpu=True)
+    environment = process.task_environment(Path("/usr/bin/python3"), 1, on_cpu=True)
     assert not [name for name in environment if "WEIGHTS_ONLY" in name]
     # Before a task is imported.
     text = (ENTRY / "__main__.py").read_text()

@@ -75,8 +75,7 @@ def _repair_layers(
     samples = {"num_samples": params.num_samples, "seed": params.seed, "cache_dir": work}
     calibration = calibration_batches(root / "data", session, **text, **samples)
     heldout = heldout_batches(root / "data", session, **text, num_tokens=params.heldout_tokens)
-    name = "model.embed_tokens.weight"
-    embeddings = (models.teacher.read(name), models.student.read(name))
+    embeddings = (models.teacher.embeddings(), models.student.embeddings())
     streams = embedded([*calibration, *heldout], *embeddings, DTYPES[params.precision])
     repair = LayerRepair(models, params, session)
     layers = repaired_layers(repair, streams, {number: _tensors(some) for number, some in (done or {}).items()})

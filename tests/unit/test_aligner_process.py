@@ -39,7 +39,7 @@ def test_the_bar_goes_to_the_last_step(terminal: bool, tmp_path: Path, monkeypat
     progress.console = Screen(file=progress.stream, force_terminal=terminal, width=120)
     words = [sys.executable, "-c", STEPS, process.PROGRESS_FILE, str(4 * process.POLL_S)]
     child = subprocess.Popen(words, cwd=tmp_path, start_new_session=True)
-    assert process._wait(child, "sft", tmp_path, progress, StopRequest()) == 7
+    assert process._wait(child, "sft", tmp_path, progress, StopRequest(), lambda: None) == 7
     shown = progress.stream.getvalue()
     assert "5/5" in shown
     assert "loss 0.2" in shown

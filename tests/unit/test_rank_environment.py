@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from nemo_minitron.execution import ranks
 
@@ -17,12 +18,21 @@ def test_ranks_compile_with_few_threads_and_record_their_last_collective_operati
     found = ranks._defaults(threads, Path("/run/logs/distill.nccl_trace_rank_"))
     assert found["TORCHINDUCTOR_COMPILE_THREADS"] == compilers
     assert found["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
-    for size, file in (
-        ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"),
-        ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"),
-    ):
-        assert int(found[size]) > 0
-        assert found[file] == "/run/logs/distill.nccl_trace_rank_"
+    size, file = ranks._flight_recorder(torch.__version__)
+    assert int(found[size]) > 0
+    assert found[file] == "/run/logs/distill.nccl_trace_rank_"
+
+
+@pytest.mark.parametrize(
+    ("version", "size"),
+    [
+        ("2.6.0+cpu", "TORCH_NCCL_TRACE_BUFFER_SIZE"),
+        ("2.9.0", "TORCH_FR_BUFFER_SIZE"),
+        ("2.13.0", "TORCH_FR_BUFFER_SIZE"),
+    ],
+)
+def test_the_recorder_has_the_names_of_the_installed_torch(version: str, size: str) -> None:
+    assert ranks._flight_recorder(version)[0] == size
 
 
 def test_the_users_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:

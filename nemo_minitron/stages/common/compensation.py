@@ -99,8 +99,7 @@ def _streams(params: Compensation, texts: RepairTexts, models: Models, ctx: Stag
         cache_dir=ctx.work_dir / "calibration_index",
     )
     judged = heldout_batches(texts.heldout.path, session, num_tokens=params.heldout_tokens, seq_len_tokens=length)
-    name = "model.embed_tokens.weight"
-    embeddings = (models.teacher.read(name), models.student.read(name))
+    embeddings = (models.teacher.embeddings(), models.student.embeddings())
     return embedded([*calibration, *judged], *embeddings, DTYPES[params.precision])
 
 

@@ -52,7 +52,7 @@ def score_reconstruction(params: ScoreReconstructionStage, inputs: Inputs, ctx: 
         seed=params.seed,
         cache_dir=ctx.work_dir / "data_index",
     )
-    embeddings = teacher.read("model.embed_tokens.weight")
+    embeddings = teacher.embeddings()
     streams = embedded(batches, embeddings, embeddings, DTYPES[params.precision])
     runner = LayerRunner(teacher.shape, session, params.precision, params.seq_len_tokens)
     layers = readers_by_layer(teacher, runner, _sites(params), streams, session)

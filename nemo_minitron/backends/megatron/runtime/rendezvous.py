@@ -126,10 +126,11 @@ def require_answers(group: Any) -> None:
         return
     # The timeout is that of the operation itself: if only the wait ended, the group could not be destroyed before the
     # operation ends by the group's own timeout, half an hour later.
-    options = dist.AllreduceOptions()
+    options, members = dist.AllreduceOptions(), group or dist.GroupMember.WORLD
+    assert members is not None
     options.timeout = HANDSHAKE_TIMEOUT
     try:
-        (group or dist.group.WORLD).allreduce([torch.ones(1)], options).wait(HANDSHAKE_TIMEOUT)
+        members.allreduce([torch.ones(1)], options).wait(HANDSHAKE_TIMEOUT)
     except RuntimeError as error:
         raise ForeignProcessError(
             "The processes of this run do not reach each other: another process of this machine has probably connected "
