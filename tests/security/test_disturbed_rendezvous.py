@@ -9,9 +9,13 @@ from datetime import timedelta
 from multiprocessing.queues import Queue
 from pathlib import Path
 
+import pytest
+import torch
 import torch.distributed as dist
 
 from nemo_minitron.backends.megatron.runtime import rendezvous
+
+_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def _join(rank: int, folder: str, answers: Queue[tuple[int, str]], *, silent: bool) -> None:
@@ -52,6 +56,10 @@ def _outcome(folder: Path, *, silent: bool) -> dict[int, str]:
     return found
 
 
+@pytest.mark.skipif(
+    _TORCH < (2, 9),
+    reason="older gloo has one timeout for all operations of a group: such a run ends after half an hour",
+)
 def test_a_member_that_does_not_answer_ends_the_group_and_does_not_hang_it(tmp_path: Path) -> None:
     """gloo itself would wait for half an hour, or retry forever on a connection that a foreign process has closed."""
     assert "do not reach each other" in _outcome(tmp_path, silent=True)[0]
