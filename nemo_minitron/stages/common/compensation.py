@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.schema.pruning import Compensation
 from nemo_minitron.stages.artifacts import TokenizedText
+from nemo_minitron.stages.common.layer_files import LayerFiles
 from nemo_minitron.stages.context import StageContext
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from nemo_minitron.backends.megatron.compensation.repair import Models
     from nemo_minitron.backends.megatron.compensation.streams import Stream
     from nemo_minitron.pruning.compensation import Repair
@@ -57,22 +56,23 @@ def repair_model(
     before, cut = Checkpoint.open(teacher), Checkpoint.open(student)
     models = Models(before, cut, read_plan(plan, before.shape))
     _require_same_cut(models, student)
-    saved = _SavedLayers(ctx.work_dir / "repaired_layers")
+    saved = LayerFiles(ctx.work_dir / "repaired_layers")
     streams = _streams(params, texts, models, ctx)
     repair = LayerRepair(models, params, ctx.open_session)
-    layers, total = repaired_layers(repair, streams, saved.load()), cut.shape.num_layers + repair.repairs_head
+    layers, total = repaired_layers(repair, streams, saved), cut.shape.num_layers + repair.repairs_head
     for number, weights, found in ctx.progress.track(layers, "compensate", total, "parts"):
         if found is not None and ctx.is_main:
-            saved.save(number, weights, found)
+            saved.save(number, weights, json.dumps({site: _facts(repair) for site, repair in found.items()}))
+    facts = [json.loads(saved.facts(number)) for number in saved] if ctx.is_main else []
     if ctx.is_main:
         _write(models, saved, out_dir)
-        (out_dir / FACTS_FILE).write_text(json.dumps(saved.facts(), indent=2) + "\n")
+        (out_dir / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
     ctx.open_session.barrier()
     return {
         "num_tokens": params.num_samples * params.seq_len_tokens,
         "mode": params.mode,
         "heldout_sources": texts.heldout.sources,
-        "recovered": _recovered(saved.facts()),
+        "recovered": _recovered(facts),
     }
 
 
@@ -103,45 +103,6 @@ def _streams(params: Compensation, texts: RepairTexts, models: Models, ctx: Stag
     return embedded([*calibration, *judged], *embeddings, DTYPES[params.precision])
 
 
-@dataclass(frozen=True)
-class _SavedLayers:
-    """Repaired layers in the work folder, so that a killed stage goes on from the last one."""
-
-    folder: Path
-
-    def _file(self, number: int) -> Path:
-        return self.folder / f"layer-{number:05d}.safetensors"
-
-    def save(self, number: int, weights: dict[str, Tensor], found: Mapping[str, Repair]) -> None:
-        """Write a layer so that its file is either whole or not there."""
-        from safetensors.torch import save_file
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self._file(number).with_suffix(".partial")
-        facts = {site: _facts(repair) for site, repair in found.items()}
-        save_file(weights, str(partial), metadata={"repairs": json.dumps(facts)})
-        partial.replace(self._file(number))
-
-    def load(self) -> dict[int, dict[str, Tensor]]:
-        """Return the weights of all saved layers."""
-        from safetensors.torch import load_file
-
-        return {int(file.stem.split("-")[1]): load_file(str(file)) for file in self._files()}
-
-    def facts(self) -> list[dict[str, Any]]:
-        """Return for each layer what became of its sites."""
-        from safetensors import safe_open
-
-        out = []
-        for file in self._files():
-            with safe_open(str(file), "pt") as opened:
-                out.append(json.loads(opened.metadata()["repairs"]))
-        return out
-
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("layer-*.safetensors"))
-
-
 def _facts(repair: Repair) -> dict[str, Any]:
     return {
         "sliced_error": repair.sliced_error,
@@ -154,28 +115,24 @@ def _facts(repair: Repair) -> dict[str, Any]:
 def _recovered(facts: list[dict[str, Any]]) -> dict[str, float]:
     """Return the mean share of the held-out error that is gone, by site."""
     sites = dict.fromkeys(site for layer in facts for site in layer)
-    return {site: _mean(layer[site]["recovered"] for layer in facts if site in layer) for site in sites}
+    return {site: fmean(layer[site]["recovered"] for layer in facts if site in layer) for site in sites}
 
 
-def _mean(values: Iterator[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
-
-
-def _write(models: Models, saved: _SavedLayers, out_dir: Path) -> None:
+def _write(models: Models, saved: LayerFiles, out_dir: Path) -> None:
     """Write the student's checkpoint with the repaired weights in place of the sliced ones, in the same data types."""
     from nemo_minitron.families import parameters, tensor_shape
     from nemo_minitron.hf.checkpoint import copy_side_files
     from nemo_minitron.hf.stream_writer import Planned, StreamWriter
 
     student = models.student
-    repaired = {name: tensor for weights in saved.load().values() for name, tensor in weights.items()}
+    repaired = saved.names()
     planned = [
         Planned(parameter.hf, tensor_shape(student.shape, parameter.row), student.tensors[parameter.hf].dtype)
         for parameter in parameters(student.shape)
     ]
     writer = StreamWriter(out_dir, student.config, planned)
     for item in planned:
-        writer.add(item.name, repaired[item.name] if item.name in repaired else student.read(item.name))
+        layer = repaired.get(item.name)
+        writer.add(item.name, student.read(item.name) if layer is None else saved.read(layer, item.name))
     writer.close()
     copy_side_files(student.path, out_dir)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_minitron.stages.artifacts import Model, Scores, TokenizedText
+from nemo_minitron.stages.common.layer_files import LayerFiles
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
 from nemo_minitron.stages.score_reconstruction.params import ScoreReconstructionStage
@@ -57,7 +57,7 @@ def score_reconstruction(params: ScoreReconstructionStage, inputs: Inputs, ctx: 
     runner = LayerRunner(teacher.shape, session, params.precision, params.seq_len_tokens)
     layers = readers_by_layer(teacher, runner, _sites(params), streams, session)
     total = teacher.shape.num_layers
-    ranked = _Ranking(params, teacher.shape, ctx.work_dir / "layers")
+    ranked = _Ranking(params, teacher.shape, LayerFiles(ctx.work_dir / "layers"))
     for number, found in enumerate(ctx.progress.track(layers, "score_reconstruction", total, "layers")):
         if ctx.is_main:
             ranked.add(number, found)
@@ -87,16 +87,12 @@ class _Ranking:
 
     params: ScoreReconstructionStage
     shape: ModelShape
-    folder: Path
+    files: LayerFiles
 
     def add(self, number: int, found: Found) -> None:
         """Rank the axes inside a layer, and keep the moments of the inputs that hidden channels feed."""
-        from safetensors.torch import save_file
-
-        file = self._file(number)
-        if file.is_file():
+        if number in self.files:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         out: dict[str, Tensor] = {}
         for axis in self._axes():
             readers = [found[site] for site in _SITES_OF_AXIS[axis.name]]
@@ -105,18 +101,15 @@ class _Ranking:
             else:
                 for place, some in enumerate(readers):
                     out |= {f"moments.{place}": some.moments, f"weight_gram.{place}": some.weight_gram}
-        partial = file.with_suffix(".partial")
-        save_file({name: tensor.contiguous() for name, tensor in out.items()}, str(partial))
-        partial.replace(file)
+        self.files.save(number, out)
 
     def scores(self) -> dict[str, Tensor]:
         """Return axis -> ranks: [layers, size], or [size] for an axis that is chosen once for all layers."""
         import torch
-        from safetensors.torch import load_file
 
         from nemo_minitron.pruning.reconstruction import Readers
 
-        layers = [load_file(str(self._file(number))) for number in range(self.shape.num_layers)]
+        layers = [self.files[number] for number in range(self.shape.num_layers)]
         out = {
             axis.name: torch.stack([layer[axis.name] for layer in layers]) for axis in self._axes() if axis.per_layer
         }
@@ -125,9 +118,6 @@ class _Ranking:
             readers = [Readers(layer[f"moments.{n}"], layer[f"weight_gram.{n}"]) for layer in layers for n in places]
             out[axis.name] = self._ranks(axis, readers)
         return out
-
-    def _file(self, number: int) -> Path:
-        return self.folder / f"layer-{number:05d}.safetensors"
 
     def _axes(self) -> list[Axis]:
         from nemo_minitron.families.axes import SCORED_WIDTH_AXES

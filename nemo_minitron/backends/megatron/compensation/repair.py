@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.compensation.runner import Activations, LayerRunner
-from nemo_minitron.backends.megatron.compensation.sites import SITES, Site, counted_positions, input_label, weights_of
+from nemo_minitron.backends.megatron.compensation.sites import (
+    SITES,
+    Site,
+    counted_positions,
+    input_label,
+    weights_of,
+    without_first,
+)
 from nemo_minitron.backends.megatron.compensation.streams import Stream
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.families import ModelShape, Parameter
@@ -215,9 +222,13 @@ class LayerRepair:
                 residual, given = problem.residual(teacher, student, after)
                 counted = counted_positions(problem.site, stream.counted).to(device)
                 sums[problem.site.name][stream.is_heldout].add(residual[counted], given[counted])
-        for tensor in (tensor for pair in sums.values() for moments in pair for tensor in moments.tensors):
-            self.session.sum(tensor)
+        for pair in sums.values():
+            self._sum_over_ranks(pair)
         return sums
+
+    def _sum_over_ranks(self, sums: tuple[Moments, Moments]) -> None:
+        for tensor in (tensor for moments in sums for tensor in moments.tensors):
+            self.session.sum(tensor)
 
     def _student_activations(self, problems: list[_Problem], teacher: Activations, stream: Stream) -> Activations:
         """Return the student's own activations, or those that it would have on its teacher's stream."""
@@ -274,12 +285,9 @@ class LayerRepair:
         normed = self.student.final_norm(own, lambda parameter: models.student.read(parameter.hf))
         wanted = self.teacher.final_norm((s.teacher for s in streams), lambda p: models.teacher.read(p.hf))
         for stream, full, given in zip(streams, wanted, normed, strict=True):
-            counted = stream.counted.clone()
-            counted[0] = False
-            residual = _minus_embedded(full, given, kept)
-            sums[stream.is_heldout].add(residual[counted.to(device)], given[counted.to(device)])
-        for tensor in (tensor for moments in sums for tensor in moments.tensors):
-            self.session.sum(tensor)
+            counted = without_first(stream.counted).to(device)
+            sums[stream.is_heldout].add(_minus_embedded(full, given, kept)[counted], given[counted])
+        self._sum_over_ranks(sums)
         sliced = models.student.read(HEAD)
         repair, repaired = self._best(*sums, _wide(models.teacher.read(HEAD)).to(device), _wide(sliced).to(device))
         changed = repaired.to(device="cpu", dtype=sliced.dtype).contiguous()

@@ -50,11 +50,17 @@ def input_label(site: Site, shape: ModelShape) -> str:
 def counted_positions(site: Site, counted: Tensor) -> Tensor:
     """Return the positions [S, B] that count for a site, of those that count at all.
 
-    The first position often has activations that are hundreds of times larger than all others ("massive activations",
-    2402.17762), and norms turn them into one direction; readers of the stream would be fitted to it.
+    Readers of the stream leave out the first.
     """
-    if not site.reads_stream:
-        return counted
-    counted = counted.clone()
-    counted[0] = False
-    return counted
+    return without_first(counted) if site.reads_stream else counted
+
+
+def without_first(counted: Tensor) -> Tensor:
+    """Return the positions [S, B] that count but for the first of each sequence.
+
+    It often has activations that are hundreds of times larger than all others ("massive activations", 2402.17762), and
+    norms turn them into one direction; weights that read the normalized stream would be fitted to it.
+    """
+    kept = counted.clone()
+    kept[0] = False
+    return kept
