@@ -29,9 +29,10 @@ from nemo_aligner.utils.train_script_utils import (
     retrieve_custom_trainer_state_dict,
 )
 from nemo_aligner.utils.utils import load_from_nemo, set_autocast_gpu_dtype
-from rollouts import Algorithm, Measured, prepare
+from rollouts import Algorithm, Measured
 from rollouts import train as train_with
 from task import Curves
+from training import prepare
 
 KEPT = "checkpoint_before"
 """Folder beside the critic's checkpoints with the one before the newest."""

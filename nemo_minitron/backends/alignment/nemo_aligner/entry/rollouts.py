@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from checkpoints import save_nemo
 from megatron.core.utils import divide
-from nemo.utils.exp_manager import exp_manager
 from nemo_aligner.data.nlp.builders import (
     build_dataloader,
     build_train_valid_test_rlhf_datasets,
@@ -29,17 +28,15 @@ from nemo_aligner.utils.train_script_utils import (
     extract_optimizer_scheduler_from_ptl_model,
     init_distributed,
     init_using_ptl,
-    resolve_and_create_trainer,
     retrieve_custom_trainer_state_dict,
 )
 from nemo_aligner.utils.utils import (
-    load_and_override_model_config,
     load_from_nemo,
     retrieve_model_state_dict_in_cpu,
 )
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 from task import CURVES_FILE, PROGRESS_FILE, STOP_FILE, Task, is_main, rewrite_lines
-from training import StopTimer
+from training import StopTimer, prepare
 
 ANSWERS_FILE = "answers.jsonl"
 """Answers to the held-out prompts before the first step and at every validation."""
@@ -122,17 +119,6 @@ def train(task: Task, algorithm: Algorithm) -> dict[str, Any]:
     if finished:
         save_nemo(model, Path(task["out"]))
     return {"finished": finished, "step": int(rl_trainer.step)}
-
-
-def prepare(task: Task, key: str) -> tuple[DictConfig, Any]:
-    """Return (complete config, Lightning trainer)."""
-    config = OmegaConf.create(dict(task["config"]))
-    config.model = load_and_override_model_config(task["nemo"], config.model)
-    with open_dict(config):
-        config.model.precision = config.trainer.precision
-    trainer = resolve_and_create_trainer(config, key)
-    exp_manager(trainer, config.exp_manager)
-    return config, trainer
 
 
 def prompt_datasets(config: DictConfig, model: Any) -> tuple[Any, Any]:

@@ -66,7 +66,7 @@ def train(
         `finished`, `step` and `seconds`. A finished training has written its checkpoint to `out` of the task.
     """
     started_s = time.monotonic()
-    config, trainer = _prepare(task, key)
+    config, trainer = prepare(task, key)
     loggers = CustomLoggerWrapper(list(trainer.loggers))
     model = load_from_nemo(
         model_class,
@@ -165,7 +165,7 @@ def sft_loaders(config: DictConfig, consumed_samples: int, make_dataset: Callabl
     return parts[0][0], parts[0][1], parts[1][1]
 
 
-def _prepare(task: Task, key: str) -> tuple[DictConfig, Any]:
+def prepare(task: Task, key: str) -> tuple[DictConfig, Any]:
     """Return (complete config, Lightning trainer)."""
     config = OmegaConf.create(dict(task["config"]))
     config.model = load_and_override_model_config(task["nemo"], config.model)
