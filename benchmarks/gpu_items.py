@@ -254,7 +254,7 @@ def memory(context: Context) -> dict[str, Any]:
 
 
 def _reference(student: Path, teacher: Path, data: Path, out: Path) -> None:
-    """In a process of its own: the runs on the CPU."""
+    """Run the trainings on the CPU that the GPU is compared with; a process of its own calls this."""
 
     def write(name: str, value: Any) -> None:
         partial = out / f".{name}"

@@ -42,7 +42,7 @@ PLAIN = Kernels(
     fuse_rope=False,
     fuse_weight_gradient=False,
 )
-"""As before the faster paths: chunks of 256 MiB in fp32."""
+"""Kernels before the faster paths existed, with chunks of 256 MiB in fp32."""
 VARIANTS = {
     "chunk 512": {"chunk_tokens": 512},
     "chunk 2048": {"chunk_tokens": 2048},

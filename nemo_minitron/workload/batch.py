@@ -40,7 +40,7 @@ class BatchProposal:
     warmup_steps: int
     adam_beta2: float
     weight_decay: float
-    """For the same learning rate."""
+    """Weight decay that belongs to the same learning rate."""
 
     @property
     def is_too_large(self) -> bool:

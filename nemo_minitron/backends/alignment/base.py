@@ -133,7 +133,7 @@ class Rollouts:
 
     method: Literal["reinforce", "ppo"]
     critic: Critic | None
-    """For ppo."""
+    """Settings of the critic, which only ppo has."""
     model_dir: Path
     """Hugging Face folder of the model to start from; the KL divergence is measured against it."""
     train_prompts: Path

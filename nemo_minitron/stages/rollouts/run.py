@@ -32,7 +32,7 @@ MEASURED = ("valid_reward", "valid_reward_se", "valid_kl_nats_per_token", "valid
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stage reads."""
+    """Inputs of the stage, by role."""
 
     model: Model
     chats: ChatRows

@@ -63,7 +63,7 @@ class TeacherStreams:
     channels: Tensor | None
     """Kept hidden channels; None: all."""
     hidden_size: int
-    """Of the student."""
+    """Hidden size of the student."""
     moves: list[Move[int]]
     session: Session
 
