@@ -68,7 +68,7 @@ class Context:
     def folders(self) -> dict[str, Path]:
         if "folders" not in self.kept:
             self.kept["folders"] = distill_folders(self.folder("tiny"))
-        return self.kept["folders"]  # type: ignore[no-any-return]
+        return self.kept["folders"] 
 
     def work(self, name: str) -> tuple[Path, Path, Path, Path]:
         folders = self.folders()
@@ -230,7 +230,7 @@ def memory(context: Context) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for kind in context.layers:
         for recompute in ("none", "full"):
-            parallel = {"micro_batch_size": 2, "recompute": recompute}
+            parallel: dict[str, Any] = {"micro_batch_size": 2, "recompute": recompute}
             work = Work(
                 shapes["student"],
                 Parallel(**parallel),

@@ -43,7 +43,7 @@ PLAIN = Kernels(
     fuse_weight_gradient=False,
 )
 """Kernels before the faster paths existed, with chunks of 256 MiB in fp32."""
-VARIANTS = {
+VARIANTS: dict[str, dict[str, object]] = {
     "chunk 512": {"chunk_tokens": 512},
     "chunk 2048": {"chunk_tokens": 2048},
     "chunk 4096": {"chunk_tokens": 4096},
@@ -103,7 +103,7 @@ def _engine_linears(model: torch.nn.Module) -> list[torch.nn.Module]:
 def _bench(context: Context) -> Bench:
     if "bench" not in context.kept:
         raise Skipped("the item baseline has not run")
-    return context.kept["bench"]  # type: ignore[no-any-return]
+    return context.kept["bench"] 
 
 
 def baseline(context: Context) -> dict[str, Any]:
@@ -126,7 +126,8 @@ def baseline(context: Context) -> dict[str, Any]:
 
 def variants(context: Context) -> dict[str, Any]:
     """Each faster path on its own, all together, and then a teacher in FP8; with the loss of the same batch."""
-    bench, out = _bench(context), {}
+    bench = _bench(context)
+    out: dict[str, Any] = {}
     has_engine = ENGINE in context.layers
     for name, keys in VARIANTS.items():
         if not context.on_gpu and name == "KL by Triton":

@@ -88,7 +88,7 @@ def main(book: Path, out: Path) -> None:
     ids = torch.tensor([token for text in seen for token in [*tokenizer(text).input_ids, 0]])
     print(f"{len(documents)} documents, {len(seen)} to train on, {len(ids)} tokens", file=sys.stderr)
     model = train_model(ids)
-    model.to(torch.bfloat16).save_pretrained(out / "model")
+    model.bfloat16().save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     rows = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
     (out / "text.jsonl.zst").write_bytes(zstandard.ZstdCompressor(level=19).compress(rows.encode()))

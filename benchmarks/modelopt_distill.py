@@ -45,7 +45,7 @@ def modelopt(folder: Path, session: Session) -> tuple[Callable[[], float], Any]:
     import modelopt.torch.distill as mtd
     from modelopt.torch.distill.plugins import megatron as plugin
 
-    options = {"precision": "bf16", "seq_len_tokens": PARAMS.seq_len_tokens}
+    options: dict[str, Any] = {"precision": "bf16", "seq_len_tokens": PARAMS.seq_len_tokens}
     student, _ = load_model(folder / "student", session, **options)
     teacher, _ = load_model(folder / "teacher", session, **options)
     config = plugin.setup_distillation_config(None, student.config, teacher.config)
@@ -112,7 +112,7 @@ def main() -> None:
         with open_session(Parallel(micro_batch_size=MICRO_BATCH_SIZE), device="cpu") as session:
             steps = {name: side(folder, session)[0] for name, side in SIDES.items()}
             losses = {name: step() for name, step in steps.items()}
-            times = interleaved(steps)
+            times = interleaved({**steps})
     ratios = {"time": times["ours"] / times["modelopt"], "memory": peaks["ours"] / peaks["modelopt"]}
     print(
         json.dumps({"first_loss": losses, "step_s": times, "peak_gib": peaks, "ours_over_modelopt": ratios}, indent=2)

@@ -202,7 +202,7 @@ def teacher_task(recipe: Stages, work: float) -> Task:
     return Task("teacher", "teacher", work, stages, measures)
 
 
-def page(rows: Sequence[Mapping[str, Any]], size: Size, name: str) -> str:
+def page(rows: Sequence[dict[str, Any]], size: Size, name: str) -> str:
     """Render the table as Markdown, one section for each part."""
     found = {row["id"]: row for row in rows}
     teacher = found.get("teacher")

@@ -132,7 +132,7 @@ def aggregations(bench: Bench) -> dict[str, Any]:
     """Batch and sequence aggregation: mean over the draws, and each draw."""
     out = {}
     for batch, sequence in itertools.product(AGGREGATIONS, AGGREGATIONS):
-        keys = {"batch_aggregation": batch, "sequence_aggregation": sequence}
+        keys: dict[str, Any] = {"batch_aggregation": batch, "sequence_aggregation": sequence}
         out[f"{batch},{sequence}"] = [bench.loss_of(bench.widths(seed, **keys), target=WIDTH) for seed in SEEDS]
     return out
 
@@ -196,7 +196,7 @@ def half_depth(bench: Bench) -> dict[str, Any]:
     cases = [(metric, removal) for metric in metrics for removal in ("individual", "contiguous")]
     cases += [("block_influence", "iterative"), ("lm_loss", "iterative")]
     for metric, removal in cases:
-        keys = {"layer_metric": metric, "layer_removal": removal, "target": HALF}
+        keys: dict[str, Any] = {"layer_metric": metric, "layer_removal": removal, "target": HALF}
         plan = choose_keep(scores, shape, SelectStage.model_validate({"kind": "select", **keys}))
         folder = bench.cut(scores, **keys)
         kept = [layer for layer in range(shape.num_layers) if layer in plan.layers]

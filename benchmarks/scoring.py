@@ -24,7 +24,7 @@ from nemo_minitron.stages.score.params import ScoreStage
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes/smollm2_135m/width.yaml"
 SEQ_LEN_TOKENS, MICRO_BATCH_SIZE, NUM_BATCHES, ROUNDS = 512, 4, 2, 7
-CASES = {
+CASES: dict[str, dict[str, object]] = {
     "papers' default": {},
     "paper convention": {"convention": "paper"},
     "with runs of layers": {"block_lengths": (2, 8)},

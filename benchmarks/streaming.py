@@ -70,10 +70,12 @@ def random_plan(shape: ModelShape) -> PrunePlan:
     return PrunePlan(
         method="random",
         layers=layers,
-        hidden=some(shape.hidden_size, HIDDEN),
-        ffn={layer: some(shape.ffn_hidden_size, FFN) for layer in layers},
-        groups=dict.fromkeys(layers, tuple(range(shape.num_query_groups))),
-        heads=dict.fromkeys(layers, tuple(range(shape.num_attention_heads))),
+        shared={"hidden": some(shape.hidden_size, HIDDEN)},
+        by_layer={
+            "ffn": {layer: some(shape.ffn_hidden_size, FFN) for layer in layers},
+            "groups": dict.fromkeys(layers, tuple(range(shape.num_query_groups))),
+            "heads": dict.fromkeys(layers, tuple(range(shape.num_attention_heads))),
+        },
     )
 
 

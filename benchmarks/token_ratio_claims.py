@@ -121,8 +121,8 @@ def loss_table(rows: Sequence[Row]) -> str:
         by_text = [cell for text in TEXTS for cell in (_losses(mine, text), _losses(mine, f"start {text}"))]
         run = mine[0]["run"]
         settings = f"{run['rate']:.3g}, {run['batch']:g}"
-        tokens, wall = f"{tokens_of(mine[0]):,.0f}", spread(walls, 0) if walls else "-"
-        body.append([arm, f"{budget:,}", tokens, settings, *by_text, wall])
+        tokens, seconds = f"{tokens_of(mine[0]):,.0f}", spread(walls, 0) if walls else "-"
+        body.append([arm, f"{budget:,}", tokens, settings, *by_text, seconds])
     head = ["arm", "budget", "tokens counted", "rate, batch (factors)"]
     head += [cell for text in TEXTS.values() for cell in (f"{text}: by seed", "untrained")]
     return markdown_table([*head, "seconds"], body)
