@@ -68,7 +68,7 @@ class Context:
     def folders(self) -> dict[str, Path]:
         if "folders" not in self.kept:
             self.kept["folders"] = distill_folders(self.folder("tiny"))
-        return self.kept["folders"] 
+        return self.kept["folders"]
 
     def work(self, name: str) -> tuple[Path, Path, Path, Path]:
         folders = self.folders()

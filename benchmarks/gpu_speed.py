@@ -103,7 +103,7 @@ def _engine_linears(model: torch.nn.Module) -> list[torch.nn.Module]:
 def _bench(context: Context) -> Bench:
     if "bench" not in context.kept:
         raise Skipped("the item baseline has not run")
-    return context.kept["bench"] 
+    return context.kept["bench"]
 
 
 def baseline(context: Context) -> dict[str, Any]:
