@@ -29,6 +29,8 @@ from suite import (
 )
 from token_ratio_claims import Design, page, picture
 
+from nemo_minitron.schema.base import FITTING_SEED
+
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes/claims"
 RATES, BATCHES = (1 / 3, 1.0, 3.0), (0.5, 2.0)
@@ -146,6 +148,11 @@ def usable_arms(kinds: Iterable[str]) -> list[str]:
     return [name for name, arm in ARMS.items() if not arm.layers or LAYERS_KIND in kinds]
 
 
+def fitting_seed(run: Run) -> int:
+    """Return the seed of what fits the student before its distillation, which must not begin with the same text."""
+    return FITTING_SEED + run.seed
+
+
 def start_stages(run: Run, recipe: Stages) -> tuple[Stages, str]:
     """Return the stages that make the student of a run before its training, and the name of the last one.
 
@@ -162,7 +169,7 @@ def start_stages(run: Run, recipe: Stages) -> tuple[Stages, str]:
     if arm.mode is None:
         return out, prune
     repair = f"compensate_{arm.mode}_{cut}"
-    keys = {**recipe["compensate"], "mode": arm.mode, "seed": seed}
+    keys = {**recipe["compensate"], "mode": arm.mode, "seed": fitting_seed(run)}
     return {**out, repair: _reading(keys, student=prune, plan=select)}, repair
 
 
@@ -181,6 +188,7 @@ def training_stages(run: Run, recipe: Stages, start: str) -> Stages:
         plan = f"select_{arm.score}_s{run.seed}"
         shared = {key: value for key, value in keys.items() if key in _OPTIMIZATION}
         made = {**shared, "kind": LAYERS_KIND, **_schedule(keys, run, layer_steps), "global_batch_size": batch}
+        made["seed"] = fitting_seed(run)
         out[f"layers_{run.slug}"] = {**made, "inputs": {"student": start, "plan": plan}}
         start = f"layers_{run.slug}"
     training = {**keys, **_schedule(keys, run, steps - layer_steps), "global_batch_size": batch}

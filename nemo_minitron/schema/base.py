@@ -47,6 +47,9 @@ UserPath = Annotated[str, Field(min_length=1), AfterValidator(_expanded)]
 """A path of this machine; `~` is expanded, as shells leave it alone after KEY=."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What numpy takes."""
+FITTING_SEED = 4321
+"""Default seed of stages that fit a student in front of its distillation. With the seed of a training, the distillation
+would begin with the samples that have just been fitted and learn little from them."""
 Precision = Literal["fp32", "bf16"]
 StageName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 

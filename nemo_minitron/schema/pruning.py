@@ -6,12 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from nemo_minitron.schema.base import LayerMetric, Precision, Schema, Seed, TaskName, WidthMethod
+from nemo_minitron.schema.base import FITTING_SEED, LayerMetric, Precision, Schema, Seed, TaskName, WidthMethod
 
 LayerSite = Literal["attention_input", "attention_output", "mlp_input", "mlp_output"]
 """Linear layers of a decoder layer that share one input."""
 RepairSite = LayerSite | Literal["head"]
 """Linear layers of a model that a repair can change."""
+
+Damping = Annotated[float, Field(gt=0.0)]
 
 
 class Target(Schema):
@@ -132,12 +134,12 @@ class Compensation(Schema):
     """Tokens of held-out text, on which damping is chosen and every repair is judged."""
     seq_len_tokens: PositiveInt = 512
     """Tokens in each sequence."""
-    dampings: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1)
+    dampings: Annotated[tuple[Damping, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     """Values to choose the damping of the least squares from, as shares of the mean squared input."""
     precision: Precision = "fp32"
     """Floating-point format of weights and activations; sums are fp64."""
-    seed: Seed = 1234
-    """Seed of the random numbers that draw the samples."""
+    seed: Seed = FITTING_SEED
+    """Seed of the random numbers that draw the samples. It differs from that of a training."""
 
 
 class ReconstructionScoring(Schema):
@@ -160,8 +162,8 @@ class ReconstructionScoring(Schema):
     """Tokens in each sequence."""
     precision: Precision = "fp32"
     """Floating-point format of weights and activations; sums are fp64."""
-    seed: Seed = 1234
-    """Seed of the random numbers that draw the samples."""
+    seed: Seed = FITTING_SEED
+    """Seed of the random numbers that draw the samples. It differs from that of a training."""
 
     @property
     def layer_metrics(self) -> tuple[LayerMetric, ...]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from nemo_minitron.schema.base import Precision, Schema, Seed
+from nemo_minitron.schema.base import FITTING_SEED, Precision, Schema, Seed
 from nemo_minitron.schema.losses import Loss, Sampled, Sparse
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -142,6 +142,8 @@ class LayerDistillation(Optimization):
 
     num_steps: PositiveInt
     """Optimizer steps."""
+    seed: Seed = FITTING_SEED
+    """Seed of the random numbers that order the samples. It differs from that of other trainings."""
 
 
 class TextTraining(Optimization):

@@ -36,6 +36,26 @@ def _objective(inputs: Tensor, weight: Tensor, kept: Tensor) -> Objective:
     return _moments(inputs, weight, kept).objective()
 
 
+def test_moments_of_bf16_activations_lose_nothing() -> None:
+    inputs, residuals = _inputs().bfloat16(), _inputs()[:, :6].bfloat16()
+    moments = Moments.zeros(6, inputs.shape[1], CPU)
+    moments.add(residuals, inputs)
+    wide, lacking = inputs.double(), residuals.double()
+    expected = (wide.T @ wide, lacking.T @ wide, lacking.T @ lacking)
+    for found, exact in zip((moments.inputs, moments.cross, moments.residuals), expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_squares_of_residuals_need_the_diagonal_only() -> None:
+    inputs, residuals = _inputs(), _inputs()[:, :6]
+    whole = Moments.zeros(6, inputs.shape[1], CPU)
+    diagonal = Moments.zeros(6, inputs.shape[1], CPU, residual_products=False)
+    for moments in (whole, diagonal):
+        moments.add(residuals, inputs)
+    torch.testing.assert_close(diagonal.objective().squares, whole.objective().squares)
+
+
 def test_the_repaired_weight_is_the_least_squares_solution_on_the_raw_activations() -> None:
     inputs, weight = _inputs(), _weight()
     update, _ = least_squares(_objective(inputs, weight, KEPT), 1e-14)

@@ -255,6 +255,7 @@ def test_the_arms_differ_only_in_how_the_student_is_made(suite: ModuleType, tmp_
     layers = tasks["compensated_layers"].stages["layers_compensated_layers_163840_s2_r1_b1"]
     assert layers["num_steps"] + trained["compensated_layers"]["num_steps"] == keys["sliced"]["num_steps"]
     assert layers["num_steps"] == 20
+    assert layers["seed"] != keys["sliced"]["seed"], "both would begin with the same samples"
 
 
 def test_scoring_and_repair_are_counted_as_tokens(suite: ModuleType, tmp_path: Path) -> None:

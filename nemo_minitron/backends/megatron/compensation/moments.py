@@ -12,6 +12,7 @@ from nemo_minitron.backends.megatron.compensation.sites import SITES, Site, coun
 from nemo_minitron.backends.megatron.compensation.streams import Stream
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.hf.checkpoint import Checkpoint
+from nemo_minitron.pruning.compensation import summed_products
 from nemo_minitron.pruning.reconstruction import Readers
 from nemo_minitron.schema.pruning import LayerSite
 
@@ -31,8 +32,9 @@ def readers_by_layer(
             for site in chosen:
                 counted = counted_positions(site, stream.counted).to(session.device)
                 inputs = found.inputs[site.name][counted]
-                inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-                moments[site.name] += inputs.T @ inputs
+                wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+                with summed_products(inputs.dtype):
+                    moments[site.name] += wide.T @ wide
         yield {name: Readers(session.sum(tensor).cpu(), grams[name]) for name, tensor in moments.items()}
 
 

@@ -208,9 +208,10 @@ class LayerRepair:
         for problem in problems:
             residuals = self.models.source.hidden_size if problem.site.reads_stream else len(problem.sliced_weight)
             inputs = problem.sliced_weight.shape[1]
+            products = problem.site.reads_stream
             sums[problem.site.name] = (
-                Moments.zeros(residuals, inputs, device),
-                Moments.zeros(residuals, inputs, device),
+                Moments.zeros(residuals, inputs, device, residual_products=products),
+                Moments.zeros(residuals, inputs, device, residual_products=products),
             )
         for stream in streams:
             teacher = self.teacher.activations(stream.teacher)
