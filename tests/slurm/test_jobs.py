@@ -41,7 +41,7 @@ def test_a_failing_stage_cancels_what_follows_and_a_second_launch_goes_on(
     first = {name: slurm.job(ids[0])["JobState"] for name, ids in run.job_ids().items()}
     assert first == {"distill": "FAILED", "evaluate_distilled": "CANCELLED"}
     assert "damaged" in run.call("logs", "distill")
-    assert "not tried again" not in run.log("distill")
+    assert "not retried" not in run.log("distill")
     weights.write_bytes(whole)
     run.call("launch", "--until=evaluate_distilled")
     slurm.wait_until_idle(TIMEOUT_S)
@@ -61,7 +61,7 @@ def test_a_job_whose_time_is_up_saves_is_queued_again_and_ends_as_if_undisturbed
     slurm.call("scancel", "--batch", "--signal=USR1", job)
     slurm.wait_until_idle(TIMEOUT_S)
     log = run.log("distill")
-    assert "the time is nearly up: asked to save" in log
+    assert "the time limit is near: requested a checkpoint" in log
     assert "distill stopped after step" in log
     assert "restart 1, distill: finished" in log
     assert slurm.job(job)["Restarts"] == "1"
@@ -84,7 +84,7 @@ def test_slurms_own_time_limit_is_outlived(
     slurm.wait_until_idle(TIMEOUT_S)
     assert slurm.job(job)["JobState"] == "COMPLETED"
     assert int(slurm.job(job)["Restarts"]) >= 1
-    assert "the time is nearly up: asked to save" in run.log("distill")
+    assert "the time limit is near: requested a checkpoint" in run.log("distill")
     assert run.weights() == alone.weights()
 
 
@@ -149,8 +149,8 @@ def test_a_site_without_requeue_gets_a_chain_of_links(
     slurm.wait_until_idle(TIMEOUT_S)
     assert [slurm.job(link)["JobState"] for link in links] == ["COMPLETED"] * 3
     log = run.log("distill")
-    assert "goes on in the next link of its chain" in log
-    assert "has finished already" in log
+    assert "continues in the next link of its chain" in log
+    assert "has already finished" in log
     assert (run.folder / "evaluate_distilled/manifest.json").is_file()
     assert run.weights() == undisturbed.weights()
 
@@ -165,7 +165,7 @@ def test_a_stage_that_never_gets_on_is_not_queued_for_ever(slurm: SlurmCluster, 
     slurm.wait_until_idle(TIMEOUT_S)
     assert slurm.job(job)["JobState"] == "FAILED"
     assert slurm.job(job)["Restarts"] == "0"
-    assert "has saved nothing new in this job: not tried again" in run.log("distill")
+    assert "has saved nothing new in this job: not retried" in run.log("distill")
 
 
 def test_cancel_ends_the_jobs_and_launch_goes_on_from_their_checkpoint(

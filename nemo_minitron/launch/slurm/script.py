@@ -1,6 +1,8 @@
 """The sbatch script of a job. Pure: the same job gives the same text; every value is quoted.
 
-Scripts decide by files, never by exit codes: a stage has finished when its manifest exists.
+The script decides what happens after the stage: done, failed, or retried in another job. It decides by files, never by
+exit codes, which launchers of processes do not pass on: a stage has finished when its manifest exists. It is bash, not
+Python, for the reasons in docs/ARCHITECTURE.md, section Launchers.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ FIRST_PORT, NUM_PORTS = 20000, 12000
 """Range of the rendezvous port of a job on several nodes, chosen by its job id; below the ephemeral ports of Linux."""
 
 CLEAN = """\
-# Steps take their memory, binding and environment from this job, not from one that it was submitted in.
+# Steps take their memory, binding and environment from this job, not from a job that submitted it.
 unset "${!SRUN_@}" "${!SBATCH_@}" "${!SALLOC_@}" "${!SLURM_MEM_PER_@}" "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" \\
     SLURM_EXPORT_ENV "${!PMI@}" "${!OMPI_@}" "${!TORCHELASTIC_@}" \\
     RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT
@@ -46,22 +48,22 @@ saved() {{
     }} 2>/dev/null | sort | cksum
 }}
 
-if is_done; then say 'has finished already'; exit 0; fi
+if is_done; then say 'has already finished'; exit 0; fi
 if [ -e "$MINITRON_FAILED_FILE" ]; then say "failed before: $(cat -- "$MINITRON_FAILED_FILE")"; exit 1; fi
 rm -f -- "$MINITRON_STOP_FILE"
 before=$(saved)
-# The time is nearly up: the stage finds this file, saves itself and ends.
-trap 'printf SIGUSR1 >"$MINITRON_STOP_FILE"; say "the time is nearly up: asked to save"' USR1
+# The time limit is near: the stage finds this file, writes a checkpoint and exits.
+trap 'printf SIGUSR1 >"$MINITRON_STOP_FILE"; say "the time limit is near: requested a checkpoint"' USR1
 say "starts on $SLURM_JOB_NODELIST"
 """
 
 HOST_PYTHON = """\
-# Of the host; the image has a Python of its own.
+# These are for the host's Python; the image has its own.
 unset PYTHONPATH PYTHONHOME
 """
 
 SEVERAL_NODES = """\
-# The last lines are the names; a banner would stand before them.
+# The names are the last lines; the banner of a site would come before them.
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n "$SLURM_JOB_NUM_NODES" | head -n 1)
 if [ -z "$host" ]; then say "scontrol does not name the nodes of $SLURM_JOB_NODELIST"; exit 1; fi
 export MINITRON_NODES="$SLURM_JOB_NUM_NODES"
@@ -81,22 +83,22 @@ if is_done; then say 'finished'; exit 0; fi
 if [ -e "$MINITRON_FAILED_FILE" ]; then say "failed: $(cat -- "$MINITRON_FAILED_FILE")"; exit 1; fi
 if [ -e "$run/STOP" ]; then say "stopped by $run/STOP"; exit 1; fi
 if [ "$(saved)" = "$before" ]; then
-    say 'ended, and has saved nothing new in this job: not tried again' | tee "$MINITRON_FAILED_FILE"
+    say 'ended and has saved nothing new in this job: not retried' | tee "$MINITRON_FAILED_FILE"
     exit 1
 fi
 if [ "$restarts" -ge {max_restarts} ]; then
-    say 'has been restarted {max_restarts} times: not tried again' | tee "$MINITRON_FAILED_FILE"
+    say 'has been restarted {max_restarts} times: not retried' | tee "$MINITRON_FAILED_FILE"
     exit 1
 fi
 """
 
 REQUEUE = """\
-say 'goes on in the next job'
+say 'continues in the next job'
 for _ in 1 2 3 4 5 6; do
     scontrol requeue "$id" && sleep 600
     sleep 20
 done
-say 'could not be queued again'
+say 'could not be requeued'
 exit 1
 """
 
@@ -105,7 +107,7 @@ if [ "${MINITRON_LAST_LINK:-no}" = yes ]; then
     say 'was the last link of its chain: launch again, or raise execution.cluster.links'
     exit 1
 fi
-say 'goes on in the next link of its chain'
+say 'continues in the next link of its chain'
 exit 0
 """
 
@@ -219,7 +221,7 @@ def _setup(cluster: Cluster, context: JobContext) -> Iterator[str]:
         yield f"# shellcheck disable=SC1090,SC1091\n. {_quote(cluster.setup_script)}"
     yield from (f"module load {shlex.quote(module)}" for module in cluster.modules)
     if cluster.environment:
-        yield f"# Sets {', '.join(cluster.environment)}; their values stand in no script."
+        yield f"# Sets {', '.join(cluster.environment)}; their values are in no script."
         yield f"# shellcheck disable=SC1090,SC1091\n. {_quote(context.folders.environment_file)} || exit 1"
     if cluster.agent != "torchrun":
         yield f"export MINITRON_AGENT={shlex.quote(cluster.agent)}"
