@@ -23,7 +23,7 @@ import torch
 
 from nemo_minitron.families import ModelShape, parameters, read_shape, tensor_shape
 from nemo_minitron.hf.checkpoint import Checkpoint
-from nemo_minitron.hf.stream_writer import Planned, StreamWriter
+from nemo_minitron.hf.checkpoint_writer import CheckpointWriter, Planned
 from nemo_minitron.pruning.plan_file import PrunePlan
 from nemo_minitron.pruning.slicing import prune_checkpoint
 from nemo_minitron.system.progress import Progress
@@ -51,7 +51,7 @@ def make_source(folder: Path, config: dict[str, object]) -> ModelShape:
     shape = read_shape(config)
     block = torch.randn(2**25 + 2**20).bfloat16()
     rows = [(parameter.hf, tensor_shape(shape, parameter.row)) for parameter in parameters(shape)]
-    writer = StreamWriter(folder, config, [Planned(name, dims, "BF16") for name, dims in rows])
+    writer = CheckpointWriter(folder, config, [Planned(name, dims, "BF16") for name, dims in rows])
     for number, (name, dims) in enumerate(rows):
         size, start = torch.Size(dims).numel(), number * 7919 % 2**20
         piece = block[start : start + 2**25]

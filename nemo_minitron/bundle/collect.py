@@ -1,4 +1,4 @@
-"""What recipes need beside the package: their own text, models and data."""
+"""The contents of a bundle besides wheels: recipes, models and data."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ _EXECUTION_ASSETS = "execution.assets_dir"
 
 @dataclass
 class Collection:
-    """What goes into a bundle, beside wheels."""
+    """Contents of a bundle, without wheels."""
 
     items: list[Item] = field(default_factory=list)
     recipes: list[dict[str, Any]] = field(default_factory=list)
-    """For the manifest: file and name."""
+    """File and name of each recipe, for the manifest."""
     warnings: list[str] = field(default_factory=list)
     needs_aligner: bool = False
 
 
 def collect(files: Sequence[Path], overrides: Sequence[str], progress: Progress) -> Collection:
-    """Everything that stages of these recipes read from outside; assets are fetched and models of the hub downloaded.
+    """Collect everything that the stages of these recipes read from outside. Fetch assets and download hub models.
 
     Raises:
-        MinitronError: a recipe that cannot be carried out or needs the hub while it runs, or something is missing.
+        MinitronError: a recipe is invalid or needs the hub while it runs, or something is missing.
     """
     recipes = {file: validate(compose(file, overrides), where=str(file)) for file in files}
     made_here = [run_dir(recipe).absolute() for recipe in recipes.values()]
@@ -77,14 +77,14 @@ def collect(files: Sequence[Path], overrides: Sequence[str], progress: Progress)
 
 
 def _sources(recipe: Recipe) -> Iterator[tuple[str, Source]]:
-    """(key of the recipe, source) for everything that its stages read from outside the run."""
+    """Yield (key of the recipe, source) for everything that its stages read from outside the run."""
     for name, stage in recipe.stages.items():
         for source in sources_of(stage):
             yield f"stages.{name}.{source.key}", source
 
 
 def _is_made(source: str, made_here: Sequence[Path]) -> bool:
-    """Whether a run of one of the recipes makes it."""
+    """Return whether a run of one of the recipes makes the source."""
     if source.startswith((ASSET, HUB)):
         return False
     path = user_path(source).absolute()
@@ -97,7 +97,7 @@ def _require_valid(recipe: Recipe, made_here: Sequence[Path]) -> None:
 
 
 def _require_no_hub(recipe: Recipe) -> None:
-    """lm-eval's own tasks fetch their data while they run."""
+    """Refuse tasks without offline data, because lm-eval fetches their data while they run."""
     wrong = [
         f"stages.{name}.{task.key} = {task.name}: set stages.{name}.{task.source_key}, or leave the task out"
         for name, stage in recipe.stages.items()
@@ -114,7 +114,7 @@ def _require_no_hub(recipe: Recipe) -> None:
 
 
 def _fetch_assets(recipe: Recipe, progress: Progress) -> None:
-    """Also those that are here: their contents are compared."""
+    """Fetch the assets of a recipe. Existing ones are verified."""
     sources = [source.location for _, source in _sources(recipe)]
     named = {location.removeprefix(ASSET) for location in sources if location.startswith(ASSET)}
     known = [name for name in assets.ASSETS if name in named - BUILT_IN.keys()]
@@ -126,7 +126,7 @@ def _member(file: Path) -> str:
 
 
 def _text(file: Path, overrides: Sequence[str], moved: Mapping[str, str]) -> Item:
-    """The recipe, written out: it needs no config, and says nothing of the command and of this site's variables."""
+    """Return the self-contained recipe. It contains neither the command line nor the variables of this site."""
     text = f"# Made by `minitron bundle` of nemo-minitron {__version__}.\n"
     text += write_out(file, overrides, moved)
     return Item(_member(file), text.encode(), "recipe")

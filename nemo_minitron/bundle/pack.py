@@ -1,4 +1,4 @@
-"""Write a bundle: recipes, what they need, and wheels, in one file."""
+"""Write a bundle: recipes, their models and data, and wheels, in one file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a source stands in a bundle, and which of its files are taken along."""
+"""The paths of sources in a bundle, and which of their files are packed."""
 
 from __future__ import annotations
 
@@ -17,28 +17,31 @@ from nemo_minitron.stages.kind import Source
 from nemo_minitron.system.files import user_path
 
 ASSETS_DIR = Execution().assets_dir
-"""A bundle is used from its own folder, with the default folders."""
+"""Folder of the assets in a bundle: the default one, because a bundle is used from its own folder."""
 OUTSIDE = "outside"
-"""Folder of what stands above the folder of the call, or at an absolute path."""
+"""Folder in a bundle for sources outside the working folder, or at an absolute path."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where files of a source go."""
+    """Location of the files of a source in a bundle."""
 
     source: str
-    """As the recipe of the bundle names it."""
+    """Name of the source in the bundle's recipe."""
     base: Path
-    """The part of their paths that is replaced ..."""
+    """Beginning of the files' paths on this machine, which `prefix` replaces."""
     prefix: str
-    """... by this one."""
+    """Beginning of the files' paths in the bundle."""
 
     def member(self, file: Path) -> str:
         return _join(self.prefix, file, self.base)
 
 
 def place_of(named: Source, assets_dir: Path, outside: dict[str, int]) -> Place:
-    """Names of assets and of the hub stay, and relative paths inside this folder; other paths get a numbered folder.
+    """Return the location of a source in a bundle.
+
+    Names of assets and hub models and relative paths inside the working folder are kept; other paths get a numbered
+    folder.
 
     Args:
         outside: source -> its number; a new one is added.
@@ -65,10 +68,10 @@ def _join(prefix: str, path: Path, base: Path) -> str:
 
 
 def items_of(source: Source, place: Place, assets_dir: Path) -> Iterator[Item]:
-    """The files that a stage reads of a source; none of an asset that ships with the package.
+    """Yield the files of a source that a stage reads; none of an asset that ships with the package.
 
     Raises:
-        MinitronError: nothing there, or a model that is not whole.
+        MinitronError: the source is missing, or its model is incomplete.
     """
     location = source.location
     if location.startswith(ASSET) and location.removeprefix(ASSET) in BUILT_IN:
@@ -82,7 +85,7 @@ def items_of(source: Source, place: Place, assets_dir: Path) -> Iterator[Item]:
 
 
 def _model_files(model: Path) -> list[Path]:
-    """What would be fetched from the hub: no pickled weights, no code."""
+    """Return the files that would be downloaded from the hub: no pickled weights and no code."""
     from nemo_minitron.hf.checkpoint import Checkpoint
 
     if model.is_file():
@@ -106,7 +109,7 @@ def _data_files(source: Source, path: Path) -> list[Path]:
 
 
 def links_out(source: Source, assets_dir: Path) -> list[Path]:
-    """Files of data that are packed although they lie elsewhere: a link stands for them in the folder of the source."""
+    """Return the data files outside the folder of the source that are packed because a link in it leads to them."""
     if source.location.startswith((ASSET, HUB)) or source.content == "model":
         return []
     path = resolve_path(source.location, assets_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,8 +14,8 @@ from rich.text import Text
 from nemo_minitron import api
 from nemo_minitron.cli.arguments import Overrides, RecipeFile
 from nemo_minitron.cli.output import STATUS_STYLES, console, print_warnings
-from nemo_minitron.families.axes import AXES
-from nemo_minitron.families.shape import SIZE_AXES
+from nemo_minitron.families.axes import AXES, LAYERS, Axis
+from nemo_minitron.families.shape import SIZE_AXES, SIZE_COLUMNS
 from nemo_minitron.system.heap import skip_collection_at_exit
 from nemo_minitron.system.terminal import write
 
@@ -69,13 +70,19 @@ def _print_models(facts: dict[str, Any]) -> None:
             console.say(f"{role}: unknown until {until}")
             continue
         share = f" ({model['share']:.1%} of the teacher)" if "share" in model else ""
-        console.say(
-            f"{model['num_params']:,} parameters{share}: {model['num_layers']} layers, "
-            f"hidden {model['hidden_size']}, ffn {model['ffn_hidden_size']}, heads {model['num_attention_heads']}"
-            f"/{model['num_query_groups']} groups of {model['kv_channels']}",
-            role,
-            "bold",
-        )
+        console.say(f"{model['num_params']:,} parameters{share}: {_sizes(model)}", role, "bold")
+
+
+def _sizes(model: Mapping[str, int]) -> str:
+    """Format the sizes of a model, such as `4 layers, hidden 64, heads 8/4 groups of 16`."""
+    return ", ".join(_size(model, *column) for column in SIZE_COLUMNS)
+
+
+def _size(model: Mapping[str, int], axis: Axis, *holders: Axis) -> str:
+    size = model[axis.target_key]
+    text = f"{size} {axis.name}" if axis is LAYERS else f"{axis.name} {size}"
+    text += "".join(f"/{model[holder.target_key]} {holder.name}" for holder in holders)
+    return text if axis.unit is None else f"{text} of {model[axis.unit]}"
 
 
 def _print_candidates(candidates: list[dict[str, Any]]) -> None:

@@ -109,7 +109,7 @@ def _chunks(text: str) -> Iterator[str]:
 
 
 def open_tokenizer(definition: str) -> Any:
-    """Create the library's tokenizer with padding and truncation disabled, whatever the definition sets."""
+    """Create the library's tokenizer with padding and truncation disabled, regardless of the definition."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(definition)

@@ -24,7 +24,7 @@ class Tap(NamedTuple):
     """A norm whose output is read."""
 
     layer: int
-    """0-based; the number of layers stands for the final norm."""
+    """Layer of the norm, 0-based; the number of layers means the final norm."""
     norm: Literal["input", "mlp"]
 
 

@@ -27,7 +27,7 @@ class Axis:
     coupled: tuple[str, ...] = ()
     """Labels of the dimensions that are cut together; none for layers, whose parameters go as a whole."""
     unit: str | None = None
-    """Field of ModelShape with the number of positions that one index stands for; None: one."""
+    """Field of ModelShape with the number of positions of one index; None: one."""
     per_layer: bool = False
     """Whether each layer keeps indices of its own."""
     split_by: Literal["tensor", "pipeline"] | None = None

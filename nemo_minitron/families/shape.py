@@ -6,7 +6,18 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from nemo_minitron.families.axes import AXES, FIXED_AXES, GROUPS, HEADS, LAYERS, SIZE_KEYS, WIDTH_AXES, Axis
+from nemo_minitron.families.axes import (
+    AXES,
+    FIXED_AXES,
+    GROUPS,
+    HEADS,
+    LAYERS,
+    SIZE_KEYS,
+    WIDTH_AXES,
+    Axis,
+    content_of,
+    holder_of,
+)
 
 Norm = Literal["rmsnorm", "layernorm1p"]
 Activation = Literal["swiglu", "squared_relu"]
@@ -76,6 +87,13 @@ SIZE_AXES: tuple[Axis, ...] = tuple(
     axis for field in fields(ModelShape) for axis in (*AXES, *FIXED_AXES) if axis.target_key == field.name
 )
 """Axes in the order in which a shape lists its sizes, for tables."""
+
+SIZE_COLUMNS: tuple[tuple[Axis, ...], ...] = tuple(
+    tuple(part for part in (axis, holder_of(axis)) if part is not None)
+    for axis in SIZE_AXES
+    if axis in AXES and content_of(axis) is None
+)
+"""Sizes that can change, by column of a table: an axis, followed by the axis that it is inside of: heads, groups."""
 
 TargetSizes = Iterable[tuple[str, int | None]]
 """Pairs of a field of ModelShape and a student's size; a size that is None or missing stays as in the source."""

@@ -1,12 +1,10 @@
-"""Reading and writing of Hugging Face checkpoints, tensor by tensor: config.json and safetensors files.
+"""Reading of Hugging Face checkpoints, tensor by tensor: config.json and safetensors files.
 
-Memory: reading holds one tensor or slice; writing holds one shard.
+Memory: one tensor or slice. `checkpoint_writer.py` writes checkpoints.
 """
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +19,22 @@ from nemo_minitron.families import (
     read_shape,
     tensor_shape,
 )
+from nemo_minitron.hf.checkpoint_writer import DTYPES, MAX_SHARD_BYTES, CheckpointWriter
 from nemo_minitron.hf.folder_hints import no_config
 from nemo_minitron.hf.json_file import read_json_object, write_json
 from nemo_minitron.hf.side_files import copy_side_files, side_files
 from nemo_minitron.hf.tensor_names import misnamed
-from nemo_minitron.hf.weight_files import BUFFERS, INDEX_FILE, SINGLE_FILE, StoredTensor, opened, stored_tensors
+from nemo_minitron.hf.weight_files import (
+    BUFFERS,
+    CONFIG_FILE,
+    INDEX_FILE,
+    SINGLE_FILE,
+    StoredTensor,
+    opened,
+    stored_tensors,
+)
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 __all__ = [
@@ -49,11 +55,7 @@ __all__ = [
     "write_json",
 ]
 
-CONFIG_FILE = "config.json"
-MAX_SHARD_BYTES = 5 * 10**9
 HEAD = "lm_head.weight"
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-"""Data types: safetensors' name -> torch's name."""
 
 
 @dataclass(frozen=True)
@@ -189,97 +191,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not (file.is_file() or file.is_symlink()):
         raise no_config(path)
     return read_json_object(file)
-
-
-class CheckpointWriter:
-    """Writer of tensors into shards in the order of `add`; `close` writes the index and config.json.
-
-    Memory: at most one shard. Tensors that need no conversion are held by reference, so they must not be changed
-    between `add` and `close`.
-
-    Args:
-        out_dir: existing folder.
-        config: written as config.json, with `dtype` set to that of the first tensor.
-        dtype: data type to convert the tensors to; None keeps the type of each tensor.
-        max_shard_bytes: maximum size of a shard, unless a single tensor is larger.
-
-    Raises:
-        OSError: the disk is full or not writable.
-    """
-
-    def __init__(
-        self,
-        out_dir: Path,
-        config: Mapping[str, Any],
-        *,
-        dtype: torch.dtype | None = None,
-        max_shard_bytes: int = MAX_SHARD_BYTES,
-    ) -> None:
-        self.out_dir, self.config, self.dtype, self.max_shard_bytes = out_dir, dict(config), dtype, max_shard_bytes
-        self._buffer: dict[str, Tensor] = {}
-        self._buffered_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total_bytes = 0
-        self._first_dtype = ""
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor. Each name can be added once."""
-        if name in self._buffer or any(name in names for names in self._shards):
-            raise AssertionError(f"{name} was added twice")
-        tensor = tensor.detach().to(device="cpu", dtype=self.dtype or tensor.dtype).contiguous()
-        size = tensor.numel() * tensor.element_size()
-        if self._buffer and self._buffered_bytes + size > self.max_shard_bytes:
-            self._write_shard()
-        self._buffer[name] = tensor
-        self._buffered_bytes += size
-        self._total_bytes += size
-        self._first_dtype = self._first_dtype or str(tensor.dtype).removeprefix("torch.")
-
-    def close(self) -> None:
-        """Write the last shard, the index and the config."""
-        self._write_shard()
-        if len(self._shards) == 1:
-            os.replace(self._shard_path(0), self.out_dir / SINGLE_FILE)
-        else:
-            self._write_index()
-        # transformers before 4.56 only reads `torch_dtype`.
-        self.config |= {"dtype": self._first_dtype, "torch_dtype": self._first_dtype}
-        write_json(self.out_dir / "config.json", self.config)
-
-    def _shard_path(self, number: int) -> Path:
-        return self.out_dir / f"shard-{number:05d}.safetensors"
-
-    def _write_shard(self) -> None:
-        if self._buffer:
-            _save(self._buffer, self._shard_path(len(self._shards)))
-            self._shards.append(list(self._buffer))
-            self._buffer, self._buffered_bytes = {}, 0
-
-    def _write_index(self) -> None:
-        total = len(self._shards)
-        weight_map = {}
-        for number, names in enumerate(self._shards):
-            final = f"model-{number + 1:05d}-of-{total:05d}.safetensors"
-            os.replace(self._shard_path(number), self.out_dir / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        write_json(self.out_dir / INDEX_FILE, index)
-
-
-def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(dict(tensors), str(file), metadata={"format": "pt"})
-    except SafetensorError as error:
-        # safetensors reports operating system errors only as text.
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(file)) from error
-    # safetensors creates private files; give them the read and write permissions of the folder.
-    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def model_facts(model_dir: Path) -> dict[str, Any]:

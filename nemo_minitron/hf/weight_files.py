@@ -15,6 +15,7 @@ from nemo_minitron.hf.json_file import read_json_object
 from nemo_minitron.hf.links import require_inside
 from nemo_minitron.limits import INDEX_BYTES, SAFETENSORS_HEADER_BYTES
 
+CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 BUFFERS = ("rotary_emb.inv_freq",)

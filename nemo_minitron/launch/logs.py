@@ -1,4 +1,4 @@
-"""Log files of a stage, whatever started it."""
+"""Log files of a stage, from all launchers."""
 
 from __future__ import annotations
 

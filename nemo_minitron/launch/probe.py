@@ -1,4 +1,4 @@
-"""What a recipe needs of a site, compared with what can be seen from here. Changes nothing."""
+"""Comparison of a recipe's needs with what this machine shows of the site. Changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The jobs of a run's last submission: their states, and an end to them."""
+"""The jobs of a run's last submission: their states, and how they are canceled."""
 
 from __future__ import annotations
 

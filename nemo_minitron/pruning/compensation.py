@@ -26,7 +26,7 @@ from torch import Tensor
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Values of lambda to choose from, as shares of the mean of H's diagonal (OSSCAR and ZipLM use 1e-2, GRAIL 1e-3)."""
 COMPARED_ROWS = 256
-"""Outputs on which dampings are compared."""
+"""Maximum number of outputs on which dampings are compared."""
 _STRONGER = 10.0
 """Factor by which the damping grows while H + lambda I is not positive definite."""
 
@@ -76,7 +76,7 @@ class Moments:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All sums, for a reduction over ranks."""
+        """Return all sums, for a reduction over ranks."""
         return (self.inputs, self.cross, self.residuals, self.num_tokens)
 
     def objective(self, left_OM: Tensor | None = None) -> Objective:
@@ -126,12 +126,12 @@ class Objective:
 
 @dataclass(frozen=True)
 class Repair:
-    """The chosen correction of one weight, and how well it does on held-out text."""
+    """The chosen correction of one weight, and its error on held-out text."""
 
     update: Tensor | None
-    """Added to the sliced weight, fp64 [O, K]; None: the sliced weight stays."""
+    """Correction X that is added to the sliced weight, fp64 [O, K]; None: the sliced weight stays."""
     damping: float
-    """Share of the mean diagonal; infinite if the sliced weight stays."""
+    """Damping, as a share of the mean diagonal; infinite if the sliced weight stays."""
     sliced_error: float
     """Held-out E||y - W s||^2 of the sliced weight."""
     error: float
@@ -139,7 +139,7 @@ class Repair:
 
     @property
     def recovered(self) -> float:
-        """Share of the held-out error of plain slicing that is gone."""
+        """Share of the held-out error of plain slicing that the repair removes."""
         return 1.0 - self.error / self.sliced_error if self.sliced_error > 0 else 0.0
 
 
@@ -164,7 +164,7 @@ def least_squares(objective: Objective, damping: float) -> tuple[Tensor, float]:
 
 
 def error_of(objective: Objective, update_OK: Tensor | None) -> float:
-    """Return E||y - W s - X s||^2 per token on the text of the objective; None stands for X = 0."""
+    """Return E||y - W s - X s||^2 per token on the text of the objective; None means X = 0."""
     total = objective.squares
     if update_OK is not None:
         total = total - 2 * (update_OK * objective.cross).sum()

@@ -29,7 +29,7 @@ class Method:
     needs_gradient: bool
     weighs_columns: bool = False
     """Whether activations are first multiplied by the L2 norms of the columns of the weights that read them. The score
-    is then the root of the mean over all tokens, whatever the aggregations say."""
+    is then the root of the mean over all tokens, and the aggregations are ignored."""
 
 
 METHODS: dict[str, Method] = {

@@ -18,11 +18,11 @@ from nemo_minitron.pruning.merge import SHARES
 PLAN_FILE = "prune_plan.json"
 SCHEMA = 1
 ALL = "all"
-"""Stands for every index of an axis."""
+"""Text in a plan that means every index of an axis."""
 OFF = "off"
-"""No heads are merged."""
+"""Empty mapping: no heads are merged."""
 Indices = tuple[int, ...]
-"""0-based, ascending."""
+"""Kept indices, 0-based and ascending."""
 AXIS_KEYS = {axis.name: axis.target_key for axis in AXES}
 """Axis -> field of ModelShape with its size."""
 

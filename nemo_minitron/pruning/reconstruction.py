@@ -1,4 +1,4 @@
-"""Which inputs of a linear layer to keep, if least squares repairs the layer afterwards. Pure functions of tensors.
+"""Choice of the inputs of a linear layer to keep if least squares repairs it afterwards. Pure functions of tensors.
 
 With the second moments A = E[a a^T] of the inputs, the error that is left after the repair (`pruning/compensation.py`)
 when only the inputs S are kept is `tr B R_S`, with the Schur complement R_S = A - A_:S A_SS^-1 A_S: and B = W^T W. Two
@@ -111,7 +111,7 @@ def _projected(matrix: Tensor, weighted: Tensor, positions: Tensor) -> tuple[Ten
 
 
 def remaining_error(readers: Sequence[Readers], kept: Sequence[int], *, block: int = 1) -> float:
-    """Return what is left of the mean squared outputs when least squares has repaired all readers for these blocks.
+    """Return the share of the mean squared outputs that is lost after least squares has repaired all readers.
 
     It is the sum over the readers of `tr B R_S / tr B A`.
     """

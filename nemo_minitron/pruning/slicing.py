@@ -14,7 +14,7 @@ from nemo_minitron.errors import NumericsError
 from nemo_minitron.families import ModelShape, Parameter, Row, num_params, parameters, tensor_shape, write_config
 from nemo_minitron.families.axes import GROUPS, HEADS
 from nemo_minitron.hf.checkpoint import Checkpoint, copy_side_files
-from nemo_minitron.hf.stream_writer import Planned, StreamWriter
+from nemo_minitron.hf.checkpoint_writer import CheckpointWriter, Planned
 from nemo_minitron.pruning.merge import merge_heads
 from nemo_minitron.pruning.plan_file import PrunePlan, require_uniform
 from nemo_minitron.pruning.positions import Keep, kept_positions
@@ -73,7 +73,7 @@ def prune_checkpoint(source_dir: Path, plan: PrunePlan, out_dir: Path, progress:
         Planned(student.hf, tensor_shape(target, student.row), checkpoint.tensors[teacher.hf].dtype)
         for student, teacher in pairs
     ]
-    writer = StreamWriter(out_dir, write_config(checkpoint.config, target), planned)
+    writer = CheckpointWriter(out_dir, write_config(checkpoint.config, target), planned)
 
     def cut(pair: tuple[Parameter, Parameter]) -> Tensor:
         student, teacher = pair

@@ -1,1 +1,1 @@
-"""What happened, for people and programs."""
+"""Reports of a run, for people and programs."""

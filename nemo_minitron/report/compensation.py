@@ -1,4 +1,4 @@
-"""What the repair of a pruned model has won back, layer by layer."""
+"""Report section on the repair of a pruned model: the recovered error, layer by layer."""
 
 from __future__ import annotations
 

@@ -72,10 +72,10 @@ def render_now(plan: RunPlan) -> None:
 
 
 def _planned(recipe: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """stage -> what the planner said of its trainings before they ran; empty where it can say nothing."""
+    """Return stage -> the planner's estimates of its training; empty where there are none."""
     if not recipe:
         return {}
-    # The sources of a run play no part in its estimates: they are not listed again.
+    # Estimates do not depend on the sources of a run, so their files are not listed again.
     found = estimates(make_plan(Recipe.model_validate(recipe), {name: {} for name in recipe["stages"]}))
     return {
         name: {"seconds": estimate.seconds, "peak_gib": estimate.memory.peak / 2**30}
@@ -85,5 +85,5 @@ def _planned(recipe: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _recipe_text(recipe: Mapping[str, Any]) -> str:
-    """The resolved recipe as YAML, as it may be passed on."""
+    """Return the resolved recipe as YAML, without values that may be secret."""
     return yaml.safe_dump(public_recipe(recipe), sort_keys=False, allow_unicode=True) if recipe else ""

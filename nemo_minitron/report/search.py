@@ -18,6 +18,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
+from nemo_minitron.families.shape import SIZE_COLUMNS
 from nemo_minitron.report.figures import CARD, DISTILLED, HALF, INK, SOFT, TEACHER, picture
 from nemo_minitron.report.text import millions, plain, table
 
@@ -108,7 +109,8 @@ def _constraints(limits: Mapping[str, Any]) -> list[str]:
 def search_table(search: Search) -> tuple[list[str], list[list[str]]]:
     """Return (header, one row for each candidate, by rank). Speed has a column only if it was measured."""
     timed = any(candidate["generate_tokens_per_s"] is not None for candidate in search["candidates"])
-    header = ["rank", "name", "layers", "hidden", "ffn", "heads/groups", "parameters", "memory, GiB", "decode, ms"]
+    sizes = ["/".join(axis.name for axis in column) for column in SIZE_COLUMNS]
+    header = ["rank", "name", *sizes, "parameters", "memory, GiB", "decode, ms"]
     header += [*(["tokens/s"] if timed else []), "zero-shot loss", "steps", "final loss"]
     return header, [_row(candidate, search, timed) for candidate in search["candidates"]]
 
@@ -118,10 +120,7 @@ def _row(candidate: Candidate, search: Search, timed: bool) -> list[str]:
     return [
         str(candidate["rank"]),
         str(candidate["name"]),
-        str(candidate["num_layers"]),
-        f"{candidate['hidden_size']:,}",
-        f"{candidate['ffn_hidden_size']:,}",
-        f"{candidate['num_attention_heads']}/{candidate['num_query_groups']}",
+        *("/".join(f"{candidate[axis.target_key]:,}" for axis in column) for column in SIZE_COLUMNS),
         millions(candidate["num_params"]),
         _number(candidate["memory_gib"], "{:,.2f}"),
         _number(candidate["decode_ms"], "{:,.2f}"),

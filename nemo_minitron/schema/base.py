@@ -1,4 +1,4 @@
-"""What every section of a recipe is made of."""
+"""Base class and common types of all sections of a recipe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Schema(BaseModel):
-    """Frozen; an unknown key is an error, and so are NaN and infinity."""
+    """A section of a recipe. It is frozen; an unknown key is an error, and so are NaN and infinity."""
 
     # Before 2.10 pydantic warns of every field that begins with `model_`, unless no name is protected.
     model_config = ConfigDict(
@@ -40,13 +40,13 @@ def _expanded(text: str) -> str:
     try:
         return str(Path(text).expanduser())
     except RuntimeError:
-        raise ValueError("nobody knows the home folder that ~ stands for; write the whole path") from None
+        raise ValueError("the home folder of this user is unknown; write the whole path instead of ~") from None
 
 
 UserPath = Annotated[str, Field(min_length=1), AfterValidator(_expanded)]
-"""A path of this machine; `~` is expanded, as shells leave it alone after KEY=."""
+"""A path of this machine; `~` is expanded, because shells do not expand it after KEY=."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""What numpy takes."""
+"""Seed of random numbers, in the range that numpy accepts."""
 FITTING_SEED = 4321
 """Default seed of stages that fit a student in front of its distillation. With the seed of a training, the distillation
 would begin with the samples that have just been fitted and learn little from them."""
@@ -75,7 +75,7 @@ LayerMetric = Literal["block_influence", "lm_loss", "logit_mse", "task"]
 
 
 TEMPLATE_DATE = date(2024, 7, 26)
-"""What the templates of Llama 3 write where nobody tells them the day."""
+"""Date that the templates of Llama 3 write if they are given none."""
 
 
 class Inputless(Schema):

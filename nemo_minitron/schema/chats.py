@@ -21,7 +21,7 @@ AttributeName = Literal[
     "complexity",
     "verbosity",
 ]
-"""What raters score from 0 to 4, in NeMo-Aligner's order."""
+"""Attributes that raters score from 0 to 4, in NeMo-Aligner's order."""
 
 
 RowKind = Literal["conversations", "pairs"]
@@ -89,7 +89,7 @@ class ChatRendering(Schema):
 
 
 class ChatEvaluation(Schema):
-    """What an aligned model is asked, and how held-out rows are rendered."""
+    """Prompts that an aligned model answers, and how held-out rows are rendered."""
 
     label: str
     """Name of the model in the report."""

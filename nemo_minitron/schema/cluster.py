@@ -1,4 +1,4 @@
-"""A site: how its scheduler, its nodes and its containers are asked for."""
+"""Keys of a site: its scheduler, its nodes and its containers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from nemo_minitron.schema.base import Schema, StageName, UserPath
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:/@=+\[\]%&|*()-]+$")]
-"""One word of a scheduler's option: no space, quote, `$` or line break, as it stands in an #SBATCH line."""
+"""One word of a scheduler's option: no space, quote, `$` or line break, which an #SBATCH line cannot hold."""
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 SbatchOption = Annotated[str, Field(pattern=r"^--[a-z][a-z0-9-]*(=[A-Za-z0-9_.,:/@=+\[\]%&|*()-]+)?$")]
 
 
 class Resources(Schema):
-    """What a job requests. null: as the cluster says."""
+    """Resources that a job requests. null: the value of the cluster."""
 
     partition: Word | None = None
     """Slurm partition."""
@@ -95,7 +95,7 @@ class Cluster(Schema):
     time_min: PositiveInt = 240
     """Time limit of a job in minutes. A stage that takes longer saves its state and continues in the next job."""
     grace_s: Annotated[int, Field(ge=1, le=65535)] = 300
-    """Seconds before the time limit at which a stage is asked to save: the time of a checkpoint plus a minute."""
+    """Seconds before the time limit at which a checkpoint is requested: the time of a checkpoint plus a minute."""
     requeue: bool = True
     """Whether jobs may be requeued. If not, a stage becomes a chain of `links` jobs."""
     links: PositiveInt = 6

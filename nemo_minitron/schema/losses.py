@@ -83,8 +83,8 @@ class AnchorLoss(Schema):
     prune plan keeps: the mean over tokens, layers and `of`. Its weight falls to 0 during the training.
 
     Like the clone loss of 2505.12781, but without projections: everything that a pruned student computes has its
-    counterpart among the teacher's neurons and channels. Pruned indices change what is best for the student, hence the
-    decay.
+    counterpart among the teacher's neurons and channels. Pruned indices change what is best for the student, so
+    the weight decays.
     """
 
     of: Annotated[tuple[Literal["gate_up", "attention_output", "mlp_output"], ...], Field(min_length=1)] = (

@@ -1,4 +1,4 @@
-"""What `minitron plan` reckons with. Never enters a fingerprint, changes no result."""
+"""Keys of the assumptions of `minitron plan`. They enter no fingerprint and change no result."""
 
 from __future__ import annotations
 

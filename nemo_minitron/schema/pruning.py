@@ -33,7 +33,7 @@ class Target(Schema):
 
 
 class SelectionRules(Schema):
-    """How the indices that stay are chosen, whatever the sizes."""
+    """How the indices to keep are chosen, for given sizes."""
 
     method: Literal["importance", "random", "magnitude"] = "importance"
     """What the choice is based on. random and magnitude (of the weights) are controls for importance."""
@@ -79,7 +79,7 @@ class Scoring(Schema):
     convention: Literal["modelopt", "paper"] = "modelopt"
     """Which formulas to use where the papers and NVIDIA's code differ; see pruning/importance.py."""
     neuron_score: Literal["before_activation", "after_activation"] | None = None
-    """Side of the activation function on which MLP neurons are measured. null: as the convention says."""
+    """Side of the activation function on which MLP neurons are measured. null: as in `convention`."""
     batch_aggregation: Literal["l2", "mean", "var"] = "l2"
     """How scores are combined over the samples."""
     sequence_aggregation: Literal["mean", "l2", "var"] = "mean"
@@ -167,17 +167,17 @@ class ReconstructionScoring(Schema):
 
     @property
     def layer_metrics(self) -> tuple[LayerMetric, ...]:
-        """Metrics of layers; none."""
+        """Metrics of layers: none."""
         return ()
 
     @property
     def block_lengths(self) -> tuple[int, ...]:
-        """Lengths of runs of layers that have scores; none."""
+        """Lengths of runs of layers that have scores: none."""
         return ()
 
     @property
     def iterative_drops(self) -> int:
-        """Layers that have been removed one after the other; none."""
+        """Number of layers that have been removed one after the other: none."""
         return 0
 
 

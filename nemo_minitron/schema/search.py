@@ -74,7 +74,7 @@ class SearchConstraints(Schema):
 
     @property
     def num_params_range(self) -> tuple[float, float]:
-        """The tightest of what the keys say."""
+        """The tightest bound that follows from the keys."""
         aim, share = self.num_params, self.num_params_tolerance
         least = [self.num_params_min or 0.0, *([aim * (1 - share)] if aim else [])]
         most = [self.num_params_max or math.inf, *([aim * (1 + share)] if aim else [])]
@@ -82,9 +82,9 @@ class SearchConstraints(Schema):
 
 
 class Rung(Schema):
-    """One round of short training; the best candidates go on to the next round (successive halving)."""
+    """One round of short training; the best candidates continue in the next round (successive halving)."""
 
     num_steps: PositiveInt
     """Optimizer steps of this round. A candidate continues from the weights of the round before."""
     keep: PositiveInt | None = None
-    """Candidates that go on to the next round. null: half of them. Ignored in the last round."""
+    """Candidates that continue in the next round. null: half of them. Ignored in the last round."""

@@ -20,7 +20,7 @@ class LossGuard(Schema):
     """A step is bad if its loss is above this multiple of the median loss of the last `window_steps` good steps (at
     least 10)."""
     window_steps: Annotated[int, Field(ge=10)] = 50
-    """Good steps that the median is taken over."""
+    """Number of good steps of which the median is taken."""
     patience_steps: PositiveInt = 3
     """Bad steps in a row after which the training stops. No checkpoint is written meanwhile."""
 
@@ -42,7 +42,7 @@ class LearningRate(Schema):
 
 
 class Optimization(LearningRate):
-    """How a model is trained, whatever it learns from."""
+    """How a model is trained, independent of the loss."""
 
     global_batch_size: PositiveInt
     """Sequences per optimizer step."""
@@ -77,7 +77,7 @@ class Optimization(LearningRate):
 
 
 class Training(Optimization):
-    """How a student is trained, however long."""
+    """How a student is trained, independent of the number of steps."""
 
     loss: Loss = Loss()
     """What the student is trained to minimize."""
@@ -129,7 +129,7 @@ class Distillation(Training):
 
     @property
     def of_teacher(self) -> Optimization | None:
-        """How the teacher is trained meanwhile: as the student but for the learning rate, and on the text alone."""
+        """How the teacher is trained meanwhile: as the student, with another learning rate and without a teacher."""
         if self.teacher_correction is None:
             return None
         shared = {key: getattr(self, key) for key in Optimization.model_fields}

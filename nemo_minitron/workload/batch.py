@@ -5,8 +5,8 @@ independent of the model's size ("Power Lines", 2505.13738). Half and twice of i
 the batch changes, Adam's beta2 keeps its half-life in tokens (2507.07101), and weight decay keeps the timescale of
 AdamW, batch / (lr * weight_decay * D) (2405.13698, 2505.13738).
 
-The fit is for training from scratch on text, of 0.1B tokens and more. Nobody has fitted it for distillation, whose
-gradients have less noise, so that still smaller batches may suit it.
+The fit is for training from scratch on text, of 0.1B tokens and more. There is no fit for distillation, whose gradients
+have less noise, so that still smaller batches may suit it.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished(RECIPE, tmp_path_factory.mktemp("aligned"))
 
 
-def test_both_trainings_learn(run: Path) -> None:
+def test_both_trainings_lower_the_loss(run: Path) -> None:
     for stage in ("sft", "dpo"):
         result = json.loads((run / stage / "manifest.json").read_text())["result"]
         assert result["valid_loss"] < result["first_valid_loss"], stage
@@ -95,7 +95,7 @@ def test_bad_rows_stop_before_anything_is_trained(run: Path, tmp_path: Path, min
     assert "pairs.jsonl" in told
 
 
-def test_without_the_environment_the_message_says_how_to_make_it(
+def test_without_the_environment_the_message_tells_how_to_make_it(
     tmp_path: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MINITRON_ALIGNER_PYTHON", raising=False)

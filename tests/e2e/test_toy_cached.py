@@ -33,7 +33,7 @@ def _kill_while_it_writes(root: Path, *overrides: str) -> dict[str, tuple[int, i
     return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in work.glob("shard_*")}
 
 
-def test_a_student_learns_from_a_teacher_that_is_not_there(minitron: Cli, tmp_path: Path) -> None:
+def test_a_student_is_distilled_without_the_teacher_in_memory(minitron: Cli, tmp_path: Path) -> None:
     samples = f"stages.cache_teacher.num_samples={SHARDS * 64}"
     kept = _kill_while_it_writes(tmp_path, samples)
     assert 2 <= len(kept) < SHARDS, "it must be killed in the middle"

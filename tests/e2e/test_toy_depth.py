@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from tests.conftest import REPO, Cli
 
 
-def test_the_least_missed_layer_goes_and_the_student_learns(minitron: Cli, tmp_path: Path) -> None:
+def test_the_least_important_layer_is_removed_and_the_student_is_trained(minitron: Cli, tmp_path: Path) -> None:
     recipe = REPO / "recipes/toy/depth.yaml"
     code, output = minitron("run", recipe, f"execution.run_root={tmp_path}", "--until", "distill")
     assert code == 0, output

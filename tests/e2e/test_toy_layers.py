@@ -19,7 +19,7 @@ DISTILL = (
 )
 
 
-def test_the_layers_learn_before_the_whole_model_does(minitron: Cli, tmp_path: Path) -> None:
+def test_the_layers_are_trained_before_the_whole_model(minitron: Cli, tmp_path: Path) -> None:
     recipe = REPO / "recipes/toy/depth.yaml"
     words = (f"execution.run_root={tmp_path}", LAYERS, *DISTILL)
     code, output = minitron("plan", recipe, *words)

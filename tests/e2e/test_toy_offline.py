@@ -20,7 +20,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished(REPO / "recipes/toy/offline.yaml", tmp_path_factory.mktemp("offline"))
 
 
-def test_the_student_learns(run: Path) -> None:
+def test_the_student_is_trained(run: Path) -> None:
     result = json.loads((run / "distill_offline/manifest.json").read_text())["result"]
     assert result["valid_loss"] < result["first_valid_loss"] < result["first_loss"]
 

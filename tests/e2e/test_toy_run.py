@@ -30,7 +30,7 @@ def test_every_stage_is_published_with_hashes_and_provenance(toy_run: Path) -> N
         store.verify(stage, manifest, "all")
 
 
-def test_the_report_tells_what_pruning_lost_and_distillation_won(toy_run: Path) -> None:
+def test_the_report_shows_what_pruning_lost_and_distillation_recovered(toy_run: Path) -> None:
     report = json.loads((toy_run / "toy/width/report.json").read_text())
     loss = {label: model["bits_per_byte"] for label, model in report["models"].items()}
     assert loss["teacher"] < loss["distilled"] < loss["pruned"] < loss["random"]
@@ -43,7 +43,7 @@ def test_the_report_tells_what_pruning_lost_and_distillation_won(toy_run: Path) 
     assert sizes["pruned"] == sizes["random"] == sizes["distilled"] < sizes["teacher"]
 
 
-def test_the_report_tells_how_much_of_the_text_was_read(toy_run: Path) -> None:
+def test_the_report_shows_how_much_of_the_text_was_read(toy_run: Path) -> None:
     folder = toy_run / "toy/width"
     (source,) = json.loads((folder / "data/data.json").read_text())["train"]
     (use,) = json.loads((folder / "report.json").read_text())["data_used"]
@@ -55,7 +55,9 @@ def test_the_report_tells_how_much_of_the_text_was_read(toy_run: Path) -> None:
     assert "Training text" in (folder / "report.html").read_text()
 
 
-def test_text_that_will_be_read_too_often_is_told_before(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
+def test_text_that_would_be_repeated_too_often_is_reported_in_advance(
+    toy_run: Path, minitron: Cli, tmp_path: Path
+) -> None:
     """4 epochs are fine; a little more is not. Before there are token counts nothing is said."""
     (source,) = json.loads((toy_run / "toy/width/data/data.json").read_text())["train"]
     four_epochs = 4 * source["num_tokens"] // (8 * 128)
@@ -80,7 +82,7 @@ def test_the_html_report_needs_nothing_from_elsewhere(toy_run: Path) -> None:
         assert outside not in page
 
 
-def test_the_export_loads_in_transformers_and_speaks_like_the_student(toy_run: Path) -> None:
+def test_the_export_loads_in_transformers_and_has_the_students_logits(toy_run: Path) -> None:
     from transformers import AutoTokenizer
 
     folder = toy_run / "toy/width/export"
@@ -102,7 +104,7 @@ def test_a_second_run_has_nothing_to_do(toy_run: Path, minitron: Cli) -> None:
     assert "distill" not in output
 
 
-def test_another_size_reuses_import_and_score_and_plan_says_why(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
+def test_another_size_reuses_import_and_score_and_plan_shows_why(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
     shutil.copytree(toy_run, tmp_path / "runs")
     change = ["stages.select.target.ffn_hidden_size=96", f"execution.run_root={tmp_path / 'runs'}"]
     code, output = minitron("plan", TOY, *change, "--json")
@@ -128,7 +130,7 @@ def test_another_size_reuses_import_and_score_and_plan_says_why(toy_run: Path, m
     assert (root / ".superseded/select-1/manifest.json").is_file()
 
 
-def test_accepted_drift_goes_on_with_the_old_output(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
+def test_accepted_drift_continues_with_the_old_output(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
     shutil.copytree(toy_run, tmp_path / "runs")
     # Two of the changed stages follow from one another: each has a change of its own.
     change = ["stages.score.num_samples=16", "stages.select.seed=5", f"execution.run_root={tmp_path / 'runs'}"]
@@ -142,7 +144,7 @@ def test_accepted_drift_goes_on_with_the_old_output(toy_run: Path, minitron: Cli
     assert (score["status"], score["reason"]) == ("finished", "drift accepted: the recipe has changed since then")
 
 
-def test_status_and_report_tell_of_the_run(toy_run: Path, minitron: Cli) -> None:
+def test_status_and_report_describe_the_run(toy_run: Path, minitron: Cli) -> None:
     code, output = minitron("status", TOY, f"execution.run_root={toy_run}", "--json", "--verify")
     assert code == 0
     assert all(stage["status"] == "finished" for stage in json.loads(output)["stages"].values())

@@ -47,14 +47,14 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return run, again.stdout + again.stderr
 
 
-def test_a_killed_search_goes_on_with_the_candidate_it_was_at(resumed: tuple[Path, str]) -> None:
+def test_a_killed_search_continues_with_its_current_candidate(resumed: tuple[Path, str]) -> None:
     _, output = resumed
     assert "search_c04 (candidate)" in output
     assert "search_c03" not in output
     assert "score (score)" not in output
 
 
-def test_every_candidate_is_cut_from_the_one_set_of_scores_and_the_best_go_on(resumed: tuple[Path, str]) -> None:
+def test_every_candidate_is_cut_from_one_set_of_scores_and_the_best_continue(resumed: tuple[Path, str]) -> None:
     run, _ = resumed
     search = json.loads((run / "search/search.json").read_text())
     assert [rung["num_candidates"] for rung in search["rungs"]] == [7, 3]
@@ -85,7 +85,7 @@ def test_the_winner_is_what_is_pruned_and_distilled(resumed: tuple[Path, str]) -
     assert f"{best['num_params']:,}" in report
 
 
-def test_the_plan_of_a_finished_search_knows_the_student(
+def test_the_plan_of_a_finished_search_has_the_students_sizes(
     resumed: tuple[Path, str], minitron: Cli, tmp_path: Path
 ) -> None:
     run, _ = resumed

@@ -27,7 +27,7 @@ def _result(run: Path, stage: str) -> dict[str, Any]:
     return json.loads((run / stage / "manifest.json").read_text())["result"]
 
 
-def test_both_trainings_learn(run: Path) -> None:
+def test_both_trainings_lower_the_loss(run: Path) -> None:
     for stage in ("attribute_model", "steerlm_sft"):
         result = _result(run, stage)
         assert result["valid_loss"] < result["first_valid_loss"] < result["first_loss"], stage
@@ -57,14 +57,14 @@ def test_answers_are_rated_as_people_had_rated_them(run: Path) -> None:
     assert sum(errors) / len(errors) < 0.1
 
 
-def test_the_length_of_answers_follows_the_verbosity_asked_for(run: Path) -> None:
+def test_the_length_of_answers_follows_the_requested_verbosity(run: Path) -> None:
     found = json.loads((run / "evaluate_steerlm/metrics.json").read_text())["attribute"]
     assert found["prompts"] == 16
     assert found["rank_correlation"] - 4 * found["se"] > 0.3
     assert found["mean_tokens_by_level"]["4"] > 2 * found["mean_tokens_by_level"]["0"]
 
 
-def test_the_exported_model_is_told_attributes_by_plain_transformers(run: Path) -> None:
+def test_plain_transformers_passes_attributes_to_the_exported_model(run: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(run / "export", local_files_only=True)
@@ -78,7 +78,7 @@ def test_the_exported_model_is_told_attributes_by_plain_transformers(run: Path) 
     assert "-" in tokenizer.decode(made[0, ids.shape[1] :])
 
 
-def test_chat_is_brief_or_long_as_asked(run: Path, minitron: Cli) -> None:
+def test_chat_answers_are_as_long_as_requested(run: Path, minitron: Cli) -> None:
     told = {}
     for verbosity in (0, 4):
         code, told[verbosity] = minitron(

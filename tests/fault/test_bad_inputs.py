@@ -159,7 +159,7 @@ def test_a_full_disk_keeps_what_had_finished(toy_run: Path, minitron: Cli, tmp_p
         os.system(f"umount -l {disk}")  # a reader may still hold a file
 
 
-def test_no_permission_to_write_is_said(minitron: Cli, tmp_path: Path) -> None:
+def test_a_missing_permission_to_write_is_reported(minitron: Cli, tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     locked.mkdir()
     locked.chmod(0o555)

@@ -78,7 +78,7 @@ def _require_told(code: int, output: str, run: Path, row: Row) -> None:
     [(Row("teacher/config.json", "data"), cut), (Row("select/prune_plan.json", "prune"), flip)],
     ids=["teacher", "select"],
 )
-def test_what_the_message_says_repairs_it(
+def test_the_advice_of_the_message_repairs_the_artifact(
     row: Row, damage: Damage, toy_run: Path, minitron: Cli, tmp_path: Path
 ) -> None:
     run = copy_before(toy_run, tmp_path, row.reader)

@@ -14,7 +14,7 @@ import torch
 
 from nemo_minitron.families import parameters, read_shape, tensor_shape
 from nemo_minitron.hf.checkpoint import Checkpoint
-from nemo_minitron.hf.stream_writer import Planned, StreamWriter
+from nemo_minitron.hf.checkpoint_writer import CheckpointWriter, Planned
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -41,7 +41,7 @@ def _teacher(folder: Path) -> Path:
     folder.mkdir()
     shape = read_shape(CONFIG)
     rows = [(parameter.hf, tensor_shape(shape, parameter.row)) for parameter in parameters(shape)]
-    writer = StreamWriter(folder, CONFIG, [Planned(name, dims, "BF16") for name, dims in rows])
+    writer = CheckpointWriter(folder, CONFIG, [Planned(name, dims, "BF16") for name, dims in rows])
     for name, dims in rows:
         writer.add(name, torch.randn(dims).bfloat16())
     writer.close()

@@ -58,7 +58,7 @@ def test_a_place_for_a_run_that_cannot_be_one_is_refused(tmp_path: Path, minitro
 
 
 @pytest.mark.parametrize("contents", [b"{}", b"[]", b"x", b"\xff", b'{"done": 1}', b'{"fields": 1}'])
-def test_a_damaged_small_file_of_a_run_is_told_or_passed_over(contents: bytes, tmp_path: Path, minitron: Cli) -> None:
+def test_a_damaged_small_file_of_a_run_is_reported_or_ignored(contents: bytes, tmp_path: Path, minitron: Cli) -> None:
     words = (TOY, f"execution.run_root={tmp_path}")
     for name in (".work/distill/progress.json", "launch/001/jobs.json", "plan.json"):
         file = tmp_path / "toy/width" / name
@@ -105,7 +105,7 @@ def test_streams_may_be_closed_or_full(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_terminal_that_knows_ascii_only_gets_escapes(tmp_path: Path) -> None:
+def test_a_terminal_with_ascii_only_gets_escapes(tmp_path: Path) -> None:
     old = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii", "COLUMNS": "1"}
     code, told = _shell('$M plan $R "stages.teacher.source=/données/模型"', tmp_path, **old)
     assert (code, "there is no such file or folder" in told, "Error" in told) == (0, True, False), told

@@ -62,7 +62,7 @@ def test_a_dry_run_refuses_what_no_machine_could_run(minitron: Cli) -> None:
     assert (code, "Did you mean stages.distill?" in told) == (2, True)
 
 
-def test_check_with_a_cluster_says_what_both_lack(minitron: Cli) -> None:
+def test_check_with_a_cluster_reports_what_recipe_and_cluster_lack(minitron: Cli) -> None:
     code, told = minitron("check", "--cluster", WIDTH, *SITES["slurm_pyxis"])
     assert (code, NO_DATA in told, "no sbatch" in told) == (2, True, True)
 
@@ -78,7 +78,7 @@ def test_an_empty_source_is_refused(source: str, minitron: Cli) -> None:
     assert (code, "stages.teacher.source: is empty" in told) == (2, True)
 
 
-def test_a_tilde_is_the_home_folder_whatever_the_key(minitron: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_folder_in_every_key(minitron: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo_minitron.api import load_recipe
 
     home = Path.cwd()

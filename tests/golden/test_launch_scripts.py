@@ -70,7 +70,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_script_is_as_it_was(case: str) -> None:
+def test_a_script_is_unchanged(case: str) -> None:
     job, cluster = CASES[case]
     text = render_script(job, cluster, _where())
     assert text == render_script(job, cluster, _where())
@@ -120,7 +120,7 @@ STUB = {
 
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=range(len(HOSTILE)))
-def test_what_a_recipe_says_reaches_programs_as_it_stands_and_a_shell_never(hostile: str, tmp_path: Path) -> None:
+def test_values_of_a_recipe_reach_programs_unchanged_and_no_shell(hostile: str, tmp_path: Path) -> None:
     """The script is run, by bash, with stand-ins that write down their words."""
     bin_dir, outside = tmp_path / "bin", tmp_path / "outside"
     bin_dir.mkdir()
@@ -210,7 +210,7 @@ def test_docker_gets_gpus_memory_user_and_mounts() -> None:
 
 
 @pytest.mark.parametrize("runtime", ["pyxis", "apptainer", "docker"])
-def test_secrets_go_into_containers_by_name_and_stand_in_no_script(
+def test_secrets_are_passed_to_containers_by_name_and_are_in_no_script(
     runtime: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in BY_NAME:
@@ -228,7 +228,7 @@ def test_the_site_decides_over_the_homes_and_caches_of_containers() -> None:
     assert text.count(str(_where().folders.environment_file)) == 2
 
 
-def test_steps_see_nothing_of_an_outer_job_and_nodes_are_named_behind_a_banner(tmp_path: Path) -> None:
+def test_steps_inherit_nothing_of_an_outer_job_and_node_names_are_found_after_a_banner(tmp_path: Path) -> None:
     inherited = {"SLURM_MEM_PER_CPU": "4000", "SLURM_MEM_PER_NODE": "8000", "SLURM_CPU_BIND_TYPE": "mask_cpu:"}
     inherited |= {"SRUN_CPUS_PER_TASK": "2", "SBATCH_EXPORT": "NONE", "SLURM_EXPORT_ENV": "NONE", "PMIX_RANK": "1"}
     inherited |= {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "elsewhere", "PYTHONPATH": "/host"}

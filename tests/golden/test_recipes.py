@@ -25,7 +25,7 @@ STUDENTS = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(REPO / "recipes")))
-def test_a_recipe_plans_and_has_only_missing_files_to_complain_of(recipe: Path, tmp_path: Path) -> None:
+def test_a_recipe_plans_and_its_only_problems_are_missing_files(recipe: Path, tmp_path: Path) -> None:
     plan = load_plan(recipe, [f"execution.run_root={tmp_path}"], checked=False)
     problems = list(find_problems(plan))
     assert all(any(words in problem for words in MISSING) for problem in problems), problems

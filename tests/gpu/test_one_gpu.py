@@ -78,7 +78,7 @@ def test_twenty_steps_have_the_losses_of_the_cpu(folders: dict[str, Path]) -> No
 
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_bf16_learns_alike_with_all_layers_and_recomputation(
+def test_bf16_trains_alike_with_all_layers_and_recomputation(
     layers: str, recompute: str, folders: dict[str, Path]
 ) -> None:
     train, _ = on_gpu(TORCH, distill_losses, BF16, WHOLE, *_work(folders, f"plain-{layers}-{recompute}"), "cuda")
@@ -90,7 +90,7 @@ def test_bf16_learns_alike_with_all_layers_and_recomputation(
 
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("distributed", [False, True])
-def test_a_resumed_training_goes_on_as_if_nothing_was(layers: str, distributed: bool, folders: dict[str, Path]) -> None:
+def test_a_resumed_training_gives_the_same_result(layers: str, distributed: bool, folders: dict[str, Path]) -> None:
     layout = WHOLE.model_copy(update={"distributed_optimizer": distributed})
     name = f"{layers}-{distributed}"
     whole = on_gpu_deterministic(layers, distill_until, BF16, layout, *_work(folders, f"whole-{name}"), 20, "cuda")

@@ -111,7 +111,7 @@ def _distributions(folder: Path) -> NDArray:
     return np.concatenate(out)
 
 
-def test_every_layout_learns_the_same_from_it(folders: dict[str, Path]) -> None:
+def test_every_layout_trains_to_the_same_result_from_the_cache(folders: dict[str, Path]) -> None:
     params, cache = _distill(DRAWS), folders["root"] / "one process"
     train, valid = _read("one", Parallel(micro_batch_size=4), cache, params, folders)
     assert valid[-1] < valid[0], "the student must learn for this to mean anything"
@@ -139,7 +139,7 @@ def test_all_of_the_vocabulary_from_the_cache_is_the_live_teacher(folders: dict[
     assert np.abs(np.subtract(*expected)).max() > 1e-2, "the mask must matter for this to mean anything"
 
 
-def test_the_cache_tells_the_teachers_loss(folders: dict[str, Path]) -> None:
+def test_the_cache_has_the_teachers_loss(folders: dict[str, Path]) -> None:
     losses = [json.loads((folders["root"] / name / "cache.json").read_text())["valid_teacher_loss"] for name in WRITERS]
     np.testing.assert_allclose(losses, losses[0], atol=1e-5)
     params, work = _distill(DRAWS), folders["root"] / "teacher loss"
@@ -202,7 +202,7 @@ def test_every_layout_has_the_same_held_out_kl(folders: dict[str, Path]) -> None
     assert _kls("other text", [("one process", DRAWS)], folders, valid_num_tokens=128)[1] is None
 
 
-def test_a_killed_writer_goes_on_with_what_is_missing(folders: dict[str, Path]) -> None:
+def test_a_killed_writer_continues_with_the_missing_shards(folders: dict[str, Path]) -> None:
     parallel, out = WRITERS["dp2"], folders["root"] / "killed"
     shutil.copytree(folders["root"] / "dp2", out)
     kept, lost = out / "shard_000000.safetensors", out / "shard_000001.safetensors"

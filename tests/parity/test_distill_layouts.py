@@ -111,7 +111,7 @@ def test_a_resume_may_have_another_layout(name: str, folders: dict[str, Path]) -
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_distributed_optimizer_goes_on_to_the_same_bits(precision: str, folders: dict[str, Path]) -> None:
+def test_a_distributed_optimizer_resumes_to_the_same_bits(precision: str, folders: dict[str, Path]) -> None:
     params = PARAMS.model_copy(update={"precision": precision, "num_steps": 8, "valid_interval_steps": 4})
     layout = Parallel(dp=2, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
     models = (folders["student"], folders["teacher"], folders["data"])

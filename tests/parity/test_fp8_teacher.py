@@ -133,7 +133,7 @@ def test_an_older_megatron_refuses_what_it_does_not_know() -> None:
     assert model.config.fp8 == "hybrid"
 
 
-def test_the_default_leaves_fingerprints_alone() -> None:
+def test_the_default_does_not_change_fingerprints() -> None:
     assert "teacher_fp8" not in params_of(TWENTY_STEPS)
     assert params_of(PARAMS)["teacher_fp8"]["scaling"] == "tensorwise"
 

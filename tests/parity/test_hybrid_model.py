@@ -51,7 +51,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("layout", [Parallel(), Parallel(tp=2), Parallel(pp=2)], ids=["one", "tp2", "pp2"])
-def test_every_family_has_the_logits_of_transformers_and_comes_back_bit_for_bit(
+def test_every_family_has_the_logits_of_transformers_and_round_trips_bit_for_bit(
     layout: Parallel, root: Path, tmp_path: Path
 ) -> None:
     models = [(root / "models" / case, tmp_path / case) for case in FAMILIES]
@@ -152,7 +152,7 @@ def _models(folders: dict[str, Path]) -> list[Path]:
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_a_distillation_has_the_losses_of_gpt_model_and_goes_on_from_a_checkpoint(
+def test_a_distillation_has_the_losses_of_gpt_model_and_resumes_from_a_checkpoint(
     name: str, folders: dict[str, Path], expected_losses: Callable[[dict[str, Any]], list[float]], tmp_path: Path
 ) -> None:
     layout, keys = TRAININGS[name]
@@ -163,7 +163,7 @@ def test_a_distillation_has_the_losses_of_gpt_model_and_goes_on_from_a_checkpoin
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_a_training_does_not_go_on_with_another_class(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_training_does_not_resume_with_another_class(folders: dict[str, Path], tmp_path: Path) -> None:
     """Megatron's checkpoints of the two have other names."""
     arguments = (Parallel(micro_batch_size=4), *_models(folders), tmp_path)
     run_ranks(1, distill_until, TWENTY_STEPS, *arguments, 3)

@@ -116,7 +116,7 @@ def test_twenty_steps_have_the_losses_of_one_process(name: str, layout: str, stu
 
 
 @pytest.mark.parametrize("name", DEPTHS)
-def test_every_layer_learns_and_the_rest_stays(name: str, students: dict[str, Student]) -> None:
+def test_every_layer_is_trained_and_the_rest_is_unchanged(name: str, students: dict[str, Student]) -> None:
     rows = _curves(name, "one", students)
     layers = range(len(DEPTHS[name]))
     for layer in layers:
@@ -191,7 +191,7 @@ def test_a_training_of_some_layers_resumes(distributed: bool, students: dict[str
     assert len(losses[0]) == 8
 
 
-def test_a_student_that_is_the_teacher_has_nothing_to_learn(students: dict[str, Student], tmp_path: Path) -> None:
+def test_a_plan_that_leaves_every_layer_whole_is_refused(students: dict[str, Student], tmp_path: Path) -> None:
     plan, folders = students["width"]
     plan, own = _depth_plan(plan, plan.layers), {**folders, "student": folders["teacher"]}
     with pytest.raises(AssertionError, match="PlanError: The plan leaves every layer"):

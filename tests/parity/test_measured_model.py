@@ -71,7 +71,7 @@ def test_another_reading_is_refused_and_named(
     assert not (tmp_path / "memory.json").exists()
 
 
-def test_a_difference_of_the_arithmetic_alone_is_refused(
+def test_a_difference_in_arithmetic_only_is_refused(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, right = save_spelled(tmp_path / "model", tiny_model("qwen2")), transformers_logits
@@ -80,7 +80,7 @@ def test_a_difference_of_the_arithmetic_alone_is_refused(
         require_agreement(folder, tmp_path / "memory.json", session)
 
 
-def test_logits_that_are_not_finite_are_said_to_be(session: Session, tmp_path: Path) -> None:
+def test_logits_that_are_not_finite_are_reported(session: Session, tmp_path: Path) -> None:
     model = tiny_model("qwen2")
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")

@@ -30,7 +30,7 @@ def test_the_mask_is_causal_within_documents() -> None:
 
 
 @torch.no_grad()
-def test_each_document_has_the_logits_that_it_has_alone(tmp_path: Path) -> None:
+def test_each_document_has_the_logits_of_a_separate_sequence(tmp_path: Path) -> None:
     folder = tiny_model_dir(tmp_path, "llama_gqa_tied")
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randint(1, 512, (1, size), generator=generator) for size in (11, 20))

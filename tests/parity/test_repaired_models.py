@@ -135,7 +135,7 @@ def test_a_dropped_layer_is_folded_into_the_layer_before_it(tmp_path: Path) -> N
     assert (layers[1][1] or {})["mlp_output"].recovered > 0.95
 
 
-def test_a_stopped_repair_goes_on_to_the_same_bits(root: Path) -> None:
+def test_a_stopped_repair_resumes_to_the_same_bits(root: Path) -> None:
     folder, teacher = _cut(root, "llama_gqa_tied", WIDTH)
     for mode, params in MODES.items():
         whole = _repaired(folder, teacher, {mode: params})[mode]

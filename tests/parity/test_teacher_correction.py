@@ -65,7 +65,7 @@ def _column(rows: list[Row], key: str) -> list[float]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_teacher_learns_as_it_would_alone(precision: str, folders: Folders, tmp_path: Path) -> None:
+def test_the_teacher_is_trained_as_without_a_student(precision: str, folders: Folders, tmp_path: Path) -> None:
     rows, _ = _one(precision, **folders)
     with open_session(ONE, device="cpu", threads=1) as session:
         params = ALONE.model_copy(update={"precision": precision})
@@ -78,7 +78,7 @@ def test_the_teacher_learns_as_it_would_alone(precision: str, folders: Folders, 
     assert losses[-1] < losses[0] - 0.1, "the teacher must learn for this to mean anything"
 
 
-def test_the_student_sees_the_teacher_as_it_was_before_the_step(folders: Folders, tmp_path: Path) -> None:
+def test_the_student_uses_the_teacher_before_its_update(folders: Folders, tmp_path: Path) -> None:
     rows, _ = _one("fp32", **folders)
     with open_session(ONE, device="cpu", threads=1) as session:
         params = PARAMS.model_copy(update={"teacher_correction": None})
@@ -92,7 +92,7 @@ def test_the_student_sees_the_teacher_as_it_was_before_the_step(folders: Folders
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_resume_goes_on_to_the_same_bits(precision: str, folders: Folders) -> None:
+def test_a_resume_gives_the_same_bits(precision: str, folders: Folders) -> None:
     whole, resumed = _one(precision, **folders)
     assert resumed == whole
 

@@ -90,7 +90,7 @@ _NESTED = st.recursive(
 
 @given(data=st.one_of(st.binary(max_size=40), _NESTED.map(_as_bytes)))
 @budget(30)
-def test_whatever_is_in_the_file_is_an_object_or_refused(data: bytes, tmp_path: Path) -> None:
+def test_any_content_of_the_file_is_an_object_or_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(data)
     try:
         assert isinstance(read_config(tmp_path), dict)

@@ -89,7 +89,7 @@ def test_an_answer_without_an_id_is_a_message_and_no_id(noise: list[str]) -> Non
     other=ID,
     order=st.randoms(use_true_random=False),
 )
-def test_states_are_those_of_the_job_alone(
+def test_states_are_those_of_the_job_only(
     noise: list[str], number: str, tasks: dict[int, tuple[str, str]], other: str, order: object
 ) -> None:
     mine = [f"{number}_{index}|{state}{suffix}|None|0:01|1:00|n1|0|" for index, (state, suffix) in tasks.items()]
@@ -103,7 +103,7 @@ def test_states_are_those_of_the_job_alone(
 
 @budget(60)
 @given(code=st.sampled_from([0, 1, 124]), noise=NOISE, error=FAILURE, number=ID)
-def test_a_job_is_gone_only_where_slurm_says_so(code: int, noise: list[str], error: str, number: str) -> None:
+def test_a_job_is_gone_only_if_slurm_reports_it(code: int, noise: list[str], error: str, number: str) -> None:
     said = "\n".join(noise)
     with patch.object(slurm, "_run", lambda words: (code, said, error)), patch("shutil.which", lambda name: None):
         (state,) = slurm.states([number])[number][:1]

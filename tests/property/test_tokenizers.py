@@ -127,7 +127,7 @@ def test_ids_never_depend_on_truncation_or_padding(text: str, longest: int, padd
 
 @budget(25)
 @given(templates)
-def test_any_template_renders_or_says_why(jinja: str) -> None:
+def test_any_template_renders_or_gives_a_reason(jinja: str) -> None:
     with changed({}, {"chat_template.jinja": jinja.encode()}) as folder:
         try:
             bound = ChatTemplate.load(folder, "model")

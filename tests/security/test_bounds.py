@@ -73,7 +73,7 @@ LONG_REFERENCES = f"a0: {'x' * 100_000}\n" + "".join(f"a{i}: '{f'${{a{i - 1}}}' 
     ],
     ids=lambda value: value[:12],
 )
-def test_a_recipe_that_multiplies_itself_is_refused(
+def test_a_recipe_that_expands_without_bound_is_refused(
     tmp_path: Path, text: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "${" in text:  # the same in a twentieth of the time
@@ -138,7 +138,9 @@ def test_a_search_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern:
     assert "MINITRON_MAX_FILES_LOOKED_AT" in str(caught.value)
 
 
-def test_check_says_that_a_search_was_too_wide(tmp_path: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_reports_a_search_over_too_many_files(
+    tmp_path: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MINITRON_MAX_FILES_LOOKED_AT", "500")
     code, said = minitron(
         "check", TOY, "stages.data.sources=[{source: '/usr/**/*.nosuch'}]", f"execution.run_root={tmp_path}"
@@ -276,7 +278,7 @@ def test_a_compressed_file_cannot_fill_the_memory(tmp_path: Path) -> None:
         _read(file)
 
 
-def test_a_window_of_a_gigabyte_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_decompression_window_needs_a_higher_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=False)
     frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     (tmp_path / "x.txt.zst").write_bytes(frame.compress(b"text") + frame.flush())
@@ -364,7 +366,7 @@ def test_messages_stay_short() -> None:
     assert path in str(MinitronError("what", where=path))
 
 
-def test_a_limit_that_is_no_number_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_that_is_no_number_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     limit = Limit("MINITRON_MAX_NOTHING", 5)
     assert limit.value() == 5
     for text in ("many", "-1", "0", "1e9", "9" * 30):
@@ -375,7 +377,7 @@ def test_a_limit_that_is_no_number_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     assert limit.value() == 7
 
 
-def test_names_that_no_file_can_have_are_said(tmp_path: Path, minitron: Cli) -> None:
+def test_impossible_file_names_are_reported(tmp_path: Path, minitron: Cli) -> None:
     long = "x" * 5000
     for words in (
         ("check", long),
@@ -401,13 +403,13 @@ def test_names_that_no_file_can_have_are_said(tmp_path: Path, minitron: Cli) -> 
         "stages.teacher.architecture={num_hidden_layers: 300000000}",
     ],
 )
-def test_odd_numbers_in_a_recipe_are_said(tmp_path: Path, minitron: Cli, override: str) -> None:
+def test_odd_numbers_in_a_recipe_are_reported(tmp_path: Path, minitron: Cli, override: str) -> None:
     code, said = minitron("check", TOY, override, f"execution.run_root={tmp_path}")
     assert code == 2, said
     assert "unexpected" not in said
 
 
-def test_numbers_that_python_does_not_write_are_said(tmp_path: Path, minitron: Cli) -> None:
+def test_numbers_that_python_cannot_print_are_reported(tmp_path: Path, minitron: Cli) -> None:
     """YAML reads hexadecimal numbers of any length, and Python refuses to write one of 4,300 digits."""
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"defaults: [toy/width, _self_]\nstages: {{distill: {{num_steps: 0x{'f' * 6000}}}}}\n")
@@ -425,7 +427,7 @@ def test_chat_without_open_streams_ends_with_a_message(tmp_path: Path, closed: s
     assert "unexpected" not in done.stdout + done.stderr
 
 
-def test_a_deleted_working_folder_is_said(tmp_path: Path) -> None:
+def test_a_deleted_working_folder_is_reported(tmp_path: Path) -> None:
     words = f"mkdir {tmp_path}/gone && cd {tmp_path}/gone && rmdir {tmp_path}/gone && {sys.executable} -m nemo_minitron"
     for command in (f"check {TOY}", "chat x", "status toy/width"):
         done = subprocess.run(

@@ -109,7 +109,7 @@ def test_files_of_tasks_are_refused(tmp_path: Path, minitron: Cli, override: str
     assert not marker.exists()
 
 
-def test_lm_eval_is_asked_for_its_own_tasks_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lm_eval_gets_only_its_own_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The door before lm-eval, which would take any name of a file."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "arc_evil").write_text("task: x\n")
@@ -118,7 +118,7 @@ def test_lm_eval_is_asked_for_its_own_tasks_only(tmp_path: Path, monkeypatch: py
             require_known([name], ["arc_easy"])
 
 
-def test_check_knows_the_names_of_tasks(tmp_path: Path, minitron: Cli) -> None:
+def test_check_verifies_the_names_of_tasks(tmp_path: Path, minitron: Cli) -> None:
     pytest.importorskip("lm_eval")
     assert is_known("arc_easy")
     assert is_known("mmlu_abstract_algebra")

@@ -81,9 +81,7 @@ submit(make_plan(_recipe(Path(sys.argv[1]))), OPTIONS, print)
 """
 
 
-def test_a_launch_that_is_killed_leaves_no_job_that_nobody_knows(
-    tmp_path: Path, fake: FakeSlurm, minitron: Cli
-) -> None:
+def test_a_killed_launch_leaves_no_unknown_job(tmp_path: Path, fake: FakeSlurm, minitron: Cli) -> None:
     recipe, run = _recipe(tmp_path), tmp_path / "runs/toy/width"
     body = (fake.folder / "bin/sbatch").read_text()
     # sbatch has made the job, and its caller is gone before it hears of it.
@@ -102,7 +100,7 @@ def test_a_launch_that_is_killed_leaves_no_job_that_nobody_knows(
     assert fake.calls("scancel") == ["41"]
 
 
-def test_where_the_queue_cannot_be_asked_after_a_kill_nothing_is_submitted(tmp_path: Path, fake: FakeSlurm) -> None:
+def test_nothing_is_submitted_if_the_queue_does_not_answer_after_a_kill(tmp_path: Path, fake: FakeSlurm) -> None:
     recipe, run = _recipe(tmp_path), tmp_path / "runs/toy/width"
     folder = record.next_folder(run)
     folder.mkdir(parents=True)

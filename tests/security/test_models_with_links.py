@@ -138,7 +138,7 @@ def test_code_beside_a_tokenizer_stays_behind(model: Path, tmp_path: Path) -> No
 # --- data ----------------------------------------------------------------------------------------
 
 
-def test_links_in_data_are_followed_and_said(tmp_path: Path, private: Path) -> None:
+def test_links_in_data_are_followed_and_reported(tmp_path: Path, private: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/own.txt").write_text("text")
     (tmp_path / "data/link.txt").symlink_to(private)

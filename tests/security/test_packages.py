@@ -126,7 +126,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return bundle, done.stdout + done.stderr
 
 
-def test_nothing_of_the_bundles_folder_is_imported_and_no_wheel_but_the_listed_one_is_installed(
+def test_nothing_in_the_bundles_folder_is_imported_and_only_listed_wheels_are_installed(
     installed: tuple[Path, str],
 ) -> None:
     bundle, said = installed
@@ -137,7 +137,7 @@ def test_nothing_of_the_bundles_folder_is_imported_and_no_wheel_but_the_listed_o
     assert list(site.glob("tiny_asset-1.0.dist-info"))
 
 
-def test_a_wheel_with_other_bytes_is_refused_though_the_sums_were_written_anew(
+def test_a_wheel_with_other_bytes_is_refused_even_with_new_checksums(
     bundle: Path, installed: tuple[Path, str], tmp_path: Path
 ) -> None:
     wheel = next(bundle.glob("wheels/core/*.whl"))

@@ -218,7 +218,7 @@ def test_a_file_without_a_checksum_is_not_read(trained: dict[str, Path], tmp_pat
         _train(trained, work)
 
 
-def test_a_training_goes_on_from_a_sound_checkpoint(trained: dict[str, Path], tmp_path: Path) -> None:
+def test_a_training_resumes_from_an_intact_checkpoint(trained: dict[str, Path], tmp_path: Path) -> None:
     """Its tensors are read from parts of files."""
     work = tmp_path / "work"
     shutil.copytree(trained["work"], work)

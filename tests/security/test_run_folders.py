@@ -68,9 +68,7 @@ def _log(run: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("way", ["link", "hard link", "pipe"])
-def test_a_name_that_stands_for_something_else_is_not_opened(
-    name: str, write: object, way: str, run: Path, victim: Path
-) -> None:
+def test_a_link_or_a_pipe_in_place_of_a_file_is_not_opened(name: str, write: object, way: str, run: Path, victim: Path) -> None:
     file = run / name
     file.parent.mkdir(parents=True, exist_ok=True)
     if way == "link":
@@ -174,7 +172,7 @@ def test_several_writers_and_a_reader_see_whole_files_only(tmp_path: Path) -> No
     assert os.listdir(tmp_path) == ["status.json"]
 
 
-def test_what_is_written_has_the_mode_that_is_asked_for(tmp_path: Path) -> None:
+def test_written_files_have_the_requested_mode(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         write_whole(tmp_path / "shown", "x")
@@ -186,7 +184,7 @@ def test_what_is_written_has_the_mode_that_is_asked_for(tmp_path: Path) -> None:
     assert modes == {"shown": 0o640, "private": 0o600, "lock": 0o600}
 
 
-def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+def test_an_error_names_the_requested_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as told, replacing(tmp_path / "gone/plan.json"):
         pass
     assert told.value.filename == str(tmp_path / "gone/plan.json")
@@ -234,7 +232,7 @@ def test_work_that_others_can_write_is_not_gone_on_with(name: str, mode: int, ru
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o002, 0o007, 0o022, 0o077])
-def test_with_any_umask_a_run_goes_on_with_its_own_work(umask: int, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_any_umask_a_run_resumes_its_own_work(umask: int, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ownership, "_is_private_group", lambda gid: False)
     before = os.umask(umask)
     try:

@@ -61,7 +61,7 @@ def _leaks(folder: Path) -> list[str]:
     return found
 
 
-def test_no_secret_stands_in_a_finished_run(recipe: Path, minitron: Cli, tmp_path: Path) -> None:
+def test_no_secret_is_in_a_finished_run(recipe: Path, minitron: Cli, tmp_path: Path) -> None:
     override = f"execution.cluster.environment.GIVEN={MARK}_override"
     code, said = minitron("run", recipe, override)
     assert code == 0, said
@@ -86,7 +86,7 @@ def test_an_error_with_a_secret_in_it_is_masked_in_notices_and_logs(
     assert _leaks(tmp_path / "runs") == []
 
 
-def test_a_launch_hands_values_to_its_jobs_in_a_file_for_the_owner(
+def test_a_launch_passes_values_to_its_jobs_in_a_file_that_only_the_owner_can_read(
     recipe: Path, minitron: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = FakeSlurm(tmp_path / "slurm", monkeypatch)
@@ -232,9 +232,7 @@ print(" https://me:pass@host/", "recipe's own", sys.argv[1])
 """
 
 
-def test_what_processes_print_is_masked_before_it_stands_in_a_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_output_of_processes_is_masked_before_it_reaches_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As ranks and NeMo-Aligner's processes print; in parts, in other characters, in lines without an end."""
     monkeypatch.setenv("HF_TOKEN", OF_ENVIRONMENT["HF_TOKEN"])
     own = f"{MARK}-\u00e4-of-the-recipe"
@@ -247,7 +245,7 @@ def test_what_processes_print_is_masked_before_it_stands_in_a_log(
     assert told.endswith(b"xx***" + b"y" * (1 << 20) + b" https://me:***@host/ recipe's own ***\n")
 
 
-def test_the_copy_of_a_log_outlives_its_runner_and_waits_for_nobody_for_long(
+def test_the_process_that_copies_a_log_outlives_its_runner_and_exits_soon(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output, "TIMEOUT_S", 0.1)
@@ -263,7 +261,7 @@ def test_the_copy_of_a_log_outlives_its_runner_and_waits_for_nobody_for_long(
 
 
 @pytest.mark.slow
-def test_no_secret_stands_in_a_whole_toy_run_and_no_command_line_shows_one(tmp_path: Path) -> None:
+def test_no_secret_is_in_a_whole_toy_run_or_on_a_command_line(tmp_path: Path) -> None:
     """With two processes, so that workers get their orders too; every process that runs meanwhile is looked at."""
     # Every rank prints its whole environment.
     (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ: print(os.environ, flush=True)\n")

@@ -126,7 +126,7 @@ TEMPLATES = ["{% if %}", f"{{{{ messages[9].x.y or raise_exception('{CLIPBOARD}'
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_template_that_fails_is_told_in_chat(template: str, minitron: Cli, tmp_path: Path) -> None:
+def test_a_failing_template_is_reported_in_chat(template: str, minitron: Cli, tmp_path: Path) -> None:
     model = tiny_model_dir(tmp_path, "llama_gqa_tied")
     config = model / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": template}))
@@ -138,7 +138,7 @@ def test_a_template_that_fails_is_told_in_chat(template: str, minitron: Cli, tmp
 
 
 @pytest.mark.parametrize("value", ["abc", "", "0", "-1", "1.5"])
-def test_a_number_of_nodes_that_is_none_is_told(value: str) -> None:
+def test_an_invalid_number_of_nodes_is_reported(value: str) -> None:
     with pytest.raises(EnvironmentProblem, match="MINITRON_NODES = "):
         Nodes.here({"MINITRON_NODES": value})
 

@@ -81,7 +81,7 @@ def test_a_rank_and_the_process_that_compares_models(what: str, hostile: Path) -
     assert _has_run(hostile) == ""
 
 
-def test_the_look_for_gpu_kernels(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_for_gpu_kernels(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "SAFE_PATH", {})
     environment.has_gpu_kernels.__wrapped__(Path(sys.executable))
     assert _has_run(hostile) == ""

@@ -54,7 +54,7 @@ def test_stages_see_only_their_container_and_what_is_mounted(
     assert workdir == str(REPO)
 
 
-def test_a_site_without_the_plugin_is_told_before_anything_is_queued(slurm: SlurmCluster, tmp_path: Path) -> None:
+def test_a_missing_plugin_is_reported_before_anything_is_queued(slurm: SlurmCluster, tmp_path: Path) -> None:
     run = Run(tmp_path, slurm, ("cluster.container.runtime=pyxis", "cluster.container.core_image=x"))
     told = run.call("check", "--cluster", code=2)
     assert "srun has no --container-image: pyxis is not installed" in told
@@ -125,7 +125,7 @@ def test_a_launch_from_inside_a_job_and_behind_a_banner(slurm: SlurmCluster, tmp
     assert {slurm.job(job["job_ids"][0])["JobState"] for job in jobs} == {"COMPLETED"}
 
 
-def test_jobs_whose_ids_nobody_said_are_taken_back(slurm: SlurmCluster, tmp_path: Path) -> None:
+def test_jobs_whose_ids_were_not_printed_are_canceled(slurm: SlurmCluster, tmp_path: Path) -> None:
     mute = '"$sbatch" --begin=now+1hour "$@" >/dev/null; echo "your job is welcome"'
     outer = _site_with(mute, slurm, tmp_path / "bin")
     told = _launch("recipes/toy/width.yaml", slurm, f"execution.run_root={tmp_path}", outer=outer)

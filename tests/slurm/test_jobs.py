@@ -29,7 +29,7 @@ def test_the_whole_recipe_runs_as_jobs_and_is_not_submitted_twice(slurm: SlurmCl
     assert states == {"COMPLETED"}
 
 
-def test_a_failing_stage_cancels_what_follows_and_a_second_launch_goes_on(
+def test_a_failing_stage_cancels_dependent_jobs_and_a_second_launch_continues(
     slurm: SlurmCluster, prepared: Run, undisturbed: Run, tmp_path: Path
 ) -> None:
     run = copy_of(prepared, tmp_path, slurm)
@@ -50,7 +50,7 @@ def test_a_failing_stage_cancels_what_follows_and_a_second_launch_goes_on(
     assert run.weights() == undisturbed.weights()
 
 
-def test_a_job_whose_time_is_up_saves_is_queued_again_and_ends_as_if_undisturbed(
+def test_a_job_at_its_time_limit_saves_is_requeued_and_gives_the_same_result(
     slurm: SlurmCluster, prepared: Run, undisturbed: Run, tmp_path: Path
 ) -> None:
     run = copy_of(prepared, tmp_path, slurm)
@@ -68,7 +68,7 @@ def test_a_job_whose_time_is_up_saves_is_queued_again_and_ends_as_if_undisturbed
     assert run.weights() == undisturbed.weights()
 
 
-def test_slurms_own_time_limit_is_outlived(
+def test_a_stage_survives_slurms_own_time_limit(
     slurm: SlurmCluster, prepared: Run, undisturbed: Run, tmp_path: Path
 ) -> None:
     # As many steps as take longer than the limit; Slurm's signal comes up to a minute before the 20 seconds asked for.
@@ -123,7 +123,7 @@ def test_two_nodes_with_two_ranks_each_train_together_and_survive_a_stop(
     assert run.weights() == alone.weights()
 
 
-def test_jobs_go_on_while_the_controller_restarts(
+def test_jobs_continue_while_the_controller_restarts(
     slurm: SlurmCluster, prepared: Run, undisturbed: Run, tmp_path: Path
 ) -> None:
     run = copy_of(prepared, tmp_path, slurm)
@@ -155,7 +155,7 @@ def test_a_site_without_requeue_gets_a_chain_of_links(
     assert run.weights() == undisturbed.weights()
 
 
-def test_a_stage_that_never_gets_on_is_not_queued_for_ever(slurm: SlurmCluster, prepared: Run, tmp_path: Path) -> None:
+def test_a_stage_without_progress_is_not_requeued_forever(slurm: SlurmCluster, prepared: Run, tmp_path: Path) -> None:
     run = copy_of(prepared, tmp_path, slurm, "stages.distill.save_interval_steps=100000")
     run.call("launch", "--until=distill")
     (job,) = run.job_ids()["distill"]
@@ -168,7 +168,7 @@ def test_a_stage_that_never_gets_on_is_not_queued_for_ever(slurm: SlurmCluster, 
     assert "has saved nothing new in this job: not retried" in run.log("distill")
 
 
-def test_cancel_ends_the_jobs_and_launch_goes_on_from_their_checkpoint(
+def test_cancel_ends_the_jobs_and_launch_continues_from_their_checkpoint(
     slurm: SlurmCluster, prepared: Run, undisturbed: Run, tmp_path: Path
 ) -> None:
     run = copy_of(prepared, tmp_path, slurm)

@@ -45,7 +45,7 @@ def test_keys_that_are_read_are_taken() -> None:
     assert not list(override_problems("dpo", overrides))
 
 
-def test_a_config_that_nobody_completed_is_a_defect() -> None:
+def test_an_incomplete_config_is_a_bug() -> None:
     with pytest.raises(AssertionError, match="no value for"):
         complete_config("sft", {}, {}, on_cpu=True, where="stages.sft")
     with pytest.raises(ConfigError, match="Did you mean"):

@@ -32,7 +32,7 @@ def test_the_folder_changes_with_the_requirements(monkeypatch: pytest.MonkeyPatc
     assert environment.environment_dir() != before
 
 
-def test_a_failed_installation_says_where_and_leaves_nothing_that_looks_ready(
+def test_a_failed_installation_names_the_place_and_leaves_no_usable_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -170,7 +170,7 @@ def test_curves_of_nemo_aligner_are_read_under_our_names(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("package", ["stages", "plan", "report"])
-def test_nothing_of_nemo_aligner_is_known_above_the_interface(package: str) -> None:
+def test_nothing_above_the_interface_names_nemo_aligner(package: str) -> None:
     foreign = re.compile(r"""["'](trainer|model|exp_manager|pretrained_checkpoint)\.|val/loss|NeMo's format""")
     for file in (PACKAGE / package).rglob("*.py"):
         text = file.read_text()

@@ -60,7 +60,7 @@ def test_sections_of_one_article_are_one_document() -> None:
     ]
 
 
-def test_moments_of_one_video_become_one_story_without_repeats() -> None:
+def test_moments_of_one_video_become_one_text_without_repetitions() -> None:
     rows = (
         request("Surfing: He pays at once. Nobody", ["waits."], 0, ind=40)
         + request("Cutting hair: He then combs it with a brush. He", ["uses an electric clipper."], 0, ind=5)

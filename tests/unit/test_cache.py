@@ -192,7 +192,7 @@ def test_held_out_windows_have_shards_of_their_own_after_the_samples() -> None:
     assert known == [*range(70), *range(128, 194)]
 
 
-def test_only_entries_at_temperature_1_that_drop_nothing_tell_the_kl() -> None:
+def test_only_entries_at_temperature_1_that_drop_nothing_determine_the_kl() -> None:
     assert gives_kl(DRAWS, 1.0)
     assert gives_kl(TOP_K, 1.0)
     assert not gives_kl(DRAWS, 2.0)

@@ -152,7 +152,9 @@ def test_other_fields_are_named() -> None:
     assert read(pair, "pairs")[1] == ["id"], "the prompt is repeated in the answers"
 
 
-def test_the_stage_reports_how_many_rows_lost_which_fields(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_stage_reports_in_how_many_rows_each_field_was_unused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [{"prompt": f"Q{i}", "completion": "A", "id": i, **({"note": "x"} if i % 2 else {})} for i in range(20)]
     result, _, _ = prepare(tmp_path / "a", write(tmp_path / "x.jsonl", rows))
     assert result["sources"][0]["unused_fields"] == {"id": 20, "note": 10}

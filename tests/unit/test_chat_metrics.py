@@ -66,7 +66,7 @@ def test_an_attribute_model_is_compared_with_the_mean() -> None:
     assert found["helpfulness"]["pearson"] == pytest.approx(1.0)
 
 
-def test_annotation_rounds_clips_and_keeps_what_people_said() -> None:
+def test_annotation_rounds_clips_and_keeps_human_ratings() -> None:
     values = [9.0 if name == "verbosity" else 1.6 for name in ATTRIBUTES]
     stage = {"kind": "annotate", "attributes": ["verbosity", "helpfulness"]}
     row = {"attributes": {"helpfulness": 4.0}}

@@ -28,7 +28,7 @@ def _alone(model: torch.nn.Module, question: list[int], answer: list[int]) -> tu
 
 @pytest.mark.parametrize("case", FAMILY_CASES)
 @pytest.mark.parametrize("pack_tokens", [1, 12, 768])
-def test_every_family_scores_answers_together_as_alone(case: str, pack_tokens: int) -> None:
+def test_every_family_scores_answers_together_as_separately(case: str, pack_tokens: int) -> None:
     model = tiny_model(case)
     found = score_answers(model, PAIRS, pack_tokens=pack_tokens)
     for (likelihood, _), pair in zip(found, PAIRS, strict=True):

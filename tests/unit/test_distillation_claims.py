@@ -68,7 +68,7 @@ def test_a_claim_over_several_variants_holds_when_it_holds_over_each() -> None:
     assert part.verdict(_found(a=[3.0, 3.0], b=[3.1, 3.1], c=[2.9, 2.9]), claim) == part.NOT_HELD
 
 
-def test_tokens_to_a_loss_lie_on_the_line_between_two_points() -> None:
+def test_tokens_to_a_loss_are_interpolated_between_two_points() -> None:
     curve = [(0, 8.0), (100, 4.0), (300, 3.0)]
     assert part.tokens_to_reach(curve, 6.0) == pytest.approx(50)
     assert part.tokens_to_reach(curve, 3.5) == pytest.approx(200)

@@ -56,7 +56,7 @@ def test_what_the_base_images_bring_is_looked_at_before_the_first_and_after_the_
         assert max(others) < after
 
 
-def test_both_images_are_pinned_by_tag_and_run_as_nobody_special() -> None:
+def test_both_images_are_pinned_by_tag_and_run_as_an_ordinary_user() -> None:
     images = re.findall(r"^ARG \w+_IMAGE=(\S+)$", TEXT, re.MULTILINE)
     assert len(images) == 2
     assert all(re.fullmatch(r"nvcr\.io/nvidia/\w+:\d\d\.\d\d(-py3)?", image) for image in images)

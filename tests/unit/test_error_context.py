@@ -34,7 +34,7 @@ def test_a_context_adds_what_an_error_lacks() -> None:
     assert str(found.value) == "wrong\n  where: file"
 
 
-def test_a_context_leaves_errors_of_other_types_alone() -> None:
+def test_a_context_does_not_change_errors_of_other_types() -> None:
     with pytest.raises(DataError) as found, error_context(PlanError, where="stages.x"):
         raise DataError("wrong")
     assert str(found.value) == "wrong"

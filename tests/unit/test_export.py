@@ -59,7 +59,7 @@ def test_conversion_rounds_the_weights_and_nothing_else(tmp_path: Path) -> None:
     )
 
 
-def test_everything_that_belongs_to_the_model_comes_along(tmp_path: Path) -> None:
+def test_all_side_files_of_the_model_are_exported(tmp_path: Path) -> None:
     model_dir = tiny_model_dir(tmp_path, "llama_mha")
     config = json.loads((model_dir / "config.json").read_text())
     config.pop("head_dim", None)

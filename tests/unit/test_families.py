@@ -265,7 +265,7 @@ def test_no_scaling_has_many_spellings(keys: dict[str, Any]) -> None:
     assert read_shape({**LLAMA, **keys}) == read_shape(LLAMA)
 
 
-def test_the_rotary_part_of_a_head_may_stand_in_rope_parameters() -> None:
+def test_the_rotary_part_of_a_head_may_be_in_rope_parameters() -> None:
     inside = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}}
     written = explicit_config({**NEMOTRON, **inside})
     assert read_shape({**NEMOTRON, **inside}).rotary_fraction == 0.25
@@ -301,7 +301,7 @@ def test_keys_that_are_left_out_or_null_are_written_out(case: str) -> None:
     assert len(written.get("layer_types") or ["full_attention"] * 32) == 32
 
 
-def test_a_qwen_whose_layers_all_lie_below_the_window_slides_nowhere() -> None:
+def test_a_qwen_whose_layers_are_all_below_the_window_has_no_window() -> None:
     qwen = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 4096}
     assert explicit_config({**qwen, "max_window_layers": 32})["use_sliding_window"] is False
     with pytest.raises(CheckpointError, match="max_window_layers = 28"):

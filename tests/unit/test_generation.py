@@ -94,7 +94,7 @@ def test_generate_by_others_is_greedy_too(model_dir: Path) -> None:
     assert [token for token in made.tolist() if token != 0] == expected
 
 
-def test_a_chat_says_what_the_model_finds_likeliest(
+def test_a_chat_without_temperature_picks_the_most_likely_tokens(
     model_dir: Path, tmp_path: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -147,7 +147,7 @@ def test_models_without_any_end_token_answer_to_the_limit(model_dir: Path, tmp_p
     assert [size for _, size in greedy_answers(model, tokenizer, [[7], [8, 9]], 4, Progress(silent=True))] == [4, 4]
 
 
-def test_answers_of_a_batch_are_those_of_each_prompt_alone(model_dir: Path) -> None:
+def test_answers_of_a_batch_equal_those_of_single_prompts(model_dir: Path) -> None:
     model, tokenizer = load_for_inference(model_dir, "fp32", "cpu"), load_tokenizer(model_dir)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(5, 400, (3 + 7 * number % 31,), generator=generator).tolist() for number in range(20)]

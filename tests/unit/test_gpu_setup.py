@@ -77,7 +77,7 @@ def test_only_stages_on_gpus_get_it(
     assert ("CUDA_DEVICE_MAX_CONNECTIONS" in task.gpu_environment()) == is_set
 
 
-def test_fp32_products_are_not_tf32_even_where_an_image_says_so() -> None:
+def test_fp32_products_are_not_tf32_even_if_an_image_enables_it() -> None:
     """NVIDIA's images set this variable; torch reads it when it is imported."""
     code = (
         "import torch\n"

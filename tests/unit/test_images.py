@@ -30,7 +30,7 @@ def test_files_are_absolute_and_names_stay(runtime: str, image: str, name: str) 
     assert problem(runtime, image, Path("/here")) is None
 
 
-def test_a_file_that_is_there_is_one_whatever_its_name(tmp_path: Path) -> None:
+def test_an_existing_path_is_a_file_with_any_name(tmp_path: Path) -> None:
     (tmp_path / "core").write_text("")
     (tmp_path / "ubuntu").mkdir()
     assert absolute("pyxis", "core", tmp_path) == str(tmp_path / "core")

@@ -139,7 +139,7 @@ def test_named_chat_templates_reach_the_run(model_dir: Path, tmp_path: Path) -> 
     assert str(model_dir / "additional_chat_templates" / "tool_use.jinja") in adopted
 
 
-def test_import_converts_to_the_dtype_asked_for(model_dir: Path, tmp_path: Path) -> None:
+def test_import_converts_to_the_requested_dtype(model_dir: Path, tmp_path: Path) -> None:
     out, result = _import(tmp_path, model_dir, dtype="bfloat16")
     source, imported = Checkpoint.open(model_dir), Checkpoint.open(out)
     assert result["dtype"] == imported.dtype == imported.config["dtype"] == "bfloat16"
@@ -148,7 +148,7 @@ def test_import_converts_to_the_dtype_asked_for(model_dir: Path, tmp_path: Path)
     assert load_transformers(out, torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_the_stored_dtype_asked_for_by_name_changes_nothing(model_dir: Path, tmp_path: Path) -> None:
+def test_requesting_the_stored_dtype_changes_nothing(model_dir: Path, tmp_path: Path) -> None:
     out, _ = _import(tmp_path, model_dir, dtype="float32")
     assert (out / "model.safetensors").read_bytes() == (model_dir / "model.safetensors").read_bytes()
 
@@ -164,7 +164,7 @@ def test_a_stored_head_of_a_tied_model_is_dropped_on_conversion(model_dir: Path,
     assert result["num_params"] == num_params(Checkpoint.open(out).shape)
 
 
-def test_the_result_says_what_was_imported(model_dir: Path, tmp_path: Path) -> None:
+def test_the_result_describes_what_was_imported(model_dir: Path, tmp_path: Path) -> None:
     (model_dir / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# A model\n")
     _, result = _import(tmp_path, model_dir)
     shape = Checkpoint.open(model_dir).shape
@@ -176,7 +176,7 @@ def test_the_result_says_what_was_imported(model_dir: Path, tmp_path: Path) -> N
     assert result["shape"]["kv_channels"] == 8
 
 
-def test_the_licence_of_the_recipe_wins(model_dir: Path, tmp_path: Path) -> None:
+def test_the_license_of_the_recipe_takes_precedence(model_dir: Path, tmp_path: Path) -> None:
     (model_dir / "README.md").write_text("---\nlicense: other\n---\n")
     assert _import(tmp_path, model_dir, license="mit")[1]["license"] == "mit"
 
@@ -265,7 +265,7 @@ def test_sources_that_are_no_model_are_refused(make_source: Any, message: str, t
     assert caught.value.allowed or caught.value.next_step
 
 
-def test_an_asset_that_was_not_fetched_says_how_to_fetch_it(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_asset_tells_how_to_fetch_it(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match="minitron assets fetch smollm2"):
         _import(tmp_path, "asset:smollm2")
 
@@ -298,7 +298,7 @@ def _raising(error: Exception) -> Callable[..., str]:
     return download
 
 
-def test_no_pickles_and_no_second_copies_are_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_pickles_and_no_second_copies_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
@@ -351,7 +351,7 @@ def test_an_adopted_folder_stays_where_it_is(model_dir: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["/no/such/model", "hf:someone/model"])
-def test_adoption_of_what_is_no_folder_says_what_import_takes(name: str, tmp_path: Path) -> None:
+def test_adopting_something_other_than_a_folder_points_to_import(name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist") as caught:
         _adopt(tmp_path, name)
     assert "kind import" in (caught.value.next_step or "")

@@ -76,7 +76,7 @@ def test_transformers_loads_every_family_and_its_loss_is_that_of_guessing(case: 
 
 
 @pytest.mark.parametrize("case", FAMILY_CASES)
-def test_every_tensor_has_the_mean_and_spread_asked_for(case: str, tmp_path: Path) -> None:
+def test_every_tensor_has_the_requested_mean_and_spread(case: str, tmp_path: Path) -> None:
     folder, _ = _init(tmp_path / "out", tiny_model_dir(tmp_path / "like", case), init_std=0.05)
     checkpoint = Checkpoint.open(folder)
     norm = 0.0 if checkpoint.shape.norm == "layernorm1p" else 1.0
@@ -125,7 +125,7 @@ def test_the_new_tokenizer_spells_any_text_and_ends_documents(text: Path, tmp_pa
     assert len(tokenizer) <= config["vocab_size"] == result["shape"]["vocab_size"] == VOCABULARY
 
 
-def test_only_so_many_documents_are_learnt_from(tmp_path: Path) -> None:
+def test_at_most_max_documents_are_used(tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("\f".join(["abab " * 50, "abab " * 50, "xyxy " * 50]))
     folder, _ = _init(tmp_path / "two", architecture=LLAMA, tokenizer=_tokenizer(file, max_documents=2))
@@ -186,6 +186,6 @@ def test_a_model_has_one_origin(keys: dict[str, Any]) -> None:
         InitStage.model_validate({"kind": "init", **keys})
 
 
-def test_a_vocabulary_has_room_for_the_bytes() -> None:
+def test_a_vocabulary_is_large_enough_for_the_bytes() -> None:
     with pytest.raises(ValidationError, match="257"):
         InitStage.model_validate({"kind": "init", "architecture": LLAMA, "tokenizer": _tokenizer(Path("x"), 256)})

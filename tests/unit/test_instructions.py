@@ -40,7 +40,7 @@ def _write(path: Path, *rows: Any) -> Path:
 
 
 @pytest.mark.parametrize("rule", OBEYED)
-def test_a_rule_tells_answers_apart(rule: str) -> None:
+def test_a_rule_accepts_and_rejects_answers(rule: str) -> None:
     row = next(row for row in read_instructions(BUILT_IN["instructions"], 100) if row.rules == (rule,))
     assert follows(row, OBEYED[rule]) == {"strict": [True], "loose": [True]}
     assert follows(row, BROKEN[rule])["strict"] == [False]
@@ -105,7 +105,7 @@ def test_a_setting_out_of_range_is_named() -> None:
         follows(row, "x")
 
 
-def test_a_rule_that_needs_nltks_model_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rule_that_needs_nltks_model_reports_it(monkeypatch: pytest.MonkeyPatch) -> None:
     import nltk
 
     monkeypatch.setattr(nltk.data, "path", [])

@@ -95,7 +95,7 @@ def test_a_cluster_is_a_file_by_name_or_by_path(tmp_path: Path) -> None:
         load_plan(TOY, [f"cluster={own}"])
 
 
-def test_what_sinfo_says() -> None:
+def test_the_output_of_sinfo_is_parsed() -> None:
     found = partitions(
         "batch|up|4:00:00|gpu:a100:8(S:0-1)|30\nbatch|up|4:00:00|gpu:4|2\ndebug|down|infinite|(null)|1\n"
     )

@@ -145,7 +145,7 @@ def test_kendall_tau_by_hand() -> None:
     assert kendall_tau([1, 1], [1, 2]) is None
 
 
-def test_the_winner_comes_back_from_the_file_and_a_damaged_file_is_refused(tmp_path: Path) -> None:
+def test_the_winner_is_read_from_the_file_and_a_damaged_file_is_refused(tmp_path: Path) -> None:
     best = {"name": "c01", **SOURCE.sizes(), "num_params": 1, "losses": [1.0]}
     write_search({"candidates": [best]}, tmp_path)
     assert winner_of(tmp_path).ffn_hidden_size == 128

@@ -134,7 +134,7 @@ def test_named_layers_are_dropped_without_any_score() -> None:
     assert choose_keep({}, SOURCE, _params(drop_layers=[2], num_layers=3)).layers == (0, 1, 3)
 
 
-def test_what_is_not_asked_for_stays_whole_and_needs_no_score() -> None:
+def test_an_axis_without_a_target_stays_whole_and_needs_no_score() -> None:
     plan = choose_keep({}, SOURCE, _params(ffn_hidden_size=6))
     assert plan.layers == (0, 1, 2, 3)
     assert plan.shared["hidden"] == tuple(range(8))
@@ -205,7 +205,7 @@ def test_missing_scores_and_scores_of_another_model_are_refused() -> None:
 # --- the file -----------------------------------------------------------------------------------
 
 
-def test_ranges_are_compact_and_come_back() -> None:
+def test_ranges_are_compact_and_round_trip() -> None:
     for indices, text in (
         ((0, 1, 2, 5), "0-2,5"),
         ((3,), "3"),
@@ -224,7 +224,7 @@ def test_ranges_that_are_not_ascending_or_too_large_are_refused(text: str) -> No
         from_ranges(text, 8)
 
 
-def test_a_plan_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_a_plan_round_trips(tmp_path: Path) -> None:
     plan = _choose(hidden_size=4, ffn_hidden_size=2, num_attention_heads=2, num_layers=3)
     document = write_plan(plan, SOURCE, tmp_path)
     assert read_plan(tmp_path, SOURCE) == plan
@@ -234,7 +234,7 @@ def test_a_plan_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert document["target"]["kv_channels"] == SOURCE.kv_channels
 
 
-def test_all_stands_for_a_whole_axis(tmp_path: Path) -> None:
+def test_all_means_a_whole_axis(tmp_path: Path) -> None:
     plan = _choose(num_layers=3)
     write_plan(plan, SOURCE, tmp_path)
     _edit(tmp_path, lambda d: d["keep"].update(hidden="all", ffn="all", heads={str(i): "all" for i in plan.layers}))

@@ -148,7 +148,7 @@ def test_every_target_installs_first_and_only_once(tmp_path: Path, target: str) 
     assert "pip install" not in dry_run(target, f"VENV={venv}")
 
 
-def test_torch_comes_from_the_index_asked_for_and_nothing_else_does(tmp_path: Path) -> None:
+def test_only_torch_comes_from_the_requested_index(tmp_path: Path) -> None:
     lines = dry_run("install", f"VENV={tmp_path / 'venv'}", "TORCH_INDEX_URL=https://index/cpu").splitlines()
     assert ["torch-newest.txt" in line for line in lines if "--index-url https://index/cpu" in line] == [True]
 

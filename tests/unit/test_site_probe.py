@@ -57,7 +57,7 @@ def test_an_image_that_is_missing_or_misspelt_is_a_problem(fake: FakeSlurm, tmp_
         )
 
 
-def test_what_jobs_ask_for_is_compared_with_the_nodes(fake: FakeSlurm, tmp_path: Path) -> None:
+def test_requests_of_jobs_are_compared_with_the_nodes(fake: FakeSlurm, tmp_path: Path) -> None:
     found = _found(tmp_path, "cluster=slurm", "cluster.cpu.cpus_per_node=32", "cluster.cpu.mem_gib=100")
     assert "select on gpu: 32 cores of a node, it has 16" in found["problem"]
     assert "select on gpu: 100 GiB of a node, it has 62.5" in found["problem"]
@@ -76,7 +76,7 @@ def test_jobs_that_would_get_one_core_are_named(fake: FakeSlurm, tmp_path: Path)
     assert "select" in warning
 
 
-def test_launch_records_the_right_ids_behind_a_banner_and_says_what_it_leaves_out(
+def test_launch_records_the_right_ids_after_a_banner_and_reports_what_it_omits(
     fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = f"n=$(( $(cat {tmp_path}/n 2>/dev/null || echo 100) + 1 )); echo $n >{tmp_path}/n"
@@ -94,7 +94,7 @@ def test_launch_records_the_right_ids_behind_a_banner_and_says_what_it_leaves_ou
         submit.submit(make_plan(recipe), RunOptions(), told.append)
 
 
-def test_a_failed_submission_takes_back_what_only_the_queue_knows(fake: FakeSlurm, tmp_path: Path) -> None:
+def test_a_failed_submission_cancels_jobs_that_only_the_queue_lists(fake: FakeSlurm, tmp_path: Path) -> None:
     recipe = load_recipe(TOY, _keys(tmp_path, "cluster=slurm"))
     folder = run_dir(recipe).absolute() / "launch/001"
     fake.set(

@@ -144,7 +144,7 @@ def test_keeping_everything_gives_the_teachers_tensors(tmp_path: Path) -> None:
     assert all(torch.equal(student.read(p.hf), teacher.read(p.hf)) for p in parameters(shape))
 
 
-def test_a_slice_that_was_forgotten_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_slice_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_model_dir(tmp_path, "llama_mha")
     monkeypatch.setattr(slicing, "slice_parameter", lambda tensor, row, keep: tensor)
     with pytest.raises(

@@ -23,7 +23,7 @@ def _submit(known: tuple[str, ...] = ()) -> str:
     return slurm.submit(SUBMIT, lambda text: None, known)
 
 
-def test_an_id_alone_is_taken_as_it_stands_and_one_behind_a_banner_too(fake: FakeSlurm) -> None:
+def test_an_id_is_found_with_and_without_a_banner(fake: FakeSlurm) -> None:
     fake.set("sbatch", "echo '101;alps'")
     assert _submit() == "101;alps"
     assert fake.calls("squeue") == []
@@ -31,7 +31,7 @@ def test_an_id_alone_is_taken_as_it_stands_and_one_behind_a_banner_too(fake: Fak
     assert _submit() == "101;alps"
 
 
-def test_a_number_of_the_banner_is_no_id_where_the_queue_knows_better(fake: FakeSlurm) -> None:
+def test_a_number_in_a_banner_is_no_id_if_the_queue_has_another(fake: FakeSlurm) -> None:
     fake.set("sbatch", "echo 2; echo 'Ihr Auftrag 101 wurde angenommen'")
     fake.set("squeue", f"echo '101|{SCRIPT}'; echo '2|/of/another/run.sh'")
     assert _submit() == "101"
@@ -44,7 +44,7 @@ def test_the_queue_decides_between_lines_that_look_like_ids(fake: FakeSlurm) -> 
     assert _submit() == "101"
 
 
-def test_a_job_whose_id_nobody_said_is_found_by_its_script_and_taken_back(fake: FakeSlurm) -> None:
+def test_a_job_whose_id_was_not_printed_is_found_by_its_script_and_canceled(fake: FakeSlurm) -> None:
     fake.set("sbatch", "echo 'Ihr Auftrag wurde angenommen'")
     fake.set("squeue", f"echo '--- welcome ---'; echo '99|{SCRIPT}'; echo '101|{SCRIPT}'; echo '7|/other.sh'")
     fake.set("scancel", "exit 0")
@@ -61,7 +61,7 @@ def test_a_job_whose_answer_was_lost_is_not_submitted_a_second_time(fake: FakeSl
     assert len(fake.calls("sbatch")) == 1
 
 
-def test_a_refusal_is_told_in_slurms_words(fake: FakeSlurm) -> None:
+def test_a_refusal_is_reported_in_slurms_words(fake: FakeSlurm) -> None:
     fake.set("sbatch", 'echo "sbatch: error: invalid partition specified: gpu" >&2; exit 1')
     with pytest.raises(EnvironmentProblem, match="invalid partition specified: gpu"):
         _submit()
@@ -82,7 +82,7 @@ def test_a_failure_of_squeue_is_never_taken_for_a_job_that_is_gone(
         slurm.active(["5", "6"], patience_s=0.1)
 
 
-def test_a_forgotten_job_is_what_slurm_says_is_none(fake: FakeSlurm) -> None:
+def test_a_job_is_forgotten_only_if_slurm_reports_an_invalid_id(fake: FakeSlurm) -> None:
     fake.set("squeue", NO_SUCH_JOB)
     assert slurm.states(["5"])["5"][0].state == "FORGOTTEN"
     assert slurm.active(["5"]) == []
@@ -98,7 +98,7 @@ def test_accounts_answer_while_the_controller_is_away(fake: FakeSlurm) -> None:
     assert slurm.active(["5"]) == ["5"]
 
 
-def test_a_jobs_cluster_is_asked_and_kept(fake: FakeSlurm) -> None:
+def test_the_cluster_of_a_job_is_queried_and_kept(fake: FakeSlurm) -> None:
     fake.set("squeue", "echo 'CLUSTER: alps'; echo '5_1|RUNNING|None|1:00|2:00|n1|0|'")
     fake.set("scancel", "exit 0")
     assert slurm.active(["5;alps"]) == ["5_1;alps"]
@@ -115,7 +115,7 @@ def test_cancelling_what_has_ended_is_no_error(fake: FakeSlurm) -> None:
         slurm.cancel(["5"])
 
 
-def test_programs_of_slurm_speak_english_and_know_no_outer_job(
+def test_programs_of_slurm_run_in_english_without_an_outer_job(
     fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outer = {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_CPU": "4000", "SBATCH_EXPORT": "NONE", "SRUN_CPUS_PER_TASK": "2"}

@@ -86,7 +86,7 @@ def script(tmp_path: Path) -> Script:
     return Script(tmp_path)
 
 
-def test_a_stage_that_publishes_has_finished_whatever_its_exit_code(script: Script) -> None:
+def test_a_stage_that_publishes_has_finished_with_any_exit_code(script: Script) -> None:
     assert script.result(f"{FINISH}; exit 1") == (0, "finished")
     assert script.result(FAIL) == (0, "has already finished")
     assert len(script.calls("srun")) == 1
@@ -130,7 +130,7 @@ def test_only_what_is_saved_in_this_job_counts(script: Script) -> None:
     assert script.result(KILLED)[1] == "ended and has saved nothing new in this job: not retried"
 
 
-def test_a_task_of_an_array_requeues_itself_alone(script: Script) -> None:
+def test_a_task_of_an_array_requeues_only_itself(script: Script) -> None:
     script.environment = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "0"}
     script.result(f"{SAVE}; {KILLED}")
     assert script.calls("scontrol") == ["requeue 5_0"]

@@ -45,7 +45,7 @@ def test_status_shows_progress_time_left_and_jobs(tmp_path: Path) -> None:
     assert stages["score"]["job"] is None
 
 
-def test_the_page_is_whole_and_escapes_what_logs_say(tmp_path: Path, minitron: Cli) -> None:
+def test_the_page_is_complete_and_escapes_logs(tmp_path: Path, minitron: Cli) -> None:
     _running(tmp_path)
     page = tmp_path / "status.html"
     code, output = minitron("status", TOY, f"execution.run_root={tmp_path}", "--html", page)

@@ -91,7 +91,7 @@ def test_a_run_that_fails_leaves_no_figures(suite: ModuleType, tmp_path: Path) -
     assert suite.read_figures(file) == {}
 
 
-def test_a_stop_in_a_run_says_how_to_continue(suite: ModuleType, tmp_path: Path) -> None:
+def test_a_stopped_suite_prints_how_to_continue(suite: ModuleType, tmp_path: Path) -> None:
     def stop(_: Any) -> dict[str, Any]:
         raise KeyboardInterrupt("SIGTERM")
 

@@ -142,7 +142,7 @@ def test_damaged_offline_data_is_named(model_dir: Path, data_dir: Path, tmp_path
         _run(model_dir, tmp_path, tmp_path / "work", "piqa")
 
 
-def test_without_lm_eval_the_way_out_is_told(
+def test_without_lm_eval_the_error_names_the_solution(
     model_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)

@@ -169,7 +169,7 @@ def test_there_is_no_verdict_before_all_runs_are_there(claims: ModuleType) -> No
     assert all(line[-1] == "not run" for line in _verdicts(claims, rows))
 
 
-def test_an_interrupted_stage_leaves_no_verdict_on_time(claims: ModuleType) -> None:
+def test_an_interrupted_stage_gives_no_verdict_on_time(claims: ModuleType) -> None:
     rows = _rows()
     rows[0]["resumed"] = ["prune"]
     tokens, _, wall = _verdicts(claims, rows)

@@ -109,7 +109,7 @@ def test_data_parallel_ranks_share_out_the_samples_of_a_step() -> None:
     assert seen(1, 8) == seen(1, 2) == seen(2, 4) == seen(4, 1) == list(range(8, 16))
 
 
-def test_too_little_text_for_one_sample_is_said(two_sources: Path, tmp_path: Path) -> None:
+def test_too_little_text_for_one_sample_is_reported(two_sources: Path, tmp_path: Path) -> None:
     facts = json.loads((two_sources / "data.json").read_text())
     for source in facts["train"]:
         source["num_tokens"] = 3

@@ -1,4 +1,4 @@
-"""The `docker run` command of one stage. Pure."""
+"""The `docker run` command of one stage. Pure functions."""
 
 from __future__ import annotations
 

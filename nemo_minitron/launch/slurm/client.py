@@ -95,7 +95,7 @@ def submit(words: Sequence[str], log: Log, known: Collection[str] = _NONE) -> st
         known: ids of other jobs of the same script.
 
     Raises:
-        EnvironmentProblem: sbatch refuses, or prints no id; a job that it has made all the same is canceled.
+        EnvironmentProblem: sbatch refuses, or prints no id; a job that it has created nevertheless is canceled.
     """
     until = time.monotonic() + PATIENCE_S
     script = words[-1]

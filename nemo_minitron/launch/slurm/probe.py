@@ -1,4 +1,4 @@
-"""What can be seen of a Slurm cluster before a job is queued. Changes nothing."""
+"""Inspection of a Slurm cluster before a job is queued. Changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trainings through an alignment backend, as the stages that publish their results need them."""
+"""Training through an alignment backend, and publishing the result as a stage's output."""
 
 from __future__ import annotations
 

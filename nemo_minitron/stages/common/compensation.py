@@ -1,4 +1,4 @@
-"""Repair of a pruned model, as the stages that do it share it."""
+"""Repair of a pruned model, shared by the stages that do it."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _facts(repair: Repair) -> dict[str, Any]:
 
 
 def _recovered(facts: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the mean share of the held-out error that is gone, by site."""
+    """Return the mean share of the held-out error that the repair removes, by site."""
     sites = dict.fromkeys(site for layer in facts for site in layer)
     return {site: fmean(layer[site]["recovered"] for layer in facts if site in layer) for site in sites}
 
@@ -122,7 +122,7 @@ def _write(models: Models, saved: LayerFiles, out_dir: Path) -> None:
     """Write the student's checkpoint with the repaired weights in place of the sliced ones, in the same data types."""
     from nemo_minitron.families import parameters, tensor_shape
     from nemo_minitron.hf.checkpoint import copy_side_files
-    from nemo_minitron.hf.stream_writer import Planned, StreamWriter
+    from nemo_minitron.hf.checkpoint_writer import CheckpointWriter, Planned
 
     student = models.student
     repaired = saved.names()
@@ -130,7 +130,7 @@ def _write(models: Models, saved: LayerFiles, out_dir: Path) -> None:
         Planned(parameter.hf, tensor_shape(student.shape, parameter.row), student.tensors[parameter.hf].dtype)
         for parameter in parameters(student.shape)
     ]
-    writer = StreamWriter(out_dir, student.config, planned)
+    writer = CheckpointWriter(out_dir, student.config, planned)
     for item in planned:
         layer = repaired.get(item.name)
         writer.add(item.name, student.read(item.name) if layer is None else saved.read(layer, item.name))

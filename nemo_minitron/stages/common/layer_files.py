@@ -1,4 +1,4 @@
-"""Tensors of finished layers in the work folder, so that a killed stage goes on from the last one."""
+"""Tensors of finished layers in the work folder, so that a killed stage continues after the last one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class LayerFiles(Mapping[int, "dict[str, Tensor]"]):
-    """Layer -> its tensors by name, which are read when they are asked for: one layer is in memory at a time."""
+    """Layer -> its tensors by name, which are read on request: one layer is in memory at a time."""
 
     folder: Path
 
     def save(self, layer: int, tensors: Mapping[str, Tensor], facts: str = "") -> None:
-        """Write a layer so that its file is either whole or not there.
+        """Write a layer atomically: its file is either complete or missing.
 
         Args:
             facts: text that `facts` returns.

@@ -1,4 +1,4 @@
-"""Megatron trainings as stages run them: distillation, and the facts that every training reports."""
+"""Megatron trainings in stages: distillation, and the facts that every training reports."""
 
 from __future__ import annotations
 

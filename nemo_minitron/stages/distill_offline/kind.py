@@ -44,7 +44,7 @@ def _teacher(
 
 
 def _load(name: str, params: DistillOfflineStage, layout: Parallel, view: RecipeView) -> Load | None:
-    """Of the training; the pass of the teacher before it is left out."""
+    """Return the load of the training, without the teacher's pass before it."""
     shape = view.shape(params.inputs.model)
     if shape is None or params.num_steps is None:
         return None

@@ -16,7 +16,7 @@ from nemo_minitron.stages.kind import Result
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stage reads."""
+    """Inputs of the stage, by role."""
 
     model: Model
     teacher: Model
@@ -28,7 +28,7 @@ def distill_offline(params: DistillOfflineStage, inputs: Inputs, ctx: StageConte
 
     Raises:
         DataError: rows that cannot be used, or two tokenizers.
-        As the stage `sft`.
+        Others as in the stage `sft`.
     """
     rows = write_rows(params, inputs.model, inputs.chats, ctx, "sft")
     models = {"model": inputs.model, "teacher": inputs.teacher}

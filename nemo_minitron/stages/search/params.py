@@ -72,7 +72,7 @@ class CandidateInputs(Schema):
     heldout: StageName | None = None
     """Stage that provides the held-out text of `compensation`. null: the held-out part of the data."""
     rivals: tuple[StageName, ...] = ()
-    """Candidates of the rung before."""
+    """Candidates of the previous rung."""
 
 
 class CandidateStage(StageParams):
@@ -85,7 +85,7 @@ class CandidateStage(StageParams):
     name: str | None = None
     """Name of the grid point, in the first rung."""
     place: PositiveInt | None = None
-    """Place in the ranking of the rung before that goes on here, in later rungs."""
+    """Rank in the previous rung of the candidate that continues here, in later rungs."""
     target: Target = Target()
     """Sizes of the candidate, in the first rung."""
     num_steps: PositiveInt

@@ -37,12 +37,12 @@ from nemo_minitron.pruning.slicing import merge_parameter
 from nemo_minitron.schema.pruning import Compensation
 
 Weights = dict[str, Tensor]
-"""Hugging Face name -> tensor, of one layer of the student."""
+"""Weights of one layer of the student: Hugging Face name -> tensor."""
 
 
 @dataclass(frozen=True)
 class Models:
-    """The two models, and how one was cut out of the other."""
+    """The teacher, the student, and the plan by which the student was cut out of it."""
 
     teacher: Checkpoint
     student: Checkpoint
@@ -83,18 +83,18 @@ class _Problem:
 
     site: Site
     kept_hidden: Tensor | None
-    """Kept channels of the stream; None: all."""
+    """Channels of the stream that the student keeps; None: all."""
     kept_inputs: Tensor | None
-    """Kept inputs of the site; None: all."""
+    """Inputs of the site that the student keeps; None: all."""
     teacher_weight: Tensor
     """The teacher's weight with the rows that stay [O, I]."""
     sliced_weight: Tensor
     """The student's weight [O, K]."""
     target: str
-    """As `Compensation.target`; always `layer` in a one-shot repair."""
+    """Same as `Compensation.target`; always `layer` in a one-shot repair."""
 
     def residual(self, teacher: Activations, student: Activations, teacher_after: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (what the sliced layer lacks [S, B, M], its input [S, B, K]).
+        """Return (the residual of the sliced layer [S, B, M], its input [S, B, K]).
 
         For a site that reads the stream, the residual is in front of the teacher's weight.
 
@@ -129,7 +129,7 @@ class LayerRepair:
         return {parameter.hf: self.models.student.read(parameter.hf) for some in sites for parameter in some}
 
     def repair(self, number: int, streams: list[Stream]) -> tuple[Weights, dict[str, Repair]]:
-        """Return the repaired weights of one layer, and what became of each site."""
+        """Return the repaired weights of one layer, and the repair of each site."""
         weights, found = self.sliced(number), dict[str, Repair]()
         if self.models.dropped_after(number):
             self._run_teacher(number, streams)
@@ -158,14 +158,14 @@ class LayerRepair:
                 stream.student = self.student.forward(stream.student).cpu()
 
     def skip_dropped_before_first(self, streams: list[Stream]) -> None:
-        """Move the teacher's streams over dropped layers in front of the student's first one."""
+        """Move the teacher's streams over the dropped layers before the student's first one."""
         for layer in range(self.models.plan.layers[0]):
             self._load_teacher(layer)
             for stream in streams:
                 stream.teacher = self.teacher.forward(stream.teacher).cpu()
 
     def _run_teacher(self, number: int, streams: list[Stream]) -> None:
-        """Compute the teacher's streams behind a layer of the student and the dropped layers that follow it."""
+        """Compute the teacher's streams after a layer of the student and the dropped layers that follow it."""
         after = [stream.teacher for stream in streams]
         for layer in (self.models.plan.layers[number], *self.models.dropped_after(number)):
             self._load_teacher(layer)
@@ -181,7 +181,7 @@ class LayerRepair:
         self.student.load(number, lambda p: weights[p.hf] if p.hf in weights else read(p.hf))
 
     def _wants(self, site: Site, number: int) -> bool:
-        """Whether the site is to be repaired, and what it gets differs from what its teacher gets."""
+        """Return whether the recipe repairs the site and its input differs from the teacher's."""
         if site.name not in self.params.sites:
             return False
         if self.params.mode == "sequential":
@@ -263,7 +263,7 @@ class LayerRepair:
     def _best(
         self, calibration: Moments, heldout: Moments, left: Tensor | None, sliced: Tensor
     ) -> tuple[Repair, Tensor]:
-        """Return the best repair and the repaired weight, fp64; those of the first process count for all."""
+        """Return the best repair and the repaired weight, fp64; all processes use those of the first."""
         repair = best_repair(calibration.objective(left), heldout.objective(left), self.params.dampings)
         repaired = sliced.double() if repair.update is None else sliced.double() + repair.update
         if self.session.world_size > 1:
@@ -272,12 +272,12 @@ class LayerRepair:
 
     @property
     def repairs_head(self) -> bool:
-        """Whether the model has a head of its own whose inputs were cut."""
+        """Return whether the model has an untied head whose inputs were cut."""
         cut = self.models.source.hidden_size > self.models.target.hidden_size
         return "head" in self.params.sites and cut and not self.models.target.tied_embeddings
 
     def repair_head(self, streams: list[Stream]) -> tuple[Weights, dict[str, Repair]]:
-        """Return the repaired output head, for streams behind the last layer, and what became of it."""
+        """Return the repaired output head, for streams after the last layer, and its repair."""
         models, device = self.models, self.session.device
         kept = kept_positions(models.plan, models.source, None)["hidden"]
         sizes = (models.source.hidden_size, models.target.hidden_size, device)
@@ -296,7 +296,7 @@ class LayerRepair:
 
 
 def _minus_embedded(full: Tensor, kept_part: Tensor, kept: Tensor | None) -> Tensor:
-    """Return `full` minus the kept part, whose channels are put where they are in the full width."""
+    """Return `full` minus the kept part, with each kept channel at its place in the full width."""
     if kept is None:
         return full - kept_part
     return full.index_add(-1, kept.to(full.device), kept_part, alpha=-1)
@@ -313,7 +313,7 @@ def _wide(tensor: Tensor) -> Tensor:
 def repaired_layers(
     repair: LayerRepair, streams: list[Stream], done: Mapping[int, Weights]
 ) -> Iterator[tuple[int, Weights, dict[str, Repair] | None]]:
-    """Yield (layer of the student, its repaired weights, what became of each site), in order; then the head, if any.
+    """Yield (layer of the student, its repaired weights, the repair of each site), in order; then the head, if any.
 
     Args:
         done: repaired weights of layers that an interrupted run has already made; None is yielded as their repairs.

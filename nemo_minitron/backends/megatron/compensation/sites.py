@@ -20,7 +20,7 @@ class Site:
     name: LayerSite
     block: Block
     reads_stream: bool
-    """Whether they read the normalized residual stream; otherwise they write to the stream."""
+    """Whether the layers read the normalized residual stream; otherwise they write to the stream."""
 
     def has(self, row: Row) -> bool:
         """Whether a row of the axis table is one of their weight matrices."""
@@ -48,18 +48,15 @@ def input_label(site: Site, shape: ModelShape) -> str:
 
 
 def counted_positions(site: Site, counted: Tensor) -> Tensor:
-    """Return the positions [S, B] that count for a site, of those that count at all.
-
-    Readers of the stream leave out the first.
-    """
+    """Return the positions [S, B] on which a site is fitted: `counted`, without the first for readers of the stream."""
     return without_first(counted) if site.reads_stream else counted
 
 
 def without_first(counted: Tensor) -> Tensor:
-    """Return the positions [S, B] that count but for the first of each sequence.
+    """Return the positions [S, B] without the first of each sequence.
 
-    It often has activations that are hundreds of times larger than all others ("massive activations", 2402.17762), and
-    norms turn them into one direction; weights that read the normalized stream would be fitted to it.
+    The first position often has activations that are hundreds of times larger than all others ("massive activations",
+    2402.17762), and norms turn them into one direction; weights that read the normalized stream would be fitted to it.
     """
     kept = counted.clone()
     kept[0] = False

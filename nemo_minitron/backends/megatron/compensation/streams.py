@@ -20,12 +20,12 @@ class Stream:
     """One micro-batch and its residual streams in front of the current layer, on the CPU."""
 
     counted: Tensor
-    """True for the positions that count, [S, B]."""
+    """True for the positions that are used, [S, B]."""
     is_heldout: bool
     teacher: Tensor
-    """[S, B, D] of the teacher."""
+    """Stream of the teacher [S, B, D]."""
     student: Tensor
-    """[S, B, D'] of the student; only a sequential repair advances it."""
+    """Stream of the student [S, B, D']; only a sequential repair advances it."""
     teacher_after: Tensor | None = None
     """The teacher's stream in front of the student's next layer, once it has been computed."""
 
@@ -37,7 +37,7 @@ class MicroBatch:
     tokens: Tensor
     """Token ids [B, S]."""
     counted: Tensor
-    """True for the positions that count, [B, S]."""
+    """True for the positions that are used, [B, S]."""
     is_heldout: bool
 
 
@@ -53,7 +53,7 @@ def calibration_batches(
 
 
 def heldout_batches(data_dir: Path, session: Session, *, num_tokens: int, seq_len_tokens: int) -> list[MicroBatch]:
-    """Return this process's share of the first held-out documents; padding does not count."""
+    """Return this process's share of the first held-out documents; padding is masked."""
     rows, _ = heldout_rows(data_dir, num_tokens=num_tokens, seq_len_tokens=seq_len_tokens, whole_documents=False)
     return _share([(row["tokens"], row["loss_mask"] > 0) for row in rows], session, is_heldout=True)
 

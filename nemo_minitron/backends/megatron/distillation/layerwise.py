@@ -135,7 +135,7 @@ class LayerwiseTraining:
             given = next(streams)
             with nullcontext() if number == count - 1 else trainable.ddp.no_sync():
                 self._run(trainable.ddp, batch, given, batch["token_weights"], values[number], scale)
-            del given  # Before the teacher makes the next ones.
+            del given  # Finish these before the teacher computes the next ones.
         with without_shared_embeddings(trainable.model):
             trainable.model.config.finalize_model_grads_func([trainable.ddp])
         dist.all_reduce(values, group=parallel_state.get_model_parallel_group())

@@ -51,7 +51,7 @@ Check the teacher first: if its loss is not finite, the student's is not either.
 
 @dataclass(frozen=True)
 class Objective:
-    """What a model is trained to do."""
+    """The training objective: how losses, gradients and validations are computed."""
 
     parts: tuple[str, ...]
     """Curve columns that the loss fills, including `train_loss`."""
@@ -110,7 +110,7 @@ class Job:
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """Where and how a loop runs. Nothing here changes what is learned."""
+    """Where and how a loop runs. No field changes the result."""
 
     execution: Execution = field(default_factory=Execution)
     recipe_name: str = "training"

@@ -1,0 +1,59 @@
+"""A run of an older version is still read: the toy recipe as of 2026-11-22 (commit c387913), in tests/data/older_run.
+
+Weights, samples and tokenizers are left out, because `status` and `report` compare only their sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO, TOY, Cli
+
+FROZEN = REPO / "tests/data/older_run"
+
+
+@pytest.fixture
+def run_root(tmp_path: Path) -> Path:
+    """The run, with files of zeros for those that are left out."""
+    run = tmp_path / "toy/width"
+    shutil.copytree(FROZEN, run)
+    for manifest in run.glob("*/manifest.json"):
+        for name, facts in json.loads(manifest.read_text())["files"].items():
+            file = manifest.parent / name
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.touch()
+                os.truncate(file, facts["bytes"])
+    return tmp_path
+
+
+def test_status_reads_an_older_run_and_finds_nothing_changed(run_root: Path, minitron: Cli) -> None:
+    """A stage reads as `changed` here after the `version` of its kind was raised: then freeze another run."""
+    code, output = minitron("status", TOY, f"execution.run_root={run_root}", "--json")
+    assert code == 0, output
+    stages = json.loads(output)["stages"]
+    assert {name: stage["status"] for name, stage in stages.items()} == dict.fromkeys(stages, "finished")
+    assert stages["evaluate_distilled"]["summary"].startswith("num_params 147,448, bits_per_byte 2.09")
+
+
+def test_report_reads_an_older_run(run_root: Path, minitron: Cli) -> None:
+    code, output = minitron("report", TOY, f"execution.run_root={run_root}")
+    assert code == 0, output
+    report = json.loads((run_root / "toy/width/report.json").read_text())
+    found = {label: round(model["bits_per_byte"], 3) for label, model in report["models"].items()}
+    assert found == {"teacher": 1.919, "distilled": 2.09, "pruned": 2.871, "random": 3.413}
+    text = (run_root / "toy/width/report.md").read_text()
+    for heading in ("Before and after", "Distillation", "What was cut", "Cost", "Training text", "Lineage"):
+        assert f"## {heading}\n" in text
+
+
+def test_an_older_run_whose_recipe_has_changed_is_refused_with_the_changed_key(run_root: Path, minitron: Cli) -> None:
+    code, output = minitron("run", TOY, f"execution.run_root={run_root}", "stages.distill.lr=1e-3")
+    assert code == 2
+    assert "lr" in output
+    assert "Traceback" not in output
