@@ -1,4 +1,4 @@
-"""Shared by all tests: quiet libraries, and the toy run that several files look at."""
+"""Shared by all tests: quiet libraries, and the toy run that several files read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if not has_nvidia_driver():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell's background jobs ignore Ctrl-C, and so would all that tests start and interrupt.
+    # Background jobs of a shell ignore Ctrl-C, and so would all processes that tests start and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parents[1]
@@ -48,7 +48,7 @@ def minitron(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """run_root of one finished toy run; read only."""
+    """Return the run_root of one finished toy run, which is read only."""
     from nemo_minitron import api
 
     root = tmp_path_factory.mktemp("toy")

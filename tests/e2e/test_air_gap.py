@@ -1,4 +1,4 @@
-"""A whole bundle, wheels and all, used where there is no network: a namespace with nothing but its loopback."""
+"""A whole bundle with wheels, used without a network: in a namespace that has only its loopback interface."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONNECT = "import socket; socket.create_connection(('192.0.2.1', 443), 5)"
 
 
 def sealed(folder: Path, *words: str, home: Path) -> subprocess.CompletedProcess[str]:
-    """A command without a network, and with no cache or setting of this user."""
+    """Run a command without a network, and without caches or settings of this user."""
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(home), "PYTHON": sys.executable}
     return subprocess.run(
         [*SEALED, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=1800

@@ -1,4 +1,4 @@
-"""Every `minitron` command of README and docs: its words are those of the command line, and what can run here runs.
+"""Every `minitron` command of README and docs is valid, and those that can run here are run.
 
 Commands are parsed by the command line's own parser, so that a renamed option fails here. Recipes and overrides are
 planned. Nothing needs a network, a GPU, Slurm or containers.
@@ -31,7 +31,7 @@ Words = tuple[str, ...]
 
 
 def _split(line: str) -> list[list[str]]:
-    """The simple commands of a line: without comments, prompts and redirections."""
+    """Return the simple commands of a line, without comments, prompts and redirections."""
     lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars="();<>|&")
     lexer.whitespace_split = True
     commands: list[list[str]] = [[]]
@@ -68,7 +68,7 @@ def _cli() -> Any:
 
 
 def _command(words: Words) -> tuple[click.Command, Words, tuple[str, ...]]:
-    """The command that the words name, its arguments, and its own name of one word or two."""
+    """Return the command that the words name, its arguments, and its name of one or two words."""
     command: Any = _cli()
     names: tuple[str, ...] = ()
     while words and hasattr(command, "commands"):
@@ -85,7 +85,7 @@ def _parsed(words: Words) -> tuple[tuple[str, ...], dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which a reader types the commands, with the two files that the tutorial makes."""
+    """Return the folder in which a reader types the commands, with the two files that the tutorial makes."""
     folder = tmp_path_factory.mktemp("reader")
     for name in ("recipes", "configs"):
         shutil.copytree(REPO / name, folder / name)
@@ -95,7 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _planned() -> list[Words]:
-    """Recipe and overrides of every command that names a recipe, once each."""
+    """Return the recipe and overrides of every command that names a recipe, each once."""
     found = set()
     for words in COMMANDS:
         _, params = _parsed(words)

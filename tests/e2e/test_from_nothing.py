@@ -1,4 +1,4 @@
-"""The claims suite's teacher in small: tokenizer, random weights and training, from text alone."""
+"""A small version of the claims suite's teacher: tokenizer, random weights and training, from text only."""
 
 from __future__ import annotations
 
@@ -48,5 +48,5 @@ def test_a_model_learns_the_words_of_a_text_from_nothing(minitron: Cli, tmp_path
     after = json.loads((run / "teacher/manifest.json").read_text())["result"]
     assert after["num_params"] == before["num_params"]
     assert after["initial_valid_loss"] > math.log(VOCABULARY) - 0.1
-    # The 16 words are drawn evenly: learnt, a token (a word, as the tokenizer sees it) costs ln(16).
+    # The 16 words are drawn uniformly, so a trained model has a loss of ln(16) for each token, which is a word.
     assert after["final_valid_loss"] < math.log(16) + 0.3

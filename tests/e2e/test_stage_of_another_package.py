@@ -1,4 +1,4 @@
-"""An installed package adds a kind of stage by an entry point, and nothing of nemo-minitron is edited for it."""
+"""An installed package adds a kind of stage by an entry point, without any edit of nemo-minitron."""
 
 from __future__ import annotations
 
@@ -45,23 +45,23 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_a_stage_of_another_package_is_checked_planned_run_resumed_and_reported(tmp_path: Path, recipe: Path) -> None:
-    code, said = _minitron(tmp_path, "check", "letters.yaml", "stages.letters.letter='7'")
+    code, output = _minitron(tmp_path, "check", "letters.yaml", "stages.letters.letter='7'")
     assert code == 2
-    assert "stages.letters.letter = 7: is a digit. Allowed: a letter." in said
-    code, said = _minitron(tmp_path, "check", "letters.yaml", "stages.letters.lettre=b")
+    assert "stages.letters.letter = 7: is a digit. Allowed: a letter." in output
+    code, output = _minitron(tmp_path, "check", "letters.yaml", "stages.letters.lettre=b")
     assert code == 2
-    assert "stages.letters.lettre: unknown key. Did you mean letter?" in said
+    assert "stages.letters.lettre: unknown key. Did you mean letter?" in output
 
-    code, said = _minitron(tmp_path, "plan", "letters.yaml", "--json")
-    assert code == 0, said
-    (planned,) = [stage for stage in json.loads(said)["stages"] if stage["name"] == "letters"]
+    code, output = _minitron(tmp_path, "plan", "letters.yaml", "--json")
+    assert code == 0, output
+    (planned,) = [stage for stage in json.loads(output)["stages"] if stage["name"] == "letters"]
     assert (planned["kind"], planned["processes"], planned["inputs"]) == ("count_letters", 2, {"model": "teacher"})
 
-    code, said = _minitron(tmp_path, "run", "letters.yaml")
+    code, output = _minitron(tmp_path, "run", "letters.yaml")
     assert code == 2
-    assert "The first attempt always fails." in said
-    code, said = _minitron(tmp_path, "run", "letters.yaml")
-    assert code == 0, said
+    assert "The first attempt always fails." in output
+    code, output = _minitron(tmp_path, "run", "letters.yaml")
+    assert code == 0, output
 
     run = tmp_path / "runs" / "letters"
     manifest = json.loads((run / "letters/manifest.json").read_text())

@@ -39,12 +39,12 @@ def test_an_error_in_a_worker_reaches_the_user_as_it_was_written(minitron: Cli, 
 
 
 def _on_a_terminal(*command: str) -> str:
-    """What it shows there."""
+    """Return what the command prints on a terminal."""
     screen, terminal = os.openpty()
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=terminal) as process:
         os.close(terminal)
         shown = b""
-        # Linux ends a terminal that nobody holds with an error.
+        # Linux reports an error when the last process has closed the terminal.
         with suppress(OSError), os.fdopen(screen, "rb", buffering=0) as opened:
             while more := opened.read(4096):
                 shown += more
@@ -53,7 +53,7 @@ def _on_a_terminal(*command: str) -> str:
 
 
 def test_a_terminal_shows_nothing_of_what_libraries_log(tmp_path: Path) -> None:
-    """Megatron-Core 0.19 calls its models deprecated, and says so at each start."""
+    """Megatron-Core 0.19 logs at each start that its models are deprecated."""
     run = ["run", str(TOY), f"execution.run_root={tmp_path}", *TP2, "--until", "check_teacher"]
     shown = _on_a_terminal(sys.executable, "-m", "nemo_minitron", *run)
     assert "check_teacher" in shown

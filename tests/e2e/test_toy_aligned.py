@@ -1,4 +1,4 @@
-"""The toy model through NeMo-Aligner: rows, SFT, RPO, figures, export, report; and what stops it."""
+"""The toy model through NeMo-Aligner: rows, SFT, RPO, metrics, export, report, and errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RECIPE = REPO / "recipes/toy/aligned.yaml"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run."""
+    """Return the folder of a finished run."""
     return finished(RECIPE, tmp_path_factory.mktemp("aligned"))
 
 

@@ -1,4 +1,4 @@
-"""The recipe with a cached teacher: killed while it asks the teacher, then through to the report."""
+"""The recipe with a cached teacher, killed while it caches the teacher, and resumed to the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHARDS = 6
 
 
 def _kill_while_it_writes(root: Path, *overrides: str) -> dict[str, tuple[int, int]]:
-    """Finished shards of the work folder -> (inode, time of the last write)."""
+    """Return finished shard of the work folder -> (inode, time of the last write)."""
     command = [sys.executable, "-m", "nemo_minitron", "run", str(RECIPE), f"execution.run_root={root}", *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -58,7 +58,7 @@ def test_a_student_is_distilled_without_the_teacher_in_memory(minitron: Cli, tmp
 
 
 def test_a_recipe_changed_over_a_finished_cache_is_stopped(minitron: Cli, tmp_path: Path) -> None:
-    """Both stages agree, the finished cache does not: what the plan cannot see."""
+    """Both stages agree, but the finished cache differs, which the plan cannot detect."""
     root = f"execution.run_root={tmp_path}"
     assert minitron("run", RECIPE, root, "--until", "cache_teacher")[0] == 0
     warmer = ["stages.cache_teacher.temperature=2", "stages.distill.loss.logits.temperature=2"]

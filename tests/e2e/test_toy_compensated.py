@@ -18,7 +18,7 @@ RECIPE = REPO / "recipes/toy/compensated.yaml"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """run_root of one finished run."""
+    """Return the run_root of one finished run."""
     root = tmp_path_factory.mktemp("compensation")
     api.run(api.load_recipe(RECIPE, [f"execution.run_root={root}"]), quiet=True)
     return root
@@ -41,7 +41,7 @@ def test_the_report_shows_each_layer(root: Path) -> None:
 
 
 def test_a_tensor_parallel_layout_gives_the_same_model(root: Path, tmp_path: Path) -> None:
-    """Its processes count as data-parallel ones, each with whole layers."""
+    """Its processes count as data parallel, each with whole layers."""
     shutil.copytree(root / "toy/compensated", tmp_path / "toy/compensated")
     shutil.rmtree(tmp_path / "toy/compensated/compensate")
     options = [f"execution.run_root={tmp_path}", "execution.parallel.tp=2"]

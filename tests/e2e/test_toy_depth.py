@@ -1,4 +1,4 @@
-"""The depth recipe: layers are scored by the loss without them, and the least missed one goes."""
+"""The depth recipe: layers are scored by the loss without them, and the least important one is removed."""
 
 from __future__ import annotations
 

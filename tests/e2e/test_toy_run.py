@@ -58,7 +58,7 @@ def test_the_report_shows_how_much_of_the_text_was_read(toy_run: Path) -> None:
 def test_text_that_would_be_repeated_too_often_is_reported_in_advance(
     toy_run: Path, minitron: Cli, tmp_path: Path
 ) -> None:
-    """4 epochs are fine; a little more is not. Before there are token counts nothing is said."""
+    """Up to 4 epochs give no warning, more do. There is no warning before the tokens are counted."""
     (source,) = json.loads((toy_run / "toy/width/data/data.json").read_text())["train"]
     four_epochs = 4 * source["num_tokens"] // (8 * 128)
     for steps, command, is_warned in (
@@ -132,7 +132,7 @@ def test_another_size_reuses_import_and_score_and_plan_shows_why(toy_run: Path, 
 
 def test_accepted_drift_continues_with_the_old_output(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
     shutil.copytree(toy_run, tmp_path / "runs")
-    # Two of the changed stages follow from one another: each has a change of its own.
+    # One of the changed stages depends on another; each has a change of its own.
     change = ["stages.score.num_samples=16", "stages.select.seed=5", f"execution.run_root={tmp_path / 'runs'}"]
     assert minitron("run", TOY, *change)[0] == 2
     code, output = minitron("run", TOY, *change, "--accept-drift")

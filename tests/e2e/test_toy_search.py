@@ -25,7 +25,7 @@ def _result(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(run folder, what the second command printed) of a search that was killed in its fourth candidate."""
+    """Return (run folder, output of the second command) of a search that was killed in its fourth candidate."""
     root = tmp_path_factory.mktemp("search")
     run = root / "toy/search"
     command = [sys.executable, "-m", "nemo_minitron", "run", str(SEARCH), f"execution.run_root={root}"]

@@ -1,4 +1,4 @@
-"""The installed package without its checkout: what it holds, what it plans, what it runs, and whose code that is."""
+"""The installed package without its checkout: its files, its plans, its runs, and the code that they import."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ write_own_wheel(Path(sys.argv[1]))
 COMPARED = ("template", "toy/aligned", "toy/search", "smollm2_135m/iterative")
 """Recipes of different kinds: the files are the same, so that one of a kind shows whether they are found alike."""
 FAKES = ("nemo_minitron/__init__", "torch", "yaml", "omegaconf", "tokenizers", "numpy", "random", "types", "tempfile")
-"""What a working folder may hold by chance; none of it may be imported."""
+"""Files that a working folder may contain by chance; none of them may be imported."""
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made as for PyPI: first a source archive, then a wheel out of that."""
+    """Build the package as for PyPI: first a source archive, then a wheel from it."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "source").mkdir()
     return make_wheel(make_sdist(copy_of_the_sources(folder / "source"), folder / "sdist"), folder / "wheel")
@@ -65,13 +65,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bin folder of an environment with the wheel."""
+    """Return the bin folder of an environment with the wheel."""
     return venv_with(tmp_path_factory.mktemp("installed") / "venv", str(wheel))
 
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Path:
-    """A working folder with spaces in its name, and with files that are called like packages."""
+    """Return a working folder with spaces in its name, and with files that have the names of packages."""
     folder = tmp_path / "a working folder"
     for name in FAKES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path)
 def test_the_wheel_is_packed_again_from_what_it_installed(
     wheel: Path, installed: Path, elsewhere: Path, tmp_path: Path
 ) -> None:
-    """What `minitron bundle` does where there is no checkout."""
+    """This is what `minitron bundle` does without a checkout."""
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts/pack.py").write_text(PACK)
     must([str(installed / "python"), str(tmp_path / "scripts/pack.py"), str(tmp_path)], cwd=elsewhere)
@@ -117,8 +117,8 @@ def test_every_shipped_recipe_is_planned_from_the_wheel_and_as_from_the_checkout
     (tmp_path / "scripts/plans.py").write_text(PLANS)
     # Assets that have been fetched into the checkout are part of a plan's fingerprints.
     monkeypatch.chdir(tmp_path)
-    said = must([str(installed / "python"), str(tmp_path / "scripts/plans.py")], cwd=elsewhere)
-    file, plans = json.loads(said)
+    output = must([str(installed / "python"), str(tmp_path / "scripts/plans.py")], cwd=elsewhere)
+    file, plans = json.loads(output)
     assert Path(file).is_relative_to(installed.parent)
     assert list(plans) == shipped_recipes()
     for name in COMPARED:
@@ -151,7 +151,7 @@ def test_an_editable_install_reads_the_folders_of_the_checkout(tmp_path: Path) -
     assert "ok new" in must([str(bin_folder / "minitron"), "check", "new"], cwd=tmp_path)
 
 
-# --- whose code runs ------------------------------------------------------------------------------
+# --- which code is imported ------------------------------------------------------------------------------
 
 
 def test_an_agent_and_its_ranks_import_nothing_from_the_working_folder(elsewhere: Path, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_an_agent_and_its_ranks_import_nothing_from_the_working_folder(elsewhere
     (script / "__main__.py").write_text(
         "import json, os, sys, torch, yaml\nprint(json.dumps([os.getcwd(), sys.path]))\n"
     )
-    # As with Python 3.10, which does not know PYTHONSAFEPATH.
+    # As with Python 3.10, which ignores PYTHONSAFEPATH.
     where = ["--rdzv-backend=static", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     words = [sys.executable, str(START), "torch.distributed.run", *where, "--nproc-per-node=1", str(script)]
     cwd, path = json.loads(must(words, cwd=elsewhere))
@@ -172,7 +172,7 @@ def test_a_rank_has_the_code_of_its_runner_and_refuses_another(installed: Path, 
     start = next(installed.parent.glob("lib/python*/site-packages/nemo_minitron/start"))
     order = {"code": {"version": "0.0.9", "package": "/opt/other/nemo_minitron"}}
     (elsewhere / "call.json").write_text(json.dumps(order))
-    # This Python has the checkout's package installed; the file that is started belongs to the wheel's.
+    # This Python has the checkout's package installed; the file that is started belongs to the wheel.
     words = [sys.executable, str(start), "worker", str(elsewhere / "call.json")]
     variables = {**os.environ, RUNNER_VARIABLE: str(os.getpid())}
     done = subprocess.run(words, cwd=elsewhere, env=variables, capture_output=True, text=True, check=False)
@@ -188,7 +188,7 @@ def test_a_rank_has_the_code_of_its_runner_and_refuses_another(installed: Path, 
 
 @pytest.mark.slow
 def test_the_toy_recipe_runs_to_its_report_from_the_wheel(installed: Path, elsewhere: Path) -> None:
-    """With ranks and with workers of tokenization, in a folder none of whose files may be imported."""
+    """Run with ranks and tokenization workers in a folder none of whose files may be imported."""
     words = ["run", "toy/width", "execution.parallel.tp=2", "execution.workers=2"]
     must([str(installed / "minitron"), *words], cwd=elsewhere)
     report = json.loads((elsewhere / "runs/toy/width/report.json").read_text())
@@ -206,7 +206,7 @@ def test_a_task_of_nemo_aligner_imports_nothing_from_the_working_folder(
         (elsewhere / name).parent.mkdir(exist_ok=True)
         (elsewhere / f"{name}.py").write_text(f"raise SystemExit('imported from the working folder: {name}')\n")
     monkeypatch.chdir(elsewhere)
-    monkeypatch.setenv("PYTHONPATH", str(elsewhere))  # it is for this package's Python, and not handed on
+    monkeypatch.setenv("PYTHONPATH", str(elsewhere))  # it is for this package's Python, and is not passed on
     log = tmp_path / "task.log"
     found = run_task("self_test", {}, tmp_path / "work", log, Progress(silent=True), StopRequest())
     assert found["versions"]["nemo-aligner"].startswith(SUPPORTED_ALIGNER)
@@ -215,14 +215,14 @@ def test_a_task_of_nemo_aligner_imports_nothing_from_the_working_folder(
 
 @pytest.mark.slow
 def test_every_method_of_nemo_aligner_starts_from_the_wheel(installed: Path, elsewhere: Path, tmp_path: Path) -> None:
-    """The tests of its trainings, run by the environment with the wheel, where there is no checkout."""
+    """Run the tests of its trainings in the environment with the wheel, without a checkout."""
     require_aligner()
     shutil.copytree(REPO / "tests", tmp_path / "only tests/tests", ignore=shutil.ignore_patterns("__pycache__"))
     chosen = "(loss_goes_down and (dpo or regression or sft)) or likeliest or learns_the_teacher or steerlm2"
     files = ["tests/aligner/test_training.py", "tests/aligner/test_distillation.py"]
     words = [str(installed / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen]
-    said = must(words, cwd=tmp_path / "only tests", MINITRON_REQUIRE_ALIGNER="1")
-    assert " passed" in said
-    assert "skipped" not in said
+    output = must(words, cwd=tmp_path / "only tests", MINITRON_REQUIRE_ALIGNER="1")
+    assert " passed" in output
+    assert "skipped" not in output
     again = [str(installed / "minitron"), "env", "has-aligner"]
     must(again, cwd=elsewhere)

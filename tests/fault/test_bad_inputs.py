@@ -1,4 +1,4 @@
-"""What a user can do wrong, and the one message each gets: exit code 2, no traceback, nothing half-written."""
+"""Errors of users, and the message for each: exit code 2, no traceback, no incomplete files."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Overrides = list[str]
 
 @dataclass(frozen=True)
 class Bad:
-    """One row of the table."""
+    """A mistake and its message."""
 
     what: str
     overrides: Callable[[Path], Overrides]
-    says: tuple[str, ...]
+    message: tuple[str, ...]
     until: str = "teacher"
 
 
 def _model(change: Callable[[Path], None]) -> Callable[[Path], Overrides]:
-    """A copy of a tiny model, damaged by `change`, as the teacher."""
+    """Return overrides whose teacher is a copy of a tiny model, damaged by `change`."""
 
     def make(folder: Path) -> Overrides:
         model = tiny_model_dir(folder / "model", "llama_gqa_tied", intermediate_size=192)

@@ -1,4 +1,4 @@
-"""Training checkpoints: what a kill, a full disk and another learning rate do to them."""
+"""Training checkpoints: kills, full disks and changed learning rates."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _weights(job: training.Job) -> dict[str, torch.Tensor]:
 
 
 def _save_and_die(folders: Folders) -> None:
-    """Two checkpoints; the process is killed as soon as the second one has begun."""
+    """Write two checkpoints; the process is killed as soon as the second one has begun."""
     with open_session(Parallel(), device="cpu", threads=1) as session:
         job = _job(folders, session)
         kept = Checkpoints(folders["work"] / "checkpoints", session, keep=2, in_background=True)
@@ -197,7 +197,7 @@ def test_a_write_that_fails_on_one_rank_ends_all_of_them(folders: Folders) -> No
 
 
 def _rates_after_resume(folders: Folders, parallel: Parallel, lr: float, num_steps: int) -> dict[int, float]:
-    """Step -> learning rate of a training that goes on in the work folder."""
+    """Return step -> learning rate of a training that resumes in the work folder."""
     params = PARAMS.model_copy(update={"lr": lr, "min_lr": lr, "warmup_steps": 0, "num_steps": num_steps})
     with open_session(parallel, device="cpu", threads=1) as session:
         job = _job(folders, session, params)
@@ -214,7 +214,7 @@ def test_a_resumed_training_has_the_learning_rate_of_its_recipe(parallel: Parall
 
 
 def _reseal(checkpoint: Path, **other: Any) -> None:
-    """As if the files had been written as they are, with other facts."""
+    """Replace the facts of a checkpoint, with valid checksums."""
     facts = {**read_facts(checkpoint), **other}
     rest = [file for file in checkpoint.iterdir() if file.name != FACTS_FILE]
     facts["files"] = {file.name: found for file, found in file_facts(rest).items()}
@@ -222,13 +222,13 @@ def _reseal(checkpoint: Path, **other: Any) -> None:
 
 
 def _half_trained(folders: Folders, parallel: Parallel) -> Path:
-    """The checkpoint of the third of six steps, and no later one."""
+    """Keep the checkpoint of the third of six steps, and no later one."""
     run_ranks(parallel.world_size, _rates_after_resume, folders, parallel, 2e-3, 3)
     return checkpoints(folders["work"] / "checkpoints")[-1]
 
 
 def test_a_checkpoint_of_an_earlier_megatron_is_read(folders: Folders) -> None:
-    """Before 0.19 what is common to all ranks was in a file of its own."""
+    """Before 0.19, the state common to all ranks was in a separate file."""
     newest = _half_trained(folders, Parallel())
     torch.save(dist_checkpointing.load_common_state_dict(str(newest)), newest / "common.pt")
     _reseal(newest)
@@ -253,7 +253,7 @@ def test_a_checkpoint_of_a_later_megatron_is_refused(folders: Folders, monkeypat
 
 
 def test_other_files_of_a_distributed_optimizer_are_refused(folders: Folders) -> None:
-    """Megatron-Core 0.15 keeps whole tensors, those before each rank's part of them."""
+    """Megatron-Core 0.15 and later store whole tensors, earlier versions each rank's part of them."""
     spread = Parallel(distributed_optimizer=True)
     newest = _half_trained(folders, spread)
     _reseal(newest, whole_tensors=not read_facts(newest)["whole_tensors"])
@@ -266,9 +266,9 @@ def test_a_training_that_fails_names_its_stage_and_keys_as_the_recipe_does(keys:
     params = PARAMS.model_copy(update={"lr": 1e30})
     ctx = StageContext("healing", "r", folders["work"], folders["work"], Execution(), Progress(silent=True))
     where = re.escape(keys or "stages.healing")
-    told = rf"(?s)^healing: loss .* at step .* Lower {where}\.lr or raise {where}\.warmup_steps.* {where}\.guard"
+    pattern = rf"(?s)^healing: loss .* at step .* Lower {where}\.lr or raise {where}\.warmup_steps.* {where}\.guard"
     with (
         open_session(Parallel(), device="cpu", threads=1) as session,
-        pytest.raises(NumericsError, match=told),
+        pytest.raises(NumericsError, match=pattern),
     ):
         training.run(_job(folders, session, params), folders["work"], ctx.progress, loop_options(ctx, keys))

@@ -1,4 +1,4 @@
-"""Published files that were cut or have one other bit: the stage that reads them says which, and what to do."""
+"""Damaged published files: the stage that reads a truncated or changed file names it and the solution."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Damage = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Row:
-    """A file, and the first stage that reads it after its maker."""
+    """A file, and the first stage that reads it after the stage that made it."""
 
     file: str
     reader: str
@@ -119,7 +119,7 @@ def test_a_damaged_manifest_is_found(damage: Damage, stage: str, toy_run: Path, 
 
 
 def _change_a_figure(manifest: Path) -> None:
-    """Well-formed, and wrong."""
+    """The file is well-formed, but its content is wrong."""
     found = json.loads(manifest.read_text())
     found["result"]["num_params"] = 7
     manifest.write_text(json.dumps(found))

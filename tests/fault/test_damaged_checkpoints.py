@@ -1,4 +1,4 @@
-"""Training checkpoints and index files that were damaged: the ones before them, or new ones, take their place."""
+"""Damaged training checkpoints and index files are replaced by earlier or new ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Rows = list[dict[str, Any]]
 
 
 def _train(folders: Folders, work: Path, tp: int = 1) -> tuple[dict[str, torch.Tensor], Rows]:
-    """(weights at the end, curves without times)."""
+    """Return (weights at the end, curves without times)."""
     work.mkdir(exist_ok=True)
     with open_session(Parallel(tp=tp), device="cpu", threads=1) as session:
         job = distill.prepare_training(PARAMS, folders["model"], folders["data"], work, session)
@@ -51,7 +51,7 @@ def _train(folders: Folders, work: Path, tp: int = 1) -> tuple[dict[str, torch.T
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """A model, its data, and the work folder of a training that has just ended."""
+    """Return a model, its data, and the work folder of a training that has just ended."""
     root = tmp_path_factory.mktemp("trained")
     made = {"model": tiny_model_dir(root / "model", "llama_gqa_tied"), "data": tiny_data_dir(root / "data")}
     weights, rows = _train(made, root / "work")
@@ -60,7 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 def _copy_work(folders: Folders, tmp_path: Path) -> tuple[Path, Path]:
-    """(work folder, its newest checkpoint)."""
+    """Return (work folder, its newest checkpoint)."""
     work = tmp_path / "work"
     shutil.copytree(folders["work"], work)
     found = checkpoints(work / "checkpoints")
@@ -87,10 +87,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     file = found[-1]
     damage(file)
     weights, rows = _train(folders, work)
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"training: step_00000006 is damaged ({file.name}" in said
-    assert "resuming from step_00000004" in said
-    assert "training 4/6" in said
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"training: step_00000006 is damaged ({file.name}" in message
+    assert "resuming from step_00000004" in message
+    assert "training 4/6" in message
     expected = torch.load(folders["expected"], weights_only=True)
     assert weights.keys() == expected["weights"].keys()
     assert all(torch.equal(weight, expected["weights"][name]) for name, weight in weights.items())
@@ -103,10 +103,10 @@ def test_the_only_checkpoint_is_not_thrown_away(folders: Folders, tmp_path: Path
     work, newest = _copy_work(folders, tmp_path)
     shutil.rmtree(checkpoints(work / "checkpoints")[0])
     flip(next(newest.glob("*.distcp")))
-    with pytest.raises(CheckpointError, match="The only training checkpoint is damaged") as told:
+    with pytest.raises(CheckpointError, match="The only training checkpoint is damaged") as caught:
         _train(folders, work)
-    assert told.value.where == str(newest)
-    assert "starts the training from its first step" in str(told.value)
+    assert caught.value.where == str(newest)
+    assert "starts the training from its first step" in str(caught.value)
     assert checkpoints(work / "checkpoints") == [newest]
     shutil.rmtree(newest)
     weights, _ = _train(folders, work)
@@ -119,23 +119,23 @@ def test_a_checkpoint_without_checksums_is_taken_only_where_the_user_trusts_it(
 ) -> None:
     work, newest = _copy_work(folders, tmp_path)
     (newest / "training.json").write_text('{"step": 6, "good_losses": [], "distributed_optimizer": false}')
-    with pytest.raises(CheckpointError, match=r"has no checksum of training\.json") as told:
+    with pytest.raises(CheckpointError, match=r"has no checksum of training\.json") as caught:
         _train(folders, work)
-    assert f"MINITRON_TRUSTED_FOLDERS={newest}" in str(told.value)
+    assert f"MINITRON_TRUSTED_FOLDERS={newest}" in str(caught.value)
     monkeypatch.setenv("MINITRON_TRUSTED_FOLDERS", str(newest))
     _train(folders, work)
     assert not list((work / "checkpoints").glob("damaged_*"))
 
 
 def _train_in_numbers(folders: Folders, work: Path, tp: int) -> tuple[dict[str, list[Any]], Rows]:
-    """A tensor would be gone with the process that has made it."""
+    """A tensor would not survive the process that made it."""
     weights, rows = _train(folders, work, tp)
     return {name: weight.tolist() for name, weight in weights.items()}, rows
 
 
 @pytest.mark.slow
 def test_all_ranks_agree_that_a_checkpoint_is_damaged(folders: Folders, tmp_path: Path) -> None:
-    """What rank 1 has written is damaged; all go back to the one before, and end with the same bits."""
+    """The part of rank 1 is damaged: all ranks use the previous checkpoint, and end with the same bits."""
     work = tmp_path / "work"
     first = run_ranks(2, _train_in_numbers, folders, work, 2)
     newest = checkpoints(work / "checkpoints")[-1]

@@ -25,7 +25,7 @@ class Bad:
     """Function that fills a folder with text."""
     source: str
     """Source, relative to that folder."""
-    says: tuple[str, ...]
+    message: tuple[str, ...]
     options: str = ""
 
 

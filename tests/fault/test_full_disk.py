@@ -1,4 +1,4 @@
-"""A disk that is full at each stage: one message, nothing half-published, and with room the same bits as ever."""
+"""A disk that becomes full at each stage: one message, no incomplete output, and later the same bits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CACHED = REPO / "recipes/toy/cached.yaml"
 SEARCH = REPO / "recipes/toy/search.yaml"
 ALIGNED = REPO / "recipes/toy/aligned.yaml"
 FEW = (0.0, 0.5, 1.0)
-"""Room that is left, in shares of what the stage publishes. It needs a little more: a work folder, a log."""
+"""Free space, as shares of the size of the output. A stage needs a little more, for its work folder and log."""
 MANY = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1)
 
 
@@ -57,7 +57,7 @@ def _require_clean_failure(code: int, output: str, run: Path, stage: str, finish
 def _fill_again_and_again(
     minitron: Cli, disk: SmallDisk, run: Path, stage: str, recipe: Path, sizes: list[int], *overrides: str
 ) -> int:
-    """Try with more and more room, at last with plenty; returns how often the disk was full."""
+    """Try with more and more space, finally with plenty; return how often the disk was full."""
     finished = {file.parent.name for file in run.glob("*/manifest.json")}
     command = ("run", recipe, f"execution.run_root={disk.path}", *overrides, "--until", stage)
     failed = 0
@@ -94,7 +94,7 @@ def test_a_disk_that_grows_by_little_steps(stage: str, disk: SmallDisk, toy_run:
     whole = toy_run / "toy/width" / stage
     run = copy_before(toy_run, disk.path, stage)
     size = _published_bytes(whole)
-    # Of small stages every page: each of their writes is the one that fails.
+    # For small stages, try every page, so that each of their writes fails once.
     sizes = [page * PAGE for page in range(16)] if size < 1 << 16 else [int(share * size) for share in MANY]
     assert _fill_again_and_again(minitron, disk, run, stage, TOY, sizes) >= 3
     assert computed(run / stage) == computed(whole)
@@ -102,7 +102,7 @@ def test_a_disk_that_grows_by_little_steps(stage: str, disk: SmallDisk, toy_run:
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_in_a_training_loses_no_checkpoint(disk: SmallDisk, toy_run: Path, minitron: Cli) -> None:
-    """Room for half a checkpoint; for one; for another one."""
+    """There is space for half a checkpoint, then for one, then for another one."""
     run = copy_before(toy_run, disk.path, "distill")
     kept = run / ".work/distill/checkpoints"
     # Weights and two moments, in fp32.
@@ -136,7 +136,7 @@ def test_a_disk_that_is_full_when_a_training_is_published(disk: SmallDisk, toy_r
 
 
 def _train_to_the_end(run: Path, root: Path) -> None:
-    """What the work folder holds when a runner dies between the last step and publishing."""
+    """This is the work folder of a runner that dies between the last step and publishing."""
     plan = load_plan(TOY, [f"execution.run_root={root}"])
     silent = Progress(silent=True)
     work, _ = open_work(plan.call("distill"), Store(run), accept_drift=False, progress=silent)
@@ -161,9 +161,9 @@ def test_a_disk_that_is_full_at_a_stage_of_another_recipe(
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_under_several_processes(disk: SmallDisk, toy_run: Path, minitron: Cli) -> None:
-    """What a rank finds reaches the runner, though there is no room for a message of its own."""
+    """The error of a rank reaches the runner, although there is no space for a new file with the message."""
     run = copy_before(toy_run, disk.path, "score")
-    # Nothing; then room for the order to the ranks and for their message, and for little of what they write.
+    # No space; then space for the task file, the ranks' message, and a little of their output.
     sizes = [pages * PAGE for pages in (0, 10, 12)]
     layout = "execution.parallel_by_stage={score: {dp: 2, micro_batch_size: 4}}"
     assert _fill_again_and_again(minitron, disk, run, "score", TOY, sizes, layout) >= 2
@@ -180,7 +180,7 @@ def test_a_disk_that_is_full_at_an_alignment(stage: str, disk: SmallDisk, toy_ru
 
 
 def _require_same_when_full(recipe: Path, name: str, stage: str, run: Path, disk: SmallDisk, minitron: Cli) -> None:
-    """Make a stage with all the room that it likes, take it away, and make it with too little."""
+    """Run a stage with enough space, remove its output, and run it with too little."""
     code, output = minitron("run", recipe, f"execution.run_root={disk.path}", "--until", stage)
     assert code == 0, output
     whole = disk.path / "whole"

@@ -36,16 +36,16 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_file_that_is_no_recipe_is_refused(name: str, tmp_path: Path, minitron: Cli) -> None:
     (tmp_path / name).write_bytes(RECIPES[name])
-    code, told = minitron("plan", tmp_path / name)
-    assert (code, "error:" in told, "unexpected" in told, name in told) == (2, True, False, True), told
+    code, output = minitron("plan", tmp_path / name)
+    assert (code, "error:" in output, "unexpected" in output, name in output) == (2, True, False, True), output
 
 
 def test_a_path_that_is_no_file_is_refused(tmp_path: Path, minitron: Cli) -> None:
     (tmp_path / "broken.yaml").symlink_to("nowhere")
     (tmp_path / "loop.yaml").symlink_to("loop.yaml")
     for path in (tmp_path, tmp_path / "broken.yaml", tmp_path / "loop.yaml", tmp_path / ("x" * 300), "", "/dev/null"):
-        code, told = minitron("check", path)
-        assert (code, "unexpected" in told) == (2, False), told
+        code, output = minitron("check", path)
+        assert (code, "unexpected" in output) == (2, False), output
 
 
 def test_a_place_for_a_run_that_cannot_be_one_is_refused(tmp_path: Path, minitron: Cli) -> None:
@@ -53,8 +53,8 @@ def test_a_place_for_a_run_that_cannot_be_one_is_refused(tmp_path: Path, minitro
     (tmp_path / "broken").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
     for root in ("file", "broken/x", "loop/x", "x" * 300):
-        code, told = minitron("run", TOY, f"execution.run_root={tmp_path / root}", "--until", "teacher")
-        assert (code, "unexpected" in told) == (2, False), told
+        code, output = minitron("run", TOY, f"execution.run_root={tmp_path / root}", "--until", "teacher")
+        assert (code, "unexpected" in output) == (2, False), output
 
 
 @pytest.mark.parametrize("contents", [b"{}", b"[]", b"x", b"\xff", b'{"done": 1}', b'{"fields": 1}'])
@@ -64,19 +64,19 @@ def test_a_damaged_small_file_of_a_run_is_reported_or_ignored(contents: bytes, t
         file = tmp_path / "toy/width" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(contents)
-        code, told = minitron("status", *words)
-        assert (code in (0, 2), "unexpected" in told) == (True, False), told
+        code, output = minitron("status", *words)
+        assert (code in (0, 2), "unexpected" in output) == (True, False), output
         file.unlink()
     composed = tmp_path / "recipe.json"
     composed.write_bytes(contents)
     for path in (composed, tmp_path):
-        code, told = minitron("stage", path, "teacher")
-        assert (code, "unexpected" in told) == (2, False), told
+        code, output = minitron("stage", path, "teacher")
+        assert (code, "unexpected" in output) == (2, False), output
 
 
 def test_a_page_in_a_folder_that_does_not_exist_names_the_folder(tmp_path: Path, minitron: Cli) -> None:
-    code, told = minitron("status", TOY, f"execution.run_root={tmp_path}", "--html", tmp_path / "no/page.html")
-    assert (code, "The folder of this file does not exist" in told) == (2, True)
+    code, output = minitron("status", TOY, f"execution.run_root={tmp_path}", "--html", tmp_path / "no/page.html")
+    assert (code, "The folder of this file does not exist" in output) == (2, True)
 
 
 def _shell(line: str, folder: Path, **environment: str) -> tuple[int, str]:
@@ -100,22 +100,22 @@ def test_streams_may_be_closed_or_full(tmp_path: Path) -> None:
         "set -o pipefail; $M plan $R --json | head -1; [ $? -le 141 ]": 0,
     }
     for line, wanted in lines.items():
-        code, told = _shell(line, tmp_path)
-        assert (code, "unexpected" in told, "Traceback" in told) == (wanted, False, False), (line, told)
+        code, output = _shell(line, tmp_path)
+        assert (code, "unexpected" in output, "Traceback" in output) == (wanted, False, False), (line, output)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_terminal_with_ascii_only_gets_escapes(tmp_path: Path) -> None:
     old = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii", "COLUMNS": "1"}
-    code, told = _shell('$M plan $R "stages.teacher.source=/données/模型"', tmp_path, **old)
-    assert (code, "there is no such file or folder" in told, "Error" in told) == (0, True, False), told
+    code, output = _shell('$M plan $R "stages.teacher.source=/données/模型"', tmp_path, **old)
+    assert (code, "there is no such file or folder" in output, "Error" in output) == (0, True, False), output
 
 
 def test_a_folder_that_was_deleted_meanwhile_is_named(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
-    code, told = _shell('rmdir "$PWD"; $M plan $R', gone)
-    assert (code, "has been deleted" in told, "unexpected" in told) == (2, True, False), told
+    code, output = _shell('rmdir "$PWD"; $M plan $R', gone)
+    assert (code, "has been deleted" in output, "unexpected" in output) == (2, True, False), output
 
 
 def test_errors_name_the_published_folder_of_a_stage(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Killed at fifty random moments, a whole pipeline ends with the same bits."""
+"""A whole pipeline that is killed at fifty random moments ends with the same bits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NUM_KILLS, SEED = 50, 11
 STEPS = ("stages.distill.num_steps=24", "stages.distill.save_interval_steps=2", "stages.distill.warmup_steps=2")
 UNTIL = "export"
 SAME = ("model.safetensors", "scores.safetensors", "prune_plan.json", "data_used.json", "data.json", "metrics.json")
-"""What must be the same bit for bit: all that is computed, without times and folders."""
+"""Files that must be bit-equal: all computed ones, without times and folders."""
 
 
 def _command(root: Path) -> list[str]:
@@ -31,7 +31,7 @@ def _command(root: Path) -> list[str]:
 
 
 def _kill_all(mark: str) -> None:
-    """Every process of the run at once, as when a machine loses power."""
+    """Kill every process of the run at once, as when a machine loses power."""
     found = list(marked(mark))
     for process in found:
         try:
@@ -55,7 +55,7 @@ def test_fifty_random_kills_over_the_pipeline_change_no_bit(tmp_path: Path) -> N
     whole, cut, generator = tmp_path / "whole", tmp_path / "cut", random.Random(SEED)
     started_s = time.monotonic()
     subprocess.run(_command(whole), cwd=REPO, env=environment, check=True, capture_output=True, timeout=900)
-    # A busy machine needs longer to get anywhere.
+    # A busy machine needs longer.
     max_delay_s = (time.monotonic() - started_s) / 4
     killed_in: list[str] = []
     finished = 0
@@ -73,7 +73,7 @@ def test_fifty_random_kills_over_the_pipeline_change_no_bit(tmp_path: Path) -> N
         _kill_all(mark)
         process.wait()
         before, finished = finished, len(list((cut / "toy/width").glob("[a-z]*/manifest.json")))
-        if finished == before:  # busier than it was for the whole run: too short to end a stage
+        if finished == before:  # the machine is busier than before: too short to finish a stage
             max_delay_s *= 1.1
     done = subprocess.run(
         _command(cut), cwd=REPO, env=environment, capture_output=True, text=True, timeout=900, check=False

@@ -1,4 +1,4 @@
-"""Killed at twenty random moments, a training ends with the same bits."""
+"""A training that is killed at twenty random moments ends with the same bits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PARAMS = DistillStage(
     valid_num_tokens=2048,
     save_interval_steps=3,
 )
-"""As in recipes/toy/width.yaml, but longer and with more checkpoints."""
+"""Overrides of recipes/toy/width.yaml: more steps and more checkpoints."""
 
 
 def _rows(curves: Path) -> list[dict[str, float]]:
@@ -43,7 +43,7 @@ def _rows(curves: Path) -> list[dict[str, float]]:
 
 
 def _kill_after(child: BaseProcess, curves: Path, step: int, delay_s: float) -> bool:
-    """SIGKILL some time after the step; whether it was still running."""
+    """Send SIGKILL some time after the step, and return whether the training was still running."""
     while child.is_alive() and not any(row["step"] >= step for row in _rows(curves)):
         time.sleep(0.002)
     time.sleep(delay_s)

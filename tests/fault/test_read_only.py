@@ -1,4 +1,4 @@
-"""Folders in which nothing can be written."""
+"""Read-only folders."""
 
 from __future__ import annotations
 

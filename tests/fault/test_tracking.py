@@ -1,4 +1,4 @@
-"""Weights & Biases gets the numbers of the curves, offline here; a resumed training goes on with the same run."""
+"""Weights & Biases gets the numbers of the curves, offline here; a resumed training continues the same run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_other_ranks_do_not_even_import_it(tmp_path: Path, monkeypatch: pytest.M
 
 
 def _records(file: Path) -> Iterator[bytes]:
-    """The records of a .wandb file: a 7-byte head, then LevelDB's log format in blocks of 32 KiB."""
+    """Yield the records of a .wandb file: a 7-byte header, then LevelDB's log format in blocks of 32 KiB."""
     data, at, parts = file.read_bytes(), 7, b""
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:
@@ -51,7 +51,7 @@ def _records(file: Path) -> Iterator[bytes]:
 
 
 def _logged(logs: Path) -> list[tuple[str, Any, list[dict[str, float]]]]:
-    """(run id, what it is called, rows) of every offline run, oldest first."""
+    """Return (run id, name, rows) of every offline run, oldest first."""
     from wandb.proto import wandb_internal_pb2
 
     found = []
@@ -81,7 +81,7 @@ def test_the_rows_of_the_curves_are_logged_and_a_resumed_run_keeps_its_id(
         first.add(step, train_loss=3.0 - 0.5 * step)
     first.add(3, valid_kl=0.25)
     first.close()
-    # The checkpoint knows two steps: the third comes again.
+    # The checkpoint is of step 2, so step 3 is repeated.
     again = Curves(tmp_path, first_step=2, enabled=True, tracker=_tracker(tmp_path))
     again.add(3, train_loss=1.25)
     again.close()

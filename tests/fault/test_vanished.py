@@ -26,12 +26,12 @@ def _remove_after_a_stage(path: Path) -> str:
     return f"execution.notify_command=[rm,-rf,'{path}']"
 
 
-def _require_one_message(code: int, output: str, *says: str) -> None:
+def _require_one_message(code: int, output: str, *message: str) -> None:
     assert code == 2, output
     assert output.count("error:") == 1
     assert "Traceback" not in output
     flat = " ".join(output.split())
-    for words in says:
+    for words in message:
         assert words in flat
 
 
@@ -96,12 +96,12 @@ def test_a_text_that_changes_while_it_is_read(what: str, minitron: Cli, tmp_path
     with _while_it_is_read(run, disturb) as done:
         code, output = minitron(*command)
     assert done, "otherwise the test would pass without any change"
-    says = {
+    message = {
         "grows": (f"a source has changed since the run began. where: {text}", "wait until nothing writes to it"),
         "goes": (str(text),),
         "another goes": ("b.jsonl", "If it was moved or deleted, put it back"),
     }
-    _require_one_message(code, output, *says[what])
+    _require_one_message(code, output, *message[what])
     assert not (run / "data").exists()
     assert not list(run.glob(".partial-*"))
     code, output = minitron(*command)

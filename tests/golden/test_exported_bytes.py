@@ -1,4 +1,4 @@
-"""What is written for a user has the same bytes under every version of transformers, tokenizers and safetensors.
+"""Exported files have the same bytes under every version of transformers, tokenizers and safetensors.
 
 After a wanted change: UPDATE_GOLDEN=1 pytest tests/golden.
 """
@@ -42,7 +42,7 @@ TOKENIZER_OF = {"qwen2": "qwen2", "qwen25_tied": "qwen2", "llama_gqa_tied": "gpt
 
 
 def saved_model(version: str, case: str, folder: Path) -> Path:
-    """A model in the files of a version, with weights that are no random numbers."""
+    """Write a model with the files of a version, and with weights that are not random."""
     shutil.copytree(SAVED_BY / version / "configs" / case, folder)
     shutil.copytree(SAVED_BY / version / TOKENIZER_OF.get(case, "plain"), folder, dirs_exist_ok=True)
     text = (folder / "config.json").read_text()

@@ -1,4 +1,4 @@
-"""Scripts word for word, for every way to have containers, nodes and restarts; and no value of a recipe in a shell.
+"""Exact texts of scripts for all kinds of containers, nodes and restarts; no shell interprets a value of a recipe.
 
 After a wanted change: UPDATE_GOLDEN=1 pytest tests/golden."""
 
@@ -121,7 +121,7 @@ STUB = {
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=range(len(HOSTILE)))
 def test_values_of_a_recipe_reach_programs_unchanged_and_no_shell(hostile: str, tmp_path: Path) -> None:
-    """The script is run, by bash, with stand-ins that write down their words."""
+    """bash runs the script with stand-ins for programs, which record their arguments."""
     bin_dir, outside = tmp_path / "bin", tmp_path / "outside"
     bin_dir.mkdir()
     outside.mkdir()

@@ -28,8 +28,8 @@ def _keys(path: str, model: type[BaseModel], inside: tuple[type[BaseModel], ...]
     for name, field in model.model_fields.items():
         required = field.is_required()
         value: Any = None if required else field.get_default(call_default_factory=True)
-        told = "required" if required else json.dumps(value, default=_plain)
-        yield f"{path}.{name} = {told if name != 'kind' else 'the kind'}"
+        default = "required" if required else json.dumps(value, default=_plain)
+        yield f"{path}.{name} = {default if name != 'kind' else 'the kind'}"
         for section in sections_in(field.annotation):
             if section not in inside:
                 yield from _keys(f"{path}.{name}", section, (*inside, section))

@@ -1,4 +1,4 @@
-"""Every recipe that ships composes, validates and plans; its sizes are those worked out by hand."""
+"""Every shipped recipe composes, validates and plans; sizes are those computed by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.conftest import REPO
 
 RECIPES = sorted((REPO / "recipes").rglob("*.yaml"))
 MISSING = ("not fetched yet", "no such file", "matches no file")
-"""What may be missing on a fresh checkout: assets, and the files that a recipe leaves to its user."""
+"""Texts of problems that a fresh checkout may have: missing assets, and files that users provide."""
 
 # One SmolLM2 layer: q and o 576x576, k and v 192x576, three MLP matrices, two norms; 49152x576 tied embeddings.
 _ATTENTION = 2 * 576 * 576 + 2 * 192 * 576 + 2 * 576

@@ -48,7 +48,7 @@ def _work(folders: dict[str, Path], name: str) -> tuple[Path, Path, Path, Path]:
     return folders["student"], folders["teacher"], folders["data"], work
 
 
-# Transformer Engine multiplies fp32 matrices in TF32, and bf16 is its home.
+# Transformer Engine multiplies fp32 matrices in TF32, and is made for bf16.
 @pytest.mark.parametrize(
     ("layers", "precision", "tolerance"),
     [(TORCH, "fp32", 1e-4), (TORCH, "bf16", 0.03), *[(kind, "bf16", 0.03) for kind in LAYERS if kind == ENGINE]],
@@ -159,7 +159,7 @@ def test_documents_that_cannot_be_kept_apart_are_refused(folders: dict[str, Path
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_toy_recipe_runs_through(precision: str, tmp_path: Path) -> None:
-    """With the layers that this environment has."""
+    """This uses the layers that this environment has."""
     overrides = ["execution.device=cuda", f"execution.run_root={tmp_path}"]
     stages = ("check_teacher", "score", "distill", "evaluate_teacher", "evaluate_pruned", "evaluate_random")
     overrides += [f"stages.{stage}.precision={precision}" for stage in (*stages, "evaluate_distilled", "speed")]

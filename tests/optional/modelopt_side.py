@@ -1,4 +1,4 @@
-"""What NVIDIA's ModelOpt keeps of a teacher. Run by test_modelopt.py, in an environment that has nvidia-modelopt.
+"""The indices of a teacher that NVIDIA's ModelOpt keeps. test_modelopt.py runs this where nvidia-modelopt is installed.
 
     python modelopt_side.py MODEL_DIR BATCHES.safetensors TARGET.json OUT.json
 
@@ -35,7 +35,7 @@ from nemo_minitron.schema.execution import Parallel
 # ModelOpt knows the norms of Transformer Engine and Apex; neither is there on a CPU.
 @DMRegistry.register({layers.TorchNorm: "nemo_minitron.backends.megatron.model.layers.TorchNorm"})
 class DynamicTorchNorm(_DynamicLayerNorm):
-    """Our norm, cut with the hidden size."""
+    """TorchNorm as a dynamic module, which is cut with the hidden size."""
 
     def _setup(self, *, num_features: TracedHp) -> None:
         # As ModelOpt's _DynamicFusedLayerNorm, but that norm also stores its size; ours does not.
@@ -60,8 +60,8 @@ def main(model_dir: Path, batches_file: Path, target_file: Path, out_file: Path)
 
 
 def _prune(model: GPTModel, tokens: Iterable[Tensor], target: dict[str, int], session: Session) -> dict[str, Tensor]:
-    """Weights of the model that ModelOpt makes."""
-    # The divisors only say which sizes may be asked for; ModelOpt's own are of large models.
+    """Return the weights of the model that ModelOpt makes."""
+    # The divisors only restrict which sizes can be requested; ModelOpt's own are of large models.
     config = get_mcore_minitron_config(hidden_size_divisor=1, ffn_hidden_size_divisor=1, num_layers_divisor=1)
     batches = [{"tokens": batch} for batch in tokens]
     pruned, _ = mtp.prune(
@@ -75,7 +75,7 @@ def _prune(model: GPTModel, tokens: Iterable[Tensor], target: dict[str, int], se
 
 
 def _kept(teacher: dict[str, Tensor], student: dict[str, Tensor], kv_channels: int) -> dict[str, Any]:
-    """Kept indices, most important first: ModelOpt sorts before it cuts."""
+    """Return the kept indices, most important first: ModelOpt sorts before it cuts."""
     norm = "decoder.final_layernorm.weight"
     hidden = _find(student[norm][None], teacher[norm][None])
     ffn, heads = [], []
@@ -89,7 +89,7 @@ def _kept(teacher: dict[str, Tensor], student: dict[str, Tensor], kv_channels: i
 
 
 def _find(columns_RC: Tensor, among_RD: Tensor) -> list[int]:
-    """Index of each column in `among`, to the bit; every column is there once."""
+    """Return the index of each column in `among`, which has every column exactly once."""
     matches_CD = (columns_RC[:, :, None] == among_RD[:, None, :]).all(0)
     if not bool((matches_CD.sum(1) == 1).all()):
         raise AssertionError("a column of the pruned model is not one column of the teacher")

@@ -55,7 +55,7 @@ SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192}
 TARGET = {"hidden_size": 80, "ffn_hidden_size": 112, "num_attention_heads": 4}
 SEQ_LEN_TOKENS = 48
 BATCH_SIZES = (4, 2, 1)
-"""Unequal, so that a mean over batches in place of a sum over samples would show."""
+"""Sizes of batches. They differ, so that a mean over batches instead of a sum over samples is detected."""
 NO_NETWORK = (
     "(from versions: none)",
     "NewConnectionError",
@@ -67,7 +67,7 @@ NO_NETWORK = (
 
 @dataclass(frozen=True)
 class Case:
-    """A teacher, its calibration batches, and what ModelOpt keeps of it."""
+    """Return a teacher, its calibration batches, and the indices that ModelOpt keeps."""
 
     model_dir: Path
     tokens: list[Tensor]
@@ -76,7 +76,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def modelopt_python() -> Path:
-    """The interpreter of an environment with ModelOpt, made on first use."""
+    """Return the interpreter of an environment with ModelOpt, which is made on first use."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo-minitron"
     # An environment belongs to the one whose packages it sees.
     owner = hashlib.sha256(f"{sys.prefix} {sys.version}".encode()).hexdigest()[:8]
@@ -125,7 +125,7 @@ def case(request: pytest.FixtureRequest, modelopt_python: Path, tmp_path_factory
 
 
 def _tokens() -> list[Tensor]:
-    """Few tokens are frequent, as in text: means and l2 norms over a sequence then rank channels differently."""
+    """Return batches with a few frequent tokens, as in text, so that means and l2 norms rank channels differently."""
     generator = torch.Generator().manual_seed(0)
     return [(512 * torch.rand((size, SEQ_LEN_TOKENS), generator=generator) ** 3).long() for size in BATCH_SIZES]
 
@@ -152,7 +152,7 @@ def _sorted(layers: list[list[int]]) -> list[list[int]]:
 
 def test_the_same_indices_stay(case: Case) -> None:
     plan = _our_plan(case)
-    # Guards the comparison itself: everything asked for is there.
+    # Guards the comparison itself: every requested size was cut.
     assert len(plan.shared["hidden"]) == TARGET["hidden_size"]
     assert [len(indices) for indices in case.modelopt["ffn"]] == [TARGET["ffn_hidden_size"]] * 4
     assert list(plan.shared["hidden"]) == sorted(case.modelopt["hidden"])

@@ -97,7 +97,7 @@ def test_twenty_steps_have_the_losses_of_one_process(layout: str, students: dict
 
 
 def test_after_the_decay_the_training_has_no_anchors(students: dict[str, Student], tmp_path: Path) -> None:
-    """Nothing is computed for them then; hidden states may be compared at the same time."""
+    """At weight 0 nothing is computed for anchors; hidden states may be compared at the same time."""
     plan, folders = students["width"]
     loss = Loss(anchors=AnchorLoss(decay_steps=3, decay="cosine"), hidden=HiddenLoss(weight=0.1))
     params = ANCHORED.model_copy(update={"loss": loss})

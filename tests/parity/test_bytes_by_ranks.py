@@ -44,7 +44,7 @@ def _bytes_of_weights(found: Bytes) -> Iterator[None]:
 
 
 class _Counted(io.BufferedReader):
-    """A file that counts what is read from it."""
+    """A file that counts the bytes that are read from it."""
 
     def __init__(self, raw: io.RawIOBase, found: Bytes) -> None:
         super().__init__(raw)
@@ -63,7 +63,7 @@ class _Counted(io.BufferedReader):
 
 @contextmanager
 def _bytes_of_tensor_files(found: Bytes) -> Iterator[None]:
-    """Count what torch reads from the files of a distributed checkpoint."""
+    """Count the bytes that torch reads from the files of a distributed checkpoint."""
     from torch.distributed.checkpoint.filesystem import FileSystem
 
     plain = FileSystem.create_stream
@@ -82,7 +82,7 @@ def _bytes_of_tensor_files(found: Bytes) -> Iterator[None]:
 
 
 def traffic(parallel: Parallel, student: Path, teacher: Path, data: Path, work: Path) -> tuple[Bytes, list[float]]:
-    """Bytes of this rank, and the losses of three steps of which the last follows a resume."""
+    """Return the bytes of this rank, and the losses of three steps, the last of which follows a resume."""
     from nemo_minitron.backends.megatron.distillation import distill
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.backends.megatron.training import loop as training

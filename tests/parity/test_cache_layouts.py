@@ -1,4 +1,4 @@
-"""A teacher cache is the same whoever writes it, and trains the same student in every layout."""
+"""A teacher cache is the same in every layout that writes it, and trains the same student in every layout."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _distill(sparse: Sampled | TopK, **keys: object) -> DistillStage:
         global_batch_size=4,
         seq_len_tokens=32,
         lr=2e-3,
-        adam_eps=1e-6,  # else rounding decides which way near-zero gradients step
+        adam_eps=1e-6,  # otherwise rounding decides the sign of steps by near-zero gradients
         warmup_steps=2,
         precision="fp32",
         valid_interval_steps=10,
@@ -86,7 +86,7 @@ def _read(name: str, parallel: Parallel, cache: Path, params: DistillStage, fold
 
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "one process"])
 def test_every_layout_writes_the_same_draws(name: str, folders: dict[str, Path]) -> None:
-    """A draw that falls on the edge between two tokens may go either way with the rounding of the logits."""
+    """With rounded logits, a draw at the border of two tokens may give either of them."""
     one, other = (_distributions(folders["root"] / writer) for writer in ("one process", name))
     assert one.shape == other.shape == (80 * 32, 510)
     same = np.isclose(one, other).all(axis=1)
@@ -96,7 +96,7 @@ def test_every_layout_writes_the_same_draws(name: str, folders: dict[str, Path])
 
 
 def _distributions(folder: Path) -> NDArray:
-    """[samples * S, V] of a whole cache, past the checks of its reader."""
+    """Return the distributions [samples * S, V] of a whole cache, without the checks of its reader."""
     from safetensors import safe_open
 
     from nemo_minitron.distillation.cache import _read_entry, unpack
@@ -122,7 +122,7 @@ def test_every_layout_trains_to_the_same_result_from_the_cache(folders: dict[str
 
 
 def test_all_of_the_vocabulary_from_the_cache_is_the_live_teacher(folders: dict[str, Path]) -> None:
-    """But for the quantisation; with documents that see each other and without."""
+    """The losses agree up to quantization, with and without attention across documents."""
     everything, expected = TopK(kind="top_k", k=510), []
     for apart in (False, True):
         keys = {"sparse": everything, "reset_attention_mask": apart}
@@ -145,16 +145,16 @@ def test_the_cache_has_the_teachers_loss(folders: dict[str, Path]) -> None:
     params, work = _distill(DRAWS), folders["root"] / "teacher loss"
     order = (params, params, *(folders[key] for key in ("student", "teacher")))
     rest = (folders["root"] / "one process", folders["data"], work)
-    live, told = run_ranks(1, teacher_losses, *order, *rest)[0]
-    assert told == losses[0]
-    np.testing.assert_allclose(told, live, atol=1e-5)
-    # Of other text it is not told.
+    live, cached = run_ranks(1, teacher_losses, *order, *rest)[0]
+    assert cached == losses[0]
+    np.testing.assert_allclose(cached, live, atol=1e-5)
+    # The loss of other text is not known.
     fewer = params.model_copy(update={"valid_num_tokens": 128})
     assert run_ranks(1, teacher_losses, fewer, fewer, *order[2:], *rest)[0][1] is None
 
 
 def _kls(name: str, caches: list[tuple[str, Sampled | TopK]], folders: dict[str, Path], **keys: object) -> list:
-    """Held-out KL of the untrained student to the live teacher, and to each (cache, what it keeps)."""
+    """Return the held-out KL of the untrained student to the live teacher, and to each (cache, kind of entries)."""
     work = folders["root"] / f"kl {name}"
     work.mkdir()
     live = DistillStage.model_validate({**_distill(DRAWS).model_dump(), "loss": {}, **keys})
@@ -173,7 +173,7 @@ def _write_here(name: str, folders: dict[str, Path], **keys: object) -> None:
 
 
 def test_held_out_kl_to_all_of_the_vocabulary_is_that_to_the_live_teacher(folders: dict[str, Path]) -> None:
-    """A part of it with a ghost is a lower bound."""
+    """The KL of a part with a ghost token is a lower bound."""
     kept = {"kl all": TopK(kind="top_k", k=510), "kl some": TopK(kind="top_k", k=64)}
     for name, sparse in kept.items():
         _write_here(name, folders, sparse=sparse)
@@ -185,7 +185,7 @@ def test_held_out_kl_to_all_of_the_vocabulary_is_that_to_the_live_teacher(folder
 def test_held_out_kl_of_draws_is_that_to_the_live_teacher(folders: dict[str, Path]) -> None:
     draws, shards = Sampled(kind="sampled", rounds=64), range(2, 10)
     for number in shards:
-        # The windows are numbered after the samples: where there are more of these, the draws are others.
+        # The windows are numbered after the samples, so with more samples their draws differ.
         _write_here(f"draws {number}", folders, sparse=draws, num_samples=64 * number)
     live, *found = _kls("draws", [(f"draws {number}", draws) for number in shards], folders)
     error = np.std(found, ddof=1)
@@ -194,7 +194,7 @@ def test_held_out_kl_of_draws_is_that_to_the_live_teacher(folders: dict[str, Pat
 
 
 def test_every_layout_has_the_same_held_out_kl(folders: dict[str, Path]) -> None:
-    """Whoever wrote and whoever reads; of other text there is none."""
+    """The KL is the same for all layouts of writer and reader; for other text there is none."""
     live, *found = _kls("one", [(writer, DRAWS) for writer in WRITERS], folders)
     np.testing.assert_allclose(found, found[0], atol=2e-3)
     for name in READERS:

@@ -94,7 +94,7 @@ RESUMES = {
         Parallel(tp=2, micro_batch_size=2, distributed_optimizer=True),
     ),
 }
-"""Layouts at first and in the end, and of the steps between."""
+"""Layouts of the first, the last and the steps in between."""
 
 
 @pytest.mark.parametrize("name", RESUMES)

@@ -108,7 +108,7 @@ def test_every_loss_has_the_gradients_of_the_plain_formula(
 @pytest.mark.parametrize("chunk_tokens", [None, 5], ids=["whole", "chunked"])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_in_fp32_the_loss_has_the_gradients_of_the_plain_formula(tp: int, chunk_tokens: int | None) -> None:
-    """For the head's input and its weight, with a vocabulary that 2 and 4 do not divide."""
+    """Check the gradients of the head's input and weight, with a vocabulary that 2 and 4 do not divide."""
     losses = {name: loss for name, loss in LOSSES.items() if loss.hidden is None and name != "draws"}
     expected = plain_boundary_gradients(losses)
     found = run_ranks(tp, boundary_gradients, losses, tp, chunk_tokens)[0]

@@ -1,4 +1,4 @@
-"""What follows GPTModel in Megatron-Core computes the same: logits, scores, removals, losses and files."""
+"""HybridModel, the successor of GPTModel, gives the same logits, scores, removals, losses and files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _as_hybrid(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _run(parallel: Parallel, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """With HybridModel on every rank; the function gets the layout after its first argument."""
+    """Run a function with HybridModel on every rank; it gets the layout after its first argument."""
     first, *rest = args
     return run_ranks(parallel.world_size, _as_hybrid, function, first, parallel, *rest)
 
@@ -164,7 +164,7 @@ def test_a_distillation_has_the_losses_of_gpt_model_and_resumes_from_a_checkpoin
 
 
 def test_a_training_does_not_resume_with_another_class(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Megatron's checkpoints of the two have other names."""
+    """The tensors in Megatron's checkpoints of the two classes have different names."""
     arguments = (Parallel(micro_batch_size=4), *_models(folders), tmp_path)
     run_ranks(1, distill_until, TWENTY_STEPS, *arguments, 3)
     with pytest.raises(AssertionError, match=r"CheckpointError: The training checkpoint cannot be read"):

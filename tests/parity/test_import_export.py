@@ -1,4 +1,4 @@
-"""Megatron computes what transformers computes, in every layout, and gives back the same bits."""
+"""Megatron computes the logits of transformers in every layout, and exports the same bits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def megatron(
     request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[NDArray, Path]]:
-    """Case -> (logits, folder that the model was saved to again), in one layout."""
+    """Return case -> (logits, folder to which the model was saved again), in one layout."""
     outs = {case: tmp_path_factory.mktemp("out") for case in CASES}
     parallel = LAYOUTS[request.param]
     ranks = run_ranks(parallel.world_size, logits_of, [(models[case], outs[case]) for case in CASES], parallel, TOKENS)

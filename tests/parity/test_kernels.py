@@ -46,7 +46,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Untied embeddings: a tied weight gets a gradient from autograd as well, and is left to it."""
+    """Untied embeddings, because a tied weight always gets its gradient from autograd."""
     root = tmp_path_factory.mktemp("kernels")
     return {
         "student": tiny_model_dir(root / "student", "llama31_rope", intermediate_size=64, seed=1),

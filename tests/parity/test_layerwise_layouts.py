@@ -69,7 +69,7 @@ def test_gradients_are_those_of_the_plain_formula(name: str, students: dict[str,
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("one process", OVERLAPPED)])
 @pytest.mark.parametrize("name", DEPTHS)
 def test_gradients_are_those_of_one_process(name: str, layout: str, students: dict[str, Student]) -> None:
-    """Those of a distributed optimizer are spread over the ranks; the losses below cover it."""
+    """Layouts without a distributed optimizer, whose gradients are spread over the ranks; the losses below cover it."""
     expected, _ = _gradients(name, "one process", students)
     found, _ = _gradients(name, layout, students)
     assert found.keys() == expected.keys()
@@ -145,14 +145,14 @@ def test_a_resumed_training_has_the_same_bits(students: dict[str, Student]) -> N
 
 
 def _depth_plan(plan: PrunePlan, kept: tuple[int, ...]) -> PrunePlan:
-    """The same plan without any cut of width."""
+    """Return the plan without any cut of width."""
     whole = {"ffn": 96, "heads": 8, "groups": 4}
     by_layer = {name: dict.fromkeys(kept, tuple(range(size))) for name, size in whole.items()}
     return PrunePlan("importance", kept, {"hidden": tuple(range(64))}, by_layer)
 
 
 def test_layers_that_the_plan_leaves_whole_are_not_trained(students: dict[str, Student], tmp_path: Path) -> None:
-    """They start without error; Adam would move them whatever the size of their gradients is."""
+    """They start without error, and Adam would move them however small their gradients are."""
     plan, folders = students["width"]
     plan = _depth_plan(plan, (0, 1, 3, 4, 5))
     student = tmp_path / "student"
@@ -173,7 +173,7 @@ def test_layers_that_the_plan_leaves_whole_are_not_trained(students: dict[str, S
 
 @pytest.mark.parametrize("distributed", [False, True])
 def test_a_training_of_some_layers_resumes(distributed: bool, students: dict[str, Student], tmp_path: Path) -> None:
-    """The others have no optimizer states in its checkpoints."""
+    """The other layers have no optimizer states in its checkpoints."""
     plan, folders = students["width"]
     plan = _depth_plan(plan, (0, 1, 3, 4, 5))
     student = tmp_path / "student"

@@ -1,4 +1,4 @@
-"""What is measured through transformers is what Megatron trains: every family, however its config.json is spelled."""
+"""transformers measures the model that Megatron trains: for every family and every spelling of its config.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The planner's memory against that of real distillation steps on this machine, in processes of their own."""
+"""The planned memory against that of real distillation steps on this machine, in separate processes."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ def test_the_memory_of_a_distillation_is_the_planned_one(name: str, tmp_path: Pa
     measured, student, teacher = _measure(case, tmp_path)
     layout = Parallel(micro_batch_size=case["micro"], recompute="full" if case.get("full") else "none")
     planned = memory_of(Work(student, layout, case["precision"], case["seq"], teacher=teacher))
-    told = {"planned": planned.facts(), "measured": {key: value / 2**30 for key, value in measured.items()}}
-    print(name, json.dumps(told))
-    assert planned.fixed == pytest.approx(measured["fixed"], rel=0.02), told
-    assert planned.peak == pytest.approx(measured["peak"], rel=0.15), told
+    figures = {"planned": planned.facts(), "measured": {key: value / 2**30 for key, value in measured.items()}}
+    print(name, json.dumps(figures))
+    assert planned.fixed == pytest.approx(measured["fixed"], rel=0.02), figures
+    assert planned.peak == pytest.approx(measured["peak"], rel=0.15), figures
 
 
 def test_the_memory_of_a_layer_local_distillation_is_the_planned_one(tmp_path: Path) -> None:
@@ -93,11 +93,11 @@ def test_the_memory_of_a_layer_local_distillation_is_the_planned_one(tmp_path: P
     measured, student, teacher = _measure(case, tmp_path)
     layout = Parallel(micro_batch_size=case["micro"])
     planned = memory_of(Work(student, layout, case["precision"], case["seq"], teacher=teacher, layerwise=True))
-    told = {"planned": planned.facts(), "measured": {key: value / 2**30 for key, value in measured.items()}}
-    print(json.dumps(told))
-    assert planned.fixed == pytest.approx(measured["fixed"], rel=0.02), told
+    figures = {"planned": planned.facts(), "measured": {key: value / 2**30 for key, value in measured.items()}}
+    print(json.dumps(figures))
+    assert planned.fixed == pytest.approx(measured["fixed"], rel=0.02), figures
     # The heads run in validations only.
-    assert planned.peak - planned.loss == pytest.approx(measured["peak"], rel=0.15), told
+    assert planned.peak - planned.loss == pytest.approx(measured["peak"], rel=0.15), figures
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -126,8 +126,8 @@ def test_layouts_and_recomputation_save_what_they_should() -> None:
     assert split.weights == pytest.approx(plain.weights / 2, rel=0.01)
     assert sharded.optimizer == pytest.approx(plain.optimizer / 4, abs=4)
     assert again.activations < plain.activations / 2
-    asked = memory_of(Work(shape, Parallel(), "bf16", 512, trains=False))
-    assert (asked.gradients, asked.optimizer) == (0, 0)
+    needed = memory_of(Work(shape, Parallel(), "bf16", 512, trains=False))
+    assert (needed.gradients, needed.optimizer) == (0, 0)
     assert layer_bytes_per_token(shape, Parallel(tp=2, sequence_parallel=True), "bf16") == pytest.approx(
         layer_bytes_per_token(shape, Parallel(), "bf16") / 2, rel=0.001
     )

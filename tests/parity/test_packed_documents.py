@@ -1,4 +1,4 @@
-"""Documents that are packed into one sample do not see each other, where the recipe asks for it."""
+"""Packed documents do not attend to each other if the recipe requests it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ KEYS = {"num_steps": 1, "global_batch_size": 1, "seq_len_tokens": 8, "lr": 0.1}
 def test_where_transformer_engine_would_see_across_documents_no_stage_starts(
     start: Any, params: Any, folders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refused before anything is read: none of the folders exists."""
+    """It is refused before anything is read: none of the folders exists."""
     rest = [tmp_path / "nothing"] * folders + [None] * (1 + (start is teacher_cache.write_cache))
     apart = params.model_copy(update={"reset_attention_mask": True})
     for has_engine, wanted in ((True, params), (False, apart)):

@@ -31,13 +31,13 @@ CASES: dict[str, tuple[Parallel, int, dict[str, Any]]] = {
     "pipeline stages": (Parallel(pp=2), 16, HIDDEN),
     "pipeline stages, teacher correction": (Parallel(pp=2), 16, CORRECTION),
 }
-"""Layout, smallest global batch size, more keys."""
+"""A layout, its smallest global batch size, and more keys."""
 
 
 def peaks(
     parallel: Parallel, sizes: list[int], keys: dict[str, Any], student: Path, teacher: Path, data: Path, work: Path
 ) -> list[int]:
-    """Peak of the bytes that one step of each global batch size makes, on this rank."""
+    """Return the peak of the bytes that one step of each global batch size allocates on this rank."""
     from nemo_minitron.backends.megatron.distillation import distill
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.backends.megatron.training import loop as training
@@ -59,7 +59,7 @@ def peaks(
 def rows(
     parallel: Parallel, keys: dict[str, Any], student: Path, teacher: Path, data: Path, work: Path
 ) -> list[dict[str, float]]:
-    """Curve rows of two steps."""
+    """Return the curve rows of two steps."""
     from nemo_minitron.backends.megatron.distillation import distill
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.backends.megatron.training import loop as training

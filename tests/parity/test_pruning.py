@@ -40,7 +40,7 @@ def teacher_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 class _ExactRMSNorm(nn.Module):
-    """transformers' RMSNorm without its detour through fp32."""
+    """transformers' RMSNorm without its conversion to fp32."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class _ExactRMSNorm(nn.Module):
 
 
 def _load(folder: Path) -> Any:
-    """The model as transformers loads it, with all of its arithmetic in fp64."""
+    """Load the model in transformers, with all arithmetic in fp64."""
     model = load_transformers(folder, torch.float64)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -67,13 +67,13 @@ def _logits(model: Any) -> Tensor:
 
 
 def _norms(model: Any) -> list[nn.Module]:
-    """The norms over hidden channels (not those of queries and keys)."""
+    """Yield the norms over hidden channels (not those of queries and keys)."""
     layers = model.model.layers
     return [*(n for layer in layers for n in (layer.input_layernorm, layer.post_attention_layernorm)), model.model.norm]
 
 
 def _plan(folder: Path, **target: int) -> PrunePlan:
-    """Random indices: what holds for them holds for the important ones."""
+    """Choose random indices: what holds for them holds for the important ones."""
     params = SelectStage.model_validate({"kind": "select", "method": "random", "seed": 7, "target": target})
     return choose_keep({}, Checkpoint.open(folder).shape, params)
 
@@ -93,7 +93,7 @@ def _dropped(keep: tuple[int, ...], size: int) -> list[int]:
 
 
 def _orders(shape: ModelShape) -> Callable[[int | None], Keep]:
-    """A random order of channels, of each layer's neurons, of groups, and of the heads in each group."""
+    """Return a random order of channels, of each layer's neurons, of groups, and of the heads in each group."""
     generator = torch.Generator().manual_seed(11)
     hidden = torch.randperm(shape.hidden_size, generator=generator)
     layers: dict[int, Keep] = {}
@@ -166,7 +166,7 @@ def test_cutting_heads_equals_silencing_them(case: str, tied: bool, tmp_path: Pa
 def _silence_channels(model: Any, keep: list[int], drop: list[int], *, fill_with_mean: bool) -> None:
     """Let nothing depend on the dropped channels of the residual stream.
 
-    They hold zero, or (`fill_with_mean`) the mean of the kept ones; the norms hand on zero for them.
+    They hold zero, or (`fill_with_mean`) the mean of the kept ones; the norms return zero for them.
     """
     residual = [model.model.embed_tokens.weight.T]
     for layer in model.model.layers:
@@ -199,7 +199,7 @@ def test_cutting_channels_equals_silencing_them_up_to_the_norms_factor(teacher_d
     So a sliced model is the silenced one with its norms' weights times sqrt(d / D).
 
     LayerNorm also subtracts the mean. Silenced channels that hold zero shift it, and nothing simple holds;
-    silenced channels that hold the mean of the kept ones leave the mean alone and add nothing to the variance,
+    silenced channels that hold the mean of the kept ones do not change the mean and add nothing to the variance,
     and then the same factor holds (biases stay as they are).
     """
     shape = Checkpoint.open(teacher_dir).shape

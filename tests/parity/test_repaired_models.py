@@ -1,4 +1,4 @@
-"""Repair of pruned models: identities, parallel layouts, and what it is for."""
+"""Repair of pruned models: identities, parallel layouts, and its effect."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _repaired(folder: Path, teacher: Path, cases: dict[str, Compensation], num_p
 
 
 def _same(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
-    """Whether two repaired layers have the same bits."""
+    """Return whether two repaired layers have the same bits."""
     return all(np.array_equal(one[0][name], other[0][name]) for name in other[0])
 
 
@@ -85,7 +85,7 @@ def _keep_all(teacher: Path) -> PrunePlan:
 
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_the_weights_do_not_depend_on_the_number_of_processes(num_processes: int, root: Path) -> None:
-    """Damping is fixed: with two almost equal errors, rounding may decide."""
+    """Damping is fixed, because rounding could decide between two almost equal errors."""
     folder, teacher = _cut(root, "llama_gqa_tied", WIDTH)
     for precision, tolerance in {"fp32": 1e-5, "fp64": 1e-10}.items():
         cases = _with(precision=precision, dampings=(1e-2,))

@@ -1,4 +1,4 @@
-"""Every score is the same in every parallel layout, and so is the plan that is made of it."""
+"""Every score, and the plan that is made from it, is the same in every parallel layout."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _compare(layout: str, root: Path, families: tuple[str, ...]) -> None:
             assert scores.keys() == expected[model, case].keys()
             for name, score in scores.items():
                 one = expected[model, case][name]
-                # Relative to the axis: a block influence near zero has no digits of its own.
+                # Relative to the whole axis, because a block influence near zero has no significant digits.
                 np.testing.assert_allclose(
                     score, one, rtol=rtol, atol=rtol * np.abs(one).max(), err_msg=f"{model} {case} {name}"
                 )

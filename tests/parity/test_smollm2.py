@@ -1,4 +1,4 @@
-"""The real model: logits, bits and perplexity through our path are those of transformers."""
+"""SmolLM2-135M: logits, bits and perplexity equal those of transformers."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_perplexity_of_text_equals_transformers_within_a_thousandth(smollm2: Pat
 
 
 def _our_perplexity(model_dir: Path, folder: Path) -> tuple[float, list[tuple[NDArray, NDArray]]]:
-    """(perplexity through Megatron, the windows that it was measured on), on prose of the package."""
+    """Return (perplexity through Megatron, its windows), on text of the package."""
     from nemo_minitron.backends.megatron.data.datasets import heldout_batches
     from nemo_minitron.backends.megatron.model.evaluate import heldout_loss
     from nemo_minitron.backends.megatron.runtime.session import open_session

@@ -1,4 +1,4 @@
-"""A teacher that goes on learning while it teaches: it learns as it would alone, in every layout, and over a resume."""
+"""Teacher correction during distillation: the teacher is trained as without a student, in every layout."""
 
 from __future__ import annotations
 

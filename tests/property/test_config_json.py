@@ -1,4 +1,4 @@
-"""Whatever stands in config.json or in the index of the shards: a model, or an error that names the file."""
+"""Random contents of config.json and of the index of shards give a model, or an error that names the file."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _LEFT_OUT = st.sets(st.sampled_from(_KEYS), max_size=3)
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model in several files."""
+    """Return a tiny model in several files."""
     source = Checkpoint.open(tiny_model_dir(tmp_path_factory.mktemp("models"), "llama_gqa_tied"))
     folder = tmp_path_factory.mktemp("shards")
     writer = CheckpointWriter(folder, source.config, max_shard_bytes=150_000)

@@ -1,4 +1,4 @@
-"""Whatever stands in a NeMo archive, a training checkpoint or a pickle: it is read, or an error says what is wrong."""
+"""Random NeMo archives, training checkpoints and pickles are read, or an error describes the problem."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_damaged_table_of_contents_is_read_or_refused(changes: list[tuple[floa
 @budget(60)
 def test_damaged_common_values_are_read_or_refused(changes: list[tuple[float, int]], end: float) -> None:
     started = time.monotonic()
-    with suppress(Exception):  # torch's own are of every kind; `Checkpoints` gives them a message
+    with suppress(Exception):  # torch raises errors of all types; `Checkpoints` converts them
         load_known(io.BytesIO(_damaged(_COMMON, changes, end)))
     assert time.monotonic() - started < MOST_S
 
@@ -192,7 +192,7 @@ def test_a_damaged_checkpoint_is_noticed(
 
 
 def _same_facts(name: str, before: bytes, folder: Path) -> bool:
-    """White space in a list of checksums means nothing."""
+    """White space in a list of checksums has no meaning."""
     return name == "training.json" and json.loads(before) == json.loads((folder / name).read_bytes())
 
 

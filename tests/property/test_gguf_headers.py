@@ -1,4 +1,4 @@
-"""Whatever stands in the keys of a GGUF file: a model that can be opened, or an error that names the file."""
+"""Random keys of a GGUF file give a model that can be opened, or an error that names the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any text on the command line: it arrives as it was typed, or is refused with a message."""
+"""Any text on the command line is read as it was typed, or refused with a message."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _has_its_own_meaning(text: str) -> bool:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As small as recipes get: composing takes a third of the toy recipe's time."""
+    """Return a minimal recipe, which composes in a third of the toy recipe's time."""
     file = tmp_path_factory.mktemp("small") / "small.yaml"
     file.write_text("stages:\n  teacher: {kind: import, source: x}\n")
     return file

@@ -1,4 +1,4 @@
-"""Whatever is wrong in a recipe's text: a plan, or an error that a user can read; never anything else."""
+"""Random changes of a recipe's text give a plan or a readable error, and nothing else."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ ENTRIES = st.sampled_from(
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value."""
+    """Yield the path of every value."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:
         yield (*path, key)
@@ -84,7 +84,7 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 @st.composite
 def changed(draw: st.DrawFn) -> str:
-    """The text of a shipped recipe in which keys are missing, renamed, moved, or hold something else."""
+    """Generate the text of a shipped recipe with missing, renamed or moved keys, or with other values."""
     recipe = yaml.safe_load(TEXTS[draw(st.sampled_from(NAMES))])
     for _ in range(draw(st.integers(1, 4))):
         found = list(places(recipe))
@@ -114,7 +114,7 @@ def changed(draw: st.DrawFn) -> str:
 
 @st.composite
 def damaged(draw: st.DrawFn) -> str:
-    """A text with a slip of the keyboard: something inserted, doubled or cut out."""
+    """Generate a text with a typing error: something inserted, doubled or deleted."""
     text = draw(st.one_of(st.sampled_from(list(TEXTS.values())), changed()))
     start = draw(st.integers(0, len(text)))
     end = draw(st.integers(start, min(len(text), start + 40)))
@@ -140,7 +140,7 @@ def test_a_damaged_text_is_planned_or_refused(text: str, tmp_path: Path, monkeyp
 
 
 def planned_or_refused(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `minitron check` and `minitron plan` do."""
+    """Do what `minitron check` and `minitron plan` do."""
     monkeypatch.chdir(folder)
     file = folder / "mine.yaml"
     file.write_bytes(text.encode("utf-8", "surrogatepass"))

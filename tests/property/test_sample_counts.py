@@ -1,4 +1,4 @@
-"""Any numbers of samples: refused before anything runs, or enough samples are drawn for all that asks for them."""
+"""Any numbers of samples are refused before anything runs, or enough samples are drawn for every use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.conftest import TOY
 from tests.support.examples import budget
 from tests.support.tiny_data import tiny_data_dir
 
-# The tiny data have some 100 samples of 16 tokens: numbers on both sides of one epoch, of zero, and of all reason.
+# The tiny data have some 100 samples of 16 tokens: numbers below and above one epoch and zero, and absurd ones.
 COUNTS = st.integers(-1, 40) | st.integers(90, 400) | st.sampled_from([0, 10**12, 2**63])
 METRICS = st.lists(st.sampled_from(["block_influence", "lm_loss", "logit_mse"]), unique=True)
 
@@ -67,13 +67,13 @@ def test_what_is_planned_can_be_drawn(  # type: ignore[no-untyped-def]
         return
     params = recipe.stages["score"]
     assert isinstance(params, ScoreStage)
-    asked = [params.num_samples, *([params.depth_samples] if params.draws_depth_samples else [])]
-    for count, drawn in zip(asked, _drawn(params, data, tmp_path, micro, asked), strict=True):
+    counts = [params.num_samples, *([params.depth_samples] if params.draws_depth_samples else [])]
+    for count, drawn in zip(counts, _drawn(params, data, tmp_path, micro, counts), strict=True):
         assert drawn == list(range(count))
 
 
 def _drawn(params: ScoreStage, data: Path, work: Path, micro: int, counts: list[int]) -> Iterator[list[int]]:
-    """Numbers of the samples that the stage draws for each count."""
+    """Return the numbers of the samples that the stage draws for each count."""
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.schema.execution import Execution
     from nemo_minitron.system.progress import Progress
@@ -99,5 +99,5 @@ def test_any_numbers_of_a_training_are_planned_or_refused(  # type: ignore[no-un
     except MinitronError:
         assert min(steps, batch) < 1
         return
-    told = [text for text in broken_rules(make_plan(recipe)) if "stages.distill" in text]
-    assert bool(told) == (batch % 4 != 0 or steps * batch > 2**32)
+    problems = [text for text in broken_rules(make_plan(recipe)) if "stages.distill" in text]
+    assert bool(problems) == (batch % 4 != 0 or steps * batch > 2**32)

@@ -1,4 +1,4 @@
-"""Whatever sbatch, squeue, sacct and sinfo print: the right ids and states, or a MinitronError; never a wrong one."""
+"""Random output of Slurm's programs gives the right ids and states or a MinitronError, never wrong ones."""
 
 from __future__ import annotations
 
@@ -67,16 +67,16 @@ def test_sbatchs_id_is_found_in_any_text_around_it(
     before = [text for text in before if text in noise]
     after = [text for text in after if text in noise]
     whole = answers.with_cluster(number, cluster)
-    said = "\n".join([*before, dress.format(whole), *after])
-    with patch.object(slurm, "_run", lambda words: (0, said, "") if words[0] == "sbatch" else (1, "", "")):
+    output = "\n".join([*before, dress.format(whole), *after])
+    with patch.object(slurm, "_run", lambda words: (0, output, "") if words[0] == "sbatch" else (1, "", "")):
         assert slurm.submit(["sbatch", "/x.sh"], lambda text: None) == whole
 
 
 @budget(60)
 @given(noise=NOISE)
 def test_an_answer_without_an_id_is_a_message_and_no_id(noise: list[str]) -> None:
-    said = "\n".join(line for text in noise for line in re.split(r"[\r\n]", text) if not _is_id(line))
-    answered = patch.object(slurm, "_run", lambda words: (0, said, "") if words[0] == "sbatch" else (1, "", ""))
+    output = "\n".join(line for text in noise for line in re.split(r"[\r\n]", text) if not _is_id(line))
+    answered = patch.object(slurm, "_run", lambda words: (0, output, "") if words[0] == "sbatch" else (1, "", ""))
     with answered, pytest.raises(EnvironmentProblem, match="no line with a job id"):
         slurm.submit(["sbatch", "/x.sh"], lambda text: None)
 
@@ -96,16 +96,16 @@ def test_states_are_those_of_the_job_only(
     rows = [*mine, *([] if other == number else [f"{other}|RUNNING|None|0:01|1:00|n1|0|"])]
     order.shuffle(rows)  # type: ignore[attr-defined]
     noise = [text for text in noise if not text.startswith(number) and "\x1b" not in text]
-    said = "\n".join([*noise, *rows, *noise])
-    found = {state.job_id: state.state for state in answers.job_states(said, number)}
+    output = "\n".join([*noise, *rows, *noise])
+    found = {state.job_id: state.state for state in answers.job_states(output, number)}
     assert found == {f"{number}_{index}": state for index, (state, _) in tasks.items()}
 
 
 @budget(60)
 @given(code=st.sampled_from([0, 1, 124]), noise=NOISE, error=FAILURE, number=ID)
 def test_a_job_is_gone_only_if_slurm_reports_it(code: int, noise: list[str], error: str, number: str) -> None:
-    said = "\n".join(noise)
-    with patch.object(slurm, "_run", lambda words: (code, said, error)), patch("shutil.which", lambda name: None):
+    output = "\n".join(noise)
+    with patch.object(slurm, "_run", lambda words: (code, output, error)), patch("shutil.which", lambda name: None):
         (state,) = slurm.states([number])[number][:1]
     if code and "Invalid job id" not in error:
         assert state.state == UNKNOWN

@@ -1,4 +1,4 @@
-"""Whatever text a prompt, a label, a path or a log holds: it is shown, and the terminal carries out none of it."""
+"""Any text of a prompt, a label, a path or a log is shown, and the terminal executes no part of it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_any_text_is_shown_and_none_is_obeyed(text: str, other: str, is_terminal
     progress.warn(text)
     assert isinstance(screen.file, StringIO)
     written = screen.file.getvalue() + progress.stream.getvalue()
-    # rich's own: colors, and the cursor of a bar.
+    # Control sequences of rich itself: colors, and the cursor of a bar.
     own = re.sub(r"\x1b\[(\?25[lh]|[0-9]*[AKGJ])|\r", "", COLOR.sub("", written)) if is_terminal else written
     _require_harmless(own)
 

@@ -266,8 +266,8 @@ def test_any_bytes_are_documents_or_an_error_that_names_the_file(
         try:
             found = list(read_documents(file, DataSource(source="x", document_separator=separator)))
         except DataError as error:
-            said = str(error)
-            assert str(file) in said
+            output = str(error)
+            assert str(file) in output
             return
         assert found
         assert all(text.text.strip() for text in found)

@@ -1,4 +1,4 @@
-"""Tokenizer files changed at random: they load, or the message says why; the ids never depend on limits in them."""
+"""Randomly changed tokenizer files load or give a reason; ids never depend on limits in them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ templates = st.lists(
 
 @contextmanager
 def changed(files: dict[str, dict[str, Any]], raw: dict[str, bytes] | None = None) -> Iterator[Path]:
-    """The toy model's tokenizer with other keys, and other whole files."""
+    """Generate changes of the toy model's tokenizer: other keys, and other whole files."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"
         folder.mkdir()

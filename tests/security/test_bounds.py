@@ -1,4 +1,4 @@
-"""Small files that would take hours or all memory: each is refused at once, with a message that says how to go on."""
+"""Small files that would take hours or all memory are refused at once, with a message that tells how to continue."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TOY_MODEL = REPO / "nemo_minitron" / "toy" / "model"
 
 @pytest.fixture(autouse=True)
 def soon() -> Iterator[None]:
-    """Whatever is refused is refused in seconds of processor time."""
+    """Require that a refusal takes only seconds of processor time."""
     begun = time.process_time()
     yield
     assert time.process_time() - begun < 10
@@ -56,7 +56,7 @@ LONG_REFERENCES = f"a0: {'x' * 100_000}\n" + "".join(f"a{i}: '{f'${{a{i - 1}}}' 
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         (ALIASES, "MINITRON_MAX_YAML_NODES"),
         (MERGES, "MINITRON_MAX_YAML_NODES"),
@@ -74,7 +74,7 @@ LONG_REFERENCES = f"a0: {'x' * 100_000}\n" + "".join(f"a{i}: '{f'${{a{i - 1}}}' 
     ids=lambda value: value[:12],
 )
 def test_a_recipe_that_expands_without_bound_is_refused(
-    tmp_path: Path, text: str, says: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, text: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "${" in text:  # the same in a twentieth of the time
         monkeypatch.setenv("MINITRON_MAX_YAML_NODES", "5000")
@@ -82,7 +82,7 @@ def test_a_recipe_that_expands_without_bound_is_refused(
     file.write_text(text)
     with pytest.raises(ConfigError) as caught:
         compose(file)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert len(str(caught.value)) < 2000
 
 
@@ -142,11 +142,11 @@ def test_check_reports_a_search_over_too_many_files(
     tmp_path: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MINITRON_MAX_FILES_LOOKED_AT", "500")
-    code, said = minitron(
+    code, output = minitron(
         "check", TOY, "stages.data.sources=[{source: '/usr/**/*.nosuch'}]", f"execution.run_root={tmp_path}"
     )
     assert code == 2
-    assert "stopped after 500" in said
+    assert "stopped after 500" in output
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_a_safetensors_header_is_bounded_and_never_printed(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"[" * 1_000_000, "nested too deeply"),
         (b'{"a": ' * 1_000_000, "nested too deeply"),
@@ -196,9 +196,9 @@ def test_a_safetensors_header_is_bounded_and_never_printed(tmp_path: Path, monke
     ],
     ids=["lists", "objects", "digits", "size", "twice"],
 )
-def test_config_json_is_bounded(tmp_path: Path, content: bytes, says: str) -> None:
+def test_config_json_is_bounded(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=says) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         read_json_object(tmp_path / "config.json")
     assert len(str(caught.value)) < 1000
 
@@ -314,7 +314,7 @@ DOUBLING = "{% set n = namespace(x='x') %}{% for a in range(40) %}{% set n.x = n
 
 
 @pytest.mark.parametrize(
-    ("jinja", "says"),
+    ("jinja", "message"),
     [
         (LOOPS, "takes more than 1 s for one dialogue"),
         (DOUBLING, "takes more than 300,000,000 bytes"),
@@ -327,12 +327,12 @@ DOUBLING = "{% set n = namespace(x='x') %}{% for a in range(40) %}{% set n.x = n
         ("{{ 'x'.center(40000000) }}", "writes 40,000,000 characters"),
     ],
 )
-def test_a_template_cannot_run_without_end(monkeypatch: pytest.MonkeyPatch, jinja: str, says: str) -> None:
+def test_a_template_cannot_run_without_end(monkeypatch: pytest.MonkeyPatch, jinja: str, message: str) -> None:
     monkeypatch.setenv("MINITRON_MAX_TEMPLATE_SECONDS", "1")
     monkeypatch.setenv("MINITRON_MAX_TEMPLATE_BYTES", "300000000")
     tokenizer = tiny_tokenizer()
     monkeypatch.setattr(tokenizer, "chat_template", jinja)
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=message):
         ChatTemplate.bind(tokenizer, "model", where="here").prompt(MESSAGES)
 
 
@@ -386,9 +386,9 @@ def test_impossible_file_names_are_reported(tmp_path: Path, minitron: Cli) -> No
         ("plan", TOY, f"execution.run_root={tmp_path}/{long}"),
         ("chat", long),
     ):
-        code, said = minitron(*words)
-        assert code == 2, said
-        assert "unexpected" not in said
+        code, output = minitron(*words)
+        assert code == 2, output
+        assert "unexpected" not in output
 
 
 @pytest.mark.parametrize(
@@ -404,19 +404,19 @@ def test_impossible_file_names_are_reported(tmp_path: Path, minitron: Cli) -> No
     ],
 )
 def test_odd_numbers_in_a_recipe_are_reported(tmp_path: Path, minitron: Cli, override: str) -> None:
-    code, said = minitron("check", TOY, override, f"execution.run_root={tmp_path}")
-    assert code == 2, said
-    assert "unexpected" not in said
+    code, output = minitron("check", TOY, override, f"execution.run_root={tmp_path}")
+    assert code == 2, output
+    assert "unexpected" not in output
 
 
 def test_numbers_that_python_cannot_print_are_reported(tmp_path: Path, minitron: Cli) -> None:
-    """YAML reads hexadecimal numbers of any length, and Python refuses to write one of 4,300 digits."""
+    """YAML reads hexadecimal numbers of any length, and Python refuses to print numbers of more than 4,300 digits."""
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"defaults: [toy/width, _self_]\nstages: {{distill: {{num_steps: 0x{'f' * 6000}}}}}\n")
-    code, said = minitron("check", recipe)
-    assert code == 2, said
-    assert "stages.distill.num_steps" in said
-    assert "unexpected" not in said
+    code, output = minitron("check", recipe)
+    assert code == 2, output
+    assert "stages.distill.num_steps" in output
+    assert "unexpected" not in output
 
 
 @pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- 2>&-"])

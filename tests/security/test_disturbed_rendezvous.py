@@ -29,7 +29,7 @@ def _join(rank: int, folder: str, answers: Queue[tuple[int, str]], *, silent: bo
             rendezvous.join("gloo", timedelta(minutes=30))
         answers.put((rank, "joined"))
     except rendezvous.ForeignProcessError as error:
-        # As the interpreter does at its end: an operation that is still waiting would keep the process.
+        # As the interpreter does at exit: an operation that still waits would keep the process alive.
         dist.destroy_process_group()
         answers.put((rank, str(error)))
     answers.close()
@@ -38,7 +38,7 @@ def _join(rank: int, folder: str, answers: Queue[tuple[int, str]], *, silent: bo
 
 
 def _outcome(folder: Path, *, silent: bool) -> dict[int, str]:
-    """Rank -> what came of joining; a silent rank 1 is left out."""
+    """Return rank -> outcome of joining, without a silent rank 1."""
     context = multiprocessing.get_context("spawn")
     answers: Queue[tuple[int, str]] = context.Queue()
     ranks = [

@@ -1,4 +1,4 @@
-"""Models and recipes of other people name Python files: none is run, and nobody is asked whether to run one."""
+"""Python files that models and recipes of other people name are never run, and there is no prompt to run them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOY_MODEL = REPO / "nemo_minitron" / "toy" / "model"
 
 
 def _model_with_code(folder: Path) -> tuple[Path, Path]:
-    """(a model whose files name code beside them, the file that the code would make)."""
+    """Return (a model whose files name code in its folder, the file that the code would create)."""
     model, marker = folder / "model", folder / "was-run"
     shutil.copytree(TOY_MODEL, model)
     code = f"open({str(marker)!r}, 'w').close()\n"
@@ -68,7 +68,7 @@ def test_chat_on_a_terminal_neither_runs_code_nor_asks(tmp_path: Path) -> None:
 
 
 def test_every_loader_of_the_package_refuses_remote_code() -> None:
-    """All that transformers loads of a folder by a class that the folder may choose."""
+    """These are all objects that transformers loads by a class that the folder may choose."""
     for file in sorted((REPO / "nemo_minitron").rglob("*.py")):
         if "backends/alignment/nemo_aligner/entry" in str(file):
             continue
@@ -84,7 +84,7 @@ def test_every_loader_of_the_package_refuses_remote_code() -> None:
 
 
 _OWN_CLASSES = ("PreTrainedTokenizerFast", "GenerationConfig")
-"""These run no code of a folder."""
+"""These classes run no code of a folder."""
 
 
 @pytest.mark.parametrize(
@@ -103,14 +103,14 @@ def test_files_of_tasks_are_refused(tmp_path: Path, minitron: Cli, override: str
     (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\ndef run(doc): return ''\n")
     (tmp_path / "evil.yaml").write_text("task: evil\ndoc_to_text: !function evil.run\ndataset_path: json\n")
     word = override.replace("FOLDER", str(tmp_path))
-    code, said = minitron("run", TOY, word, f"execution.run_root={tmp_path / 'runs'}")
-    assert code == 2, said
-    assert "is not the name of a task of lm-eval" in said
+    code, output = minitron("run", TOY, word, f"execution.run_root={tmp_path / 'runs'}")
+    assert code == 2, output
+    assert "is not the name of a task of lm-eval" in output
     assert not marker.exists()
 
 
 def test_lm_eval_gets_only_its_own_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The door before lm-eval, which would take any name of a file."""
+    """The check before lm-eval, which would accept the name of any file."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "arc_evil").write_text("task: x\n")
     for name in ("arc_evil", str(tmp_path / "arc_evil")):
@@ -123,9 +123,9 @@ def test_check_verifies_the_names_of_tasks(tmp_path: Path, minitron: Cli) -> Non
     assert is_known("arc_easy")
     assert is_known("mmlu_abstract_algebra")
     words = ["stages.score.layer_metrics=[task]", f"execution.run_root={tmp_path}"]
-    code, said = minitron("check", TOY, "stages.score.depth_task={name: winogrande_}", *words)
+    code, output = minitron("check", TOY, "stages.score.depth_task={name: winogrande_}", *words)
     assert code == 2
-    assert "stages.score.depth_task.name = 'winogrande_': lm-eval has no such task." in said
+    assert "stages.score.depth_task.name = 'winogrande_': lm-eval has no such task." in output
 
 
 def test_the_message_names_the_key() -> None:

@@ -27,7 +27,7 @@ def test_only_a_recipe_of_another_user_causes_a_warning(tmp_path: Path, monkeypa
     assert foreign_programs(recipe, RUNS) == []
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
     monkeypatch.setattr("nemo_minitron.plan.programs._ADMINISTRATOR", owner + 2)
-    (said,) = foreign_programs(recipe, RUNS)
-    assert f"belongs to another user (uid {owner})" in said
-    assert "execution.notify_command" in said
+    (output,) = foreign_programs(recipe, RUNS)
+    assert f"belongs to another user (uid {owner})" in output
+    assert "execution.notify_command" in output
     assert foreign_programs(recipe, Execution()) == []

@@ -1,4 +1,4 @@
-"""Jobs are submitted once, and every job that was submitted is known to `status`, `cancel` and the next `launch`."""
+"""Jobs are submitted once, and `status`, `cancel` and the next `launch` find every submitted job."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUEUED = "PENDING             |None|0:00|1:00|||0|"
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    """A Slurm that remembers: jobs that sbatch has taken are in squeue's answers until scancel was called for them."""
+    """A Slurm with a queue: squeue lists the jobs of sbatch until scancel was called for them."""
     fake = FakeSlurm(tmp_path / "slurm", monkeypatch)
     queue = tmp_path / "queue"
     queue.touch()
@@ -84,7 +84,7 @@ submit(make_plan(_recipe(Path(sys.argv[1]))), OPTIONS, print)
 def test_a_killed_launch_leaves_no_unknown_job(tmp_path: Path, fake: FakeSlurm, minitron: Cli) -> None:
     recipe, run = _recipe(tmp_path), tmp_path / "runs/toy/width"
     body = (fake.folder / "bin/sbatch").read_text()
-    # sbatch has made the job, and its caller is gone before it hears of it.
+    # sbatch has created the job, but its caller is killed before it reads the id.
     (fake.folder / "bin/sbatch").write_text(f"{body.rsplit('; echo', 1)[0]}; kill -KILL $PPID\n")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment, check=False)
@@ -95,8 +95,8 @@ def test_a_killed_launch_leaves_no_unknown_job(tmp_path: Path, fake: FakeSlurm, 
     assert job_facts(run)["teacher"]["job"] == "41"
     with pytest.raises(ArtifactError, match="Jobs of this run are still there: 41"):
         submit(make_plan(recipe), OPTIONS, print)
-    code, said = minitron("cancel", TOY, f"execution.run_root={tmp_path}/runs")
-    assert (code, said.strip()) == (0, "canceled 41")
+    code, output = minitron("cancel", TOY, f"execution.run_root={tmp_path}/runs")
+    assert (code, output.strip()) == (0, "canceled 41")
     assert fake.calls("scancel") == ["41"]
 
 

@@ -1,4 +1,4 @@
-"""Models and data from somebody else: links to private files, code beside a tokenizer, contents under a false name."""
+"""Models and data from other people: links to private files, code beside a tokenizer, contents under a false name."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def test_a_private_file_does_not_become_part_of_an_export(
     (model / name).symlink_to(target)
     out = tmp_path / "out"
     out.mkdir()
-    with pytest.raises(CheckpointError, match=f"{name} is a link to {target}, outside") as told:
+    with pytest.raises(CheckpointError, match=f"{name} is a link to {target}, outside") as caught:
         copy_side_files(model, out)
-    assert "export MINITRON_TRUSTED_FOLDERS=" in str(told.value)
+    assert "export MINITRON_TRUSTED_FOLDERS=" in str(caught.value)
     assert not (out / name).exists()
     monkeypatch.setenv("MINITRON_TRUSTED_FOLDERS", str(model))
     copy_side_files(model, out)
@@ -165,12 +165,12 @@ def test_the_checksum_of_a_sharded_model_is_of_all_shards(model: Path, tmp_path:
     of_index = hashlib.sha256(index.read_bytes()).hexdigest()
     with pytest.raises(
         CheckpointError, match=r"sha256 of model\.safetensors\.index\.json and all shards is ([0-9a-f]+)"
-    ) as told:
+    ) as caught:
         _adopt(model, of_index, tmp_path)
     shell = (
         os.popen(f"cd {model} && sha256sum model.safetensors.index.json *.safetensors | sha256sum").read().split()[0]
     )
-    assert shell in str(told.value)
+    assert shell in str(caught.value)
     _adopt(model, shell, tmp_path)
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
@@ -185,6 +185,6 @@ def test_zeros_of_the_right_size_are_no_asset(tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "answers.jsonl").write_bytes(b"\0" * file.size_bytes)
     assert not assets.ASSETS[name].is_here(tmp_path)
-    with pytest.raises(EnvironmentProblem, match=r"answers\.jsonl of asset benchmark-train-answers") as told:
+    with pytest.raises(EnvironmentProblem, match=r"answers\.jsonl of asset benchmark-train-answers") as caught:
         resolve_path(f"asset:{name}", tmp_path)
-    assert f"minitron assets fetch {name}" in str(told.value)
+    assert f"minitron assets fetch {name}" in str(caught.value)

@@ -1,4 +1,4 @@
-"""NeMo checkpoints from somebody else: nothing in an archive, its weights or its config is run."""
+"""NeMo checkpoints from other people: nothing in an archive, its weights or its config is run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.tiny_models import tiny_model_dir
 def test_no_task_of_nemo_loads_any_pickle() -> None:
     environment = process.task_environment(Path("/usr/bin/python3"), 1, on_cpu=True)
     assert not [name for name in environment if "WEIGHTS_ONLY" in name]
-    # Before a task is imported.
+    # This runs before a task is imported.
     text = (ENTRY / "__main__.py").read_text()
     assert text.index("read_only_known_pickles()") < text.index("return run(")
 
@@ -69,12 +69,12 @@ def test_an_archive_writes_nothing_outside_and_holds_no_links(member: tarfile.Ta
     work = tmp_path / "work"
     work.mkdir()
     nemo = _archive(tmp_path / "x.nemo", (_member("b"), b"fine"), (member, b"x"))
-    if member.name.startswith("/"):  # it loses its slash
+    if member.name.startswith("/"):  # the leading slash is removed
         unpacked(nemo, work)
     else:
-        with pytest.raises(CheckpointError) as told:
+        with pytest.raises(CheckpointError) as caught:
             unpacked(nemo, work)
-        assert told.value.where == str(nemo)
+        assert caught.value.where == str(nemo)
     assert not (tmp_path / "up").exists()
     assert not Path("/tmp/minitron-absolute").exists()
     assert not [path for path in work.rglob("*") if path.is_symlink()]
@@ -204,8 +204,8 @@ def test_a_hostile_checkpoint_runs_nothing_and_a_good_one_is_converted(
 ) -> None:
     require_aligner()
     good = tmp_path / "good"
-    code, told = minitron("convert", like, good)
-    assert code == 0, told
+    code, output = minitron("convert", like, good)
+    assert code == 0, output
     attacks: list[tuple[Callable[[Path, Path], None], int]] = [(_contents, 2), (_common, 2), (_target, 0)]
     for number, (attack, expected) in enumerate(attacks):
         nemo, marker = tmp_path / f"{number}.nemo", tmp_path / f"marker{number}"
@@ -214,8 +214,8 @@ def test_a_hostile_checkpoint_runs_nothing_and_a_good_one_is_converted(
         attack(prepared, marker)
         with tarfile.open(nemo, "w") as archive:
             archive.add(prepared, arcname=".")
-        code, told = minitron("convert", nemo, tmp_path / f"out{number}", "--like", like)
-        assert code == expected, told
-        assert "which no Megatron or NeMo checkpoint contains" in told or expected == 0
+        code, output = minitron("convert", nemo, tmp_path / f"out{number}", "--like", like)
+        assert code == expected, output
+        assert "which no Megatron or NeMo checkpoint contains" in output or expected == 0
         assert not marker.exists()
     assert same_tensors(tmp_path / "out2", like)

@@ -86,7 +86,7 @@ def test_a_connection_of_another_user_is_detected(monkeypatch: pytest.MonkeyPatc
             monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
         with pytest.raises(ForeignProcessError, match="Another user of this machine"):
             require_own_peers(sockets)
-        require_own_peers(set())  # somebody else's business, such as a proxy of this machine
+        require_own_peers(set())  # another program's connection, such as a proxy of this machine
 
 
 def test_process_groups_with_another_user_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:

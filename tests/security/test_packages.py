@@ -129,8 +129,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_nothing_in_the_bundles_folder_is_imported_and_only_listed_wheels_are_installed(
     installed: tuple[Path, str],
 ) -> None:
-    bundle, said = installed
-    assert "ready: cd" in said
+    bundle, output = installed
+    assert "ready: cd" in output
     assert not (bundle.parent.parent / "it ran").exists()
     (site,) = bundle.glob(".venv/lib/python*/site-packages")
     assert not (site / "evil.py").exists()

@@ -1,4 +1,4 @@
-"""Checkpoints from somebody else: nothing that they hold is run, and what they rightly hold is read."""
+"""Checkpoints from other people: nothing in them is run, and valid contents are read."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ PARAMS = TrainStage(
 
 
 class Marker:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, file: Path, function: Callable[..., Any] = os.mkdir) -> None:
         self.call = (function, (str(file),))
@@ -64,7 +64,7 @@ class Marker:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model, data, and the work folder of a training."""
+    """Return a model, data, and the work folder of a training."""
     root = tmp_path_factory.mktemp("trained")
     folders = {"model": tiny_model_dir(root / "model", "llama_gqa_tied"), "data": tiny_data_dir(root / "data")}
     folders["work"] = root / "work"
@@ -80,7 +80,7 @@ def _train(folders: dict[str, Path], work: Path) -> None:
 
 
 def _seal(checkpoint: Path) -> None:
-    """As whoever prepares a checkpoint can do it, too."""
+    """Write valid checksums, as an attacker would."""
     rest = [file for file in checkpoint.iterdir() if file.name != "training.json"]
     files = {file.name: facts for file, facts in file_facts(rest).items()}
     facts = {"step": 2, "good_losses": [], "distributed_optimizer": False, "files": files}
@@ -151,9 +151,9 @@ def test_a_prepared_training_checkpoint_runs_nothing(
     newest = checkpoints(work / "checkpoints")[-1]
     prepare(newest, tmp_path / "marker")
     _seal(newest)
-    with pytest.raises(CheckpointError, match="cannot be read") as told:
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
         _train(trained, work)
-    assert told.value.where == str(newest)
+    assert caught.value.where == str(newest)
     assert not (tmp_path / "marker").exists()
 
 
@@ -165,7 +165,7 @@ def _optimizer(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> 
 
 
 def _groups(state: Any) -> list[dict[str, Any]]:
-    """Wherever a version of Megatron keeps them."""
+    """Check every place where a version of Megatron keeps them."""
     if not isinstance(state, dict):
         return []
     return [group for key, value in state.items() for group in (value if key == "param_groups" else _groups(value))]
@@ -188,7 +188,7 @@ def test_the_state_of_another_optimizer_is_no_bug_of_ours(
     newest = checkpoints(work / "checkpoints")[-1]
     _optimizer(newest, change)
     _seal(newest)
-    with suppress(CheckpointError):  # old versions of Megatron-Core do not look at the groups, and go on
+    with suppress(CheckpointError):  # old versions of Megatron-Core ignore the groups
         _train(trained, work)
 
 
@@ -219,7 +219,7 @@ def test_a_file_without_a_checksum_is_not_read(trained: dict[str, Path], tmp_pat
 
 
 def test_a_training_resumes_from_an_intact_checkpoint(trained: dict[str, Path], tmp_path: Path) -> None:
-    """Its tensors are read from parts of files."""
+    """Read tensors from parts of files."""
     work = tmp_path / "work"
     shutil.copytree(trained["work"], work)
     (work / "curves.jsonl").unlink()
@@ -298,7 +298,7 @@ def test_a_program_in_place_of_tensors_is_refused(tmp_path: Path) -> None:
 
 
 def _short_of_numbers(folder: Path, more: str = "") -> Path:
-    """A tensor of 16 MB, of which the file holds four numbers: before 2.10, torch reads what lies behind them."""
+    """A tensor of 16 MB, of which the file contains four numbers: before 2.10, torch reads memory behind them."""
     whole, short = folder / "whole.pt", folder / "short.pt"
     torch.save({"a": torch.zeros(4 << 20)}, whole)
     with zipfile.ZipFile(whole) as read, zipfile.ZipFile(short, "w") as out:
@@ -320,7 +320,7 @@ def test_a_tensor_has_no_more_numbers_than_its_file(more: str, in_memory: bool, 
 
 @pytest.mark.parametrize("steps", [b"K\x00K\x01s", b"(K\x00K\x01u"], ids=["SETITEM", "SETITEMS"])
 def test_only_dictionaries_are_filled(steps: bytes) -> None:
-    """The other half of it."""
+    """This is the other half of CVE-2026-24747."""
     with pytest.raises(pickle.UnpicklingError, match="other than a dictionary"):
         known_pickles._KnownPickle.loads(b"\x80\x02ctorch\nSize\n)R" + steps + b".")
     assert known_pickles._KnownPickle.loads(b"\x80\x02}" + steps + b".") == {0: 1}

@@ -1,4 +1,4 @@
-"""A recipe works wherever its file lies: nothing of a path is read as Hydra's or YAML's own signs."""
+"""A recipe works in any folder: no part of a path is read as syntax of Hydra or YAML."""
 
 from __future__ import annotations
 

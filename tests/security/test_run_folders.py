@@ -1,4 +1,4 @@
-"""Run folders that somebody else has prepared: no file elsewhere is written, and no foreign folder is gone on with."""
+"""Run folders prepared by other people: no file elsewhere is written, and no run resumes in a foreign folder."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def _log(run: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("way", ["link", "hard link", "pipe"])
-def test_a_link_or_a_pipe_in_place_of_a_file_is_not_opened(name: str, write: object, way: str, run: Path, victim: Path) -> None:
+def test_a_link_or_a_pipe_in_place_of_a_file_is_not_opened(
+    name: str, write: object, way: str, run: Path, victim: Path
+) -> None:
     file = run / name
     file.parent.mkdir(parents=True, exist_ok=True)
     if way == "link":
@@ -77,9 +79,9 @@ def test_a_link_or_a_pipe_in_place_of_a_file_is_not_opened(name: str, write: obj
         file.hardlink_to(victim)
     else:
         os.mkfifo(file)
-    with pytest.raises(ArtifactError, match=r"is a link to|not a regular file") as told:
+    with pytest.raises(ArtifactError, match=r"is a link to|not a regular file") as caught:
         write(run)  # type: ignore[operator]
-    assert told.value.where == str(file)
+    assert caught.value.where == str(file)
     assert victim.read_text() == "{}"
 
 
@@ -185,16 +187,16 @@ def test_written_files_have_the_requested_mode(tmp_path: Path) -> None:
 
 
 def test_an_error_names_the_requested_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError) as told, replacing(tmp_path / "gone/plan.json"):
+    with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "gone/plan.json"):
         pass
-    assert told.value.filename == str(tmp_path / "gone/plan.json")
+    assert caught.value.filename == str(tmp_path / "gone/plan.json")
     (tmp_path / "plan.json").mkdir()
     with pytest.raises(OSError, match=r"plan\.json'$"):
         write_whole(tmp_path / "plan.json", "")
     assert os.listdir(tmp_path) == ["plan.json"]
 
 
-# --- whose folder --------------------------------------------------------------------------------
+# --- owners of folders --------------------------------------------------------------------------------
 
 
 def _work(run: Path) -> Path:
@@ -210,9 +212,9 @@ def test_another_users_run_is_not_gone_on_with(name: str, run: Path, monkeypatch
     _work(run)
     os.chown(run / name, NOBODY, NOBODY)
     store = Store(run)
-    with pytest.raises(ArtifactError, match=r"belongs to the user nobody") as told, store.lock():
+    with pytest.raises(ArtifactError, match=r"belongs to the user nobody") as caught, store.lock():
         store.open_work("distill", "fingerprint")
-    assert "export MINITRON_TRUSTED_FOLDERS=" in str(told.value)
+    assert "export MINITRON_TRUSTED_FOLDERS=" in str(caught.value)
     monkeypatch.setenv("MINITRON_TRUSTED_FOLDERS", f"/somewhere/else:{run.parent}")
     with store.lock():
         store.open_work("distill", "fingerprint")
@@ -224,9 +226,9 @@ def test_another_users_run_is_not_gone_on_with(name: str, run: Path, monkeypatch
 def test_work_that_others_can_write_is_not_gone_on_with(name: str, mode: int, run: Path) -> None:
     _work(run)
     os.chmod(run / name, mode)
-    with pytest.raises(ArtifactError, match="can be written by every user") as told:
+    with pytest.raises(ArtifactError, match="can be written by every user") as caught:
         Store(run).open_work("distill", "fingerprint")
-    assert "chmod -R go-w" in str(told.value)
+    assert "chmod -R go-w" in str(caught.value)
     os.chmod(run / name, mode & ~0o022)
     Store(run).open_work("distill", "fingerprint")
 

@@ -1,4 +1,4 @@
-"""No secret of the environment, of overrides or of a recipe leaves with a run, a page, a bundle or a command line."""
+"""Secrets of the environment, overrides or a recipe are in no run, page, bundle or command line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.fake_slurm import FakeSlurm
 MARK = "s3cr3t"
 OF_ENVIRONMENT = {"HF_TOKEN": f"hf_{MARK}_environment", "MY_API_KEY": f"{MARK}-of-the-shell-&<'\"", "HTTPS_PROXY": ""}
 FOR_THE_OWNER = ("plan.json", "recipe.json", "call.json", ENVIRONMENT_FILE)
-"""Files of a run that must hold values."""
+"""Files of a run that must contain values."""
 STAGES = {
     "teacher": {"kind": "import", "source": "asset:toy-llama"},
     "data": {"kind": "tokenize", "sources": [{"source": "asset:toy-text"}]},
@@ -38,7 +38,7 @@ STAGES = {
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A recipe with secrets wherever one can stand, in a folder of its own."""
+    """Return a recipe with secrets in every possible place, in a separate folder."""
     for name, value in OF_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
@@ -51,7 +51,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _leaks(folder: Path) -> list[str]:
-    """Files that hold the mark; those for their owner alone may."""
+    """Return files that contain the mark, except those that only their owner can read."""
     found = []
     for file in sorted(folder.rglob("*")):
         if not file.is_file() or MARK.encode() not in file.read_bytes():
@@ -63,14 +63,14 @@ def _leaks(folder: Path) -> list[str]:
 
 def test_no_secret_is_in_a_finished_run(recipe: Path, minitron: Cli, tmp_path: Path) -> None:
     override = f"execution.cluster.environment.GIVEN={MARK}_override"
-    code, said = minitron("run", recipe, override)
-    assert code == 0, said
+    code, printed = minitron("run", recipe, override)
+    assert code == 0, printed
     run = tmp_path / "runs/mine"
     assert (run / "report.html").is_file()
     assert (run / "export/README.md").is_file()
     assert MARK in (run / "plan.json").read_text(), "the attack: this value is there"
     assert _leaks(run) == []
-    assert MARK not in said
+    assert MARK not in printed
     host = os.uname().nodename
     assert host not in (run / "export/../teacher/manifest.json").read_text()
     assert (run / ".lock").read_text() == "", "who has worked here, and with which words, is gone with the lock"
@@ -80,9 +80,9 @@ def test_an_error_with_a_secret_in_it_is_masked_in_notices_and_logs(
     recipe: Path, minitron: Cli, tmp_path: Path
 ) -> None:
     secret = OF_ENVIRONMENT["HF_TOKEN"]
-    code, said = minitron("run", recipe, f"stages.teacher.source={tmp_path}/{secret}", "--until", "teacher")
+    code, printed = minitron("run", recipe, f"stages.teacher.source={tmp_path}/{secret}", "--until", "teacher")
     assert code == 2
-    assert MARK not in said
+    assert MARK not in printed
     assert _leaks(tmp_path / "runs") == []
 
 
@@ -92,11 +92,11 @@ def test_a_launch_passes_values_to_its_jobs_in_a_file_that_only_the_owner_can_re
     fake = FakeSlurm(tmp_path / "slurm", monkeypatch)
     fake.set("sbatch", f'tr "\\0" " " </proc/$$/cmdline >>{tmp_path}/cmdline; cp "${{@: -1}}" {tmp_path}; echo 7')
     fake.set("squeue", "exit 0")
-    code, said = minitron("launch", recipe, "launcher=slurm", f"execution.cluster.environment.GIVEN={MARK}_override")
-    assert code == 0, said
+    code, printed = minitron("launch", recipe, "launcher=slurm", f"execution.cluster.environment.GIVEN={MARK}_override")
+    assert code == 0, printed
     run = tmp_path / "runs/mine"
     assert _leaks(run) == []
-    assert MARK not in said + (tmp_path / "cmdline").read_text()
+    assert MARK not in printed + (tmp_path / "cmdline").read_text()
     assert stat.S_IMODE((run / "logs/slurm").stat().st_mode) == 0o700, "what Slurm writes there is masked by nobody"
     script = run / "launch/001/teacher.sh"
     assert MARK not in script.read_text()
@@ -124,9 +124,9 @@ def test_a_container_gets_values_but_no_command_line_has_them(
     image = "docker://x/y:z" if runtime == "apptainer" else "x/y:z"
     where = [f"execution.cluster.container={{runtime: {runtime}, core_image: '{image}'}}"]
     where += ["execution.cluster.environment.PATH=/in/the/image"] if runtime == "docker" else []
-    code, said = minitron("launch", recipe, *where)
-    assert code == 0, said
-    assert MARK not in said + (tmp_path / "cmdline").read_text()
+    code, printed = minitron("launch", recipe, *where)
+    assert code == 0, printed
+    assert MARK not in printed + (tmp_path / "cmdline").read_text()
     assert _leaks(tmp_path / "runs") == []
     assert f"WANDB_API_KEY={MARK}_site" in (tmp_path / "env").read_text()
     if runtime == "docker":
@@ -139,10 +139,10 @@ def test_a_bundle_has_no_secret_no_command_and_no_config(recipe: Path, minitron:
     site.parent.mkdir(parents=True)
     site.write_text(f"environment: {{OTHER: {MARK}_config}}\n")
     words = [f"execution.cluster.environment.GIVEN={MARK}_override", "--out", tmp_path / "b.tar", "--no-wheels"]
-    code, said = minitron("bundle", recipe, *words)
-    assert code == 0, said
-    assert MARK not in said
-    assert "execution.cluster.environment.WANDB_API_KEY" in said, "what is left out is told"
+    code, printed = minitron("bundle", recipe, *words)
+    assert code == 0, printed
+    assert MARK not in printed
+    assert "execution.cluster.environment.WANDB_API_KEY" in printed, "what is left out is told"
     with tarfile.open(tmp_path / "b.tar") as tar:
         tar.extractall(tmp_path / "there", filter="data")
     assert _leaks(tmp_path / "there") == []
@@ -233,16 +233,16 @@ print(" https://me:pass@host/", "recipe's own", sys.argv[1])
 
 
 def test_output_of_processes_is_masked_before_it_reaches_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ranks and NeMo-Aligner's processes print; in parts, in other characters, in lines without an end."""
+    """Output like that of ranks and NeMo-Aligner's processes: in parts, in other encodings, in lines without an end."""
     monkeypatch.setenv("HF_TOKEN", OF_ENVIRONMENT["HF_TOKEN"])
     own = f"{MARK}-\u00e4-of-the-recipe"
     with open_log(tmp_path / "log") as log, without_secrets(log, {"SITE_KEY": own, "PLAIN": "recipe's"}) as stream:
         subprocess.run([sys.executable, "-c", _CHATTY, own], stdout=stream, stderr=stream, check=True)
-    told = (tmp_path / "log").read_bytes()
-    assert MARK.encode() not in told
-    assert told.count(b"***") == 5
-    assert told.startswith(b"one ***\na bar 50%\r***\n\xffxx")
-    assert told.endswith(b"xx***" + b"y" * (1 << 20) + b" https://me:***@host/ recipe's own ***\n")
+    message = (tmp_path / "log").read_bytes()
+    assert MARK.encode() not in message
+    assert message.count(b"***") == 5
+    assert message.startswith(b"one ***\na bar 50%\r***\n\xffxx")
+    assert message.endswith(b"xx***" + b"y" * (1 << 20) + b" https://me:***@host/ recipe's own ***\n")
 
 
 def test_the_process_that_copies_a_log_outlives_its_runner_and_exits_soon(
@@ -262,12 +262,12 @@ def test_the_process_that_copies_a_log_outlives_its_runner_and_exits_soon(
 
 @pytest.mark.slow
 def test_no_secret_is_in_a_whole_toy_run_or_on_a_command_line(tmp_path: Path) -> None:
-    """With two processes, so that workers get their orders too; every process that runs meanwhile is looked at."""
+    """Run two processes, so that ranks get task files too, and inspect every process that runs meanwhile."""
     # Every rank prints its whole environment.
     (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ: print(os.environ, flush=True)\n")
     environment = {**os.environ, **OF_ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
     program = Path(sys.executable).with_name("minitron")
-    # A variable of the environment: what a person types is on the command line of `minitron` itself.
+    # A variable of the environment, because typed values are on the command line of `minitron` itself.
     site = tmp_path / "site.yaml"
     site.write_text(f"environment: {{WANDB_API_KEY: {MARK}_site}}\n")
     words = [f"execution.run_root={tmp_path}/runs", f"cluster={site}", "execution.parallel.dp=2"]

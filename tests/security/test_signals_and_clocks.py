@@ -1,4 +1,4 @@
-"""A terminal that goes away, and a clock that is set while a stage runs."""
+"""A terminal that is closed, and a clock that is set while a stage runs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_what_nohup_has_started_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_is_written_to_a_terminal_that_is_gone(tmp_path: Path) -> None:
-    """A run that dies of its own last words has saved nothing."""
+    """A run that fails while it prints its last message would save nothing."""
     code = f"""
 import os, pathlib, sys, time
 from nemo_minitron.system.interrupts import StopRequest

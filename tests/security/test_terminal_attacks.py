@@ -39,7 +39,7 @@ def test_an_answer_of_a_model_is_shown_and_never_obeyed(capsys: pytest.CaptureFi
 
 
 def test_prompts_in_brackets_are_planned_and_shown(minitron: Cli, tmp_path: Path) -> None:
-    """The reason for which a stage would run again names the prompts of the recipe."""
+    """The reason why a stage would run again contains the prompts of the recipe."""
     root = f"execution.run_root={tmp_path}"
     plan = load_plan(TOY, [root])
     call = plan.call("evaluate_teacher")
@@ -50,26 +50,26 @@ def test_prompts_in_brackets_are_planned_and_shown(minitron: Cli, tmp_path: Path
     old = Manifest("toy/width", call.name, call.kind, "0" * 64, {**call.payload, "params": params}, **facts)
     write_manifest(folder, old)
     for prompt in ("[/red] x", "[/INST]", "[bold]"):
-        code, said = minitron("plan", TOY, root, f"stages.evaluate_teacher.prompts=['{prompt}']")
-        assert code == 0, said
-        assert prompt in said.replace("\n", ""), said
+        code, output = minitron("plan", TOY, root, f"stages.evaluate_teacher.prompts=['{prompt}']")
+        assert code == 0, output
+        assert prompt in output.replace("\n", ""), output
 
 
 @pytest.mark.parametrize("command", ["check", "plan", "run", "report", "status", "chat", "logs"])
 def test_a_path_in_brackets_is_named_in_the_message(command: str, minitron: Cli, tmp_path: Path) -> None:
     path = tmp_path / f"[/b]{CLIPBOARD}[red]"
-    code, said = minitron(command, path / "x.yaml", *(["distill"] if command == "logs" else []))
+    code, output = minitron(command, path / "x.yaml", *(["distill"] if command == "logs" else []))
     assert code == 2
-    assert "[/b]\\x1b]52;c;" in said.replace("\n", "")
-    assert _is_harmless(said)
+    assert "[/b]\\x1b]52;c;" in output.replace("\n", "")
+    assert _is_harmless(output)
 
 
 @pytest.mark.parametrize("words", [["check", "--[/red]"], ["check", f"--{CLIPBOARD}"], [f"[/b]{CLIPBOARD}"]])
 def test_usage_errors_are_no_markup_either(words: list[str], minitron: Cli) -> None:
-    code, said = minitron(*words)
+    code, output = minitron(*words)
     assert code == 2
-    assert _is_harmless(said)
-    assert "[/red]" in said or "\\x1b]52" in said
+    assert _is_harmless(output)
+    assert "[/red]" in output or "\\x1b]52" in output
 
 
 def _run(root: Path) -> Path:
@@ -85,9 +85,9 @@ def test_logs_and_status_show_what_others_have_written(minitron: Cli, tmp_path: 
     facts = {"done": 1, "total": 2, "unit": f"steps{CLIPBOARD}", "eta_s": None, "fields": {"[/x]": CLIPBOARD}}
     (run / ".work/distill/progress.json").write_text(json.dumps(facts))
     for words in (["logs", TOY, "distill"], ["status", TOY], ["status", TOY, "--json"]):
-        code, said = minitron(*words, f"execution.run_root={tmp_path}")
-        assert code == 0, said
-        assert _is_harmless(said)
+        code, output = minitron(*words, f"execution.run_root={tmp_path}")
+        assert code == 0, output
+        assert _is_harmless(output)
     assert "[/INST]" in minitron("logs", TOY, "distill", f"execution.run_root={tmp_path}")[1]
     assert "\ngreen\n" in minitron("logs", TOY, "distill", f"execution.run_root={tmp_path}")[1]
 
@@ -108,18 +108,18 @@ def test_a_damaged_file_of_a_running_stage_is_not_our_bug(text: str, minitron: C
     (run / ".work/distill/progress.json").write_text(json.dumps(facts))
     assert minitron("status", TOY, f"execution.run_root={tmp_path}", "--html", page)[0] == 0
     (run / "launch/001/jobs.json").write_bytes(content)
-    code, said = minitron("status", TOY, f"execution.run_root={tmp_path}")
-    assert code == 2, said
-    assert "jobs.json" in said
-    assert "unexpected" not in said
+    code, output = minitron("status", TOY, f"execution.run_root={tmp_path}")
+    assert code == 2, output
+    assert "jobs.json" in output
+    assert "unexpected" not in output
 
 
 def test_odd_values_in_a_progress_file_are_not_our_bug(minitron: Cli, tmp_path: Path) -> None:
     file = _run(tmp_path) / ".work/distill/progress.json"
     for eta in ('"x"', "1e999", "-1", "9" * 400):
         file.write_text(f'{{"done": [], "total": {{}}, "unit": 1, "eta_s": {eta}, "fields": {{"a": null}}}}')
-        code, said = minitron("status", TOY, f"execution.run_root={tmp_path}")
-        assert code == 0, (eta, said)
+        code, output = minitron("status", TOY, f"execution.run_root={tmp_path}")
+        assert code == 0, (eta, output)
 
 
 TEMPLATES = ["{% if %}", f"{{{{ messages[9].x.y or raise_exception('{CLIPBOARD}') }}}}"]
@@ -131,10 +131,10 @@ def test_a_failing_template_is_reported_in_chat(template: str, minitron: Cli, tm
     config = model / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": template}))
     (model / "chat_template.jinja").write_text(template)
-    code, said = minitron("chat", model, "--once", "hi", "--max-new-tokens", 1)
-    assert code == 2, said
-    assert "unexpected" not in said
-    assert _is_harmless(said)
+    code, output = minitron("chat", model, "--once", "hi", "--max-new-tokens", 1)
+    assert code == 2, output
+    assert "unexpected" not in output
+    assert _is_harmless(output)
 
 
 @pytest.mark.parametrize("value", ["abc", "", "0", "-1", "1.5"])
@@ -145,16 +145,16 @@ def test_an_invalid_number_of_nodes_is_reported(value: str) -> None:
 
 @pytest.mark.parametrize("name", ["logs", "launch"])
 def test_a_stage_is_not_called_as_a_folder_of_the_run(name: str, minitron: Cli) -> None:
-    code, said = minitron("check", TOY, f"+stages.{name}={{kind: import, source: asset:toy-llama}}")
+    code, output = minitron("check", TOY, f"+stages.{name}={{kind: import, source: asset:toy-llama}}")
     assert code == 2
-    assert f"stages.{name}: the run itself uses a folder with this name" in said
+    assert f"stages.{name}: the run itself uses a folder with this name" in output
 
 
 def test_a_layout_for_a_stage_that_is_not_there_is_refused(minitron: Cli) -> None:
-    code, said = minitron("check", TOY, "execution.parallel_by_stage={nosuch: {dp: 2}, distil: {dp: 2}}")
+    code, output = minitron("check", TOY, "execution.parallel_by_stage={nosuch: {dp: 2}, distil: {dp: 2}}")
     assert code == 2
-    assert "execution.parallel_by_stage.nosuch: this recipe has no such stage" in said
-    assert "execution.parallel_by_stage.distil: this recipe has no such stage. Did you mean distill?" in said
+    assert "execution.parallel_by_stage.nosuch: this recipe has no such stage" in output
+    assert "execution.parallel_by_stage.distil: this recipe has no such stage. Did you mean distill?" in output
 
 
 PRINTERS = {"nemo_minitron/system/terminal.py", "nemo_minitron/system/progress.py"}

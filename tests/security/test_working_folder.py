@@ -1,4 +1,4 @@
-"""Files in the working folder that are called like modules: no process of a run imports them."""
+"""No process of a run imports files in the working folder that have the names of modules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = (
     "runpy", "shutil", "signal", "socket", "subprocess", "tempfile", "threading", "torch", "types", "typing", "yaml",
 )  # fmt: skip
 EXEMPT = {"nemo_minitron/doctor.py", "nemo_minitron/backends/alignment/nemo_aligner/environment.py"}
-"""Their `-c` takes the working folder off the path first, or imports nothing."""
+"""Programs whose `-c` code removes the working folder from the path first, or imports nothing."""
 
 TOKENIZATION = """
 import os
@@ -47,7 +47,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder; whatever is imported from it leaves a file there."""
+    """Return the working folder; every module that is imported from it leaves a file there."""
     for name in NAMES:
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write('{name} ')\n")
     monkeypatch.chdir(tmp_path)
@@ -67,14 +67,14 @@ def test_the_files_would_run_otherwise(hostile: Path) -> None:
 def test_an_agent_and_its_ranks(hostile: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     script = tmp_path_factory.mktemp("script")
     (script / "__main__.py").write_text("import datetime, json, multiprocessing, pathlib, runpy, socket, typing")
-    # As with Python 3.10, which does not know PYTHONSAFEPATH.
+    # As with Python 3.10, which ignores PYTHONSAFEPATH.
     done = subprocess.run(Nodes().command(sys.executable, 2, [str(script)]), check=False)
     assert (done.returncode, _has_run(hostile)) == (0, "")
 
 
 @pytest.mark.parametrize("what", ["worker", pytest.param("probe", marks=pytest.mark.slow)])
 def test_a_rank_and_the_process_that_compares_models(what: str, hostile: Path) -> None:
-    """They end at a file that is not there, after they have imported everything."""
+    """The processes end at a missing file, after they have imported everything."""
     words = [sys.executable, str(START), what, "nosuch.json"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert "nosuch.json" in done.stderr
@@ -88,7 +88,7 @@ def test_the_search_for_gpu_kernels(hostile: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_processes_of_tokenization(hostile: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """In a process of its own, which has started nothing yet."""
+    """This runs in a separate process, which has started nothing yet."""
     folder = tmp_path_factory.mktemp("tokenization")
     (folder / "script.py").write_text(TOKENIZATION)
     words = [sys.executable, str(folder / "script.py"), str(folder / "shards"), BUILT_IN["toy-llama"]]
@@ -97,7 +97,7 @@ def test_processes_of_tokenization(hostile: Path, tmp_path_factory: pytest.TempP
 
 
 def test_no_process_is_started_with_the_working_folder_on_its_path() -> None:
-    """`python -m` and `python -c` put it first; `-I` does not."""
+    """`python -m` and `python -c` put the working folder first on the path; `-I` does not."""
     found = {
         str(file.relative_to(REPO))
         for file in (REPO / "nemo_minitron").rglob("*.py")

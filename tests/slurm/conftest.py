@@ -38,13 +38,13 @@ def slurm_with_containers() -> Iterator[SlurmCluster]:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Ready to be distilled."""
+    """Return a run that is ready for distillation."""
     return prepare(tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture(scope="session")
 def undisturbed(prepared: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Distilled on this machine, by one process, without a stop."""
+    """Return a run that was distilled on this machine, by one process and without a stop."""
     run = copy_of(prepared, tmp_path_factory.mktemp("undisturbed"), None)
     run.call("run", "--until=distill")
     return run

@@ -26,12 +26,12 @@ def _launch(recipe: str, cluster: SlurmCluster, *overrides: str, outer: Mapping[
 
 
 def test_the_candidates_of_a_search_are_one_array_for_each_rung(slurm: SlurmCluster, tmp_path: Path) -> None:
-    told = _launch("recipes/toy/search.yaml", slurm, f"execution.run_root={tmp_path}", "cluster.array_limit=2")
-    assert "submitted" in told, told
+    output = _launch("recipes/toy/search.yaml", slurm, f"execution.run_root={tmp_path}", "cluster.array_limit=2")
+    assert "submitted" in output, output
     slurm.wait_until_idle(TIMEOUT_S)
     run = tmp_path / "toy/search"
     scripts = sorted(file.name for file in (run / "launch/001").glob("*rung*.sh"))
-    assert scripts, told
+    assert scripts, output
     first = (run / "launch/001" / scripts[0]).read_text()
     assert "#SBATCH --array=0-" in first
     assert "%2\n" in first
@@ -56,12 +56,12 @@ def test_stages_see_only_their_container_and_what_is_mounted(
 
 def test_a_missing_plugin_is_reported_before_anything_is_queued(slurm: SlurmCluster, tmp_path: Path) -> None:
     run = Run(tmp_path, slurm, ("cluster.container.runtime=pyxis", "cluster.container.core_image=x"))
-    told = run.call("check", "--cluster", code=2)
-    assert "srun has no --container-image: pyxis is not installed" in told
+    output = run.call("check", "--cluster", code=2)
+    assert "srun has no --container-image: pyxis is not installed" in output
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "output"),
     [
         (("cluster.partition=gpu",), "there is no partition gpu"),
         (("cluster.partition=short", "cluster.time_min=60", "cluster.grace_s=60"), "60 minutes, the limit is 2"),
@@ -70,16 +70,16 @@ def test_a_missing_plugin_is_reported_before_anything_is_queued(slurm: SlurmClus
     ],
 )
 def test_what_the_cluster_cannot_give_is_found_before_a_job_is_queued(
-    keys: tuple[str, ...], told: str, slurm: SlurmCluster, tmp_path: Path
+    keys: tuple[str, ...], output: str, slurm: SlurmCluster, tmp_path: Path
 ) -> None:
-    assert told in Run(tmp_path, slurm, keys).call("check", "--cluster", code=2)
+    assert output in Run(tmp_path, slurm, keys).call("check", "--cluster", code=2)
 
 
 def test_slurm_refusing_a_job_leaves_nothing_queued(slurm: SlurmCluster, prepared: Run, tmp_path: Path) -> None:
     run = copy_of(prepared, tmp_path, slurm, "cluster.by_stage={evaluate_distilled: {time_min: 90, partition: short}}")
-    told = run.call("launch", "--until=evaluate_distilled", code=2)
-    assert "sbatch failed" in told
-    assert "taking back what was submitted" in told
+    output = run.call("launch", "--until=evaluate_distilled", code=2)
+    assert "sbatch failed" in output
+    assert "taking back what was submitted" in output
     slurm.wait_until_idle(30)
 
 
@@ -96,11 +96,11 @@ OUTER = {
     "RANK": "1",
     "WORLD_SIZE": "2",
 }
-"""Of an interactive job, from which `launch` is called."""
+"""Variables of an interactive job, from which `launch` is called."""
 
 
 def _site_with(sbatch: str, cluster: SlurmCluster, folder: Path) -> dict[str, str]:
-    """A PATH on which sbatch is a script of the site; $sbatch is Slurm's own."""
+    """Return a PATH on which sbatch is a script of the site; $sbatch is Slurm's program."""
     real = subprocess.run(
         ["bash", "-c", "command -v sbatch"], env=cluster.environment, capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -115,12 +115,12 @@ def test_a_launch_from_inside_a_job_and_behind_a_banner(slurm: SlurmCluster, tmp
     banner = 'echo "-- Welcome --"; echo "2 node hours will be charged"; exec "$sbatch" "$@"'
     outer = {**OUTER, **_site_with(banner, slurm, tmp_path / "bin")}
     root = f"execution.run_root={tmp_path}"
-    told = _launch("recipes/toy/width.yaml", slurm, root, "--until=check_teacher", outer=outer)
-    assert "submitted" in told, told
-    assert "not passed on to sbatch: SBATCH_EXPORT, SBATCH_PARTITION" in told
+    output = _launch("recipes/toy/width.yaml", slurm, root, "--until=check_teacher", outer=outer)
+    assert "submitted" in output, output
+    assert "not passed on to sbatch: SBATCH_EXPORT, SBATCH_PARTITION" in output
     slurm.wait_until_idle(TIMEOUT_S)
     run = tmp_path / "toy/width"
-    assert (run / "check_teacher/manifest.json").is_file(), told
+    assert (run / "check_teacher/manifest.json").is_file(), output
     jobs = json.loads((run / "launch/001/jobs.json").read_text())["jobs"]
     assert {slurm.job(job["job_ids"][0])["JobState"] for job in jobs} == {"COMPLETED"}
 
@@ -128,6 +128,6 @@ def test_a_launch_from_inside_a_job_and_behind_a_banner(slurm: SlurmCluster, tmp
 def test_jobs_whose_ids_were_not_printed_are_canceled(slurm: SlurmCluster, tmp_path: Path) -> None:
     mute = '"$sbatch" --begin=now+1hour "$@" >/dev/null; echo "your job is welcome"'
     outer = _site_with(mute, slurm, tmp_path / "bin")
-    told = _launch("recipes/toy/width.yaml", slurm, f"execution.run_root={tmp_path}", outer=outer)
-    assert "was found in the queue and canceled" in told, told
+    output = _launch("recipes/toy/width.yaml", slurm, f"execution.run_root={tmp_path}", outer=outer)
+    assert "was found in the queue and canceled" in output, output
     slurm.wait_until_idle(30)

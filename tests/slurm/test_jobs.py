@@ -1,4 +1,4 @@
-"""Jobs of a real Slurm: the whole chain, and all that happens to jobs at night."""
+"""Jobs of a real Slurm: the whole chain, preemption, time limits and lost nodes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ TIME_LIMIT_S = 120
 def test_the_whole_recipe_runs_as_jobs_and_is_not_submitted_twice(slurm: SlurmCluster, tmp_path: Path) -> None:
     run = Run(tmp_path, slurm, ("stages.distill.num_steps=6", "stages.distill.warmup_steps=1"))
     assert "Slurm answers; partitions: main, short" in run.call("check", "--cluster")
-    told = run.call("launch")
-    assert "submitted" in told
+    output = run.call("launch")
+    assert "submitted" in output
     assert "Jobs of this run are still there" in run.call("launch", code=2)
     slurm.wait_until_idle(TIMEOUT_S)
     assert (run.folder / "report.html").is_file()
@@ -57,7 +57,7 @@ def test_a_job_at_its_time_limit_saves_is_requeued_and_gives_the_same_result(
     run.call("launch", "--until=distill")
     (job,) = run.job_ids()["distill"]
     run.wait_for_step(3)
-    # The signal that Slurm sends before the limit (--signal=B:USR1@...), to the script alone.
+    # The signal that Slurm sends before the limit (--signal=B:USR1@...), to the script only.
     slurm.call("scancel", "--batch", "--signal=USR1", job)
     slurm.wait_until_idle(TIMEOUT_S)
     log = run.log("distill")
@@ -71,7 +71,7 @@ def test_a_job_at_its_time_limit_saves_is_requeued_and_gives_the_same_result(
 def test_a_stage_survives_slurms_own_time_limit(
     slurm: SlurmCluster, prepared: Run, undisturbed: Run, tmp_path: Path
 ) -> None:
-    # As many steps as take longer than the limit; Slurm's signal comes up to a minute before the 20 seconds asked for.
+    # More steps than fit into the limit; Slurm's signal comes up to a minute before the requested 20 seconds.
     steps = int(TIME_LIMIT_S * 1.2 / undisturbed.seconds_per_step())
     keys = (f"stages.distill.num_steps={steps}", f"stages.distill.save_interval_steps={steps}")
     alone = copy_of(prepared, tmp_path / "alone", None, *keys)
@@ -160,7 +160,7 @@ def test_a_stage_without_progress_is_not_requeued_forever(slurm: SlurmCluster, p
     run.call("launch", "--until=distill")
     (job,) = run.job_ids()["distill"]
     run.wait_for_step(3)
-    # All at once, as by the out-of-memory killer: nothing can be saved.
+    # Kill all processes at once, as the out-of-memory killer does: nothing can be saved.
     slurm.call("scancel", "--signal=KILL", f"{job}.0")
     slurm.wait_until_idle(TIMEOUT_S)
     assert slurm.job(job)["JobState"] == "FAILED"

@@ -1,4 +1,4 @@
-"""Repair of tiny pruned models, as each rank does it. Importable, so that spawned processes find it."""
+"""Repair of tiny pruned models, for tests on several ranks. Importable, so that spawned processes find it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _repair_layers(
 
 
 def _arrays(weights: Weights) -> Arrays:
-    """Arrays survive the end of the process that has made them."""
+    """Convert to arrays, which survive the end of the process that made them."""
     return {name: tensor.numpy() for name, tensor in weights.items()}
 
 
@@ -96,7 +96,7 @@ def _numbers(found: dict[str, Repair] | None) -> dict[str, Repair] | None:
 
 
 def updates(layers: Layers, root: Path) -> dict[str, Tensor]:
-    """What the repair added to each weight of the student, fp64."""
+    """Return what the repair added to each weight of the student, fp64."""
     student = Checkpoint.open(root / "student")
     return {
         name: tensor.double() - student.read(name).double()

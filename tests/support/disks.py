@@ -1,4 +1,4 @@
-"""Disks that are small, full or read-only. Only root may mount them: without, a test is skipped."""
+"""Small, full and read-only disks. Only root may mount them; other users skip these tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SmallDisk:
     path: Path
 
     def leave(self, free_bytes: int) -> None:
-        """Make it just so large that about so much is free, in whole pages."""
+        """Set its size so that about this much is free, in whole pages."""
         found = os.statvfs(self.path)
         used = (found.f_blocks - found.f_bfree) * found.f_frsize
         _mount("-o", f"remount,size={max(PAGE, used + free_bytes)}", self.path)
@@ -29,7 +29,7 @@ class SmallDisk:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[SmallDisk]:
-    """With room for anything, until `leave`."""
+    """Give it much free space, until `leave`."""
     folder.mkdir(parents=True)
     _mount("-t", "tmpfs", "-o", "size=1g", "tmpfs", folder)
     try:
@@ -40,7 +40,7 @@ def small_disk(folder: Path) -> Iterator[SmallDisk]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Nobody can write below the folder, root neither."""
+    """Make a folder read-only, for root too."""
     _mount("--bind", folder, folder)
     try:
         _mount("-o", "remount,ro,bind", folder)

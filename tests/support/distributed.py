@@ -1,4 +1,4 @@
-"""Run functions in processes of their own: several that form one world, as torchrun would, or any."""
+"""Run functions in separate processes: on several ranks, as torchrun does, or independently."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PRELOADED = [
     "nemo_minitron.backends.megatron.training.loop",
     "transformers",
 ]
-"""Importing torch and Megatron takes seconds: once for each test process, not for each rank."""
+"""Modules that are imported once for each test process, not for each rank, because that takes seconds."""
 
 
 def process_context() -> BaseContext:
-    """Forks from one process that has the libraries imported and has done nothing else, with its environment.
+    """Return a context that forks from a process with only the libraries imported, with its environment.
 
     Where CUDA is there each process starts anew: the imports may begin with CUDA, which no fork survives.
     """
@@ -34,7 +34,7 @@ def process_context() -> BaseContext:
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """function(*args) on every rank, each its own process; returns the results in rank order.
+    """Run function(*args) on every rank, each in its own process, and return the results in rank order.
 
     The function must be importable; results must survive a pipe (tensors do). The environment is that of this
     process's first call.

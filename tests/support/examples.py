@@ -1,4 +1,4 @@
-"""How many inputs a property test tries: few in `make test`, many in `make test-all`."""
+"""Number of inputs of property tests: few in `make test`, many in `make test-all`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, settings
 
 MANY = os.environ.get("MINITRON_MANY_EXAMPLES") == "1"
 TIMES = 12
-"""`make test-all` tries this many times the examples of `make test`."""
+"""Factor of the number of examples in `make test-all`."""
 
 
 def budget(few: int) -> settings:
-    """Settings that try `few` examples in `make test`, and `TIMES` as many in `make test-all`.
+    """Return settings that try `few` examples in `make test`, and `TIMES` as many in `make test-all`.
 
     The fast run draws the same examples every time, so that a change is judged on its own; the long run draws new ones.
     """

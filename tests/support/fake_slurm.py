@@ -1,4 +1,4 @@
-"""Stand-ins for Slurm's programs: shell scripts that print what a real site printed."""
+"""Stand-ins for Slurm's programs: shell scripts that print the output of real sites."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NO_SUCH_JOB = 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 
 
 
 class FakeSlurm:
-    """A folder that goes first on the PATH."""
+    """A folder of stand-ins, first on the PATH."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
@@ -25,18 +25,18 @@ class FakeSlurm:
             self.set(name, "exit 1")
 
     def set(self, name: str, body: str) -> None:
-        """What a program does; each call and its environment are noted in files."""
+        """Set the body of a program; each call and its environment are recorded in files."""
         program = self.folder / "bin" / name
         note = f'printf "%s\\n" "$*" >>"{self.folder}/{name}.calls"; env >"{self.folder}/{name}.env"'
         program.write_text(f"#!/bin/bash\n{note}\n{body}\n")
         program.chmod(0o755)
 
     def calls(self, name: str) -> list[str]:
-        """The words of each call."""
+        """Return the arguments of each call."""
         file = self.folder / f"{name}.calls"
         return file.read_text().splitlines() if file.is_file() else []
 
     def environment(self, name: str) -> dict[str, str]:
-        """What the last call had."""
+        """Return the environment of the last call."""
         lines = (self.folder / f"{name}.env").read_text().splitlines()
         return dict(line.split("=", 1) for line in lines if "=" in line)

@@ -28,13 +28,13 @@ class Reader(NamedTuple):
     """One kind of input."""
 
     prepare: Callable[[Path], Any]
-    """Makes a good input in a folder, once; what it returns is handed to `mutate`."""
+    """Makes a valid input in a folder, once; its result is passed to `mutate`."""
     mutate: Callable[[random.Random, Any, Path], None]
-    """Writes a changed copy of the good input into the folder."""
+    """Writes a changed copy of the valid input into the folder."""
     read: Callable[[Path], object]
     """Reads the folder as the package does."""
     count: int
-    """Inputs of a whole run."""
+    """Number of inputs of a whole run."""
 
 
 # --- mutations ------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ ODD: tuple[Any, ...] = (
 
 
 def damaged_bytes(rng: random.Random, data: bytes, extent: int | None = None) -> bytes:
-    """A copy with some bytes changed, removed, repeated or cut off, most of them within the first `extent`."""
+    """Return a copy with some bytes changed, removed, repeated or cut off, most of them within the first `extent`."""
     out = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 2, 3, 8])):
         if not out:
@@ -74,7 +74,7 @@ def damaged_bytes(rng: random.Random, data: bytes, extent: int | None = None) ->
 
 
 def changed(rng: random.Random, value: Any) -> Any:
-    """A copy of a JSON value with some of its parts changed, removed, repeated, moved or nested deeply."""
+    """Return a copy of a JSON value with parts changed, removed, repeated, moved or nested deeply."""
     root = {"": copy.deepcopy(value)}
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
         places = list(_places(root))
@@ -97,14 +97,14 @@ def changed(rng: random.Random, value: Any) -> Any:
 
 
 def nested(value: Any, depth: int, lists: bool) -> Any:
-    """A value inside lists or objects."""
+    """Return a value inside lists or objects."""
     for _ in range(depth):
         value = [value] if lists else {"a": value}
     return value
 
 
 def _places(root: Any) -> Any:
-    """(holder, key) of parts of a JSON value; of a long list or object, the first and last ones."""
+    """Yield (holder, key) of parts of a JSON value; for a long list or object, the first and last ones."""
     waiting = [root]
     while waiting:
         holder = waiting.pop()
@@ -116,7 +116,7 @@ def _places(root: Any) -> Any:
 
 
 def as_json(rng: random.Random, value: Any) -> bytes:
-    """A changed JSON value as bytes, some of them damaged."""
+    """Return a changed JSON value as bytes, some of them damaged."""
     try:
         text = json.dumps(changed(rng, value)).encode("utf-8", "surrogatepass")
     except RecursionError:  # nested several times
@@ -132,12 +132,12 @@ def as_json(rng: random.Random, value: Any) -> bytes:
 
 
 def feed(name: str, reader: Reader, folder: Path, first: int, count: int) -> dict[str, Any]:
-    """Feed a reader `count` inputs and report what became of them."""
+    """Give a reader `count` inputs and return the outcomes."""
     from nemo_minitron.errors import MinitronError
 
     folder.mkdir(parents=True, exist_ok=True)
     good = reader.prepare(folder)
-    reader.read(folder)  # the good input is accepted, and everything is imported
+    reader.read(folder)  # the valid input is accepted, and everything is imported
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + LIMIT_BYTES, before[1]))
     started, accepted, slowest, faults = time.monotonic(), 0, 0.0, []

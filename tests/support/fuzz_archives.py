@@ -1,4 +1,4 @@
-"""Fuzzed readers of what is packed or pickled: `.nemo` files, training checkpoints, and bundles."""
+"""Fuzzed readers of packed and pickled files: `.nemo` files, training checkpoints, and bundles."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import yaml
 from tests.support.fuzz import ODD, as_json, changed, damaged_bytes
 
 _OPEN = ExitStack()
-"""What readers keep open until their process ends."""
+"""Objects that readers keep open until their process ends."""
 
 # --- .nemo files ----------------------------------------------------------------------------------
 
@@ -30,7 +30,7 @@ Member = tuple[tarfile.TarInfo, bytes]
 
 
 def good_nemo(folder: Path) -> list[Member]:
-    """An archive with a config and some files of weights, and the model that it is read as."""
+    """Make an archive with a config and some files of weights, and the model as which it is read."""
     from nemo_minitron.backends.alignment.nemo_aligner.model_config import nemo_model_config
     from nemo_minitron.hf.checkpoint import Checkpoint
     from tests.support.tiny_models import tiny_model_dir
@@ -49,7 +49,7 @@ def good_nemo(folder: Path) -> list[Member]:
 
 
 def _tar(members: list[Member], form: int = tarfile.GNU_FORMAT) -> bytes:
-    """Headers are written as they are, whatever fits into them."""
+    """Write headers unchecked."""
     out = b""
     for info, content in members:
         try:
@@ -61,7 +61,7 @@ def _tar(members: list[Member], form: int = tarfile.GNU_FORMAT) -> bytes:
 
 
 def bad_nemo(rng: random.Random, good: list[Member], folder: Path) -> None:
-    """Another config, odd headers, or damaged bytes; some of it packed."""
+    """Write another config, odd headers, or damaged bytes; some archives are compressed."""
     members = [(_header(info.name, content), content) for info, content in good]
     kind = rng.randrange(4)
     if kind == 0:
@@ -113,7 +113,7 @@ def _change_header(rng: random.Random, info: tarfile.TarInfo) -> None:
 
 
 def read_nemo(folder: Path) -> None:
-    """As `minitron convert` does before NeMo sees anything."""
+    """Unpack as `minitron convert` does before it starts NeMo."""
     from nemo_minitron.backends.alignment.nemo_aligner.unpack import model_config, unpacked
     from nemo_minitron.hf.checkpoint import Checkpoint
 
@@ -130,7 +130,7 @@ _TRAINABLE: dict[Path, Any] = {}
 
 
 def good_checkpoint(folder: Path) -> dict[str, bytes]:
-    """One checkpoint of a short training, whose model and optimizer stay open to read others into."""
+    """Make a checkpoint of a short training, whose model and optimizer stay open to load others."""
     from nemo_minitron.backends.megatron.distillation import distill
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.backends.megatron.training import loop as training
@@ -156,11 +156,11 @@ def good_checkpoint(folder: Path) -> dict[str, bytes]:
 
 
 def bad_checkpoint(rng: random.Random, good: dict[str, bytes], folder: Path) -> None:
-    """One file changed, and most often the checksums made again, as whoever changes it can do."""
+    """Change one file, and mostly update the checksums, as an attacker can."""
     name = rng.choice(sorted(good))
     try:
         content = _CHANGES.get(name, _damaged)(rng, good[name]) if rng.random() < 0.6 else _damaged(rng, good[name])
-    except Exception:  # no pickle can be made of it
+    except Exception:  # it cannot be pickled
         content = _damaged(rng, good[name])
     files = {**good, name: content}
     if rng.random() < 0.1:
@@ -213,7 +213,7 @@ def _changed_common(rng: random.Random, data: bytes) -> bytes:
 
 
 def _changed_contents(rng: random.Random, data: bytes) -> bytes:
-    """Odd values in the table of contents: where a tensor lies, its sizes, offsets and type."""
+    """Write odd values into the index: location of a tensor, its sizes, offsets and type."""
     found = pickle.loads(data)
     for _ in range(rng.choice([1, 1, 2])):
         table = vars(found)[rng.choice(["storage_data", "state_dict_metadata"])]
@@ -241,7 +241,7 @@ _CHANGES: dict[str, Callable[[random.Random, bytes], bytes]] = {
 
 
 def read_checkpoint(folder: Path) -> None:
-    """As a training does that goes on."""
+    """Load the checkpoint as a resumed training does."""
     from nemo_minitron.backends.megatron.training.checkpoint import Checkpoints
 
     session, trainable = _TRAINABLE[folder]
@@ -252,7 +252,7 @@ def read_checkpoint(folder: Path) -> None:
 
 
 def good_bundle(folder: Path) -> dict[str, bytes]:
-    """A bundle without wheels, which asks the `minitron` of the PATH about its recipe: here a program that agrees."""
+    """Make a bundle without wheels. Its recipe is checked by the `minitron` on the PATH, which always succeeds."""
     from nemo_minitron.bundle.archive import write_archive
     from nemo_minitron.bundle.items import Item
     from nemo_minitron.system.progress import Progress
@@ -276,7 +276,7 @@ _LINES = (b"", b"x", b"  ", b"../x", b"/etc/passwd", b"-", b"--help", b"\\x", b"
 
 
 def bad_bundle(rng: random.Random, good: dict[str, bytes], folder: Path) -> None:
-    """A damaged list, or a changed file with its checksum made again."""
+    """Damage a list, or change a file and update its checksum."""
     files, kind = dict(good), rng.randrange(3)
     if kind == 0:
         files["SHA256SUMS"] = damaged_bytes(rng, good["SHA256SUMS"])
@@ -297,7 +297,7 @@ def bad_bundle(rng: random.Random, good: dict[str, bytes], folder: Path) -> None
 
 
 def read_bundle(folder: Path) -> None:
-    """install.sh, to its end: it must say `error: ...`, and nothing else may go wrong in it."""
+    """Run install.sh to its end: it must succeed or print `error: ...`."""
     from nemo_minitron.errors import MinitronError
 
     environment = {"PATH": f"{folder}/bin:/usr/bin:/bin", "PYTHON": sys.executable, "LC_ALL": "C.UTF-8"}
@@ -310,8 +310,8 @@ def read_bundle(folder: Path) -> None:
         timeout=8,
         check=False,
     )
-    said = done.stderr.decode(errors="replace")
-    if done.returncode == 2 and "error: " in said and "Traceback" not in said:
-        raise MinitronError(said)
-    if done.returncode or said:
-        raise AssertionError(f"code {done.returncode}: {said[-1500:]}")
+    output = done.stderr.decode(errors="replace")
+    if done.returncode == 2 and "error: " in output and "Traceback" not in output:
+        raise MinitronError(output)
+    if done.returncode or output:
+        raise AssertionError(f"code {done.returncode}: {output[-1500:]}")

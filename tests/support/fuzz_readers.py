@@ -1,4 +1,4 @@
-"""What is fuzzed: the readers of all files that come from other people. A further reader is a line of READERS."""
+"""Fuzzed readers of files from other people. Another reader is one line of READERS."""
 
 from __future__ import annotations
 
@@ -284,7 +284,7 @@ def _good_parquet(folder: Path) -> bytes:
 
 
 def _bad_parquet(rng: random.Random, good: bytes, folder: Path) -> None:
-    # Most of what a reader believes stands in the footer.
+    # The footer has most of the facts that a reader trusts.
     tail = min(len(good), rng.choice([200, 800, len(good)]))
     (folder / "rows.parquet").write_bytes(good[: len(good) - tail] + damaged_bytes(rng, good[len(good) - tail :]))
 

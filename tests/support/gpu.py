@@ -1,4 +1,4 @@
-"""For the tests on a GPU: which of the two kinds of layers a child process runs."""
+"""Child processes for tests on a GPU, with torch layers or Transformer Engine."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ DETERMINISTIC = {
 
 
 def on_gpu(layers: str, function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) in a process of its own, with these layers."""
+    """Run function(*args) in a separate process, with these layers."""
     return run_ranks(1, _with_layers, layers, function, *args)[0]
 
 
 def on_gpu_deterministic(layers: str, function: Callable[..., Any], *args: Any) -> Any:
-    """The same without kernels whose result depends on timing, such as atomic sums of embedding gradients."""
+    """Run it without kernels whose result depends on timing, such as atomic sums of embedding gradients."""
     return run_ranks(1, _deterministic, layers, function, *args)[0]
 
 
@@ -52,7 +52,7 @@ def _with_layers(kind: str, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def distill_peak_bytes(order: dict[str, Any]) -> dict[str, int]:
-    """What torch allocated at most in two steps after the first, and what is held between steps."""
+    """Return the peak of allocated memory in two steps after the first, and the memory held between steps."""
     from pathlib import Path
 
     import torch
@@ -68,7 +68,7 @@ def distill_peak_bytes(order: dict[str, Any]) -> dict[str, int]:
         folders = (Path(order[name]) for name in ("student", "teacher", "data"))
         job = distill.prepare(params, *folders, Path(order["work"]), session)
         training.train_step(job, 0)
-        # Workspaces of cuBLAS, 32 MiB for each thread that multiplies, are no part of the plan.
+        # The plan does not include the workspaces of cuBLAS, 32 MiB for each thread that multiplies.
         torch._C._cuda_clearCublasWorkspaces()
         fixed = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Gradients of one distillation step: through the package in any layout, and the plain way in one process."""
+"""Gradients of one distillation step: by the package in any layout, and by plain formulas in one process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_minitron.stages.distill.params import DistillStage
 from tests.support.plain_losses import plain_draws, plain_logits_loss, plain_state_loss
 
 Found = tuple[dict[str, NDArray], list[float]]
-"""Gradient of each Hugging Face parameter (and `projection`), and the loss of each micro-batch."""
+"""Gradients: Hugging Face parameter (and `projection`) -> gradient, and the loss of each micro-batch."""
 
 
 def params_of(loss: Loss, precision: str) -> DistillStage:
@@ -31,14 +31,14 @@ def params_of(loss: Loss, precision: str) -> DistillStage:
         valid_num_tokens=64,
         precision="fp32",
     )
-    # Recipes cannot ask for fp64; the code can do it.
+    # Recipes cannot select fp64, but the code supports it.
     return stage.model_copy(update={"precision": precision})
 
 
 def package_gradients(
     losses: dict[str, Loss], precision: str, parallel: Parallel, folders: dict[str, Path], chunk_tokens: int | None
 ) -> dict[str, Found]:
-    """Of every loss, in this layout; whole on rank 0."""
+    """Return the gradients of every loss in this layout; whole on rank 0."""
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.distillation import chunks
 
@@ -56,7 +56,7 @@ def kernel_gradients(
     folders: dict[str, Path],
     kernels: dict[str, Kernels],
 ) -> dict[str, dict[str, Found]]:
-    """Of every loss with each choice of kernels."""
+    """Return the gradients of every loss with each choice of kernels."""
     from nemo_minitron.backends.megatron.runtime.session import open_session
 
     found = {}
@@ -77,7 +77,7 @@ def _package(params: DistillStage, session: Any, folders: dict[str, Path]) -> Fo
 
 
 def plain_gradients(losses: dict[str, Loss], precision: str, folders: dict[str, Path]) -> dict[str, Found]:
-    """One process, whole logits, plain formulas, autograd."""
+    """Compute the gradients in one process with whole logits, plain formulas and autograd."""
     from nemo_minitron.backends.megatron.runtime.session import open_session
 
     with open_session(Parallel(), device="cpu", threads=1) as session:
@@ -139,7 +139,7 @@ def _mixed(
 
 
 def _hidden(params: HiddenLoss, student: dict[str, Tensor], teacher: dict[str, Tensor], project: Any) -> Tensor:
-    """Named by hand here: the package finds its taps in another way."""
+    """Return the outputs of modules that are named here, because the package finds its taps in another way."""
     names = [("input 0", "input 0")] if params.embedding else []
     for t, s in params.pairs:
         t, s = t % 6, s % 4
@@ -172,7 +172,7 @@ class _norm_outputs:  # noqa: N801
 
 
 def _whole_gradients(model: Any, shape: Any, session: Any, grad_of: Any) -> dict[str, NDArray]:
-    """By Hugging Face name, gathered from all ranks, on rank 0."""
+    """Return gradients by Hugging Face name, gathered from all ranks, on rank 0."""
     from nemo_minitron.backends.megatron.model.parts import local_parameters
     from nemo_minitron.backends.megatron.model.weights import _gather
     from nemo_minitron.families import parameters
@@ -191,7 +191,7 @@ def _whole_gradients(model: Any, shape: Any, session: Any, grad_of: Any) -> dict
 
 
 def boundary_gradients(losses: dict[str, Loss], tp: int, chunk_tokens: int | None) -> dict[str, dict[str, NDArray]]:
-    """In fp32, where the loss meets the model: for the head's input and the head's weight, whole on every rank."""
+    """Return the fp32 gradients of the head's input and weight, whole on every rank."""
     from megatron.core import parallel_state
 
     from nemo_minitron.backends.megatron.model.head import vocab_of
@@ -218,7 +218,7 @@ def boundary_gradients(losses: dict[str, Loss], tp: int, chunk_tokens: int | Non
 
 
 def boundary_inputs() -> tuple[Tensor, ...]:
-    """fp32; 96 tokens, a vocabulary of 1,003."""
+    """Return fp32 inputs: 96 tokens, a vocabulary of 1,003."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
@@ -230,7 +230,7 @@ def boundary_inputs() -> tuple[Tensor, ...]:
 
 
 def plain_boundary_gradients(losses: dict[str, Loss]) -> dict[str, dict[str, NDArray]]:
-    """The same the plain way, in fp64."""
+    """Return the same by plain formulas, in fp64."""
     inputs = boundary_inputs()
     hidden, weight, teacher_hidden, teacher_weight = (tensor.double() for tensor in inputs[:4])
     labels = inputs[4]

@@ -55,7 +55,7 @@ RECORDS = (
 
 
 def layer_of(module: str) -> str | None:
-    """The layer of a module such as `nemo_minitron.plan.view`; None for modules outside the layers."""
+    """Return the layer of a module such as `nemo_minitron.plan.view`; None for modules outside the layers."""
     parts = module.split(".")[1:]
     if not parts or parts[0] in ("__main__", "start", "toy", "chats"):
         return None
@@ -68,7 +68,7 @@ def layer_of(module: str) -> str | None:
 
 
 def imports_of(file: Path) -> Iterator[str]:
-    """Modules of the package that a file imports, also inside functions, but not for type checking alone."""
+    """Yield the modules of the package that a file imports, also inside functions, but not only for type checking."""
     tree = ast.parse(file.read_text())
     for node in _without_typing(tree):
         if isinstance(node, ast.Import):
@@ -92,17 +92,17 @@ def _module(name: str) -> str | None:
 
 
 def module_name(file: Path) -> str:
-    """The dotted name of a file of the package."""
+    """Return the dotted name of a file of the package."""
     return ".".join(file.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
 
 
 def files() -> list[Path]:
-    """The files of the package, but for the scripts that run in NeMo-Aligner's environment."""
+    """Return the files of the package, without the scripts that run in NeMo-Aligner's environment."""
     return [file for file in sorted(PACKAGE.rglob("*.py")) if "entry" not in file.parts and "start" not in file.parts]
 
 
 def matrix() -> dict[str, set[str]]:
-    """Layer -> the other layers that its modules import."""
+    """Return layer -> the other layers that its modules import."""
     found: dict[str, set[str]] = {layer: set() for layer in LAYERS}
     for file in files():
         own = layer_of(module_name(file))
@@ -117,7 +117,7 @@ def _exists(layer: str) -> bool:
 
 
 def table() -> str:
-    """The layers as a table of Markdown."""
+    """Return the layers as a Markdown table."""
     order = list(LAYERS)
     rows = ["| layer | what it holds | imports |", "|---|---|---|"]
     for layer, others in matrix().items():
@@ -127,7 +127,7 @@ def table() -> str:
 
 
 def document() -> str:
-    """docs/ARCHITECTURE.md with the table as it is now."""
+    """Return docs/ARCHITECTURE.md with the current table."""
     text = DOCUMENT.read_text()
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"

@@ -1,4 +1,4 @@
-"""Memory of tensors, counted as they are made and freed: exact, and independent of the allocator."""
+"""Memory of tensors, counted when they are created and freed: exact, and independent of the allocator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that are made inside the context and still exist."""
+    """Counts the bytes of all storages that are created inside the context and still exist."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What each rank does in the tests of parallel layouts. Importable, so that spawned processes find it."""
+"""Functions that each rank runs in tests of parallel layouts. Importable, so that spawned processes find them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def logits_of(
     device: str = "cpu",
     precision: str = "fp32",
 ) -> list[NDArray | None]:
-    """Of each (model, folder to save it to again): the whole logits on the last stage's first rank, else None."""
+    """Return the logits of each (model, folder to save it to again), on the last stage's first rank; else None."""
     from nemo_minitron.backends.megatron.runtime.session import open_session
 
     with open_session(parallel, device=device, threads=1) as session:
@@ -66,7 +66,7 @@ def _logits(
 def distill_losses(
     params: DistillStage, parallel: Parallel, student: Path, teacher: Path, data: Path, work: Path, device: str = "cpu"
 ) -> tuple[list[float], list[float]]:
-    """(training losses, validation KLs) of a short distillation."""
+    """Return (training losses, validation KLs) of a short distillation."""
     from nemo_minitron.backends.megatron.distillation import distill
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.backends.megatron.training import loop as training
@@ -91,7 +91,7 @@ def distill_until(
     last_step: int,
     device: str = "cpu",
 ) -> list[float]:
-    """Training losses of all steps so far, after going on from the work folder up to a step."""
+    """Resume from the work folder up to a step, and return the training losses of all steps so far."""
     from dataclasses import replace
 
     from nemo_minitron.backends.megatron.distillation import distill
@@ -105,7 +105,7 @@ def distill_until(
 
 
 def distill_until_beside_fused_adam(*args: Any) -> list[float]:
-    """distill_until where Transformer Engine's or Apex's Adam is installed, as far as Megatron can see."""
+    """Run distill_until with Transformer Engine's or Apex's Adam, as far as Megatron can detect."""
     from unittest.mock import patch
 
     from megatron.core.optimizer import distrib_optimizer
@@ -118,9 +118,9 @@ def distill_until_beside_fused_adam(*args: Any) -> list[float]:
 
 
 def distill_losses_beside_a_gpu(*args: Any) -> tuple[list[float], list[float]]:
-    """distill_losses on the CPU of a machine with a GPU and Transformer Engine, as far as anyone can see.
+    """Run distill_losses on the CPU of a machine that appears to have a GPU and Transformer Engine.
 
-    This torch has no CUDA, so whoever reaches for it fails, and so does whoever takes the engine's layers.
+    This torch has no CUDA, so using it fails, and so does using the engine's layers.
     """
     import sys
     from importlib.machinery import ModuleSpec
@@ -143,7 +143,7 @@ Row = dict[str, float]
 def corrected_rows(
     params: DistillStage, parallel: Parallel, student: Path, teacher: Path, data: Path, work: Path
 ) -> tuple[list[Row], list[Row]]:
-    """Curves of a distillation with teacher correction, without what the clock says: in one go, and in two."""
+    """Return the curves of a distillation with teacher correction, without times: in one run, and in two."""
     from nemo_minitron.backends.megatron.distillation import distill
     from nemo_minitron.backends.megatron.runtime.session import open_session
 
@@ -160,7 +160,7 @@ def corrected_rows(
 
 
 def rows_until(job: Job, work: Path, last_step: int) -> list[Row]:
-    """Curves of all steps up to this one, without what the clock says."""
+    """Return the curves of all steps up to this one, without times."""
     from dataclasses import replace
 
     from nemo_minitron.backends.megatron.training import loop as training
@@ -177,7 +177,7 @@ def scores_of(
     cases: dict[str, tuple[str, ScoreStage]],
     device: str = "cpu",
 ) -> dict[tuple[str, str], dict[str, NDArray]]:
-    """(model, case) -> every score; a case is a precision and the keys of a score stage."""
+    """Return (model, case) -> every score; a case is a precision and the keys of a score stage."""
     from nemo_minitron.backends.megatron.runtime.session import open_session
 
     with open_session(parallel, device=device, threads=1) as session:
@@ -212,7 +212,7 @@ def _scores(
 
 
 def choice_task() -> ChoiceTask:
-    """Ten questions with three answers of several lengths; the accuracy is a smooth stand-in, so that it shows all."""
+    """Return ten questions with three answers of several lengths; the accuracy is smooth, to detect all errors."""
     from nemo_minitron.pruning.choice_task import ChoiceTask
 
     generator = np.random.default_rng(3)
@@ -242,7 +242,7 @@ def cache_shards(params: CacheTeacherStage, parallel: Parallel, teacher: Path, d
 def teacher_losses(
     live: DistillStage, cached: DistillStage, student: Path, teacher: Path, cache: Path, data: Path, work: Path
 ) -> list[float | None]:
-    """The teacher's held-out loss as distillation shows it: measured on the live teacher, and told by the cache."""
+    """Return the teacher's held-out loss in distillation: measured on the live teacher, and read from the cache."""
     from nemo_minitron.backends.megatron.distillation import distill
     from nemo_minitron.backends.megatron.runtime.session import open_session
 
@@ -257,7 +257,7 @@ def teacher_losses(
 def heldout_kls(
     params: Sequence[DistillStage], parallel: Parallel, student: Path, sources: Sequence[Path], data: Path, work: Path
 ) -> list[float | None]:
-    """The student's held-out KL before any training, to a live teacher (a model) or to a cache."""
+    """Return the student's held-out KL before any training, to a live teacher (a model) or to a cache."""
     from nemo_minitron.backends.megatron.distillation import distill
     from nemo_minitron.backends.megatron.runtime.session import open_session
 
@@ -272,7 +272,7 @@ def heldout_kls(
 def cached_losses(
     params: DistillStage, parallel: Parallel, student: Path, cache: Path, data: Path, work: Path
 ) -> tuple[list[float], list[float]]:
-    """(training losses, validation losses) of a short distillation from a cache."""
+    """Return (training losses, validation losses) of a short distillation from a cache."""
     from nemo_minitron.backends.megatron.distillation import distill
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.backends.megatron.training import loop as training

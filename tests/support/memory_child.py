@@ -1,4 +1,4 @@
-"""What a training holds, measured in a process of its own: `python -m tests.support.memory_child JSON`."""
+"""Memory of a training, measured in a separate process: `python -m tests.support.memory_child JSON`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 STEPS = 3
 FIXED_THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""glibc then gives freed tensors back at once, and the resident memory is what is in use."""
+"""Options with which glibc returns freed tensors at once, so that resident memory is the memory in use."""
 
 
 def main(order: dict[str, Any]) -> dict[str, int]:
@@ -58,7 +58,7 @@ def _cut_plan(teacher: str) -> Any:
 
 
 def _warm_up() -> None:
-    """Libraries make their threads and buffers at the first product of each kind."""
+    """Multiply once in each way, because libraries create their threads and buffers at the first product."""
     import torch
 
     for dtype in (torch.float32, torch.bfloat16):
@@ -67,7 +67,7 @@ def _warm_up() -> None:
 
 
 def _held(job: Any) -> int:
-    """Bytes of all tensors of both models, the gradient buffers and the optimizer, each storage once."""
+    """Return the bytes of all tensors of both models, gradient buffers and optimizer; each storage counts once."""
     storages: dict[int, int] = {}
     for tensor in _tensors(job):
         storage = tensor.untyped_storage()

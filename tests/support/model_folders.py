@@ -29,7 +29,7 @@ def save_spelled(folder: Path, model: Any, drop: Iterable[str] = (), keys: Mappi
 
 
 def rope_spellings(case: str) -> dict[str, dict[str, Any]]:
-    """The rope of a family case as folders spell it: name -> keys in place of `ROPE_KEYS`."""
+    """Return the spellings of the rope of a family case: name -> keys in place of `ROPE_KEYS`."""
     keys = FAMILY_CASES[case]
     theta = {"rope_theta": keys.get("rope_theta", 10000.0)}
     fraction = {"partial_rotary_factor": 0.5} if case == "nemotron" else {}
@@ -61,7 +61,7 @@ ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_fa
 
 @dataclass(frozen=True)
 class Spelled:
-    """A model made from plain arguments, and what its folder says instead."""
+    """A model made from plain arguments, and the keys of its folder."""
 
     case: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -69,14 +69,14 @@ class Spelled:
     keys: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> Any:
-        """The model in transformers; `folder` then holds it as spelled."""
+        """Return the model in transformers, and save it to `folder` in this spelling."""
         model = tiny_model(self.case, **self.arguments)
         save_spelled(folder, model, self.drop, self.keys)
         return model
 
 
 def spelled_models() -> dict[str, Spelled]:
-    """Every family in every spelling."""
+    """Return every family in every spelling."""
     out: dict[str, Spelled] = {}
     for case, config in FAMILY_CASES.items():
         for name, keys in rope_spellings(case).items():

@@ -1,4 +1,4 @@
-"""Finished runs with their end cut off, to make one stage again; and what is the same when a stage was made twice."""
+"""Finished runs without their last stages, to run one stage again, and comparisons of stages that ran twice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAME = (
     "*.safetensors", "*.bin", "*.idx", "*.npy", "config.json", "tokenizer.json", "scores.json", "prune_plan.json",
     "data_used.json", "data.json", "cache.json", "metrics.json", "search.json", "train.jsonl", "valid.jsonl",
 )  # fmt: skip
-"""Files that must be the same bit for bit: all that is computed, without times and folders."""
+"""Files that must be bit-equal: all computed ones, without times and folders."""
 TIMES = ("tokens_per_s", "mfu", "train/step_time", "val/validation_step_time")
 
 
@@ -23,7 +23,7 @@ def copy_before(finished: Path, root: Path, stage: str, recipe: Path = TOY, name
 
     Args:
         finished: the run_root of a toy run.
-        name: what the recipe calls its run.
+        name: name of the run in the recipe.
     """
     run = root / name
     shutil.copytree(finished / "toy/width", run)
@@ -34,7 +34,7 @@ def copy_before(finished: Path, root: Path, stage: str, recipe: Path = TOY, name
 
 
 def computed(stage: Path) -> dict[str, object]:
-    """What a stage has computed: checksums of its files, and its curves without what they say of time."""
+    """Return what a stage has computed: checksums of its files, and its curves without times."""
     files = {file for pattern in SAME for file in stage.glob(pattern)}
     found: dict[str, object] = {file.name: sha256_of(file) for file in files}
     curves = stage / "curves.jsonl"
@@ -45,7 +45,7 @@ def computed(stage: Path) -> dict[str, object]:
 
 
 def flip(file: Path) -> None:
-    """Turn over one bit in the middle."""
+    """Flip one bit in the middle."""
     with file.open("r+b") as stream:
         stream.seek(file.stat().st_size // 2)
         (byte,) = stream.read(1)

@@ -1,4 +1,4 @@
-"""Every distillation loss in its plainest form: whole tensors and autograd. What the package's own are held against.
+"""Every distillation loss as a plain formula of whole tensors, with autograd; the reference for the package's losses.
 
 Shapes: logits [T, V].
 """
@@ -12,7 +12,7 @@ from nemo_minitron.schema.losses import LogitsLoss, TopK
 
 
 def plain_logits_loss(student: Tensor, teacher: Tensor, params: LogitsLoss) -> Tensor:
-    """[T], differentiable for the student."""
+    """Return the loss [T], differentiable with respect to the student."""
     loss = _unscaled(student, teacher, params)
     return loss * params.temperature**2 if params.times_temperature_squared else loss
 
@@ -38,7 +38,7 @@ def _unscaled(student: Tensor, teacher: Tensor, params: LogitsLoss) -> Tensor:
 
 
 def plain_top_k(log_q: Tensor, log_p: Tensor, params: TopK) -> Tensor:
-    """Forward KL over the teacher's k likeliest tokens, and one for the rest, or scaled to the k."""
+    """Return forward KL over the teacher's k most likely tokens and one for the rest, or rescaled to k tokens."""
     ids = log_p.topk(params.k, -1).indices
     log_q_k, log_p_k = log_q.gather(-1, ids), log_p.gather(-1, ids)
     if params.tail == "drop":
@@ -51,7 +51,7 @@ def plain_top_k(log_q: Tensor, log_p: Tensor, params: TopK) -> Tensor:
 
 
 def plain_draws(student: Tensor, teacher: Tensor, uniforms: Tensor) -> Tensor:
-    """Draws by the inverse of the whole cumulative distribution."""
+    """Draw by the inverse of the whole cumulative distribution."""
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
     edges = log_p.exp().cumsum(-1)
     ids = torch.searchsorted(edges, uniforms.to(edges.dtype) * edges[:, -1:], right=True)
@@ -59,7 +59,7 @@ def plain_draws(student: Tensor, teacher: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def plain_state_loss(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
-    """[...] of states [..., D]."""
+    """Return the distance [...] of states [..., D]."""
     if kind == "mse":
         return ((student - teacher) ** 2).mean(-1)
     dot = (student * teacher).sum(-1)

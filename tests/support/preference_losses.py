@@ -36,17 +36,17 @@ class Pairs:
 
 
 def dpo(pairs: Pairs, beta: float, reward_scale: float = 1.0) -> Tensor:
-    """-log sigma(beta Delta) (2305.18290, equation 7)."""
+    """Return -log sigma(beta Delta) (2305.18290, equation 7)."""
     return -logsigmoid(beta * pairs.margin)
 
 
 def ipo(pairs: Pairs, beta: float, reward_scale: float = 1.0) -> Tensor:
-    """(Delta - 1 / (2 beta))^2 (2310.12036, equation 17)."""
+    """Return (Delta - 1 / (2 beta))^2 (2310.12036, equation 17)."""
     return (pairs.margin - 1.0 / (2.0 * beta)) ** 2
 
 
 def rpo_sq(pairs: Pairs, beta: float, reward_scale: float = 1.0) -> Tensor:
-    """(beta Delta - delta)^2 (2502.00203)."""
+    """Return (beta Delta - delta)^2 (2502.00203)."""
     return (beta * pairs.margin - pairs.reward_margin(reward_scale)) ** 2
 
 
@@ -70,13 +70,13 @@ LOSSES: dict[str, Callable[[Pairs, float, float], Tensor]] = {
 
 
 def _bernoulli_kl(of: Tensor, to: Tensor) -> Tensor:
-    """Of two Bernoulli distributions that are given by their logits."""
+    """Return the KL of two Bernoulli distributions given by their logits."""
     yes = of.sigmoid() * (logsigmoid(of) - logsigmoid(to))
     return yes + (-of).sigmoid() * (logsigmoid(-of) - logsigmoid(-to))
 
 
 def answer_log_probs(log_probs_BS: Tensor, labels_BS: Tensor, *, average: bool) -> Tensor:
-    """Of tokens -> of answers [B]. Tokens with label -100 do not count."""
+    """Sum log-probabilities of tokens to those of answers [B], without tokens of label -100."""
     counted = labels_BS != -100
     total = torch.where(counted, log_probs_BS, 0.0).sum(-1)
     return total / counted.sum(-1) if average else total

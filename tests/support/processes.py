@@ -1,4 +1,4 @@
-"""Runs of the command line in processes of their own, to be signalled and killed."""
+"""Runs of the command line in separate processes, which tests signal and kill."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MARK = "MINITRON_TEST_RUN"
 
 
 def start_run(root: Path, *overrides: str) -> subprocess.Popen[str]:
-    """`minitron run` on the toy recipe up to distillation; its processes carry a mark of their own."""
+    """Start `minitron run` on the toy recipe up to distillation; its processes have a unique mark."""
     command = [sys.executable, "-m", "nemo_minitron", "run", str(TOY), f"execution.run_root={root}", *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", MARK: uuid4().hex}
     process = subprocess.Popen(
@@ -35,12 +35,12 @@ def start_run(root: Path, *overrides: str) -> subprocess.Popen[str]:
 
 
 def processes_of(process: subprocess.Popen[str]) -> Iterator[psutil.Process]:
-    """All that carry the run's mark, orphans too."""
+    """Return all processes with the run's mark, including orphans."""
     return marked(process.mark)  # type: ignore[attr-defined]
 
 
 def marked(mark: str) -> Iterator[psutil.Process]:
-    """All processes with this mark."""
+    """Return all processes with this mark."""
     for found in psutil.process_iter():
         try:
             if found.environ().get(MARK) == mark and found.status() != psutil.STATUS_ZOMBIE:
@@ -50,7 +50,7 @@ def marked(mark: str) -> Iterator[psutil.Process]:
 
 
 def wait_for_step(curves: Path, step: int, process: subprocess.Popen[str], *, timeout_s: float = 240) -> None:
-    """Until the curve has a row of this step."""
+    """Wait until the curve has a row of this step."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if curves.is_file() and any(json.loads(line)["step"] >= step for line in curves.read_text().splitlines()[:-1]):
@@ -61,5 +61,5 @@ def wait_for_step(curves: Path, step: int, process: subprocess.Popen[str], *, ti
 
 
 def output_of(process: subprocess.Popen[str], timeout_s: float = 240) -> str:
-    """Wait for the end; stdout and stderr."""
+    """Wait for the end, and return stdout and stderr."""
     return "".join(process.communicate(timeout=timeout_s))

@@ -20,11 +20,11 @@ TEXTS = (
     "  numbers 1234567, a na\u00efve cafe\u0301\n\n don't <|im_start|>x <s> y",
 )
 IDS_FILE = "ids.json"
-"""Text -> ids, as the version that saved the folder makes them."""
+"""Return text -> ids, with the version that saved the folder."""
 
 
 def byte_level(digits: bool = False, nfc: bool = False) -> Any:
-    """The tiny BPE, with single digits as SmolLM2 has them or with Qwen's rules."""
+    """Return the tiny BPE, with single digits as in SmolLM2 or with Qwen's rules."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 
     from nemo_minitron.hf.gguf_tokenizer import _PATTERNS
@@ -42,7 +42,7 @@ def byte_level(digits: bool = False, nfc: bool = False) -> Any:
 
 
 def llama2() -> Any:
-    """Llama 2's kind, with bos before every text."""
+    """Return a tokenizer like Llama 2's, with bos before every text."""
     from nemo_minitron.hf.gguf_tokenizer import _add_special, _sentencepiece
 
     pieces = ["\u2581", "\u2581h", "he", "e", "h", "\u2581he", "x", "\u2581x", "y", "o", "\u2581o", "1", "2", "12"]
@@ -70,7 +70,7 @@ KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "llama": (llama2, {"tokenizer_class": "LlamaTokenizer", **_LLAMA}),
     "llama_no_bos": (llama2, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, **_LLAMA}),
 }
-"""Name -> tokenizer, and the tokenizer_config.json that it is first loaded with."""
+"""Return name -> tokenizer, and the tokenizer_config.json with which it is first loaded."""
 
 
 def write_all() -> None:

@@ -1,4 +1,4 @@
-"""Another user of the machine, who talks to every listening socket of a run: what there is, and what it answers."""
+"""Another user of the machine, who connects to every listening socket of a run and sends commands."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ import psutil
 from tests.support.processes import marked
 
 UID = 54321
-"""Of nobody on any machine; the stranger is this user where the tests run as root, and the same user elsewhere."""
+"""User id of nobody. The stranger is this user if the tests run as root, otherwise the same user."""
 ANSWER_S = 0.5
 
 
 @dataclass
 class Seen:
-    """Listening sockets of the run's processes, and those that answered as a store."""
+    """Listening sockets of the run's processes, and those that responded as a store."""
 
     addresses: set[str] = field(default_factory=set)
     stores: list[str] = field(default_factory=list)
@@ -39,10 +39,10 @@ class Seen:
 
 @contextmanager
 def stranger(mark: str, marker: Path) -> Iterator[Seen]:
-    """Inside, every socket that a process with this mark listens on is attacked as soon as it is there.
+    """In this context, attack every listening socket of a process with this mark as soon as it opens.
 
     Args:
-        marker: a file that a command of the stranger would leave if somebody ran it.
+        marker: a file that a command of the stranger would create if it were run.
     """
     seen, over = Seen(), threading.Event()
     words = [sys.executable, "-m", "tests.support.stranger", str(marker)]
@@ -56,10 +56,10 @@ def stranger(mark: str, marker: Path) -> Iterator[Seen]:
     finally:
         over.set()
         watcher.join()
-        said, _ = child.communicate(timeout=120)
-        told = [json.loads(line) for line in said.splitlines()]
-        seen.attacked = [one["address"] for one in told]
-        seen.stores = [one["address"] for one in told if one["is_store"]]
+        message, _ = child.communicate(timeout=120)
+        output = [json.loads(line) for line in message.splitlines()]
+        seen.attacked = [one["address"] for one in output]
+        seen.stores = [one["address"] for one in output if one["is_store"]]
         print("sockets:", *sorted(seen.addresses), file=sys.stderr)
 
 
@@ -86,7 +86,7 @@ def _listening(process: psutil.Process) -> set[str]:
 
 
 class _Command:
-    """What runs when somebody unpickles it."""
+    """Runs a command when it is unpickled."""
 
     def __init__(self, marker: str) -> None:
         self.marker = marker
@@ -99,10 +99,10 @@ def _attack(address: str, marker: str) -> dict[str, Any]:
     host, port = address.rsplit(":", 1)
     host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     poison = pickle.dumps(_Command(marker))
-    for said in (b"", b"\0" * 64, poison, (0).to_bytes(8, "little") + poison, os.urandom(4096)):
+    for message in (b"", b"\0" * 64, poison, (0).to_bytes(8, "little") + poison, os.urandom(4096)):
         try:
             with socket.create_connection((host, int(port)), ANSWER_S) as line:
-                line.sendall(said)
+                line.sendall(message)
         except ConnectionRefusedError:  # its process has ended
             return {"address": address, "is_store": False}
         except OSError:
@@ -126,10 +126,10 @@ def _is_store(host: str, port: int, poison: bytes) -> bool:
 
 
 def _main(marker: str) -> None:
-    # Now: this Python may be out of the other user's reach.
+    # Import it now, because the other user may be unable to read this Python.
     import torch.distributed  # noqa: F401
 
-    "host".encode("idna")  # loads the codec that names of hosts need
+    "host".encode("idna")  # loads the codec for host names
 
     if os.getuid() == 0:
         os.setgroups([])

@@ -11,7 +11,7 @@ from nemo_minitron.backends.megatron.data.indexed import Document
 
 
 def tiny_data_dir(folder: Path, *, vocab_size: int = 512, num_documents: int = 40, seed: int = 0) -> Path:
-    """Indexed train and valid splits, with the files that the tokenize stage writes."""
+    """Write indexed train and valid splits, with the files that the tokenize stage writes."""
     from nemo_minitron.backends.megatron.data.indexed import indexed_writers
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ TWENTY_STEPS = DistillStage(
 
 
 def distill_folders(root: Path) -> dict[str, Path]:
-    """Student, teacher and data, made below `root`, which is the place to work in."""
+    """Make student, teacher and data below `root`, which is also the work folder."""
     return {
         "student": tiny_model_dir(root / "student", "llama_gqa_tied", intermediate_size=64, seed=1),
         "teacher": tiny_model_dir(root / "teacher", "llama_gqa_tied"),

@@ -26,10 +26,10 @@ def tiny_gguf(
     without: tuple[str, ...] = (),
     **fields: Any,
 ) -> Path:
-    """The GGUF file of a folder.
+    """Write the GGUF file of a folder.
 
     Args:
-        quantization: of the matrices; norms and biases stay fp32.
+        quantization: type of the matrices; norms and biases stay fp32.
         leave_out: Hugging Face names of tensors that are not written.
         pre: tokenizer.ggml.pre.
         without: keys that are not written.

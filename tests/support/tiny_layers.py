@@ -81,7 +81,7 @@ def layer_rows(
 
 
 def layer_gradients(plan: PrunePlan, parallel: Parallel, folders: dict[str, Path]) -> Found:
-    """Gradients of one step in fp64, whole on rank 0, and the loss of each micro-batch."""
+    """Return the gradients of one step in fp64, whole on rank 0, and the loss of each micro-batch."""
     from nemo_minitron.backends.megatron.distillation import layerwise
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.backends.megatron.training import loop as training
@@ -100,7 +100,7 @@ def layer_gradients(plan: PrunePlan, parallel: Parallel, folders: dict[str, Path
 
 
 def plain_layer_gradients(plan: PrunePlan, folders: dict[str, Path]) -> Found:
-    """The same with transformers' models, whole tensors and autograd; one micro-batch of the whole batch."""
+    """Return the same with transformers' models, whole tensors and autograd; the batch is one micro-batch."""
     tokens = _first_batch(folders)
     teacher, student = (load_transformers(folders[name], torch.float64) for name in ("teacher", "student"))
     channels = list(plan.shared["hidden"])
@@ -179,7 +179,7 @@ ANCHORED = DistillStage(
     loss=Loss(anchors=AnchorLoss(weight=1.5)),
 )
 STEP, WEIGHT = 5, 1.5 * 15 / 20
-"""A step of the training above, and the weight of its anchors."""
+"""Step of the training above, and the weight of its anchors."""
 
 
 def anchor_rows(
@@ -198,7 +198,7 @@ def anchor_rows(
 
 
 def anchor_gradients(losses: dict[str, Loss], plan: PrunePlan, parallel: Parallel, folders: dict[str, Path]) -> Any:
-    """Loss -> gradients of one step in fp64, whole on rank 0, and the anchors' loss of the global batch."""
+    """Return loss -> gradients of one step in fp64, whole on rank 0, and the anchors' loss of the global batch."""
     from nemo_minitron.backends.megatron.distillation import distill
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.backends.megatron.training import loop as training
@@ -217,7 +217,7 @@ def anchor_gradients(losses: dict[str, Loss], plan: PrunePlan, parallel: Paralle
 
 
 def plain_anchor_gradients(losses: dict[str, Loss], plan: PrunePlan, folders: dict[str, Path]) -> Any:
-    """The same in one process with whole tensors and autograd; only models and data are taken from the package."""
+    """Return the same in one process with whole tensors and autograd; only models and data are from the package."""
     from nemo_minitron.backends.megatron.runtime.session import open_session
 
     with open_session(Parallel(), device="cpu", threads=1) as session:
@@ -264,7 +264,7 @@ def _relative(found: Tensor, expected: Tensor) -> Tensor:
 
 
 class _inner_outputs:  # noqa: N801
-    """(layer, name) -> output; the modules are named by hand here."""
+    """Return (layer, name) -> output; the modules are named here."""
 
     def __init__(self, model: Any) -> None:
         self.modules = {}

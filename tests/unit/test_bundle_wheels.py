@@ -108,6 +108,6 @@ def test_the_aligner_environment_uses_only_the_given_folders(index: Path, tmp_pa
         environment.make_environment(
             SILENT, find_links=[tmp_path / "my wheels"], torch_index_url="https://index.invalid"
         )
-    said = Path(str(error.value.where)).read_text()
-    assert "my wheels" in said
-    assert "index.invalid" not in said
+    output = Path(str(error.value.where)).read_text()
+    assert "my wheels" in output
+    assert "index.invalid" not in output

@@ -142,7 +142,7 @@ def test_vocabularies_up_to_2_to_the_18() -> None:
 
 
 def test_the_k_that_are_left_sum_to_one_after_rounding(tmp_path: Path) -> None:
-    """Or the gradient would push the sum of all logits."""
+    """Otherwise the gradient would change the sum of all logits."""
     dropped = TopK(kind="top_k", k=9, tail="drop")
     write_shard(tmp_path, 0, [pack(_teacher(0, dropped), _tokens(0), dropped)])
     write_facts(tmp_path, CacheFacts(dropped.model_dump(mode="json"), 1.0, VOCAB, LENGTH, 1, seed=1))

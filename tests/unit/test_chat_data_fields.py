@@ -210,7 +210,7 @@ def test_repeated_fields_and_huge_numbers_are_bad_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says", "line"),
+    ("name", "content", "message", "line"),
     [
         ("x.jsonl", b'\n{\n  "prompt": "Hi"\n}\n', "JSON over several lines", ":2"),
         ("x.jsonl", b"[\n{}\n]", "name it .json", ":1"),
@@ -219,12 +219,12 @@ def test_repeated_fields_and_huge_numbers_are_bad_rows(tmp_path: Path) -> None:
         ("x.json", b"[" + b"1" * 5000 + b"]", "Exceeds the limit", ""),
     ],
 )
-def test_a_file_error_names_the_place(tmp_path: Path, name: str, content: bytes, says: str, line: str) -> None:
+def test_a_file_error_names_the_place(tmp_path: Path, name: str, content: bytes, message: str, line: str) -> None:
     file = tmp_path / name
     file.write_bytes(content)
     with pytest.raises(DataError) as caught:
         list(read_rows(file))
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert f"where: {file}{line}" in str(caught.value)
 
 

@@ -21,19 +21,19 @@ from nemo_minitron.errors import DataError
 Fields = dict[str, Any]
 
 
-def said(*texts: str, system: str | None = None) -> list[dict[str, str]]:
+def dialogue(*texts: str, system: str | None = None) -> list[dict[str, str]]:
     """Return messages of user and assistant in turn."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return [{"role": "system", "content": system}, *turns] if system else turns
 
 
 def chat(*texts: str, system: str | None = None, **attributes: float) -> Fields:
-    row: Fields = {"messages": said(*texts, system=system)}
+    row: Fields = {"messages": dialogue(*texts, system=system)}
     return {**row, "attributes": attributes} if attributes else row
 
 
 def pair(*prompt: str, chosen: str = "Yes", rejected: str = "No", system: str | None = None, **more: float) -> Fields:
-    return {"prompt": said(*prompt, system=system), "chosen": chosen, "rejected": rejected, **more}
+    return {"prompt": dialogue(*prompt, system=system), "chosen": chosen, "rejected": rejected, **more}
 
 
 PARTS = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
@@ -51,10 +51,10 @@ HH = "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Really?\n\nAssistant: "
 
 # (detected format, row, checked row)
 ADAPTED: tuple[tuple[str, Fields, Fields], ...] = (
-    ("messages", {"messages": said("Hi", "Ho")}, chat("Hi", "Ho")),
-    ("messages", {"messages": said(" Hi\n", "\n\n Ho ", system=" S ")}, chat("Hi", "Ho", system="S")),
-    ("messages", {"messages": [{"role": "system", "content": " "}, *said("Hi", "Ho")]}, chat("Hi", "Ho")),
-    ("messages", {"messages": [{"role": "user", "content": PARTS}, *said("", "Ho")[1:]]}, chat("Hi", "Ho")),
+    ("messages", {"messages": dialogue("Hi", "Ho")}, chat("Hi", "Ho")),
+    ("messages", {"messages": dialogue(" Hi\n", "\n\n Ho ", system=" S ")}, chat("Hi", "Ho", system="S")),
+    ("messages", {"messages": [{"role": "system", "content": " "}, *dialogue("Hi", "Ho")]}, chat("Hi", "Ho")),
+    ("messages", {"messages": [{"role": "user", "content": PARTS}, *dialogue("", "Ho")[1:]]}, chat("Hi", "Ho")),
     (
         "sharegpt",
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
@@ -63,7 +63,7 @@ ADAPTED: tuple[tuple[str, Fields, Fields], ...] = (
     ("sharegpt", nemo("humor:0,quality:3.5"), chat("Hi", "Ho", system="Be kind.", humor=0, quality=3.5)),
     ("sharegpt", nemo(""), chat("Hi", "Ho", system="Be kind.")),
     ("prompt_completion", {"prompt": "Hi", "completion": "Ho"}, chat("Hi", "Ho")),
-    ("prompt_completion", {"prompt": said("Hi"), "completion": said("Hi", "Ho")[1:]}, chat("Hi", "Ho")),
+    ("prompt_completion", {"prompt": dialogue("Hi"), "completion": dialogue("Hi", "Ho")[1:]}, chat("Hi", "Ho")),
     ("prompt_completion", {"input": "Hi", "output": "Ho"}, chat("Hi", "Ho")),
     ("prompt_completion", {"instruction": "Add.", "input": "1 2", "output": "3"}, chat("Add.\n\n1 2", "3")),
     (
@@ -79,14 +79,22 @@ ADAPTED: tuple[tuple[str, Fields, Fields], ...] = (
     ("prompt_completion", {"prompt": "Hi", "response": "Ho", "id": 7}, chat("Hi", "Ho")),
     ("gsm8k", {"question": "2 by 3?", "answer": "2*3=<<2*3=6>>6\n#### 6"}, chat("2 by 3?", "2*3=6\n#### 6")),
     ("helpsteer", {"prompt": "Hi", "response": "Ho", **HELPSTEER}, chat("Hi", "Ho", **HELPSTEER)),
-    ("oasst", {"messages": said("Hi", "Ho"), "attributes": {"quality": 3, "violence": 1}}, chat("Hi", "Ho", quality=3)),
-    ("oasst", {"messages": said("Hi", "Ho"), "labels": OASST_LABELS}, chat("Hi", "Ho", quality=3, humor=0)),
     (
         "oasst",
-        {"messages": said("Hi", "Ho"), "labels": {"name": ["quality"], "value": [1.0]}},
+        {"messages": dialogue("Hi", "Ho"), "attributes": {"quality": 3, "violence": 1}},
+        chat("Hi", "Ho", quality=3),
+    ),
+    ("oasst", {"messages": dialogue("Hi", "Ho"), "labels": OASST_LABELS}, chat("Hi", "Ho", quality=3, humor=0)),
+    (
+        "oasst",
+        {"messages": dialogue("Hi", "Ho"), "labels": {"name": ["quality"], "value": [1.0]}},
         chat("Hi", "Ho", quality=4),
     ),
-    ("oasst", {"messages": said("Hi", "Ho"), "toxicity": 0, "quality": None, "id": 7}, chat("Hi", "Ho", toxicity=0)),
+    (
+        "oasst",
+        {"messages": dialogue("Hi", "Ho"), "toxicity": 0, "quality": None, "id": 7},
+        chat("Hi", "Ho", toxicity=0),
+    ),
     ("pairs", {"prompt": "Hi", "chosen": "Yes", "rejected": "No"}, pair("Hi")),
     ("pairs", {"prompt": "Q", "context": "A text.", "chosen": "Yes", "rejected": "No"}, pair("A text.\n\nQ")),
     ("pairs", {"system": "S", "question": "Hi", "chosen": "Yes", "rejected": "No"}, pair("Hi", system="S")),
@@ -94,8 +102,8 @@ ADAPTED: tuple[tuple[str, Fields, Fields], ...] = (
         "pairs",
         {
             "prompt": "Hi",
-            "chosen": said("Hi", "Yes"),
-            "rejected": said("Hi", "No"),
+            "chosen": dialogue("Hi", "Yes"),
+            "rejected": dialogue("Hi", "No"),
             "score_chosen": 8.5,
             "score_rejected": 3,
         },
@@ -114,7 +122,11 @@ ADAPTED: tuple[tuple[str, Fields, Fields], ...] = (
     ),
     (
         "pairs",
-        {"prompt": said("A", "B", "C"), "chosen_response": said("", "Yes")[1], "rejected_response": said("", "No")[1]},
+        {
+            "prompt": dialogue("A", "B", "C"),
+            "chosen_response": dialogue("", "Yes")[1],
+            "rejected_response": dialogue("", "No")[1],
+        },
         pair("A", "B", "C"),
     ),
     ("hh", {"chosen": f"{HH}Yes", "rejected": f"{HH}No"}, pair("Hi", "Ho", "Really?")),
@@ -189,22 +201,30 @@ BAD: tuple[tuple[str, Fields, str], ...] = (
         "message 1 has a part of type 'image'",
     ),
     ("messages", {"messages": [{"role": "system", "content": "S"}]}, "there are no messages"),
-    ("messages", {"messages": said("Hi", " \n")}, "message 2 (assistant) is empty"),
+    ("messages", {"messages": dialogue("Hi", " \n")}, "message 2 (assistant) is empty"),
     (
         "messages",
-        {"messages": said("Hi", "\ud800")},
+        {"messages": dialogue("Hi", "\ud800")},
         "message 2 (assistant) has an unpaired surrogate at character 0",
     ),
-    ("messages", {"messages": said("Hi")}, "the last message is from user, not from assistant"),
-    ("messages", {"messages": said("Hi", "Ho")[1:]}, "message 1 is from assistant, but should be from user"),
-    ("messages", {"messages": said("Hi") * 2}, "message 2 is from user, but should be from assistant"),
-    ("messages", {"messages": [*said("Hi"), *said("", "", system="S")[:1]]}, "message 2 is from system, but should be"),
+    ("messages", {"messages": dialogue("Hi")}, "the last message is from user, not from assistant"),
+    ("messages", {"messages": dialogue("Hi", "Ho")[1:]}, "message 1 is from assistant, but should be from user"),
+    ("messages", {"messages": dialogue("Hi") * 2}, "message 2 is from user, but should be from assistant"),
+    (
+        "messages",
+        {"messages": [*dialogue("Hi"), *dialogue("", "", system="S")[:1]]},
+        "message 2 is from system, but should be",
+    ),
     ("messages", chat("Hi", "Ho", violence=1), "unknown attribute 'violence'; known: quality, toxicity"),
     ("messages", chat("Hi", "Ho", quality=4.01), "attribute quality is 4.01, out of the range 0 to 4"),
     ("messages", chat("Hi", "Ho", quality="high"), "attribute quality is 'high', not a number"),  # type: ignore[arg-type]
     ("messages", chat("Hi", "Ho", quality=float("nan")), "attribute quality is nan, not a number"),
-    ("messages", {"messages": said("Hi", "Ho"), "attributes": [3]}, "attributes is [3], not an object"),
-    ("oasst", {"messages": said("Hi", "Ho"), "labels": {"quality": 3}}, "label quality is 3, not a number from 0 to 1"),
+    ("messages", {"messages": dialogue("Hi", "Ho"), "attributes": [3]}, "attributes is [3], not an object"),
+    (
+        "oasst",
+        {"messages": dialogue("Hi", "Ho"), "labels": {"quality": 3}},
+        "label quality is 3, not a number from 0 to 1",
+    ),
     ("sharegpt", nemo("correctness:4.5"), "attribute correctness is 4.5, out of the range"),
     ("sharegpt", nemo("good"), "label 'good' is not of the form name:number"),
     ("gsm8k", {"question": "Hi"}, "there is no field answer; the row has question"),
@@ -221,10 +241,14 @@ BAD: tuple[tuple[str, Fields, str], ...] = (
     ("pairs", pair("Hi", "Ho"), "the last message is from assistant, not from user"),
     (
         "pairs",
-        {"chosen": said("A", "Yes"), "rejected": said("B", "No")},
+        {"chosen": dialogue("A", "Yes"), "rejected": dialogue("B", "No")},
         "chosen and rejected answer different prompts",
     ),
-    ("pairs", {"chosen": said("A"), "rejected": said("A")}, "chosen ends with a message from user, not from assistant"),
+    (
+        "pairs",
+        {"chosen": dialogue("A"), "rejected": dialogue("A")},
+        "chosen ends with a message from user, not from assistant",
+    ),
     ("hh", {"chosen": "Yes", "rejected": "No"}, "chosen does not begin with 'Human:'"),
     ("hh", {"chosen": f"{HH}Yes", "rejected": "\n\nHuman: Hi\n\nAssistant: No"}, "answer different prompts"),
 )
@@ -240,8 +264,8 @@ def test_a_bad_row_gives_a_reason(name: str, row: Fields, reason: str) -> None:
 @pytest.mark.parametrize(
     "row",
     [
-        {"messages": said("Hi", "Ho"), "stars": 3},
-        {"conversations": said("Hi", "Ho"), "stars": 3},
+        {"messages": dialogue("Hi", "Ho"), "stars": 3},
+        {"conversations": dialogue("Hi", "Ho"), "stars": 3},
         {"prompt": "Hi", "completion": "Ho", "stars": 3},
         {"prompt": "Hi", "completion": "Ho", "attributes": {"stars": 3}},
     ],
@@ -320,7 +344,7 @@ def test_unreadable_lines_become_bad_rows_with_a_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "expected_message"),
     [
         ("x.jsonl", b"\n", "The file has no rows"),
         ("x.json", b"", "The file has no rows"),
@@ -331,10 +355,12 @@ def test_unreadable_lines_become_bad_rows_with_a_reason(tmp_path: Path) -> None:
         ("x.jsonl.zst", zstandard.compress(LINES)[:-5], "The compressed file is damaged"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_a_clear_error(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+def test_a_file_that_cannot_be_read_is_a_clear_error(
+    tmp_path: Path, name: str, content: bytes, expected_message: str
+) -> None:
     file = tmp_path / name
     file.write_bytes(content)
-    with pytest.raises(DataError, match=says) as caught:
+    with pytest.raises(DataError, match=expected_message) as caught:
         list(read_rows(file))
     assert str(file) in str(caught.value)
 

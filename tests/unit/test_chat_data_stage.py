@@ -201,17 +201,17 @@ def recipe(folder: Path, source: str, **stage: Any) -> Path:
 
 def test_check_finds_a_format_of_the_other_kind_and_a_missing_file(tmp_path: Path, minitron: Cli) -> None:
     file = recipe(tmp_path, "nowhere.jsonl", sources=[{"source": "nowhere.jsonl", "format": "hh"}])
-    code, said = minitron("check", file)
+    code, output = minitron("check", file)
     assert code == 2
-    assert "stages.chats.sources.0.format = hh: contains no conversations" in said
-    assert "stages.chats.sources.0.source = nowhere.jsonl: there is no such file" in said
+    assert "stages.chats.sources.0.format = hh: contains no conversations" in output
+    assert "stages.chats.sources.0.source = nowhere.jsonl: there is no such file" in output
 
 
 def test_an_edited_source_makes_the_stage_changed(tmp_path: Path, minitron: Cli) -> None:
     source = tmp_path / "x.jsonl"
     file = recipe(tmp_path, write(source, sums(0, 50)))
-    code, said = minitron("run", file)
-    assert code == 0, said
+    code, output = minitron("run", file)
+    assert code == 0, output
     assert (
         json.loads(minitron("status", file, "--json")[1])["stages"]["chats"]["summary"] == "train_rows 45, valid_rows 5"
     )
@@ -224,23 +224,23 @@ def test_show_prints_rows_and_what_a_model_reads(tmp_path: Path, minitron: Cli) 
 
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     file = recipe(tmp_path, write(tmp_path / "x.jsonl", sums(0, 50)))
-    code, said = minitron("show", file, "chats")
+    code, output = minitron("show", file, "chats")
     assert code == 2
-    assert "has not finished" in said
-    assert f"minitron run {file} --until chats" in said
+    assert "has not finished" in output
+    assert f"minitron run {file} --until chats" in output
     assert minitron("run", file)[0] == 0
-    code, said = minitron("show", file, "chats", "--rows", 2, "--split", "valid")
-    assert code == 0, said
-    assert said.count("user: What is") == said.count("assistant: ") == 2
-    code, said = minitron("show", file, "chats", "--rows", 1, "--model", tmp_path / "model", "--template", "chatml")
-    assert code == 0, said
-    assert "<|im_start|>assistant\n" in said
-    assert "tokens of prompt, 2 with loss]" in said
-    code, said = minitron("show", file, "chats", "--model", tmp_path / "model", "--template", "llama3")
+    code, output = minitron("show", file, "chats", "--rows", 2, "--split", "valid")
+    assert code == 0, output
+    assert output.count("user: What is") == output.count("assistant: ") == 2
+    code, output = minitron("show", file, "chats", "--rows", 1, "--model", tmp_path / "model", "--template", "chatml")
+    assert code == 0, output
+    assert "<|im_start|>assistant\n" in output
+    assert "tokens of prompt, 2 with loss]" in output
+    code, output = minitron("show", file, "chats", "--model", tmp_path / "model", "--template", "llama3")
     assert code == 2
-    assert "allowed: with this tokenizer: chatml, model" in said
+    assert "allowed: with this tokenizer: chatml, model" in output
     for option, allowed in (("--split=test", "train, valid"), ("--template=x", "chatml, llama3, extra_id, model")):
-        code, said = minitron("show", file, "chats", option)
+        code, output = minitron("show", file, "chats", option)
         assert code == 2
-        assert allowed in said
+        assert allowed in output
     assert "allowed: chats" in minitron("show", file, "teacher")[1]

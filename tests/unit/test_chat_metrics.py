@@ -1,4 +1,4 @@
-"""Figures of aligned models, against numbers worked out by hand."""
+"""Metrics of aligned models, compared with numbers computed by hand."""
 
 from __future__ import annotations
 

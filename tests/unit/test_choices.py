@@ -1,4 +1,4 @@
-"""Answers scored together get the likelihoods that they get alone."""
+"""Answers that are scored together have the same likelihoods as if scored separately."""
 
 from __future__ import annotations
 

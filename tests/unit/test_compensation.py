@@ -64,7 +64,7 @@ def test_the_repaired_weight_is_the_least_squares_solution_on_the_raw_activation
 
 
 def test_it_is_the_update_of_optimal_brain_surgeon_for_removed_inputs() -> None:
-    """W_cut A_cut,kept (A_kept,kept + lambda I)^-1, as OSSCAR has it."""
+    """The reference is W_cut A_cut,kept (A_kept,kept + lambda I)^-1, as in OSSCAR."""
     inputs, weight, damping = _inputs(), _weight(), 1e-2
     cut = torch.tensor([1, 4, 6])
     gram = inputs.T @ inputs

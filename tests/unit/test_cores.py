@@ -1,4 +1,4 @@
-"""How many cores may be used: affinity, and quotas of control groups of both versions."""
+"""Number of usable cores: affinity, and quotas of control groups of both versions."""
 
 from __future__ import annotations
 

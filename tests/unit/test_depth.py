@@ -1,4 +1,4 @@
-"""Depth metrics by hand, and where layers are on pipeline stages."""
+"""Depth metrics computed by hand, and the pipeline stages of layers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_every_layer_has_one_pipeline_stage_and_no_stage_is_empty(num_layers: in
         assert len(bounds) == pp
         assert [layer for start, stop in bounds for layer in range(start, stop)] == list(range(num_layers))
         assert min(stop - start for start, stop in bounds) >= 1
-        if pp > 2:  # what Megatron can express: all stages but the first and the last are alike
+        if pp > 2:  # Megatron requires equal stages, except the first and the last
             assert len({stop - start for start, stop in bounds[1:-1]}) == 1
     with pytest.raises(PlanError, match="cannot be spread"):
         stage_bounds(num_layers, num_layers + 1)

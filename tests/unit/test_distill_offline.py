@@ -1,4 +1,4 @@
-"""What `check` says of an offline distillation."""
+"""Problems that `check` reports for an offline distillation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RECIPE = REPO / "recipes/toy/offline.yaml"
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "output"),
     [
         ("stages.distill_offline.top_k=600", "the teacher's vocabulary has 512 tokens"),
         ("+execution.parallel_by_stage.distill_offline.tp=3", "tp = 3: must divide the vocabulary, 512"),
@@ -28,7 +28,7 @@ RECIPE = REPO / "recipes/toy/offline.yaml"
         ("stages.distill_offline.aligner.model.data.top_k=5", "set by the stage"),
     ],
 )
-def test_check_names_what_is_wrong(override: str, told: str, minitron: Cli, tmp_path: Path) -> None:
+def test_check_names_what_is_wrong(override: str, output: str, minitron: Cli, tmp_path: Path) -> None:
     code, found = minitron("check", RECIPE, f"execution.run_root={tmp_path}", override)
     assert code == 2, found
-    assert told in " ".join(found.split())
+    assert output in " ".join(found.split())

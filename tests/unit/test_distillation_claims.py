@@ -1,4 +1,4 @@
-"""The claims suite: verdicts out of figures, tokens to a loss, and figures that must not be mixed."""
+"""The claims suite: verdicts from results, tokens to a loss, and results that must not be mixed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Dockerfile: sound, and without a pin of its own."""
+"""The Dockerfile is valid and has no pins of its own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_every_file_that_pip_takes_from_the_index_has_a_hash() -> None:
     installs = re.findall(r"pip install ([^\n]*)", TEXT)
     assert len(installs) == 5
     assert not re.search(r"[a-z0-9]==\d", TEXT), "a version stands in constraints/newest.txt alone"
-    # What is left for the second one is what the base image wants in a version of its own.
+    # The second step installs only packages that the base image needs in another version.
     assert [line for line in installs if "--no-deps" not in line] == [
         "--no-cache-dir -c /tmp/constraints.txt '.[eval]' \\"
     ]
@@ -50,7 +50,7 @@ def test_what_the_base_images_bring_is_looked_at_before_the_first_and_after_the_
     for stage in re.split(r"^FROM ", TEXT, flags=re.MULTILINE)[1:]:
         assert 'ENV PIP_CONSTRAINT=""' in stage.partition("RUN")[0], "NVIDIA's images pin all their packages by it"
         before, after = stage.index("image.py kept"), stage.index("image.py check")
-        # NeMo-Aligner's own code comes before: it is the one thing that is replaced.
+        # NeMo-Aligner's own code comes first: it is the only part that is replaced.
         others = [match.start() for match in re.finditer(r"pip install (?!.*/opt/NeMo-Aligner)", stage)]
         assert before < min(others)
         assert max(others) < after

@@ -22,7 +22,7 @@ DATE = re.compile(r"\b20\d\d-\d\d-\d\d\b")
 LINK = re.compile(r"(?<!`)!?\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"(?<![\w/.<*-])((?:[\w-]+/)+[\w-]+\.(?:py|yaml|sh|md|jsonl|lock|txt))(?![\w*])")
-"""A path with a folder, such as `pruning/depth.py`; a single name can be anything."""
+"""A path with a folder, such as `pruning/depth.py`; a single name may be something else."""
 ROOTS = (REPO, REPO / "nemo_minitron", REPO / "nemo_minitron" / "backends" / "alignment" / "nemo_aligner")
 EXAMPLES = re.compile(r"(?:path/to|my-\w+|runs|logs|back|select|recipes/mine|data/\w+\.jsonl)")
 """Beginnings of paths that stand for a user's own files."""
@@ -40,13 +40,13 @@ MEASURED = re.compile(r"\d ± \d|\d tokens/s|\d % of the chip|\b\d+(?:\.\d+)? ti
 
 
 def prose(page: Path) -> str:
-    """Text of a page without its fenced blocks."""
+    """Return the text of a page without its fenced blocks."""
     return FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
 @cache
 def anchors(page: Path) -> frozenset[str]:
-    """The anchors that GitHub gives to the headings of a page."""
+    """Return the anchors that GitHub gives to the headings of a page."""
     found: set[str] = set()
     for line in prose(page).splitlines():
         if re.match(r"#{1,6} ", line):

@@ -1,4 +1,4 @@
-"""The exported folder: plain transformers loads it, converts only the storage type, and finds what belongs to it."""
+"""The exported folder: plain transformers loads it, with the same values in another data type and all side files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""config.json <-> shape, and the axis table against transformers' own models."""
+"""Conversion of config.json to a shape and back, and the axis table compared with transformers' models."""
 
 from __future__ import annotations
 

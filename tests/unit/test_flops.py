@@ -1,4 +1,4 @@
-"""FLOPs of training against numbers worked out by hand."""
+"""FLOPs of training, compared with numbers computed by hand."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_a_split_vocabulary_gives_the_statistics_of_the_whole(name: str) -> None
 
 
 def _combined_by_two_ranks(parts: list[Tensor]) -> list[Tensor]:
-    """Run both ranks by turns: each reduction returns what the ranks have sent, so the last pass has all values."""
+    """Run both ranks in turn: each reduction returns what the ranks have sent, so the last pass has all values."""
     sent: dict[str, list[Tensor]] = {"max": [torch.empty(0)] * 2, "sum": [torch.empty(0)] * 2}
     found = list(parts)
     for _ in range(3):

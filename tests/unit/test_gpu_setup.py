@@ -1,4 +1,4 @@
-"""What a session on a GPU sets up: the environment, the precision of fp32 products, and which layers run."""
+"""Setup of a session on a GPU: the environment, the precision of fp32 products, and the kind of layers."""
 
 from __future__ import annotations
 

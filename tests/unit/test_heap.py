@@ -1,4 +1,4 @@
-"""A process on a CPU keeps the memory that tensors free, unless its user has set the heap up."""
+"""A process on a CPU keeps the memory that tensors free, unless its user has configured the heap."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_heap_that_the_user_has_set_up_stays(name: str) -> None:
 
 
 def test_a_recipe_is_loaded_and_planned_without_collections() -> None:
-    """They would take a tenth of the time of `minitron check`."""
+    """Garbage collections would take a tenth of the time of `minitron check`."""
     collections: list[str] = []
 
     def count(phase: str, _: dict[str, int]) -> None:

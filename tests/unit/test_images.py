@@ -1,4 +1,4 @@
-"""Names of images: files made absolute, and spellings that a runtime would take for something else."""
+"""Names of images: files become absolute paths, and names that a runtime would misread are reported."""
 
 from __future__ import annotations
 

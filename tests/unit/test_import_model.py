@@ -1,4 +1,4 @@
-"""Import and adopt: what arrives in the run, and what is refused."""
+"""Import and adopt: the files in the run, and the models that are refused."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def test_an_imported_folder_is_bit_identical_and_holds_no_links(model_dir: Path,
         assert not file.is_symlink()
         if file.name != "config.json":
             assert file.read_bytes() == (model_dir / file.name).read_bytes()
-    # config.json is written as it was understood: nothing that it said is lost.
-    said, written = read_config(model_dir), read_config(out)
-    assert {key: written[key] for key in said} == said
+    # config.json is written as it was interpreted: no value is lost.
+    source, written = read_config(model_dir), read_config(out)
+    assert {key: written[key] for key in source} == source
 
 
 def test_import_of_a_symlinked_hub_snapshot_takes_the_files_not_the_links(model_dir: Path, tmp_path: Path) -> None:
@@ -302,10 +302,10 @@ def test_no_pickles_and_no_second_copies_are_downloaded(tmp_path: Path, monkeypa
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.update(kw) or str(tmp_path))
+    requested: dict[str, Any] = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: requested.update(kw) or str(tmp_path))
     assert resolve_model("hf:a/b", tmp_path, "v1.0") == tmp_path
-    assert asked["revision"] == "v1.0"
+    assert requested["revision"] == "v1.0"
     repository = [
         "config.json",
         "model-00001-of-00002.safetensors",
@@ -327,8 +327,8 @@ def test_no_pickles_and_no_second_copies_are_downloaded(tmp_path: Path, monkeypa
     ]
     taken = list(filter_repo_objects(repository, allow_patterns=HUB_FILES, ignore_patterns=NOT_FROM_HUB))
     assert taken == repository[:11]
-    assert asked["allow_patterns"] == list(HUB_FILES)
-    assert asked["ignore_patterns"] == list(NOT_FROM_HUB)
+    assert requested["allow_patterns"] == list(HUB_FILES)
+    assert requested["ignore_patterns"] == list(NOT_FROM_HUB)
 
 
 def test_a_hub_model_is_linked_not_copied_where_the_disk_allows_it(

@@ -1,4 +1,4 @@
-"""Importance scores against numbers worked out by hand, and in fp64."""
+"""Importance scores, compared with numbers computed by hand and in fp64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that begin from nothing: sizes, spread of the weights, tokenizer, and what is refused."""
+"""Models with random weights: sizes, spread of the weights, tokenizer, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules that a program can check: which answers follow them, what a bad file is told, what is counted."""
+"""Rules that a program can check: which answers follow them, errors of bad files, and counts."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_settings_that_a_table_leaves_empty_do_not_count(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "output"),
     [
         ({"prompt": "q"}, "no prompt with rules"),
         ({"prompt": "q", "instruction_id_list": ["punctuation:no_coma"], "kwargs": [{}]}, "unknown rule"),
@@ -92,9 +92,9 @@ def test_settings_that_a_table_leaves_empty_do_not_count(tmp_path: Path) -> None
         ),
     ],
 )
-def test_a_bad_row_is_named(row: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_a_bad_row_is_named(row: dict[str, Any], output: str, tmp_path: Path) -> None:
     good = {"prompt": "q", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
-    with pytest.raises(DataError, match=told) as error:
+    with pytest.raises(DataError, match=output) as error:
         read_instructions(_write(tmp_path / "rows.jsonl", good, row), 5)
     assert "rows.jsonl:2" in str(error.value)
 

@@ -1,4 +1,4 @@
-"""What each stage asks a cluster for; nodes that work together; what sinfo says."""
+"""Resources that each stage requests, nodes that work together, and the output of sinfo."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ def test_stages_of_nemo_aligner_get_its_image(tmp_path: Path) -> None:
 def test_keys_for_one_stage_win_over_those_for_its_kind_over_the_clusters(tmp_path: Path) -> None:
     keys = ["cluster.partition=gpu", "cluster.cpu={partition: cpu, time_min: 30}", "cluster.time_min=600"]
     jobs = _jobs(TOY, tmp_path, *keys, "cluster.by_stage={select: {time_min: 5}, distill: {partition: big}}")
-    asked = {name: (job.resources.partition, job.resources.time_min) for name, job in jobs.items()}
-    assert asked["score"] == ("gpu", 600)
-    assert asked["distill"] == ("big", 600)
-    assert asked["prune"] == ("cpu", 30)
-    assert asked["select"] == ("cpu", 5)
+    requested = {name: (job.resources.partition, job.resources.time_min) for name, job in jobs.items()}
+    assert requested["score"] == ("gpu", 600)
+    assert requested["distill"] == ("big", 600)
+    assert requested["prune"] == ("cpu", 30)
+    assert requested["select"] == ("cpu", 5)
     with pytest.raises(PlanError, match="by_stage has dstill"):
         _jobs(TOY, tmp_path, "cluster.by_stage={dstill: {time_min: 5}}")
 

@@ -50,7 +50,7 @@ LAUNCHER = Launcher("tiny", render, submit, states, cancel)
 
 @pytest.fixture
 def other_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installed package with the launcher `tiny`; returns its module."""
+    """Install a package with the launcher `tiny`, and return its module."""
     site = tmp_path / "site"
     facts = site / "tiny_launcher-1.0.dist-info"
     facts.mkdir(parents=True)

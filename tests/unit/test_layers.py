@@ -1,4 +1,4 @@
-"""Which part of the package imports which, and who may name a kind of stage."""
+"""Imports between the layers of the package, and modules that may name a kind of stage."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_layer_imports_lower_layers_only() -> None:
 
 
 def test_no_modules_import_each_other() -> None:
-    """A circle inside a layer, or through imports inside functions, hides an order that is not there."""
+    """There must be no circle inside a layer either, nor through imports inside functions."""
     graph = {layers.module_name(file): set(layers.imports_of(file)) for file in layers.files()}
     assert not list(_circles(graph))
 
@@ -57,7 +57,7 @@ ROOMS = sorted(path.parent.name for path in (layers.PACKAGE / "stages").glob("*/
 
 
 def test_no_module_outside_a_kind_of_stage_imports_from_it() -> None:
-    """The planner, the runner, the report and the other kinds ask its record instead."""
+    """The planner, the runner, the report and other kinds use its record instead."""
     for file in layers.files():
         for module in layers.imports_of(file):
             parts = module.split(".")
@@ -81,7 +81,7 @@ def _asks_kind(node: ast.expr) -> bool:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_kind_of_stage_is_complete(name: str) -> None:
-    """Its function exists, and reads the roles that its keys name."""
+    """Its function exists, and its inputs have the roles of its keys."""
     from dataclasses import fields
     from typing import get_type_hints
 
@@ -97,7 +97,7 @@ _STAGE = re.compile(r"(?<!pipeline )\bstages?\b|\b(execution|launcher)\.")
 
 
 def _texts(file: Path) -> Iterator[str]:
-    """All string constants of a file but its docstrings."""
+    """Yield all string constants of a file except docstrings."""
     tree = ast.parse(file.read_text())
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):

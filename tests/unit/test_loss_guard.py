@@ -1,4 +1,4 @@
-"""When a training counts as blown up."""
+"""The guard that stops a training with a loss spike."""
 
 from __future__ import annotations
 

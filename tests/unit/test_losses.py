@@ -1,4 +1,4 @@
-"""Every loss of a chunk and its closed gradient against the plain formula and autograd, in fp64."""
+"""Every loss of a chunk and its closed-form gradient, compared with the plain formula and autograd in fp64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No stage measures a model, and no chat begins, that transformers reads in another way than Megatron."""
+"""Stages and chats refuse a model that transformers reads in another way than Megatron."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_models_are_loaded_in_one_place() -> None:
     """Everything that computes with a model goes through the compared loader."""
     package = REPO / "nemo_minitron"
     texts = {str(file.relative_to(package)): file.read_text() for file in package.rglob("*.py")}
-    written_out = "report/model_card.py"  # tells the model's users how to load it
+    written_out = "report/model_card.py"  # this text tells users how to load the model
     loading = {name for name, text in texts.items() if re.search(r"import AutoModel", text)} - {written_out}
     assert loading == {"evaluation/generation.py"}
     callers = {name for name, text in texts.items() if "load_for_inference" in text}
@@ -37,7 +37,7 @@ def test_models_are_loaded_in_one_place() -> None:
 
 @pytest.fixture
 def v5_folder(tmp_path: Path) -> Path:
-    """A model with rope_theta 1e6 as transformers 5 writes it."""
+    """Return a model with rope_theta 1e6 as transformers 5 writes it."""
     folder = save_spelled(
         tmp_path / "v5_model", tiny_model("llama_mha", rope_theta=1e6), ("rope_theta", "rope_scaling"), V5
     )
@@ -47,7 +47,7 @@ def v5_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ignoring_rope_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers 4.57's reading of such a folder."""
+    """Read such a folder as transformers 4.57 does."""
     right = generation.model_config
     monkeypatch.setattr(generation, "model_config", lambda shape: right(replace(shape, rope_theta=10000.0)))
 
@@ -80,11 +80,11 @@ def test_a_stage_refuses_a_model_that_transformers_reads_otherwise(
     kind: str, v5_folder: Path, tmp_path: Path, minitron: Cli, ignoring_rope_parameters: None
 ) -> None:
     code, out = minitron("run", _recipe(tmp_path, v5_folder, "adopt"), "--until", kind)
-    said = " ".join(out.split())
+    output = " ".join(out.split())
     assert code == 2, out
-    assert "do not compute the same logits" in said
-    assert "rope_theta: 10000 in transformers, 1e+06 in Megatron" in said
-    assert "v5_model" in said
+    assert "do not compute the same logits" in output
+    assert "rope_theta: 10000 in transformers, 1e+06 in Megatron" in output
+    assert "v5_model" in output
     assert not (tmp_path / "runs" / "recipe" / kind).exists()
 
 

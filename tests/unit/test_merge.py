@@ -1,4 +1,4 @@
-"""Head merging by hand, and on files."""
+"""Head merging, computed by hand and on files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures from sums, by hand."""
+"""Metrics from sums, computed by hand."""
 
 from __future__ import annotations
 

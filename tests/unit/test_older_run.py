@@ -1,4 +1,4 @@
-"""A run of an older version is still read: the toy recipe as of 2026-11-22 (commit c387913), in tests/data/older_run.
+"""A run of an older version is still read: the toy recipe at commit c387913, in tests/data/older_run.
 
 Weights, samples and tokenizers are left out, because `status` and `report` compare only their sizes.
 """

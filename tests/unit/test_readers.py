@@ -271,7 +271,7 @@ def test_unreachable_text_is_an_error(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("path", "says"),
+    ("path", "message"),
     [
         ("x.csv", "Unknown file type .csv."),
         ("nowhere", "There is no text at"),
@@ -279,11 +279,11 @@ def test_unreachable_text_is_an_error(tmp_path: Path, monkeypatch: pytest.Monkey
         ("*.csv", "of the 1 files at"),
     ],
 )
-def test_a_source_without_text_names_what_is_allowed(tmp_path: Path, path: str, says: str) -> None:
+def test_a_source_without_text_names_what_is_allowed(tmp_path: Path, path: str, message: str) -> None:
     (tmp_path / "x.csv").write_text("a,b")
     with pytest.raises(DataError) as caught:
         source_files(tmp_path / path)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert "*.jsonl[.gz|.zst|.bz2|.xz]" in str(caught.value)
 
 
@@ -314,14 +314,14 @@ def test_bad_encoding_is_reported_with_line_and_byte(
     monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
     file = tmp_path / name
     file.write_bytes(content)
-    said = problem(file)
-    assert f"byte 0x{content[offset]:02x} at offset {offset} " in said
-    assert f"{file}:{line}" in said
-    assert "iconv" in said
+    output = problem(file)
+    assert f"byte 0x{content[offset]:02x} at offset {offset} " in output
+    assert f"{file}:{line}" in output
+    assert "iconv" in output
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
+    ("row", "message"),
     [
         (b'{"text": "a', "Not JSON: Unterminated string"),
         (b'{"body": "a", "id": 1}', "no field 'text'"),
@@ -333,12 +333,12 @@ def test_bad_encoding_is_reported_with_line_and_byte(
         (b'{"text": ["a"]}', "is list, not text"),
     ],
 )
-def test_a_bad_jsonl_row_is_reported_with_its_line(tmp_path: Path, row: bytes, says: str) -> None:
+def test_a_bad_jsonl_row_is_reported_with_its_line(tmp_path: Path, row: bytes, message: str) -> None:
     file = tmp_path / "x.jsonl"
     file.write_bytes(jsonl(["good"]) + row + b"\n")
-    said = problem(file)
-    assert says in said
-    assert f"{file}:2" in said
+    output = problem(file)
+    assert message in output
+    assert f"{file}:2" in output
 
 
 def test_a_missing_field_error_lists_the_existing_fields(tmp_path: Path) -> None:
@@ -357,7 +357,7 @@ def test_a_parquet_column_that_is_not_text_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "message"),
     [
         ("x.txt", b"", "is empty"),
         ("x.jsonl", b" \n\n", "holds no text"),
@@ -382,9 +382,9 @@ def test_a_parquet_column_that_is_not_text_is_refused(tmp_path: Path) -> None:
         ("x.txt.zst", PACK[".zst"](b"text " * 99)[:-4], "damaged: it ends in the middle"),
     ],
 )
-def test_a_file_without_readable_text_is_named(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+def test_a_file_without_readable_text_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     file = tmp_path / name
     file.write_bytes(content)
-    said = problem(file)
-    assert says in said
-    assert str(file) in said
+    output = problem(file)
+    assert message in output
+    assert str(file) in output

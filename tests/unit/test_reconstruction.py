@@ -16,7 +16,7 @@ SIZE = 10
 
 
 def _layer(size: int = SIZE, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(inputs [N, F], weight [O, F])."""
+    """Return (inputs [N, F], weight [O, F])."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(size, size, generator=generator, dtype=torch.float64)
     inputs = torch.randn(500, size, generator=generator, dtype=torch.float64) @ mix

@@ -63,15 +63,15 @@ def test_a_run_without_a_search_has_no_such_section(tmp_path: Path) -> None:
 
 
 def test_the_sentence_has_winner_training_and_rank_correlation(search: dict[str, Any]) -> None:
-    told = "c03 wins: loss 4.01 after 40 steps; 6 candidates, 2 rungs"
-    assert sentence(search) == f"{told}; zero-shot order and final order agree, Kendall tau 0.73."
-    assert sentence({**search, "rank_correlation": None}) == f"{told}."
+    beginning = "c03 wins: loss 4.01 after 40 steps; 6 candidates, 2 rungs"
+    assert sentence(search) == f"{beginning}; zero-shot order and final order agree, Kendall tau 0.73."
+    assert sentence({**search, "rank_correlation": None}) == f"{beginning}."
     assert "do not agree, Kendall tau -0.20" in sentence({**search, "rank_correlation": -0.2})
 
 
 def test_only_constraints_that_were_set_are_listed(search: dict[str, Any]) -> None:
-    asked, columns, front = notes(search)
-    assert asked == "Constraints: 94.0M parameters within 5 %; at most 0.5 GiB of memory."
+    requested, columns, front = notes(search)
+    assert requested == "Constraints: 94.0M parameters within 5 %; at most 0.5 GiB of memory."
     assert "1 sequence of 4,096 tokens" in columns
     assert front.endswith(": c06, c02, c03.")
     none = dict.fromkeys(search["constraints"]) | {"context_tokens": 512, "batch_size": 8}
@@ -129,10 +129,10 @@ def test_the_page_shows_the_table_and_both_figures(tmp_path: Path) -> None:
 
 
 def test_figures_name_winner_and_front(search: dict[str, Any]) -> None:
-    told = _texts(pareto(search))
-    assert {"c03", "c02", "c06", "winner", "Pareto front", "10 steps", "40 steps", "million parameters"} <= set(told)
-    told = _texts(ladder(search))
-    assert {"c03", "0", "10", "40"} <= set(told)
+    texts = _texts(pareto(search))
+    assert {"c03", "c02", "c06", "winner", "Pareto front", "10 steps", "40 steps", "million parameters"} <= set(texts)
+    texts = _texts(ladder(search))
+    assert {"c03", "0", "10", "40"} <= set(texts)
 
 
 def test_the_figures_have_alternative_texts(search: dict[str, Any]) -> None:
@@ -154,6 +154,6 @@ def test_a_search_of_few_rungs_or_one_candidate_is_drawn_too(search: dict[str, A
 def test_of_crowded_points_not_all_are_named_but_the_winner_is(search: dict[str, Any]) -> None:
     one = _candidate(search, "c03")
     crowd = [{**one, "name": f"a-long-name-{number}", "rank": number} for number in range(1, 30)]
-    told = _texts(ladder({**search, "candidates": crowd, "winner": "a-long-name-1"}))
-    assert "a-long-name-1" in told
-    assert sum(text.startswith("a-long-name") for text in told) < 10
+    texts = _texts(ladder({**search, "candidates": crowd, "winner": "a-long-name-1"}))
+    assert "a-long-name-1" in texts
+    assert sum(text.startswith("a-long-name") for text in texts) < 10

@@ -1,4 +1,4 @@
-"""Rounds of a step: their sizes, and what the planner counts of them."""
+"""Rounds of a step: their sizes, and the memory that the planner counts."""
 
 from __future__ import annotations
 

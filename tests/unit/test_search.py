@@ -1,4 +1,4 @@
-"""The grid, its constraints and the ranking, by hand."""
+"""The grid, its constraints and the ranking, computed by hand."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_expansions_are_of_each_hidden_size() -> None:
 
 
 def test_points_that_cannot_be_cut_are_no_candidates() -> None:
-    # Three heads do not fill two groups; 160 neurons and 16 heads are not there.
+    # Three heads do not fill two groups; the teacher has fewer than 160 neurons and 16 heads.
     assert _names({"num_attention_heads": (3, 4, 16), "ffn_hidden_size": (96, 160)}) == [(4, 64, 96, 4)]
 
 

@@ -1,4 +1,4 @@
-"""Which indices are kept, and how the decision is written down."""
+"""The indices that are kept, and the file with the decision."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SCORES: dict[str, Tensor] = {
 
 
 def _params(method: str = "importance", **keys: Any) -> SelectStage:
-    """Sizes go to the target, everything else to the stage."""
+    """Split keys into sizes, for the target, and all others, for the stage."""
     target = {key: keys.pop(key) for key in Target.model_fields if key in keys}
     return SelectStage.model_validate({"kind": "select", "target": target, "method": method, **keys})
 

@@ -21,7 +21,7 @@ SHORT = timedelta(seconds=2)
 
 
 def long_work() -> tuple[bool, list[int], float]:
-    """Whether a plain barrier bears with work that is longer than the timeout; then the same through the session."""
+    """Return whether a plain barrier survives work longer than the timeout, and whether the session does."""
     with patch.object(sessions, "TIMEOUT", SHORT), open_session(Parallel(dp=2), device="cpu", threads=1) as session:
         started_s = time.monotonic()
         with session.main_works():
@@ -48,7 +48,7 @@ def test_ranks_wait_for_the_main_one_for_longer_than_the_timeout() -> None:
 
 
 def waits(timeout_s: float) -> float:
-    """Seconds until a collective operation fails because another rank does not join it; 0 if it does not fail."""
+    """Return the seconds until a collective operation fails because another rank does not join, or 0."""
     with open_session(Parallel(dp=2), device="cpu", threads=1) as session:
         session.set_timeout(timedelta(seconds=timeout_s))
         started_s = time.monotonic()

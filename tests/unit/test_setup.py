@@ -1,4 +1,4 @@
-"""What `make` installs fits what the package asks for; what the package needs at run time is in it."""
+"""`make` installs the required versions, and the package contains all files that it needs at run time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def project() -> dict[str, Any]:
 
 
 def pins(which: str, python: str) -> dict[str, Version]:
-    """Package -> version that a constraint file pins for a Python."""
+    """Return package -> version that a constraint file pins for a Python."""
     found: dict[str, Version] = {}
     for line in (REPO / "constraints" / f"{which}.txt").read_text().splitlines():
         if line.startswith("#"):
@@ -118,7 +118,7 @@ def test_the_toy_teacher_was_not_trained_on_what_the_toy_recipes_hold_out() -> N
 
 
 def dry_run(*args: str, path: Path | None = None) -> str:
-    """The commands that make would run; programs of `path` go before others."""
+    """Return the commands that make would run; programs of `path` come first on the PATH."""
     environment = _environment()
     if path is not None:
         environment["PATH"] = f"{path}:{environment['PATH']}"
@@ -128,7 +128,7 @@ def dry_run(*args: str, path: Path | None = None) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """The environment without what a make that runs these tests hands on: its options, and variables of its command."""
+    """Return the environment without the options and variables of a make that runs these tests."""
     variables = ("VENV", "PYTHON", "PINS", "STACK", "WITH", "ARGS")
     return {
         key: value

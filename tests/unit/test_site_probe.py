@@ -82,16 +82,16 @@ def test_launch_records_the_right_ids_after_a_banner_and_reports_what_it_omits(
     count = f"n=$(( $(cat {tmp_path}/n 2>/dev/null || echo 100) + 1 )); echo $n >{tmp_path}/n"
     fake.set("sbatch", f"{count}; echo '2 node hours will be charged'; echo $n")
     monkeypatch.setenv("SBATCH_ACCOUNT", "mine")
-    told: list[str] = []
+    output: list[str] = []
     recipe = load_recipe(TOY, _keys(tmp_path, "cluster=slurm"))
-    done = submit.submit(make_plan(recipe), RunOptions(), told.append)
+    done = submit.submit(make_plan(recipe), RunOptions(), output.append)
     assert done is not None
     assert done.job_ids == [str(number) for number in range(101, 101 + len(done.jobs))]
     assert "SBATCH_ACCOUNT" not in fake.environment("sbatch")
-    assert any("SBATCH_ACCOUNT" in text for text in told)
+    assert any("SBATCH_ACCOUNT" in text for text in output)
     # A second launch does not know whether they are still there.
     with pytest.raises(EnvironmentProblem, match="does not say whether job 101 is still there"):
-        submit.submit(make_plan(recipe), RunOptions(), told.append)
+        submit.submit(make_plan(recipe), RunOptions(), output.append)
 
 
 def test_a_failed_submission_cancels_jobs_that_only_the_queue_lists(fake: FakeSlurm, tmp_path: Path) -> None:
@@ -103,9 +103,9 @@ def test_a_failed_submission_cancels_jobs_that_only_the_queue_lists(fake: FakeSl
     )
     fake.set("squeue", f"echo '101|{folder}/teacher.sh'; echo '102|{folder}/data.sh'; echo '9|/other/launch/001/x.sh'")
     fake.set("scancel", 'echo "scancel: error: Access/permission denied" >&2; exit 1')
-    told: list[str] = []
+    output: list[str] = []
     with pytest.raises(EnvironmentProblem, match="no more"):
-        submit.submit(make_plan(recipe), RunOptions(), told.append)
+        submit.submit(make_plan(recipe), RunOptions(), output.append)
     assert fake.calls("scancel") == ["101 102"]
-    assert "could not be canceled: 101 102" in told[-1]
+    assert "could not be canceled: 101 102" in output[-1]
     assert newest(run_dir(recipe)) is not None

@@ -1,4 +1,4 @@
-"""Cutting checkpoints: what is written, and that nothing else is."""
+"""Cutting checkpoints: the files that are written, and no others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SILENT = Progress(silent=True)
 
 
 def _plan(source_dir: Path, seed: int = 3) -> PrunePlan:
-    """Random, on every axis that the model can shrink."""
+    """Return a random plan that cuts every axis of the model."""
     shape = Checkpoint.open(source_dir).shape
     heads = max(shape.num_query_groups, shape.num_attention_heads // 2)
     target = {"num_layers": 3, "hidden_size": 40, "ffn_hidden_size": 56, "num_attention_heads": heads}

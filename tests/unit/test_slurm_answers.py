@@ -1,4 +1,4 @@
-"""What Slurm's programs print on real sites, and what is read from it."""
+"""Output of Slurm's programs on real sites, and its parsed form."""
 
 from __future__ import annotations
 

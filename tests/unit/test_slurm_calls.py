@@ -128,10 +128,10 @@ def test_programs_of_slurm_run_in_english_without_an_outer_job(
     fake.set("squeue", NO_SUCH_JOB)
     _submit()
     slurm.states(["5"])
-    submitted, asked = fake.environment("sbatch"), fake.environment("squeue")
-    assert not set(outer) & (set(submitted) | set(asked))
-    assert submitted["SLURM_CONF"] == asked["SLURM_CONF"] == "/etc/slurm/own.conf"
-    assert asked["LC_ALL"] == "C"
+    submitted, requested = fake.environment("sbatch"), fake.environment("squeue")
+    assert not set(outer) & (set(submitted) | set(requested))
+    assert submitted["SLURM_CONF"] == requested["SLURM_CONF"] == "/etc/slurm/own.conf"
+    assert requested["LC_ALL"] == "C"
     # The job keeps the user's encoding; only the messages are English.
     assert (submitted["LC_MESSAGES"], submitted["LC_CTYPE"]) == ("C", "de_DE.UTF-8")
     assert "LC_ALL" not in submitted

@@ -1,4 +1,4 @@
-"""What a person sees of a run that goes on, in the terminal, on a page, and from a command of theirs."""
+"""Status of a run in progress: in the terminal, on a page, and through the notify command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVIL = "<script>alert(1)</script>"
 
 
 def _running(root: Path) -> Path:
-    """A toy run in whose distillation somebody is at work."""
+    """Return a toy run whose distillation is running."""
     run = root / "toy/width"
     work = run / ".work/distill"
     work.mkdir(parents=True)

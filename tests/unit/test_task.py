@@ -1,4 +1,4 @@
-"""A stage as its ranks get it: planned once, with every value that they need."""
+"""The task of a stage that its ranks get: planned once, with every value that they need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lm-eval on offline data: the same figures as its own model gives, and messages for what is missing."""
+"""lm-eval on offline data: the same scores as with lm-eval's own model, and errors for missing files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _SCIQ = [
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Offline copies of two tasks."""
+    """Return a folder with offline copies of two tasks."""
     root = tmp_path_factory.mktemp("tasks")
     for task, rows in (("piqa", _PIQA), ("sciq", _SCIQ)):
         (root / task).mkdir()
@@ -62,7 +62,7 @@ def _run(model_dir: Path, data_dir: Path, work: Path, *tasks: str, limit: int | 
 
 
 def tasks_of_rank(ranks: int, model_dir: Path, data_dir: Path, work: Path) -> tuple[Any, int]:
-    """Scores on this rank, and the number of answers that it has scored itself."""
+    """Return the scores on this rank, and the number of answers that this rank has scored."""
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.evaluation import tasks
     from nemo_minitron.schema.execution import Parallel

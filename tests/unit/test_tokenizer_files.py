@@ -198,7 +198,7 @@ def _special(token: str) -> dict[str, Any]:
     return {"SpecialToken": {"id": token, "type_id": 0}}
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_chat_refuses_ids_beyond_the_embeddings(tmp_path: Path) -> None:
         chat(folder, once="hello")
 
 
-# --- the day --------------------------------------------------------------------------------------
+# --- dates in templates --------------------------------------------------------------------------------------
 
 DATED = (
     "{%- if strftime_now is defined %}{%- set day = strftime_now('%d %b %Y') %}{%- else %}{%- set day = '?' %}"
@@ -356,9 +356,9 @@ def test_a_template_that_fails_makes_the_row_invalid(tmp_path: Path, jinja: str)
 # --- one tokenizer for teacher, student and data ----------------------------------------------------
 
 
-def context(folder: Path, said: list[str]) -> StageContext:
+def context(folder: Path, output: list[str]) -> StageContext:
     progress = Progress(silent=True)
-    progress.warn = said.append  # type: ignore[method-assign]
+    progress.warn = output.append  # type: ignore[method-assign]
     return StageContext("distill", "test", folder, folder, Execution(), progress)
 
 
@@ -393,12 +393,12 @@ def inputs_of(tmp_path: Path, ids: list[int], **folders: Path) -> tuple[dict[str
 def test_different_added_tokens_are_an_error_if_the_data_use_them_and_otherwise_a_warning(tmp_path: Path) -> None:
     teacher, student = renamed(tmp_path / "teacher"), renamed(tmp_path / "student", two="<User>")
     number = load_tokenizer(teacher).convert_tokens_to_ids("<two>")
-    said: list[str] = []
+    output: list[str] = []
     require_one_tokenizer(
-        *inputs_of(tmp_path, [5, number - 1, 0], teacher=teacher, student=student), context(tmp_path, said)
+        *inputs_of(tmp_path, [5, number - 1, 0], teacher=teacher, student=student), context(tmp_path, output)
     )
-    assert any(f"{number} (teacher <two>, student <User>)" in text for text in said)
-    assert not any("<one>" in text for text in said)
+    assert any(f"{number} (teacher <two>, student <User>)" in text for text in output)
+    assert not any("<one>" in text for text in output)
     with pytest.raises(DataError, match=rf"contain them: {number} \(teacher <two>, student <User>\)"):
         require_one_tokenizer(
             *inputs_of(tmp_path, [5, number, 0], teacher=teacher, student=student), context(tmp_path, [])
@@ -424,18 +424,18 @@ def test_different_merges_are_an_error_and_another_notation_is_not(tmp_path: Pat
     merges = content["model"]["merges"]
     content["model"]["merges"] = [" ".join(merge) for merge in merges]
     (student / "tokenizer.json").write_text(json.dumps(content))
-    said: list[str] = []
+    output: list[str] = []
     both = inputs_of(tmp_path, [5, 0], teacher=teacher, student=student)
-    require_one_tokenizer(*both, context(tmp_path, said))
-    assert said == []
+    require_one_tokenizer(*both, context(tmp_path, output))
+    assert output == []
     content["model"]["merges"] = merges[::-1]
     (student / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match="teacher and student have different merges"):
         require_one_tokenizer(*both, context(tmp_path, []))
     shutil.copyfile(teacher / "tokenizer.json", student / "tokenizer.json")
     edit(student / "tokenizer.json", normalizer={"type": "NFC"})
-    require_one_tokenizer(*both, context(tmp_path, said))
-    assert any("normalize or split text differently" in text for text in said)
+    require_one_tokenizer(*both, context(tmp_path, output))
+    assert any("normalize or split text differently" in text for text in output)
 
 
 def test_manifests_of_older_versions_contain_only_the_vocabulary(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What differs between versions of torch, with the one that is installed and as an older one is treated."""
+"""Differences between versions of torch, with the installed one and with simulated older ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def _inputs(groups: int) -> list[Tensor]:
-    """Query, key and value, with the strides that Megatron's have."""
+    """Return query, key and value with the strides that they have in Megatron."""
     made = torch.Generator().manual_seed(0)
     return [
         torch.randn(TOKENS, BATCH, heads, HEAD_DIM, dtype=torch.float64, generator=made)
@@ -31,7 +31,7 @@ def _inputs(groups: int) -> list[Tensor]:
 
 
 def _mask(*shape: int) -> Tensor:
-    """True: may look. Every token may look at itself."""
+    """Return a mask that is True where attention is allowed; every token attends to itself."""
     made = torch.Generator().manual_seed(1)
     return (torch.rand(*shape, TOKENS, TOKENS, generator=made) < 0.5) | torch.eye(TOKENS, dtype=torch.bool)
 
@@ -55,7 +55,7 @@ def test_the_heads_of_a_group_share_its_keys_and_values(groups: int, mask: str) 
 
 
 def test_no_scores_are_kept_for_the_backward_pass() -> None:
-    """The planner does not count them."""
+    """The planner does not count these scores."""
     kept: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:

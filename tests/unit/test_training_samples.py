@@ -1,4 +1,4 @@
-"""Which samples a run sees: by weight, by seed, by step, and never by layout."""
+"""The samples of a run depend on weights, seed and step, and not on the layout."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_sources_are_drawn_by_weight(two_sources: Path, tmp_path: Path) -> None:
 
 
 def test_what_was_drawn_of_each_source_follows_from_the_step(two_sources: Path, tmp_path: Path) -> None:
-    """Also in the middle, and of one source alone; counted by hand from the samples themselves."""
+    """The counts, also those of a part and of a single source, equal a count of the samples themselves."""
     facts = json.loads((two_sources / "data.json").read_text())
     for sources in (facts["train"], facts["train"][:1]):
         (two_sources / "data.json").write_text(json.dumps({**facts, "train": sources}))

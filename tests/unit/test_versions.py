@@ -1,4 +1,4 @@
-"""What differs between versions of Megatron-Core, with the one that is installed and with stand-ins for others."""
+"""Differences between versions of Megatron-Core, with the installed one and with stand-ins for others."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _older_model(
 
 
 class OlderModel:
-    """With the arguments that GPTModel had in 0.10."""
+    """This class has the arguments of GPTModel in 0.10."""
 
     __init__ = _older_model
 
@@ -100,7 +100,7 @@ def test_a_rope_scaling_that_megatron_does_not_know_is_refused(
 def test_megatron_does_not_announce_the_end_of_its_model_class(
     shape: ModelShape, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As it does since 0.19."""
+    """Megatron logs this warning since 0.19."""
     with caplog.at_level(logging.WARNING), open_session(Parallel(), device="cpu") as session:
         build.build_model(shape, session, precision="fp32", seq_len_tokens=8)
     assert "DEPRECATED" not in caplog.text

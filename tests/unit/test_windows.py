@@ -1,4 +1,4 @@
-"""Held-out windows, worked out by hand."""
+"""Held-out windows, computed by hand."""
 
 from __future__ import annotations
 

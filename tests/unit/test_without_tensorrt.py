@@ -1,4 +1,4 @@
-"""The stand-in for TensorRT-LLM that NeMo-Aligner's actors import: it can be imported, and not used."""
+"""The stand-in for TensorRT-LLM that NeMo-Aligner's actors import: it can be imported, but not used."""
 
 from __future__ import annotations
 

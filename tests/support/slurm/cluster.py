@@ -1,4 +1,4 @@
-"""A real Slurm of a few nodes on this machine: loopback only, no systemd, nothing outside of one folder.
+"""A real Slurm of a few nodes on this machine: on loopback, without systemd, inside one folder.
 
 The programs come from Debian's packages, unpacked into a cache and not installed. Each node is a slurmd in a UTS
 namespace of its own, so that `hostname` tells them apart and all that runs "on" a node can be found and killed.
@@ -23,18 +23,18 @@ HEADERS = "libslurm-dev"
 LIBRARIES = f"lib/{os.uname().machine}-linux-gnu"
 READY_TIMEOUT_S, GPUS, CPUS, MEM_MB = 60.0, 8, 8, 64000
 MAX_HOME = 60
-"""Characters: unix sockets below it have at most 107."""
+"""Maximum length of the folder in characters: paths of unix sockets have at most 107."""
 
 
 class Unavailable(Exception):
-    """This machine cannot have a Slurm; the message says what is missing."""
+    """This machine cannot run Slurm; the message names what is missing."""
 
 
 def prefix() -> Path:
-    """The unpacked packages; fetched the first time.
+    """Return the folder of the unpacked packages, which are fetched the first time.
 
     Raises:
-        Unavailable: apt knows them not, or there is no apt.
+        Unavailable: apt does not have them, or there is no apt.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nemo-minitron-tests/slurm"
     if (cache / "usr/sbin/slurmctld-wlm").is_file():
@@ -71,20 +71,20 @@ def _fetch(names: list[str], folder: Path, cache: Path) -> None:
 
 @dataclass
 class SlurmCluster:
-    """Start it, use it with `environment`, stop it."""
+    """A cluster: start it, use it with `environment`, stop it."""
 
     home: Path
     nodes: int = 4
     containers: bool = False
-    """With a stand-in for pyxis: its options, a root of its own, the mounts."""
+    """Whether there is a stand-in for pyxis: its options, a separate root, the mounts."""
     extra: tuple[str, ...] = ()
-    """More lines of slurm.conf."""
+    """Additional lines of slurm.conf."""
     _daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _port: int = 0
 
     @property
     def environment(self) -> dict[str, str]:
-        """For programs that talk to it."""
+        """Return the environment for programs that use the cluster."""
         tree = prefix()
         paths = f"{tree}/usr/bin:{tree}/usr/sbin:{os.environ['PATH']}"
         libraries = f"{tree}/usr/{LIBRARIES}:{tree}/usr/{LIBRARIES}/slurm-wlm"
@@ -92,7 +92,7 @@ class SlurmCluster:
         return {**outer, "SLURM_CONF": str(self.home / "slurm.conf"), "PATH": paths, "LD_LIBRARY_PATH": libraries}
 
     def start(self) -> None:
-        """Raises Unavailable where the machine does not allow it."""
+        """Start all daemons; raise Unavailable if the machine does not allow it."""
         if len(str(self.home)) > MAX_HOME:
             raise Unavailable(f"the folder {self.home} is too long for Slurm's sockets")
         if not socket.gethostbyname(socket.gethostname()).startswith("127."):
@@ -116,7 +116,7 @@ class SlurmCluster:
         self._start("slurmctld", [str(self._program("slurmctld")), "-D", "-f", str(self.home / "slurm.conf")])
 
     def stop_controller(self) -> None:
-        """As by a crash."""
+        """Kill the controller, as in a crash."""
         self._daemons.pop("slurmctld").kill()
 
     def start_node(self, name: str) -> None:
@@ -127,7 +127,7 @@ class SlurmCluster:
         self._start(f"slurmd-{name}", inside)
 
     def kill_node(self, name: str) -> None:
-        """Everything on the node dies at once, and Slurm is told, as its own watch takes longer."""
+        """Kill everything on the node at once, and mark it as down, because Slurm itself would take longer."""
         daemon = self._daemons.pop(f"slurmd-{name}")
         for process in list(_in_namespace_of(daemon.pid)):
             _kill(process)
@@ -135,18 +135,18 @@ class SlurmCluster:
         self.call("scontrol", "update", f"nodename={name}", "state=down", "reason=killed by a test")
 
     def call(self, *words: str, check: bool = True) -> str:
-        """Output of a program of Slurm."""
+        """Return the output of a program of Slurm."""
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
         assert not check or done.returncode == 0, f"{words}: {done.stderr}"
         return done.stdout
 
     def job(self, job_id: str) -> dict[str, str]:
-        """What `scontrol show job` knows."""
+        """Return the facts of `scontrol show job`."""
         words = self.call("scontrol", "show", "job", job_id, "-o").split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_until_idle(self, timeout_s: float) -> None:
-        """Until no job waits or runs."""
+        """Wait until no job waits or runs."""
         until = time.monotonic() + timeout_s
         while self.call("squeue", "-h", check=False).strip() or self.call("sinfo", "-h", check=False) == "":
             assert time.monotonic() < until, self.call("squeue", "-l") + self._tail()
@@ -171,7 +171,7 @@ class SlurmCluster:
     # --- parts --------------------------------------------------------------------------------
 
     def _program(self, name: str) -> Path:
-        """Through a link with the plain name: under Debian's `-wlm` names the daemons drop Gres= in silence."""
+        """Return a link with the plain name, because under Debian's `-wlm` names the daemons silently ignore Gres=."""
         link = self.home / "bin" / name
         if not link.is_symlink():
             link.symlink_to(prefix() / "usr/sbin" / f"{name}-wlm")
@@ -284,7 +284,7 @@ def _user() -> str:
 
 
 def _free_block(size: int) -> int:
-    """The first port of so many in a row on which nobody listens."""
+    """Return the first of this many consecutive ports without a listener."""
     for first in range(16800, 19800, 100):
         with_listener = False
         for port in range(first, first + size):
@@ -296,7 +296,7 @@ def _free_block(size: int) -> int:
 
 
 def _in_namespace_of(pid: int) -> Iterator[int]:
-    """Processes that share the UTS namespace of this one, when it has one of its own."""
+    """Return the processes in the UTS namespace of this one, if that is a separate namespace."""
     try:
         wanted = os.readlink(f"/proc/{pid}/ns/uts")
     except OSError:

@@ -45,7 +45,7 @@ class Run:
         return self.root / NAME
 
     def call(self, command: str, *words: str, code: int = 0) -> str:
-        """Output of `minitron COMMAND RECIPE`, in one string with its errors."""
+        """Return the output of `minitron COMMAND RECIPE`, including stderr."""
         outer = os.environ if self.cluster is None else self.cluster.environment
         site = SITE if self.cluster is not None else ()
         options = [word for word in words if "=" not in word or word.startswith("-")]
@@ -70,11 +70,11 @@ class Run:
         return {job["name"]: job["job_ids"] for job in jobs}
 
     def log(self, job: str) -> str:
-        """All that its jobs have printed."""
+        """Return the output of its jobs."""
         return "".join(file.read_text() for file in sorted((self.folder / "logs/slurm").glob(f"{job}-[0-9]*.log")))
 
     def wait_for_step(self, step: int, timeout_s: float = 300) -> None:
-        """Until the distillation has done so many steps, and is not over."""
+        """Wait until the distillation has made this many steps; it must not have finished."""
         curves, until = self.folder / ".work/distill/curves.jsonl", time.monotonic() + timeout_s
         while time.monotonic() < until:
             assert not (self.folder / "distill").exists(), "it ended too early to be disturbed"
@@ -86,7 +86,7 @@ class Run:
         raise AssertionError(f"no step {step}:\n{self.log('distill')}")
 
     def seconds_per_step(self) -> float:
-        """Of its finished distillation; the first steps warm up."""
+        """Return the time of a step of its finished distillation, without the first steps."""
         rows = [json.loads(line) for line in (self.folder / "distill/curves.jsonl").read_text().splitlines()]
         trained = [row for row in rows if "tokens_per_s" in row]
         tokens_per_step = trained[-1]["tokens"] / trained[-1]["step"]
@@ -97,7 +97,7 @@ class Run:
 
 
 def prepare(root: Path) -> Run:
-    """All up to the distillation, on this machine."""
+    """Run all stages before the distillation, on this machine."""
     run = Run(root)
     run.call("run", "--until=prune")
     run.call("run", "--until=check_teacher")

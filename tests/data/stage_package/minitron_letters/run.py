@@ -16,13 +16,13 @@ from nemo_minitron.stages.kind import Result
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stage reads."""
+    """Inputs of the stage, by role."""
 
     model: Model
 
 
 def count_letters(params: CountLettersStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Each rank counts a part of the vocabulary. The first attempt fails after it has left its half of the work."""
+    """Count a part of the vocabulary on each rank. The first attempt fails after half of the work."""
     session, before = ctx.open_session, ctx.work_dir / "attempts"
     attempts = len(before.read_text()) if before.is_file() else 0
     session.barrier()
