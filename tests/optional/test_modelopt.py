@@ -67,7 +67,7 @@ NO_NETWORK = (
 
 @dataclass(frozen=True)
 class Case:
-    """Return a teacher, its calibration batches, and the indices that ModelOpt keeps."""
+    """A teacher, its calibration batches, and the indices that ModelOpt keeps."""
 
     model_dir: Path
     tokens: list[Tensor]

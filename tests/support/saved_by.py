@@ -6,6 +6,7 @@ Run with another version installed, it adds that version's folders to tests/data
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ TEXTS = (
     "  numbers 1234567, a na\u00efve cafe\u0301\n\n don't <|im_start|>x <s> y",
 )
 IDS_FILE = "ids.json"
-"""Return text -> ids, with the version that saved the folder."""
+"""File with text -> ids, as made by the version that saved the folder."""
 
 
 def byte_level(digits: bool = False, nfc: bool = False) -> Any:
@@ -70,7 +71,7 @@ KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "llama": (llama2, {"tokenizer_class": "LlamaTokenizer", **_LLAMA}),
     "llama_no_bos": (llama2, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, **_LLAMA}),
 }
-"""Return name -> tokenizer, and the tokenizer_config.json with which it is first loaded."""
+"""Name -> tokenizer, and the tokenizer_config.json with which it is first loaded."""
 
 
 def write_all() -> None:
@@ -92,6 +93,20 @@ def write_all() -> None:
         config = tiny_config(case)
         config.save_pretrained(out)
         GenerationConfig.from_model_config(config).save_pretrained(out)
+
+
+def saved(folder: Path, vocab_size: int = 512) -> Path:
+    """Create a folder with a tokenizer in the form of transformers 4 and a model config."""
+    shutil.copytree(SAVED_BY / "4.57.6/plain", folder, dirs_exist_ok=True)
+    edit(folder / "tokenizer_config.json", model_input_names=["input_ids", "attention_mask"])
+    config = {"model_type": "llama", "vocab_size": vocab_size, "eos_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def edit(file: Path, drop: tuple[str, ...] = (), **keys: Any) -> None:
+    content = {key: value for key, value in json.loads(file.read_text()).items() if key not in drop}
+    file.write_text(json.dumps(content | keys))
 
 
 if __name__ == "__main__":

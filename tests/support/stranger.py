@@ -111,7 +111,7 @@ def _attack(address: str, marker: str) -> dict[str, Any]:
 
 
 def _is_store(host: str, port: int, poison: bytes) -> bool:
-    """Whether torch's client can read and write there; it puts the poison where a rendezvous keeps its state."""
+    """Return whether torch's client can read and write there; it puts the poison where a rendezvous keeps its state."""
     from datetime import timedelta
 
     import torch.distributed as dist

@@ -264,7 +264,7 @@ def _relative(found: Tensor, expected: Tensor) -> Tensor:
 
 
 class _inner_outputs:  # noqa: N801
-    """Return (layer, name) -> output; the modules are named here."""
+    """Collects (layer, name) -> output; the modules are named here."""
 
     def __init__(self, model: Any) -> None:
         self.modules = {}

@@ -62,7 +62,7 @@ def test_head_and_loss_together_equal_the_closed_form(chunk_tokens: int | None) 
 
 
 class _Ranks:
-    """Return reductions between the threads of this process, one thread for each rank."""
+    """Reductions between the threads of this process, one thread for each rank."""
 
     def __init__(self, size: int) -> None:
         self.size, self.barrier, self.given = size, threading.Barrier(size), [torch.empty(0)] * size

@@ -23,7 +23,7 @@ class Site:
     """Whether the layers read the normalized residual stream; otherwise they write to the stream."""
 
     def has(self, row: Row) -> bool:
-        """Whether a row of the axis table is one of their weight matrices."""
+        """Return whether a row of the axis table is one of their weight matrices."""
         return len(row.axes) == 2 and row.axes[1 if self.reads_stream else 0] in HIDDEN.coupled
 
 

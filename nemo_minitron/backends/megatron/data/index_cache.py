@@ -29,7 +29,7 @@ def mark_complete(folder: Path) -> None:
 
 
 def _is_main() -> bool:
-    """Whether this is rank 0, which builds the index while the others wait."""
+    """Return whether this is rank 0, which builds the index while the others wait."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 

@@ -102,7 +102,7 @@ def _cached_numbers(setup: DistillSetup, cache: TeacherCache, batch: Batch) -> T
 
 
 def caches_heldout(setup: DistillSetup) -> bool:
-    """Whether the cache contains the teacher's distributions for the held-out text."""
+    """Return whether the cache contains the teacher's distributions for the held-out text."""
     return setup.cache is not None and setup.teacher_loss is not None and setup.cache.facts.num_heldout > 0
 
 

@@ -90,7 +90,7 @@ class SdpaCoreAttention(nn.Module):
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed and this session has a GPU for it to run on.
+    """Return whether Transformer Engine is installed and this session has a GPU for it to run on.
 
     Raises:
         EnvironmentProblem: it is installed, but cannot be imported. Torch layers would be slower without a word.

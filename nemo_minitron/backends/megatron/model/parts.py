@@ -63,7 +63,7 @@ def _per_layer(model: Model) -> int:
 
 
 def is_hybrid(model: Model) -> bool:
-    """Whether attention and MLP are separate Megatron layers."""
+    """Return whether attention and MLP are separate Megatron layers."""
     return hasattr(model, "hybrid_layer_pattern")
 
 

@@ -22,7 +22,7 @@ def _cpu_device() -> Any:
 
 
 def cuda_is_cpu() -> bool:
-    """Whether `cuda_means_cpu()` is active, that is, a CPU session is open."""
+    """Return whether `cuda_means_cpu()` is active, that is, a CPU session is open."""
     return torch.cuda.current_device is _cpu_device
 
 

@@ -231,7 +231,7 @@ def load_known(f: Any, map_location: Any = None, pickle_module: Any = None, **op
 
 
 def _is_zip(f: Any) -> bool:
-    """Whether this is a zip file (torch 1.6 and later) or the legacy format, which is accepted from memory only.
+    """Return whether this is a zip file (torch 1.6 and later) or the legacy format, which is accepted from memory only.
 
     torch still uses the legacy format for tensors sent between processes and for copies of storages.
 

@@ -37,7 +37,7 @@ class ForeignProcessError(RuntimeError):
 
 
 def is_single_machine() -> bool:
-    """Whether this process runs alone or all ranks are on this machine."""
+    """Return whether this process runs alone or all ranks are on this machine."""
     return RENDEZVOUS_FOLDER_VARIABLE in os.environ or "RANK" not in os.environ
 
 

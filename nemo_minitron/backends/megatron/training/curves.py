@@ -102,7 +102,7 @@ class Curves:
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def has(self, key: str) -> bool:
-        """Whether any row has this key."""
+        """Return whether any row has this key."""
         return any(key in row for row in self.rows)
 
     def first(self, key: str) -> float:

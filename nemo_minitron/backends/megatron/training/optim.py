@@ -105,7 +105,7 @@ def use_fused_adam(optimizer: MegatronOptimizer) -> None:
 
 
 def can_be_fused(parameters: list[torch.Tensor]) -> bool:
-    """Whether all parameters are on a GPU."""
+    """Return whether all parameters are on a GPU."""
     return bool(parameters) and all(parameter.is_cuda for parameter in parameters)
 
 
