@@ -156,10 +156,10 @@ def _slurm() -> Iterator[Finding]:
     if code:
         yield Finding("slurm", "Slurm", "missing", "no sbatch here", "on a login node: minitron launch launcher=slurm")
         return
-    from nemo_minitron.launch.slurm.answers import has_pyxis, lines_of, partition_names
+    from nemo_minitron.launch.slurm.answers import PARTITIONS, has_pyxis, lines_of, partitions
 
-    _, sinfo = _run(["sinfo", "--noheader", "--format=%R"])
-    names = ", ".join(partition_names(sinfo)) or "none"
+    _, sinfo = _run([*PARTITIONS])
+    names = ", ".join(sorted(partitions(sinfo))) or "none"
     yield Finding("slurm", "Slurm", "ok", f"{(lines_of(out) or ['?'])[-1]}; partitions: {names}")
     _, text = _run(["srun", "--help"])
     has = has_pyxis(text)

@@ -112,7 +112,7 @@ def main() -> None:
         Screen(stderr=True).say("interrupted; the same command continues from there")
         sys.exit(INTERRUPTED)
     except MemoryError as error:
-        message = f"The memory of this machine is used up{': ' if str(error) else ''}{error}."
+        message = f"This machine is out of memory{': ' if str(error) else ''}{error}."
         Screen(stderr=True).say(message, "error:", "red")
         sys.exit(2)
     except Exception as error:

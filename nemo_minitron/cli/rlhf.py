@@ -22,7 +22,7 @@ def rlhf(
     run: Annotated[Path, typer.Argument(metavar="RECIPE_OR_RUN", help="A recipe YAML, or the folder of its run.")],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Keys of nemo_minitron/config/schema/rlhf.py, e.g. lr=1e-6."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Keys of nemo_minitron/schema/rlhf.py, e.g. lr=1e-6."),
     ] = None,
     algorithm: Annotated[str, typer.Option(help="ppo or reinforce.")] = "ppo",
     model: Annotated[Path | None, typer.Option(help="A Hugging Face folder; by default the run's last model.")] = None,
@@ -65,7 +65,7 @@ def rlhf(
         (target / name).write_text(text, encoding="utf-8")
     console.say(f"{target}: {', '.join(files)}", "written", "green")
     _start_model(start, target, dry_run=dry_run)
-    console.say("In the container: start server.sh and actor.sh side by side; when actor.sh has ended, back.sh.")
+    console.say("In the container, run server.sh and actor.sh at the same time, and back.sh after actor.sh has ended.")
 
 
 def parse_settings(algorithm: str, texts: list[str]) -> Rlhf:
@@ -93,7 +93,7 @@ def parse_settings(algorithm: str, texts: list[str]) -> Rlhf:
         raise ConfigError(
             "Wrong settings:\n" + "\n".join(problems),
             where=WHERE,
-            next_step="All keys with their defaults: nemo_minitron/config/schema/rlhf.py.",
+            next_step="All keys with their defaults: nemo_minitron/schema/rlhf.py.",
         ) from None
 
 

@@ -80,7 +80,7 @@ def launching(run: Path) -> Iterator[None]:
         yield
     except BlockingIOError:
         raise ArtifactError(
-            "Another `minitron launch` of this run is at work.",
+            "Another `minitron launch` of this run is running.",
             where=str(file),
             next_step="Wait until it has ended; `minitron status RECIPE` shows what it has submitted.",
         ) from None

@@ -25,7 +25,7 @@ def cancel_jobs(run: Path) -> list[str] | None:
     """Cancel the jobs of the last submission and return their ids. None: nothing was submitted.
 
     Raises:
-        MinitronError: the jobs cannot be canceled, or `minitron launch` of this run is at work.
+        MinitronError: the jobs cannot be canceled, or `minitron launch` of this run is running.
     """
     if record.newest(run) is None:
         return None

@@ -58,7 +58,7 @@ def test_a_second_launch_while_sbatch_is_slow_submits_nothing(tmp_path: Path, fa
     first.start()
     while not (tmp_path / "runs/toy/width/launch/001").is_dir():
         time.sleep(0.02)
-    with pytest.raises(ArtifactError, match="Another `minitron launch` of this run is at work"):
+    with pytest.raises(ArtifactError, match="Another `minitron launch` of this run is running"):
         submit(make_plan(recipe), OPTIONS, print)
     first.join()
     jobs = [call for call in fake.calls("sbatch") if call.endswith(".sh")]

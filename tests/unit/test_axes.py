@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import pytest
 
+from nemo_minitron.cli.plan import _sizes
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.families import Row, num_params, parameters, read_shape, rows, write_config
 from nemo_minitron.families.axes import (
@@ -27,7 +28,7 @@ from nemo_minitron.families.axes import (
 from nemo_minitron.families.blocks import ATTENTION, MLP, Block, Layer
 from nemo_minitron.families.family import SWIGLU_DEFAULTS, Family
 from nemo_minitron.families.registry import FAMILIES, axes_of, layers_of, width_axes
-from nemo_minitron.families.shape import ModelShape
+from nemo_minitron.families.shape import SIZE_COLUMNS, ModelShape
 from nemo_minitron.families.split import params_of_rank
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.pruning.search import FFN_EXPANSION
@@ -35,6 +36,7 @@ from nemo_minitron.pruning.selection import choose_keep
 from nemo_minitron.pruning.slicing import prune_checkpoint
 from nemo_minitron.schema.pruning import Scoring, Selection, Target
 from nemo_minitron.schema.search import SearchGrid
+from nemo_minitron.stages.score_reconstruction.run import _SITES_OF_AXIS
 from nemo_minitron.system.progress import Progress
 from nemo_minitron.workload.memory import BLOCK_BYTES
 from tests.conftest import REPO
@@ -200,3 +202,41 @@ def test_axes_are_selected_in_the_layers_that_have_them(mixed: ModelShape) -> No
     plan = choose_keep({}, mixed, Selection(method="random", target=Target(ffn_hidden_size=8, num_attention_heads=4)))
     assert plan.by_layer["ffn"].keys() == plan.by_layer["heads"].keys() == {0, 2, 3}
     assert {len(kept) for kept in plan.by_layer["ffn"].values()} == {8}
+
+
+# --- no other list of axes ------------------------------------------------------------------------
+
+LISTS_SIZES = ("families", "hf", "backends")
+"""Folders that spell out the fields of a shape: the registry, and the names of config.json, GGUF and Megatron."""
+
+
+def test_sizes_are_listed_from_the_registry() -> None:
+    """Tables and messages iterate SIZE_AXES or SIZE_COLUMNS, so that they show a new axis too."""
+    keys = {axis.target_key for axis in (*AXES, *FIXED_AXES)}
+    found = {}
+    for file in PACKAGE.rglob("*.py"):
+        if file.relative_to(PACKAGE).parts[0] not in LISTS_SIZES:
+            texts = [node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)]
+            named = keys & {text for text in texts if isinstance(text, str)}
+            if len(named) > 1:
+                found[file] = named
+    assert not found
+
+
+def test_columns_of_sizes_have_each_axis_once() -> None:
+    assert [[axis.name for axis in column] for column in SIZE_COLUMNS] == [
+        ["layers"],
+        ["hidden"],
+        ["ffn"],
+        ["heads", "groups"],
+    ]
+    assert {axis for column in SIZE_COLUMNS for axis in column} == set(AXES)
+
+
+def test_plan_prints_the_sizes_of_a_model() -> None:
+    shape = read_shape({**CONFIG, "architectures": ["LlamaForCausalLM"]})
+    assert _sizes(shape.sizes()) == "4 layers, hidden 64, ffn 96, heads 8/4 groups of 8"
+
+
+def test_each_scored_axis_has_its_sites_in_a_ranking_by_reconstruction() -> None:
+    assert set(_SITES_OF_AXIS) == {axis.name for axis in SCORED_WIDTH_AXES}

@@ -91,6 +91,17 @@ def test_the_package_and_the_recipes_name_pages_that_exist() -> None:
     assert not [name for name in named if not (REPO / name).exists()]
 
 
+def test_the_package_names_files_of_its_own_that_exist() -> None:
+    pattern = re.compile(r"\bnemo_minitron/[\w/]+\.py\b")
+    named = {
+        name
+        for file in (REPO / "nemo_minitron").rglob("*.py")
+        for name in pattern.findall(file.read_text(encoding="utf-8"))
+    }
+    assert named, "the pattern finds nothing"
+    assert not [name for name in named if not (REPO / name).exists()]
+
+
 def test_the_readme_is_short_and_has_the_picture() -> None:
     text = (REPO / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= MAX_README_LINES
@@ -118,6 +129,21 @@ def test_every_section_of_the_results_has_a_date() -> None:
 def test_contributing_says_how_to_add(what: str) -> None:
     text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert re.search(rf"^### Add .*{what}", text, flags=re.MULTILINE)
+
+
+def test_names_in_contributing_exist() -> None:
+    """Every identifier in code spans occurs in the package, the tests, the configs or the Makefile."""
+    files = [
+        file for root in ("nemo_minitron", "tests", "constraints", "benchmarks") for file in (REPO / root).rglob("*.py")
+    ]
+    source = "\n".join(
+        file.read_text(encoding="utf-8") for file in (*files, REPO / "Makefile", REPO / "pyproject.toml")
+    )
+    known = set(re.findall(r"\w+", source))
+    spans = re.findall(r"`([^`\n]+)`", prose(REPO / "CONTRIBUTING.md"))
+    named = {name for span in spans if not FILE.search(span) for name in re.findall(r"[A-Za-z_]\w{3,}", span)}
+    assert len(named) > 60
+    assert not named - known - {"my_stage"}
 
 
 def test_messages_of_the_troubleshooting_page_are_those_of_the_package() -> None:

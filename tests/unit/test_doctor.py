@@ -34,7 +34,7 @@ def test_this_machine_meets_the_core_requirements(tmp_path: Path) -> None:
 def test_programs_on_the_path_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     programs = tmp_path / "bin"
     _program(programs, "sbatch", "echo slurm 24.05.1")
-    _program(programs, "sinfo", "echo batch; echo debug")
+    _program(programs, "sinfo", "echo 'be nice'; echo 'debug|up|1:00|(null)|2'; echo 'batch|up|1:00:00|gpu:8|4'")
     _program(programs, "srun", "echo '  --container-image=IMAGE'")
     _program(programs, "docker", "echo Docker version 27.1")
     _program(programs, "apptainer", "exit 1")

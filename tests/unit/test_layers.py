@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_minitron.launch.registry import BUILT_IN
 from nemo_minitron.stages.registry import STAGES
 from tests.support import layers
 
@@ -77,6 +78,23 @@ def test_no_module_outside_a_kind_of_stage_compares_with_its_name() -> None:
 
 def _asks_kind(node: ast.expr) -> bool:
     return isinstance(node, ast.Attribute) and node.attr == "kind"
+
+
+LAUNCHER_USERS = {"registry.py", "doctor.py"}
+"""Modules outside the folders of launchers that may import from them: the list of all, and the parsers of Slurm."""
+
+
+def test_no_module_outside_a_launcher_imports_from_it_or_compares_with_its_name() -> None:
+    for file in layers.files():
+        if file.parent.name in BUILT_IN or file.name in LAUNCHER_USERS:
+            continue
+        for module in layers.imports_of(file):
+            parts = module.split(".")
+            assert parts[1:2] != ["launch"] or not set(parts[2:3]) & set(BUILT_IN), f"{file} imports {module}"
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute) and node.left.attr == "launcher":
+                named = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+                assert not named & set(BUILT_IN), f"{file}:{node.lineno}"
 
 
 @pytest.mark.parametrize("name", STAGES)

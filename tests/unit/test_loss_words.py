@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from typing import get_args
 
 import pytest
@@ -10,6 +11,7 @@ from nemo_minitron.distillation.hidden import DISTANCES
 from nemo_minitron.distillation.losses import LOSSES, LogitsDistance, forward_kl
 from nemo_minitron.distillation.words import loss_in_words
 from nemo_minitron.schema.losses import HiddenLoss, LogitsLoss, Loss
+from tests.conftest import REPO
 
 
 @pytest.mark.parametrize(
@@ -58,6 +60,21 @@ def test_each_loss_of_a_recipe_has_one_record() -> None:
     for kind in get_args(HiddenLoss.model_fields["kind"].annotation):
         assert kind in DISTANCES
         assert f"{kind} distance" in loss_in_words(Loss(hidden=HiddenLoss(kind=kind)))
+
+
+def test_losses_are_named_by_their_schema_and_their_records_only() -> None:
+    """Other modules look a loss up in LOSSES or DISTANCES, so that a new one needs no edit of theirs."""
+    # `mse` and `cosine` also name other things, such as a learning-rate schedule.
+    names = set(LOSSES) - {"mse", "cosine"}
+    known = {"schema/losses.py", "distillation/losses.py"}
+    package = REPO / "nemo_minitron"
+    found = {
+        str(file.relative_to(package))
+        for file in package.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names
+    }
+    assert found == known
 
 
 @pytest.mark.parametrize("label", ["distance to {other}", "forward KL", "{teacher} {", "{teacher} {of:g}"])

@@ -1,6 +1,6 @@
 """A run of an older version is still read: the toy recipe at commit c387913, in tests/data/older_run.
 
-Weights, samples and tokenizers are left out, because `status` and `report` compare only their sizes.
+Files above SMALL_BYTES are left out: of large files, as weights are in other runs, only the sizes are compared.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from nemo_minitron.artifacts import store
 from tests.conftest import REPO, TOY, Cli
 
 FROZEN = REPO / "tests/data/older_run"
+SMALL_BYTES = 10_000
 
 
 @pytest.fixture
-def run_root(tmp_path: Path) -> Path:
-    """The run, with files of zeros for those that are left out."""
+def run_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the run_root of the run, with files of zeros in place of those that are left out."""
+    monkeypatch.setattr(store, "SMALL_BYTES", SMALL_BYTES)
     run = tmp_path / "toy/width"
     shutil.copytree(FROZEN, run)
     for manifest in run.glob("*/manifest.json"):

@@ -13,6 +13,8 @@ from nemo_minitron.launch.base import ENDED, JobState
 
 CONTAINER_OPTION = "--container-image"
 """Option that the pyxis plugin adds to srun."""
+PARTITIONS = ("sinfo", "--noheader", "--format=%R|%a|%l|%G|%D|%c|%m|%t")
+"""Command that lists the partitions: name, whether it is up, limit, GPUs, nodes, cores, memory, state of the nodes."""
 MOST_INDICES = 10_000
 """Job arrays with more indices than this stay one entry."""
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
@@ -145,7 +147,7 @@ def _indices(ranges: str) -> list[str]:
 
 
 def partitions(sinfo: str) -> dict[str, Partition]:
-    """Parse lines of `%R|%a|%l|%G|%D`, with `|%c|%m|%t` where sinfo prints them; keep the maximum over nodes."""
+    """Parse the output of PARTITIONS; the last three fields may be missing. Keep the maximum over nodes."""
     found: dict[str, Partition] = {}
     for line in lines_of(sinfo):
         part = _partition([word.strip() for word in line.split("|")])
@@ -193,13 +195,6 @@ def _number(word: str) -> int | None:
 
 def _most(one: int | None, other: int | None) -> int | None:
     return None if one is None or other is None else max(one, other)
-
-
-def partition_names(sinfo: str) -> list[str]:
-    """Return each partition that `sinfo --format=%R` prints, once."""
-    return sorted(
-        {line for line in lines_of(sinfo) if re.fullmatch(r"[A-Za-z0-9_.+-]*[A-Za-z0-9][A-Za-z0-9_.+-]*", line)}
-    )
 
 
 def default_partition(sinfo: str) -> str | None:

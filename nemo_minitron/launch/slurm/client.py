@@ -132,7 +132,7 @@ def _id_in(answer: str, script: str, known: Collection[str]) -> str:
 def _cancel_unreported(queued: Sequence[str]) -> str:
     """Cancel jobs whose ids sbatch did not print, and return what is left for the user to do."""
     if not queued:
-        return "Look with `squeue --me` whether the job was made all the same, and end it with scancel."
+        return "Check with `squeue --me` whether the job was created, and end it with scancel."
     named = ", ".join(queued)
     try:
         cancel(queued)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from nemo_minitron.launch.base import Finding
 from nemo_minitron.launch.jobs import Job
 from nemo_minitron.launch.slurm import client
-from nemo_minitron.launch.slurm.answers import Partition, default_partition, has_pyxis, partitions
+from nemo_minitron.launch.slurm.answers import PARTITIONS, Partition, default_partition, has_pyxis, partitions
 from nemo_minitron.schema.cluster import Cluster
 
 
@@ -34,7 +34,7 @@ def inspect(cluster: Cluster, jobs: list[Job]) -> Iterator[Finding]:
 
 
 def _partitions(cluster: Cluster, jobs: list[Job]) -> Iterator[Finding]:
-    known = partitions(client.query(["sinfo", "--noheader", "--format=%R|%a|%l|%G|%D|%c|%m|%t"]))
+    known = partitions(client.query(PARTITIONS))
     first = default_partition(client.query(["sinfo", "--noheader", "--format=%P"]))
     if not known:
         yield Finding("problem", "sinfo names no partition here")

@@ -58,7 +58,7 @@ def submit(plan: RunPlan, options: RunOptions, log: Log) -> Submission | None:
     """Submit the stages that have not finished. None: all have finished.
 
     Raises:
-        ArtifactError: jobs of an earlier submission are active, another launch is at work, or the recipe has changed
+        ArtifactError: jobs of an earlier submission are active, another launch is running, or the recipe has changed
             since.
         EnvironmentProblem: Slurm refuses; no job stays in its queue then.
     """
