@@ -99,7 +99,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert (work / "checkpoints/damaged_step_00000006").is_dir()
 
 
-def test_the_only_checkpoint_is_not_thrown_away(folders: Folders, tmp_path: Path) -> None:
+def test_the_only_checkpoint_is_not_deleted(folders: Folders, tmp_path: Path) -> None:
     work, newest = _copy_work(folders, tmp_path)
     shutil.rmtree(checkpoints(work / "checkpoints")[0])
     flip(next(newest.glob("*.distcp")))
@@ -114,7 +114,7 @@ def test_the_only_checkpoint_is_not_thrown_away(folders: Folders, tmp_path: Path
     assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
 
 
-def test_a_checkpoint_without_checksums_is_taken_only_where_the_user_trusts_it(
+def test_a_checkpoint_without_checksums_is_used_only_if_the_user_trusts_it(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work, newest = _copy_work(folders, tmp_path)

@@ -48,9 +48,7 @@ def test_a_finished_run_can_be_looked_at(toy_run: Path, minitron: Cli, tmp_path:
     _require_told(code, output, tmp_path / "runs/toy/width")
 
 
-def test_text_and_models_are_read_from_where_nothing_can_be_written(
-    toy_run: Path, minitron: Cli, tmp_path: Path
-) -> None:
+def test_text_and_models_are_read_from_read_only_folders(toy_run: Path, minitron: Cli, tmp_path: Path) -> None:
     there = tmp_path / "there"
     shutil.copytree(resolve_path("asset:toy-llama", tmp_path), there / "model")
     shutil.copy(resolve_path("asset:toy-text", tmp_path), there / "text.jsonl.zst")

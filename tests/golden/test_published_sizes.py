@@ -100,7 +100,7 @@ def test_the_layout_fits_one_node_and_as_many_as_the_papers_had(name: str, num_n
     assert [problem for problem in find_problems(plan) if not problem.endswith(NO_FILES)] == []
 
 
-def test_by_depth_the_papers_contiguous_block_goes_and_the_last_layer_stays(tmp_path: Path) -> None:
+def test_by_depth_the_papers_contiguous_block_is_dropped_and_the_last_layer_stays(tmp_path: Path) -> None:
     select = _plan("llama31_8b/depth_4b", tmp_path).call("select")
     assert [layer for layer in range(32) if layer not in select.params["drop_layers"]] == [*range(15), 31]
 

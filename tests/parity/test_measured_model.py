@@ -152,7 +152,7 @@ def test_large_models_are_compared_by_two_layers_and_small_ones_whole() -> None:
     assert max(probe.positions) - min(probe.positions) >= 2000
 
 
-def test_the_accepted_difference_goes_with_logits_that_are_very_small_or_very_large() -> None:
+def test_the_accepted_difference_scales_with_very_small_or_large_logits() -> None:
     noise = torch.randn(10000, generator=torch.Generator().manual_seed(0))
     noise /= noise.std()
     for spread, accepted in ((0.01, 1e-5), (1.0, 1e-3), (5.0, 1e-3), (10.0, 1e-3), (300.0, 3e-2)):

@@ -117,7 +117,7 @@ def test_the_chunks_are_those_of_the_loss() -> None:
     assert head.chunk_tokens == chunk_tokens(1000, on_gpu=False)
 
 
-def test_layouts_and_recomputation_save_what_they_should() -> None:
+def test_layouts_and_recomputation_save_the_expected_memory() -> None:
     shape = _shape()
     plain = memory_of(Work(shape, Parallel(), "bf16", 512))
     split = memory_of(Work(shape, Parallel(tp=2), "bf16", 512))

@@ -74,7 +74,7 @@ def test_sbatchs_id_is_found_in_any_text_around_it(
 
 @budget(60)
 @given(noise=NOISE)
-def test_an_answer_without_an_id_is_a_message_and_no_id(noise: list[str]) -> None:
+def test_output_without_an_id_is_an_error(noise: list[str]) -> None:
     output = "\n".join(line for text in noise for line in re.split(r"[\r\n]", text) if not _is_id(line))
     answered = patch.object(slurm, "_run", lambda words: (0, output, "") if words[0] == "sbatch" else (1, "", ""))
     with answered, pytest.raises(EnvironmentProblem, match="no line with a job id"):

@@ -112,7 +112,7 @@ def test_nothing_is_submitted_if_the_queue_does_not_answer_after_a_kill(tmp_path
     assert not fake.calls("sbatch")
 
 
-def test_the_lock_is_no_link_that_is_followed(tmp_path: Path) -> None:
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "launch").mkdir()
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "launch/.lock").symlink_to(tmp_path / "precious")

@@ -180,7 +180,7 @@ GROUPS: list[Callable[[dict[str, Any]], object]] = [
 
 
 @pytest.mark.parametrize("change", GROUPS, ids=range(len(GROUPS)))
-def test_the_state_of_another_optimizer_is_no_bug_of_ours(
+def test_the_state_of_another_optimizer_is_reported_without_a_traceback(
     change: Callable[[dict[str, Any]], object], trained: dict[str, Path], tmp_path: Path
 ) -> None:
     work = tmp_path / "work"
@@ -193,7 +193,7 @@ def test_the_state_of_another_optimizer_is_no_bug_of_ours(
 
 
 @pytest.mark.parametrize("more", [{"good_losses": True}, {"good_losses": ["x"]}, {"step": None}, {"files": []}])
-def test_odd_facts_of_a_checkpoint_are_no_bug_of_ours(
+def test_odd_facts_of_a_checkpoint_are_reported_without_a_traceback(
     more: dict[str, Any], trained: dict[str, Path], tmp_path: Path
 ) -> None:
     work = tmp_path / "work"

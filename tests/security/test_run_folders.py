@@ -208,7 +208,7 @@ def _work(run: Path) -> Path:
 
 @needs_root
 @pytest.mark.parametrize("name", [".", ".work", ".work/distill", ".work/distill/checkpoints/.metadata"])
-def test_another_users_run_is_not_gone_on_with(name: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_users_run_is_not_resumed(name: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _work(run)
     os.chown(run / name, NOBODY, NOBODY)
     store = Store(run)
@@ -223,7 +223,7 @@ def test_another_users_run_is_not_gone_on_with(name: str, run: Path, monkeypatch
 @pytest.mark.parametrize(
     ("name", "mode"), [(".work", 0o777), (".work/distill", 0o757), (".work/distill/fingerprint", 0o666)]
 )
-def test_work_that_others_can_write_is_not_gone_on_with(name: str, mode: int, run: Path) -> None:
+def test_work_that_others_can_write_is_not_resumed(name: str, mode: int, run: Path) -> None:
     _work(run)
     os.chmod(run / name, mode)
     with pytest.raises(ArtifactError, match="can be written by every user") as caught:
@@ -256,7 +256,7 @@ def test_a_link_in_a_work_folder_stays_in_it(run: Path, victim: Path) -> None:
         Store(run).open_work("distill", "fingerprint")
 
 
-def test_a_disk_that_shows_no_owners_is_no_reason_to_refuse(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_owners_is_accepted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _work(run)
     os.chmod(run / ".work", 0o777)
     monkeypatch.setattr(ownership, "_modes_mean_something", lambda folder: False)

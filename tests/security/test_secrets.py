@@ -163,7 +163,7 @@ def test_a_bundle_has_no_secret_no_command_and_no_config(recipe: Path, minitron:
         "${execution.notify_command.3}",
     ],
 )
-def test_a_recipe_cannot_take_values_of_the_environment_to_where_they_are_published(recipe: Path, text: str) -> None:
+def test_a_recipe_cannot_publish_values_of_the_environment(recipe: Path, text: str) -> None:
     overrides = ["execution.wandb_project=${oc.env:HF_TOKEN}", f"stages.report.title='{text}'"]
     with pytest.raises(ConfigError, match=r"stages\.report\.title takes its value from") as refused:
         load_recipe(recipe, overrides)

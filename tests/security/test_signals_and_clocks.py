@@ -16,7 +16,7 @@ from nemo_minitron.system.interrupts import StopRequest
 from tests.conftest import REPO
 
 
-def test_the_end_of_a_terminal_asks_for_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_the_terminal_requests_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nemo_minitron.system.interrupts.detach_terminal", lambda: None)
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:

@@ -32,7 +32,7 @@ def test_what_cannot_be_seen_is_written_as_an_escape() -> None:
     assert visible("\ud800\U000e0041\x00\x7f\u2028") == "\\ud800\\U000e0041\\x00\\x7f\\u2028"
 
 
-def test_an_answer_of_a_model_is_shown_and_never_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_sequences_in_an_answer_are_shown_and_not_executed(capsys: pytest.CaptureFixture[str]) -> None:
     for piece in ("hi ", "\x1b", "]52;c;ZXZpbA==", "\x07"):
         write(piece, end="")
     assert capsys.readouterr().out == "hi \\x1b]52;c;ZXZpbA==\\x07"
@@ -65,7 +65,7 @@ def test_a_path_in_brackets_is_named_in_the_message(command: str, minitron: Cli,
 
 
 @pytest.mark.parametrize("words", [["check", "--[/red]"], ["check", f"--{CLIPBOARD}"], [f"[/b]{CLIPBOARD}"]])
-def test_usage_errors_are_no_markup_either(words: list[str], minitron: Cli) -> None:
+def test_usage_errors_are_not_markup(words: list[str], minitron: Cli) -> None:
     code, output = minitron(*words)
     assert code == 2
     assert _is_harmless(output)
@@ -161,7 +161,7 @@ PRINTERS = {"nemo_minitron/system/terminal.py", "nemo_minitron/system/progress.p
 """The module that writes to the terminal, and a line of progress, which is written through it."""
 
 
-def test_nothing_goes_around_the_one_way_to_the_terminal() -> None:
+def test_all_output_goes_through_one_module() -> None:
     for file in sorted((REPO / "nemo_minitron").rglob("*.py")):
         name = str(file.relative_to(REPO))
         if "/entry/" in name:  # of the other environment: its output goes into a log

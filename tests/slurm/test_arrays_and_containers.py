@@ -111,7 +111,7 @@ def _site_with(sbatch: str, cluster: SlurmCluster, folder: Path) -> dict[str, st
     return {"PATH": f"{folder}:{cluster.environment['PATH']}"}
 
 
-def test_a_launch_from_inside_a_job_and_behind_a_banner(slurm: SlurmCluster, tmp_path: Path) -> None:
+def test_a_launch_inside_a_job_and_after_a_banner(slurm: SlurmCluster, tmp_path: Path) -> None:
     banner = 'echo "-- Welcome --"; echo "2 node hours will be charged"; exec "$sbatch" "$@"'
     outer = {**OUTER, **_site_with(banner, slurm, tmp_path / "bin")}
     root = f"execution.run_root={tmp_path}"

@@ -40,7 +40,7 @@ def _imports(file: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("package", DOORS)
-def test_a_framework_is_imported_behind_its_door_only(package: str) -> None:
+def test_a_framework_is_imported_by_its_adapters_only(package: str) -> None:
     allowed = DOORS[package]
     users = {
         str(file.relative_to(PACKAGE))

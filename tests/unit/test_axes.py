@@ -103,7 +103,7 @@ def test_the_memory_of_each_block_is_known() -> None:
 # --- families -----------------------------------------------------------------------------------
 
 
-def test_a_family_like_llama_is_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_llama_like_family_is_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A config.json of the family is read and written, parameters are counted, and a checkpoint is pruned."""
     source = tiny_model_dir(tmp_path, "llama_gqa_tied")
     config = {**json.loads((source / "config.json").read_text()), "architectures": ["MadeUpForCausalLM"]}

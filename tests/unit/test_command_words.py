@@ -151,7 +151,7 @@ def test_a_number_for_a_text_key_needs_quotes(tmp_path: Path) -> None:
         load_recipe(recipe, [])
 
 
-def test_settings_of_rlhf_take_texts_too() -> None:
+def test_settings_of_rlhf_accept_text() -> None:
     assert parse_settings("ppo", ["server_host=10.1"]).server_host == "10.1"
     assert parse_settings("ppo", ["actor.a.b=x #1", "actor.c=2"]).actor == {"a": {"b": "x #1"}, "c": 2}
     for wrong in ("lr", "=1", "actor.x=${nope}", "actor.x=[", "lr.x=1", "a..b=1"):

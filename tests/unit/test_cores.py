@@ -46,7 +46,7 @@ def test_the_tightest_limit_counts(tmp_path: Path, groups: str, files: dict[str,
     assert usable_cores(*machine(tmp_path, groups, files)) == cores
 
 
-def test_affinity_counts_where_it_is_tighter_and_nothing_needs_to_be_there(
+def test_affinity_counts_if_it_is_tighter_and_no_file_is_required(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)

@@ -70,7 +70,7 @@ def test_texts_are_greedy_and_the_same_each_time(model_dir: Path) -> None:
     assert texts == greedy_texts(model, tokenizer, prompts, 12)
 
 
-def test_a_generation_config_that_is_the_models_changes_no_answer(model_dir: Path) -> None:
+def test_the_models_own_generation_config_changes_no_answer(model_dir: Path) -> None:
     """Even one that the model has been given after loading; it has it again afterwards."""
     from transformers import GenerationConfig
 

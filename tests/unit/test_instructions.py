@@ -46,7 +46,7 @@ def test_a_rule_accepts_and_rejects_answers(rule: str) -> None:
     assert follows(row, BROKEN[rule])["strict"] == [False]
 
 
-def test_no_answer_follows_nothing() -> None:
+def test_an_empty_answer_follows_no_rule() -> None:
     for row in read_instructions(BUILT_IN["instructions"], 100):
         assert not any(follows(row, "")["loose"]), row
 

@@ -218,7 +218,7 @@ def test_teacher_correction_has_the_papers_settings() -> None:
     assert CorrectStage.model_validate({**keys, "lr": 1e-5}).lr == 1e-5
 
 
-def test_a_teacher_corrected_beside_the_student_is_trained_as_the_stage_would() -> None:
+def test_a_teacher_corrected_during_distillation_is_trained_as_by_the_stage() -> None:
     shared = {"num_steps": 500, "global_batch_size": 8, "seq_len_tokens": 64, "adam_beta2": 0.9, "seed": 5}
     stage = CorrectStage.model_validate({"kind": "correct", "pretraining_lr": 3e-4, "min_lr": 1e-6, **shared})
     rate = {"pretraining_lr": 3e-4, "min_lr": 1e-6}

@@ -123,7 +123,7 @@ def test_a_run_without_a_stage_still_has_a_report(missing: str, tmp_path: Path) 
         assert facts["recovered_share"] is not None
 
 
-def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
+def test_an_unfinished_run_has_a_report(tmp_path: Path) -> None:
     stages = fake_run(tmp_path)
     facts = collect("t", "r", {"teacher": stages["teacher"]})
     assert facts["recovered_share"] is None

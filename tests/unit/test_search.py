@@ -72,7 +72,7 @@ def test_expansions_are_of_each_hidden_size() -> None:
         SearchGrid(ffn_hidden_size=(8,), ffn_expansion=(1.0,))
 
 
-def test_points_that_cannot_be_cut_are_no_candidates() -> None:
+def test_points_that_cannot_be_cut_are_not_candidates() -> None:
     # Three heads do not fill two groups; the teacher has fewer than 160 neurons and 16 heads.
     assert _names({"num_attention_heads": (3, 4, 16), "ffn_hidden_size": (96, 160)}) == [(4, 64, 96, 4)]
 
@@ -125,7 +125,7 @@ def test_who_came_further_is_first_then_the_lower_loss() -> None:
     assert [found["rank"] for found in ranked] == [1, 2, 3, 4]
 
 
-def test_losses_that_are_no_numbers_are_last() -> None:
+def test_losses_that_are_nan_are_last() -> None:
     ranked = ranking([_found("nan", 9, math.nan), _found("slow", 9, None), _found("good", 9, 5.0)])
     assert ranked[0]["name"] == "good"
 

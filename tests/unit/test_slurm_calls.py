@@ -70,7 +70,7 @@ def test_a_refusal_is_reported_in_slurms_words(fake: FakeSlurm) -> None:
 @pytest.mark.parametrize(
     "answer", [CONTROLLER_IS_AWAY, "exit 1", "sleep 30", 'echo "slurm: munge is down" >&2; exit 1']
 )
-def test_a_failure_of_squeue_is_never_taken_for_a_job_that_is_gone(
+def test_a_failure_of_squeue_does_not_mean_that_a_job_is_gone(
     answer: str, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slurm, "TIMEOUT_S", 0.5)
@@ -107,7 +107,7 @@ def test_the_cluster_of_a_job_is_queried_and_kept(fake: FakeSlurm) -> None:
     assert fake.calls("scancel") == ["--clusters=alps 5_1", "6"]
 
 
-def test_cancelling_what_has_ended_is_no_error(fake: FakeSlurm) -> None:
+def test_canceling_ended_jobs_is_no_error(fake: FakeSlurm) -> None:
     fake.set("scancel", 'echo "scancel: error: Kill job error on job id 5: Invalid job id specified" >&2; exit 1')
     slurm.cancel(["5"])
     fake.set("scancel", 'echo "scancel: error: Kill job error on job id 5: Access/permission denied" >&2; exit 1')
