@@ -153,6 +153,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py
 	PYTHONPATH=. $(BIN)/python benchmarks/distill.py       # 18 GB of memory for the plain loss
 	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/compensation.py
 	$(BIN)/python benchmarks/tokenizing.py --mb 200
 	$(BIN)/python benchmarks/streaming.py   # 16 GB: needs 26 GB of disk
 
