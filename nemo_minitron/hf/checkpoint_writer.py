@@ -102,7 +102,7 @@ class CheckpointWriter:
         if missing:
             raise AssertionError(f"not written: {', '.join(missing[:3])}")
         total = len(self._shards)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, shard in enumerate(self._shards):
             final = SINGLE_FILE if total == 1 else f"model-{number + 1:05d}-of-{total:05d}.safetensors"
             os.replace(self._shard_path(number), self.out_dir / final)
