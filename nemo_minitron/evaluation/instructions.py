@@ -82,6 +82,38 @@ def _row(raw: RawRow, known: Mapping[str, Any]) -> InstructionRow:
     return found
 
 
+def with_rules(prompt: str, row: Mapping[str, Any]) -> InstructionRow:
+    """Return a prompt with the rules of its row of a chat_data stage.
+
+    Raises:
+        DataError: the row has none.
+    """
+    names, settings = row.get("instruction_id_list"), row.get("kwargs")
+    if not names or settings is None:
+        raise DataError(
+            'The row of a prompt has no "instruction_id_list" and "kwargs".',
+            where=f"prompt {prompt[-60:]!r}",
+            next_step="Use rule: instructions with rows in IFEval's form only.",
+        )
+    return InstructionRow(prompt, tuple(names), tuple(settings))
+
+
+def require_checkable(row: InstructionRow) -> None:
+    """Try the rules of a prompt on an answer.
+
+    Raises:
+        DataError: lm-eval does not have one of the rules, or its settings do not fit.
+        EnvironmentProblem: lm-eval's checkers, or packages that a rule needs, are not installed.
+    """
+    known = _checkers().instructions_registry.INSTRUCTION_DICT
+    try:
+        for name, settings in zip(row.rules, row.settings, strict=True):
+            _settings(name, settings, known)
+    except BadRow as reason:
+        raise DataError(f"The row cannot be used: {reason}", where=f"prompt {row.prompt[-60:]!r}") from reason
+    follows(row, _PROBE)
+
+
 def _settings(rule: Any, settings: Any, known: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a rule that are not null.
 

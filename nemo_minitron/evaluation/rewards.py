@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.evaluation.chat_metrics import is_exact_match
-from nemo_minitron.evaluation.instructions import InstructionRow, follows
+from nemo_minitron.evaluation.instructions import follows, with_rules
 from nemo_minitron.schema.rewards import RewardRule
 
 
@@ -87,14 +87,7 @@ def _final_number(rule: RewardRule) -> Rule:
 
 def _instructions(rule: RewardRule) -> Rule:
     def reward(answer: Answer) -> float:
-        names, settings = answer.row.get("instruction_id_list"), answer.row.get("kwargs")
-        if not names or settings is None:
-            raise DataError(
-                'The row of a prompt has no "instruction_id_list" and "kwargs".',
-                where=f"prompt {answer.prompt[-60:]!r}",
-                next_step="Use rule: instructions with rows in IFEval's form only.",
-            )
-        found = follows(InstructionRow(answer.prompt, tuple(names), tuple(settings)), answer.text)["strict"]
+        found = follows(with_rules(answer.prompt, answer.row), answer.text)["strict"]
         return sum(found) / len(found)
 
     return reward

@@ -44,6 +44,7 @@ ASSET_FILES: dict[str, dict[str, File]] = {
     "benchmark-train-pairs": {
         "pairs.jsonl": File("ea287056388bbeff6d7c5aff2d4dbb5bfc443fd717963c45fdbc19403a73387a", 11_491_817)
     },
+    "benchmark-train-instructions": {"instructions.jsonl": File("0" * 64, 0)},
     "offline-eval-tasks": {f"{task}/validation.arrow": file for task, file in _EVAL_FILES.items()},
 }
 """Asset -> path in its folder -> expected checksum and size. Assets that ship with the package are not listed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ class Job:
     stages: tuple[str, ...]
     """More than one: a job array with one task per stage."""
     nodes: int
+    """All nodes, with those for servers."""
     processes_per_node: int
     resources: Resources
     """Resources of the job; None where the site decides."""
@@ -31,6 +32,8 @@ class Job:
     uses_gpu: bool
     after: tuple[str, ...]
     """Names of jobs that must succeed first."""
+    server_nodes: int = 0
+    """Nodes that run only servers."""
 
     @property
     def is_array(self) -> bool:
@@ -54,7 +57,8 @@ def jobs_of(plan: RunPlan, cluster: Cluster, wanted: set[str]) -> list[Job]:
     groups: dict[str, list[StageCall]] = {}
     for call in calls:
         groups.setdefault(job_of[call.name], []).append(call)
-    return [_job(name, group, job_of, cluster) for name, group in groups.items()]
+    servers = plan.recipe.execution.server_nodes_by_stage
+    return [_job(name, group, job_of, cluster, servers) for name, group in groups.items()]
 
 
 def _job_name(call: StageCall, plan: RunPlan) -> str:
@@ -62,16 +66,19 @@ def _job_name(call: StageCall, plan: RunPlan) -> str:
     return STAGES[call.kind].array(call.name, plan.recipe.stages[call.name]) or call.name
 
 
-def _job(name: str, group: list[StageCall], job_of: dict[str, str], cluster: Cluster) -> Job:
+def _job(
+    name: str, group: list[StageCall], job_of: dict[str, str], cluster: Cluster, server_nodes: Mapping[str, int]
+) -> Job:
     call = group[0]
     spec = STAGES[call.kind]
     resources = _merged_resources(call, cluster, uses_gpu=spec.uses_gpu)
     nodes, each = _share_out(call, cluster)
+    for_servers = _server_nodes(call, nodes, server_nodes.get(call.name))
     waits = {job_of[other]: None for member in group for other in member.depends if other in job_of}
     return Job(
         name=name,
         stages=tuple(member.name for member in group),
-        nodes=nodes,
+        nodes=nodes + for_servers,
         processes_per_node=each,
         resources=resources.model_copy(
             update={"gpus_per_node": _gpus(resources, cluster, each, uses_gpu=spec.uses_gpu)}
@@ -79,6 +86,7 @@ def _job(name: str, group: list[StageCall], job_of: dict[str, str], cluster: Clu
         environment="aligner" if spec.needs_aligner else "core",
         uses_gpu=spec.uses_gpu,
         after=tuple(other for other in waits if other != name),
+        server_nodes=for_servers,
     )
 
 
@@ -100,6 +108,23 @@ def _share_out(call: StageCall, cluster: Cluster) -> tuple[int, int]:
             next_step="Change dp, or execution.cluster.ranks_per_node.",
         )
     return size // most, most
+
+
+def _server_nodes(call: StageCall, nodes: int, wanted: int | None) -> int:
+    """Return the nodes for servers: as the recipe says, else one for a stage on several nodes.
+
+    Raises:
+        PlanError: none are wanted for a stage on several nodes, whose processes cannot reach servers on the first node.
+    """
+    if wanted is None:
+        return min(1, STAGES[call.kind].num_servers(call.params)) if nodes > 1 else 0
+    if nodes > 1 and not wanted:
+        raise PlanError(
+            f"The processes of stage {call.name} take {nodes} nodes, and its servers need nodes of their own then.",
+            where=f"execution.server_nodes_by_stage.{call.name} = 0",
+            allowed="1 or more, or a layout whose processes fit on one node",
+        )
+    return wanted
 
 
 def _gpus(resources: Resources, cluster: Cluster, processes: int, *, uses_gpu: bool) -> int:

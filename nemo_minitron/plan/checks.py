@@ -55,18 +55,32 @@ def broken_rules(plan: RunPlan) -> Iterator[str]:
         problem for name, stage in recipe.stages.items() for problem in STAGES[stage.kind].problems(name, stage, view)
     )
     yield from _names(recipe)
+    yield from _server_nodes(recipe)
     yield from _layouts(view)
 
 
 def _names(recipe: Recipe) -> Iterator[str]:
     """Report layouts of unknown stages, and stages with the name of a folder that the run itself uses."""
-    for name in sorted(set(recipe.execution.parallel_by_stage) - set(recipe.stages)):
-        near = get_close_matches(name, recipe.stages, n=1)
-        hint = f" Did you mean {near[0]}?" if near else f" Allowed: {', '.join(recipe.stages)}."
-        yield f"execution.parallel_by_stage.{name}: this recipe has no such stage.{hint}"
+    execution = recipe.execution
+    maps = {"parallel_by_stage": execution.parallel_by_stage, "server_nodes_by_stage": execution.server_nodes_by_stage}
+    for key, by_stage in maps.items():
+        for name in sorted(set(by_stage) - set(recipe.stages)):
+            near = get_close_matches(name, recipe.stages, n=1)
+            hint = f" Did you mean {near[0]}?" if near else f" Allowed: {', '.join(recipe.stages)}."
+            yield f"execution.{key}.{name}: this recipe has no such stage.{hint}"
     for name in recipe.stages:
         if name in RESERVED:
             yield f"stages.{name}: the run itself uses a folder with this name. Next: rename the stage."
+
+
+def _server_nodes(recipe: Recipe) -> Iterator[str]:
+    """Report more nodes for servers than a stage has servers, each of which runs on one node."""
+    for name, nodes in recipe.execution.server_nodes_by_stage.items():
+        stage = recipe.stages.get(name)
+        most = 0 if stage is None else STAGES[stage.kind].num_servers(stage)
+        if stage is not None and nodes > most:
+            key = f"execution.server_nodes_by_stage.{name}"
+            yield f"{key} = {nodes}: the stage has {most} servers, of one node each. Allowed: at most {most}."
 
 
 def _layouts(view: View) -> Iterator[str]:

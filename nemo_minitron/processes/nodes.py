@@ -4,6 +4,8 @@ The script of a job starts `minitron stage` on every node. Node 0 runs the stage
 processes, node 0 writes a request (a JSON file in the stage's work folder, on a file system that all nodes share) and
 starts its own part of the processes. The other nodes wait for requests, start their parts, and exit when node 0
 releases them.
+
+The last nodes of a job may be reserved for servers that the processes call. Such a node gets requests of its own.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from nemo_minitron.system.outer_job import launcher_variables, without_outer_job
 RUNNER_VARIABLE = "MINITRON_RUNNER"
 """Environment variable with the id of the process whose end also ends the ranks of this node."""
 REQUESTS, END, POLL_S, SHUTDOWN_TIMEOUT_S = "orders", "end", 0.2, 40.0
+REQUEST_FILES = "[0-9]*.json"
 FT_LAUNCHER, FT_RESTARTS = "ft_launcher", 3
 """Name of the launcher with fault tolerance, and how often it restarts the ranks of a node."""
 PORTS, ATTEMPTS_TO_FIND_A_PORT = range(20000, 32768), 100
@@ -43,16 +46,21 @@ class Nodes:
     """The nodes of this job, as described by its script."""
 
     count: int = 1
+    """Nodes that run the processes of a stage."""
     rank: int = 0
+    """Rank of this node; the nodes for servers have the last ones."""
     address: str = "127.0.0.1"
     port: int = 0
     attempt: str = ""
     """Identifier of this start of the job, so that requests left over from an earlier start are ignored."""
     agent: str = "torchrun"
+    servers: int = 0
+    """Further nodes, which run only servers."""
 
     @staticmethod
     def here(environment: Mapping[str, str] = os.environ) -> Nodes:
-        """Read MINITRON_NODES, MINITRON_RENDEZVOUS (host:port), MINITRON_ATTEMPT and SLURM_NODEID; default: one node.
+        """Read MINITRON_NODES (all nodes), MINITRON_SERVER_NODES (those for servers), MINITRON_RENDEZVOUS (host:port),
+        MINITRON_ATTEMPT and SLURM_NODEID; default: one node.
 
         Raises:
             EnvironmentProblem: a variable is missing or invalid.
@@ -60,19 +68,18 @@ class Nodes:
         agent = environment.get("MINITRON_AGENT", "torchrun")
         num_nodes = environment.get("MINITRON_NODES", "1")
         try:
-            count = int(num_nodes)
-            if count < 1:
+            total, servers = int(num_nodes), int(environment.get("MINITRON_SERVER_NODES", "0"))
+            if not 0 <= servers < total:
                 raise ValueError("a number of nodes")
-            if count == 1:
+            if total == 1:
                 return Nodes(agent=agent)
             address, port = environment["MINITRON_RENDEZVOUS"].rsplit(":", 1)
-            return Nodes(
-                count, int(environment["SLURM_NODEID"]), address, int(port), environment["MINITRON_ATTEMPT"], agent
-            )
+            rank, attempt = int(environment["SLURM_NODEID"]), environment["MINITRON_ATTEMPT"]
+            return Nodes(total - servers, rank, address, int(port), attempt, agent, servers)
         except (KeyError, ValueError) as error:
             raise EnvironmentProblem(
                 f"MINITRON_NODES = {num_nodes}: it or a variable that belongs to it is missing or invalid ({error}).",
-                where="MINITRON_NODES, MINITRON_RENDEZVOUS, MINITRON_ATTEMPT, SLURM_NODEID",
+                where="MINITRON_NODES, MINITRON_SERVER_NODES, MINITRON_RENDEZVOUS, MINITRON_ATTEMPT, SLURM_NODEID",
                 next_step="Start jobs on several nodes with `minitron launch`; its scripts set all these variables.",
             ) from None
 
@@ -104,10 +111,10 @@ class Nodes:
             start = [str(beside) if beside.is_file() else FT_LAUNCHER, f"--max-restarts={FT_RESTARTS}"]
         else:
             start = [str(python), str(START), "torch.distributed.run"]
-        port = self.port or free_port()
+        address, port = (self.address, self.port) if self.count > 1 else ("127.0.0.1", free_port())
         # Use the static rendezvous: the c10d one keeps its state as a pickle in a store that any user can access.
         where = ["--rdzv-backend=static", f"--nnodes={self.count}", "--node-rank={rank}"]
-        return [*start, *where, f"--master-addr={self.address}", f"--master-port={port}", each, *script]
+        return [*start, *where, f"--master-addr={address}", f"--master-port={port}", each, *script]
 
     @contextmanager
     def rendezvous(self) -> Iterator[dict[str, str]]:
@@ -158,12 +165,20 @@ def start_everywhere(
         outside_job: whether to hide Slurm's variables from the processes.
     """
     if nodes.count > 1:
-        folder = _folder(work, nodes)
-        folder.mkdir(parents=True, exist_ok=True)
-        number = len(list(folder.glob("*.json")))
-        request = {"command": list(command), "environment": dict(environment), "outside_job": outside_job}
-        write_whole(folder / f"{number}.json", json.dumps(request))
+        _request(requests_folder(work, nodes), command, environment, outside_job=outside_job)
     return start(_for_node(command, 0), _own_environment(environment, nodes, outside_job=outside_job))
+
+
+def request_server_node(nodes: Nodes, work: Path, rank: int, command: Sequence[str]) -> None:
+    """Write a request for one of the nodes that run only servers; the command gets the environment of that node."""
+    _request(server_node_folder(work, nodes, rank), command, {}, outside_job=False)
+
+
+def _request(folder: Path, command: Sequence[str], environment: Mapping[str, str], *, outside_job: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    number = len(list(folder.glob(REQUEST_FILES)))
+    request = {"command": list(command), "environment": dict(environment), "outside_job": outside_job}
+    write_whole(folder / f"{number}.json", json.dumps(request))
 
 
 def _own_environment(environment: Mapping[str, str], nodes: Nodes, *, outside_job: bool) -> dict[str, str]:
@@ -206,8 +221,8 @@ def _default_interface() -> str | None:
 
 def release_nodes(nodes: Nodes, work: Path) -> None:
     """Let the other nodes exit, because the stage has ended."""
-    if nodes.count > 1:
-        folder = _folder(work, nodes)
+    if nodes.count + nodes.servers > 1:
+        folder = requests_folder(work, nodes)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / END).touch()
 
@@ -218,8 +233,10 @@ def serve_requests(nodes: Nodes, work: Path, is_published: Callable[[], bool], o
     Returns:
         0 when node 0 has released this node or the stage is published, else the exit code of processes that failed.
     """
-    folder, number = _folder(work, nodes), 0
-    while not (folder / END).is_file() and not is_published():
+    end, number = requests_folder(work, nodes) / END, 0
+    is_for_servers = nodes.rank >= nodes.count
+    folder = server_node_folder(work, nodes, nodes.rank) if is_for_servers else end.parent
+    while not end.is_file() and not is_published():
         request = folder / f"{number}.json"
         if not request.is_file():
             time.sleep(POLL_S)
@@ -269,5 +286,11 @@ def _for_node(command: Sequence[str], rank: int) -> list[str]:
     return [f"--node-rank={rank}" if word == "--node-rank={rank}" else word for word in command]
 
 
-def _folder(work: Path, nodes: Nodes) -> Path:
+def requests_folder(work: Path, nodes: Nodes) -> Path:
+    """Return the folder of the requests of this start of the job."""
     return work / REQUESTS / nodes.attempt
+
+
+def server_node_folder(work: Path, nodes: Nodes, rank: int) -> Path:
+    """Return the folder of the requests for one of the nodes that run only servers."""
+    return requests_folder(work, nodes) / f"node-{rank}"

@@ -24,7 +24,7 @@ AttributeName = Literal[
 """Attributes that raters score from 0 to 4, in NeMo-Aligner's order."""
 
 
-RowKind = Literal["conversations", "pairs"]
+RowKind = Literal["conversations", "pairs", "prompts"]
 
 
 ChatFormat = Literal[
@@ -40,6 +40,7 @@ ChatFormat = Literal[
     "pairs",
     "hh",
     "worked_answers",
+    "prompts",
 ]
 
 
@@ -131,7 +132,7 @@ class ChatRows(Schema):
 
     rows: RowKind
     """Kind of rows. conversations: for fine-tuning and attribute models. pairs: a chosen and a rejected answer to each
-    prompt."""
+    prompt. prompts: questions without answers, for trainings on rewards only."""
     sources: Annotated[tuple[ChatSource, ...], Field(min_length=1)]
     """The files."""
     valid_rows: Annotated[int, Field(ge=0)] = 100

@@ -89,6 +89,10 @@ class Execution(Schema):
     """Parallel layout of all stages that have one."""
     parallel_by_stage: dict[StageName, Parallel] = Field(default_factory=dict)
     """Stage name -> its own parallel layout."""
+    server_nodes_by_stage: dict[StageName, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    """Stage name -> nodes of its Slurm job, in addition to those of its layout, that run only the servers of a
+    training on rewards (one for the rewards, for ppo one for the critic). A stage that is not listed has one such node
+    if its layout takes several nodes, else none: its servers then run beside its processes."""
     kernels: Kernels = Kernels()
     """Faster paths of a training step."""
     notify_command: tuple[str, ...] = ()

@@ -223,6 +223,8 @@ class StageKind:
     """Disk space that a source needs while the stage runs, from its location and size in bytes."""
     array: Callable[[str, Any], str | None] = _unknown
     """Name of the job array that it shares with other stages of its kind; None: it has its own job."""
+    num_servers: Callable[[Any], int] = lambda _params: 0
+    """Number of servers that its processes call and that can have nodes of their own."""
     result_tokens: Callable[[Result], int | None] = _num_tokens
     """Number of tokens that a finished stage has processed."""
     preflight: str | None = None

@@ -33,6 +33,8 @@ def _main() -> int:
         return 0
     if what == "rewards":
         return int(_own("nemo_minitron.evaluation.reward_worker").main(Path(*words)))
+    if what == "servers":
+        return int(_own("nemo_minitron.backends.alignment.nemo_aligner.server_host").main(Path(*words)))
     if what == "log":
         return int(_own("nemo_minitron.processes.output").main())
     if what == "ranks":

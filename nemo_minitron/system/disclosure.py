@@ -30,6 +30,7 @@ PUBLIC_EXECUTION = (
     "peak_tflops",
     "parallel",
     "parallel_by_stage",
+    "server_nodes_by_stage",
     "launcher",
     "planning",
 )

@@ -59,6 +59,8 @@ CASES = {
     "pyxis": (_job(), _cluster("pyxis")),
     "pyxis_several_nodes": (_job(nodes=4), _cluster("pyxis", agent="ft_launcher")),
     "pyxis_aligner": (_job("dpo", environment="aligner"), _cluster("pyxis")),
+    "venv_servers": (_job("ppo", nodes=6, server_nodes=2, environment="aligner"), _cluster("none", exclusive=True)),
+    "pyxis_servers": (_job("reinforce", nodes=2, server_nodes=1, environment="aligner"), _cluster("pyxis")),
     "pyxis_links": (_job(), _cluster("pyxis", requeue=False)),
     "apptainer": (_job(), _cluster("apptainer")),
     "apptainer_several_nodes": (_job(nodes=2), _cluster("apptainer")),

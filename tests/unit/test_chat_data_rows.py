@@ -45,6 +45,11 @@ def nemo(label: str) -> Fields:
     return {"system": "Be kind.", "mask": "User", "type": "VALUE_TO_TEXT", "conversations": turns}
 
 
+RULES: Fields = {
+    "instruction_id_list": ["keywords:existence", "punctuation:no_comma"],
+    "kwargs": [{"keywords": ["snow"]}, {}],
+}
+IFEVAL_ROW: Fields = {**RULES, "kwargs": [{"keywords": ["snow"], "num_words": None}, None]}
 HELPSTEER = {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 2, "verbosity": 1}
 OASST_LABELS = {"quality": {"value": 0.75, "count": 3}, "humor": {"value": 0.1, "count": 3}, "spam": {"value": 0.0}}
 HH = "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Really?\n\nAssistant: "
@@ -77,6 +82,17 @@ ADAPTED: tuple[tuple[str, Fields, Fields], ...] = (
         chat("A text.\n\nWhat?", "That."),
     ),
     ("prompt_completion", {"prompt": "Hi", "response": "Ho", "id": 7}, chat("Hi", "Ho")),
+    ("prompt_completion", {"prompt": "Hi", "completion": "Ho", **IFEVAL_ROW}, {**chat("Hi", "Ho"), **RULES}),
+    ("messages", {"messages": said("Hi", "Ho"), "instruction_id_list": [], "kwargs": []}, chat("Hi", "Ho")),
+    ("prompts", {"key": 7, "prompt": "Hi", **IFEVAL_ROW}, {"messages": said("Hi"), **RULES}),
+    ("prompts", {"instruction": "Add.", "input": "1 2", "output": "3"}, {"messages": said("Add.\n\n1 2")}),
+    ("prompts", {"messages": said("Hi", "Ho", "Why?")}, {"messages": said("Hi", "Ho", "Why?")}),
+    ("prompts", {"messages": said("Hi", "Ho"), "system": "S"}, {"messages": said("Hi", system="S")}),
+    (
+        "prompts",
+        {"prompt": "Hi", **{key: json.dumps(value) for key, value in IFEVAL_ROW.items()}},
+        {"messages": said("Hi"), **RULES},
+    ),
     ("gsm8k", {"question": "2 by 3?", "answer": "2*3=<<2*3=6>>6\n#### 6"}, chat("2 by 3?", "2*3=6\n#### 6")),
     ("helpsteer", {"prompt": "Hi", "response": "Ho", **HELPSTEER}, chat("Hi", "Ho", **HELPSTEER)),
     (
@@ -172,7 +188,8 @@ def test_one_answer_of_a_pair_of_any_format_is_a_conversation(which: str, answer
 
 def test_written_rows_are_read_back_unchanged() -> None:
     for name, row, expected in ADAPTED:
-        again = "oasst" if "attributes" in expected else "messages" if "messages" in expected else "pairs"
+        by_keys = "oasst" if "attributes" in expected else "messages" if "messages" in expected else "pairs"
+        again = name if rows_of(name) == "prompts" else by_keys
         assert detect(expected, rows_of(name)) == again, row
         assert FORMATS[again].adapt(expected, {}) == expected
 
@@ -227,6 +244,10 @@ BAD: tuple[tuple[str, Fields, str], ...] = (
     ),
     ("sharegpt", nemo("correctness:4.5"), "attribute correctness is 4.5, out of the range"),
     ("sharegpt", nemo("good"), "label 'good' is not of the form name:number"),
+    ("prompts", {"messages": said("Hi", "Ho")[1:]}, "there are no messages"),
+    ("prompts", {"prompt": "Hi", "instruction_id_list": "x", "kwargs": [{}]}, "instruction_id_list is 'x', not a list"),
+    ("prompts", {"prompt": "Hi", "instruction_id_list": ["x"]}, "kwargs is None, not a list of objects"),
+    ("prompts", {"prompt": "Hi", "instruction_id_list": ["x"], "kwargs": []}, "the row has 1 rules and 0 kwargs"),
     ("gsm8k", {"question": "Hi"}, "there is no field answer; the row has question"),
     ("gsm8k", {"question": "Hi", "answer": 3}, "answer is 3, not text"),
     ("worked_answers", {"question": "Hi", "answer": "6"}, "answer has no number after ####"),

@@ -122,8 +122,38 @@ def test_prompts_are_written_once_with_their_reference(tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl"
     turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": "It is 1."}] for text in questions]
     file.write_text("".join(json.dumps({"messages": messages, "origin": "t"}) + "\n" for messages in turns))
+    (tmp_path / "prompts.jsonl").write_text(
+        json.dumps({"messages": turns[0][:1], "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}) + "\n"
+    )
+    kept, _ = _prompts(params, template, tmp_path / "prompts.jsonl", set(), "stages.rl")
+    rules = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    assert kept == [{"text": template.prompt(turns[0][:1]), **rules}]
     seen: set[str] = set()
     rows, counts = _prompts(params, template, file, seen, "stages.rl")
     assert rows == [{"text": template.prompt(turns[0][:1]), "reference": "It is 1."}]
     assert counts == {"repeated": 1, "too_long": 1, "bad": 0}
     assert _prompts(params, template, file, seen, "stages.rl")[0] == []
+
+
+def test_final_numbers_need_answers(minitron: Cli, tmp_path: Path) -> None:
+    keys = ("stages.chat_data.rows=prompts", "stages.reinforce.rewards=[{rule: final_number}]")
+    code, output = check(minitron, "reinforce", tmp_path, *keys)
+    assert code == 2, output
+    assert "rule final_number needs the answers of the rows" in output
+    assert "evaluate_reinforce.inputs.chats: stage chat_data has prompts" in output
+
+
+def test_instructions_are_tried_before_the_training(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from nemo_minitron.errors import DataError
+    from nemo_minitron.evaluation.instructions import require_checkable, with_rules
+
+    good = {"instruction_id_list": ["length_constraints:number_words"], "kwargs": [{"relation": "at least"}]}
+    with pytest.raises(DataError, match="lacks num_words"):
+        require_checkable(with_rules("q", good))
+    good["kwargs"] = [{"relation": "at least", "num_words": 3}]
+    require_checkable(with_rules("q", good))
+    with pytest.raises(DataError, match="unknown rule: 'x'"):
+        require_checkable(with_rules("q", {"instruction_id_list": ["x"], "kwargs": [{}]}))
+    with pytest.raises(DataError, match="has no"):
+        with_rules("q", {"reference": "a"})

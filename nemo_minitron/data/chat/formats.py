@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from nemo_minitron.data.chat.fields import Fields, first, is_empty, required, string, unpacked
 from nemo_minitron.data.chat.messages import (
@@ -21,7 +21,17 @@ from nemo_minitron.data.chat.messages import (
     user,
 )
 from nemo_minitron.data.chat.ratings import Renames, is_rating, label_string, labels, ratings, renamed
-from nemo_minitron.data.chat.rows import ATTRIBUTES, ROLES, BadRow, Message, Row, conversation, pair
+from nemo_minitron.data.chat.rows import (
+    ATTRIBUTES,
+    ROLES,
+    BadRow,
+    Message,
+    Row,
+    conversation,
+    instructions,
+    pair,
+    prompt,
+)
 from nemo_minitron.schema.chats import RowKind
 from nemo_minitron.system.shown import shown, shown_names
 
@@ -56,7 +66,16 @@ class Format:
     def read(self, row: Fields, renames: Renames) -> Row:
         """Return the checked row; afterward, `row.unread()` lists the fields that are not in it."""
         require_supported(row)
-        return self.reader(row, renames)
+        read = self.reader(row, renames)
+        if self.rows != "pairs" and not is_empty(row.get("instruction_id_list")):
+            names, settings = (unpacked(value) if isinstance(value, str) else value for value in _rules(row))
+            read |= instructions(names, settings)
+        return read
+
+
+def _rules(row: Fields) -> tuple[Any, Any]:
+    """Return IFEval's two fields, which tables may hold as JSON text."""
+    return row["instruction_id_list"], row.get("kwargs")
 
 
 def detect(row: Mapping[str, Any], rows: RowKind) -> str:
@@ -131,6 +150,14 @@ def _helpsteer(row: Fields, renames: Renames) -> Row:
     rated = {name: row[name] for name, value in row.content.items() if is_rating(value) or name in ATTRIBUTES}
     messages = [*system_of(row), *_prompt(row), *read(row, ("response",), role="assistant")]
     return conversation(messages, renamed(rated, renames))
+
+
+def _prompts(row: Fields, renames: Renames) -> Row:
+    """Adapt questions; the answer of a row that has one is not read."""
+    if first(row, CONTAINERS) is not None:
+        messages = read(row, CONTAINERS)
+        return prompt(_after_system(row, messages[:-1] if messages[-1]["role"] == "assistant" else messages))
+    return prompt([*system_of(row), *_history(row), *_prompt(row)])
 
 
 # --- pairs --------------------------------------------------------------------------------------
@@ -278,11 +305,12 @@ FORMATS: dict[str, Format] = {
     "prompt_completion": Format("conversations", _prompt_completion, _has(_PROMPTS, _ANSWERS)),
     "chosen_answers": Format("conversations", partial(_answer_of_pair, which="chosen"), _only_by_name),
     "rejected_answers": Format("conversations", partial(_answer_of_pair, which="rejected"), _only_by_name),
+    "prompts": Format("prompts", _prompts, _has((*_PROMPTS, *CONTAINERS))),
     "hh": Format("pairs", _hh, _is_hh),
     "pairs": Format("pairs", _pairs, _has(_CHOSEN, _REJECTED)),
     "worked_answers": Format("pairs", _worked_answers, _has(("question",), ("answer",))),
 }
 FORMATS_OF: dict[str, tuple[str, ...]] = {
-    rows: tuple(name for name, found in FORMATS.items() if found.rows == rows) for rows in ("conversations", "pairs")
+    rows: tuple(name for name, found in FORMATS.items() if found.rows == rows) for rows in get_args(RowKind)
 }
 """Kind of rows -> names of the formats that produce it, in the order of detection."""

@@ -2,7 +2,11 @@
 
 conversations: {"messages": [{"role", "content"}, ...], "attributes": {name: 0..4} (optional), "origin"}
     an answer may have "reasoning_content": the assistant's reasoning before it
+prompts: {"messages": [..., the last from the user], "origin"}
 pairs: {"prompt": [messages], "chosen": str, "rejected": str, "chosen_reward", "rejected_reward" (optional), "origin"}
+
+Conversations and prompts may have "instruction_id_list" and "kwargs": rules that a program can check in an answer, with
+the settings of each, as in IFEval (2311.07911).
 
 Texts are stripped of white space at both ends, because a tokenizer would merge it with the text of the template.
 """
@@ -43,6 +47,33 @@ def conversation(messages: Sequence[Message], attributes: Mapping[str, Any]) -> 
     if attributes:
         row["attributes"] = {name: _rating(name, value) for name, value in attributes.items()}
     return row
+
+
+def prompt(messages: Sequence[Message]) -> Row:
+    """Return a checked row of kind prompts, without its origin.
+
+    Raises:
+        BadRow: a text is empty, or roles are out of order.
+    """
+    return {"messages": _checked(messages, last="user")}
+
+
+def instructions(names: Any, settings: Any) -> Row:
+    """Return the keys of a row for rules that its answer must follow; names are not compared with known rules.
+
+    Settings that are null are left out: tables have a column for every setting of every rule.
+
+    Raises:
+        BadRow: not a list of names with an object, or null, for each.
+    """
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadRow(f"instruction_id_list is {shown(names)}, not a list of names")
+    if not isinstance(settings, list) or not all(each is None or isinstance(each, dict) for each in settings):
+        raise BadRow(f"kwargs is {shown(settings)}, not a list of objects")
+    if len(names) != len(settings):
+        raise BadRow(f"the row has {len(names)} rules and {len(settings)} kwargs")
+    kept = [{key: value for key, value in (each or {}).items() if value is not None} for each in settings]
+    return {"instruction_id_list": names, "kwargs": kept}
 
 
 def pair(prompt: Sequence[Message], chosen: str, rejected: str, rewards: tuple[Any, Any] = (None, None)) -> Row:

@@ -67,6 +67,7 @@ SEVERAL_NODES = """\
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n "$SLURM_JOB_NUM_NODES" | head -n 1)
 if [ -z "$host" ]; then say "scontrol does not name the nodes of $SLURM_JOB_NODELIST"; exit 1; fi
 export MINITRON_NODES="$SLURM_JOB_NUM_NODES"
+export MINITRON_SERVER_NODES={server_nodes}
 export MINITRON_RENDEZVOUS="$host:$(({first_port} + SLURM_JOB_ID % {num_ports}))"
 export MINITRON_ATTEMPT="$SLURM_JOB_ID-$restarts"
 """
@@ -126,7 +127,8 @@ def render_script(job: Job, cluster: Cluster, context: JobContext) -> str:
         PRELUDE.format(run=_quote(context.run_dir), launch=_quote(context.launch_dir), stages=quoted_stages),
     ]
     if job.nodes > 1:
-        parts.append(SEVERAL_NODES.format(first_port=FIRST_PORT, num_ports=NUM_PORTS))
+        several = {"first_port": FIRST_PORT, "num_ports": NUM_PORTS, "server_nodes": job.server_nodes}
+        parts.append(SEVERAL_NODES.format(**several))
     if in_container:
         parts.append(f"mkdir -p -- {' '.join(_quote(folder) for folder in folders_to_make(context.folders))}")
     parts += [f"{_srun(job, cluster, context)} &", WAIT.format(max_restarts=job.resources.max_restarts)]

@@ -18,8 +18,9 @@ def _chat_rows(name: str, params: AnnotateStage, view: RecipeView) -> ChatRowFac
 
 def _problems(name: str, params: AnnotateStage, view: RecipeView) -> Iterator[str]:
     held = view.chat_rows(params.inputs.chats)
-    if held is not None and held.rows == "pairs":
-        yield f"stages.{name}.inputs.chats: stage {params.inputs.chats} has pairs, and annotate needs conversations."
+    if held is not None and held.rows != "conversations":
+        has = f"stage {params.inputs.chats} has {held.rows}"
+        yield f"stages.{name}.inputs.chats: {has}, and annotate needs conversations."
     model = view.stages.get(params.inputs.attribute_model)
     if isinstance(model, RewardTraining) and model.reward != "regression":
         used = f"stage {params.inputs.attribute_model} has reward = {model.reward}"

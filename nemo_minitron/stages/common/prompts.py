@@ -21,7 +21,7 @@ from nemo_minitron.stages.context import StageContext
 
 @dataclass(frozen=True)
 class Prompts:
-    """Files of prompts {"text", "reference"}, each prompt once."""
+    """Files of prompts {"text", "reference" (if the row has an answer), and IFEval's rules}, each prompt once."""
 
     train: Path
     valid: Path
@@ -33,7 +33,7 @@ class Prompts:
 
 
 def write_prompts(params: RolloutTraining, template: ChatTemplate, chats: ChatRows, ctx: StageContext) -> Prompts:
-    """Write the text before the last answer of every conversation, and that answer as the reference.
+    """Write the text before the last answer of every row, that answer as the reference, and the row's rules.
 
     Of the rows with the same prompt the first is kept, because the server finds a row by its prompt. A held-out prompt
     that is also a training prompt is left out.
@@ -80,7 +80,7 @@ def _prompts(
             counts["too_long"] += 1
         else:
             seen.add(prompt)
-            rows.append({"text": prompt, "reference": row["messages"][-1]["content"]})
+            rows.append({"text": prompt, **_for_rules(row)})
     bad.require_few(params.max_bad_fraction, where)
     return rows, {**counts, "bad": bad.num_bad}
 
@@ -88,5 +88,13 @@ def _prompts(
 def _rendered(row: Mapping[str, Any], template: ChatTemplate) -> str:
     if "messages" not in row:
         raise BadRow("the row is a pair of answers, not a conversation")
-    template.require_no_marker(row["messages"][:-1])
-    return template.prompt(row["messages"][:-1])
+    messages = row["messages"]
+    before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    template.require_no_marker(before)
+    return template.prompt(before)
+
+
+def _for_rules(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the rules of rewards read in the row of a prompt."""
+    last, kept = row["messages"][-1], {key: row[key] for key in ("instruction_id_list", "kwargs") if key in row}
+    return {**({"reference": last["content"]} if last["role"] == "assistant" else {}), **kept}

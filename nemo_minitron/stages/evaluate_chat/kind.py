@@ -21,7 +21,9 @@ def _problems(name: str, params: EvaluateChatStage, view: RecipeView) -> Iterato
     facts = view.chat_rows(chats)
     if facts is not None and facts.valid_rows == 0:
         yield f"{key}.inputs.chats: stage {chats} has valid_rows = 0, and the evaluation needs held-out rows."
-    if facts is not None and facts.rows == "pairs":
+    if facts is not None and facts.rows == "prompts":
+        yield f"{key}.inputs.chats: stage {chats} has prompts; an evaluation needs conversations or pairs."
+    elif facts is not None and facts.rows == "pairs":
         if params.num_generated:
             yield f"{key}.num_generated = {params.num_generated}: needs conversations, and stage {chats} has pairs."
     elif params.inputs.reference is not None and facts is not None:

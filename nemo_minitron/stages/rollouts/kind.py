@@ -38,8 +38,13 @@ def _row_problems(key: str, params: RolloutStage, view: RecipeView) -> Iterator[
     held = view.chat_rows(params.inputs.chats)
     if held is None:
         return
-    if held.rows != "conversations" and held.rated_from is None:
-        yield f"{key}.inputs.chats: stage {params.inputs.chats} has rows: {held.rows}, not conversations."
+    if held.rows == "pairs" and held.rated_from is None:
+        yield f"{key}.inputs.chats: stage {params.inputs.chats} has rows: {held.rows}, not conversations or prompts."
+    if held.rows == "prompts" and any(rule.rule == "final_number" for rule in params.rewards):
+        yield (
+            f"{key}.rewards: rule final_number needs the answers of the rows, and stage {params.inputs.chats} has "
+            "rows: prompts."
+        )
     if held.valid_rows < params.num_valid_prompts:
         yield (
             f"{key}.num_valid_prompts = {params.num_valid_prompts}: stage {params.inputs.chats} has valid_rows = "
@@ -76,6 +81,11 @@ def _size_problems(key: str, params: RolloutStage, layout: Parallel) -> Iterator
         yield f"{key}.min_lr = {params.min_lr}: above lr = {params.lr}."
 
 
+def _num_servers(params: RolloutStage) -> int:
+    """Count the server of the rewards and, for ppo, that of the critic."""
+    return 2 if isinstance(params, PpoStage) else 1
+
+
 def _load(name: str, params: RolloutStage, layout: Parallel, view: RecipeView) -> Load | None:
     """Estimate the training on the answers; generating them, which takes longer on a CPU, is not counted."""
     shape = view.shape(params.inputs.model)
@@ -101,5 +111,6 @@ REINFORCE = StageKind(
     shape=_shape,
     problems=_problems,
     load=_load,
+    num_servers=_num_servers,
 )
 PPO = replace(REINFORCE, name="ppo", params=PpoStage, run="nemo_minitron.stages.rollouts.run:ppo", chat_rank=8)

@@ -13,6 +13,7 @@ from nemo_minitron.backends.alignment.base import Critic, Rollouts, alignment_ba
 from nemo_minitron.data.chat.templates import set_template
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import DataError
+from nemo_minitron.evaluation.instructions import require_checkable, with_rules
 from nemo_minitron.evaluation.rewards import make_rules
 from nemo_minitron.hf.checkpoint import model_facts
 from nemo_minitron.processes.same_code import START
@@ -75,6 +76,8 @@ def _train(params: RolloutStage, inputs: Inputs, ctx: StageContext, critic: Crit
         inputs.model.path, params.template, whole_markers=params.whole_markers, day=params.template_date
     )
     prompts = write_prompts(params, template, inputs.chats, ctx)
+    if any(rule.rule == "instructions" for rule in params.rewards):
+        _require_checkable(prompts)
     curve = alignment_backend().train_on_rewards(
         _rollouts(params, inputs, prompts, ctx, critic), ctx.out_dir, task_context(ctx)
     )
@@ -86,6 +89,14 @@ def _train(params: RolloutStage, inputs: Inputs, ctx: StageContext, critic: Crit
         **_change(curve),
         "prompts": prompts.facts,
     }
+
+
+def _require_checkable(prompts: Prompts) -> None:
+    """Find rows whose instructions cannot be checked before any process starts."""
+    for file in (prompts.train, prompts.valid):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            require_checkable(with_rules(row["text"], row))
 
 
 def _rollouts(

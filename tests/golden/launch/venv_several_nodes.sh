@@ -50,6 +50,7 @@ say "starts on $SLURM_JOB_NODELIST"
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n "$SLURM_JOB_NUM_NODES" | head -n 1)
 if [ -z "$host" ]; then say "scontrol does not name the nodes of $SLURM_JOB_NODELIST"; exit 1; fi
 export MINITRON_NODES="$SLURM_JOB_NUM_NODES"
+export MINITRON_SERVER_NODES=0
 export MINITRON_RENDEZVOUS="$host:$((20000 + SLURM_JOB_ID % 12000))"
 export MINITRON_ATTEMPT="$SLURM_JOB_ID-$restarts"
 

@@ -112,6 +112,10 @@ class SlurmCluster:
     def node_names(self) -> list[str]:
         return [f"node{number}" for number in range(1, self.nodes + 1)]
 
+    def daemon_pid(self, node: str) -> int:
+        """The process of a node's slurmd."""
+        return self._daemons[f"slurmd-{node}"].pid
+
     def start_controller(self) -> None:
         self._start("slurmctld", [str(self._program("slurmctld")), "-D", "-f", str(self.home / "slurm.conf")])
 

@@ -39,10 +39,14 @@ class Run:
     root: Path
     cluster: SlurmCluster | None = None
     overrides: tuple[str, ...] = DISTILL
+    recipe: Path = TOY
+    name: str = NAME
+    curves: str = ".work/distill/curves.jsonl"
+    """Of the training that `wait_for_step` watches."""
 
     @property
     def folder(self) -> Path:
-        return self.root / NAME
+        return self.root / self.name
 
     def call(self, command: str, *words: str, code: int = 0) -> str:
         """Return the output of `minitron COMMAND RECIPE`, including stderr."""
@@ -52,7 +56,17 @@ class Run:
         keys = [word for word in words if word not in options]
         positional = [option for option in options if not option.startswith("-")] if command == "logs" else []
         rest = [option for option in options if option not in positional]
-        line = [sys.executable, "-m", "nemo_minitron", command, *rest, str(TOY), *positional, *site, *self.overrides]
+        line = [
+            sys.executable,
+            "-m",
+            "nemo_minitron",
+            command,
+            *rest,
+            str(self.recipe),
+            *positional,
+            *site,
+            *self.overrides,
+        ]
         done = subprocess.run(
             [*line, f"execution.run_root={self.root}", *keys],
             cwd=REPO,
@@ -74,16 +88,17 @@ class Run:
         return "".join(file.read_text() for file in sorted((self.folder / "logs/slurm").glob(f"{job}-[0-9]*.log")))
 
     def wait_for_step(self, step: int, timeout_s: float = 300) -> None:
-        """Wait until the distillation has made this many steps; it must not have finished."""
-        curves, until = self.folder / ".work/distill/curves.jsonl", time.monotonic() + timeout_s
+        """Wait until the training has made this many steps; it must not have finished."""
+        curves, until = self.folder / self.curves, time.monotonic() + timeout_s
+        stage = Path(self.curves).parts[1]
         while time.monotonic() < until:
-            assert not (self.folder / "distill").exists(), "it ended too early to be disturbed"
+            assert not (self.folder / stage).exists(), "it ended too early to be disturbed"
             if curves.is_file() and any(
                 json.loads(line)["step"] >= step for line in curves.read_text().splitlines()[:-1]
             ):
                 return
             time.sleep(0.05)
-        raise AssertionError(f"no step {step}:\n{self.log('distill')}")
+        raise AssertionError(f"no step {step}:\n{self.log(stage)}")
 
     def seconds_per_step(self) -> float:
         """Return the time of a step of its finished distillation, without the first steps."""

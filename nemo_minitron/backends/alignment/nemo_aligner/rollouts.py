@@ -14,6 +14,7 @@ from nemo_minitron.backends.alignment.nemo_aligner.config import complete_config
 from nemo_minitron.backends.alignment.nemo_aligner.context import conversion_dir, log_file, on_cpu
 from nemo_minitron.backends.alignment.nemo_aligner.model_config import tokenizer_dir
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
+from nemo_minitron.backends.alignment.nemo_aligner.remote_servers import serving
 from nemo_minitron.backends.alignment.nemo_aligner.rollout_keys import (
     CRITIC_SOCKET,
     REWARD_SOCKET,
@@ -21,20 +22,12 @@ from nemo_minitron.backends.alignment.nemo_aligner.rollout_keys import (
     critic_keys,
     critic_steps,
 )
-from nemo_minitron.backends.alignment.nemo_aligner.servers import ServerTask, changed_variables, running
+from nemo_minitron.backends.alignment.nemo_aligner.servers import ServerTask, changed_variables
 from nemo_minitron.backends.alignment.nemo_aligner.training import CONFIG_FILE, converted, start_checkpoint
-from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.processes.nodes import Nodes
 
 
 def train_on_rewards(rollouts: Rollouts, out_dir: Path, context: TaskContext) -> Path:
     """Train, and write a Hugging Face model with curves and answers to `out_dir`; returns the file of the curves."""
-    if Nodes.here().count > 1:
-        raise EnvironmentProblem(
-            "A training on rewards runs on one node: its servers use sockets that other nodes cannot reach.",
-            where=f"stages.{context.stage}",
-            next_step="Give it a layout whose processes fit on one node (execution.parallel_by_stage).",
-        )
     cpu, work = on_cpu(context), context.work_dir / "training"
     nemo, trained = start_checkpoint(context), context.work_dir / "trained"
     model_config = converted(rollouts.model_dir, rollouts.max_seq_len_tokens, nemo, context, cpu)
@@ -46,8 +39,7 @@ def train_on_rewards(rollouts: Rollouts, out_dir: Path, context: TaskContext) ->
         where=f"stages.{context.stage}",
     )
     (context.work_dir / CONFIG_FILE).write_text(json.dumps(complete, indent=2))
-    threads = context.threads or Nodes.here().threads_of_each(context.layout.world_size)
-    with running(_servers(rollouts, nemo, context, cpu), threads, context.stop, on_cpu=cpu) as servers:
+    with serving(_servers(rollouts, nemo, context, cpu), context, on_cpu=cpu) as servers:
         run_task(
             rollouts.method,
             {"config": complete, "nemo": str(nemo), "out": str(trained)},

@@ -3,6 +3,7 @@
 Triton's HTTP interface can load models, which are programs, and any user of the machine can connect to a port of the
 loopback interface. So a server with the number N listens on the socket `N` of the folder, and a client that connects to
 port N of any host connects there. gRPC and metrics are off. PyTriton's own sockets and pickles are in the same folder.
+If the servers run on other nodes, clients reach these sockets through `tunnel.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from task import after_runner
+from task import after_runner, load_backend_module
 
+tunnel = load_backend_module("alignment/nemo_aligner/tunnel.py")
 FOLDER_VARIABLE = "MINITRON_SOCKETS"
 """Names the folder; the same as in servers.py of the parent folder."""
 SHARED_MEMORY = Path("/dev/shm")
@@ -28,7 +30,14 @@ MAX_BATCH = 9_999_999
 
 
 def prepare() -> None:
-    """Redirect PyTriton's servers and clients of this process to the folder. Call it before importing PyTriton."""
+    """Redirect PyTriton's servers and clients of this process to the folder. Call it before importing PyTriton.
+
+    If the servers run on other nodes, this process is only a client, and there is no folder.
+    """
+    remote = os.environ.get(tunnel.SERVERS_VARIABLE)
+    if remote is not None:
+        _remote_clients(Path(remote))
+        return
     folder = Path(os.environ[FOLDER_VARIABLE])
     os.umask(MASK_OF_FILES)  # also of shared memory
     os.environ["PYTRITON_HOME"] = str(folder)
@@ -62,6 +71,29 @@ def _clients(folder: Path) -> None:
             raise ConnectionRefusedError(str(error)) from error
 
     ConnectionPool._resolve, ConnectionPool._connect_socket = resolve, connect_or_refuse
+
+
+def _remote_clients(folder: Path) -> None:
+    """Connect clients to the servers on other nodes; `folder` has their addresses and the secret."""
+    import gevent.socket
+    from geventhttpclient.connectionpool import ConnectionPool
+
+    secret = (folder / tunnel.SECRET_FILE).read_bytes()
+    connect = ConnectionPool._connect_socket
+
+    def resolve(self: Any) -> Any:
+        return gevent.socket.getaddrinfo(
+            *tunnel.address_of(self._connection_port, folder), type=gevent.socket.SOCK_STREAM
+        )
+
+    def connect_and_introduce(self: Any, *args: Any) -> Any:
+        connection = connect(self, *args)
+        connection.setsockopt(gevent.socket.IPPROTO_TCP, gevent.socket.TCP_NODELAY, 1)
+        connection.setsockopt(gevent.socket.SOL_SOCKET, gevent.socket.SO_KEEPALIVE, 1)
+        tunnel.introduce(connection, secret, self._connection_port)
+        return connection
+
+    ConnectionPool._resolve, ConnectionPool._connect_socket = resolve, connect_and_introduce
 
 
 def _servers(folder: Path) -> None:

@@ -1,0 +1,105 @@
+#!/bin/bash
+#SBATCH --job-name=llama31_8b.width_4b.reinforce
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --partition=batch
+#SBATCH --account=llm
+#SBATCH --time=240
+#SBATCH --gpus-per-node=8
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@300
+set -uo pipefail
+cd -- /shared/checkout || exit 1
+# Steps take their memory, binding and environment from this job, not from one that it was submitted in.
+unset "${!SRUN_@}" "${!SBATCH_@}" "${!SALLOC_@}" "${!SLURM_MEM_PER_@}" "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" \
+    SLURM_EXPORT_ENV "${!PMI@}" "${!OMPI_@}" "${!TORCHELASTIC_@}" \
+    RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT
+# Of the host; the image has a Python of its own.
+unset PYTHONPATH PYTHONHOME
+
+run=/shared/runs/llama31_8b/width_4b
+launch=/shared/runs/llama31_8b/width_4b/launch/001
+stages=(reinforce)
+stage=${stages[${SLURM_ARRAY_TASK_ID:-0}]}
+work="$run/.work/$stage"
+restarts=${SLURM_RESTART_COUNT:-0}
+id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+id=${id:-$SLURM_JOB_ID}
+export MINITRON_STOP_FILE="$launch/$stage.stop"
+export MINITRON_FAILED_FILE="$launch/$stage.failed"
+
+say() { printf '%s minitron: job %s, restart %s, %s: %s\n' "$(date '+%F %T')" "$id" "$restarts" "$stage" "$1"; }
+is_done() { [ -f "$run/$stage/manifest.json" ]; }
+# The names of the checkpoints and shards that the stage has saved so far.
+saved() {
+    {
+        cd -- "$work" && find . \( -name '*.distcp' -o -name '*.safetensors' -o -name '*.shard.json' \) \
+            -not -path '*partial*'
+    } 2>/dev/null | sort | cksum
+}
+
+if is_done; then say 'has finished already'; exit 0; fi
+if [ -e "$MINITRON_FAILED_FILE" ]; then say "failed before: $(cat -- "$MINITRON_FAILED_FILE")"; exit 1; fi
+rm -f -- "$MINITRON_STOP_FILE"
+before=$(saved)
+# The time is nearly up: the stage finds this file, saves itself and ends.
+trap 'printf SIGUSR1 >"$MINITRON_STOP_FILE"; say "the time is nearly up: asked to save"' USR1
+say "starts on $SLURM_JOB_NODELIST"
+
+# The last lines are the names; a banner would stand before them.
+host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n "$SLURM_JOB_NUM_NODES" | head -n 1)
+if [ -z "$host" ]; then say "scontrol does not name the nodes of $SLURM_JOB_NODELIST"; exit 1; fi
+export MINITRON_NODES="$SLURM_JOB_NUM_NODES"
+export MINITRON_SERVER_NODES=1
+export MINITRON_RENDEZVOUS="$host:$((20000 + SLURM_JOB_ID % 12000))"
+export MINITRON_ATTEMPT="$SLURM_JOB_ID-$restarts"
+
+mkdir -p -- /shared/runs/llama31_8b/width_4b/.home /shared/assets/.huggingface
+srun \
+    --nodes=2 \
+    --ntasks=2 \
+    --ntasks-per-node=1 \
+    --kill-on-bad-exit=1 \
+    --cpu-bind=none \
+    --container-image=/shared/checkout/aligner.sqsh \
+    --container-mounts=/shared/runs/llama31_8b/width_4b:/shared/runs/llama31_8b/width_4b,/shared/assets:/shared/assets,/shared/checkout:/shared/checkout \
+    --container-workdir=/shared/checkout \
+    --no-container-mount-home \
+    env \
+    HOME=/shared/runs/llama31_8b/width_4b/.home \
+    USER=minitron \
+    LOGNAME=minitron \
+    TORCHINDUCTOR_CACHE_DIR=/shared/runs/llama31_8b/width_4b/.home/torchinductor \
+    TRITON_CACHE_DIR=/shared/runs/llama31_8b/width_4b/.home/triton \
+    HF_HOME=/shared/assets/.huggingface \
+    minitron \
+    stage \
+    /shared/runs/llama31_8b/width_4b/launch/001/recipe.json \
+    "$stage" &
+step=$!
+# A trapped signal ends `wait` early.
+while :; do
+    wait "$step"
+    kill -0 "$step" 2>/dev/null || break
+done
+
+if is_done; then say 'finished'; exit 0; fi
+if [ -e "$MINITRON_FAILED_FILE" ]; then say "failed: $(cat -- "$MINITRON_FAILED_FILE")"; exit 1; fi
+if [ -e "$run/STOP" ]; then say "stopped by $run/STOP"; exit 1; fi
+if [ "$(saved)" = "$before" ]; then
+    say 'ended, and has saved nothing new in this job: not tried again' | tee "$MINITRON_FAILED_FILE"
+    exit 1
+fi
+if [ "$restarts" -ge 50 ]; then
+    say 'has been restarted 50 times: not tried again' | tee "$MINITRON_FAILED_FILE"
+    exit 1
+fi
+
+say 'goes on in the next job'
+for _ in 1 2 3 4 5 6; do
+    scontrol requeue "$id" && sleep 600
+    sleep 20
+done
+say 'could not be queued again'
+exit 1
