@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.conftest import REPO
+from tests.e2e.test_toy_rewards import BEFORE
 from tests.support.aligner import require_aligner
 from tests.support.slurm.cluster import SlurmCluster
 from tests.support.slurm.runs import Run
@@ -76,9 +77,9 @@ def node_of(found: psutil.Process) -> str:
     return os.readlink(f"/proc/{found.pid}/ns/uts")
 
 
-def require_whole(run: Run) -> None:
+def require_whole(run: Run, stage: str = "reinforce") -> None:
     """The training has done each step once, and has measured its start once."""
-    rows = [json.loads(line) for line in (run.folder / "reinforce/curves.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run.folder / stage / "curves.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "reward" in row] == list(range(1, NUM_STEPS + 1))
     assert sum(row["step"] == 0 for row in rows) == 1
 
@@ -136,6 +137,27 @@ def test_a_lost_server_node_costs_only_the_steps_since_the_last_checkpoint(
     assert slurm.job(job)["JobState"] == "COMPLETED"
     assert int(slurm.job(job)["Restarts"]) >= 1
     require_whole(run)
+
+
+def test_rewards_and_critic_of_ppo_have_a_node_each_and_go_on_together(
+    slurm: SlurmCluster, tuned: Run, tmp_path: Path
+) -> None:
+    keys = [word.replace("reinforce", "ppo") for word in KEYS if "batch_size" not in word and "nodes" not in word]
+    keys += ["stages.ppo.global_batch_size=16", "execution.server_nodes_by_stage={ppo: 2}"]
+    curves = ".work/ppo/training/curves.jsonl"
+    run = Run(tmp_path, slurm, tuple(keys), REPO / "recipes/toy/ppo.yaml", "toy/ppo", curves)
+    for stage in BEFORE:
+        shutil.copytree(tuned.folder / stage, run.folder / stage)
+    run.call("launch", "--until=ppo")
+    (job,) = run.job_ids()["ppo"]
+    run.wait_for_step(3, 600)
+    assert slurm.job(job)["NumNodes"] == "3"
+    found = [process(run, word) for word in ("training/task.json", "rule_server/task.json", "critic/task.json")]
+    assert len({node_of(one) for one in found}) == 3
+    slurm.call("scancel", "--batch", "--signal=USR1", job)
+    slurm.wait_until_idle(TIMEOUT_S)
+    assert "restart 1, ppo: finished" in run.log("ppo")
+    require_whole(run, "ppo")
 
 
 def test_an_actor_on_two_nodes_has_its_servers_on_a_third(slurm: SlurmCluster, tuned: Run, tmp_path: Path) -> None:

@@ -153,10 +153,14 @@ def _helpsteer(row: Fields, renames: Renames) -> Row:
 
 
 def _prompts(row: Fields, renames: Renames) -> Row:
-    """Adapt questions; the answer of a row that has one is not read."""
-    if first(row, CONTAINERS) is not None:
-        messages = read(row, CONTAINERS)
-        return prompt(_after_system(row, messages[:-1] if messages[-1]["role"] == "assistant" else messages))
+    """Adapt questions; the last answer of a row that has one is not used."""
+    name = next((name for name in CONTAINERS if row.get(name) is not None), None)
+    if name is not None:
+        messages = read(row, (name,))
+        if messages[-1]["role"] == "assistant":
+            row.mark_lost([f"{name}[-1]"])
+            del messages[-1]
+        return prompt(_after_system(row, messages))
     return prompt([*system_of(row), *_history(row), *_prompt(row)])
 
 

@@ -109,9 +109,19 @@ class _Tunnel:
     def __init__(self, secret: bytes, sockets: Mapping[int, Path]) -> None:
         self._secret, self._sockets = secret, sockets
         self._num_handshakes = 0
+        self._connections: set[Any] = set()
+        """Running tasks: asyncio itself has no strong reference to one whose client has sent everything."""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection: check its client, then copy both ways until both sides have ended."""
+        task = asyncio.current_task()
+        self._connections.add(task)
+        try:
+            await self._serve(reader, writer)
+        finally:
+            self._connections.discard(task)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with closing(writer), suppress(OSError, asyncio.IncompleteReadError, asyncio.TimeoutError):
             path = await self._checked(reader, writer)
             if path is None:
