@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nemo_minitron.data.chat.fields import Fields, is_empty
 from nemo_minitron.data.chat.files import read_rows
-from nemo_minitron.data.chat.formats import FORMATS
+from nemo_minitron.data.chat.formats import FORMATS, FORMATS_OF
 from nemo_minitron.data.chat.rows import BadRow
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.schema.execution import Execution
@@ -206,7 +206,7 @@ def test_any_bytes_are_rows_or_an_error_that_names_the_file(content: bytes, endi
 
 
 @budget(40)
-@given(content=FILES, rows=st.sampled_from(["conversations", "pairs"]), format=st.sampled_from(["auto", *FORMATS]))
+@given(content=FILES, rows=st.sampled_from([*FORMATS_OF]), format=st.sampled_from(["auto", *FORMATS]))
 def test_the_stage_keeps_rows_or_gives_an_error(content: bytes, rows: Any, format: Any, tmp_path: Path) -> None:
     file, out, work = tmp_path / "rows.jsonl", tmp_path / "out", tmp_path / "work"
     out.mkdir(exist_ok=True)
