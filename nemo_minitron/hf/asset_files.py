@@ -44,7 +44,9 @@ ASSET_FILES: dict[str, dict[str, File]] = {
     "benchmark-train-pairs": {
         "pairs.jsonl": File("ea287056388bbeff6d7c5aff2d4dbb5bfc443fd717963c45fdbc19403a73387a", 11_491_817)
     },
-    "benchmark-train-instructions": {"instructions.jsonl": File("0" * 64, 0)},
+    "benchmark-train-instructions": {
+        "instructions.jsonl": File("5de70c1b1d3658a18abe72e199229a28c1a3bd025916aa38f4eb3c4bd06ef0f4", 12_952_018)
+    },
     "offline-eval-tasks": {f"{task}/validation.arrow": file for task, file in _EVAL_FILES.items()},
 }
 """Asset -> path in its folder -> expected checksum and size. Assets that ship with the package are not listed."""
