@@ -12,15 +12,16 @@ import psutil
 import pytest
 
 from tests.conftest import REPO
-from tests.e2e.test_toy_rewards import BEFORE
 from tests.support.aligner import require_aligner
 from tests.support.slurm.cluster import SlurmCluster
 from tests.support.slurm.runs import Run
 
 pytestmark = pytest.mark.slurm
 TIMEOUT_S, NUM_STEPS = 1200, 6
+BEFORE = ("teacher", "chat_data")
 KEYS = (
-    "stages.sft.num_steps=20",
+    "stages.reinforce.inputs.model=teacher",
+    "stages.reinforce.template=chatml",
     f"stages.reinforce.num_steps={NUM_STEPS}",
     "stages.reinforce.prompts_per_step=16",
     "stages.reinforce.global_batch_size=32",
@@ -32,24 +33,25 @@ KEYS = (
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The stages before the training, run on this machine."""
     require_aligner()
     run = Run(
-        tmp_path_factory.mktemp("tuned"),
+        tmp_path_factory.mktemp("prepared"),
         None,
         KEYS,
         REPO / "recipes/toy/reinforce.yaml",
         "toy/reinforce",
         ".work/reinforce/training/curves.jsonl",
     )
-    run.call("run", "--until=sft")
+    for stage in BEFORE:
+        run.call("run", f"--until={stage}")
     return run
 
 
-def copy_of(tuned: Run, root: Path, cluster: SlurmCluster, *overrides: str) -> Run:
-    shutil.copytree(tuned.root, root, dirs_exist_ok=True)
-    return replace(tuned, root=root, cluster=cluster, overrides=(*KEYS, *overrides))
+def copy_of(prepared: Run, root: Path, cluster: SlurmCluster, *overrides: str) -> Run:
+    shutil.copytree(prepared.root, root, dirs_exist_ok=True)
+    return replace(prepared, root=root, cluster=cluster, overrides=(*KEYS, *overrides))
 
 
 def started(run: Run) -> str:
@@ -85,9 +87,9 @@ def require_whole(run: Run, stage: str = "reinforce") -> None:
 
 
 def test_servers_and_actor_are_on_different_nodes_and_survive_a_time_limit(
-    slurm: SlurmCluster, tuned: Run, tmp_path: Path
+    slurm: SlurmCluster, prepared: Run, tmp_path: Path
 ) -> None:
-    run = copy_of(tuned, tmp_path, slurm)
+    run = copy_of(prepared, tmp_path, slurm)
     job = started(run)
     assert slurm.job(job)["NumNodes"] == "2"
     actor, server, triton = (process(run, word) for word in ("training/task.json", "rule_server/task.json", "triton"))
@@ -106,9 +108,9 @@ def test_servers_and_actor_are_on_different_nodes_and_survive_a_time_limit(
     ("victim", "last_words"), [("rule_server/task.json", "The rule_server ended with code"), ("training/task.json", "")]
 )
 def test_a_server_or_actor_that_dies_ends_the_stage_and_a_second_launch_goes_on(
-    victim: str, last_words: str, slurm: SlurmCluster, tuned: Run, tmp_path: Path
+    victim: str, last_words: str, slurm: SlurmCluster, prepared: Run, tmp_path: Path
 ) -> None:
-    run = copy_of(tuned, tmp_path, slurm)
+    run = copy_of(prepared, tmp_path, slurm)
     job = started(run)
     process(run, victim).kill()
     slurm.wait_until_idle(TIMEOUT_S)
@@ -125,9 +127,9 @@ def test_a_server_or_actor_that_dies_ends_the_stage_and_a_second_launch_goes_on(
 
 
 def test_a_lost_server_node_costs_only_the_steps_since_the_last_checkpoint(
-    slurm: SlurmCluster, tuned: Run, tmp_path: Path
+    slurm: SlurmCluster, prepared: Run, tmp_path: Path
 ) -> None:
-    run = copy_of(tuned, tmp_path, slurm)
+    run = copy_of(prepared, tmp_path, slurm)
     job = started(run)
     server = node_of(process(run, "rule_server/task.json"))
     (node,) = [name for name in slurm.node_names if os.readlink(f"/proc/{slurm.daemon_pid(name)}/ns/uts") == server]
@@ -140,14 +142,14 @@ def test_a_lost_server_node_costs_only_the_steps_since_the_last_checkpoint(
 
 
 def test_rewards_and_critic_of_ppo_have_a_node_each_and_go_on_together(
-    slurm: SlurmCluster, tuned: Run, tmp_path: Path
+    slurm: SlurmCluster, prepared: Run, tmp_path: Path
 ) -> None:
     keys = [word.replace("reinforce", "ppo") for word in KEYS if "batch_size" not in word and "nodes" not in word]
     keys += ["stages.ppo.global_batch_size=16", "execution.server_nodes_by_stage={ppo: 2}"]
     curves = ".work/ppo/training/curves.jsonl"
     run = Run(tmp_path, slurm, tuple(keys), REPO / "recipes/toy/ppo.yaml", "toy/ppo", curves)
     for stage in BEFORE:
-        shutil.copytree(tuned.folder / stage, run.folder / stage)
+        shutil.copytree(prepared.folder / stage, run.folder / stage)
     run.call("launch", "--until=ppo")
     (job,) = run.job_ids()["ppo"]
     run.wait_for_step(3, 600)
@@ -160,9 +162,9 @@ def test_rewards_and_critic_of_ppo_have_a_node_each_and_go_on_together(
     require_whole(run, "ppo")
 
 
-def test_an_actor_on_two_nodes_has_its_servers_on_a_third(slurm: SlurmCluster, tuned: Run, tmp_path: Path) -> None:
+def test_an_actor_on_two_nodes_has_its_servers_on_a_third(slurm: SlurmCluster, prepared: Run, tmp_path: Path) -> None:
     two = ("execution.parallel_by_stage={reinforce: {dp: 2}}", "cluster.ranks_per_node=1")
-    run = copy_of(tuned, tmp_path, slurm, *two, "stages.reinforce.generation_batch_size=8")
+    run = copy_of(prepared, tmp_path, slurm, *two, "stages.reinforce.generation_batch_size=8")
     run = replace(run, overrides=tuple(word for word in run.overrides if "server_nodes" not in word))
     job = started(run)
     assert slurm.job(job)["NumNodes"] == "3"
