@@ -98,7 +98,7 @@ def test_servers_and_actor_are_on_different_nodes_and_survive_a_time_limit(
     slurm.call("scancel", "--batch", "--signal=USR1", job)
     slurm.wait_until_idle(TIMEOUT_S)
     log = run.log("reinforce")
-    assert "the time is nearly up: asked to save" in log
+    assert "the time limit is near: requested a checkpoint" in log
     assert "restart 1, reinforce: finished" in log
     require_whole(run)
     assert not list((run.folder / ".work").glob("reinforce/orders/*/secret"))

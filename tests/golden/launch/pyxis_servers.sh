@@ -11,11 +11,11 @@
 #SBATCH --signal=B:USR1@300
 set -uo pipefail
 cd -- /shared/checkout || exit 1
-# Steps take their memory, binding and environment from this job, not from one that it was submitted in.
+# Steps take their memory, binding and environment from this job, not from a job that submitted it.
 unset "${!SRUN_@}" "${!SBATCH_@}" "${!SALLOC_@}" "${!SLURM_MEM_PER_@}" "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" \
     SLURM_EXPORT_ENV "${!PMI@}" "${!OMPI_@}" "${!TORCHELASTIC_@}" \
     RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT
-# Of the host; the image has a Python of its own.
+# These are for the host's Python; the image has its own.
 unset PYTHONPATH PYTHONHOME
 
 run=/shared/runs/llama31_8b/width_4b
@@ -39,15 +39,15 @@ saved() {
     } 2>/dev/null | sort | cksum
 }
 
-if is_done; then say 'has finished already'; exit 0; fi
+if is_done; then say 'has already finished'; exit 0; fi
 if [ -e "$MINITRON_FAILED_FILE" ]; then say "failed before: $(cat -- "$MINITRON_FAILED_FILE")"; exit 1; fi
 rm -f -- "$MINITRON_STOP_FILE"
 before=$(saved)
-# The time is nearly up: the stage finds this file, saves itself and ends.
-trap 'printf SIGUSR1 >"$MINITRON_STOP_FILE"; say "the time is nearly up: asked to save"' USR1
+# The time limit is near: the stage finds this file, writes a checkpoint and exits.
+trap 'printf SIGUSR1 >"$MINITRON_STOP_FILE"; say "the time limit is near: requested a checkpoint"' USR1
 say "starts on $SLURM_JOB_NODELIST"
 
-# The last lines are the names; a banner would stand before them.
+# The names are the last lines; the banner of a site would come before them.
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n "$SLURM_JOB_NUM_NODES" | head -n 1)
 if [ -z "$host" ]; then say "scontrol does not name the nodes of $SLURM_JOB_NODELIST"; exit 1; fi
 export MINITRON_NODES="$SLURM_JOB_NUM_NODES"
@@ -88,18 +88,18 @@ if is_done; then say 'finished'; exit 0; fi
 if [ -e "$MINITRON_FAILED_FILE" ]; then say "failed: $(cat -- "$MINITRON_FAILED_FILE")"; exit 1; fi
 if [ -e "$run/STOP" ]; then say "stopped by $run/STOP"; exit 1; fi
 if [ "$(saved)" = "$before" ]; then
-    say 'ended, and has saved nothing new in this job: not tried again' | tee "$MINITRON_FAILED_FILE"
+    say 'ended and has saved nothing new in this job: not retried' | tee "$MINITRON_FAILED_FILE"
     exit 1
 fi
 if [ "$restarts" -ge 50 ]; then
-    say 'has been restarted 50 times: not tried again' | tee "$MINITRON_FAILED_FILE"
+    say 'has been restarted 50 times: not retried' | tee "$MINITRON_FAILED_FILE"
     exit 1
 fi
 
-say 'goes on in the next job'
+say 'continues in the next job'
 for _ in 1 2 3 4 5 6; do
     scontrol requeue "$id" && sleep 600
     sleep 20
 done
-say 'could not be queued again'
+say 'could not be requeued'
 exit 1
