@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from nemo_minitron.launch.slurm.script import SEVERAL_NODES
 from tests.conftest import REPO
 from tests.support.aligner import require_aligner
+from tests.support.processes import MARK
 from tests.support.slurm.cluster import SlurmCluster
 from tests.support.slurm.runs import Run
 
 pytestmark = pytest.mark.slurm
 TIMEOUT_S, NUM_STEPS = 1200, 6
+PROGRAM = "tests.support.slurm.server_nodes"
 BEFORE = ("teacher", "chat_data")
 KEYS = (
     "stages.reinforce.inputs.model=teacher",
@@ -84,6 +88,24 @@ def require_whole(run: Run, stage: str = "reinforce") -> None:
     rows = [json.loads(line) for line in (run.folder / stage / "curves.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "reward" in row] == list(range(1, NUM_STEPS + 1))
     assert sum(row["step"] == 0 for row in rows) == 1
+
+
+def test_a_server_on_its_own_node_gives_rewards_to_the_first_node(slurm: SlurmCluster, tmp_path: Path) -> None:
+    require_aligner()
+    script = tmp_path / "job.sh"
+    lines = ["#!/bin/bash", "set -uo pipefail", "restarts=0", 'say() { echo "$1"; }', f"export {MARK}={tmp_path}"]
+    lines.append(SEVERAL_NODES.format(first_port=20000, num_ports=12000, server_nodes=1))
+    lines.append(f"srun --nodes=2 --ntasks=2 --kill-on-bad-exit=1 {sys.executable} -m {PROGRAM} {tmp_path}")
+    script.write_text("\n".join(lines) + "\n")
+    log = tmp_path / "log"
+    options = ("--nodes=2", "--ntasks-per-node=1", "--mem=4G", f"--output={log}", f"--chdir={REPO}")
+    job = slurm.call("sbatch", "--parsable", *options, str(script)).strip()
+    slurm.wait_until_idle(TIMEOUT_S)
+    assert slurm.job(job)["JobState"] == "COMPLETED", log.read_text()
+    found = json.loads(next(line for line in log.read_text().splitlines() if line.startswith("{")))
+    assert all(reward > 0 for (reward,) in found["rewards"])
+    assert len(found["server_nodes"]) == 1
+    assert found["server_nodes"] != [found["own_node"]]
 
 
 def test_servers_and_actor_are_on_different_nodes_and_survive_a_time_limit(
