@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from math import lcm
 
@@ -62,7 +62,10 @@ def broken_rules(plan: RunPlan) -> Iterator[str]:
 def _names(recipe: Recipe) -> Iterator[str]:
     """Report layouts of unknown stages, and stages with the name of a folder that the run itself uses."""
     execution = recipe.execution
-    maps = {"parallel_by_stage": execution.parallel_by_stage, "server_nodes_by_stage": execution.server_nodes_by_stage}
+    maps: dict[str, Mapping[str, object]] = {
+        "parallel_by_stage": execution.parallel_by_stage,
+        "server_nodes_by_stage": execution.server_nodes_by_stage,
+    }
     for key, by_stage in maps.items():
         for name in sorted(set(by_stage) - set(recipe.stages)):
             near = get_close_matches(name, recipe.stages, n=1)

@@ -91,7 +91,9 @@ def test_a_wrong_secret_a_missing_one_and_a_replay_reach_no_server(port: int, se
         assert len(received(connection)) == tunnel.NONCE_BYTES  # only the challenge
     recorded = Recorder(connect(port))
     tunnel.introduce(recorded, SECRET, NUMBER)
-    recorded.connection.close()
+    with recorded.connection as connection:
+        connection.sendall(b"hello")
+        assert connection.recv(5) == b"hello"
     assert server.num_connections == 1
     with connect(port) as connection:
         connection.sendall(recorded.sent)
