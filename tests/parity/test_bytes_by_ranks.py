@@ -1,4 +1,8 @@
-"""Bytes that all ranks together read at the start and at a resume, and write at a save: independent of their number."""
+"""What a training costs by the number of ranks, counted at 1, 2, 4 and 8 ranks, and continued to 256.
+
+Independent of their number are the bytes that all ranks together read at the start and at a resume, and write at a
+save, and what each rank communicates in a step. The memory of a save is divided by it.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,20 @@ from unittest.mock import patch
 
 import pytest
 
+from nemo_minitron.backends.megatron.training import gathered_states
 from nemo_minitron.schema.execution import Parallel
 from tests.support.distributed import run_ranks
+from tests.support.live_bytes import LiveBytes
 from tests.support.tiny_distill import TWENTY_STEPS, distill_folders
+from tests.support.vector_bytes import VectorBytes
 
 PARAMS = TWENTY_STEPS.model_copy(update={"global_batch_size": 8})
 COUNTS = (1, 2, 4, 8)
-KINDS = ("start", "saved", "resumed")
+KINDS = ("start", "saved", "resumed", "step", "host", "agreed", "agreed later")
+"""Read at the start, written at a save, read at a resume; vectors of a step's collective operations; memory of a save,
+including the gathered states of a distributed optimizer; what each rank exchanges about a save other than states,
+the first time and later."""
+MANY = 256
 Bytes = dict[str, int]
 
 
@@ -81,20 +92,54 @@ def _bytes_of_tensor_files(found: Bytes) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _bytes_of_gathered_states(found: Bytes) -> Iterator[None]:
+    """Count the states that this rank collects to write them: their memory is not made by torch."""
+    plain = gathered_states.GatheredStates._written
+
+    def written(self: gathered_states.GatheredStates, state: Any) -> Any:
+        out = plain(self, state)
+        found["host"] += 4 * sum(stop - start for of in out for parts in of.values() for start, stop in parts)
+        return out
+
+    with (
+        patch.object(gathered_states.GatheredStates, "_written", written),
+        patch.object(gathered_states, "GATHERED_VALUES", 1024),
+    ):
+        yield
+
+
+def _count_two_saves(saved: Any, trainable: Any, found: Bytes) -> None:
+    """Save twice: memory of the first save, and what each rank exchanges about both."""
+    from nemo_minitron.backends.megatron.training.checkpoint import TrainingProgress
+
+    with LiveBytes() as live, VectorBytes() as first, _bytes_of_gathered_states(found):
+        saved.save(trainable, TrainingProgress(2))
+    found["host"] += live.peak
+    saved.finish()
+    with VectorBytes() as second:
+        saved.save(trainable, TrainingProgress(2))
+    for kind, vectors in (("agreed", first), ("agreed later", second)):
+        found[kind] = vectors.total - vectors.of_operation["_allgather_base_"]
+
+
 def traffic(parallel: Parallel, student: Path, teacher: Path, data: Path, work: Path) -> tuple[Bytes, list[float]]:
     """Return the bytes of this rank, and the losses of three steps, the last of which follows a resume."""
     from nemo_minitron.backends.megatron.distillation import distill
     from nemo_minitron.backends.megatron.runtime.session import open_session
     from nemo_minitron.backends.megatron.training import loop as training
-    from nemo_minitron.backends.megatron.training.checkpoint import Checkpoints, TrainingProgress
+    from nemo_minitron.backends.megatron.training.checkpoint import Checkpoints
 
     found = dict.fromkeys(KINDS, 0)
     with open_session(parallel, device="cpu", threads=1) as session, _bytes_of_weights(found):
         job = distill.prepare(PARAMS, student, teacher, data, work, session)
         saved = Checkpoints(work / "checkpoints", session, keep=1, in_background=True)
-        losses = [training.train_step(job, step)[0]["train_loss"] for step in range(2)]
+        losses = [training.train_step(job, 0)[0]["train_loss"]]
+        with VectorBytes() as vectors:
+            losses.append(training.train_step(job, 1)[0]["train_loss"])
+        found["step"] = vectors.total
         job.trainable.gather_parameters()
-        saved.save(job.trainable, TrainingProgress(2))
+        _count_two_saves(saved, job.trainable, found)
         pending = saved._pending
         assert pending is not None
         saved.finish()
@@ -131,3 +176,20 @@ def test_all_ranks_together_move_what_one_would(distributed: bool, folders: dict
             # Headers of files and of tensors are small, but there are more of them.
             assert totals[count][kind] == pytest.approx(totals[1][kind], rel=0.1), (kind, count)
             assert most[count][kind] < 1.5 * totals[1][kind] / count, "the shares are nearly equal"
+        assert most[count]["step"] == pytest.approx(most[2]["step"], rel=0.02)
+        # What is gathered at a time is the same for any number of ranks.
+        assert most[count]["host"] < 1.5 * most[1]["host"] / count + 32 * 2**10
+    _print_at_256(totals, most)
+
+
+def _print_at_256(totals: dict[int, Bytes], most: dict[int, Bytes]) -> None:
+    """Continue the last two counts to 256 ranks, and bound what grows: headers, and what ranks agree on for a save."""
+    few, many = COUNTS[-2:]
+    each = {kind: (totals[many][kind] - totals[few][kind]) / (many - few) for kind in ("start", "saved", "resumed")}
+    agreed = {kind: (most[many][kind] - most[few][kind]) / (many - few) for kind in ("agreed", "agreed later")}
+    print({"bytes more by each rank": each, "exchanged about a save, by each rank": agreed})
+    assert each["start"] == 0
+    for kind in ("saved", "resumed"):
+        assert each[kind] * MANY < 16 * 2**20, kind
+    assert agreed["agreed later"] < 0.5 * agreed["agreed"]
+    assert agreed["agreed later"] * MANY < 16 * 2**20

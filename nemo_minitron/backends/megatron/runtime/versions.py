@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import queue
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
@@ -88,19 +89,44 @@ def context_group(pg_collection: Any) -> dist.ProcessGroup:
     return parallel_state.get_context_parallel_group() if pg_collection is None else pg_collection.cp
 
 
-def begin_checkpoint(state: dict[str, Any], folder: Path) -> AsyncRequest:
+class SaveStrategy(FullyParallelSaveStrategyWrapper):  # type: ignore[misc]
+    """How the ranks with the same state share a save: each writes other tensors.
+
+    Keep it for all saves of a training: at the first one each rank gets a description of all tensors from every other
+    rank, which takes longer the more ranks there are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(_plain_strategy(), replicas(), do_cache_distribution=True)
+        self.on_distributed: Callable[[dict[str, Any]], object] = lambda _: None
+        self.has_saved = False
+
+    def apply_saving_parallelization(self, sharded_state_dict: dict[str, Any]) -> None:
+        """Distribute the tensors over the ranks, then call `on_distributed` with the state."""
+        super().apply_saving_parallelization(sharded_state_dict)
+        self.on_distributed(sharded_state_dict)
+
+
+def _plain_strategy() -> Any:
+    return dist_checkpointing.serialization.get_default_save_sharded_strategy()
+
+
+def begin_checkpoint(
+    state: dict[str, Any], folder: Path, strategy: SaveStrategy, on_distributed: Callable[[dict[str, Any]], object]
+) -> AsyncRequest:
     """Return Megatron's request to write this state; nothing is written yet.
 
-    Ranks with the same state write different parts of it.
+    Args:
+        on_distributed: called with the state when its tensors are distributed over the ranks that write them.
     """
-    strategy = FullyParallelSaveStrategyWrapper(
-        dist_checkpointing.serialization.get_default_save_sharded_strategy(), replicas()
-    )
+    strategy.base_strategy, strategy.on_distributed = _plain_strategy(), on_distributed
     options: dict[str, Any] = {"async_sharded_save": True, "sharded_strategy": strategy}
+    options["validate_access_integrity"] = not strategy.has_saved
     if "async_strategy" in signature(dist_checkpointing.save).parameters:
         # Since 0.17 the default is nvidia-resiliency-ext, whose requests have another form.
         options["async_strategy"] = "mcore"
     request: AsyncRequest = dist_checkpointing.save(state, str(folder), **options)
+    strategy.has_saved = True
     return request
 
 
@@ -197,6 +223,7 @@ def rope_scaling_options(shape: ModelShape) -> dict[str, Any]:
 
 
 __all__ = [
+    "SaveStrategy",
     "begin_checkpoint",
     "checkpoint_buckets",
     "context_group",

@@ -24,13 +24,14 @@ from torch.distributed.checkpoint import CheckpointException
 
 from nemo_minitron.backends.megatron.runtime.known_pickles import only_known_pickles, require_known_backend
 from nemo_minitron.backends.megatron.runtime.session import Session
-from nemo_minitron.backends.megatron.runtime.versions import load_checkpoint, require_readable
+from nemo_minitron.backends.megatron.runtime.versions import SaveStrategy, load_checkpoint, require_readable
 from nemo_minitron.backends.megatron.training.checkpoint_writer import Buffers, PendingCheckpoint
 from nemo_minitron.backends.megatron.training.distributed_adam import (
     HAS_WHOLE_TENSORS,
     load_optimizer_state,
     sharded_optimizer_state,
 )
+from nemo_minitron.backends.megatron.training.gathered_states import GatheredStates
 from nemo_minitron.backends.megatron.training.integrity import FACTS_FILE, find_damage, read_facts, write_facts
 from nemo_minitron.backends.megatron.training.optim import Trainable, use_fused_adam
 from nemo_minitron.errors import CheckpointError, shortened
@@ -63,6 +64,7 @@ class Checkpoints:
         self.folder, self._session, self._keep, self._in_background = folder, session, keep, in_background
         self._pending: PendingCheckpoint | None = None
         self._buffers: Buffers | None = {} if in_background else None
+        self._strategy = SaveStrategy()
         self._drop_partial()
 
     def save(self, trainable: Trainable, progress: TrainingProgress) -> None:
@@ -73,9 +75,12 @@ class Checkpoints:
             shutil.rmtree(partial_dir, ignore_errors=True)
             partial_dir.mkdir(parents=True)
         self._session.barrier()
-        state = _sharded_state(trainable, is_loading=False)
+        gathered: list[GatheredStates] = []
+        state = _sharded_state(trainable, gathered, is_loading=False)
         with _write_errors(self.folder):
-            pending = self._pending = PendingCheckpoint.begin(state, partial_dir, self._buffers)
+            pending = self._pending = PendingCheckpoint.begin(
+                state, gathered, partial_dir, self._strategy, self._buffers
+            )
             facts = {**asdict(progress), **_optimizer_facts(trainable)}
             pending.on_complete(partial(self._publish, partial_dir, facts, pending.written))
         if not self._in_background:
@@ -175,7 +180,7 @@ def _load(trainable: Trainable, checkpoint: Path) -> TrainingProgress:
         _require_same_optimizer(trainable, facts, checkpoint)
         require_known_backend(checkpoint)
         require_readable(checkpoint)
-        wanted = _sharded_state(trainable, is_loading=True)
+        wanted = _sharded_state(trainable, [], is_loading=True)
         with only_known_pickles():
             state = load_checkpoint(wanted, checkpoint)
         _restore(trainable, state, progress.step)
@@ -246,17 +251,23 @@ def _saved_groups(optimizer_state: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _sharded_state(trainable: Trainable, *, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(trainable: Trainable, gathered: list[GatheredStates], *, is_loading: bool) -> dict[str, Any]:
+    """Return the state that a checkpoint stores.
+
+    Args:
+        gathered: gets the states of optimizers that have no values yet.
+    """
     # Megatron otherwise stores a parameter of all layers as one tensor, of which no layer may be missing.
     metadata = {"non_homogeneous_layers": True} if trainable.has_frozen_layers else None
     model = trainable.model.sharded_state_dict(prefix="model.", metadata=metadata)
     if trainable.has_distributed_optimizer:
-        optimizer = sharded_optimizer_state(trainable.optimizer, model, is_loading=is_loading)
+        optimizer, empty = sharded_optimizer_state(trainable.optimizer, model, is_loading=is_loading)
+        gathered += [] if empty is None else [empty]
     else:
         optimizer = trainable.optimizer.sharded_state_dict(model, is_loading=is_loading)
     state = {"model": model, "optimizer": optimizer}
     if trainable.teacher is not None:
-        state["teacher"] = _sharded_state(trainable.teacher, is_loading=is_loading)
+        state["teacher"] = _sharded_state(trainable.teacher, gathered, is_loading=is_loading)
         # Tensors are identified by their keys alone, not by their place in the state.
         add_prefix_for_sharding(state["teacher"], "teacher.")
     return state

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,13 @@ from torch import Tensor
 
 from nemo_minitron.artifacts.manifest import file_facts
 from nemo_minitron.backends.megatron.runtime.session import Session
-from nemo_minitron.backends.megatron.runtime.versions import begin_checkpoint, checkpoint_buckets, write_checkpoint_file
+from nemo_minitron.backends.megatron.runtime.versions import (
+    SaveStrategy,
+    begin_checkpoint,
+    checkpoint_buckets,
+    write_checkpoint_file,
+)
+from nemo_minitron.backends.megatron.training.gathered_states import GatheredStates
 
 Bucket = tuple[str, str, tuple[list[Any], list[tuple[Any, Tensor]]]]
 """Content of one file: path, name, (bytes, tensors); Megatron's WriteBucket."""
@@ -39,11 +45,23 @@ class PendingCheckpoint:
         """This rank's files, filled when they are written: name -> {bytes, sha256}."""
 
     @classmethod
-    def begin(cls, state: dict[str, Any], folder: Path, buffers: Buffers | None) -> PendingCheckpoint:
-        """Start writing a copy of the state. With buffers=None it is not copied and must not change until `finish`."""
+    def begin(
+        cls,
+        state: dict[str, Any],
+        gathered: Sequence[GatheredStates],
+        folder: Path,
+        strategy: SaveStrategy,
+        buffers: Buffers | None,
+    ) -> PendingCheckpoint:
+        """Start writing a copy of the state. With buffers=None it is not copied and must not change until `finish`.
+
+        Args:
+            gathered: states of optimizers whose tensors have no values yet.
+        """
         # Replaces the queue that Megatron keeps in a separate process.
         results_queue = filesystem_async._results_queue = queue.Queue()
-        request = begin_checkpoint(state, folder)
+        collect = lambda distributed: [one.collect(distributed) for one in gathered]  # noqa: E731
+        request = begin_checkpoint(state, folder, strategy, collect)
         pending = cls(request)
         if request.async_fn is not None:
             buckets = checkpoint_buckets(request, on_host=buffers is None)

@@ -19,6 +19,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
+from nemo_minitron.backends.megatron.training.gathered_states import GatheredStates
+
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Stores whole tensors, so that a resume may use another layout."""
 HAS_WHOLE_TENSORS = hasattr(DistributedOptimizer, "load_parameter_state_from_fully_reshardable")
@@ -27,13 +29,24 @@ HAS_WHOLE_TENSORS = hasattr(DistributedOptimizer, "load_parameter_state_from_ful
 
 def sharded_optimizer_state(
     optimizer: MegatronOptimizer, model_state: dict[str, Any], *, is_loading: bool
-) -> dict[str, Any]:
-    """Return the optimizer's state as a checkpoint stores it."""
+) -> tuple[dict[str, Any], GatheredStates | None]:
+    """Return the optimizer's state as a checkpoint stores it, and what its tensors are to be collected from.
+
+    The second is None if the tensors have their values already. Loading needs no values.
+    """
     only = _only(optimizer)
     if is_loading and _is_torch_adam(only):
         _make_states(only)
-    if HAS_WHOLE_TENSORS:
-        return dict(only.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING))
+    if not HAS_WHOLE_TENSORS:
+        return _state_of_parts(only, model_state, is_loading=is_loading), None
+    gathered = GatheredStates(only)
+    with gathered.instead_of_all_states():
+        state = dict(only.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING))
+    return state, gathered
+
+
+def _state_of_parts(only: DistributedOptimizer, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    """Return the state as versions before 0.15 store it: each rank's part of each tensor."""
     if not _is_torch_adam(only):
         return dict(only.sharded_state_dict(model_state, is_loading=is_loading))
     state = dict(only.state_dict())
