@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nemo_minitron.evaluation.sharing import share_out
 from nemo_minitron.hf.transformers_versions import generate
 from nemo_minitron.system.progress import Progress
+
+if TYPE_CHECKING:
+    from nemo_minitron.backends.megatron.runtime.session import Session
 
 Sequences = Sequence[tuple[list[int], list[int]]]
 """Token ids of prompts and of answers."""
@@ -19,16 +23,37 @@ PADDING = 0
 tokenizer's own padding token may be outside the embeddings."""
 
 
-@torch.inference_mode()
-def answer_log_probs(model: Any, sequences: Sequences, progress: Progress, what: str) -> list[float]:
-    """Return log p(answer | prompt) in nats, summed over the tokens of each answer; batches hold similar lengths."""
+def answer_log_probs(
+    model: Any, sequences: Sequences, progress: Progress, what: str, session: Session | None = None
+) -> list[float]:
+    """Return log p(answer | prompt) in nats, summed over the tokens of each answer; batches hold similar lengths.
+
+    Args:
+        session: its ranks share out the batches; all of them call this function and get all values. None: one process.
+    """
     order = sorted(range(len(sequences)), key=lambda index: sum(map(len, sequences[index])))
-    found: dict[int, float] = {}
-    with progress.bar(what, len(order), "answers") as bar:
-        for batch in _batches(order, sequences):
-            found.update(zip(batch, _log_probs(model, [sequences[index] for index in batch]), strict=True))
-            bar.advance(len(batch))
-    return [found[index] for index in range(len(sequences))]
+    batches = _batches(order, sequences)
+
+    @torch.inference_mode()
+    def compute(own: list[list[int]]) -> list[list[float]]:
+        found = []
+        with progress.bar(what, sum(map(len, own)), "answers") as bar:
+            for batch in own:
+                found.append(_log_probs(model, [sequences[index] for index in batch]))
+                bar.advance(len(batch))
+        return found
+
+    return _in_order(batches, share_out(batches, range(len(batches)), compute, session))
+
+
+def _in_order(batches: list[list[int]], results: list[Sequence[Any]]) -> list[Any]:
+    """Return the results of all batches in the order of their rows; a batch is a list of row numbers."""
+    found = {
+        row: value
+        for batch, of_batch in zip(batches, results, strict=True)
+        for row, value in zip(batch, of_batch, strict=True)
+    }
+    return [found[row] for row in range(len(found))]
 
 
 def _batches(order: Sequence[int], sequences: Sequences) -> list[list[int]]:
@@ -60,7 +85,6 @@ def _log_probs(model: Any, batch: Sequences) -> list[float]:
     return per_row.sum(-1).tolist()
 
 
-@torch.inference_mode()
 def greedy_answers(
     model: Any,
     tokenizer: Any,
@@ -68,8 +92,13 @@ def greedy_answers(
     max_new_tokens: int,
     progress: Progress,
     spelled_stop: str | None = None,
+    session: Session | None = None,
 ) -> list[tuple[str, int]]:
-    """Return (text, number of tokens) of each answer, up to an end token or the text `spelled_stop`."""
+    """Return (text, number of tokens) of each answer, up to an end token or the text `spelled_stop`.
+
+    Args:
+        session: its ranks share out the batches; all of them call this function and get all answers. None: one process.
+    """
     from transformers import GenerationConfig
 
     stops = turn_ends(model, tokenizer)
@@ -82,16 +111,24 @@ def greedy_answers(
     )
     # Batches of similar length need little padding.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    found: dict[int, tuple[str, int]] = {}
-    with progress.bar("answers", len(prompts), "answers") as bar:
-        for start in range(0, len(order), PROMPTS_PER_BATCH):
-            batch = order[start : start + PROMPTS_PER_BATCH]
-            continued = _continued(model, tokenizer, [prompts[i] for i in batch], config)
-            for index, made in zip(batch, continued, strict=True):
-                end = next((place for place, token in enumerate(made) if token in stops), len(made))
-                found[index] = _before(spelled_stop, made[:end], tokenizer)
-            bar.advance(len(batch))
-    return [found[index] for index in range(len(prompts))]
+    batches = [order[start : start + PROMPTS_PER_BATCH] for start in range(0, len(order), PROMPTS_PER_BATCH)]
+
+    @torch.inference_mode()
+    def compute(own: list[list[int]]) -> list[list[tuple[str, int]]]:
+        found = []
+        with progress.bar("answers", sum(map(len, own)), "answers") as bar:
+            for batch in own:
+                continued = _continued(model, tokenizer, [prompts[index] for index in batch], config)
+                found.append([_before(spelled_stop, _ended(made, stops), tokenizer) for made in continued])
+                bar.advance(len(batch))
+        return found
+
+    return _in_order(batches, share_out(batches, range(len(batches)), compute, session))
+
+
+def _ended(tokens: list[int], stops: list[int]) -> list[int]:
+    """Return the tokens before the first one that ends an answer."""
+    return tokens[: next((place for place, token in enumerate(tokens) if token in stops), len(tokens))]
 
 
 def turn_ends(model: Any, tokenizer: Any) -> list[int]:

@@ -8,17 +8,18 @@ import io
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from nemo_minitron.errors import CheckpointError, DataError, EnvironmentProblem, PlanError
 from nemo_minitron.evaluation.choices import Answer, score_answers
+from nemo_minitron.evaluation.sharing import share_out
 from nemo_minitron.hf.tokenizer import require_known_ids
 from nemo_minitron.hf.transformers_versions import network_errors
 
@@ -31,7 +32,6 @@ FALLBACK_BATCH_SIZE = 16
 DATA_FILE = "validation.arrow"
 """File of an offline copy: <folder>/<name of the task in lm-eval>/validation.arrow."""
 Scores = dict[str, dict[str, float]]
-_T = TypeVar("_T")
 _TOKENS = list[tuple[tuple[str, str], list[int], list[int]]]
 
 
@@ -159,25 +159,6 @@ def require_known(tasks: Sequence[str], known: Sequence[str]) -> None:
         if task not in known:
             near = ", ".join(difflib.get_close_matches(task, known, 5))
             raise PlanError(f"lm-eval has no task {task}.", allowed=near or "see `lm-eval ls tasks`")
-
-
-def share_out(
-    requests: Sequence[_T], keys: Sequence[Hashable], compute: Callable[[list[_T]], list[Any]], session: Session | None
-) -> list[Any]:
-    """Compute the results of each rank's part of the requests, and return all results in their order on every rank.
-
-    Args:
-        keys: requests with the same key stay on one rank.
-    """
-    if session is None or session.world_size == 1:
-        return compute(list(requests))
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    owners = [numbers[key] % session.world_size for key in keys]
-    own = [request for request, owner in zip(requests, owners, strict=True) if owner == session.rank]
-    parts = [iter(part) for part in session.gather(compute(own) if own else [])]
-    found = [next(parts[owner]) for owner in owners]
-    # lm-eval expects (log-likelihood, is_greedy) as a tuple.
-    return [tuple(answer) if isinstance(answer, list) else answer for answer in found]
 
 
 def _language_model(model: Any, tokenizer: Any, progress: Progress, session: Session | None) -> Any:

@@ -92,7 +92,7 @@ def _layouts(view: View) -> Iterator[str]:
     for name, stage in view.stages.items():
         if not STAGES[stage.kind].has_layout:
             continue
-        layout, seq_len = view.layout(name), _seq_len(stage)
+        layout, seq_len = view.layout(name), 0 if STAGES[stage.kind].skips_long_rows else _seq_len(stage)
         yield from _context(name, STAGES[stage.kind], layout, seq_len)
         for label, shape in _models_of(name, stage, view):
             for limit, why in _limits(shape):

@@ -173,6 +173,8 @@ class StageKind:
     """Whether it runs in the environment of NeMo-Aligner."""
     whole_sequences: bool = False
     """Whether it needs whole sequences, which context parallelism would split."""
+    skips_long_rows: bool = False
+    """Whether it skips rows longer than max_seq_len_tokens, which may then exceed what its model supports."""
     loads_own_model: bool = False
     """Whether it also runs the model that it makes, not only those of its inputs."""
     reads_results: bool = False

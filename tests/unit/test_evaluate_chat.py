@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from pydantic import TypeAdapter
@@ -20,6 +22,7 @@ from nemo_minitron.evaluation.answers import greedy_answers
 from nemo_minitron.execution.preflight import preflight_evaluations
 from nemo_minitron.plan.view import View
 from nemo_minitron.report.alignment import alignment_facts, tables
+from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.rlhf import Rlhf
 from nemo_minitron.stages.annotate.params import AnnotateStage
 from nemo_minitron.stages.annotate.run import _readable
@@ -27,6 +30,7 @@ from nemo_minitron.stages.evaluate_chat.params import EvaluateChatStage
 from nemo_minitron.stages.registry import STAGES
 from nemo_minitron.system.progress import Progress
 from tests.conftest import Cli
+from tests.support.distributed import run_ranks
 from tests.support.tiny_models import CHAT_TEMPLATE, load_transformers, tiny_model_dir, tiny_tokenizer
 
 Row = dict[str, Any]
@@ -265,3 +269,67 @@ def test_the_result_and_the_report_have_the_number_of_measured_rows(prepared: Pa
     code, said = minitron("run", prepared / "recipe.yaml", "--until", "measured", "--rerun", "changed")
     assert code == 2
     assert "stages.measured.prompts.0" in said
+
+
+# --- several ranks ------------------------------------------------------------------------------
+
+
+def answers_of_rank(ranks: int, folder: Path) -> tuple[list[float], list[tuple[str, int]], int]:
+    """Return log-probabilities and answers, and the number of rows that this rank has computed itself."""
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+    from nemo_minitron.evaluation import answers
+    from nemo_minitron.schema.execution import Parallel
+
+    own = [0]
+
+    def counted(function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            found = function(*args)
+            own[0] += len(found)
+            return found
+
+        return call
+
+    model, tokenizer, silent = load_transformers(folder), tiny_tokenizer(), Progress(silent=True)
+    sequences = [([5 + number % 7] * (1 + number % 9), [9, 8, 7][: 1 + number % 3]) for number in range(40)]
+    with (
+        patch.multiple(answers, _log_probs=counted(answers._log_probs), _continued=counted(answers._continued)),
+        patch.multiple(answers, TOKENS_PER_BATCH=40, PROMPTS_PER_BATCH=4),
+        open_session(Parallel(dp=ranks), device="cpu") as session,
+    ):
+        values = answers.answer_log_probs(model, sequences, silent, "all", session)
+        texts = answers.greedy_answers(model, tokenizer, [prompt for prompt, _ in sequences], 4, silent, None, session)
+    return values, texts, own[0]
+
+
+def test_ranks_share_out_the_batches_and_all_get_every_answer(tmp_path: Path) -> None:
+    folder = tiny_model_dir(tmp_path, "llama_mha")
+    ((values, texts, number),) = run_ranks(1, answers_of_rank, 1, folder)
+    assert number == 2 * 40 == 2 * len(values)
+    for found in (ranks := run_ranks(2, answers_of_rank, 2, folder)):
+        assert found[:2] == (values, texts)
+    assert sum(own for *_, own in ranks) == number
+    assert max(own for *_, own in ranks) < 0.7 * number
+
+
+def test_an_evaluation_on_two_ranks_writes_the_files_of_one(prepared: Path, minitron: Cli) -> None:
+    inputs = {"model": "teacher", "chats": "chats"}
+    keys = {"inputs": inputs, "max_bad_fraction": 0.9, "num_generated": 6, "max_new_tokens": 3, "prompts": ["Hi"]}
+    recipe(prepared, valid_rows=8, **keys)
+    folder, found = prepared / "runs/r/measured", []
+    for ranks in (1, 2):
+        code, said = minitron(
+            "run", prepared / "recipe.yaml", "--until", "measured", f"execution.parallel_by_stage.measured.dp={ranks}"
+        )
+        assert code == 0, said
+        found.append([(folder / name).read_text() for name in ("metrics.json", "answers.jsonl")])
+        assert json.loads((folder / "manifest.json").read_text())["provenance"]["session"]["device"] == "cpu"
+        shutil.rmtree(folder)
+    assert found[0] == found[1]
+
+
+def test_ranks_take_whole_models(tmp_path: Path) -> None:
+    made = recipe(tmp_path)
+    split = made.model_copy(update={"execution": made.execution.model_copy(update={"parallel": Parallel(tp=2, dp=2)})})
+    assert View(split).layout("measured") == Parallel(dp=4)
+    assert View(made).layout("measured") == Parallel()

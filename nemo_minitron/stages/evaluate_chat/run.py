@@ -30,7 +30,7 @@ class Inputs:
 
 
 def evaluate_chat(params: EvaluateChatStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Measure the model, and write metrics.json and answers.jsonl.
+    """Measure the model on all ranks, which share out the rows, and write metrics.json and answers.jsonl.
 
     On pairs: preference accuracy. On conversations: loss of the answers, exact match, and how the answers follow the
     requested attribute. If the recipe names instructions: how often the answers follow their rules.
@@ -40,21 +40,17 @@ def evaluate_chat(params: EvaluateChatStage, inputs: Inputs, ctx: StageContext) 
         DataError: its tokenizer has no chat template, too many rows do not fit it, or no valid row is left.
         NumericsError: transformers and Megatron do not compute the same logits of a model.
     """
-    from nemo_minitron.evaluation.agreement import load_compared
-
     template = ChatTemplate.load(
         inputs.model.path, params.template, whole_markers=params.whole_markers, day=params.template_date
     )
     questions = prepare(params, inputs.chats, template, name=ctx.name, assets_dir=Path(ctx.execution.assets_dir))
     for text in questions.left_out():
         ctx.progress.say(text)
-    device = _device(ctx)
-    model = load_compared(inputs.model.path, params.precision, device, memory=ctx.logits_memory)
+    model = _loaded(inputs.model, params, ctx)
     metrics: dict[str, Any] = {"label": params.label, **questions.heldout.facts()}
     answers: list[dict[str, Any]] = []
     if inputs.chats.rows == "pairs":
-        reference = inputs.reference
-        other = load_compared(reference.path, params.precision, device, memory=ctx.logits_memory) if reference else None
+        other = None if inputs.reference is None else _loaded(inputs.reference, params, ctx)
         metrics["preferences"] = _preferences(questions.heldout, template, model, other, ctx)
     else:
         metrics["conversations"] = _conversations(questions.heldout, template, model, ctx)
@@ -65,16 +61,22 @@ def evaluate_chat(params: EvaluateChatStage, inputs: Inputs, ctx: StageContext) 
     metrics["samples"] = [
         {"prompt": prompt, "text": text} for (prompt, _), (text, _) in zip(questions.samples, texts, strict=True)
     ]
+    if not ctx.is_main:
+        return {}
     (ctx.out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     (ctx.out_dir / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers), encoding="utf-8")
     return {key: value for key, value in metrics.items() if key != "samples"}
 
 
-def _device(ctx: StageContext) -> str:
-    import torch
+def _loaded(model: Model, params: EvaluateChatStage, ctx: StageContext) -> Any:
+    """Load a model into transformers on this rank's device; rank 0 compares its logits with Megatron's before."""
+    from nemo_minitron.evaluation.agreement import load_compared, require_agreement
 
-    wanted = ctx.execution.device
-    return wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    session = ctx.open_session
+    with session.main_works():
+        if session.is_main:
+            require_agreement(model.path, ctx.logits_memory, session)
+    return load_compared(model.path, params.precision, str(session.device), memory=ctx.logits_memory, session=session)
 
 
 def _preferences(
@@ -88,7 +90,7 @@ def _preferences(
         for key in ("chosen_response", "rejected_response")
         for pair in pairs
     ]
-    found = answer_log_probs(model, sequences, ctx.progress, "preferences")
+    found = answer_log_probs(model, sequences, ctx.progress, "preferences", ctx.open_session)
     sizes = [len(answer) for _, answer in sequences]
     half = len(pairs)
     out: dict[str, Any] = {
@@ -103,7 +105,7 @@ def _preferences(
         "too_long": heldout.too_long,
     }
     if reference is not None:
-        before = answer_log_probs(reference, sequences, ctx.progress, "reference")
+        before = answer_log_probs(reference, sequences, ctx.progress, "reference", ctx.open_session)
         rewards = [value - other for value, other in zip(found, before, strict=True)]
         out["against_reference"] = preference_metrics(rewards[:half], rewards[half:])
     return out
@@ -119,7 +121,7 @@ def _conversations(heldout: HeldOut, template: ChatTemplate, model: Any, ctx: St
     from nemo_minitron.evaluation.answers import answer_log_probs
 
     sequences = [_sequence(template, text["input"], text["output"]) for text in heldout.rendered]
-    found = answer_log_probs(model, sequences, ctx.progress, "held-out answers")
+    found = answer_log_probs(model, sequences, ctx.progress, "held-out answers", ctx.open_session)
     tokens = sum(len(answer) for _, answer in sequences)
     loss = -sum(found) / tokens
     facts = {"answers": len(found), "answer_tokens": tokens, "too_long": heldout.too_long}
@@ -185,4 +187,6 @@ def _continued(
     if not prompts:
         return []
     stop = template.spelled_stop()
-    return greedy_answers(model, template.tokenizer, prompts, params.max_new_tokens, ctx.progress, stop)
+    return greedy_answers(
+        model, template.tokenizer, prompts, params.max_new_tokens, ctx.progress, stop, ctx.open_session
+    )
