@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_items import BF16, ENGINE, TORCH, Context, Skipped, with_layers
+from gpu_items import BF16, ENGINE, Context, Skipped, with_layers
 from gpu_step import make_job, make_params, make_setup, measure, random_model, shapes_of
 
 from nemo_minitron.backends.megatron.data.datasets import HeldOutBatches, step_batches
@@ -214,7 +214,7 @@ def profile(context: Context) -> dict[str, Any]:
 
 
 def masks_and_sparse(context: Context) -> dict[str, Any]:
-    """One micro-batch with a document mask (torch layers), and the time of a sparse loss beside a dense one."""
+    """Steps with separate documents, by each kind of layers, and the time of a sparse loss beside a dense one."""
     close_bench(context)
     out: dict[str, Any] = {}
     tokens, vocab = (1024, 128_256) if context.on_gpu else (16, 1024)
@@ -233,9 +233,13 @@ def masks_and_sparse(context: Context) -> dict[str, Any]:
             out[name] = time.perf_counter() - started
     from tests.support.megatron_ranks import distill_losses
 
-    with with_layers(TORCH):
-        params = BF16.model_copy(update={"reset_attention_mask": True, "num_steps": 4})
-        out["masked_losses"] = distill_losses(params, Parallel(), *context.work("masked"), context.device)[0]
+    params = BF16.model_copy(update={"reset_attention_mask": True, "num_steps": 4})
+    for kind in context.layers:
+        with with_layers(kind):
+            work = context.work(f"documents-{kind}")
+            out[f"losses with separate documents, {kind}"] = distill_losses(params, Parallel(), *work, context.device)[
+                0
+            ]
     return out
 
 

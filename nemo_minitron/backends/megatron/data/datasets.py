@@ -16,6 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_minitron.backends.megatron.data.index_cache import drop_unless_complete, mark_complete
 from nemo_minitron.backends.megatron.model.forward import Batch
+from nemo_minitron.backends.megatron.model.layers import separation_of_documents
 from nemo_minitron.backends.megatron.runtime.context import own_part
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.data.windows import heldout_windows
@@ -114,21 +115,9 @@ def training_batch(host: Batch, session: Session, separate_at: int | None) -> Ba
     batch = {key: host[key].to(session.device, non_blocking=True) for key in ("tokens", "labels", "loss_mask")}
     tokens, mask = batch["tokens"], batch["loss_mask"]
     if separate_at is not None:
-        batch["attention_mask"] = mask_between_documents(tokens, separate_at)
+        batch["attention_mask"] = separation_of_documents(tokens, separate_at)
     mine = own_part({**batch, "token_weights": mask / mask.sum()}, session)
     return {**mine, "sample_ids": host["sample_ids"], "sample_tokens": tokens}
-
-
-def mask_between_documents(tokens_BS: torch.Tensor, eod_id: int) -> torch.Tensor:
-    """Return [B, 1, S, S], True where the query (dim 2) must not attend to the key: later tokens and other documents.
-
-    An end-of-document token belongs to the document that it ends. Rotary positions are relative and need no reset.
-    """
-    ends = (tokens_BS == eod_id).long()
-    document = ends.cumsum(1) - ends
-    length = tokens_BS.shape[1]
-    later = torch.ones(length, length, dtype=torch.bool, device=tokens_BS.device).triu(1)
-    return (later | (document[:, :, None] != document[:, None, :]))[:, None]
 
 
 def training_sources(data_dir: Path) -> list[dict[str, Any]]:

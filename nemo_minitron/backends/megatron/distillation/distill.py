@@ -67,7 +67,7 @@ def prepare_cached(
     params: Distillation, student_dir: Path, cache_dir: Path, data_dir: Path, work_dir: Path, session: Session
 ) -> Job:
     """Load the student and open a teacher cache, whose samples are the training samples."""
-    require_document_mask(params.reset_attention_mask)
+    require_document_mask(params.reset_attention_mask, session.parallel.cp)
     cache = TeacherCache(cache_dir)
     require_same_keys(cache.facts, params, cache_dir)
     student, shape = load_model(student_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
@@ -98,7 +98,7 @@ def prepare(
     Args:
         plan: the plan by which the student was pruned, for a loss with anchors.
     """
-    require_document_mask(params.reset_attention_mask)
+    require_document_mask(params.reset_attention_mask, session.parallel.cp)
     heldout = heldout_text(params, data_dir, session)
     if not params.loss.needs_teacher:
         options = _shared_options(params, (student_dir, teacher_dir), session)
@@ -159,7 +159,7 @@ def _correction(
 
 def prepare_training(params: TextTraining, model_dir: Path, data_dir: Path, work_dir: Path, session: Session) -> Job:
     """Load the model and open the data: next-token cross entropy, no teacher."""
-    require_document_mask(params.reset_attention_mask)
+    require_document_mask(params.reset_attention_mask, session.parallel.cp)
     model, shape = load_model(model_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
     heldout = heldout_text(params, data_dir, session)
     setup = DistillSetup(NEXT_TOKEN, model, None, shape.vocab_size, heldout, session, params.seed)

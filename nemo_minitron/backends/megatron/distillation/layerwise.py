@@ -209,7 +209,7 @@ def prepare(
     Raises:
         PlanError: a pipeline stage has no such layer.
     """
-    require_document_mask(params.reset_attention_mask)
+    require_document_mask(params.reset_attention_mask, session.parallel.cp)
     (student, shape), (teacher, teacher_shape) = load_pair(params, student_dir, teacher_dir, session)
     teacher.requires_grad_(False).eval()
     positions = stream_positions(plan.layers, teacher_shape.num_layers)

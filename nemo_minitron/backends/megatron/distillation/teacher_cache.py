@@ -14,13 +14,12 @@ from nemo_minitron.backends.megatron.data.datasets import (
     eod_id_of,
     heldout_batches,
     heldout_rows,
-    mask_between_documents,
     training_samples,
 )
 from nemo_minitron.backends.megatron.model.evaluate import EVAL_BATCH_SIZE, sum_nll
 from nemo_minitron.backends.megatron.model.forward import Batch, evaluating, forward_batches
 from nemo_minitron.backends.megatron.model.head import head_weight, model_hidden, vocab_of
-from nemo_minitron.backends.megatron.model.layers import require_document_mask
+from nemo_minitron.backends.megatron.model.layers import require_document_mask, separation_of_documents
 from nemo_minitron.backends.megatron.model.parts import Model
 from nemo_minitron.backends.megatron.model.weights import load_model
 from nemo_minitron.backends.megatron.runtime.session import Session
@@ -46,7 +45,7 @@ def write_cache(
     params: TeacherCaching, teacher_dir: Path, data_dir: Path, work_dir: Path, session: Session, progress: Progress
 ) -> CacheFacts:
     """Write every shard that is missing in the work folder; data-parallel ranks write different ones."""
-    require_document_mask(params.reset_attention_mask)
+    require_document_mask(params.reset_attention_mask, session.parallel.cp)
     model, shape = load_model(teacher_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
     require_vocabulary(shape.vocab_size)
     windows = _heldout_windows(params, data_dir)
@@ -119,7 +118,7 @@ def _batches(samples: Any, numbers: range, separate_at: int | None, session: Ses
         of_batch = numbers[start : start + size]
         batch = {**collate([samples[i] for i in of_batch], session), "sample_ids": torch.tensor(of_batch)}
         if separate_at is not None:
-            batch["attention_mask"] = mask_between_documents(batch["tokens"], separate_at)
+            batch["attention_mask"] = separation_of_documents(batch["tokens"], separate_at)
         out.append(batch)
     return out
 

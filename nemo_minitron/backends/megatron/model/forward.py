@@ -21,7 +21,7 @@ Batch = dict[str, Tensor]
 
 Training batches also have token_weights [B, S], which sum to 1 over whole sequences, and sample_ids [B] on the CPU.
 Held-out batches have window_ids [B]. Both have sample_tokens [B, S], always whole sequences. If attention may not cross
-documents, there is attention_mask [B, 1, S, S], True where attention is masked.
+documents, there is attention_mask: [B, 1, S, S], True where attention is masked, or the bounds of documents, int32.
 """
 
 

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from nemo_minitron.backends.megatron.model.documents import document_bounds, mask_between_documents
 from nemo_minitron.backends.megatron.runtime.context import context_attention
 from nemo_minitron.backends.megatron.runtime.cpu import cuda_is_cpu
 from nemo_minitron.backends.megatron.runtime.torch_versions import attention
@@ -124,14 +125,20 @@ def fuse_weight_gradients(model: nn.Module) -> None:
             module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
-def require_document_mask(reset_attention_mask: bool) -> None:
-    """Raise EnvironmentProblem if attention must not cross documents but the attention module ignores masks."""
-    # Transformer Engine's causal attention silently ignores a mask.
-    if reset_attention_mask and has_transformer_engine():
+def separation_of_documents(tokens_BS: Tensor, eod_id: int) -> Tensor:
+    """Return what keeps the documents of a batch apart in the attention of this session's layers: bounds or a mask."""
+    return (document_bounds if has_transformer_engine() else mask_between_documents)(tokens_BS, eod_id)
+
+
+def require_document_mask(reset_attention_mask: bool, cp: int) -> None:
+    """Raise EnvironmentProblem if attention must not cross documents but the attention module cannot do that."""
+    # The bounds of documents are those of whole samples, which context parallelism splits.
+    if reset_attention_mask and cp > 1 and has_transformer_engine():
         raise EnvironmentProblem(
-            "reset_attention_mask = True: Transformer Engine's attention would ignore the document mask.",
-            allowed="torch attention, which is used where Transformer Engine is not installed or there is no GPU",
-            next_step="Set reset_attention_mask to false, or use an environment without transformer-engine.",
+            f"reset_attention_mask = True with execution.parallel.cp = {cp}: Transformer Engine's attention would see "
+            "across documents.",
+            allowed="cp = 1, or torch attention (without Transformer Engine or without a GPU)",
+            next_step="Set reset_attention_mask to false or cp to 1, or use an environment without transformer-engine.",
         )
 
 
@@ -143,18 +150,15 @@ def _modules() -> dict[str, Any]:
             "row": RowParallelLinear,
             "attention": SdpaCoreAttention,
         }
-    from megatron.core.extensions.transformer_engine import (
-        TEColumnParallelLinear,
-        TEDotProductAttention,
-        TENorm,
-        TERowParallelLinear,
-    )
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
+
+    from nemo_minitron.backends.megatron.model.engine_attention import EngineAttention
 
     return {
         "norm": TENorm,
         "column": TEColumnParallelLinear,
         "row": TERowParallelLinear,
-        "attention": TEDotProductAttention,
+        "attention": EngineAttention,
     }
 
 
