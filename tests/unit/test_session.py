@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -12,10 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nemo_minitron.backends.megatron.distillation import distill
 from nemo_minitron.backends.megatron.runtime import session as sessions
 from nemo_minitron.backends.megatron.runtime.session import DETERMINISTIC, open_session
+from nemo_minitron.backends.megatron.training import loop as training
 from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.system.progress import Progress
 from tests.support.distributed import run_ranks
+from tests.support.tiny_distill import TWENTY_STEPS, distill_folders
 
 SHORT = timedelta(seconds=2)
 
@@ -80,3 +85,20 @@ def test_deterministic_algorithms_are_used_inside_the_session_only(
     assert found == {**expected, "NCCL_ALGO": "Tree"}, "a variable of the user stays"
     assert not torch.are_deterministic_algorithms_enabled()
     assert {name for name in DETERMINISTIC if name in os.environ} == {"NCCL_ALGO"}
+
+
+def test_a_training_waits_less_for_other_ranks_after_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Any] = []
+    plain_step = training.train_step
+    monkeypatch.setattr(sessions.Session, "set_timeout", lambda _, timeout: events.append(timeout))
+    monkeypatch.setattr(training, "train_step", lambda *args: (events.append("step"), plain_step(*args))[1])
+    folders, work = distill_folders(tmp_path), tmp_path / "training"
+    work.mkdir()
+    params = TWENTY_STEPS.model_copy(update={"num_steps": 3, "valid_interval_steps": 3})
+    with open_session(Parallel(), device="cpu", threads=1) as session:
+        job = distill.prepare(params, folders["student"], folders["teacher"], folders["data"], work, session)
+        training.run(job, work, Progress(silent=True))
+    assert events == ["step", sessions.STEP_TIMEOUT, "step", "step", sessions.TIMEOUT]
+    assert sessions.STEP_TIMEOUT < sessions.TIMEOUT

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,3 +68,25 @@ def test_candidates_are_timed_on_the_device_of_the_stage(monkeypatch: pytest.Mon
     context: Any = SimpleNamespace(open_session=SimpleNamespace(device=torch.device("cuda", 3)), logits_memory=None)
     candidate._speed(SpeedMeasurement(), tmp_path, context)
     assert devices == ["cuda:3"]
+
+
+def test_the_other_ranks_wait_for_a_candidate_as_long_as_it_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Cutting and timing happen where the others wait in a group with a timeout of a day, not at NCCL's barrier."""
+    from nemo_minitron.stages.search import candidate
+
+    events: list[str] = []
+
+    @contextmanager
+    def main_works() -> Iterator[None]:
+        events.append("waiting begins")
+        yield
+        events.append("waiting ends")
+
+    monkeypatch.setattr(candidate, "_cut", lambda *_: events.append("cut"))
+    monkeypatch.setattr(candidate, "_speed", lambda *_: events.append("time") or {"generate_tokens_per_s": 1.0})
+    context: Any = SimpleNamespace(is_main=True, work_dir=tmp_path, open_session=SimpleNamespace(main_works=main_works))
+    params: Any = SimpleNamespace(measure_speed=object())
+    assert candidate._cut_and_measure(params, None, context, tmp_path / "pruned") == {"generate_tokens_per_s": 1.0}  # type: ignore[arg-type]
+    assert events == ["waiting begins", "cut", "time", "waiting ends"]

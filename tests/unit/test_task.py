@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from nemo_minitron import api
+from nemo_minitron.backends.megatron.runtime import session
+from nemo_minitron.execution import task as tasks
 from nemo_minitron.execution import worker
 from nemo_minitron.execution.task import StageTask
 from nemo_minitron.plan import planner
 from nemo_minitron.plan.planner import RunPlan, refreshed
+from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages import kind
+from nemo_minitron.system.interrupts import StopRequest
+from nemo_minitron.system.progress import Progress
 from tests.conftest import TOY
 
 
@@ -49,3 +61,27 @@ def test_a_second_look_at_a_plan_lists_no_files(plan: RunPlan, monkeypatch: pyte
     monkeypatch.setattr(planner, "source_facts", listed)
     again = refreshed(plan)
     assert [call.fingerprint for call in again.calls] == [call.fingerprint for call in plan.calls]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_stage_has_the_session_that_the_recipe_requests(
+    deterministic: bool, plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[dict[str, Any]] = []
+
+    @contextmanager
+    def open_session(parallel: Parallel, **options: Any) -> Iterator[Any]:
+        opened.append({"parallel": parallel, **options})
+        yield SimpleNamespace(is_main=True, device=torch.device("cpu"))
+
+    monkeypatch.setattr(session, "open_session", open_session)
+    call = next(call for call in plan.calls if call.name == "evaluate_teacher")
+    task = StageTask.of(call, plan.recipe, tmp_path, tmp_path)
+    execution = task.execution.model_copy(update={"deterministic": deterministic, "threads": 3, "device": "cpu"})
+    monkeypatch.setattr(kind, "load_function", lambda _: lambda params, inputs, context: {"done": True})
+    monkeypatch.setattr(tasks, "typed_inputs", lambda *_: None)
+    result = tasks.run_task(replace(task, execution=execution), {}, Progress(silent=True), StopRequest())
+    assert result == {"done": True, tasks.SESSION_FACTS: {"device": "cpu", "megatron_layers": "torch"}}
+    (options,) = opened
+    assert options["deterministic"] == deterministic
+    assert (options["parallel"], options["threads"], options["device"]) == (call.parallel, 3, "cpu")
