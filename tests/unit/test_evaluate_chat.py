@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 from pydantic import TypeAdapter
 
+from nemo_minitron.api import load_recipe
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.backends.alignment.nemo_aligner.rlhf_inputs import read_prompts
 from nemo_minitron.config.recipe import Recipe
@@ -26,10 +27,11 @@ from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.rlhf import Rlhf
 from nemo_minitron.stages.annotate.params import AnnotateStage
 from nemo_minitron.stages.annotate.run import _readable
+from nemo_minitron.stages.evaluate_chat import preflight
 from nemo_minitron.stages.evaluate_chat.params import EvaluateChatStage
 from nemo_minitron.stages.registry import STAGES
 from nemo_minitron.system.progress import Progress
-from tests.conftest import Cli
+from tests.conftest import REPO, Cli
 from tests.support.distributed import run_ranks
 from tests.support.tiny_models import CHAT_TEMPLATE, load_transformers, tiny_model_dir, tiny_tokenizer
 
@@ -333,3 +335,13 @@ def test_ranks_take_whole_models(tmp_path: Path) -> None:
     split = made.model_copy(update={"execution": made.execution.model_copy(update={"parallel": Parallel(tp=2, dp=2)})})
     assert View(split).layout("measured") == Parallel(dp=4)
     assert View(made).layout("measured") == Parallel()
+
+
+def test_the_template_of_a_training_on_rewards_is_known_before_it_runs(prepared: Path) -> None:
+    """The toy teacher has no chat template; the trained model will have that of its training."""
+    keys = ["stages.reinforce.inputs.model=teacher", "stages.reinforce.template=chatml"]
+    made = load_recipe(REPO / "recipes/toy/reinforce.yaml", keys)
+    measured = made.stages["evaluate_reinforce"]
+    assert isinstance(measured, EvaluateChatStage)
+    found = preflight.tokenizer_of(measured, made.stages, Store(prepared / "runs/r"))
+    assert found == (prepared / "runs/r/teacher", "chatml")

@@ -10,7 +10,6 @@ from nemo_minitron.artifacts.types import Artifact
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import CheckpointError, DataError, MinitronError
 from nemo_minitron.evaluation.chat_questions import prepare
-from nemo_minitron.schema.alignment import Alignment
 from nemo_minitron.schema.base import StageParams
 from nemo_minitron.schema.chats import TemplateName
 from nemo_minitron.stages.evaluate_chat.params import EvaluateChatStage
@@ -34,7 +33,7 @@ def preflight(
     """
     if training not in _ancestors(params.inputs.model, stages):
         return
-    chats, found = _rows(params.inputs.chats, stages, store), _tokenizer(params, stages, store)
+    chats, found = _rows(params.inputs.chats, stages, store), tokenizer_of(params, stages, store)
     if chats is None or found is None:
         return
     folder, template = found
@@ -62,15 +61,14 @@ def _rows(chats: str, stages: Stages, store: Store) -> Artifact | None:
     return store.artifact(chats, "unverified")
 
 
-def _tokenizer(params: EvaluateChatStage, stages: Stages, store: Store) -> tuple[Path, TemplateName] | None:
+def tokenizer_of(params: EvaluateChatStage, stages: Stages, store: Store) -> tuple[Path, TemplateName] | None:
     """Return the folder with the tokenizer of the evaluated model, and the chat template that the model will have."""
     template: TemplateName = params.template
     for name in _ancestors(params.inputs.model, stages):
         if store.manifest(name) is not None:
             return store.published(name), template
-        made = stages[name]
-        if isinstance(made, Alignment) and template == "model":
-            template = made.template
+        if template == "model":  # trainings on chats save the template that they use with the model
+            template = getattr(stages[name], "template", "model")
     return None
 
 
