@@ -187,8 +187,10 @@ def loss_curve(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
         ax.plot(*zip(*parts["train"], strict=True), color=PRUNED, linewidth=1.2, label="batch")
         if parts["valid"]:
             errors = [row.get("valid_se") or 0.0 for row in rows if row["valid"] is not None]
-            points = zip(*parts["valid"], strict=True)
-            ax.errorbar(*points, yerr=errors, color=DISTILLED, marker="o", ms=3.5, linewidth=1.6, label="held out")
+            steps, losses = zip(*parts["valid"], strict=True)
+            ax.errorbar(
+                steps, losses, yerr=errors, color=DISTILLED, marker="o", ms=3.5, linewidth=1.6, label="held out"
+            )
         ax.set(xlabel=f"steps of {name}", ylabel="loss")
         ax.legend(frameon=False)
     return out[0]

@@ -99,10 +99,7 @@ def train(
         run_timer=StopTimer(work / STOP_FILE),
     )
     add_standard_errors(aligner)
-    if progress is not None:
-        aligner.load_state_dict(progress)
-    else:
-        measure_start(aligner, loggers)
+    begin(aligner, progress, loggers)
     aligner.fit()
     finished = aligner.step >= aligner.max_steps
     if finished:
@@ -129,8 +126,14 @@ def add_standard_errors(trainer: Any) -> None:
     trainer.validation_step, trainer.run_validation = validation_step, run_validation
 
 
-def measure_start(trainer: Any, loggers: CustomLoggerWrapper) -> None:
-    """Log the held-out loss before the first step as that of step 0, without a change to what follows."""
+def begin(trainer: Any, progress: dict[str, Any] | None, loggers: CustomLoggerWrapper) -> None:
+    """Load the progress of a resumed run, or log the held-out loss before the first step as that of step 0.
+
+    The validation changes nothing that follows.
+    """
+    if progress is not None:
+        trainer.load_state_dict(progress)
+        return
     random_numbers = torch.get_rng_state()  # a loader draws one when it starts
     _, metrics = trainer.run_validation()
     torch.set_rng_state(random_numbers)
