@@ -1,6 +1,6 @@
 """A process that imports NeMo-Aligner once and runs each requested task in a fork of itself.
 
-An import of NeMo takes half a minute of CPU time. Every task starts from the state after the imports: it has its own
+An import of NeMo takes at least 7 s of CPU time. Every task starts from the state after the imports: it has its own
 memory, random numbers and process groups, and all of them are freed when it ends. The server runs no tensor operations
 itself, because the threads of a parallel operation would not exist in a fork. A process that has initialized CUDA
 cannot be forked, so this is for the CPU only.
