@@ -36,6 +36,20 @@ def preference_metrics(chosen: Sequence[float], rejected: Sequence[float]) -> di
     }
 
 
+def answer_loss(log_probs: Sequence[float], sizes: Sequence[int]) -> dict[str, float | None]:
+    """Return the loss per token of some answers, with its standard error over the answers (None for a single one).
+
+    Args:
+        log_probs: log-probability of each answer, summed over its tokens.
+        sizes: tokens of each answer.
+    """
+    found, tokens = np.asarray(log_probs), np.asarray(sizes)
+    loss = -float(found.sum() / tokens.sum())
+    # The error of a ratio of two sums over the same answers, to first order.
+    error = _standard_error(-found - loss * tokens)
+    return {"loss_nats_per_token": loss, "loss_se": None if error is None else error / float(tokens.mean())}
+
+
 def _standard_error(values: NDArray[Any]) -> float | None:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 

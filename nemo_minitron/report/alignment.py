@@ -14,6 +14,15 @@ from nemo_minitron.report.rewards import reward_samples, reward_table, reward_tr
 from nemo_minitron.report.sections import in_section
 
 QUESTIONS_BY_LEVEL = 3
+DIRECTIONS = {
+    "preference accuracy": "higher is better, 0.5 is chance",
+    "reward accuracy": "higher is better, 0.5 is the start",
+    "reward margin, nats": "higher is better",
+    "loss of answers": "lower is better",
+    "exact match": "higher is better",
+    "rules followed": "higher is better",
+}
+"""Figure of a model -> how to read it."""
 Rows = list[dict[str, Any]]
 
 
@@ -26,7 +35,7 @@ def alignment_facts(stages: Sequence[Artifact]) -> dict[str, Any] | None:
     return {
         "trainings": [_training(stage) for stage in trained],
         "curves": {stage.stage: _curve(stage) for stage in trained},
-        "models": [_model(stage.result) for stage in measured],
+        "models": _models(measured),
         "attributes": [row for stage in trained for row in _attributes(stage)],
         "lengths": [row for stage in measured for row in _lengths(stage)],
         "rewards": reward_trainings(rewarded),
@@ -40,14 +49,27 @@ def alignment_facts(stages: Sequence[Artifact]) -> dict[str, Any] | None:
 
 def _training(stage: Artifact) -> dict[str, Any]:
     lengths = stage.result["lengths"]["train"]
-    keys = ("method", "num_steps", "first_valid_loss", "valid_loss")
-    facts = {key: stage.result[key] for key in keys}
+    facts = {key: stage.result[key] for key in ("method", "num_steps")}
+    for key in ("first_valid_loss", "valid_loss"):
+        facts[key] = (stage.result[key], stage.result.get(f"{key}_se"))
     return {"stage": stage.stage, **facts, "rows": lengths["rows"], "dropped_rows": lengths["dropped_rows"]}
 
 
 def _curve(stage: Artifact) -> Rows:
     points = alignment_backend().read_curve(stage.path / CURVES_FILE)
     return [asdict(point) for point in points if point.train is not None or point.valid is not None]
+
+
+def _models(stages: Sequence[Artifact]) -> Rows:
+    """Return a row for each model; several evaluations of one model, which have the same label, are one row."""
+    rows: dict[str, dict[str, Any]] = {}
+    for stage in stages:
+        found = _model(stage.result)
+        row = rows.setdefault(found["label"], found)
+        if row is not found:
+            both = " and ".join(one["rows"] for one in (row, found) if "rows" in one)
+            row |= {**found, **({"rows": both} if both else {})}
+    return list(rows.values())
 
 
 def _model(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,13 +81,16 @@ def _model(result: Mapping[str, Any]) -> dict[str, Any]:
     preferences = result.get("preferences")
     if preferences:
         plain = preferences["log_probs"]
+        tokens = preferences["mean_tokens"]
+        out["tokens, preferred and other"] = f"{tokens['chosen']:.0f} and {tokens['rejected']:.0f}"
         out["preference accuracy"] = (plain["accuracy"], plain["accuracy_se"])
         if "against_reference" in preferences:
             gained = preferences["against_reference"]
             out["reward accuracy"] = (gained["accuracy"], gained["accuracy_se"])
             out["reward margin, nats"] = (gained["margin_nats"], gained["margin_nats_se"])
     if "conversations" in result:
-        out["loss of answers"] = (result["conversations"]["loss_nats_per_token"], None)
+        found = result["conversations"]
+        out["loss of answers"] = (found["loss_nats_per_token"], found.get("loss_se"))
     if "exact_match" in result:
         out["exact match"] = (result["exact_match"]["share"], result["exact_match"]["se"])
     if "instructions" in result:
@@ -116,9 +141,10 @@ def tables(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     if facts["rewards"]:
         out.append(reward_table(facts["rewards"]))
     if facts["models"]:
-        figures = list(dict.fromkeys(key for row in facts["models"] for key in row if key != "label"))
+        figures = _figures(facts["models"])
         cells = [[row["label"], *(_cell(row.get(figure)) for figure in figures)] for row in facts["models"]]
-        out.append({"title": "On held-out rows", "header": ["model", *figures], "rows": cells})
+        header = ["model", *map(with_direction, figures)]
+        out.append({"title": "On held-out rows, ± one standard error", "header": header, "rows": cells})
     for row in facts["lengths"]:
         by_level = row["mean_tokens_by_level"]
         header = [row["name"], *by_level]
@@ -130,18 +156,41 @@ def tables(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     return out
 
 
+def with_direction(figure: str) -> str:
+    """Return the name of a figure with the direction in which it is better."""
+    return f"{figure} ({DIRECTIONS[figure]})" if figure in DIRECTIONS else figure
+
+
+def measured_figures(models: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Return {figure: {label: (value, standard error)}} of the figures that at least two models have."""
+    out = {
+        figure: {row["label"]: row[figure] for row in models if _has_error(row.get(figure))}
+        for figure in _figures(models)
+        if figure in DIRECTIONS
+    }
+    return {figure: values for figure, values in out.items() if len(values) > 1}
+
+
+def _has_error(value: Any) -> bool:
+    return isinstance(value, tuple | list) and value[1] is not None
+
+
+def _figures(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for row in models for key in row if key != "label"))
+
+
 def _training_table(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows = [
         [
             row["stage"],
             f"{row['rows']:,}",
             f"{row['num_steps']:,}",
-            _number(row["first_valid_loss"]),
-            _number(row["valid_loss"]),
+            _cell(row["first_valid_loss"]),
+            _cell(row["valid_loss"]),
         ]
         for row in trainings
     ]
-    header = ["stage", "rows", "steps", "first held-out loss", "last"]
+    header = ["stage", "rows", "steps", "held-out loss before", "held-out loss after (lower is better)"]
     return {"title": "Trained by NeMo-Aligner", "header": header, "rows": rows}
 
 
@@ -164,7 +213,7 @@ def _cell(value: Any) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     number, error = value
-    return _number(number) if error is None else f"{number:.3f} ± {error:.3f}"
+    return _number(number) if error is None or number is None else f"{number:.3f} ± {error:.3f}"
 
 
 def _number(value: float | None) -> str:

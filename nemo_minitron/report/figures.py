@@ -186,9 +186,31 @@ def loss_curve(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     with picture(out, f"align-{name}", HALF, 2.7, f"Loss of {name} over its steps; {last:.3f} at the end.") as ax:
         ax.plot(*zip(*parts["train"], strict=True), color=PRUNED, linewidth=1.2, label="batch")
         if parts["valid"]:
-            ax.plot(*zip(*parts["valid"], strict=True), color=DISTILLED, marker="o", ms=3.5, label="held out")
+            errors = [row.get("valid_se") or 0.0 for row in rows if row["valid"] is not None]
+            steps, losses = zip(*parts["valid"], strict=True)
+            ax.errorbar(
+                steps, losses, yerr=errors, color=DISTILLED, marker="o", ms=3.5, linewidth=1.6, label="held out"
+            )
         ax.set(xlabel=f"steps of {name}", ylabel="loss")
         ax.legend(frameon=False)
+    return out[0]
+
+
+def model_points(name: str, values: Mapping[str, tuple[float, float]], xlabel: str, chance: float | None) -> str:
+    """Plot one figure of several models with one standard error, and the value of a guess as a line."""
+    out: list[str] = []
+    listed = ", ".join(f"{label} {value:.3f} ± {error:.3f}" for label, (value, error) in values.items())
+    with picture(out, name, HALF, 0.8 + 0.34 * len(values), f"{xlabel}: {listed}") as ax:
+        for row, (value, error) in enumerate(values.values()):
+            ax.errorbar(value, row, xerr=error, fmt="o", ms=5, color=DISTILLED, linewidth=1.4)
+            ax.annotate(f"{value:.2f}", (value, row), (0, 6), textcoords="offset points", ha="center", color=INK)
+        if chance is not None:
+            ax.axvline(chance, color=SOFT, linewidth=1.1, linestyle=(0, (4, 2)))
+        ax.set_yticks(range(len(values)), list(values))
+        ax.tick_params(axis="y", length=0, labelcolor=INK, labelsize=9)
+        ax.set(xlabel=xlabel, ylim=(len(values) - 0.5, -0.6))
+        ax.margins(x=0.1)
+        ax.grid(axis="y", visible=False)
     return out[0]
 
 

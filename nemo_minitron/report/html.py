@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_minitron import __version__
 from nemo_minitron.report import compensation, figures, search
-from nemo_minitron.report.alignment import tables
+from nemo_minitron.report.alignment import measured_figures, tables, with_direction
 from nemo_minitron.report.markdown import LAYERS_NOTE, dropped_layers, headline
 from nemo_minitron.report.text import duration, millions
 from nemo_minitron.stages.registry import STAGES
@@ -91,13 +91,30 @@ def _pictures(report: Mapping[str, Any]) -> dict[str, list[Draw]]:
             partial(figures.speed_bars, speed, labels, "prefill", "reading a prompt, tokens/s"),
         ]
     if report.get("alignment"):
-        found = report["alignment"]["curves"]
-        out["alignment"] = [partial(figures.loss_curve, name, rows) for name, rows in found.items() if rows]
+        out["alignment"] = _alignment_pictures(report["alignment"])
     if report["search"]:
         out["search"] = [partial(search.pareto, report["search"]), partial(search.ladder, report["search"])]
     if report.get("compensation"):
         out["compensation"] = [partial(compensation.recovered_by_layer, report["compensation"])]
     return {**out, **_pruning_pictures(report["pruning"] or {})}
+
+
+def _alignment_pictures(facts: Mapping[str, Any]) -> list[Draw]:
+    curves = [partial(figures.loss_curve, name, rows) for name, rows in facts["curves"].items() if rows]
+    measured = measured_figures(facts["models"])
+    return [
+        *curves,
+        *(
+            partial(
+                figures.model_points,
+                f"aligned-{number}",
+                values,
+                with_direction(figure),
+                0.5 if figure.endswith("accuracy") else None,
+            )
+            for number, (figure, values) in enumerate(measured.items())
+        ),
+    ]
 
 
 def _search(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ ChatFormat = Literal[
     "hh",
     "worked_answers",
     "prompts",
+    "result_place",
 ]
 
 

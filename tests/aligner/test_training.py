@@ -56,10 +56,10 @@ def test_the_loss_goes_down_and_the_model_comes_back(name: str, border: Border, 
     method, keys = METHODS[name]
     rows, work = tmp_path / "rows.jsonl", tmp_path / "work"
     write_rows(method, rows, NUM_ROWS, ranking=name == "ranking", conditioned=name.startswith("attribute"))
-    # Batches of all rows: the first loss is the untouched model's (validations come after steps only) on the very
-    # rows of the last validation.
+    # Batches of all rows: the first training loss and the first validation are the untouched model's on the same rows.
     config = training_config(method, border.nemo, rows, work, num_steps=12, rows_per_batch=NUM_ROWS, keys=keys)
     found = train(method, config, border.nemo, work)
+    assert losses(found, "val/loss")[0] == pytest.approx(losses(found)[0], rel=1e-4)
     assert losses(found, "val/loss")[-1] < losses(found)[0]
     exported = load_transformers(border.back(tmp_path / "hf", work / "trained"))
     if method == "reward_model":

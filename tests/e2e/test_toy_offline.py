@@ -22,7 +22,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_student_is_trained(run: Path) -> None:
     result = json.loads((run / "distill_offline/manifest.json").read_text())["result"]
-    assert result["valid_loss"] < result["first_valid_loss"] < result["first_loss"]
+    assert result["valid_loss"] < result["first_valid_loss"]
 
 
 def test_it_is_nearer_to_the_teacher_than_the_pruned_model(run: Path) -> None:

@@ -163,10 +163,11 @@ def test_answers_are_rated_by_the_reward_model_of_the_backend(tmp_path: Path) ->
 
 
 def test_curves_of_nemo_aligner_are_read_under_our_names(tmp_path: Path) -> None:
-    rows = [{"step": 1, "train/loss": 2.0, "train/lr": 1.0}, {"step": 1, "val/loss": 1.5}, {"step": 2, "time": 3.0}]
+    valid = {"step": 1, "val/loss": 1.5, "val/loss_se": 0.5}
+    rows = [{"step": 1, "train/loss": 2.0, "train/lr": 1.0}, valid, {"step": 2, "time": 3.0}]
     (tmp_path / CURVES_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = base.alignment_backend("nemo_aligner").read_curve(tmp_path / CURVES_FILE)
-    assert found == [LossPoint(1, 2.0, None), LossPoint(1, None, 1.5), LossPoint(2, None, None)]
+    assert found == [LossPoint(1, 2.0, None), LossPoint(1, None, 1.5, 0.5), LossPoint(2, None, None)]
 
 
 @pytest.mark.parametrize("package", ["stages", "plan", "report"])

@@ -176,7 +176,22 @@ def test_a_public_row_is_recognized_and_normalized(name: str, row: Fields, expec
 
 
 def test_every_format_is_tried() -> None:
-    assert {name for name, _, _ in ADAPTED} | {"chosen_answers", "rejected_answers"} == FORMATS.keys()
+    by_name = {"chosen_answers", "rejected_answers", "result_place"}
+    assert {name for name, _, _ in ADAPTED} | by_name == FORMATS.keys()
+
+
+def test_the_preferred_place_of_a_result_is_the_requested_one_and_tells_nothing_else() -> None:
+    first, last = "#### 6\n2*3=6", "2*3=6\n#### 6"
+    chosen = []
+    for number in range(400):
+        row = {"question": f"2 by 3, {number}?", "answer": "2*3=<<2*3=6>>6\n#### 6"}
+        found = FORMATS["result_place"].adapt(row, {})
+        place = "first" if found["chosen"] == first else "last"
+        assert {found["chosen"], found["rejected"]} == {first, last}
+        prompt = f"{row['question']}\nWrite the result in the {place} line."
+        assert found["prompt"] == [{"role": "user", "content": prompt}]
+        chosen.append(place)
+    assert 160 < chosen.count("first") < 240, "half of the pairs, within four standard errors"
 
 
 @pytest.mark.parametrize(("which", "answer"), [("chosen", "3 + 3 = 6\n#### 6"), ("rejected", "6")])
@@ -251,6 +266,8 @@ BAD: tuple[tuple[str, Fields, str], ...] = (
     ("gsm8k", {"question": "Hi"}, "there is no field answer; the row has question"),
     ("gsm8k", {"question": "Hi", "answer": 3}, "answer is 3, not text"),
     ("worked_answers", {"question": "Hi", "answer": "6"}, "answer has no number after ####"),
+    ("result_place", {"question": "Hi", "answer": "6"}, "answer has no number after ####"),
+    ("result_place", {"question": "Hi", "answer": "#### 6"}, "answer has no steps before ####"),
     ("helpsteer", {"prompt": "Hi", "response": "Ho", "tokens": 3}, "unknown attribute 'tokens'"),
     ("helpsteer", {"prompt": "Hi", "quality": 3}, "there is no field response; the row has prompt, quality"),
     ("prompt_completion", {"prompt": "Hi"}, "there is no field completion or output or response or answer"),

@@ -11,7 +11,13 @@ import torch
 from nemo_minitron.data.chat.rows import ATTRIBUTES
 from nemo_minitron.evaluation.answers import answer_log_probs
 from nemo_minitron.evaluation.attributes import agreement
-from nemo_minitron.evaluation.chat_metrics import final_answer, is_exact_match, preference_metrics, rank_correlation
+from nemo_minitron.evaluation.chat_metrics import (
+    answer_loss,
+    final_answer,
+    is_exact_match,
+    preference_metrics,
+    rank_correlation,
+)
 from nemo_minitron.stages.annotate.params import AnnotateStage
 from nemo_minitron.stages.annotate.run import merged
 from nemo_minitron.system.progress import Progress
@@ -24,6 +30,21 @@ def test_preferences_count_ties_as_half() -> None:
     assert found["margin_nats"] == 0.5
     assert found["margin_nats_se"] == pytest.approx(np.std([1, 0, -2, 3], ddof=1) / 2)
     assert preference_metrics([1.0], [0.0])["accuracy_se"] is None, "NaN would not be JSON"
+
+
+def test_the_loss_per_token_has_the_error_of_a_ratio() -> None:
+    log_probs, sizes = [-6.0, -2.0, -16.0], [2, 2, 4]
+    found = answer_loss(log_probs, sizes)
+    assert found["loss_nats_per_token"] == 3.0
+    # Differences to 3 nats per token: 0, -4 and 4, whose standard deviation is 4.
+    assert found["loss_se"] == pytest.approx(4 / np.sqrt(3) / (8 / 3))
+    assert answer_loss([-6.0], [2])["loss_se"] is None
+    draws = np.random.default_rng(0)
+    many = draws.integers(1, 40, 4000)
+    values = -many * 2.0 + draws.normal(0, 3, 4000) * np.sqrt(many)
+    samples = [answer_loss(part, size) for part, size in zip(np.split(values, 40), np.split(many, 40), strict=True)]
+    means, errors = ([sample[key] for sample in samples] for key in ("loss_nats_per_token", "loss_se"))
+    assert np.mean(errors) == pytest.approx(np.std(means, ddof=1), rel=0.35), "the spread of 40 samples"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

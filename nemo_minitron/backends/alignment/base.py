@@ -190,7 +190,9 @@ class LossPoint:
     train: float | None
     """Training loss; None in a line that has none, such as that of a validation."""
     valid: float | None
-    """Validation loss; None in a line that has none."""
+    """Validation loss; None in a line that has none. Step 0 is the model before the training."""
+    valid_se: float | None = None
+    """Standard error of the validation loss over its batches; None for a single batch."""
 
 
 class AlignmentBackend(Protocol):

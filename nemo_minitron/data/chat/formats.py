@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ _CHOSEN, _REJECTED = ("chosen", "chosen_response"), ("rejected", "rejected_respo
 _CHOSEN_REWARD = ("chosen_reward", "score_chosen", "chosen_score")
 _REJECTED_REWARD = ("rejected_reward", "score_rejected", "rejected_score")
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
+_PLACES = ("first", "last")
+"""Lines in which a question can request the result of a worked answer."""
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 _UNSUPPORTED_ATTRIBUTES = ("violence",)
 """OASST attributes that NeMo-Aligner does not support."""
@@ -197,12 +200,35 @@ def _answer_of_pair(row: Fields, renames: Renames, *, which: str) -> Row:
 
 def _worked_answers(row: Fields, renames: Renames) -> Row:
     """Adapt GSM8K as pairs that prefer the worked answer to the bare number after `####`."""
-    answer = _CALCULATOR.sub("", string(row, "answer"))
-    bare = answer.rpartition("####")[2].strip()
-    if not bare or "####" not in answer:
-        raise BadRow("answer has no number after ####")
+    answer, _, bare = _worked_answer(row)
     question = user(_in_context(row, string(row, "question")))
     return pair([*system_of(row), question], answer, bare, (1.0, 0.0))
+
+
+def _result_place(row: Fields, renames: Renames) -> Row:
+    """Adapt GSM8K as pairs of one worked answer with its result in the first and in the last line.
+
+    The question requests one of the two places, chosen by its hash, and the answer that follows the request is
+    preferred. Both answers have the same text, and each place is preferred in half of the pairs, so neither their
+    length nor a constant preference for one place identifies the preferred answer.
+    """
+    _, steps, result = _worked_answer(row)
+    if not steps:
+        raise BadRow("answer has no steps before ####")
+    question = _in_context(row, string(row, "question"))
+    answers = (f"#### {result}\n{steps}", f"{steps}\n#### {result}")
+    place = hashlib.sha256(question.encode(errors="replace")).digest()[0] % 2
+    request = user(f"{question}\nWrite the result in the {_PLACES[place]} line.")
+    return pair([*system_of(row), request], answers[place], answers[1 - place], (1.0, 0.0))
+
+
+def _worked_answer(row: Fields) -> tuple[str, str, str]:
+    """Return (answer of GSM8K without the calculator's marks, its text before `####`, the number after it)."""
+    answer = _CALCULATOR.sub("", string(row, "answer"))
+    steps, mark, result = answer.rpartition("####")
+    if not mark or not result.strip():
+        raise BadRow("answer has no number after ####")
+    return answer, steps.strip(), result.strip()
 
 
 def _hh(row: Fields, renames: Renames) -> Row:
@@ -313,6 +339,7 @@ FORMATS: dict[str, Format] = {
     "hh": Format("pairs", _hh, _is_hh),
     "pairs": Format("pairs", _pairs, _has(_CHOSEN, _REJECTED)),
     "worked_answers": Format("pairs", _worked_answers, _has(("question",), ("answer",))),
+    "result_place": Format("pairs", _result_place, _only_by_name),
 }
 FORMATS_OF: dict[str, tuple[str, ...]] = {
     rows: tuple(name for name, found in FORMATS.items() if found.rows == rows) for rows in get_args(RowKind)

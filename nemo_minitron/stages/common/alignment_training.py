@@ -68,11 +68,13 @@ def train(params: Alignment, objective: Objective, model_dir: Path, rows: Rows, 
 
 def _curve_facts(curve: list[LossPoint]) -> dict[str, Any]:
     train_losses = [point.train for point in curve if point.train is not None]
-    valid_losses = [point.valid for point in curve if point.valid is not None]
+    valid = [point for point in curve if point.valid is not None]
     return {
         "num_steps": curve[-1].step,
         "first_loss": train_losses[0],
         "last_loss": train_losses[-1],
-        "first_valid_loss": valid_losses[0] if valid_losses else None,
-        "valid_loss": valid_losses[-1] if valid_losses else None,
+        "first_valid_loss": valid[0].valid if valid else None,
+        "first_valid_loss_se": valid[0].valid_se if valid else None,
+        "valid_loss": valid[-1].valid if valid else None,
+        "valid_loss_se": valid[-1].valid_se if valid else None,
     }

@@ -11,7 +11,7 @@ from typing import Any
 from nemo_minitron.data.chat.heldout import HeldOut
 from nemo_minitron.data.chat.rows import Row
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
-from nemo_minitron.evaluation.chat_metrics import is_exact_match, preference_metrics, rank_correlation
+from nemo_minitron.evaluation.chat_metrics import answer_loss, is_exact_match, preference_metrics, rank_correlation
 from nemo_minitron.evaluation.chat_questions import LEVELS, Questions, Tokens, prepare
 from nemo_minitron.evaluation.metrics import perplexity
 from nemo_minitron.stages.artifacts import ChatRows, Model
@@ -122,10 +122,12 @@ def _conversations(heldout: HeldOut, template: ChatTemplate, model: Any, ctx: St
 
     sequences = [_sequence(template, text["input"], text["output"]) for text in heldout.rendered]
     found = answer_log_probs(model, sequences, ctx.progress, "held-out answers", ctx.open_session)
-    tokens = sum(len(answer) for _, answer in sequences)
-    loss = -sum(found) / tokens
-    facts = {"answers": len(found), "answer_tokens": tokens, "too_long": heldout.too_long}
-    return {**facts, "loss_nats_per_token": loss, "perplexity": perplexity(loss)}
+    sizes = [len(answer) for _, answer in sequences]
+    measured = answer_loss(found, sizes)
+    loss = measured["loss_nats_per_token"]
+    assert loss is not None
+    facts = {"answers": len(found), "answer_tokens": sum(sizes), "too_long": heldout.too_long}
+    return {**facts, **measured, "perplexity": perplexity(loss)}
 
 
 def _generated(

@@ -21,7 +21,7 @@ from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.execution import Parallel
 
-TRAIN_LOSS, VALID_LOSS = "train/loss", "val/loss"
+TRAIN_LOSS, VALID_LOSS, VALID_LOSS_SE = "train/loss", "val/loss", "val/loss_se"
 """Names in the curves that entry/task.py writes."""
 REWARD_DIR = "nemo"
 """Folder of the NeMo checkpoint in a published reward model."""
@@ -69,7 +69,9 @@ class NemoAligner(AlignmentBackend):
 
     def read_curve(self, file: Path) -> list[LossPoint]:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        return [LossPoint(row["step"], row.get(TRAIN_LOSS), row.get(VALID_LOSS)) for row in rows]
+        return [
+            LossPoint(row["step"], row.get(TRAIN_LOSS), row.get(VALID_LOSS), row.get(VALID_LOSS_SE)) for row in rows
+        ]
 
     def predict_rewards(
         self, reward_model_dir: Path, texts: Sequence[str], batch_size: int, context: TaskContext

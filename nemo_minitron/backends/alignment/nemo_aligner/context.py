@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.backends.alignment.base import TaskContext
 from nemo_minitron.backends.alignment.nemo_aligner.environment import require_gpu_kernels
+from nemo_minitron.backends.alignment.nemo_aligner.fork_server import ForkServer
+from nemo_minitron.backends.alignment.nemo_aligner.process import fork_server
 from nemo_minitron.processes.nodes import Nodes
 from nemo_minitron.schema.execution import Parallel
 
@@ -33,6 +37,19 @@ def on_cpu(context: TaskContext) -> bool:
         return True
     require_gpu_kernels()
     return False
+
+
+@contextmanager
+def task_server(method: str, context: TaskContext, *, on_cpu: bool) -> Iterator[ForkServer | None]:
+    """Start the server for both conversions and the training of a stage; yield None if each needs its own processes.
+
+    On a GPU a process that has initialized CUDA cannot be forked, and several processes start through torchrun.
+    """
+    if not on_cpu or context.layout.world_size > 1:
+        yield None
+        return
+    with fork_server(("to_nemo", method, "from_nemo"), log_file(context), context.threads) as server:
+        yield server
 
 
 def trainer_keys(layout: Parallel) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.backends.alignment.nemo_aligner.fork_server import ForkServer
 from nemo_minitron.backends.alignment.nemo_aligner.model_config import nemo_model_config, tokenizer_dir
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
 from nemo_minitron.backends.alignment.nemo_aligner.weights import read_megatron_tensors, write_megatron_tensors
@@ -28,8 +29,12 @@ def to_nemo(
     seq_len_tokens: int,
     on_cpu: bool,
     tp: int = 1,
+    server: ForkServer | None = None,
 ) -> dict[str, Any]:
     """Write the NeMo checkpoint folder `out`, and its tokenizer beside it; returns its model config.
+
+    Args:
+        server: see `run_task`.
 
     Raises:
         ConfigError: NeMo does not support this model.
@@ -46,7 +51,7 @@ def to_nemo(
     write_megatron_tensors(model_dir, weights)
     try:
         task = {"weights": str(weights), "model_config": config, "out": str(out)}
-        run_task("to_nemo", task, work_dir, log, progress, stop, on_cpu=on_cpu)
+        run_task("to_nemo", task, work_dir, log, progress, stop, on_cpu=on_cpu, server=server)
     finally:
         shutil.rmtree(weights, ignore_errors=True)
     return config
@@ -63,6 +68,7 @@ def from_nemo(
     stop: StopRequest,
     *,
     on_cpu: bool | None = None,
+    server: ForkServer | None = None,
 ) -> None:
     """Convert a NeMo checkpoint to a Hugging Face checkpoint with the config, dtype and tokenizer of `like`."""
     weights = work_dir / "weights"
@@ -70,7 +76,7 @@ def from_nemo(
     dtype = Checkpoint.open(like).dtype
     try:
         task = {"nemo": str(nemo_dir), "model_config": model_config, "out": str(weights), "dtype": dtype}
-        run_task("from_nemo", task, work_dir, log, progress, stop, on_cpu=on_cpu)
+        run_task("from_nemo", task, work_dir, log, progress, stop, on_cpu=on_cpu, server=server)
         read_megatron_tensors(weights, like, out)
     finally:
         shutil.rmtree(weights, ignore_errors=True)

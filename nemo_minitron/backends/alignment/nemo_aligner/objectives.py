@@ -13,14 +13,18 @@ from nemo_minitron.backends.alignment.base import (
     TeacherObjective,
     Training,
 )
+from nemo_minitron.backends.alignment.nemo_aligner.fork_server import ForkServer
 from nemo_minitron.backends.alignment.nemo_aligner.teacher_logits import cache_logits
 
 
-def objective_keys(training: Training, nemo: Path, context: TaskContext) -> dict[str, Any]:
+def objective_keys(
+    training: Training, nemo: Path, context: TaskContext, server: ForkServer | None = None
+) -> dict[str, Any]:
     """Return dotted config key -> value. For a teacher objective, cache the teacher's logits first.
 
     Args:
         nemo: the NeMo checkpoint that the training starts from; it need not exist yet.
+        server: see `run_task`.
     """
     objective, micro_batch_size = training.objective, context.layout.micro_batch_size
     match objective:
@@ -31,7 +35,7 @@ def objective_keys(training: Training, nemo: Path, context: TaskContext) -> dict
         case RewardObjective():
             return {**_reward_keys(objective, micro_batch_size), **_json_rows(training, nemo)}
         case TeacherObjective():
-            return _teacher_keys(training, objective, nemo, context)
+            return _teacher_keys(training, objective, nemo, context, server)
 
 
 def _sft_keys(training: Training, nemo: Path, micro_batch_size: int) -> dict[str, Any]:
@@ -78,8 +82,10 @@ def _json_rows(training: Training, nemo: Path) -> dict[str, Any]:
     }
 
 
-def _teacher_keys(training: Training, objective: TeacherObjective, nemo: Path, context: TaskContext) -> dict[str, Any]:
-    logits = cache_logits(training, objective, context)
+def _teacher_keys(
+    training: Training, objective: TeacherObjective, nemo: Path, context: TaskContext, server: ForkServer | None
+) -> dict[str, Any]:
+    logits = cache_logits(training, objective, context, server)
     parts = {"train": logits.train, "validation": logits.valid, "test": logits.valid}
     return {
         "model.knowledge_distillation.kd_loss": objective.kd_loss,

@@ -6,8 +6,8 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +17,7 @@ from nemo_minitron.backends.alignment.nemo_aligner.environment import (
     environment_of,
     has_gpu_kernels,
 )
+from nemo_minitron.backends.alignment.nemo_aligner.fork_server import Fork, ForkServer, serving
 from nemo_minitron.errors import EnvironmentProblem, Interrupted, ProcessesDied
 from nemo_minitron.processes import exchange
 from nemo_minitron.processes.nodes import Nodes, start_everywhere
@@ -32,6 +33,8 @@ TASK_FILE = "task.json"
 PROGRESS_FILE, STOP_FILE = "aligner.json", "STOP"
 """The same names as in entry/task.py, which cannot import this package."""
 POLL_S, SHUTDOWN_TIMEOUT_S = 0.5, 60.0
+Started = subprocess.Popen[bytes] | Fork
+"""A task that runs; its `pid` leads a process group of its own."""
 
 
 def run_task(
@@ -48,6 +51,7 @@ def run_task(
     on_cpu: bool | None = None,
     variables: Mapping[str, str] | None = None,
     watch: Callable[[], None] = lambda: None,
+    server: ForkServer | None = None,
 ) -> dict[str, Any]:
     """Run a task and return its result.
 
@@ -61,32 +65,74 @@ def run_task(
         on_cpu: whether GPUs are hidden from the task; None: hide them if the task's Python cannot use them.
         variables: more environment variables for the task.
         watch: called regularly; the task is ended with the error that it raises.
+        server: runs the task, if it needs one process; None: the task gets a process that imports NeMo itself.
 
     Raises:
         EnvironmentProblem: NeMo-Aligner is not installed, or the task failed.
         ProcessesDied: the processes ended without an error message.
         Interrupted: a stop was requested; a training has written a checkpoint.
     """
-    python = aligner_python()
     script = write_task(name, task, work_dir)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as started, stop.deferred():
+        if server is not None and num_processes == 1:
+            process: Started = server.start(work_dir / TASK_FILE, variables or {})
+        else:
+            own = _own_processes(script, num_processes, threads, stage_work or work_dir, on_cpu, variables or {}, log)
+            process = started.enter_context(own)
+        code = _wait(process, name, work_dir, progress, stop, watch)
+    return _result(name, code, work_dir, log, stop)
+
+
+@contextmanager
+def fork_server(tasks: Sequence[str], log: Path, threads: int | None) -> Iterator[ForkServer]:
+    """Start a server that runs the named tasks on the CPU with one start of NeMo, and end it with the block."""
+    python = aligner_python()
+    nodes = Nodes()
+    environment = task_environment(python, threads or nodes.threads_of_each(1), on_cpu=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open_log(log) as file, without_secrets(file) as output:
+
+        def start(command: list[str], descriptors: tuple[int, ...]) -> subprocess.Popen[bytes]:
+            return start_everywhere(
+                command,
+                environment,
+                nodes,
+                log.parent,
+                lambda command, variables: _start(command, variables, output, descriptors),
+                outside_job=True,
+            )
+
+        with serving([str(python), str(ENTRY)], tasks, start) as server:
+            yield server
+
+
+@contextmanager
+def _own_processes(
+    script: Sequence[str],
+    num_processes: int,
+    threads: int | None,
+    stage_work: Path,
+    on_cpu: bool | None,
+    variables: Mapping[str, str],
+    log: Path,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start processes that import NeMo and run one task; several of them on all nodes of the job."""
+    python = aligner_python()
     nodes = Nodes.here() if num_processes > 1 else Nodes()
     command = nodes.command(python, num_processes, script) if num_processes > 1 else [str(python), *script]
     hidden = not has_gpu_kernels(python) if on_cpu is None else on_cpu
-    own = task_environment(python, threads or nodes.threads_of_each(num_processes), on_cpu=hidden)
-    environment = {**own, **(variables or {})}
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open_log(log) as file, without_secrets(file) as output, stop.deferred(), nodes.rendezvous() as rendezvous:
+    environment = task_environment(python, threads or nodes.threads_of_each(num_processes), on_cpu=hidden)
+    with open_log(log) as file, without_secrets(file) as output, nodes.rendezvous() as rendezvous:
         # Lightning would take a single process for one of the tasks of the surrounding Slurm job.
-        process = start_everywhere(
+        yield start_everywhere(
             command,
-            {**environment, **(rendezvous if num_processes > 1 else {})},
+            {**environment, **variables, **(rendezvous if num_processes > 1 else {})},
             nodes,
-            stage_work or work_dir,
+            stage_work,
             lambda command, variables: _start(command, variables, output),
             outside_job=True,
         )
-        code = _wait(process, name, work_dir, progress, stop, watch)
-    return _result(name, code, work_dir, log, stop)
 
 
 def write_task(name: str, task: Mapping[str, Any], work_dir: Path) -> list[str]:
@@ -113,13 +159,17 @@ def task_environment(python: Path, threads: int, *, on_cpu: bool) -> dict[str, s
     }
 
 
-def _start(command: list[str], environment: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+def _start(
+    command: list[str], environment: dict[str, str], output: IO[bytes], descriptors: tuple[int, ...] = ()
+) -> subprocess.Popen[bytes]:
     # A new session keeps Ctrl-C from the task: the runner gets it, and requests a checkpoint first.
-    return subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=output, stderr=output, start_new_session=True, pass_fds=descriptors
+    )
 
 
 def _wait(
-    process: subprocess.Popen[bytes],
+    process: Started,
     name: str,
     work_dir: Path,
     progress: Progress,
@@ -163,7 +213,7 @@ def _seen(work_dir: Path) -> dict[str, Any] | None:
     return seen
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: Started) -> None:
     """Request the end of the process group; the caller kills what is left of it."""
     os.killpg(process.pid, signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):

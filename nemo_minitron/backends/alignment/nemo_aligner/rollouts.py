@@ -11,7 +11,8 @@ from typing import Any
 from nemo_minitron.backends.alignment.base import ANSWERS_FILE, CURVES_FILE, Rollouts, TaskContext
 from nemo_minitron.backends.alignment.nemo_aligner import convert
 from nemo_minitron.backends.alignment.nemo_aligner.config import complete_config
-from nemo_minitron.backends.alignment.nemo_aligner.context import conversion_dir, log_file, on_cpu
+from nemo_minitron.backends.alignment.nemo_aligner.context import conversion_dir, log_file, on_cpu, task_server
+from nemo_minitron.backends.alignment.nemo_aligner.fork_server import ForkServer
 from nemo_minitron.backends.alignment.nemo_aligner.model_config import tokenizer_dir
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
 from nemo_minitron.backends.alignment.nemo_aligner.remote_servers import serving
@@ -30,16 +31,46 @@ def train_on_rewards(rollouts: Rollouts, out_dir: Path, context: TaskContext) ->
     """Train, and write a Hugging Face model with curves and answers to `out_dir`; returns the file of the curves."""
     cpu, work = on_cpu(context), context.work_dir / "training"
     nemo, trained = start_checkpoint(context), context.work_dir / "trained"
-    model_config = converted(rollouts.model_dir, rollouts.max_seq_len_tokens, nemo, context, cpu)
+    with task_server(rollouts.method, context, on_cpu=cpu) as server:
+        model_config = converted(rollouts.model_dir, rollouts.max_seq_len_tokens, nemo, context, server, on_cpu=cpu)
+        _run_actor(rollouts, nemo, trained, work, context, server, on_cpu=cpu)
+        for file in (work / CURVES_FILE, work / ANSWERS_FILE, context.work_dir / CONFIG_FILE):
+            shutil.copyfile(file, out_dir / file.name)
+        convert.from_nemo(
+            trained,
+            model_config,
+            rollouts.model_dir,
+            out_dir,
+            conversion_dir(context),
+            log_file(context),
+            context.progress,
+            context.stop,
+            on_cpu=cpu,
+            server=server,
+        )
+    return out_dir / CURVES_FILE
+
+
+def _run_actor(
+    rollouts: Rollouts,
+    nemo: Path,
+    trained: Path,
+    work: Path,
+    context: TaskContext,
+    server: ForkServer | None,
+    *,
+    on_cpu: bool,
+) -> None:
+    """Start the servers of rewards and train; `server` runs the training."""
     complete = complete_config(
         rollouts.method,
         actor_keys(rollouts, nemo, context),
         rollouts.overrides,
-        on_cpu=cpu,
+        on_cpu=on_cpu,
         where=f"stages.{context.stage}",
     )
     (context.work_dir / CONFIG_FILE).write_text(json.dumps(complete, indent=2))
-    with serving(_servers(rollouts, nemo, context, cpu), context, on_cpu=cpu) as servers:
+    with serving(_servers(rollouts, nemo, context, on_cpu), context, on_cpu=on_cpu) as servers:
         run_task(
             rollouts.method,
             {"config": complete, "nemo": str(nemo), "out": str(trained)},
@@ -50,24 +81,11 @@ def train_on_rewards(rollouts: Rollouts, out_dir: Path, context: TaskContext) ->
             num_processes=context.layout.world_size,
             threads=context.threads,
             stage_work=context.work_dir,
-            on_cpu=cpu,
+            on_cpu=on_cpu,
             variables=servers.variables,
             watch=servers.watch,
+            server=server,
         )
-    for file in (work / CURVES_FILE, work / ANSWERS_FILE, context.work_dir / CONFIG_FILE):
-        shutil.copyfile(file, out_dir / file.name)
-    convert.from_nemo(
-        trained,
-        model_config,
-        rollouts.model_dir,
-        out_dir,
-        conversion_dir(context),
-        log_file(context),
-        context.progress,
-        context.stop,
-        on_cpu=cpu,
-    )
-    return out_dir / CURVES_FILE
 
 
 def _servers(rollouts: Rollouts, nemo: Path, context: TaskContext, cpu: bool) -> list[ServerTask]:

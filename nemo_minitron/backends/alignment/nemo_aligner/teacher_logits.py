@@ -12,6 +12,7 @@ from nemo_minitron.backends.alignment.base import TaskContext, TeacherObjective,
 from nemo_minitron.backends.alignment.nemo_aligner import convert
 from nemo_minitron.backends.alignment.nemo_aligner.config import complete_config
 from nemo_minitron.backends.alignment.nemo_aligner.context import conversion_dir, log_file, on_cpu, trainer_keys
+from nemo_minitron.backends.alignment.nemo_aligner.fork_server import ForkServer
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
 
 CHUNK_ID = "CHUNK_ID"
@@ -34,7 +35,9 @@ class CachedLogits:
         return len(list(pattern.parent.glob(pattern.name.replace(CHUNK_ID, "*"))))
 
 
-def cache_logits(training: Training, objective: TeacherObjective, context: TaskContext) -> CachedLogits:
+def cache_logits(
+    training: Training, objective: TeacherObjective, context: TaskContext, server: ForkServer | None
+) -> CachedLogits:
     """Run the teacher on all rows and keep its top logits; resumes after a part that a stopped run has finished."""
     folder = context.work_dir / "teacher_logits"
     # NeMo-Aligner writes whole files only. Their size divides a batch, so that no batch is lost.
@@ -46,18 +49,21 @@ def cache_logits(training: Training, objective: TeacherObjective, context: TaskC
     nemo = context.work_dir / "teacher" / "nemo"
     if not nemo.is_dir():
         context.progress.say("converting the teacher to NeMo's format")
-        _convert_teacher(training, objective.teacher_dir, nemo, context)
+        _convert_teacher(training, objective.teacher_dir, nemo, context, server)
     for part, rows, pattern in (
         ("train", training.train_rows, logits.train),
         ("valid", training.valid_rows, logits.valid),
     ):
-        _cache_part(part, _keys(training, objective, nemo, rows, pattern, context), nemo, rows_per_file, context)
+        keys = _keys(training, objective, nemo, rows, pattern, context)
+        _cache_part(part, keys, nemo, rows_per_file, context, server)
     finished.touch()
     shutil.rmtree(nemo.parent)
     return logits
 
 
-def _convert_teacher(training: Training, teacher_dir: Path, nemo: Path, context: TaskContext) -> None:
+def _convert_teacher(
+    training: Training, teacher_dir: Path, nemo: Path, context: TaskContext, server: ForkServer | None
+) -> None:
     nemo.parent.mkdir(parents=True, exist_ok=True)
     convert.to_nemo(
         teacher_dir,
@@ -69,10 +75,13 @@ def _convert_teacher(training: Training, teacher_dir: Path, nemo: Path, context:
         seq_len_tokens=training.max_seq_len_tokens,
         on_cpu=on_cpu(context),
         tp=context.layout.tp,
+        server=server,
     )
 
 
-def _cache_part(part: str, keys: dict[str, Any], nemo: Path, rows_per_file: int, context: TaskContext) -> None:
+def _cache_part(
+    part: str, keys: dict[str, Any], nemo: Path, rows_per_file: int, context: TaskContext, server: ForkServer | None
+) -> None:
     cpu = on_cpu(context)
     config = complete_config("topk_logits", keys, {}, on_cpu=cpu, where=f"stages.{context.stage}")
     run_task(
@@ -86,6 +95,7 @@ def _cache_part(part: str, keys: dict[str, Any], nemo: Path, rows_per_file: int,
         threads=context.threads,
         stage_work=context.work_dir,
         on_cpu=cpu,
+        server=server,
     )
 
 

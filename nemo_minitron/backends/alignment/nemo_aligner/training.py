@@ -10,7 +10,14 @@ from typing import Any
 from nemo_minitron.backends.alignment.base import CURVES_FILE, TaskContext, Training
 from nemo_minitron.backends.alignment.nemo_aligner import convert
 from nemo_minitron.backends.alignment.nemo_aligner.config import TRAINER_KEYS, complete_config
-from nemo_minitron.backends.alignment.nemo_aligner.context import conversion_dir, log_file, on_cpu, trainer_keys
+from nemo_minitron.backends.alignment.nemo_aligner.context import (
+    conversion_dir,
+    log_file,
+    on_cpu,
+    task_server,
+    trainer_keys,
+)
+from nemo_minitron.backends.alignment.nemo_aligner.fork_server import ForkServer
 from nemo_minitron.backends.alignment.nemo_aligner.model_config import tokenizer_dir
 from nemo_minitron.backends.alignment.nemo_aligner.objectives import objective_keys
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
@@ -22,26 +29,29 @@ CONFIG_FILE = "aligner_config.json"
 
 def train_language_model(training: Training, out_dir: Path, context: TaskContext) -> Path:
     """Train, and write a Hugging Face model with its curves to `out_dir`; returns the file of the curves."""
-    trained = context.work_dir / "trained"
-    model_config = _train(training, trained, context)
-    curves = _publish_records(out_dir, context)
-    convert.from_nemo(
-        trained,
-        model_config,
-        training.model_dir,
-        out_dir,
-        conversion_dir(context),
-        log_file(context),
-        context.progress,
-        context.stop,
-        on_cpu=on_cpu(context),
-    )
+    trained, cpu = context.work_dir / "trained", on_cpu(context)
+    with task_server(training.objective.method, context, on_cpu=cpu) as server:
+        model_config = _train(training, trained, context, server)
+        curves = _publish_records(out_dir, context)
+        convert.from_nemo(
+            trained,
+            model_config,
+            training.model_dir,
+            out_dir,
+            conversion_dir(context),
+            log_file(context),
+            context.progress,
+            context.stop,
+            on_cpu=cpu,
+            server=server,
+        )
     return curves
 
 
 def train_reward_model(training: Training, nemo: Path, context: TaskContext) -> Path:
     """Train into the NeMo checkpoint `nemo`, tokenizer and curves beside it; returns the file of the curves."""
-    _train(training, nemo, context)
+    with task_server(training.objective.method, context, on_cpu=on_cpu(context)) as server:
+        _train(training, nemo, context, server)
     curves = _publish_records(nemo.parent, context)
     shutil.copytree(tokenizer_dir(start_checkpoint(context)), tokenizer_dir(nemo))
     return curves
@@ -54,13 +64,13 @@ def _publish_records(out_dir: Path, context: TaskContext) -> Path:
     return out_dir / CURVES_FILE
 
 
-def _train(training: Training, out: Path, context: TaskContext) -> dict[str, Any]:
+def _train(training: Training, out: Path, context: TaskContext, server: ForkServer | None) -> dict[str, Any]:
     """Train into the NeMo checkpoint `out`; returns the model config of the checkpoint that it started from."""
     cpu, method = on_cpu(context), training.objective.method
     nemo = start_checkpoint(context)
     # A teacher's logits are cached before the student is converted.
-    own_keys = objective_keys(training, nemo, context)
-    model_config = converted(training.model_dir, training.max_seq_len_tokens, nemo, context, cpu)
+    own_keys = objective_keys(training, nemo, context, server)
+    model_config = converted(training.model_dir, training.max_seq_len_tokens, nemo, context, server, on_cpu=cpu)
     complete = complete_config(
         method,
         {**_common_keys(training, context), **own_keys},
@@ -80,6 +90,7 @@ def _train(training: Training, out: Path, context: TaskContext) -> dict[str, Any
         threads=context.threads,
         stage_work=context.work_dir,
         on_cpu=cpu,
+        server=server,
     )
     return model_config
 
@@ -89,7 +100,15 @@ def start_checkpoint(context: TaskContext) -> Path:
     return context.work_dir / "nemo"
 
 
-def converted(model_dir: Path, seq_len_tokens: int, nemo: Path, context: TaskContext, cpu: bool) -> dict[str, Any]:
+def converted(
+    model_dir: Path,
+    seq_len_tokens: int,
+    nemo: Path,
+    context: TaskContext,
+    server: ForkServer | None,
+    *,
+    on_cpu: bool,
+) -> dict[str, Any]:
     """Convert the input model to `nemo` unless an earlier run has done it; returns the model config."""
     settings = context.work_dir / "model_config.json"
     if not (nemo.is_dir() and settings.is_file()):
@@ -102,8 +121,9 @@ def converted(model_dir: Path, seq_len_tokens: int, nemo: Path, context: TaskCon
             context.progress,
             context.stop,
             seq_len_tokens=seq_len_tokens,
-            on_cpu=cpu,
+            on_cpu=on_cpu,
             tp=context.layout.tp,
+            server=server,
         )
         write_whole(settings, json.dumps(config))
     found: dict[str, Any] = json.loads(settings.read_text())

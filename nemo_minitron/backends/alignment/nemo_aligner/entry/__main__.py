@@ -1,4 +1,5 @@
-"""Run one task in NeMo-Aligner's environment: `python .../entry TASK.json`."""
+"""Run one task in NeMo-Aligner's environment, `python .../entry TASK.json`, or the tasks of a stage one after another,
+`python .../entry fork_server SOCKET NAME...`, where SOCKET is an open file descriptor and NAME a key of TASKS."""
 
 from __future__ import annotations
 
@@ -6,10 +7,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import fork_server
 from task import Task, load_backend_module, run
 
 TASKS = {
@@ -39,14 +42,33 @@ WITHOUT_NEMO = ("rule_server",)
 
 
 def main() -> int:
-    """Run the task of the file; returns the exit code."""
+    """Run the task of the file, or a fork server; returns the exit code."""
+    if sys.argv[1] == fork_server.COMMAND:
+        _prepare()
+        for name in sys.argv[3:]:
+            with suppress(Exception):  # the task that needs the module repeats the import and reports the error
+                import_module(TASKS[name].split(":")[0])
+        return fork_server.serve(int(sys.argv[2]), _run_file)
     task = json.loads(Path(sys.argv[1]).read_text())
     if task["task"] not in WITHOUT_NEMO:
-        import cpu
+        _prepare()
+    return _run_file(Path(sys.argv[1]))
 
-        cpu.enable()
-        load_backend_module("megatron/runtime/known_pickles.py").read_only_known_pickles()
-    return run(Path(task["work_dir"]), _run, task)
+
+def _prepare() -> None:
+    """Apply the patches that must precede the import of NeMo."""
+    import cpu
+
+    cpu.enable()
+    load_backend_module("megatron/runtime/known_pickles.py").read_only_known_pickles()
+
+
+def _run_file(file: Path) -> int:
+    task = json.loads(file.read_text())
+    code = run(Path(task["work_dir"]), _run, task)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
 
 
 def _run(task: Task) -> Mapping[str, Any]:
@@ -61,7 +83,4 @@ def _run(task: Task) -> Mapping[str, Any]:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # threads of PyTriton's clients would wait for a server that may have ended
+    os._exit(main())  # threads of PyTriton's clients would wait for a server that may have ended

@@ -102,7 +102,7 @@ def rewrite_lines(file: Path, first_step: int) -> None:
 class Curves:
     """Logger for NeMo-Aligner's trainers: writes one JSON line for each step, and the newest step to PROGRESS_FILE.
 
-    When a run resumes, lines of steps that it will repeat are removed first.
+    When a run resumes, lines of steps that it will repeat are removed first: those after `first_step`, or all for -1.
     """
 
     def __init__(self, work_dir: Path, max_steps: int, first_step: int) -> None:

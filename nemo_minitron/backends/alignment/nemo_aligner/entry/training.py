@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import torch
@@ -82,8 +84,8 @@ def train(
     dataset, loader, valid_loader = make_loaders(config, model, progress["consumed_samples"] if progress else 0)
     init_using_ptl(trainer, model, loader, dataset)
     optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(model)
-    settings = config.trainer[key]
-    loggers.loggers.append(Curves(Path(task["work_dir"]), settings.max_steps, int(progress["step"]) if progress else 0))
+    settings, work = config.trainer[key], Path(task["work_dir"])
+    loggers.loggers.append(Curves(work, settings.max_steps, int(progress["step"]) if progress else -1))
     aligner = make_trainer(
         cfg=settings,
         model=model,
@@ -94,15 +96,48 @@ def train(
         test_dataloader=None,
         logger=loggers,
         ckpt_callback=add_custom_checkpoint_callback(trainer, model),
-        run_timer=StopTimer(Path(task["work_dir"]) / STOP_FILE),
+        run_timer=StopTimer(work / STOP_FILE),
     )
-    if progress is not None:
-        aligner.load_state_dict(progress)
+    add_standard_errors(aligner)
+    begin(aligner, progress, loggers)
     aligner.fit()
     finished = aligner.step >= aligner.max_steps
     if finished:
         save_nemo(model, Path(task["out"]))
     return {"finished": finished, "step": int(aligner.step), "seconds": time.monotonic() - started_s}
+
+
+def add_standard_errors(trainer: Any) -> None:
+    """Add `loss_se` to the metrics of the trainer's validations: the standard error of the loss over the batches."""
+    step, run, losses = trainer.validation_step, trainer.run_validation, []
+
+    def validation_step(batch: Any) -> tuple[Any, Any]:
+        loss, metrics = step(batch)
+        losses.append(float(loss))
+        return loss, metrics
+
+    def run_validation() -> tuple[Any, Any]:
+        losses.clear()
+        loss, metrics = run()
+        if len(losses) > 1:
+            metrics["loss_se"] = stdev(losses) / math.sqrt(len(losses))
+        return loss, metrics
+
+    trainer.validation_step, trainer.run_validation = validation_step, run_validation
+
+
+def begin(trainer: Any, progress: dict[str, Any] | None, loggers: CustomLoggerWrapper) -> None:
+    """Load the progress of a resumed run, or log the held-out loss before the first step as that of step 0.
+
+    The validation changes nothing that follows.
+    """
+    if progress is not None:
+        trainer.load_state_dict(progress)
+        return
+    random_numbers = torch.get_rng_state()  # a loader draws one when it starts
+    _, metrics = trainer.run_validation()
+    torch.set_rng_state(random_numbers)
+    loggers.log_metrics(metrics, step=0, prefix="val/")
 
 
 def jsonl_arguments(config: DictConfig, model: Any) -> dict[str, Any]:
