@@ -182,7 +182,7 @@ def _result(name: str, code: int, work_dir: Path, log: Path, stop: StopRequest) 
         raise Interrupted(f"Stopped in {name} as requested by {stop.source()}; the same command resumes.")
     reason, error = "", exchange.load_error(work_dir)
     if error is not None:
-        reason = f": {error['type']}: {error['message']}"[:600]
+        reason = f": {error['type']}: {error['message']}"
         problem = disk_problem(RuntimeError(reason), work_dir)
         if problem is not None:
             raise problem
