@@ -45,16 +45,23 @@ def gradients(task: Task) -> dict[str, Any]:
 
 def _loaded(task: Task, method: str) -> tuple[Any, Any]:
     """Return the model in its layout, and the settings of its trainer."""
+    model_class: type[Any]
     if method == "reinforce":
-        from reinforce import MegatronGPTReinforceActorModel as Model
-    elif method == "ppo":
-        from ppo import MegatronGPTActorModel as Model
+        from reinforce import MegatronGPTReinforceActorModel
+
+        section, model_class = "reinforce", MegatronGPTReinforceActorModel
     else:
-        from ppo import MegatronGPTCriticModel as Model
-    section = "reinforce" if method == "reinforce" else "ppo"
+        from ppo import MegatronGPTActorModel, MegatronGPTCriticModel
+
+        section, model_class = "ppo", MegatronGPTActorModel if method == "ppo" else MegatronGPTCriticModel
     config, trainer = prepare(task, section)
     model = load_from_nemo(
-        Model, config.model, trainer, strict=True, restore_path=task["nemo"], load_base_model_only=method == "critic"
+        model_class,
+        config.model,
+        trainer,
+        strict=True,
+        restore_path=task["nemo"],
+        load_base_model_only=method == "critic",
     )
     init_distributed(trainer, model, config.model.get("transformer_engine", False))
     init_using_ptl(trainer, model, None, None)
