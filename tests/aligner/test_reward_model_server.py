@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 
 from nemo_minitron.backends.alignment.base import ModelReward, TaskContext
 from nemo_minitron.backends.alignment.nemo_aligner.prediction import predict
+from nemo_minitron.backends.alignment.nemo_aligner.rollout_keys import REWARD_MODEL_SOCKET
 from nemo_minitron.backends.alignment.nemo_aligner.rollouts import _client, _reward_model_server
 from nemo_minitron.backends.alignment.nemo_aligner.servers import running
 from nemo_minitron.evaluation.rewards import Answer, make_rules, rewards
@@ -57,37 +57,45 @@ def requests() -> list[tuple[dict[str, str], str]]:
     return [(ROWS[number % len(ROWS)], answer) for number, answer in enumerate(answers)]
 
 
-@pytest.mark.parametrize("rules", [[], RULES], ids=["alone", "with rules"])
 @pytest.mark.parametrize("kind", ["regression", "ranking"])
-def test_the_rewards_are_those_of_a_direct_call(
-    kind: str, rules: list[dict[str, Any]], border: Border, tmp_path: Path
-) -> None:
-    reward = ModelReward(published(kind, border, tmp_path), WEIGHT, ATTRIBUTE_WEIGHTS if kind == "regression" else None)
+def test_the_rewards_are_those_of_a_direct_call(kind: str, border: Border, tmp_path: Path) -> None:
+    weights = ATTRIBUTE_WEIGHTS if kind == "regression" else None
+    reward = ModelReward(published(kind, border, tmp_path), WEIGHT, weights)
     context = TaskContext("rl", tmp_path / "work", Parallel(), "cpu", 1, *quiet())
     context.work_dir.mkdir()
-    tokenizer = Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
-    texts = [row["text"] + answer + STOP for row, answer in requests()]
-    sizes = [len(tokenizer.encode(answer + STOP, add_special_tokens=False).ids) for _, answer in requests()]
-    for text, (row, answer) in zip(texts, requests(), strict=True):  # a server gets the tokens of both parts
-        parts = [tokenizer.encode(part, add_special_tokens=False).ids for part in (row["text"], answer + STOP)]
-        assert tokenizer.encode(text, add_special_tokens=False).ids == parts[0] + parts[1]
-    nemo = reward.model_dir / "nemo"
-    outputs = predict(nemo, reward.model_dir / "nemo.tokenizer", texts, 7, context)
-    weights = reward.attribute_weights or [1.0]
-    expected = [WEIGHT * sum(w * x for w, x in zip(weights, row, strict=True)) for row in outputs]
-    by_rule = [RewardRule(**rule) for rule in rules]
-    functions = make_rules(by_rule)
-    for index, (row, answer) in enumerate(requests()):
-        if rules:
-            (more,) = rewards(by_rule, functions, [Answer(row["text"], answer, sizes[index], row)])
-            expected[index] += more
-    servers = [server(tmp_path / "rules", rules, _client(reward)), _reward_model_server(reward, 8, context)]
+    alone = direct(reward, context)
+    rules = [RewardRule(**rule) for rule in RULES]
+    by_rules = [rewards(rules, make_rules(rules), [answer_of(row, text)])[0] for row, text in requests()]
+    both = [WEIGHT * model + rule for model, rule in zip(alone, by_rules, strict=True)]
+    whole = [(row["text"], text + STOP) for row, text in requests()]
+    servers = [server(tmp_path / "rules", RULES, _client(reward)), _reward_model_server(reward, 8, context)]
     with running(servers, 1, StopRequest(), on_cpu=True) as started:
-        found = ask([[(row["text"], answer + STOP)] for row, answer in requests()], dict(started.variables))
-        several = ask([[(row["text"], answer + STOP) for row, answer in requests()[:20]]], dict(started.variables))
-        malformed = ask([[("Not a prompt of the training", "a")]], dict(started.variables))
+        variables = dict(started.variables)
+        from_model = ask([[one] for one in whole], variables, REWARD_MODEL_SOCKET)
+        from_sum = ask([[one] for one in whole], variables)
+        together = ask([whole[:20], [("Not a prompt of the training", "a")]], variables)
         started.watch()
-    assert [one[0] for one in found] == pytest.approx(expected, abs=1e-5)
-    assert several[0] == pytest.approx(expected[:20], abs=1e-5)
-    assert json.dumps(malformed) == "[[NaN]]"
-    assert max(expected) - min(expected) > 1e-3
+    assert [one[0] for one in from_model] == pytest.approx(alone, abs=1e-5)
+    assert [one[0] for one in from_sum] == pytest.approx(both, abs=1e-5)
+    assert together[0] == pytest.approx(both[:20], abs=1e-5)
+    assert math.isnan(together[1][0])
+    assert max(alone) - min(alone) > 1e-3
+
+
+def ids(text: str) -> list[int]:
+    found: list[int] = Tokenizer.from_file(str(TOKENIZER / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    return found
+
+
+def answer_of(row: dict[str, str], text: str) -> Answer:
+    return Answer(row["text"], text, len(ids(text + STOP)), row)
+
+
+def direct(reward: ModelReward, context: TaskContext) -> list[float]:
+    """Return the rewards that the model gives without a server."""
+    texts = [row["text"] + text + STOP for row, text in requests()]
+    for whole, (row, text) in zip(texts, requests(), strict=True):  # a server gets the tokens of both parts
+        assert ids(whole) == ids(row["text"]) + ids(text + STOP)
+    outputs = predict(reward.model_dir / "nemo", reward.model_dir / "nemo.tokenizer", texts, 7, context)
+    weights = reward.attribute_weights or [1.0]
+    return [sum(weight * x for weight, x in zip(weights, row, strict=True)) for row in outputs]

@@ -60,7 +60,7 @@ def ask(texts):
     tokens = np.array([row + [7] * (width - len(row)) for row in ids])
     lengths = np.array([[len(row)] for row in ids])
     try:
-        with ModelClient("http://localhost:1", "reward_model", init_timeout_s=60) as client:
+        with ModelClient("http://localhost:" + sys.argv[4], "reward_model", init_timeout_s=60) as client:
             return client.infer_batch(tokens=tokens, sequence_lengths=lengths)["rewards"][:, 0].tolist()
     except Exception as error:
         return str(error)
@@ -86,8 +86,9 @@ def server(work: Path, rules: list[dict[str, Any]], reward_model: dict[str, Any]
     return ServerTask("rule_server", 1, task, work)
 
 
-def ask(requests: list[list[tuple[str, str]]], folder: dict[str, str]) -> list[Any]:
-    command = [str(aligner_python()), "-c", CLIENT, str(ENTRY), str(TOKENIZER), str(NUM_THREADS)]
+def ask(requests: list[list[tuple[str, str]]], folder: dict[str, str], number: int = 1) -> list[Any]:
+    """Return the rewards of each request from the server with this number, or the text of its error."""
+    command = [str(aligner_python()), "-c", CLIENT, str(ENTRY), str(TOKENIZER), str(NUM_THREADS), str(number)]
     done = subprocess.run(
         command, input=json.dumps(requests), env={**os.environ, **folder}, capture_output=True, text=True, check=True
     )

@@ -134,7 +134,7 @@ def _wait(
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(POLL_S)
                 code = process.poll()  # before the progress is read for the last time
-                if code is None:
+                if code != 0:  # a failed task may have failed because of what is watched
                     watch()
                 if stop.source() is not None:
                     (work_dir / STOP_FILE).touch()
@@ -165,7 +165,8 @@ def _seen(work_dir: Path) -> dict[str, Any] | None:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Request the end of the process group; the caller kills what is left of it."""
-    os.killpg(process.pid, signal.SIGTERM)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         process.wait(SHUTDOWN_TIMEOUT_S)
 

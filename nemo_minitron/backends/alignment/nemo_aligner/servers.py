@@ -16,7 +16,7 @@ from typing import Any
 
 from nemo_minitron.backends.alignment.nemo_aligner.environment import aligner_python
 from nemo_minitron.backends.alignment.nemo_aligner.process import task_environment, write_task
-from nemo_minitron.errors import EnvironmentProblem, Interrupted, MinitronError
+from nemo_minitron.errors import EnvironmentProblem, Interrupted, MinitronError, ProcessesDied
 from nemo_minitron.processes import exchange
 from nemo_minitron.processes.nodes import RUNNER_VARIABLE
 from nemo_minitron.processes.output import without_secrets
@@ -64,6 +64,7 @@ def running(servers: Sequence[ServerTask], threads: int, stop: StopRequest, *, o
 
     Raises:
         EnvironmentProblem: a server ended, or was not ready in READY_TIMEOUT_S, or the disk is full.
+        ProcessesDied: a server ended without an error message.
     """
     with _sockets_folder() as folder, ExitStack() as stack:
         variables = {SOCKETS_VARIABLE: str(folder)}
@@ -148,7 +149,7 @@ def _ended(server: ServerTask, process: subprocess.Popen[bytes]) -> MinitronErro
     error = exchange.load_error(server.work_dir)
     reason = f": {error['type']}: {error['message']}" if error is not None else ""
     full = disk_problem(RuntimeError(reason), server.work_dir)
-    return full or EnvironmentProblem(
+    return full or (EnvironmentProblem if reason else ProcessesDied)(
         f"The {server.name} ended with code {process.poll()} while the training needed it{reason}",
         where=str(_log(server)),
         next_step="Read the log. The same command resumes from the last checkpoint.",
