@@ -52,8 +52,8 @@ def published(kind: str, border: Border, root: Path) -> Path:
 
 
 def requests() -> list[tuple[dict[str, str], str]]:
-    """Return (row of the prompt, answer) of requests of several lengths."""
-    answers = [("a" * (number % 13)) + (" hound" if number % 3 else " cat") for number in range(NUM_REQUESTS)]
+    """Return (row of the prompt, answer) of requests of several lengths; no token spans prompt and answer."""
+    answers = [f"{number}. {'a' * (number % 13)} {'hound' if number % 3 else 'cat'}" for number in range(NUM_REQUESTS)]
     return [(ROWS[number % len(ROWS)], answer) for number, answer in enumerate(answers)]
 
 
