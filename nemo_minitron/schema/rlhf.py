@@ -9,17 +9,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from nemo_minitron.schema.base import TEMPLATE_DATE, Fraction, Schema
 from nemo_minitron.schema.chats import AttributeName, TemplateName
+from nemo_minitron.schema.rewards import HELPSTEER2_WEIGHTS
 
 Rate = Annotated[float, Field(ge=0.0)]
-
-
-_HELPSTEER2: dict[AttributeName, float] = {
-    "helpfulness": 0.65,
-    "correctness": 0.8,
-    "coherence": 0.45,
-    "complexity": 0.55,
-    "verbosity": -0.4,
-}
 
 
 class RlhfLayout(Schema):
@@ -67,7 +59,7 @@ class Rlhf(Schema):
     critic_min_lr: Rate = 9e-7
     warmup_steps: Annotated[int, Field(ge=0)] = 10
     """Optimizer steps of linear warmup, of actor and critic."""
-    attribute_weights: dict[AttributeName, float] = Field(default_factory=lambda: dict(_HELPSTEER2))
+    attribute_weights: dict[AttributeName, float] = Field(default_factory=lambda: dict(HELPSTEER2_WEIGHTS))
     """Weights of the attributes in the reward (2406.08673, for its 70B model). A ranking reward model ignores them."""
     template: TemplateName = "model"
     whole_markers: bool = True

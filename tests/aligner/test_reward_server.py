@@ -8,7 +8,9 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ def ask(texts):
     tokens = np.array([row + [7] * (width - len(row)) for row in ids])
     lengths = np.array([[len(row)] for row in ids])
     try:
-        with ModelClient("http://localhost:1", "reward_model") as client:
+        with ModelClient("http://localhost:" + sys.argv[4], "reward_model", init_timeout_s=60) as client:
             return client.infer_batch(tokens=tokens, sequence_lengths=lengths)["rewards"][:, 0].tolist()
     except Exception as error:
         return str(error)
@@ -69,7 +71,7 @@ with ThreadPoolExecutor(int(sys.argv[3])) as pool:
 """
 
 
-def server(work: Path, rules: list[dict[str, Any]]) -> ServerTask:
+def server(work: Path, rules: list[dict[str, Any]], reward_model: dict[str, Any] | None = None) -> ServerTask:
     work.mkdir(parents=True, exist_ok=True)
     (work / "rules.json").write_text(json.dumps(rules))
     (work / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -77,14 +79,16 @@ def server(work: Path, rules: list[dict[str, Any]]) -> ServerTask:
         "prompts": [str(work / "prompts.jsonl")],
         "tokenizer": str(TOKENIZER),
         "stop": STOP,
-        "evaluator": [sys.executable, str(START), "rewards", str(work / "rules.json")],
+        "evaluator": [sys.executable, str(START), "rewards", str(work / "rules.json")] if rules else [],
+        "reward_model": reward_model,
         "changed_variables": changed_variables(on_cpu=True),
     }
     return ServerTask("rule_server", 1, task, work)
 
 
-def ask(requests: list[list[tuple[str, str]]], folder: dict[str, str]) -> list[Any]:
-    command = [str(aligner_python()), "-c", CLIENT, str(ENTRY), str(TOKENIZER), str(NUM_THREADS)]
+def ask(requests: list[list[tuple[str, str]]], folder: dict[str, str], number: int = 1) -> list[Any]:
+    """Return the rewards of each request from the server with this number, or the text of its error."""
+    command = [str(aligner_python()), "-c", CLIENT, str(ENTRY), str(TOKENIZER), str(NUM_THREADS), str(number)]
     done = subprocess.run(
         command, input=json.dumps(requests), env={**os.environ, **folder}, capture_output=True, text=True, check=True
     )
@@ -118,6 +122,46 @@ def test_concurrent_and_malformed_requests_get_what_a_direct_call_gives(started:
         expected += rewards(rules, make_rules(rules), [Answer(row["text"], answer, num_tokens, row)])
     for found, wanted in zip(ask(requests, started), expected, strict=True):
         assert found == pytest.approx([math.nan if wanted is None else wanted], abs=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("victim", ["tritonserver", "python"])
+def test_a_server_killed_during_requests_is_reported_and_the_next_one_answers_all(victim: str, tmp_path: Path) -> None:
+    require_aligner()
+    called = tmp_path / "called"
+    body = f"open({str(called)!r}, 'w').close(); time.sleep(0.2); return len(answer)"
+    (tmp_path / "slow.py").write_text(f"import time\n\ndef reward(prompt, answer, row):\n    {body}\n")
+    rules = [{"rule": "function", "function": "slow:reward"}]
+    requests = [[(ROWS[number % len(ROWS)]["text"], "a" * (number % 5))] for number in range(NUM_THREADS)]
+    reported = pytest.raises(EnvironmentProblem, match=r"rule_server ended with code .* while the training needed it")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        with ThreadPoolExecutor(1) as pool:
+            with reported, running([server(tmp_path / "first", rules)], 1, StopRequest(), on_cpu=True) as servers:
+                before = pool.submit(ask, requests, dict(servers.variables))
+                until(called.exists)
+                _process_of_the_server(tmp_path / "first", victim).kill()
+                until(lambda: servers.watch())  # raises
+            lost = [found for found in before.result(200) if isinstance(found, str)]
+        assert lost, "the kill came after the last request"
+        with running([server(tmp_path / "second", rules)], 1, StopRequest(), on_cpu=True) as servers:
+            found = ask(requests, dict(servers.variables))
+    assert found == [[float(number % 5)] for number in range(NUM_THREADS)]
+
+
+def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
+    """Wait until the condition holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _process_of_the_server(work: Path, what: str) -> psutil.Process:
+    """Return Triton, or the Python program that starts it."""
+    family = psutil.Process().children(recursive=True)
+    if what == "tritonserver":
+        return next(one for one in family if one.name() == what)
+    return next(one for one in family if str(work / "task.json") in one.cmdline())
 
 
 def test_no_port_is_open_and_the_sockets_are_private(started: dict[str, str]) -> None:

@@ -63,12 +63,14 @@ def plain_reinforce(rows: dict[str, torch.Tensor], penalty: float) -> dict[str, 
     return {"loss": loss.detach(), "grad": torch.autograd.grad(loss, logits)[0], "baseline": baseline}
 
 
-def plain_ppo(rows: dict[str, torch.Tensor], keys: dict[str, float]) -> dict[str, torch.Tensor]:
+def plain_ppo(
+    rows: dict[str, torch.Tensor], keys: dict[str, float], *, critic_by_answer: bool = False
+) -> dict[str, torch.Tensor]:
     """The clipped loss (1707.06347, eq. 7) with advantages by GAE (1506.02438), and the critic's clipped loss.
 
     The reward is at the last token, minus the penalty for log pi - log pi_start at every token. The actor's loss is the
     mean over answers of the mean over tokens, where an answer that was cut off counts 0; the critic's is the mean over
-    the tokens of all answers.
+    the tokens of all answers, which are one micro-batch, or, by answer, the mean of their means.
     """
     count = len(rows["rewards"])
     parts = [slice(PROMPT - 1, int(length) - 1) for length in rows["response_lengths"]]
@@ -94,7 +96,8 @@ def plain_ppo(rows: dict[str, torch.Tensor], keys: dict[str, float]) -> dict[str
     for i, part in enumerate(parts):
         moved = values[i, part] + (new[i, part] - values[i, part]).clamp(-clip, clip)
         tokens.append(torch.max((moved - returns[i, part]) ** 2, (new[i, part] - returns[i, part]) ** 2))
-    critic_loss = 0.5 * torch.cat(tokens).mean()
+    means = torch.stack([each.mean() for each in tokens])
+    critic_loss = 0.5 * (means.mean() if critic_by_answer else torch.cat(tokens).mean())
     return {
         "loss": loss.detach(),
         "grad": torch.autograd.grad(loss, logits)[0],

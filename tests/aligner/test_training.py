@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch.distributed.checkpoint import FileSystemReader, load
 
 from nemo_minitron.backends.alignment.nemo_aligner.config import Method
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
-from tests.support.aligner import Border, Layout, curves, losses, quiet, train, training_config, write_rows
+from tests.support.aligner import Border, Layout, curves, losses, quiet, reward_head, train, training_config, write_rows
 from tests.support.processes import MARK, marked
 from tests.support.tiny_models import load_transformers, tiny_model_dir
 
@@ -84,15 +83,12 @@ def ratings(border: Border, rows: Path, work: Path) -> list[list[float]]:
 @torch.no_grad()
 def rewards_by_transformers(trunk: Any, nemo: Path, rows: Path, model_dir: Path) -> torch.Tensor:
     """The head's numbers, [row, attribute], at the last token of each text, from transformers' hidden states."""
-    reader = FileSystemReader(nemo / "model_weights")
-    kept = reader.read_metadata().state_dict_metadata
-    head = {name: torch.empty(kept[name].size) for name in ("model.rm_head.weight", "model.rm_head.bias")}
-    load(head, storage_reader=reader, no_dist=True)
+    weight, bias = reward_head(nemo)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
     texts = [json.loads(line)["text"] for line in rows.read_text().splitlines()]
     tokens = [torch.tensor([tokenizer(text, add_special_tokens=False).input_ids]) for text in texts]
     last = torch.cat([trunk.model(row).last_hidden_state[:, -1] for row in tokens])
-    return last @ head["model.rm_head.weight"].T + head["model.rm_head.bias"]
+    return last @ weight.T + bias
 
 
 LAYOUTS = {"tp2": Layout(tp=2), "pp2": Layout(pp=2), "dp2": Layout(dp=2)}

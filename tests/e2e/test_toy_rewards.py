@@ -27,7 +27,7 @@ def run(kind: str, root: Path, before: Path | None, *overrides: str) -> Path:
     recipe = load_recipe(REPO / f"recipes/toy/{kind}.yaml", [f"execution.run_root={root}", *overrides])
     for stage in BEFORE if before else ():
         shutil.copytree(before / stage, root / recipe.name / stage)
-    run_recipe(recipe, RunOptions(until=kind), quiet=True)
+    run_recipe(recipe, RunOptions(until=kind.partition("_")[0]), quiet=True)
     return root / recipe.name
 
 
@@ -70,6 +70,12 @@ def test_the_held_out_reward_rises_over_the_start_and_over_a_random_reward(
     assert standard_errors(own, other) >= 3
     assert 0.0 < found["end"]["kl_nats_per_token"] < 5.0
     assert found["start"]["kl_nats_per_token"] == 0.0
+
+
+def test_the_reward_of_a_trained_reward_model_rises_on_held_out_prompts(reinforce: Path, tmp_path: Path) -> None:
+    found = result(run("reinforce_model", tmp_path, reinforce), "reinforce")
+    assert standard_errors(found["end"], found["start"]) >= 3
+    assert 0.0 < found["end"]["kl_nats_per_token"] < 5.0
 
 
 def test_the_published_model_is_a_hugging_face_model_with_other_weights(reinforce: Path) -> None:

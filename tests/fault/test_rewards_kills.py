@@ -91,7 +91,7 @@ def test_a_kill_leaves_nothing_behind_and_the_same_command_goes_on(
         victim(first, what).kill()
     output = output_of(first, 200)
     assert first.returncode == (130 if what == "SIGTERM" else -signal.SIGKILL if what == "runner" else 2), output
-    _require_nothing_left(mark)
+    require_nothing_left(mark)
     steps_before = [json.loads(line)["step"] for line in curves.read_text().splitlines()]
     second = start(kind, tmp_path)
     output = output_of(second, 900)
@@ -103,7 +103,7 @@ def test_a_kill_leaves_nothing_behind_and_the_same_command_goes_on(
     assert max(steps_before) >= 2
 
 
-def _require_nothing_left(mark: str) -> None:
+def require_nothing_left(mark: str) -> None:
     deadline = time.monotonic() + END_S
     while time.monotonic() < deadline and list(marked(mark)):
         time.sleep(0.2)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader, load
 
 from nemo_minitron.api import load_recipe
 from nemo_minitron.backends.alignment.nemo_aligner import convert
@@ -232,3 +233,13 @@ def curves(work: Path) -> list[dict[str, float]]:
 def losses(rows: list[dict[str, float]], name: str = "train/loss") -> list[float]:
     """One figure of every step."""
     return [row[name] for row in rows if name in row]
+
+
+def reward_head(nemo: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read the weight [outputs, hidden] and bias [outputs] of a reward model's head."""
+    reader = FileSystemReader(nemo / "model_weights")
+    kept = reader.read_metadata().state_dict_metadata
+    names = ("model.rm_head.weight", "model.rm_head.bias")
+    head = {name: torch.empty(kept[name].size) for name in names}
+    load(head, storage_reader=reader, no_dist=True)
+    return head[names[0]], head[names[1]]

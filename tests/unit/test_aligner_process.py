@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.backends.alignment.base import TaskContext
-from nemo_minitron.backends.alignment.nemo_aligner import environment, process
+from nemo_minitron.backends.alignment.nemo_aligner import environment, process, servers
 from nemo_minitron.backends.alignment.nemo_aligner.context import on_cpu
-from nemo_minitron.errors import EnvironmentProblem
+from nemo_minitron.errors import EnvironmentProblem, ProcessesDied
+from nemo_minitron.processes import exchange
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Progress
@@ -48,6 +49,38 @@ def test_the_bar_goes_to_the_last_step(terminal: bool, tmp_path: Path, monkeypat
         assert lines[0] == "sft 3/5 steps"  # a run that went on: no pace yet
         assert "eta" in next(line for line in lines if line.startswith("sft 4/5"))
         assert lines[-1] == "sft 5/5 steps loss 0.2"
+
+
+def test_the_end_of_a_server_is_reported_before_the_error_that_it_caused(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"], start_new_session=True)
+    child.wait()
+
+    def watch() -> None:
+        raise EnvironmentProblem("the server ended")
+
+    with pytest.raises(EnvironmentProblem, match="the server ended"):
+        process._wait(child, "ppo", tmp_path, Progress(), StopRequest(), watch)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("", "The rule_server ended with code -9 while the training needed it"),
+        ("no such rule", "needed it: ValueError: no such rule"),
+        ("x" * 900 + " [Errno 28] No space left on device", "The disk is full"),
+    ],
+)
+def test_a_server_ends_with_its_last_words(message: str, expected: str, tmp_path: Path) -> None:
+    server = servers.ServerTask("rule_server", 1, {}, tmp_path)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    child.kill()
+    child.wait()
+    exchange.prepare(tmp_path)
+    if message:
+        exchange.save_error({"type": "ValueError", "message": message}, tmp_path)
+    error = servers._ended(server, child)
+    assert expected in str(error)
+    assert isinstance(error, ProcessesDied) == (not message)
 
 
 SAYS = """

@@ -46,7 +46,28 @@ def test_check_names_what_is_wrong(kind: str, override: str, message: str, minit
     assert message in output
 
 
-@pytest.mark.parametrize("kind", ["reinforce", "ppo"])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["reinforce.inputs.reward_model=null"], "reinforce.inputs.reward_model: required by rule reward_model"),
+        (["reinforce.inputs.reward_model=sft"], "Allowed kinds for reward_model: train_attribute_model"),
+        (["reinforce.rewards=[{rule: random}]"], "inputs.reward_model: no rule of stages.reinforce.rewards is reward"),
+        (["reinforce.rewards=[{rule: reward_model}, {rule: reward_model}]"], "at most one of the rules"),
+        (["reinforce.rewards=[{rule: random, attribute_weights: {humor: 1}}]"], "only rule reward_model has attribute"),
+        (["reinforce.rewards=[{rule: reward_model, attribute_weights: {humor: 0}}]"], "would be 0 for every answer"),
+        (["reinforce.rewards=[{rule: reward_model, attribute_weights: {wit: 1}}]"], "attribute_weights.wit"),
+        (["attribute_model.reward=ranking"], "has reward = ranking, which has no attributes"),
+    ],
+)
+def test_check_names_what_is_wrong_with_a_reward_model(
+    overrides: list[str], message: str, minitron: Cli, tmp_path: Path
+) -> None:
+    code, output = check(minitron, "reinforce_model", tmp_path, *(f"stages.{override}" for override in overrides))
+    assert code == 2, output
+    assert message in output
+
+
+@pytest.mark.parametrize("kind", ["reinforce", "ppo", "reinforce_model"])
 def test_the_toy_recipes_are_valid(kind: str, minitron: Cli, tmp_path: Path) -> None:
     code, output = check(minitron, kind, tmp_path)
     assert code == 0, output
@@ -62,6 +83,7 @@ def rollouts(critic: Critic | None, tmp_path: Path) -> Rollouts:
         num_train_prompts=40,
         stop="<end>",
         evaluator=[],
+        reward_model=None,
         num_steps=7,
         prompts_per_step=16,
         answers_per_prompt=4 if critic is None else 1,

@@ -128,6 +128,18 @@ class Critic:
 
 
 @dataclass(frozen=True)
+class ModelReward:
+    """A trained reward model whose output is a part of the reward."""
+
+    model_dir: Path
+    """The `out_dir` of its training."""
+    weight: float
+    """Factor of its output in the sum of the rewards."""
+    attribute_weights: Sequence[float] | None
+    """Weights of its outputs in one number; None: it has a single output."""
+
+
+@dataclass(frozen=True)
 class Rollouts:
     """One training on rewards of the model's own answers."""
 
@@ -143,7 +155,9 @@ class Rollouts:
     stop: str
     """Text that ends an answer."""
     evaluator: Sequence[str]
-    """Command of the process that computes rewards (evaluation/reward_worker.py)."""
+    """Command of the process that computes rewards (evaluation/reward_worker.py); empty: no program computes any."""
+    reward_model: ModelReward | None
+    """Reward model whose output is added to the rewards of the evaluator."""
     num_steps: int
     prompts_per_step: int
     answers_per_prompt: int

@@ -8,6 +8,7 @@ from dataclasses import replace
 from nemo_minitron.backends.alignment.base import alignment_backend
 from nemo_minitron.backends.alignment.rules import model_problems
 from nemo_minitron.families import ModelShape
+from nemo_minitron.schema.alignment import RewardTraining
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.rewards import rule_problems
 from nemo_minitron.stages.kind import MODELS, Output, RecipeView, StageKind
@@ -26,12 +27,30 @@ def _problems(name: str, params: RolloutStage, view: RecipeView) -> Iterator[str
     problems = alignment_backend().override_problems(params.kind, params.aligner)
     yield from (f"{key}.aligner.{problem}" for problem in problems)
     yield from rule_problems(f"{key}.rewards", params.rewards)
+    yield from _reward_model_problems(key, params, view)
     yield from _row_problems(key, params, view)
     yield from _size_problems(key, params, layout)
     yield from model_problems(key, shape, layout)
     if shape is not None and params.max_seq_len_tokens > shape.max_position_embeddings:
         most = shape.max_position_embeddings
         yield f"{key}.max_seq_len_tokens = {params.max_seq_len_tokens}: the model has {most} positions."
+
+
+def _reward_model_problems(key: str, params: RolloutStage, view: RecipeView) -> Iterator[str]:
+    rule, stage = params.model_rule, params.inputs.reward_model
+    if rule is None and stage is not None:
+        yield f"{key}.inputs.reward_model: no rule of {key}.rewards is reward_model."
+    if rule is not None and stage is None:
+        yield f"{key}.inputs.reward_model: required by rule reward_model; name a train_attribute_model stage."
+    model = view.stages.get(stage or "")
+    if rule is None or not isinstance(model, RewardTraining):
+        return
+    if rule.attribute_weights is not None and model.reward == "ranking":
+        yield f"{key}.rewards: attribute_weights, but stage {stage} has reward = ranking, which has no attributes."
+    shape = view.shape(model.inputs.model)  # type: ignore[attr-defined]
+    if shape is not None and params.max_seq_len_tokens > shape.max_position_embeddings:
+        most = shape.max_position_embeddings
+        yield f"{key}.max_seq_len_tokens = {params.max_seq_len_tokens}: the reward model has {most} positions."
 
 
 def _row_problems(key: str, params: RolloutStage, view: RecipeView) -> Iterator[str]:
@@ -82,7 +101,7 @@ def _size_problems(key: str, params: RolloutStage, layout: Parallel) -> Iterator
 
 
 def _num_servers(params: RolloutStage) -> int:
-    """Count the server of the rewards and, for ppo, that of the critic."""
+    """Count the server of the rewards, with the reward model's on its node, and, for ppo, that of the critic."""
     return 2 if isinstance(params, PpoStage) else 1
 
 
@@ -101,7 +120,7 @@ REINFORCE = StageKind(
     params=ReinforceStage,
     run="nemo_minitron.stages.rollouts.run:reinforce",
     outputs=(Output.MODEL,),
-    inputs={"model": MODELS, "chats": (Output.CHAT_ROWS,)},
+    inputs={"model": MODELS, "chats": (Output.CHAT_ROWS,), "reward_model": (Output.REWARD_MODEL,)},
     starts_ranks=True,
     needs_aligner=True,
     whole_sequences=True,

@@ -17,6 +17,8 @@ class RolloutInputs(Schema):
     """Stage that provides the model to start from."""
     chats: StageName = "chat_data"
     """Stage that provides the conversations; the model answers their last question."""
+    reward_model: StageName | None = None
+    """Stage that provides the reward model for rule reward_model."""
 
 
 class ReinforceStage(RolloutTraining, StageParams):

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.backends.alignment.base import Critic, Rollouts, alignment_backend
+from nemo_minitron.backends.alignment.base import Critic, ModelReward, Rollouts, alignment_backend
+from nemo_minitron.data.chat.reward_texts import misreadings
+from nemo_minitron.data.chat.rows import ATTRIBUTES
 from nemo_minitron.data.chat.templates import set_template
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
-from nemo_minitron.errors import DataError
+from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.evaluation.instructions import require_checkable, with_rules
 from nemo_minitron.evaluation.rewards import make_rules
 from nemo_minitron.hf.checkpoint import model_facts
 from nemo_minitron.processes.same_code import START
-from nemo_minitron.schema.rewards import RewardRule
-from nemo_minitron.stages.artifacts import ChatRows, Model
+from nemo_minitron.schema.rewards import HELPSTEER2_WEIGHTS, RewardRule
+from nemo_minitron.stages.artifacts import ChatRows, Model, RewardModel
 from nemo_minitron.stages.common.alignment_training import task_context
 from nemo_minitron.stages.common.prompts import Prompts, write_prompts
 from nemo_minitron.stages.context import StageContext
@@ -37,6 +39,7 @@ class Inputs:
 
     model: Model
     chats: ChatRows
+    reward_model: RewardModel | None = None
 
 
 def reinforce(params: ReinforceStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -44,7 +47,8 @@ def reinforce(params: ReinforceStage, inputs: Inputs, ctx: StageContext) -> Resu
 
     Raises:
         DataError: rows that cannot be used, too few of them, or a rule that does not fit a row.
-        ConfigError: a reward function that cannot be imported, or a key that the backend does not support.
+        ConfigError: a reward function that cannot be imported, a reward model that would misread the answers, or a key
+            that the backend does not support.
         EnvironmentProblem: the backend is not installed, or a process failed.
         Interrupted: a stop was requested; the same command resumes.
     """
@@ -71,16 +75,16 @@ def ppo(params: PpoStage, inputs: Inputs, ctx: StageContext) -> Result:
 
 
 def _train(params: RolloutStage, inputs: Inputs, ctx: StageContext, critic: Critic | None) -> Result:
-    make_rules(params.rewards)  # finds a function that cannot be imported before any process starts
+    make_rules(params.program_rules)  # finds a function that cannot be imported before any process starts
     template = ChatTemplate.load(
         inputs.model.path, params.template, whole_markers=params.whole_markers, day=params.template_date
     )
+    reward_model = _reward_model(params, inputs, template, ctx)
     prompts = write_prompts(params, template, inputs.chats, ctx)
     if any(rule.rule == "instructions" for rule in params.rewards):
         _require_checkable(prompts)
-    curve = alignment_backend().train_on_rewards(
-        _rollouts(params, inputs, prompts, ctx, critic), ctx.out_dir, task_context(ctx)
-    )
+    rollouts = _rollouts(params, inputs, prompts, ctx, critic, reward_model)
+    curve = alignment_backend().train_on_rewards(rollouts, ctx.out_dir, task_context(ctx))
     set_template(ctx.out_dir, params.template)
     return {
         **model_facts(ctx.out_dir),
@@ -99,8 +103,33 @@ def _require_checkable(prompts: Prompts) -> None:
             require_checkable(with_rules(row["text"], row))
 
 
+def _reward_model(
+    params: RolloutStage, inputs: Inputs, template: ChatTemplate, ctx: StageContext
+) -> ModelReward | None:
+    """Return the settings of the reward model; None: no rule uses one.
+
+    Raises:
+        ConfigError: it would misread the answers.
+    """
+    rule, model = params.model_rule, inputs.reward_model
+    if rule is None or model is None:
+        return None
+    tokenizer = alignment_backend().reward_tokenizer(model.path)
+    for problem in misreadings(inputs.model.path, template, tokenizer, model.stage, model.result):
+        raise ConfigError(problem, where=f"stages.{ctx.name}.inputs.reward_model")
+    given = HELPSTEER2_WEIGHTS if rule.attribute_weights is None else rule.attribute_weights
+    weights = {str(name): weight for name, weight in given.items()}
+    regression = model.reward == "regression"
+    return ModelReward(model.path, rule.weight, [weights.get(name, 0.0) for name in ATTRIBUTES] if regression else None)
+
+
 def _rollouts(
-    params: RolloutStage, inputs: Inputs, prompts: Prompts, ctx: StageContext, critic: Critic | None
+    params: RolloutStage,
+    inputs: Inputs,
+    prompts: Prompts,
+    ctx: StageContext,
+    critic: Critic | None,
+    reward_model: ModelReward | None,
 ) -> Rollouts:
     return Rollouts(
         method=params.kind,
@@ -110,7 +139,8 @@ def _rollouts(
         valid_prompts=prompts.valid,
         num_train_prompts=prompts.num_train,
         stop=prompts.stop,
-        evaluator=_evaluator(params.rewards, ctx.work_dir),
+        evaluator=_evaluator(params.program_rules, ctx.work_dir),
+        reward_model=reward_model,
         num_steps=params.num_steps,
         prompts_per_step=params.prompts_per_step,
         answers_per_prompt=params.answers_per_prompt,
@@ -131,7 +161,9 @@ def _rollouts(
 
 
 def _evaluator(rules: Sequence[RewardRule], work_dir: Path) -> list[str]:
-    """Write the rules, and return the command of the process that computes rewards by them."""
+    """Write the rules, and return the command of the process that computes rewards by them; without rules, nothing."""
+    if not rules:
+        return []
     file = work_dir / RULES_FILE
     file.write_text(json.dumps([rule.model_dump(mode="json") for rule in rules]), encoding="utf-8")
     return [sys.executable, str(START), "rewards", str(file)]

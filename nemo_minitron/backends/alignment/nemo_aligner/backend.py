@@ -17,14 +17,13 @@ from nemo_minitron.backends.alignment.base import (
 )
 from nemo_minitron.backends.alignment.nemo_aligner import config, model_config
 from nemo_minitron.backends.alignment.nemo_aligner.environment import aligner_python
+from nemo_minitron.backends.alignment.nemo_aligner.model_config import REWARD_DIR
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.execution import Parallel
 
 TRAIN_LOSS, VALID_LOSS, VALID_LOSS_SE = "train/loss", "val/loss", "val/loss_se"
 """Names in the curves that entry/task.py writes."""
-REWARD_DIR = "nemo"
-"""Folder of the NeMo checkpoint in a published reward model."""
 
 
 class NemoAligner(AlignmentBackend):

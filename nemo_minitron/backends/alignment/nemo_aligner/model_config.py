@@ -12,6 +12,8 @@ from nemo_minitron.families.shape import Llama3RopeScaling
 NEMO_ROPE_FACTOR = 8.0
 """The only factor of Llama 3.1's rope scaling that NeMo's `scale_positional_embedding` supports (its
 apply_rope_scaling)."""
+REWARD_DIR = "nemo"
+"""Folder of the NeMo checkpoint in a published reward model."""
 ACTIVATIONS = {"swiglu": "fast-swiglu", "squared_relu": "squared-relu"}
 
 

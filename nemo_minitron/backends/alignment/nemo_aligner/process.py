@@ -184,7 +184,7 @@ def _wait(
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(POLL_S)
                 code = process.poll()  # before the progress is read for the last time
-                if code is None:
+                if code != 0:  # a failed task may have failed because of what is watched
                     watch()
                 if stop.source() is not None:
                     (work_dir / STOP_FILE).touch()
@@ -215,7 +215,8 @@ def _seen(work_dir: Path) -> dict[str, Any] | None:
 
 def _end(process: Started) -> None:
     """Request the end of the process group; the caller kills what is left of it."""
-    os.killpg(process.pid, signal.SIGTERM)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         process.wait(SHUTDOWN_TIMEOUT_S)
 
@@ -232,7 +233,7 @@ def _result(name: str, code: int, work_dir: Path, log: Path, stop: StopRequest) 
         raise Interrupted(f"Stopped in {name} as requested by {stop.source()}; the same command resumes.")
     reason, error = "", exchange.load_error(work_dir)
     if error is not None:
-        reason = f": {error['type']}: {error['message']}"[:600]
+        reason = f": {error['type']}: {error['message']}"
         problem = disk_problem(RuntimeError(reason), work_dir)
         if problem is not None:
             raise problem

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from nemo_minitron.artifacts.manifest import Manifest, read_manifest
-from nemo_minitron.backends.alignment.nemo_aligner.backend import REWARD_DIR
-from nemo_minitron.backends.alignment.nemo_aligner.model_config import tokenizer_dir
+from nemo_minitron.backends.alignment.nemo_aligner.model_config import REWARD_DIR, tokenizer_dir
 from nemo_minitron.backends.alignment.nemo_aligner.rlhf_checks import Limits, RlhfFacts, longest_prompt_tokens
 from nemo_minitron.backends.alignment.nemo_aligner.unpack import CONFIG_FILE
 from nemo_minitron.data.chat.bad_rows import BadRows
 from nemo_minitron.data.chat.render import read_normalized
+from nemo_minitron.data.chat.reward_texts import misreadings
 from nemo_minitron.data.chat.rows import BadRow
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.hf.checkpoint import Checkpoint
-from nemo_minitron.hf.tokenizer_identity import tokenizer_fingerprint
-from nemo_minitron.schema.base import TEMPLATE_DATE
 from nemo_minitron.schema.rlhf import Rlhf
 
 PARTS = ("train", "valid")
@@ -105,28 +102,5 @@ def gather_facts(model: Path, template: ChatTemplate, reward: Path, prompts: dic
         reward_limits=Limits(config["num_layers"], config["num_query_groups"], config["max_position_embeddings"]),
         num_prompts=len(prompts["train"]),
         num_valid_prompts=len(prompts["valid"]),
-        misunderstandings=tuple(_misunderstandings(model, template, tokenizer, manifest)),
+        misunderstandings=tuple(misreadings(model, template, tokenizer, manifest.stage, manifest.result)),
     )
-
-
-def _misunderstandings(model: Path, template: ChatTemplate, tokenizer: Path, manifest: Manifest) -> Iterator[str]:
-    """Yield why the reward model would misread the actor: other tokenizer, template, date or rated position."""
-    if tokenizer_fingerprint(model) != tokenizer_fingerprint(tokenizer):
-        yield "the reward model has another tokenizer than the model, and would misread its tokens."
-        return
-    result = manifest.result
-    trained = ChatTemplate.load(tokenizer, result["template"], whole_markers=result["whole_markers"])
-    if trained.jinja != template.jinja:
-        yield (
-            f"template: the reward model (stage {manifest.stage}, template {result['template']}) was trained with "
-            "another chat template than the model uses."
-        )
-    elif "strftime_now" in template.jinja and (day := result.get("template_date", str(TEMPLATE_DATE))) != str(
-        template.day
-    ):
-        yield f"template_date: the reward model was trained on texts of {day}, and the prompts have {template.day}."
-    elif result["reward"] == "regression" and trained.rated_end:
-        yield (
-            f"template: the reward model was trained to rate at {trained.rated_end!r}, and would be evaluated at the "
-            f"end of the answer. Train stage {manifest.stage} with another template than {result['template']}."
-        )

@@ -8,7 +8,8 @@ from typing import Any
 from nemo_minitron.backends.alignment.base import Critic, Rollouts, TaskContext
 from nemo_minitron.backends.alignment.nemo_aligner.context import trainer_keys
 
-REWARD_SOCKET, CRITIC_SOCKET = 1, 2
+REWARD_SOCKET, CRITIC_SOCKET, REWARD_MODEL_SOCKET = 1, 2, 3
+"""Numbers of the servers: of the summed rewards, of the critic, and of the reward model."""
 MICRO_BATCH_SIZE = 1
 """NeMo-Aligner's loss multiplies log-probabilities [B, S] by advantages [B], which fails for more. For one answer it is
 the mean over its tokens, so the loss of a step is the mean over answers of these means, in every layout."""

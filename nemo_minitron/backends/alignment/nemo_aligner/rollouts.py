@@ -8,16 +8,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.backends.alignment.base import ANSWERS_FILE, CURVES_FILE, Rollouts, TaskContext
+from nemo_minitron.backends.alignment.base import ANSWERS_FILE, CURVES_FILE, ModelReward, Rollouts, TaskContext
 from nemo_minitron.backends.alignment.nemo_aligner import convert
 from nemo_minitron.backends.alignment.nemo_aligner.config import complete_config
 from nemo_minitron.backends.alignment.nemo_aligner.context import conversion_dir, log_file, on_cpu, task_server
 from nemo_minitron.backends.alignment.nemo_aligner.fork_server import ForkServer
-from nemo_minitron.backends.alignment.nemo_aligner.model_config import tokenizer_dir
+from nemo_minitron.backends.alignment.nemo_aligner.model_config import REWARD_DIR, tokenizer_dir
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
 from nemo_minitron.backends.alignment.nemo_aligner.remote_servers import serving
 from nemo_minitron.backends.alignment.nemo_aligner.rollout_keys import (
     CRITIC_SOCKET,
+    REWARD_MODEL_SOCKET,
     REWARD_SOCKET,
     actor_keys,
     critic_keys,
@@ -106,6 +107,9 @@ def _servers(rollouts: Rollouts, nemo: Path, context: TaskContext, cpu: bool) ->
             "step": critic_steps(rollouts, _last_step(context.work_dir / "training")),
         }
         servers.append(ServerTask("critic_server", CRITIC_SOCKET, task, work))
+    if rollouts.reward_model is not None:
+        # The last of the servers, so that it is on the node of the first, which calls it (`serving`).
+        servers.append(_reward_model_server(rollouts.reward_model, rollouts.generation_batch_size, context))
     return servers
 
 
@@ -121,6 +125,24 @@ def _rule_server(rollouts: Rollouts, nemo: Path, context: TaskContext, cpu: bool
         "tokenizer": str(tokenizer_dir(nemo)),
         "stop": rollouts.stop,
         "evaluator": list(rollouts.evaluator),
+        "reward_model": _client(rollouts.reward_model),
         "changed_variables": changed_variables(on_cpu=cpu),
     }
     return ServerTask("rule_server", REWARD_SOCKET, task, context.work_dir / "rule_server")
+
+
+def _client(reward: ModelReward | None) -> dict[str, Any] | None:
+    """Return what the server of the summed rewards needs to call that of the reward model."""
+    return None if reward is None else {"number": REWARD_MODEL_SOCKET, "weight": reward.weight}
+
+
+def _reward_model_server(reward: ModelReward, batch_size: int, context: TaskContext) -> ServerTask:
+    nemo = reward.model_dir / REWARD_DIR
+    weights = reward.attribute_weights
+    task = {
+        "nemo": str(nemo),
+        "tokenizer": str(tokenizer_dir(nemo)),
+        "attribute_weights": None if weights is None else list(weights),
+        "batch_size": batch_size,
+    }
+    return ServerTask("reward_model_server", REWARD_MODEL_SOCKET, task, context.work_dir / "reward_model_server")

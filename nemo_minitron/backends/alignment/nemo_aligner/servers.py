@@ -16,10 +16,11 @@ from typing import Any
 
 from nemo_minitron.backends.alignment.nemo_aligner.environment import aligner_python
 from nemo_minitron.backends.alignment.nemo_aligner.process import task_environment, write_task
-from nemo_minitron.errors import EnvironmentProblem, Interrupted
+from nemo_minitron.errors import EnvironmentProblem, Interrupted, MinitronError, ProcessesDied
 from nemo_minitron.processes import exchange
 from nemo_minitron.processes.nodes import RUNNER_VARIABLE
 from nemo_minitron.processes.output import without_secrets
+from nemo_minitron.system.disk import disk_problem
 from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.outer_job import without_outer_job
 from nemo_minitron.system.safe_files import open_log
@@ -62,7 +63,8 @@ def running(servers: Sequence[ServerTask], threads: int, stop: StopRequest, *, o
     """Start the servers, wait until all are ready, and end them with everything that they started.
 
     Raises:
-        EnvironmentProblem: a server ended, or was not ready in READY_TIMEOUT_S.
+        EnvironmentProblem: a server ended, or was not ready in READY_TIMEOUT_S, or the disk is full.
+        ProcessesDied: a server ended without an error message.
     """
     with _sockets_folder() as folder, ExitStack() as stack:
         variables = {SOCKETS_VARIABLE: str(folder)}
@@ -143,10 +145,11 @@ def _wait_until_ready(
         waiting = [server for server in waiting if not (server.work_dir / READY_FILE).exists()]
 
 
-def _ended(server: ServerTask, process: subprocess.Popen[bytes]) -> EnvironmentProblem:
+def _ended(server: ServerTask, process: subprocess.Popen[bytes]) -> MinitronError:
     error = exchange.load_error(server.work_dir)
-    reason = f": {error['type']}: {error['message']}"[:600] if error is not None else ""
-    return EnvironmentProblem(
+    reason = f": {error['type']}: {error['message']}" if error is not None else ""
+    full = disk_problem(RuntimeError(reason), server.work_dir)
+    return full or (EnvironmentProblem if reason else ProcessesDied)(
         f"The {server.name} ended with code {process.poll()} while the training needed it{reason}",
         where=str(_log(server)),
         next_step="Read the log. The same command resumes from the last checkpoint.",

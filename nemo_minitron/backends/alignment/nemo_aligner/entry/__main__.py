@@ -33,7 +33,9 @@ TASKS = {
     "critic_server": "ppo:serve_critic",
     "reinforce_loss": "rollout_losses:reinforce",
     "ppo_loss": "rollout_losses:ppo",
+    "rollout_gradients": "rollout_gradients:gradients",
     "rule_server": "rule_server:serve",
+    "reward_model_server": "reward_model:serve",
 }
 ALONE = ("preference_losses",)
 """Tasks that run without torch.distributed: with it, the functions that they call would require Megatron's groups."""

@@ -13,6 +13,7 @@ import without_tensorrt
 from task import Task
 
 with without_tensorrt.importable():
+    from nemo_aligner.algorithms.ppo import PPORolloutBatch as PPORolloutBatch
     from nemo_aligner.algorithms.ppo import PPOTrainer
     from nemo_aligner.models.nlp.gpt.megatron_gpt_ppo_actor import MegatronGPTActorModel
 import triton_socket

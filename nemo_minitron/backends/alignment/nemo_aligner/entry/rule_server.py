@@ -1,6 +1,7 @@
-"""Server of rewards by rules, with the interface of NeMo-Aligner's server of a reward model.
+"""Server of the summed rewards of rules and a reward model, with the interface of NeMo-Aligner's reward-model server.
 
-It decodes answers and finds the row of their prompt; a process of nemo-minitron's own environment computes the rewards.
+It decodes answers and finds the row of their prompt; a process of nemo-minitron's own environment computes the rewards
+by rules. The reward model has a server of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import numpy as np
 from task import Task
 
 REWARD_MODEL = "reward_model"
-"""Name of the model that NeMo-Aligner's client calls."""
+"""Name under which both servers offer their rewards; NeMo-Aligner's client calls it."""
+TIMEOUT_S = 600_000.0
+"""As long as NeMo-Aligner's client waits; the runner ends this process if the other server has ended."""
 
 
 def serve(task: Task) -> dict[str, Any]:
@@ -29,10 +32,10 @@ def serve(task: Task) -> dict[str, Any]:
     from pytriton.decorators import batch
     from pytriton.model_config import Tensor
 
-    rules = _Rules(task, environment)
+    rewards = _Rewards(task, environment)
 
     def infer(**inputs: Any) -> dict[str, Any]:
-        return {"rewards": rules.rewards(inputs["tokens"], inputs["sequence_lengths"])}
+        return {"rewards": rewards.of(inputs["tokens"], inputs["sequence_lengths"])}
 
     inputs = tuple(Tensor(name=name, shape=(-1,), dtype=np.int64) for name in ("tokens", "sequence_lengths"))
     outputs = (Tensor(name="rewards", shape=(1,), dtype=np.float32),)
@@ -48,8 +51,8 @@ def _runner_environment(task: Task) -> dict[str, str]:
     return {**kept, **{name: value for name, value in changed.items() if value is not None}}
 
 
-class _Rules:
-    """The process that computes rewards, and the rows of the prompts by their tokens."""
+class _Rewards:
+    """The process that computes rewards by rules, the reward model, and the rows of the prompts by their tokens."""
 
     def __init__(self, task: Task, environment: Mapping[str, str]) -> None:
         from tokenizers import Tokenizer
@@ -62,25 +65,49 @@ class _Rules:
                 row = json.loads(line)
                 self._rows[tuple(self._tokenizer.encode(row["text"], add_special_tokens=False).ids)] = row
         self._lengths = sorted({len(ids) for ids in self._rows}, reverse=True)
-        self._process = subprocess.Popen(
-            task["evaluator"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        command: list[str] = task["evaluator"]
+        self._process = (
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            if command
+            else None
         )
         self._lock = threading.Lock()
+        self._model: Mapping[str, Any] | None = task["reward_model"]
 
-    def rewards(self, tokens: Any, lengths: Any) -> Any:
+    def of(self, tokens: Any, lengths: Any) -> Any:
         """Return the rewards of a batch, shape [B, 1]; `tokens` is [B, S], `lengths` [B, 1].
 
-        A text that does not begin with a prompt gets NaN: Triton joins requests, so an error would fail others as well.
+        A text that does not begin with a prompt, or is shorter than its length, gets NaN: Triton joins requests, so an
+        error would fail others as well.
         """
-        found = [self._answer(row[: int(length)]) for row, length in zip(tokens, lengths[:, 0], strict=True)]
+        fits = lengths[:, 0] <= tokens.shape[1]
+        found = [
+            self._answer(row[: int(length)]) if fit else None
+            for row, length, fit in zip(tokens, lengths[:, 0], fits, strict=True)
+        ]
         known = [index for index, answer in enumerate(found) if answer is not None]
         out = np.full((len(found), 1), np.nan, dtype=np.float32)
         if known:
-            out[known, 0] = self._evaluated([found[index] for index in known])
+            by_rules = self._by_rules([found[index] for index in known])
+            out[known, 0] = by_rules + self._by_model(tokens[known], lengths[known])
         return out
 
-    def _evaluated(self, answers: Sequence[Any]) -> Any:
-        """Return the rewards of answers to known prompts."""
+    def _by_model(self, tokens: Any, lengths: Any) -> Any:
+        """Return the weighted rewards of the reward model, [B]; 0 without one."""
+        if self._model is None:
+            return 0.0
+        from pytriton.client import ModelClient
+
+        url = f"http://localhost:{self._model['number']}"
+        # A client of its own for each request, because its connections belong to the thread that opens them.
+        with ModelClient(url, REWARD_MODEL, inference_timeout_s=TIMEOUT_S) as client:
+            found = client.infer_batch(tokens=tokens, sequence_lengths=lengths)["rewards"]
+        return self._model["weight"] * found[:, 0]
+
+    def _by_rules(self, answers: Sequence[Any]) -> Any:
+        """Return the rewards of answers to known prompts by rules, [B]; 0 without rules."""
+        if self._process is None:
+            return 0.0
         with self._lock:
             stdin, stdout = self._process.stdin, self._process.stdout
             assert stdin is not None

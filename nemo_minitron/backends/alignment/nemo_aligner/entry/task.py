@@ -18,6 +18,7 @@ PROGRESS_FILE, CURVES_FILE, RESULT_FILE, ERROR_FILE = "aligner.json", "curves.js
 RUNNER_VARIABLE = "MINITRON_RUNNER"
 """Variable with the id of the process on this node whose end also ends this one."""
 WATCH_INTERVAL_S = 1.0
+MESSAGE_LENGTH = 1000
 STOP_FILE = "STOP"
 """File that the runner creates in the work folder to request an early end, with a checkpoint."""
 
@@ -51,13 +52,18 @@ def run(work_dir: Path, function: Callable[[Task], Mapping[str, Any]], task: Tas
         result = function(task)
     except BaseException as error:
         if is_main():
-            facts = {"type": type(error).__name__, "message": str(error)[:1000]}
+            facts = {"type": type(error).__name__, "message": _shortened(str(error))}
             _write_in_place(json.dumps(facts), work_dir / ERROR_FILE)
         traceback.print_exc()
         return 1
     if is_main():
         (work_dir / RESULT_FILE).write_text(json.dumps(dict(result)))
     return 0
+
+
+def _shortened(message: str) -> str:
+    """Leave out the middle of a long message: an error that a server reports has its cause at the end."""
+    return message if len(message) <= MESSAGE_LENGTH else f"{message[:400]} ... {message[-600:]}"
 
 
 def _write_in_place(text: str, file: Path) -> None:
