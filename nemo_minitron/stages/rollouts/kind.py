@@ -47,7 +47,7 @@ def _reward_model_problems(key: str, params: RolloutStage, view: RecipeView) -> 
         return
     if rule.attribute_weights is not None and model.reward == "ranking":
         yield f"{key}.rewards: attribute_weights, but stage {stage} has reward = ranking, which has no attributes."
-    shape = view.shape(model.inputs.model)  # type: ignore[attr-defined]
+    shape = view.shape(model.inputs.model)
     if shape is not None and params.max_seq_len_tokens > shape.max_position_embeddings:
         most = shape.max_position_embeddings
         yield f"{key}.max_seq_len_tokens = {params.max_seq_len_tokens}: the reward model has {most} positions."
