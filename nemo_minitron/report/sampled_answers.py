@@ -7,7 +7,15 @@ from typing import Any
 
 from nemo_minitron.artifacts.types import Artifact
 
-HEADER = ["stage", "prompts", "answers to each", "log P(a|x,y), nats", "effective answers", "tokens", "ended"]
+HEADER = [
+    "stage",
+    "prompts",
+    "answers to each",
+    "log-probability of the attributes, nats",
+    "effective answers",
+    "tokens",
+    "ended",
+]
 
 
 def sampled_answers(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
@@ -38,4 +46,4 @@ def sampled_table(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ]
         for row in found
     ]
-    return {"title": "Sampled answers to held-out prompts that request attributes a", "header": HEADER, "rows": rows}
+    return {"title": "Sampled answers to held-out prompts that request attributes", "header": HEADER, "rows": rows}
