@@ -25,8 +25,8 @@ from nemo_minitron.stages.steerlm2_answers.rows import write_part
 from nemo_minitron.stages.steerlm2_answers.sampling import AnswerReader, Record, reference_batch, sample_batch
 
 RATED_AT_ONCE = 4096
-"""Texts that one process of the attribute model rates, about. Starting one takes half a minute on a CPU; texts of
-finished processes are not rated again by a resumed stage."""
+"""Approximate number of texts that one process of the attribute model rates. Starting a process takes half a minute on
+a CPU. A resumed stage does not rate the texts of finished processes again."""
 
 
 @dataclass(frozen=True)
