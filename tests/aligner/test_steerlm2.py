@@ -25,7 +25,7 @@ from tests.support.aligner import Border, Layout, losses, quiet, train, training
 from tests.support.tiny_models import load_transformers, tiny_model_dir
 
 pytestmark = pytest.mark.slow
-NUM_PROMPTS, NUM_ANSWERS = 4, 3
+NUM_PROMPTS, NUM_ANSWERS, SEQ_LEN_TOKENS = 4, 3, 256
 ANSWERS = ("It is right.", "No", "Four letters, which I counted one by one.")
 CLIP = 1.0
 """Largest norm of a gradient; configs/align/steerlm2.yaml."""
@@ -35,7 +35,7 @@ CLIP = 1.0
 def student(tmp_path_factory: pytest.TempPathFactory) -> Border:
     """A width-pruned shape."""
     root = tmp_path_factory.mktemp("student")
-    return Border(tiny_model_dir(root, "llama_gqa_tied", head_dim=16), root / "work").cross()
+    return Border(tiny_model_dir(root, "llama_gqa_tied", head_dim=16), root / "work", SEQ_LEN_TOKENS).cross()
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def rows(student: Border, tmp_path_factory: pytest.TempPathFactory) -> Path:
         kind="steerlm2_answers",
         answers_per_prompt=NUM_ANSWERS,
         max_new_tokens=40,
-        max_seq_len_tokens=128,
+        max_seq_len_tokens=SEQ_LEN_TOKENS,
         whole_markers=False,
     )
     prompts = select_prompts(params, template, _chats(root), "stages.test").all[:NUM_PROMPTS]
@@ -67,7 +67,7 @@ def _chats(root: Path) -> ChatRows:
     for part in ("train", "valid"):
         lines = []
         for number in range(NUM_PROMPTS):
-            turns = [("user", f"What is {number} and {number}?"), ("assistant", "Ask again."), ("user", "And now?")]
+            turns = [("user", f"What is {number} in {part}?"), ("assistant", "Ask again."), ("user", "And now?")]
             system = [("system", "Be brief.")] if number % 2 else []
             messages = [{"role": role, "content": text} for role, text in [*system, *turns, ("assistant", "x")]]
             row = {"messages": messages, "attributes": {"verbosity": number, "helpfulness": 3}}
@@ -77,7 +77,9 @@ def _chats(root: Path) -> ChatRows:
 
 
 def _config(student: Border, rows: Path, work: Path, *, steps: int, layout: Layout, **keys: Any) -> dict[str, Any]:
-    more = {"model.optim.weight_decay": 0.0, **{f"model.{name.replace('__', '.')}": keys[name] for name in keys}}
+    more = {"model.optim.weight_decay": 0.0, "model.encoder_seq_length": SEQ_LEN_TOKENS}
+    more |= {f"model.data.{part}.max_seq_length": SEQ_LEN_TOKENS for part in ("train_ds", "validation_ds")}
+    more |= {f"model.{name.replace('__', '.')}": keys[name] for name in keys}
     return training_config("steerlm2", student.nemo, rows, work, num_steps=steps, layout=layout, keys=more)
 
 
