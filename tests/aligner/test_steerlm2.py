@@ -123,9 +123,12 @@ def _logs(row: dict[str, Any], *names: str) -> list[float]:
 def test_loss_gradient_and_steps_equal_plain_formulas(
     layout: Layout, micro_batch_size: int, student: Border, rows: Path, tmp_path: Path
 ) -> None:
-    sizes = {"steerlm2__micro_batch_size": micro_batch_size, "steerlm2__forward_micro_batch_size": micro_batch_size}
+    sizes = dict.fromkeys(("steerlm2__micro_batch_size", "steerlm2__forward_micro_batch_size"), micro_batch_size)
+    rates = {"optim__lr": 1e-4, "optim__sched__min_lr": 1e-5}
     work = tmp_path / "work"
-    found = train("steerlm2", _config(student, rows, work, steps=3, layout=layout, **sizes), student.nemo, work, layout)
+    found = train(
+        "steerlm2", _config(student, rows, work, steps=3, layout=layout, **sizes, **rates), student.nemo, work, layout
+    )
     expected = _plain_training(student, rows, losses(found, "train/lr"))
     for name, values in expected.items():
         assert losses(found, f"train/{name}") == pytest.approx(values, rel=1e-4, abs=1e-5), name
@@ -147,14 +150,14 @@ def _plain_training(student: Border, rows: Path, rates: Sequence[float]) -> dict
             sampled = torch.tensor(_logs(row, "log(Q(y|a,x))"))
             wanted = torch.tensor(_logs(row, "log(P(a|x,y))", "log(P(y|x))", "-log(Q(y|a,x))")).softmax(-1)
             baseline = (own.detach() - sampled).softmax(-1)
-            # NeMo-Aligner divides by the mean number of tokens of an answer.
+            # NeMo-Aligner divides by the mean number of tokens of an answer, and adds 1e-8 to weights for the distance.
             loss = loss - ((wanted - baseline) * own).sum() / (sum(sizes) / len(sizes)) / len(read)
-            distance += float((wanted * (wanted / baseline).log()).sum()) / len(read)
+            distance += float(((wanted + 1e-8) * ((wanted + 1e-8) / (baseline + 1e-8)).log()).sum()) / len(read)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         for name, value in (("loss", loss), ("distance", distance), ("grad_norm", norm)):
-            out[name].append(float(value))
+            out[name].append(float(torch.as_tensor(value).detach()))
     return out
 
 
