@@ -118,8 +118,8 @@ def greedy_answers(
         found = []
         with progress.bar("answers", sum(map(len, own)), "answers") as bar:
             for batch in own:
-                continued = _continued(model, tokenizer, [prompts[index] for index in batch], config)
-                found.append([_before(spelled_stop, _ended(made, stops), tokenizer) for made in continued])
+                answers = continued(model, tokenizer, [prompts[index] for index in batch], config)
+                found.append([before_stop(spelled_stop, _ended(made, stops), tokenizer) for made in answers])
                 bar.advance(len(batch))
         return found
 
@@ -138,7 +138,7 @@ def turn_ends(model: Any, tokenizer: Any) -> list[int]:
     return sorted(ends - {None})
 
 
-def _before(stop: str | None, tokens: list[int], tokenizer: Any) -> tuple[str, int]:
+def before_stop(stop: str | None, tokens: list[int], tokenizer: Any) -> tuple[str, int]:
     """Return (text before `stop`, number of its tokens)."""
     text: str = tokenizer.decode(tokens, skip_special_tokens=True)
     if stop is None or stop not in text:
@@ -149,7 +149,7 @@ def _before(stop: str | None, tokens: list[int], tokenizer: Any) -> tuple[str, i
     return text, size
 
 
-def _continued(model: Any, tokenizer: Any, prompts: Sequence[list[int]], config: Any) -> list[list[int]]:
+def continued(model: Any, tokenizer: Any, prompts: Sequence[list[int]], config: Any) -> list[list[int]]:
     """Return the new tokens for each prompt; shorter answers are padded at the end."""
     longest, padding = max(map(len, prompts)), config.pad_token_id
     ids = torch.tensor([[padding] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)

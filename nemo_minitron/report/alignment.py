@@ -11,6 +11,7 @@ from typing import Any
 from nemo_minitron.artifacts.types import Artifact
 from nemo_minitron.backends.alignment.base import CURVES_FILE, alignment_backend
 from nemo_minitron.report.rewards import reward_samples, reward_table, reward_trainings
+from nemo_minitron.report.sampled_answers import sampled_answers, sampled_table
 from nemo_minitron.report.sections import in_section
 
 QUESTIONS_BY_LEVEL = 3
@@ -27,7 +28,7 @@ Rows = list[dict[str, Any]]
 
 
 def alignment_facts(stages: Sequence[Artifact]) -> dict[str, Any] | None:
-    """Return {trainings, curves, models, attributes, lengths, rewards, samples}; None if there is nothing to show."""
+    """Return {trainings, curves, models, ..., rewards, sampled, samples}; None if there is nothing to show."""
     trained = in_section(stages, "alignment")
     measured, rewarded = in_section(stages, "chat_evaluation"), in_section(stages, "rewards")
     if not trained and not measured and not rewarded:
@@ -39,6 +40,7 @@ def alignment_facts(stages: Sequence[Artifact]) -> dict[str, Any] | None:
         "attributes": [row for stage in trained for row in _attributes(stage)],
         "lengths": [row for stage in measured for row in _lengths(stage)],
         "rewards": reward_trainings(rewarded),
+        "sampled": sampled_answers(in_section(stages, "sampled_answers")),
         "samples": [
             *_samples(measured),
             *reward_samples(rewarded),
@@ -140,6 +142,8 @@ def tables(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     out = [_training_table(facts["trainings"])] if facts["trainings"] else []
     if facts["rewards"]:
         out.append(reward_table(facts["rewards"]))
+    if facts["sampled"]:
+        out.append(sampled_table(facts["sampled"]))
     if facts["models"]:
         figures = _figures(facts["models"])
         cells = [[row["label"], *(_cell(row.get(figure)) for figure in figures)] for row in facts["models"]]

@@ -6,19 +6,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from nemo_minitron.schema.base import Seed
+from nemo_minitron.schema.base import Schema, Seed
 from nemo_minitron.schema.chats import ChatRendering
 
 
-class Alignment(ChatRendering):
-    """Keys that all alignment trainings share."""
+class RowTraining(Schema):
+    """Keys of a training on rows by an alignment backend, without those that render the rows."""
 
     num_epochs: PositiveInt = 1
     """Passes over the rows."""
     num_steps: PositiveInt | None = None
     """Optimizer steps, however many epochs they take. null: num_epochs decides."""
     global_batch_size: PositiveInt
-    """Rows (or pairs, for preferences) per optimizer step."""
+    """Rows per optimizer step: conversations, pairs for preferences, or prompts with all their answers for steerlm2."""
     max_seq_len_tokens: PositiveInt
     """Longest prompt and answer together."""
     lr: Annotated[float, Field(gt=0.0)]
@@ -33,6 +33,13 @@ class Alignment(ChatRendering):
     """Seed of the random numbers that order the rows."""
     aligner: dict[str, Any] = Field(default_factory=dict)
     """Any other key of NeMo-Aligner's config, nested as in configs/align. Unknown keys are refused."""
+
+
+class Alignment(RowTraining, ChatRendering):
+    """Keys that all alignment trainings on chat rows share."""
+
+    max_seq_len_tokens: PositiveInt
+    """Longest prompt and answer together."""
 
 
 class RewardTraining(Alignment):

@@ -108,6 +108,37 @@ class ChatRows(Artifact):
         return self.path / f"{part}.jsonl"
 
 
+class SampledAnswers(Artifact):
+    """Prompts with several sampled answers and their log-probabilities, split into train.jsonl and valid.jsonl."""
+
+    @property
+    def answers_per_prompt(self) -> int:
+        """Answers to each prompt."""
+        return int(self.result["answers_per_prompt"])
+
+    @property
+    def max_seq_len_tokens(self) -> int:
+        """Longest prompt and answer together."""
+        return int(self.result["max_seq_len_tokens"])
+
+    @property
+    def template(self) -> TemplateName:
+        """Chat template of the texts."""
+        return cast(TemplateName, self.result["template"])
+
+    def num_prompts(self, part: str) -> int:
+        """Return the number of prompts of `train` or `valid`."""
+        return int(self.result[part]["rows"])
+
+    def lengths(self, part: str) -> dict[str, Any]:
+        """Return the length statistics of `train` or `valid`."""
+        return dict(self.result[part]["lengths"])
+
+    def file(self, part: str) -> Path:
+        """Return the file with the rows of `train` or `valid`."""
+        return self.path / f"{part}.jsonl"
+
+
 class RewardModel(Artifact):
     """A trained reward model."""
 

@@ -35,6 +35,7 @@ class Output(Enum):
     TOKENIZER = "tokenizer"
     TOKENIZED_TEXT = "tokenized text"
     CHAT_ROWS = "chat rows"
+    SAMPLED_ANSWERS = "sampled answers"
     TEACHER_CHECK = "teacher check"
     SCORES = "scores"
     PRUNE_PLAN = "prune plan"

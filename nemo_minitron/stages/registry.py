@@ -34,6 +34,8 @@ KINDS = (
     "align.kind:TRAIN_ATTRIBUTE_MODEL",
     "annotate.kind:ANNOTATE",
     "align.kind:STEERLM_SFT",
+    "steerlm2_answers.kind:STEERLM2_ANSWERS",
+    "align.kind:STEERLM2",
     "align.kind:DPO",
     "rollouts.kind:REINFORCE",
     "rollouts.kind:PPO",

@@ -1,4 +1,4 @@
-"""Offline distillation and SteerLM 2.0 by NeMo-Aligner on the CPU: figures against transformers, and both learn."""
+"""Offline distillation by NeMo-Aligner on the CPU: figures against transformers, and it learns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.aligner import Border, Layout, answers_to, ask_teacher, losses, train, training_config, write_rows
+from tests.support.aligner import Border, Layout, ask_teacher, losses, train, training_config, write_rows
 from tests.support.tiny_models import load_transformers, tiny_model_dir, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -138,37 +138,3 @@ def test_two_ranks_learn_what_one_does(layout: Layout, student: Border, cache: P
         found.append(train("knowledge_distillation", config, student.nemo, work, used))
     for figure in ("train/loss", "train/grad_norm"):
         assert losses(found[1], figure) == pytest.approx(losses(found[0], figure), rel=1e-4), figure
-
-
-def test_steerlm2_moves_towards_the_answers_that_fit(student: Border, tmp_path: Path) -> None:
-    rows = [answers_to(f"What is {i} and {i}?", [f"It is {2 * i}.", f"No {i}", "Four."]) for i in range(4)]
-    for row in rows:
-        for answer in row["responses"]:
-            answer["log(Q(y|a,x))"] = _log_prob(student, row, answer["value"])
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    work = tmp_path / "work"
-    config = training_config("steerlm2", student.nemo, tmp_path / "rows.jsonl", work, num_steps=12)
-    found = losses(train("steerlm2", config, student.nemo, work), "train/distance")
-    # In the beginning the model is the one that was sampled: the baseline weighs every answer alike.
-    distances = []
-    for row in rows:
-        log = torch.tensor([answer["log(P(a|x,y))"] - answer["log(Q(y|a,x))"] for answer in row["responses"]])
-        weights = log.softmax(-1)
-        distances.append(float((weights * (weights / (1 / 3)).clamp(min=1e-12).log()).sum()))
-    assert found[0] == pytest.approx(sum(distances) / 4, rel=1e-3)
-    assert found[-1] < 0.5 * found[0]
-    tokens = torch.randint(0, 400, (2, 60), generator=torch.Generator().manual_seed(0))
-    exported = student.back(tmp_path / "hf", work / "trained")
-    with torch.no_grad():
-        logits = load_transformers(exported)(tokens).logits
-    torch.testing.assert_close(student.logits(tokens, work / "trained"), logits, atol=1e-4, rtol=0.0)
-
-
-def _log_prob(student: Border, row: dict[str, Any], answer: str) -> float:
-    """Of an answer and the end of its turn, as the template extra_id writes them."""
-    asked = row["prompt_turns"][0]["value"]
-    prompt = f"<extra_id_0>System\n\n<extra_id_1>User\n{asked}\n<extra_id_1>Assistant\n<extra_id_2>{row['label']}\n"
-    tokenizer = tiny_tokenizer()
-    before, whole = tokenizer(prompt).input_ids, tokenizer(f"{prompt}{answer}\n<extra_id_1>").input_ids
-    each = _log_probs(student.model, whole[:-1]).gather(1, torch.tensor(whole[1:])[:, None])
-    return float(each[len(before) - 1 :].sum())

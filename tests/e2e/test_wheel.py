@@ -218,8 +218,8 @@ def test_every_method_of_nemo_aligner_starts_from_the_wheel(installed: Path, els
     """Run the tests of its trainings in the environment with the wheel, without a checkout."""
     require_aligner()
     shutil.copytree(REPO / "tests", tmp_path / "only tests/tests", ignore=shutil.ignore_patterns("__pycache__"))
-    chosen = "(loss_goes_down and (dpo or regression or sft)) or likeliest or learns_the_teacher or steerlm2"
-    files = ["tests/aligner/test_training.py", "tests/aligner/test_distillation.py"]
+    chosen = "(loss_goes_down and (dpo or regression or sft)) or likeliest or learns_the_teacher or moves_towards"
+    files = [f"tests/aligner/test_{name}.py" for name in ("training", "distillation", "steerlm2")]
     words = [str(installed / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen]
     output = must(words, cwd=tmp_path / "only tests", MINITRON_REQUIRE_ALIGNER="1")
     assert " passed" in output

@@ -113,21 +113,11 @@ def write_rows(
         elif method == "dpo":
             rewards = {"chosen_reward": 1.0 + i % 3, "rejected_reward": 0.5}
             rows.append({"prompt": asked, "chosen_response": right, "rejected_response": wrong, **rewards})
-        elif method == "steerlm2":
-            rows.append(answers_to(asked.strip(), [right, wrong, "Four."]))
         elif ranking:
             rows += [{"text": asked + right}, {"text": asked + wrong}]
         else:
             rows.append({"text": asked + (right if i % 2 else wrong), "label": [-100.0] * 4 + [4.0 * (i % 2)] * 5})
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def answers_to(asked: str, answers: list[str]) -> dict[str, Any]:
-    """A row of SteerLM 2.0; the first answer fits the attributes best. log(Q(y|a,x)) is the caller's to fill in."""
-    logs = [{"log(P(a|x,y))": -2.0 * i, "log(P(y|x))": 0.0, "log(Q(y|a,x))": 0.0} for i in range(len(answers))]
-    said = [{"from": "Assistant", "value": answer, **log} for answer, log in zip(answers, logs, strict=True)]
-    turns = [{"from": "User", "value": asked}]
-    return {"system": "", "prompt_turns": turns, "label": "correctness:4", "responses": said}
 
 
 def training_config(
@@ -142,7 +132,9 @@ def training_config(
     keys: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A small training on the CPU."""
-    key, sizes = TRAINER_KEYS[method], {"global_batch_size": rows_per_batch, "micro_batch_size": 2}
+    # A row of SteerLM 2.0 is a prompt with several answers.
+    sizes = {"global_batch_size": rows_per_batch, "micro_batch_size": 1 if method == "steerlm2" else 2}
+    key = TRAINER_KEYS[method]
     fill: dict[str, Any] = {
         "trainer.num_nodes": 1,
         "trainer.devices": layout.tp * layout.pp * layout.dp,

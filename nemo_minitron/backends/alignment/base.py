@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nemo_minitron.system.interrupts import StopRequest
     from nemo_minitron.system.progress import Progress
 
-Method = Literal["sft", "dpo", "reward_model", "knowledge_distillation", "reinforce", "ppo"]
+Method = Literal["sft", "dpo", "reward_model", "knowledge_distillation", "steerlm2", "reinforce", "ppo"]
 """A kind of training; recorded as `method` in the results of a stage."""
 CURVES_FILE, ANSWERS_FILE = "curves.jsonl", "answers.jsonl"
 """Files in a published folder: the metrics of a training, one JSON line for each step (`read_curve` reads it), and the
@@ -83,7 +83,19 @@ class TeacherObjective:
     method: ClassVar[Method] = "knowledge_distillation"
 
 
-Objective = SftObjective | PreferenceObjective | RewardObjective | TeacherObjective
+@dataclass(frozen=True)
+class AnswerWeightsObjective:
+    """Loss of SteerLM 2.0 (2406.08673, section 4.5): KL divergence of the model's weights of sampled answers from w'.
+
+    Rows: {"prompt", "responses": [{"output", "log(P(a|x,y))", "log(P(y|x))", "log(Q(y|a,x))"}]}, the same number of
+    answers in every row. The points of the curve are this divergence in nats.
+    """
+
+    answers_per_prompt: int
+    method: ClassVar[Method] = "steerlm2"
+
+
+Objective = SftObjective | PreferenceObjective | RewardObjective | TeacherObjective | AnswerWeightsObjective
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,20 @@ from collections.abc import Iterator
 
 from nemo_minitron.backends.alignment.base import Method, alignment_backend
 from nemo_minitron.families import ModelShape
-from nemo_minitron.schema.alignment import Alignment
+from nemo_minitron.schema.alignment import RowTraining
 from nemo_minitron.schema.chats import ChatRowFacts, RowKind
 from nemo_minitron.schema.execution import Parallel
 
 
-def option_problems(key: str, params: Alignment, method: Method) -> Iterator[str]:
+def option_problems(key: str, params: RowTraining, method: Method) -> Iterator[str]:
     """Yield what is wrong with the keys of the backend's own config."""
     problems = alignment_backend().override_problems(method, params.aligner)
     yield from (f"{key}.aligner.{problem}" for problem in problems)
 
 
-def row_problems(key: str, params: Alignment, chats: str, held: ChatRowFacts | None, needed: RowKind) -> Iterator[str]:
+def row_problems(
+    key: str, params: RowTraining, chats: str, held: ChatRowFacts | None, needed: RowKind
+) -> Iterator[str]:
     """Yield what is wrong with the rows for this training.
 
     Args:
@@ -40,7 +42,7 @@ def row_problems(key: str, params: Alignment, chats: str, held: ChatRowFacts | N
         )
 
 
-def size_problems(key: str, params: Alignment, layout: Parallel) -> Iterator[str]:
+def size_problems(key: str, params: RowTraining, layout: Parallel) -> Iterator[str]:
     """Yield conflicts between batch sizes, learning rates and steps."""
     unit = layout.micro_batch_size * layout.dp
     if params.global_batch_size % unit:
@@ -48,6 +50,11 @@ def size_problems(key: str, params: Alignment, layout: Parallel) -> Iterator[str
             f"{key}.global_batch_size = {params.global_batch_size}: not a multiple of micro_batch_size * dp = "
             f"{layout.micro_batch_size} * {layout.dp}."
         )
+    yield from step_problems(key, params)
+
+
+def step_problems(key: str, params: RowTraining) -> Iterator[str]:
+    """Yield conflicts between learning rates and steps."""
     if params.min_lr > params.lr:
         yield f"{key}.min_lr = {params.min_lr}: above lr = {params.lr}."
     if params.num_steps is not None and params.warmup_steps >= params.num_steps:

@@ -6,18 +6,25 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from nemo_minitron.backends.alignment.base import Method
-from nemo_minitron.backends.alignment.rules import model_problems, option_problems, row_problems, size_problems
+from nemo_minitron.backends.alignment.rules import (
+    model_problems,
+    option_problems,
+    row_problems,
+    size_problems,
+    step_problems,
+)
 from nemo_minitron.families import ModelShape
+from nemo_minitron.schema.answers import AnswerSampling
 from nemo_minitron.schema.chats import RowKind
 from nemo_minitron.schema.execution import Parallel
-from nemo_minitron.stages.align.params import AttributeModelStage, DpoStage, SftStage, SteerlmSftStage
+from nemo_minitron.stages.align.params import AttributeModelStage, DpoStage, SftStage, Steerlm2Stage, SteerlmSftStage
 from nemo_minitron.stages.kind import MODELS, Output, RecipeView, StageKind
 from nemo_minitron.workload.load import Load, alignment_load
 
 AlignStage = SftStage | SteerlmSftStage | DpoStage | AttributeModelStage
 
 
-def _shape(name: str, params: AlignStage, view: RecipeView) -> ModelShape | None:
+def _shape(name: str, params: AlignStage | Steerlm2Stage, view: RecipeView) -> ModelShape | None:
     return view.shape(params.inputs.model)
 
 
@@ -52,6 +59,48 @@ def _load(name: str, params: AlignStage, layout: Parallel, view: RecipeView) -> 
     )
 
 
+def _steerlm2_problems(name: str, params: Steerlm2Stage, view: RecipeView) -> Iterator[str]:
+    key, layout = f"stages.{name}", view.layout(name)
+    yield from option_problems(key, params, "steerlm2")
+    if params.global_batch_size % layout.dp:
+        yield f"{key}.global_batch_size = {params.global_batch_size}: not a multiple of dp = {layout.dp}."
+    sampling = view.stages.get(params.inputs.answers)
+    if isinstance(sampling, AnswerSampling):
+        yield from _sampling_problems(key, params, sampling, layout)
+    yield from step_problems(key, params)
+    yield from model_problems(key, view.shape(params.inputs.model), layout)
+
+
+def _sampling_problems(key: str, params: Steerlm2Stage, sampling: AnswerSampling, layout: Parallel) -> Iterator[str]:
+    """Yield conflicts with the stage that samples the answers."""
+    answers = params.global_batch_size // layout.dp * sampling.answers_per_prompt
+    if answers % layout.micro_batch_size:
+        yield (
+            f"{key}: micro_batch_size = {layout.micro_batch_size} counts answers here, and does not divide those of a "
+            f"batch on one rank, global_batch_size / dp * answers_per_prompt = {answers}."
+        )
+    for part, most in (("train", sampling.max_train_prompts), ("valid", sampling.max_valid_prompts)):
+        if most is not None and most < params.global_batch_size:
+            yield (
+                f"{key}.global_batch_size = {params.global_batch_size}: stage {params.inputs.answers} has "
+                f"max_{part}_prompts = {most}."
+            )
+    if sampling.max_seq_len_tokens > params.max_seq_len_tokens:
+        yield (
+            f"{key}.max_seq_len_tokens = {params.max_seq_len_tokens}: stage {params.inputs.answers} has "
+            f"{sampling.max_seq_len_tokens}, and its answers would be cut off."
+        )
+
+
+def _steerlm2_load(name: str, params: Steerlm2Stage, layout: Parallel, view: RecipeView) -> Load | None:
+    """Estimate the training; the forward pass that computes the weights of the answers is not counted."""
+    shape, sampling = view.shape(params.inputs.model), view.stages.get(params.inputs.answers)
+    if shape is None or params.num_steps is None or not isinstance(sampling, AnswerSampling):
+        return None
+    answers = params.global_batch_size * sampling.answers_per_prompt
+    return alignment_load(shape, params.num_steps, answers, params.max_seq_len_tokens, layout, pairs=False)
+
+
 SFT = StageKind(
     name="sft",
     params=SftStage,
@@ -69,6 +118,16 @@ SFT = StageKind(
     load=_load,
 )
 STEERLM_SFT = replace(SFT, name="steerlm_sft", params=SteerlmSftStage, chat_rank=6)
+STEERLM2 = replace(
+    SFT,
+    name="steerlm2",
+    params=Steerlm2Stage,
+    run="nemo_minitron.stages.align.run:steerlm2",
+    inputs={"model": MODELS, "answers": (Output.SAMPLED_ANSWERS,)},
+    chat_rank=9,
+    problems=_steerlm2_problems,
+    load=_steerlm2_load,
+)
 DPO = replace(SFT, name="dpo", params=DpoStage, run="nemo_minitron.stages.align.run:dpo", chat_rank=7)
 TRAIN_ATTRIBUTE_MODEL = replace(
     SFT,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from nemo_minitron.schema.alignment import Alignment, RewardTraining
+from nemo_minitron.schema.alignment import Alignment, RewardTraining, RowTraining
 from nemo_minitron.schema.base import Schema, StageName, StageParams
 
 
@@ -44,6 +44,23 @@ class SteerlmSftStage(Alignment, StageParams):
     inputs: SteerlmSftInputs = SteerlmSftInputs()
     turns: Literal["all", "last"] = "last"
     """Which answers of a conversation are learned; each becomes one training row."""
+
+
+class Steerlm2Inputs(Schema):
+    """Stages that a steerlm2 stage reads."""
+
+    model: StageName = "steerlm_sft"
+    """Stage that provides the model to start from, usually the one that sampled the answers."""
+    answers: StageName = "steerlm2_answers"
+    """Stage that provides the sampled answers."""
+
+
+class Steerlm2Stage(RowTraining, StageParams):
+    """Train an attribute-conditioned model on weighted samples of its own answers (SteerLM 2.0, 2406.08673, section
+    4.5)."""
+
+    kind: Literal["steerlm2"]
+    inputs: Steerlm2Inputs = Steerlm2Inputs()
 
 
 class DpoInputs(Schema):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.backends.alignment.base import (
+    AnswerWeightsObjective,
     PreferenceObjective,
     RewardObjective,
     SftObjective,
@@ -16,10 +17,11 @@ from nemo_minitron.backends.alignment.base import (
 )
 from nemo_minitron.data.chat.render import Purpose
 from nemo_minitron.data.chat.rows import ATTRIBUTES
+from nemo_minitron.errors import DataError
 from nemo_minitron.evaluation.attributes import agreement
-from nemo_minitron.stages.align.params import AttributeModelStage, DpoStage, SftStage, SteerlmSftStage
-from nemo_minitron.stages.artifacts import ChatRows, Model
-from nemo_minitron.stages.common.alignment_rows import Rows, write_rows
+from nemo_minitron.stages.align.params import AttributeModelStage, DpoStage, SftStage, Steerlm2Stage, SteerlmSftStage
+from nemo_minitron.stages.artifacts import ChatRows, Model, SampledAnswers
+from nemo_minitron.stages.common.alignment_rows import PARTS, Rows, write_rows
 from nemo_minitron.stages.common.alignment_training import task_context, train, train_and_publish
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
@@ -33,6 +35,14 @@ class Inputs:
     chats: ChatRows
 
 
+@dataclass(frozen=True)
+class Steerlm2Inputs:
+    """What a steerlm2 stage reads."""
+
+    model: Model
+    answers: SampledAnswers
+
+
 def sft(params: SftStage | SteerlmSftStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Fine-tune on conversations; publish a Hugging Face model and the curves.
 
@@ -43,7 +53,41 @@ def sft(params: SftStage | SteerlmSftStage, inputs: Inputs, ctx: StageContext) -
     """
     required_keys = ("attributes",) if isinstance(params, SteerlmSftStage) else ()
     rows = write_rows(params, inputs.model, inputs.chats, ctx, "sft", required_keys=required_keys)
-    return train_and_publish(params, SftObjective(), inputs.model.path, rows, ctx)
+    return train_and_publish(params, SftObjective(), inputs.model.path, rows, ctx, template=params.template)
+
+
+def steerlm2(params: Steerlm2Stage, inputs: Steerlm2Inputs, ctx: StageContext) -> Result:
+    """Train on weighted answers of a steerlm2_answers stage; publish a Hugging Face model and the curves.
+
+    Raises:
+        DataError: fewer prompts than a batch takes, or answers longer than the training reads.
+        Otherwise as `sft`.
+    """
+    answers = inputs.answers
+    _require_fit(params, answers, ctx)
+    train_file, valid_file = (answers.file(part) for part in PARTS)
+    lengths = {part: answers.lengths(part) for part in PARTS}
+    rows = Rows(train_file, valid_file, answers.num_prompts("train"), lengths)
+    objective = AnswerWeightsObjective(answers.answers_per_prompt)
+    return train_and_publish(params, objective, inputs.model.path, rows, ctx, template=answers.template)
+
+
+def _require_fit(params: Steerlm2Stage, answers: SampledAnswers, ctx: StageContext) -> None:
+    for part in PARTS:
+        if answers.num_prompts(part) < params.global_batch_size:
+            raise DataError(
+                f"Stage {answers.stage} has answers to {answers.num_prompts(part)} prompts of the {part} part, and a "
+                f"batch takes {params.global_batch_size}.",
+                where=f"stages.{ctx.name}.global_batch_size",
+                next_step="Lower it, or let that stage answer more prompts.",
+            )
+    if answers.max_seq_len_tokens > params.max_seq_len_tokens:
+        raise DataError(
+            f"Stage {answers.stage} has answers of up to {answers.max_seq_len_tokens} tokens with their prompts, and "
+            f"max_seq_len_tokens = {params.max_seq_len_tokens}. They would be cut off.",
+            where=f"stages.{ctx.name}.max_seq_len_tokens",
+            next_step=f"Set it to {answers.max_seq_len_tokens}.",
+        )
 
 
 def dpo(params: DpoStage, inputs: Inputs, ctx: StageContext) -> Result:
@@ -62,7 +106,7 @@ def dpo(params: DpoStage, inputs: Inputs, ctx: StageContext) -> Result:
         sft_loss_weight=params.sft_loss_weight,
         average_log_probs=params.average_log_probs,
     )
-    return train_and_publish(params, objective, inputs.model.path, rows, ctx)
+    return train_and_publish(params, objective, inputs.model.path, rows, ctx, template=params.template)
 
 
 def train_attribute_model(params: AttributeModelStage, inputs: Inputs, ctx: StageContext) -> Result:

@@ -12,15 +12,15 @@ import numpy as np
 
 from nemo_minitron.backends.alignment.base import alignment_backend
 from nemo_minitron.data.chat.lengths import LengthStats
-from nemo_minitron.data.chat.render import rated_row, read_normalized
+from nemo_minitron.data.chat.render import read_normalized
 from nemo_minitron.data.chat.rows import ATTRIBUTES, BadRow, Row
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import DataError, PlanError
-from nemo_minitron.schema.chats import ChatRendering
 from nemo_minitron.stages.annotate.params import AnnotateStage
 from nemo_minitron.stages.artifacts import ChatRows, RewardModel
 from nemo_minitron.stages.common.alignment_rows import PARTS
 from nemo_minitron.stages.common.alignment_training import task_context
+from nemo_minitron.stages.common.rated_text import answer_text
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
 
@@ -99,14 +99,6 @@ def _readable(
     if stats.bad.num_bad and not rows:
         raise stats.bad.none_left(where)
     return rows, texts, stats
-
-
-def answer_text(row: Row, template: ChatTemplate, max_seq_len_tokens: int, stats: LengthStats) -> str | None:
-    """Return the dialogue in the form that the attribute model was trained on; None if it is too long."""
-    options = ChatRendering(turns="last", max_seq_len_tokens=max_seq_len_tokens)
-    unrated = {**row, "attributes": {ATTRIBUTES[0]: LOWEST}}  # the label is not used
-    rendered = rated_row(unrated, template, options, stats)
-    return None if rendered is None else str(rendered["text"])
 
 
 def merged(row: Mapping[str, Any], values: Sequence[float], params: AnnotateStage) -> dict[str, float]:

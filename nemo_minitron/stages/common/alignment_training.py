@@ -13,7 +13,8 @@ from nemo_minitron.backends.alignment.base import (
     alignment_backend,
 )
 from nemo_minitron.hf.checkpoint import model_facts
-from nemo_minitron.schema.alignment import Alignment
+from nemo_minitron.schema.alignment import RowTraining
+from nemo_minitron.schema.chats import TemplateName
 from nemo_minitron.stages.common.alignment_rows import Rows
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
@@ -34,17 +35,23 @@ def task_context(ctx: StageContext) -> TaskContext:
 
 
 def train_and_publish(
-    params: Alignment, objective: Objective, model_dir: Path, rows: Rows, ctx: StageContext
+    params: RowTraining,
+    objective: Objective,
+    model_dir: Path,
+    rows: Rows,
+    ctx: StageContext,
+    *,
+    template: TemplateName,
 ) -> Result:
     """Train, and publish a Hugging Face model with its template and curves."""
     from nemo_minitron.data.chat.templates import set_template
 
     facts = train(params, objective, model_dir, rows, ctx)
-    set_template(ctx.out_dir, params.template)
+    set_template(ctx.out_dir, template)
     return {**model_facts(ctx.out_dir), **facts}
 
 
-def train(params: Alignment, objective: Objective, model_dir: Path, rows: Rows, ctx: StageContext) -> dict[str, Any]:
+def train(params: RowTraining, objective: Objective, model_dir: Path, rows: Rows, ctx: StageContext) -> dict[str, Any]:
     """Train into the stage's output folder; returns the facts of the training for the manifest."""
     training = Training(
         model_dir=model_dir,

@@ -40,4 +40,4 @@ def distill_offline(params: DistillOfflineStage, inputs: Inputs, ctx: StageConte
         kd_loss_weight=params.kd_loss_weight,
         sft_loss_weight=params.sft_loss_weight,
     )
-    return train_and_publish(params, objective, inputs.model.path, rows, ctx)
+    return train_and_publish(params, objective, inputs.model.path, rows, ctx, template=params.template)

@@ -24,6 +24,8 @@ from nemo_minitron.schema.execution import Parallel
 
 TRAIN_LOSS, VALID_LOSS, VALID_LOSS_SE = "train/loss", "val/loss", "val/loss_se"
 """Names in the curves that entry/task.py writes."""
+TRAIN_DISTANCE, VALID_DISTANCE = "train/distance", "val/distance"
+"""The same for SteerLM 2.0, whose `loss` has the right gradient, but a value without a meaning."""
 
 
 class NemoAligner(AlignmentBackend):
@@ -69,7 +71,13 @@ class NemoAligner(AlignmentBackend):
     def read_curve(self, file: Path) -> list[LossPoint]:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         return [
-            LossPoint(row["step"], row.get(TRAIN_LOSS), row.get(VALID_LOSS), row.get(VALID_LOSS_SE)) for row in rows
+            LossPoint(
+                row["step"],
+                row.get(TRAIN_DISTANCE, row.get(TRAIN_LOSS)),
+                row.get(VALID_DISTANCE, row.get(VALID_LOSS)),
+                None if VALID_DISTANCE in row else row.get(VALID_LOSS_SE),
+            )
+            for row in rows
         ]
 
     def predict_rewards(

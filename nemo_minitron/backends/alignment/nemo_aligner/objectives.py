@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.backends.alignment.base import (
+    AnswerWeightsObjective,
     PreferenceObjective,
     RewardObjective,
     SftObjective,
@@ -36,6 +37,8 @@ def objective_keys(
             return {**_reward_keys(objective, micro_batch_size), **_json_rows(training, nemo)}
         case TeacherObjective():
             return _teacher_keys(training, objective, nemo, context, server)
+        case AnswerWeightsObjective():
+            return _answer_weights_keys(training, nemo, micro_batch_size)
 
 
 def _sft_keys(training: Training, nemo: Path, micro_batch_size: int) -> dict[str, Any]:
@@ -50,6 +53,16 @@ def _sft_keys(training: Training, nemo: Path, micro_batch_size: int) -> dict[str
         }.items()
     }
     return {**keys, "model.restore_from_path": str(nemo)}
+
+
+def _answer_weights_keys(training: Training, nemo: Path, micro_batch_size: int) -> dict[str, Any]:
+    """Return the keys of SteerLM 2.0, where a batch counts prompts and a micro-batch counts answers."""
+    return {
+        **_sft_keys(training, nemo, 1),
+        "model.micro_batch_size": 1,
+        "model.steerlm2.micro_batch_size": micro_batch_size,
+        "model.steerlm2.forward_micro_batch_size": micro_batch_size,
+    }
 
 
 def _preference_keys(objective: PreferenceObjective, micro_batch_size: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ TASKS = {
     "topk_logits": "distillation:topk_logits",
     "knowledge_distillation": "distillation:train",
     "steerlm2": "steerlm2:train",
+    "steerlm2_batch": "steerlm2:batch",
     "preference_losses": "dpo:preference_losses",
     "reinforce": "reinforce:train",
     "ppo": "ppo:train",
