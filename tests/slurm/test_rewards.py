@@ -20,7 +20,7 @@ from tests.support.slurm.cluster import SlurmCluster
 from tests.support.slurm.runs import Run
 
 pytestmark = pytest.mark.slurm
-TIMEOUT_S, NUM_STEPS = 1200, 6
+TIMEOUT_S, NUM_STEPS = 1200, 24
 PROGRAM = "tests.support.slurm.server_nodes"
 BEFORE = ("teacher", "chat_data")
 KEYS = (
