@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import REPO
 from tests.e2e.test_toy_rewards import BEFORE
 from tests.support.aligner import require_aligner
-from tests.support.processes import MARK, marked, output_of, wait_for_step
+from tests.support.processes import MARK, marked, output_of, runs_in_a_fork, wait_for_step
 
 pytestmark = pytest.mark.slow
 
@@ -56,8 +56,9 @@ def victim(process: subprocess.Popen[str], what: str) -> psutil.Process:
     if what == "runner":
         return psutil.Process(process.pid)
     mark = psutil.Process(process.pid).environ()[MARK]
+    if what == "actor":
+        return next(one for one in marked(mark) if runs_in_a_fork(one))
     words = {
-        "actor": "training/task.json",
         "rule server": "rule_server/task.json",
         "critic": "critic/task.json",
         "triton": "tritonserver",

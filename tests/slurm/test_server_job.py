@@ -15,13 +15,14 @@ import pytest
 from nemo_minitron.launch.slurm.script import SEVERAL_NODES
 from tests.conftest import REPO
 from tests.support.aligner import require_aligner
-from tests.support.processes import MARK
+from tests.support.processes import MARK, runs_in_a_fork
 from tests.support.slurm.cluster import SlurmCluster
 from tests.support.slurm.runs import Run
 
 pytestmark = pytest.mark.slurm
 TIMEOUT_S, NUM_STEPS = 1200, 24
 PROGRAM = "tests.support.slurm.server_nodes"
+ACTOR = "actor"
 BEFORE = ("teacher", "chat_data")
 KEYS = (
     "stages.reinforce.inputs.model=teacher",
@@ -67,11 +68,11 @@ def started(run: Run) -> str:
 
 
 def process(run: Run, word: str) -> psutil.Process:
-    """Return the process of this run with this word in its command."""
+    """Return the process of this run with this word in its command, or its actor."""
     for found in psutil.process_iter():
         try:
-            words = " ".join(found.cmdline())
-            if word in words and str(run.root) in " ".join([words, *found.environ().values()]):
+            is_wanted = runs_in_a_fork(found) if word == ACTOR else word in " ".join(found.cmdline())
+            if is_wanted and str(run.root) in " ".join([*found.cmdline(), *found.environ().values()]):
                 return found
         except psutil.Error:
             continue
@@ -114,7 +115,7 @@ def test_servers_and_actor_are_on_different_nodes_and_survive_a_time_limit(
     run = copy_of(prepared, tmp_path, slurm)
     job = started(run)
     assert slurm.job(job)["NumNodes"] == "2"
-    actor, server, triton = (process(run, word) for word in ("training/task.json", "rule_server/task.json", "triton"))
+    actor, server, triton = (process(run, word) for word in (ACTOR, "rule_server/task.json", "triton"))
     assert node_of(server) == node_of(triton) != node_of(actor)
     # The signal that Slurm sends before the limit (--signal=B:USR1@...), to the script alone.
     slurm.call("scancel", "--batch", "--signal=USR1", job)
@@ -127,7 +128,7 @@ def test_servers_and_actor_are_on_different_nodes_and_survive_a_time_limit(
 
 
 @pytest.mark.parametrize(
-    ("victim", "last_words"), [("rule_server/task.json", "The rule_server ended with code"), ("training/task.json", "")]
+    ("victim", "last_words"), [("rule_server/task.json", "The rule_server ended with code"), (ACTOR, "")]
 )
 def test_a_server_or_actor_that_dies_ends_the_stage_and_a_second_launch_goes_on(
     victim: str, last_words: str, slurm: SlurmCluster, prepared: Run, tmp_path: Path
@@ -176,7 +177,7 @@ def test_rewards_and_critic_of_ppo_have_a_node_each_and_go_on_together(
     (job,) = run.job_ids()["ppo"]
     run.wait_for_step(3, 600)
     assert slurm.job(job)["NumNodes"] == "3"
-    found = [process(run, word) for word in ("training/task.json", "rule_server/task.json", "critic/task.json")]
+    found = [process(run, word) for word in (ACTOR, "rule_server/task.json", "critic/task.json")]
     assert len({node_of(one) for one in found}) == 3
     slurm.call("scancel", "--batch", "--signal=USR1", job)
     slurm.wait_until_idle(TIMEOUT_S)

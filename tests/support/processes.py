@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import psutil
 
+from nemo_minitron.backends.alignment.nemo_aligner.fork_server import COMMAND
 from tests.conftest import REPO, TOY
 
 MARK = "MINITRON_TEST_RUN"
@@ -63,3 +64,9 @@ def wait_for_step(curves: Path, step: int, process: subprocess.Popen[str], *, ti
 def output_of(process: subprocess.Popen[str], timeout_s: float = 240) -> str:
     """Wait for the end, and return stdout and stderr."""
     return "".join(process.communicate(timeout=timeout_s))
+
+
+def runs_in_a_fork(process: psutil.Process) -> bool:
+    """Return whether the process is the current task of a stage that has imported NeMo-Aligner once."""
+    parent = process.parent()
+    return parent is not None and COMMAND in process.cmdline() and COMMAND in parent.cmdline()
