@@ -121,6 +121,7 @@ def by_formula(
     return plain["critic_loss"], [weight.grad, bias.grad]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("part", PARTS)
 def test_loss_and_gradient_are_their_formula(part: str, layout: str, border: Border, tmp_path: Path) -> None:

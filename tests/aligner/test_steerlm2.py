@@ -117,7 +117,14 @@ def _logs(row: dict[str, Any], *names: str) -> list[float]:
 
 @pytest.mark.parametrize(
     ("layout", "micro_batch_size"),
-    [(Layout(), 1), (Layout(), 4), (Layout(tp=2), 3), (Layout(pp=2), 3), (Layout(dp=2), 2)],
+    [
+        (Layout(), 1),
+        (Layout(), 4),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((Layout(tp=2), 3), (Layout(pp=2), 3), (Layout(dp=2), 2))
+        ),
+    ],
     ids=["one", "micro-batches of several prompts", "tp2", "pp2", "dp2"],
 )
 def test_loss_gradient_and_steps_equal_plain_formulas(
