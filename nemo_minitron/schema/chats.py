@@ -42,6 +42,7 @@ ChatFormat = Literal[
     "worked_answers",
     "prompts",
     "result_place",
+    "result_first",
 ]
 
 

@@ -85,7 +85,7 @@ FORMS = {
     ("conversations",): ("sharegpt",),
     ("prompt", "completion"): ("prompt_completion",),
     ("instruction", "input", "output"): ("prompt_completion",),
-    ("question", "answer"): ("gsm8k", "worked_answers", "result_place", "prompt_completion"),
+    ("question", "answer"): ("gsm8k", "worked_answers", "result_place", "result_first", "prompt_completion"),
     ("prompt", "chosen", "rejected"): ("pairs", "chosen_answers", "rejected_answers"),
     ("chosen", "rejected"): ("hh", "pairs"),
     ("prompt", "response"): ("helpsteer", "prompt_completion"),

@@ -176,7 +176,7 @@ def test_a_public_row_is_recognized_and_normalized(name: str, row: Fields, expec
 
 
 def test_every_format_is_tried() -> None:
-    by_name = {"chosen_answers", "rejected_answers", "result_place"}
+    by_name = {"chosen_answers", "rejected_answers", "result_place", "result_first"}
     assert {name for name, _, _ in ADAPTED} | by_name == FORMATS.keys()
 
 
@@ -192,6 +192,12 @@ def test_the_preferred_place_of_a_result_is_the_requested_one_and_tells_nothing_
         assert found["prompt"] == [{"role": "user", "content": prompt}]
         chosen.append(place)
     assert 160 < chosen.count("first") < 240, "half of the pairs, within four standard errors"
+
+
+def test_an_answer_with_its_result_first_is_preferred_over_the_same_text() -> None:
+    found = FORMATS["result_first"].adapt({"question": "2 by 3?", "answer": "2*3=<<2*3=6>>6\n#### 6"}, {})
+    assert (found["chosen"], found["rejected"]) == ("#### 6\n2*3=6", "2*3=6\n#### 6")
+    assert found["prompt"] == [{"role": "user", "content": "2 by 3?"}]
 
 
 @pytest.mark.parametrize(("which", "answer"), [("chosen", "3 + 3 = 6\n#### 6"), ("rejected", "6")])
@@ -266,6 +272,7 @@ BAD: tuple[tuple[str, Fields, str], ...] = (
     ("gsm8k", {"question": "Hi"}, "there is no field answer; the row has question"),
     ("gsm8k", {"question": "Hi", "answer": 3}, "answer is 3, not text"),
     ("worked_answers", {"question": "Hi", "answer": "6"}, "answer has no number after ####"),
+    ("result_first", {"question": "Hi", "answer": "#### 6"}, "answer has no steps before ####"),
     ("result_place", {"question": "Hi", "answer": "6"}, "answer has no number after ####"),
     ("result_place", {"question": "Hi", "answer": "#### 6"}, "answer has no steps before ####"),
     ("helpsteer", {"prompt": "Hi", "response": "Ho", "tokens": 3}, "unknown attribute 'tokens'"),

@@ -212,14 +212,24 @@ def _result_place(row: Fields, renames: Renames) -> Row:
     preferred. Both answers have the same text, and each place is preferred in half of the pairs, so neither their
     length nor a constant preference for one place identifies the preferred answer.
     """
-    _, steps, result = _worked_answer(row)
-    if not steps:
-        raise BadRow("answer has no steps before ####")
-    question = _in_context(row, string(row, "question"))
-    answers = (f"#### {result}\n{steps}", f"{steps}\n#### {result}")
+    question, answers = _result_at_ends(row)
     place = hashlib.sha256(question.encode(errors="replace")).digest()[0] % 2
     request = user(f"{question}\nWrite the result in the {_PLACES[place]} line.")
     return pair([*system_of(row), request], answers[place], answers[1 - place], (1.0, 0.0))
+
+
+def _result_first(row: Fields, renames: Renames) -> Row:
+    """Adapt GSM8K as pairs of one worked answer: with its result in the first line it is preferred."""
+    question, (first_line, last_line) = _result_at_ends(row)
+    return pair([*system_of(row), user(question)], first_line, last_line, (1.0, 0.0))
+
+
+def _result_at_ends(row: Fields) -> tuple[str, tuple[str, str]]:
+    """Return the question, and its answer with the result in the first line and in the last one."""
+    _, steps, result = _worked_answer(row)
+    if not steps:
+        raise BadRow("answer has no steps before ####")
+    return _in_context(row, string(row, "question")), (f"#### {result}\n{steps}", f"{steps}\n#### {result}")
 
 
 def _worked_answer(row: Fields) -> tuple[str, str, str]:
@@ -340,6 +350,7 @@ FORMATS: dict[str, Format] = {
     "pairs": Format("pairs", _pairs, _has(_CHOSEN, _REJECTED)),
     "worked_answers": Format("pairs", _worked_answers, _has(("question",), ("answer",))),
     "result_place": Format("pairs", _result_place, _only_by_name),
+    "result_first": Format("pairs", _result_first, _only_by_name),
 }
 FORMATS_OF: dict[str, tuple[str, ...]] = {
     rows: tuple(name for name, found in FORMATS.items() if found.rows == rows) for rows in get_args(RowKind)
