@@ -7,14 +7,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.e2e.test_toy_rewards import BEFORE
 from tests.fault.test_rewards_kills import before as before  # a fixture
 from tests.fault.test_rewards_kills import require_nothing_left, start
 from tests.support.disks import SmallDisk, small_disk
-from tests.support.processes import MARK, output_of, wait_for_step
+from tests.support.processes import mark_of, output_of, wait_for_step
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +37,7 @@ def test_a_full_disk_ends_the_stage_and_with_room_it_goes_on(
     if full_from_step is None:
         disk.leave(1 << 17)  # room for the prompts, not for the converted model
     first = start(kind, disk.path)
-    mark = psutil.Process(first.pid).environ()[MARK]
+    mark = mark_of(first)
     if full_from_step is not None:
         wait_for_step(curves, full_from_step, first, timeout_s=600)
         disk.leave(0)

@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import REPO
 from tests.e2e.test_toy_rewards import BEFORE
 from tests.support.aligner import require_aligner
-from tests.support.processes import MARK, marked, output_of, runs_in_a_fork, wait_for_step
+from tests.support.processes import MARK, mark_of, marked, output_of, runs_in_a_fork, wait_for_step
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ def victim(process: subprocess.Popen[str], what: str) -> psutil.Process:
     """Return the runner, the actor, or a process of a server."""
     if what == "runner":
         return psutil.Process(process.pid)
-    mark = psutil.Process(process.pid).environ()[MARK]
+    mark = mark_of(process)
     if what == "actor":
         return next(one for one in marked(mark) if runs_in_a_fork(one))
     words = {
@@ -83,7 +83,7 @@ def test_a_kill_leaves_nothing_behind_and_the_same_command_goes_on(
     for stage in BEFORE:
         shutil.copytree(before / stage, run / stage)
     first = start(kind, tmp_path)
-    mark = psutil.Process(first.pid).environ()[MARK]
+    mark = mark_of(first)
     curves = run / f".work/{kind}/training/curves.jsonl"
     wait_for_step(curves, 3, first, timeout_s=600)
     if what == "SIGTERM":

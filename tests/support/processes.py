@@ -70,3 +70,12 @@ def runs_in_a_fork(process: psutil.Process) -> bool:
     """Return whether the process is the current task of a stage that has imported NeMo-Aligner once."""
     parent = process.parent()
     return parent is not None and COMMAND in process.cmdline() and COMMAND in parent.cmdline()
+
+
+def mark_of(process: subprocess.Popen[str]) -> str:
+    """Return the mark of a process that has just been started; right after its start its environment can be empty."""
+    deadline = time.monotonic() + 10.0
+    while MARK not in (found := psutil.Process(process.pid).environ()):
+        assert time.monotonic() < deadline, "the process has no mark"
+        time.sleep(0.01)
+    return found[MARK]
