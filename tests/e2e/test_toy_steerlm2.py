@@ -1,4 +1,4 @@
-"""The toy model through SteerLM 2.0: sampled answers, their weights, and a model that follows the requested verbosity."""
+"""The toy model through SteerLM 2.0: sampled answers, weights, and a model that follows the requested verbosity."""
 
 from __future__ import annotations
 
