@@ -47,7 +47,8 @@ def _train(method: str, root: Path, model: Path) -> Path:
     return work
 
 
-@pytest.mark.parametrize("method", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_one_start_gives_the_bits_of_three(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model_dir(tmp_path, "llama_gqa_tied", dtype=torch.bfloat16)
     one = _train(method, tmp_path / "one", model)

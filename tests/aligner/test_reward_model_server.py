@@ -57,7 +57,8 @@ def requests() -> list[tuple[dict[str, str], str]]:
     return [(ROWS[number % len(ROWS)], answer) for number, answer in enumerate(answers)]
 
 
-@pytest.mark.parametrize("kind", ["regression", pytest.param("ranking", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["regression", "ranking"])
 def test_the_rewards_are_those_of_a_direct_call(kind: str, border: Border, tmp_path: Path) -> None:
     weights = ATTRIBUTE_WEIGHTS if kind == "regression" else None
     reward = ModelReward(published(kind, border, tmp_path), WEIGHT, weights)

@@ -131,7 +131,7 @@ def test_a_mistake_gets_one_clear_message(bad: Bad, minitron: Cli, tmp_path: Pat
     assert "Traceback" not in output
     assert "unexpected" not in output
     flat = " ".join(output.split())
-    for words in bad.says:
+    for words in bad.message:
         assert words in flat
     assert not (root / "bad" / bad.until).exists(), "no partial output"
     assert not list((root / "bad").glob(".partial-*"))

@@ -84,7 +84,7 @@ def test_bad_text_gets_one_clear_message(bad: Bad, minitron: Cli, tmp_path: Path
     assert "Traceback" not in output
     assert output.count("error:") == 1
     flat = " ".join(output.split())
-    for words in bad.says:
+    for words in bad.message:
         assert words in flat
     assert not (root / "bad" / "data").exists()
     assert not list((root / "bad").rglob("*.bin"))

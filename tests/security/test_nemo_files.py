@@ -29,9 +29,12 @@ from tests.support.tiny_models import tiny_model_dir
 def test_no_task_of_nemo_loads_any_pickle() -> None:
     environment = process.task_environment(Path("/usr/bin/python3"), 1, on_cpu=True)
     assert not [name for name in environment if "WEIGHTS_ONLY" in name]
-    # This runs before a task is imported.
     text = (ENTRY / "__main__.py").read_text()
-    assert text.index("read_only_known_pickles()") < text.index("return run(")
+    main, rest = text[text.index("def main(") :].split("def _prepare(")
+    assert "read_only_known_pickles()" in rest.split("def ")[0]
+    # It runs before a task is imported, in a fork server and in a process for one task.
+    assert main.index("_prepare()") < main.index("import_module(")
+    assert main.rindex("_prepare()") < main.rindex("_run_file(")
 
 
 # --- archives ------------------------------------------------------------------------------------

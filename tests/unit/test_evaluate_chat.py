@@ -295,7 +295,7 @@ def answers_of_rank(ranks: int, folder: Path) -> tuple[list[float], list[tuple[s
     model, tokenizer, silent = load_transformers(folder), tiny_tokenizer(), Progress(silent=True)
     sequences = [([5 + number % 7] * (1 + number % 9), [9, 8, 7][: 1 + number % 3]) for number in range(40)]
     with (
-        patch.multiple(answers, _log_probs=counted(answers._log_probs), _continued=counted(answers._continued)),
+        patch.multiple(answers, _log_probs=counted(answers._log_probs), continued=counted(answers.continued)),
         patch.multiple(answers, TOKENS_PER_BATCH=40, PROMPTS_PER_BATCH=4),
         open_session(Parallel(dp=ranks), device="cpu") as session,
     ):

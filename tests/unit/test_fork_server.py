@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,8 @@ def test_a_killed_process_ends_the_task(victim: str, tmp_path: Path) -> None:
         def kill() -> None:
             file = tmp_path / "long/pid"
             if early or (file.is_file() and file.read_text()):
-                os.kill(int(file.read_text()) if victim == "task" else started.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has been killed by an earlier call
+                    os.kill(int(file.read_text()) if victim == "task" else started.pid, signal.SIGKILL)
 
         with pytest.raises(ProcessesDied, match="task long ended with code -9"):
             _run("long", tmp_path, server, task={"seconds": 60}, watch=kill)
