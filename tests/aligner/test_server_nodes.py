@@ -93,7 +93,7 @@ def test_the_error_of_a_dead_server_reaches_the_first_node(
     reported = pytest.raises(EnvironmentProblem, match="The rule_server ended with code")
     with reported, serving([server(tmp_path / "rule_server", RULES)], context(tmp_path), on_cpu=True):
         of_node(tmp_path, victim).send_signal(signal.SIGKILL)
-        # As the training does when its client fails.
+        # The training fails in the same way when its client does.
         raise EnvironmentProblem("The actor has lost its server.")
     assert node.poll() is None
 

@@ -160,7 +160,7 @@ def test_an_agent_and_its_ranks_import_nothing_from_the_working_folder(elsewhere
     (script / "__main__.py").write_text(
         "import json, os, sys, torch, yaml\nprint(json.dumps([os.getcwd(), sys.path]))\n"
     )
-    # As with Python 3.10, which ignores PYTHONSAFEPATH.
+    # PYTHONSAFEPATH is not set, because Python 3.10 ignores it.
     where = ["--rdzv-backend=static", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     words = [sys.executable, str(START), "torch.distributed.run", *where, "--nproc-per-node=1", str(script)]
     cwd, path = json.loads(must(words, cwd=elsewhere))

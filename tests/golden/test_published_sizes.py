@@ -94,7 +94,7 @@ def test_the_layout_fits_one_node_and_as_many_as_the_papers_had(name: str, num_n
     of_one_node = _plan(name, tmp_path).recipe.execution.parallel
     assert of_one_node.world_size == 8
     many = of_one_node.model_copy(update={"dp": of_one_node.dp * num_nodes})
-    # As the recipes advise: on many nodes the training alone gets the larger layout.
+    # The recipes advise this: on many nodes the training alone gets the larger layout.
     plan = _plan(name, tmp_path, f"execution.parallel_by_stage.distill={json.dumps(many.model_dump())}")
     assert plan.call("distill").parallel.world_size == 8 * num_nodes
     assert [problem for problem in find_problems(plan) if not problem.endswith(NO_FILES)] == []

@@ -29,7 +29,7 @@ def _join(rank: int, folder: str, answers: Queue[tuple[int, str]], *, silent: bo
             rendezvous.join("gloo", timedelta(minutes=30))
         answers.put((rank, "joined"))
     except rendezvous.ForeignProcessError as error:
-        # As the interpreter does at exit: an operation that still waits would keep the process alive.
+        # The interpreter does this at exit: an operation that still waits would keep the process alive.
         dist.destroy_process_group()
         answers.put((rank, str(error)))
     answers.close()

@@ -67,7 +67,7 @@ def test_the_files_would_run_otherwise(hostile: Path) -> None:
 def test_an_agent_and_its_ranks(hostile: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     script = tmp_path_factory.mktemp("script")
     (script / "__main__.py").write_text("import datetime, json, multiprocessing, pathlib, runpy, socket, typing")
-    # As with Python 3.10, which ignores PYTHONSAFEPATH.
+    # PYTHONSAFEPATH is not set, because Python 3.10 ignores it.
     done = subprocess.run(Nodes().command(sys.executable, 2, [str(script)]), check=False)
     assert (done.returncode, _has_run(hostile)) == (0, "")
 

@@ -20,7 +20,7 @@ from task import Task
 REWARD_MODEL = "reward_model"
 """Name under which both servers offer their rewards; NeMo-Aligner's client calls it."""
 TIMEOUT_S = 600_000.0
-"""As long as NeMo-Aligner's client waits; the runner ends this process if the other server has ended."""
+"""Timeout of a reward: that of NeMo-Aligner's client. If the other server ends, the runner ends this process."""
 
 
 def serve(task: Task) -> dict[str, Any]:
