@@ -119,14 +119,14 @@ def greedy_answers(
         with progress.bar("answers", sum(map(len, own)), "answers") as bar:
             for batch in own:
                 answers = continued(model, tokenizer, [prompts[index] for index in batch], config)
-                found.append([before_stop(spelled_stop, _ended(made, stops), tokenizer) for made in answers])
+                found.append([before_stop(spelled_stop, before_end(made, stops), tokenizer) for made in answers])
                 bar.advance(len(batch))
         return found
 
     return _in_order(batches, share_out(batches, range(len(batches)), compute, session))
 
 
-def _ended(tokens: list[int], stops: list[int]) -> list[int]:
+def before_end(tokens: list[int], stops: Sequence[int]) -> list[int]:
     """Return the tokens before the first one that ends an answer."""
     return tokens[: next((place for place, token in enumerate(tokens) if token in stops), len(tokens))]
 

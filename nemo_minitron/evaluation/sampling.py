@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nemo_minitron.evaluation.answers import PADDING, before_stop, continued, turn_ends
+from nemo_minitron.evaluation.answers import PADDING, before_end, before_stop, continued, turn_ends
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def sampled_answers(
 
 def _ended_text(tokens: list[int], ends: Sequence[int], stop: str | None, tokenizer: Any) -> str | None:
     """Return the text before the first end token or stop text; None if there is neither."""
-    end = next((place for place, token in enumerate(tokens) if token in ends), None)
-    if end is None and (stop is None or stop not in tokenizer.decode(tokens, skip_special_tokens=True)):
+    answer = before_end(tokens, ends)
+    has_end = len(answer) < len(tokens)
+    if not has_end and (stop is None or stop not in tokenizer.decode(tokens, skip_special_tokens=True)):
         return None
-    return before_stop(stop, tokens[:end], tokenizer)[0]
+    return before_stop(stop, answer, tokenizer)[0]

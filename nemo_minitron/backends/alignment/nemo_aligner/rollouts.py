@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.backends.alignment.base import ANSWERS_FILE, CURVES_FILE, ModelReward, Rollouts, TaskContext
-from nemo_minitron.backends.alignment.nemo_aligner import convert
 from nemo_minitron.backends.alignment.nemo_aligner.config import complete_config
-from nemo_minitron.backends.alignment.nemo_aligner.context import conversion_dir, log_file, on_cpu, task_server
+from nemo_minitron.backends.alignment.nemo_aligner.context import log_file, on_cpu, task_server
 from nemo_minitron.backends.alignment.nemo_aligner.fork_server import ForkServer
 from nemo_minitron.backends.alignment.nemo_aligner.model_config import REWARD_DIR, tokenizer_dir
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
@@ -25,7 +24,12 @@ from nemo_minitron.backends.alignment.nemo_aligner.rollout_keys import (
     critic_steps,
 )
 from nemo_minitron.backends.alignment.nemo_aligner.servers import ServerTask, changed_variables
-from nemo_minitron.backends.alignment.nemo_aligner.training import CONFIG_FILE, converted, start_checkpoint
+from nemo_minitron.backends.alignment.nemo_aligner.training import (
+    CONFIG_FILE,
+    convert_back,
+    converted,
+    start_checkpoint,
+)
 
 
 def train_on_rewards(rollouts: Rollouts, out_dir: Path, context: TaskContext) -> Path:
@@ -37,18 +41,7 @@ def train_on_rewards(rollouts: Rollouts, out_dir: Path, context: TaskContext) ->
         _run_actor(rollouts, nemo, trained, work, context, server, on_cpu=cpu)
         for file in (work / CURVES_FILE, work / ANSWERS_FILE, context.work_dir / CONFIG_FILE):
             shutil.copyfile(file, out_dir / file.name)
-        convert.from_nemo(
-            trained,
-            model_config,
-            rollouts.model_dir,
-            out_dir,
-            conversion_dir(context),
-            log_file(context),
-            context.progress,
-            context.stop,
-            on_cpu=cpu,
-            server=server,
-        )
+        convert_back(trained, model_config, rollouts.model_dir, out_dir, context, server, on_cpu=cpu)
     return out_dir / CURVES_FILE
 
 

@@ -33,18 +33,7 @@ def train_language_model(training: Training, out_dir: Path, context: TaskContext
     with task_server(training.objective.method, context, on_cpu=cpu) as server:
         model_config = _train(training, trained, context, server)
         curves = _publish_records(out_dir, context)
-        convert.from_nemo(
-            trained,
-            model_config,
-            training.model_dir,
-            out_dir,
-            conversion_dir(context),
-            log_file(context),
-            context.progress,
-            context.stop,
-            on_cpu=cpu,
-            server=server,
-        )
+        convert_back(trained, model_config, training.model_dir, out_dir, context, server, on_cpu=cpu)
     return curves
 
 
@@ -128,6 +117,31 @@ def converted(
         write_whole(settings, json.dumps(config))
     found: dict[str, Any] = json.loads(settings.read_text())
     return found
+
+
+def convert_back(
+    trained: Path,
+    model_config: dict[str, Any],
+    model_dir: Path,
+    out_dir: Path,
+    context: TaskContext,
+    server: ForkServer | None,
+    *,
+    on_cpu: bool,
+) -> None:
+    """Convert the trained NeMo checkpoint to a Hugging Face folder like that of the input model."""
+    convert.from_nemo(
+        trained,
+        model_config,
+        model_dir,
+        out_dir,
+        conversion_dir(context),
+        log_file(context),
+        context.progress,
+        context.stop,
+        on_cpu=on_cpu,
+        server=server,
+    )
 
 
 def _common_keys(training: Training, context: TaskContext) -> dict[str, Any]:
