@@ -50,12 +50,12 @@ def write_prompts(params: RolloutTraining, template: ChatTemplate, chats: ChatRo
         rows, counts = _prompts(params, template, chats.file(part), seen, where)
         facts[part] = {"prompts": len(rows), **counts}
         if len(rows) < needed[part]:
-            key = "prompts_per_step" if part == "train" else "num_valid_prompts"
+            key, more = ("prompts_per_step", "rows") if part == "train" else ("num_valid_prompts", "valid_rows")
             raise DataError(
                 f"{len(rows)} prompts of the {part} part are left, and {key} = {needed[part]}: {counts['repeated']} "
                 f"were repeated, {counts['too_long']} longer than {params.longest_prompt_tokens} tokens.",
                 where=f"{where}.{key}",
-                next_step="Lower it, raise max_seq_len_tokens, or give the chat_data stage more rows.",
+                next_step=f"Lower it, raise max_seq_len_tokens, or give stage {params.inputs.chats} more {more}.",
             )
         (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     stop = template.stop or str(template.tokenizer.eos_token)
