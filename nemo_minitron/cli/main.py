@@ -104,12 +104,14 @@ def main() -> None:
         sys.exit(PIPE_CLOSED)
     except Interrupted as error:
         Screen(stderr=True).say(error)
+        _mark_interrupt_as_handled()
         sys.exit(INTERRUPTED)
     except MinitronError as error:
         Screen(stderr=True).say(error, "error:", "red")
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         Screen(stderr=True).say("interrupted; the same command continues from there")
+        _mark_interrupt_as_handled()
         sys.exit(INTERRUPTED)
     except MemoryError as error:
         message = f"This machine is out of memory{': ' if str(error) else ''}{error}."
@@ -117,6 +119,18 @@ def main() -> None:
         sys.exit(2)
     except Exception as error:
         sys.exit(_unexpected(error))
+
+
+def _mark_interrupt_as_handled() -> None:
+    """Make `python -m nemo_minitron` end with its exit code.
+
+    Some extension modules run Python code while they are imported (PyRun_String). If KeyboardInterrupt passes through
+    such a call, CPython takes it for unhandled, although it is caught later, and ends by SIGINT (Py_RunMain in
+    Modules/main.c) unless other code has been run in this way since.
+    """
+    import ctypes
+
+    ctypes.pythonapi.PyRun_SimpleString(b"")
 
 
 def _make_streams_safe() -> None:

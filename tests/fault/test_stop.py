@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.backends.megatron.training.checkpoint import checkpoints
+from tests.conftest import REPO
 from tests.support.processes import output_of, processes_of, start_run, wait_for_step
 
 LONG = ("stages.distill.num_steps=100000", "stages.distill.save_interval_steps=100000")
@@ -107,6 +110,31 @@ def test_a_signal_outside_of_training_ends_the_run_at_once(tmp_path: Path) -> No
     assert process.returncode == 130, output
     assert "the same command continues" in output
     assert not (tmp_path / RUN / "distill").exists()
+
+
+INTERRUPTED_IN_AN_EXTENSION = """
+import ctypes
+from nemo_minitron.cli import main as cli
+
+run = ctypes.pythonapi.PyRun_String  # what torch calls while it is imported, for instance
+run.restype, run.argtypes = ctypes.py_object, [ctypes.c_char_p, ctypes.c_int, ctypes.py_object, ctypes.py_object]
+FILE_INPUT = 257
+cli._app_of = lambda _: lambda standalone_mode: run(b"raise KeyboardInterrupt", FILE_INPUT, {}, {})
+cli.main()
+"""
+
+
+def test_an_interrupt_within_an_import_has_the_exit_code_of_any_other(tmp_path: Path) -> None:
+    (tmp_path / "command.py").write_text(INTERRUPTED_IN_AN_EXTENSION)
+    done = subprocess.run(
+        [sys.executable, "-m", "command"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+    )
+    assert "the same command continues" in done.stderr
+    assert done.returncode == 130
 
 
 @pytest.mark.parametrize("dp", [1, 2])

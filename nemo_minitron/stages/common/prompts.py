@@ -55,7 +55,7 @@ def write_prompts(params: RolloutTraining, template: ChatTemplate, chats: ChatRo
                 f"{len(rows)} prompts of the {part} part are left, and {key} = {needed[part]}: {counts['repeated']} "
                 f"were repeated, {counts['too_long']} longer than {params.longest_prompt_tokens} tokens.",
                 where=f"{where}.{key}",
-                next_step=f"Lower it, raise max_seq_len_tokens, or give stage {params.inputs.chats} more {more}.",
+                next_step=f"Lower it, raise max_seq_len_tokens, or give the chat_data stage more {more}.",
             )
         (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     stop = template.stop or str(template.tokenizer.eos_token)
