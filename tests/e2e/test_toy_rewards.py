@@ -97,4 +97,4 @@ def test_curves_and_answers_are_published(reinforce: Path) -> None:
     assert [row["step"] for row in rows if "valid_reward" in row] == [0, 8, 16]
     answers = [json.loads(line) for line in (reinforce / "reinforce/answers.jsonl").read_text().splitlines()]
     assert {row["step"] for row in answers} == {0, 8, 16}
-    assert len(answers) == 3 * 48
+    assert len(answers) == 3 * 96

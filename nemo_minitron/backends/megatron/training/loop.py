@@ -155,6 +155,7 @@ def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | Non
     curves = Curves(work_dir, first_step=before.step or -1, enabled=job.session.is_main, tracker=_tracker(options))
     loop = _Loop(job, curves, checkpoints, LossWatch(params.guard, before.good_losses), options, peak)
     if before.step == 0:
+        job.trainable.gather_parameters()
         curves.add(0, **job.objective.validate())
     try:
         with options.stop.deferred(), progress.bar(options.stage, job.num_steps, "steps", done=before.step) as bar:

@@ -45,7 +45,8 @@ class Trainable:
     def gather_parameters(self) -> None:
         """Bring every rank's parameters up to date; call this before reading them outside a training step.
 
-        With overlap_param_gather a rank has new values of only its own part until its next training step.
+        With overlap_param_gather a rank has new values of only its own part until its next training step. Otherwise
+        Megatron would gather them during the next forward pass, and wait forever for a rank that has fewer batches.
         """
         if self.ddp.ddp_config.overlap_param_gather:
             self.ddp.start_param_sync(force_sync=True)
