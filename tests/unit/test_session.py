@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from nemo_minitron.backends.megatron.distillation import distill
 from nemo_minitron.backends.megatron.runtime import session as sessions
+from nemo_minitron.backends.megatron.runtime import torch_versions
 from nemo_minitron.backends.megatron.runtime.session import DETERMINISTIC, open_session
 from nemo_minitron.backends.megatron.training import loop as training
 from nemo_minitron.schema.execution import Parallel
@@ -65,6 +66,7 @@ def waits(timeout_s: float) -> float:
         return time.monotonic() - started_s
 
 
+@pytest.mark.skipif(torch_versions._VERSION < (2, 9), reason="the timeout of an open gloo group does not change")
 def test_a_timeout_can_be_changed_in_an_open_session() -> None:
     _, waited_s = run_ranks(2, waits, 2.0)
     assert 1.0 < waited_s < 5.5
