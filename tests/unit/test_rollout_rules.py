@@ -30,7 +30,7 @@ def check(minitron: Cli, kind: str, root: Path, *overrides: str) -> tuple[int, s
         ("reinforce", "answers_per_prompt=1", "greater than or equal to 2"),
         ("reinforce", "global_batch_size=24", "does not divide the answers of a step, prompts_per_step * answers_per_"),
         ("reinforce", "generation_batch_size=10", "not a multiple of generation_batch_size * dp = 10 * 1"),
-        ("reinforce", "num_valid_prompts=64", "valid_rows = 48"),
+        ("reinforce", "num_valid_prompts=128", "valid_rows = 96"),
         ("reinforce", "max_new_tokens=256", "leaves no tokens of max_seq_len_tokens"),
         ("reinforce", "max_seq_len_tokens=100000", "positions"),
         ("reinforce", "min_lr=1.0", "above lr"),
@@ -155,6 +155,38 @@ def test_prompts_are_written_once_with_their_reference(tmp_path: Path) -> None:
     assert rows == [{"text": template.prompt(turns[0][:1]), "reference": "It is 1."}]
     assert counts == {"repeated": 1, "too_long": 1, "bad": 0}
     assert _prompts(params, template, file, seen, "stages.rl")[0] == []
+
+
+def test_prompts_fill_whole_steps(tmp_path: Path) -> None:
+    """NeMo-Aligner's PPO stopped at the end of an epoch: "16 is not divisible by 32"."""
+    from nemo_minitron.data.chat.tokenizing import ChatTemplate
+    from nemo_minitron.schema.execution import Execution
+    from nemo_minitron.schema.rewards import RewardRule, RolloutTraining
+    from nemo_minitron.stages.artifacts import ChatRows
+    from nemo_minitron.stages.common.prompts import write_prompts
+    from nemo_minitron.stages.context import StageContext
+
+    params = RolloutTraining(
+        rewards=(RewardRule(rule="random"),),
+        num_steps=1,
+        prompts_per_step=4,
+        global_batch_size=4,
+        generation_batch_size=1,
+        num_valid_prompts=1,
+        max_seq_len_tokens=200,
+        max_new_tokens=20,
+        lr=1e-3,
+    )
+    template = ChatTemplate.load(REPO / "nemo_minitron/toy/model", "chatml", whole_markers=False, day=date(2024, 7, 26))
+    for part, numbers in (("train", range(10)), ("valid", range(10, 13))):
+        turns = [[{"role": "user", "content": f"What is {number}?"}] for number in numbers]
+        rows = [json.dumps({"messages": messages, "origin": "t"}) + "\n" for messages in turns]
+        (tmp_path / f"{part}.jsonl").write_text("".join(rows))
+    ctx = StageContext("rl", "test", tmp_path, tmp_path, Execution(), Progress(silent=True))
+    chats = ChatRows("chats", "chat_data", tmp_path, "", {})
+    found = write_prompts(params, template, chats, ctx)
+    assert (found.num_train, found.facts["train"]["left_over"]) == (8, 2)
+    assert [len(file.read_text().splitlines()) for file in (found.train, found.valid)] == [8, 3]
 
 
 def test_final_numbers_need_answers(minitron: Cli, tmp_path: Path) -> None:

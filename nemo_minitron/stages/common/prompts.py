@@ -29,14 +29,15 @@ class Prompts:
     stop: str
     """Text that ends an answer."""
     facts: dict[str, Any]
-    """Numbers of prompts of each part, of repeated and of too long ones."""
+    """For each part the numbers of its prompts, and of those left out: repeated, too long, bad, and left over."""
 
 
 def write_prompts(params: RolloutTraining, template: ChatTemplate, chats: ChatRows, ctx: StageContext) -> Prompts:
     """Write the text before the last answer of every row, that answer as the reference, and the row's rules.
 
     Of the rows with the same prompt the first is kept, because the server finds a row by its prompt. A held-out prompt
-    that is also a training prompt is left out.
+    that is also a training prompt is left out. The number of training prompts becomes a multiple of prompts_per_step:
+    NeMo-Aligner stops at a step that the prompts of an epoch do not fill.
 
     Raises:
         DataError: the template cannot render too many rows, or fewer prompts are left than a step needs.
@@ -48,7 +49,6 @@ def write_prompts(params: RolloutTraining, template: ChatTemplate, chats: ChatRo
     facts: dict[str, Any] = {}
     for part in PARTS:
         rows, counts = _prompts(params, template, chats.file(part), seen, where)
-        facts[part] = {"prompts": len(rows), **counts}
         if len(rows) < needed[part]:
             key, more = ("prompts_per_step", "rows") if part == "train" else ("num_valid_prompts", "valid_rows")
             raise DataError(
@@ -57,6 +57,9 @@ def write_prompts(params: RolloutTraining, template: ChatTemplate, chats: ChatRo
                 where=f"{where}.{key}",
                 next_step=f"Lower it, raise max_seq_len_tokens, or give the chat_data stage more {more}.",
             )
+        left_over = len(rows) % params.prompts_per_step if part == "train" else 0
+        rows = rows[: len(rows) - left_over]
+        facts[part] = {"prompts": len(rows), **counts, "left_over": left_over}
         (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     stop = template.stop or str(template.tokenizer.eos_token)
     return Prompts(folder / "train.jsonl", folder / "valid.jsonl", facts["train"]["prompts"], stop, facts)

@@ -60,6 +60,9 @@ def _fits(manifest: Manifest, kinds: tuple[str, ...]) -> bool:
 def read_prompts(settings: Rlhf, rows: Path, template: ChatTemplate) -> dict[str, list[str]]:
     """Return part -> prompts: the text before the last answer of every conversation. Skip long and unusable ones.
 
+    The number of training prompts becomes a multiple of num_rollout_prompts: NeMo-Aligner stops at a step that the
+    prompts of an epoch do not fill.
+
     Raises:
         DataError: the template cannot render too many rows.
     """
@@ -75,6 +78,9 @@ def read_prompts(settings: Rlhf, rows: Path, template: ChatTemplate) -> dict[str
                 bad.add(row["origin"], reason)
         bad.require_few(settings.max_bad_fraction, str(file), "max_bad_fraction")
         found[part] = [text for text in texts if len(template.ids(text)) <= most]
+    full_steps = len(found["train"]) // settings.num_rollout_prompts
+    if full_steps:  # otherwise there are too few prompts, which the checks of the settings report
+        found["train"] = found["train"][: full_steps * settings.num_rollout_prompts]
     return found
 
 
