@@ -226,7 +226,7 @@ def test_from_a_run_to_files(finished: Path, minitron: Cli) -> None:
     out = finished / "rlhf_reinforce"
     assert f"minitron convert {finished}/export {out}/actor_start" in told
     prompts = [json.loads(line)["text"] for line in (out / "prompts/train.jsonl").read_text().splitlines()]
-    assert len(prompts) == 32  # of 40, those that fill two steps; the long one would be replaced without a word
+    assert len(prompts) == 32  # of 40, those that fill a step; the long one would be replaced without a word
     assert prompts[0].startswith("<|im_start|>user\nWhat is 0?")
     config = yaml.safe_load((out / "reinforce_actor.yaml").read_text())
     assert config["model"]["data"]["data_prefix"]["train"] == [str(out / "prompts/train.jsonl")]
