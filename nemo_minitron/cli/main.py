@@ -12,6 +12,7 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import typer
 
@@ -103,16 +104,12 @@ def main() -> None:
         _forget_stdout()
         sys.exit(PIPE_CLOSED)
     except Interrupted as error:
-        Screen(stderr=True).say(error)
-        _mark_interrupt_as_handled()
-        sys.exit(INTERRUPTED)
+        _end_interrupted(error)
     except MinitronError as error:
         Screen(stderr=True).say(error, "error:", "red")
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
-        Screen(stderr=True).say("interrupted; the same command continues from there")
-        _mark_interrupt_as_handled()
-        sys.exit(INTERRUPTED)
+        _end_interrupted("interrupted; the same command continues from there")
     except MemoryError as error:
         message = f"This machine is out of memory{': ' if str(error) else ''}{error}."
         Screen(stderr=True).say(message, "error:", "red")
@@ -121,8 +118,8 @@ def main() -> None:
         sys.exit(_unexpected(error))
 
 
-def _mark_interrupt_as_handled() -> None:
-    """Make `python -m nemo_minitron` end with its exit code.
+def _end_interrupted(message: object) -> NoReturn:
+    """Say what happened and exit with INTERRUPTED, also under `python -m nemo_minitron`.
 
     Some extension modules run Python code while they are imported (PyRun_String). If KeyboardInterrupt passes through
     such a call, CPython takes it for unhandled, although it is caught later, and ends by SIGINT (Py_RunMain in
@@ -130,7 +127,9 @@ def _mark_interrupt_as_handled() -> None:
     """
     import ctypes
 
+    Screen(stderr=True).say(message)
     ctypes.pythonapi.PyRun_SimpleString(b"")
+    sys.exit(INTERRUPTED)
 
 
 def _make_streams_safe() -> None:

@@ -116,7 +116,7 @@ INTERRUPTED_IN_AN_EXTENSION = """
 import ctypes
 from nemo_minitron.cli import main as cli
 
-run = ctypes.pythonapi.PyRun_String  # what torch calls while it is imported, for instance
+run = ctypes.pythonapi.PyRun_String  # what an extension module may call while it is imported
 run.restype, run.argtypes = ctypes.py_object, [ctypes.c_char_p, ctypes.c_int, ctypes.py_object, ctypes.py_object]
 FILE_INPUT = 257
 cli._app_of = lambda _: lambda standalone_mode: run(b"raise KeyboardInterrupt", FILE_INPUT, {}, {})

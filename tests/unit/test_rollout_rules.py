@@ -11,7 +11,9 @@ import pytest
 from nemo_minitron.backends.alignment.base import Critic, Rollouts, TaskContext
 from nemo_minitron.backends.alignment.nemo_aligner.config import complete_config
 from nemo_minitron.backends.alignment.nemo_aligner.rollout_keys import actor_keys, critic_keys, critic_steps
+from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.rewards import RewardRule, RolloutTraining
 from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Progress
 from tests.conftest import REPO, Cli
@@ -123,23 +125,28 @@ def test_the_critic_trains_on_every_step_of_the_actor_and_on_warmup(tmp_path: Pa
     assert [critic_steps(settings, steps) for steps in (0, 1, 5)] == [0, 6, 14]
 
 
-def test_prompts_are_written_once_with_their_reference(tmp_path: Path) -> None:
-    from nemo_minitron.data.chat.tokenizing import ChatTemplate
-    from nemo_minitron.schema.rewards import RewardRule, RolloutTraining
-    from nemo_minitron.stages.common.prompts import _prompts
-
-    params = RolloutTraining(
-        rewards=(RewardRule(rule="final_number"),),
+def training_on_prompts(rule: str, prompts_per_step: int, global_batch_size: int) -> RolloutTraining:
+    return RolloutTraining(
+        rewards=(RewardRule(rule=rule),),
         num_steps=1,
-        prompts_per_step=1,
-        global_batch_size=2,
+        prompts_per_step=prompts_per_step,
+        global_batch_size=global_batch_size,
         generation_batch_size=1,
         num_valid_prompts=1,
         max_seq_len_tokens=200,
         max_new_tokens=20,
         lr=1e-3,
     )
-    template = ChatTemplate.load(REPO / "nemo_minitron/toy/model", "chatml", whole_markers=False, day=date(2024, 7, 26))
+
+
+def toy_template() -> ChatTemplate:
+    return ChatTemplate.load(REPO / "nemo_minitron/toy/model", "chatml", whole_markers=False, day=date(2024, 7, 26))
+
+
+def test_prompts_are_written_once_with_their_reference(tmp_path: Path) -> None:
+    from nemo_minitron.stages.common.prompts import _prompts
+
+    params, template = training_on_prompts("final_number", 1, 2), toy_template()
     questions = ("What is 1?", "What is 1?", "x" * 400)
     file = tmp_path / "train.jsonl"
     turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": "It is 1."}] for text in questions]
@@ -159,25 +166,12 @@ def test_prompts_are_written_once_with_their_reference(tmp_path: Path) -> None:
 
 def test_prompts_fill_whole_steps(tmp_path: Path) -> None:
     """NeMo-Aligner's PPO stopped at the end of an epoch: "16 is not divisible by 32"."""
-    from nemo_minitron.data.chat.tokenizing import ChatTemplate
     from nemo_minitron.schema.execution import Execution
-    from nemo_minitron.schema.rewards import RewardRule, RolloutTraining
     from nemo_minitron.stages.artifacts import ChatRows
     from nemo_minitron.stages.common.prompts import write_prompts
     from nemo_minitron.stages.context import StageContext
 
-    params = RolloutTraining(
-        rewards=(RewardRule(rule="random"),),
-        num_steps=1,
-        prompts_per_step=4,
-        global_batch_size=4,
-        generation_batch_size=1,
-        num_valid_prompts=1,
-        max_seq_len_tokens=200,
-        max_new_tokens=20,
-        lr=1e-3,
-    )
-    template = ChatTemplate.load(REPO / "nemo_minitron/toy/model", "chatml", whole_markers=False, day=date(2024, 7, 26))
+    params, template = training_on_prompts("random", 4, 4), toy_template()
     for part, numbers in (("train", range(10)), ("valid", range(10, 13))):
         turns = [[{"role": "user", "content": f"What is {number}?"}] for number in numbers]
         rows = [json.dumps({"messages": messages, "origin": "t"}) + "\n" for messages in turns]

@@ -29,7 +29,7 @@ class Prompts:
     stop: str
     """Text that ends an answer."""
     facts: dict[str, Any]
-    """For each part the numbers of its prompts, and of those left out: repeated, too long, bad, and left over."""
+    """Numbers of each part: its prompts, and those left out as repeated, too long, bad, or left over."""
 
 
 def write_prompts(params: RolloutTraining, template: ChatTemplate, chats: ChatRows, ctx: StageContext) -> Prompts:
