@@ -1,6 +1,7 @@
 """`make token-ratio`: how many tokens a repair by least squares saves, by the rule of docs/explanation/token-ratio.md.
 
 Trains every arm at three budgets with paired seeds, one run after another, and prints tables, verdicts and a picture.
+If the teacher was trained here, the student's shape is also trained from random weights, on up to 30x the tokens.
 Finished runs are skipped, so a stopped suite continues with the same command. Sizes: toy and smollm2 (two CPU cores),
 gpu (SmolLM2-135M, larger budgets), smoke (tests that the suite runs).
 """
@@ -8,8 +9,8 @@ gpu (SmolLM2-135M, larger budgets), smoke (tests that the suite runs).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from suite import (
     Stages,
     Task,
     explicit_stages,
-    needed_stages,
     prepare,
     read_figures,
     replace_part,
@@ -27,19 +27,25 @@ from suite import (
     run_task,
     run_tasks,
 )
-from token_ratio_claims import Design, page, picture
-
-from nemo_minitron.schema.base import FITTING_SEED
+from token_ratio_arms import (
+    ARMS,
+    BASELINE,
+    LAYERS_KIND,
+    SWEEP_SEED,
+    Run,
+    calibration_tokens,
+    start_stages,
+    task_of,
+    usable_arms,
+)
+from token_ratio_claims import SCRATCH_AGAINST, Design, page, picture
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes/claims"
 RATES, BATCHES = (1 / 3, 1.0, 3.0), (0.5, 2.0)
 """Factors of the learning rate, at the batch of the recipe, and of the batch, at the best of these rates."""
-SWEEP_SEED = 0
-"""Seed of the sweep; none of the seeds that count."""
-LAYER_SHARE = 0.25
-"""Share of the budget that layer-local distillation gets in its arm."""
-
+SCRATCH_MULTIPLES = (10, 30)
+"""Budgets of the model from scratch, over the tokens that the repaired student has read at its smallest budget."""
 
 _SOURCES = "stages.data.sources=[{{source: '{}', document_separator: '\\f'}}]"
 
@@ -93,170 +99,19 @@ SIZES = {
 }
 
 
-@dataclass(frozen=True)
-class Arm:
-    """How a student is made before its distillation."""
-
-    score: str = "activation"
-    """`method` of the score stage."""
-    mode: str | None = None
-    """`mode` of the compensate stage. None: the student is only sliced."""
-    layers: bool = False
-    """Whether the layers are distilled one by one first."""
-
-
-BASELINE = "sliced"
-ARMS = {
-    BASELINE: Arm(),
-    "sliced_wanda": Arm(score="wanda"),
-    "compensated": Arm(mode="one_shot"),
-    "sequential": Arm(mode="sequential"),
-    "compensated_layers": Arm(mode="one_shot", layers=True),
-}
-LAYERS_KIND = "distill_layers"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One student, trained once; the learning rate decays to the end of the budget."""
-
-    arm: str
-    budget: int
-    seed: int
-    rate: float = 1.0
-    """Factor of the learning rate of the recipe."""
-    batch: float = 1.0
-    """Factor of the batch of the recipe."""
-
-    @property
-    def id(self) -> str:
-        sweep = "sweep: " if self.seed == SWEEP_SEED else ""
-        return (
-            f"{sweep}{self.arm}, {self.budget:,} tokens, seed {self.seed}, rate x {self.rate:.3g}, "
-            f"batch x {self.batch:g}"
-        )
-
-    @property
-    def slug(self) -> str:
-        """Suffix of the names of stages that belong to this run alone."""
-        rate, batch = (f"{factor:.3g}".replace(".", "p") for factor in (self.rate, self.batch))
-        return f"{self.arm}_{self.budget}_s{self.seed}_r{rate}_b{batch}"
-
-
-def usable_arms(kinds: Iterable[str]) -> list[str]:
-    """Return the arms whose kinds of stage exist."""
-    return [name for name, arm in ARMS.items() if not arm.layers or LAYERS_KIND in kinds]
-
-
-def fitting_seed(run: Run) -> int:
-    """Return the seed of what fits the student before its distillation, which must not begin with the same text."""
-    return FITTING_SEED + run.seed
-
-
-def start_stages(run: Run, recipe: Stages) -> tuple[Stages, str]:
-    """Return the stages that make the student of a run before its training, and the name of the last one.
-
-    Runs of one seed share them, whatever their budget, rate and batch.
-    """
-    arm, seed = ARMS[run.arm], run.seed
-    cut = f"{arm.score}_s{seed}"
-    score, select, prune = (f"{kind}_{cut}" for kind in ("score", "select", "prune"))
-    out: Stages = {
-        score: {**recipe["score"], "method": arm.score, "seed": seed},
-        select: _reading(recipe["select"], scores=score),
-        prune: _reading(recipe["prune"], plan=select),
-    }
-    if arm.mode is None:
-        return out, prune
-    repair = f"compensate_{arm.mode}_{cut}"
-    keys = {**recipe["compensate"], "mode": arm.mode, "seed": fitting_seed(run)}
-    return {**out, repair: _reading(keys, student=prune, plan=select)}, repair
-
-
-def _reading(stage: dict[str, Any], **inputs: Any) -> dict[str, Any]:
-    return {**stage, "inputs": {**stage["inputs"], **inputs}}
-
-
-def training_stages(run: Run, recipe: Stages, start: str) -> Stages:
-    """Return the trainings of a run, which split its budget."""
-    arm, keys = ARMS[run.arm], recipe["distill"]
-    batch = max(1, round(keys["global_batch_size"] * run.batch))
-    steps = run.budget // (batch * keys["seq_len_tokens"])
-    layer_steps = round(steps * LAYER_SHARE) if arm.layers else 0
-    out: Stages = {}
-    if arm.layers:
-        plan = f"select_{arm.score}_s{run.seed}"
-        shared = {key: value for key, value in keys.items() if key in _OPTIMIZATION}
-        made = {**shared, "kind": LAYERS_KIND, **_schedule(keys, run, layer_steps), "global_batch_size": batch}
-        made["seed"] = fitting_seed(run)
-        out[f"layers_{run.slug}"] = {**made, "inputs": {"student": start, "plan": plan}}
-        start = f"layers_{run.slug}"
-    training = {**keys, **_schedule(keys, run, steps - layer_steps), "global_batch_size": batch}
-    return {**out, f"distill_{run.slug}": _reading(training, student=start)}
-
-
-_OPTIMIZATION = ("seq_len_tokens", "precision", "valid_num_tokens", "save_interval_steps")
-
-
-def _schedule(keys: dict[str, Any], run: Run, steps: int) -> dict[str, Any]:
-    """Return the keys of a training that decays to its last step, with the warmup's share and final rate as there."""
-    return {
-        "num_steps": steps,
-        "lr": keys["lr"] * run.rate,
-        "min_lr": keys["min_lr"] * run.rate,
-        "warmup_steps": max(1, round(steps * keys["warmup_steps"] / keys["num_steps"])),
-        "valid_interval_steps": steps,
-        "seed": run.seed,
-    }
-
-
-def task_of(run: Run, recipe: Stages, micro_batch_size: int) -> Task:
-    """Return the task of a run: its stages, what is measured, and the tokens that count."""
-    made, start = start_stages(run, recipe)
-    trained = training_stages(run, recipe, start)
-    last = list(trained)[-1]
-    measured: Stages = {}
-    measures = {}
-    for text, template in (("own", "evaluate"), ("other", "evaluate_other")):
-        for when, model, name in (("", last, run.slug), ("start ", start, start)):
-            stage = f"{text}_{name}"
-            measured[stage] = _reading({**recipe[template], "label": stage}, model=model)
-            measures[f"{when}{text}"] = stage
-    stages = needed_stages({**recipe, **made, **trained, **measured}, list(measured))
-    facts = {
-        "run": asdict(run),
-        "is_sweep": run.seed == SWEEP_SEED,
-        "calibration_tokens": calibration_tokens(made),
-        "training_tokens": sum(training_tokens(stage) for stage in trained.values()),
-        "counted_stages": [*made, *trained],
-    }
-    batch = min(stages[name]["global_batch_size"] for name in trained)
-    return Task(
-        id=run.id,
-        group=run.arm,
-        work=run.budget,
-        stages=stages,
-        measures=measures,
-        temporary=tuple(trained),
-        micro_batch_size=min(micro_batch_size, batch),
-        facts=facts,
-    )
-
-
-def calibration_tokens(stages: Stages) -> int:
-    """Count the tokens that scoring and repair read, including the text on which damping is chosen."""
-    reads = [stage for stage in stages.values() if "num_samples" in stage]
-    return sum(stage["num_samples"] * stage["seq_len_tokens"] + stage.get("heldout_tokens", 0) for stage in reads)
-
-
-def training_tokens(stage: dict[str, Any]) -> int:
-    """Count the tokens of a training."""
-    return int(stage["num_steps"] * stage["global_batch_size"] * stage["seq_len_tokens"])
+def budgets_of(arm: str, size: Size, recipe: Stages) -> tuple[int, ...]:
+    """Return the training tokens of the runs of an arm that count."""
+    if not ARMS[arm].from_scratch:
+        return size.budgets
+    made, _ = start_stages(Run(SCRATCH_AGAINST, size.budgets[0], size.seeds[0]), recipe)
+    read = size.budgets[0] + calibration_tokens(made)
+    return tuple(multiple * read for multiple in SCRATCH_MULTIPLES)
 
 
 def sweep(arm: str, size: Size, found: Found) -> list[Run]:
     """Return the runs of the sweep of an arm: all rates, then other batches at the best rate so far."""
-    runs = [Run(arm, size.budgets[0], SWEEP_SEED, rate=rate) for rate in RATES]
+    budget = size.budgets[1] if ARMS[arm].from_scratch else size.budgets[0]
+    runs = [Run(arm, budget, SWEEP_SEED, rate=rate) for rate in RATES]
     best = _best(runs, found)
     return runs + [replace(best, batch=batch) for batch in BATCHES]
 
@@ -273,17 +128,24 @@ def own_loss(row: dict[str, Any]) -> float:
     return float(row["figures"]["own"]["loss_nats_per_token"])
 
 
-def suite_runs(size: Size, arms: Sequence[str], found: Found) -> list[Run]:
+def suite_runs(size: Size, budgets: Mapping[str, Sequence[int]], found: Found) -> list[Run]:
     """Return all runs in their order: the sweeps, then the budgets, smallest first, with all arms of a seed together.
+
+    Args:
+        budgets: arm -> training tokens of its runs.
 
     As long as a sweep is not finished, the runs of its arm stand there with the best rate and batch so far.
     """
-    sweeps = {arm: sweep(arm, size, found) for arm in arms}
-    runs = [run for arm in arms for run in sweeps[arm]]
-    for budget in size.budgets:
-        for seed in size.seeds:
-            runs += [replace(_best(sweeps[arm], found), budget=budget, seed=seed) for arm in arms]
-    return runs
+    sweeps = {arm: sweep(arm, size, found) for arm in budgets}
+    best = {arm: _best(runs, found) for arm, runs in sweeps.items()}
+    counting = [
+        replace(best[arm], budget=budget, seed=seed)
+        for budget in sorted({budget for mine in budgets.values() for budget in mine})
+        for seed in size.seeds
+        for arm, mine in budgets.items()
+        if budget in mine
+    ]
+    return [run for runs in sweeps.values() for run in runs] + counting
 
 
 def selected(runs: Iterable[Run], budgets: Sequence[int], seeds: Sequence[int]) -> list[Run]:
@@ -327,14 +189,18 @@ def main() -> None:
     overrides = [f"execution.run_root={arguments.root}", *size.overrides, *text, *arguments.overrides]
     recipe = api.load_recipe(RECIPES / f"{size.recipe}.yaml", overrides)
     stages, micro_batch_size = explicit_stages(recipe), recipe.execution.parallel.micro_batch_size
-    arms = [name for name in usable_arms(STAGES) if not arguments.only or name in arguments.only]
+    arms = [name for name in usable_arms(STAGES, stages) if not arguments.only or name in arguments.only]
     for name in (name for name in arguments.only or ARMS if name not in arms):
-        print(f"{name} is skipped: there is no kind of stage {LAYERS_KIND}.")
+        missing = (
+            f"there is no kind of stage {LAYERS_KIND}" if ARMS[name].layers else "the teacher was not trained here"
+        )
+        print(f"{name} is skipped: {missing}.")
+    budgets = {arm: budgets_of(arm, size, stages) for arm in arms}
     folder = run_folder(recipe)
     file = folder / "token_ratio.jsonl"
 
     def tasks(found: Found) -> list[Task]:
-        runs = selected(suite_runs(size, arms, found), arguments.budget, arguments.seed)
+        runs = selected(suite_runs(size, budgets, found), arguments.budget, arguments.seed)
         return [task_of(run, stages, micro_batch_size) for run in runs]
 
     def waiting(found: Found) -> list[Task]:

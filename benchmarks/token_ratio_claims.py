@@ -24,7 +24,9 @@ from token_ratio_rule import (
 
 Row = Mapping[str, Any]
 TEXTS = {"own": "training text, held out", "other": "another kind of text"}
-TOKENS_GOAL, WALL_GOAL = 2.0, 1.5
+TOKENS_GOAL, WALL_GOAL, SCRATCH_GOAL = 2.0, 1.5, 30.0
+SCRATCH, SCRATCH_AGAINST = "from_scratch", "compensated"
+"""Arm with random weights, and the arm whose smallest budget it is compared with."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ def counted(rows: Sequence[Row]) -> list[Row]:
 def arms_of(rows: Sequence[Row]) -> list[str]:
     """Return the arms in the order in which they were run first."""
     return list(dict.fromkeys(row["run"]["arm"] for row in counted(rows)))
+
+
+def compared_arms(rows: Sequence[Row], baseline: str) -> list[str]:
+    """Return the arms that are compared with the baseline."""
+    return [arm for arm in arms_of(rows) if arm not in (baseline, SCRATCH)]
 
 
 def tokens_of(row: Row) -> float:
@@ -135,7 +142,7 @@ def _losses(rows: Sequence[Row], text: str) -> str:
 def ratio_table(rows: Sequence[Row], design: Design) -> str:
     """Format the token ratios of each arm, at the losses of the baseline and at its own."""
     body = []
-    for arm in (arm for arm in arms_of(rows) if arm != design.baseline):
+    for arm in compared_arms(rows, design.baseline):
         for text, name in TEXTS.items():
             base, mine = curves_of(rows, design.baseline, text), curves_of(rows, arm, text)
             pairs = [(base[seed], mine[seed]) for seed in sorted(base.keys() & mine.keys())]
@@ -151,7 +158,7 @@ def claim_table(rows: Sequence[Row], design: Design) -> str:
     """Format the verdicts of each arm."""
     interrupted, last = interrupted_stages(rows), design.budgets[-1]
     body = []
-    for arm in (arm for arm in arms_of(rows) if arm != design.baseline):
+    for arm in compared_arms(rows, design.baseline):
         tokens = {text: complete_ratios(rows, design, arm, text) for text in TEXTS}
         walls = {
             text: complete_ratios(rows, design, arm, text, lambda row: wall_of(row, interrupted)) for text in TEXTS
@@ -189,10 +196,28 @@ def _claim(
     return [arm, claim, *cells, on_both(verdicts)]
 
 
+def scratch_table(rows: Sequence[Row], design: Design) -> str:
+    """Compare the model from scratch with the repaired student at the smallest budget."""
+    body, budget = [], design.budgets[0]
+    for text, name in TEXTS.items():
+        scratch, ours = curves_of(rows, SCRATCH, text), curves_of(rows, SCRATCH_AGAINST, text)
+        seeds = [seed for seed in design.seeds if budget in ours.get(seed, ()) and seed in scratch]
+        ratios = [ratio_at_arm(scratch[seed], ours[seed], budget) for seed in seeds]
+        ends = [list(scratch[seed].values())[-1] for seed in seeds]
+        verdict = at_least(ratios, SCRATCH_GOAL) if len(seeds) == len(design.seeds) else NOT_RUN
+        mine = ", ".join(f"{ours[seed][budget][1]:.3f}" for seed in seeds)
+        theirs = ", ".join(f"{loss:.3f}" for _, loss in ends)
+        body.append([name, mine, theirs, in_range(ratios), verdict])
+    if not any(row["run"]["arm"] == SCRATCH for row in counted(rows)):
+        return "The model from scratch was not run."
+    head = ["text", f"{SCRATCH_AGAINST}, smallest budget", "from scratch, largest budget", "ratio of tokens"]
+    return markdown_table([*head, f"at least {SCRATCH_GOAL:g}x"], body)
+
+
 def fit_table(rows: Sequence[Row], baseline: str) -> str:
     """Format the fits of all arms that have three budgets; the points are means over the seeds."""
     body = []
-    for arm in (arm for arm in arms_of(rows) if arm != baseline):
+    for arm in compared_arms(rows, baseline):
         for text, name in TEXTS.items():
             found = fit(_mean_points(rows, baseline, text), _mean_points(rows, arm, text))
             if found is not None:
@@ -244,6 +269,10 @@ fewer tokens (or less time) than the sliced arm. ≥ and ≤ are bounds where a 
 ### End points
 
 {loss_table(rows)}
+
+### From scratch against pruned, repaired and distilled
+
+{scratch_table(rows, design)}
 
 ### Credit in tokens
 

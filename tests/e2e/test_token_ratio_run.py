@@ -25,7 +25,8 @@ COMPENSATE = {
 @pytest.mark.slow
 def test_two_arms_are_trained_once_and_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
-    suite, ratio, claims = (importlib.import_module(name) for name in ("suite", "token_ratio", "token_ratio_claims"))
+    names = ("suite", "token_ratio_arms", "token_ratio_claims")
+    suite, arms, claims = (importlib.import_module(name) for name in names)
     recipe = api.load_recipe(
         "toy/width", [f"execution.run_root={tmp_path}", "execution.threads=1", "stages.distill.inputs.check=null"]
     )
@@ -34,7 +35,7 @@ def test_two_arms_are_trained_once_and_compared(monkeypatch: pytest.MonkeyPatch,
     }
     stages = {**suite.explicit_stages(recipe), **measured, "compensate": COMPENSATE}
     tasks = [
-        ratio.task_of(ratio.Run(arm, BUDGET, 1, batch=batch), stages, 4)
+        arms.task_of(arms.Run(arm, BUDGET, 1, batch=batch), stages, 4)
         for arm, batch in (("sliced", 1.0), ("compensated", 0.5))
     ]
     file, ran = tmp_path / "figures.jsonl", []

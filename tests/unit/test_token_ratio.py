@@ -34,6 +34,11 @@ def claims() -> ModuleType:
 
 
 @pytest.fixture
+def arms() -> ModuleType:
+    return importlib.import_module("token_ratio_arms")
+
+
+@pytest.fixture
 def suite() -> ModuleType:
     return importlib.import_module("token_ratio")
 
@@ -186,6 +191,24 @@ def test_the_page_and_the_picture(claims: ModuleType, tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size > 1000
 
 
+def test_from_scratch_is_judged_at_the_loss_of_the_repaired_student(claims: ModuleType) -> None:
+    scratch = [
+        _row("from_scratch", budget, seed, own, other, calibration_tokens=0)
+        for seed in (1, 2)
+        for budget, own, other in ((1100, 5.0, 5.0), (3300, 4.35, 4.35))
+    ]
+    table = claims.scratch_table([*_rows(), *scratch], claims.Design("sliced", (100, 200, 400), (1, 2)))
+    # The repaired student has read 110 tokens: 4.3 and 4.4 on its own text, 4.65 and 4.75 on the other.
+    own, other = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:])
+    assert own[1:3] == ["4.300, 4.400", "4.350, 4.350"]
+    assert (own[3].split(" to ")[1], own[4]) == ("≥ 30.00", "undecided")
+    assert other[4] == "**refuted**"
+    assert "from_scratch" not in claims.ratio_table([*_rows(), *scratch], claims.Design("sliced", (100,), (1, 2)))
+    assert (
+        claims.scratch_table(_rows(), claims.Design("sliced", (100,), (1, 2))) == "The model from scratch was not run."
+    )
+
+
 def test_the_sweep_tries_rates_first_and_then_batches_at_the_best_rate(suite: ModuleType) -> None:
     size = suite.SIZES["toy"]
     runs = suite.sweep("sliced", size, {})
@@ -194,30 +217,50 @@ def test_the_sweep_tries_rates_first_and_then_batches_at_the_best_rate(suite: Mo
     batches = suite.sweep("sliced", size, found)[3:]
     assert [(run.rate, run.batch) for run in batches] == [(3.0, 0.5), (3.0, 2.0)]
     found[batches[0].id] = _row("sliced", 1, 0, 4.0, 9.0)
-    counted = [run for run in suite.suite_runs(size, ["sliced"], found) if run.seed]
+    counted = [run for run in suite.suite_runs(size, {"sliced": size.budgets}, found) if run.seed]
     assert {(run.rate, run.batch) for run in counted} == {(3.0, 0.5)}
     assert [(run.budget, run.seed) for run in counted[:4]] == [*((size.budgets[0], seed) for seed in (1, 2, 3)),
                                                               (size.budgets[1], 1)]  # fmt: skip
 
 
-def test_filters_keep_the_sweeps(suite: ModuleType) -> None:
+def test_filters_keep_the_sweeps(suite: ModuleType, arms: ModuleType) -> None:
     size = suite.SIZES["smollm2"]
-    runs = suite.selected(suite.suite_runs(size, ["sliced"], {}), [131_072], [2])
+    runs = suite.selected(suite.suite_runs(size, {"sliced": size.budgets}, {}), [131_072], [2])
     assert [(run.budget, run.seed) for run in runs if run.seed] == [(131_072, 2)]
-    assert sum(run.seed == suite.SWEEP_SEED for run in runs) == 5
+    assert sum(run.seed == arms.SWEEP_SEED for run in runs) == 5
 
 
-def test_the_arm_with_layers_is_left_out_without_its_kind_of_stage(suite: ModuleType) -> None:
-    assert "compensated_layers" not in suite.usable_arms(["distill", "compensate"])
-    assert suite.usable_arms(["distill", "distill_layers"]) == list(suite.ARMS)
+def test_arms_that_a_package_or_a_teacher_does_not_allow_are_left_out(arms: ModuleType) -> None:
+    trained, fetched = {"teacher": {"kind": "train"}}, {"teacher": {"kind": "import"}}
+    assert "compensated_layers" not in arms.usable_arms(["distill", "compensate"], trained)
+    assert arms.usable_arms(["distill", "distill_layers"], trained) == list(arms.ARMS)
+    assert "from_scratch" not in arms.usable_arms(["distill", "distill_layers"], fetched)
+
+
+def test_from_scratch_is_a_random_student_that_is_trained_like_the_teacher(
+    suite: ModuleType, arms: ModuleType, tmp_path: Path
+) -> None:
+    _, stages = _recipe(suite, "toy", tmp_path)
+    budgets = suite.budgets_of("from_scratch", suite.SIZES["toy"], stages)
+    read = 163_840 + 64 * 128 + 256 * 128 + 8192
+    assert budgets == (10 * read, 30 * read)
+    task = arms.task_of(arms.Run("from_scratch", budgets[-1], 2), stages, 16)
+    training, weights = task.stages[f"distill_from_scratch_{budgets[-1]}_s2_r1_b1"], task.stages["random_s2"]
+    assert (weights["kind"], weights["inputs"]) == ("init", {"like": "prune_activation_s2"})
+    assert (training["kind"], training["lr"]) == ("train", stages["teacher"]["lr"])
+    assert training["inputs"] == {"model": "random_s2", "data": "data"}
+    assert (task.facts["calibration_tokens"], task.facts["training_tokens"]) == (0, budgets[-1])
+    assert task.facts["counted_stages"] == [f"distill_from_scratch_{budgets[-1]}_s2_r1_b1"]
 
 
 @pytest.mark.parametrize("size", ["toy", "smollm2", "gpu"])
-def test_every_run_composes_and_passes_the_checks(size: str, suite: ModuleType, tmp_path: Path) -> None:
+def test_every_run_composes_and_passes_the_checks(
+    size: str, suite: ModuleType, arms: ModuleType, tmp_path: Path
+) -> None:
     recipe, stages = _recipe(suite, size, tmp_path)
-    for arm in suite.usable_arms(STAGES):
-        run = suite.Run(arm, suite.SIZES[size].budgets[-1], 1, rate=1 / 3, batch=0.5)
-        task = suite.task_of(run, stages, recipe.execution.parallel.micro_batch_size)
+    for arm in arms.usable_arms(STAGES, stages):
+        run = arms.Run(arm, suite.budgets_of(arm, suite.SIZES[size], stages)[-1], 1, rate=1 / 3, batch=0.5)
+        task = arms.task_of(run, stages, recipe.execution.parallel.micro_batch_size)
         raw = {**recipe.model_dump(mode="json"), "stages": task.stages}
         raw["execution"]["parallel"]["micro_batch_size"] = task.micro_batch_size
         problems = list(find_problems(make_plan(validate(raw, where=arm))))
@@ -233,9 +276,9 @@ def _recipe(suite: ModuleType, size: str, root: Path) -> tuple[Any, dict[str, An
     return recipe, suite.explicit_stages(recipe)
 
 
-def test_the_arms_differ_only_in_how_the_student_is_made(suite: ModuleType, tmp_path: Path) -> None:
+def test_the_arms_differ_only_in_how_the_student_is_made(suite: ModuleType, arms: ModuleType, tmp_path: Path) -> None:
     _, stages = _recipe(suite, "toy", tmp_path)
-    tasks = {arm: suite.task_of(suite.Run(arm, 163_840, 2), stages, 16) for arm in suite.ARMS}
+    tasks = {arm: arms.task_of(arms.Run(arm, 163_840, 2), stages, 16) for arm in arms.ARMS if arm != "from_scratch"}
     trained = {arm: task.stages[f"distill_{arm}_163840_s2_r1_b1"] for arm, task in tasks.items()}
     students = {arm: stage["inputs"]["student"] for arm, stage in trained.items()}
     assert students == {
@@ -258,14 +301,14 @@ def test_the_arms_differ_only_in_how_the_student_is_made(suite: ModuleType, tmp_
     assert layers["seed"] != keys["sliced"]["seed"], "both would begin with the same samples"
 
 
-def test_scoring_and_repair_are_counted_as_tokens(suite: ModuleType, tmp_path: Path) -> None:
+def test_scoring_and_repair_are_counted_as_tokens(suite: ModuleType, arms: ModuleType, tmp_path: Path) -> None:
     _, stages = _recipe(suite, "toy", tmp_path)
     calibration = {
-        arm: suite.task_of(suite.Run(arm, 163_840, 1), stages, 16).facts["calibration_tokens"]
+        arm: arms.task_of(arms.Run(arm, 163_840, 1), stages, 16).facts["calibration_tokens"]
         for arm in ("sliced", "compensated")
     }
     assert calibration == {"sliced": 64 * 128, "compensated": 64 * 128 + 256 * 128 + 8192}
-    task = suite.task_of(suite.Run("compensated", 163_840, 1), stages, 16)
+    task = arms.task_of(arms.Run("compensated", 163_840, 1), stages, 16)
     assert task.facts["counted_stages"] == [
         *("score_activation_s1", "select_activation_s1", "prune_activation_s1"),
         *("compensate_one_shot_activation_s1", "distill_compensated_163840_s1_r1_b1"),
