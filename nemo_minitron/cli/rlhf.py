@@ -34,7 +34,7 @@ def rlhf(
     """Check the settings; write prompts, complete configs and start scripts for PPO or REINFORCE in a container."""
     from nemo_minitron.backends.alignment.nemo_aligner.rlhf import PROMPT_FILES, render
     from nemo_minitron.backends.alignment.nemo_aligner.rlhf_checks import rlhf_problems
-    from nemo_minitron.backends.alignment.nemo_aligner.rlhf_inputs import find_stage, gather_facts, read_prompts
+    from nemo_minitron.backends.alignment.nemo_aligner.rlhf_inputs import find_stage, gather_facts, prompts_by_part
     from nemo_minitron.cli.chat import find_model
     from nemo_minitron.data.chat.tokenizing import ChatTemplate
     from nemo_minitron.stages.kind import Output
@@ -49,7 +49,7 @@ def rlhf(
     reward_model = find_stage(folder, kinds_with(Output.REWARD_MODEL), reward, "--reward")
     start = (model or find_model(folder)).resolve()
     template = ChatTemplate.load(start, parsed.template, whole_markers=parsed.whole_markers, day=parsed.template_date)
-    prompts = read_prompts(parsed, rows, template)
+    prompts = prompts_by_part(parsed, rows, template)
     facts = gather_facts(start, template, reward_model, prompts)
     problems = list(rlhf_problems(parsed, facts))
     if problems:

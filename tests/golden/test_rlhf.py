@@ -144,7 +144,7 @@ def test_scripts_are_bash_and_no_path_is_read_as_code(tmp_path: Path) -> None:
         ("ppo", ["actor_layout.num_nodes=2"], "the host name of the server's first node"),
         ("ppo", ["max_new_tokens=4096"], "leaves no tokens for a prompt"),
         ("ppo", ["max_seq_len_tokens=262144"], "the model has 131072 positions"),
-        ("ppo", ["num_rollout_prompts=20480"], "there are 20000 prompts of up to 2048 tokens"),
+        ("ppo", ["num_rollout_prompts=20480"], "there are 20000 different prompts of up to 2048"),
         ("ppo", ["lr=1e-8"], "min_lr = 9e-08: above lr = 1e-08"),
         ("ppo", ["attribute_weights={helpfulness: 0}"], "reward would be 0"),
     ],
@@ -194,8 +194,8 @@ def finished(tmp_path: Path) -> Path:
     for stage, rows in (("chats", "conversations"), ("preferences", "pairs")):
         (run / stage).mkdir()
         _manifest(run / stage, "chat_data", {"rows": rows})
-    for part, count in (("train", 40), ("valid", 16)):
-        said = [_chat(f"What is {number}?") for number in range(count)]
+    for part, numbers in (("train", range(40)), ("valid", range(39, 56))):  # 39 is in both
+        said = [_chat(f"What is {number}?") for number in numbers]
         (run / f"chats/{part}.jsonl").write_text("\n".join(map(json.dumps, [*said, _chat("why " * 200)])) + "\n")
     return run
 
@@ -228,6 +228,7 @@ def test_from_a_run_to_files(finished: Path, minitron: Cli) -> None:
     prompts = [json.loads(line)["text"] for line in (out / "prompts/train.jsonl").read_text().splitlines()]
     assert len(prompts) == 32  # of 40, those that fill a step; the long one would be replaced without a word
     assert prompts[0].startswith("<|im_start|>user\nWhat is 0?")
+    assert len((out / "prompts/valid.jsonl").read_text().splitlines()) == 16  # without the training prompt
     config = yaml.safe_load((out / "reinforce_actor.yaml").read_text())
     assert config["model"]["data"]["data_prefix"]["train"] == [str(out / "prompts/train.jsonl")]
     assert config["trainer"]["reinforce"]["max_epochs"] == 100

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from nemo_minitron.api import load_recipe
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.backends.alignment.nemo_aligner.rlhf_inputs import read_prompts
+from nemo_minitron.backends.alignment.nemo_aligner.rlhf_inputs import prompts_by_part
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.data.chat.heldout import HeldOut, read_heldout
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
@@ -132,10 +132,11 @@ def files(folder: Path, rows: list[Row]) -> None:
 def test_prompts_of_rlhf_leave_out_a_few_bad_rows(tmp_path: Path) -> None:
     files(tmp_path, MARKED)
     bound = ChatTemplate.bind(tiny_tokenizer(), "chatml")
-    found = read_prompts(Rlhf(algorithm="ppo", max_bad_fraction=0.25), tmp_path, bound)
-    assert [len(found[part]) for part in ("train", "valid")] == [3, 3]
+    found = prompts_by_part(Rlhf(algorithm="ppo", max_bad_fraction=0.25), tmp_path, bound)
+    # Both files have the same rows, and a held-out prompt must not be a training prompt.
+    assert [len(found[part]) for part in ("train", "valid")] == [3, 0]
     with pytest.raises(DataError, match=r"x\.jsonl:2: a text of user contains") as caught:
-        read_prompts(Rlhf(algorithm="ppo"), tmp_path, bound)
+        prompts_by_part(Rlhf(algorithm="ppo"), tmp_path, bound)
     assert "leave them out with max_bad_fraction=0.251" in str(caught.value)
 
 

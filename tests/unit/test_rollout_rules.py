@@ -11,6 +11,7 @@ import pytest
 from nemo_minitron.backends.alignment.base import Critic, Rollouts, TaskContext
 from nemo_minitron.backends.alignment.nemo_aligner.config import complete_config
 from nemo_minitron.backends.alignment.nemo_aligner.rollout_keys import actor_keys, critic_keys, critic_steps
+from nemo_minitron.data.chat.prompts import read_prompts
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.rewards import RewardRule, RolloutTraining
@@ -143,25 +144,32 @@ def toy_template() -> ChatTemplate:
     return ChatTemplate.load(REPO / "nemo_minitron/toy/model", "chatml", whole_markers=False, day=date(2024, 7, 26))
 
 
-def test_prompts_are_written_once_with_their_reference(tmp_path: Path) -> None:
-    from nemo_minitron.stages.common.prompts import _prompts
-
-    params, template = training_on_prompts("final_number", 1, 2), toy_template()
-    questions = ("What is 1?", "What is 1?", "x" * 400)
+def test_every_prompt_is_read_once(tmp_path: Path) -> None:
+    template, question = toy_template(), [{"role": "user", "content": "What is 1?"}]
+    answer = {"role": "assistant", "content": "It is 1."}
     file = tmp_path / "train.jsonl"
-    turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": "It is 1."}] for text in questions]
-    file.write_text("".join(json.dumps({"messages": messages, "origin": "t"}) + "\n" for messages in turns))
-    (tmp_path / "prompts.jsonl").write_text(
-        json.dumps({"messages": turns[0][:1], "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}) + "\n"
-    )
-    kept, _ = _prompts(params, template, tmp_path / "prompts.jsonl", set(), "stages.rl")
-    rules = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
-    assert kept == [{"text": template.prompt(turns[0][:1]), **rules}]
+    conversations = [[*question, answer], question, [{"role": "user", "content": "x" * 400}]]
+    rows = [{"messages": messages, "origin": "t"} for messages in conversations]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"chosen": [], "rejected": [], "origin": "t"}]))
     seen: set[str] = set()
-    rows, counts = _prompts(params, template, file, seen, "stages.rl")
-    assert rows == [{"text": template.prompt(turns[0][:1]), "reference": "It is 1."}]
-    assert counts == {"repeated": 1, "too_long": 1, "bad": 0}
-    assert _prompts(params, template, file, seen, "stages.rl")[0] == []
+    found = read_prompts(file, template, longest_tokens=100, seen=seen)
+    assert [(prompt.text, prompt.row["messages"][-1]) for prompt in found.prompts] == [
+        (template.prompt(question), answer)
+    ]
+    assert found.counts() == {"prompts": 1, "repeated": 1, "too_long": 1, "bad": 1, "left_over": 0}
+    assert read_prompts(file, template, longest_tokens=100, seen=seen).prompts == []
+
+
+def test_the_row_of_a_prompt_gives_the_reference_and_the_rules() -> None:
+    from nemo_minitron.stages.common.prompts import _for_rules
+
+    question, rules = (
+        {"role": "user", "content": "q"},
+        {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+    )
+    assert _for_rules({"messages": [question], **rules, "origin": "t"}) == rules
+    answered = {"messages": [question, {"role": "assistant", "content": "a"}]}
+    assert _for_rules(answered) == {"reference": "a"}
 
 
 def test_prompts_fill_whole_steps(tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ def rlhf_problems(settings: Rlhf, facts: RlhfFacts) -> Iterator[str]:
         ("num_valid_prompts", settings.num_valid_prompts, facts.num_valid_prompts),
     ):
         if needed > found:
-            yield f"{key} = {needed}: there are {found} prompts of up to {longest_prompt_tokens(settings)} tokens."
+            limit = longest_prompt_tokens(settings)
+            yield f"{key} = {needed}: there are {found} different prompts of up to {limit} tokens."
     for low, high in (("min_lr", "lr"), ("critic_min_lr", "critic_lr")):
         if getattr(settings, low) > getattr(settings, high):
             yield f"{low} = {getattr(settings, low)}: above {high} = {getattr(settings, high)}."

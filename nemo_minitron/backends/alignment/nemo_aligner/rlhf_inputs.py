@@ -11,10 +11,8 @@ from nemo_minitron.artifacts.manifest import Manifest, read_manifest
 from nemo_minitron.backends.alignment.nemo_aligner.model_config import REWARD_DIR, tokenizer_dir
 from nemo_minitron.backends.alignment.nemo_aligner.rlhf_checks import Limits, RlhfFacts, longest_prompt_tokens
 from nemo_minitron.backends.alignment.nemo_aligner.unpack import CONFIG_FILE
-from nemo_minitron.data.chat.bad_rows import BadRows
-from nemo_minitron.data.chat.render import read_normalized
+from nemo_minitron.data.chat.prompts import read_prompts
 from nemo_minitron.data.chat.reward_texts import misreadings
-from nemo_minitron.data.chat.rows import BadRow
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.hf.checkpoint import Checkpoint
@@ -57,31 +55,24 @@ def _fits(manifest: Manifest, kinds: tuple[str, ...]) -> bool:
     return manifest.kind in kinds and manifest.result.get("rows") != "pairs"
 
 
-def read_prompts(settings: Rlhf, rows: Path, template: ChatTemplate) -> dict[str, list[str]]:
-    """Return part -> prompts: the text before the last answer of every conversation. Skip long and unusable ones.
+def prompts_by_part(settings: Rlhf, rows: Path, template: ChatTemplate) -> dict[str, list[str]]:
+    """Return part -> prompts: the text before the last answer of every conversation, each prompt once.
 
-    The number of training prompts becomes a multiple of num_rollout_prompts: NeMo-Aligner stops at a step that the
-    prompts of an epoch do not fill.
+    Long and unusable ones are left out, as are training prompts that do not fill a step.
 
     Raises:
         DataError: the template cannot render too many rows.
     """
-    most, found = longest_prompt_tokens(settings), {}
+    seen: set[str] = set()
+    texts: dict[str, list[str]] = {}
     for part in PARTS:
-        file, bad, texts = rows / f"{part}.jsonl", BadRows(), []
-        for row in read_normalized(file):
-            bad.num_rows += 1
-            try:
-                template.require_no_marker(row["messages"][:-1])
-                texts.append(template.prompt(row["messages"][:-1]))
-            except BadRow as reason:
-                bad.add(row["origin"], reason)
-        bad.require_few(settings.max_bad_fraction, str(file), "max_bad_fraction")
-        found[part] = [text for text in texts if len(template.ids(text)) <= most]
-    full_steps = len(found["train"]) // settings.num_rollout_prompts
-    if full_steps:  # otherwise there are too few prompts, which the checks of the settings report
-        found["train"] = found["train"][: full_steps * settings.num_rollout_prompts]
-    return found
+        file = rows / f"{part}.jsonl"
+        found = read_prompts(file, template, longest_tokens=longest_prompt_tokens(settings), seen=seen)
+        found.bad.require_few(settings.max_bad_fraction, str(file), "max_bad_fraction")
+        if part == "train":
+            found.keep_whole_steps(settings.num_rollout_prompts)
+        texts[part] = [prompt.text for prompt in found.prompts]
+    return texts
 
 
 def gather_facts(model: Path, template: ChatTemplate, reward: Path, prompts: dict[str, list[str]]) -> RlhfFacts:
