@@ -28,7 +28,7 @@ def check(
     plan = api.load_plan(recipe, overrides, checked=False)
 
     from nemo_minitron.plan.checks import require_valid
-    from nemo_minitron.plan.epochs import epoch_warnings
+    from nemo_minitron.plan.text_amounts import text_warnings
 
     try:
         if cluster:
@@ -36,7 +36,7 @@ def check(
     finally:
         # The cluster's findings are printed by now; the recipe's own problems are reported in any case.
         require_valid(plan)
-    print_warnings(epoch_warnings(plan))
+    print_warnings(text_warnings(plan))
     console.say(f"{plan.recipe.name}: {len(plan.calls)} stages", "ok", "green")
 
 

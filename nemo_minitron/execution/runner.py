@@ -20,10 +20,10 @@ from nemo_minitron.execution.preflight import preflight_evaluations
 from nemo_minitron.execution.ranks import run_ranks
 from nemo_minitron.execution.task import SESSION_FACTS, StageTask, run_task
 from nemo_minitron.execution.work import open_work
-from nemo_minitron.plan.epochs import repeated_text
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, StageCall, make_plan, refreshed
 from nemo_minitron.plan.sources import source_facts
+from nemo_minitron.plan.text_amounts import too_little_text
 from nemo_minitron.stages.registry import STAGES
 from nemo_minitron.system.disclosure import masked, write_private
 from nemo_minitron.system.disk import disk_errors
@@ -207,7 +207,7 @@ def _run_and_publish(
     inputs = store.inputs(call.inputs, "small" if STAGES[call.kind].reads_results else "unverified")
     progress = Progress(store.paths.progress(call.name), silent=quiet)
     progress.say(f"({call.kind})", call.name, "bold")
-    for text in repeated_text(call.name, recipe.stages[call.name], store):
+    for text in too_little_text(call.name, recipe.stages[call.name], store, recipe.stages):
         progress.warn(text)
     work, accepted = open_work(call, store, accept_drift=options.accept_drift, progress=progress)
     with store.building(call.name) as out, _published_names(out, call.name, store), log_file(store.root, call.name):

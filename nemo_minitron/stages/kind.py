@@ -90,6 +90,17 @@ class TextUse:
     num_tokens: int
 
 
+@dataclass(frozen=True)
+class HeldoutUse:
+    """Amount of held-out text that a stage reads."""
+
+    data: str
+    """Name of the stage that tokenizes the text."""
+    num_tokens: int
+    key: str
+    """Key of the stage that sets the amount."""
+
+
 class RecipeView(Protocol):
     """The recipe around a stage, as the hooks of a kind see it."""
 
@@ -201,6 +212,7 @@ class StageKind:
     sources: Callable[[Any], Iterable[Source]] = _nothing
     tasks: Callable[[Any], Iterable[TaskUse]] = _nothing
     text_use: Callable[[Any], TextUse | None] = _unknown
+    heldout_uses: Callable[[Any], Iterable[HeldoutUse]] = _nothing
     expand: Callable[[str, Any, RecipeView], Mapping[str, StageParams] | None] = _unknown
     """The stages into which a search expands, itself included; None: the stage is not expanded."""
     used_inputs: Callable[[str, Any, Mapping[str, Any], RecipeView], Mapping[str, Any]] = _all_inputs

@@ -18,9 +18,9 @@ from nemo_minitron.config.explain import validate
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.plan.checks import find_problems
 from nemo_minitron.plan.describe import plan_facts
-from nemo_minitron.plan.epochs import epoch_warnings
 from nemo_minitron.plan.planner import make_plan
 from nemo_minitron.plan.resources.summary import memory_warnings, resource_facts
+from nemo_minitron.plan.text_amounts import text_warnings
 from nemo_minitron.system.places import shipped_recipes
 from tests.conftest import REPO
 from tests.support.examples import budget
@@ -149,5 +149,5 @@ def planned_or_refused(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch)
         list(find_problems(plan))
         facts = resource_facts(plan)
         plan_facts(plan)
-        list(epoch_warnings(plan))
+        list(text_warnings(plan))
         list(memory_warnings(plan, facts))

@@ -8,7 +8,7 @@ from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.common.plan_rules import plan_problems
 from nemo_minitron.stages.compensate.params import CompensateStage
-from nemo_minitron.stages.kind import MODELS, Output, RecipeView, Result, StageKind
+from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, Result, StageKind
 from nemo_minitron.workload.load import Load, forward_load
 
 TOKENS_PER_INPUT = 20
@@ -35,6 +35,10 @@ def _problems(name: str, params: CompensateStage, view: RecipeView) -> Iterator[
 
 def _shape(name: str, params: CompensateStage, view: RecipeView) -> ModelShape | None:
     return view.shape(params.inputs.student)
+
+
+def _heldout_uses(params: CompensateStage) -> Iterator[HeldoutUse]:
+    yield HeldoutUse(params.inputs.heldout or params.inputs.data, params.heldout_tokens, "heldout_tokens")
 
 
 def _load(name: str, params: CompensateStage, layout: Parallel, view: RecipeView) -> Load | None:
@@ -68,6 +72,7 @@ COMPENSATE = StageKind(
     chat_rank=1,
     shape=_shape,
     problems=_problems,
+    heldout_uses=_heldout_uses,
     load=_load,
     result_tokens=_result_tokens,
 )

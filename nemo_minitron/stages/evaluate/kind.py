@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.evaluate.params import EvaluateStage
-from nemo_minitron.stages.kind import MODELS, Output, RecipeView, Source, StageKind, TaskUse
+from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, Source, StageKind, TaskUse
 from nemo_minitron.workload.load import Load, forward_load
 
 
@@ -29,6 +29,10 @@ def _problems(name: str, params: EvaluateStage, view: RecipeView) -> Iterator[st
             yield f"stages.{name}.label = {params.label}: stage {other} has the same label."
 
 
+def _heldout_uses(params: EvaluateStage) -> Iterator[HeldoutUse]:
+    yield HeldoutUse(params.inputs.data, params.num_tokens, "num_tokens")
+
+
 def _load(name: str, params: EvaluateStage, layout: Parallel, view: RecipeView) -> Load | None:
     shape = view.shape(params.inputs.model)
     return (
@@ -49,5 +53,6 @@ EVALUATE = StageKind(
     sources=_sources,
     tasks=_tasks,
     problems=_problems,
+    heldout_uses=_heldout_uses,
     load=_load,
 )

@@ -12,7 +12,7 @@ from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.pruning import AnyScoring, Selection, Target
 from nemo_minitron.schema.training_rules import training_problems
 from nemo_minitron.stages.common.scoring_rules import scoring_problems, without_unused_scores
-from nemo_minitron.stages.kind import MODELS, Output, RecipeView, StageKind
+from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, StageKind
 from nemo_minitron.stages.search.expansion import candidate_stages, points_of, search_of
 from nemo_minitron.stages.search.params import CandidateStage, SearchStage
 from nemo_minitron.workload.load import Load, distillation_load
@@ -73,6 +73,13 @@ def _problems(name: str, params: SearchStage, view: RecipeView) -> Iterator[str]
     yield from sorted(seen)
 
 
+def _heldout_uses(params: SearchStage) -> Iterator[HeldoutUse]:
+    inputs, repair = params.inputs, params.compensation
+    yield HeldoutUse(inputs.data, params.retraining.valid_num_tokens, "retraining.valid_num_tokens")
+    if repair is not None:
+        yield HeldoutUse(inputs.heldout or inputs.data, repair.heldout_tokens, "compensation.heldout_tokens")
+
+
 def _candidate_problems(name: str, params: CandidateStage, view: RecipeView) -> Iterator[str]:
     layout = view.layout(name)
     if params.compensation is not None and layout.dp != layout.world_size:
@@ -115,6 +122,7 @@ SEARCH = StageKind(
     expand=_expand,
     points=_points,
     problems=_problems,
+    heldout_uses=_heldout_uses,
 )
 CANDIDATE = StageKind(
     name="candidate",

@@ -8,7 +8,7 @@ from dataclasses import replace
 from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training_rules import training_problems
-from nemo_minitron.stages.kind import MODELS, Output, RecipeView, StageKind, TextUse, trained_tokens
+from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, StageKind, TextUse, trained_tokens
 from nemo_minitron.stages.train.params import CorrectStage, TrainStage
 from nemo_minitron.workload.load import Load, training_load
 
@@ -23,6 +23,10 @@ def _problems(name: str, params: TrainStage, view: RecipeView) -> Iterator[str]:
 
 def _text_use(params: TrainStage) -> TextUse:
     return TextUse(params.inputs.data, params.num_steps * params.global_batch_size * params.seq_len_tokens)
+
+
+def _heldout_uses(params: TrainStage) -> Iterator[HeldoutUse]:
+    yield HeldoutUse(params.inputs.data, params.valid_num_tokens, "valid_num_tokens")
 
 
 def _load(name: str, params: TrainStage, layout: Parallel, view: RecipeView) -> Load | None:
@@ -44,6 +48,7 @@ TRAIN = StageKind(
     shape=_shape,
     problems=_problems,
     text_use=_text_use,
+    heldout_uses=_heldout_uses,
     load=_load,
     result_tokens=trained_tokens,
 )
