@@ -112,11 +112,11 @@ def run_task(task: Task, recipe: Any) -> dict[str, Any]:
         for place in (paths.published(name), paths.work(name)):
             shutil.rmtree(place, ignore_errors=True)
     gc.collect()  # Megatron's models refer to themselves.
-    return {"figures": figures, "wall_s": wall_s, "resumed": resumed}
+    return {"figures": figures, "wall_s": wall_s, "resumed": [name for name in task.stages if name in resumed]}
 
 
-def _run_stages(recipe: Any, stages: Stages, where: str, micro_batch_size: int | None = None) -> list[str]:
-    """Run stages with the execution of the recipe; return those that an earlier process had begun and not finished."""
+def _run_stages(recipe: Any, stages: Stages, where: str, micro_batch_size: int | None = None) -> set[str]:
+    """Run stages with the execution of the recipe; return all stages of the run that were ever interrupted."""
     from nemo_minitron import api
     from nemo_minitron.config.explain import validate
 
@@ -128,9 +128,14 @@ def _run_stages(recipe: Any, stages: Stages, where: str, micro_batch_size: int |
     plan = api.plan(validate(raw, where=where))
     paths = RunPaths(run_folder(recipe))
     unfinished = [call.name for call in plan.calls if plan.states[call.name].status != "finished"]
-    begun = [name for name in unfinished if paths.work(name).exists()]
+    # Kept in a file: a stage that was interrupted may finish in a process that is stopped before its task is done.
+    file = run_folder(recipe) / "interrupted_stages.json"
+    interrupted = set(json.loads(file.read_text()) if file.is_file() else [])
+    interrupted |= {name for name in unfinished if paths.work(name).exists()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(sorted(interrupted)))
     api.run(plan, quiet=True)
-    return begun
+    return interrupted
 
 
 def run_folder(recipe: Any) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from itertools import cycle
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -283,7 +284,7 @@ fewer tokens (or less time) than the sliced arm. ≥ and ≤ are bounds where a 
 {sweep_table(rows)}"""
 
 
-COLORS = ("#1f6f5c", "#d9a441", "#7a8fa6", "#b5651d", "#6a4c93")
+COLORS = ("#1f6f5c", "#d9a441", "#7a8fa6", "#b5651d", "#6a4c93", "#2b2b2b")
 
 
 def picture(rows: Sequence[Row], file: Path) -> None:
@@ -293,7 +294,7 @@ def picture(rows: Sequence[Row], file: Path) -> None:
     plt = pyplot()
     figure, panels = plt.subplots(1, len(TEXTS), figsize=(9.6, 3.8))
     for axes, (text, name) in zip(panels, TEXTS.items(), strict=True):
-        for arm, color in zip(arms_of(rows), COLORS, strict=False):
+        for arm, color in zip(arms_of(rows), cycle(COLORS), strict=False):
             curves = curves_of(rows, arm, text).values()
             budgets = sorted({budget for curve in curves for budget in curve})
             ends = ([curve[budget] for curve in curves if budget in curve] for budget in budgets)

@@ -16,12 +16,14 @@ Shapes: N tokens, K inputs of the student, M residuals, O outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from nemo_minitron.errors import NumericsError
 
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Values of lambda to choose from, as shares of the mean of H's diagonal (OSSCAR and ZipLM use 1e-2, GRAIL 1e-3)."""
@@ -79,6 +81,14 @@ class Moments:
         """Return all sums, for a reduction over ranks."""
         return (self.inputs, self.cross, self.residuals, self.num_tokens)
 
+    def require_finite(self, where: str) -> None:
+        """Refuse sums that a NaN or an infinity has entered: no repair could be computed, and none would be reported.
+
+        Raises:
+            NumericsError: a sum is not finite.
+        """
+        require_finite_activations(self.tensors, where)
+
     def objective(self, left_OM: Tensor | None = None) -> Objective:
         """Return the objective of a weight.
 
@@ -90,6 +100,20 @@ class Moments:
             return Objective(self.inputs, self.cross, squares, self.num_tokens)
         left = left_OM.to(self.cross)
         return Objective(self.inputs, left @ self.cross, ((left @ self.residuals) * left).sum(), self.num_tokens)
+
+
+def require_finite_activations(sums: Iterable[Tensor], where: str) -> None:
+    """Refuse sums of products of activations that are not finite.
+
+    Raises:
+        NumericsError: a sum is not finite.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in sums):
+        raise NumericsError(
+            "The model's activations are not finite.",
+            where=where,
+            next_step="Try another precision (bf16, fp32), and check the model with a check_teacher stage.",
+        )
 
 
 @contextmanager
@@ -118,6 +142,19 @@ class Objective:
     """Sum of ||y - W s||^2, a scalar."""
     num_tokens: Tensor
     """Number of tokens, [1]."""
+
+    def of_weight_below(self, difference_OK: Tensor) -> Objective:
+        """Return the objective of the weight W - D: y - (W - D) s = (y - W s) + D s.
+
+        Args:
+            difference_OK: D. If it is zero, no bit changes.
+        """
+        if not bool(difference_OK.any()):
+            return self
+        d = difference_OK.to(self.cross)
+        made = d @ self.inputs
+        squares = self.squares + 2 * (d * self.cross).sum() + (made * d).sum()
+        return replace(self, cross=self.cross + made, squares=squares)
 
     def rows(self, rows: Tensor) -> Objective:
         """Return the objective of some outputs; `squares` stays that of all, which only shifts errors."""

@@ -15,7 +15,7 @@ Shapes: F inputs, in blocks of equal size that stay or go together, as the chann
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,8 @@ from torch import Tensor
 DAMPING = 1e-2
 """Added to A's diagonal, as a share of its mean (ZipLM, OSSCAR and Tyr-the-Pruner use the same)."""
 _TINY = 1e-12
+_State = tuple[Tensor, Tensor]
+"""What a search keeps of one reader, two matrices [F, F]."""
 
 
 def damped(moments: Tensor, damping: float = DAMPING) -> Tensor:
@@ -55,31 +57,34 @@ class Readers:
         return Readers(a, gram / (gram * a).sum().clamp_min(_TINY))
 
 
-def greedy_order(readers: Sequence[Readers], *, block: int = 1, step: int = 1) -> list[int]:
+def greedy_order(readers: Iterable[Readers], *, block: int = 1, step: int = 1) -> list[int]:
     """Return all blocks, most useful first.
 
     The gain of adding block J, with the Schur complement R of the blocks so far, is `tr R_JJ^-1 (R B R)_JJ`.
 
     Args:
         readers: one for a choice inside a layer; several for inputs that are chosen once for all of them, as hidden
-            channels are.
+            channels are. Read once, so that a generator is never in memory as a whole.
         block: inputs in each block.
         step: blocks to add before the gains are computed again.
     """
-    scaled = [some.relative for some in readers]
     # R B R changes with R by one projection on both sides, so a step costs O(F^2) per block.
-    states = [(some.moments, some.moments @ some.weight_gram @ some.moments) for some in scaled]
-    remaining, order = list(range(len(scaled[0].moments) // block)), list[int]()
+    states = [_greedy_state(some.relative) for some in readers]
+    remaining, order = list(range(len(states[0][0]) // block)), list[int]()
     while remaining:
         gains = torch.stack([_block_ratio(_blocks(q, block), _blocks(r, block)) for r, q in states]).sum(0)[remaining]
         best = [remaining[place] for place in gains.topk(min(step, len(remaining))).indices.tolist()]
         order += best
         remaining = [number for number in remaining if number not in set(best)]
-        states = [_projected(*state, _positions(best, block)) for state in states]
+        _project(states, _positions(best, block))
     return order
 
 
-def obs_order(readers: Sequence[Readers], *, block: int = 1, step: int = 1) -> list[int]:
+def _greedy_state(scaled: Readers) -> _State:
+    return scaled.moments, scaled.moments @ scaled.weight_gram @ scaled.moments
+
+
+def obs_order(readers: Iterable[Readers], *, block: int = 1, step: int = 1) -> list[int]:
     """Return all blocks, most useful first: the reverse of the order in which they are removed.
 
     Removing block J from the kept inputs, whose inverse moments are P = A_SS^-1 and whose repaired weights are W, costs
@@ -90,19 +95,28 @@ def obs_order(readers: Sequence[Readers], *, block: int = 1, step: int = 1) -> l
         block: inputs in each block.
         step: blocks to remove before the costs are computed again (Tyr-the-Pruner removes 16 neurons or one head).
     """
-    scaled = [some.relative for some in readers]
-    states = [(torch.linalg.inv(some.moments), some.weight_gram) for some in scaled]
-    alive, removed = list(range(len(scaled[0].moments) // block)), list[int]()
+    states = [_obs_state(some.relative) for some in readers]
+    alive, removed = list(range(len(states[0][0]) // block)), list[int]()
     while alive:
         costs = torch.stack([_block_ratio(_blocks(g, block), _blocks(p, block)) for p, g in states]).sum(0)[alive]
         worst = [alive[place] for place in (-costs).topk(min(step, len(alive))).indices.tolist()]
         removed += worst
         alive = [number for number in alive if number not in set(worst)]
-        states = [_projected(*state, _positions(worst, block)) for state in states]
+        _project(states, _positions(worst, block))
     return removed[::-1]
 
 
-def _projected(matrix: Tensor, weighted: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def _obs_state(scaled: Readers) -> _State:
+    return torch.linalg.inv(scaled.moments), scaled.weight_gram
+
+
+def _project(states: list[_State], positions: Tensor) -> None:
+    """Apply `_projected` to one state after the other, so that two sets of them are never in memory."""
+    for number, state in enumerate(states):
+        states[number] = _projected(*state, positions)
+
+
+def _projected(matrix: Tensor, weighted: Tensor, positions: Tensor) -> _State:
     """Return M - M_:J M_JJ^-1 M_J:, and Q - Q P - P^T Q + P^T Q P with P = M_JJ^-1 M_J: in the rows J."""
     mixed = torch.linalg.solve(_regular(matrix[positions][:, positions]), matrix[positions])
     weighted = weighted - weighted[:, positions] @ mixed
@@ -127,15 +141,22 @@ def _schur(a: Tensor, positions: Tensor) -> Tensor:
     return a - cross @ torch.linalg.solve(cross[positions], cross.T)
 
 
-def swapped(readers: Sequence[Readers], kept: Sequence[int], *, rounds: int = 20, block: int = 1) -> list[int]:
+def swapped(
+    readers: Iterable[Readers], kept: Sequence[int], *, rounds: int = 20, block: int = 1, groups: int = 1
+) -> list[int]:
     """Exchange kept and removed blocks while that lowers `remaining_error` (OSSCAR, local search).
 
     In each round the kept block that costs the least goes, and the removed block with the largest gain comes.
+
+    Args:
+        groups: number of equal runs of blocks. Blocks are exchanged inside of a run only, as the heads of a query group
+            are: each round then takes the best exchange of any run.
 
     Returns:
         The kept blocks, in ascending order.
     """
     scaled = [some.relative for some in readers]
+    members = (torch.arange(len(scaled[0].moments) // block)).chunk(groups)
 
     def error(blocks: Sequence[int]) -> float:
         return sum(_error(some, _positions(blocks, block)) for some in scaled)
@@ -143,22 +164,42 @@ def swapped(readers: Sequence[Readers], kept: Sequence[int], *, rounds: int = 20
     best = sorted(kept)
     lowest = error(best)
     for _ in range(rounds):
-        candidate = _swap(scaled, best, block)
-        if candidate is None or (found := error(candidate)) >= lowest:
+        cost = torch.stack([_removal_costs(some, best, block) for some in scaled]).sum(0)
+        swaps = [_swap(scaled, best, cost, block, some) for some in members]
+        errors = [lowest if candidate == best else error(candidate) for candidate in swaps]
+        if min(errors) >= lowest:
             break
-        best, lowest = candidate, found
+        best, lowest = swaps[errors.index(min(errors))], min(errors)
     return best
 
 
-def _swap(scaled: Sequence[Readers], kept: list[int], block: int) -> list[int] | None:
-    cost = torch.stack([_removal_costs(some, kept, block) for some in scaled]).sum(0)
-    stays = [number for place, number in enumerate(kept) if place != int(cost.argmin())]
+def _swap(scaled: Sequence[Readers], kept: list[int], cost: Tensor, block: int, members: Tensor) -> list[int]:
+    """Return the kept blocks after the best exchange among `members`; the same blocks if there is none.
+
+    Args:
+        cost: what the removal of each kept block costs.
+    """
+    inside = torch.isin(torch.tensor(kept), members)
+    if not bool(inside.any()) or int(inside.sum()) == len(members):
+        return kept
+    goes = int(torch.where(inside, cost, torch.inf).argmin())
+    stays = [number for place, number in enumerate(kept) if place != goes]
     left = [(some, _schur(some.moments, _positions(stays, block))) for some in scaled]
     gains = sum(_block_ratio(_blocks(r @ some.weight_gram @ r, block), _blocks(r, block)) for some, r in left)
     assert isinstance(gains, Tensor)
-    gains[torch.tensor(stays)] = -torch.inf
-    comes = int(gains.argmax())
-    return None if comes in kept else sorted([*stays, comes])
+    allowed = torch.full_like(gains, -torch.inf).index_copy(0, members, gains[members])
+    allowed[torch.tensor(stays)] = -torch.inf
+    return sorted([*stays, int(allowed.argmax())])
+
+
+def best_in_groups(order: Sequence[int], size: int, groups: int) -> list[int]:
+    """Return the first blocks of an order, `size` in all and as many in each of the equal runs of blocks."""
+    each = len(order) // groups
+    return [
+        block
+        for group in range(groups)
+        for block in [number for number in order if number // each == group][: size // groups]
+    ]
 
 
 def _removal_costs(scaled: Readers, kept: list[int], block: int) -> Tensor:

@@ -153,7 +153,8 @@ class ReconstructionScoring(Schema):
     """Neurons or hidden channels that are chosen at once; heads are chosen one by one."""
     swap_to: Target = Target()
     """Sizes for which kept and cut indices are exchanged afterwards while that lowers the error (OSSCAR, 2403.12983).
-    The ranking is then best for these sizes. null sizes: no exchange."""
+    The ranking is then best for these sizes. null sizes: no exchange. Heads are exchanged inside their query group;
+    the number of layers is not used."""
     swap_rounds: PositiveInt = 20
     """Exchanges to try on each axis of each layer."""
     num_samples: PositiveInt = 256

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_minitron import api
+from nemo_minitron.pruning.search import kendall_tau
 from tests.conftest import REPO, Cli
 
 RECIPE = REPO / "recipes/toy/compensated.yaml"
@@ -59,12 +60,37 @@ def test_a_tensor_parallel_layout_gives_the_same_model(root: Path, tmp_path: Pat
         ("stages.compensate.inputs.heldout=data", "the same as inputs.data"),
         ("stages.compensate.dampings=[0.0]", "stages.compensate.dampings"),
         ("stages.score.width_axes=[heads]", "axis hidden is not scored"),
+        ("stages.score.num_samples=4", "stages.score: 512 calibration tokens"),
+        ("stages.score.swap_to={hidden_size: 72}", "stages.score.swap_to.hidden_size = 72: above 64"),
+        ("stages.score.swap_to={num_attention_heads: 3}", "swap_to.num_attention_heads = 3: not a multiple of the 2"),
     ],
 )
 def test_impossible_keys_are_refused(option: str, message: str, minitron: Cli) -> None:
     code, output = minitron("check", RECIPE, option)
     assert code == 2
     assert message in output
+
+
+def test_a_one_shot_repair_of_merged_heads_is_refused(minitron: Cli) -> None:
+    keys = ("stages.select.head_merge=mean", "stages.select.target.num_attention_heads=2")
+    for options, refused in (
+        (("stages.compensate.mode=one_shot",), True),
+        (("stages.compensate.mode=one_shot", "stages.compensate.sites=[mlp_output]"), False),
+        (("stages.compensate.mode=sequential",), False),
+    ):
+        _, output = minitron("check", RECIPE, *keys, *options)
+        assert ("stages.compensate: the plan merges heads" in output) == refused, output
+
+
+@pytest.mark.slow
+def test_two_processes_rank_like_one(root: Path, minitron: Cli, tmp_path: Path) -> None:
+    options = (f"execution.run_root={tmp_path}", "execution.parallel.dp=2", "--until=score")
+    code, output = minitron("run", RECIPE, *options)
+    assert code == 0, output
+    one, two = (load_file(place / "toy/compensated/score/scores.safetensors") for place in (root, tmp_path))
+    assert one.keys() == two.keys()
+    for name, ranks in one.items():
+        assert kendall_tau(ranks.flatten().tolist(), two[name].flatten().tolist()) > 0.99
 
 
 @pytest.mark.slow

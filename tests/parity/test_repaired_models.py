@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_minitron.backends.megatron.compensation.sites import SITES
 from nemo_minitron.hf.checkpoint import Checkpoint
+from nemo_minitron.pruning.magnitude import magnitude_scores
 from nemo_minitron.pruning.plan_file import PrunePlan
 from nemo_minitron.pruning.selection import choose_keep
 from nemo_minitron.schema.execution import Parallel
@@ -68,6 +71,73 @@ def test_every_repair_lowers_the_held_out_error(case: str, root: Path) -> None:
         assert len(repairs) == 4 * 4 + has_head
         assert all(repair.error <= repair.sliced_error for repair in repairs)
         assert sum(repair.recovered for repair in repairs) / len(repairs) > 0.02, "for this to mean anything"
+
+
+def test_a_one_shot_repair_is_ridge_regression_on_the_activations_of_transformers(root: Path) -> None:
+    folder, teacher = _cut(root, "llama_gqa_tied", WIDTH)
+    params = SMALL.model_copy(update={"precision": "fp64", "dampings": (1e-2,)})
+    layers = _repaired(folder, teacher, {"": params})[""]
+    tokens = torch.from_numpy(run_ranks(1, compensation.calibration_tokens, folder, params, folder / "work-tokens")[0])
+    keep = compensation.models_in(folder, teacher).keep(1)
+    whole, cut = (load_transformers(path, torch.float64) for path in (teacher, folder / "student"))
+    seen: dict[str, torch.Tensor] = {}
+    layer, small = whole.model.layers[1], cut.model.layers[1]
+    layer.register_forward_pre_hook(lambda _, args: seen.update(stream=args[0]))
+    layer.self_attn.q_proj.register_forward_pre_hook(lambda _, args: seen.update(normed=args[0]))
+    layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.update(neurons=args[0]))
+    with torch.no_grad():
+        whole(tokens)
+        given = small.input_layernorm(seen["stream"][..., keep["hidden"]])[:, 1:].flatten(0, 1)
+        queries = layer.self_attn.q_proj.weight[keep["q"]]
+        neurons = seen["neurons"].flatten(0, 1)
+        cases = {
+            "self_attn.q_proj": (given, seen["normed"][:, 1:].flatten(0, 1) @ queries.T, small.self_attn.q_proj),
+            "mlp.down_proj": (
+                neurons[:, keep["ffn"]],
+                neurons @ layer.mlp.down_proj.weight[keep["hidden"]].T,
+                small.mlp.down_proj,
+            ),
+        }
+        for name, (inputs, wanted, module) in cases.items():
+            damped = (1e-2 * inputs.square().sum(0).mean()).sqrt() * torch.eye(inputs.shape[1], dtype=torch.float64)
+            lacking = torch.cat([wanted - inputs @ module.weight.T, torch.zeros(len(damped), len(module.weight))])
+            expected = torch.linalg.lstsq(torch.cat([inputs, damped]), lacking).solution.T
+            found = compensation.updates(layers, folder)[f"model.layers.1.{name}.weight"]
+            assert found.any(), "it was repaired"
+            # The norms of transformers are computed in fp32.
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_a_repaired_model_is_not_repaired_again(root: Path, tmp_path: Path) -> None:
+    """The second repair measures the model that it gets: there is nothing left to win."""
+    folder, teacher = _cut(root, "llama_gqa_tied", WIDTH)
+    cases = {"": SMALL.model_copy(update={"precision": "fp64", "dampings": (1e-2,)})}
+    first = _repaired(folder, teacher, cases)[""]
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    model = compensation.with_weights(first, load_transformers(folder / "student", torch.float64))
+    model.save_pretrained(again / "student")  # type: ignore[operator]
+    for (_, before), (_, after) in zip(first, _repaired(again, teacher, cases)[""], strict=True):
+        for site, repair in (before or {}).items():
+            assert (after or {})[site].sliced_error == pytest.approx(repair.error, rel=1e-6)
+            assert repair.error * 0.9 < (after or {})[site].error <= repair.error * (1 + 1e-6)
+
+
+def test_merged_heads_give_their_rows_and_take_the_output_of_all_heads(tmp_path: Path) -> None:
+    teacher = tiny_model_dir(tmp_path / "teacher", "llama_mha", dtype=torch.float64)
+    source = Checkpoint.open(teacher).shape
+    merging = Selection(method="magnitude", target=MHA_WIDTH, head_merge="mean")
+    scores = magnitude_scores(Checkpoint.open(teacher), merging)
+    compensation.cut_by(tmp_path, teacher, choose_keep(scores, source, merging))
+    models = compensation.models_in(tmp_path, teacher)
+    assert models.plan.merged[1]
+    keep, read = models.keep(1), models.teacher.read
+    given, made = (models.teacher_rows(site, 1) for site in SITES[:2])
+    assert torch.equal(made, read("model.layers.1.self_attn.o_proj.weight")[keep["hidden"]])
+    queries = read("model.layers.1.self_attn.q_proj.weight")[keep["q"]]
+    assert not torch.equal(given[: len(queries)], queries)
+    student = models.student.read("model.layers.1.self_attn.q_proj.weight")
+    torch.testing.assert_close(given[: len(queries)][:, keep["hidden"]], student)
 
 
 def test_a_model_that_was_not_cut_keeps_every_bit(tmp_path: Path) -> None:

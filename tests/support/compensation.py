@@ -82,6 +82,14 @@ def _repair_layers(
     return [(_arrays(weights), _numbers(found)) for _, weights, found in layers]
 
 
+def calibration_tokens(root: Path, params: Compensation, work: Path) -> NDArray:
+    """Return the tokens of the calibration text [N, S]; for one process."""
+    keys = {"num_samples": params.num_samples, "seq_len_tokens": params.seq_len_tokens, "seed": params.seed}
+    with open_session(Parallel(micro_batch_size=1), device="cpu", threads=1) as session:
+        batches = calibration_batches(root / "data", session, **keys, cache_dir=work)
+    return torch.cat([batch.tokens for batch in batches]).numpy()
+
+
 def _arrays(weights: Weights) -> Arrays:
     """Convert to arrays, which survive the end of the process that made them."""
     return {name: tensor.numpy() for name, tensor in weights.items()}

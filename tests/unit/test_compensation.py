@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nemo_minitron.errors import NumericsError
 from nemo_minitron.pruning.compensation import Moments, Objective, best_repair, error_of, least_squares
 
 CPU = torch.device("cpu")
@@ -139,6 +140,26 @@ def test_a_repair_that_makes_held_out_text_worse_is_not_used() -> None:
     assert found.update is None
     assert found.error == found.sliced_error
     assert found.recovered == 0.0
+
+
+def test_a_weight_that_differs_from_the_sliced_one_has_its_own_objective() -> None:
+    inputs, weight = _inputs(), _weight()
+    sliced, given = _objective(inputs, weight, KEPT), inputs[:, KEPT]
+    trained = weight[:, KEPT] - 0.1 * _weight(6, 5)
+    found = sliced.of_weight_below(weight[:, KEPT] - trained)
+    lacking = inputs @ weight.T - given @ trained.T
+    torch.testing.assert_close(found.cross, lacking.T @ given)
+    torch.testing.assert_close(found.squares, lacking.square().sum())
+    assert sliced.of_weight_below(torch.zeros_like(trained)) is sliced
+
+
+def test_activations_that_are_not_finite_are_refused() -> None:
+    moments = _moments(_inputs(), _weight(), KEPT)
+    moments.require_finite("mlp_output of layer 0")
+    moments.cross[0, 0] = torch.nan
+    with pytest.raises(NumericsError, match="activations are not finite") as caught:
+        moments.require_finite("mlp_output of layer 0")
+    assert "mlp_output of layer 0" in str(caught.value)
 
 
 def test_residuals_in_front_of_a_weight_are_mapped_through_it() -> None:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.pruning import reconstruction
-from nemo_minitron.pruning.reconstruction import Readers, greedy_order, obs_order, remaining_error, swapped
+from nemo_minitron.pruning.reconstruction import (
+    Readers,
+    best_in_groups,
+    greedy_order,
+    obs_order,
+    remaining_error,
+    swapped,
+)
 
 SIZE = 10
 
@@ -109,3 +116,20 @@ def test_swaps_never_raise_the_error_and_end_where_no_swap_helps(seed: int) -> N
     assert best <= after * (1 + 1e-9) <= before * (1 + 1e-9)
     assert len(found) == len(set(found)) == 4
     assert swapped(readers, found) == found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_heads_are_swapped_inside_their_query_group(seed: int) -> None:
+    inputs, weight = _layer(size=12, seed=seed)
+    readers, start = _readers(inputs, weight), [0, 1, 3, 4]  # of 6 heads of 2 channels, in 2 groups
+    found = swapped(readers, start, block=2, groups=2)
+    assert [sum(head // 3 == group for head in found) for group in (0, 1)] == [2, 2]
+    channels = [[2 * head + place for head in heads for place in (0, 1)] for heads in (start, found)]
+    before, after = (_error_on_raw_inputs(inputs, weight, kept) for kept in channels)
+    assert after <= before * (1 + 1e-9)
+    assert swapped(readers, found, block=2, groups=2) == found
+
+
+def test_the_best_of_each_group_keep_their_order() -> None:
+    assert best_in_groups([5, 4, 3, 0, 1, 2], 4, groups=2) == [0, 1, 5, 4]
+    assert best_in_groups([5, 4, 3, 0, 1, 2], 4, groups=1) == [5, 4, 3, 0]

@@ -12,6 +12,7 @@ from nemo_minitron.errors import ArtifactError
 from nemo_minitron.schema.pruning import Compensation
 from nemo_minitron.stages.artifacts import TokenizedText
 from nemo_minitron.stages.common.layer_files import LayerFiles
+from nemo_minitron.stages.common.repair_rules import MERGED_HEADS_ADVICE, fits_merged_heads
 from nemo_minitron.stages.context import StageContext
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def repair_model(
         Facts for the manifest.
 
     Raises:
-        ArtifactError: the plan does not belong to these models.
+        ArtifactError: the plan does not belong to these models, or merges heads, and the repair does not allow that.
+        NumericsError: activations are not finite.
     """
     from nemo_minitron.backends.megatron.compensation.repair import LayerRepair, Models, repaired_layers
     from nemo_minitron.hf.checkpoint import Checkpoint
@@ -56,6 +58,8 @@ def repair_model(
     before, cut = Checkpoint.open(teacher), Checkpoint.open(student)
     models = Models(before, cut, read_plan(plan, before.shape))
     _require_same_cut(models, student)
+    _require_own_heads(params, models, plan)
+    _warn_of_lost_layers(params, models, ctx)
     saved = LayerFiles(ctx.work_dir / "repaired_layers")
     streams = _streams(params, texts, models, ctx)
     repair = LayerRepair(models, params, ctx.open_session)
@@ -85,6 +89,25 @@ def _require_same_cut(models: Models, student: Path) -> None:
         )
 
 
+def _require_own_heads(params: Compensation, models: Models, plan: Path) -> None:
+    """Refuse to fit o_proj to the teacher's heads where the student's are merged ones."""
+    if any(models.plan.merged.values()) and not fits_merged_heads(params):
+        raise ArtifactError(
+            "The plan merges heads, so the inputs of o_proj are not the teacher's.",
+            where=str(plan),
+            next_step=MERGED_HEADS_ADVICE,
+        )
+
+
+def _warn_of_lost_layers(params: Compensation, models: Models, ctx: StageContext) -> None:
+    first = models.plan.layers[0]
+    if first and ctx.is_main and (params.mode, params.target) != ("sequential", "stream"):
+        ctx.progress.warn(
+            f"{first} layers in front of the first kept one are dropped, and no weight takes over what they did: "
+            "only mode: sequential with target: stream makes up for them."
+        )
+
+
 def _streams(params: Compensation, texts: RepairTexts, models: Models, ctx: StageContext) -> list[Stream]:
     from nemo_minitron.backends.megatron.compensation.streams import calibration_batches, embedded, heldout_batches
     from nemo_minitron.backends.megatron.model.build import DTYPES
@@ -99,8 +122,8 @@ def _streams(params: Compensation, texts: RepairTexts, models: Models, ctx: Stag
         cache_dir=ctx.work_dir / "calibration_index",
     )
     judged = heldout_batches(texts.heldout.path, session, num_tokens=params.heldout_tokens, seq_len_tokens=length)
-    embeddings = (models.teacher.embeddings(), models.student.embeddings())
-    return embedded([*calibration, *judged], *embeddings, DTYPES[params.precision])
+    student = models.student.embeddings() if params.mode == "sequential" else None
+    return embedded([*calibration, *judged], models.teacher.embeddings(), student, DTYPES[params.precision])
 
 
 def _facts(repair: Repair) -> dict[str, Any]:

@@ -51,19 +51,3 @@ def _layers(key: str, selection: Selection, drops: int, scores: str | None, scor
 def without_unused_scores(method: str, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """Leave out the role `scores` unless the selection is by importance, the only method that reads scores."""
     return inputs if method == "importance" else {role: value for role, value in inputs.items() if role != "scores"}
-
-
-def plan_problems(
-    key: str, plan: str, planned: ModelShape | None, student: str, shape: ModelShape | None
-) -> Iterator[str]:
-    """Check that a plan leaves the sizes of the student that a stage reads beside it, if both are known.
-
-    Args:
-        key: section of the stage.
-        plan, student: names of the stages that provide them.
-    """
-    if planned is not None and shape is not None and planned.sizes() != shape.sizes():
-        yield (
-            f"{key}.inputs.plan = {plan}: it leaves {planned.sizes()}, but {student} has {shape.sizes()}. "
-            "Next: name the plan by which the student was pruned."
-        )

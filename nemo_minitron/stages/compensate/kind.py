@@ -6,14 +6,12 @@ from collections.abc import Iterator
 
 from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.pruning import SelectionRules
 from nemo_minitron.stages.common.plan_rules import plan_problems
+from nemo_minitron.stages.common.repair_rules import calibration_problems, merged_head_problems, widest_input
 from nemo_minitron.stages.compensate.params import CompensateStage
 from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, Result, StageKind
 from nemo_minitron.workload.load import Load, forward_load
-
-TOKENS_PER_INPUT = 20
-"""Calibration tokens that a repair needs for each input of a linear layer: with fewer, least squares fits noise. The
-probe in docs/results.md worked with 21."""
 
 
 def _problems(name: str, params: CompensateStage, view: RecipeView) -> Iterator[str]:
@@ -24,13 +22,10 @@ def _problems(name: str, params: CompensateStage, view: RecipeView) -> Iterator[
     target = view.shape(params.inputs.student)
     if target is None:
         return
-    widest = max(target.hidden_size, target.ffn_hidden_size, target.num_attention_heads * target.kv_channels)
-    tokens, needed = params.num_samples * params.seq_len_tokens, TOKENS_PER_INPUT * widest
-    if tokens < needed:
-        yield (
-            f"{key}: {tokens} calibration tokens (num_samples * seq_len_tokens) are too few for a layer with {widest} "
-            f"inputs. Allowed: at least {TOKENS_PER_INPUT} for each input, {needed}."
-        )
+    yield from calibration_problems(key, params.num_samples * params.seq_len_tokens, widest_input(target))
+    plan = view.stages.get(params.inputs.plan)
+    if isinstance(plan, SelectionRules):
+        yield from merged_head_problems(key, params, plan, view.shape(params.inputs.teacher), target)
 
 
 def _shape(name: str, params: CompensateStage, view: RecipeView) -> ModelShape | None:

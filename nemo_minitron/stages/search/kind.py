@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nemo_minitron.families import ModelShape, target_shape
@@ -11,6 +11,7 @@ from nemo_minitron.schema.base import StageParams
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.pruning import AnyScoring, Selection, Target
 from nemo_minitron.schema.training_rules import training_problems
+from nemo_minitron.stages.common.repair_rules import calibration_problems, merged_head_problems, widest_input
 from nemo_minitron.stages.common.scoring_rules import scoring_problems, without_unused_scores
 from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, StageKind
 from nemo_minitron.stages.search.expansion import candidate_stages, points_of, search_of
@@ -64,6 +65,7 @@ def _problems(name: str, params: SearchStage, view: RecipeView) -> Iterator[str]
     layout = view.layout(name)
     for number, rung in enumerate(params.rungs):
         yield from training_problems(name, params.retraining, rung.num_steps, layout, f"{key}.rungs.{number}.num_steps")
+    yield from _repair_problems(f"{key}.compensation", params, source, _candidates(name, params, view))
     scoring = view.stages.get(params.inputs.scores or "")
     known = scoring if isinstance(scoring, AnyScoring) else None
     seen: set[str] = set()
@@ -71,6 +73,19 @@ def _problems(name: str, params: SearchStage, view: RecipeView) -> Iterator[str]
         rules = Selection(target=candidate.target, **params.selection.model_dump())
         seen.update(scoring_problems(key, rules, params.inputs.scores, known, source))
     yield from sorted(seen)
+
+
+def _repair_problems(
+    key: str, params: SearchStage, source: ModelShape, candidates: Sequence[Candidate]
+) -> Iterator[str]:
+    """Check that the repair suits the widest candidate, and the one with the fewest heads."""
+    repair, shapes = params.compensation, [target_shape(source, candidate.target, None) for candidate in candidates]
+    if repair is None or not shapes:
+        return
+    widest = max(widest_input(shape) for shape in shapes)
+    yield from calibration_problems(key, repair.num_samples * repair.seq_len_tokens, widest)
+    fewest = min(shapes, key=lambda shape: shape.num_attention_heads)
+    yield from merged_head_problems(key, repair, params.selection, source, fewest)
 
 
 def _heldout_uses(params: SearchStage) -> Iterator[HeldoutUse]:

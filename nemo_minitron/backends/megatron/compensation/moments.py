@@ -12,7 +12,7 @@ from nemo_minitron.backends.megatron.compensation.sites import SITES, Site, coun
 from nemo_minitron.backends.megatron.compensation.streams import Stream
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.hf.checkpoint import Checkpoint
-from nemo_minitron.pruning.compensation import summed_products
+from nemo_minitron.pruning.compensation import require_finite_activations, summed_products
 from nemo_minitron.pruning.reconstruction import Readers
 from nemo_minitron.schema.pruning import LayerSite
 
@@ -20,7 +20,11 @@ from nemo_minitron.schema.pruning import LayerSite
 def readers_by_layer(
     teacher: Checkpoint, runner: LayerRunner, sites: Sequence[LayerSite], streams: list[Stream], session: Session
 ) -> Iterator[dict[LayerSite, Readers]]:
-    """Yield the moments and weights of the sites of each layer, over all processes; the streams advance."""
+    """Yield the moments and weights of the sites of each layer, over all processes; the streams advance.
+
+    Raises:
+        NumericsError: the activations are not finite.
+    """
     chosen = [site for site in SITES if site.name in sites]
     for layer in range(teacher.shape.num_layers):
         runner.load(layer, lambda parameter: teacher.read(parameter.hf))
@@ -35,7 +39,9 @@ def readers_by_layer(
                 wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
                 with summed_products(inputs.dtype):
                     moments[site.name] += wide.T @ wide
-        yield {name: Readers(session.sum(tensor).cpu(), grams[name]) for name, tensor in moments.items()}
+        for name, tensor in moments.items():
+            require_finite_activations([session.sum(tensor)], f"{name} of layer {layer}")
+        yield {name: Readers(tensor.cpu(), grams[name]) for name, tensor in moments.items()}
 
 
 def _weight_gram(teacher: Checkpoint, site: Site, layer: int) -> Tensor:

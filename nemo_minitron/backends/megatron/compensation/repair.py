@@ -68,13 +68,14 @@ class Models:
     def teacher_rows(self, site: Site, number: int) -> Tensor:
         """Return the teacher's weights of a site with the rows that the student keeps [O, I], fp32 or wider."""
         layer, keep = self.plan.layers[number], self.keep(number)
-        return torch.cat([self._rows(parameter, keep) for parameter in weights_of(site, self.source, layer)])
+        return torch.cat([self._rows(site, parameter, keep) for parameter in weights_of(site, self.source, layer)])
 
-    def _rows(self, parameter: Parameter, keep: Keep) -> Tensor:
+    def _rows(self, site: Site, parameter: Parameter, keep: Keep) -> Tensor:
         whole = self.teacher.read(parameter.hf)
-        merged = merge_parameter(whole, parameter.row, self.plan, self.source, parameter.layer)
+        if site.reads_stream:  # The rows of q are those of merged heads; o_proj should give what all heads gave.
+            whole = merge_parameter(whole, parameter.row, self.plan, self.source, parameter.layer)
         label = parameter.row.axes[0]
-        return _wide(merged if label not in keep else merged.index_select(0, keep[label]))
+        return _wide(whole if label not in keep else whole.index_select(0, keep[label]))
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class _Problem:
     """One site of one layer of the student."""
 
     site: Site
+    number: int
+    """Layer of the student."""
     kept_hidden: Tensor | None
     """Channels of the stream that the student keeps; None: all."""
     kept_inputs: Tensor | None
@@ -155,7 +158,7 @@ class LayerRepair:
         if self.params.mode == "sequential":
             self._load_student(number, weights)
             for stream in streams:
-                stream.student = self.student.forward(stream.student).cpu()
+                stream.student = self.student.forward(stream.of_student).cpu()
 
     def skip_dropped_before_first(self, streams: list[Stream]) -> None:
         """Move the teacher's streams over the dropped layers before the student's first one."""
@@ -166,12 +169,13 @@ class LayerRepair:
 
     def _run_teacher(self, number: int, streams: list[Stream]) -> None:
         """Compute the teacher's streams after a layer of the student and the dropped layers that follow it."""
-        after = [stream.teacher for stream in streams]
+        for stream in streams:
+            stream.teacher_after = stream.teacher
         for layer in (self.models.plan.layers[number], *self.models.dropped_after(number)):
             self._load_teacher(layer)
-            after = [self.teacher.forward(tensor).cpu() for tensor in after]
-        for stream, tensor in zip(streams, after, strict=True):
-            stream.teacher_after = tensor
+            for stream in streams:
+                assert stream.teacher_after is not None
+                stream.teacher_after = self.teacher.forward(stream.teacher_after).cpu()
 
     def _load_teacher(self, layer: int) -> None:
         self.teacher.load(layer, lambda parameter: self.models.teacher.read(parameter.hf))
@@ -194,6 +198,7 @@ class LayerRepair:
         names = [parameter.hf for parameter in weights_of(site, self.models.target, number)]
         return _Problem(
             site=site,
+            number=number,
             kept_hidden=keep.get("hidden"),
             kept_inputs=keep.get(input_label(site, self.models.source)),
             teacher_weight=self.models.teacher_rows(site, number).to(self.session.device),
@@ -223,18 +228,20 @@ class LayerRepair:
                 residual, given = problem.residual(teacher, student, after)
                 counted = counted_positions(problem.site, stream.counted).to(device)
                 sums[problem.site.name][stream.is_heldout].add(residual[counted], given[counted])
-        for pair in sums.values():
-            self._sum_over_ranks(pair)
+        for name, pair in sums.items():
+            self._sum_over_ranks(pair, f"{name} of layer {problems[0].number}")
         return sums
 
-    def _sum_over_ranks(self, sums: tuple[Moments, Moments]) -> None:
-        for tensor in (tensor for moments in sums for tensor in moments.tensors):
-            self.session.sum(tensor)
+    def _sum_over_ranks(self, sums: tuple[Moments, Moments], where: str) -> None:
+        for moments in sums:
+            for tensor in moments.tensors:
+                self.session.sum(tensor)
+            moments.require_finite(where)
 
     def _student_activations(self, problems: list[_Problem], teacher: Activations, stream: Stream) -> Activations:
         """Return the student's own activations, or those that it would have on its teacher's stream."""
         if self.params.mode == "sequential":
-            return self.student.activations(stream.student)
+            return self.student.activations(stream.of_student)
         kept = problems[0].kept_hidden
         before = {block: _take(tensor, kept) for block, tensor in teacher.before.items()}
         inputs: dict[str, Tensor] = {
@@ -247,9 +254,8 @@ class LayerRepair:
 
     def _solve(self, problem: _Problem, moments: tuple[Moments, Moments], number: int, weights: Weights) -> Repair:
         """Solve one site and put its repaired weights into `weights`."""
-        calibration, heldout = moments
         left = problem.teacher_weight if problem.site.reads_stream else None
-        repair, repaired = self._best(calibration, heldout, left, problem.sliced_weight)
+        repair, repaired = self._best(moments, left, problem.sliced_weight, problem.kept_hidden)
         start = 0
         for parameter in weights_of(problem.site, self.models.target, number):
             old = weights[parameter.hf]
@@ -261,10 +267,20 @@ class LayerRepair:
         return repair
 
     def _best(
-        self, calibration: Moments, heldout: Moments, left: Tensor | None, sliced: Tensor
+        self, moments: tuple[Moments, Moments], left: Tensor | None, sliced: Tensor, kept_hidden: Tensor | None
     ) -> tuple[Repair, Tensor]:
-        """Return the best repair and the repaired weight, fp64; all processes use those of the first."""
-        repair = best_repair(calibration.objective(left), heldout.objective(left), self.params.dampings)
+        """Return the best repair and the repaired weight, fp64; all processes use those of the first.
+
+        Args:
+            moments: of the calibration text and of the held-out text.
+            left: the teacher's weight [O, M], if the residuals are in front of it; None: they are behind.
+        """
+        calibration, heldout = (some.objective(left) for some in moments)
+        if left is not None:
+            # Those residuals belong to the teacher's own columns. A trained or repaired student has others.
+            differs = _take(left, kept_hidden).double() - sliced.double()
+            calibration, heldout = (some.of_weight_below(differs) for some in (calibration, heldout))
+        repair = best_repair(calibration, heldout, self.params.dampings)
         repaired = sliced.double() if repair.update is None else sliced.double() + repair.update
         if self.session.world_size > 1:
             dist.broadcast(repaired, 0)
@@ -282,15 +298,16 @@ class LayerRepair:
         kept = kept_positions(models.plan, models.source, None)["hidden"]
         sizes = (models.source.hidden_size, models.target.hidden_size, device)
         sums = (Moments.zeros(*sizes), Moments.zeros(*sizes))
-        own = (s.student if self.params.mode == "sequential" else _take(s.teacher, kept) for s in streams)
+        own = (s.of_student if self.params.mode == "sequential" else _take(s.teacher, kept) for s in streams)
         normed = self.student.final_norm(own, lambda parameter: models.student.read(parameter.hf))
         wanted = self.teacher.final_norm((s.teacher for s in streams), lambda p: models.teacher.read(p.hf))
         for stream, full, given in zip(streams, wanted, normed, strict=True):
             counted = without_first(stream.counted).to(device)
             sums[stream.is_heldout].add(_minus_embedded(full, given, kept)[counted], given[counted])
-        self._sum_over_ranks(sums)
+        self._sum_over_ranks(sums, "the output head")
         sliced = models.student.read(HEAD)
-        repair, repaired = self._best(*sums, _wide(models.teacher.read(HEAD)).to(device), _wide(sliced).to(device))
+        whole = _wide(models.teacher.read(HEAD)).to(device)
+        repair, repaired = self._best(sums, whole, _wide(sliced).to(device), kept)
         changed = repaired.to(device="cpu", dtype=sliced.dtype).contiguous()
         return {HEAD: sliced if repair.update is None else changed}, {"head": repair}
 

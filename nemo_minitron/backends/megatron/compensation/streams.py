@@ -24,10 +24,16 @@ class Stream:
     is_heldout: bool
     teacher: Tensor
     """Stream of the teacher [S, B, D]."""
-    student: Tensor
-    """Stream of the student [S, B, D']; only a sequential repair advances it."""
+    student: Tensor | None
+    """Stream of the student [S, B, D']; None if only the teacher runs."""
     teacher_after: Tensor | None = None
     """The teacher's stream in front of the student's next layer, once it has been computed."""
+
+    @property
+    def of_student(self) -> Tensor:
+        """The stream of a student that runs."""
+        assert self.student is not None
+        return self.student
 
 
 @dataclass(frozen=True)
@@ -69,19 +75,21 @@ def _share(rows: Sequence[tuple[Tensor, Tensor]], session: Session, *, is_heldou
     ]
 
 
-def embedded(batches: Sequence[MicroBatch], teacher: Tensor, student: Tensor, dtype: torch.dtype) -> list[Stream]:
+def embedded(
+    batches: Sequence[MicroBatch], teacher: Tensor, student: Tensor | None, dtype: torch.dtype
+) -> list[Stream]:
     """Return the streams in front of the first layer: the embeddings of the tokens.
 
     Args:
         teacher: embeddings [V, D] of the teacher.
-        student: embeddings [V, D'] of the student.
+        student: embeddings [V, D'] of a student that runs, too.
     """
     return [
         Stream(
             counted=batch.counted.T,
             is_heldout=batch.is_heldout,
             teacher=F.embedding(batch.tokens.T, teacher).to(dtype),
-            student=F.embedding(batch.tokens.T, student).to(dtype),
+            student=None if student is None else F.embedding(batch.tokens.T, student).to(dtype),
         )
         for batch in batches
     ]

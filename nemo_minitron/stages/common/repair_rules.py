@@ -1,0 +1,47 @@
+"""Rules for stages that repair by least squares, or rank for such a repair. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nemo_minitron.families import ModelShape
+from nemo_minitron.schema.pruning import Compensation, SelectionRules
+
+TOKENS_PER_INPUT = 20
+"""Calibration tokens that a repair needs for each input of a linear layer: with fewer, least squares fits noise. The
+measurements in docs/results.md had 33 and more."""
+MERGED_HEADS_ADVICE = (
+    "Set mode: sequential, leave attention_output out of sites, or set head_merge: off and prune again."
+)
+
+
+def calibration_problems(key: str, num_tokens: int, widest: int) -> Iterator[str]:
+    """Check that there are enough calibration tokens for a layer with `widest` inputs."""
+    needed = TOKENS_PER_INPUT * widest
+    if num_tokens < needed:
+        yield (
+            f"{key}: {num_tokens} calibration tokens (num_samples * seq_len_tokens) are too few for a layer with "
+            f"{widest} inputs. Allowed: at least {TOKENS_PER_INPUT} for each input, {needed}."
+        )
+
+
+def merged_head_problems(
+    key: str, repair: Compensation, selection: SelectionRules, source: ModelShape | None, target: ModelShape | None
+) -> Iterator[str]:
+    """Check that a repair can follow a selection that merges cut heads into kept ones."""
+    cuts_heads = source is not None and target is not None and target.num_attention_heads < source.num_attention_heads
+    if cuts_heads and selection.head_merge != "off" and not fits_merged_heads(repair):
+        yield (
+            f"{key}: the plan merges heads (head_merge = {selection.head_merge}), so the inputs of o_proj are not the "
+            f"teacher's. Next: {MERGED_HEADS_ADVICE}"
+        )
+
+
+def widest_input(shape: ModelShape) -> int:
+    """Return the most inputs that a repaired layer of the model has."""
+    return max(shape.hidden_size, shape.ffn_hidden_size, shape.num_attention_heads * shape.kv_channels)
+
+
+def fits_merged_heads(repair: Compensation) -> bool:
+    """Return whether a repair can follow a plan that merges heads: o_proj then needs the student's own heads."""
+    return repair.mode == "sequential" or "attention_output" not in repair.sites
