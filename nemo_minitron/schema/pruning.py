@@ -131,7 +131,7 @@ class Compensation(Schema):
     num_samples: PositiveInt = 256
     """Samples of calibration text."""
     heldout_tokens: PositiveInt = 16384
-    """Tokens of held-out text, on which damping is chosen and every repair is judged."""
+    """Tokens of held-out text, on which damping is chosen and every repair is judged; fewer if there are fewer."""
     seq_len_tokens: PositiveInt = 512
     """Tokens in each sequence."""
     dampings: Annotated[tuple[Damping, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
