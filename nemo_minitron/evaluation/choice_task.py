@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.errors import DataError, PlanError
+from nemo_minitron.errors import CheckpointError, DataError, PlanError
 from nemo_minitron.evaluation.tasks import data_errors, offline, offline_name, quiet, require_known, write_offline_tasks
 from nemo_minitron.pruning.choice_task import ChoiceTask
 
@@ -23,7 +23,8 @@ def load_choice_task(name: str, tokenizer: Any, *, data_dir: Path | None, limit:
 
     Raises:
         PlanError: lm-eval does not have the task, or it is not a multiple-choice task or has no offline data.
-        DataError: offline data that cannot be read.
+        DataError: offline data that cannot be read, or an answer without a token of its own.
+        CheckpointError: the tokenizer has no token to put in front of an answer without a question.
     """
     from lm_eval.tasks import TaskManager, get_task_dict
 
@@ -33,7 +34,7 @@ def load_choice_task(name: str, tokenizer: Any, *, data_dir: Path | None, limit:
             manager = TaskManager(include_path=scratch, include_defaults=False)
         else:
             manager = TaskManager()
-            require_known([name], manager.all_tasks)
+            require_known([name], manager.all_subtasks)
         known = offline_name(name) if data_dir else name
         task = get_task_dict([known], manager)[known]
         if getattr(task, "OUTPUT_TYPE", None) != "multiple_choice":
@@ -46,6 +47,10 @@ def load_choice_task(name: str, tokenizer: Any, *, data_dir: Path | None, limit:
     if metric is None:
         raise PlanError(f"Task {name} has no accuracy metric.", where="depth_task.name", allowed=", ".join(METRICS))
     pairs = tuple(_encode(tokenizer, *instance.args) for instance in instances)
+    if empty := next((instance for instance, pair in zip(instances, pairs, strict=True) if not pair[1]), None):
+        raise DataError(
+            f"An answer of task {name} has no token of its own: {empty.args!r}", next_step="Choose another task."
+        )
     return ChoiceTask(name, pairs, metric, task, instances)
 
 
@@ -53,7 +58,20 @@ def _encode(tokenizer: Any, question: str, answer: str) -> tuple[tuple[int, ...]
     """Tokenize a question and an answer as lm-eval does.
 
     Both are tokenized together. Spaces between them belong to the answer. A bos token that the tokenizer adds is kept.
+    If there is no question, the answer follows bos, or eos where there is none.
+
+    Raises:
+        CheckpointError: there is no question, and the tokenizer has neither token.
     """
+    if not question:
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if first is None:
+            raise CheckpointError(
+                "The task has empty questions, and the tokenizer has neither a bos nor an eos token.",
+                where=str(tokenizer.name_or_path),
+                next_step='Set "eos_token" in tokenizer_config.json.',
+            )
+        return (first,), tuple(tokenizer.encode(answer, add_special_tokens=False))
     spaces = len(question) - len(question.rstrip())
     if spaces:
         question, answer = question[:-spaces], question[-spaces:] + answer

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -35,6 +35,15 @@ Scores = dict[str, dict[str, float]]
 _TOKENS = list[tuple[tuple[str, str], list[int], list[int]]]
 
 
+class TaskResults(NamedTuple):
+    """Scores of the tasks of an evaluation."""
+
+    scores: Scores
+    """Task -> {acc, acc_stderr, acc_norm, ...}: lm-eval's metrics of each task."""
+    lower_is_better: dict[str, list[str]]
+    """Task -> its metrics of which a lower value is better, if it has any."""
+
+
 def run_tasks(
     model: Any,
     tokenizer: Any,
@@ -45,8 +54,8 @@ def run_tasks(
     work_dir: Path,
     progress: Progress,
     session: Session | None = None,
-) -> Scores:
-    """Return zero-shot scores, task -> {acc, acc_stderr, acc_norm, ...}, with lm-eval's metrics of each task.
+) -> TaskResults:
+    """Return zero-shot scores; empty ones on other ranks than the first.
 
     Args:
         model: a model of transformers in eval mode.
@@ -69,6 +78,7 @@ def run_tasks(
     with tempfile.TemporaryDirectory(dir=work_dir) as scratch, offline(data_dir is not None), quiet():
         if data_dir is None:
             manager = TaskManager()
+            _require_no_tags(tasks, manager.all_tags)
             require_known(tasks, manager.all_tasks)
         else:
             write_offline_tasks(tasks, data_dir, Path(scratch))
@@ -85,8 +95,27 @@ def run_tasks(
                 log_samples=False,
             )
     if found is None:  # lm-eval returns the scores on the first rank of a node only
-        return {}
-    return {task: read_scores(found["results"][name]) for task, name in zip(tasks, names, strict=True)}
+        return TaskResults({}, {})
+    scores = {task: read_scores(found["results"][name]) for task, name in zip(tasks, names, strict=True)}
+    for task in (task for task, some in scores.items() if not some):
+        progress.warn(f"lm-eval has no score of its own for {task}: name the tasks of this group instead.")
+    directions = {task: found["higher_is_better"].get(name, {}) for task, name in zip(tasks, names, strict=True)}
+    lower = {task: [metric for metric, higher in some.items() if higher is False] for task, some in directions.items()}
+    return TaskResults(scores, {task: metrics for task, metrics in lower.items() if metrics})
+
+
+def _require_no_tags(tasks: Sequence[str], tags: Sequence[str]) -> None:
+    """Refuse tags, which name several tasks and have no scores of their own.
+
+    Raises:
+        PlanError: a name is a tag.
+    """
+    for task in tasks:
+        if task in tags:
+            raise PlanError(
+                f"{task} is a tag of lm-eval, not a task: it has no score of its own.",
+                next_step=f"Name its tasks, which `lm-eval ls tags` lists below {task}.",
+            )
 
 
 def _require_usable(tokenizer: Any) -> None:

@@ -7,7 +7,15 @@ from collections.abc import Iterator
 from nemo_minitron.errors import PlanError
 from nemo_minitron.families import ModelShape, target_shape
 from nemo_minitron.families.axes import LAYERS, WIDTH_AXES, holder_of
-from nemo_minitron.schema.pruning import Selection
+from nemo_minitron.schema.pruning import Selection, SelectionRules, Target
+
+
+def selection_for(rules: SelectionRules, target: Target, source: ModelShape) -> Selection:
+    """Return the selection of one point of a search: heads are merged only where some are cut."""
+    keys = {key: getattr(rules, key) for key in SelectionRules.model_fields}
+    if target_shape(source, target, None).num_attention_heads == source.num_attention_heads:
+        keys["head_merge"] = "off"
+    return Selection(target=target, **keys)
 
 
 def require_possible(selection: Selection, source: ModelShape) -> None:

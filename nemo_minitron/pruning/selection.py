@@ -111,7 +111,7 @@ def layer_score(selection: Selection, drops: int) -> str:
     metric = selection.layer_metric
     return {
         "individual": f"layers.{metric}",
-        "contiguous": f"blocks.{metric}.{drops}",
+        "contiguous": f"blocks.{metric}.{drops}" if drops > 1 else f"layers.{metric}",
         "iterative": f"iterative.{metric}",
     }[selection.layer_removal]
 

@@ -38,8 +38,9 @@ def comparison(models: Mapping[str, Mapping[str, Any]], speed: Mapping[str, Any]
     ]
     tasks = dict.fromkeys(task for model in models.values() for task in model["tasks"])
     rows += [_task_row(task, models) for task in tasks]
-    if len(tasks) > 1:
-        rows.append(_mean_row(list(tasks), models))
+    averaged = [task for task in tasks if not is_lower_better(task, main_metric(task, models), models)]
+    if len(averaged) > 1:
+        rows.append(_mean_row(averaged, models))
     rows.append(_checkpoint_row(models))
     measured = {label: rates for label, rates in (speed or {}).get("models", {}).items() if label in models}
     if measured:
@@ -64,6 +65,11 @@ def score_of(task: str, model: Mapping[str, Any], metric: str | None) -> tuple[f
     name, _, kind = str(metric).partition(",")
     error = scores.get(f"{name}_stderr,{kind}" if kind else f"{name}_stderr", 0.0)
     return float(scores[metric]), float(error)
+
+
+def is_lower_better(task: str, metric: str | None, models: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether a lower value of a task's metric is better, as for perplexities."""
+    return any(metric in model.get("tasks_lower_is_better", {}).get(task, ()) for model in models.values())
 
 
 def mean_of_tasks(model: Mapping[str, Any], metrics: Mapping[str, str | None]) -> tuple[float, float] | None:
@@ -91,18 +97,20 @@ def _row(
 def _task_row(task: str, models: Mapping[str, Mapping[str, Any]]) -> Row:
     metric = main_metric(task, models)
     scores = {label: score_of(task, model, metric) for label, model in models.items()}
-    return _scores_row(f"{task} ({metric})", scores)
+    return _scores_row(f"{task} ({metric})", scores, min if is_lower_better(task, metric, models) else max)
 
 
 def _mean_row(tasks: list[str], models: Mapping[str, Mapping[str, Any]]) -> Row:
     metrics = {task: main_metric(task, models) for task in tasks}
-    return _scores_row("mean of the tasks", {label: mean_of_tasks(model, metrics) for label, model in models.items()})
+    return _scores_row(
+        "mean of the tasks", {label: mean_of_tasks(model, metrics) for label, model in models.items()}, max
+    )
 
 
-def _scores_row(name: str, scores: Mapping[str, tuple[float, float] | None]) -> Row:
+def _scores_row(name: str, scores: Mapping[str, tuple[float, float] | None], better: Callable[..., Any]) -> Row:
     known = {label: pair for label, pair in scores.items() if pair is not None}
     text = {label: f"{score:.3f} ± {error:.3f}" if error else f"{score:.3f}" for label, (score, error) in known.items()}
-    return {"name": name, "text": text, **_extremes(known, max)}
+    return {"name": name, "text": text, **_extremes(known, better)}
 
 
 def _checkpoint_row(models: Mapping[str, Mapping[str, Any]]) -> Row:

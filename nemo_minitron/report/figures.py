@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 from markupsafe import escape
 
-from nemo_minitron.report.comparison import main_metric, score_of
+from nemo_minitron.report.comparison import is_lower_better, main_metric, score_of
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
@@ -332,28 +332,35 @@ def share_by_layer(name: str, lines: Mapping[str, Sequence[tuple[int, float]]], 
     return out[0]
 
 
+def plotted_metrics(models: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
+    """Return task -> metric of the tasks in the figure: those of which a higher score is better."""
+    every = dict.fromkeys(task for model in models.values() for task in model["tasks"])
+    metrics = {task: main_metric(task, models) for task in every}
+    return {task: metric for task, metric in metrics.items() if not is_lower_better(task, metric, models)}
+
+
 def task_points(models: Mapping[str, Mapping[str, Any]]) -> str:
     """Plot the score of each model on each task, with one standard error."""
     out: list[str] = []
     labels = list(models)
-    tasks = list(dict.fromkeys(task for model in models.values() for task in model["tasks"]))
+    metrics = plotted_metrics(models)
+    tasks = list(metrics)
     with picture(out, "tasks", WIDE, 0.85 + 0.52 * len(tasks), "Scores on downstream tasks; see the table.") as ax:
         for row, task in enumerate(tasks):
-            metric = main_metric(task, models)
             ax.axhline(row + 0.5, color=LINE, linewidth=0.7)
             for offset, label in enumerate(labels):
-                found = score_of(task, models[label], metric)
+                found = score_of(task, models[label], metrics[task])
                 if found is not None:
                     height = row + (offset - (len(labels) - 1) / 2) * 0.19
                     color = STAND_INS[variable_of(label)]
                     ax.errorbar(found[0], height, xerr=found[1], fmt="o", ms=4.5, color=color, linewidth=1.4)
         for label in labels:
             ax.plot([], [], "o", ms=5, color=STAND_INS[variable_of(label)], label=label)
-        names = [f"{task}\n{main_metric(task, models)}" for task in tasks]
+        names = [f"{task}\n{metrics[task]}" for task in tasks]
         ax.set_yticks(range(len(tasks)), names)
         ax.tick_params(axis="y", length=0, labelcolor=INK)
         ax.set_ylim(len(tasks) - 0.5, -0.5)
-        ax.set_xlabel("accuracy ± one standard error")
+        ax.set_xlabel("score ± one standard error")
         ax.grid(axis="y", visible=False)
         ax.legend(ncols=max(1, len(labels)), loc="lower left", bbox_to_anchor=(0, 1.0), handletextpad=0.1)
     return out[0]

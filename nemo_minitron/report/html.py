@@ -78,7 +78,7 @@ def _pictures(report: Mapping[str, Any]) -> dict[str, list[Draw]]:
     out: dict[str, list[Draw]] = {"quality": [], "tasks": [], "recovery": [], "speed": []}
     if models:
         out["quality"] = [partial(figures.quality_bars, models), partial(figures.size_bars, models)]
-    if any(model["tasks"] for model in models.values()):
+    if figures.plotted_metrics(models):
         out["tasks"] = [partial(figures.task_points, models)]
     if any("valid_loss" in row for row in curves):
         out["recovery"] = [partial(figures.validation_curve, curves)]

@@ -126,8 +126,8 @@ def _row(candidate: Candidate, search: Search, timed: bool) -> list[str]:
         _number(candidate["decode_ms"], "{:,.2f}"),
         *speed,
         _number(candidate["zero_shot_loss"], "{:.3f}"),
-        f"{_steps_of(candidate, search):,}",
-        f"{last_loss(candidate):.3f}",
+        f"{_steps_of(candidate, search):,}" if _was_trained(candidate) else "",
+        f"{last_loss(candidate):.3f}" if _was_trained(candidate) else "too slow",
     ]
 
 
@@ -149,6 +149,15 @@ def last_loss(candidate: Candidate) -> float:
     return float([candidate["zero_shot_loss"], *candidate["losses"]][-1])
 
 
+def _was_trained(candidate: Candidate) -> bool:
+    """Return whether the candidate was fast enough to be trained."""
+    return candidate["losses"][-1:] != [None]
+
+
+def _trained(search: Search) -> list[Candidate]:
+    return [candidate for candidate in search["candidates"] if _was_trained(candidate)]
+
+
 def _steps(search: Search) -> list[int]:
     """Return the cumulative training steps before the first rung and after each."""
     return [0, *accumulate(rung["num_steps"] for rung in search["rungs"])]
@@ -160,7 +169,7 @@ def _steps_of(candidate: Candidate, search: Search) -> int:
 
 def _front(search: Search) -> list[Candidate]:
     """Return the candidates on the Pareto front, from the smallest to the largest."""
-    front = [candidate for candidate in search["candidates"] if candidate["on_pareto_front"]]
+    front = [found for found in search["candidates"] if found["on_pareto_front"] and _was_trained(found)]
     return sorted(front, key=lambda candidate: candidate["num_params"])
 
 
@@ -170,7 +179,7 @@ def _front(search: Search) -> list[Candidate]:
 def pareto(search: Search) -> str:
     """Plot held-out loss over size; candidates that were dropped early, and so trained less, are lighter."""
     out: list[str] = []
-    best, front, candidates = winner(search), _front(search), search["candidates"]
+    best, front, candidates = winner(search), _front(search), _trained(search)
     unit, name = (1e9, "billion") if best["num_params"] >= 1e9 else (1e6, "million")
     rungs = len(search["rungs"])
     others = [candidate for candidate in candidates if candidate is not best]
@@ -207,7 +216,7 @@ def ladder(search: Search) -> str:
         f"{loss:.2f} after {_count(at, 'step')}" for at, loss in zip(steps, _losses(best), strict=False)
     )
     with picture(out, "search-ladder", HALF, _HEIGHT, alt) as ax:
-        others = [candidate for candidate in search["candidates"] if candidate is not best]
+        others = [candidate for candidate in _trained(search) if candidate is not best]
         for candidate in others:
             losses = _losses(candidate)
             ax.plot(steps[: len(losses)], losses, color=SOFT, alpha=0.6, marker="o", ms=3, linewidth=1.1, clip_on=False)

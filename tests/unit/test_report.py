@@ -14,6 +14,7 @@ from markupsafe import escape
 
 from nemo_minitron.report.collect import collect, thin_out
 from nemo_minitron.report.comparison import comparison, main_metric
+from nemo_minitron.report.figures import plotted_metrics
 from nemo_minitron.report.html import pipeline, render_html
 from nemo_minitron.report.importance import ffn_map, importance_curve, importance_share
 from nemo_minitron.report.markdown import headline, render_markdown
@@ -240,6 +241,18 @@ def test_the_mean_of_the_tasks_needs_every_task() -> None:
     models["distilled"] = {**_model("distilled", 1.5), "tasks": {"piqa": scores["piqa"]}}
     row = next(row for row in comparison(models, None) if row["name"] == "mean of the tasks")
     assert row["text"] == {"teacher": "0.600 ± 0.025", "pruned": "0.600 ± 0.025"}
+
+
+def test_of_perplexities_the_lowest_is_the_best_and_none_is_in_the_mean() -> None:
+    def model(label: str, perplexity: float, acc: float) -> dict[str, Any]:
+        tasks = {"wikitext": {"word_perplexity": perplexity}, "piqa": {"acc": acc}, "sciq": {"acc": acc}}
+        return {**_model(label, 1.0), "tasks": tasks, "tasks_lower_is_better": {"wikitext": ["word_perplexity"]}}
+
+    models = {"distilled": model("distilled", 20.0, 0.6), "pruned": model("pruned", 900.0, 0.5)}
+    rows = {row["name"]: row for row in comparison(models, None)}
+    assert rows["wikitext (word_perplexity)"]["best"] == "distilled"
+    assert rows["mean of the tasks"]["text"] == {"distilled": "0.600", "pruned": "0.500"}
+    assert list(plotted_metrics(models)) == ["piqa", "sciq"]
 
 
 def test_a_task_is_compared_by_a_metric_that_all_have() -> None:

@@ -14,6 +14,7 @@ from nemo_minitron.api import load_recipe
 from nemo_minitron.errors import ArtifactError, PlanError
 from nemo_minitron.families import ModelShape, num_params, read_shape
 from nemo_minitron.plan.planner import expanded
+from nemo_minitron.pruning.possible import impossible, selection_for
 from nemo_minitron.pruning.search import (
     decode_ms,
     enumerate_candidates,
@@ -25,9 +26,16 @@ from nemo_minitron.pruning.search import (
     winner_of,
     write_search,
 )
+from nemo_minitron.schema.execution import Execution
+from nemo_minitron.schema.pruning import Scoring, Selection, SelectionRules, Target
 from nemo_minitron.schema.search import Hardware, SearchConstraints, SearchGrid
-from nemo_minitron.stages.search.expansion import search_of
-from nemo_minitron.stages.search.params import CandidateStage
+from nemo_minitron.stages.artifacts import CandidateModel, Model
+from nemo_minitron.stages.common.scoring_rules import scoring_problems
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.search.expansion import points_of, search_of
+from nemo_minitron.stages.search.params import CandidateStage, SearchStage
+from nemo_minitron.stages.search.run import Inputs, search
+from nemo_minitron.system.progress import Progress
 from tests.conftest import REPO
 
 SOURCE: ModelShape = read_shape(
@@ -159,3 +167,49 @@ def test_a_candidates_name_leads_back_to_its_search() -> None:
     names = {name: stage for name, stage in recipe.stages.items() if isinstance(stage, CandidateStage)}
     assert {stage.rung for stage in names.values()} == {1, 2}
     assert {search_of(name, stage) for name, stage in names.items()} == {"search"}
+
+
+def test_heads_are_merged_only_where_some_are_cut() -> None:
+    rules = SelectionRules(head_merge="mean")
+    for target, expected in (
+        (Target(hidden_size=32), "off"),
+        (Target(num_attention_heads=8), "off"),
+        (Target(num_attention_heads=4), "mean"),
+        (Target(num_query_groups=1), "mean"),
+    ):
+        selection = selection_for(rules, target, SOURCE)
+        assert selection.head_merge == expected
+        assert not list(impossible(selection, SOURCE))
+
+
+def test_unchanged_widths_and_a_run_of_one_layer_need_no_scores_of_their_own() -> None:
+    scoring = Scoring(width_axes=(), layer_metrics=("lm_loss",))
+    whole = {"hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 8}
+    keys: dict[str, Any] = {"layer_metric": "lm_loss", "layer_removal": "contiguous"}
+
+    def problems(**target: int) -> list[str]:
+        selection = Selection(target=Target(**{**whole, **target}), **keys)
+        return list(scoring_problems("stages.search", selection, "score", scoring, SOURCE))
+
+    assert problems(num_layers=3) == []
+    assert "blocks of 2 layers are not scored" in problems(num_layers=2)[0]
+    assert "axis hidden is not scored" in problems(hidden_size=32)[0]
+
+
+def test_a_search_in_which_every_candidate_is_too_slow_has_no_winner(tmp_path: Path) -> None:
+    grid = {"hidden_size": (32, 48)}
+    params = SearchStage.model_validate({
+        "kind": "search", "grid": grid, "measure_speed": {}, "constraints": {"min_generate_tokens_per_s": 9.0},
+        "retraining": {"lr": 1e-3, "seq_len_tokens": 8, "global_batch_size": 1}, "rungs": [{"num_steps": 1}],
+    })  # fmt: skip
+    config = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128}
+    config |= {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = Model("teacher", "import", tmp_path, "", {})
+    slow = {"zero_shot_loss": None, "losses": [None], "generate_tokens_per_s": 3.0}
+    names = [candidate.name for candidate in points_of("search", params, model.shape)]
+    candidates = {name: CandidateModel(name, "candidate", tmp_path, "", {"candidate": name, **slow}) for name in names}
+    ctx = StageContext("search", "test", tmp_path, tmp_path, Execution(), Progress(silent=True))
+    with pytest.raises(PlanError, match="none was trained") as caught:
+        search(params, Inputs(model, candidates), ctx)
+    assert "at most 3.0" in str(caught.value)

@@ -84,9 +84,10 @@ def test_the_lowest_scored_layers_go() -> None:
 
 
 def test_a_contiguous_run_is_chosen_by_the_score_of_runs_of_its_length() -> None:
-    scores = {"blocks.lm_loss.2": torch.tensor([3.0, 2.0, 2.0]), "blocks.lm_loss.1": torch.ones(4)}
+    scores = {"blocks.lm_loss.2": torch.tensor([3.0, 2.0, 2.0]), "layers.lm_loss": torch.tensor([3.0, 1.0, 2.0, 4.0])}
     keys = {"num_layers": 2, "layer_metric": "lm_loss", "layer_removal": "contiguous"}
     assert choose_keep(scores, SOURCE, _params(**keys)).layers == (0, 3), "of equal runs the first"
+    assert choose_keep(scores, SOURCE, _params(**{**keys, "num_layers": 3})).layers == (0, 2, 3), "a run of one layer"
     with pytest.raises(ArtifactError, match=r"no score 'blocks.lm_loss.3'"):
         choose_keep(scores, SOURCE, _params(**{**keys, "num_layers": 1}))
 

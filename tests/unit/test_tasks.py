@@ -11,9 +11,16 @@ from unittest.mock import patch
 import pyarrow as pa
 import pytest
 
-from nemo_minitron.errors import DataError, EnvironmentProblem, PlanError
+from nemo_minitron.errors import CheckpointError, DataError, EnvironmentProblem, PlanError
+from nemo_minitron.evaluation.choice_task import _encode
 from nemo_minitron.evaluation.generation import load_for_inference
-from nemo_minitron.evaluation.tasks import FALLBACK_BATCH_SIZE, read_scores, run_tasks, write_offline_tasks
+from nemo_minitron.evaluation.tasks import (
+    FALLBACK_BATCH_SIZE,
+    _require_no_tags,
+    read_scores,
+    run_tasks,
+    write_offline_tasks,
+)
 from nemo_minitron.hf.tokenizer import load_tokenizer
 from nemo_minitron.system.progress import Progress
 from tests.support.distributed import run_ranks
@@ -58,7 +65,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _run(model_dir: Path, data_dir: Path, work: Path, *tasks: str, limit: int | None = None) -> Any:
     model, tokenizer = load_for_inference(model_dir, "fp32", "cpu"), load_tokenizer(model_dir)
-    return run_tasks(model, tokenizer, tasks, data_dir=data_dir, limit=limit, work_dir=work, progress=SILENT)
+    return run_tasks(model, tokenizer, tasks, data_dir=data_dir, limit=limit, work_dir=work, progress=SILENT).scores
 
 
 def tasks_of_rank(ranks: int, model_dir: Path, data_dir: Path, work: Path) -> tuple[Any, int]:
@@ -76,7 +83,7 @@ def tasks_of_rank(ranks: int, model_dir: Path, data_dir: Path, work: Path) -> tu
     model, tokenizer = load_for_inference(model_dir, "fp32", "cpu"), load_tokenizer(model_dir)
     options = {"data_dir": data_dir, "limit": None, "work_dir": work, "progress": SILENT}
     with patch.object(tasks, "score_answers", counted), open_session(Parallel(dp=ranks), device="cpu") as session:
-        return run_tasks(model, tokenizer, ("piqa", "sciq"), session=session, **options), own[0]
+        return run_tasks(model, tokenizer, ("piqa", "sciq"), session=session, **options).scores, own[0]
 
 
 def test_ranks_share_out_the_questions(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
@@ -159,3 +166,26 @@ def test_only_numbers_are_kept_of_what_lm_eval_returns() -> None:
         "sample_len": 8,
     }
     assert read_scores(result) == {"acc": 0.5, "exact_match,strict": 1.0}
+
+
+def test_a_tag_has_no_score_of_its_own() -> None:
+    with pytest.raises(PlanError, match="ai2_arc is a tag of lm-eval"):
+        _require_no_tags(["piqa", "ai2_arc"], ["ai2_arc"])
+
+
+def test_an_answer_without_a_question_follows_the_first_token(model_dir: Path) -> None:
+    tokenizer = load_tokenizer(model_dir)
+    question, answer = _encode(tokenizer, "", "The fox runs.")
+    assert question == (tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id,)
+    assert answer == tuple(tokenizer.encode("The fox runs.", add_special_tokens=False))
+    assert len(answer) > 1
+    tokenizer.bos_token_id = tokenizer.eos_token_id = None
+    with pytest.raises(CheckpointError, match="neither a bos nor an eos token"):
+        _encode(tokenizer, "", "The fox runs.")
+
+
+def test_lm_eval_names_the_metrics_of_which_less_is_better(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_for_inference(model_dir, "fp32", "cpu"), load_tokenizer(model_dir)
+    found = run_tasks(model, tokenizer, ("piqa",), data_dir=data_dir, limit=2, work_dir=tmp_path, progress=SILENT)
+    assert found.scores["piqa"].keys() >= {"acc", "acc_norm"}
+    assert found.lower_is_better == {}

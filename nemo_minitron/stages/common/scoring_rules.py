@@ -28,7 +28,7 @@ def scoring_problems(
         return
     for axis in SCORED_WIDTH_AXES:
         sizes = (chosen.target_key for chosen in chosen_by(axis))
-        wanted = [size for size in sizes if getattr(selection.target, size) is not None]
+        wanted = [size for size in sizes if _cuts(selection, size, source)]
         if wanted and axis.name not in scoring.width_axes:
             yield f"{key}.target.{wanted[0]}: axis {axis.name} is not scored; add it to stages.{scores}.width_axes."
     if selection.target.num_layers is None or selection.drop_layers is not None or source is None:
@@ -37,10 +37,16 @@ def scoring_problems(
         yield from _layers(key, selection, source.num_layers - selection.target.num_layers, scores, scoring)
 
 
+def _cuts(selection: Selection, size: str, source: ModelShape | None) -> bool:
+    """Return whether the target has fewer of something; if the model is not known, whether the target names it."""
+    wanted = getattr(selection.target, size)
+    return wanted is not None and (source is None or wanted < source.sizes()[size])
+
+
 def _layers(key: str, selection: Selection, drops: int, scores: str | None, scoring: AnyScoring) -> Iterator[str]:
     if selection.layer_metric not in scoring.layer_metrics:
         yield f"{key}.layer_metric = {selection.layer_metric}: not measured; add it to stages.{scores}.layer_metrics."
-    if selection.layer_removal == "contiguous" and drops not in scoring.block_lengths:
+    if selection.layer_removal == "contiguous" and drops > 1 and drops not in scoring.block_lengths:
         lengths = f"stages.{scores}.block_lengths"
         yield f"{key}.layer_removal = contiguous: blocks of {drops} layers are not scored; add {drops} to {lengths}."
     if selection.layer_removal == "iterative" and drops > scoring.iterative_drops:

@@ -93,10 +93,10 @@ def _tasks_and_samples(params: EvaluateStage, model_dir: Path, ctx: StageContext
     session = ctx.open_session
     model = load_compared(model_dir, params.precision, str(session.device), memory=ctx.logits_memory, session=session)
     tokenizer = load_tokenizer(model_dir)
-    tasks: dict[str, dict[str, float]] = {}
+    results: dict[str, Any] = {"tasks": {}}
     if params.tasks:
         source = params.tasks_source
-        tasks = run_tasks(
+        found = run_tasks(
             model,
             tokenizer,
             params.tasks,
@@ -106,5 +106,6 @@ def _tasks_and_samples(params: EvaluateStage, model_dir: Path, ctx: StageContext
             progress=ctx.progress,
             session=session,
         )
+        results = {"tasks": found.scores, "tasks_lower_is_better": found.lower_is_better}
     prompts = params.prompts if ctx.is_main else ()
-    return {"tasks": tasks, "samples": greedy_texts(model, tokenizer, prompts, params.max_new_tokens)}
+    return {**results, "samples": greedy_texts(model, tokenizer, prompts, params.max_new_tokens)}

@@ -16,7 +16,13 @@ class NewTokenizer(Schema):
     vocab_size: Annotated[int, Field(ge=257)]
     """Number of tokens: 256 bytes, the end-of-text token, and merges."""
     sources: Annotated[tuple[DataSource, ...], Field(min_length=1)]
-    """Text that the tokenizer is trained on."""
+    """Text that the tokenizer is trained on, all of it: weights are not used."""
+
+    @model_validator(mode="after")
+    def _no_weights(self) -> NewTokenizer:
+        if any(source.weight != 1.0 for source in self.sources):
+            raise ValueError("sources: a tokenizer is trained on all of its text; leave weight out")
+        return self
 
 
 class InitInputs(Schema):

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.pruning.plan_file import PLAN_FILE
-from nemo_minitron.schema.pruning import Compensation, Selection
+from nemo_minitron.pruning.possible import selection_for
+from nemo_minitron.schema.pruning import Compensation
 from nemo_minitron.schema.speed import SpeedMeasurement
 from nemo_minitron.schema.training import Distillation, Training
 from nemo_minitron.stages.artifacts import CandidateModel, Model, Scores, TeacherCheck, TokenizedText
@@ -85,14 +86,15 @@ def _facts_before(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> 
     if params.place is None:
         folder = ctx.work_dir / "pruned"
         rates = _cut_and_measure(params, inputs, ctx, folder)
-        if params.compensation is not None:
-            folder = _repair(params.compensation, inputs, folder, ctx)
         speed, limit = rates.get("generate_tokens_per_s"), params.min_generate_tokens_per_s
+        too_slow = speed is not None and limit is not None and speed < limit
+        if params.compensation is not None and not too_slow:
+            folder = _repair(params.compensation, inputs, folder, ctx)
         return {
             "candidate": params.name,
             "path": folder,
             "generate_tokens_per_s": speed,
-            "too_slow": speed is not None and limit is not None and speed < limit,
+            "too_slow": too_slow,
             "zero_shot_loss": None,
             "losses": [],
         }
@@ -141,7 +143,7 @@ def _cut(params: CandidateStage, inputs: Inputs, ctx: StageContext, folder: Path
     from nemo_minitron.pruning.plan_file import write_plan
     from nemo_minitron.pruning.slicing import prune_checkpoint
 
-    rules = Selection(target=params.target, **params.selection.model_dump())
+    rules = selection_for(params.selection, params.target, inputs.model.shape)
     key = f"stages.{search_of(ctx.name, params)}"
     plan = choose_plan(rules, inputs.model, inputs.scores, key)
     write_plan(plan, inputs.model.shape, folder)

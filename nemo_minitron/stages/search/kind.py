@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nemo_minitron.families import ModelShape, target_shape
+from nemo_minitron.pruning.possible import selection_for
 from nemo_minitron.pruning.search import Candidate
 from nemo_minitron.schema.base import StageParams
 from nemo_minitron.schema.execution import Parallel
-from nemo_minitron.schema.pruning import AnyScoring, Selection, Target
+from nemo_minitron.schema.pruning import AnyScoring, Target
 from nemo_minitron.schema.training_rules import training_problems
 from nemo_minitron.stages.common.repair_rules import calibration_problems, merged_head_problems, widest_input
 from nemo_minitron.stages.common.scoring_rules import scoring_problems, without_unused_scores
@@ -70,7 +71,7 @@ def _problems(name: str, params: SearchStage, view: RecipeView) -> Iterator[str]
     known = scoring if isinstance(scoring, AnyScoring) else None
     seen: set[str] = set()
     for candidate in _candidates(name, params, view):
-        rules = Selection(target=candidate.target, **params.selection.model_dump())
+        rules = selection_for(params.selection, candidate.target, source)
         seen.update(scoring_problems(key, rules, params.inputs.scores, known, source))
     yield from sorted(seen)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_minitron.artifacts.types import Artifact
+from nemo_minitron.errors import PlanError
 from nemo_minitron.stages.artifacts import CandidateModel, Model, Scores, TeacherCheck, TokenizedText
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
@@ -30,7 +31,11 @@ class Inputs:
 
 
 def search(params: SearchStage, inputs: Inputs, ctx: StageContext) -> Result:
-    """Write search.json: every candidate with its sizes, costs and losses, best first. No model is trained here."""
+    """Write search.json: every candidate with its sizes, costs and losses, best first. No model is trained here.
+
+    Raises:
+        PlanError: all candidates are slower than the constraint.
+    """
     from nemo_minitron.pruning.search import kendall_tau, ranking, write_search
 
     source = inputs.model.shape
@@ -40,6 +45,13 @@ def search(params: SearchStage, inputs: Inputs, ctx: StageContext) -> Result:
     compared = [found for found in ranked if None not in (found["zero_shot_loss"], found["losses"][-1])]
     tau = kendall_tau([found["zero_shot_loss"] for found in compared], [float(found["rank"]) for found in compared])
     best = ranked[0]
+    if best["losses"][-1] is None:
+        raise PlanError(
+            "Every candidate is slower than min_generate_tokens_per_s, so none was trained.",
+            where=f"stages.{ctx.name}.constraints.min_generate_tokens_per_s",
+            allowed=f"at most {max(found['generate_tokens_per_s'] for found in ranked):.1f}, the fastest candidate",
+            next_step="Lower it, or add smaller sizes to the grid.",
+        )
     write_search(
         {
             "constraints": params.constraints.model_dump(mode="json"),

@@ -23,10 +23,12 @@ class Inputs:
 def select(params: SelectStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Write prune_plan.json from scores and target sizes. This is deterministic and takes seconds on a CPU."""
     from nemo_minitron.pruning.plan_file import write_plan
+    from nemo_minitron.pruning.possible import selection_for
 
     source = inputs.model.shape
     if inputs.search is not None:
-        params = params.model_copy(update={"target": inputs.search.winner()})
+        rules = selection_for(params, inputs.search.winner(), source)
+        params = params.model_copy(update={"target": rules.target, "head_merge": rules.head_merge})
     plan = choose_plan(params, inputs.model, inputs.scores, f"stages.{ctx.name}")
     document = write_plan(plan, source, ctx.out_dir)
     kept, total = document["num_params"]["target"], document["num_params"]["source"]

@@ -74,15 +74,17 @@ class _Probe:
     session: Session
     progress: Progress
 
-    def effects(self, runs: Sequence[Run], only: LayerMetric | None = None) -> Effects:
-        """Measure the removal of each run, by every metric that needs a separate pass."""
+    def effects(self, runs: Sequence[Run], only: LayerMetric | None = None, dropped: Sequence[int] = ()) -> Effects:
+        """Measure the removal of each run besides the dropped layers, by every metric that needs a separate pass."""
         whole: dict[str, float] = {}
         without: dict[str, list[float]] = {}
         for batches, metrics in self._metric_batches():
             chosen = {name: make() for name, make in metrics.items() if only in (None, name)}
             if not chosen:
                 continue
-            found = effects_of_removal(self.model, self.shape, batches, runs, chosen, self.session, self.progress)
+            found = effects_of_removal(
+                self.model, self.shape, batches, runs, chosen, self.session, self.progress, dropped
+            )
             whole |= found.whole
             without |= found.without
         return Effects(whole, without)
@@ -99,14 +101,15 @@ class _Probe:
             out.append((task_batches(task, self.session), {TASK: lambda: error}))
         return out
 
-    def importance(self, metric: LayerMetric, left: Sequence[int]) -> list[float]:
-        """Return the importance of the remaining layers."""
+    def importance(self, metric: LayerMetric, left: Sequence[int], dropped: Sequence[int]) -> list[float]:
+        """Return the importance of the layers that are left when some are dropped."""
         if metric != "block_influence":
-            return self.effects([Run(layer) for layer in left], metric).without[metric]
+            return self.effects([Run(layer) for layer in left], metric, dropped).without[metric]
         single = self.params.model_copy(
             update={"width_axes": (), "layer_metrics": ("block_influence",), "block_lengths": ()}
         )
-        scores = activation_scores(self.model, self.shape, self.samples.calibration, single, self.session)
+        with without_layers(self.model, dropped):
+            scores = activation_scores(self.model, self.shape, self.samples.calibration, single, self.session)
         return scores["layers.block_influence"][list(left)].tolist()
 
 
@@ -117,8 +120,7 @@ def _drop_order(probe: _Probe, metric: LayerMetric) -> Tensor:
     left = list(range(probe.shape.num_layers))
     for number in range(1, rounds + 1):
         dropped = [layer for layer in range(probe.shape.num_layers) if layer not in left]
-        with without_layers(probe.model, dropped):
-            importance = probe.importance(metric, left)
+        importance = probe.importance(metric, left, dropped)
         layer = left[importance.index(min(importance))]
         order[layer] = number
         left.remove(layer)

@@ -40,10 +40,13 @@ def effects_of_removal(
     metrics: Mapping[str, DepthMetric],
     session: Session,
     progress: Progress,
+    dropped: Sequence[int] = (),
 ) -> Effects:
     """Measure the model without each run of layers, on every batch; equal on every rank.
 
-    Layers that `without_layers` has removed stay removed.
+    Args:
+        dropped: layers that are removed as well, in every measurement. Logits are still compared with those of the
+            whole model.
     """
     totals = {
         name: torch.zeros(len(runs) + 1, metric.num_sums, dtype=torch.float64, device=session.device)
@@ -52,13 +55,16 @@ def effects_of_removal(
     runner = _LayerRunner(model, shape, session)
     with evaluating(model), progress.bar("without layers", len(batches) * len(runs), "passes") as bar:
         for batch in batches:
-            with runner.recording():
-                whole = runner.run(batch, None)
-            _count(totals, 0, whole, whole, batch, metrics, shape, session)
-            for number, run in enumerate(runs, 1):
-                logits = runner.run(batch, run)
-                _count(totals, number, logits, whole, batch, metrics, shape, session)
-                bar.advance()
+            whole = runner.run(batch, None) if dropped else None
+            with without_layers(model, dropped):
+                with runner.recording():
+                    left = runner.run(batch, None)
+                whole = whole if dropped else left
+                _count(totals, 0, left, whole, batch, metrics, shape, session)
+                for number, run in enumerate(runs, 1):
+                    logits = runner.run(batch, run)
+                    _count(totals, number, logits, whole, batch, metrics, shape, session)
+                    bar.advance()
     for total in totals.values():
         if not (session.is_last_stage and session.tp_rank == 0):
             total.zero_()
