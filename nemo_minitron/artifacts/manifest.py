@@ -98,13 +98,14 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
-def provenance(started_s: float) -> dict[str, Any]:
+def provenance(started_s: float, earlier_s: float = 0.0) -> dict[str, Any]:
     """Return software versions, command and times of a stage, without host, user or override values.
 
     Provenance is never part of the fingerprint.
 
     Args:
         started_s: start in `time.monotonic` seconds, because the system clock may be changed while a stage runs.
+        earlier_s: seconds of interrupted attempts, which count in `wall_s`.
     """
     wall_s = time.monotonic() - started_s
     return {
@@ -114,7 +115,7 @@ def provenance(started_s: float) -> dict[str, Any]:
         "command": masked_command(sys.argv),
         "git_commit": _git_commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - wall_s)),
-        "wall_s": round(wall_s, 3),
+        "wall_s": round(earlier_s + wall_s, 3),
     }
 
 

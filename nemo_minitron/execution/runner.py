@@ -15,6 +15,7 @@ from nemo_minitron.artifacts.manifest import Manifest, provenance
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ArtifactError, DataError, Interrupted
+from nemo_minitron.execution.attempts import begin_attempt
 from nemo_minitron.execution.logs import log_file
 from nemo_minitron.execution.preflight import preflight_evaluations
 from nemo_minitron.execution.ranks import run_ranks
@@ -210,6 +211,7 @@ def _run_and_publish(
     for text in too_little_text(call.name, recipe.stages[call.name], store, recipe.stages):
         progress.warn(text)
     work, accepted = open_work(call, store, accept_drift=options.accept_drift, progress=progress)
+    earlier_s = begin_attempt(work, store.paths.progress(call.name))
     with store.building(call.name) as out, _published_names(out, call.name, store), log_file(store.root, call.name):
         task = StageTask.of(call, recipe, out, work)
         if call.parallel.world_size == 1 or not task.kind.distributed:
@@ -226,7 +228,7 @@ def _run_and_publish(
             payload=call.payload,
             inputs=call.inputs,
             result=result,
-            provenance={**provenance(started_s), **{key: value for key, value in extra.items() if value}},
+            provenance={**provenance(started_s, earlier_s), **{key: value for key, value in extra.items() if value}},
         )
         _copy_to_run(call, out, store.root)
         store.publish(call.name, out, manifest)

@@ -108,6 +108,8 @@ def _context(name: str, kind: StageKind, layout: Parallel, seq_len: int) -> Iter
     """Report a stage that context parallelism cannot serve: it splits sequences into 2 * cp equal chunks."""
     key, cp = "execution.parallel.cp", layout.cp
     if cp == 1:
+        if layout.sequence_parallel and not kind.trains and seq_len % layout.tp:
+            yield f"stages.{name}.seq_len_tokens = {seq_len}: sequence_parallel needs a multiple of tp = {layout.tp}."
         return
     if kind.whole_sequences:
         yield (

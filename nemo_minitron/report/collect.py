@@ -138,7 +138,7 @@ def _cost(stages: Sequence[Artifact]) -> dict[str, Any]:
         "stages": rows,
         "total_wall_s": math.fsum(_wall_s(stage) for stage in stages),
         "distill_tokens": distill.result.get("tokens") if distill else None,
-        "distill_wall_s": distill.result.get("wall_s") if distill else None,
+        "distill_wall_s": _wall_s(distill) if distill else None,
     }
 
 

@@ -56,6 +56,14 @@ class LogitsLoss(Schema):
             raise ValueError(f"sparse goes with kind forward_kl, not {self.kind}")
         return self
 
+    @model_validator(mode="after")
+    def _keys_of_the_kind(self) -> LogitsLoss:
+        if self.jsd_beta != 0.5 and self.kind != "jsd":
+            raise ValueError(f"jsd_beta goes with kind jsd, not {self.kind}")
+        if self.of != "probabilities" and self.kind not in ("mse", "cosine"):
+            raise ValueError(f"of goes with kind mse or cosine, not {self.kind}")
+        return self
+
 
 class HiddenLoss(Schema):
     """Distance between hidden states, read after the norm that follows them (2407.14679, section 3, table 17).

@@ -108,9 +108,10 @@ class Fp8Teacher(Schema):
 
     format: Literal["e4m3", "hybrid"] = "e4m3"
     """Number format of weights and activations. Both are the same in forward passes."""
-    scaling: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
+    scaling: Literal["tensorwise", "blockwise", "mxfp8"] = "tensorwise"
     """How tensors are scaled to FP8's range. tensorwise: by the current maximum of each tensor. blockwise: of each
-    block. mxfp8: of 32 values, on Blackwell. delayed: by earlier maxima."""
+    block. mxfp8: of 32 values, on Blackwell. Delayed scaling is left out: Transformer Engine updates its scales in
+    passes with gradients only."""
     max_kl: Annotated[float, Field(gt=0.0)] = 0.01
     """Largest KL from the bf16 teacher to the FP8 teacher, nats per token. The training does not start above it."""
 

@@ -51,6 +51,8 @@ def learning_rate_problems(key: str, rate: LearningRate, num_steps: int, steps_k
     most = num_steps - rate.warmup_steps
     if rate.lr_schedule == "wsd" and not 0 < (rate.wsd_decay_steps or 0) <= most:
         yield f"{key}.wsd_decay_steps = {rate.wsd_decay_steps}: lr_schedule = wsd needs 1 to {most}."
+    if rate.lr_schedule != "wsd" and rate.wsd_decay_steps is not None:
+        yield f"{key}.wsd_decay_steps = {rate.wsd_decay_steps}: read by lr_schedule = wsd only. Next: set both or none."
 
 
 def _options(name: str, stage: Optimization, layout: Parallel) -> Iterator[str]:

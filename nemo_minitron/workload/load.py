@@ -14,6 +14,9 @@ from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training import Distillation, Optimization, Training
 from nemo_minitron.workload.memory import Work
 
+EVAL_BATCH_SIZE = 4
+"""Sequences of a batch in which held-out loss is measured."""
+
 
 @dataclass(frozen=True)
 class Load:
@@ -134,7 +137,14 @@ def alignment_load(
     return Load(work, tokens, training_flops_per_token(shape, reference, seq_len_tokens))
 
 
-def forward_load(shape: ModelShape, tokens: int, seq_len_tokens: int, precision: str, layout: Parallel) -> Load:
-    """Return the load of forward passes over text, without training."""
+def forward_load(
+    shape: ModelShape, tokens: int, seq_len_tokens: int, precision: str, layout: Parallel, *, batch_size: int = 1
+) -> Load:
+    """Return the load of forward passes over text, without training.
+
+    Args:
+        batch_size: sequences of the largest batch, if it is above the layout's micro-batch.
+    """
+    layout = layout.model_copy(update={"micro_batch_size": max(batch_size, layout.micro_batch_size)})
     work = Work(shape, layout, precision, seq_len_tokens, trains=False)
     return Load(work, tokens, forward_flops_per_token(shape, seq_len_tokens))

@@ -127,10 +127,9 @@ def test_an_older_megatron_refuses_what_it_does_not_know() -> None:
         fp8: str | None = None
 
     model: Any = SimpleNamespace(config=Config())
-    with pytest.raises(EnvironmentProblem, match="does not support FP8 with tensorwise scaling"):
+    with pytest.raises(EnvironmentProblem, match="has delayed scaling only"):
         set_fp8(model, Fp8Teacher())
-    set_fp8(model, Fp8Teacher(format="hybrid", scaling="delayed"))
-    assert model.config.fp8 == "hybrid"
+    assert model.config.fp8 is None
 
 
 def test_the_default_does_not_change_fingerprints() -> None:

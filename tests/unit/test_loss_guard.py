@@ -31,6 +31,14 @@ def test_a_loss_at_the_bound_is_good() -> None:
     assert watch.last_loss_is_good
 
 
+@pytest.mark.parametrize("usual", [0.0, -0.02, 1e-6])
+def test_losses_near_zero_may_multiply(usual: float) -> None:
+    """A sampled KL can be estimated as negative, and a student that equals its teacher starts at zero."""
+    watch = LossWatch(RULES, [usual] * 10)
+    assert not any(_spikes(watch, [0.05] * 5))
+    assert _spikes(LossWatch(RULES, [usual] * 10), [0.5] * 3) == [False, False, True]
+
+
 def test_nine_steps_give_no_bound_and_the_tenth_does() -> None:
     watch = LossWatch(RULES, [1.0] * 9)
     assert watch.median is None

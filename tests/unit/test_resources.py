@@ -165,6 +165,35 @@ def test_disk_space_includes_weights_and_kept_checkpoints(tmp_path: Path) -> Non
     assert estimates(_plan(MINITRON_4B, tmp_path, DGX_32))["distill"].disk_bytes == expected
 
 
+def test_checkpoints_of_a_corrected_teacher_have_its_states_as_well(tmp_path: Path) -> None:
+    student, teacher = 4_512_746_496, 8_030_261_248
+    correction = "+stages.distill.teacher_correction={pretraining_lr: 1e-4}"
+    found = estimates(_plan(MINITRON_4B, tmp_path, DGX_32, correction))["distill"]
+    assert found.disk_bytes == 2 * student + 3 * 14 * (student + teacher)
+
+
+def test_a_cache_of_the_top_k_grows_with_k(tmp_path: Path) -> None:
+    sizes = [
+        estimates(_plan(REPO / "recipes/toy/cached.yaml", tmp_path, *_top_k(k)))["cache_teacher"].disk_bytes
+        for k in (64, 128)
+    ]
+    assert sizes[1] / sizes[0] == pytest.approx((4 * 128 + 3) / (4 * 64 + 3))
+
+
+def _top_k(k: int) -> list[str]:
+    sparse = f"{{kind: top_k, k: {k}}}"
+    return [f"stages.cache_teacher.sparse={sparse}", f"stages.distill.loss.logits.sparse={sparse}"]
+
+
+def test_held_out_loss_is_planned_for_its_own_batch(tmp_path: Path) -> None:
+    found = [
+        estimates(_plan(MINITRON_4B, tmp_path, DGX_32, f"execution.parallel.micro_batch_size={size}"))
+        for size in (1, 4)
+    ]
+    one, four = (some["evaluate_teacher"].memory.activations for some in found)
+    assert one == four
+
+
 def test_a_laptop_uses_no_gpu_hours_and_a_cache_has_a_size(tmp_path: Path) -> None:
     found = estimates(_plan(REPO / "recipes/toy/cached.yaml", tmp_path))
     assert all(estimate.gpu_hours == 0 for estimate in found.values())

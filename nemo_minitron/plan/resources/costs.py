@@ -138,5 +138,8 @@ def _disk(call: StageCall, load: Load, recipe: Recipe) -> int:
     precision = load.work.precision
     weights = WEIGHT_BYTES[precision] * count
     checkpoint = weights + optimizer_bytes(count, precision, Parallel())
+    if load.work.teacher is not None and load.work.teacher_learns:
+        teacher = num_params(load.work.teacher)
+        checkpoint += WEIGHT_BYTES[precision] * teacher + optimizer_bytes(teacher, precision, Parallel())
     kept = stage.keep_checkpoints + 1 if isinstance(stage, Optimization) else 2
     return weights + kept * checkpoint

@@ -8,11 +8,10 @@ from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training_rules import sample_count_problems
 from nemo_minitron.stages.cache_teacher.params import CacheTeacherStage
 from nemo_minitron.stages.kind import HeldoutUse, Output, RecipeView, StageKind
-from nemo_minitron.workload.load import Load, forward_load
+from nemo_minitron.workload.load import EVAL_BATCH_SIZE, Load, forward_load
 
-SPARSE_BYTES_PER_TOKEN = {"sampled": 160, "top_k": 400}
-"""Bytes on disk per token: `sampled` as measured with 50 draws; `top_k` for 128 compressed 16-bit values and their
-indices."""
+SAMPLED_BYTES_PER_TOKEN = 160
+"""Bytes on disk per token of a cache of sampled logits, as measured with 50 draws."""
 
 
 def _problems(name: str, params: CacheTeacherStage, view: RecipeView) -> Iterator[str]:
@@ -25,11 +24,17 @@ def _heldout_uses(params: CacheTeacherStage) -> Iterator[HeldoutUse]:
 
 def _load(name: str, params: CacheTeacherStage, layout: Parallel, view: RecipeView) -> Load | None:
     shape, tokens = view.shape(params.inputs.teacher), params.num_samples * params.seq_len_tokens
-    return None if shape is None else forward_load(shape, tokens, params.seq_len_tokens, params.precision, layout)
+    if shape is None:
+        return None
+    keys = (params.seq_len_tokens, params.precision, layout)
+    return forward_load(shape, tokens, *keys, batch_size=EVAL_BATCH_SIZE)
 
 
 def _disk_bytes(params: CacheTeacherStage, load: Load) -> int:
-    return load.tokens * SPARSE_BYTES_PER_TOKEN.get(params.sparse.kind, SPARSE_BYTES_PER_TOKEN["top_k"])
+    if params.sparse.kind != "top_k":
+        return load.tokens * SAMPLED_BYTES_PER_TOKEN
+    # An index and a value of 16 bits for each of the k tokens, and the count and mass of the rest (cache.py).
+    return load.tokens * (4 * params.sparse.k + 3)
 
 
 CACHE_TEACHER = StageKind(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.check_teacher.params import CheckTeacherStage
 from nemo_minitron.stages.kind import HeldoutUse, Output, RecipeView, StageKind
-from nemo_minitron.workload.load import Load, forward_load
+from nemo_minitron.workload.load import EVAL_BATCH_SIZE, Load, forward_load
 
 
 def _heldout_uses(params: CheckTeacherStage) -> Iterator[HeldoutUse]:
@@ -15,12 +15,8 @@ def _heldout_uses(params: CheckTeacherStage) -> Iterator[HeldoutUse]:
 
 
 def _load(name: str, params: CheckTeacherStage, layout: Parallel, view: RecipeView) -> Load | None:
-    shape = view.shape(params.inputs.teacher)
-    return (
-        None
-        if shape is None
-        else forward_load(shape, params.num_tokens, params.seq_len_tokens, params.precision, layout)
-    )
+    shape, keys = view.shape(params.inputs.teacher), (params.seq_len_tokens, params.precision, layout)
+    return None if shape is None else forward_load(shape, params.num_tokens, *keys, batch_size=EVAL_BATCH_SIZE)
 
 
 CHECK_TEACHER = StageKind(

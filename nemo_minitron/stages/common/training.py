@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +47,7 @@ def distill_student(
     from nemo_minitron.backends.megatron.distillation import distill as objectives
     from nemo_minitron.backends.megatron.training import loop as training
 
-    started_s, session = time.monotonic(), ctx.open_session
+    session = ctx.open_session
     if cache is not None:
         job = objectives.prepare_cached(params, student.path, cache, data.path, ctx.work_dir, session)
     else:
@@ -57,13 +56,8 @@ def distill_student(
     description = loss_in_words(params.loss, cached=cache is not None, corrected=params.of_teacher is not None)
     curves = training.run(job, ctx.work_dir, ctx.progress, loop_options(ctx, keys))
     model_facts = training.publish(job, student.path, ctx.work_dir, ctx.out_dir)
-    if not ctx.is_main:
-        return {}
-    return {
-        **model_facts,
-        **training_facts(job, curves, student, data, started_s),
-        "loss": description,
-    }
+    facts = training_facts(job, curves, student, data)
+    return {**model_facts, **facts, "loss": description} if ctx.is_main else {}
 
 
 def plan_between(artifact: PrunePlanArtifact, teacher: Model, student: Model) -> PrunePlan:
@@ -90,18 +84,23 @@ def loop_options(ctx: StageContext, keys: str | None = None) -> LoopOptions:
     return LoopOptions(ctx.execution, ctx.recipe_name, ctx.stop, ctx.name, keys or f"stages.{ctx.name}")
 
 
-def training_facts(job: Job, curves: Curves, model: Model, data: TokenizedText, started_s: float) -> dict[str, Any]:
-    """Return the facts about a training for its manifest; losses are in nats per token."""
+def training_facts(job: Job, curves: Curves, model: Model, data: TokenizedText) -> dict[str, Any]:
+    """Return the facts about a training for its manifest; losses are in nats per token.
+
+    Every rank calls this; ranks other than the first get an empty mapping.
+    """
     from nemo_minitron.backends.megatron.runtime.peak import peak_memory_gib
 
+    peaks_gib = job.session.gather(peak_memory_gib(job.session.device))
+    if not job.session.is_main:
+        return {}
     measured = [key for key in ("valid_loss", "valid_kl", "valid_teacher_loss") if curves.has(key)]
     return {
         "license": model.license,
         "data_sources": data.sources,
         "num_steps": job.num_steps,
         "tokens": job.num_steps * job.tokens_per_step,
-        "peak_memory_gib": peak_memory_gib(job.session.device),
-        "wall_s": time.monotonic() - started_s,
+        "peak_memory_gib": max(peaks_gib),
         **{f"initial_{key}": curves.first(key) for key in measured},
         **{f"final_{key}": curves.last(key) for key in (*measured, "train_loss")},
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 from nemo_minitron.stages.artifacts import Model, PrunePlanArtifact, TokenizedText
@@ -37,19 +36,20 @@ def distill_layers(params: DistillLayersStage, inputs: Inputs, ctx: StageContext
     from nemo_minitron.backends.megatron.distillation import layerwise
     from nemo_minitron.backends.megatron.training import loop as training
 
-    started_s, session = time.monotonic(), ctx.open_session
+    session = ctx.open_session
     student, teacher, data = inputs.student, inputs.teacher, inputs.data
     require_one_tokenizer({"student": student, "teacher": teacher}, data, ctx)
     plan = plan_between(inputs.plan, teacher, student)
     job = layerwise.prepare(params, plan, student.path, teacher.path, data.path, ctx.work_dir, session)
     curves = training.run(job, ctx.work_dir, ctx.progress, loop_options(ctx))
     model_facts = training.publish(job, student.path, ctx.work_dir, ctx.out_dir)
+    facts = training_facts(job, curves, student, data)
     if not ctx.is_main:
         return {}
     columns = [f"{layerwise.LAYER_LOSS}_{number}" for number in range(student.shape.num_layers)]
     return {
         **model_facts,
-        **training_facts(job, curves, student, data, started_s),
+        **facts,
         "initial_layer_losses": [curves.first(column) for column in columns],
         "final_layer_losses": [curves.last(column) for column in columns],
         "loss": "relative squared error of the output of each layer, from the teacher's own input",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.evaluate.params import EvaluateStage
 from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, Source, StageKind, TaskUse
-from nemo_minitron.workload.load import Load, forward_load
+from nemo_minitron.workload.load import EVAL_BATCH_SIZE, Load, forward_load
 
 
 def _sources(params: EvaluateStage) -> Iterator[Source]:
@@ -34,12 +34,8 @@ def _heldout_uses(params: EvaluateStage) -> Iterator[HeldoutUse]:
 
 
 def _load(name: str, params: EvaluateStage, layout: Parallel, view: RecipeView) -> Load | None:
-    shape = view.shape(params.inputs.model)
-    return (
-        None
-        if shape is None
-        else forward_load(shape, params.num_tokens, params.seq_len_tokens, params.precision, layout)
-    )
+    shape, keys = view.shape(params.inputs.model), (params.seq_len_tokens, params.precision, layout)
+    return None if shape is None else forward_load(shape, params.num_tokens, *keys, batch_size=EVAL_BATCH_SIZE)
 
 
 EVALUATE = StageKind(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 from nemo_minitron.stages.artifacts import Model, TokenizedText
@@ -36,10 +35,8 @@ def train(params: TrainStage, inputs: Inputs, ctx: StageContext) -> Result:
 
     model, data = inputs.model, inputs.data
     require_one_tokenizer({"model": model}, data, ctx)
-    started_s = time.monotonic()
     job = distill.prepare_training(params, model.path, data.path, ctx.work_dir, ctx.open_session)
     curves = training.run(job, ctx.work_dir, ctx.progress, loop_options(ctx))
     model_facts = training.publish(job, model.path, ctx.work_dir, ctx.out_dir)
-    if not ctx.is_main:
-        return {}
-    return {**model_facts, **training_facts(job, curves, model, data, started_s)}
+    facts = training_facts(job, curves, model, data)
+    return {**model_facts, **facts} if ctx.is_main else {}

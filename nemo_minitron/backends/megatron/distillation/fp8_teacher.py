@@ -55,15 +55,12 @@ def run_in_fp8(teacher: Model, params: Fp8Teacher, session: Session) -> None:
 def set_fp8(teacher: Model, params: Fp8Teacher) -> None:
     """Set the keys of the model's config."""
     known = {field.name for field in fields(teacher.config)}
-    if "fp8_recipe" not in known and params.scaling != "delayed":
+    if "fp8_recipe" not in known:
         raise EnvironmentProblem(
-            f"Megatron-Core {version('megatron-core')} does not support FP8 with {params.scaling} scaling.",
-            allowed="delayed",
-            next_step="Use megatron-core 0.12 or later, or another scaling.",
+            f"Megatron-Core {version('megatron-core')} has delayed scaling only, which a fixed teacher cannot use.",
+            next_step="Use megatron-core 0.12 or later, or set teacher_fp8 to null.",
         )
-    teacher.config.fp8 = params.format
-    if "fp8_recipe" in known:
-        teacher.config.fp8_recipe = params.scaling
+    teacher.config.fp8, teacher.config.fp8_recipe = params.format, params.scaling
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,20 +112,19 @@ def _heldout_loss(
     return sum_nll(model, heldout, vocab_size, session, progress).loss
 
 
-def _batches(samples: Any, numbers: range, separate_at: int | None, session: Session) -> list[Batch]:
-    """Return micro-batches of these samples; the last one may be smaller."""
-    out, size = [], session.parallel.micro_batch_size
+def _batches(samples: Any, numbers: range, separate_at: int | None, session: Session) -> Iterator[Batch]:
+    """Yield micro-batches of these samples, one mask at a time in memory; the last one may be smaller."""
+    size = session.parallel.micro_batch_size
     for start in range(0, len(numbers), size):
         of_batch = numbers[start : start + size]
         batch = {**collate([samples[i] for i in of_batch], session), "sample_ids": torch.tensor(of_batch)}
         if separate_at is not None:
             batch["attention_mask"] = separation_of_documents(batch["tokens"], separate_at)
-        out.append(batch)
-    return out
+        yield batch
 
 
 def _entries(
-    model: Model, params: TeacherCaching, batches: list[Batch], vocab_size: int, session: Session
+    model: Model, params: TeacherCaching, batches: Iterable[Batch], vocab_size: int, session: Session
 ) -> list[Entry]:
     found: list[Entry] = []
     vocab = vocab_of(session, padded_vocab_size(vocab_size, session.parallel.tp) // session.parallel.tp)

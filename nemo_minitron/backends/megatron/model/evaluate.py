@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.data.datasets import HeldOutBatches, heldout_batches
-from nemo_minitron.backends.megatron.model.forward import Batch, evaluating, forward_batches, token_nll
+from nemo_minitron.backends.megatron.model.forward import Batch, evaluating, forward_batches
+from nemo_minitron.backends.megatron.model.head import head_weight, model_hidden, vocab_of
 from nemo_minitron.backends.megatron.model.parts import Model
 from nemo_minitron.backends.megatron.model.weights import load_model
 from nemo_minitron.backends.megatron.runtime.session import Session
+from nemo_minitron.distillation.linear import Head
+from nemo_minitron.distillation.losses import next_token
+from nemo_minitron.families.split import padded_vocab_size
 from nemo_minitron.system.progress import Progress
-
-EVAL_BATCH_SIZE = 4
+from nemo_minitron.workload.load import EVAL_BATCH_SIZE
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,21 @@ def heldout_loss(
 
 
 def sum_nll(model: Model, heldout: HeldOutBatches, vocab_size: int, session: Session, progress: Progress) -> HeldOut:
-    """Compute the loss of a model that is already in memory."""
+    """Compute the loss of a model that is already in memory; logits exist a chunk at a time."""
     totals = torch.zeros(2, dtype=torch.float64, device=session.device)
+    vocab = vocab_of(session, padded_vocab_size(vocab_size, session.parallel.tp) // session.parallel.tp)
 
-    def add(logits: Tensor, batch: Batch) -> None:
-        mask = batch["loss_mask"]
-        nll = token_nll(logits, batch["labels"], vocab_size)
-        totals.add_(torch.stack([(nll * mask).double().sum(), mask.double().sum()]))
+    def add(hidden_BSD: Tensor, batch: Batch) -> None:
+        labels, mask = batch["labels"].flatten(), batch["loss_mask"].flatten()
+        output = Head(head_weight(model, vocab_size), hidden_BSD.flatten(0, 1))
+        for rows in output.all_blocks():
+            nll, _ = next_token(output.logits(rows), labels[rows], vocab)
+            weights = mask[rows].double()
+            totals.add_(torch.stack([nll.double() @ weights, weights.sum()]))
 
     with evaluating(model):
         batches = progress.track(heldout.batches, "held-out loss", len(heldout.batches), "batches")
-        forward_batches(model, batches, session, add)
+        forward_batches(model, batches, session, add, forward=model_hidden)
     _sum_over_data_parallel(totals, session)
     return HeldOut(float(totals[0]), int(totals[1]), heldout.num_bytes)
 

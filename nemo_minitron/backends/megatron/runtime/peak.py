@@ -27,7 +27,7 @@ def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process so far: allocated tensors on a GPU, resident memory on a CPU."""
+    """Return the peak memory of this process: on a GPU tensors since the session opened, on a CPU resident memory."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device)) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -156,6 +156,7 @@ def open_session(
             stack.enter_context(_deterministic())
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
+            torch.cuda.reset_peak_memory_stats(chosen)
             stack.enter_context(_full_fp32_products())
         else:
             stack.enter_context(cuda_means_cpu())

@@ -10,6 +10,8 @@ from nemo_minitron.schema.training import LossGuard
 
 MIN_GOOD_STEPS = 10
 """Good losses that are needed before a bound exists."""
+SMALLEST_SPIKE = 0.1
+"""A loss within this distance of the median is no spike: losses near zero may multiply, and estimates be negative."""
 
 
 class LossWatch:
@@ -45,7 +47,7 @@ class LossWatch:
         if self._rules is None:
             return False
         usual = self.median
-        if usual is None or loss <= self._rules.max_ratio * usual:
+        if usual is None or loss <= max(self._rules.max_ratio * usual, usual + SMALLEST_SPIKE):
             self._good.append(loss)
             self.steps_above = 0
             return False

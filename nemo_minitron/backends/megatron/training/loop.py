@@ -168,6 +168,11 @@ def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | Non
         job.session.set_timeout(TIMEOUT)
         job.reader.close()
         curves.close()
+    if not loop.watch.last_loss_is_good:
+        progress.warn(
+            f"{options.stage}: the last losses ({loop.watch.steps_above}) exceed {options.keys}.guard.max_ratio times "
+            "the usual loss. The model is kept as it is; look at the curve before you use it."
+        )
     return curves
 
 
