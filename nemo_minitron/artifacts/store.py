@@ -155,7 +155,10 @@ class Store:
         shutil.rmtree(self.work(stage), ignore_errors=True)
 
     def supersede(self, stage: str) -> None:
-        """Move a published stage to `.superseded/`; nothing is deleted."""
+        """Move a published stage to `.superseded/`; nothing is deleted. It is then no longer accepted for any plan."""
+        manifest = self.manifest(stage)
+        if manifest is not None:
+            self._withdraw_acceptance(manifest.fingerprint)
         self._move_away(self.published(stage), stage)
 
     def remove_leftovers(self, stage: str | None = None) -> None:
@@ -220,7 +223,16 @@ class Store:
 
     def accept_drift(self, planned: str, found: str) -> None:
         """Record that the user accepts the fingerprint `found` on disk in place of the planned one."""
-        accepted = {**self.accepted_drift(), planned: found}
+        self._write_accepted({**self.accepted_drift(), planned: found})
+
+    def _withdraw_acceptance(self, found: str) -> None:
+        """Remove the record that the fingerprint `found` is accepted in place of others."""
+        accepted = self.accepted_drift()
+        left = {planned: other for planned, other in accepted.items() if other != found}
+        if left != accepted:
+            self._write_accepted(left)
+
+    def _write_accepted(self, accepted: Mapping[str, str]) -> None:
         write_whole(self.root / ACCEPTED_DRIFT, json.dumps(accepted, indent=2) + "\n")
 
     # --- lock ---------------------------------------------------------------------------------

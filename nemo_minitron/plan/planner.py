@@ -97,7 +97,7 @@ def make_plan(recipe: Recipe, sources: Mapping[str, Mapping[str, Any]] | None = 
     calls = []
     for name in order:
         call = _call(name, recipe, inputs[name], effective, store, (sources or {}).get(name))
-        effective[name] = accepted.get(call.fingerprint, call.fingerprint)
+        effective[name] = _effective(call, store, accepted)
         calls.append(call)
     return RunPlan(recipe, tuple(calls), _states(calls, store, effective))
 
@@ -151,6 +151,14 @@ def _call(
         payload=payload,
         fingerprint=fingerprint(payload),
     )
+
+
+def _effective(call: StageCall, store: Store, accepted: Mapping[str, str]) -> str:
+    """Return the fingerprint on disk if the user has accepted it in place of the planned one, else the planned one."""
+    manifest = store.manifest(call.name)
+    if manifest is not None and accepted.get(call.fingerprint) == manifest.fingerprint:
+        return manifest.fingerprint
+    return call.fingerprint
 
 
 def _states(calls: list[StageCall], store: Store, effective: Mapping[str, str]) -> dict[str, State]:
