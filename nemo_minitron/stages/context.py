@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from nemo_minitron.artifacts.compared import LOGITS_FILE
 from nemo_minitron.artifacts.run_paths import COMPARED
+from nemo_minitron.errors import Interrupted
 from nemo_minitron.schema.execution import Execution
 from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Progress
@@ -37,6 +38,15 @@ class StageContext:
     def is_main(self) -> bool:
         """Whether this process writes the files: rank 0 of a distributed stage, or the only process."""
         return self.session is None or self.session.is_main
+
+    def check_stop(self) -> None:
+        """Raise Interrupted if a stop was requested. Call it where the work folder has all finished parts."""
+        reason = self.stop.source()
+        if reason is not None:
+            raise Interrupted(
+                f"Stopped in stage {self.name} as requested by {reason}; finished parts are kept, "
+                "the same command continues."
+            )
 
     @property
     def logits_memory(self) -> Path:

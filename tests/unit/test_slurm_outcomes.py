@@ -107,7 +107,15 @@ def test_a_stop_file_of_the_user_is_not_retried(script: Script) -> None:
 
 
 @pytest.mark.parametrize(
-    "saved", ["", ': >"$WORK/curves.jsonl"', 'mkdir "$WORK/partial-4"; : >"$WORK/partial-4/a.distcp"']
+    "saved",
+    [
+        "",
+        ': >"$WORK/curves.jsonl"',
+        'mkdir "$WORK/rows"; echo {} >"$WORK/rows/train.jsonl"',
+        'mkdir "$WORK/partial-4"; : >"$WORK/partial-4/a.distcp"',
+        'mkdir "$WORK/teacher_logits"; : >"$WORK/teacher_logits/train_0.partial"',
+        'printf "[half" >"$WORK/sampled.batches.jsonl"',
+    ],
 )
 def test_a_killed_stage_that_has_saved_nothing_is_not_retried(saved: str, script: Script) -> None:
     text = "ended and has saved nothing new in this job: not retried"
@@ -117,9 +125,12 @@ def test_a_killed_stage_that_has_saved_nothing_is_not_retried(saved: str, script
     assert not script.calls("scontrol")
 
 
-@pytest.mark.parametrize("saved", ["0_0.distcp", "model.safetensors", "train.shard.json"])
+@pytest.mark.parametrize(
+    "saved",
+    ["0_0.distcp", "model.safetensors", "train.shard.json", "teacher_logits/train_0.jsonl", "sampled.batches.jsonl"],
+)
 def test_a_killed_stage_that_has_saved_something_is_requeued(saved: str, script: Script) -> None:
-    code, text = script.result(f': >"$WORK/{saved}"; {KILLED}')
+    code, text = script.result(f'mkdir -p "$WORK/teacher_logits"; echo >"$WORK/{saved}"; {KILLED}')
     assert (code, text) == (-signal.SIGTERM, "continues in the next job")
     assert script.calls("scontrol") == ["requeue 7"]
     assert not script.failed.exists()
@@ -127,6 +138,13 @@ def test_a_killed_stage_that_has_saved_something_is_requeued(saved: str, script:
 
 def test_only_what_is_saved_in_this_job_counts(script: Script) -> None:
     script.result(f"{SAVE}; {KILLED}")
+    assert script.result(KILLED)[1] == "ended and has saved nothing new in this job: not retried"
+
+
+def test_a_batch_that_is_added_to_an_existing_file_counts(script: Script) -> None:
+    batch = f'echo "[]" >>"$WORK/rated.batches.jsonl"; {KILLED}'
+    for _ in range(2):
+        assert script.result(batch)[1] == "continues in the next job"
     assert script.result(KILLED)[1] == "ended and has saved nothing new in this job: not retried"
 
 

@@ -18,7 +18,7 @@ from nemo_minitron.backends.alignment import base
 from nemo_minitron.backends.alignment.base import CURVES_FILE, LossPoint
 from nemo_minitron.data.chat.rows import ATTRIBUTES
 from nemo_minitron.data.chat.templates import set_template
-from nemo_minitron.errors import DataError, PlanError
+from nemo_minitron.errors import DataError, Interrupted, PlanError
 from nemo_minitron.evaluation import sampling
 from nemo_minitron.evaluation.attribute_likelihood import (
     answer_weights,
@@ -35,11 +35,12 @@ from nemo_minitron.schema.execution import Execution
 from nemo_minitron.stages.align.params import Steerlm2Stage
 from nemo_minitron.stages.align.run import Steerlm2Inputs, steerlm2
 from nemo_minitron.stages.artifacts import ChatRows, Model, RewardModel, SampledAnswers
-from nemo_minitron.stages.common.batch_file import BatchFile
+from nemo_minitron.stages.common.batch_file import SUFFIX, BatchFile
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.steerlm2_answers import run as stage
 from nemo_minitron.stages.steerlm2_answers.params import Steerlm2AnswersStage
 from nemo_minitron.stages.steerlm2_answers.run import steerlm2_answers
+from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Progress
 from tests.conftest import REPO, Cli
 from tests.support.tiny_models import load_transformers, tiny_model_dir
@@ -140,7 +141,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         out, work = tmp_path / name, tmp_path / f"{name}.work"
         out.mkdir(exist_ok=True)
         work.mkdir(exist_ok=True)
-        ctx = StageContext(name, "test", out, work, Execution(device="cpu"), Progress(silent=True))
+        stop = StopRequest(work)
+        ctx = StageContext(name, "test", out, work, Execution(device="cpu"), Progress(silent=True), stop=stop)
         used = stage.Inputs(**{**vars(inputs), **keys.pop("inputs", {})})
         sizes = {"answers_per_prompt": 3, "max_new_tokens": 60, "max_seq_len_tokens": 200, "batch_size": 6}
         params = Steerlm2AnswersStage(kind="steerlm2_answers", **{**sizes, **keys})
@@ -255,6 +257,32 @@ def test_an_interrupted_stage_goes_on_to_the_same_rows(run: Run, monkeypatch: py
     calls = drawn
     run("resumed", max_attempts=9)
     assert drawn == calls, "nothing is sampled twice"
+
+
+@pytest.mark.parametrize("num_calls", [1, 8])
+def test_a_stop_request_ends_the_stage_after_a_batch(
+    num_calls: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, seen = tmp_path / "answers.work/STOP", []
+
+    def stopping(*arguments: Any) -> list[str | None]:
+        seen.append(arguments)
+        if len(seen) == num_calls:
+            stop.touch()
+        return _answers(*arguments)
+
+    monkeypatch.setattr(sampling, "sampled_answers", stopping)
+    with pytest.raises(Interrupted, match="Stopped in stage answers as requested by the file STOP"):
+        run(max_attempts=9)
+    kept = BatchFile(stop.with_name(f"sampled{SUFFIX}")).num_done
+    assert kept > 0
+    stop.unlink()
+    calls = len(seen)
+    _, resumed = run(max_attempts=9)
+    monkeypatch.setattr(sampling, "sampled_answers", _answers)
+    _, whole = run("whole", max_attempts=9)
+    assert _rows(resumed, "train") == _rows(whole, "train")
+    assert len(seen) > calls, "the rest is sampled by the second run"
 
 
 def test_attributes_of_the_stage_replace_those_of_the_rows(run: Run) -> None:

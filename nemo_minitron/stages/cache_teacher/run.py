@@ -28,6 +28,7 @@ def cache_teacher(params: CacheTeacherStage, inputs: Inputs, ctx: StageContext) 
     After a kill, the stage resumes with the missing shards. It writes shard_NNNNNN.safetensors and cache.json.
 
     Raises:
+        Interrupted: a stop was requested.
         DataError: teacher and data do not share a tokenizer.
         PlanError: the vocabulary is too large for the file format.
     """
@@ -36,7 +37,9 @@ def cache_teacher(params: CacheTeacherStage, inputs: Inputs, ctx: StageContext) 
 
     teacher, data = inputs.teacher, inputs.data
     require_one_tokenizer({"teacher": teacher}, data, ctx)
-    facts = write_cache(params, teacher.path, data.path, ctx.work_dir, ctx.open_session, ctx.progress)
+    facts = write_cache(
+        params, teacher.path, data.path, ctx.work_dir, ctx.open_session, ctx.progress, check_stop=ctx.check_stop
+    )
     if not ctx.is_main:
         return {}
     num_bytes = 0

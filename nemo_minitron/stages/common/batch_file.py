@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+SUFFIX = ".batches.jsonl"
+"""Suffix of the files; job scripts count their lines to see whether a stage has made progress."""
+
 
 class BatchFile:
     """File with one JSON line for each finished batch, in the order of the batches."""

@@ -49,6 +49,7 @@ def repair_model(
 
     Raises:
         ArtifactError: the plan does not belong to these models, or merges heads, and the repair does not allow that.
+        Interrupted: a stop was requested.
         NumericsError: activations are not finite.
     """
     from nemo_minitron.backends.megatron.compensation.repair import LayerRepair, Models, repaired_layers
@@ -67,6 +68,7 @@ def repair_model(
     for number, weights, found in ctx.progress.track(layers, "compensate", total, "parts"):
         if found is not None and ctx.is_main:
             saved.save(number, weights, json.dumps({site: _facts(repair) for site, repair in found.items()}))
+        ctx.check_stop()
     facts = [json.loads(saved.facts(number)) for number in saved] if ctx.is_main else []
     if ctx.is_main:
         _write(models, saved, out_dir)

@@ -40,6 +40,7 @@ def score_reconstruction(params: ScoreReconstructionStage, inputs: Inputs, ctx: 
     on rank 0: that takes 32 bytes x layers x hidden size^2 of its memory, 17 GB for a model of Llama 3.1 8B's shape.
 
     Raises:
+        Interrupted: a stop was requested.
         NumericsError: activations are not finite.
     """
     from nemo_minitron.backends.megatron.compensation.moments import readers_by_layer
@@ -66,6 +67,7 @@ def score_reconstruction(params: ScoreReconstructionStage, inputs: Inputs, ctx: 
         with session.main_works():
             if ctx.is_main:
                 ranked.add(number, found)
+        ctx.check_stop()
     facts = {"num_samples": params.num_samples, "seq_len_tokens": params.seq_len_tokens}
     scores: dict[str, Tensor] = {}
     with session.main_works():

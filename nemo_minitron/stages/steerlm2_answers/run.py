@@ -15,7 +15,7 @@ from nemo_minitron.hf.tokenizer_identity import TokenizerIdentity
 from nemo_minitron.stages.artifacts import ChatRows, Model, RewardModel
 from nemo_minitron.stages.common.alignment_rows import PARTS
 from nemo_minitron.stages.common.alignment_training import task_context
-from nemo_minitron.stages.common.batch_file import BatchFile
+from nemo_minitron.stages.common.batch_file import SUFFIX, BatchFile
 from nemo_minitron.stages.common.devices import torch_device
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
@@ -45,6 +45,7 @@ def steerlm2_answers(params: Steerlm2AnswersStage, inputs: Inputs, ctx: StageCon
     One model is in memory at a time. Finished batches survive a kill, and the same command goes on after them.
 
     Raises:
+        Interrupted: a stop was requested.
         PlanError: the attribute model was trained by ranking, or the data are pairs.
         DataError: prompts without attributes, too many unusable rows, models with different tokenizers, or a part
             without enough usable answers.
@@ -117,7 +118,7 @@ def _reader(params: Steerlm2AnswersStage, inputs: Inputs) -> AnswerReader:
 
 
 def _sample(batches: Sequence[Sequence[Prompt]], reader: AnswerReader, model: Model, ctx: StageContext) -> BatchFile:
-    done = BatchFile(ctx.work_dir / "sampled.jsonl")
+    done = BatchFile(ctx.work_dir / f"sampled{SUFFIX}")
     if done.num_done < len(batches):
         loaded = _load(model, reader, ctx)
         for number in _missing(batches, done, "answers of the SteerLM model", ctx):
@@ -128,7 +129,7 @@ def _sample(batches: Sequence[Sequence[Prompt]], reader: AnswerReader, model: Mo
 def _reference(
     batches: Sequence[Sequence[Prompt]], sampled: BatchFile, reader: AnswerReader, model: Model, ctx: StageContext
 ) -> BatchFile:
-    done = BatchFile(ctx.work_dir / "reference.jsonl")
+    done = BatchFile(ctx.work_dir / f"reference{SUFFIX}")
     if done.num_done < len(batches):
         loaded, records = _load(model, reader, ctx), islice(sampled, done.num_done, None)
         for number in _missing(batches, done, "log-probabilities of the reference", ctx):
@@ -148,6 +149,7 @@ def _missing(batches: Sequence[Sequence[Prompt]], done: BatchFile, what: str, ct
     first, total = done.num_done, sum(map(len, batches))
     with ctx.progress.bar(what, total, "prompts", done=sum(map(len, batches[:first]))) as bar:
         for number in range(first, len(batches)):
+            ctx.check_stop()
             yield number
             bar.advance(len(batches[number]))
 
@@ -156,7 +158,7 @@ def _rate(
     sampled: BatchFile, params: Steerlm2AnswersStage, attribute_model: RewardModel, ctx: StageContext
 ) -> BatchFile:
     """Let the attribute model rate all answers, [prompts][answers][attributes] for each batch."""
-    done, backend = BatchFile(ctx.work_dir / "rated.jsonl"), alignment_backend()
+    done, backend = BatchFile(ctx.work_dir / f"rated{SUFFIX}"), alignment_backend()
     for group in _groups(islice(sampled, done.num_done, None)):
         texts = [text for records in group for record in records for text in record["rated"]]
         ctx.progress.say(f"rating {len(texts):,} answers")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.errors import DataError, Interrupted
+from nemo_minitron.errors import DataError
 from nemo_minitron.hf.source import resolve_path
 from nemo_minitron.schema.data import DataSource
 from nemo_minitron.stages.artifacts import Model
@@ -93,13 +93,11 @@ def _make_shards(
     num_processes = min(processes_for(plan.bytes_left, ctx.execution.workers), max(1, plan.num_tasks - found))
     with (
         ctx.progress.bar("tokenize", plan.num_bytes, "bytes", done=plan.num_bytes - plan.bytes_left) as bar,
-        shard_workers(
-            WorkerSettings(folder, tokenizer, dtype, model_dir), num_processes, lambda: _check_stop(ctx)
-        ) as workers,
+        shard_workers(WorkerSettings(folder, tokenizer, dtype, model_dir), num_processes, ctx.check_stop) as workers,
     ):
         first = bar.done
         for _ in plan.run(workers):
-            _check_stop(ctx)
+            ctx.check_stop()
             num_bytes, documents = workers.done()
             per_s = documents / max(bar.elapsed_s, 1e-3)
             bar.advance(first + num_bytes - bar.done, documents=documents, per_s=f"{per_s:,.0f}")
@@ -115,12 +113,6 @@ def _files(source: DataSource, key: str, ctx: StageContext) -> list[Path]:
     for remark in found.remarks():
         ctx.progress.say(f"{source.source}: {remark}")
     return found.files
-
-
-def _check_stop(ctx: StageContext) -> None:
-    reason = ctx.stop.source()
-    if reason is not None:
-        raise Interrupted(f"Stopped as requested by {reason}; finished shards are kept, the same command continues.")
 
 
 # --- joining --------------------------------------------------------------------------------------
@@ -139,7 +131,7 @@ def _join(
         indexed_writers(*prefixes, vocab_size=tokenizer.vocab_size) as (train, valid),
     ):
         for shard, count in made.in_order():
-            _check_stop(ctx)
+            ctx.check_stop()
             heldout = _heldout(params, number, bar.done, count)
             _add(shard, heldout, train, valid)
             bar.advance(count)

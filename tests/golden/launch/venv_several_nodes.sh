@@ -30,12 +30,15 @@ export MINITRON_FAILED_FILE="$launch/$stage.failed"
 
 say() { printf '%s minitron: job %s, restart %s, %s: %s\n' "$(date '+%F %T')" "$id" "$restarts" "$stage" "$1"; }
 is_done() { [ -f "$run/$stage/manifest.json" ]; }
-# The names of the checkpoints and shards that the stage has saved so far.
+# What the stage has saved so far: the names of checkpoints, shards and layers, and the number of finished batches.
 saved() {
     {
-        cd -- "$work" && find . \( -name '*.distcp' -o -name '*.safetensors' -o -name '*.shard.json' \) \
-            -not -path '*partial*'
-    } 2>/dev/null | sort | cksum
+        cd -- "$work" && {
+            find . \( -name '*.distcp' -o -name '*.safetensors' -o -name '*.shard.json' \
+                -o -path './teacher_logits/*.jsonl' \) -not -path '*partial*' | sort
+            find . -name '*.batches.jsonl' -exec cat {} + | wc -l
+        }
+    } 2>/dev/null | cksum
 }
 
 if is_done; then say 'has already finished'; exit 0; fi

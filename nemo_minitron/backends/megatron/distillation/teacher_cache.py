@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,20 @@ from nemo_minitron.system.progress import Progress
 
 
 def write_cache(
-    params: TeacherCaching, teacher_dir: Path, data_dir: Path, work_dir: Path, session: Session, progress: Progress
+    params: TeacherCaching,
+    teacher_dir: Path,
+    data_dir: Path,
+    work_dir: Path,
+    session: Session,
+    progress: Progress,
+    *,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> CacheFacts:
-    """Write every shard that is missing in the work folder; data-parallel ranks write different ones."""
+    """Write every shard that is missing in the work folder; data-parallel ranks write different ones.
+
+    Args:
+        check_stop: called between shards; it may raise an exception to stop the work.
+    """
     require_document_mask(params.reset_attention_mask, session.parallel.cp)
     model, shape = load_model(teacher_dir, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens)
     require_vocabulary(shape.vocab_size)
@@ -74,6 +85,7 @@ def write_cache(
     separate_at = eod_id_of(data_dir) if params.reset_attention_mask else None
     with evaluating(model), progress.bar("cache teacher", len(mine), "shards", done=len(mine) - len(todo)) as bar:
         for shard in todo:
+            check_stop()
             numbers = facts.samples_of(shard)
             if numbers.start < facts.first_heldout:
                 batches = _batches(samples, numbers, separate_at, session)
