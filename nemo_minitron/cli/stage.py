@@ -23,16 +23,25 @@ def stage(
     """Run one stage of a composed recipe. The jobs of `launch` call this on every node."""
     from nemo_minitron.execution.job import run_in_job
 
-    failed = os.environ.get("MINITRON_FAILED_FILE")
     try:
         run_in_job(_read_composed(recipe_json), name)
-    except (Interrupted, ProcessesDied):
+    except (Interrupted, KeyboardInterrupt) as error:
+        # The job's script finds this file and continues the stage in another job, even if nothing is saved yet.
+        _write_file("MINITRON_INTERRUPTED_FILE", error)
+        raise
+    except ProcessesDied:
         raise
     except MinitronError as error:
         # The job's script finds this file and does not retry, because only the user can repair the cause.
-        if failed:
-            Path(failed).write_text(f"{masked(str(error))}\n")
+        _write_file("MINITRON_FAILED_FILE", error)
         raise
+
+
+def _write_file(variable: str, error: BaseException) -> None:
+    """Write the error to the file that an environment variable names, if the job's script has set it."""
+    name = os.environ.get(variable)
+    if name:
+        Path(name).write_text(f"{masked(str(error))}\n")
 
 
 def _read_composed(file: Path) -> Recipe:

@@ -10,7 +10,7 @@ from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ArtifactError, ProcessesDied
 from nemo_minitron.execution.runner import run_single
 from nemo_minitron.plan.folder import run_dir
-from nemo_minitron.processes.nodes import Nodes, release_nodes, serve_requests
+from nemo_minitron.processes.nodes import Nodes, ignore_signals_here, release_nodes, serve_requests
 from nemo_minitron.processes.output import without_secrets
 from nemo_minitron.system.disclosure import environment_of
 from nemo_minitron.system.safe_files import open_log, own_folder
@@ -33,6 +33,7 @@ def run_in_job(recipe: Recipe, stage: str) -> None:
             with suppress(ArtifactError):  # if another user owns the folder, the other nodes have refused it as well
                 release_nodes(nodes, store.own_work(stage))
         return
+    ignore_signals_here()
     own_folder(store.root, LOGS)
     log_file = store.paths.node_log(stage, nodes.rank)
     with (

@@ -248,6 +248,12 @@ def serve_requests(nodes: Nodes, work: Path, is_published: Callable[[], bool], o
     return 0
 
 
+def ignore_signals_here() -> None:
+    """Ignore stop signals in this process. On a node other than the first, the runner of the first decides the end."""
+    for number in SIGNALS.values():
+        signal.signal(number, signal.SIG_IGN)
+
+
 def ignore_stop_signals(start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
     """Start a child process that ignores stop signals. A child inherits the signals that its parent ignores."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS.values()}

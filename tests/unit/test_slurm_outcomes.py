@@ -141,6 +141,25 @@ def test_only_what_is_saved_in_this_job_counts(script: Script) -> None:
     assert script.result(KILLED)[1] == "ended and has saved nothing new in this job: not retried"
 
 
+INTERRUPT = ': >"$MINITRON_INTERRUPTED_FILE"; exit 130'
+
+
+def test_a_preempted_stage_is_requeued_even_if_it_has_saved_nothing(script: Script) -> None:
+    assert script.result(INTERRUPT)[1] == "continues in the next job"
+    assert script.calls("scontrol") == ["requeue 7"]
+    assert script.result(KILLED)[1] == "ended and has saved nothing new in this job: not retried"
+
+
+def test_a_preempted_stage_is_requeued_at_most_max_restarts_times(script: Script) -> None:
+    script.environment = {"SLURM_RESTART_COUNT": str(MAX_RESTARTS)}
+    assert script.result(INTERRUPT)[1] == f"has been restarted {MAX_RESTARTS} times: not retried"
+
+
+def test_a_stage_that_has_saved_nothing_before_its_time_limit_is_not_retried(script: Script) -> None:
+    text = "ended and has saved nothing new in this job: not retried"
+    assert script.result(f': >"$MINITRON_STOP_FILE"; {INTERRUPT}') == (1, text)
+
+
 def test_a_batch_that_is_added_to_an_existing_file_counts(script: Script) -> None:
     batch = f'echo "[]" >>"$WORK/rated.batches.jsonl"; {KILLED}'
     for _ in range(2):

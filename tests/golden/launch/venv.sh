@@ -26,6 +26,7 @@ id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 id=${id:-$SLURM_JOB_ID}
 export MINITRON_STOP_FILE="$launch/$stage.stop"
 export MINITRON_FAILED_FILE="$launch/$stage.failed"
+export MINITRON_INTERRUPTED_FILE="$launch/$stage.interrupted"
 
 say() { printf '%s minitron: job %s, restart %s, %s: %s\n' "$(date '+%F %T')" "$id" "$restarts" "$stage" "$1"; }
 is_done() { [ -f "$run/$stage/manifest.json" ]; }
@@ -40,9 +41,12 @@ saved() {
     } 2>/dev/null | cksum
 }
 
+# Slurm sends SIGTERM to the stage, not to this script, when it preempts the job with a grace time.
+is_preempted() { [ -e "$MINITRON_INTERRUPTED_FILE" ] && [ ! -e "$MINITRON_STOP_FILE" ]; }
+
 if is_done; then say 'has already finished'; exit 0; fi
 if [ -e "$MINITRON_FAILED_FILE" ]; then say "failed before: $(cat -- "$MINITRON_FAILED_FILE")"; exit 1; fi
-rm -f -- "$MINITRON_STOP_FILE"
+rm -f -- "$MINITRON_STOP_FILE" "$MINITRON_INTERRUPTED_FILE"
 before=$(saved)
 # The time limit is near: the stage finds this file, writes a checkpoint and exits.
 trap 'printf SIGUSR1 >"$MINITRON_STOP_FILE"; say "the time limit is near: requested a checkpoint"' USR1
@@ -68,7 +72,7 @@ done
 if is_done; then say 'finished'; exit 0; fi
 if [ -e "$MINITRON_FAILED_FILE" ]; then say "failed: $(cat -- "$MINITRON_FAILED_FILE")"; exit 1; fi
 if [ -e "$run/STOP" ]; then say "stopped by $run/STOP"; exit 1; fi
-if [ "$(saved)" = "$before" ]; then
+if [ "$(saved)" = "$before" ] && ! is_preempted; then
     say 'ended and has saved nothing new in this job: not retried' | tee "$MINITRON_FAILED_FILE"
     exit 1
 fi

@@ -1,0 +1,76 @@
+"""What `minitron stage` leaves for the job's script, and the nodes of a job other than the first."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.api import load_recipe
+from nemo_minitron.cli import stage as command
+from nemo_minitron.errors import DataError, Interrupted, ProcessesDied
+from nemo_minitron.execution import job
+from tests.conftest import REPO, TOY
+
+
+@pytest.mark.parametrize(
+    ("error", "written"),
+    [
+        (DataError("the data are damaged"), "failed"),
+        (ProcessesDied("killed"), None),
+        (Interrupted("Stopped as requested by SIGTERM"), "interrupted"),
+        (KeyboardInterrupt("SIGTERM"), "interrupted"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_file_says_how_the_stage_ended(
+    error: BaseException, written: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {name: tmp_path / name for name in ("failed", "interrupted")}
+    for name, file in files.items():
+        monkeypatch.setenv(f"MINITRON_{name.upper()}_FILE", str(file))
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(job, "run_in_job", fail)
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(load_recipe(TOY).model_dump(mode="json")))
+    with pytest.raises(type(error)):
+        command.stage(recipe, "distill")
+    assert [name for name, file in files.items() if file.exists()] == ([written] if written else [])
+    assert all(file.read_text().strip() == str(error) for file in files.values() if file.exists())
+
+
+OTHER_NODE = """
+import os, sys
+os.environ |= {"MINITRON_NODES": "2", "MINITRON_RENDEZVOUS": "node1:20001", "MINITRON_ATTEMPT": "7"}
+os.environ["SLURM_NODEID"] = "1"
+from nemo_minitron.api import load_recipe
+from nemo_minitron.execution import job
+serve = job.serve_requests
+def shown(*arguments):
+    print("serves", flush=True)
+    return serve(*arguments)
+job.serve_requests = shown
+job.run_in_job(load_recipe(sys.argv[1], [f"execution.run_root={sys.argv[2]}"]), "distill")
+"""
+
+
+def test_another_node_waits_for_the_first_after_a_stop_signal(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", OTHER_NODE, str(TOY), str(tmp_path)]
+    other = subprocess.Popen(words, cwd=REPO, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "serves\n"
+    other.send_signal(signal.SIGTERM)
+    time.sleep(1.0)
+    assert other.poll() is None, "the step would be killed before the first node has saved a checkpoint"
+    released = tmp_path / "toy/width/.work/distill/orders/7/end"
+    released.parent.mkdir(parents=True)
+    released.touch()
+    assert other.wait(60) == 0
