@@ -8,6 +8,7 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,8 @@ class Script:
     root: Path
     requeue: bool = True
     environment: dict[str, str] = field(default_factory=dict)
+    site: dict[str, Any] = field(default_factory=dict)
+    """Further keys of the cluster."""
 
     @property
     def run(self) -> Path:
@@ -63,7 +66,7 @@ class Script:
         job = Job("distill", ("distill",), 1, 1, resources, "core", uses_gpu=False, after=())
         context = JobContext("toy", self.run, self.failed.parent, folders, "minitron")
         script = self.root / "distill.sh"
-        script.write_text(render_script(job, Cluster(requeue=self.requeue), context))
+        script.write_text(render_script(job, Cluster(requeue=self.requeue, **self.site), context))
         environment = {
             "PATH": f"{self.root / 'bin'}:{os.environ['PATH']}",
             "RUN": str(self.run),
@@ -211,3 +214,42 @@ def test_the_signal_before_the_time_limit_requests_a_checkpoint(script: Script) 
     output, _ = started.communicate(timeout=60)
     assert "the time limit is near: requested a checkpoint" in output
     assert script.calls("scontrol") == ["requeue 7"]
+
+
+@pytest.mark.parametrize("last", ["true", "set -e -u +o pipefail"])
+def test_a_setup_script_may_read_unset_variables_and_set_options(last: str, script: Script) -> None:
+    setup = script.root / "setup.sh"
+    setup.write_text(f'[ -z "$BASHRCSOURCED" ] && export SITE=here\n{last}\n')
+    script.site = {"setup_script": str(setup), "modules": ("cuda",)}
+    script.program("module", 'exit "${UNSET_BY_DEFAULT:-0}"')
+    assert script.result(f'[ "$SITE" = here ] && {SAVE}; {KILLED}')[1] == "continues in the next job"
+    assert script.calls("module") == ["load cuda"]
+
+
+def test_a_relative_setup_script_is_below_the_folder_of_the_call(script: Script) -> None:
+    script.program("setup.sh", "exit 1")
+    (script.root / "setup.sh").write_text("export SITE=here")
+    script.site = {"setup_script": "setup.sh"}
+    assert script.result(f'[ "$SITE" = here ] && {FINISH}') == (0, "finished")
+
+
+@pytest.mark.parametrize(
+    ("setup", "module", "message"),
+    [
+        ("return 3", "exit 0", "minitron: {root}/setup.sh failed with exit code 3"),
+        (None, "exit 0", "minitron: {root}/setup.sh failed with exit code 1"),
+        ("true", "exit 1", "minitron: module cuda failed with exit code 1"),
+    ],
+)
+def test_a_stage_does_not_start_in_an_incomplete_environment(
+    setup: str | None, module: str, message: str, script: Script
+) -> None:
+    file = script.root / "setup.sh"
+    if setup is not None:
+        file.write_text(setup)
+    script.site = {"setup_script": str(file), "modules": ("cuda",)}
+    script.program("module", module)
+    started = script.start(FINISH)
+    output, _ = started.communicate(timeout=60)
+    assert (started.returncode, output.strip()) == (1, message.format(root=script.root))
+    assert not script.calls("srun")

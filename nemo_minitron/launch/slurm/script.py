@@ -226,9 +226,16 @@ def srun_options(cluster: Cluster, environment: Environment, folders: JobFolders
 
 
 def _setup(cluster: Cluster, context: JobContext) -> Iterator[str]:
+    site = [(f"module load {shlex.quote(module)}", f"module {module}") for module in cluster.modules]
     if cluster.setup_script is not None:
-        yield f"# shellcheck disable=SC1090,SC1091\n. {_quote(cluster.setup_script)}"
-    yield from (f"module load {shlex.quote(module)}" for module in cluster.modules)
+        file = context.folders.cwd / cluster.setup_script
+        site.insert(0, (f"# shellcheck disable=SC1090,SC1091\n. {_quote(file)}", str(file)))
+    if site:
+        yield "# Scripts of a site may read unset variables, and change options of this shell.\nset +u"
+        for command, name in site:
+            message = f"printf 'minitron: %s failed with exit code %s\\n' {_quote(name)} \"$?\""
+            yield f"{command} || {{ {message}; exit 1; }}"
+        yield "set +e -uo pipefail"
     if cluster.environment:
         yield f"# Sets {', '.join(cluster.environment)}; their values are in no script."
         yield f"# shellcheck disable=SC1090,SC1091\n. {_quote(context.folders.environment_file)} || exit 1"

@@ -17,9 +17,12 @@ unset "${!SRUN_@}" "${!SBATCH_@}" "${!SALLOC_@}" "${!SLURM_MEM_PER_@}" "${!SLURM
     SLURM_EXPORT_ENV "${!PMI@}" "${!OMPI_@}" "${!TORCHELASTIC_@}" \
     RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT
 
+# Scripts of a site may read unset variables, and change options of this shell.
+set +u
 # shellcheck disable=SC1090,SC1091
-. '/etc/site setup.sh'
-module load cuda/12.4
+. '/etc/site setup.sh' || { printf 'minitron: %s failed with exit code %s\n' '/etc/site setup.sh' "$?"; exit 1; }
+module load cuda/12.4 || { printf 'minitron: %s failed with exit code %s\n' 'module cuda/12.4' "$?"; exit 1; }
+set +e -uo pipefail
 # Sets NCCL_DEBUG; their values are in no script.
 # shellcheck disable=SC1090,SC1091
 . /shared/runs/llama31_8b/width_4b/launch/001/environment.sh || exit 1
