@@ -17,10 +17,13 @@ def run(
     until: Until = None,
 ) -> None:
     """Run the stages that have not finished. The same command continues after an interruption."""
+    from nemo_minitron.launch.status import require_no_jobs
+    from nemo_minitron.plan.folder import run_dir
     from nemo_minitron.plan.programs import foreign_programs
 
     loaded = api.load_recipe(recipe, overrides)
     plan = api.plan(loaded)
+    require_no_jobs(run_dir(loaded))
     print_warnings(foreign_programs(recipe, loaded.execution))
     started_s = time.monotonic()
     folder = api.run(plan, rerun=rerun or (), accept_drift=accept_drift, until=until)

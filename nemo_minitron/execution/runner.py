@@ -138,7 +138,8 @@ def run_single(recipe: Recipe, stage: str, *, patience_s: float = 0.0, quiet: bo
 
     Raises:
         PlanError: there is no such stage.
-        ArtifactError: another runner works on the stage, an input is missing, or the recipe has changed since.
+        ArtifactError: another runner works on the stage, an input is missing, or the stage on disk or one of its inputs
+            was made with another recipe.
         Interrupted: a stop was requested.
     """
     store = Store(run_dir(recipe))
@@ -148,8 +149,9 @@ def run_single(recipe: Recipe, stage: str, *, patience_s: float = 0.0, quiet: bo
         _require_stage(plan, stage)
         if plan.states[stage].status == "finished":
             return
-        if plan.states[stage].status == "changed":
-            raise _drift_error(plan, {stage}, store)
+        drifted = _changed(plan) & {stage, *plan.call(stage).depends}
+        if drifted:
+            raise _drift_error(plan, drifted, store)
         store.remove_leftovers(stage)
         store.require_free_paths([stage])
         preflight_evaluations(stage, plan.recipe, store, plan.recipe.stages)

@@ -88,6 +88,15 @@ def launching(run: Path) -> Iterator[None]:
         os.close(number)
 
 
+def still_active(job_ids: Sequence[str], last: Submission) -> ArtifactError:
+    """Return the error to raise if jobs of the last submission wait or run."""
+    return ArtifactError(
+        f"Jobs of this run are still there: {', '.join(job_ids[:8])}{' ...' if len(job_ids) > 8 else ''}.",
+        where=str(last.folder),
+        next_step="Watch them with `minitron status RECIPE`, or end them first with `minitron cancel RECIPE`.",
+    )
+
+
 def next_folder(run: Path) -> Path:
     """Return the folder of the next submission; it does not exist yet."""
     number = max((int(folder.name) for folder in _folders(run)), default=0) + 1

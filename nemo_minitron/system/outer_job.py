@@ -63,6 +63,11 @@ def job_variables(names: Iterable[str]) -> set[str]:
     return {name for name in names if name.startswith(JOB_PREFIXES) and name not in KEPT}
 
 
+def outer_job_ids(environment: Mapping[str, str]) -> set[str]:
+    """Return the id of the Slurm job that this process belongs to, and that of its array; empty outside of a job."""
+    return {environment[name] for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID") if name in environment}
+
+
 def without_outer_job(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment for a process that belongs to no job and no process group."""
     names = job_variables(environment) | launcher_variables(environment)

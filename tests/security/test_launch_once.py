@@ -19,7 +19,7 @@ from nemo_minitron.errors import ArtifactError, EnvironmentProblem
 from nemo_minitron.execution.runner import RunOptions
 from nemo_minitron.launch import record
 from nemo_minitron.launch.slurm.submit import submit
-from nemo_minitron.launch.status import job_facts
+from nemo_minitron.launch.status import job_facts, require_no_jobs
 from nemo_minitron.plan.planner import make_plan
 from tests.conftest import TOY, Cli
 from tests.support.fake_slurm import FakeSlurm
@@ -119,3 +119,37 @@ def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="The lock is a link"), record.launching(tmp_path):
         pass
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+def _submitted(run: Path) -> None:
+    folder = record.next_folder(run)
+    folder.mkdir(parents=True)
+    record.Submission(folder, "slurm", 0.0, (record.Submitted("teacher", ("teacher",), ("41",), "x"),)).write()
+
+
+@pytest.mark.parametrize("command", ["run", "launch"])
+def test_no_stage_runs_here_while_jobs_wait(command: str, tmp_path: Path, fake: FakeSlurm, minitron: Cli) -> None:
+    run = tmp_path / "runs/toy/width"
+    _submitted(run)
+    fake.set("squeue", "echo '41|PENDING|None|0:00|1:00||0|'")
+    words = [command, TOY, f"execution.run_root={tmp_path}/runs", "--until=teacher"]
+    code, output = minitron(*words)
+    assert code == 2
+    assert "Jobs of this run are still there: 41." in output
+    assert not (run / "teacher").exists()
+    fake.set("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    code, output = minitron(*words)
+    assert code == 0, output
+    assert (run / "teacher/manifest.json").is_file()
+
+
+@pytest.mark.parametrize("own", ["SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"])
+def test_a_job_of_the_run_may_run_the_recipe(
+    own: str, tmp_path: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _submitted(tmp_path)
+    fake.set("squeue", "echo '41|RUNNING|None|0:00|1:00||0|'")
+    with pytest.raises(ArtifactError, match="still there: 41"):
+        require_no_jobs(tmp_path)
+    monkeypatch.setenv(own, "41")
+    require_no_jobs(tmp_path)

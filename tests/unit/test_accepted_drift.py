@@ -15,22 +15,13 @@ from nemo_minitron.errors import ArtifactError
 from nemo_minitron.execution.runner import RunOptions, settle
 from nemo_minitron.plan.planner import RunPlan, refreshed
 from tests.conftest import TOY
+from tests.support.finished import finish
 
 OTHER_RATE = "stages.distill.lr=3e-4"
 
 
 def _plan(root: Path, *overrides: str) -> RunPlan:
     return load_plan(TOY, [f"execution.run_root={root}", *overrides])
-
-
-def _finish(plan: RunPlan, run: Path) -> None:
-    """Publish the stages of the plan that have to run, with empty outputs."""
-    store = Store(run)
-    for call in plan.calls:
-        if plan.states[call.name].status != "finished":
-            with store.building(call.name) as out:
-                facts = (plan.recipe.name, call.name, call.kind, call.fingerprint, call.payload, call.inputs, {})
-                store.publish(call.name, out, Manifest(*facts))
 
 
 def _statuses(plan: RunPlan) -> set[str]:
@@ -41,7 +32,7 @@ def _statuses(plan: RunPlan) -> set[str]:
 def run(tmp_path: Path) -> Path:
     """Return the folder of a finished run whose distillation was accepted with another learning rate."""
     folder = tmp_path / "toy/width"
-    _finish(_plan(tmp_path), folder)
+    finish(_plan(tmp_path))
     assert _statuses(_plan(tmp_path)) == {"finished"}
     settle(_plan(tmp_path, OTHER_RATE), RunOptions(accept_drift=True))
     assert _statuses(_plan(tmp_path, OTHER_RATE)) == {"finished"}
@@ -57,7 +48,7 @@ def _manifest(run: Path, stage: str) -> Manifest:
 def test_a_rerun_replaces_what_was_accepted(run: Path, tmp_path: Path) -> None:
     plan = settle(_plan(tmp_path, OTHER_RATE), RunOptions(rerun=("distill",)))
     assert plan.states["distill"].status == "to run"
-    _finish(plan, run)
+    finish(plan)
     assert _statuses(refreshed(plan)) == {"finished"}
     distilled = _manifest(run, "distill")
     assert distilled.fingerprint == plan.call("distill").fingerprint
@@ -69,12 +60,12 @@ def test_a_rerun_after_the_output_was_deleted_by_hand_replaces_what_was_accepted
     shutil.rmtree(run / "distill")
     plan = _plan(tmp_path, OTHER_RATE)
     assert plan.states["distill"].status == "to run"
-    _finish(settle(plan, RunOptions(rerun=("changed",))), run)
+    finish(settle(plan, RunOptions(rerun=("changed",))))
     assert _statuses(refreshed(plan)) == {"finished"}
 
 
 def test_a_rerun_withdraws_the_acceptance(run: Path, tmp_path: Path) -> None:
     for rate in ([OTHER_RATE], []):
-        _finish(settle(_plan(tmp_path, *rate), RunOptions(rerun=("distill",))), run)
+        finish(settle(_plan(tmp_path, *rate), RunOptions(rerun=("distill",))))
     with pytest.raises(ArtifactError, match="no longer matches"):
         settle(_plan(tmp_path, OTHER_RATE), RunOptions())

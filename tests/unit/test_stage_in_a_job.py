@@ -1,4 +1,4 @@
-"""What `minitron stage` leaves for the job's script, and the nodes of a job other than the first."""
+"""What `minitron stage` requires and leaves for the job's script, and the nodes of a job other than the first."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.api import load_recipe
+from nemo_minitron.api import load_plan, load_recipe
 from nemo_minitron.cli import stage as command
-from nemo_minitron.errors import DataError, Interrupted, ProcessesDied
+from nemo_minitron.errors import ArtifactError, DataError, Interrupted, ProcessesDied
 from nemo_minitron.execution import job
+from nemo_minitron.execution.runner import run_single
 from tests.conftest import REPO, TOY
+from tests.support.finished import finish
 
 
 @pytest.mark.parametrize(
@@ -51,8 +53,9 @@ OTHER_NODE = """
 import os, sys
 os.environ |= {"MINITRON_NODES": "2", "MINITRON_RENDEZVOUS": "node1:20001", "MINITRON_ATTEMPT": "7"}
 os.environ["SLURM_NODEID"] = "1"
-from nemo_minitron.api import load_recipe
+from nemo_minitron.api import load_plan, load_recipe
 from nemo_minitron.execution import job
+from nemo_minitron.execution.runner import run_single
 serve = job.serve_requests
 def shown(*arguments):
     print("serves", flush=True)
@@ -74,3 +77,12 @@ def test_another_node_waits_for_the_first_after_a_stop_signal(tmp_path: Path) ->
     released.parent.mkdir(parents=True)
     released.touch()
     assert other.wait(60) == 0
+
+
+def test_a_stage_does_not_read_an_input_of_another_recipe(tmp_path: Path) -> None:
+    submitted, other = ([f"execution.run_root={tmp_path}", f"stages.distill.lr={lr}"] for lr in ("1e-3", "3e-4"))
+    finish(load_plan(TOY, other), leave_out=["evaluate_distilled"])
+    with pytest.raises(ArtifactError, match=r"no longer matches .*\n  - distill: lr: 0.0003 -> 0.001") as caught:
+        run_single(load_recipe(TOY, submitted), "evaluate_distilled", quiet=True)
+    assert "--rerun distill" in str(caught.value)
+    assert not (tmp_path / "toy/width/evaluate_distilled").exists()

@@ -18,6 +18,7 @@ from nemo_minitron.launch.context import JobContext, cluster_of, dry_run_context
 from nemo_minitron.launch.docker.command import docker_environment, docker_run
 from nemo_minitron.launch.jobs import jobs_of, missing_images, misspelled_images
 from nemo_minitron.launch.record import Submission
+from nemo_minitron.launch.status import require_no_jobs
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan
 from nemo_minitron.schema.cluster import Cluster
@@ -66,6 +67,7 @@ def submit(plan: RunPlan, options: RunOptions, log: Log) -> Submission:
 
     Raises:
         EnvironmentProblem: the runtime is not installed, or a stage failed (its own message precedes this one).
+        ArtifactError: jobs of an earlier submission are active.
         Interrupted: a stage was interrupted.
     """
     cluster, run = cluster_of(plan.recipe), run_dir(plan.recipe)
@@ -75,6 +77,7 @@ def submit(plan: RunPlan, options: RunOptions, log: Log) -> Submission:
             next_step="Install it, or set execution.cluster.container.runtime=none.",
         )
     with record.launching(run):
+        require_no_jobs(run)
         plan = settle(plan, options)
         context = job_context(plan.recipe, record.next_folder(run))
         to_run = commands(plan, context, options)

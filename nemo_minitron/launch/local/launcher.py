@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from nemo_minitron.execution.runner import RunOptions, run_plan
 from nemo_minitron.launch.base import JobState, Launcher, Log, Step
 from nemo_minitron.launch.record import Submission
+from nemo_minitron.launch.status import require_no_jobs
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan
 
@@ -21,8 +22,10 @@ def submit(plan: RunPlan, options: RunOptions, log: Log) -> Submission:
     """Run the stages that have not finished.
 
     Raises:
+        ArtifactError: jobs of an earlier submission are active.
         MinitronError: as `run_plan`.
     """
+    require_no_jobs(run_dir(plan.recipe))
     run_plan(plan, options)
     return Submission(run_dir(plan.recipe), LAUNCHER.name, time.time())
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nemo_minitron.errors import ArtifactError, MinitronError, PlanError
+from nemo_minitron.errors import MinitronError, PlanError
 from nemo_minitron.execution.runner import RunOptions, settle
 from nemo_minitron.launch import record
 from nemo_minitron.launch.base import Log, Step
@@ -99,11 +99,7 @@ def require_no_jobs(run: Path) -> None:
         return
     active = client.active(with_queued(last).job_ids)
     if active:
-        raise ArtifactError(
-            f"Jobs of this run are still there: {', '.join(active[:8])}{' ...' if len(active) > 8 else ''}.",
-            where=str(last.folder),
-            next_step="Watch them with `minitron status RECIPE`, or end them first with `minitron cancel RECIPE`.",
-        )
+        raise record.still_active(active, last)
 
 
 def with_queued(last: Submission) -> Submission:
