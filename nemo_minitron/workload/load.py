@@ -121,19 +121,30 @@ def distillation_load(
 
 
 def alignment_load(
-    shape: ModelShape, num_steps: int, global_batch_size: int, seq_len_tokens: int, layout: Parallel, *, pairs: bool
+    shape: ModelShape,
+    num_steps: int,
+    global_batch_size: int,
+    seq_len_tokens: int,
+    layout: Parallel,
+    *,
+    answers_per_row: int = 1,
+    has_reference: bool = False,
 ) -> Load:
     """Return the load of a bf16 training by an alignment backend.
 
     Every row counts with the maximum length, so tokens and hours are upper bounds.
 
     Args:
-        pairs: whether a row has two answers and a frozen reference model is in memory beside the trained one.
+        answers_per_row: sequences in a row: two for pairs.
+        has_reference: whether a frozen reference model is in memory beside the trained one.
     """
-    answers, reference = (2, shape) if pairs else (1, None)
-    layout = layout.model_copy(update={"micro_batch_size": layout.micro_batch_size * answers})
-    work = Work(shape, layout, "bf16", seq_len_tokens, teacher=reference)
-    tokens = num_steps * global_batch_size * answers * seq_len_tokens
+    reference = shape if has_reference else None
+    micro_batches = max(1, global_batch_size // (layout.dp * layout.micro_batch_size))
+    in_micro_batch = layout.model_copy(update={"micro_batch_size": layout.micro_batch_size * answers_per_row})
+    # At most pp micro-batches are in flight. More would count as rounds of targets, which the reference does not keep.
+    in_flight = min(layout.pp, micro_batches)
+    work = Work(shape, in_micro_batch, "bf16", seq_len_tokens, num_micro_batches=in_flight, teacher=reference)
+    tokens = num_steps * global_batch_size * answers_per_row * seq_len_tokens
     return Load(work, tokens, training_flops_per_token(shape, reference, seq_len_tokens))
 
 

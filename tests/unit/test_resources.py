@@ -18,7 +18,7 @@ from nemo_minitron.plan.shapes import model_shape
 from nemo_minitron.schema.execution import Kernels, Parallel
 from nemo_minitron.schema.training import Fp8Teacher
 from nemo_minitron.stages.distill.params import DistillStage
-from nemo_minitron.workload.load import Load, distillation_load
+from nemo_minitron.workload.load import Load, alignment_load, distillation_load
 from nemo_minitron.workload.memory import GIB, memory_of
 from tests.conftest import REPO, TOY, Cli
 
@@ -207,6 +207,32 @@ def test_alignment_and_candidates_are_counted(tmp_path: Path) -> None:
     assert aligned["dpo"].memory.teacher == aligned["sft"].memory.weights, "the reference"
     searched = estimates(_plan(REPO / "recipes/toy/search.yaml", tmp_path))
     assert any(name.startswith("search_") for name in searched)
+
+
+def test_an_alignment_keeps_activations_of_all_micro_batches_in_flight(tmp_path: Path) -> None:
+    shape = model_shape(load_recipe(MINITRON_4B), "teacher")
+    assert shape is not None
+
+    def activations(batch: int, pp: int, dp: int = 1, **keys: Any) -> float:
+        return memory_of(alignment_load(shape, 10, batch, 4096, Parallel(pp=pp, dp=dp), **keys).work).activations / GIB
+
+    # The first of pp stages has 1 / pp of the layers, and pp micro-batches in flight.
+    assert activations(128, 4) == pytest.approx(activations(128, 1), rel=0.02)
+    assert activations(2, 4, dp=2) == pytest.approx(activations(128, 4) / 4, rel=0.02), "one micro-batch on each rank"
+    pairs = {"answers_per_row": 2, "has_reference": True}
+    assert activations(4, 4, **pairs) == pytest.approx(2 * activations(4, 4), rel=0.02)
+    assert activations(128, 4, **pairs) == pytest.approx(2 * activations(128, 4), rel=0.02)
+
+
+def test_a_row_of_a_ranking_has_two_answers(tmp_path: Path) -> None:
+    recipe = REPO / "recipes/toy/reinforce_model.yaml"
+    found = [
+        estimates(_plan(recipe, tmp_path, f"stages.attribute_model.reward={reward}"))["attribute_model"]
+        for reward in ("regression", "ranking")
+    ]
+    assert found[1].tokens == 2 * found[0].tokens
+    assert found[1].memory.activations > 1.9 * found[0].memory.activations
+    assert found[1].memory.teacher == 0
 
 
 def test_plan_shows_the_estimates_and_prints_them_as_json(

@@ -53,9 +53,14 @@ def _load(name: str, params: AlignStage, layout: Parallel, view: RecipeView) -> 
     shape = view.shape(params.inputs.model)
     if shape is None or params.num_steps is None:
         return None
-    pairs = isinstance(params, DpoStage)
     return alignment_load(
-        shape, params.num_steps, params.global_batch_size, params.max_seq_len_tokens, layout, pairs=pairs
+        shape,
+        params.num_steps,
+        params.global_batch_size,
+        params.max_seq_len_tokens,
+        layout,
+        answers_per_row=2 if _needed_rows(params) == "pairs" else 1,
+        has_reference=isinstance(params, DpoStage),
     )
 
 
@@ -98,7 +103,7 @@ def _steerlm2_load(name: str, params: Steerlm2Stage, layout: Parallel, view: Rec
     if shape is None or params.num_steps is None or not isinstance(sampling, AnswerSampling):
         return None
     answers = params.global_batch_size * sampling.answers_per_prompt
-    return alignment_load(shape, params.num_steps, answers, params.max_seq_len_tokens, layout, pairs=False)
+    return alignment_load(shape, params.num_steps, answers, params.max_seq_len_tokens, layout)
 
 
 SFT = StageKind(

@@ -48,9 +48,7 @@ def _load(name: str, params: DistillOfflineStage, layout: Parallel, view: Recipe
     shape = view.shape(params.inputs.model)
     if shape is None or params.num_steps is None:
         return None
-    return alignment_load(
-        shape, params.num_steps, params.global_batch_size, params.max_seq_len_tokens, layout, pairs=False
-    )
+    return alignment_load(shape, params.num_steps, params.global_batch_size, params.max_seq_len_tokens, layout)
 
 
 DISTILL_OFFLINE = StageKind(
