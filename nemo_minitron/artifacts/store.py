@@ -176,8 +176,9 @@ class Store:
             return
         require_real_folder(folder)
         target = own_folder(self.root, SUPERSEDED)
-        number = sum(1 for _ in target.glob(f"{stage}-*")) + 1
-        folder.rename(target / f"{stage}-{number}")
+        numbers = [other.name.removeprefix(f"{stage}-") for other in target.iterdir()]
+        last = max((int(number) for number in numbers if number.isdecimal()), default=0)
+        folder.rename(target / f"{stage}-{last + 1}")
 
     # --- work folders -------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,24 @@ def test_superseded_outputs_are_kept(tmp_path: Path) -> None:
         store.supersede("prune")
     kept = [(tmp_path / f".superseded/prune-{n}/file.txt").read_text() for n in (1, 2)]
     assert kept == ["a", "b"]
+
+
+def test_a_deleted_superseded_output_frees_no_number(tmp_path: Path) -> None:
+    store, kept = Store(tmp_path), tmp_path / ".superseded"
+    for _ in range(2):
+        _publish(store)
+        store.supersede("prune")
+        store.open_work("prune", "f").joinpath("checkpoint").touch()
+        store.open_work("prune", "g")
+    shutil.rmtree(kept / "prune-1")
+    shutil.rmtree(kept / "work-prune-1")
+    (kept / "prune-random-7").mkdir()  # of a stage with a longer name
+    _publish(store)
+    store.supersede("prune")
+    for fingerprint in ("f", "g"):
+        store.open_work("prune", fingerprint)
+    assert {"prune-2", "prune-3", "work-prune-2", "work-prune-3"} <= {folder.name for folder in kept.iterdir()}
+    assert "prune-8" not in {folder.name for folder in kept.iterdir()}
 
 
 def test_accepted_drift_is_recorded(tmp_path: Path) -> None:
