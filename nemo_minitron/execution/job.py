@@ -8,6 +8,7 @@ from nemo_minitron.artifacts.run_paths import LOGS
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ArtifactError, ProcessesDied
+from nemo_minitron.execution.ranks import load_error
 from nemo_minitron.execution.runner import run_single
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.processes.nodes import Nodes, ignore_signals_here, release_nodes, serve_requests
@@ -23,7 +24,7 @@ def run_in_job(recipe: Recipe, stage: str) -> None:
     """Run the stage until it is `finished`, together with the other nodes of this job.
 
     Raises:
-        MinitronError: on the first node, as `run_single`; on other nodes only ProcessesDied.
+        MinitronError: on the first node, as `run_single`; on other nodes the error of a rank, or ProcessesDied.
     """
     nodes, store = Nodes.here(), Store(run_dir(recipe))
     if nodes.rank == 0:
@@ -42,7 +43,9 @@ def run_in_job(recipe: Recipe, stage: str) -> None:
     ):
         code = serve_requests(nodes, store.own_work(stage), lambda: store.manifest(stage) is not None, output)
     if code:
-        raise ProcessesDied(
+        # The end of this node can end the first one before its runner has read the error.
+        error = load_error(store.work(stage))
+        raise error or ProcessesDied(
             f"The processes of stage {stage} on this node exited with code {code}.",
             where=str(log_file),
         )

@@ -60,10 +60,10 @@ def run_ranks(task: StageTask, stop: StopRequest) -> dict[str, Any]:
         start = lambda words, own: _start(words, own, output)  # noqa: E731
         process = start_everywhere(command, {**environment, **rendezvous}, nodes, work, start)
         code = _wait(process, work, stop, by_itself=by_itself)
-    reason = stop.source()
-    if reason is not None and not by_itself:
+    reason, error, result = stop.source(), load_error(work), exchange.load_result(work)
+    # An error that only the user can repair counts even if a stop was requested meanwhile.
+    if reason is not None and not by_itself and (error is None or isinstance(error, Interrupted)):
         raise Interrupted(f"Stopped in stage {task.name} as requested by {reason}; the same command continues.")
-    error, result = load_error(work), exchange.load_result(work)
     if error is not None:
         raise error
     if code or result is None:

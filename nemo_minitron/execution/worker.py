@@ -52,18 +52,27 @@ def main(task_file: Path) -> int:
         if a_rank_failed():
             return 1
         message = f"Stopped in stage {task.name} by {error}; the same command continues."
-        save_error(Interrupted(message), work)
+        _save_first(Interrupted(message), work)
         return 0
     except Interrupted as error:
         # All ranks exit with code 0, so that the agent does not end the others.
         if is_main:
-            save_error(error, work)
+            _save_first(error, work)
         return 0
     except MinitronError as error:
-        # The error of rank 0 takes precedence; another rank only writes its error if there is none yet.
-        if is_main or load_error(work) is None:
+        # The error of rank 0 takes precedence.
+        if is_main:
             save_error(error, work)
+        else:
+            _save_first(error, work)
         return 2
     if is_main:
         save_result(result, work)
     return 0
+
+
+def _save_first(error: MinitronError, work: Path) -> None:
+    """Write the error unless another rank has written one. Replace an interruption, which may be its consequence."""
+    written = load_error(work)
+    if written is None or (isinstance(written, Interrupted) and not isinstance(error, Interrupted)):
+        save_error(error, work)
