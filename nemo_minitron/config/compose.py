@@ -156,8 +156,10 @@ def _with_name_and_site(out: Any, file: Path, site: str | None) -> dict[str, Any
     assert isinstance(out, dict)
     out.setdefault("name", recipe_name(file))
     if site is not None:
-        execution = out.setdefault("execution", {})
-        execution["cluster"] = _merged(_read_cluster(site, file), execution.get("cluster") or {})
+        execution, chosen = out.setdefault("execution", {}), _read_cluster(site, file)
+        own = execution.get("cluster") or {} if isinstance(execution, dict) else None
+        if isinstance(own, dict):  # validation reports other values
+            execution["cluster"] = _merged(chosen, own)
     return {str(key): value for key, value in out.items()}
 
 

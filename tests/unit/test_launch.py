@@ -95,6 +95,25 @@ def test_a_cluster_is_a_file_by_name_or_by_path(tmp_path: Path) -> None:
         load_plan(TOY, [f"cluster={own}"])
 
 
+@pytest.mark.parametrize(
+    ("written", "override", "key"),
+    [
+        ("execution:", None, "execution"),
+        ("execution: laptop", None, "execution"),
+        ("execution: {cluster: slurm}", None, "execution.cluster"),
+        ("execution: {cluster: [slurm]}", None, "execution.cluster"),
+        ("", "execution.cluster=slurm", "execution.cluster"),
+    ],
+)
+def test_a_cluster_beside_a_value_that_is_no_mapping_is_a_message(
+    written: str, override: str | None, key: str, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(f"defaults: [toy/width, _self_]\n{written}\n")
+    with pytest.raises(ConfigError, match=rf"- {key}: input should be a valid dictionary"):
+        load_plan(recipe, [*([override] if override else []), "cluster=slurm"])
+
+
 def test_the_output_of_sinfo_is_parsed() -> None:
     found = partitions(
         "batch|up|4:00:00|gpu:a100:8(S:0-1)|30\nbatch|up|4:00:00|gpu:4|2\ndebug|down|infinite|(null)|1\n"
