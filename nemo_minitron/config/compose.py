@@ -130,7 +130,8 @@ def _not_composed(recipe: Path, file: Path, chain: Chain, overrides: Sequence[st
     """Return the error to raise: about an override with an unknown key if there is one, else Hydra's message."""
     if overrides:
         try:
-            stages = list(_compose(recipe, ())[1].get("stages") or {})
+            written = _compose(recipe, ())[1].get("stages")
+            stages = list(written) if isinstance(written, dict) else []
         except MinitronError:
             # The recipe itself cannot be composed, so report its error and not one about the overrides.
             stages = []

@@ -114,6 +114,14 @@ def test_a_cluster_beside_a_value_that_is_no_mapping_is_a_message(
         load_plan(recipe, [*([override] if override else []), "cluster=slurm"])
 
 
+@pytest.mark.parametrize("stages", ["5", "[1, 2]"])
+def test_an_unknown_override_of_a_recipe_without_stages_is_a_message(stages: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(f"stages: {stages}\n")
+    with pytest.raises(ConfigError, match="could not be composed"):
+        load_plan(recipe, ["nosuch.key=1"])
+
+
 def test_the_output_of_sinfo_is_parsed() -> None:
     found = partitions(
         "batch|up|4:00:00|gpu:a100:8(S:0-1)|30\nbatch|up|4:00:00|gpu:4|2\ndebug|down|infinite|(null)|1\n"
