@@ -8,6 +8,8 @@ import subprocess
 from collections.abc import Sequence
 from typing import Literal
 
+from nemo_minitron.system.outer_job import SCRIPT_NAMES
+
 TIMEOUT_S = 60.0
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,9 @@ def notify(
     if not command:
         return
     facts = {"RUN": run, "STAGE": stage, "STATUS": status, "MESSAGE": message}
-    environment = {**os.environ, **{f"MINITRON_{key}": value.replace("\0", "") for key, value in facts.items()}}
+    # The program may start another run, which has other nodes and files than this job.
+    own = {name: value for name, value in os.environ.items() if name not in SCRIPT_NAMES}
+    environment = {**own, **{f"MINITRON_{key}": value.replace("\0", "") for key, value in facts.items()}}
     try:
         subprocess.run(
             list(command), env=environment, stdin=subprocess.DEVNULL, timeout=TIMEOUT_S, check=True, capture_output=True

@@ -45,6 +45,18 @@ LAUNCHER_NAMES = (
     "PET_STANDALONE",
 )
 """Variables in which launch agents, MPI and enroot's PyTorch hook give each process its rank and rendezvous."""
+SCRIPT_NAMES = (
+    "MINITRON_NODES",
+    "MINITRON_SERVER_NODES",
+    "MINITRON_RENDEZVOUS",
+    "MINITRON_ATTEMPT",
+    "MINITRON_AGENT",
+    "MINITRON_LAST_LINK",
+    "MINITRON_STOP_FILE",
+    "MINITRON_FAILED_FILE",
+    "MINITRON_INTERRUPTED_FILE",
+)
+"""Variables that the script of a job of `minitron launch` sets for its stage."""
 DEVICE_NAMES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "NVIDIA_VISIBLE_DEVICES")
 """Variables that select the GPUs of this machine or job; they do not apply to another one."""
 USER_NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")
@@ -83,7 +95,7 @@ def for_slurm(environment: Mapping[str, str], *, exported: bool = False) -> dict
     kept = {
         name: value
         for name, value in without_outer_job(environment).items()
-        if name not in DEVICE_NAMES and not name.startswith(FILTER_PREFIXES)
+        if name not in (*DEVICE_NAMES, *SCRIPT_NAMES) and not name.startswith(FILTER_PREFIXES)
     }
     if "SLURM_JOB_ID" in environment:
         kept.pop("TMPDIR", None)  # often a folder that is deleted when the outer job ends

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from nemo_minitron.processes import nodes
 from nemo_minitron.processes.nodes import Nodes, start_everywhere
-from nemo_minitron.system.outer_job import dropped_defaults, for_slurm, without_outer_job
+from nemo_minitron.system.outer_job import SCRIPT_NAMES, dropped_defaults, for_slurm, without_outer_job
 from tests.conftest import REPO, TOY
 
 HOOKS = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -21,11 +22,18 @@ HOOKS = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "node
 
 def test_variables_of_an_outer_job_are_removed_and_others_are_kept() -> None:
     job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SRUN_DEBUG": "1", "SBATCH_QOS": "x", "PMI_RANK": "0", **HOOKS}
-    mine = {"PATH": "/bin", "SLURM_CONF": "/etc/x", "NCCL_DEBUG": "WARN", "MINITRON_NODES": "2", "GROUP_ID": "1"}
+    mine = {"PATH": "/bin", "SLURM_CONF": "/etc/x", "NCCL_DEBUG": "WARN", "GROUP_ID": "1"}
     assert without_outer_job({**job, **mine}) == mine
-    assert for_slurm({**job, **mine, "TMPDIR": "/tmp/7", "CUDA_VISIBLE_DEVICES": "0"}) == {**mine, "LC_ALL": "C"}
+    here = {"TMPDIR": "/tmp/7", "CUDA_VISIBLE_DEVICES": "0", **dict.fromkeys(SCRIPT_NAMES, "2")}
+    assert for_slurm({**job, **mine, **here}) == {**mine, "LC_ALL": "C"}
     assert for_slurm({"TMPDIR": "/scratch"})["TMPDIR"] == "/scratch", "not of a job"
     assert dropped_defaults({**job, **mine}) == ["SBATCH_QOS"]
+
+
+def test_all_variables_that_a_script_sets_are_known() -> None:
+    scripts = (REPO / "tests/golden/launch").glob("*.sh")
+    found = {name for file in scripts for name in re.findall(r"export (MINITRON_\w+)=", file.read_text())}
+    assert found == set(SCRIPT_NAMES) - {"MINITRON_LAST_LINK"}, "sbatch sets the latter"
 
 
 PRINT = "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[1], 'w'))"

@@ -16,6 +16,7 @@ from nemo_minitron.launch.context import JobContext, JobFolders
 from nemo_minitron.launch.jobs import Job
 from nemo_minitron.launch.slurm.script import render_script
 from nemo_minitron.schema.cluster import Cluster, Resources
+from nemo_minitron.system.outer_job import SCRIPT_NAMES
 
 MAX_RESTARTS = 3
 SAVE = 'mkdir -p "$WORK/checkpoints"; : >"$WORK/checkpoints/0_0.distcp"'
@@ -253,3 +254,16 @@ def test_a_stage_does_not_start_in_an_incomplete_environment(
     output, _ = started.communicate(timeout=60)
     assert (started.returncode, output.strip()) == (1, message.format(root=script.root))
     assert not script.calls("srun")
+
+
+def test_a_stage_gets_nothing_of_the_job_that_submitted_it(script: Script) -> None:
+    outer = {**dict.fromkeys(SCRIPT_NAMES, "2"), "SRUN_CPUS_PER_TASK": "2", "RANK": "1"}
+    script.environment = outer
+    seen = script.root / "seen"
+    script.result(f'env >"{seen}"; {FINISH}')
+    left = dict(line.split("=", 1) for line in seen.read_text().splitlines() if "=" in line)
+    folder = script.failed.parent
+    assert {name: left[name] for name in outer if name in left} == {
+        "MINITRON_LAST_LINK": "2",  # sbatch sets it for the links of a chain
+        **{f"MINITRON_{name}_FILE": f"{folder}/distill.{name.lower()}" for name in ("STOP", "FAILED", "INTERRUPTED")},
+    }

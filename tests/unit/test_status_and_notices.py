@@ -14,6 +14,7 @@ from nemo_minitron.api import load_plan
 from nemo_minitron.plan.describe import status_facts
 from nemo_minitron.report.status_page import HEIGHT, MARGIN, WIDTH, curve, render_status
 from nemo_minitron.system.notify import notify
+from nemo_minitron.system.outer_job import SCRIPT_NAMES
 from tests.conftest import TOY, Cli
 
 EVIL = "<script>alert(1)</script>"
@@ -91,6 +92,16 @@ def test_a_stage_that_ends_calls_the_users_program(tmp_path: Path, minitron: Cli
         heard.read_text().splitlines()[2].startswith("toy/width prune_random failed model.safetensors of stage teacher")
     )
     assert not list(tmp_path.glob("pwned"))
+
+
+def test_the_users_program_can_start_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SCRIPT_NAMES:
+        monkeypatch.setenv(name, "2")
+    seen = tmp_path / "seen"
+    notify(["sh", "-c", f"env >'{seen}'"], run="toy", stage="distill", status="finished")
+    names = {line.partition("=")[0] for line in seen.read_text().splitlines()}
+    assert {name for name in names if name.startswith("MINITRON_")} >= {"MINITRON_RUN", "MINITRON_STAGE"}
+    assert not names & set(SCRIPT_NAMES)
 
 
 @pytest.mark.parametrize("command", [("/nowhere/program",), (sys.executable, "-c", "raise SystemExit(1)")])

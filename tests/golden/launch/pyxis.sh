@@ -14,7 +14,8 @@ cd -- /shared/checkout || exit 1
 # Steps take their memory, binding and environment from this job, not from a job that submitted it.
 unset "${!SRUN_@}" "${!SBATCH_@}" "${!SALLOC_@}" "${!SLURM_MEM_PER_@}" "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" \
     SLURM_EXPORT_ENV "${!PMI@}" "${!OMPI_@}" "${!TORCHELASTIC_@}" \
-    RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT
+    RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT \
+    MINITRON_NODES MINITRON_SERVER_NODES MINITRON_RENDEZVOUS MINITRON_ATTEMPT MINITRON_AGENT
 # These are for the host's Python; the image has its own.
 unset PYTHONPATH PYTHONHOME
 
