@@ -116,6 +116,9 @@ def test_configs_are_complete(critic: Critic | None, tmp_path: Path) -> None:
     found = complete_config(settings.method, keys, {}, on_cpu=True, where="test")
     assert found["model"]["micro_batch_size"] == (1 if critic is None else 4)
     assert found["trainer"]["max_epochs"] == 4  # 40 prompts are 2 steps
+    assert found["trainer"][settings.method]["max_steps"] == 7
+    # NeMo's learning-rate schedule counts optimizer steps: 8 for 64 answers, 2 for 16.
+    assert found["trainer"]["max_steps"] == 7 * (8 if critic is None else 2)
     if critic is not None:
         keys = critic_keys(settings, critic, tmp_path / "nemo", tmp_path)
         assert complete_config("critic", keys, {}, on_cpu=True, where="test")["model"]["loss_clip_val"] == 0.2

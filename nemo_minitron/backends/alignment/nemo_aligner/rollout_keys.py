@@ -32,7 +32,8 @@ def actor_keys(rollouts: Rollouts, nemo: Path, context: TaskContext) -> dict[str
         **trainer_keys(layout),
         **_sizes(rollouts, key),
         "trainer.max_epochs": num_epochs,
-        "trainer.max_steps": rollouts.num_steps,
+        # The length of the learning-rate schedule, which counts optimizer steps.
+        "trainer.max_steps": rollouts.num_steps * _optimizer_steps(rollouts),
         f"trainer.{key}.max_epochs": num_epochs,
         f"trainer.{key}.max_steps": rollouts.num_steps,
         f"trainer.{key}.val_check_interval": interval,
@@ -130,4 +131,9 @@ def critic_steps(rollouts: Rollouts, num_steps: int) -> int:
     """Return the optimizer steps of the critic after this number of the actor's steps."""
     assert rollouts.critic is not None
     extra = rollouts.critic.warmup_steps if num_steps else 0
-    return (num_steps + extra) * (rollouts.prompts_per_step // rollouts.global_batch_size)
+    return (num_steps + extra) * _optimizer_steps(rollouts)
+
+
+def _optimizer_steps(rollouts: Rollouts) -> int:
+    """Return the optimizer steps in one step of the training."""
+    return rollouts.prompts_per_step * rollouts.answers_per_prompt // rollouts.global_batch_size
