@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -177,6 +178,7 @@ def test_the_row_of_a_prompt_gives_the_reference_and_the_rules() -> None:
 
 def test_prompts_fill_whole_steps(tmp_path: Path) -> None:
     """NeMo-Aligner's PPO stopped at the end of an epoch: "16 is not divisible by 32"."""
+    from nemo_minitron.errors import DataError
     from nemo_minitron.schema.execution import Execution
     from nemo_minitron.stages.artifacts import ChatRows
     from nemo_minitron.stages.common.prompts import write_prompts
@@ -190,8 +192,15 @@ def test_prompts_fill_whole_steps(tmp_path: Path) -> None:
     ctx = StageContext("rl", "test", tmp_path, tmp_path, Execution(), Progress(silent=True))
     chats = ChatRows("chats", "chat_data", tmp_path, "", {})
     found = write_prompts(params, template, chats, ctx)
+    assert found.stop == "<|im_end|>"
     assert (found.num_train, found.facts["train"]["left_over"]) == (8, 2)
     assert [len(file.read_text().splitlines()) for file in (found.train, found.valid)] == [8, 3]
+    template.tokenizer.eos_token = None
+    without_end = replace(
+        template, jinja="{% for message in messages %}{{ message['content'] }}\n{% endfor %}", stop=None
+    )
+    with pytest.raises(DataError, match="writes no special token after an answer"):
+        write_prompts(params, without_end, chats, ctx)
 
 
 def test_final_numbers_need_answers(minitron: Cli, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.backends.alignment.base import Critic, ModelReward, Rollouts, alignment_backend
+from nemo_minitron.data.chat.published import publish_template
 from nemo_minitron.data.chat.reward_texts import misreadings
 from nemo_minitron.data.chat.rows import ATTRIBUTES
-from nemo_minitron.data.chat.templates import set_template
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.evaluation.instructions import require_checkable, with_rules
@@ -85,7 +85,7 @@ def _train(params: RolloutStage, inputs: Inputs, ctx: StageContext, critic: Crit
         _require_checkable(prompts)
     rollouts = _rollouts(params, inputs, prompts, ctx, critic, reward_model)
     curve = alignment_backend().train_on_rewards(rollouts, ctx.out_dir, task_context(ctx))
-    set_template(ctx.out_dir, params.template)
+    publish_template(ctx.out_dir, params.template)
     return {
         **model_facts(ctx.out_dir),
         "method": params.kind,
