@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -209,6 +210,22 @@ def test_final_numbers_need_answers(minitron: Cli, tmp_path: Path) -> None:
     assert code == 2, output
     assert "rule final_number needs the answers of the rows" in output
     assert "evaluate_reinforce.inputs.chats: stage chat_data has prompts" in output
+
+
+def test_a_reference_without_a_number_is_found_before_the_training(tmp_path: Path) -> None:
+    from nemo_minitron.errors import DataError
+    from nemo_minitron.stages.common.prompts import Prompts
+    from nemo_minitron.stages.rollouts.run import _require_checkable
+
+    params: Any = training_on_prompts("final_number", 1, 1)
+    prompts = Prompts(tmp_path / "train.jsonl", tmp_path / "valid.jsonl", 1, "", {})
+    prompts.train.write_text(json.dumps({"text": "What is 2 * 2?", "reference": "#### 4"}) + "\n")
+    prompts.valid.write_text(json.dumps({"text": "What is 2 + 2?", "reference": "#### four"}) + "\n")
+    with pytest.raises(DataError, match="no final number"):
+        _require_checkable(params, prompts)
+    _require_checkable(training_on_prompts("random", 1, 1), prompts)  # type: ignore[arg-type]
+    prompts.valid.write_text(prompts.train.read_text())
+    _require_checkable(params, prompts)
 
 
 def test_instructions_are_tried_before_the_training(tmp_path: Path) -> None:
