@@ -34,13 +34,18 @@ def plan(
 
     from nemo_minitron.plan.checks import find_problems
     from nemo_minitron.plan.describe import plan_facts
+    from nemo_minitron.plan.heldout_rows import heldout_warnings
     from nemo_minitron.plan.resources.summary import memory_warnings, resource_facts
     from nemo_minitron.plan.text_amounts import text_warnings
 
     problems = [*find_problems(found), *_missing_for_launch(found)]
     resources = resource_facts(found)
     facts = {**plan_facts(found), "problems": problems, "resources": resources}
-    facts["warnings"] = [*text_warnings(found), *memory_warnings(found, resources)]
+    facts["warnings"] = [
+        *heldout_warnings(found.recipe.stages),
+        *text_warnings(found),
+        *memory_warnings(found, resources),
+    ]
     if as_json:
         write(json.dumps(facts, indent=2))
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +11,6 @@ from numpy.typing import NDArray
 from scipy import stats
 
 NUM_BOOTSTRAPS, SEED = 1000, 0
-_FINAL = re.compile(r"####\s*([-+]?[\d,.]*\d)")
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
 
 
 def preference_metrics(chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, float | None]:
@@ -52,22 +49,6 @@ def answer_loss(log_probs: Sequence[float], sizes: Sequence[int]) -> dict[str, f
 
 def _standard_error(values: NDArray[Any]) -> float | None:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-
-
-def final_answer(text: str) -> str | None:
-    """Return the number after `####`, the mark of GSM8K (2110.14168), or the last number of a text without the mark."""
-    marked = _FINAL.findall(text)
-    found = marked or _NUMBER.findall(text)
-    return found[-1].replace(",", "").rstrip(".") if found else None
-
-
-def is_exact_match(text: str, wanted: str) -> bool:
-    """Return whether both texts have the same final answer."""
-    one, other = final_answer(text), final_answer(wanted)
-    try:
-        return one is not None and other is not None and float(one) == float(other)
-    except ValueError:
-        return one == other
 
 
 def rank_correlation(levels: Sequence[Sequence[float]], lengths: Sequence[Sequence[float]]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from nemo_minitron.errors import ConfigError, DataError
-from nemo_minitron.evaluation.chat_metrics import is_exact_match
+from nemo_minitron.evaluation.final_number import is_exact_match
 from nemo_minitron.evaluation.instructions import follows, with_rules
 from nemo_minitron.schema.rewards import RewardRule
 

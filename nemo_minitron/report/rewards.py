@@ -37,13 +37,17 @@ def reward_table(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             [
                 row["stage"],
                 f"{row['num_steps']:,}",
-                *(f"{one['reward']:.3f} ± {one['reward_se']:.3f}" for one in (start, end)),
+                *(_with_error(one["reward"], one.get("reward_se")) for one in (start, end)),
                 f"{end['kl_nats_per_token']:.3f}",
                 f"{start['answer_tokens']:.1f} -> {end['answer_tokens']:.1f}",
                 f"{1 - start['ended']:.0%} -> {1 - end['ended']:.0%}",
             ]
         )
     return {"title": "Trained on rewards; answers to held-out prompts", "header": header, "rows": rows}
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
 
 
 def reward_samples(stages: Sequence[Artifact]) -> Rows:

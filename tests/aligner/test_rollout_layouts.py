@@ -26,6 +26,8 @@ pytestmark = pytest.mark.slow
 
 LAYOUTS = {"pp2": Parallel(pp=2), "dp2": Parallel(dp=2)}
 PENALTY = 0.3
+STEPS = 3
+"""Optimizer steps for the answers of each step."""
 PARTS = {
     "reinforce": {"initial_policy_kl_penalty": PENALTY, "use_absolute_kl": True},
     "ppo": {**PPO_KEYS, "use_absolute_kl": False, "normalize_advantages": False},
@@ -70,7 +72,7 @@ def by_aligner(
     settings = replace(
         settings_of(critic, work),
         max_seq_len_tokens=64,
-        prompts_per_step=count // 4 if critic is None else count,
+        prompts_per_step=STEPS * count // 4 if critic is None else STEPS * count,
         global_batch_size=count,
     )
     context = TaskContext("rl", work, layout, "cpu", 1, *quiet())
@@ -99,6 +101,8 @@ def by_aligner(
     found = run_task(
         "rollout_gradients", task, work / "task", work / "log.txt", *quiet(), num_processes=processes, threads=1
     )
+    extra = 0 if part != "critic" or critic is None else critic.warmup_steps
+    assert found["schedule_steps"] == STEPS * (settings.num_steps + extra)
     return found["loss"], work / "start", work / "gradients"
 
 

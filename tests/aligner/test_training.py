@@ -24,9 +24,13 @@ from tests.support.tiny_models import load_transformers, tiny_model_dir
 pytestmark = pytest.mark.slow
 
 NUM_ROWS = 24
+ONE_MICRO_BATCH = {
+    f"model.{section}micro_batch_size": NUM_ROWS for section in ("", "data.train_ds.", "data.validation_ds.")
+}
+"""A batch's loss is the mean over micro-batches of the mean over tokens, which depends on the order of the rows."""
 METHODS: dict[str, tuple[Method, dict[str, Any]]] = {
-    "sft": ("sft", {}),
-    "attribute-conditioned sft": ("sft", {}),
+    "sft": ("sft", ONE_MICRO_BATCH),
+    "attribute-conditioned sft": ("sft", ONE_MICRO_BATCH),
     **{kind: ("dpo", {"model.dpo.preference_loss": kind}) for kind in ("dpo", "ipo", "rpo_sq", "rpo_bwd_kl")},
     "rpo_fwd_kl": ("dpo", {"model.dpo.preference_loss": "rpo_fwd_kl"}),
     "regression": ("reward_model", {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from functools import lru_cache
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from nemo_minitron.data.chat.lengths import LengthStats
+from nemo_minitron.data.chat.published import publish_template
 from nemo_minitron.data.chat.render import Purpose, pair_row, rated_row, render_rows, sft_rows
 from nemo_minitron.data.chat.rows import ATTRIBUTES, BadRow
 from nemo_minitron.data.chat.templates import TEMPLATES, set_template
@@ -301,6 +303,43 @@ def test_the_models_own_template_is_unchanged(model_dir: Path) -> None:
     before = {file.name: file.read_bytes() for file in model_dir.iterdir()}
     set_template(model_dir, "model")
     assert {file.name: file.read_bytes() for file in model_dir.iterdir()} == before
+
+
+OWN = (
+    "{%- for message in messages -%}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
+)
+"""A template that ends a turn with another token than eos, as in the base models of Qwen2.5."""
+
+
+@pytest.mark.parametrize(
+    ("jinja", "expected"),
+    [
+        (OWN, "<|im_end|>"),
+        ("{%- for message in messages -%}{{ message['content'] }} {{ eos_token }}{%- endfor -%}", "<|endoftext|>"),
+        ("{%- for message in messages -%}{{ message['content'] }}\n{%- endfor -%}", "<|endoftext|>"),
+        ("{{ raise_exception('no') }}", "<|endoftext|>"),
+    ],
+)
+def test_the_end_of_a_turn_is_the_first_special_token_after_an_answer(jinja: str, expected: str) -> None:
+    own = copy.deepcopy(tokenizer())
+    own.chat_template = jinja
+    assert ChatTemplate.bind(own, "model").end_of_turn() == expected
+    assert template("extra_id").end_of_turn() == TEMPLATES["extra_id"].stop
+    own.eos_token = None
+    without = ChatTemplate.bind(own, "model").end_of_turn()
+    assert without == (expected if jinja == OWN else None)
+
+
+def test_a_published_model_ends_generation_where_its_own_template_ends_a_turn(model_dir: Path) -> None:
+    (model_dir / "chat_template.jinja").write_text(OWN)
+    before = {file.name: file.read_bytes() for file in model_dir.iterdir() if file.name != "generation_config.json"}
+    for _ in range(2):
+        publish_template(model_dir, "model")
+        stop = tokenizer().convert_tokens_to_ids("<|im_end|>")
+        assert json.loads((model_dir / "generation_config.json").read_text())["eos_token_id"] == [0, stop]
+    assert before.items() <= {file.name: file.read_bytes() for file in model_dir.iterdir()}.items()
 
 
 def test_a_folder_without_tokenizer_is_a_clear_error(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,10 @@ from nemo_minitron.evaluation.answers import answer_log_probs
 from nemo_minitron.evaluation.attributes import agreement
 from nemo_minitron.evaluation.chat_metrics import (
     answer_loss,
-    final_answer,
-    is_exact_match,
     preference_metrics,
     rank_correlation,
 )
+from nemo_minitron.evaluation.final_number import final_number, is_exact_match
 from nemo_minitron.stages.annotate.params import AnnotateStage
 from nemo_minitron.stages.annotate.run import merged
 from nemo_minitron.system.progress import Progress
@@ -49,16 +49,50 @@ def test_the_loss_per_token_has_the_error_of_a_ratio() -> None:
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [("so 3 + 4 = 7\n#### 7", "7"), ("#### 1,200.", "1200"), ("about 12 apples, or 13", "13"), ("none", None)],
+    [
+        ("so 3 + 4 = 7\n#### 7", "7"),
+        ("#### 1,200.", "1200"),
+        ("about 12 apples, or 13", "13"),
+        ("none", None),
+        ("#### 1/2", "1/2"),
+        ("#### -1/3 of it", "-1/3"),
+        ("#### 1/0", None),
+        ("#### -$5", "-5"),
+        ("#### $-5.50", "-5.5"),
+        ("it is \u22125", "-5"),
+        ("#### $18 in 2 days", "18"),
+        ("12-18", "18"),
+        ("x-5", "5"),
+        ("7 - 5", "5"),
+        ("#### +5", "5"),
+        ("####-5", "-5"),
+        ("#### 1 234", "1234"),
+        ("#### 1\u202f234\u202f567.5", "1234567.5"),
+        ("#### 18 2", "18"),
+        ("#### 2024 300", None),
+        ("#### 3,5", None),
+        ("#### 12,34", None),
+        ("#### 1.2.3", None),
+        ("1, 2 or 3", "3"),
+        ("3/4/2024", None),
+        ("it is .5", "0.5"),
+        ("so...5", "5"),
+        ("#### Answer\nIt is 6.", "6"),
+        ("#### 5\n#### 6", "6"),
+        ("9" * 5000, None),
+    ],
 )
-def test_the_final_answer(text: str, wanted: str | None) -> None:
-    assert final_answer(text) == wanted
+def test_the_final_number(text: str, wanted: str | None) -> None:
+    assert final_number(text) == (None if wanted is None else Fraction(wanted))
 
 
 def test_exact_match_compares_numbers() -> None:
     assert is_exact_match("The answer is 72.0", "x\n#### 72")
     assert not is_exact_match("#### 71", "#### 72")
     assert not is_exact_match("no idea", "#### 72")
+    assert not is_exact_match("no idea", "none either")
+    assert not is_exact_match("#### 1/3", "#### 1/2")
+    assert is_exact_match("#### 0.5", "#### 1/2")
 
 
 def test_rank_correlation_is_spearmans() -> None:

@@ -12,6 +12,7 @@ from nemo_minitron.artifacts.types import Artifact
 from nemo_minitron.backends.alignment.base import CURVES_FILE
 from nemo_minitron.report.alignment import alignment_facts, tables
 from nemo_minitron.report.html import _alignment_pictures
+from nemo_minitron.report.rewards import reward_table
 
 CURVE = [
     {"step": 0, "val/loss": 3.9, "val/loss_se": 0.11},
@@ -54,6 +55,12 @@ def facts(tmp_path: Path) -> dict[str, Any]:
     )
     assert found is not None
     return dict(json.loads(json.dumps(found)))  # as it is read from report.json
+
+
+def test_the_reward_of_a_single_answer_has_no_error() -> None:
+    one = {"reward": 0.25, "kl_nats_per_token": 0.1, "answer_tokens": 3.0, "ended": 1.0}
+    training = {"stage": "rl", "num_steps": 2, "start": one, "end": {**one, "reward": 0.5, "reward_se": 0.1}}
+    assert reward_table([training])["rows"][0][2:4] == ["0.250", "0.500 ± 0.100"]
 
 
 def test_the_loss_has_a_first_point_and_errors(facts: dict[str, Any]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,6 +118,9 @@ def test_configs_are_complete(critic: Critic | None, tmp_path: Path) -> None:
     found = complete_config(settings.method, keys, {}, on_cpu=True, where="test")
     assert found["model"]["micro_batch_size"] == (1 if critic is None else 4)
     assert found["trainer"]["max_epochs"] == 4  # 40 prompts are 2 steps
+    assert found["trainer"][settings.method]["max_steps"] == 7
+    # NeMo's learning-rate schedule counts optimizer steps: 8 for 64 answers, 2 for 16.
+    assert found["trainer"]["max_steps"] == 7 * (8 if critic is None else 2)
     if critic is not None:
         keys = critic_keys(settings, critic, tmp_path / "nemo", tmp_path)
         assert complete_config("critic", keys, {}, on_cpu=True, where="test")["model"]["loss_clip_val"] == 0.2
@@ -174,6 +179,7 @@ def test_the_row_of_a_prompt_gives_the_reference_and_the_rules() -> None:
 
 def test_prompts_fill_whole_steps(tmp_path: Path) -> None:
     """NeMo-Aligner's PPO stopped at the end of an epoch: "16 is not divisible by 32"."""
+    from nemo_minitron.errors import DataError
     from nemo_minitron.schema.execution import Execution
     from nemo_minitron.stages.artifacts import ChatRows
     from nemo_minitron.stages.common.prompts import write_prompts
@@ -187,8 +193,15 @@ def test_prompts_fill_whole_steps(tmp_path: Path) -> None:
     ctx = StageContext("rl", "test", tmp_path, tmp_path, Execution(), Progress(silent=True))
     chats = ChatRows("chats", "chat_data", tmp_path, "", {})
     found = write_prompts(params, template, chats, ctx)
+    assert found.stop == "<|im_end|>"
     assert (found.num_train, found.facts["train"]["left_over"]) == (8, 2)
     assert [len(file.read_text().splitlines()) for file in (found.train, found.valid)] == [8, 3]
+    template.tokenizer.eos_token = None
+    without_end = replace(
+        template, jinja="{% for message in messages %}{{ message['content'] }}\n{% endfor %}", stop=None
+    )
+    with pytest.raises(DataError, match="writes no special token after an answer"):
+        write_prompts(params, without_end, chats, ctx)
 
 
 def test_final_numbers_need_answers(minitron: Cli, tmp_path: Path) -> None:
@@ -197,6 +210,22 @@ def test_final_numbers_need_answers(minitron: Cli, tmp_path: Path) -> None:
     assert code == 2, output
     assert "rule final_number needs the answers of the rows" in output
     assert "evaluate_reinforce.inputs.chats: stage chat_data has prompts" in output
+
+
+def test_a_reference_without_a_number_is_found_before_the_training(tmp_path: Path) -> None:
+    from nemo_minitron.errors import DataError
+    from nemo_minitron.stages.common.prompts import Prompts
+    from nemo_minitron.stages.rollouts.run import _require_checkable
+
+    params: Any = training_on_prompts("final_number", 1, 1)
+    prompts = Prompts(tmp_path / "train.jsonl", tmp_path / "valid.jsonl", 1, "", {})
+    prompts.train.write_text(json.dumps({"text": "What is 2 * 2?", "reference": "#### 4"}) + "\n")
+    prompts.valid.write_text(json.dumps({"text": "What is 2 + 2?", "reference": "#### four"}) + "\n")
+    with pytest.raises(DataError, match="no final number"):
+        _require_checkable(params, prompts)
+    _require_checkable(training_on_prompts("random", 1, 1), prompts)  # type: ignore[arg-type]
+    prompts.valid.write_text(prompts.train.read_text())
+    _require_checkable(params, prompts)
 
 
 def test_instructions_are_tried_before_the_training(tmp_path: Path) -> None:

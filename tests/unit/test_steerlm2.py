@@ -18,6 +18,7 @@ from nemo_minitron.backends.alignment import base
 from nemo_minitron.backends.alignment.base import CURVES_FILE, LossPoint
 from nemo_minitron.data.chat.rows import ATTRIBUTES
 from nemo_minitron.data.chat.templates import set_template
+from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import DataError, Interrupted, PlanError
 from nemo_minitron.evaluation import sampling
 from nemo_minitron.evaluation.attribute_likelihood import (
@@ -39,6 +40,7 @@ from nemo_minitron.stages.common.batch_file import SUFFIX, BatchFile
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.steerlm2_answers import run as stage
 from nemo_minitron.stages.steerlm2_answers.params import Steerlm2AnswersStage
+from nemo_minitron.stages.steerlm2_answers.prompts import select_prompts
 from nemo_minitron.stages.steerlm2_answers.run import steerlm2_answers
 from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Progress
@@ -288,6 +290,24 @@ def test_a_stop_request_ends_the_stage_after_a_batch(
 def test_attributes_of_the_stage_replace_those_of_the_rows(run: Run) -> None:
     _, ctx = run(attributes={"verbosity": 1, "quality": 4}, max_attempts=9, max_train_prompts=2)
     assert [row["label"] for row in _rows(ctx, "train")] == ["quality:4,verbosity:1"] * 2
+
+
+@pytest.mark.parametrize("most", [None, 2, 4])
+def test_bad_rows_are_limited_among_the_rows_that_were_read(most: int | None, tmp_path: Path) -> None:
+    chats = _chats(tmp_path)
+    rows = [json.loads(line) for line in chats.file("train").read_text().splitlines()]
+    rows[1]["messages"][1]["content"] = "<|im_end|>"
+    chats.file("train").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tiny_model_dir(tmp_path, "llama_gqa_tied")
+    set_template(folder, "chatml")
+    template = ChatTemplate.load(folder, "chatml")
+    sizes: dict[str, Any] = {"answers_per_prompt": 3, "max_new_tokens": 60, "max_seq_len_tokens": 200}
+    params = Steerlm2AnswersStage(kind="steerlm2_answers", **sizes, max_train_prompts=most)
+    with pytest.raises(DataError, match=f"1 of {3 if most == 2 else 5} rows are bad"):
+        select_prompts(params, template, chats, "stages.test")
+    allowed = params.model_copy(update={"max_bad_fraction": 0.34})
+    found = select_prompts(allowed, template, chats, "stages.test")
+    assert found.counts["train"] == {"prompts": most or 4, "repeated": 0, "too_long": 0, "bad": 1}
 
 
 @pytest.mark.parametrize(

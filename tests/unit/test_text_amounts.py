@@ -9,7 +9,9 @@ import pytest
 
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.errors import ArtifactError
+from nemo_minitron.plan.heldout_rows import heldout_warnings
 from nemo_minitron.plan.text_amounts import too_little_text
+from nemo_minitron.schema.base import StageParams
 from nemo_minitron.stages.registry import STAGES
 
 COMMON = {"lr": 1e-3, "num_steps": 10, "global_batch_size": 4, "seq_len_tokens": 16, "valid_num_tokens": 600}
@@ -64,3 +66,15 @@ def test_damaged_facts_end_in_a_message_and_missing_ones_in_none(tmp_path: Path)
     (tmp_path / "data/data.json").write_text('{"train": []}')
     with pytest.raises(ArtifactError, match="does not list its sources"):
         list(too_little_text("one", params, Store(tmp_path), {"data"}))
+
+
+def test_two_stages_that_split_the_same_rows_differently_are_named() -> None:
+    def chats(source: str, valid_rows: int, seed: int = 1) -> StageParams:
+        keys = {"kind": "chat_data", "rows": "conversations", "sources": [{"source": source}]}
+        return STAGES["chat_data"].params.model_validate({**keys, "valid_rows": valid_rows, "seed": seed})
+
+    same = {"one": chats("a.jsonl", 24), "two": chats("a.jsonl", 24), "three": chats("b.jsonl", 8)}
+    assert list(heldout_warnings(same)) == []
+    (warning,) = heldout_warnings({**same, "three": chats("b.jsonl", 8), "four": chats("b.jsonl", 16)})
+    assert warning.startswith("stages.three and stages.four both read b.jsonl, with valid_rows = 8 and 16")
+    assert len(list(heldout_warnings({**same, "two": chats("a.jsonl", 24, seed=2)}))) == 1

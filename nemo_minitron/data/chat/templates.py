@@ -108,12 +108,14 @@ def set_template(model_dir: Path, name: TemplateName) -> None:
     shutil.rmtree(model_dir / NAMED_TEMPLATES, ignore_errors=True)
     (model_dir / TEMPLATE_FILE).write_text(template.jinja, encoding="utf-8")
     _write(model_dir / CONFIG_FILE, {**config, "chat_template": template.jinja})
-    stop_id = _token_id(model_dir, template.stop)
-    if stop_id is not None:
-        _add_stop(model_dir / GENERATION_FILE, stop_id)
+    add_stop(model_dir, template.stop)
 
 
-def _add_stop(file: Path, stop_id: int) -> None:
+def add_stop(model_dir: Path, stop: str) -> None:
+    """Add the text that ends an answer to the tokens that end generation, if it is a single token of the tokenizer."""
+    file, stop_id = model_dir / GENERATION_FILE, _token_id(model_dir, stop)
+    if stop_id is None:
+        return
     config = _read(file if file.is_file() else file.with_name("config.json"))
     if not file.is_file():
         config = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}

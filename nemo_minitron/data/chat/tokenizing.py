@@ -21,6 +21,11 @@ from nemo_minitron.schema.base import TEMPLATE_DATE
 from nemo_minitron.schema.chats import TemplateName
 
 Attributes = Mapping[str, float]
+_PROBE: tuple[Message, ...] = (
+    {"role": "user", "content": "What is six times seven?"},
+    {"role": "assistant", "content": "Forty-two."},
+)
+"""Dialogue whose rendering shows what a template writes after an answer."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,22 @@ class ChatTemplate:
         found: list[int] = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         require_known_ids(found, self.vocab_size, self.tokenizer, str(self.tokenizer.name_or_path))
         return found
+
+    def end_of_turn(self) -> str | None:
+        """Return the text that ends an answer, for programs that generate; None if the tokenizer has no such token.
+
+        With `stop` = None it is the first special token after the answer of a short dialogue, otherwise the eos token.
+        """
+        if self.stop is not None:
+            return self.stop
+        try:
+            dialogue = self._apply(_PROBE, None, add_generation_prompt=False)
+        except BadRow:  # for instance, the template requires a system message
+            dialogue = ""
+        _, answer, tail = dialogue.rpartition(_PROBE[-1]["content"])
+        found = self.markers.search(tail) if answer else None
+        eos: str | None = self.tokenizer.eos_token
+        return eos if found is None else found.group()
 
     def spelled_stop(self) -> str | None:
         """Return the stop text if it is several tokens, so that no single token id ends an answer; otherwise None."""

@@ -118,6 +118,7 @@ SFT = StageKind(
     trains=True,
     report="alignment",
     chat_rank=5,
+    version=2,
     shape=_shape,
     problems=_problems,
     load=_load,
@@ -141,5 +142,6 @@ TRAIN_ATTRIBUTE_MODEL = replace(
     run="nemo_minitron.stages.align.run:train_attribute_model",
     outputs=(Output.REWARD_MODEL,),
     chat_rank=None,
+    version=1,
     shape=lambda name, params, view: None,
 )

@@ -44,10 +44,10 @@ def train_and_publish(
     template: TemplateName,
 ) -> Result:
     """Train, and publish a Hugging Face model with its template and curves."""
-    from nemo_minitron.data.chat.templates import set_template
+    from nemo_minitron.data.chat.published import publish_template
 
     facts = train(params, objective, model_dir, rows, ctx)
-    set_template(ctx.out_dir, template)
+    publish_template(ctx.out_dir, template)
     return {**model_facts(ctx.out_dir), **facts}
 
 

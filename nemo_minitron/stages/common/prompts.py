@@ -37,7 +37,8 @@ def write_prompts(params: RolloutTraining, template: ChatTemplate, chats: ChatRo
     that is also a training prompt is left out.
 
     Raises:
-        DataError: the template cannot render too many rows, or fewer prompts are left than a step needs.
+        DataError: the template cannot render too many rows, fewer prompts are left than a step needs, or nothing ends
+            an answer.
     """
     folder, where = ctx.work_dir / "prompts", f"stages.{ctx.name}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +53,13 @@ def write_prompts(params: RolloutTraining, template: ChatTemplate, chats: ChatRo
         lines = [json.dumps({"text": prompt.text, **_for_rules(prompt.row)}) + "\n" for prompt in found.prompts]
         (folder / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
         facts[part] = found.counts()
-    stop = template.stop or str(template.tokenizer.eos_token)
+    stop = template.end_of_turn()
+    if stop is None:
+        raise DataError(
+            "The chat template writes no special token after an answer, and the tokenizer has no eos token.",
+            where=f"{where}.template",
+            next_step="Choose another template, or add an eos token to the model's tokenizer.",
+        )
     return Prompts(folder / "train.jsonl", folder / "valid.jsonl", facts["train"]["prompts"], stop, facts)
 
 

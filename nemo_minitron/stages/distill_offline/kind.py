@@ -63,6 +63,7 @@ DISTILL_OFFLINE = StageKind(
     trains=True,
     report="alignment",
     chat_rank=4,
+    version=2,
     shape=_shape,
     problems=_problems,
     load=_load,

@@ -11,8 +11,9 @@ from typing import Any
 from nemo_minitron.data.chat.heldout import HeldOut
 from nemo_minitron.data.chat.rows import Row
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
-from nemo_minitron.evaluation.chat_metrics import answer_loss, is_exact_match, preference_metrics, rank_correlation
+from nemo_minitron.evaluation.chat_metrics import answer_loss, preference_metrics, rank_correlation
 from nemo_minitron.evaluation.chat_questions import LEVELS, Questions, Tokens, prepare
+from nemo_minitron.evaluation.final_number import final_number, is_exact_match
 from nemo_minitron.evaluation.metrics import perplexity
 from nemo_minitron.stages.artifacts import ChatRows, Model
 from nemo_minitron.stages.context import StageContext
@@ -153,7 +154,7 @@ def _generated(
         by_level = {str(level): sum(row[level] for row in sizes) / len(sizes) for level in LEVELS}
         found = rank_correlation([LEVELS] * len(sizes), sizes)
         out["attribute"] = {"name": params.vary_attribute, **found, "mean_tokens_by_level": by_level}
-    elif all("####" in text for text in wanted):
+    elif all("####" in text and final_number(text) is not None for text in wanted):
         right = [is_exact_match(text, answer) for (text, _), answer in zip(made, wanted, strict=True)]
         share = sum(right) / len(right)
         error = math.sqrt(share * (1 - share) / len(right))

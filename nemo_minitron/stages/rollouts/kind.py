@@ -135,6 +135,7 @@ REINFORCE = StageKind(
     trains=True,
     report="rewards",
     chat_rank=7,
+    version=2,
     shape=_shape,
     problems=_problems,
     load=_load,

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.backends.alignment.base import Critic, ModelReward, Rollouts, alignment_backend
+from nemo_minitron.data.chat.published import publish_template
 from nemo_minitron.data.chat.reward_texts import misreadings
 from nemo_minitron.data.chat.rows import ATTRIBUTES
-from nemo_minitron.data.chat.templates import set_template
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.errors import ConfigError, DataError
+from nemo_minitron.evaluation.final_number import final_number
 from nemo_minitron.evaluation.instructions import require_checkable, with_rules
 from nemo_minitron.evaluation.rewards import make_rules
 from nemo_minitron.hf.checkpoint import model_facts
@@ -81,11 +82,10 @@ def _train(params: RolloutStage, inputs: Inputs, ctx: StageContext, critic: Crit
     )
     reward_model = _reward_model(params, inputs, template, ctx)
     prompts = write_prompts(params, template, inputs.chats, ctx)
-    if any(rule.rule == "instructions" for rule in params.rewards):
-        _require_checkable(prompts)
+    _require_checkable(params, prompts)
     rollouts = _rollouts(params, inputs, prompts, ctx, critic, reward_model)
     curve = alignment_backend().train_on_rewards(rollouts, ctx.out_dir, task_context(ctx))
-    set_template(ctx.out_dir, params.template)
+    publish_template(ctx.out_dir, params.template)
     return {
         **model_facts(ctx.out_dir),
         "method": params.kind,
@@ -95,12 +95,25 @@ def _train(params: RolloutStage, inputs: Inputs, ctx: StageContext, critic: Crit
     }
 
 
-def _require_checkable(prompts: Prompts) -> None:
-    """Find rows whose instructions cannot be checked before any process starts."""
+def _require_checkable(params: RolloutStage, prompts: Prompts) -> None:
+    """Find rows whose instructions or final number cannot be checked before any process starts.
+
+    Raises:
+        DataError: there is such a row.
+    """
+    rules = {rule.rule for rule in params.rewards}
     for file in (prompts.train, prompts.valid):
         for line in file.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            require_checkable(with_rules(row["text"], row))
+            if "instructions" in rules:
+                require_checkable(with_rules(row["text"], row))
+            if "final_number" in rules and final_number(row.get("reference", "")) is None:
+                raise DataError(
+                    "Rule final_number would give 0 for every answer: the row's own answer has no final number that "
+                    "can be read.",
+                    where=f"answer to {row['text'][-60:]!r}",
+                    next_step="Choose rows whose answers end with `#### NUMBER`, or remove the rule.",
+                )
 
 
 def _reward_model(

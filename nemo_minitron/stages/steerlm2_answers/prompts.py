@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,11 +78,7 @@ def select_prompts(params: AnswerSampling, template: ChatTemplate, chats: ChatRo
     seen: set[str] = set()
     for part, most in (("train", params.max_train_prompts), ("valid", params.max_valid_prompts)):
         counts[part] = {"prompts": 0, "repeated": 0, "too_long": 0, "bad": 0}
-        for prompt in _part(part, params, template, chats.file(part), seen, counts[part], where):
-            found.append(prompt)
-            counts[part]["prompts"] += 1
-            if counts[part]["prompts"] == most:
-                break
+        found += _part(part, params, template, chats.file(part), most, seen, counts[part], where)
         if not counts[part]["prompts"]:
             raise _no_prompts(part, counts[part], params, chats, where)
     return Prompts(found, counts)
@@ -93,10 +89,13 @@ def _part(
     params: AnswerSampling,
     template: ChatTemplate,
     file: Path,
+    most: int | None,
     seen: set[str],
     counts: dict[str, int],
     where: str,
-) -> Iterator[Prompt]:
+) -> list[Prompt]:
+    """Return the prompts of a part, at most `most`, and count the rows that were read up to there."""
+    found: list[Prompt] = []
     bad, longest = BadRows(), params.max_seq_len_tokens - params.max_new_tokens
     for row in read_normalized(file):
         bad.num_rows += 1
@@ -112,8 +111,12 @@ def _part(
             counts["too_long"] += 1
         else:
             seen.add(prompt.conditioned)
-            yield prompt
+            found.append(prompt)
+            if len(found) == most:
+                break
+    counts["prompts"] = len(found)
     bad.require_few(params.max_bad_fraction, where)
+    return found
 
 
 def _rendered(part: str, row: Row, params: AnswerSampling, template: ChatTemplate) -> Prompt:

@@ -76,6 +76,11 @@ def render(settings: Rlhf, facts: RlhfFacts, out: Path) -> dict[str, str]:
     }
 
 
+def _optimizer_steps(settings: Rlhf) -> int:
+    """Return the optimizer steps of a training, which the learning-rate schedule counts."""
+    return settings.num_steps * rollouts_per_step(settings) // settings.global_batch_size
+
+
 def _layout(layout: RlhfLayout) -> dict[str, Any]:
     return {
         "trainer.num_nodes": layout.num_nodes,
@@ -106,7 +111,7 @@ def _server(settings: Rlhf, facts: RlhfFacts, out: Path) -> dict[str, Any]:
             "inference.port": settings.server_port,
             "inference.inference_micro_batch_size": batch,
         }
-    steps = settings.num_steps * rollouts_per_step(settings) // settings.global_batch_size
+    steps = _optimizer_steps(settings)
     return {
         **fill,
         **_training(settings, layout, out / "critic", settings.critic_lr, settings.critic_min_lr),
@@ -151,7 +156,7 @@ def _actor(settings: Rlhf, facts: RlhfFacts, out: Path) -> dict[str, Any]:
         **_training(settings, layout, out / "actor", settings.lr, settings.min_lr),
         "pretrained_checkpoint.restore_from_path": str(out / ACTOR_NEMO),
         "trainer.max_epochs": epochs,
-        "trainer.max_steps": settings.num_steps,
+        "trainer.max_steps": _optimizer_steps(settings),
         f"trainer.{key}.max_epochs": epochs,
         f"trainer.{key}.max_steps": settings.num_steps,
         f"trainer.{key}.val_check_interval": settings.valid_interval_steps,

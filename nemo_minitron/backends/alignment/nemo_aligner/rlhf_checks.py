@@ -29,7 +29,7 @@ class RlhfFacts:
     """Hugging Face folder of the model to train."""
     actor_shape: ModelShape
     stop: str | None
-    """Text that ends a turn; None: the tokenizer's end-of-text token ends it."""
+    """Text that ends an answer; None: the tokenizer has no such token."""
     reward: Literal["regression", "ranking"]
     reward_nemo: Path
     reward_tokenizer: Path

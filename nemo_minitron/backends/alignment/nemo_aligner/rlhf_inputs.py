@@ -92,7 +92,7 @@ def gather_facts(model: Path, template: ChatTemplate, reward: Path, prompts: dic
     return RlhfFacts(
         actor_model=model,
         actor_shape=Checkpoint.open(model).shape,
-        stop=template.stop,
+        stop=template.end_of_turn(),
         reward=manifest.result["reward"],
         reward_nemo=nemo,
         reward_tokenizer=tokenizer,

@@ -7,6 +7,7 @@ from typing import Any
 
 from nemo_minitron.backends.alignment.base import Critic, Rollouts, TaskContext
 from nemo_minitron.backends.alignment.nemo_aligner.context import trainer_keys
+from nemo_minitron.backends.alignment.nemo_aligner.last_checkpoint import EXPERIMENT_DIR
 
 REWARD_SOCKET, CRITIC_SOCKET, REWARD_MODEL_SOCKET = 1, 2, 3
 """Numbers of the servers: of the summed rewards, of the critic, and of the reward model."""
@@ -32,7 +33,8 @@ def actor_keys(rollouts: Rollouts, nemo: Path, context: TaskContext) -> dict[str
         **trainer_keys(layout),
         **_sizes(rollouts, key),
         "trainer.max_epochs": num_epochs,
-        "trainer.max_steps": rollouts.num_steps,
+        # The length of the learning-rate schedule, which counts optimizer steps.
+        "trainer.max_steps": rollouts.num_steps * _optimizer_steps(rollouts),
         f"trainer.{key}.max_epochs": num_epochs,
         f"trainer.{key}.max_steps": rollouts.num_steps,
         f"trainer.{key}.val_check_interval": interval,
@@ -40,7 +42,7 @@ def actor_keys(rollouts: Rollouts, nemo: Path, context: TaskContext) -> dict[str
         f"trainer.{key}.initial_policy_kl_penalty": rollouts.kl_penalty,
         **{f"{part}.{key}.trt_llm.{name}": trt_llm[name] for part in ("trainer", "model") for name in trt_llm},
         **_own_keys(rollouts),
-        "exp_manager.explicit_log_dir": str(context.work_dir / "training" / "nemo_experiment"),
+        "exp_manager.explicit_log_dir": str(context.work_dir / "training" / EXPERIMENT_DIR),
         "exp_manager.checkpoint_callback_params.model_parallel_size": layout.tp * layout.pp,
         "pretrained_checkpoint.restore_from_path": str(nemo),
         "model.seed": rollouts.seed,
@@ -109,7 +111,7 @@ def critic_keys(rollouts: Rollouts, critic: Critic, nemo: Path, work_dir: Path) 
         "trainer.ppo.port": CRITIC_SOCKET,
         "trainer.ppo.inference_micro_batch_size": rollouts.generation_batch_size,
         "pretrained_checkpoint.restore_from_path": str(nemo),
-        "exp_manager.explicit_log_dir": str(work_dir / "nemo_experiment"),
+        "exp_manager.explicit_log_dir": str(work_dir / EXPERIMENT_DIR),
         "exp_manager.checkpoint_callback_params.model_parallel_size": 1,
         "model.seed": rollouts.seed,
         "model.tensor_model_parallel_size": 1,
@@ -130,4 +132,9 @@ def critic_steps(rollouts: Rollouts, num_steps: int) -> int:
     """Return the optimizer steps of the critic after this number of the actor's steps."""
     assert rollouts.critic is not None
     extra = rollouts.critic.warmup_steps if num_steps else 0
-    return (num_steps + extra) * (rollouts.prompts_per_step // rollouts.global_batch_size)
+    return (num_steps + extra) * _optimizer_steps(rollouts)
+
+
+def _optimizer_steps(rollouts: Rollouts) -> int:
+    """Return the optimizer steps in one step of the training."""
+    return rollouts.prompts_per_step * rollouts.answers_per_prompt // rollouts.global_batch_size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from nemo_minitron.backends.alignment.base import ANSWERS_FILE, CURVES_FILE, Mod
 from nemo_minitron.backends.alignment.nemo_aligner.config import complete_config
 from nemo_minitron.backends.alignment.nemo_aligner.context import log_file, on_cpu, task_server
 from nemo_minitron.backends.alignment.nemo_aligner.fork_server import ForkServer
+from nemo_minitron.backends.alignment.nemo_aligner.last_checkpoint import keep_last_checkpoint
 from nemo_minitron.backends.alignment.nemo_aligner.model_config import REWARD_DIR, tokenizer_dir
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
 from nemo_minitron.backends.alignment.nemo_aligner.remote_servers import serving
@@ -64,7 +64,8 @@ def _run_actor(
         where=f"stages.{context.stage}",
     )
     (context.work_dir / CONFIG_FILE).write_text(json.dumps(complete, indent=2))
-    with serving(_servers(rollouts, nemo, context, on_cpu), context, on_cpu=on_cpu) as servers:
+    servers_to_start = _servers(rollouts, nemo, keep_last_checkpoint(work), context, on_cpu)
+    with serving(servers_to_start, context, on_cpu=on_cpu) as servers:
         run_task(
             rollouts.method,
             {"config": complete, "nemo": str(nemo), "out": str(trained)},
@@ -82,10 +83,12 @@ def _run_actor(
         )
 
 
-def _servers(rollouts: Rollouts, nemo: Path, context: TaskContext, cpu: bool) -> list[ServerTask]:
+def _servers(rollouts: Rollouts, nemo: Path, actor_step: int, context: TaskContext, cpu: bool) -> list[ServerTask]:
+    """Return the servers that an actor needs which resumes from its checkpoint of `actor_step`; 0: it has none."""
     servers = [_rule_server(rollouts, nemo, context, cpu)]
     if rollouts.critic is not None:
         work = context.work_dir / "critic"
+        keep_last_checkpoint(work)
         config = complete_config(
             "critic",
             critic_keys(rollouts, rollouts.critic, nemo, work),
@@ -97,19 +100,13 @@ def _servers(rollouts: Rollouts, nemo: Path, context: TaskContext, cpu: bool) ->
             "config": config,
             "nemo": str(nemo),
             "base_model_only": True,
-            "step": critic_steps(rollouts, _last_step(context.work_dir / "training")),
+            "step": critic_steps(rollouts, actor_step),
         }
         servers.append(ServerTask("critic_server", CRITIC_SOCKET, task, work))
     if rollouts.reward_model is not None:
         # The last of the servers, so that it is on the node of the first, which calls it (`serving`).
         servers.append(_reward_model_server(rollouts.reward_model, rollouts.generation_batch_size, context))
     return servers
-
-
-def _last_step(work: Path) -> int:
-    """Return the step of the checkpoint from which the actor resumes; 0: there is none."""
-    found = [re.search(r"step=(\d+)", path.name) for path in work.glob("nemo_experiment/checkpoints/*-last*")]
-    return max((int(match.group(1)) for match in found if match), default=0)
 
 
 def _rule_server(rollouts: Rollouts, nemo: Path, context: TaskContext, cpu: bool) -> ServerTask:

@@ -18,6 +18,7 @@ from nemo_minitron.backends.alignment.nemo_aligner.context import (
     trainer_keys,
 )
 from nemo_minitron.backends.alignment.nemo_aligner.fork_server import ForkServer
+from nemo_minitron.backends.alignment.nemo_aligner.last_checkpoint import EXPERIMENT_DIR, keep_last_checkpoint
 from nemo_minitron.backends.alignment.nemo_aligner.model_config import tokenizer_dir
 from nemo_minitron.backends.alignment.nemo_aligner.objectives import objective_keys
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
@@ -68,6 +69,7 @@ def _train(training: Training, out: Path, context: TaskContext, server: ForkServ
         where=f"stages.{context.stage}",
     )
     (context.work_dir / CONFIG_FILE).write_text(json.dumps(complete, indent=2))
+    keep_last_checkpoint(context.work_dir / "training")
     run_task(
         method,
         {"config": complete, "nemo": str(nemo), "out": str(out), "base_model_only": method == "reward_model"},
@@ -159,7 +161,7 @@ def _common_keys(training: Training, context: TaskContext) -> dict[str, Any]:
         f"trainer.{key}.max_steps": num_steps,
         f"trainer.{key}.val_check_interval": interval,
         f"trainer.{key}.save_interval": interval,
-        "exp_manager.explicit_log_dir": str(context.work_dir / "training" / "nemo_experiment"),
+        "exp_manager.explicit_log_dir": str(context.work_dir / "training" / EXPERIMENT_DIR),
         "exp_manager.checkpoint_callback_params.model_parallel_size": layout.tp * layout.pp,
         "model.seed": training.seed,
         "model.tensor_model_parallel_size": layout.tp,

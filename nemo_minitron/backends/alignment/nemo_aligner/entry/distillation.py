@@ -15,7 +15,6 @@ from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerB
 from nemo_aligner.algorithms.supervised import SupervisedTrainer
 from nemo_aligner.data.nlp.builders import (
     ChunkedJsonl,
-    build_sft_dataset,
     build_train_valid_test_knowledge_distillation_datasets,
 )
 from nemo_aligner.models.nlp.gpt.megatron_gpt_knowledge_distillation import GPTKnowledgeDistillationModel
@@ -23,6 +22,7 @@ from nemo_aligner.utils.distributed import compute_topk_logits_in_batched_sequen
 from nemo_aligner.utils.train_script_utils import init_distributed
 from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
 from omegaconf import DictConfig, OmegaConf, open_dict
+from rendered_rows import rows_dataset
 from task import STOP_FILE, Task, is_main, report_progress
 from training import Loaders, StopTimer, batch_loaders, jsonl_arguments
 from training import train as train_with
@@ -47,7 +47,7 @@ def topk_logits(task: Task) -> dict[str, Any]:
     model = load_from_nemo(MegatronGPTModel, config.model, trainer, strict=True, restore_path=task["nemo"])
     init_distributed(trainer, model, config.model.get("transformer_engine", False))
     model.eval()
-    dataset = build_sft_dataset(config.data.data, model.tokenizer, None, answer_only_loss=True, is_chat=False)
+    dataset = rows_dataset(config.data.data, model.tokenizer)
     stop, each = StopTimer(Path(task["work_dir"]) / STOP_FILE), int(task["rows_per_file"])
     num_files = len(dataset) // each
     for number in range(num_files):

@@ -32,9 +32,16 @@ def train(task: Task) -> dict[str, Any]:
 
 
 class Trainer(Measured, ReinforceTrainer):  # type: ignore[misc]
-    """NeMo-Aligner's trainer with more metrics, and with the answers split over data-parallel ranks."""
+    """NeMo-Aligner's trainer with more metrics, all prompts of an epoch, and answers split over data-parallel ranks."""
 
     whole_reinforce_data = ReinforceTrainer.generate_reinforce_data
+
+    def generate_rollouts(self) -> Any:
+        """Count the prompts of the step as consumed: NeMo-Aligner counts their answers, and skips as many prompts."""
+        before = self.consumed_samples
+        data, metrics, times = super().generate_rollouts()
+        self.consumed_samples = before + metrics["rollout_size"] // self.cfg.num_rollouts_per_prompt
+        return data, {**metrics, "consumed_samples": self.consumed_samples}, times
 
     def generate_reinforce_data(self, rollout_batch: Any) -> Any:
         """Keep this rank's part of the answers: NeMo-Aligner would train every data-parallel rank on all of them."""

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from checkpoints import save_nemo
 from nemo_aligner.utils import parallel_state
-from nemo_aligner.utils.train_script_utils import init_distributed, init_using_ptl
+from nemo_aligner.utils.train_script_utils import (
+    extract_optimizer_scheduler_from_ptl_model,
+    init_distributed,
+    init_using_ptl,
+)
 from nemo_aligner.utils.utils import load_from_nemo
 from safetensors.torch import load_file
 from task import Task
@@ -25,7 +29,7 @@ def gradients(task: Task) -> dict[str, Any]:
     are written, with the new head of a critic.
 
     Returns:
-        `loss` of the step.
+        `loss` of the step, and `schedule_steps`, the optimizer steps of NeMo's learning-rate schedule.
     """
     method: str = task["method"]
     model, trainer_config = _loaded(task, method)
@@ -40,7 +44,8 @@ def gradients(task: Task) -> dict[str, Any]:
         for parameter in model.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
     save_nemo(model, Path(task["out"]))
-    return {"loss": loss}
+    _, schedule = extract_optimizer_scheduler_from_ptl_model(model)
+    return {"loss": loss, "schedule_steps": schedule.max_steps}
 
 
 def _loaded(task: Task, method: str) -> tuple[Any, Any]:

@@ -195,9 +195,11 @@ def _policy_metrics(batch: Any) -> dict[str, float]:
     return {name: float(value) / tokens for name, value in total.items()}
 
 
-def standard_error(values: torch.Tensor) -> float:
-    """Return the standard error of the mean; NaN for a single value."""
-    return float(values.float().std() / math.sqrt(values.numel()))
+def standard_error(values: torch.Tensor) -> dict[str, float]:
+    """Return {"rewards_se": standard error of the mean}; without it for a single value."""
+    if values.numel() < 2:
+        return {}
+    return {"rewards_se": float(values.float().std() / math.sqrt(values.numel()))}
 
 
 class Answers:
@@ -289,6 +291,6 @@ class Measured:
             raise RuntimeError("the server gave a reward that is not a finite number; its log says why")
         metrics = super().compute_rollout_metrics(rollout_batch)  # type: ignore[misc]
         if self._is_validation:
-            metrics["rewards_se"] = standard_error(rollout_batch["rewards"])
+            metrics |= standard_error(rollout_batch["rewards"])
             self.answers.write(self.step, rollout_batch, self.model.tokenizer)
         return metrics

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_aligner.algorithms.supervised import SupervisedTrainer
-from nemo_aligner.data.nlp.builders import build_sft_dataset
 from nemo_aligner.models.nlp.gpt.gpt_sft_model import GPTSFTModel
 from omegaconf import DictConfig
+from rendered_rows import rows_dataset
 from task import Task
 from training import Loaders, sft_loaders
 from training import train as train_with
@@ -20,8 +20,6 @@ def train(task: Task) -> dict[str, Any]:
 
 def _loaders(config: DictConfig, model: Any, consumed_samples: int) -> Loaders:
     def dataset(data: DictConfig) -> Any:
-        return build_sft_dataset(
-            data, model.tokenizer, None, answer_only_loss=True, is_chat=config.model.data.chat, model_cfg=config.model
-        )
+        return rows_dataset(data, model.tokenizer, is_chat=config.model.data.chat, model_config=config.model)
 
     return sft_loaders(config, consumed_samples, dataset)
