@@ -35,6 +35,7 @@ class Trainer(Measured, ReinforceTrainer):  # type: ignore[misc]
     """NeMo-Aligner's trainer with more metrics, all prompts of an epoch, and answers split over data-parallel ranks."""
 
     whole_reinforce_data = ReinforceTrainer.generate_reinforce_data
+    consumed_samples: int
 
     def generate_rollouts(self) -> Any:
         """Count the prompts of the step as consumed: NeMo-Aligner counts their answers, and skips as many prompts."""
