@@ -112,7 +112,7 @@ def require_finite_activations(sums: Iterable[Tensor], where: str) -> None:
         raise NumericsError(
             "The model's activations are not finite.",
             where=where,
-            next_step="Try another precision (bf16, fp32), and check the model with a check_teacher stage.",
+            next_step="Try another precision (bf16, fp32), and evaluate the model before.",
         )
 
 

@@ -50,6 +50,7 @@ RECORDS = (
     "context",
     "plan_rules",
     "scoring_rules",
+    "repair_rules",
 )
 """Modules in `stages` that describe stages and run none."""
 
