@@ -34,6 +34,7 @@ def train(task: Task) -> dict[str, Any]:
 class Trainer(Measured, ReinforceTrainer):  # type: ignore[misc]
     """NeMo-Aligner's trainer with more metrics, all prompts of an epoch, and answers split over data-parallel ranks."""
 
+    consumed_samples: int
     whole_reinforce_data = ReinforceTrainer.generate_reinforce_data
     consumed_samples: int
 
