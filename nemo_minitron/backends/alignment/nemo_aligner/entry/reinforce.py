@@ -36,7 +36,6 @@ class Trainer(Measured, ReinforceTrainer):  # type: ignore[misc]
 
     consumed_samples: int
     whole_reinforce_data = ReinforceTrainer.generate_reinforce_data
-    consumed_samples: int
 
     def generate_rollouts(self) -> Any:
         """Count the prompts of the step as consumed: NeMo-Aligner counts their answers, and skips as many prompts."""
