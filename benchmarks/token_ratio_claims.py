@@ -289,9 +289,11 @@ COLORS = ("#1f6f5c", "#d9a441", "#7a8fa6", "#b5651d", "#6a4c93", "#2b2b2b")
 
 def picture(rows: Sequence[Row], file: Path) -> None:
     """Draw the held-out loss of each arm over the tokens that count, on both texts."""
+    from matplotlib.ticker import NullFormatter
     from pictures import finish, pyplot
 
     plt = pyplot()
+    ticks = sorted({row["run"]["budget"] for row in counted(rows) if row["run"]["arm"] != SCRATCH})
     figure, panels = plt.subplots(1, len(TEXTS), figsize=(9.6, 3.8))
     for axes, (text, name) in zip(panels, TEXTS.items(), strict=True):
         for arm, color in zip(arms_of(rows), cycle(COLORS), strict=False):
@@ -304,5 +306,7 @@ def picture(rows: Sequence[Row], file: Path) -> None:
             low, high = [min(losses) for _, losses in points], [max(losses) for _, losses in points]
             axes.fill_between(tokens, low, high, color=color, alpha=0.2, linewidth=0)
         axes.set(xscale="log", xlabel="tokens", ylabel="held-out loss, nats per token", title=name)
+        axes.set_xticks(ticks, [f"{tick / 1e6:.2g}M" for tick in ticks])
+        axes.xaxis.set_minor_formatter(NullFormatter())
     panels[0].legend(frameon=False)
     finish(figure, file)

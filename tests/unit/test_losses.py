@@ -27,7 +27,7 @@ def _normal(*size: int, seed: int) -> Tensor:
 
 
 CASES = [
-    LogitsLoss(kind=kind, temperature=temperature, of=of, jsd_beta=0.2)
+    LogitsLoss(kind=kind, temperature=temperature, of=of, jsd_beta=0.2 if kind == "jsd" else 0.5)
     for kind in LOSSES
     for temperature in (1.0, 0.5, 3.0)
     for of in (("probabilities", "logits") if kind in ("mse", "cosine") else ("probabilities",))
