@@ -205,7 +205,8 @@ def scratch_table(rows: Sequence[Row], design: Design) -> str:
         seeds = [seed for seed in design.seeds if budget in ours.get(seed, ()) and seed in scratch]
         ratios = [ratio_at_arm(scratch[seed], ours[seed], budget) for seed in seeds]
         ends = [list(scratch[seed].values())[-1] for seed in seeds]
-        verdict = at_least(ratios, SCRATCH_GOAL) if len(seeds) == len(design.seeds) else NOT_RUN
+        is_complete = len(seeds) == len(design.seeds) and len({tuple(scratch[seed]) for seed in seeds}) == 1
+        verdict = at_least(ratios, SCRATCH_GOAL) if is_complete else NOT_RUN
         mine = ", ".join(f"{ours[seed][budget][1]:.3f}" for seed in seeds)
         theirs = ", ".join(f"{loss:.3f}" for _, loss in ends)
         body.append([name, mine, theirs, in_range(ratios), verdict])

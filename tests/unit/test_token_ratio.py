@@ -203,6 +203,8 @@ def test_from_scratch_is_judged_at_the_loss_of_the_repaired_student(claims: Modu
     assert own[1:3] == ["4.300, 4.400", "4.350, 4.350"]
     assert (own[3].split(" to ")[1], own[4]) == ("≥ 30.00", "undecided")
     assert other[4] == "**refuted**"
+    table = claims.scratch_table([*_rows(), *scratch[:-1]], claims.Design("sliced", (100, 200, 400), (1, 2)))
+    assert table.count("not run") == 2, "a budget of a seed is missing"
     assert "from_scratch" not in claims.ratio_table([*_rows(), *scratch], claims.Design("sliced", (100,), (1, 2)))
     assert (
         claims.scratch_table(_rows(), claims.Design("sliced", (100,), (1, 2))) == "The model from scratch was not run."
