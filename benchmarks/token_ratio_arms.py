@@ -134,8 +134,7 @@ def training_stages(run: Run, recipe: Stages, start: str) -> Stages:
 
 def _from_scratch(recipe: Stages) -> dict[str, Any]:
     """Return the training that made the teacher, with what the distillations have in common."""
-    shared = ("seq_len_tokens", "precision", "valid_num_tokens", "save_interval_steps")
-    return {**recipe["teacher"], **{key: recipe["distill"][key] for key in shared}}
+    return {**recipe["teacher"], **{key: recipe["distill"][key] for key in _OPTIMIZATION}}
 
 
 _OPTIMIZATION = ("seq_len_tokens", "precision", "valid_num_tokens", "save_interval_steps")

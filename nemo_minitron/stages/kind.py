@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib import import_module
@@ -143,6 +143,16 @@ def _unknown(*_: Any) -> None:
 
 def _num_tokens(result: Result) -> int | None:
     return result.get("num_tokens")
+
+
+def training_text(params: Any) -> TextUse:
+    """Return the text that a training reads; `text_use` of a kind that trains."""
+    return TextUse(params.inputs.data, params.num_steps * params.global_batch_size * params.seq_len_tokens)
+
+
+def validation_text(params: Any) -> Iterator[HeldoutUse]:
+    """Yield the held-out text on which a stage validates; `heldout_uses` of a kind with `valid_num_tokens`."""
+    yield HeldoutUse(params.inputs.data, params.valid_num_tokens, "valid_num_tokens")
 
 
 def trained_tokens(result: Result) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training_rules import sample_count_problems
 from nemo_minitron.stages.cache_teacher.params import CacheTeacherStage
-from nemo_minitron.stages.kind import HeldoutUse, Output, RecipeView, StageKind
+from nemo_minitron.stages.kind import Output, RecipeView, StageKind, validation_text
 from nemo_minitron.workload.load import EVAL_BATCH_SIZE, Load, forward_load
 
 SAMPLED_BYTES_PER_TOKEN = 160
@@ -16,10 +16,6 @@ SAMPLED_BYTES_PER_TOKEN = 160
 
 def _problems(name: str, params: CacheTeacherStage, view: RecipeView) -> Iterator[str]:
     yield from sample_count_problems(f"stages.{name}.num_samples", params.num_samples)
-
-
-def _heldout_uses(params: CacheTeacherStage) -> Iterator[HeldoutUse]:
-    yield HeldoutUse(params.inputs.data, params.valid_num_tokens, "valid_num_tokens")
 
 
 def _load(name: str, params: CacheTeacherStage, layout: Parallel, view: RecipeView) -> Load | None:
@@ -47,7 +43,7 @@ CACHE_TEACHER = StageKind(
     distributed=True,
     whole_sequences=True,
     problems=_problems,
-    heldout_uses=_heldout_uses,
+    heldout_uses=validation_text,
     load=_load,
     disk_bytes=_disk_bytes,
 )

@@ -10,7 +10,7 @@ from nemo_minitron.schema.training import TeacherCaching
 from nemo_minitron.schema.training_rules import learning_rate_problems, training_problems
 from nemo_minitron.stages.common.plan_rules import plan_problems
 from nemo_minitron.stages.distill.params import DistillStage
-from nemo_minitron.stages.kind import HeldoutUse, Output, RecipeView, StageKind, TextUse, trained_tokens
+from nemo_minitron.stages.kind import Output, RecipeView, StageKind, trained_tokens, training_text, validation_text
 from nemo_minitron.workload.load import Load, distillation_load
 
 
@@ -100,14 +100,6 @@ def _cached(key: str, params: DistillStage, name: str, cache: TeacherCaching) ->
         )
 
 
-def _text_use(params: DistillStage) -> TextUse:
-    return TextUse(params.inputs.data, params.num_steps * params.global_batch_size * params.seq_len_tokens)
-
-
-def _heldout_uses(params: DistillStage) -> Iterator[HeldoutUse]:
-    yield HeldoutUse(params.inputs.data, params.valid_num_tokens, "valid_num_tokens")
-
-
 def _load(name: str, params: DistillStage, layout: Parallel, view: RecipeView) -> Load | None:
     return distillation_load(
         view.shape(params.inputs.student),
@@ -142,8 +134,8 @@ DISTILL = StageKind(
     chat_rank=3,
     shape=_shape,
     problems=_problems,
-    text_use=_text_use,
-    heldout_uses=_heldout_uses,
+    text_use=training_text,
+    heldout_uses=validation_text,
     load=_load,
     result_tokens=trained_tokens,
 )

@@ -9,7 +9,7 @@ from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training_rules import training_problems
 from nemo_minitron.stages.common.plan_rules import plan_problems
 from nemo_minitron.stages.distill_layers.params import DistillLayersStage
-from nemo_minitron.stages.kind import HeldoutUse, Output, RecipeView, StageKind, TextUse, trained_tokens
+from nemo_minitron.stages.kind import Output, RecipeView, StageKind, trained_tokens, training_text, validation_text
 from nemo_minitron.workload.load import Load, layerwise_load
 
 
@@ -26,14 +26,6 @@ def _problems(name: str, params: DistillLayersStage, view: RecipeView) -> Iterat
             "one layer only. Allowed: none, selective."
         )
     yield from plan_problems(name, inputs.plan, inputs.student, view)
-
-
-def _text_use(params: DistillLayersStage) -> TextUse:
-    return TextUse(params.inputs.data, params.num_steps * params.global_batch_size * params.seq_len_tokens)
-
-
-def _heldout_uses(params: DistillLayersStage) -> Iterator[HeldoutUse]:
-    yield HeldoutUse(params.inputs.data, params.valid_num_tokens, "valid_num_tokens")
 
 
 def _load(name: str, params: DistillLayersStage, layout: Parallel, view: RecipeView) -> Load | None:
@@ -62,8 +54,8 @@ DISTILL_LAYERS = StageKind(
     chat_rank=2,
     shape=_shape,
     problems=_problems,
-    text_use=_text_use,
-    heldout_uses=_heldout_uses,
+    text_use=training_text,
+    heldout_uses=validation_text,
     load=_load,
     result_tokens=trained_tokens,
 )

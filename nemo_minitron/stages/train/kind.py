@@ -8,7 +8,15 @@ from dataclasses import replace
 from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training_rules import training_problems
-from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, StageKind, TextUse, trained_tokens
+from nemo_minitron.stages.kind import (
+    MODELS,
+    Output,
+    RecipeView,
+    StageKind,
+    trained_tokens,
+    training_text,
+    validation_text,
+)
 from nemo_minitron.stages.train.params import CorrectStage, TrainStage
 from nemo_minitron.workload.load import Load, training_load
 
@@ -19,14 +27,6 @@ def _shape(name: str, params: TrainStage, view: RecipeView) -> ModelShape | None
 
 def _problems(name: str, params: TrainStage, view: RecipeView) -> Iterator[str]:
     yield from training_problems(name, params, params.num_steps, view.layout(name))
-
-
-def _text_use(params: TrainStage) -> TextUse:
-    return TextUse(params.inputs.data, params.num_steps * params.global_batch_size * params.seq_len_tokens)
-
-
-def _heldout_uses(params: TrainStage) -> Iterator[HeldoutUse]:
-    yield HeldoutUse(params.inputs.data, params.valid_num_tokens, "valid_num_tokens")
 
 
 def _load(name: str, params: TrainStage, layout: Parallel, view: RecipeView) -> Load | None:
@@ -47,8 +47,8 @@ TRAIN = StageKind(
     report="training",
     shape=_shape,
     problems=_problems,
-    text_use=_text_use,
-    heldout_uses=_heldout_uses,
+    text_use=training_text,
+    heldout_uses=validation_text,
     load=_load,
     result_tokens=trained_tokens,
 )
