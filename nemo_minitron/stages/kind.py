@@ -155,6 +155,11 @@ def validation_text(params: Any) -> Iterator[HeldoutUse]:
     yield HeldoutUse(params.inputs.data, params.valid_num_tokens, "valid_num_tokens")
 
 
+def measured_text(params: Any) -> Iterator[HeldoutUse]:
+    """Yield the held-out text on which a stage measures a model; `heldout_uses` of a kind with `num_tokens`."""
+    yield HeldoutUse(params.inputs.data, params.num_tokens, "num_tokens")
+
+
 def trained_tokens(result: Result) -> int | None:
     """Number of tokens that a training has read; a hook for `StageKind.result_tokens`."""
     return result.get("tokens")

@@ -235,6 +235,13 @@ def test_a_row_of_a_ranking_has_two_answers(tmp_path: Path) -> None:
     assert found[1].memory.teacher == 0
 
 
+def test_a_training_on_rewards_reads_each_answer_once(tmp_path: Path) -> None:
+    found = estimates(_plan(REPO / "recipes/toy/reinforce.yaml", tmp_path))["reinforce"]
+    steps, prompts, answers, longest = 16, 16, 4, 256
+    assert found.tokens == steps * prompts * answers * longest
+    assert found.memory.teacher > 0, "the reference policy"
+
+
 def test_plan_shows_the_estimates_and_prints_them_as_json(
     tmp_path: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.check_teacher.params import CheckTeacherStage
-from nemo_minitron.stages.kind import HeldoutUse, Output, RecipeView, StageKind
+from nemo_minitron.stages.kind import Output, RecipeView, StageKind, measured_text
 from nemo_minitron.workload.load import EVAL_BATCH_SIZE, Load, forward_load
-
-
-def _heldout_uses(params: CheckTeacherStage) -> Iterator[HeldoutUse]:
-    yield HeldoutUse(params.inputs.data, params.num_tokens, "num_tokens")
 
 
 def _load(name: str, params: CheckTeacherStage, layout: Parallel, view: RecipeView) -> Load | None:
@@ -26,6 +20,6 @@ CHECK_TEACHER = StageKind(
     outputs=(Output.TEACHER_CHECK,),
     inputs={"teacher": (Output.MODEL,), "data": (Output.TOKENIZED_TEXT,)},
     distributed=True,
-    heldout_uses=_heldout_uses,
+    heldout_uses=measured_text,
     load=_load,
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.evaluate.params import EvaluateStage
-from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, Source, StageKind, TaskUse
+from nemo_minitron.stages.kind import MODELS, Output, RecipeView, Source, StageKind, TaskUse, measured_text
 from nemo_minitron.workload.load import EVAL_BATCH_SIZE, Load, forward_load
 
 
@@ -29,10 +29,6 @@ def _problems(name: str, params: EvaluateStage, view: RecipeView) -> Iterator[st
             yield f"stages.{name}.label = {params.label}: stage {other} has the same label."
 
 
-def _heldout_uses(params: EvaluateStage) -> Iterator[HeldoutUse]:
-    yield HeldoutUse(params.inputs.data, params.num_tokens, "num_tokens")
-
-
 def _load(name: str, params: EvaluateStage, layout: Parallel, view: RecipeView) -> Load | None:
     shape, keys = view.shape(params.inputs.model), (params.seq_len_tokens, params.precision, layout)
     return None if shape is None else forward_load(shape, params.num_tokens, *keys, batch_size=EVAL_BATCH_SIZE)
@@ -49,6 +45,6 @@ EVALUATE = StageKind(
     sources=_sources,
     tasks=_tasks,
     problems=_problems,
-    heldout_uses=_heldout_uses,
+    heldout_uses=measured_text,
     load=_load,
 )

@@ -112,15 +112,8 @@ def _load(name: str, params: RolloutStage, layout: Parallel, view: RecipeView) -
         return None
     answers = params.prompts_per_step * params.answers_per_prompt
     steps = params.num_steps * (answers // params.global_batch_size)
-    return alignment_load(
-        shape,
-        steps,
-        params.global_batch_size,
-        params.max_seq_len_tokens,
-        layout,
-        answers_per_row=2,
-        has_reference=True,
-    )
+    sizes = (params.global_batch_size, params.max_seq_len_tokens)
+    return alignment_load(shape, steps, *sizes, layout, has_reference=True)
 
 
 REINFORCE = StageKind(
