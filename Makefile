@@ -1,4 +1,4 @@
-# Everything works from a fresh clone with nothing but Python 3.10 to 3.13:
+# Everything works from a fresh clone with Python 3.10 to 3.13; `make aligner` also needs a Python 3.10 or 3.11 on the PATH:
 #   make demo    make a 94M-parameter model from SmolLM2-135M on this machine, and print where the report is
 #   make test    run the fast tests
 # The default is the python3 on the PATH. To use another one: make demo PYTHON=python3.12
@@ -67,7 +67,7 @@ demo: $(STAMP)
 	$(BIN)/minitron assets fetch
 	$(BIN)/minitron run $(RECIPE)
 	@if $(BIN)/minitron env has-aligner; then $(BIN)/minitron run $(ALIGN_RECIPE); \
-	else echo "To continue with SFT and preference training by NeMo-Aligner (about 10 minutes): make aligner demo"; fi
+	else echo "To continue with SFT and preference training by NeMo-Aligner (about 6 minutes, after its installation): make aligner demo"; fi
 
 test: $(WITH_ALIGNER)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not slurm and not gpu" $(ARGS)

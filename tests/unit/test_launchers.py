@@ -1,7 +1,9 @@
-"""The registry of launchers: those of this package, and one that another package adds."""
+"""The registry of launchers: those of this package, and one of another package. Also: the scripts of launchers/."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from nemo_minitron.launch import registry
 from nemo_minitron.launch.base import JobState
 from nemo_minitron.launch.status import cancel_jobs, job_facts
 from nemo_minitron.plan.folder import run_dir
-from tests.conftest import TOY, Cli
+from tests.conftest import REPO, TOY, Cli
 
 TINY = """
 from nemo_minitron.launch import record
@@ -128,3 +130,30 @@ def test_containers_on_this_machine_have_their_own_launcher(tmp_path: Path) -> N
     assert registry.of_recipe(_recipe(tmp_path, "local", container)).name == "docker"
     assert registry.of_recipe(_recipe(tmp_path, "slurm", container)).name == "slurm"
     assert registry.of_recipe(_recipe(tmp_path, "local")).name == "local"
+
+
+def _words_of_script(script: str, words: list[str], cwd: Path, tmp_path: Path) -> list[list[str]]:
+    """Run a script of launchers/ with a stand-in for `minitron`; return its working folder and words at each call."""
+    stand_in = tmp_path / "venv" / "bin" / "minitron"
+    stand_in.parent.mkdir(parents=True, exist_ok=True)
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$PWD $*"\n')
+    stand_in.chmod(0o755)
+    own = {**os.environ, "VENV": str(tmp_path / "venv")}
+    command = ["bash", str(REPO / "launchers" / script), *words]
+    done = subprocess.run(command, cwd=cwd, env=own, capture_output=True, text=True, check=True)
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("script", "before", "calls"),
+    [("local.sh", [], ["check", "run"]), ("dgx.sh", [], ["launch"]), ("slurm.sh", ["mysite"], ["check", "launch"])],
+)
+def test_a_script_finds_a_recipe_of_the_folder_in_which_it_is_called(
+    script: str, before: list[str], calls: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").touch()
+    seen = _words_of_script(script, [*before, "mine.yaml", "a=1"], tmp_path, tmp_path)
+    assert [words[:2] for words in seen] == [[str(REPO), call] for call in calls]
+    assert all({str(tmp_path / "mine.yaml"), "a=1"} <= set(words) for words in seen)
+    for recipe, cwd in (("toy/width", tmp_path), ("recipes/toy/width.yaml", REPO)):
+        assert all(recipe in words for words in _words_of_script(script, [*before, recipe], cwd, tmp_path))
