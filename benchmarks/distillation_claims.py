@@ -155,9 +155,9 @@ def headline(found: Found) -> str:
         f"The same shape from random weights, trained on the text alone, {_needed(scratch, reached, budget)} "
         f"After {most:,} tokens that model reaches {last_loss:.3f}; {_shortcut(tokens_to_reach(pruned, last_loss), most)} "
         "The paper reports up to 40x (2407.14679). As there, the tokens that the teacher was trained on are not counted. "
-        "The learning rate decays to the end of each training, which favors the end of a curve. Every row sets "
-        "the distilled student against a point in the middle of the curve from scratch, the upper rows against an even "
-        "earlier one."
+        "Because the learning rate decays until the end of a training, losses at the end look better than losses in the "
+        "middle. Each row compares the distilled student with a point partway through the from-scratch training; the "
+        "upper rows use even earlier points."
     )
     return f"{sentence}\n\n" + "\n".join(rows)
 
