@@ -29,7 +29,7 @@ def write(file: Path, rows: Rows) -> str:
 
 
 def sums(first: int, last: int) -> Rows:
-    return [{"question": f"What is {i} and {i}?", "answer": f"<<{i}+{i}={2 * i}>>{2 * i}"} for i in range(first, last)]
+    return [{"question": f"What is {i} and {i}?", "answer": f"<<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"} for i in range(first, last)]
 
 
 def prepare(folder: Path, *sources: dict[str, Any] | str, **params: Any) -> tuple[dict[str, Any], Rows, Rows]:
@@ -58,7 +58,7 @@ def test_every_row_is_in_one_part_with_its_origin(tmp_path: Path) -> None:
     assert {row["origin"] for row in [*train, *valid]} == {f"x.jsonl:{number}" for number in range(1, 201)}
     facts = {"source": source, "format": "gsm8k", "rows": 200, "bad_rows": 0, "weight": 1.0, "unused_fields": {}}
     assert result["sources"] == [facts]
-    assert train[0]["messages"][1] == {"role": "assistant", "content": "0"}
+    assert train[0]["messages"][1] == {"role": "assistant", "content": "0\n#### 0"}
 
 
 def test_the_held_out_rows_do_not_depend_on_the_order_nor_on_the_files(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from nemo_minitron.stages.chat_data.params import ChatDataStage
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
 from nemo_minitron.stages.typed_inputs import NoInputs
+from nemo_minitron.system.shown import shown_names
 
 SPLITS = ("train", "valid")
 _LISTED_FIELDS = 20
@@ -157,7 +158,7 @@ def _detected(raw: RawRow, params: ChatDataStage, source: ChatSource, number: in
             allowed=f"with rows = {params.rows}: {', '.join(FORMATS_OF[params.rows])}",
             next_step=f"Set stages.{ctx.name}.sources.{number}.format, or convert the rows to one of these formats.",
         ) from error
-    ctx.progress.say(f"{source.source}: read as {name} (its first row has {', '.join(raw.content)})")
+    ctx.progress.say(f"{source.source}: read as {name} (its first row has {shown_names(raw.content)})")
     return name
 
 

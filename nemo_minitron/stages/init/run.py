@@ -98,7 +98,7 @@ def _texts(params: NewTokenizer, assets_dir: Path) -> Iterator[str]:
     for number, source in enumerate(params.sources):
         count = 0
         files = source_files(resolve_path(source.source, assets_dir))
-        require_separator_is_used(files, source, f"tokenizer.sources.{number}")
+        require_separator_is_used(files, source, f"stages.{ctx.name}.tokenizer.sources.{number}")
         for file in files:
             for document in read_documents(file, source):
                 yield document.text
