@@ -29,7 +29,10 @@ def write(file: Path, rows: Rows) -> str:
 
 
 def sums(first: int, last: int) -> Rows:
-    return [{"question": f"What is {i} and {i}?", "answer": f"<<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"} for i in range(first, last)]
+    return [
+        {"question": f"What is {i} and {i}?", "answer": f"<<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"}
+        for i in range(first, last)
+    ]
 
 
 def prepare(folder: Path, *sources: dict[str, Any] | str, **params: Any) -> tuple[dict[str, Any], Rows, Rows]:
