@@ -31,7 +31,7 @@ def source_facts(stage: StageParams, recipe: Recipe, before: Mapping[str, Any]) 
     """
     facts = {}
     for source in sources_of(stage):
-        files = _files(source, Path(recipe.execution.assets_dir))
+        files = listed_files(source, Path(recipe.execution.assets_dir))
         if files:
             facts[source.location] = {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
         elif source.location in before:
@@ -39,7 +39,7 @@ def source_facts(stage: StageParams, recipe: Recipe, before: Mapping[str, Any]) 
     return facts
 
 
-def _files(source: Source, assets_dir: Path) -> list[Path]:
+def listed_files(source: Source, assets_dir: Path) -> list[Path]:
     """List the files that the stage would read: of text and chats the data files, otherwise all files."""
     if source.location.startswith(HUB):
         return []

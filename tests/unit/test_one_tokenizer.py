@@ -69,11 +69,12 @@ def test_different_added_tokens_are_an_error_if_the_data_use_them_and_otherwise_
         )
 
 
-def test_rendered_rows_count_as_use_without_other_data(tmp_path: Path) -> None:
-    teacher, student = renamed(tmp_path / "teacher"), renamed(tmp_path / "student", two="<User>")
+@pytest.mark.parametrize("name", ["<User>", "<\uff5cUser\uff5c>", '<"User\\">'])
+def test_rendered_rows_count_as_use_without_other_data(tmp_path: Path, name: str) -> None:
+    teacher, student = renamed(tmp_path / "teacher"), renamed(tmp_path / "student", two=name)
     models = {role: Model(role, "import", path, "", {}) for role, path in (("model", student), ("teacher", teacher))}
     rows = tmp_path / "rows.jsonl"
-    for text, used in (("<one> says", False), ("<User> says", True)):
+    for text, used in (("<one> says", False), (f"{name} says", True)):
         rows.write_text(json.dumps({"input": text}) + "\n")
         if used:
             with pytest.raises(DataError, match="contain them"):

@@ -119,12 +119,34 @@ def test_a_field_inside_another_one_is_read(tmp_path: Path) -> None:
     assert "is int64, not text" in problem(table, text_field="a.c")
 
 
+def test_a_json_list_can_be_longer_than_a_line_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINITRON_MAX_LINE_BYTES", "100")
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 50)
+    texts = ["word " * 30, "b"]
+    file = tmp_path / "x.json"
+    for start in (b"", b"\xef\xbb\xbf", b" \n" * 40):
+        file.write_bytes(start + json.dumps([{"text": text} for text in texts]).encode())
+        assert read(file) == texts
+    file.write_bytes(jsonl(texts))
+    assert "A line has more than 100 bytes" in problem(file)
+
+
+def test_an_error_in_a_json_list_has_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_bytes(b'[\n{"text": "a"},\n{"text": b}\n]\n')
+    output = problem(file)
+    assert "Not JSON: Expecting value at column 10." in output
+    assert f"{file}:3" in output
+
+
 @pytest.mark.parametrize(
     "column",
     [
         pa.array(["a", None, "b"], pa.large_string()),
         pa.array(["a", "b", "a"]).dictionary_encode(),
         pa.array([b"a", None, b"b"]),
+        *([pa.array(["a", None, "b"], pa.string_view())] if hasattr(pa, "string_view") else []),
+        *([pa.array([b"a", None, b"b"], pa.binary_view())] if hasattr(pa, "binary_view") else []),
     ],
 )
 def test_text_columns_of_every_type_are_read(tmp_path: Path, column: pa.Array) -> None:
