@@ -18,6 +18,7 @@ from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.system.progress import Progress
 from tests.support.saved_by import edit, saved
+from tests.support.tiny_data import add_document
 
 
 def context(folder: Path, output: list[str]) -> StageContext:
@@ -42,12 +43,12 @@ def renamed(folder: Path, **names: str) -> Path:
 
 
 def inputs_of(tmp_path: Path, ids: list[int], **folders: Path) -> tuple[dict[str, Model], TokenizedText]:
-    from nemo_minitron.backends.megatron.data.indexed import Document, indexed_writers
+    from nemo_minitron.backends.megatron.data.indexed import indexed_writers
 
     data = tmp_path / "data"
     data.mkdir(exist_ok=True)
     with indexed_writers(data / "train_00", vocab_size=512) as (writer,):
-        writer.add(Document(np.array(ids), 3))
+        add_document(writer, np.array(ids), 3)
     first = next(iter(folders.values()))
     result = {"tokenizer_sha256": tokenizer_fingerprint(first)}
     models = {role: Model(role, "import", folder, "", {}) for role, folder in folders.items()}
