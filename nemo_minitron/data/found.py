@@ -49,7 +49,7 @@ class Found:
             )
         if self.held_out:
             yield (
-                f"{_counted(self.held_out, 'file')} named like held-out data, but read as all others; "
+                f"{_counted(self.held_out, 'file')} named like held-out data, read like the others; "
                 f"the first is {self.held_out[0]}"
             )
 

@@ -132,7 +132,7 @@ def test_files_that_are_not_read_are_reported(tmp_path: Path) -> None:
     prepare(tmp_path / "a", str(folder), output=output)
     assert any(f"1 file left out, the first is {folder}/more.csv" in text for text in output)
     assert any(
-        f"1 file named like held-out data, but read as all others; the first is {folder}/test.jsonl" in text
+        f"1 file named like held-out data, read like the others; the first is {folder}/test.jsonl" in text
         for text in output
     )
 
