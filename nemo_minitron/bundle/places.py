@@ -100,12 +100,10 @@ def _model_files(model: Path) -> list[Path]:
 
 
 def _data_files(source: Source, path: Path) -> list[Path]:
-    from nemo_minitron.data.chat.files import chat_files
-    from nemo_minitron.data.found import source_files
+    from nemo_minitron.data.found import FORMATS_OF, source_files
 
-    if source.content == "chats":
-        return chat_files(path)
-    return source_files(path) if source.content == "text" else _all_files(path)
+    formats = FORMATS_OF.get(source.content)
+    return _all_files(path) if formats is None else source_files(path, formats)
 
 
 def links_out(source: Source, assets_dir: Path) -> list[Path]:

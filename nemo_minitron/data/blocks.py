@@ -15,6 +15,8 @@ from nemo_minitron.errors import DataError, shortened
 from nemo_minitron.limits import DOCUMENT_BYTES, UNPACKED_FREE_BYTES, UNPACKED_RATIO, WINDOW_BYTES
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+COMPRESSION_RATIO = 4
+"""Approximate ratio of the size of a text to its compressed size."""
 BLOCK_BYTES = 1 << 20
 _PACKED_BYTES = BLOCK_BYTES // 8
 _ZSTD_INPUT_BYTES = 2048
@@ -28,6 +30,11 @@ class Block:
     data: bytes
     position_bytes: int
     """Bytes of the file on disk read so far, including this block."""
+
+
+def text_bytes(file: Path, num_bytes: int) -> int:
+    """Estimate the size of the text in a file from the file's size."""
+    return num_bytes * (COMPRESSION_RATIO if file.suffix.lower() in COMPRESSIONS else 1)
 
 
 def read_blocks(file: Path, start: int = 0) -> Iterator[Block]:

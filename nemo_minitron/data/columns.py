@@ -89,13 +89,19 @@ def _column_path(schema: Any, name: str, file: Path) -> list[str]:
             next_step="Set text_field of this source.",
         )
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or _is_binary(kind)):
+    if not (_is_one_of(kind, "is_string", "is_large_string", "is_string_view") or _is_binary(kind)):
         raise DataError(f"Column {name!r} is {shortened(kind)}, not text.", where=str(file))
     return path
 
 
 def _is_binary(kind: Any) -> bool:
     """Return whether the type is bytes: Spark and others write text as bytes without marking it as text."""
+    return _is_one_of(kind, "is_binary", "is_large_binary", "is_binary_view")
+
+
+def _is_one_of(kind: Any, *names: str) -> bool:
+    """Return whether one of these tests of pyarrow.types holds; views have none before pyarrow 16."""
     import pyarrow as pa
 
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    tests = [getattr(pa.types, name, None) for name in names]
+    return any(test is not None and test(kind) for test in tests)

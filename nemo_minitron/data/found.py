@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import has_magic
+from itertools import takewhile
+from operator import eq
 from pathlib import Path
 
 from nemo_minitron.data.blocks import COMPRESSIONS
-from nemo_minitron.data.globs import VisitLimit, matches
+from nemo_minitron.data.globs import ANY_FOLDERS, VisitLimit, matches
 from nemo_minitron.errors import DataError
 
 FORMATS = (".txt", ".jsonl", ".json", ".parquet")
 CHAT_FORMATS = (".jsonl", ".json", ".parquet")
+FORMATS_OF = {"text": FORMATS, "chats": CHAT_FORMATS}
+"""Content of a source of a stage -> formats that its stage reads. A source of other content is read as it is."""
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Metadata files of data sets on the Hugging Face hub; they hold no text."""
 _HELD_OUT_NAMES = frozenset({"test", "valid", "validation", "val", "dev", "eval"})
+_WORD = re.compile(r"[a-z0-9]+")
 
 
 @dataclass(frozen=True)
@@ -26,17 +32,26 @@ class Found:
 
     files: list[Path]
     left_out: list[Path] = field(default_factory=list)
-    """Files of unknown types, and links to a file that is read under another name."""
-    held_out_folders: list[str] = field(default_factory=list)
-    """Folders of `files` whose name is usual for held-out data, such as `test`."""
+    """Files that are not read because their type is unknown."""
+    folders_left_out: list[Path] = field(default_factory=list)
+    """Folders that match the glob pattern; they are not searched."""
+    held_out: list[Path] = field(default_factory=list)
+    """Files whose name, or that of a folder, is usual for held-out data, such as `test`; not if the source names it."""
 
     def remarks(self) -> Iterator[str]:
         """Yield remarks on the selection for the user."""
         if self.left_out:
-            count = len(self.left_out)
-            yield f"{count} file{'s' * (count != 1)} left out, the first is {self.left_out[0]}"
-        if self.held_out_folders:
-            yield f"folders named {', '.join(self.held_out_folders)} are read as training text too"
+            yield f"{_counted(self.left_out, 'file')} left out, the first is {self.left_out[0]}"
+        if self.folders_left_out:
+            yield (
+                f"{_counted(self.folders_left_out, 'folder')} left out, the first is {self.folders_left_out[0]}; "
+                "end the pattern in /** to read folders"
+            )
+        if self.held_out:
+            yield (
+                f"{_counted(self.held_out, 'file')} named like held-out data, read like the others; "
+                f"the first is {self.held_out[0]}"
+            )
 
 
 def source_files(path: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
@@ -51,14 +66,17 @@ def find_files(path: Path, formats: Sequence[str] = FORMATS) -> Found:
     each is listed once, however many links lead to it.
 
     Raises:
-        DataError: there is no file, none in a known format, a folder that cannot be read, or a broken link.
+        DataError: there is no file, none in a known format, a folder that cannot be read, a broken link, or a file
+            beside its compressed copy.
     """
     if path.is_file():
         file_format(path, formats)
         return Found([path])
     listed = sorted(_below(path, VisitLimit(path)) if path.is_dir() else matches(path))
-    present = _without_duplicates([file for file in listed if file.is_file()])
-    files = [file for file in present if _is_text(file, formats)]
+    present = [file for file in listed if file.is_file()]
+    real = {file: os.path.realpath(file) for file in present}
+    # First the type, then the links: a cache of the Hugging Face hub has links with a suffix to files without one.
+    files = _without_duplicates([file for file in present if _is_text(file, formats)], real)
     broken = next((file for file in listed if _has_known_format(file, formats) and _is_broken_link(file)), None)
     if broken is not None:
         raise DataError(
@@ -66,11 +84,13 @@ def find_files(path: Path, formats: Sequence[str] = FORMATS) -> Found:
             where=str(broken),
             next_step="Restore the file that it points to, or remove the link.",
         )
-    if files:
-        read = set(files)
-        left_out = [file for file in listed if file.is_file() and file not in read]
-        return Found(files, left_out, _held_out_folders(files, path))
-    raise _no_text_error(path, present, formats)
+    folders = _folders_left_out(path, listed)
+    if not files:
+        raise _no_text_error(path, present, folders, formats)
+    _require_one_copy(files)
+    read = {real[file] for file in files}
+    left_out = [file for file in present if real[file] not in read]
+    return Found(files, left_out, folders, [file for file in files if _looks_held_out(file, path)])
 
 
 def source_exists(path: Path) -> bool:
@@ -78,11 +98,35 @@ def source_exists(path: Path) -> bool:
     return path.exists() or any(True for _ in matches(path))
 
 
-def _no_text_error(path: Path, present: list[Path], formats: Sequence[str]) -> DataError:
+def without_compression(file: Path) -> Path:
+    """Return the path without the suffix of a compression."""
+    return file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
+
+
+def _require_one_copy(files: Iterable[Path]) -> None:
+    """Refuse a file and its compressed copy in one folder, which would be the same text twice."""
+    copies: dict[Path, Path] = {}
+    for file in files:
+        other = copies.setdefault(without_compression(file), file)
+        if other != file:
+            raise DataError(
+                f"{other.name} and {file.name} are copies of one file, so its text would be read twice.",
+                where=str(file),
+                next_step="Remove one of them, or use a pattern that matches one, such as *.jsonl.zst.",
+            )
+
+
+def _no_text_error(path: Path, present: list[Path], folders: list[Path], formats: Sequence[str]) -> DataError:
     if present:
         return DataError(
             f"None of the {len(present)} files at {path} has a known type; the first is {present[0].name}.",
             allowed=_patterns(formats),
+        )
+    if folders:
+        return DataError(
+            f"Only folders match {path}; the first is {folders[0].name}.",
+            allowed=f"a file, folder or glob of {_patterns(formats)}",
+            next_step="Name the folder, or end the pattern in /**.",
         )
     return DataError(
         f"No file matches {path}." if has_magic(str(path)) else f"There is no text at {path}.",
@@ -124,14 +168,21 @@ def _unreadable_folder(error: OSError) -> None:
     raise DataError(f"The folder cannot be read: {error.strerror}.", where=str(error.filename)) from error
 
 
-def _without_duplicates(files: Sequence[Path]) -> list[Path]:
+def _without_duplicates(files: Sequence[Path], real: Mapping[Path, str]) -> list[Path]:
     """Keep one path of each file: its real path if that is listed, otherwise the first."""
-    real = {file: os.path.realpath(file) for file in files}
     names: dict[str, Path] = {}
     for file in files:
         if real[file] not in names or os.path.abspath(file) == real[file]:
             names[real[file]] = file
     return [file for file in files if names[real[file]] == file]
+
+
+def _folders_left_out(pattern: Path, listed: Sequence[Path]) -> list[Path]:
+    """Return the folders that match a glob pattern although nothing below them does."""
+    if pattern.is_dir() or pattern.name == ANY_FOLDERS:
+        return []
+    searched = {folder for entry in listed for folder in entry.parents}
+    return [entry for entry in listed if entry not in searched and entry.is_dir()]
 
 
 def _is_broken_link(file: Path) -> bool:
@@ -145,11 +196,19 @@ def _is_broken_link(file: Path) -> bool:
     return False
 
 
-def _held_out_folders(files: Iterable[Path], root: Path) -> list[str]:
-    if not root.is_dir():
-        return []
-    names = {part for file in files for part in file.relative_to(root).parts[:-1]}
-    return sorted(name for name in names if name.lower() in _HELD_OUT_NAMES)
+def _looks_held_out(file: Path, source: Path) -> bool:
+    """Return whether a folder has a usual name of held-out data, or the file begins with one.
+
+    Parts of the path that are in the source too do not count, nor do names that a pattern contains.
+    """
+    shared = sum(1 for _ in takewhile(bool, map(eq, file.parts, source.parts)))
+    *folders, name = (part.lower() for part in file.parts[shared:])
+    words = {*folders, *_WORD.findall(name)[:1]} & _HELD_OUT_NAMES
+    return bool(words.difference(*(_WORD.findall(part.lower()) for part in source.parts[shared:])))
+
+
+def _counted(paths: Sequence[Path], word: str) -> str:
+    return f"{len(paths)} {word}{'s' * (len(paths) != 1)}"
 
 
 # --- types ----------------------------------------------------------------------------------------
@@ -164,7 +223,7 @@ def file_format(file: Path, formats: Sequence[str] = FORMATS) -> str:
     if not _has_known_format(file, formats):
         suffixes = "".join(file.suffixes[-2:]) or "(none)"
         raise DataError(f"Unknown file type {suffixes}.", where=str(file), allowed=_patterns(formats))
-    return _without_compression(file).suffix.lower()
+    return without_compression(file).suffix.lower()
 
 
 def _is_text(file: Path, formats: Sequence[str]) -> bool:
@@ -172,11 +231,7 @@ def _is_text(file: Path, formats: Sequence[str]) -> bool:
 
 
 def _has_known_format(file: Path, formats: Sequence[str]) -> bool:
-    return _without_compression(file).suffix.lower() in formats
-
-
-def _without_compression(file: Path) -> Path:
-    return file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
+    return without_compression(file).suffix.lower() in formats
 
 
 def _patterns(formats: Sequence[str]) -> str:

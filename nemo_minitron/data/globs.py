@@ -13,7 +13,7 @@ from pathlib import Path
 from nemo_minitron.errors import DataError
 from nemo_minitron.limits import FILES_LOOKED_AT
 
-_ANY_FOLDERS = "**"
+ANY_FOLDERS = "**"
 
 
 class VisitLimit:
@@ -73,7 +73,7 @@ def _matching(folder: str, parts: Sequence[str], visits: VisitLimit) -> Iterator
         yield folder
         return
     first, rest = parts[0], parts[1:]
-    if first == _ANY_FOLDERS:
+    if first == ANY_FOLDERS:
         yield from _below(folder, rest, visits, ())
     elif has_magic(first):
         for name, is_folder in _entries(folder, visits):

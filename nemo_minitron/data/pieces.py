@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.data.blocks import COMPRESSIONS
+from nemo_minitron.data.blocks import text_bytes
 
 SMALLEST_BYTES, LARGEST_BYTES = 1 << 22, 1 << 27
 _PIECES = 64
 """Number of pieces aimed at per source, within the size limits: enough for many cores, and little is lost in a kill."""
-_COMPRESSION_RATIO = 4
-"""Approximate ratio of the size of a text to its compressed size."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def _pieces(files: Iterable[tuple[Path, int]], piece_bytes: int) -> Iterator[Pie
             continue
         group.append(file)
         num_bytes += size
-        weight += size * (_COMPRESSION_RATIO if file.suffix.lower() in COMPRESSIONS else 1)
+        weight += text_bytes(file, size)
         if weight >= piece_bytes:
             yield Piece(tuple(group), num_bytes)
             group, num_bytes, weight = [], 0, 0

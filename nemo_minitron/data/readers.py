@@ -260,15 +260,27 @@ def _read_json(file: Path, source: DataSource) -> Iterator[Text]:
 
 def _has_rows_as_lines(file: Path) -> bool:
     """Return whether the first line that is not blank is a complete JSON object."""
+    if _first_byte(file) == b"[":  # a list, whose line can be as long as the file
+        return False
     for line, _ in read_lines(file):
         line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip():
-            _require_not_utf16(line, file)
             try:
                 return isinstance(json.loads(line.decode("utf-8")), dict)
             except (ValueError, RecursionError):
                 return False
     return False
+
+
+def _first_byte(file: Path) -> bytes:
+    """Return the first byte after blanks and a byte order mark; none of a blank file."""
+    for number, block in enumerate(read_blocks(file)):
+        if number == 0:
+            _require_not_utf16(block.data, file)
+        text = (block.data.removeprefix(codecs.BOM_UTF8) if number == 0 else block.data).lstrip()
+        if text:
+            return text[:1]
+    return b""
 
 
 def read_lines(file: Path, start: int = 0) -> Iterator[tuple[bytes, int]]:
@@ -308,7 +320,8 @@ def _parse(data: bytes, place: object, offset: int) -> Any:
     except UnicodeDecodeError as error:
         raise _not_utf8(error, str(place), offset) from error
     except json.JSONDecodeError as error:
-        raise DataError(f"Not JSON: {error.msg} at column {error.colno}.", where=str(place)) from error
+        where = str(place) if error.lineno == 1 else f"{place}:{error.lineno}"
+        raise DataError(f"Not JSON: {error.msg} at column {error.colno}.", where=where) from error
     except ValueError as error:  # a number of more than 4300 digits
         raise DataError(f"The JSON cannot be read: {shortened(error)}.", where=str(place)) from error
     except RecursionError as error:

@@ -24,20 +24,42 @@ class SourceShards:
     source: DataSource
     tasks: list[Task]
     shards: dict[int, Shard] = field(default_factory=dict)
-    errors: dict[int, DataError] = field(default_factory=dict)
+    errors: dict[int, tuple[Task, DataError]] = field(default_factory=dict)
+    """Number of a task -> the task as it was tried, and its error."""
+    started: int = 0
+    """Number of the first task that has not been started."""
+    finished: int = 0
+    """Number of tasks before the first one without a shard, as far as counted."""
+    finished_documents: int = 0
+    """Documents in the shards of these tasks."""
 
-    def has_enough(self) -> bool:
-        """Return whether the finished shards before the first missing one hold `max_documents`."""
-        max_documents, count = self.source.max_documents, 0
-        if max_documents is None:
-            return False
-        for number in range(len(self.tasks)):
-            if number not in self.shards:
-                return False
-            count += self.shards[number].num_documents
-            if count >= max_documents:
-                return True
-        return False
+    def next_task(self) -> tuple[int, Task] | None:
+        """Return the next task to start and its number; None if none is needed, or none until others are finished.
+
+        A task that failed is repeated as soon as all tasks before it are finished, with the number of documents that is
+        needed from it: text beyond the `max_documents` of a source may be unreadable.
+
+        Raises:
+            DataError: text that is needed cannot be read.
+        """
+        max_documents = self.source.max_documents
+        while self.finished in self.shards and (max_documents is None or self.finished_documents < max_documents):
+            self.finished_documents += self.shards[self.finished].num_documents
+            self.finished += 1
+        needed = None if max_documents is None else max_documents - self.finished_documents
+        if needed is not None and needed <= 0:
+            return None
+        if self.finished in self.errors:
+            task, error = self.errors.pop(self.finished)
+            if task.most_documents == needed:
+                raise error
+            return self.finished, replace(task, most_documents=needed)
+        while self.started in self.shards:
+            self.started += 1
+        if self.started == len(self.tasks):
+            return None
+        self.started += 1
+        return self.started - 1, self.tasks[self.started - 1]
 
     @property
     def num_documents(self) -> int:
@@ -113,51 +135,32 @@ class ShardPlan:
             DataError: a text that is needed cannot be read. Texts beyond the `max_documents` of a source may be
                 unreadable.
         """
-        waiting = iter([(source, number) for source in self._sources for number in range(len(source.tasks))])
-        in_progress: dict[Future[Shard], tuple[SourceShards, int]] = {}
+        in_progress: dict[Future[Shard], tuple[SourceShards, int, Task]] = {}
         while True:
             # Keep one task more than there are workers in the queue, so that no worker waits.
             while len(in_progress) < (1 if workers.size == 1 else workers.size + 1):
-                following = next((entry for entry in waiting if _is_needed(*entry)), None)
+                following = next(self._next_tasks(), None)
                 if following is None:
                     break
-                source, number = following
-                in_progress[workers.submit(source.tasks[number])] = following
+                in_progress[workers.submit(following[-1])] = following
                 if workers.size == 1:
                     yield
             if not in_progress:
-                break
+                return
             for future in wait(in_progress, POLL_S, FIRST_COMPLETED).done:
                 _record_result(future, *in_progress.pop(future))
             yield
+
+    def _next_tasks(self) -> Iterator[tuple[SourceShards, int, Task]]:
         for source in self._sources:
-            yield from self._retry_failed(source, workers)
-
-    def _retry_failed(self, source: SourceShards, workers: ShardWorkers) -> Iterator[None]:
-        """Retry the shards that failed, as far as their documents are among the first `max_documents`."""
-        count = 0
-        for number, task in enumerate(source.tasks):
-            max_documents = source.source.max_documents
-            if max_documents is not None and count >= max_documents:
-                return
-            if number in source.errors:
-                assert max_documents is not None
-                future = workers.submit(replace(task, most_documents=max_documents - count))
-                while not future.done():
-                    wait([future], POLL_S)
-                    yield
-                source.shards[number] = future.result()
-            count += source.shards[number].num_documents
+            if (following := source.next_task()) is not None:
+                yield (source, *following)
 
 
-def _is_needed(source: SourceShards, number: int) -> bool:
-    return number not in source.shards and not source.has_enough()
-
-
-def _record_result(future: Future[Shard], source: SourceShards, number: int) -> None:
+def _record_result(future: Future[Shard], source: SourceShards, number: int, task: Task) -> None:
     try:
         source.shards[number] = future.result()
     except DataError as error:
-        if source.source.max_documents is None:
+        if task.most_documents is None:
             raise
-        source.errors[number] = error
+        source.errors[number] = task, error

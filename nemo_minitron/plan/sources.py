@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config.recipe import Recipe
-from nemo_minitron.data.found import CHAT_FORMATS, FORMATS, source_files
+from nemo_minitron.data.found import FORMATS_OF, source_files
 from nemo_minitron.data.globs import files_below, matches
 from nemo_minitron.errors import DataError
 from nemo_minitron.hf.source import HUB, source_path
@@ -31,7 +31,7 @@ def source_facts(stage: StageParams, recipe: Recipe, before: Mapping[str, Any]) 
     """
     facts = {}
     for source in sources_of(stage):
-        files = _files(source, Path(recipe.execution.assets_dir))
+        files = listed_files(source, Path(recipe.execution.assets_dir))
         if files:
             facts[source.location] = {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
         elif source.location in before:
@@ -39,15 +39,15 @@ def source_facts(stage: StageParams, recipe: Recipe, before: Mapping[str, Any]) 
     return facts
 
 
-def _files(source: Source, assets_dir: Path) -> list[Path]:
+def listed_files(source: Source, assets_dir: Path) -> list[Path]:
     """List the files that the stage would read: of text and chats the data files, otherwise all files."""
     if source.location.startswith(HUB):
         return []
     path = source_path(source.location, assets_dir)
-    if source.content in ("text", "chats"):
+    if source.content in FORMATS_OF:
         # The stage and `minitron check` report errors in a source.
         with suppress(DataError):
-            return source_files(path, CHAT_FORMATS if source.content == "chats" else FORMATS)
+            return source_files(path, FORMATS_OF[source.content])
         return []
     if path.is_dir():
         return [file for file in files_below(path) if file.is_file()]

@@ -53,8 +53,8 @@ class ChatSource(Schema):
     """One file, glob or folder of chat rows."""
 
     source: str
-    """`asset:NAME`, or a path or glob of .jsonl, .json (a list) or .parquet files, each also compressed as .gz or .zst.
-    """
+    """`asset:NAME`, or a path or glob of .jsonl, .json (a list) or .parquet files, each also compressed as .gz, .zst,
+    .bz2 or .xz."""
     format: ChatFormat = "auto"
     """Format of the rows. auto: recognized by the keys of the first row."""
     max_rows: PositiveInt | None = None

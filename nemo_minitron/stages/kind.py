@@ -249,8 +249,8 @@ class StageKind:
     """Its computational load in a layout; None if sizes are not known or it does not run a model."""
     disk_bytes: Callable[[Any, Load], int | None] = _unknown
     """Size of its output; None: that of a model with its checkpoints for a training, 0 for other stages."""
-    source_disk_bytes: Callable[[str, int], int] = lambda _location, _num_bytes: 0
-    """Disk space that a source needs while the stage runs, from its location and size in bytes."""
+    source_disk_bytes: Callable[[Path, int], int] | None = None
+    """Disk space that a file of a source needs while the stage runs, from its path and size in bytes; None: none."""
     array: Callable[[str, Any], str | None] = _unknown
     """Name of the job array that it shares with other stages of its kind; None: it has its own job."""
     num_servers: Callable[[Any], int] = lambda _params: 0

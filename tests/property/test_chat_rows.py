@@ -124,7 +124,7 @@ def _words(value: Any) -> Iterator[str]:
 
 
 def _squeezed(text: str) -> str:
-    return re.sub(r"<<[^<>]*>>|\s+", "", text)
+    return re.sub(r"<<[-+*/().,%$\d ]+=[-+*/().,%$\d =]*>>|\s+", "", text)
 
 
 NOT_TEXT = ("role", "from", "type", "label", "labels", "mask", "attributes", "weight", "train", "prefix")

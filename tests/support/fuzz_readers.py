@@ -239,7 +239,7 @@ def _read_chats(folder: Path) -> None:
             if isinstance(row.content, BadRow):
                 continue
             try:
-                form.adapt(Fields(row.content), {})
+                form.read(Fields(row.content), {})
             except BadRow as reason:
                 _require_short(reason)
 

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from nemo_minitron.backends.megatron.data.indexed import Document
+if TYPE_CHECKING:
+    from nemo_minitron.backends.megatron.data.indexed import IndexedWriter
+
+
+def add_document(writer: IndexedWriter, ids: NDArray[np.integer], num_bytes: int) -> None:
+    """Add one document, whose ids end in eod."""
+    writer.add_run(memoryview(ids.astype(writer.dtype).tobytes()), np.array([len(ids)]), np.array([num_bytes]))
 
 
 def tiny_data_dir(folder: Path, *, vocab_size: int = 512, num_documents: int = 40, seed: int = 0) -> Path:
@@ -19,8 +27,7 @@ def tiny_data_dir(folder: Path, *, vocab_size: int = 512, num_documents: int = 4
     with indexed_writers(folder / "train_00", folder / "valid_00", vocab_size=vocab_size) as (train, valid):
         for number in range(num_documents):
             ids = generator.integers(1, vocab_size, size=int(generator.integers(20, 90)))
-            document = Document(np.append(ids, 0), num_bytes=3 * len(ids))
-            (valid if number % 4 == 0 else train).add(document)
+            add_document(valid if number % 4 == 0 else train, np.append(ids, 0), 3 * len(ids))
     splits = {
         writer.prefix.name.split("_")[0]: [
             {"prefix": writer.prefix.name, "source": "tiny", "weight": 1.0, "num_tokens": writer.num_tokens}

@@ -20,7 +20,7 @@ from nemo_minitron.api import load_recipe
 from nemo_minitron.bundle.archive import write_archive
 from nemo_minitron.bundle.collect import collect
 from nemo_minitron.bundle.items import Item, sorted_items
-from nemo_minitron.errors import ConfigError, DataError, EnvironmentProblem, MinitronError, PlanError
+from nemo_minitron.errors import ConfigError, EnvironmentProblem, MinitronError, PlanError
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.hf.source import hub_copy, resolve_model
 from nemo_minitron.plan.shapes import model_shape
@@ -314,7 +314,7 @@ def test_missing_texts_and_broken_models_are_named(work: Path, tmp_path: Path) -
         collect([write_recipe(work, "asset:toy-llama", "data/*.txt")], [], SILENT)
     (work / "data").mkdir()
     (work / "data/a.doc").write_text("x")
-    with pytest.raises(DataError, match="has a known type"):
+    with pytest.raises(PlanError, match="has a known type"):
         collect([write_recipe(work, "asset:toy-llama", "data")], [], SILENT)
     model = tiny_model_dir(tmp_path / "models", "llama_mha")
     weights = model / "model.safetensors"

@@ -82,6 +82,13 @@ def test_a_file_that_cannot_be_read_is_a_clear_error(
     assert str(file) in str(caught.value)
 
 
+def test_a_table_with_an_unknown_time_zone_is_a_clear_error(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"prompt": ["Hi"], "at": pa.array([1], pa.timestamp("s", tz="Mars/X"))}), file)
+    with pytest.raises(DataError, match="Not a readable parquet file: 'Mars/X'"):
+        list(read_rows(file))
+
+
 @pytest.mark.parametrize("make", [lambda folder: folder / "x.txt", lambda folder: folder])
 def test_text_files_are_not_chats(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     (tmp_path / "x.txt").write_text("Hi")

@@ -332,6 +332,23 @@ def test_the_end_of_a_turn_is_the_first_special_token_after_an_answer(jinja: str
     assert without == (expected if jinja == OWN else None)
 
 
+def test_added_special_tokens_without_a_name_are_markers() -> None:
+    """As in Llama 3.x, whose control tokens are special only in tokenizer.json."""
+    own = copy.deepcopy(tokenizer())
+    backend = own.backend_tokenizer
+    backend.add_special_tokens(["<|control|>", "<|stop|>"])
+    backend.add_tokens(["<think>"])
+    own.chat_template = OWN.replace("<|im_end|>", "<|stop|>")
+    bound = ChatTemplate.bind(own, "model")
+    assert not {"<|control|>", "<|stop|>"} & set(own.all_special_tokens)
+    assert bound.end_of_turn() == "<|stop|>"
+    rows = sft_rows(chat({"role": "user", "content": "Hi <think>"}, CHAT[1]), bound)
+    assert rows == [{"input": "<|im_start|>user\nHi <think><|stop|><|im_start|>assistant", "output": "\nHello<|stop|>"}]
+    for name in ("model", "chatml"):
+        with pytest.raises(BadRow, match=r"contains <\|control\|>, which the tokenizer reads as a marker"):
+            sft_rows(chat({"role": "user", "content": "Hi <|control|>"}, CHAT[1]), ChatTemplate.bind(own, name))
+
+
 def test_a_published_model_ends_generation_where_its_own_template_ends_a_turn(model_dir: Path) -> None:
     (model_dir / "chat_template.jinja").write_text(OWN)
     before = {file.name: file.read_bytes() for file in model_dir.iterdir() if file.name != "generation_config.json"}

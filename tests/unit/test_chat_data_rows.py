@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from nemo_minitron.data.chat import fields
 from nemo_minitron.data.chat.formats import FORMATS, FORMATS_OF, detect
 from nemo_minitron.data.chat.rows import BadRow, question, with_system
 
@@ -28,6 +29,10 @@ def pair(*prompt: str, chosen: str = "Yes", rejected: str = "No", system: str | 
     return {"prompt": dialogue(*prompt, system=system), "chosen": chosen, "rejected": rejected, **more}
 
 
+def adapted(name: str, row: Fields, renames: dict[str, Any] | None = None) -> Fields:
+    return FORMATS[name].read(fields.Fields(row), renames or {})
+
+
 PARTS = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
 
 
@@ -44,6 +49,7 @@ RULES: Fields = {
 IFEVAL_ROW: Fields = {**RULES, "kwargs": [{"keywords": ["snow"], "num_words": None}, None]}
 HELPSTEER = {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 2, "verbosity": 1}
 OASST_LABELS = {"quality": {"value": 0.75, "count": 3}, "humor": {"value": 0.1, "count": 3}, "spam": {"value": 0.0}}
+CODE = "if (a << 2 == b && c >> 1) cout << x;\n<<Bonjour>>"
 HH = "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Really?\n\nAssistant: "
 
 # (detected format, row, checked row)
@@ -86,6 +92,10 @@ ADAPTED: tuple[tuple[str, Fields, Fields], ...] = (
         {"messages": dialogue("Hi"), **RULES},
     ),
     ("gsm8k", {"question": "2 by 3?", "answer": "2*3=<<2*3=6>>6\n#### 6"}, chat("2 by 3?", "2*3=6\n#### 6")),
+    ("gsm8k", {"question": "Hi", "answer": f"{CODE}\n#### 1"}, chat("Hi", f"{CODE}\n#### 1")),
+    ("prompt_completion", {"question": "Hi", "answer": CODE}, chat("Hi", CODE)),
+    ("prompt_completion", {"instruction": "Sort.", "input": "[]", "output": "[]"}, chat("Sort.\n\n[]", "[]")),
+    ("prompts", {"prompt": "Is it valid?", "context": "null"}, {"messages": dialogue("null\n\nIs it valid?")}),
     ("helpsteer", {"prompt": "Hi", "response": "Ho", **HELPSTEER}, chat("Hi", "Ho", **HELPSTEER)),
     (
         "oasst",
@@ -151,7 +161,7 @@ ADAPTED: tuple[tuple[str, Fields, Fields], ...] = (
 )
 def test_an_answer_of_a_pair_becomes_a_conversation_on_request(row: Fields) -> None:
     for which, answer in (("chosen", "Yes"), ("rejected", "No")):
-        found = FORMATS[f"{which}_answers"].adapt(row, {})
+        found = adapted(f"{which}_answers", row)
         assert [message["content"] for message in found["messages"]] == ["Hi", "Ho", "Really?", answer]
     with pytest.raises(BadRow, match="no known format"):
         detect(row, "conversations")
@@ -164,7 +174,7 @@ def rows_of(name: str) -> Any:
 @pytest.mark.parametrize(("name", "row", "expected"), ADAPTED)
 def test_a_public_row_is_recognized_and_normalized(name: str, row: Fields, expected: Fields) -> None:
     assert detect(row, rows_of(name)) == name
-    assert FORMATS[name].adapt(row, {}) == expected
+    assert adapted(name, row) == expected
 
 
 def test_every_format_is_tried() -> None:
@@ -177,7 +187,7 @@ def test_the_preferred_place_of_a_result_is_the_requested_one_and_tells_nothing_
     chosen = []
     for number in range(400):
         row = {"question": f"2 by 3, {number}?", "answer": "2*3=<<2*3=6>>6\n#### 6"}
-        found = FORMATS["result_place"].adapt(row, {})
+        found = adapted("result_place", row)
         place = "first" if found["chosen"] == first else "last"
         assert {found["chosen"], found["rejected"]} == {first, last}
         prompt = f"{row['question']}\nWrite the result in the {place} line."
@@ -187,7 +197,7 @@ def test_the_preferred_place_of_a_result_is_the_requested_one_and_tells_nothing_
 
 
 def test_an_answer_with_its_result_first_is_preferred_over_the_same_text() -> None:
-    found = FORMATS["result_first"].adapt({"question": "2 by 3?", "answer": "2*3=<<2*3=6>>6\n#### 6"}, {})
+    found = adapted("result_first", {"question": "2 by 3?", "answer": "2*3=<<2*3=6>>6\n#### 6"})
     assert (found["chosen"], found["rejected"]) == ("#### 6\n2*3=6", "2*3=6\n#### 6")
     assert found["prompt"] == [{"role": "user", "content": "2 by 3?"}]
 
@@ -195,7 +205,7 @@ def test_an_answer_with_its_result_first_is_preferred_over_the_same_text() -> No
 @pytest.mark.parametrize(("which", "answer"), [("chosen", "3 + 3 = 6\n#### 6"), ("rejected", "6")])
 def test_one_answer_of_a_pair_of_any_format_is_a_conversation(which: str, answer: str) -> None:
     row = {"question": "What is 3 + 3?", "answer": "3 + 3 = <<3+3=6>>6\n#### 6"}
-    found = FORMATS[f"{which}_answers"].adapt(row, {})
+    found = adapted(f"{which}_answers", row)
     assert [message["content"] for message in found["messages"]] == ["What is 3 + 3?", answer]
 
 
@@ -204,13 +214,13 @@ def test_written_rows_are_read_back_unchanged() -> None:
         by_keys = "oasst" if "attributes" in expected else "messages" if "messages" in expected else "pairs"
         again = name if rows_of(name) == "prompts" else by_keys
         assert detect(expected, rows_of(name)) == again, row
-        assert FORMATS[again].adapt(expected, {}) == expected
+        assert adapted(again, expected) == expected
 
 
 def test_other_names_of_attributes_are_renamed_or_left_out() -> None:
     row = {"prompt": "Hi", "response": "Ho", "factuality": 4, "relevance": 1, "coherence": 2}
     renames = {"factuality": "correctness", "relevance": None}
-    assert FORMATS["helpsteer"].adapt(row, renames) == chat("Hi", "Ho", correctness=4, coherence=2)
+    assert adapted("helpsteer", row, renames) == chat("Hi", "Ho", correctness=4, coherence=2)
 
 
 # (format, row, reason)
@@ -261,6 +271,10 @@ BAD: tuple[tuple[str, Fields, str], ...] = (
     ("prompts", {"prompt": "Hi", "instruction_id_list": "x", "kwargs": [{}]}, "instruction_id_list is 'x', not a list"),
     ("prompts", {"prompt": "Hi", "instruction_id_list": ["x"]}, "kwargs is None, not a list of objects"),
     ("prompts", {"prompt": "Hi", "instruction_id_list": ["x"], "kwargs": []}, "the row has 1 rules and 0 kwargs"),
+    ("prompts", {"messages": dialogue("Hi", "Ho")[1:], "system": "S"}, "there are no messages"),
+    ("prompts", {**RULES, "prompt": "Hi", "kwargs": [{"k": "\ud800"}, {}]}, "kwargs has an unpaired surrogate"),
+    ("prompts", {**RULES, "prompt": "Hi", "kwargs": [{"k": b"x"}, {}]}, "kwargs cannot be written as JSON"),
+    ("prompts", {"prompt": "Hi", "instruction_id_list": ["\ud800"], "kwargs": [{}]}, "list has an unpaired surrogate"),
     ("gsm8k", {"question": "Hi"}, "there is no field answer; the row has question"),
     ("gsm8k", {"question": "Hi", "answer": 3}, "answer is 3, not text"),
     ("worked_answers", {"question": "Hi", "answer": "6"}, "answer has no number after ####"),
@@ -287,6 +301,11 @@ BAD: tuple[tuple[str, Fields, str], ...] = (
         "chosen ends with a message from user, not from assistant",
     ),
     ("hh", {"chosen": "Yes", "rejected": "No"}, "chosen does not begin with 'Human:'"),
+    (
+        "hh",
+        {"system": "S", "chosen": "\n\nAssistant: Yes", "rejected": "\n\nAssistant: No"},
+        "there are no messages",
+    ),
     ("hh", {"chosen": f"{HH}Yes", "rejected": "\n\nHuman: Hi\n\nAssistant: No"}, "answer different prompts"),
 )
 
@@ -294,7 +313,7 @@ BAD: tuple[tuple[str, Fields, str], ...] = (
 @pytest.mark.parametrize(("name", "row", "reason"), BAD)
 def test_a_bad_row_gives_a_reason(name: str, row: Fields, reason: str) -> None:
     with pytest.raises(BadRow) as caught:
-        FORMATS[name].adapt(row, {})
+        adapted(name, row)
     assert reason in str(caught.value)
 
 
@@ -308,13 +327,13 @@ def test_a_bad_row_gives_a_reason(name: str, row: Fields, reason: str) -> None:
     ],
 )
 def test_a_renamed_rating_is_found_in_every_format(row: Fields) -> None:
-    found = FORMATS[detect(row, "conversations")].adapt(row, {"stars": "quality"})
+    found = adapted(detect(row, "conversations"), row, {"stars": "quality"})
     assert found == chat("Hi", "Ho", quality=3)
 
 
 def test_two_attributes_cannot_have_the_same_name() -> None:
     with pytest.raises(BadRow, match="two attributes are named quality"):
-        FORMATS["helpsteer"].adapt({"prompt": "Hi", "response": "Ho", "quality": 1, "stars": 2}, {"stars": "quality"})
+        adapted("helpsteer", {"prompt": "Hi", "response": "Ho", "quality": 1, "stars": 2}, {"stars": "quality"})
 
 
 @pytest.mark.parametrize("rows", FORMATS_OF)

@@ -29,10 +29,15 @@ def write(file: Path, rows: Rows) -> str:
 
 
 def sums(first: int, last: int) -> Rows:
-    return [{"question": f"What is {i} and {i}?", "answer": f"<<{i}+{i}={2 * i}>>{2 * i}"} for i in range(first, last)]
+    return [
+        {"question": f"What is {i} and {i}?", "answer": f"<<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"}
+        for i in range(first, last)
+    ]
 
 
-def prepare(folder: Path, *sources: dict[str, Any] | str, **params: Any) -> tuple[dict[str, Any], Rows, Rows]:
+def prepare(
+    folder: Path, *sources: dict[str, Any] | str, output: list[str] | None = None, **params: Any
+) -> tuple[dict[str, Any], Rows, Rows]:
     """Return (result, training rows, validation rows)."""
     listed = [{"source": source} if isinstance(source, str) else source for source in sources]
     stage = ChatDataStage(
@@ -41,7 +46,10 @@ def prepare(folder: Path, *sources: dict[str, Any] | str, **params: Any) -> tupl
     out, work = folder / "out", folder / "work"
     out.mkdir(parents=True)
     work.mkdir()
-    result = chat_data(stage, NoInputs(), StageContext("chats", "test", out, work, Execution(), Progress(silent=True)))
+    progress = Progress(silent=True)
+    if output is not None:
+        progress.say = output.append  # type: ignore[method-assign]
+    result = chat_data(stage, NoInputs(), StageContext("chats", "test", out, work, Execution(), progress))
     train, valid = (list(map(json.loads, (out / f"{s}.jsonl").open(encoding="utf-8"))) for s in ("train", "valid"))
     assert json.loads((out / "facts.json").read_text()) == result
     return dict(result), train, valid
@@ -58,7 +66,7 @@ def test_every_row_is_in_one_part_with_its_origin(tmp_path: Path) -> None:
     assert {row["origin"] for row in [*train, *valid]} == {f"x.jsonl:{number}" for number in range(1, 201)}
     facts = {"source": source, "format": "gsm8k", "rows": 200, "bad_rows": 0, "weight": 1.0, "unused_fields": {}}
     assert result["sources"] == [facts]
-    assert train[0]["messages"][1] == {"role": "assistant", "content": "0"}
+    assert train[0]["messages"][1] == {"role": "assistant", "content": "0\n#### 0"}
 
 
 def test_the_held_out_rows_do_not_depend_on_the_order_nor_on_the_files(tmp_path: Path) -> None:
@@ -113,6 +121,20 @@ def test_a_weight_repeats_or_thins_out_training_rows_only(tmp_path: Path) -> Non
     assert len(valid) == len(texts(valid)) == 50
     assert result["train_rows"] == len(train)
     assert [copies(2.25, at << 62) for at in range(4)] == [3, 2, 2, 2]
+
+
+def test_files_that_are_not_read_are_reported(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write(folder / "test.jsonl", sums(0, 20))
+    (folder / "more.csv").write_text("a,b")
+    output: list[str] = []
+    prepare(tmp_path / "a", str(folder), output=output)
+    assert any(f"1 file left out, the first is {folder}/more.csv" in text for text in output)
+    assert any(
+        f"1 file named like held-out data, read like the others; the first is {folder}/test.jsonl" in text
+        for text in output
+    )
 
 
 def test_max_rows_counts_good_rows(tmp_path: Path) -> None:
@@ -235,7 +257,7 @@ def test_show_prints_rows_and_what_a_model_reads(tmp_path: Path, minitron: Cli) 
     code, output = minitron("show", file, "chats", "--rows", 1, "--model", tmp_path / "model", "--template", "chatml")
     assert code == 0, output
     assert "<|im_start|>assistant\n" in output
-    assert "tokens of prompt, 2 with loss]" in output
+    assert "tokens of prompt, 9 with loss]" in output
     code, output = minitron("show", file, "chats", "--model", tmp_path / "model", "--template", "llama3")
     assert code == 2
     assert "allowed: with this tokenizer: chatml, model" in output

@@ -166,6 +166,13 @@ def test_an_impossible_architecture_is_named(
         _init(tmp_path / "out", architecture={**LLAMA, **change}, tokenizer=_tokenizer(text))
 
 
+def test_an_unused_separator_is_named_with_its_key(tmp_path: Path) -> None:
+    rows = tmp_path / "text.jsonl"
+    rows.write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match=r"where: stages\.fresh\.tokenizer\.sources\.0"):
+        _init(tmp_path / "out", architecture=LLAMA, tokenizer=_tokenizer(rows))
+
+
 def test_missing_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing\.txt"):
         _init(tmp_path / "out", architecture=LLAMA, tokenizer=_tokenizer(tmp_path / "nothing.txt"))

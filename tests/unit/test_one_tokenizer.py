@@ -18,6 +18,7 @@ from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.system.progress import Progress
 from tests.support.saved_by import edit, saved
+from tests.support.tiny_data import add_document
 
 
 def context(folder: Path, output: list[str]) -> StageContext:
@@ -42,12 +43,12 @@ def renamed(folder: Path, **names: str) -> Path:
 
 
 def inputs_of(tmp_path: Path, ids: list[int], **folders: Path) -> tuple[dict[str, Model], TokenizedText]:
-    from nemo_minitron.backends.megatron.data.indexed import Document, indexed_writers
+    from nemo_minitron.backends.megatron.data.indexed import indexed_writers
 
     data = tmp_path / "data"
     data.mkdir(exist_ok=True)
     with indexed_writers(data / "train_00", vocab_size=512) as (writer,):
-        writer.add(Document(np.array(ids), 3))
+        add_document(writer, np.array(ids), 3)
     first = next(iter(folders.values()))
     result = {"tokenizer_sha256": tokenizer_fingerprint(first)}
     models = {role: Model(role, "import", folder, "", {}) for role, folder in folders.items()}
@@ -69,11 +70,12 @@ def test_different_added_tokens_are_an_error_if_the_data_use_them_and_otherwise_
         )
 
 
-def test_rendered_rows_count_as_use_without_other_data(tmp_path: Path) -> None:
-    teacher, student = renamed(tmp_path / "teacher"), renamed(tmp_path / "student", two="<User>")
+@pytest.mark.parametrize("name", ["<User>", "<\uff5cUser\uff5c>", '<"User\\">'])
+def test_rendered_rows_count_as_use_without_other_data(tmp_path: Path, name: str) -> None:
+    teacher, student = renamed(tmp_path / "teacher"), renamed(tmp_path / "student", two=name)
     models = {role: Model(role, "import", path, "", {}) for role, path in (("model", student), ("teacher", teacher))}
     rows = tmp_path / "rows.jsonl"
-    for text, used in (("<one> says", False), ("<User> says", True)):
+    for text, used in (("<one> says", False), (f"{name} says", True)):
         rows.write_text(json.dumps({"input": text}) + "\n")
         if used:
             with pytest.raises(DataError, match="contain them"):

@@ -6,7 +6,6 @@ import bz2
 import gzip
 import json
 import lzma
-import os
 import random
 import tracemalloc
 from collections.abc import Callable
@@ -18,7 +17,6 @@ import pytest
 import zstandard
 
 from nemo_minitron.data import blocks
-from nemo_minitron.data.found import find_files, source_files
 from nemo_minitron.data.readers import read_documents, require_separator_is_used
 from nemo_minitron.errors import DataError
 from nemo_minitron.schema.data import DataSource
@@ -121,12 +119,34 @@ def test_a_field_inside_another_one_is_read(tmp_path: Path) -> None:
     assert "is int64, not text" in problem(table, text_field="a.c")
 
 
+def test_a_json_list_can_be_longer_than_a_line_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINITRON_MAX_LINE_BYTES", "100")
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 50)
+    texts = ["word " * 30, "b"]
+    file = tmp_path / "x.json"
+    for start in (b"", b"\xef\xbb\xbf", b" \n" * 40):
+        file.write_bytes(start + json.dumps([{"text": text} for text in texts]).encode())
+        assert read(file) == texts
+    file.write_bytes(jsonl(texts))
+    assert "A line has more than 100 bytes" in problem(file)
+
+
+def test_an_error_in_a_json_list_has_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_bytes(b'[\n{"text": "a"},\n{"text": b}\n]\n')
+    output = problem(file)
+    assert "Not JSON: Expecting value at column 10." in output
+    assert f"{file}:3" in output
+
+
 @pytest.mark.parametrize(
     "column",
     [
         pa.array(["a", None, "b"], pa.large_string()),
         pa.array(["a", "b", "a"]).dictionary_encode(),
         pa.array([b"a", None, b"b"]),
+        *([pa.array(["a", None, "b"], pa.string_view())] if hasattr(pa, "string_view") else []),
+        *([pa.array([b"a", None, b"b"], pa.binary_view())] if hasattr(pa, "binary_view") else []),
     ],
 )
 def test_text_columns_of_every_type_are_read(tmp_path: Path, column: pa.Array) -> None:
@@ -188,103 +208,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, compression: str) ->
     tracemalloc.stop()
     assert count == 1_000
     assert peak < 10e6, "of 20 MB of text"
-
-
-# --- finding files --------------------------------------------------------------------------------
-
-
-def test_a_folder_is_searched_below_in_sorted_order_without_hidden_and_unknown_files(tmp_path: Path) -> None:
-    for name in ("b.txt", "a/z.jsonl.zst", "a/.cache/c.txt", ".hidden.txt", "README.md", "c.parquet"):
-        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
-        (tmp_path / name).write_text("x")
-    assert source_files(tmp_path) == [tmp_path / "a/z.jsonl.zst", tmp_path / "b.txt", tmp_path / "c.parquet"]
-
-
-def test_a_glob_is_sorted(tmp_path: Path) -> None:
-    for name in ("2.txt", "1.txt", "1.jsonl"):
-        (tmp_path / name).write_text("x")
-    assert source_files(tmp_path / "*.txt") == [tmp_path / "1.txt", tmp_path / "2.txt"]
-
-
-def texts_in(root: Path, *names: str) -> None:
-    for name in names:
-        (root / name).parent.mkdir(exist_ok=True, parents=True)
-        (root / name).write_text("x")
-
-
-def test_links_are_followed_and_each_file_is_read_once(tmp_path: Path) -> None:
-    texts_in(tmp_path, "text/a.txt", "text/z/b.txt", "elsewhere/deep/c.txt", "lone.txt")
-    text = tmp_path / "text"
-    (text / "more").symlink_to(tmp_path / "elsewhere")
-    (text / "again").symlink_to(text / "z")
-    (text / "loop").symlink_to(text)
-    (text / "0.txt").symlink_to(text / "a.txt")
-    (text / "1.txt").symlink_to(tmp_path / "lone.txt")
-    names = ["1.txt", "a.txt", "more/deep/c.txt", "z/b.txt"]
-    assert source_files(text) == [text / name for name in names]
-    by_glob = source_files(text / "**/*.txt")
-    assert sorted(map(os.path.realpath, by_glob)) == sorted(os.path.realpath(text / name) for name in names)
-
-
-def test_files_that_are_left_out_are_reported(tmp_path: Path) -> None:
-    texts_in(
-        tmp_path, "a.jsonl", "c4.json.gz", "README.md", "a.jsonl.sha256", "dataset_info.json", "._a.jsonl", "test/b.txt"
-    )
-    found = find_files(tmp_path)
-    assert [file.name for file in found.files] == ["a.jsonl", "c4.json.gz", "b.txt"]
-    first, second = found.remarks()
-    assert first == f"3 files left out, the first is {tmp_path / 'README.md'}"
-    assert second == "folders named test are read as training text too"
-
-
-def test_special_characters_in_names_are_literal(tmp_path: Path) -> None:
-    names = ["[old] a*.txt", "\u4e16\u754c.txt", "a b/{x,y}.txt", "Z.txt", "a.txt"]
-    texts_in(tmp_path, *names)
-    assert source_files(tmp_path) == sorted(tmp_path / name for name in names)
-    for name in names:
-        assert source_files(tmp_path / name) == [tmp_path / name]
-
-
-def test_braces_and_double_stars_are_patterns(tmp_path: Path) -> None:
-    texts_in(tmp_path, "train/1.txt", "valid/2.txt", "test/3.txt", "train/deep/4.txt")
-    assert source_files(tmp_path / "{train,valid}/*.txt") == [tmp_path / "train/1.txt", tmp_path / "valid/2.txt"]
-    assert len(source_files(tmp_path / "**/*.txt")) == 4
-
-
-def test_unreachable_text_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts_in(tmp_path, "a.txt", "closed/b.txt")
-    link = tmp_path / "gone.jsonl"
-    link.symlink_to(tmp_path / "nowhere.jsonl")
-    with pytest.raises(DataError, match="link is broken"):
-        source_files(tmp_path)
-    link.unlink()
-
-    def scandir(path: str) -> object:
-        if str(path).endswith("closed"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-
-    real = os.scandir
-    monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(DataError, match="Permission denied"):
-        source_files(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("x.csv", "Unknown file type .csv."),
-        ("nowhere", "There is no text at"),
-        ("*.txt", "No file matches"),
-        ("*.csv", "of the 1 files at"),
-    ],
-)
-def test_a_source_without_text_names_what_is_allowed(tmp_path: Path, path: str, message: str) -> None:
-    (tmp_path / "x.csv").write_text("a,b")
-    with pytest.raises(DataError) as caught:
-        source_files(tmp_path / path)
-    assert message in str(caught.value)
-    assert "*.jsonl[.gz|.zst|.bz2|.xz]" in str(caught.value)
 
 
 # --- bad files ------------------------------------------------------------------------------------

@@ -261,6 +261,10 @@ def test_disk_space_includes_shards_and_joined_datasets(tmp_path: Path) -> None:
     text.write_text('{"text": "a"}\n')
     before = resource_facts(_plan(TOY, tmp_path))["totals"]["disk_gib"]
     toy_bytes = next((REPO / "nemo_minitron/toy").glob("text*")).stat().st_size
-    plan = _plan(TOY, tmp_path, f"stages.data.sources=[{{source: {text}}}]")
-    found = resource_facts(plan)["totals"]["disk_gib"] - before
-    assert found * 2**30 == pytest.approx(2 * text.stat().st_size - 2 * toy_bytes)
+    packed = tmp_path / "folder" / "x.JSON.GZ"
+    packed.parent.mkdir()
+    packed.write_bytes(b"x" * 1000)
+    for source, num_bytes in ((text, text.stat().st_size), (packed, 4000), (packed.parent, 4000)):
+        plan = _plan(TOY, tmp_path, f"stages.data.sources=[{{source: {source}}}]")
+        found = resource_facts(plan)["totals"]["disk_gib"] - before
+        assert found * 2**30 == pytest.approx(2 * num_bytes - 2 * 4 * toy_bytes), source

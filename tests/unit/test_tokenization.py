@@ -18,6 +18,7 @@ from nemo_minitron.data.tokenization import DocumentTokenizer, is_heldout
 from nemo_minitron.data.word_cuts import can_be_cut
 from nemo_minitron.errors import CheckpointError, DataError
 from nemo_minitron.hf.tokenizer_identity import tokenizer_fingerprint
+from tests.support.tiny_data import add_document
 from tests.support.tokenize_stage import TOY_MODEL, contents, run_stage, toy_texts
 
 
@@ -187,6 +188,15 @@ def test_the_dataset_artifact_holds_every_document_once(tmp_path: Path) -> None:
     assert facts["bytes_per_token"] == texts / tokens
 
 
+def test_sources_that_overlap_are_refused(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.jsonl").write_text("".join(json.dumps({"text": f"Text {number}."}) + "\n" for number in range(100)))
+    sources = [{"source": str(text)}, {"source": f"{text}/*.jsonl"}]
+    with pytest.raises(DataError, match=r"both read a\.jsonl(.|\n)*stages\.data\.sources\.0, stages\.data\.sources\.1"):
+        run_stage(tmp_path, sources, valid_fraction=0.1)
+
+
 def test_the_same_stage_twice_writes_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         run_stage(tmp_path / name, [{"source": "asset:toy-text", "max_documents": 100}], valid_fraction=0.1)
@@ -199,12 +209,12 @@ def test_the_same_stage_twice_writes_the_same_bytes(tmp_path: Path) -> None:
 def test_a_large_vocabulary_is_stored_in_wide_integers(tmp_path: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    from nemo_minitron.backends.megatron.data.indexed import Document, indexed_writers
+    from nemo_minitron.backends.megatron.data.indexed import indexed_writers
 
     for vocab_size, dtype in ((49_152, np.uint16), (128_256, np.int32)):
         prefix = tmp_path / str(vocab_size)
         with indexed_writers(prefix, vocab_size=vocab_size) as (writer,):
-            writer.add(Document(np.array([vocab_size - 1, 0]), 5))
+            add_document(writer, np.array([vocab_size - 1, 0]), 5)
         store = IndexedDataset(str(prefix))
         assert store[0].tolist() == [vocab_size - 1, 0]
         assert store[0].dtype == dtype
@@ -214,7 +224,7 @@ def test_the_index_is_the_one_that_megatron_would_write(tmp_path: Path) -> None:
     import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    from nemo_minitron.backends.megatron.data.indexed import Document, indexed_writers
+    from nemo_minitron.backends.megatron.data.indexed import indexed_writers
 
     documents = [np.arange(length) for length in (3, 1, 40, 7)]
     for vocab_size in (512, 128_256):
@@ -222,7 +232,7 @@ def test_the_index_is_the_one_that_megatron_would_write(tmp_path: Path) -> None:
         builder = IndexedDatasetBuilder(f"{theirs}.bin", dtype=DType.optimal_dtype(vocab_size))
         with indexed_writers(ours, vocab_size=vocab_size) as (writer,):
             for document in documents:
-                writer.add(Document(document, 1))
+                add_document(writer, document, 1)
                 builder.add_document(torch.from_numpy(document), [len(document)])
         builder.finalize(f"{theirs}.idx")
         for ending in ("bin", "idx"):

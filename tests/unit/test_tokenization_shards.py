@@ -143,6 +143,31 @@ def test_a_bad_row_is_reported_with_its_line_in_the_whole_file(tmp_path: Path) -
         run_stage(tmp_path / "more", sources_of(text, max_documents=61), valid_fraction=0.1)
 
 
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("max_documents", [3, 100])
+def test_a_bad_row_in_the_first_piece_is_reported_before_the_others_are_tokenized(
+    tmp_path: Path, max_documents: int
+) -> None:
+    text = text_folder(tmp_path / "text")
+    (text / "a.jsonl").write_text('{"text": "good"}\n{\n' + (text / "a.jsonl").read_text())
+    with pytest.raises(DataError, match=rf"{text}/a\.jsonl:2"):
+        run_stage(tmp_path, sources_of(text, max_documents=max_documents), valid_fraction=0.1)
+    assert made_names(tmp_path) == {}
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_bad_row_in_a_later_piece_is_reported_before_those_after_it_are_tokenized(tmp_path: Path) -> None:
+    text = text_folder(tmp_path / "text")
+    lines = (text / "a.jsonl").read_text().splitlines(keepends=True)
+    lines[20] = "{\n"
+    (text / "a.jsonl").write_text("".join(lines))
+    with pytest.raises(DataError, match=rf"{text}/a\.jsonl:21"):
+        run_stage(tmp_path / "out", sources_of(text, max_documents=110), valid_fraction=0.1)
+    with pytest.raises(DataError, match=rf"{text}/a\.jsonl:21"):
+        run_stage(tmp_path / "whole", sources_of(text), valid_fraction=0.1)
+    assert made_names(tmp_path / "out").keys() == made_names(tmp_path / "whole").keys() != set()
+
+
 def die(*_: object) -> None:
     os._exit(9)
 

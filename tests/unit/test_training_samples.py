@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_minitron.backends.megatron.data.indexed import Document
 from nemo_minitron.errors import DataError
+from tests.support.tiny_data import add_document
 
 SEQ_LEN = 16
 
@@ -25,7 +26,7 @@ def two_sources(tmp_path: Path) -> Path:
     for number, weight in ((0, 3.0), (1, 1.0)):
         with indexed_writers(tmp_path / f"train_{number:02d}", vocab_size=8) as (writer,):
             for _ in range(30):
-                writer.add(Document(np.full(40, number + 1), num_bytes=40))
+                add_document(writer, np.full(40, number + 1), 40)
         facts.append(
             {"prefix": f"train_{number:02d}", "source": f"s{number}", "weight": weight, "num_tokens": writer.num_tokens}
         )
@@ -107,6 +108,26 @@ def test_data_parallel_ranks_share_out_the_samples_of_a_step() -> None:
         return out
 
     assert seen(1, 8) == seen(1, 2) == seen(2, 4) == seen(4, 1) == list(range(8, 16))
+
+
+def test_held_out_documents_alternate_between_sources_and_are_not_listed_in_memory(tmp_path: Path) -> None:
+    from nemo_minitron.backends.megatron.data.datasets import heldout_rows
+    from nemo_minitron.backends.megatron.data.indexed import indexed_writers
+
+    lengths = np.full(200_000, 2)
+    for number, count in enumerate((1, 200_000)):
+        with indexed_writers(tmp_path / f"valid_{number:02d}", vocab_size=8) as (writer,):
+            ids = np.tile([number + 1, 0], count).astype(writer.dtype)
+            writer.add_run(memoryview(ids.tobytes()), lengths[:count], lengths[:count] + number)
+    facts = {"vocab_size": 8, "eod_id": 0, "valid": [{"prefix": f"valid_{number:02d}"} for number in (0, 1)]}
+    (tmp_path / "data.json").write_text(json.dumps(facts))
+    tracemalloc.start()
+    rows, num_bytes = heldout_rows(tmp_path, num_tokens=8, seq_len_tokens=8, whole_documents=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows[0]["tokens"].tolist() == [0, 1, 0, 2, 0, 2, 0, 2]
+    assert num_bytes == 2 + 3 * 3
+    assert peak < 8e6
 
 
 def test_too_little_text_for_one_sample_is_reported(two_sources: Path, tmp_path: Path) -> None:

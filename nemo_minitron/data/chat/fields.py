@@ -66,6 +66,11 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, list | dict) and not value)
 
 
+def is_blank(value: Any) -> bool:
+    """Return whether a value contains no text; `[]`, `{}` and `null` written as text can be part of a question."""
+    return not value.strip() if isinstance(value, str) else is_empty(value)
+
+
 def first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
     """Return the value of the first of these fields that is not null, or None if all are."""
     return next((row[name] for name in names if row.get(name) is not None), None)

@@ -158,6 +158,6 @@ def _parquet(file: Path) -> Numbered:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pa.ArrowException, ValueError, OverflowError) as error:
+    except (pa.ArrowException, ValueError, OverflowError, KeyError) as error:  # KeyError: unknown time zones
         after = f" after row {number}" if number else ""
         raise DataError(f"Not a readable parquet file{after}: {shortened(error)}", where=str(file)) from error

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
 
-from nemo_minitron.data.chat.fields import Fields, first, is_empty, required, string, unpacked
+from nemo_minitron.data.chat.fields import Fields, first, is_blank, is_empty, required, string, unpacked
 from nemo_minitron.data.chat.messages import (
     CONTAINERS,
     assistant,
@@ -41,7 +41,8 @@ _ANSWERS = ("completion", "output", "response", "answer")
 _CHOSEN, _REJECTED = ("chosen", "chosen_response"), ("rejected", "rejected_response")
 _CHOSEN_REWARD = ("chosen_reward", "score_chosen", "chosen_score")
 _REJECTED_REWARD = ("rejected_reward", "score_rejected", "rejected_score")
-_CALCULATOR = re.compile(r"<<[^<>]*>>")
+_CALCULATOR = re.compile(r"<<[-+*/().,%$\d ]+=[-+*/().,%$\d =]*>>")
+"""Mark of GSM8K's calculator, such as `<<48/2=24>>`."""
 _PLACES = ("first", "last")
 """Lines in which a question can request the result of a worked answer."""
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
@@ -58,16 +59,12 @@ class Format:
     fits: Callable[[Mapping[str, Any]], bool]
     """Returns whether a row looks like this format; detection takes the first format in the table that fits."""
 
-    def adapt(self, row: Mapping[str, Any], renames: Renames) -> Row:
-        """Return the checked row.
+    def read(self, row: Fields, renames: Renames) -> Row:
+        """Return the checked row; afterward, `row.unread()` lists the fields that are not in it.
 
         Raises:
             BadRow: the row cannot be used.
         """
-        return self.read(Fields(row), renames)
-
-    def read(self, row: Fields, renames: Renames) -> Row:
-        """Return the checked row; afterward, `row.unread()` lists the fields that are not in it."""
         require_supported(row)
         read = self.reader(row, renames)
         if self.rows != "pairs" and not is_empty(row.get("instruction_id_list")):
@@ -271,14 +268,14 @@ def _prompt(row: Fields, names: Sequence[str] = _PROMPTS) -> list[Message]:
     """Return the prompt's messages, with Alpaca's `input` after the instruction and `context` before the question."""
     name = next((name for name in names if row.get(name) is not None), "")
     found = read(row, names, role="user")
-    if name == "instruction" and not is_empty(row.get("input")):
+    if name == "instruction" and not is_blank(row.get("input")):
         found[-1] = {**found[-1], "content": f"{found[-1]['content']}\n\n{string(row, 'input')}"}
     return [*found[:-1], {**found[-1], "content": _in_context(row, found[-1]["content"])}]
 
 
 def _in_context(row: Fields, question: str) -> str:
     """Put the row's `context`, if it has one, before the question."""
-    return question if is_empty(row.get("context")) else f"{string(row, 'context')}\n\n{question}"
+    return question if is_blank(row.get("context")) else f"{string(row, 'context')}\n\n{question}"
 
 
 def _history(row: Fields) -> list[Message]:
@@ -296,7 +293,7 @@ def _history(row: Fields) -> list[Message]:
 def _after_system(row: Fields, messages: list[Message]) -> list[Message]:
     """Return the messages after the row's `system`; refuse messages that begin with a different system message."""
     system = system_of(row)
-    if not system or messages[0]["role"] != "system":
+    if not system or not messages or messages[0]["role"] != "system":
         return [*system, *messages]
     if messages[0]["content"].strip() != system[0]["content"].strip():
         raise BadRow("the field system differs from the system message at the start")
@@ -323,6 +320,11 @@ def _is_oasst(row: Mapping[str, Any]) -> bool:
     return "messages" in row and any(name in row for name in ("attributes", "labels", *ATTRIBUTES))
 
 
+def _is_gsm8k(row: Mapping[str, Any]) -> bool:
+    """Return whether the answer has GSM8K's mark before its result, so that other questions are not changed."""
+    return row.get("question") is not None and "####" in str(row.get("answer"))
+
+
 def _is_helpsteer(row: Mapping[str, Any]) -> bool:
     return "prompt" in row and "response" in row and any(name in row for name in ATTRIBUTES)
 
@@ -340,7 +342,7 @@ FORMATS: dict[str, Format] = {
     "oasst": Format("conversations", _oasst, _is_oasst),
     "messages": Format("conversations", _messages, _has(("messages",))),
     "sharegpt": Format("conversations", _sharegpt, _has(("conversations", "conversation"))),
-    "gsm8k": Format("conversations", _gsm8k, _has(("question",), ("answer",))),
+    "gsm8k": Format("conversations", _gsm8k, _is_gsm8k),
     "helpsteer": Format("conversations", _helpsteer, _is_helpsteer),
     "prompt_completion": Format("conversations", _prompt_completion, _has(_PROMPTS, _ANSWERS)),
     "chosen_answers": Format("conversations", partial(_answer_of_pair, which="chosen"), _only_by_name),

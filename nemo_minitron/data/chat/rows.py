@@ -13,10 +13,12 @@ Texts are stripped of white space at both ends, because a tokenizer would merge 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
+from nemo_minitron.errors import shortened
 from nemo_minitron.schema.chats import AttributeName
 from nemo_minitron.system.shown import shown
 
@@ -73,7 +75,19 @@ def instructions(names: Any, settings: Any) -> Row:
     if len(names) != len(settings):
         raise BadRow(f"the row has {len(names)} rules and {len(settings)} kwargs")
     kept = [{key: value for key, value in (each or {}).items() if value is not None} for each in settings]
+    _require_json({"instruction_id_list": names, "kwargs": kept})
     return {"instruction_id_list": names, "kwargs": kept}
+
+
+def _require_json(fields: Mapping[str, Any]) -> None:
+    """Raise BadRow for values that cannot be written to a row: lone surrogates, and bytes or dates of tables."""
+    for name, value in fields.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadRow(f"{name} has an unpaired surrogate") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise BadRow(f"{name} cannot be written as JSON: {shortened(error)}") from error
 
 
 def pair(prompt: Sequence[Message], chosen: str, rejected: str, rewards: tuple[Any, Any] = (None, None)) -> Row:

@@ -77,7 +77,7 @@ class ChatTemplate:
         day: date = TEMPLATE_DATE,
     ) -> ChatTemplate:
         """Bind the template to a loaded tokenizer; see `load`."""
-        special = tuple(tokenizer.all_special_tokens)
+        special = _special_tokens(tokenizer)
         if name == "model":
             own = _own_template(tokenizer, where)
             # The folder carries one of the named templates, whose stop tokens are known.
@@ -218,6 +218,13 @@ class ChatTemplate:
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     # Longest first. Without tokens, the pattern matches nothing.
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")
+
+
+def _special_tokens(tokenizer: Any) -> set[str]:
+    """Return the named special tokens, and the added tokens marked as special, such as the control tokens of Llama 3.x,
+    which have no name."""
+    added = tokenizer.added_tokens_decoder.values()
+    return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
 
 
 def _split_markers(tokenizer: Any, name: TemplateName) -> list[str]:

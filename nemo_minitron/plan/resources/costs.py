@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.families import num_params
 from nemo_minitron.plan.planner import RunPlan, StageCall
 from nemo_minitron.plan.resources.hardware import hardware_of, peak_tflops
+from nemo_minitron.plan.sources import listed_files, sources_of
 from nemo_minitron.plan.view import View
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training import Optimization
@@ -71,9 +73,11 @@ def estimates(plan: RunPlan) -> dict[str, Estimate]:
 def tokenized_bytes(plan: RunPlan) -> int:
     """Return the disk space of tokenization while it joins its shards, for the sources that exist."""
     return sum(
-        STAGES[call.kind].source_disk_bytes(source, facts["bytes"])
+        disk_bytes(file, file.stat().st_size)
         for call in plan.calls
-        for source, facts in call.payload["sources"].items()
+        if (disk_bytes := STAGES[call.kind].source_disk_bytes) is not None
+        for source in sources_of(plan.recipe.stages[call.name])
+        for file in listed_files(source, Path(plan.recipe.execution.assets_dir))
     )
 
 

@@ -13,17 +13,19 @@ from typing import IO, Any
 
 from nemo_minitron.data.chat.bad_rows import BadRows
 from nemo_minitron.data.chat.fields import Fields
-from nemo_minitron.data.chat.files import RawRow, chat_files, read_rows
+from nemo_minitron.data.chat.files import RawRow, read_rows
 from nemo_minitron.data.chat.formats import FORMATS, FORMATS_OF, detect
 from nemo_minitron.data.chat.rows import ATTRIBUTES, BadRow, Row, question, with_system
 from nemo_minitron.data.chat.split import copies, heldout_questions, text_hash
+from nemo_minitron.data.found import CHAT_FORMATS
 from nemo_minitron.errors import DataError
-from nemo_minitron.hf.source import resolve_path
 from nemo_minitron.schema.chats import ChatSource
 from nemo_minitron.stages.chat_data.params import ChatDataStage
+from nemo_minitron.stages.common.source_files import files_of
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
 from nemo_minitron.stages.typed_inputs import NoInputs
+from nemo_minitron.system.shown import shown_names
 
 SPLITS = ("train", "valid")
 _LISTED_FIELDS = 20
@@ -94,7 +96,7 @@ def _collect_source(
     num_rows, bad_before = 0, found.bad.num_bad
     unused: Counter[str] = Counter()
     name: str | None = None if source.format == "auto" else source.format
-    files = chat_files(resolve_path(source.source, Path(ctx.execution.assets_dir)))
+    files = files_of(source.source, ctx, CHAT_FORMATS)
     for raw in _rows(files, source.source, ctx):
         found.bad.num_rows += 1
         try:
@@ -157,7 +159,7 @@ def _detected(raw: RawRow, params: ChatDataStage, source: ChatSource, number: in
             allowed=f"with rows = {params.rows}: {', '.join(FORMATS_OF[params.rows])}",
             next_step=f"Set stages.{ctx.name}.sources.{number}.format, or convert the rows to one of these formats.",
         ) from error
-    ctx.progress.say(f"{source.source}: read as {name} (its first row has {', '.join(raw.content)})")
+    ctx.progress.say(f"{source.source}: read as {name} (its first row has {shown_names(raw.content)})")
     return name
 
 

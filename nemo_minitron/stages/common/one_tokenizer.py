@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
@@ -85,16 +86,18 @@ def _check_added(
 
 
 def _used(data: TokenizedText | None, tokens: AddedTokens, texts: tuple[Path, ...]) -> AddedTokens:
-    """Return the tokens whose ids occur in the tokenized data or whose names occur in the texts."""
+    """Return the tokens whose ids occur in the tokenized data or whose names occur in the texts, which are JSON."""
     found: set[int] = set()
     if data is not None:
         from nemo_minitron.backends.megatron.data.used_ids import used_ids
 
         found = used_ids(data.path, tokens.keys())
+    # JSON escapes characters beyond ASCII, quotes and backslashes.
+    written = {number: [json.dumps(name)[1:-1] for name in names if name] for number, names in tokens.items()}
     for file in texts:
         with file.open(encoding="utf-8") as lines:
             for line in lines:
-                found |= {number for number, names in tokens.items() if any(name and name in line for name in names)}
+                found |= {number for number, names in written.items() if any(name in line for name in names)}
     return {number: names for number, names in tokens.items() if number in found}
 
 

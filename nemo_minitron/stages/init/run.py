@@ -86,19 +86,18 @@ def train_tokenizer(params: NewTokenizer, ctx: StageContext) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(params, Path(ctx.execution.assets_dir)), trainer)
+    tokenizer.train_from_iterator(_texts(params, ctx), trainer)
     write_tokenizer(ctx.out_dir, tokenizer, dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT))
 
 
-def _texts(params: NewTokenizer, assets_dir: Path) -> Iterator[str]:
-    from nemo_minitron.data.found import source_files
+def _texts(params: NewTokenizer, ctx: StageContext) -> Iterator[str]:
     from nemo_minitron.data.readers import read_documents, require_separator_is_used
-    from nemo_minitron.hf.source import resolve_path
+    from nemo_minitron.stages.common.source_files import files_of
 
     for number, source in enumerate(params.sources):
         count = 0
-        files = source_files(resolve_path(source.source, assets_dir))
-        require_separator_is_used(files, source, f"tokenizer.sources.{number}")
+        files = files_of(source.source, ctx)
+        require_separator_is_used(files, source, f"stages.{ctx.name}.tokenizer.sources.{number}")
         for file in files:
             for document in read_documents(file, source):
                 yield document.text

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
-from nemo_minitron.data.blocks import COMPRESSIONS
+from nemo_minitron.data.blocks import text_bytes
 from nemo_minitron.stages.kind import Output, Result, Source, StageKind
 from nemo_minitron.stages.tokenize.params import TokenizeStage
 
-TOKENIZED_BYTES, UNPACKED_BYTES = 2, 4
-"""Bytes of shards and datasets together per byte of text, for four characters and at most four bytes per token; bytes
-of text per byte of a compressed file."""
+TOKENIZED_BYTES = 2
+"""Bytes of shards and datasets together per byte of text, for four characters and at most four bytes per token."""
 
 
 def _sources(params: TokenizeStage) -> Iterator[Source]:
@@ -18,9 +18,9 @@ def _sources(params: TokenizeStage) -> Iterator[Source]:
         yield Source(f"sources.{number}.source", text.source, "text")
 
 
-def _source_disk_bytes(location: str, num_bytes: int) -> int:
-    """Return the disk space of a source's shards and joined datasets together."""
-    return TOKENIZED_BYTES * num_bytes * (UNPACKED_BYTES if location.endswith(COMPRESSIONS) else 1)
+def _source_disk_bytes(file: Path, num_bytes: int) -> int:
+    """Return the disk space of a file's shards and joined datasets together."""
+    return TOKENIZED_BYTES * text_bytes(file, num_bytes)
 
 
 def _result_tokens(result: Result) -> int:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import DataError
-from nemo_minitron.hf.source import resolve_path
 from nemo_minitron.schema.data import DataSource
 from nemo_minitron.stages.artifacts import Model
 from nemo_minitron.stages.context import StageContext
@@ -79,14 +78,15 @@ def _make_shards(
     from nemo_minitron.data.shard_plan import ShardPlan, plan_source
     from nemo_minitron.data.shard_pool import WorkerSettings, processes_for, shard_workers
     from nemo_minitron.data.shards import ShardFolder, sha256_of
+    from nemo_minitron.data.sources import require_read_once
 
     dtype = token_dtype(tokenizer.vocab_size).name
     identity = sha256_of(tokenizer.definition, tokenizer.vocab_size, tokenizer.eod_id, dtype)
     folder = ShardFolder(ctx.work_dir / SHARDS, identity)
-    sources = [
-        plan_source(number, source, _files(source, f"stages.{ctx.name}.sources.{number}", ctx))
-        for number, source in enumerate(params.sources)
-    ]
+    keys = [f"stages.{ctx.name}.sources.{number}" for number in range(len(params.sources))]
+    files = [_files(source, key, ctx) for source, key in zip(params.sources, keys, strict=True)]
+    require_read_once(params.sources, files, keys)
+    sources = [plan_source(number, source, files[number]) for number, source in enumerate(params.sources)]
     plan = ShardPlan(sources, folder)
     found = plan.reuse_finished()
     ctx.progress.say(f"{found} of {plan.num_tasks} shards exist" if found else f"{plan.num_tasks} shards to make")
@@ -105,14 +105,12 @@ def _make_shards(
 
 
 def _files(source: DataSource, key: str, ctx: StageContext) -> list[Path]:
-    from nemo_minitron.data.found import find_files
     from nemo_minitron.data.readers import require_separator_is_used
+    from nemo_minitron.stages.common.source_files import files_of
 
-    found = find_files(resolve_path(source.source, Path(ctx.execution.assets_dir)))
-    require_separator_is_used(found.files, source, key)
-    for remark in found.remarks():
-        ctx.progress.say(f"{source.source}: {remark}")
-    return found.files
+    files = files_of(source.source, ctx)
+    require_separator_is_used(files, source, key)
+    return files
 
 
 # --- joining --------------------------------------------------------------------------------------

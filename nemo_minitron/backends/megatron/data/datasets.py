@@ -206,10 +206,9 @@ def _valid_documents(data_dir: Path, facts: dict[str, Any]) -> tuple[Iterator[np
     """Return documents and their UTF-8 sizes, alternating between sources so that a small budget covers all of them."""
     stores = [IndexedDataset(str(data_dir / s["prefix"])) for s in facts["valid"]]
     sizes = [np.load(data_dir / f"{s['prefix']}.bytes.npy", allow_pickle=False) for s in facts["valid"]]
-    order = [
-        (store, index)
-        for index in range(max(len(store) for store in stores))
-        for store in range(len(stores))
-        if index < len(stores[store])
-    ]
-    return (stores[s][i] for s, i in order), (int(sizes[s][i]) for s, i in order)
+
+    def order() -> Iterator[tuple[int, int]]:
+        for index in range(max(map(len, stores))):
+            yield from ((number, index) for number, store in enumerate(stores) if index < len(store))
+
+    return (stores[s][i] for s, i in order()), (int(sizes[s][i]) for s, i in order())

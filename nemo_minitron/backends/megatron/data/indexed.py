@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +12,6 @@ from megatron.core.datasets.indexed_dataset import DType, get_bin_path, get_idx_
 from numpy.typing import NDArray
 
 _HEADER, _VERSION = b"MMIDIDX\x00\x00", 1
-
-
-@dataclass(frozen=True)
-class Document:
-    """One tokenized document."""
-
-    ids: NDArray[np.int64]
-    """Token ids, ending in eod."""
-    num_bytes: int
-    """UTF-8 size of the text."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
@@ -39,17 +28,13 @@ class IndexedWriter:
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         self.prefix = prefix
-        self._dtype = token_dtype(vocab_size)
+        self.dtype = token_dtype(vocab_size)
         self._out = Path(get_bin_path(str(prefix))).open("wb")  # noqa: SIM115
         self._lengths, self._bytes = bytearray(), bytearray()
         """Bytes of an int32 and a uint32 array."""
         self.num_documents = 0
         self.num_tokens = 0
         self.num_bytes = 0
-
-    def add(self, document: Document) -> None:
-        lengths, num_bytes = np.array([len(document.ids)]), np.array([document.num_bytes])
-        self.add_run(memoryview(document.ids.astype(self._dtype).tobytes()), lengths, num_bytes)
 
     def add_run(self, ids: memoryview, lengths: NDArray[np.int64], num_bytes: NDArray[np.int64]) -> None:
         """Add consecutive documents.
@@ -68,7 +53,7 @@ class IndexedWriter:
 
     def close(self) -> None:
         self._out.close()
-        write_index(Path(get_idx_path(str(self.prefix))), np.frombuffer(self._lengths, np.int32), self._dtype)
+        write_index(Path(get_idx_path(str(self.prefix))), np.frombuffer(self._lengths, np.int32), self.dtype)
         np.save(f"{self.prefix}.bytes.npy", np.frombuffer(self._bytes, np.uint32), allow_pickle=False)
 
 
