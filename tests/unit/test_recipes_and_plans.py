@@ -209,8 +209,8 @@ def test_fingerprints_depend_on_content_and_not_on_order() -> None:
 
 
 def test_a_student_with_a_smaller_vocabulary_than_its_cached_teacher_is_rejected(tmp_path: Path) -> None:
-    """The teacher of the toy recipe has 1,024 tokens."""
-    sizes = "num_hidden_layers:2,hidden_size:64,intermediate_size:64,num_attention_heads:4,vocab_size:1000"
+    """The teacher of the toy recipe has 512 tokens."""
+    sizes = "num_hidden_layers:2,hidden_size:64,intermediate_size:64,num_attention_heads:4,vocab_size:511"
     small = f"++stages.small={{kind:import,source:x,architecture:{{architectures:[LlamaForCausalLM],{sizes}}}}}"
-    with pytest.raises(PlanError, match=r"distill\.inputs\.cache = cache_teacher: .* the student one of 1,000"):
+    with pytest.raises(PlanError, match=r"distill\.inputs\.cache = cache_teacher: .* the student one of 511"):
         load_plan(CACHED, [f"execution.run_root={tmp_path}", small, "stages.distill.inputs.student=small"])
