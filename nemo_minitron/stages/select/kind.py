@@ -56,8 +56,8 @@ def _as_searched(key: str, params: SelectStage, search: str, view: RecipeView) -
         del pairs["layer_metric"]
     for field, (own, searched) in pairs.items():
         if own != searched:
-            at_search = f"stages.{search}.{field if field == 'inputs.scores' else f'selection.{field}'}"
-            yield f"{key}.{field} = {own}: {at_search} is {searched}, by which the candidates are cut. Next: use one."
+            there = f"stages.{search}.{field if field == 'inputs.scores' else f'selection.{field}'} is {searched}"
+            yield f"{key}.{field} = {own}: {there}, by which the candidates are cut. Next: set both to the same value."
 
 
 def _shape(name: str, params: SelectStage, view: RecipeView) -> ModelShape | None:
