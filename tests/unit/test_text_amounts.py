@@ -80,5 +80,6 @@ def test_two_stages_that_split_the_same_rows_differently_are_named() -> None:
     assert len(list(heldout_warnings({**same, "two": chats("a.jsonl", 24, seed=2)}))) == 1
 
 
-def test_the_tokens_that_a_cached_teacher_has_read_are_counted() -> None:
-    assert STAGES["cache_teacher"].result_tokens({"num_samples": 4, "tokens": 2048}) == 2048
+@pytest.mark.parametrize("kind", ["cache_teacher", "candidate"])
+def test_the_tokens_that_a_teacher_or_a_candidate_has_read_are_counted(kind: str) -> None:
+    assert STAGES[kind].result_tokens({"num_samples": 4, "tokens": 2048}) == 2048

@@ -70,10 +70,10 @@ def repair_model(
             saved.save(number, weights, json.dumps({site: _facts(repair) for site, repair in found.items()}))
         ctx.check_stop_of_all_ranks()
     facts = [json.loads(saved.facts(number)) for number in saved] if ctx.is_main else []
-    if ctx.is_main:
-        _write(models, saved, out_dir)
-        (out_dir / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
-    ctx.open_session.barrier()
+    with ctx.open_session.main_works():
+        if ctx.is_main:
+            _write(models, saved, out_dir)
+            (out_dir / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
     return {
         "num_tokens": params.num_samples * params.seq_len_tokens,
         "mode": params.mode,

@@ -15,7 +15,7 @@ from nemo_minitron.schema.training_rules import training_problems
 from nemo_minitron.stages.common.hidden_rules import hidden_problems
 from nemo_minitron.stages.common.repair_rules import calibration_problems, merged_head_problems, widest_input
 from nemo_minitron.stages.common.scoring_rules import scoring_problems, without_unused_scores
-from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, StageKind
+from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, StageKind, trained_tokens
 from nemo_minitron.stages.search.expansion import candidate_stages, points_of, search_of
 from nemo_minitron.stages.search.params import CandidateStage, SearchStage
 from nemo_minitron.workload.load import Load, distillation_load
@@ -167,4 +167,5 @@ CANDIDATE = StageKind(
     problems=_candidate_problems,
     load=_candidate_load,
     array=_array,
+    result_tokens=trained_tokens,
 )
