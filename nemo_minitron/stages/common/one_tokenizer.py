@@ -14,7 +14,7 @@ from nemo_minitron.stages.context import StageContext
 
 _MAX_NAMED = 8
 _WORDS = {"vocab": "vocabularies", "merges": "merges"}
-ROLE_OF_DATA = "data"
+_DATA_ROLE = "data"
 AddedTokens = Mapping[int, tuple[str | None, str | None]]
 
 
@@ -38,8 +38,8 @@ def require_one_tokenizer(
     identities = {role: TokenizerIdentity.of(model.path) for role, model in models.items()}
     folders = {role: model.path for role, model in models.items()}
     if data is not None and data.tokenizer_identity is not None:
-        identities[ROLE_OF_DATA] = TokenizerIdentity.parse(data.tokenizer_identity)
-        folders[ROLE_OF_DATA] = data.path
+        identities[_DATA_ROLE] = TokenizerIdentity.parse(data.tokenizer_identity)
+        folders[_DATA_ROLE] = data.path
     for one, other in combinations(identities, 2):
         parts = identities[one].differences(identities[other])
         broken = [_WORDS[part] for part in parts if part in _WORDS]
@@ -64,7 +64,7 @@ def require_tokenizer_of(model: Model, data: TokenizedText, ctx: StageContext) -
 def _different(
     folders: Mapping[str, Path], identities: Mapping[str, TokenizerIdentity], one: str, other: str, broken: list[str]
 ) -> DataError:
-    several = len(identities.keys() - {ROLE_OF_DATA}) > 1
+    several = len(identities.keys() - {_DATA_ROLE}) > 1
     owners = "Teacher, student and data" if several else f"The {one} and the data"
     return DataError(
         f"{owners} were made with different tokenizers: {one} and {other} have different {' and '.join(broken)}.",
@@ -83,7 +83,7 @@ def _check_added(
     ctx: StageContext,
     texts: tuple[Path, ...],
 ) -> None:
-    if other == ROLE_OF_DATA:
+    if other == _DATA_ROLE:
         _warn(ctx, f"the data were tokenized with added tokens that differ from those of {one}.")
         return
     tokens = differing_added_tokens(folders[one], folders[other])
