@@ -67,6 +67,11 @@ class TokenizerIdentity:
         return [name for name, (mine, theirs) in parts.items() if mine and theirs and mine != theirs]
 
 
+def has_tokenizer(model_dir: Path) -> bool:
+    """Return whether a folder has a tokenizer that can be compared."""
+    return any((model_dir / name).is_file() for name in (TOKENIZER_FILE, *_WITHOUT_DEFINITION))
+
+
 def tokenizer_fingerprint(model_dir: Path) -> str:
     """Return the identity of a folder's tokenizer as text, for manifests.
 

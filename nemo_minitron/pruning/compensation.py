@@ -25,8 +25,6 @@ from torch import Tensor
 
 from nemo_minitron.errors import NumericsError
 
-DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Values of lambda to choose from, as shares of the mean of H's diagonal (OSSCAR and ZipLM use 1e-2, GRAIL 1e-3)."""
 COMPARED_ROWS = 256
 """Maximum number of outputs on which dampings are compared."""
 _STRONGER = 10.0
@@ -209,8 +207,10 @@ def error_of(objective: Objective, update_OK: Tensor | None) -> float:
     return float(total / objective.num_tokens.clamp_min(1))
 
 
-def best_repair(calibration: Objective, heldout: Objective, dampings: Sequence[float] = DAMPINGS) -> Repair:
+def best_repair(calibration: Objective, heldout: Objective, dampings: Sequence[float]) -> Repair:
     """Choose the damping with the smallest error on held-out text; the sliced weight stays if none is better.
+
+    `dampings` are values of lambda, as shares of the mean of H's diagonal (OSSCAR and ZipLM use 1e-2, GRAIL 1e-3).
 
     Dampings are compared on at most `COMPARED_ROWS` outputs, evenly spaced, because solving for all takes most of the
     time of a repair; the chosen one must then be better than slicing on all outputs.

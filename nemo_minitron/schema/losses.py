@@ -85,6 +85,11 @@ class HiddenLoss(Schema):
     """Weight of this loss. dynamic: the size of the logit loss over the size of this one, in each micro-batch (the
     papers' alpha)."""
 
+    @property
+    def num_states(self) -> int:
+        """Number of states of each model that are compared."""
+        return int(self.embedding) + len(self.pairs) * len(set(self.states))
+
 
 class AnchorLoss(Schema):
     """Squared error of what the student's layers compute inside, relative to the teacher's at the indices that the

@@ -32,6 +32,14 @@ class SearchGrid(Schema):
             raise ValueError("give ffn_hidden_size or ffn_expansion, not both")
         return self
 
+    @model_validator(mode="after")
+    def _no_size_twice(self) -> SearchGrid:
+        for name, sizes in self:
+            twice = sorted({size for size in sizes if sizes.count(size) > 1})
+            if twice:
+                raise ValueError(f"{name} has {twice[0]:g} twice; each point of the grid is trained once")
+        return self
+
 
 class Hardware(Schema):
     """What the modeled time of a token assumes. The defaults are those of an H100 SXM's data sheet, dense 16-bit."""

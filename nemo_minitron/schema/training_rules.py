@@ -48,6 +48,12 @@ def learning_rate_problems(key: str, rate: LearningRate, num_steps: int, steps_k
         yield f"{key}.min_lr = {rate.min_lr}: above lr = {rate.lr}."
     if rate.warmup_steps >= num_steps:
         yield f"{key}.warmup_steps = {rate.warmup_steps}: must be below {steps_key} = {num_steps}."
+    # The last step of every other schedule has min_lr.
+    if num_steps == 1 and rate.lr_schedule != "constant" and rate.min_lr < rate.lr:
+        yield (
+            f"{key}.lr = {rate.lr}: never used, because the only step has min_lr = {rate.min_lr}. "
+            f"Next: set {steps_key} to 2 or more, or lr_schedule: constant."
+        )
     most = num_steps - rate.warmup_steps
     if rate.lr_schedule == "wsd" and not 0 < (rate.wsd_decay_steps or 0) <= most:
         yield f"{key}.wsd_decay_steps = {rate.wsd_decay_steps}: lr_schedule = wsd needs 1 to {most}."

@@ -41,7 +41,18 @@ class StageContext:
 
     def check_stop(self) -> None:
         """Raise Interrupted if a stop was requested. Call it where the work folder has all finished parts."""
-        reason = self.stop.source()
+        self._stop_for(self.stop.source())
+
+    def check_stop_of_all_ranks(self) -> None:
+        """Raise Interrupted on every rank if a stop was requested of any; all ranks call this at the same point.
+
+        A stage that stops by itself needs it wherever its ranks work together: only rank 0 is notified of a stop, and
+        the others would wait for it in their next collective operation.
+        """
+        reasons = self.open_session.gather(self.stop.source())
+        self._stop_for(next((reason for reason in reasons if reason is not None), None))
+
+    def _stop_for(self, reason: str | None) -> None:
         if reason is not None:
             raise Interrupted(
                 f"Stopped in stage {self.name} as requested by {reason}; finished parts are kept, "

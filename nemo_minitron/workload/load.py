@@ -57,7 +57,7 @@ def training_load(
     Args:
         teacher: model in memory beside the student; None if there is none.
         teacher_learns: whether the teacher is trained as well (teacher correction).
-        hidden_pairs: number of layers whose hidden states are compared with the teacher's.
+        hidden_pairs: number of hidden states that are compared with the teacher's.
         anchors: outputs inside each layer that are compared with the teacher's.
     """
     micro_batches = max(1, keys.global_batch_size // (layout.dp * layout.micro_batch_size))
@@ -104,7 +104,7 @@ def distillation_load(
     if student is None or (teacher is None and not cached):
         return None
     needed = teacher if keys.loss.needs_teacher and not cached else None
-    pairs = 0 if keys.loss.hidden is None else student.num_layers
+    pairs = 0 if keys.loss.hidden is None else keys.loss.hidden.num_states
     found = training_load(
         student,
         needed,

@@ -70,7 +70,7 @@ class Work:
         trains: whether there are backward passes; otherwise only forward passes.
         teacher: model in memory beside it; None if there is none.
         teacher_learns: whether the teacher is trained as well.
-        hidden_pairs: number of layers whose hidden states are compared with a teacher's.
+        hidden_pairs: number of hidden states that are compared with a teacher's.
         anchors: outputs inside each layer that are compared with the teacher's.
         layerwise: whether each layer is trained apart from the others, so that only one has activations in memory, and
             embeddings, final norm and head are not trained.

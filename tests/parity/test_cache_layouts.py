@@ -10,12 +10,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from nemo_minitron.backends.megatron.runtime import torch_versions
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.losses import LogitsLoss, Loss, Sampled, TopK
 from nemo_minitron.stages.cache_teacher.params import CacheTeacherStage
 from nemo_minitron.stages.distill.params import DistillStage
 from tests.support.distributed import run_ranks
-from tests.support.megatron_ranks import cache_shards, cached_losses, distill_losses, heldout_kls, teacher_losses
+from tests.support.megatron_ranks import (
+    cache_shards,
+    cached_losses,
+    distill_losses,
+    heldout_kls,
+    teacher_losses,
+    unequal_cache_shards,
+)
 from tests.support.tiny_data import tiny_data_dir
 from tests.support.tiny_models import tiny_model_dir
 
@@ -82,6 +90,15 @@ def _read(name: str, parallel: Parallel, cache: Path, params: DistillStage, fold
     work.mkdir()
     order = (params, parallel, folders["student"], cache, folders["data"], work)
     return run_ranks(parallel.world_size, cached_losses, *order)[0]
+
+
+@pytest.mark.skipif(torch_versions._VERSION < (2, 9), reason="the timeout of an open gloo group does not change")
+def test_ranks_with_fewer_shards_wait_for_the_others(tmp_path: Path) -> None:
+    teacher, data = tiny_model_dir(tmp_path / "teacher", "llama_gqa_tied"), tiny_data_dir(tmp_path / "data")
+    work = tmp_path / "cache"
+    work.mkdir()
+    run_ranks(2, unequal_cache_shards, CACHE, Parallel(dp=2), teacher, data, work, 4.0)
+    assert len(list(work.glob("shard_*"))) == 3, "two of them by rank 0"
 
 
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "one process"])

@@ -18,6 +18,8 @@ from nemo_minitron.pruning.plan_file import PrunePlan
 from nemo_minitron.pruning.selection import choose_keep
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.pruning import Compensation, Selection, Target
+from nemo_minitron.stages.common.layer_files import LayerFiles
+from nemo_minitron.system.interrupts import STOP_FILE
 from tests.support import compensation
 from tests.support.compensation import SMALL, Layers
 from tests.support.distributed import run_ranks
@@ -214,3 +216,27 @@ def test_a_stopped_repair_resumes_to_the_same_bits(root: Path) -> None:
         again = run_ranks(1, compensation.repair_layers, folder, teacher, {mode: params}, layout, work, done)[0][mode]
         assert [found is None for _, found in again] == [True, True, False, False]
         assert all(_same(*pair) for pair in zip(again, whole, strict=True))
+
+
+def test_a_llama_student_whose_heads_do_not_fill_its_hidden_size_is_repaired(tmp_path: Path) -> None:
+    """Such a student is written as a Mistral model, so only its sizes are compared with the plan."""
+    cut = tmp_path / "cut"
+    teacher = compensation.cut_model(cut, "llama_gqa_tied", Target(hidden_size=60))
+    assert Checkpoint.open(cut / "student").shape.family == "mistral"
+    for folder in ("out", "work"):
+        (tmp_path / folder).mkdir()
+    layout = Parallel(micro_batch_size=2)
+    assert run_ranks(1, compensation.repair_stage, cut, teacher, layout, tmp_path) == [""]
+    assert Checkpoint.open(tmp_path / "out").shape == Checkpoint.open(cut / "student").shape
+
+
+def test_a_stop_ends_the_repair_on_all_ranks_after_the_same_layer(root: Path, tmp_path: Path) -> None:
+    folder, teacher = _cut(root, "llama_gqa_tied", WIDTH)
+    for name in ("out", "work"):
+        (tmp_path / name).mkdir()
+    (tmp_path / STOP_FILE).touch()
+    layout = Parallel(dp=2, micro_batch_size=2)
+    one, other = run_ranks(2, compensation.repair_stage, folder, teacher, layout, tmp_path)
+    assert "requested by the file STOP" in one
+    assert other == one
+    assert len(LayerFiles(tmp_path / "work/repaired_layers")) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,18 @@ from nemo_minitron.backends.megatron.compensation.repair import LayerRepair, Mod
 from nemo_minitron.backends.megatron.compensation.streams import calibration_batches, embedded, heldout_batches
 from nemo_minitron.backends.megatron.model.build import DTYPES
 from nemo_minitron.backends.megatron.runtime.session import Session, open_session
+from nemo_minitron.errors import Interrupted
 from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.pruning.compensation import Repair
 from nemo_minitron.pruning.plan_file import PrunePlan, read_plan, write_plan
 from nemo_minitron.pruning.selection import choose_keep
 from nemo_minitron.pruning.slicing import prune_checkpoint
-from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.execution import Execution, Parallel
 from nemo_minitron.schema.pruning import Compensation, Selection, Target
+from nemo_minitron.stages.artifacts import TokenizedText
+from nemo_minitron.stages.common.compensation import RepairTexts, repair_model
+from nemo_minitron.stages.context import StageContext
+from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Progress
 from tests.support.tiny_data import tiny_data_dir
 from tests.support.tiny_models import tiny_model_dir
@@ -80,6 +86,24 @@ def _repair_layers(
     repair = LayerRepair(models, params, session)
     layers = repaired_layers(repair, streams, {number: _tensors(some) for number, some in (done or {}).items()})
     return [(_arrays(weights), _numbers(found)) for _, weights, found in layers]
+
+
+def repair_stage(root: Path, teacher: Path, parallel: Parallel, run_dir: Path, params: Compensation = SMALL) -> str:
+    """Repair the student of `root` as a stage does, below `run_dir`; return the message of an interruption, or "".
+
+    Only rank 0 reads the file by which a user requests a stop, as in a run.
+    """
+    text = TokenizedText("data", "tokenize", root / "data", "", {})
+    stop = StopRequest(run_dir if os.environ["RANK"] == "0" else None)
+    with open_session(parallel, device="cpu", threads=1) as session:
+        out, work = run_dir / "out", run_dir / "work"
+        ctx = StageContext("compensate", "test", out, work, Execution(), Progress(silent=True), session, stop)
+        folders = (teacher, root / "student", root / "plan")
+        try:
+            repair_model(params, *folders, RepairTexts(text, text), ctx, out)
+        except Interrupted as error:
+            return str(error)
+    return ""
 
 
 def calibration_tokens(root: Path, params: Compensation, work: Path) -> NDArray:

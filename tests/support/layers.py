@@ -48,6 +48,7 @@ RECORDS = (
     "artifacts",
     "typed_inputs",
     "context",
+    "hidden_rules",
     "plan_rules",
     "scoring_rules",
     "repair_rules",

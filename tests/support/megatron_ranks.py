@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,6 +239,23 @@ def cache_shards(params: CacheTeacherStage, parallel: Parallel, teacher: Path, d
     with open_session(parallel, device="cpu", threads=1) as session:
         facts = write_cache(params, teacher, data, work, session, SILENT)
     write_facts(work, facts)
+
+
+def unequal_cache_shards(
+    params: CacheTeacherStage, parallel: Parallel, teacher: Path, data: Path, work: Path, timeout_s: float
+) -> None:
+    """Write a teacher cache while rank 0 needs longer for a shard than a collective operation may wait."""
+    from nemo_minitron.backends.megatron.distillation.teacher_cache import write_cache
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+
+    with open_session(parallel, device="cpu", threads=1) as session:
+
+        def wait() -> None:
+            session.set_timeout(timedelta(seconds=timeout_s))
+            if session.is_main:
+                time.sleep(2 * timeout_s)
+
+        write_cache(params, teacher, data, work, session, SILENT, check_stop=wait)
 
 
 def teacher_losses(

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from nemo_minitron.errors import NumericsError
 from nemo_minitron.pruning.compensation import Moments, Objective, best_repair, error_of, least_squares
+from nemo_minitron.schema.pruning import Compensation
 
 CPU = torch.device("cpu")
+DAMPINGS = Compensation().dampings
 KEPT = torch.tensor([0, 2, 3, 5, 7])
 
 
@@ -81,7 +83,7 @@ def test_keeping_everything_changes_no_bit() -> None:
     moments = _objective(inputs, weight, torch.arange(8))
     update, _ = least_squares(moments, 1e-3)
     assert torch.equal(weight + update, weight)
-    assert best_repair(moments, moments).update is None
+    assert best_repair(moments, moments, DAMPINGS).update is None
 
 
 def test_infinite_damping_is_plain_slicing() -> None:
@@ -136,7 +138,7 @@ def test_a_repair_that_makes_held_out_text_worse_is_not_used() -> None:
     calibration = _objective(_inputs(6), weight, KEPT)
     opposite = _objective(_inputs(400), weight, KEPT)
     opposite.cross.neg_()
-    found = best_repair(calibration, opposite)
+    found = best_repair(calibration, opposite, DAMPINGS)
     assert found.update is None
     assert found.error == found.sliced_error
     assert found.recovered == 0.0

@@ -31,6 +31,23 @@ def test_the_decay_of_another_schedule_is_refused() -> None:
     assert "wsd_decay_steps = 5: read by lr_schedule = wsd only" in problem
 
 
+@pytest.mark.parametrize(
+    ("keys", "is_refused"),
+    [
+        ({}, True),
+        ({"lr_schedule": "linear", "min_lr": 1e-4}, True),
+        ({"lr_schedule": "wsd", "wsd_decay_steps": 1}, True),
+        ({"lr_schedule": "constant"}, False),
+        ({"min_lr": 1e-3}, False),
+    ],
+)
+def test_a_learning_rate_that_no_step_uses_is_refused(keys: dict[str, object], is_refused: bool) -> None:
+    params = TrainStage.model_validate({**KEYS, **keys})
+    assert [line for line in learning_rate_problems("stages.train", params, 2, "num_steps") if "lr = " in line] == []
+    found = list(learning_rate_problems("stages.train", params, 1, "num_steps"))
+    assert any("stages.train.lr = 0.001: never used" in line for line in found) == is_refused
+
+
 def test_sequence_parallelism_must_divide_held_out_sequences(minitron: Cli) -> None:
     options = ("execution.parallel.tp=2", "execution.parallel.sequence_parallel=true")
     code, output = minitron("check", TOY, *options, "stages.evaluate_teacher.seq_len_tokens=127")

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from nemo_minitron.api import load_plan
-from nemo_minitron.errors import CheckpointError, ConfigError, DataError, MinitronError
+from nemo_minitron.errors import CheckpointError, ConfigError, DataError, MinitronError, PlanError
 from nemo_minitron.families import num_params, parameters, read_shape
 from nemo_minitron.hf.checkpoint import Checkpoint, read_config
 from nemo_minitron.plan.shapes import model_shape
@@ -123,6 +123,22 @@ def test_the_new_tokenizer_spells_any_text_and_ends_documents(text: Path, tmp_pa
     config = read_config(folder)
     assert tokenizer.eos_token_id == config["eos_token_id"] == config["bos_token_id"] == 0
     assert len(tokenizer) <= config["vocab_size"] == result["shape"]["vocab_size"] == VOCABULARY
+
+
+def test_ids_of_special_tokens_are_those_of_the_new_tokenizer(text: Path, tmp_path: Path) -> None:
+    pasted = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 32000}
+    folder, _ = _init(tmp_path / "out", architecture={**LLAMA, **pasted}, tokenizer=_tokenizer(text))
+    config = read_config(folder)
+    assert {key: config[key] for key in pasted} == dict.fromkeys(pasted, 0)
+
+
+def test_vocabularies_of_different_sizes_are_refused_before_a_run(text: Path, tmp_path: Path) -> None:
+    recipe = REPO / "recipes/claims/teacher.yaml"
+    overrides = [f"execution.run_root={tmp_path}", f"stages.teacher_init.tokenizer.sources.0.source={text}"]
+    with pytest.raises(
+        PlanError, match=r"teacher_init: The architecture has a vocabulary of 2048, .* 2047\. Next: Set"
+    ):
+        load_plan(recipe, [*overrides, "stages.teacher_init.tokenizer.vocab_size=2047"])
 
 
 def test_at_most_max_documents_are_used(tmp_path: Path) -> None:

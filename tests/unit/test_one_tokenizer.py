@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ from nemo_minitron.hf.tokenizer import load_tokenizer
 from nemo_minitron.hf.tokenizer_identity import TokenizerIdentity, tokenizer_fingerprint
 from nemo_minitron.schema.execution import Execution
 from nemo_minitron.stages.artifacts import Model, TokenizedText
-from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
+from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer, require_tokenizer_of
 from nemo_minitron.stages.context import StageContext
+from nemo_minitron.stages.registry import STAGES
 from nemo_minitron.system.progress import Progress
 from tests.support.saved_by import edit, saved
 from tests.support.tiny_data import add_document
@@ -110,3 +113,40 @@ def test_manifests_of_older_versions_contain_only_the_vocabulary(tmp_path: Path)
     assert found.differences(old) == []
     assert TokenizerIdentity.parse(str(found)) == found
     assert TokenizerIdentity.parse("0" * 64).differences(found) == ["vocab"]
+
+
+def test_a_measured_model_must_have_the_tokenizer_of_the_text(tmp_path: Path) -> None:
+    model, other = saved(tmp_path / "model"), saved(tmp_path / "other")
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    first, second = list(vocab)[-2:]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    models, text = inputs_of(tmp_path, [5, 0], model=model, other=other)
+    require_tokenizer_of(models["model"], text, context(tmp_path, []))
+    with pytest.raises(DataError, match=r"The model and the data .* have different vocabularies") as caught:
+        require_tokenizer_of(models["other"], text, context(tmp_path, []))
+    assert "inputs.tokenizer" in str(caught.value)
+    (other / "tokenizer.json").unlink()
+    require_tokenizer_of(models["other"], text, context(tmp_path, []))
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("check_teacher", {"max_loss": 3.0}),
+        ("evaluate", {"label": "x", "inputs": {"model": "teacher"}}),
+        ("score", {}),
+        ("score_reconstruction", {}),
+    ],
+)
+def test_a_stage_that_measures_refuses_text_of_another_tokenizer(
+    kind: str, keys: dict[str, object], tmp_path: Path
+) -> None:
+    models, text = inputs_of(tmp_path, [5, 0], model=saved(tmp_path / "model"))
+    text = replace(text, result={"tokenizer_sha256": "0" * 64})
+    function = STAGES[kind].load_function()
+    role = next(role for role in STAGES[kind].inputs if role != "data")
+    inputs = sys.modules[function.__module__].Inputs(**{role: models["model"], "data": text})
+    with pytest.raises(DataError, match="different vocabularies"):
+        function(STAGES[kind].params.model_validate({"kind": kind, **keys}), inputs, context(tmp_path, []))

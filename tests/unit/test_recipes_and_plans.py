@@ -121,6 +121,18 @@ def test_the_error_about_a_missing_recipe_names_its_neighbors() -> None:
             "inputs:{student:teacher}}",
             r"layers\.inputs\.plan = select: it leaves .* but teacher has",
         ),
+        (
+            "++stages.layers={kind:distill_layers,num_steps:9,global_batch_size:8,seq_len_tokens:128,lr:1e-3,"
+            "inputs:{teacher:prune}}",
+            r"layers\.inputs\.plan = select: it was made for .* but prune has",
+        ),
+        (
+            "stages.distill.loss.hidden={pairs:[[0,0],[-5,4]]}",
+            r"loss\.hidden\.pairs\.1: the teacher has no layer -5\. Allowed: -4 to 3",
+        ),
+        ("stages.distill.loss.hidden={pairs:[[0,4]]}", r"pairs\.0: the student has no layer 4\. Allowed: -4 to 3"),
+        ("stages.distill.loss.hidden={pairs:[],embedding:false}", r"loss\.hidden: compares nothing"),
+        ("stages.distill.num_steps=1 stages.distill.warmup_steps=0", r"distill\.lr = .*never used.*min_lr = "),
     ],
 )
 def test_a_recipe_that_cannot_run_is_rejected(override: str, words: str, tmp_path: Path) -> None:
@@ -194,3 +206,11 @@ def test_fingerprints_depend_on_content_and_not_on_order() -> None:
     for unstable in (float("nan"), object()):
         with pytest.raises(TypeError):
             canonical_json({"a": unstable})
+
+
+def test_a_student_with_a_smaller_vocabulary_than_its_cached_teacher_is_rejected(tmp_path: Path) -> None:
+    """The teacher of the toy recipe has 512 tokens."""
+    sizes = "num_hidden_layers:2,hidden_size:64,intermediate_size:64,num_attention_heads:4,vocab_size:511"
+    small = f"++stages.small={{kind:import,source:x,architecture:{{architectures:[LlamaForCausalLM],{sizes}}}}}"
+    with pytest.raises(PlanError, match=r"distill\.inputs\.cache = cache_teacher: .* the student one of 511"):
+        load_plan(CACHED, [f"execution.run_root={tmp_path}", small, "stages.distill.inputs.student=small"])

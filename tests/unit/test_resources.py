@@ -16,6 +16,7 @@ from nemo_minitron.plan.resources.step_time import step_time
 from nemo_minitron.plan.resources.summary import memory_warnings, resource_facts
 from nemo_minitron.plan.shapes import model_shape
 from nemo_minitron.schema.execution import Kernels, Parallel
+from nemo_minitron.schema.losses import HiddenLoss, Loss
 from nemo_minitron.schema.training import Fp8Teacher
 from nemo_minitron.stages.distill.params import DistillStage
 from nemo_minitron.workload.load import Load, alignment_load, distillation_load
@@ -125,6 +126,12 @@ def test_gradients_that_no_backward_pass_hides_and_bubbles_cost_time() -> None:
     assert found[0] > found[2]
     again = Parallel(tp=2, dp=128, overlap_grad_reduce=True, recompute="full")
     assert step_time(_minitron_4b(again), again, HARDWARE["H100"], 989.4, 8).mfu < found[0]
+
+
+def test_a_loss_of_hidden_states_is_planned_with_the_states_that_it_compares() -> None:
+    two = HiddenLoss(pairs=((0, 0), (5, 5)), states=("block_output", "mlp_input"))
+    for hidden, states in ((HiddenLoss(), 2), (HiddenLoss(embedding=False), 1), (two, 5)):
+        assert _minitron_4b(Parallel(), loss=Loss(hidden=hidden)).work.hidden_pairs == states
 
 
 @pytest.mark.parametrize(("recompute", "measured_gib"), [("none", 127.2), ("none", 118.6), ("full", 95.3)])

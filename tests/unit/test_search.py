@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from nemo_minitron.api import load_recipe
+from nemo_minitron.api import load_plan, load_recipe
 from nemo_minitron.errors import ArtifactError, PlanError
 from nemo_minitron.families import ModelShape, num_params, read_shape
 from nemo_minitron.plan.planner import expanded
@@ -27,7 +27,7 @@ from nemo_minitron.pruning.search import (
     write_search,
 )
 from nemo_minitron.schema.execution import Execution
-from nemo_minitron.schema.pruning import Scoring, Selection, SelectionRules, Target
+from nemo_minitron.schema.pruning import ReconstructionScoring, Scoring, Selection, SelectionRules, Target
 from nemo_minitron.schema.search import Hardware, SearchConstraints, SearchGrid
 from nemo_minitron.stages.artifacts import CandidateModel, Model
 from nemo_minitron.stages.common.scoring_rules import scoring_problems
@@ -78,6 +78,42 @@ def test_expansions_are_of_each_hidden_size() -> None:
     ]
     with pytest.raises(ValidationError, match="not both"):
         SearchGrid(ffn_hidden_size=(8,), ffn_expansion=(1.0,))
+
+
+def test_a_size_twice_in_a_grid_is_refused() -> None:
+    with pytest.raises(ValidationError, match="hidden_size has 48 twice"):
+        SearchGrid(hidden_size=(48, 32, 48))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stages.search.grid.hidden_size=[48,72]", r"search\.grid\.hidden_size has 72: above 64, the size of teacher"),
+        (
+            "stages.search.retraining.loss.hidden={pairs:[[3,3]]}",
+            r"retraining\.loss\.hidden\.pairs\.0: the student has",
+        ),
+        (
+            "stages.select.layer_metric=block_influence",
+            r"select\.layer_metric = block_influence: stages\.search\.selec",
+        ),
+        ("stages.search.selection.ranking=network", r"select\.ranking = per_layer: stages\.search\.selection\.ranking"),
+        (
+            "stages.search.inputs.scores=other",
+            r"select\.inputs\.scores = score: stages\.search\.inputs\.scores is other",
+        ),
+        ("stages.search.selection.method=random stages.select.inputs.scores=null", "importance needs a score stage"),
+        ("stages.search.selection={method:random,layer_metric:logit_mse}", ""),
+    ],
+)
+def test_mistakes_are_found_before_the_search(override: str, words: str, tmp_path: Path) -> None:
+    other = "++stages.other={kind:score,layer_metrics:[lm_loss],seq_len_tokens:128}"
+    options = [f"execution.run_root={tmp_path}", other, *override.split()]
+    if not words:
+        load_plan(REPO / "recipes/toy/search.yaml", options)
+        return
+    with pytest.raises(PlanError, match=words):
+        load_plan(REPO / "recipes/toy/search.yaml", options)
 
 
 def test_points_that_cannot_be_cut_are_not_candidates() -> None:
@@ -189,11 +225,21 @@ def test_unchanged_widths_and_a_run_of_one_layer_need_no_scores_of_their_own() -
 
     def problems(**target: int) -> list[str]:
         selection = Selection(target=Target(**{**whole, **target}), **keys)
-        return list(scoring_problems("stages.search", selection, "score", scoring, SOURCE))
+        return list(scoring_problems("stages.search", selection, "score", scoring, SOURCE, in_search=True))
 
     assert problems(num_layers=3) == []
     assert "blocks of 2 layers are not scored" in problems(num_layers=2)[0]
-    assert "axis hidden is not scored" in problems(hidden_size=32)[0]
+    assert "stages.search.selection.layer_removal" in problems(num_layers=2)[0]
+    assert problems(hidden_size=32)[0].startswith("stages.search.grid: axis hidden is not scored")
+
+
+def test_a_stage_that_scores_no_layers_is_named_without_keys_that_it_does_not_have() -> None:
+    selection = Selection(target=Target(num_layers=2))
+    for in_search in (False, True):
+        given = ("stages.x", selection, "ranks", ReconstructionScoring(), SOURCE)
+        (problem,) = scoring_problems(*given, in_search=in_search)
+        assert problem.startswith("stages.x.inputs.scores = ranks: it has no scores of layers")
+        assert ("drop_layers" in problem) != in_search
 
 
 def test_a_search_in_which_every_candidate_is_too_slow_has_no_winner(tmp_path: Path) -> None:

@@ -78,3 +78,8 @@ def test_two_stages_that_split_the_same_rows_differently_are_named() -> None:
     (warning,) = heldout_warnings({**same, "three": chats("b.jsonl", 8), "four": chats("b.jsonl", 16)})
     assert warning.startswith("stages.three and stages.four both read b.jsonl, with valid_rows = 8 and 16")
     assert len(list(heldout_warnings({**same, "two": chats("a.jsonl", 24, seed=2)}))) == 1
+
+
+@pytest.mark.parametrize("kind", ["cache_teacher", "candidate"])
+def test_the_tokens_that_a_teacher_or_a_candidate_has_read_are_counted(kind: str) -> None:
+    assert STAGES[kind].result_tokens({"num_samples": 4, "tokens": 2048}) == 2048

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training_rules import sample_count_problems
 from nemo_minitron.stages.cache_teacher.params import CacheTeacherStage
-from nemo_minitron.stages.kind import Output, RecipeView, StageKind, validation_text
+from nemo_minitron.stages.kind import Output, RecipeView, StageKind, trained_tokens, validation_text
 from nemo_minitron.workload.load import EVAL_BATCH_SIZE, Load, forward_load
 
 SAMPLED_BYTES_PER_TOKEN = 160
@@ -29,7 +29,7 @@ def _load(name: str, params: CacheTeacherStage, layout: Parallel, view: RecipeVi
 def _disk_bytes(params: CacheTeacherStage, load: Load) -> int:
     if params.sparse.kind != "top_k":
         return load.tokens * SAMPLED_BYTES_PER_TOKEN
-    # An index and a value of 16 bits for each of the k tokens, and the count and mass of the rest (cache.py).
+    # 32 bits for each of the k entries; 1 byte for their number and 2 for the negative entropy (cache.py).
     return load.tokens * (4 * params.sparse.k + 3)
 
 
@@ -46,4 +46,5 @@ CACHE_TEACHER = StageKind(
     heldout_uses=validation_text,
     load=_load,
     disk_bytes=_disk_bytes,
+    result_tokens=trained_tokens,
 )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from nemo_minitron.errors import NumericsError
 from nemo_minitron.stages.artifacts import Model, TokenizedText
 from nemo_minitron.stages.check_teacher.params import CheckTeacherStage
+from nemo_minitron.stages.common.one_tokenizer import require_tokenizer_of
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
 
@@ -25,10 +26,12 @@ def check_teacher(params: CheckTeacherStage, inputs: Inputs, ctx: StageContext) 
     A teacher whose weights were not loaded has a loss of about ln(vocab_size) and is rejected here.
 
     Raises:
+        DataError: the text was made with another tokenizer than the teacher's.
         NumericsError: the loss is above `max_loss`.
     """
     from nemo_minitron.backends.megatron.model.evaluate import heldout_loss
 
+    require_tokenizer_of(inputs.teacher, inputs.data, ctx)
     measured = heldout_loss(
         inputs.teacher.path,
         inputs.data.path,

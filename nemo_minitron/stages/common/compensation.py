@@ -68,12 +68,12 @@ def repair_model(
     for number, weights, found in ctx.progress.track(layers, "compensate", total, "parts"):
         if found is not None and ctx.is_main:
             saved.save(number, weights, json.dumps({site: _facts(repair) for site, repair in found.items()}))
-        ctx.check_stop()
+        ctx.check_stop_of_all_ranks()
     facts = [json.loads(saved.facts(number)) for number in saved] if ctx.is_main else []
-    if ctx.is_main:
-        _write(models, saved, out_dir)
-        (out_dir / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
-    ctx.open_session.barrier()
+    with ctx.open_session.main_works():
+        if ctx.is_main:
+            _write(models, saved, out_dir)
+            (out_dir / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
     return {
         "num_tokens": params.num_samples * params.seq_len_tokens,
         "mode": params.mode,
@@ -83,9 +83,11 @@ def repair_model(
 
 
 def _require_same_cut(models: Models, student: Path) -> None:
-    if models.plan.target_shape(models.source) != models.target:
+    # Only the sizes: a Llama student whose heads do not fill its hidden size is written as a Mistral model.
+    left, found = models.plan.target_shape(models.source).sizes(), models.target.sizes()
+    if left != found:
         raise ArtifactError(
-            "The student does not have the sizes of the prune plan.",
+            f"The plan leaves {left}, but the student is {found}.",
             where=str(student),
             next_step="Use the model that was pruned by this plan.",
         )

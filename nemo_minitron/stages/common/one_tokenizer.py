@@ -8,12 +8,13 @@ from itertools import combinations
 from pathlib import Path
 
 from nemo_minitron.errors import DataError
-from nemo_minitron.hf.tokenizer_identity import TokenizerIdentity, differing_added_tokens
+from nemo_minitron.hf.tokenizer_identity import TokenizerIdentity, differing_added_tokens, has_tokenizer
 from nemo_minitron.stages.artifacts import Model, TokenizedText
 from nemo_minitron.stages.context import StageContext
 
 _MAX_NAMED = 8
 _WORDS = {"vocab": "vocabularies", "merges": "merges"}
+_DATA_ROLE = "data"
 AddedTokens = Mapping[int, tuple[str | None, str | None]]
 
 
@@ -28,7 +29,7 @@ def require_one_tokenizer(
 
     Args:
         models: input role -> model.
-        data: tokens that the models are trained on; None if they read texts.
+        data: tokens that the models read; None if they read texts.
         texts: files of rendered rows that both models read if there is no tokenized data.
 
     Raises:
@@ -37,8 +38,8 @@ def require_one_tokenizer(
     identities = {role: TokenizerIdentity.of(model.path) for role, model in models.items()}
     folders = {role: model.path for role, model in models.items()}
     if data is not None and data.tokenizer_identity is not None:
-        identities["data"] = TokenizerIdentity.parse(data.tokenizer_identity)
-        folders["data"] = data.path
+        identities[_DATA_ROLE] = TokenizerIdentity.parse(data.tokenizer_identity)
+        folders[_DATA_ROLE] = data.path
     for one, other in combinations(identities, 2):
         parts = identities[one].differences(identities[other])
         broken = [_WORDS[part] for part in parts if part in _WORDS]
@@ -50,14 +51,27 @@ def require_one_tokenizer(
             _check_added(folders, data, one, other, ctx, texts)
 
 
+def require_tokenizer_of(model: Model, data: TokenizedText, ctx: StageContext) -> None:
+    """Check that a model that is measured on tokenized text has the tokenizer of the text, if it has any.
+
+    Raises:
+        DataError: the tokens of the text mean something else to the model.
+    """
+    if has_tokenizer(model.path):
+        require_one_tokenizer({"model": model}, data, ctx)
+
+
 def _different(
     folders: Mapping[str, Path], identities: Mapping[str, TokenizerIdentity], one: str, other: str, broken: list[str]
 ) -> DataError:
+    several = len(identities.keys() - {_DATA_ROLE}) > 1
+    owners = "Teacher, student and data" if several else f"The {one} and the data"
     return DataError(
-        f"Teacher, student and data were made with different tokenizers: {one} and {other} have different "
-        f"{' and '.join(broken)}.",
+        f"{owners} were made with different tokenizers: {one} and {other} have different {' and '.join(broken)}.",
         where=", ".join(f"{role} {folders[role]} ({found.vocab[:8]})" for role, found in identities.items()),
-        next_step="Both models must share one vocabulary: tokenize the data with the teacher's tokenizer.",
+        next_step="Both models must share one vocabulary: tokenize the data with the teacher's tokenizer."
+        if several
+        else f"In inputs.data, name a tokenize stage whose inputs.tokenizer is the stage of the {one}.",
     )
 
 
@@ -69,7 +83,7 @@ def _check_added(
     ctx: StageContext,
     texts: tuple[Path, ...],
 ) -> None:
-    if other == "data":
+    if other == _DATA_ROLE:
         _warn(ctx, f"the data were tokenized with added tokens that differ from those of {one}.")
         return
     tokens = differing_added_tokens(folders[one], folders[other])

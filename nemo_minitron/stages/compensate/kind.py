@@ -10,7 +10,7 @@ from nemo_minitron.schema.pruning import SelectionRules
 from nemo_minitron.stages.common.plan_rules import plan_problems
 from nemo_minitron.stages.common.repair_rules import calibration_problems, merged_head_problems, widest_input
 from nemo_minitron.stages.compensate.params import CompensateStage
-from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, Result, StageKind
+from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, StageKind
 from nemo_minitron.workload.load import Load, forward_load
 
 
@@ -18,7 +18,7 @@ def _problems(name: str, params: CompensateStage, view: RecipeView) -> Iterator[
     key = f"stages.{name}"
     if params.inputs.heldout == params.inputs.data:
         yield f"{key}.inputs.heldout: the same as inputs.data. Next: remove the key, or name a stage with other text."
-    yield from plan_problems(name, params.inputs.plan, params.inputs.student, view)
+    yield from plan_problems(name, params.inputs.plan, params.inputs.teacher, params.inputs.student, view)
     target = view.shape(params.inputs.student)
     if target is None:
         return
@@ -44,10 +44,6 @@ def _load(name: str, params: CompensateStage, layout: Parallel, view: RecipeView
     return forward_load(teacher, tokens, params.seq_len_tokens, params.precision, layout)
 
 
-def _result_tokens(result: Result) -> int:
-    return int(result["num_tokens"])
-
-
 COMPENSATE = StageKind(
     name="compensate",
     params=CompensateStage,
@@ -69,5 +65,4 @@ COMPENSATE = StageKind(
     problems=_problems,
     heldout_uses=_heldout_uses,
     load=_load,
-    result_tokens=_result_tokens,
 )

@@ -33,7 +33,7 @@ def compensate(params: CompensateStage, inputs: Inputs, ctx: StageContext) -> Re
     from nemo_minitron.hf.checkpoint import model_facts
 
     texts = RepairTexts(inputs.data, inputs.heldout or inputs.data)
-    for text in (texts.calibration, texts.heldout):
+    for text in (inputs.data, *([inputs.heldout] if inputs.heldout is not None else [])):
         require_one_tokenizer({"student": inputs.student, "teacher": inputs.teacher}, text, ctx)
     models = (inputs.teacher.path, inputs.student.path, inputs.plan.path)
     facts = repair_model(params, *models, texts, ctx, ctx.out_dir)

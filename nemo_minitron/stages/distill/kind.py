@@ -8,6 +8,7 @@ from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training import TeacherCaching
 from nemo_minitron.schema.training_rules import learning_rate_problems, training_problems
+from nemo_minitron.stages.common.hidden_rules import hidden_problems
 from nemo_minitron.stages.common.plan_rules import plan_problems
 from nemo_minitron.stages.distill.params import DistillStage
 from nemo_minitron.stages.kind import Output, RecipeView, StageKind, trained_tokens, training_text, validation_text
@@ -23,9 +24,12 @@ def _problems(name: str, params: DistillStage, view: RecipeView) -> Iterator[str
     yield from _correction(f"stages.{name}", params)
     yield from _anchors(name, params, view)
     yield from _fp8(f"stages.{name}.teacher_fp8", params)
+    teacher, student = view.shape(params.inputs.teacher), view.shape(params.inputs.student)
+    yield from hidden_problems(f"stages.{name}.loss", params.loss, teacher, student)
     cache = view.stages.get(params.inputs.cache or "")
     if isinstance(cache, TeacherCaching):
         yield from _cached(f"stages.{name}", params, params.inputs.cache or "", cache)
+        yield from _vocabulary(f"stages.{name}.inputs.cache = {params.inputs.cache}", teacher, student)
 
 
 def _correction(key: str, params: DistillStage) -> Iterator[str]:
@@ -50,7 +54,7 @@ def _anchors(name: str, params: DistillStage, view: RecipeView) -> Iterator[str]
     if plan is None:
         yield f"{key}.loss.anchors: needs {key}.inputs.plan, the plan by which the student was pruned."
     else:
-        yield from plan_problems(name, plan, params.inputs.student, view)
+        yield from plan_problems(name, plan, params.inputs.teacher, params.inputs.student, view)
     if params.inputs.cache is not None:
         yield f"{key}.loss.anchors: the cache has no outputs of layers. Next: set inputs.cache: null."
     if params.teacher_correction is not None:
@@ -97,6 +101,15 @@ def _cached(key: str, params: DistillStage, name: str, cache: TeacherCaching) ->
         yield (
             f"{key}.loss.logits: sparse and temperature must be the same as in stages.{name}: "
             f"sparse = {cache.sparse.model_dump(mode='json')}, temperature = {cache.temperature}."
+        )
+
+
+def _vocabulary(key: str, teacher: ModelShape | None, student: ModelShape | None) -> Iterator[str]:
+    """Check that the student has all tokens that are in the cache of a teacher."""
+    if teacher is not None and student is not None and student.vocab_size < teacher.vocab_size:
+        yield (
+            f"{key}: its teacher has a vocabulary of {teacher.vocab_size:,}, the student one of "
+            f"{student.vocab_size:,}. Allowed: at most the student's. Next: set inputs.cache: null."
         )
 
 

@@ -25,7 +25,7 @@ def _problems(name: str, params: DistillLayersStage, view: RecipeView) -> Iterat
             f"execution.parallel.recompute = full: not supported by stages.{name}, which keeps the activations of "
             "one layer only. Allowed: none, selective."
         )
-    yield from plan_problems(name, inputs.plan, inputs.student, view)
+    yield from plan_problems(name, inputs.plan, inputs.teacher, inputs.student, view)
 
 
 def _load(name: str, params: DistillLayersStage, layout: Parallel, view: RecipeView) -> Load | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.stages.artifacts import Model, TokenizedText
+from nemo_minitron.stages.common.one_tokenizer import require_tokenizer_of
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.evaluate.params import EvaluateStage
 from nemo_minitron.stages.kind import Result
@@ -27,12 +28,14 @@ def evaluate(params: EvaluateStage, inputs: Inputs, ctx: StageContext) -> Result
     Write metrics.json.
 
     Raises:
+        DataError: the text was made with another tokenizer than the model's.
         NumericsError: transformers and Megatron do not compute the same logits.
     """
     from nemo_minitron.backends.megatron.model.evaluate import heldout_loss
     from nemo_minitron.evaluation.metrics import bits_per_byte, perplexity
     from nemo_minitron.hf.checkpoint import model_facts
 
+    require_tokenizer_of(inputs.model, inputs.data, ctx)
     model_dir = inputs.model.path
     if _uses_transformers(params):
         from nemo_minitron.evaluation.agreement import require_agreement

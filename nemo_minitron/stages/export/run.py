@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from nemo_minitron.stages.artifacts import Evaluation, Model
 from nemo_minitron.stages.context import StageContext
@@ -50,14 +48,8 @@ def export(params: ExportStage, inputs: Inputs, ctx: StageContext) -> Result:
         facts=facts,
         teacher=teacher.result,
         model=model.result,
-        metrics=_metrics(inputs),
+        metrics=[found.metrics() for found in inputs.evaluations.values()],
     )
     environment = dict(ctx.execution.cluster.environment) if ctx.execution.cluster else {}
     (ctx.out_dir / "README.md").write_text(masked(masked(card), environment), encoding="utf-8")
     return {**facts, "license": teacher.license, "teacher": teacher.source}
-
-
-def _metrics(inputs: Inputs) -> list[dict[str, Any]]:
-    return [
-        json.loads((found.path / "metrics.json").read_text(encoding="utf-8")) for found in inputs.evaluations.values()
-    ]

@@ -22,4 +22,4 @@ class ImportStage(StageParams):
     """SPDX id for the model card of the exported model. null: read from the source."""
     architecture: dict[str, Any] | None = None
     """Keys that config.json is expected to have. `plan` counts parameters from them before the download, and the import
-    checks them."""
+    checks them, and the defaults of those that are left out."""

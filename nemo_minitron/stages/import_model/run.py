@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,12 @@ from nemo_minitron.stages.typed_inputs import NoInputs
 
 if TYPE_CHECKING:
     from nemo_minitron.hf.checkpoint import Checkpoint
+
+
+_NAMES = {"architectures", "model_type"}
+"""Keys of config.json without which an architecture only lists values to check."""
+_FREE = {"max_position_embeddings"}
+"""Sizes that no tensor depends on and that model authors change later, so recipes may leave them out."""
 
 
 def import_model(params: ImportStage, inputs: NoInputs, ctx: StageContext) -> Result:
@@ -57,10 +64,12 @@ def require_architecture(config: dict[str, Any], expected: dict[str, Any] | None
     """
     from nemo_minitron.families import explicit_config
 
+    if not expected:
+        return
     found = explicit_config(config, where=where)
     different = [
         f"{key} = {found.get(key)!r} (recipe: {value!r})"
-        for key, value in (expected or {}).items()
+        for key, value in expected.items()
         if not _equal(found.get(key), value)
     ]
     if different:
@@ -68,6 +77,26 @@ def require_architecture(config: dict[str, Any], expected: dict[str, Any] | None
             f"Wrong architecture: {'; '.join(different)}.",
             where=where,
             next_step="Set source to the model that the recipe was written for, or correct `architecture`.",
+        )
+    if _NAMES & expected.keys():
+        _require_same_defaults(config, expected, where)
+
+
+def _require_same_defaults(config: dict[str, Any], expected: dict[str, Any], where: str) -> None:
+    """Check that the keys that `architecture` leaves out have no other values in the model than the plan assumed."""
+    from nemo_minitron.families import read_shape
+
+    model, assumed = asdict(read_shape(config, where=where)), asdict(read_shape(expected, where="architecture"))
+    different = [
+        f"{field} = {value!r} (assumed: {assumed[field]!r})"
+        for field, value in model.items()
+        if field not in _FREE and not _equal(value, assumed[field])
+    ]
+    if different:
+        raise CheckpointError(
+            f"`architecture` leaves out keys of config.json, and their defaults are wrong: {'; '.join(different)}.",
+            where=where,
+            next_step="Add the missing keys of the model's config.json to `architecture`.",
         )
 
 

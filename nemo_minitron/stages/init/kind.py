@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nemo_minitron.families import ModelShape, read_shape
-from nemo_minitron.stages.init.params import InitStage
+from nemo_minitron.stages.init.params import SAME_VOCABULARY, InitStage, vocabulary_problem
 from nemo_minitron.stages.kind import Output, RecipeView, Source, StageKind
 
 
@@ -21,6 +21,12 @@ def _shape(name: str, params: InitStage, view: RecipeView) -> ModelShape | None:
     return view.shape(params.inputs.like or "")
 
 
+def _problems(name: str, params: InitStage, view: RecipeView) -> Iterator[str]:
+    problem = vocabulary_problem(params)
+    if problem is not None:
+        yield f"stages.{name}: {problem} Next: {SAME_VOCABULARY}"
+
+
 INIT = StageKind(
     name="init",
     params=InitStage,
@@ -29,4 +35,5 @@ INIT = StageKind(
     inputs={"like": (Output.MODEL,)},
     sources=_sources,
     shape=_shape,
+    problems=_problems,
 )

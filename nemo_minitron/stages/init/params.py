@@ -58,3 +58,14 @@ class InitStage(StageParams):
         if given == (self.inputs.like is not None) or (self.architecture is None) != (self.tokenizer is None):
             raise ValueError("give architecture and tokenizer, or inputs.like")
         return self
+
+
+SAME_VOCABULARY = "Set both vocab_size keys to the same value."
+
+
+def vocabulary_problem(params: InitStage) -> str | None:
+    """Return what is wrong if the sizes of the vocabulary in `architecture` and `tokenizer` differ; otherwise None."""
+    if params.architecture is None or params.tokenizer is None:
+        return None
+    size, own = params.architecture.get("vocab_size"), params.tokenizer.vocab_size
+    return None if size == own else f"The architecture has a vocabulary of {size}, the tokenizer one of {own}."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.stages.artifacts import Model
 from nemo_minitron.stages.context import StageContext
-from nemo_minitron.stages.init.params import InitStage, NewTokenizer
+from nemo_minitron.stages.init.params import SAME_VOCABULARY, InitStage, NewTokenizer, vocabulary_problem
 from nemo_minitron.stages.kind import Result
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nemo_minitron.families import ModelShape, Parameter
 
 END_OF_TEXT = "<|endoftext|>"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _WRITES_TO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
 
 
@@ -55,20 +56,18 @@ def init(params: InitStage, inputs: Inputs, ctx: StageContext) -> Result:
 
 
 def _with_ends(architecture: dict[str, Any]) -> dict[str, Any]:
-    """Add the id of the end-of-text token, which is the first one of the new tokenizer."""
-    return {"bos_token_id": 0, "eos_token_id": 0, **architecture}
+    """Set all ids of special tokens to that of the end-of-text token, which is the first one of the new tokenizer.
+
+    Ids in `architecture` come from a config.json that belongs to another tokenizer.
+    """
+    given = [key for key in TOKEN_IDS if key in architecture]
+    return {"bos_token_id": 0, "eos_token_id": 0, **architecture, **dict.fromkeys(given, 0)}
 
 
 def _require_vocabulary(params: InitStage, stage: str) -> None:
-    assert params.architecture is not None
-    assert params.tokenizer is not None
-    size = params.architecture.get("vocab_size")
-    if size != params.tokenizer.vocab_size:
-        raise ConfigError(
-            f"The architecture has a vocabulary of {size}, the tokenizer one of {params.tokenizer.vocab_size}.",
-            where=f"stages.{stage}",
-            next_step="Set both vocab_size keys to the same value.",
-        )
+    problem = vocabulary_problem(params)
+    if problem is not None:
+        raise ConfigError(problem, where=f"stages.{stage}", next_step=SAME_VOCABULARY)
 
 
 def train_tokenizer(params: NewTokenizer, ctx: StageContext) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from nemo_minitron.errors import NumericsError, error_context
 from nemo_minitron.stages.artifacts import Model, Scores, TokenizedText
+from nemo_minitron.stages.common.one_tokenizer import require_tokenizer_of
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
 from nemo_minitron.stages.score.params import ScoreStage
@@ -32,6 +33,7 @@ def score(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Result:
     """Score the teacher on calibration samples, and write scores.safetensors (fp64) and scores.json.
 
     Raises:
+        DataError: the text was made with another tokenizer than the model's.
         NumericsError: a score is NaN or infinite.
     """
     from nemo_minitron.backends.megatron.model.weights import load_model
@@ -39,6 +41,7 @@ def score(params: ScoreStage, inputs: Inputs, ctx: StageContext) -> Result:
     from nemo_minitron.backends.megatron.scoring.stats import activation_scores
     from nemo_minitron.pruning.selection import require_finite
 
+    require_tokenizer_of(inputs.model, inputs.data, ctx)
     session = ctx.open_session
     model, shape = load_model(
         inputs.model.path, session, precision=params.precision, seq_len_tokens=params.seq_len_tokens

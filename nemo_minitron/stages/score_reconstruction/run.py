@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from nemo_minitron.stages.artifacts import Model, Scores, TokenizedText
 from nemo_minitron.stages.common.layer_files import LayerFiles
+from nemo_minitron.stages.common.one_tokenizer import require_tokenizer_of
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
 from nemo_minitron.stages.score_reconstruction.params import ScoreReconstructionStage
@@ -40,6 +41,7 @@ def score_reconstruction(params: ScoreReconstructionStage, inputs: Inputs, ctx: 
     on rank 0: that takes 32 bytes x layers x hidden size^2 of its memory, 17 GB for a model of Llama 3.1 8B's shape.
 
     Raises:
+        DataError: the text was made with another tokenizer than the model's.
         Interrupted: a stop was requested.
         NumericsError: activations are not finite.
     """
@@ -49,6 +51,7 @@ def score_reconstruction(params: ScoreReconstructionStage, inputs: Inputs, ctx: 
     from nemo_minitron.backends.megatron.model.build import DTYPES
     from nemo_minitron.hf.checkpoint import Checkpoint
 
+    require_tokenizer_of(inputs.model, inputs.data, ctx)
     teacher, session = Checkpoint.open(inputs.model.path), ctx.open_session
     batches = calibration_batches(
         inputs.data.path,

@@ -12,9 +12,10 @@ from nemo_minitron.schema.base import StageParams
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.pruning import AnyScoring, Target
 from nemo_minitron.schema.training_rules import training_problems
+from nemo_minitron.stages.common.hidden_rules import hidden_problems
 from nemo_minitron.stages.common.repair_rules import calibration_problems, merged_head_problems, widest_input
 from nemo_minitron.stages.common.scoring_rules import scoring_problems, without_unused_scores
-from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, StageKind
+from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, StageKind, trained_tokens
 from nemo_minitron.stages.search.expansion import candidate_stages, points_of, search_of
 from nemo_minitron.stages.search.params import CandidateStage, SearchStage
 from nemo_minitron.workload.load import Load, distillation_load
@@ -66,21 +67,33 @@ def _problems(name: str, params: SearchStage, view: RecipeView) -> Iterator[str]
     layout = view.layout(name)
     for number, rung in enumerate(params.rungs):
         yield from training_problems(name, params.retraining, rung.num_steps, layout, f"{key}.rungs.{number}.num_steps")
-    yield from _repair_problems(f"{key}.compensation", params, source, _candidates(name, params, view))
+    yield from _too_large(f"{key}.grid", params, source)
+    candidates = _candidates(name, params, view)
+    yield from _repair_problems(f"{key}.compensation", params, source, candidates)
     scoring = view.stages.get(params.inputs.scores or "")
     known = scoring if isinstance(scoring, AnyScoring) else None
+    teacher, loss = view.shape(params.inputs.teacher), params.retraining.loss
     seen: set[str] = set()
-    for candidate in _candidates(name, params, view):
+    for candidate in candidates:
         rules = selection_for(params.selection, candidate.target, source)
-        seen.update(scoring_problems(key, rules, params.inputs.scores, known, source))
+        seen.update(scoring_problems(key, rules, params.inputs.scores, known, source, in_search=True))
+        seen.update(hidden_problems(f"{key}.retraining.loss", loss, teacher, candidate.shape))
     yield from sorted(seen)
+
+
+def _too_large(key: str, params: SearchStage, source: ModelShape) -> Iterator[str]:
+    """Check that the model has every size of the grid; a point with a larger one would not become a candidate."""
+    for size, most in source.sizes().items():
+        for value in getattr(params.grid, size, ()):
+            if value > most:
+                yield f"{key}.{size} has {value}: above {most}, the size of {params.inputs.model}. Next: remove it."
 
 
 def _repair_problems(
     key: str, params: SearchStage, source: ModelShape, candidates: Sequence[Candidate]
 ) -> Iterator[str]:
     """Check that the repair suits the widest candidate, and the one with the fewest heads."""
-    repair, shapes = params.compensation, [target_shape(source, candidate.target, None) for candidate in candidates]
+    repair, shapes = params.compensation, [candidate.shape for candidate in candidates]
     if repair is None or not shapes:
         return
     widest = max(widest_input(shape) for shape in shapes)
@@ -154,4 +167,5 @@ CANDIDATE = StageKind(
     problems=_candidate_problems,
     load=_candidate_load,
     array=_array,
+    result_tokens=trained_tokens,
 )

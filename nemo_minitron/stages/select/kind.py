@@ -8,7 +8,7 @@ from typing import Any
 from nemo_minitron.families import ModelShape, target_shape
 from nemo_minitron.pruning.possible import impossible
 from nemo_minitron.pruning.search import SEARCH_FILE
-from nemo_minitron.schema.pruning import AnyScoring, Target
+from nemo_minitron.schema.pruning import AnyScoring, SelectionRules, Target
 from nemo_minitron.stages.artifacts import winner_of
 from nemo_minitron.stages.common.scoring_rules import scoring_problems, without_unused_scores
 from nemo_minitron.stages.kind import MODELS, Output, RecipeView, StageKind
@@ -24,6 +24,7 @@ def _problems(name: str, params: SelectStage, view: RecipeView) -> Iterator[str]
     if search is not None:
         if params.target != Target() or params.drop_layers is not None:
             yield f"{key}: the sizes come from inputs.search = {search}. Next: remove target and drop_layers."
+        yield from _as_searched(key, params, search, view)
         return
     source = view.shape(params.inputs.model)
     if params.target == Target() and params.drop_layers is None:
@@ -37,6 +38,26 @@ def _problems(name: str, params: SelectStage, view: RecipeView) -> Iterator[str]
         scoring = view.stages.get(params.inputs.scores or "")
         known = scoring if isinstance(scoring, AnyScoring) else None
         yield from scoring_problems(key, params, params.inputs.scores, known, source)
+
+
+def _as_searched(key: str, params: SelectStage, search: str, view: RecipeView) -> Iterator[str]:
+    """Check that the winner is cut as the candidates were; another method, as for a random control, is allowed."""
+    if params.method == "importance" and params.inputs.scores is None:
+        yield f"{key}.inputs.scores: method importance needs a score stage."
+    stage = view.stages.get(search)
+    rules, scores = getattr(stage, "selection", None), getattr(getattr(stage, "inputs", None), "scores", None)
+    if not isinstance(rules, SelectionRules) or rules.method != params.method:
+        return
+    pairs = {field: (getattr(params, field), getattr(rules, field)) for field in SelectionRules.model_fields}
+    del pairs["seed"]
+    if params.method == "importance":
+        pairs["inputs.scores"] = (params.inputs.scores, scores)
+    else:
+        del pairs["layer_metric"]
+    for field, (own, searched) in pairs.items():
+        if own != searched:
+            there = f"stages.{search}.{field if field == 'inputs.scores' else f'selection.{field}'} is {searched}"
+            yield f"{key}.{field} = {own}: {there}, by which the candidates are cut. Next: set both to the same value."
 
 
 def _shape(name: str, params: SelectStage, view: RecipeView) -> ModelShape | None:

@@ -96,7 +96,8 @@ def write_cache(
             if session.is_last_stage and session.tp_rank == 0:
                 write_shard(work_dir, shard, entries)
             bar.advance(samples=len(numbers))
-    session.barrier()
+    # Data-parallel ranks may have different numbers of shards to write, hours apart; a barrier would time out.
+    session.gather(None)
     loss = _heldout_loss(model, params, shape.vocab_size, data_dir, session, progress)
     return replace(facts, valid_num_tokens=params.valid_num_tokens, valid_teacher_loss=loss)
 
