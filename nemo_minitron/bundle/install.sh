@@ -75,15 +75,18 @@ fi
 
 minitron=minitron wheels=no
 if [ -d wheels/core ]; then wheels=yes; fi
-# The recipes, one per line.
-recipes=$("$PYTHON" -I - "$wheels" <<'END'
+# The version that made the bundle; then the recipes, one per line, each with the recipes whose outputs it reads.
+listed=$("$PYTHON" -I - "$wheels" <<'END'
 import json, platform, sys
 try:
     with open("manifest.json", encoding="utf-8") as file:
         manifest = json.load(file)
-    names = [recipe["file"] for recipe in manifest["recipes"]]
-    if not all(name.isprintable() and name and name[0] not in "-/" for name in names):
+    recipes = [[recipe["file"], *recipe.get("waits_for", [])] for recipe in manifest["recipes"]]
+    if not all(name.isprintable() and name and name[0] not in "-/" for names in recipes for name in names):
         raise ValueError("the file name of a recipe is not allowed")
+    version = manifest.get("nemo_minitron", "")
+    if not version.isprintable():
+        raise ValueError("the version is not allowed")
     made = {key: str(manifest["target"][key])[:99] for key in ("system", "machine", "python")} if sys.argv[1] == "yes" else {}
 except Exception as error:
     sys.exit("error: manifest.json is damaged: %s: %s" % (type(error).__name__, ascii(str(error))[1:-1][:300]))
@@ -93,9 +96,14 @@ if wrong:
     sys.exit("error: %s\n  next: PYTHON=/path/to/python%s ./install.sh, or make a bundle for this machine"
              % ("; ".join(wrong), ascii(made["python"])[1:-1]))
 sys.stdout.reconfigure(encoding="utf-8")
-print("\n".join(names))
+print(version)
+for name, *others in recipes:
+    print(name + ("\t" + ", ".join(others) if others else ""))
 END
 ) || exit 2
+made_by=$(printf '%s\n' "$listed" | sed -n 1p)
+recipes=$(printf '%s\n' "$listed" | sed 1d)
+tab=$(printf '\t')
 if [ "$wheels" = yes ]; then
     # Install only from this folder, whatever the configuration of pip on this machine.
     export PIP_CONFIG_FILE=/dev/null PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -113,17 +121,27 @@ if [ "$wheels" = yes ]; then
     fi
 else
     command -v minitron >/dev/null || fail "the bundle has no wheels, and the command minitron is not on the PATH"
+    if [ -n "$made_by" ]; then
+        found=$(minitron version </dev/null) || fail "minitron version, of the minitron on the PATH, failed"
+        [ "$found" = "$made_by" ] \
+            || fail "the bundle is of nemo-minitron $made_by, and the minitron on the PATH is $found: install $made_by"
+    fi
 fi
 
-# Check every recipe from this folder, where it will be run.
+# Check every recipe from this folder, where it will be run, unless the outputs that it reads are still to be made.
 printf '%s\n' "$recipes" | while IFS= read -r recipe; do
-    if [ -n "$recipe" ]; then "$minitron" check "$recipe" </dev/null; fi
+    case $recipe in
+        '') ;;
+        *"$tab"*) printf 'not checked: %s, which reads outputs of %s\n' "${recipe%%"$tab"*}" "${recipe#*"$tab"}" ;;
+        *) "$minitron" check "$recipe" </dev/null ;;
+    esac
 done
 "$PYTHON" -I - "$PWD" "$minitron" "$recipes" <<'END'
 import shlex, sys
 sys.stdout.reconfigure(errors="backslashreplace")
 folder, minitron = map(shlex.quote, sys.argv[1:3])
 print("ready: cd %s" % folder)
-for recipe in sys.argv[3].splitlines():
-    print("       %s run %s" % (minitron, shlex.quote(recipe)))
+for line in sys.argv[3].splitlines():
+    recipe, _, others = line.partition("\t")
+    print("       %s run %s%s" % (minitron, shlex.quote(recipe), "   # after %s" % others if others else ""))
 END

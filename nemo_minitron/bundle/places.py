@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from glob import has_magic
 from pathlib import Path
 
 from nemo_minitron.bundle.items import Item
@@ -20,6 +20,7 @@ ASSETS_DIR = Execution().assets_dir
 """Folder of the assets in a bundle: the default one, because a bundle is used from its own folder."""
 OUTSIDE = "outside"
 """Folder in a bundle for sources outside the working folder, or at an absolute path."""
+_PATTERN = re.compile(r"[*?\[{]")
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,15 @@ def place_of(named: Source, assets_dir: Path, outside: dict[str, int]) -> Place:
     path = user_path(source)
     if not path.is_absolute() and not os.path.normpath(path).startswith(".."):
         return Place(os.path.normpath(path) if ".." in path.parts else source, Path(), "")
-    base = path.parent
-    while has_magic(str(base)):
-        base = base.parent
+    base = _before_pattern(path)
     prefix = f"{OUTSIDE}/{outside.setdefault(source, len(outside) + 1)}"
     return Place(_join(prefix, path, base), base, prefix)
+
+
+def _before_pattern(path: Path) -> Path:
+    """Return the folder of a file, or the last folder before a glob pattern with `*`, `?`, `[` or braces."""
+    plain = _PATTERN.split(str(path), maxsplit=1)[0]
+    return path.parent if plain == str(path) else Path(f"{plain}name").parent
 
 
 def _join(prefix: str, path: Path, base: Path) -> str:

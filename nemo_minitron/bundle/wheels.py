@@ -28,7 +28,6 @@ from nemo_minitron.system.files import cache_dir
 from nemo_minitron.system.places import CONSTRAINTS, shipped_dir
 from nemo_minitron.system.progress import Progress
 
-EXTRA = "eval"
 LIST_FILE = "requirements.txt"
 """File in each folder of wheels that lists them with their sha256, for `pip install --require-hashes`."""
 

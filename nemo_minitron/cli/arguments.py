@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from nemo_minitron.system.files import user_path
+
+
+def expanded(value: Any) -> Any:
+    """Expand `~` in the value of an option that takes one or several paths; shells do not expand it after `--NAME=`."""
+    if isinstance(value, list | tuple):
+        return [user_path(path) for path in value]
+    return None if value is None else user_path(value)
+
 
 RecipeFile = Annotated[
     Path,
@@ -20,4 +30,4 @@ Rerun = Annotated[
 ]
 AcceptDrift = Annotated[bool, typer.Option(help="Use finished outputs that no longer match the recipe.")]
 Until = Annotated[str | None, typer.Option(help="Run this stage and what it needs, nothing else.")]
-AssetsDir = Annotated[Path, typer.Option(help="Folder of the assets.")]
+AssetsDir = Annotated[Path, typer.Option(callback=expanded, help="Folder of the assets.")]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from nemo_minitron.cli.arguments import expanded
 from nemo_minitron.cli.output import console, print_warnings
 from nemo_minitron.errors import ConfigError
 
@@ -17,7 +18,7 @@ def bundle(
     words: Annotated[
         list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="Recipes; overrides apply to each of them.")
     ],
-    out: Annotated[Path, typer.Option(metavar="NAME.tar", help="The file to write.")],
+    out: Annotated[Path, typer.Option(callback=expanded, metavar="NAME.tar", help="The file to write.")],
     wheels: Annotated[bool, typer.Option(help="Include the package and its dependencies for this platform.")] = True,
     aligner: Annotated[bool, typer.Option(help="Include the wheels of NeMo-Aligner's environment.")] = False,
     torch_index_url: Annotated[

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from nemo_minitron.cli.arguments import expanded
 from nemo_minitron.cli.output import console
 
 
@@ -15,7 +16,10 @@ def convert(
     model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, or a NeMo checkpoint (folder or .nemo).")],
     out: Annotated[Path, typer.Argument(help="A new folder, or a new file with the suffix .nemo.")],
     like: Annotated[
-        Path | None, typer.Option(help="From NeMo: the Hugging Face folder whose config and tokenizer are written.")
+        Path | None,
+        typer.Option(
+            callback=expanded, help="From NeMo: the Hugging Face folder whose config and tokenizer are written."
+        ),
     ] = None,
 ) -> None:
     """Convert a model between Hugging Face and NeMo, bit for bit; pruned shapes and Llama 3.1 included."""

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from nemo_minitron.cli.arguments import expanded
 from nemo_minitron.cli.output import console
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.system.terminal import write
@@ -19,7 +20,7 @@ STYLES = {"ok": "green", "newer": "yellow", "missing": "yellow", "problem": "red
 
 
 def doctor(
-    run_root: Annotated[Path, typer.Option(help="Folder where runs will be kept.")] = Path("runs"),
+    run_root: Annotated[Path, typer.Option(callback=expanded, help="Folder where runs will be kept.")] = Path("runs"),
     require: Annotated[str, typer.Option(help="What must be available: gpu, aligner, slurm, pyxis, docker ...")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:

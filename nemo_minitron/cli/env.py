@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from nemo_minitron.cli.arguments import expanded
 from nemo_minitron.cli.output import console
 
 env_app = typer.Typer(no_args_is_help=True, help="Python environments beside this one.")
@@ -20,7 +21,11 @@ def make_aligner(
     ] = None,
     find_links: Annotated[
         list[Path] | None,
-        typer.Option(metavar="DIR", help="Folder of wheels to install from without a network; may be repeated."),
+        typer.Option(
+            callback=expanded,
+            metavar="DIR",
+            help="Folder of wheels to install from without a network; may be repeated.",
+        ),
     ] = None,
     again: Annotated[bool, typer.Option(help="Remove the old environment first.")] = False,
 ) -> None:

@@ -177,6 +177,11 @@ def _unexpected(error: Exception) -> int:
 def _print_usage_error(error: Exception, message: str) -> None:
     """Print the error here, because the parser's own `show` treats what was typed as markup."""
     screen, context = Screen(stderr=True), getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        # The help is printed to stdout while the error is made; the message is then empty.
+        if message:
+            screen.say(message)
+        return
     if context is not None:
         screen.say(f"{context.get_usage()}\nTry '{context.command_path} --help' for help.")
     screen.say(message, "error:", "red")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nemo_minitron.cli.arguments import expanded
 from nemo_minitron.cli.output import console
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.system.safe_files import new_folder
 
 if TYPE_CHECKING:
     from nemo_minitron.schema.rlhf import Rlhf
@@ -25,14 +29,18 @@ def rlhf(
         typer.Argument(metavar="[KEY=VALUE]...", help="Keys of nemo_minitron/schema/rlhf.py, e.g. lr=1e-6."),
     ] = None,
     algorithm: Annotated[str, typer.Option(help="ppo or reinforce.")] = "ppo",
-    model: Annotated[Path | None, typer.Option(help="A Hugging Face folder; by default the run's last model.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(callback=expanded, help="A Hugging Face folder; by default the run's last model.")
+    ] = None,
     reward: Annotated[str | None, typer.Option(help="The train_attribute_model stage, if there are several.")] = None,
     chats: Annotated[str | None, typer.Option(help="The stage with the prompts, if there are several.")] = None,
-    out: Annotated[Path | None, typer.Option(help="A new folder; RUN/rlhf_ALGORITHM unless given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=expanded, help="A new folder; RUN/rlhf_ALGORITHM unless given.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Write everything but the model in NeMo's format.")] = False,
 ) -> None:
     """Check the settings; write prompts, complete configs and start scripts for PPO or REINFORCE in a container."""
-    from nemo_minitron.backends.alignment.nemo_aligner.rlhf import PROMPT_FILES, render
+    from nemo_minitron.backends.alignment.nemo_aligner.rlhf import ACTOR_NEMO, PROMPT_FILES, render
     from nemo_minitron.backends.alignment.nemo_aligner.rlhf_checks import rlhf_problems
     from nemo_minitron.backends.alignment.nemo_aligner.rlhf_inputs import find_stage, gather_facts, prompts_by_part
     from nemo_minitron.cli.chat import find_model
@@ -60,11 +68,11 @@ def rlhf(
     files = render(parsed, facts, target)
     for part, texts in prompts.items():
         files[PROMPT_FILES[part]] = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    for name, text in files.items():
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).write_text(text, encoding="utf-8")
+    _write(files, target, None if dry_run else start)
     console.say(f"{target}: {', '.join(files)}", "written", "green")
-    _start_model(start, target, dry_run=dry_run)
+    if dry_run:
+        convert = ["minitron", "convert", str(start), str(target / ACTOR_NEMO)]
+        console.say(f"Still to do: {shlex.join(convert)}")
     console.say("In the container, run server.sh and actor.sh at the same time, and back.sh after actor.sh has ended.")
 
 
@@ -74,22 +82,17 @@ def parse_settings(algorithm: str, texts: list[str]) -> Rlhf:
     Raises:
         ConfigError: unknown keys or wrong values; lists all of them.
     """
-    from difflib import get_close_matches
-
     from pydantic import ValidationError
 
     from nemo_minitron.config.compose import from_dotlist
+    from nemo_minitron.config.explain import problems_in
     from nemo_minitron.schema.rlhf import Rlhf
 
+    given = {**from_dotlist(texts, Rlhf), "algorithm": algorithm}
     try:
-        return Rlhf.model_validate({**from_dotlist(texts, Rlhf), "algorithm": algorithm})
+        return Rlhf.model_validate(given)
     except ValidationError as error:
-        problems = []
-        for problem in error.errors(include_url=False):
-            key = ".".join(map(str, problem["loc"]))
-            near = get_close_matches(key, Rlhf.model_fields, n=1) if problem["type"] == "extra_forbidden" else []
-            hint = f". Did you mean {near[0]}?" if near else "."
-            problems.append(f"  - {key} = {problem['input']!r}: {problem['msg']}{hint}")
+        problems = [f"  - {problem}" for problem in problems_in(error, Rlhf, given)]
         raise ConfigError(
             "Wrong settings:\n" + "\n".join(problems),
             where=WHERE,
@@ -106,17 +109,20 @@ def _run_folder(run: Path) -> Path:
     return run_dir(api.load_recipe(run))
 
 
-def _start_model(model: Path, target: Path, *, dry_run: bool) -> None:
-    """Convert the actor's initial model to NeMo's format; in a dry run, print the command that does it."""
+def _write(files: Mapping[str, str], target: Path, start: Path | None) -> None:
+    """Write texts and, in NeMo's format, the actor's initial model into a new folder; after an error there is none."""
     from nemo_minitron.backends.alignment.nemo_aligner import nemo_file
     from nemo_minitron.backends.alignment.nemo_aligner.rlhf import ACTOR_NEMO
     from nemo_minitron.system.interrupts import StopRequest
     from nemo_minitron.system.progress import Progress
 
-    if dry_run:
-        import shlex
-
-        console.say(f"Still to do: {shlex.join(['minitron', 'convert', str(model), str(target / ACTOR_NEMO)])}")
-        return
-    with tempfile.TemporaryDirectory(dir=target, prefix=".convert-") as work:
-        nemo_file.from_hugging_face(model, target / ACTOR_NEMO, Path(work), Progress(), StopRequest())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(target) as folder:
+        for name, text in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+        if start is not None:
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".convert-") as work:
+                nemo_file.from_hugging_face(
+                    start, folder / ACTOR_NEMO, Path(work), Progress(), StopRequest(), final=target / ACTOR_NEMO
+                )

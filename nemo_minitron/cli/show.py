@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from nemo_minitron import api
-from nemo_minitron.cli.arguments import Overrides, RecipeFile
+from nemo_minitron.cli.arguments import Overrides, RecipeFile, expanded
 from nemo_minitron.cli.output import console
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.schema.base import TEMPLATE_DATE
@@ -31,7 +31,9 @@ def show(
     split: Annotated[str, typer.Option(help="train or valid.")] = "train",
     model: Annotated[
         Path | None,
-        typer.Option(help="A model folder: show the rendered text, prompt dim, answer (in the loss) bright."),
+        typer.Option(
+            callback=expanded, help="A model folder: show the rendered text, prompt dim, answer (in the loss) bright."
+        ),
     ] = None,
     template: Annotated[str, typer.Option(help="chatml, llama3, extra_id, or model: the folder's own.")] = "model",
     attributes: Annotated[bool, typer.Option(help="Render ratings before the last answer.")] = True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_minitron import api
-from nemo_minitron.cli.arguments import Overrides, RecipeFile
+from nemo_minitron.cli.arguments import Overrides, RecipeFile, expanded
 from nemo_minitron.cli.output import STATUS_STYLES, console
 from nemo_minitron.system.files import write_whole
 from nemo_minitron.system.terminal import write
@@ -24,9 +25,11 @@ MIN_WATCH_S = 1.0
 def status(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the status as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the status as JSON; with --watch, a line each time.")
+    ] = False,
     verify: Annotated[bool, typer.Option(help="Compare the contents of every file with its sha256.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page that reloads itself.")] = None,
+    html: Annotated[Path | None, typer.Option(callback=expanded, help="Write a page that reloads itself.")] = None,
     watch: Annotated[
         float | None,
         typer.Option(min=MIN_WATCH_S, help="Repeat at this interval in seconds."),
@@ -38,19 +41,21 @@ def status(
         return _status(recipe, overrides, verify=verify)
 
     facts = current()
-    if as_json:
-        write(json.dumps(facts, indent=2))
-        return
     _write_page(facts, html, watch)
     if watch is None:
-        console.print(_table(facts))
+        write(json.dumps(facts, indent=2)) if as_json else console.print(_table(facts))
         return
-    with Live(_table(facts), console=console, auto_refresh=False) as live:
-        while any(stage["status"] != "finished" for stage in facts["stages"].values()):
+    with nullcontext() if as_json else Live(_table(facts), console=console, auto_refresh=False) as live:
+        while True:
+            if live is None:
+                write(json.dumps(facts))
+            else:
+                live.update(_table(facts), refresh=True)
+            if all(stage["status"] == "finished" for stage in facts["stages"].values()):
+                return
             time.sleep(watch)
             facts = current()
             _write_page(facts, html, watch)
-            live.update(_table(facts), refresh=True)
 
 
 def _status(recipe: Path, overrides: list[str] | None, *, verify: bool) -> dict[str, Any]:

@@ -9,15 +9,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from nemo_minitron.config.extends import GLOBAL, SELF, Chain, first_lines, load_mapping, read_chain
+from nemo_minitron.config.extends import GLOBAL, SELF, Chain, first_lines, read_chain
 from nemo_minitron.config.keys import value_kind
 from nemo_minitron.config.outside import require_public_values
-from nemo_minitron.config.overrides import CLUSTER, KEY, for_hydra, require_form, unknown_key
+from nemo_minitron.config.overrides import KEY, for_hydra, require_form, unknown_key
+from nemo_minitron.config.site import add_site, split_cluster
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.system.bounded import bounded
 from nemo_minitron.system.disclosure import portable_recipe
-from nemo_minitron.system.files import user_path
-from nemo_minitron.system.places import SUFFIXES, configs_dirs, recipe_name, require_recipe, with_suffix
+from nemo_minitron.system.places import configs_dirs, recipe_name, require_recipe
 
 _PRIMARY, _BODIES = "minitron_recipe", "minitron_recipes"
 """Names in Hydra's config store, which no file in a recipe's folder may have."""
@@ -81,7 +81,9 @@ def _compose_file(recipe: Path, file: Path, overrides: Sequence[str]) -> tuple[d
     from yaml import YAMLError
 
     chain = read_chain(file)
-    site, overrides = _split_cluster(overrides)
+    site, overrides = split_cluster(overrides)
+    if site is not None:
+        add_site(site, file, chain)
     GlobalHydra.instance().clear()
     try:
         # Everything is in the store, so this package, which has no YAML, stands for the folder of the primary config.
@@ -94,7 +96,7 @@ def _compose_file(recipe: Path, file: Path, overrides: Sequence[str]) -> tuple[d
         raise ConfigError("The recipe is nested too deeply, or refers to itself.", where=str(recipe)) from None
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError) as error:
         raise _not_composed(recipe, file, chain, overrides, error) from error
-    return _with_name_and_site(as_written, file, site), _with_name_and_site(resolved, file, site)
+    return _with_name(as_written, file), _with_name(resolved, file)
 
 
 @contextmanager
@@ -119,11 +121,11 @@ def _stored(chain: Chain) -> Iterator[None]:
         store.repo = before
 
 
-def _with_files(text: str, chain: Chain) -> str:
+def _with_files(text: str, recipe: Path, chain: Chain) -> str:
     """Replace the names in the config store with those of files in a message of Hydra."""
     for number, file in enumerate(chain.files):
         text = text.replace(f"{_BODIES}/{number}", str(file))
-    return text.replace(_PRIMARY, str(chain.files[-1]))
+    return text.replace(_PRIMARY, str(recipe))
 
 
 def _not_composed(recipe: Path, file: Path, chain: Chain, overrides: Sequence[str], error: Exception) -> ConfigError:
@@ -146,62 +148,17 @@ def _not_composed(recipe: Path, file: Path, chain: Chain, overrides: Sequence[st
             "${a.b} refers to another key of the recipe; in execution, ${oc.env:HOME} to an environment variable."
         )
     return ConfigError(
-        "The recipe could not be composed: " + _with_files(first_lines(error), chain),
+        "The recipe could not be composed: " + _with_files(first_lines(error), file, chain),
         where=str(recipe),
         allowed=", ".join(getattr(error, "options", None) or ()) or None,
         next_step=next_step,
     )
 
 
-def _with_name_and_site(out: Any, file: Path, site: str | None) -> dict[str, Any]:
+def _with_name(out: Any, file: Path) -> dict[str, Any]:
     assert isinstance(out, dict)
     out.setdefault("name", recipe_name(file))
-    if site is not None:
-        execution, chosen = out.setdefault("execution", {}), _read_cluster(site, file)
-        own = execution.get("cluster") or {} if isinstance(execution, dict) else None
-        if isinstance(own, dict):  # validation reports other values
-            execution["cluster"] = _merged(chosen, own)
     return {str(key): value for key, value in out.items()}
-
-
-def _split_cluster(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Return the site of `cluster=NAME`, if any, and the other overrides."""
-    chosen = [text.split("=", 1)[1] for text in overrides if text.startswith(f"{CLUSTER}=")]
-    return (chosen[-1] if chosen else None), [text for text in overrides if not text.startswith(f"{CLUSTER}=")]
-
-
-def _read_cluster(site: str, file: Path) -> dict[str, Any]:
-    """Read the file of a site, given by its name in configs/cluster/ or by its path."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    folders = [folder / CLUSTER for folder in configs_dirs(file)]
-    candidates = [folder / f"{site}{suffix}" for folder in folders for suffix in SUFFIXES]
-    found = next((path for path in map(with_suffix, [*candidates, user_path(site)]) if path is not None), None)
-    if found is None or not site:
-        known = sorted({path.stem for folder in folders for path in folder.glob("*.y*ml")})
-        raise ConfigError(
-            f"There is no cluster {site}.",
-            allowed=", ".join(known) or None,
-            next_step=f"Copy a file of {folders[-1]} to configs/cluster/ and edit it, or give the path of a file: "
-            "cluster=path/to/site.yaml.",
-        )
-    try:
-        resolved = OmegaConf.to_container(OmegaConf.create(load_mapping(found, "cluster")), resolve=True)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError("The cluster could not be read: " + first_lines(error), where=str(found)) from error
-    assert isinstance(resolved, dict)
-    return {str(key): value for key, value in resolved.items()}
-
-
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Merge `changes` into `base`, section by section."""
-    nested = {
-        key: _merged(base[key], value)
-        for key, value in changes.items()
-        if isinstance(value, dict) and isinstance(base.get(key), dict)
-    }
-    return {**base, **changes, **nested}
 
 
 def from_dotlist(texts: Sequence[str], root: type[BaseModel]) -> dict[str, Any]:

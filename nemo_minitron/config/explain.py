@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from nemo_minitron.config.keys import sections_in, stage_classes
+from nemo_minitron.config.keys import kinds_of, members_of, stage_classes, without_labels
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.system.disclosure import is_private_key
@@ -16,6 +16,8 @@ from nemo_minitron.system.shown import shown
 
 Location = tuple[Any, ...]
 _MAX_SHOWN_CHARS, _QUOTE = 300, "'"
+_EXPECTS = "Input should be "
+"""Beginning of most messages of pydantic."""
 _MAX_BITS = 1000
 
 
@@ -30,7 +32,7 @@ def validate(composed: Mapping[str, Any], *, where: str) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        problems = [_explain(problem, raw) for problem in error.errors(include_url=False)]
+        problems = problems_in(error, Recipe, raw)
         count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
         raise ConfigError(
             f"The recipe has {count}:\n" + "\n".join(f"  - {problem}" for problem in problems),
@@ -67,16 +69,42 @@ def _with_kinds(composed: Mapping[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def _explain(problem: Any, raw: Mapping[str, Any]) -> str:
-    path = _path(problem["loc"], raw)
+def problems_in(error: ValidationError, root: type[BaseModel], raw: Mapping[str, Any]) -> list[str]:
+    """Return one line for each wrong key or value, with what is allowed.
+
+    Args:
+        root: schema of `raw`, the values that were validated.
+    """
+    lines: list[str] = []
+    # A value that fits no type of a union has one problem for each of them, shown on one line.
+    members: dict[Location, list[str]] = {}
+    line_of: dict[Location, int] = {}
+    for problem in error.errors(include_url=False):
+        path, found = without_labels(problem["loc"], root)
+        if found or len(problem["loc"]) == len(path) or not problem["msg"].startswith(_EXPECTS):
+            lines.append(_explain(problem, path, found, raw, without_labels(problem["loc"][:-1], root)[1]))
+            continue
+        members.setdefault(path, []).append(problem["msg"].removeprefix(_EXPECTS))
+        if line_of.setdefault(path, len(lines)) == len(lines):
+            lines.append("")
+        lines[line_of[path]] = f"{_line_start(path, problem)}: input should be {', or '.join(members[path])}."
+    return lines
+
+
+def _line_start(path: Location, problem: Any) -> str:
+    text = ".".join(map(str, path))
+    return text if is_private_key(text) else f"{text} = {_quoted(problem['input'])}"
+
+
+def _explain(problem: Any, path: Location, found: list[Any], raw: Mapping[str, Any], parent: list[Any]) -> str:
     text = ".".join(map(str, path))
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"{text}: unknown key.{_nearest(str(path[-1]), path[:-1], raw)}"
+        return f"{text}: unknown key.{_nearest(str(path[-1]), parent)}"
     if kind == "missing":
         return f"{text}: required, but not given."
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        return f"{text}{_wrong_kind(str(path[-1]), raw)}"
+        return f"{text}{_wrong_kind(path, found, problem['input'], raw)}"
     if kind == "literal_error":
         return f"{text} = {_quoted(problem['input'])}: not allowed. Allowed: {context['expected']}."
     if is_private_key(text) and kind in ("string_type", "tuple_type"):
@@ -86,10 +114,7 @@ def _explain(problem: Any, raw: Mapping[str, Any]) -> str:
     if kind == "tuple_type":
         value = _quoted(problem["input"])
         return f"{text} = {value}: must be a list, such as [{value.strip(_QUOTE)}]."
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    if is_private_key(text):
-        return f"{text}: {message}."
-    return f"{text} = {_quoted(problem['input'])}: {message}."
+    return f"{_line_start(path, problem)}: {problem['msg'][0].lower() + problem['msg'][1:]}."
 
 
 def _quoted(value: Any) -> str:
@@ -101,41 +126,19 @@ def _quoted(value: Any) -> str:
     return text if len(text) <= _MAX_SHOWN_CHARS else shown(value)
 
 
-def _wrong_kind(name: str, raw: Mapping[str, Any]) -> str:
-    stages = {str(other): stage for other, stage in raw["stages"].items()}
-    stage = stages.get(name)
-    found = stage.get("kind") if isinstance(stage, Mapping) else None
-    near = get_close_matches(name, [other for other in stages if other != name], n=1, cutoff=0.75)
-    if found is None and near:
+def _wrong_kind(path: Location, found: list[Any], value: Any, raw: Mapping[str, Any]) -> str:
+    given = value.get("kind") if isinstance(value, Mapping) else None
+    allowed = ", ".join(sorted(kind for section in members_of(found) for kind in kinds_of(section)))
+    if path[0] != "stages" or len(path) > 2:
+        return f".kind = {_quoted(given)}: not allowed. Allowed: {allowed}."
+    others = [str(name) for name in raw["stages"] if str(name) != path[-1]]
+    near = get_close_matches(str(path[-1]), others, n=1, cutoff=0.75)
+    if given is None and near:
         return f": unknown stage without a kind. Did you mean stages.{near[0]}?"
-    return f".kind = {_quoted(found)}: not a kind of stage. Allowed: {', '.join(sorted(stage_classes()))}."
+    return f".kind = {_quoted(given)}: not a kind of stage. Allowed: {allowed}."
 
 
-def _path(location: Location, raw: Mapping[str, Any]) -> Location:
-    """Return the location without the tag that pydantic adds after the name of a stage."""
-    if len(location) > 2 and location[0] == "stages" and location[2] in stage_classes():
-        return (*location[:2], *location[3:])
-    return location
-
-
-def _nearest(key: str, parent: Location, raw: Mapping[str, Any]) -> str:
-    keys = _keys_at(parent, raw)
+def _nearest(key: str, sections: list[Any]) -> str:
+    keys = [key for section in members_of(sections) for key in section.model_fields]
     match = get_close_matches(key, keys, n=1, cutoff=0.5)
     return f" Did you mean {match[0]}?" if match else f" Allowed: {', '.join(sorted(keys))}."
-
-
-def _keys_at(parent: Location, raw: Mapping[str, Any]) -> list[str]:
-    """Return the field names of the schema at a path."""
-    model: type[BaseModel] = Recipe
-    steps = list(parent)
-    if steps[:1] == ["stages"] and len(steps) > 1:
-        kind = raw["stages"][steps[1]].get("kind")
-        model, steps = stage_classes()[kind], steps[2:]
-    for step in steps:
-        if isinstance(step, int) or step not in model.model_fields:
-            continue
-        nested = list(sections_in(model.model_fields[step].annotation))
-        if not nested:
-            return []
-        model = nested[0]
-    return list(model.model_fields)

@@ -12,6 +12,8 @@ from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.stages.registry import STAGES
 
 Kind = Literal["text", "list", "other", "unknown"]
+_WRONG_KEY = "[key]"
+"""Last step of the location of an error about a key of a mapping."""
 
 
 def stage_classes() -> dict[str, type[BaseModel]]:
@@ -61,6 +63,38 @@ def _below(annotation: Any, step: str) -> Iterator[Any]:
             yield get_args(part)[0]
         elif part is Any:
             yield Any
+
+
+def without_labels(location: Sequence[Any], root: type[BaseModel]) -> tuple[tuple[Any, ...], list[Any]]:
+    """Return the keys in the location of a pydantic error, and what the schema may hold there (types or classes).
+
+    A location also contains labels: of the member of a union to which the rest belongs, and of a key that is wrong
+    itself.
+    """
+    path: list[Any] = []
+    found: list[Any] = [root]
+    for step in location:
+        if step == _WRONG_KEY:
+            continue
+        members = members_of(found)
+        if len(members) > 1:
+            sections = filter(is_section, members)
+            found = [section for section in sections if step in (section.__name__, *kinds_of(section))]
+        else:
+            path.append(step)
+            found = [inner for member in members for inner in _below(member, str(step))]
+    return tuple(path), found
+
+
+def members_of(annotations: Sequence[Any]) -> list[Any]:
+    """Return the members of unions in annotations, without None."""
+    return [part for annotation in annotations for part in _parts(annotation) if part is not type(None)]
+
+
+def kinds_of(section: type[BaseModel]) -> tuple[str, ...]:
+    """Return the values of `kind` of a class of the schema, by which unions are told apart."""
+    field = section.model_fields.get("kind")
+    return get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
 
 
 def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:

@@ -83,7 +83,9 @@ def for_hydra(word: str) -> str:
         ConfigError: the value is a sweep over several values, or a list that is not closed.
     """
     found = _FORM.fullmatch(word)
-    if found is None or found[1] == "~":
+    if word.startswith("~"):
+        return f"~{_full_key(word[1:])}"
+    if found is None:
         return word
     key = _full_key(found[2])
     if key.split(".")[0] not in Recipe.model_fields or "@" in key:
@@ -114,7 +116,9 @@ def _value(override: Override) -> str:
         return _nested(override) if is_nested else _quoted(value)
     if kind == "text":
         is_quoted = value.strip()[:1] in ("'", '"') and not parsed.is_sweep_override()
-        return value if is_quoted or value.strip().lower() == "null" else _quoted(value)
+        if is_quoted:
+            return _decoded(value)
+        return value if value.strip().lower() == "null" else _quoted(value)
     if not parsed.is_sweep_override():
         return value
     if kind == "unknown":
@@ -137,6 +141,19 @@ def _quoted(text: str) -> str:
     from hydra.core.override_parser.types import Quote, QuotedString
 
     return QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+def _decoded(quoted: str) -> str:
+    r"""Replace the escapes of a text in double quotes, such as "\f", as in a recipe; Hydra would keep them."""
+    from yaml import YAMLError, safe_load
+
+    if "\\" not in quoted or not quoted.lstrip().startswith('"'):
+        return quoted
+    try:
+        text = safe_load(quoted)
+    except YAMLError:
+        return quoted
+    return _quoted(text) if isinstance(text, str) else quoted
 
 
 def _nested(override: Override) -> str:

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import CheckpointError, DataError, PlanError
-from nemo_minitron.evaluation.tasks import data_errors, offline, offline_name, quiet, require_known, write_offline_tasks
+from nemo_minitron.evaluation.tasks import (
+    data_errors,
+    offline,
+    offline_name,
+    quiet,
+    require_known,
+    require_lm_eval,
+    write_offline_tasks,
+)
 from nemo_minitron.pruning.choice_task import ChoiceTask
 
 METRICS = ("acc_norm", "acc")
@@ -22,10 +30,12 @@ def load_choice_task(name: str, tokenizer: Any, *, data_dir: Path | None, limit:
         limit: maximum number of examples, from the first on; None: all.
 
     Raises:
+        EnvironmentProblem: lm-eval is not installed.
         PlanError: lm-eval does not have the task, or it is not a multiple-choice task or has no offline data.
         DataError: offline data that cannot be read, or an answer without a token of its own.
         CheckpointError: the tokenizer has no token to put in front of an answer without a question.
     """
+    require_lm_eval("take `task` out of layer_metrics")
     from lm_eval.tasks import TaskManager, get_task_dict
 
     with tempfile.TemporaryDirectory() as scratch, offline(data_dir is not None), quiet(), data_errors(data_dir):

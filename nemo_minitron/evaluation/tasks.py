@@ -118,14 +118,23 @@ def _require_no_tags(tasks: Sequence[str], tags: Sequence[str]) -> None:
             )
 
 
-def _require_usable(tokenizer: Any) -> None:
-    """Require an installed lm-eval, and a tokenizer with the end-of-text token that it needs."""
+def require_lm_eval(otherwise: str) -> None:
+    """Raise EnvironmentProblem unless lm-eval can be imported.
+
+    Args:
+        otherwise: how to do without it, for the message.
+    """
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise EnvironmentProblem(
-            f"lm-eval cannot be imported: {error}", next_step="pip install 'nemo-minitron[eval]', or set tasks=[]"
+            f"lm-eval cannot be imported: {error}", next_step=f"pip install 'nemo-minitron[eval]', or {otherwise}"
         ) from error
+
+
+def _require_usable(tokenizer: Any) -> None:
+    """Require an installed lm-eval, and a tokenizer with the end-of-text token that it needs."""
+    require_lm_eval("set tasks=[]")
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
             "The tokenizer has no end-of-text token, which lm-eval needs.",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Schema(BaseModel):
@@ -31,16 +32,28 @@ class StageParams(Schema):
         inputs: Schema
 
 
+_VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 def _expanded(text: str) -> str:
+    variable = _VARIABLE.search(text)
+    if variable is not None:
+        raise ValueError(f"no shell replaces {variable[0]} in a recipe; write ${{oc.env:{variable[1]}}}")
     if not text.startswith("~"):
         return text
     try:
         return str(Path(text).expanduser())
     except RuntimeError:
         raise ValueError("the home folder of this user is unknown; write the whole path instead of ~") from None
+
+
+def _off(value: object) -> object:
+    return "off" if value is False else value
+
+
+Off = BeforeValidator(_off)
+"""Accepts `off` without quotes for the text "off": YAML reads it as false."""
 
 
 UserPath = Annotated[str, Field(min_length=1), AfterValidator(_expanded)]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from nemo_minitron.schema.base import Schema, StageName, UserPath
+from nemo_minitron.schema.base import Off, Schema, StageName, UserPath
 from nemo_minitron.schema.cluster import Cluster
 from nemo_minitron.schema.planning import Planning
 
@@ -50,7 +50,7 @@ class Kernels(Schema):
     head_gradient_in_place: bool = True
     """Add the gradient of the output layer's weight to Megatron's fp32 gradient buffer directly, without a buffer of
     its own and without rounding to bf16. No effect on models with tied embeddings."""
-    fused_kl: Literal["auto", "triton", "torch", "off"] = "auto"
+    fused_kl: Annotated[Literal["auto", "triton", "torch", "off"], Off] = "auto"
     """How forward KL and its gradient are computed if the loss has no other term on logits. triton: two Triton kernels
     that read logits in bf16 and overwrite them with the gradient. torch: the same in PyTorch, compiled by torch.compile
     on a GPU. off: as all other losses. auto: triton on a GPU if Triton is installed, else off."""

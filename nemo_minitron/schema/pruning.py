@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from nemo_minitron.schema.base import FITTING_SEED, LayerMetric, Precision, Schema, Seed, TaskName, WidthMethod
+from nemo_minitron.schema.base import FITTING_SEED, LayerMetric, Off, Precision, Schema, Seed, TaskName, WidthMethod
 
 LayerSite = Literal["attention_input", "attention_output", "mlp_input", "mlp_output"]
 """Linear layers of a decoder layer that share one input."""
@@ -45,7 +45,7 @@ class SelectionRules(Schema):
     layer_removal: Literal["individual", "contiguous", "iterative"] = "individual"
     """individual: the least important single layers. contiguous: the least important run of neighboring layers
     (2408.11796, section 4). iterative: the layers that were removed first, one after the other."""
-    head_merge: Literal["off", "printed", "opposite", "mean"] = "off"
+    head_merge: Annotated[Literal["off", "printed", "opposite", "mean"], Off] = "off"
     """What kept heads take over from cut heads (2407.14679, section 2.3). printed: `head + (head - cut)` as printed
     there. opposite: the opposite sign, as in Layer Collapse. mean: the mean. See pruning/merge.py."""
     seed: Seed = 1234

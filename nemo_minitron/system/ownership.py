@@ -59,9 +59,9 @@ def require_own_tree(folder: Path, *, below: Path) -> None:
 
 def is_trusted(folder: Path) -> bool:
     """Return whether MINITRON_TRUSTED_FOLDERS contains the folder or one of its parents."""
-    named = [Path(name) for name in os.environ.get(TRUST_VARIABLE, "").split(os.pathsep) if name]
+    named = [Path(os.path.expanduser(name)) for name in os.environ.get(TRUST_VARIABLE, "").split(os.pathsep) if name]
     real = folder.resolve()
-    return any(real.is_relative_to(trusted.expanduser().resolve()) for trusted in named)
+    return any(real.is_relative_to(trusted.resolve()) for trusted in named)
 
 
 def _everything(folder: Path) -> list[Path]:

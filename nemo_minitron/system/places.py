@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.system.files import user_path
 
 RECIPES, CONFIGS, CONSTRAINTS = "recipes", "configs", "constraints"
 SUFFIXES = (".yaml", ".yml")
@@ -39,10 +40,11 @@ def require_recipe(recipe: Path) -> Path:
 
     Raises:
         ConfigError: there is no such recipe, or it is a folder.
+        EnvironmentProblem: the home folder of `~` is unknown.
     """
-    folders = [Path(), Path(RECIPES), *_shipped_roots(recipe)]
-    for folder in folders:
-        found = with_suffix(folder / recipe.expanduser())
+    path = user_path(recipe)
+    for folder in (Path(), Path(RECIPES), *_shipped_roots(recipe)):
+        found = with_suffix(folder / path)
         if found is not None:
             return found.resolve()
     if _is_dir(recipe):

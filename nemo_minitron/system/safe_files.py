@@ -68,6 +68,27 @@ def _errors_name(file: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(file)) from error
 
 
+@contextmanager
+def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `target`, and rename it to `target` when the block ends without an error.
+
+    Nothing is left behind after an error or an interrupt, so the same command can be repeated.
+
+    Args:
+        replace: remove what `target` is at that time.
+    """
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:_NAME_CHARACTERS]}.", suffix=TEMPORARY))
+    try:
+        yield partial
+        partial.chmod(0o777 & ~umask())
+        if replace and target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 def copy_whole(source: Path, target: Path) -> None:
     """Copy a file into a run folder atomically, like `write_whole`."""
     with source.open("rb") as read, replacing(target) as out:

@@ -32,6 +32,13 @@ def test_a_recipe_plans_and_its_only_problems_are_missing_files(recipe: Path, tm
     names = [call.name for call in plan.calls]
     # The claims suite has its own page.
     assert names[-1] == "report" or recipe.parent.name == "claims"
+    stages = plan.recipe.stages
+    evaluations = {name for name, stage in stages.items() if stage.kind == "evaluate"}
+    labels = [stages[name].label for name in evaluations]  # type: ignore[attr-defined]
+    assert len(set(labels)) == len(labels)
+    for stage in stages.values():
+        if stage.kind == "export":
+            assert set(stage.inputs.evaluations) == evaluations  # type: ignore[attr-defined]
     for call in plan.calls:
         assert all(names.index(other) < names.index(call.name) for other in call.depends)
 

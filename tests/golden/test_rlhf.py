@@ -16,8 +16,11 @@ import pytest
 import yaml
 
 from nemo_minitron.artifacts.manifest import MANIFEST_FILE
+from nemo_minitron.backends.alignment.nemo_aligner import convert
 from nemo_minitron.backends.alignment.nemo_aligner.rlhf import PROGRAMS, render
 from nemo_minitron.backends.alignment.nemo_aligner.rlhf_checks import Limits, RlhfFacts, rlhf_problems
+from nemo_minitron.backends.alignment.nemo_aligner.unpack import CONFIG_FILE
+from nemo_minitron.cli.main import INTERRUPTED
 from nemo_minitron.cli.rlhf import parse_settings
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.families import read_shape
@@ -235,6 +238,53 @@ def test_from_a_run_to_files(finished: Path, minitron: Cli) -> None:
     code, told = minitron("rlhf", finished, "--algorithm", "reinforce", "--dry-run", *SMALL)
     assert code == 2
     assert "exists already" in told
+
+
+def _built_whole(_: Path, built: Path, *_more: object, **_keys: object) -> None:
+    built.mkdir()
+    (built / CONFIG_FILE).write_text("tokenizer: {type: unknown}")
+    (built.parent / "nemo.tokenizer").mkdir()
+
+
+def test_an_interrupted_call_leaves_nothing_and_can_be_repeated(
+    finished: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Path, built: Path, *_more: object, **_keys: object) -> None:
+        built.mkdir()
+        raise KeyboardInterrupt
+
+    before = sorted(finished.iterdir())
+    monkeypatch.setattr(convert, "to_nemo", interrupted)
+    assert minitron("rlhf", finished, *SMALL)[0] == INTERRUPTED
+    assert sorted(finished.iterdir()) == before
+    monkeypatch.setattr(convert, "to_nemo", _built_whole)
+    code, told = minitron("rlhf", finished, *SMALL)
+    assert code == 0, told
+    model = finished / "rlhf_ppo/actor_start"
+    config = yaml.safe_load((model / CONFIG_FILE).read_text())
+    assert config["tokenizer"]["type"] == str(model / "tokenizer")
+    assert (model / "tokenizer").is_dir()
+    assert sorted(path.name for path in finished.iterdir()) == sorted([*(path.name for path in before), "rlhf_ppo"])
+    assert sorted(path.name for path in model.parent.iterdir() if path.name.startswith(".")) == []
+
+
+def test_an_interrupted_conversion_leaves_no_archive_and_can_be_repeated(
+    finished: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **_keys: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "to_nemo", _built_whole)
+    out = finished / "model.nemo"
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.copytree", interrupted)
+        assert minitron("convert", finished / "export", out)[0] == INTERRUPTED
+    assert not out.exists()
+    (out.with_suffix("") / "tokenizer").mkdir(parents=True)  # an interrupt just after that
+    code, told = minitron("convert", finished / "export", out)
+    assert code == 0, told
+    assert out.is_file()
+    assert list(finished.glob(".convert-*")) == []
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from nemo_minitron.api import load_plan, load_recipe
+from nemo_minitron.config.compose import write_out
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.launch.context import ENVIRONMENT_FILE
 from nemo_minitron.processes import output
@@ -149,6 +150,24 @@ def test_a_bundle_has_no_secret_no_command_and_no_config(recipe: Path, minitron:
     text = (tmp_path / "there/b/recipes/mine.yaml").read_text()
     assert yaml.safe_load(text)["execution"]["cluster"]["environment"] == {"T": "${oc.env:HF_TOKEN}"}
     assert str(tmp_path) not in (tmp_path / "there/b/manifest.json").read_text()
+
+
+def test_a_bundle_keeps_references_of_a_named_cluster_to_the_environment(recipe: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text(
+        "account: ${oc.env:HF_TOKEN}\nqos: ${account}\nsetup_script: ${oc.env:MY_API_KEY}/env.sh\n"
+        "environment: {S: '${oc.env:HF_TOKEN}'}\ncommand: env T=${oc.env:HF_TOKEN} minitron\n"
+    )
+    text = write_out(recipe, [f"cluster={site}"], {})
+    assert MARK not in text
+    written = yaml.safe_load(text)["execution"]["cluster"]
+    assert written == {
+        "account": "${oc.env:HF_TOKEN}",
+        "qos": "${execution.cluster.account}",
+        "setup_script": "${oc.env:MY_API_KEY}/env.sh",
+        "environment": {"S": "${oc.env:HF_TOKEN}", "T": "${oc.env:HF_TOKEN}"},
+        "command": "env T=${oc.env:HF_TOKEN} minitron",
+    }
 
 
 @pytest.mark.parametrize(

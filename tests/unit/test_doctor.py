@@ -58,6 +58,32 @@ def test_a_gpu_that_torch_cannot_use_is_a_problem(tmp_path: Path, monkeypatch: p
     assert found["torch on GPUs"].level == "problem"
 
 
+def test_a_driver_that_does_not_work_is_not_a_missing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = tmp_path / "bin"
+    _program(programs, "nvidia-smi", "echo Failed to initialize NVML: Driver/library version mismatch; echo; exit 18")
+    _program(programs, "sbatch", "echo 'sbatch: fatal: cannot resolve slurmctld' >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    found = {one.what: one for one in [*doctor._gpus(), *doctor._slurm()]}
+    assert found["GPUs"].text == "nvidia-smi failed: Failed to initialize NVML: Driver/library version mismatch"
+    assert found["Slurm"].text == "sbatch failed: sbatch: fatal: cannot resolve slurmctld"
+    assert {one.level for one in found.values()} == {"missing"}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [one.text for one in [*doctor._gpus(), *doctor._slurm()]] == [
+        "no nvidia-smi: training runs on the CPU",
+        "no sbatch here",
+    ]
+
+
+def test_lm_eval_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"lm-eval": "0.4.13"}
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    assert next(one for one in doctor._core() if one.what == "lm-eval").level == "ok"
+    versions.clear()
+    found = next(one for one in doctor._core() if one.what == "lm-eval")
+    assert (found.group, found.level) == ("eval", "missing")
+    assert "nemo-minitron[eval]" in found.next_step
+
+
 def test_a_program_that_hangs_and_a_check_that_raises_are_findings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

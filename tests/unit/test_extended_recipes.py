@@ -62,6 +62,12 @@ def test_a_shipped_recipe_is_extended_by_its_name_or_its_path(defaults: str, fol
     assert compose(Path("recipes/mine.yaml")) == expected("toy/width", "mine", num_steps=7)
 
 
+def test_a_shipped_recipe_can_be_copied_to_any_folder(folder: Path) -> None:
+    for name in shipped_recipes():
+        copied = write("elsewhere/mine.yaml", (REPO / f"recipes/{name}.yaml").read_text())
+        assert compose(copied) == {**compose(REPO / f"recipes/{name}.yaml"), "name": "mine"}, name
+
+
 @pytest.mark.parametrize(("file", "name"), [("mine.yml", "mine"), ("recipes/a/b.yaml", "a/b"), ("x y/z.yaml", "z")])
 def test_a_shipped_recipe_is_extended_from_any_folder(file: str, name: str, folder: Path) -> None:
     write(file, f"defaults: [toy/width, _self_]\n{MINE}")

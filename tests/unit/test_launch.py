@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.api import load_plan
+from nemo_minitron.api import load_plan, load_recipe
 from nemo_minitron.errors import ConfigError, EnvironmentProblem, PlanError
 from nemo_minitron.launch.context import cluster_of
 from nemo_minitron.launch.jobs import Job, jobs_of
 from nemo_minitron.launch.slurm.answers import minutes_of, partitions
 from nemo_minitron.processes.nodes import Nodes, release_nodes, serve_requests, start_everywhere
 from nemo_minitron.processes.same_code import START
-from nemo_minitron.schema.cluster import Cluster
+from nemo_minitron.schema.cluster import Cluster, Container
 from tests.conftest import REPO, TOY
 
 ALIGNED = REPO / "recipes/toy/aligned.yaml"
@@ -93,6 +93,22 @@ def test_a_cluster_is_a_file_by_name_or_by_path(tmp_path: Path) -> None:
     own.write_text("partion: ours\n")
     with pytest.raises(ConfigError, match="partion"):
         load_plan(TOY, [f"cluster={own}"])
+
+
+def test_a_named_cluster_replaces_keys_of_the_recipe_and_overrides_replace_both(tmp_path: Path) -> None:
+    recipe, site = tmp_path / "own.yaml", tmp_path / "site.yaml"
+    recipe.write_text(
+        "defaults: [toy/width, _self_]\n"
+        "execution: {cluster: {account: me, partition: old, gpus_per_node: 2, container: {runtime: pyxis}}}\n"
+    )
+    site.write_text("partition: new\nqos: ${partition}_${.partition}\ngpus_per_node: 4\ncontainer: {runtime: docker}\n")
+    changes = ["cluster.gpus_per_node=1", f"cluster={site}", "~cluster.account"]
+    cluster = load_recipe(recipe, changes[:-1]).execution.cluster
+    assert cluster == Cluster(
+        account="me", partition="new", qos="new_new", gpus_per_node=1, container=Container(runtime="docker")
+    )
+    assert cluster is not None
+    assert load_recipe(recipe, changes).execution.cluster == cluster.model_copy(update={"account": None})
 
 
 @pytest.mark.parametrize(

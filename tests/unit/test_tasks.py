@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from nemo_minitron.errors import CheckpointError, DataError, EnvironmentProblem, PlanError
-from nemo_minitron.evaluation.choice_task import _encode
+from nemo_minitron.evaluation.choice_task import _encode, load_choice_task
 from nemo_minitron.evaluation.generation import load_for_inference
 from nemo_minitron.evaluation.tasks import (
     FALLBACK_BATCH_SIZE,
@@ -155,6 +155,8 @@ def test_without_lm_eval_the_error_names_the_solution(
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(EnvironmentProblem, match="pip install"):
         _run(model_dir, data_dir, tmp_path, "piqa")
+    with pytest.raises(EnvironmentProblem, match="take `task` out of layer_metrics"):
+        load_choice_task("piqa", None, data_dir=data_dir, limit=None)
 
 
 def test_only_numbers_are_kept_of_what_lm_eval_returns() -> None:

@@ -19,8 +19,13 @@ from nemo_minitron.system.progress import Progress
 TOKENIZER_DIR, SUFFIX = "tokenizer", ".nemo"
 
 
-def from_hugging_face(model: Path, out: Path, work: Path, progress: Progress, stop: StopRequest) -> None:
+def from_hugging_face(
+    model: Path, out: Path, work: Path, progress: Progress, stop: StopRequest, *, final: Path | None = None
+) -> None:
     """Write a NeMo checkpoint with its tokenizer in the subfolder `tokenizer`, which the config names by its path.
+
+    Args:
+        final: path to which the caller moves `out` afterwards; None: it stays there.
 
     Raises:
         CheckpointError: `out` exists, or the model is damaged.
@@ -41,14 +46,16 @@ def from_hugging_face(model: Path, out: Path, work: Path, progress: Progress, st
     )
     (work / "nemo.tokenizer").rename(built / TOKENIZER_DIR)
     target = out.absolute()
-    home = target.with_suffix("") if target.suffix == SUFFIX else target
+    home = _without_suffix(target)
     config = yaml.safe_load((built / CONFIG_FILE).read_text())
-    config["tokenizer"]["type"] = str(home / TOKENIZER_DIR)
+    config["tokenizer"]["type"] = str(_without_suffix(final or target) / TOKENIZER_DIR)
     (built / CONFIG_FILE).write_text(yaml.safe_dump(config))
     if target.suffix == SUFFIX:
-        with tarfile.open(target, "w") as archive:
+        whole = work / target.name
+        with tarfile.open(whole, "w") as archive:
             archive.add(built, arcname=".")
-        shutil.copytree(built / TOKENIZER_DIR, home / TOKENIZER_DIR)
+        shutil.copytree(built / TOKENIZER_DIR, home / TOKENIZER_DIR, dirs_exist_ok=True)
+        shutil.move(whole, target)
     else:
         shutil.move(built, target)
 
@@ -71,6 +78,10 @@ def to_hugging_face(nemo: Path, like: Path, out: Path, work: Path, progress: Pro
 def _require_new(out: Path) -> None:
     if out.exists() or out.is_symlink():
         raise CheckpointError("The target already exists.", where=str(out), next_step="Choose a new name.")
+
+
+def _without_suffix(target: Path) -> Path:
+    return target.with_suffix("") if target.suffix == SUFFIX else target
 
 
 def _has_cuda() -> bool:
