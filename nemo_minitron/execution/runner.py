@@ -23,7 +23,7 @@ from nemo_minitron.execution.task import SESSION_FACTS, StageTask, run_task
 from nemo_minitron.execution.work import accept_work, open_work
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, StageCall, make_plan, refreshed
-from nemo_minitron.plan.sources import source_facts
+from nemo_minitron.plan.sources import changed_sources
 from nemo_minitron.plan.text_amounts import too_little_text
 from nemo_minitron.stages.registry import STAGES
 from nemo_minitron.system.disclosure import masked, write_private
@@ -250,15 +250,14 @@ def _published_names(out: Path, stage: str, store: Store) -> Iterator[None]:
 
 def _require_same_sources(call: StageCall, recipe: Recipe) -> None:
     """Check that no source outside the run has changed since planning; otherwise it is unknown what the stage read."""
-    before, now = call.payload["sources"], source_facts(recipe.stages[call.name], recipe, {})
-    for source, facts in before.items():
-        if now.get(source) != facts:
-            found = _size_in_words(now[source]) if source in now else "missing"
-            raise DataError(
-                f"The output of stage {call.name} is discarded: a source has changed since the run began.",
-                where=f"{source}: it was {_size_in_words(facts)}, and is {found}",
-                next_step="Restore it, or wait until nothing writes to it; then run the same command again.",
-            )
+    before = call.payload["sources"]
+    for source, now in changed_sources(recipe.stages[call.name], recipe, before).items():
+        found = "missing" if now is None else _size_in_words(now)
+        raise DataError(
+            f"The output of stage {call.name} is discarded: a source has changed since the run began.",
+            where=f"{source}: it was {_size_in_words(before[source])}, and is {found}",
+            next_step="Restore it, or wait until nothing writes to it; then run the same command again.",
+        )
 
 
 def _size_in_words(facts: Mapping[str, int]) -> str:
