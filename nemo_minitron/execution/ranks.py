@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron import errors
+from nemo_minitron.artifacts.manifest import installed_version
 from nemo_minitron.artifacts.run_paths import LOGS, RunPaths
 from nemo_minitron.errors import Interrupted, MinitronError, ProcessesDied
 from nemo_minitron.execution.task import StageTask
@@ -90,14 +90,17 @@ def _defaults(threads: int, traces: Path) -> dict[str, str]:
         # After a timeout, each rank writes its last collective operations.
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     }
-    size_name, file_name = _flight_recorder(version("torch"))
+    size_name, file_name = _flight_recorder(installed_version("torch"))
     names |= {size_name: str(NUM_TRACED_OPERATIONS), file_name: str(traces)}
     return {name: value for name, value in names.items() if name not in os.environ}
 
 
-def _flight_recorder(torch_version: str) -> tuple[str, str]:
-    """Return the variables for the recorder's size and its files; torch 2.9 renamed both, and warns of the old ones."""
-    if tuple(int(part) for part in torch_version.split(".")[:2]) >= (2, 9):
+def _flight_recorder(torch_version: str | None) -> tuple[str, str]:
+    """Return the variables for the recorder's size and its files; torch 2.9 renamed both, and warns of the old ones.
+
+    All versions read the old names, which are returned if the version is unknown.
+    """
+    if torch_version is not None and tuple(int(part) for part in torch_version.split(".")[:2]) >= (2, 9):
         return "TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"
     return "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
 
