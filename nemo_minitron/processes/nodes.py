@@ -37,8 +37,8 @@ REQUESTS, END, POLL_S, SHUTDOWN_TIMEOUT_S = "orders", "end", 0.2, 40.0
 REQUEST_FILES = "[0-9]*.json"
 FT_LAUNCHER, FT_RESTARTS = "ft_launcher", 3
 """Name of the launcher with fault tolerance, and how often it restarts the ranks of a node."""
-PORTS, ATTEMPTS_TO_FIND_A_PORT = range(20000, 32768), 100
-"""Ports for a rendezvous: below Linux's ephemeral range, and above most services."""
+PORTS, ATTEMPTS_TO_FIND_A_PORT = range(20000, 32000), 100
+"""Ports for a rendezvous: below Linux's ephemeral range, and above most services. The id of a Slurm job chooses one."""
 
 
 @dataclass(frozen=True)
