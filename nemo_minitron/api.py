@@ -80,7 +80,8 @@ def run(
     Args:
         recipe: the recipe, which is planned first and refused as by `plan`; or its plan, which is used as it is.
         rerun: stages to run again, with all stages that depend on them; "changed" stands for every changed stage.
-        accept_drift: use finished outputs that no longer match the recipe.
+        accept_drift: use finished outputs that no longer match the recipe, and resume unfinished trainings whose rates
+            or intervals have changed.
         until: run this stage and what it needs, nothing else.
         quiet: print no progress.
 

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from nemo_minitron.system.cores import usable_cores
+from nemo_minitron.system.cores import memory_limit_bytes, usable_cores
 from nemo_minitron.system.tested_versions import TESTED, level_of
 
 Level = Literal["ok", "newer", "missing", "problem"]
@@ -87,10 +87,8 @@ def _version_finding(name: str, found: str, text: str) -> Finding:
 def _machine() -> Iterator[Finding]:
     python = platform.python_version()
     yield _version_finding("python", python, f"{python} ({sys.executable})")
-    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and limit.read_text().strip().isdigit():
-        memory_gib = min(memory_gib, int(limit.read_text()) / 2**30)
+    installed_bytes, limit_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), memory_limit_bytes()
+    memory_gib = (installed_bytes if limit_bytes is None else min(installed_bytes, limit_bytes)) / 2**30
     yield Finding(
         "core", "machine", "ok", f"{usable_cores()} cores, {memory_gib:.1f} GiB of memory, {platform.platform()}"
     )

@@ -25,6 +25,7 @@ MANIFEST_FILE = "manifest.json"
 SCHEMA = 1
 HASH_THREADS = 4
 """Number of hashing threads. One thread hashes about 1 GB/s; a network file system may read faster."""
+_CHECKOUT, GIT_TIMEOUT_S = Path(__file__).parents[2], 20.0
 _VERSIONS = ("torch", "megatron-core", "transformers", "safetensors", "lm_eval", "transformer-engine")
 
 
@@ -127,12 +128,22 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
-    """Return the commit of the package's checkout, with `+` for uncommitted changes; None without a checkout."""
-    here = Path(__file__).parent
+def _git_commit(checkout: Path = _CHECKOUT) -> str | None:
+    """Return the commit of the package's checkout, with `+` for uncommitted changes; None without a checkout.
+
+    An installed package may lie below a repository of the user.
+    """
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        if not Path(_git(checkout, "rev-parse", "--show-toplevel")).samefile(checkout):
+            return None
+        commit, changes = _git(checkout, "rev-parse", "HEAD"), _git(checkout, "status", "--porcelain")
+    except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+    return commit + ("+" if changes else "")
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(
+        ["git", *words], cwd=folder, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT_S
+    )
+    return done.stdout.strip()

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_minitron.system.interrupts import STOP_FILE
-
 PLAN, LOCK, ACCEPTED_DRIFT = "plan.json", ".lock", "accepted_drift.json"
 LOGS, SLURM_LOGS, LAUNCHES = "logs", "slurm", "launch"
+"""Folders with log files, with those of Slurm jobs below it, and with one numbered folder for each launch."""
 WORK, SUPERSEDED, PARTIAL, COMPARED = ".work", ".superseded", ".partial-", ".compared"
 PROGRESS, TASK, RESULT, ERROR = "progress.json", "call.json", "result.json", "error.json"
 """Files in the work folder of a stage that runs on several processes."""
@@ -29,22 +28,8 @@ class RunPaths:
         return self.root / PLAN
 
     @property
-    def stop(self) -> Path:
-        """File that a user creates to stop the run."""
-        return self.root / STOP_FILE
-
-    @property
     def logs(self) -> Path:
         return self.root / LOGS
-
-    @property
-    def slurm_logs(self) -> Path:
-        return self.logs / SLURM_LOGS
-
-    @property
-    def launches(self) -> Path:
-        """Folder with one numbered folder for each launch, which contains its scripts and jobs."""
-        return self.root / LAUNCHES
 
     def published(self, stage: str) -> Path:
         """Return the folder with the output of a finished stage."""

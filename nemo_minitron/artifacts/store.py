@@ -72,9 +72,9 @@ class Store:
     def intact(self, stage: str, name: str) -> Path | None:
         """Return the path of a small file of a finished stage; None if it is missing or differs from the manifest."""
         file, manifest = self.published(stage) / name, self.manifest(stage)
-        if not file.is_file() or (manifest is not None and file_facts([file])[file] != manifest.files.get(name)):
+        if manifest is None or not file.is_file():
             return None
-        return file
+        return file if file_facts([file])[file] == manifest.files.get(name) else None
 
     def inputs(self, names: Mapping[str, Any], contents: Contents = "sizes") -> ArtifactsByRole:
         """Verify and return every artifact that a stage reads.
@@ -118,14 +118,17 @@ class Store:
         """Check, before the stages run, that the paths of their outputs are free.
 
         Raises:
-            ArtifactError: this run folder is inside a stage of another run, or an output path is occupied by another
-                run or by other files.
+            ArtifactError: this run folder is inside a stage of another run, or an output path is a link or occupied by
+                another run or by other files.
         """
         if read_manifest(self.root) is not None:
             raise _path_taken("This folder is the output of a stage of another run.", self.root)
         for stage in stages:
             folder = self.published(stage)
-            if self.manifest(stage) is None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            if self.manifest(stage) is not None:
+                continue
+            require_real_folder(folder)
+            if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
                 what = "the folder of another run" if (folder / LOCK).exists() else "files that no stage wrote"
                 raise _path_taken(f"The output path of stage {stage} is taken by {what}.", folder)
 

@@ -28,6 +28,12 @@ Rerun = Annotated[
     list[str] | None,
     typer.Option(help="Run this stage again, and all that depend on it; `changed`: every changed stage."),
 ]
-AcceptDrift = Annotated[bool, typer.Option(help="Use finished outputs that no longer match the recipe.")]
+AcceptDrift = Annotated[
+    bool,
+    typer.Option(
+        help="Use finished outputs that no longer match the recipe, and resume unfinished trainings whose rates or "
+        "intervals have changed."
+    ),
+]
 Until = Annotated[str | None, typer.Option(help="Run this stage and what it needs, nothing else.")]
 AssetsDir = Annotated[Path, typer.Option(callback=expanded, help="Folder of the assets.")]

@@ -32,7 +32,7 @@ from nemo_minitron.schema.losses import Sampled, TopK
 from nemo_minitron.schema.training import Distillation
 
 FORMAT_VERSION = 1
-FACTS_FILE = "cache.json"
+FACTS_FILE, SHARDS = "cache.json", "shard_*.safetensors"
 SAMPLES_PER_SHARD = 64
 ID_BITS = 18
 MAX_VOCAB_SIZE = 1 << ID_BITS

@@ -8,12 +8,13 @@ from nemo_minitron.artifacts.run_paths import LOGS
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import ArtifactError, ProcessesDied
-from nemo_minitron.execution.ranks import load_error
+from nemo_minitron.execution.ranks import error_of_ranks
 from nemo_minitron.execution.runner import run_single
 from nemo_minitron.plan.folder import run_dir
-from nemo_minitron.processes.nodes import Nodes, ignore_signals_here, release_nodes, serve_requests
+from nemo_minitron.processes.nodes import Nodes, release_nodes, serve_requests
 from nemo_minitron.processes.output import without_secrets
 from nemo_minitron.system.disclosure import environment_of
+from nemo_minitron.system.interrupts import StopRequest, stop_file_of_job
 from nemo_minitron.system.safe_files import open_log, own_folder
 
 LOCK_TIMEOUT_S = 150.0
@@ -34,17 +35,19 @@ def run_in_job(recipe: Recipe, stage: str) -> None:
             with suppress(ArtifactError):  # if another user owns the folder, the other nodes have refused it as well
                 release_nodes(nodes, store.own_work(stage))
         return
-    ignore_signals_here()
+    stop = StopRequest(store.root, stop_file_of_job())
     own_folder(store.root, LOGS)
     log_file = store.paths.node_log(stage, nodes.rank)
     with (
+        stop.listening(),
+        stop.deferred(),  # the runner of the first node decides the end
         open_log(log_file) as log,
         without_secrets(log, environment_of(recipe.model_dump(mode="json"))) as output,
     ):
         code = serve_requests(nodes, store.own_work(stage), lambda: store.manifest(stage) is not None, output)
     if code:
         # The end of this node can end the first one before its runner has read the error.
-        error = load_error(store.work(stage))
+        error = error_of_ranks(store.work(stage), code, stop)
         raise error or ProcessesDied(
             f"The processes of stage {stage} on this node exited with code {code}.",
             where=str(log_file),

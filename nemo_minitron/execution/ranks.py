@@ -6,16 +6,17 @@ import os
 import signal
 import subprocess
 import sys
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from nemo_minitron import errors
+from nemo_minitron.artifacts.manifest import installed_version
 from nemo_minitron.artifacts.run_paths import LOGS, RunPaths
 from nemo_minitron.errors import Interrupted, MinitronError, ProcessesDied
 from nemo_minitron.execution.task import StageTask
 from nemo_minitron.processes import exchange
-from nemo_minitron.processes.nodes import Nodes, end_agent, ignore_stop_signals, start_everywhere
+from nemo_minitron.processes.nodes import Nodes, end_agent, start_agent, start_everywhere
 from nemo_minitron.processes.output import without_secrets
 from nemo_minitron.processes.same_code import SAFE_PATH, START
 from nemo_minitron.system.disclosure import environment_of, masked
@@ -57,22 +58,23 @@ def run_ranks(task: StageTask, stop: StopRequest) -> dict[str, Any]:
         stop.deferred(),
         nodes.rendezvous() as rendezvous,
     ):
-        start = lambda words, own: _start(words, own, output)  # noqa: E731
+        start = partial(start_agent, stdout=output, stderr=None if sys.stderr.isatty() else output)
         process = start_everywhere(command, {**environment, **rendezvous}, nodes, work, start)
         code = _wait(process, work, stop, by_itself=by_itself)
-    reason, error, result = stop.source(), load_error(work), exchange.load_result(work)
+    result = exchange.load_result(work)
+    if result is not None and not code:
+        return result
+    reason, error = stop.source(), error_of_ranks(work, code, stop)
     # An error that only the user can repair counts even if a stop was requested meanwhile.
     if reason is not None and not by_itself and (error is None or isinstance(error, Interrupted)):
         raise Interrupted(f"Stopped in stage {task.name} as requested by {reason}; the same command continues.")
     if error is not None:
         raise error
-    if code or result is None:
-        raise ProcessesDied(
-            f"The {size} processes of stage {task.name} exited with code {code}.",
-            where=str(log),
-            next_step="Read the log. The same command resumes from the last checkpoint.",
-        )
-    return result
+    raise ProcessesDied(
+        f"The {size} processes of stage {task.name} exited with code {code}.",
+        where=str(log),
+        next_step="Read the log. The same command resumes from the last checkpoint.",
+    )
 
 
 def _defaults(threads: int, traces: Path) -> dict[str, str]:
@@ -88,22 +90,19 @@ def _defaults(threads: int, traces: Path) -> dict[str, str]:
         # After a timeout, each rank writes its last collective operations.
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     }
-    size_name, file_name = _flight_recorder(version("torch"))
+    size_name, file_name = _flight_recorder(installed_version("torch"))
     names |= {size_name: str(NUM_TRACED_OPERATIONS), file_name: str(traces)}
     return {name: value for name, value in names.items() if name not in os.environ}
 
 
-def _flight_recorder(torch_version: str) -> tuple[str, str]:
-    """Return the variables for the recorder's size and its files; torch 2.9 renamed both, and warns of the old ones."""
-    if tuple(int(part) for part in torch_version.split(".")[:2]) >= (2, 9):
+def _flight_recorder(torch_version: str | None) -> tuple[str, str]:
+    """Return the variables for the recorder's size and its files; torch 2.9 renamed both, and warns of the old ones.
+
+    All versions read the old names, which are returned if the version is unknown.
+    """
+    if torch_version is not None and tuple(int(part) for part in torch_version.split(".")[:2]) >= (2, 9):
         return "TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"
     return "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
-
-
-def _start(command: list[str], environment: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start the agent so that it ignores stop signals; otherwise it would end its ranks before they have saved."""
-    stderr = None if sys.stderr.isatty() else output
-    return ignore_stop_signals(lambda: subprocess.Popen(command, env=environment, stdout=output, stderr=stderr))
 
 
 def _wait(process: subprocess.Popen[bytes], work: Path, stop: StopRequest, *, by_itself: bool) -> int:
@@ -131,6 +130,18 @@ def save_error(error: MinitronError, work: Path) -> None:
     values = {key: getattr(error, key) for key in ("what", "where", "allowed", "next_step")}
     fields = {key: None if value is None else masked(value) for key, value in values.items()}
     exchange.save_error({"type": type(error).__name__, **fields}, work)
+
+
+def error_of_ranks(work: Path, code: int, stop: StopRequest) -> MinitronError | None:
+    """Return the error that a rank has written, or None. An interruption that nobody requested is not an error.
+
+    If one rank crashes, torchrun and ft_launcher end the others with SIGTERM, as Slurm does when it preempts a job.
+
+    Args:
+        code: exit code of the agent.
+    """
+    error = load_error(work)
+    return None if isinstance(error, Interrupted) and code and stop.source() is None else error
 
 
 def load_error(work: Path) -> MinitronError | None:

@@ -20,10 +20,10 @@ from nemo_minitron.execution.logs import log_file
 from nemo_minitron.execution.preflight import preflight_evaluations
 from nemo_minitron.execution.ranks import run_ranks
 from nemo_minitron.execution.task import SESSION_FACTS, StageTask, run_task
-from nemo_minitron.execution.work import open_work
+from nemo_minitron.execution.work import accept_work, open_work
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.plan.planner import RunPlan, StageCall, make_plan, refreshed
-from nemo_minitron.plan.sources import source_facts
+from nemo_minitron.plan.sources import changed_sources
 from nemo_minitron.plan.text_amounts import too_little_text
 from nemo_minitron.stages.registry import STAGES
 from nemo_minitron.system.disclosure import masked, write_private
@@ -43,7 +43,7 @@ class RunOptions:
     rerun: tuple[str, ...] = ()
     """Stages to run again, with all stages that depend on them; `changed` means every changed stage."""
     accept_drift: bool = False
-    """Whether to use outputs that no longer match the recipe."""
+    """Whether to use finished outputs that no longer match the recipe, and resume trainings with other rates."""
     until: str | None = None
     """Run only this stage and the stages that it depends on."""
 
@@ -69,7 +69,7 @@ def run_plan(plan: RunPlan, options: RunOptions, *, quiet: bool = False) -> RunP
             if call.name in wanted and plan.states[call.name].status != "finished":
                 _require_not_stopped(stop, f"before stage {call.name}")
                 preflight_evaluations(call.name, plan.recipe, store, wanted)
-                run_stage(call, plan.recipe, store, stop, options, quiet=quiet)
+                run_stage(call, plan.recipe, store, stop, quiet=quiet)
     return plan
 
 
@@ -155,7 +155,7 @@ def run_single(recipe: Recipe, stage: str, *, patience_s: float = 0.0, quiet: bo
         store.remove_leftovers(stage)
         store.require_free_paths([stage])
         preflight_evaluations(stage, plan.recipe, store, plan.recipe.stages)
-        run_stage(plan.call(stage), plan.recipe, store, stop, RunOptions(), quiet=quiet)
+        run_stage(plan.call(stage), plan.recipe, store, stop, quiet=quiet)
 
 
 def settle(plan: RunPlan, options: RunOptions) -> RunPlan:
@@ -171,12 +171,17 @@ def settle(plan: RunPlan, options: RunOptions) -> RunPlan:
 
 def _settle(plan: RunPlan, options: RunOptions, store: Store, stop: StopRequest, *, quiet: bool) -> RunPlan:
     """Prepare the run. The caller holds the run's lock."""
+    progress = Progress(silent=quiet)
     store.remove_leftovers()
     if stop.clear():
-        Progress(silent=quiet).say(f"removed {stop.file}, which stopped an earlier run")
+        progress.say(f"removed {stop.file}, which stopped an earlier run")
     # Another runner may have finished stages between planning and taking the lock.
     plan = _settle_drift(refreshed(plan), store, options)
-    store.require_free_paths(plan.needed_for(options.until))
+    wanted = plan.needed_for(options.until)
+    store.require_free_paths(wanted)
+    for call in plan.calls if options.accept_drift else ():
+        if call.name in wanted and plan.states[call.name].status != "finished":
+            accept_work(call, store, progress)
     write_recipe(plan.recipe, store.paths.plan)
     return plan
 
@@ -186,13 +191,11 @@ def write_recipe(recipe: Recipe, file: Path) -> None:
     write_private(file, json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
 
 
-def run_stage(
-    call: StageCall, recipe: Recipe, store: Store, stop: StopRequest, options: RunOptions, *, quiet: bool = False
-) -> None:
+def run_stage(call: StageCall, recipe: Recipe, store: Store, stop: StopRequest, *, quiet: bool = False) -> None:
     """Run the stage, and report the outcome to `execution.notify_command`."""
     send = partial(notify, recipe.execution.notify_command, run=recipe.name, stage=call.name)
     try:
-        _run_and_publish(call, recipe, store, stop, options, quiet=quiet)
+        _run_and_publish(call, recipe, store, stop, quiet=quiet)
     except (Interrupted, KeyboardInterrupt) as error:
         send(status="stopped", message=masked(str(error)))
         raise
@@ -202,9 +205,7 @@ def run_stage(
     send(status="finished")
 
 
-def _run_and_publish(
-    call: StageCall, recipe: Recipe, store: Store, stop: StopRequest, options: RunOptions, *, quiet: bool
-) -> None:
+def _run_and_publish(call: StageCall, recipe: Recipe, store: Store, stop: StopRequest, *, quiet: bool) -> None:
     """Run one stage in this process, or on the processes of its layout, and publish its output."""
     started_s = time.monotonic()
     inputs = store.inputs(call.inputs, "small" if STAGES[call.kind].reads_results else "unverified")
@@ -212,7 +213,7 @@ def _run_and_publish(
     progress.say(f"({call.kind})", call.name, "bold")
     for text in too_little_text(call.name, recipe.stages[call.name], store, recipe.stages):
         progress.warn(text)
-    work, accepted = open_work(call, store, accept_drift=options.accept_drift, progress=progress)
+    work, accepted = open_work(call, store, progress)
     earlier_s = begin_attempt(work, store.paths.progress(call.name))
     with store.building(call.name) as out, _published_names(out, call.name, store), log_file(store.root, call.name):
         task = StageTask.of(call, recipe, out, work)
@@ -249,15 +250,14 @@ def _published_names(out: Path, stage: str, store: Store) -> Iterator[None]:
 
 def _require_same_sources(call: StageCall, recipe: Recipe) -> None:
     """Check that no source outside the run has changed since planning; otherwise it is unknown what the stage read."""
-    before, now = call.payload["sources"], source_facts(recipe.stages[call.name], recipe, {})
-    for source, facts in before.items():
-        if now.get(source) != facts:
-            found = _size_in_words(now[source]) if source in now else "missing"
-            raise DataError(
-                f"The output of stage {call.name} is discarded: a source has changed since the run began.",
-                where=f"{source}: it was {_size_in_words(facts)}, and is {found}",
-                next_step="Restore it, or wait until nothing writes to it; then run the same command again.",
-            )
+    before = call.payload["sources"]
+    for source, now in changed_sources(recipe.stages[call.name], recipe, before).items():
+        found = "missing" if now is None else _size_in_words(now)
+        raise DataError(
+            f"The output of stage {call.name} is discarded: a source has changed since the run began.",
+            where=f"{source}: it was {_size_in_words(before[source])}, and is {found}",
+            next_step="Restore it, or wait until nothing writes to it; then run the same command again.",
+        )
 
 
 def _size_in_words(facts: Mapping[str, int]) -> str:

@@ -34,30 +34,41 @@ ADJUSTABLE = {
 """Keys with which a training can resume from a checkpoint even if they differ from those that made it."""
 
 
-def open_work(
-    call: StageCall, store: Store, *, accept_drift: bool, progress: Progress
-) -> tuple[Path, list[dict[str, Any]]]:
+def open_work(call: StageCall, store: Store, progress: Progress) -> tuple[Path, list[dict[str, Any]]]:
     """Open the work folder; return it with the changes of keys that were accepted for its contents.
 
-    If only adjustable keys have changed, such as the learning rate, and the user accepts the drift, the training
-    resumes. In all other cases, a folder that belongs to other keys is moved away.
+    A folder that belongs to other keys is moved away.
     """
     folder = store.own_work(call.name)
     changed = _changed_keys(folder, call)
     if changed:
         changes = "; ".join(changed)
-        if accept_drift:
-            progress.say(f"resumes work that was started with other keys ({changes})")
-            _accept(folder, call, changed)
-        else:
-            progress.say(f"starts again, because its keys have changed ({changes}); --accept-drift would resume it")
+        progress.say(f"starts again, because its keys have changed ({changes}); --accept-drift would resume it")
     if _is_started_for(call, folder):
         # Claim it even if the file with the owner's fingerprint is missing.
         store.claim_work(folder, call.fingerprint)
     work = store.open_work(call.name, call.fingerprint)
     if not _is_started_for(call, work):
-        write_whole(work / PAYLOAD_FILE, json.dumps(call.payload))
+        _record_payload(work, call)
     return work, _accepted(work)
+
+
+def accept_work(call: StageCall, store: Store, progress: Progress) -> None:
+    """Let an unfinished training resume with the keys of this call, if only adjustable ones have changed."""
+    if not store.work(call.name).exists():
+        return
+    folder = store.own_work(call.name)
+    changed = _changed_keys(folder, call)
+    if changed:
+        progress.say(f"resumes work that was started with other keys ({'; '.join(changed)})", call.name, "bold")
+        entry = {"fingerprint": fingerprint(_started_with(folder)), "changed": changed}
+        write_whole(folder / ACCEPTED_FILE, json.dumps([*_accepted(folder), entry]))
+        _record_payload(folder, call)
+        store.claim_work(folder, call.fingerprint)
+
+
+def _record_payload(folder: Path, call: StageCall) -> None:
+    write_whole(folder / PAYLOAD_FILE, json.dumps(call.payload))
 
 
 def _started_with(folder: Path) -> Any:
@@ -96,10 +107,3 @@ def _unadjustable(payload: Mapping[str, Any]) -> str:
 
 def _without_adjustable(keys: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if key not in ADJUSTABLE}
-
-
-def _accept(folder: Path, call: StageCall, changed: list[str]) -> None:
-    """Assign the folder to this call, and record the changed keys."""
-    entry = {"fingerprint": fingerprint(_started_with(folder)), "changed": changed}
-    write_whole(folder / ACCEPTED_FILE, json.dumps([*_accepted(folder), entry]))
-    Store.claim_work(folder, call.fingerprint)

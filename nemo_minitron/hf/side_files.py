@@ -33,7 +33,7 @@ def side_files(model_dir: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: one of them is a link to a target outside of the folder.
     """
-    found = [path for path in sorted(model_dir.iterdir()) if _belongs(path.name) and _is_file_or_link(path)]
+    found = [path for path in sorted(model_dir.iterdir()) if is_side_file(path.name) and _is_file_or_link(path)]
     found += sorted(path for path in (model_dir / TEMPLATES_DIR).glob("*.jinja") if path.is_file())
     for path in found:
         if path.exists():
@@ -70,7 +70,8 @@ def _is_file_or_link(path: Path) -> bool:
     return path.is_file() or (path.is_symlink() and not path.is_dir())
 
 
-def _belongs(name: str) -> bool:
+def is_side_file(name: str) -> bool:
+    """Return whether a file of this name in a model folder is a side file."""
     end = PurePath(name).suffix.lower()
     if any(fnmatchcase(name, pattern) for pattern in SIDE_FILES):
         return end in _ENDS or fnmatchcase(name, _NUMBERED)

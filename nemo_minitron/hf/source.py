@@ -9,6 +9,8 @@ from nemo_minitron.errors import CheckpointError, EnvironmentProblem
 from nemo_minitron.hf.asset_files import require_expected_files
 from nemo_minitron.hf.gguf_parts import split_part
 from nemo_minitron.hf.links import require_inside
+from nemo_minitron.hf.side_files import TEMPLATES_DIR, is_side_file
+from nemo_minitron.hf.weight_files import CONFIG_FILE, INDEX_FILE
 from nemo_minitron.system.files import user_path
 
 ASSET = "asset:"
@@ -100,6 +102,19 @@ def resolve_model(source: str, assets_dir: Path, revision: str | None) -> Path:
     elif not (path / "config.json").is_file():
         return _only_gguf(path, source)
     return path
+
+
+def model_files(folder: Path) -> list[Path]:
+    """List the files that are read of a model folder: config.json, weights with their index, and side files; or GGUF.
+
+    Empty if the folder has neither config.json nor .gguf files.
+    """
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    if not (folder / CONFIG_FILE).is_file():
+        return [file for file in files if is_gguf(file)]
+    names = (CONFIG_FILE, INDEX_FILE)
+    read = [file for file in files if file.name in names or file.suffix == ".safetensors" or is_side_file(file.name)]
+    return [*read, *sorted((folder / TEMPLATES_DIR).glob("*.jinja"))]
 
 
 def is_gguf(file: Path) -> bool:

@@ -6,10 +6,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_minitron.artifacts.run_paths import LAUNCHES
 from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import PlanError
 from nemo_minitron.execution.runner import write_recipe
-from nemo_minitron.launch.record import LAUNCH_DIR, RECIPE_FILE
+from nemo_minitron.launch.record import RECIPE_FILE
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.schema.cluster import Cluster
 from nemo_minitron.system.disclosure import environment_script, write_private
@@ -95,7 +96,7 @@ def job_context(recipe: Recipe, launch_dir: Path) -> JobContext:
 
 def dry_run_context(recipe: Recipe) -> JobContext:
     """Return the context of a submission that only a dry run shows: its folder has no number yet."""
-    return job_context(recipe, run_dir(recipe) / LAUNCH_DIR / "NNN")
+    return job_context(recipe, run_dir(recipe) / LAUNCHES / "NNN")
 
 
 def make_launch_folder(recipe: Recipe, context: JobContext) -> None:

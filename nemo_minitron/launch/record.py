@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from nemo_minitron.artifacts.run_paths import LAUNCHES
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.system.files import read_json, write_whole
 
-LAUNCH_DIR, JOBS_FILE, RECIPE_FILE, LOCK_FILE = "launch", "jobs.json", "recipe.json", ".lock"
+JOBS_FILE, RECIPE_FILE, LOCK_FILE = "jobs.json", "recipe.json", ".lock"
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def launching(run: Path) -> Iterator[None]:
     Raises:
         ArtifactError: another process holds the lock.
     """
-    (run / LAUNCH_DIR).mkdir(parents=True, exist_ok=True)
-    file = run / LAUNCH_DIR / LOCK_FILE
+    (run / LAUNCHES).mkdir(parents=True, exist_ok=True)
+    file = run / LAUNCHES / LOCK_FILE
     # O_CLOEXEC: programs started while the lock is held do not inherit it, so it ends with this process.
     try:
         number = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -100,7 +101,7 @@ def still_active(job_ids: Sequence[str], last: Submission) -> ArtifactError:
 def next_folder(run: Path) -> Path:
     """Return the folder of the next submission; it does not exist yet."""
     number = max((int(folder.name) for folder in _folders(run)), default=0) + 1
-    return run / LAUNCH_DIR / f"{number:03d}"
+    return run / LAUNCHES / f"{number:03d}"
 
 
 def newest(run: Path) -> Submission | None:
@@ -128,4 +129,4 @@ def _read(file: Path) -> Submission:
 
 
 def _folders(run: Path) -> list[Path]:
-    return [path for path in (run / LAUNCH_DIR).glob("[0-9]*") if path.is_dir()]
+    return [path for path in (run / LAUNCHES).glob("[0-9]*") if path.is_dir()]

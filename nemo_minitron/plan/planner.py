@@ -12,6 +12,7 @@ from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.errors import PlanError
 from nemo_minitron.plan.fingerprint import differences, fingerprint, params_of
 from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.plan.functions import function_facts
 from nemo_minitron.plan.sources import source_facts
 from nemo_minitron.plan.view import View
 from nemo_minitron.schema.base import StageParams
@@ -131,9 +132,8 @@ def _call(
     sources: Mapping[str, Any] | None,
 ) -> StageCall:
     stage = recipe.stages[name]
-    params = params_of(stage)
+    params, manifest = params_of(stage), store.manifest(name)
     if sources is None:
-        manifest = store.manifest(name)
         sources = source_facts(stage, recipe, manifest.payload.get("sources", {}) if manifest else {})
     payload = {
         "kind": stage.kind,
@@ -142,6 +142,9 @@ def _call(
         "inputs": _replace_names(inputs, done),
         "sources": sources,
     }
+    functions = function_facts(stage, manifest)
+    if functions:
+        payload["functions"] = functions
     return StageCall(
         name=name,
         kind=stage.kind,

@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.processes.agent import RENDEZVOUS_VARIABLE, rendezvous_folder
 from nemo_minitron.processes.same_code import START
 from nemo_minitron.system.cores import usable_cores
 from nemo_minitron.system.files import write_whole
-from nemo_minitron.system.interrupts import SIGNALS
+from nemo_minitron.system.interrupts import SIGNALS, is_main_thread
 from nemo_minitron.system.outer_job import launcher_variables, without_outer_job
 
 RUNNER_VARIABLE = "MINITRON_RUNNER"
@@ -37,8 +37,8 @@ REQUESTS, END, POLL_S, SHUTDOWN_TIMEOUT_S = "orders", "end", 0.2, 40.0
 REQUEST_FILES = "[0-9]*.json"
 FT_LAUNCHER, FT_RESTARTS = "ft_launcher", 3
 """Name of the launcher with fault tolerance, and how often it restarts the ranks of a node."""
-PORTS, ATTEMPTS_TO_FIND_A_PORT = range(20000, 32768), 100
-"""Ports for a rendezvous: below Linux's ephemeral range, and above most services."""
+PORTS, ATTEMPTS_TO_FIND_A_PORT = range(20000, 32000), 100
+"""Ports for a rendezvous: below Linux's ephemeral range, and above most services. The id of a Slurm job chooses one."""
 
 
 @dataclass(frozen=True)
@@ -248,17 +248,26 @@ def serve_requests(nodes: Nodes, work: Path, is_published: Callable[[], bool], o
     return 0
 
 
-def ignore_signals_here() -> None:
-    """Ignore stop signals in this process. On a node other than the first, the runner of the first decides the end."""
-    for number in SIGNALS.values():
-        signal.signal(number, signal.SIG_IGN)
+def start_agent(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    stdout: IO[bytes] | None = None,
+    stderr: IO[bytes] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start an agent that ignores stop signals, at which it would end its ranks before they have saved.
 
-
-def ignore_stop_signals(start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
-    """Start a child process that ignores stop signals. A child inherits the signals that its parent ignores."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS.values()}
+    Only SIGINT ends it (`end_agent`). A child process inherits which signals its parent ignores; a script's `&` lets
+    this process ignore SIGINT, and other threads than the main one cannot ignore signals. In both cases, a session of
+    its own keeps the signals of a terminal from the agent.
+    """
+    is_main, in_background = is_main_thread(), signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    handlers: dict[int, Any] = dict.fromkeys(SIGNALS.values(), signal.SIG_IGN)
+    if in_background:
+        handlers[signal.SIGINT] = lambda *_: None  # the child gets the default action
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()} if is_main else {}
     try:
-        return start()
+        own_session = in_background or not is_main
+        return subprocess.Popen(command, env=environment, stdout=stdout, stderr=stderr, start_new_session=own_session)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -269,9 +278,7 @@ def _serve(request: Mapping[str, object], nodes: Nodes, output: IO[bytes]) -> in
     assert isinstance(command, list)
     assert isinstance(environment, dict)
     own = _own_environment(environment, nodes, outside_job=bool(request.get("outside_job")))
-    process = ignore_stop_signals(
-        lambda: subprocess.Popen(_for_node(command, nodes.rank), env=own, stdout=output, stderr=output),
-    )
+    process = start_agent(_for_node(command, nodes.rank), own, output, output)
     try:
         return process.wait()
     except BaseException:

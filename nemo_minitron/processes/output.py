@@ -1,7 +1,7 @@
 """Logging of the output of a stage's processes, without secrets.
 
-A separate process (`start log`) copies the output to the log. It exits after the last process that writes to it: if a
-runner is killed, its ranks still save a checkpoint, and a closed pipe would stop them.
+A separate process (`start log`) copies the output to the log. It exits after the last process that writes to it, so
+that the log also has what ranks write after their runner was killed.
 """
 
 from __future__ import annotations

@@ -225,6 +225,8 @@ class StageKind:
 
     # Hooks for planning.
     sources: Callable[[Any], Iterable[Source]] = _nothing
+    functions: Callable[[Any], Iterable[str]] = _nothing
+    """Functions of other packages that it calls, as `module:function`; the files of these modules are fingerprinted."""
     tasks: Callable[[Any], Iterable[TaskUse]] = _nothing
     text_use: Callable[[Any], TextUse | None] = _unknown
     heldout_uses: Callable[[Any], Iterable[HeldoutUse]] = _nothing

@@ -59,7 +59,10 @@ def _registered() -> dict[str, StageKind]:
 
 
 def _loaded(entry: EntryPoint) -> StageKind:
-    kind = entry.load()
+    try:
+        kind = entry.load()
+    except Exception as error:
+        raise _wrong(entry, f"cannot be imported: {type(error).__name__}: {error}", ()) from error
     if not isinstance(kind, StageKind):
         raise _wrong(entry, f"provides a {type(kind).__name__}, not a StageKind", ())
     return kind

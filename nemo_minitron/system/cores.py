@@ -1,9 +1,10 @@
-"""Number of cores that this process may use. A scheduler or a container often allows fewer than the machine has."""
+"""Cores and memory that this process may use. A scheduler or a container often allows less than the machine has."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
@@ -28,22 +29,31 @@ def _allowed_cores() -> int:
         return os.cpu_count() or 1
 
 
+def memory_limit_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
+    """Return the smallest memory limit of the process's control groups and their parents; None: no limit."""
+    limits = (_memory_limit_of(group) for group in _groups("memory", proc, cgroups))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def _quota(proc: Path, cgroups: Path) -> float | None:
     """Return the smallest CPU quota of the process's control groups and their parents, in cores; None: no limit."""
-    found = []
+    quotas = (_quota_of(group) for group in _groups("cpu", proc, cgroups))
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _groups(controller: str, proc: Path, cgroups: Path) -> Iterator[Path]:
+    """Yield the folders of the process's control groups with this controller, and of their parents."""
     for line in _read(proc / "self" / "cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers == "":
             roots = [cgroups, cgroups / "unified"]
-        elif "cpu" in controllers.split(","):
-            roots = [cgroups / controllers, cgroups / "cpu"]
+        elif controller in controllers.split(","):
+            roots = [cgroups / controllers, cgroups / controller]
         else:
             continue
         # In a container, the process's own group is mounted as the root, so the listed path may not exist.
-        groups = [root / path.strip("/") for root in roots]
-        for group, root in zip(groups, roots, strict=True):
-            found += [quota for folder in _up_to(group, root) if (quota := _quota_of(folder)) is not None]
-    return min(found, default=None)
+        for root in roots:
+            yield from _up_to(root / path.strip("/"), root)
 
 
 def _up_to(group: Path, root: Path) -> list[Path]:
@@ -60,6 +70,12 @@ def _quota_of(group: Path) -> float | None:
     except ValueError:  # `max` (no limit), or no such file
         return None
     return quota / period if quota > 0 and period > 0 else None
+
+
+def _memory_limit_of(group: Path) -> int | None:
+    """Return the memory limit of one control group in bytes, which cgroup v2 and v1 store under different names."""
+    text = (_read(group / "memory.max") or _read(group / "memory.limit_in_bytes")).strip()
+    return int(text) if text.isdigit() else None
 
 
 def _read(file: Path) -> str:

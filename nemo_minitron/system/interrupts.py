@@ -70,7 +70,7 @@ class StopRequest:
 
         SIGHUP stays ignored if it already is, as under `nohup`.
         """
-        if threading.current_thread() is not threading.main_thread():
+        if not is_main_thread():
             yield
             return
         handled = [number for number in SIGNALS.values() if number != signal.SIGHUP or _has_default_action(number)]
@@ -87,6 +87,11 @@ class StopRequest:
             detach_terminal()
         if not self._is_deferred:
             raise KeyboardInterrupt(self._signal)
+
+
+def is_main_thread() -> bool:
+    """Return whether this thread is the main one; Python allows signal handlers only there."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def detach_terminal(*_: object) -> None:

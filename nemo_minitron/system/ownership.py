@@ -51,10 +51,12 @@ def require_own_tree(folder: Path, *, below: Path) -> None:
         return
     closed = not below.stat().st_mode & _NOT_REACHED
     for path in _everything(folder):
-        found = path.lstat()
-        problem = _link_problem(path, found, folder) if path.is_symlink() else _problem(found, closed=closed)
-        if problem is not None and _modes_mean_something(folder):
-            raise _not_own(path, folder, problem)
+        with suppress(FileNotFoundError):  # another node may delete files meanwhile
+            found = path.lstat()
+            is_link = stat.S_ISLNK(found.st_mode)
+            problem = _link_problem(path, found, folder) if is_link else _problem(found, closed=closed)
+            if problem is not None and _modes_mean_something(folder):
+                raise _not_own(path, folder, problem)
 
 
 def is_trusted(folder: Path) -> bool:

@@ -75,13 +75,19 @@ def test_a_stage_of_another_package_is_checked_planned_run_resumed_and_reported(
     assert "count letters" in (run / "report.html").read_text()
 
 
-def test_a_package_that_adds_a_kind_twice_is_named(tmp_path: Path, recipe: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("nemo_minitron.stages.distill.kind:DISTILL", "adds the kind of stage `distill`, which already exists."),
+        ("gone.kind:DISTILL", "cannot be imported: ModuleNotFoundError: No module named 'gone'."),
+        ("nemo_minitron.stages.distill.kind:GONE", "cannot be imported: AttributeError: module"),
+    ],
+)
+def test_a_package_with_a_wrong_kind_is_named(kind: str, problem: str, tmp_path: Path, recipe: Path) -> None:
     other = tmp_path / "site" / "other-2.0.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 2.0\n")
-    (other / "entry_points.txt").write_text(
-        "[nemo_minitron.stages]\ndistill = nemo_minitron.stages.distill.kind:DISTILL\n"
-    )
+    (other / "entry_points.txt").write_text(f"[nemo_minitron.stages]\ndistill = {kind}\n")
     done = subprocess.run(
         [sys.executable, "-m", "nemo_minitron", "check", "letters.yaml"],
         cwd=tmp_path,
@@ -91,5 +97,6 @@ def test_a_package_that_adds_a_kind_twice_is_named(tmp_path: Path, recipe: Path)
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    assert "other adds the kind of stage `distill`, which already exists." in done.stderr
+    assert f"other {problem}" in " ".join(done.stderr.split())
+    assert f"entry point distill = {kind}" in " ".join(done.stderr.split())
     assert "Fix or uninstall that package." in done.stderr

@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,9 @@ from nemo_minitron.artifacts.manifest import file_facts
 from nemo_minitron.backends.megatron.distillation import distill
 from nemo_minitron.backends.megatron.runtime import versions
 from nemo_minitron.backends.megatron.runtime.session import open_session
+from nemo_minitron.backends.megatron.training import checkpoint
 from nemo_minitron.backends.megatron.training import loop as training
-from nemo_minitron.backends.megatron.training.checkpoint import Checkpoints, TrainingProgress, checkpoints
+from nemo_minitron.backends.megatron.training.checkpoint import Checkpoints, TrainingProgress, checkpoints, step_of
 from nemo_minitron.backends.megatron.training.integrity import FACTS_FILE, read_facts
 from nemo_minitron.errors import CheckpointError, NumericsError
 from nemo_minitron.schema.execution import Execution, Parallel
@@ -272,3 +274,18 @@ def test_a_training_that_fails_names_its_stage_and_keys_as_the_recipe_does(keys:
         pytest.raises(NumericsError, match=pattern),
     ):
         training.run(_job(folders, session, params), folders["work"], ctx.progress, loop_options(ctx, keys))
+
+
+def test_every_rank_resumes_from_the_checkpoint_that_the_first_one_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (2, 4):
+        folder = tmp_path / f"step_{step:08d}"
+        folder.mkdir()
+        (folder / FACTS_FILE).touch()
+    session: Any = SimpleNamespace(is_main=False, barrier=lambda: None, gather=lambda own: [["step_00000002"], own])
+    monkeypatch.setattr(checkpoint, "SaveStrategy", lambda: None)
+    monkeypatch.setattr(checkpoint, "find_damage", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "_load", lambda _, folder: TrainingProgress(step_of(folder)))
+    trainable: Any = None
+    assert Checkpoints(tmp_path, session, keep=2, in_background=False).resume(trainable).step == 2

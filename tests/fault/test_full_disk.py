@@ -139,7 +139,7 @@ def _train_to_the_end(run: Path, root: Path) -> None:
     """This is the work folder of a runner that dies between the last step and publishing."""
     plan = load_plan(TOY, [f"execution.run_root={root}"])
     silent = Progress(silent=True)
-    work, _ = open_work(plan.call("distill"), Store(run), accept_drift=False, progress=silent)
+    work, _ = open_work(plan.call("distill"), Store(run), silent)
     folders = (run / stage for stage in ("prune", "teacher", "data"))
     params = plan.recipe.stages["distill"]
     assert isinstance(params, DistillStage)

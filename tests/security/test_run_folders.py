@@ -256,6 +256,22 @@ def test_a_link_in_a_work_folder_stays_in_it(run: Path, victim: Path) -> None:
         Store(run).open_work("distill", "fingerprint")
 
 
+def test_files_that_another_node_deletes_meanwhile_are_skipped(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, listed = _work(run), ownership._everything
+    (work / "checkpoints/common.pt").touch()
+
+    def listed_before_deletion(folder: Path) -> list[Path]:
+        found = sorted(listed(folder))
+        (work / "checkpoints/.metadata").unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(ownership, "_everything", listed_before_deletion)
+    assert Store(run).own_work("distill") == work
+    os.chmod(work / "checkpoints/common.pt", 0o666)
+    with pytest.raises(ArtifactError, match="can be written by every user"):
+        Store(run).own_work("distill")
+
+
 def test_a_disk_without_owners_is_accepted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _work(run)
     os.chmod(run / ".work", 0o777)

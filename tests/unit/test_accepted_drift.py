@@ -13,7 +13,9 @@ from nemo_minitron.artifacts.manifest import Manifest
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.errors import ArtifactError
 from nemo_minitron.execution.runner import RunOptions, settle
+from nemo_minitron.execution.work import open_work
 from nemo_minitron.plan.planner import RunPlan, refreshed
+from nemo_minitron.system.progress import Progress
 from tests.conftest import TOY
 from tests.support.finished import finish
 
@@ -69,3 +71,20 @@ def test_a_rerun_withdraws_the_acceptance(run: Path, tmp_path: Path) -> None:
         finish(settle(_plan(tmp_path, *rate), RunOptions(rerun=("distill",))))
     with pytest.raises(ArtifactError, match="no longer matches"):
         settle(_plan(tmp_path, OTHER_RATE), RunOptions())
+
+
+@pytest.mark.parametrize(
+    ("accept", "until", "resumes"), [(True, None, True), (False, None, False), (True, "prune", False)]
+)
+def test_a_submission_accepts_the_work_of_an_unfinished_training(
+    accept: bool, until: str | None, resumes: bool, tmp_path: Path
+) -> None:
+    before, silent = _plan(tmp_path), Progress(silent=True)
+    finish(before, leave_out=before.followers({"distill"}))
+    store = Store(tmp_path / "toy/width")
+    folder, _ = open_work(before.call("distill"), store, silent)
+    (folder / "checkpoint").touch()
+    plan = settle(_plan(tmp_path, OTHER_RATE), RunOptions(accept_drift=accept, until=until))
+    work, accepted = open_work(plan.call("distill"), store, silent)  # what the job of the stage does
+    assert (work / "checkpoint").exists() == resumes
+    assert [[change.split(":")[0] for change in entry["changed"]] for entry in accepted] == [["lr"]] * resumes

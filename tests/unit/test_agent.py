@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from nemo_minitron.processes.agent import FAILED_FILE, RENDEZVOUS_VARIABLE
-from nemo_minitron.processes.nodes import Nodes
+from nemo_minitron.processes.nodes import Nodes, end_agent, start_agent
 
 SCRIPT = """
 import json, os, signal, sys, time
@@ -83,6 +84,38 @@ def test_the_agent_forwards_stop_signals_to_all_ranks(number: signal.Signals, tm
     assert agent.wait(60) == 128 + number
     for rank in (0, 1):
         assert (tmp_path / f"signal.{rank}").read_text() == f"{int(number)} False"
+
+
+def _agent_here(folder: Path) -> subprocess.Popen[bytes]:
+    (folder / "script.py").write_text(SCRIPT + WAITS)
+    words = Nodes().command(sys.executable, 2, [str(folder / "script.py"), str(folder)])
+    return start_agent(words, {**os.environ, RENDEZVOUS_VARIABLE: str(folder)})
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_only_a_stop_request_of_the_runner_ends_its_agent(in_background: bool, tmp_path: Path) -> None:
+    """A script that starts the runner with `&` lets it and its children ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if in_background else signal.default_int_handler)
+    try:
+        agent = _agent_here(tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    _ranks(tmp_path)
+    # Ctrl-C of the script's terminal does not reach the agent of a runner that ignores it.
+    assert (os.getsid(agent.pid) == agent.pid) == in_background
+    agent.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert agent.poll() is None
+    end_agent(agent)
+    assert [(tmp_path / f"signal.{rank}").read_text() for rank in (0, 1)] == [f"{int(signal.SIGINT)} False"] * 2
+
+
+def test_an_agent_can_be_started_in_another_thread(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        agent = pool.submit(_agent_here, tmp_path).result()
+    _ranks(tmp_path)
+    end_agent(agent)
+    assert agent.wait(60) == 128 + signal.SIGINT
 
 
 def test_a_rank_that_ignores_the_signal_is_killed(tmp_path: Path) -> None:

@@ -36,6 +36,16 @@ def test_an_attempt_without_progress_or_with_a_clock_set_back_counts_nothing(tmp
     assert begin_attempt(tmp_path, progress) == 0.0
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"began": 1.0}', '{"began": "x", "earlier_s": 1}'])
+def test_a_damaged_record_counts_nothing(text: str, tmp_path: Path) -> None:
+    progress = tmp_path / "progress.json"
+    progress.touch()
+    (tmp_path / ATTEMPTS_FILE).write_text(text)
+    assert begin_attempt(tmp_path, progress) == 0.0
+    _ended(tmp_path, progress, 100.0)
+    assert begin_attempt(tmp_path, progress) == pytest.approx(100.0, abs=0.1)
+
+
 def test_the_manifest_has_the_seconds_of_all_attempts() -> None:
     import time
 

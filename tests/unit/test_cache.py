@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from nemo_minitron.backends.megatron.distillation import teacher_cache
 from nemo_minitron.distillation.cache import (
     FACTS_FILE,
     MAX_VOCAB_SIZE,
@@ -28,6 +31,7 @@ from nemo_minitron.distillation.cache import (
 from nemo_minitron.distillation.sparse import SparseTeacher, sparse_kl, sparsify, uniforms_of
 from nemo_minitron.errors import ArtifactError, PlanError
 from nemo_minitron.schema.losses import Sampled, TopK
+from nemo_minitron.stages.cache_teacher import run
 from nemo_minitron.stages.distill.params import DistillStage
 
 DRAWS, TOP_K = Sampled(kind="sampled", rounds=64), TopK(kind="top_k", k=9)
@@ -197,3 +201,28 @@ def test_only_entries_at_temperature_1_that_drop_nothing_determine_the_kl() -> N
     assert gives_kl(TOP_K, 1.0)
     assert not gives_kl(DRAWS, 2.0)
     assert not gives_kl(TopK(kind="top_k", k=9, tail="drop"), 1.0)
+
+
+@pytest.mark.parametrize("num_written", [1, 2])
+def test_a_cache_without_a_shard_is_not_published(
+    num_written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On several nodes, the folder listing of one node may lack a file that another one has written."""
+    facts = CacheFacts(DRAWS.model_dump(mode="json"), 1.0, VOCAB, LENGTH, NUM_SAMPLES, seed=1)
+    ctx: Any = SimpleNamespace(work_dir=tmp_path / "work", out_dir=tmp_path / "out", is_main=True)
+    ctx.open_session = ctx.progress = ctx.check_stop = None
+    for folder in (ctx.work_dir, ctx.out_dir):
+        folder.mkdir()
+    for shard in range(num_written):
+        (ctx.work_dir / shard_name(shard)).write_bytes(b"1234")
+    monkeypatch.setattr(teacher_cache, "write_cache", lambda *_, **__: facts)
+    monkeypatch.setattr(run, "require_one_tokenizer", lambda *_: None)
+    inputs: Any = SimpleNamespace(teacher=SimpleNamespace(path=tmp_path), data=SimpleNamespace(path=tmp_path))
+    params: Any = None
+    if num_written < facts.num_shards:
+        with pytest.raises(ArtifactError, match=r"shard_000001\.safetensors of 2 shards is missing"):
+            run.cache_teacher(params, inputs, ctx)
+    else:
+        found = run.cache_teacher(params, inputs, ctx)
+        assert found["bytes_per_token"] == 8 / (NUM_SAMPLES * LENGTH)
+        assert sorted(path.name for path in ctx.out_dir.iterdir()) == [FACTS_FILE, shard_name(0), shard_name(1)]

@@ -1,4 +1,4 @@
-"""Number of usable cores: affinity, and quotas of control groups of both versions."""
+"""Usable cores and memory: affinity, and limits of control groups of both versions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.system.cores import usable_cores
+from nemo_minitron.system.cores import memory_limit_bytes, usable_cores
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +44,23 @@ def machine(folder: Path, groups: str, files: dict[str, str]) -> tuple[Path, Pat
 )
 def test_the_tightest_limit_counts(tmp_path: Path, groups: str, files: dict[str, str], cores: int) -> None:
     assert usable_cores(*machine(tmp_path, groups, files)) == cores
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limit"),
+    [
+        ("0::/\n", {}, None),
+        ("0::/\n", {"memory.max": "max\n"}, None),
+        ("0::/slurm/job_1\n", {"slurm/job_1/memory.max": "max", "slurm/memory.max": "4096\n"}, 4096),
+        ("0::/docker/abc\n", {"memory.max": "8192\n"}, 8192),
+        ("3:memory:/job\n4:cpu:/job\n", {"memory/job/memory.limit_in_bytes": "1024\n"}, 1024),
+        ("3:memory:/\n", {"memory/memory.limit_in_bytes": "nonsense"}, None),
+    ],
+)
+def test_the_smallest_memory_limit_counts(
+    tmp_path: Path, groups: str, files: dict[str, str], limit: int | None
+) -> None:
+    assert memory_limit_bytes(*machine(tmp_path, groups, files)) == limit
 
 
 def test_affinity_counts_if_it_is_tighter_and_no_file_is_required(

@@ -68,33 +68,71 @@ def test_an_error_of_any_rank_wins_over_an_interruption(
     assert found.what == BAD_TEXT.what
 
 
-@pytest.mark.parametrize(("written", "raised"), [(BAD_TEXT, DataError), (STOPPED, Interrupted), (None, Interrupted)])
-def test_a_stop_request_does_not_hide_an_error(
-    written: MinitronError | None, raised: type[MinitronError], task: StageTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _end_with(code: int, written: MinitronError | None, task: StageTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the ranks of `run_ranks` with ones that have ended with this code and error."""
+
     def start(*_: object) -> None:
         if written is not None:
             save_error(written, task.work_dir)
 
     monkeypatch.setattr(ranks, "start_everywhere", start)
-    monkeypatch.setattr(ranks, "_wait", lambda *_, **__: 2)
+    monkeypatch.setattr(ranks, "_wait", lambda *_, **__: code)
+
+
+@pytest.mark.parametrize(("written", "raised"), [(BAD_TEXT, DataError), (STOPPED, Interrupted), (None, Interrupted)])
+def test_a_stop_request_does_not_hide_an_error(
+    written: MinitronError | None, raised: type[MinitronError], task: StageTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _end_with(2, written, task, monkeypatch)
     stop = StopRequest(task.run_dir)
     (task.run_dir / "STOP").touch()
     with pytest.raises(raised):
         run_ranks(task, stop)
 
 
-@pytest.mark.parametrize(("written", "raised"), [(BAD_TEXT, DataError), (None, ProcessesDied)])
+@pytest.mark.parametrize(("code", "raised"), [(1, ProcessesDied), (0, Interrupted)])
+def test_an_interruption_by_the_crash_of_another_rank_is_no_stop(
+    code: int, raised: type[MinitronError], task: StageTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a crash, torchrun and ft_launcher end the other ranks with SIGTERM, and fail."""
+    _end_with(code, STOPPED, task, monkeypatch)
+    with pytest.raises(raised):
+        run_ranks(task, StopRequest(task.run_dir))
+
+
+def test_a_finished_stage_keeps_its_result_if_a_stop_is_requested_meanwhile(
+    task: StageTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _end_with(0, None, task, monkeypatch)
+    monkeypatch.setattr(ranks, "start_everywhere", lambda *_: exchange.save_result({"loss": 2.0}, task.work_dir))
+    (task.run_dir / "STOP").touch()
+    assert run_ranks(task, StopRequest(task.run_dir)) == {"loss": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("written", "is_stopped", "raised"),
+    [
+        (BAD_TEXT, False, DataError),
+        (None, False, ProcessesDied),
+        (STOPPED, False, ProcessesDied),
+        (STOPPED, True, Interrupted),
+    ],
+)
 def test_another_node_raises_the_error_of_its_rank(
-    written: MinitronError | None, raised: type[MinitronError], task: StageTask, monkeypatch: pytest.MonkeyPatch
+    written: MinitronError | None,
+    is_stopped: bool,
+    raised: type[MinitronError],
+    task: StageTask,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     values = {"NODES": "2", "RENDEZVOUS": "node1:20001", "ATTEMPT": "7"}
     for name, value in values.items():
         monkeypatch.setenv(f"MINITRON_{name}", value)
     monkeypatch.setenv("SLURM_NODEID", "1")
-    monkeypatch.setattr(job, "ignore_signals_here", lambda: None)
 
     def serve(*_: object) -> int:
+        if is_stopped:
+            signal.raise_signal(signal.SIGTERM)  # Slurm preempts the job: it sends the signal to every node
         if written is not None:
             save_error(written, task.work_dir)
         return 2

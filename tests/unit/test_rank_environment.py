@@ -35,6 +35,11 @@ def test_the_recorder_has_the_names_of_the_installed_torch(version: str, size: s
     assert ranks._flight_recorder(version)[0] == size
 
 
+def test_a_torch_that_is_not_installed_as_a_package_gets_the_old_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "installed_version", lambda _: None)
+    assert "TORCH_NCCL_TRACE_BUFFER_SIZE" in ranks._defaults(1, Path("x"))
+
+
 def test_the_users_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "16")
     assert "TORCHINDUCTOR_COMPILE_THREADS" not in ranks._defaults(2, Path("x"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import pytest
 from nemo_minitron.api import load_plan, load_recipe
 from nemo_minitron.config.compose import recipe_name
 from nemo_minitron.errors import ConfigError, PlanError
+from nemo_minitron.hf.source import BUILT_IN
 from nemo_minitron.plan.fingerprint import canonical_json, differences, fingerprint
-from nemo_minitron.plan.sources import source_facts
+from nemo_minitron.plan.sources import changed_sources, source_facts
 from tests.conftest import REPO, TOY
 
 CACHED = REPO / "recipes/toy/cached.yaml"
@@ -192,6 +194,35 @@ def test_a_stage_changes_if_its_text_is_edited_but_not_if_it_is_removed(tmp_path
     assert source_facts(stage, recipe, before) != before
     text.unlink()
     assert source_facts(stage, recipe, before) == before
+
+
+UNRELATED = ("README.md", "original/consolidated.00.pth", ".git/HEAD", ".cache/huggingface/x.lock", "figures/a.png")
+
+
+def test_only_files_that_are_read_of_a_model_change_its_stage(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(BUILT_IN["toy-llama"], folder)
+    recipe = load_recipe(TOY, [f"stages.teacher.source={folder}", f"execution.run_root={tmp_path}"])
+    stage = recipe.stages["teacher"]
+    before = source_facts(stage, recipe, {})
+    for name in UNRELATED:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("1234")
+    assert source_facts(stage, recipe, {}) == before
+    # Older versions counted every file.
+    facts = before[str(folder)]
+    older = {str(folder): {"files": facts["files"] + 5, "bytes": facts["bytes"] + 20}}
+    assert source_facts(stage, recipe, older) == older
+    assert changed_sources(stage, recipe, older) == changed_sources(stage, recipe, before) == {}
+    for name in ("vocab.json", "model-00009.safetensors", "additional_chat_templates/tool.jinja"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}  ")
+        facts = {"files": facts["files"] + 1, "bytes": facts["bytes"] + 4}
+        assert source_facts(stage, recipe, before) == source_facts(stage, recipe, older) == {str(folder): facts}
+        assert changed_sources(stage, recipe, before) == {str(folder): facts}
+    shutil.rmtree(folder)
+    assert source_facts(stage, recipe, before) == before
+    assert changed_sources(stage, recipe, before) == {str(folder): None}
 
 
 def test_differences_name_the_field() -> None:

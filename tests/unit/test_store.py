@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nemo_minitron.artifacts.manifest import Manifest
+from nemo_minitron.artifacts.manifest import Manifest, _git_commit
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.errors import ArtifactError
 
@@ -139,3 +141,48 @@ def test_user_files_are_not_overwritten_and_empty_folders_are(tmp_path: Path) ->
     (tmp_path / "prune/notes.txt").write_text("mine")
     with pytest.raises(ArtifactError, match="files that no stage wrote"):
         store.require_free_paths(["prune"])
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "missing"])
+def test_a_link_as_output_path_is_refused_before_the_stages_run(target: str, tmp_path: Path) -> None:
+    store = Store(tmp_path / "run")
+    store.root.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (store.root / "prune").symlink_to(tmp_path / target)
+    with pytest.raises(ArtifactError, match="prune is a link to"):
+        store.require_free_paths(["prune"])
+
+
+def test_only_files_that_a_manifest_lists_are_intact(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    _publish(store)
+    assert store.intact("prune", "file.txt") == tmp_path / "prune/file.txt"
+    (tmp_path / "prune/file.txt").write_text("weightz")
+    assert store.intact("prune", "file.txt") is None
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/file.txt").write_text("mine")
+    assert store.intact("notes", "file.txt") is None
+
+
+def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that is installed below another repository, as in a user's `.venv`, has no commit."""
+
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    git("init", "-q")
+    (tmp_path / "site/nemo_minitron").mkdir(parents=True)
+    (tmp_path / "site/nemo_minitron/file.py").touch()
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    assert _git_commit(tmp_path) == git("rev-parse", "HEAD").strip()
+    assert _git_commit(tmp_path / "site") is None
+    (tmp_path / "new.py").touch()
+    assert _git_commit(tmp_path) == git("rev-parse", "HEAD").strip() + "+"
+
+    def never_ends(command: list[str], **options: Any) -> None:
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", never_ends)
+    assert _git_commit(tmp_path) is None

@@ -8,7 +8,7 @@ import pytest
 
 from nemo_minitron.api import load_plan
 from nemo_minitron.artifacts.store import Store
-from nemo_minitron.execution.work import open_work
+from nemo_minitron.execution.work import accept_work, open_work
 from nemo_minitron.plan.planner import StageCall
 from nemo_minitron.system.progress import Progress
 from tests.conftest import TOY
@@ -33,8 +33,10 @@ def test_a_training_resumes_with_other_teacher_rates_but_not_with_another_schedu
 ) -> None:
     store, silent = Store(tmp_path / "run"), Progress(silent=True)
     first = _distill(tmp_path, "{pretraining_lr: 5e-3, warmup_steps: 5}")
-    folder, _ = open_work(first, store, accept_drift=True, progress=silent)
+    folder, _ = open_work(first, store, silent)
     (folder / "checkpoint").touch()
-    again, accepted = open_work(_distill(tmp_path, correction), store, accept_drift=True, progress=silent)
+    changed = _distill(tmp_path, correction)
+    accept_work(changed, store, silent)
+    again, accepted = open_work(changed, store, silent)
     assert (again / "checkpoint").exists() == resumes
     assert bool(accepted) == resumes

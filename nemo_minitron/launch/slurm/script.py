@@ -11,13 +11,12 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from nemo_minitron.artifacts.run_paths import LOGS, SLURM_LOGS
 from nemo_minitron.launch.containers import PROGRAM, bind, folders_to_make, image_name, inside, mounts_of
 from nemo_minitron.launch.context import JobContext, JobFolders
 from nemo_minitron.launch.jobs import Environment, Job
+from nemo_minitron.processes.nodes import PORTS
 from nemo_minitron.schema.cluster import Cluster
-
-FIRST_PORT, NUM_PORTS = 20000, 12000
-"""Range of the rendezvous port of a job on several nodes, chosen by its job id; below the ephemeral ports of Linux."""
 
 CLEAN = """\
 # Steps take their memory, binding and environment from this job, not from a job that submitted it.
@@ -135,7 +134,7 @@ def render_script(job: Job, cluster: Cluster, context: JobContext) -> str:
         PRELUDE.format(run=_quote(context.run_dir), launch=_quote(context.launch_dir), stages=quoted_stages),
     ]
     if job.nodes > 1:
-        several = {"first_port": FIRST_PORT, "num_ports": NUM_PORTS, "server_nodes": job.server_nodes}
+        several = {"first_port": PORTS.start, "num_ports": len(PORTS), "server_nodes": job.server_nodes}
         parts.append(SEVERAL_NODES.format(**several))
     if in_container:
         parts.append(f"mkdir -p -- {' '.join(_quote(folder) for folder in folders_to_make(context.folders))}")
@@ -192,7 +191,7 @@ def sbatch_command(
         any_end: wait until they end, whether or not they succeed.
         export: `NAME=value` that the script gets in addition to the environment of the call.
     """
-    log = f"{context.run_dir}/logs/slurm/{job.name}-{'%A_%a' if job.is_array else '%j'}.log"
+    log = f"{context.run_dir}/{LOGS}/{SLURM_LOGS}/{job.name}-{'%A_%a' if job.is_array else '%j'}.log"
     path = str(context.run_dir).replace("%", "%%")
     words = ["sbatch", "--parsable", f"--output={log.replace(str(context.run_dir), path, 1)}"]
     words += [f"--chdir={context.folders.cwd}"]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from nemo_minitron.artifacts.run_paths import LOGS, SLURM_LOGS
 from nemo_minitron.errors import MinitronError, PlanError
 from nemo_minitron.execution.runner import RunOptions, settle
 from nemo_minitron.launch import record
@@ -84,7 +85,7 @@ def _submit_stages(plan: RunPlan, options: RunOptions, run: Path, log: Log) -> S
     for file, text in scripts.items():
         write_private(file, text)
     # Slurm writes these log files directly, so secrets that programs of the site print there are not masked.
-    own_folder(own_folder(run, "logs"), "slurm", mode=0o700)
+    own_folder(own_folder(run, LOGS), SLURM_LOGS, mode=0o700)
     return _submit_all(jobs, cluster, context, log)
 
 

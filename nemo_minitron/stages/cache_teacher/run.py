@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_minitron.errors import ArtifactError
 from nemo_minitron.stages.artifacts import Model, TeacherCheck, TokenizedText
 from nemo_minitron.stages.cache_teacher.params import CacheTeacherStage
 from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer
@@ -31,9 +32,10 @@ def cache_teacher(params: CacheTeacherStage, inputs: Inputs, ctx: StageContext) 
         Interrupted: a stop was requested.
         DataError: teacher and data do not share a tokenizer.
         PlanError: the vocabulary is too large for the file format.
+        ArtifactError: a shard of another node is missing.
     """
     from nemo_minitron.backends.megatron.distillation.teacher_cache import write_cache
-    from nemo_minitron.distillation.cache import write_facts
+    from nemo_minitron.distillation.cache import shard_name, write_facts
 
     teacher, data = inputs.teacher, inputs.data
     require_one_tokenizer({"teacher": teacher}, data, ctx)
@@ -43,7 +45,14 @@ def cache_teacher(params: CacheTeacherStage, inputs: Inputs, ctx: StageContext) 
     if not ctx.is_main:
         return {}
     num_bytes = 0
-    for shard in sorted(ctx.work_dir.glob("shard_*.safetensors")):
+    for number in range(facts.num_shards):
+        shard = ctx.work_dir / shard_name(number)
+        if not shard.is_file():
+            raise ArtifactError(
+                f"{shard.name} of {facts.num_shards} shards is missing, although a rank has written it.",
+                where=str(shard),
+                next_step="Run the same command again: it writes missing shards. All nodes must share this folder.",
+            )
         num_bytes += shard.stat().st_size
         _link_or_move(shard, ctx.out_dir / shard.name)
     write_facts(ctx.out_dir, facts)

@@ -64,10 +64,20 @@ class LayerFiles(Mapping[int, "dict[str, Tensor]"]):
         return load_file(str(self._file(layer)))
 
     def __contains__(self, layer: object) -> bool:
-        return isinstance(layer, int) and self._file(layer).is_file()
+        """Return whether the layer is saved. A file that a crash of the machine has truncated does not count."""
+        from safetensors import SafetensorError, safe_open
+
+        if not isinstance(layer, int):
+            return False
+        try:
+            with safe_open(str(self._file(layer)), "pt"):
+                return True
+        except (FileNotFoundError, SafetensorError):
+            return False
 
     def __iter__(self) -> Iterator[int]:
-        return iter(sorted(int(file.stem.split("-")[1]) for file in self.folder.glob("layer-*.safetensors")))
+        found = (int(file.stem.split("-")[1]) for file in self.folder.glob("layer-*.safetensors"))
+        return iter(sorted(layer for layer in found if layer in self))
 
     def __len__(self) -> int:
         return len(list(iter(self)))

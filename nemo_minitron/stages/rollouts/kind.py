@@ -100,6 +100,10 @@ def _size_problems(key: str, params: RolloutStage, layout: Parallel) -> Iterator
         yield f"{key}.min_lr = {params.min_lr}: above lr = {params.lr}."
 
 
+def _functions(params: RolloutStage) -> Iterator[str]:
+    return (rule.function for rule in params.rewards if rule.rule == "function" and rule.function is not None)
+
+
 def _num_servers(params: RolloutStage) -> int:
     """Count the server of the rewards, with the reward model's on its node, and, for ppo, that of the critic."""
     return 2 if isinstance(params, PpoStage) else 1
@@ -129,6 +133,7 @@ REINFORCE = StageKind(
     report="rewards",
     chat_rank=7,
     version=2,
+    functions=_functions,
     shape=_shape,
     problems=_problems,
     load=_load,

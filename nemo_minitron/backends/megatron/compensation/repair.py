@@ -335,9 +335,11 @@ def repaired_layers(
     Args:
         done: repaired weights of layers that an interrupted run has already made; None is yielded as their repairs.
     """
+    # The first rank decides for all: another node may see a layer's file later.
+    finished = set(repair.session.gather(list(done))[0])
     repair.skip_dropped_before_first(streams)
     for number in range(repair.models.target.num_layers):
-        if number in done:
+        if number in finished:
             weights, found = done[number], None
         else:
             weights, found = repair.repair(number, streams)
@@ -345,4 +347,4 @@ def repaired_layers(
         repair.advance(number, weights, streams)
     head = repair.models.target.num_layers
     if repair.repairs_head:
-        yield head, *((done[head], None) if head in done else repair.repair_head(streams))
+        yield head, *((done[head], None) if head in finished else repair.repair_head(streams))

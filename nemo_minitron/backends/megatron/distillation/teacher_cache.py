@@ -25,6 +25,7 @@ from nemo_minitron.backends.megatron.model.parts import Model
 from nemo_minitron.backends.megatron.model.weights import load_model
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.distillation.cache import (
+    SHARDS,
     CacheFacts,
     Entry,
     gives_kl,
@@ -79,9 +80,9 @@ def write_cache(
         cache_dir=work_dir / "data_index",
     )
     mine = range(session.dp_rank, facts.num_shards, session.parallel.dp)
-    todo = [shard for shard in mine if not (work_dir / shard_name(shard)).is_file()]
-    # No rank may write before every rank has listed the shards.
-    session.barrier()
+    # The first rank decides for all: another node may see a shard later.
+    finished = set(session.gather([path.name for path in work_dir.glob(SHARDS)])[0])
+    todo = [shard for shard in mine if shard_name(shard) not in finished]
     separate_at = eod_id_of(data_dir) if params.reset_attention_mask else None
     with evaluating(model), progress.bar("cache teacher", len(mine), "shards", done=len(mine) - len(todo)) as bar:
         for shard in todo:

@@ -121,9 +121,9 @@ class Checkpoints:
             CheckpointError: the only remaining checkpoint is damaged, or a checkpoint cannot be read.
         """
         while True:
-            found = checkpoints(self.folder)
-            # No rank may publish or remove a checkpoint before all ranks have listed them.
-            self._session.barrier()
+            # The first rank decides for all: another node may see a checkpoint later.
+            names = self._session.gather([path.name for path in checkpoints(self.folder)])[0]
+            found = [self.folder / name for name in names]
             if not found:
                 return TrainingProgress()
             problem = find_damage(found[-1], self._session)
