@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from nemo_minitron import __version__
 from nemo_minitron.report import compensation, figures, search
 from nemo_minitron.report.alignment import measured_figures, tables, with_direction
 from nemo_minitron.report.markdown import LAYERS_NOTE, dropped_layers, headline
+from nemo_minitron.report.pages import page_templates
 from nemo_minitron.report.text import duration, millions
 from nemo_minitron.stages.registry import STAGES
 
-TEMPLATES = Path(__file__).parent / "templates"
 KINDS = tuple(STAGES)
 """Kinds of stages in pipeline order; others follow."""
 Draw = Callable[[], str]
@@ -28,16 +27,9 @@ def render_html(report: Mapping[str, Any], recipe: str) -> str:
         report: content of report.json.
         recipe: the resolved recipe as YAML.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_templates()
     environment.filters.update(millions=millions, duration=duration, condense=_condense)
     environment.globals.update(variable_of=figures.variable_of)
     sections = {
