@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 from markupsafe import escape
 
-from nemo_minitron.report.comparison import is_lower_better, main_metric, score_of
+from nemo_minitron.report.comparison import is_lower_better, score_of, task_metrics
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
@@ -332,11 +332,9 @@ def share_by_layer(name: str, lines: Mapping[str, Sequence[tuple[int, float]]], 
     return out[0]
 
 
-def plotted_metrics(models: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
+def plotted_metrics(models: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return task -> metric of the tasks in the figure: those of which a higher score is better."""
-    every = dict.fromkeys(task for model in models.values() for task in model["tasks"])
-    metrics = {task: main_metric(task, models) for task in every}
-    return {task: metric for task, metric in metrics.items() if not is_lower_better(task, metric, models)}
+    return {task: metric for task, metric in task_metrics(models).items() if not is_lower_better(task, metric, models)}
 
 
 def task_points(models: Mapping[str, Mapping[str, Any]]) -> str:
