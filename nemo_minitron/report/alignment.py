@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_minitron.artifacts.types import Artifact
 from nemo_minitron.backends.alignment.base import CURVES_FILE, alignment_backend
+from nemo_minitron.report.curves import MAX_CURVE_ROWS, thin_out
 from nemo_minitron.report.rewards import reward_samples, reward_table, reward_trainings
 from nemo_minitron.report.sampled_answers import sampled_answers, sampled_table
 from nemo_minitron.report.sections import in_section
@@ -58,8 +59,10 @@ def _training(stage: Artifact) -> dict[str, Any]:
 
 
 def _curve(stage: Artifact) -> Rows:
-    points = alignment_backend().read_curve(stage.path / CURVES_FILE)
-    return [asdict(point) for point in points if point.train is not None or point.valid is not None]
+    rows = [asdict(point) for point in alignment_backend().read_curve(stage.path / CURVES_FILE)]
+    parts = ([row for row in rows if row[part] is not None] for part in ("train", "valid"))
+    shown = {id(row): row for part in parts for row in thin_out(part, MAX_CURVE_ROWS)}
+    return sorted(shown.values(), key=lambda row: int(row["step"]))
 
 
 def _models(stages: Sequence[Artifact]) -> Rows:

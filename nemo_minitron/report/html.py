@@ -10,7 +10,7 @@ from typing import Any
 from nemo_minitron import __version__
 from nemo_minitron.report import compensation, figures, search
 from nemo_minitron.report.alignment import measured_figures, tables, with_direction
-from nemo_minitron.report.markdown import LAYERS_NOTE, dropped_layers, headline
+from nemo_minitron.report.markdown import LAYERS_NOTE, curve_note, dropped_layers, headline, pruning_note
 from nemo_minitron.report.pages import page_templates
 from nemo_minitron.report.text import duration, millions
 from nemo_minitron.stages.registry import STAGES
@@ -46,6 +46,8 @@ def render_html(report: Mapping[str, Any], recipe: str) -> str:
         aligned=tables(report["alignment"]) if report.get("alignment") else [],
         dropped=dropped_layers(report["pruning"]) if report["pruning"] else [],
         layers_note=LAYERS_NOTE,
+        curve_note=curve_note(report),
+        pruning_note=pruning_note(report),
         recipe=recipe,
         version=__version__,
     )
@@ -142,7 +144,7 @@ def _pruning_pictures(pruning: Mapping[str, Any]) -> dict[str, list[Draw]]:
         layers.append(partial(figures.ffn_map, pruning["ffn_map"], curves["ffn"]))
     for metric, values in pruning["layer_scores"].items():
         layers.append(
-            partial(figures.layer_points, metric, values, pruning["kept_layers"], pruning["baseline_lm_loss"])
+            partial(figures.layer_points, metric, values, pruning["kept_scored_layers"], pruning["baseline_lm_loss"])
         )
     return {
         "importance": [partial(figures.importance, axis, curve) for axis, curve in curves.items()],

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from markupsafe import escape
 
-from nemo_minitron.report.collect import collect, thin_out
+from nemo_minitron.report.collect import collect
 from nemo_minitron.report.comparison import comparison, main_metric
+from nemo_minitron.report.curves import thin_out
 from nemo_minitron.report.figures import plotted_metrics
 from nemo_minitron.report.html import pipeline, render_html
 from nemo_minitron.report.importance import ffn_map, importance_curve, importance_share
@@ -268,7 +269,9 @@ def test_a_task_is_compared_by_a_metric_that_all_have() -> None:
 
 
 def test_the_headline_has_sizes_share_and_cost(report: dict[str, Any]) -> None:
-    assert "recovered 80% of the quality lost in pruning with 1,000 tokens in 1.0 minutes" in headline(report)
+    assert "recovered 80% of the quality lost in pruning with 1,000 tokens in 1 min 0 s of distillation." in headline(
+        report
+    )
     assert "recovered" not in headline({**report, "recovered_share": None})
     assert "lost another 20%" in headline({**report, "recovered_share": -0.2})
     assert headline({**report, "models": {}}).startswith("The run has not measured")
