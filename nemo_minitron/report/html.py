@@ -10,7 +10,7 @@ from typing import Any
 from nemo_minitron import __version__
 from nemo_minitron.report import compensation, figures, search
 from nemo_minitron.report.alignment import measured_figures, tables, with_direction
-from nemo_minitron.report.markdown import LAYERS_NOTE, curve_note, dropped_layers, headline, pruning_note
+from nemo_minitron.report.markdown import LAYERS_NOTE, curve_note, dropped_layers, headline, pruning_note, recipe_notes
 from nemo_minitron.report.pages import page_templates
 from nemo_minitron.report.text import duration, millions
 from nemo_minitron.stages.registry import STAGES
@@ -46,6 +46,7 @@ def render_html(report: Mapping[str, Any], recipe: str) -> str:
         aligned=tables(report["alignment"]) if report.get("alignment") else [],
         dropped=dropped_layers(report["pruning"]) if report["pruning"] else [],
         layers_note=LAYERS_NOTE,
+        recipe_notes=recipe_notes(report),
         curve_note=curve_note(report),
         pruning_note=pruning_note(report),
         recipe=recipe,

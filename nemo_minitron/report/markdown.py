@@ -15,7 +15,20 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     """Render the report as a short page of tables."""
     found = ((title, text(report)) for title, text in _SECTIONS.items())
     sections = [f"## {title}\n\n{text}" for title, text in found if text.strip()]
-    return "\n\n".join([f"# {plain(report['title'])}", headline(report), *sections]) + "\n"
+    notes = map(plain, recipe_notes(report))
+    return "\n\n".join([f"# {plain(report['title'])}", headline(report), *notes, *sections]) + "\n"
+
+
+def recipe_notes(report: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each recipe that did not make all stages: the one on the page, and the one given."""
+    made, given = (
+        "; ".join(f"{stage} ({difference})" for stage, difference in report.get(key, {}).items())
+        for key in ("made_otherwise", "given_otherwise")
+    )
+    notes = [f"Made with another recipe than that of this report: {made}."] if made else []
+    if given:
+        notes.append(f"This report shows the recipe of the run. The given recipe would change: {given}.")
+    return notes
 
 
 def headline(report: Mapping[str, Any]) -> str:
