@@ -66,14 +66,19 @@ def _curve(stage: Artifact) -> Rows:
 
 
 def _models(stages: Sequence[Artifact]) -> Rows:
-    """Return a row for each model; several evaluations of one model, which have the same label, are one row."""
+    """Return a row for each model: evaluations with one label are one row, unless they have a figure in common."""
     rows: dict[str, dict[str, Any]] = {}
     for stage in stages:
         found = _model(stage.result)
         row = rows.setdefault(found["label"], found)
-        if row is not found:
+        if row is found:
+            continue
+        if row.keys() & found.keys() <= {"label", "rows"}:
             both = " and ".join(one["rows"] for one in (row, found) if "rows" in one)
             row |= {**found, **({"rows": both} if both else {})}
+        else:
+            label = f"{found['label']} ({stage.stage})"
+            rows[label] = {**found, "label": label}
     return list(rows.values())
 
 

@@ -31,7 +31,7 @@ def render_html(report: Mapping[str, Any], recipe: str) -> str:
 
     environment = page_templates()
     environment.filters.update(millions=millions, duration=duration, condense=_condense)
-    environment.globals.update(variable_of=figures.variable_of)
+    environment.globals.update(variable_of=_variable_of(report))
     sections = {
         name: [Markup(picture()) for picture in pictures] for name, pictures in _pictures(report).items() if pictures
     }
@@ -52,6 +52,17 @@ def render_html(report: Mapping[str, Any], recipe: str) -> str:
         recipe=recipe,
         version=__version__,
     )
+
+
+def _variable_of(report: Mapping[str, Any]) -> Callable[[str], str]:
+    """Return a function from the label of a model to the CSS variable with its color."""
+    looks = figures.looks_of(_labels(report))
+    return lambda label: looks[label][0]
+
+
+def _labels(report: Mapping[str, Any]) -> list[str]:
+    """Return the labels of all models that were measured or timed."""
+    return list(dict.fromkeys([*report["models"], *(report["speed"] or {"models": ()})["models"]]))
 
 
 def pipeline(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -80,7 +91,7 @@ def _pictures(report: Mapping[str, Any]) -> dict[str, list[Draw]]:
     if any("valid_kl" in row for row in curves):
         out["recovery"].append(partial(figures.divergence_curve, curves))
     if speed:
-        labels = [*models, *(label for label in speed["models"] if label not in models)]
+        labels = _labels(report)
         out["speed"] = [
             partial(figures.speed_bars, speed, labels, "generate", "generation, tokens/s"),
             partial(figures.speed_bars, speed, labels, "prefill", "reading a prompt, tokens/s"),

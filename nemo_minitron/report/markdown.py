@@ -36,8 +36,7 @@ def headline(report: Mapping[str, Any]) -> str:
     models = report["models"]
     if "teacher" not in models or "distilled" not in models:
         if report.get("alignment"):
-            stages = [training["stage"] for training in report["alignment"]["trainings"]]
-            return f"Aligned by NeMo-Aligner: {', '.join(stages)}."
+            return _aligned(report["alignment"])
         return "The run has not measured both the teacher and the student yet."
     teacher, student = models["teacher"], models["distilled"]
     sizes = f"{millions(teacher['num_params'])} -> {millions(student['num_params'])} parameters"
@@ -47,6 +46,13 @@ def headline(report: Mapping[str, Any]) -> str:
     rounds = len(report.get("rounds", ()))
     spent += f" in {rounds} rounds" if spent and rounds > 1 else ""
     return f"{sizes} ({ratio:.0%}){_recovery(report['recovered_share'])}{spent}."
+
+
+def _aligned(facts: Mapping[str, Any]) -> str:
+    stages = [training["stage"] for training in (*facts["trainings"], *facts["rewards"])]
+    if stages:
+        return f"Aligned by NeMo-Aligner: {', '.join(stages)}."
+    return f"Measured on chat rows: {', '.join(str(model['label']) for model in facts['models'])}."
 
 
 def _recovery(share: float | None) -> str:

@@ -122,7 +122,9 @@ def _plan_of(recipe: Mapping[str, Any]) -> RunPlan:
     loaded = Recipe.model_validate(recipe)
     store = Store(run_dir(loaded))
     manifests = {name: store.manifest(name) for name in loaded.stages}
-    return make_plan(loaded, {name: found.payload.get("sources", {}) if found else {} for name, found in manifests.items()})
+    return make_plan(
+        loaded, {name: found.payload.get("sources", {}) if found else {} for name, found in manifests.items()}
+    )
 
 
 def _planned(plan: RunPlan) -> dict[str, dict[str, float]]:
