@@ -12,8 +12,9 @@ from nemo_minitron.report import compensation, figures, search
 from nemo_minitron.report.alignment import measured_figures, tables, with_direction
 from nemo_minitron.report.markdown import LAYERS_NOTE, curve_note, dropped_layers, headline, pruning_note, recipe_notes
 from nemo_minitron.report.pages import page_templates
-from nemo_minitron.report.text import duration, millions
+from nemo_minitron.report.text import millions
 from nemo_minitron.stages.registry import STAGES
+from nemo_minitron.system.duration import duration
 
 KINDS = tuple(STAGES)
 """Kinds of stages in pipeline order; others follow."""

@@ -8,7 +8,8 @@ from typing import Any
 from nemo_minitron.report.alignment import tables
 from nemo_minitron.report.compensation import compensation_markdown
 from nemo_minitron.report.search import search_markdown
-from nemo_minitron.report.text import code, duration, millions, plain, table
+from nemo_minitron.report.text import code, millions, plain, table
+from nemo_minitron.system.duration import duration
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:

@@ -20,7 +20,8 @@ from nemo_minitron.report.html import pipeline, render_html
 from nemo_minitron.report.importance import ffn_map, importance_curve, importance_share
 from nemo_minitron.report.markdown import headline, render_markdown
 from nemo_minitron.report.render import render
-from nemo_minitron.report.text import duration, millions, plain, table
+from nemo_minitron.report.text import millions, plain, table
+from nemo_minitron.system.duration import duration
 from tests.support.fake_run import fake_run
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" | $(touch pwned)$ {{ 7*7 }}"
@@ -282,11 +283,12 @@ def test_sizes_and_times_are_readable() -> None:
     assert millions(229_952) == "230K"
     assert millions(134_515_008) == "134.5M"
     assert millions(8_030_261_248) == "8.03B"
-    assert [duration(seconds) for seconds in (0.2, 59.6, 347, 7500)] == [
+    assert [duration(seconds) for seconds in (0.2, 59.6, 347, 7500, 1_814_400)] == [
         "< 1 s",
         "1 min 0 s",
         "5 min 47 s",
         "2 h 5 min",
+        "21 d 0 h",
     ]
 
 

@@ -29,7 +29,7 @@ def _running(root: Path) -> Path:
     run = root / "toy/width"
     work = run / ".work/distill"
     work.mkdir(parents=True)
-    progress = {"description": "distill", "done": 12, "total": 40, "unit": "steps", "eta_s": 600.0}
+    progress = {"description": "distill", "done": 12, "total": 40, "unit": "steps", "eta_s": 10800.0}
     (work / "progress.json").write_text(json.dumps({**progress, "fields": {"loss": "2.5"}, "time": 0}))
     rows = CURVES_OF_A_RUN.read_text().splitlines(keepends=True)
     (work / "curves.jsonl").write_text("".join(rows[:12]) + "{")
@@ -44,7 +44,7 @@ def test_status_shows_progress_time_left_and_jobs(tmp_path: Path) -> None:
     job = {"job": "77", "state": "running", "reason": "", "restarts": 2, "used": "", "left": "", "nodes": "node1"}
     stages = status_facts(plan, verify=False, jobs={"distill": job})["stages"]
     assert stages["distill"]["status"] == "12/40 steps"
-    assert stages["distill"]["summary"] == "loss 2.5 left 10 min"
+    assert stages["distill"]["summary"] == "loss 2.5 left 3 h 0 min"
     assert stages["distill"]["job"]["restarts"] == 2
     assert stages["score"]["job"] is None
 
