@@ -15,6 +15,7 @@ import pytest
 from nemo_minitron.api import load_recipe
 from nemo_minitron.artifacts import store
 from nemo_minitron.execution.runner import write_recipe
+from nemo_minitron.report.lineage import read_lineage
 from tests.conftest import REPO, TOY, Cli
 
 FROZEN = REPO / "tests/data/older_run"
@@ -55,6 +56,16 @@ def test_report_reads_an_older_run(run_root: Path, minitron: Cli) -> None:
     text = (run_root / "toy/width/report.md").read_text()
     for heading in ("Before and after", "Distillation", "What was cut", "Cost", "Training text", "Lineage"):
         assert f"## {heading}\n" in text
+
+
+def test_the_lineage_of_a_model_is_read_from_its_run() -> None:
+    run = store.Store(FROZEN)
+    lineage = read_lineage(
+        "distill", json.loads((FROZEN / "distill/manifest.json").read_text())["fingerprint"], "teacher", run
+    )
+    assert [record.stage for record in lineage.line] == ["prune", "distill"]
+    assert lineage.missing == ()
+    assert lineage.texts() == {"asset:toy-text": ["score", "distill"]}
 
 
 def test_a_report_with_another_recipe_names_the_stages_that_it_would_change(run_root: Path, minitron: Cli) -> None:

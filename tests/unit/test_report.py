@@ -266,6 +266,15 @@ def test_a_task_is_compared_by_a_metric_that_all_have() -> None:
     assert main_metric("t", {"a": both["a"]}) == "acc_norm"
 
 
+def test_a_group_without_a_score_has_no_row_and_leaves_the_mean() -> None:
+    scores = {"piqa": {"acc": 0.5}, "sciq": {"acc": 0.7}, "a_group": {}}
+    models = {label: {**_model(label, 1.0), "tasks": scores} for label in ("teacher", "distilled")}
+    rows = {row["name"]: row["text"] for row in comparison(models, None)}
+    assert not [name for name in rows if "a_group" in name]
+    assert rows["mean of the tasks"] == {"teacher": "0.600", "distilled": "0.600"}
+    assert list(plotted_metrics(models)) == ["piqa", "sciq"]
+
+
 # --- texts --------------------------------------------------------------------------------------
 
 
