@@ -83,7 +83,7 @@ def _exports(stage: Artifact) -> bool:
 
 def _data(stages: Mapping[str, Artifact], line: Sequence[Artifact]) -> Artifact | None:
     """Return the text of the student's last training, or else the first text of the recipe."""
-    named = [stage.inputs.get("data") for stage in in_section(line, "distillation", "training")[::-1]]
+    named = [str(stage.inputs.get("data")) for stage in in_section(line, "distillation", "training")[::-1]]
     found = [stages[name] for name in named if name in stages]
     return found[0] if found else _first(list(stages.values()), "data")
 
@@ -106,7 +106,7 @@ def _pruning(
 
     Plans of the random control have no scores.
     """
-    named = dict.fromkeys(stage.inputs.get("plan") for stage in line)
+    named = dict.fromkeys(str(stage.inputs.get("plan")) for stage in line)
     plans = in_section([stages[name] for name in named if name in stages], "selection")
     if not plans:
         every = in_section(in_order, "selection")
