@@ -67,7 +67,15 @@ class Store:
             )
         self.verify(stage, manifest, contents)
         path = Path(manifest.result.get("adopted_path", self.published(stage)))
-        return Artifact(stage, manifest.kind, path, manifest.fingerprint, manifest.result, manifest.provenance)
+        return Artifact(
+            stage=stage,
+            kind=manifest.kind,
+            path=path,
+            fingerprint=manifest.fingerprint,
+            result=manifest.result,
+            provenance=manifest.provenance,
+            inputs=manifest.inputs,
+        )
 
     def intact(self, stage: str, name: str) -> Path | None:
         """Return the path of a small file of a finished stage; None if it is missing or differs from the manifest."""

@@ -22,6 +22,8 @@ class Artifact:
     """Small JSON facts that the stage returned: sizes, losses, counts."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Software versions, command, times and duration; see `manifest.provenance`."""
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    """Role -> name(s) of the stages that it read."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from nemo_minitron import api
 from nemo_minitron.cli.arguments import Overrides, RecipeFile
 from nemo_minitron.cli.output import console
 from nemo_minitron.errors import EnvironmentProblem
-from nemo_minitron.system.disclosure import masked
+from nemo_minitron.system.disclosure import environment_of, masked_log
 from nemo_minitron.system.terminal import write
 
 
@@ -24,11 +24,12 @@ def logs(
     from nemo_minitron.launch.logs import logs_of, tail
     from nemo_minitron.plan.folder import run_dir
 
-    run = run_dir(api.load_recipe(recipe, overrides))
+    loaded = api.load_recipe(recipe, overrides)
+    run, environment = run_dir(loaded), environment_of(loaded.model_dump(mode="json"))
     found = logs_of(run, name)
     if not found:
         raise EnvironmentProblem(f"Stage {name} has no log yet.", where=str(run / "logs"))
     for file in found:
         console.say("", str(file), "bold")
-        for line in tail(file, lines):
-            write(masked(line))
+        for line in masked_log(tail(file, lines), environment):
+            write(line)

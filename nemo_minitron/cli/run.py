@@ -7,6 +7,7 @@ import time
 from nemo_minitron import api
 from nemo_minitron.cli.arguments import AcceptDrift, Overrides, RecipeFile, Rerun, Until
 from nemo_minitron.cli.output import console, print_report_path, print_warnings
+from nemo_minitron.system.duration import duration
 
 
 def run(
@@ -27,5 +28,5 @@ def run(
     print_warnings(foreign_programs(recipe, loaded.execution))
     started_s = time.monotonic()
     folder = api.run(plan, rerun=rerun or (), accept_drift=accept_drift, until=until)
-    console.say(f"in {time.monotonic() - started_s:.0f} s: {folder}", "done", "green")
+    console.say(f"in {duration(time.monotonic() - started_s)}: {folder}", "done", "green")
     print_report_path(folder / "report.html")

@@ -16,6 +16,7 @@ from rich.text import Text
 from nemo_minitron import api
 from nemo_minitron.cli.arguments import Overrides, RecipeFile, expanded
 from nemo_minitron.cli.output import STATUS_STYLES, console
+from nemo_minitron.system.disclosure import environment_of
 from nemo_minitron.system.files import write_whole
 from nemo_minitron.system.terminal import write
 
@@ -38,10 +39,12 @@ def status(
     """Show which stages have finished, the progress of those that run, and their jobs on a cluster."""
 
     def current() -> dict[str, Any]:
-        return _status(recipe, overrides, verify=verify)
+        facts, environment = _status(recipe, overrides, verify=verify)
+        if html is not None:
+            _write_page(facts, html, watch, environment)
+        return facts
 
     facts = current()
-    _write_page(facts, html, watch)
     if watch is None:
         write(json.dumps(facts, indent=2)) if as_json else console.print(_table(facts))
         return
@@ -55,16 +58,17 @@ def status(
                 return
             time.sleep(watch)
             facts = current()
-            _write_page(facts, html, watch)
 
 
-def _status(recipe: Path, overrides: list[str] | None, *, verify: bool) -> dict[str, Any]:
+def _status(recipe: Path, overrides: list[str] | None, *, verify: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the state of every stage, and the environment that the recipe sets for its jobs."""
     from nemo_minitron.launch.status import job_facts
     from nemo_minitron.plan.describe import status_facts
     from nemo_minitron.plan.folder import run_dir
 
     plan = api.load_plan(recipe, overrides, checked=False)
-    return status_facts(plan, verify=verify, jobs=job_facts(run_dir(plan.recipe)))
+    facts = status_facts(plan, verify=verify, jobs=job_facts(run_dir(plan.recipe)))
+    return facts, environment_of(plan.recipe.model_dump(mode="json"))
 
 
 def _table(facts: dict[str, Any]) -> Table:
@@ -88,9 +92,7 @@ def _job_cells(job: dict[str, Any] | None) -> list[str]:
     return [f"{job['job']} {job['state']}{reason}", str(job["restarts"] or "")]
 
 
-def _write_page(facts: dict[str, Any], html: Path | None, watch: float | None) -> None:
-    if html is None:
-        return
+def _write_page(facts: dict[str, Any], html: Path, watch: float | None, environment: dict[str, str]) -> None:
     from nemo_minitron.report.status_page import render_status
 
-    write_whole(html, render_status(facts, reload_s=watch or 30.0))
+    write_whole(html, render_status(facts, reload_s=watch or 30.0, environment=environment))

@@ -14,6 +14,7 @@ from nemo_minitron.plan.planner import RunPlan
 from nemo_minitron.plan.shapes import shape_facts
 from nemo_minitron.plan.view import View
 from nemo_minitron.stages.registry import STAGES
+from nemo_minitron.system.duration import duration
 
 _SUMMARY_KEYS = (
     "num_params",
@@ -104,7 +105,7 @@ def _stage_facts(name: str, plan: RunPlan, store: Store, verify: bool) -> dict[s
     if manifest is not None:
         store.verify(name, manifest, "all" if verify else "sizes")
         facts["wall_s"] = manifest.provenance.get("wall_s")
-        facts["took"] = f"{facts['wall_s']:.0f} s" if _is_number(facts["wall_s"]) else ""
+        facts["took"] = duration(facts["wall_s"]) if _is_number(facts["wall_s"]) else ""
         facts["summary"] = ", ".join(
             _show(key, manifest.result[key]) for key in _SUMMARY_KEYS if key in manifest.result
         )
@@ -113,7 +114,7 @@ def _stage_facts(name: str, plan: RunPlan, store: Store, verify: bool) -> dict[s
         fields = " ".join(f"{key} {value}" for key, value in running["fields"].items())
         facts["status"] = f"{running['done']}/{running['total']} {running['unit']}"
         facts["running"] = True
-        facts["eta"] = f"{running['eta_s'] / 60:.0f} min" if running["eta_s"] is not None else ""
+        facts["eta"] = duration(running["eta_s"]) if running["eta_s"] is not None else ""
         facts["summary"] = f"{fields} {facts['eta'] and 'left ' + facts['eta']}".strip()
     return facts
 

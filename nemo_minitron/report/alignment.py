@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_minitron.artifacts.types import Artifact
 from nemo_minitron.backends.alignment.base import CURVES_FILE, alignment_backend
+from nemo_minitron.report.curves import MAX_CURVE_ROWS, thin_out
 from nemo_minitron.report.rewards import reward_samples, reward_table, reward_trainings
 from nemo_minitron.report.sampled_answers import sampled_answers, sampled_table
 from nemo_minitron.report.sections import in_section
@@ -58,19 +59,26 @@ def _training(stage: Artifact) -> dict[str, Any]:
 
 
 def _curve(stage: Artifact) -> Rows:
-    points = alignment_backend().read_curve(stage.path / CURVES_FILE)
-    return [asdict(point) for point in points if point.train is not None or point.valid is not None]
+    rows = [asdict(point) for point in alignment_backend().read_curve(stage.path / CURVES_FILE)]
+    parts = ([row for row in rows if row[part] is not None] for part in ("train", "valid"))
+    shown = {id(row): row for part in parts for row in thin_out(part, MAX_CURVE_ROWS)}
+    return sorted(shown.values(), key=lambda row: int(row["step"]))
 
 
 def _models(stages: Sequence[Artifact]) -> Rows:
-    """Return a row for each model; several evaluations of one model, which have the same label, are one row."""
+    """Return a row for each model: evaluations with one label are one row, unless they have a figure in common."""
     rows: dict[str, dict[str, Any]] = {}
     for stage in stages:
         found = _model(stage.result)
         row = rows.setdefault(found["label"], found)
-        if row is not found:
+        if row is found:
+            continue
+        if row.keys() & found.keys() <= {"label", "rows"}:
             both = " and ".join(one["rows"] for one in (row, found) if "rows" in one)
             row |= {**found, **({"rows": both} if both else {})}
+        else:
+            label = f"{found['label']} ({stage.stage})"
+            rows[label] = {**found, "label": label}
     return list(rows.values())
 
 

@@ -12,13 +12,14 @@ from nemo_minitron.evaluation.metrics import recovered_share
 from nemo_minitron.report.alignment import alignment_facts
 from nemo_minitron.report.comparison import comparison, ordered
 from nemo_minitron.report.compensation import compensation_facts
+from nemo_minitron.report.curves import MAX_CURVE_ROWS, thin_out
 from nemo_minitron.report.importance import pruning_facts
+from nemo_minitron.report.lineage import line_of
 from nemo_minitron.report.sections import in_section
+from nemo_minitron.stages.kind import Output
 from nemo_minitron.stages.registry import STAGES
 
 SCHEMA = 1
-MAX_CURVE_ROWS = 600
-"""Longer curves are thinned out; the complete ones stay in the folder of the distill stage."""
 
 
 def collect(title: str, recipe_name: str, stages: Mapping[str, Artifact]) -> dict[str, Any]:
@@ -26,7 +27,9 @@ def collect(title: str, recipe_name: str, stages: Mapping[str, Artifact]) -> dic
     in_order = sorted(stages.values(), key=lambda stage: str(stage.provenance.get("started", "")))
     found = {str(stage.result["label"]): _model(stage) for stage in in_section(in_order, "evaluation")}
     models = {label: found[label] for label in ordered(found)}
-    speed, data = _first(in_order, "speed"), _first(in_order, "data")
+    line = _line(stages, in_order)
+    speed, data = _first(in_order, "speed"), _data(stages, line)
+    distillations = in_section(line, "distillation")
     return {
         "schema": SCHEMA,
         "title": title,
@@ -35,14 +38,15 @@ def collect(title: str, recipe_name: str, stages: Mapping[str, Artifact]) -> dic
         "recovered_share": _recovered(models),
         "comparison": comparison(models, speed.result if speed else None),
         "search": _search(stages),
-        "pruning": _pruning(in_order),
-        "compensation": compensation_facts(_first(in_order, "compensation")),
-        "curves": _curves(in_order),
+        "pruning": _pruning(stages, in_order, line),
+        "compensation": compensation_facts(_last(line, "compensation") or _first(in_order, "compensation")),
+        "rounds": [stage.stage for stage in distillations],
+        "curves": _curves(distillations[-1]) if distillations else [],
         "layers": _layers(in_order),
         "speed": dict(speed.result) if speed else None,
         "data": dict(data.result) if data else None,
         "data_used": _data_used(in_order),
-        "cost": _cost(in_order),
+        "cost": _cost(in_order, distillations),
         "samples": _samples(in_order),
         "alignment": alignment_facts(in_order),
         "lineage": [_lineage(stage) for stage in in_order],
@@ -51,6 +55,37 @@ def collect(title: str, recipe_name: str, stages: Mapping[str, Artifact]) -> dic
 
 def _first(stages: Sequence[Artifact], section: str) -> Artifact | None:
     return next(iter(in_section(stages, section)), None)
+
+
+def _last(stages: Sequence[Artifact], section: str) -> Artifact | None:
+    return next(iter(in_section(stages, section)[::-1]), None)
+
+
+def _line(stages: Mapping[str, Artifact], in_order: Sequence[Artifact]) -> list[Artifact]:
+    """Return the stages that made the student, the oldest first.
+
+    The student is the model that is measured as `distilled`, or else the exported one, or else the one distilled last.
+    """
+    models = [stage.inputs.get("model") for stage in in_section(in_order, "evaluation") if _label(stage) == "distilled"]
+    models += [stage.inputs.get("model") for stage in in_order if _exports(stage)]
+    models += [stage.stage for stage in in_section(in_order, "distillation")[-1:]]
+    lines = (line_of(model, stages) for model in models)
+    return next((line for line in lines if line), [])
+
+
+def _label(stage: Artifact) -> str:
+    return str(stage.result["label"])
+
+
+def _exports(stage: Artifact) -> bool:
+    return stage.kind in STAGES and Output.EXPORTED_MODEL in STAGES[stage.kind].outputs
+
+
+def _data(stages: Mapping[str, Artifact], line: Sequence[Artifact]) -> Artifact | None:
+    """Return the text of the student's last training, or else the first text of the recipe."""
+    named = [str(stage.inputs.get("data")) for stage in in_section(line, "distillation", "training")[::-1]]
+    found = [stages[name] for name in named if name in stages]
+    return found[0] if found else _first(list(stages.values()), "data")
 
 
 def _model(stage: Artifact) -> dict[str, Any]:
@@ -64,14 +99,23 @@ def _recovered(models: Mapping[str, Mapping[str, Any]]) -> float | None:
     return recovered_share(teacher, pruned, distilled)
 
 
-def _pruning(stages: Sequence[Artifact]) -> dict[str, Any] | None:
-    """Return facts of the first pruning plan made from scores; plans of the random control have no scores."""
-    plans = in_section(stages, "selection")
-    chosen = next((plan for plan in plans if plan.result.get("method") == "importance"), next(iter(plans), None))
-    if chosen is None:
+def _pruning(
+    stages: Mapping[str, Artifact], in_order: Sequence[Artifact], line: Sequence[Artifact]
+) -> dict[str, Any] | None:
+    """Return facts of the student's pruning plans, or else of the first plan made from scores.
+
+    Plans of the random control have no scores.
+    """
+    named = dict.fromkeys(str(stage.inputs.get("plan")) for stage in line)
+    plans = in_section([stages[name] for name in named if name in stages], "selection")
+    if not plans:
+        every = in_section(in_order, "selection")
+        plans = [plan for plan in every if plan.result.get("method") == "importance"][:1] or every[:1]
+    if not plans:
         return None
-    score = _first(stages, "scores")
-    return {"stage": chosen.stage, **pruning_facts(chosen.path, score.path if score else None)}
+    score = stages.get(plans[-1].inputs.get("scores", "")) or _first(in_order, "scores")
+    facts = pruning_facts([plan.path for plan in plans], score.path if score else None)
+    return {"stage": plans[-1].stage, **facts}
 
 
 def _search(stages: Mapping[str, Artifact]) -> dict[str, Any] | None:
@@ -80,14 +124,13 @@ def _search(stages: Mapping[str, Artifact]) -> dict[str, Any] | None:
     return json.loads((search.path / "search.json").read_text(encoding="utf-8")) if search else None
 
 
-def _curves(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
-    """Return rows of the distillation's curves: training {step, train_loss, tokens, ...} or {step, valid_loss, ...}.
+def _curves(distillation: Artifact) -> list[dict[str, Any]]:
+    """Return rows of a distillation's curves: training {step, train_loss, tokens, ...} or {step, valid_loss, ...}.
 
     The latter have valid_kl and valid_teacher_loss if the teacher was in memory or its cache covers the held-out text.
     """
-    distill = _first(stages, "distillation")
-    file = distill.path / "curves.jsonl" if distill else None
-    if file is None or not file.is_file():
+    file = distillation.path / "curves.jsonl"
+    if not file.is_file():
         return []
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     training = thin_out([row for row in rows if "train_loss" in row], MAX_CURVE_ROWS)
@@ -113,15 +156,7 @@ def _data_used(stages: Sequence[Artifact]) -> list[dict[str, Any]]:
     return [{"stage": stage.stage, **use} for stage in trained for use in stage.result.get("data_used", ())]
 
 
-def thin_out(rows: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """Return at most `most` evenly spaced rows, including the first and the last."""
-    if len(rows) <= most:
-        return list(rows)
-    step = (len(rows) - 1) / (most - 1)
-    return [rows[round(number * step)] for number in range(most)]
-
-
-def _cost(stages: Sequence[Artifact]) -> dict[str, Any]:
+def _cost(stages: Sequence[Artifact], distillations: Sequence[Artifact]) -> dict[str, Any]:
     rows = [
         {
             "stage": stage.stage,
@@ -133,12 +168,12 @@ def _cost(stages: Sequence[Artifact]) -> dict[str, Any]:
         }
         for stage in stages
     ]
-    distill = _first(stages, "distillation")
+    tokens = [stage.result["tokens"] for stage in distillations if "tokens" in stage.result]
     return {
         "stages": rows,
         "total_wall_s": math.fsum(_wall_s(stage) for stage in stages),
-        "distill_tokens": distill.result.get("tokens") if distill else None,
-        "distill_wall_s": _wall_s(distill) if distill else None,
+        "distill_tokens": sum(tokens) if tokens else None,
+        "distill_wall_s": math.fsum(map(_wall_s, distillations)) if distillations else None,
     }
 
 

@@ -36,11 +36,12 @@ def comparison(models: Mapping[str, Mapping[str, Any]], speed: Mapping[str, Any]
         _row("bits per byte", models, lambda model: model["bits_per_byte"], "{:.3f}", better=min),
         _row("perplexity", models, lambda model: model["perplexity"], "{:,.1f}", better=min),
     ]
-    tasks = dict.fromkeys(task for model in models.values() for task in model["tasks"])
-    rows += [_task_row(task, models) for task in tasks]
-    averaged = [task for task in tasks if not is_lower_better(task, main_metric(task, models), models)]
+    metrics = task_metrics(models)
+    rows += [_task_row(task, metric, models) for task, metric in metrics.items()]
+    averaged = {task: metric for task, metric in metrics.items() if not is_lower_better(task, metric, models)}
     if len(averaged) > 1:
-        rows.append(_mean_row(averaged, models))
+        means = {label: mean_of_tasks(model, averaged) for label, model in models.items()}
+        rows.append(_scores_row("mean of the tasks", means, max))
     rows.append(_checkpoint_row(models))
     measured = {label: rates for label, rates in (speed or {}).get("models", {}).items() if label in models}
     if measured:
@@ -49,30 +50,52 @@ def comparison(models: Mapping[str, Mapping[str, Any]], speed: Mapping[str, Any]
     return rows
 
 
+def task_metrics(models: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return task -> the metric that is the task's score in tables, figures and model cards.
+
+    Tasks without any score, such as groups of lm-eval, are left out.
+    """
+    tasks = dict.fromkeys(task for model in models.values() for task in model["tasks"])
+    metrics = {task: main_metric(task, models) for task in tasks}
+    return {task: metric for task, metric in metrics.items() if metric is not None}
+
+
 def main_metric(task: str, models: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Return the metric for comparing a task: the first that all models evaluated on it have."""
-    taken = [model["tasks"][task] for model in models.values() if task in model["tasks"]]
+    """Return the metric for comparing a task: the first that all models with a score of it have, or else any of them.
+
+    None: no model has a score of the task.
+    """
+    taken = [model["tasks"][task] for model in models.values() if model["tasks"].get(task)]
     wanted = ("acc", "acc_norm") if task in PLAIN_ACCURACY else ("acc_norm", "acc")
-    others = [key for key in (taken[0] if taken else ()) if "stderr" not in key]
-    return next((key for key in (*wanted, *others) if all(key in scores for scores in taken)), None)
+    others = dict.fromkeys(key for scores in taken for key in scores if "stderr" not in key)
+    found = [key for key in dict.fromkeys((*wanted, *others)) if key in others]
+    return next((key for key in found if all(key in scores for scores in taken)), next(iter(found), None))
 
 
-def score_of(task: str, model: Mapping[str, Any], metric: str | None) -> tuple[float, float] | None:
+def score_of(task: str, model: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
     """Return (score, standard error or 0) of a model on a task, or None if it was not measured."""
     scores = model["tasks"].get(task, {})
     if metric not in scores:
         return None
-    name, _, kind = str(metric).partition(",")
+    name, _, kind = metric.partition(",")
     error = scores.get(f"{name}_stderr,{kind}" if kind else f"{name}_stderr", 0.0)
     return float(scores[metric]), float(error)
 
 
-def is_lower_better(task: str, metric: str | None, models: Mapping[str, Mapping[str, Any]]) -> bool:
+def score_text(score: tuple[float, float] | None) -> str:
+    """Format a score with its standard error; empty if it was not measured."""
+    if score is None:
+        return ""
+    value, error = score
+    return f"{value:.3f} ± {error:.3f}" if error else f"{value:.3f}"
+
+
+def is_lower_better(task: str, metric: str, models: Mapping[str, Mapping[str, Any]]) -> bool:
     """Return whether a lower value of a task's metric is better, as for perplexities."""
     return any(metric in model.get("tasks_lower_is_better", {}).get(task, ()) for model in models.values())
 
 
-def mean_of_tasks(model: Mapping[str, Any], metrics: Mapping[str, str | None]) -> tuple[float, float] | None:
+def mean_of_tasks(model: Mapping[str, Any], metrics: Mapping[str, str]) -> tuple[float, float] | None:
     """Return (mean over tasks, its standard error), or None if the model was not evaluated on all of them."""
     found = [score_of(task, model, metric) for task, metric in metrics.items()]
     scores = [pair for pair in found if pair is not None]
@@ -94,22 +117,14 @@ def _row(
     return {"name": name, "text": text, **_extremes({label: (v, 0.0) for label, v in values.items()}, better)}
 
 
-def _task_row(task: str, models: Mapping[str, Mapping[str, Any]]) -> Row:
-    metric = main_metric(task, models)
+def _task_row(task: str, metric: str, models: Mapping[str, Mapping[str, Any]]) -> Row:
     scores = {label: score_of(task, model, metric) for label, model in models.items()}
     return _scores_row(f"{task} ({metric})", scores, min if is_lower_better(task, metric, models) else max)
 
 
-def _mean_row(tasks: list[str], models: Mapping[str, Mapping[str, Any]]) -> Row:
-    metrics = {task: main_metric(task, models) for task in tasks}
-    return _scores_row(
-        "mean of the tasks", {label: mean_of_tasks(model, metrics) for label, model in models.items()}, max
-    )
-
-
 def _scores_row(name: str, scores: Mapping[str, tuple[float, float] | None], better: Callable[..., Any]) -> Row:
     known = {label: pair for label, pair in scores.items() if pair is not None}
-    text = {label: f"{score:.3f} ± {error:.3f}" if error else f"{score:.3f}" for label, (score, error) in known.items()}
+    text = {label: score_text(pair) for label, pair in known.items()}
     return {"name": name, "text": text, **_extremes(known, better)}
 
 

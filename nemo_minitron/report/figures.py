@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,20 +16,29 @@ import matplotlib
 import numpy as np
 from markupsafe import escape
 
-from nemo_minitron.report.comparison import is_lower_better, main_metric, score_of
+from nemo_minitron.report.comparison import is_lower_better, score_of, task_metrics
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-_VARIABLES = ("ink", "soft", "line", "card", "teacher", "distilled", "pruned", "random", "extra", "cut")
+_MODELS = ("teacher", "distilled", "pruned", "random")
+"""Labels with a color of their own."""
+_EXTRAS = ("extra", "extra2", "extra3", "extra4")
+"""Colors of models with other labels."""
+_VARIABLES = ("ink", "soft", "line", "card", *_MODELS, *_EXTRAS, "cut")
 STAND_INS = {name: f"#0101{number:02x}" for number, name in enumerate(_VARIABLES, 16)}
 """Name of a CSS variable of the page -> placeholder color for matplotlib."""
 INK, SOFT, LINE, CARD, CUT = (STAND_INS[name] for name in ("ink", "soft", "line", "card", "cut"))
 TEACHER, DISTILLED, PRUNED = (STAND_INS[name] for name in ("teacher", "distilled", "pruned"))
+MARKERS = "os^Dv"
 HALF, WIDE, SLIM = 4.6, 6.4, 3.2
 """Widths in inches of a figure in a row of two, of one, and of three figures."""
+_POINT_DISTANCE = 0.1
+"""Distance in inches of the points of two models on one task."""
+_LEGEND_CHARACTERS = 72
+"""Characters that fit into a row of a legend above a wide figure."""
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "nemo-minitron",
@@ -61,9 +70,15 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def variable_of(label: str) -> str:
-    """Return the CSS variable with the color of a model; models with other labels share one."""
-    return label if label in ("teacher", "distilled", "pruned", "random") else "extra"
+def looks_of(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return label of a model -> (CSS variable with its color, its marker); markers differ where colors repeat."""
+    listed = list(labels)
+    others = {label: number for number, label in enumerate(label for label in listed if label not in _MODELS)}
+    looks = {}
+    for label in listed:
+        round_number, color = divmod(others.get(label, 0), len(_EXTRAS))
+        looks[label] = (_EXTRAS[color] if label in others else label, MARKERS[round_number % len(MARKERS)])
+    return looks
 
 
 @contextmanager
@@ -120,7 +135,7 @@ def speed_bars(speed: Mapping[str, Any], labels: Sequence[str], rate: str, title
     spread = {label: (rates[f"{key}_min"], rates[f"{key}_max"]) for label, rates in models.items()}
     values = {label: rates[key] for label, rates in models.items()}
     form = "{:,.0f}" if min(values.values()) >= 100 else "{:,.1f}"
-    return _bars(f"speed-{rate}", values, title, form, spread)
+    return _bars(f"speed-{rate}", values, title, form, spread, labels)
 
 
 def _bars(
@@ -129,12 +144,14 @@ def _bars(
     xlabel: str,
     form: str,
     spread: Mapping[str, tuple[float, float]] | None = None,
+    every: Iterable[str] | None = None,
 ) -> str:
+    """Plot a bar for each label; `every` are the labels of all models of the report, which decide on the colors."""
     out: list[str] = []
-    labels = list(values)[::-1]
+    labels, looks = list(values)[::-1], looks_of(values if every is None else every)
     listed = ", ".join(f"{label} {form.format(value)}" for label, value in values.items())
     with picture(out, name, HALF, 0.62 + 0.34 * len(labels), f"{xlabel}: {listed}") as ax:
-        colors = [STAND_INS[variable_of(label)] for label in labels]
+        colors = [STAND_INS[looks[label][0]] for label in labels]
         rows = range(len(labels))
         ax.barh(rows, [values[label] for label in labels], color=colors, height=0.6)
         ends = []
@@ -332,35 +349,33 @@ def share_by_layer(name: str, lines: Mapping[str, Sequence[tuple[int, float]]], 
     return out[0]
 
 
-def plotted_metrics(models: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
+def plotted_metrics(models: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return task -> metric of the tasks in the figure: those of which a higher score is better."""
-    every = dict.fromkeys(task for model in models.values() for task in model["tasks"])
-    metrics = {task: main_metric(task, models) for task in every}
-    return {task: metric for task, metric in metrics.items() if not is_lower_better(task, metric, models)}
+    return {task: metric for task, metric in task_metrics(models).items() if not is_lower_better(task, metric, models)}
 
 
 def task_points(models: Mapping[str, Mapping[str, Any]]) -> str:
     """Plot the score of each model on each task, with one standard error."""
     out: list[str] = []
-    labels = list(models)
-    metrics = plotted_metrics(models)
-    tasks = list(metrics)
-    with picture(out, "tasks", WIDE, 0.85 + 0.52 * len(tasks), "Scores on downstream tasks; see the table.") as ax:
-        for row, task in enumerate(tasks):
+    metrics, looks = plotted_metrics(models), looks_of(models)
+    columns = max(1, min(len(looks), _LEGEND_CHARACTERS // (4 + max(map(len, looks)))))
+    row_height = max(0.52, _POINT_DISTANCE * (len(looks) + 1))
+    height = 0.65 + 0.2 * -(-len(looks) // columns) + row_height * len(metrics)
+    with picture(out, "tasks", WIDE, height, "Scores on downstream tasks; see the table.") as ax:
+        for row, (task, metric) in enumerate(metrics.items()):
             ax.axhline(row + 0.5, color=LINE, linewidth=0.7)
-            for offset, label in enumerate(labels):
-                found = score_of(task, models[label], metrics[task])
+            for number, (label, (variable, marker)) in enumerate(looks.items()):
+                found = score_of(task, models[label], metric)
                 if found is not None:
-                    height = row + (offset - (len(labels) - 1) / 2) * 0.19
-                    color = STAND_INS[variable_of(label)]
-                    ax.errorbar(found[0], height, xerr=found[1], fmt="o", ms=4.5, color=color, linewidth=1.4)
-        for label in labels:
-            ax.plot([], [], "o", ms=5, color=STAND_INS[variable_of(label)], label=label)
-        names = [f"{task}\n{metrics[task]}" for task in tasks]
-        ax.set_yticks(range(len(tasks)), names)
+                    place = row + (number - (len(looks) - 1) / 2) * _POINT_DISTANCE / row_height
+                    color = STAND_INS[variable]
+                    ax.errorbar(found[0], place, xerr=found[1], fmt=marker, ms=4.5, color=color, linewidth=1.4)
+        handles = [ax.plot([], [], marker, ms=5, color=STAND_INS[variable])[0] for variable, marker in looks.values()]
+        ax.set_yticks(range(len(metrics)), [f"{task}\n{metric}" for task, metric in metrics.items()])
         ax.tick_params(axis="y", length=0, labelcolor=INK)
-        ax.set_ylim(len(tasks) - 0.5, -0.5)
+        ax.set_ylim(len(metrics) - 0.5, -0.5)
         ax.set_xlabel("score ± one standard error")
         ax.grid(axis="y", visible=False)
-        ax.legend(ncols=max(1, len(labels)), loc="lower left", bbox_to_anchor=(0, 1.0), handletextpad=0.1)
+        # Labels in a list are shown even if they begin with an underscore.
+        ax.legend(handles, list(looks), ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.0), handletextpad=0.1)
     return out[0]

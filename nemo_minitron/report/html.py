@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from nemo_minitron import __version__
 from nemo_minitron.report import compensation, figures, search
 from nemo_minitron.report.alignment import measured_figures, tables, with_direction
-from nemo_minitron.report.markdown import LAYERS_NOTE, dropped_layers, headline
-from nemo_minitron.report.text import duration, millions
+from nemo_minitron.report.markdown import LAYERS_NOTE, curve_note, dropped_layers, headline, pruning_note, recipe_notes
+from nemo_minitron.report.pages import page_templates
+from nemo_minitron.report.text import millions
 from nemo_minitron.stages.registry import STAGES
+from nemo_minitron.system.duration import duration
 
-TEMPLATES = Path(__file__).parent / "templates"
 KINDS = tuple(STAGES)
 """Kinds of stages in pipeline order; others follow."""
 Draw = Callable[[], str]
@@ -28,18 +28,11 @@ def render_html(report: Mapping[str, Any], recipe: str) -> str:
         report: content of report.json.
         recipe: the resolved recipe as YAML.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_templates()
     environment.filters.update(millions=millions, duration=duration, condense=_condense)
-    environment.globals.update(variable_of=figures.variable_of)
+    environment.globals.update(variable_of=_variable_of(report))
     sections = {
         name: [Markup(picture()) for picture in pictures] for name, pictures in _pictures(report).items() if pictures
     }
@@ -54,9 +47,23 @@ def render_html(report: Mapping[str, Any], recipe: str) -> str:
         aligned=tables(report["alignment"]) if report.get("alignment") else [],
         dropped=dropped_layers(report["pruning"]) if report["pruning"] else [],
         layers_note=LAYERS_NOTE,
+        recipe_notes=recipe_notes(report),
+        curve_note=curve_note(report),
+        pruning_note=pruning_note(report),
         recipe=recipe,
         version=__version__,
     )
+
+
+def _variable_of(report: Mapping[str, Any]) -> Callable[[str], str]:
+    """Return a function from the label of a model to the CSS variable with its color."""
+    looks = figures.looks_of(_labels(report))
+    return lambda label: looks[label][0]
+
+
+def _labels(report: Mapping[str, Any]) -> list[str]:
+    """Return the labels of all models that were measured or timed."""
+    return list(dict.fromkeys([*report["models"], *(report["speed"] or {"models": ()})["models"]]))
 
 
 def pipeline(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -85,7 +92,7 @@ def _pictures(report: Mapping[str, Any]) -> dict[str, list[Draw]]:
     if any("valid_kl" in row for row in curves):
         out["recovery"].append(partial(figures.divergence_curve, curves))
     if speed:
-        labels = [*models, *(label for label in speed["models"] if label not in models)]
+        labels = _labels(report)
         out["speed"] = [
             partial(figures.speed_bars, speed, labels, "generate", "generation, tokens/s"),
             partial(figures.speed_bars, speed, labels, "prefill", "reading a prompt, tokens/s"),
@@ -150,7 +157,7 @@ def _pruning_pictures(pruning: Mapping[str, Any]) -> dict[str, list[Draw]]:
         layers.append(partial(figures.ffn_map, pruning["ffn_map"], curves["ffn"]))
     for metric, values in pruning["layer_scores"].items():
         layers.append(
-            partial(figures.layer_points, metric, values, pruning["kept_layers"], pruning["baseline_lm_loss"])
+            partial(figures.layer_points, metric, values, pruning["kept_scored_layers"], pruning["baseline_lm_loss"])
         )
     return {
         "importance": [partial(figures.importance, axis, curve) for axis, curve in curves.items()],

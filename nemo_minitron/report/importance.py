@@ -18,16 +18,26 @@ CURVE_POINTS, MAP_COLUMNS = 160, 96
 Scores = Mapping[str, NDArray[np.float32]]
 
 
-def pruning_facts(plan_dir: Path, scores_dir: Path | None) -> dict[str, Any]:
-    """Return the `pruning` part of the report; without scores, the parts that need them are empty."""
-    plan = json.loads((plan_dir / PLAN_FILE).read_text(encoding="utf-8"))
+def pruning_facts(plan_dirs: Sequence[Path], scores_dir: Path | None) -> dict[str, Any]:
+    """Return the `pruning` part of the report; without scores, the parts that need them are empty.
+
+    Sizes and kept layers are those of all rounds together; importance and layer scores are those of the last round.
+
+    Args:
+        plan_dirs: folders of the plans of all rounds, in order.
+        scores_dir: folder of the scores of the last round.
+    """
+    plans = [json.loads((folder / PLAN_FILE).read_text(encoding="utf-8")) for folder in plan_dirs]
+    first, plan = plans[0], plans[-1]
     scores, baseline = _read_scores(scores_dir)
     ffn = scores.get(FFN.name)
     return {
         "method": plan["method"],
-        "num_params": plan["num_params"],
-        "axes": [_axis(axis, plan, scores) for axis in SHOWN_AXES],
-        "kept_layers": list(_kept(plan["keep"][LAYERS.name], plan["source"][LAYERS.target_key])),
+        "rounds": len(plans),
+        "num_params": {"source": first["num_params"]["source"], "target": plan["num_params"]["target"]},
+        "axes": [_axis(axis, first["source"], plan, scores if len(plans) == 1 else {}) for axis in SHOWN_AXES],
+        "kept_layers": _kept_layers(plans),
+        "kept_scored_layers": _kept_layers([plan]),
         "importance": {
             axis.name: {"name": axis.title, **importance_curve(scores[axis.name], plan["target"][axis.target_key])}
             for axis in SHOWN_AXES
@@ -52,8 +62,16 @@ def _read_scores(folder: Path | None) -> tuple[Scores, float | None]:
     return load_file(str(folder / "scores.safetensors")), facts.get("baseline_lm_loss")
 
 
-def _axis(axis: Axis, plan: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
-    source, kept = plan["source"][axis.target_key], plan["target"][axis.target_key]
+def _kept_layers(plans: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the layers that all plans keep, one after the other, by their number before the first of them."""
+    kept = list(range(plans[0]["source"][LAYERS.target_key]))
+    for plan in plans:
+        kept = [kept[layer] for layer in _kept(plan["keep"][LAYERS.name], len(kept))]
+    return kept
+
+
+def _axis(axis: Axis, before: Mapping[str, int], plan: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
+    source, kept = before[axis.target_key], plan["target"][axis.target_key]
     share = importance_share(scores[axis.name], plan["keep"][axis.name]) if axis.name in scores else None
     return {"axis": axis.title, "source": source, "kept": kept, "share": kept / source, "importance_share": share}
 

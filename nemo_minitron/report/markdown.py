@@ -8,14 +8,28 @@ from typing import Any
 from nemo_minitron.report.alignment import tables
 from nemo_minitron.report.compensation import compensation_markdown
 from nemo_minitron.report.search import search_markdown
-from nemo_minitron.report.text import code, duration, millions, plain, table
+from nemo_minitron.report.text import code, millions, plain, table
+from nemo_minitron.system.duration import duration
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:
     """Render the report as a short page of tables."""
     found = ((title, text(report)) for title, text in _SECTIONS.items())
     sections = [f"## {title}\n\n{text}" for title, text in found if text.strip()]
-    return "\n\n".join([f"# {plain(report['title'])}", headline(report), *sections]) + "\n"
+    notes = map(plain, recipe_notes(report))
+    return "\n\n".join([f"# {plain(report['title'])}", headline(report), *notes, *sections]) + "\n"
+
+
+def recipe_notes(report: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each recipe that did not make all stages: the one on the page, and the one given."""
+    made, given = (
+        "; ".join(f"{stage} ({difference})" for stage, difference in report.get(key, {}).items())
+        for key in ("made_otherwise", "given_otherwise")
+    )
+    notes = [f"Made with another recipe than that of this report: {made}."] if made else []
+    if given:
+        notes.append(f"This report shows the recipe of the run. The given recipe would change: {given}.")
+    return notes
 
 
 def headline(report: Mapping[str, Any]) -> str:
@@ -23,15 +37,23 @@ def headline(report: Mapping[str, Any]) -> str:
     models = report["models"]
     if "teacher" not in models or "distilled" not in models:
         if report.get("alignment"):
-            stages = [training["stage"] for training in report["alignment"]["trainings"]]
-            return f"Aligned by NeMo-Aligner: {', '.join(stages)}."
+            return _aligned(report["alignment"])
         return "The run has not measured both the teacher and the student yet."
     teacher, student = models["teacher"], models["distilled"]
     sizes = f"{millions(teacher['num_params'])} -> {millions(student['num_params'])} parameters"
     ratio = student["num_params"] / teacher["num_params"]
     tokens, wall_s = report["cost"].get("distill_tokens"), report["cost"].get("distill_wall_s")
-    spent = f" with {tokens:,} tokens in {wall_s / 60:.1f} minutes of distillation" if tokens and wall_s else ""
+    spent = f" with {tokens:,} tokens in {duration(wall_s)} of distillation" if tokens and wall_s else ""
+    rounds = len(report.get("rounds", ()))
+    spent += f" in {rounds} rounds" if spent and rounds > 1 else ""
     return f"{sizes} ({ratio:.0%}){_recovery(report['recovered_share'])}{spent}."
+
+
+def _aligned(facts: Mapping[str, Any]) -> str:
+    stages = [training["stage"] for training in (*facts["trainings"], *facts["rewards"])]
+    if stages:
+        return f"Aligned by NeMo-Aligner: {', '.join(stages)}."
+    return f"Measured on chat rows: {', '.join(str(model['label']) for model in facts['models'])}."
 
 
 def _recovery(share: float | None) -> str:
@@ -78,6 +100,22 @@ def _validation(curves: Sequence[Mapping[str, Any]]) -> str:
         return table(["step", "held-out loss, nats per token"], rows)
     rows = [[str(row["step"]), f"{row['valid_loss']:.4f}", f"{row['valid_kl']:.4f}"] for row in measured]
     return table(["step", "held-out loss, nats per token", "KL to the teacher"], rows)
+
+
+def curve_note(report: Mapping[str, Any]) -> str:
+    """Name the stage of the curve if the student was distilled in several rounds."""
+    rounds = report.get("rounds", ())
+    return f"Of {rounds[-1]}, the last of {len(rounds)} rounds." if len(rounds) > 1 else ""
+
+
+def pruning_note(report: Mapping[str, Any]) -> str:
+    """Say to which round the facts on pruning belong if there were several."""
+    pruning = report["pruning"] or {}
+    if pruning.get("rounds", 1) == 1:
+        return ""
+    return (
+        f"Sizes after all {pruning['rounds']} rounds; importance and scores are those of {pruning['stage']}, the last."
+    )
 
 
 def _pruning(pruning: Mapping[str, Any]) -> str:
@@ -140,17 +178,27 @@ def _lineage(report: Mapping[str, Any]) -> str:
     return table(["stage", "kind", "fingerprint"], rows) + (f"\n\nMade with {versions}." if versions else "")
 
 
-def _section(key: str, text: Callable[[Any], str]) -> Callable[[Mapping[str, Any]], str]:
-    """Return a function that renders one part of the report; the section is empty if the run has nothing for it."""
-    return lambda report: text(report[key]) if report.get(key) else ""
+def _section(
+    key: str, text: Callable[[Any], str], note: Callable[[Mapping[str, Any]], str] = lambda report: ""
+) -> Callable[[Mapping[str, Any]], str]:
+    """Return a function that renders one part of the report; the section is empty if the run has nothing for it.
+
+    Args:
+        note: a sentence about the part, in front of it; empty: none.
+    """
+
+    def render(report: Mapping[str, Any]) -> str:
+        return "\n\n".join(part for part in (plain(note(report)), text(report[key])) if part) if report.get(key) else ""
+
+    return render
 
 
 _SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "Before and after": lambda report: _models(report) if report["models"] else "",
     "Layer-local distillation": _section("layers", _layers),
-    "Distillation": _section("curves", _validation),
+    "Distillation": _section("curves", _validation, curve_note),
     "Search: which shape": _section("search", search_markdown),
-    "What was cut": _section("pruning", _pruning),
+    "What was cut": _section("pruning", _pruning, pruning_note),
     "What least squares won back": _section("compensation", compensation_markdown),
     "Sample texts": _section("samples", _samples),
     "Alignment": _section("alignment", _alignment),

@@ -7,49 +7,50 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nemo_minitron import __version__
 from nemo_minitron.launch.logs import logs_of, tail
-from nemo_minitron.report.html import TEMPLATES
+from nemo_minitron.report.pages import page_templates
+from nemo_minitron.system.disclosure import masked_log, masked_values
 
 LOG_LINES, CURVE_POINTS = 12, 200
 WIDTH, HEIGHT, MARGIN = 640, 120, 6
 """Size and margin of a loss curve, in SVG units."""
-LOSS_KEYS = ("loss", "train/loss")
+LOSS_KEYS = ("train_loss", "train/loss", "loss")
+"""Loss of a step in the curves of trainings by Megatron-Core, by NeMo-Aligner, and by NeMo-Aligner on rewards."""
 
 
-def render_status(facts: Mapping[str, Any], *, reload_s: float) -> str:
-    """Render the page; the template escapes all texts from logs and recipes.
+def render_status(
+    facts: Mapping[str, Any], *, reload_s: float, environment: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """Render the page without secrets; the template escapes all texts from logs and recipes.
 
     Args:
         facts: result of `status_facts`.
         reload_s: seconds after which a browser reloads the page.
+        environment: the recipe's `execution.cluster.environment`, whose secrets are masked, too.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     run = Path(facts["run_dir"])
-    stages = facts["stages"]
+    stages = masked_values(masked_values(facts["stages"]), environment)
     running = [
-        {"name": name, **stage, "curve": curve(_losses(run, name)), "log": _last_lines(run, name)}
+        {"name": name, **stage, "curve": curve(_losses(run, name)), "log": _last_lines(run, name, environment)}
         for name, stage in stages.items()
         if stage["running"]
     ]
-    return environment.get_template("status.html.j2").render(
-        name=facts["name"],
-        stages=stages,
-        running=running,
-        finished=sum(stage["status"] == "finished" for stage in stages.values()),
-        written=time.strftime("%Y-%m-%d %H:%M:%S"),
-        reload_s=max(1, round(reload_s)),
-        version=__version__,
+    return (
+        page_templates()
+        .get_template("status.html.j2")
+        .render(
+            name=facts["name"],
+            stages=stages,
+            running=running,
+            finished=sum(stage["status"] == "finished" for stage in stages.values()),
+            written=time.strftime("%Y-%m-%d %H:%M:%S"),
+            reload_s=max(1, round(reload_s)),
+            version=__version__,
+        )
     )
 
 
@@ -84,6 +85,6 @@ def _losses(run: Path, stage: str) -> list[float]:
     return out
 
 
-def _last_lines(run: Path, stage: str) -> list[str]:
+def _last_lines(run: Path, stage: str, environment: Mapping[str, str]) -> list[str]:
     found = logs_of(run, stage)
-    return tail(found[-1], LOG_LINES) if found else []
+    return masked_log(tail(found[-1], LOG_LINES), environment) if found else []

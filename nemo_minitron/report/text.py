@@ -40,13 +40,3 @@ def mebibytes(num_bytes: float) -> str:
     """Format the size of a file in MiB, e.g. 179, 0.3."""
     size = num_bytes / 2**20
     return f"{size:,.0f}" if size >= 10 else f"{size:.1f}"
-
-
-def duration(seconds: float) -> str:
-    """Format a duration, e.g. 3 s, 5 min 12 s, 2 h 5 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s" if whole else "< 1 s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -62,7 +62,12 @@ class StageContext:
     @property
     def logits_memory(self) -> Path:
         """File that lists the models of the run whose logits in transformers and Megatron have been compared."""
-        return self.out_dir.parent / COMPARED / LOGITS_FILE
+        return self.run_dir / COMPARED / LOGITS_FILE
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run, which holds the outputs of its other stages."""
+        return self.out_dir.parent
 
     @property
     def open_session(self) -> Session:

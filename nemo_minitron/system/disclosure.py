@@ -79,6 +79,17 @@ def masked_values(facts: Any, environment: Mapping[str, str] = os.environ) -> An
     return facts
 
 
+def masked_log(lines: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """Mask lines of a log before they are shown.
+
+    Slurm writes the output of modules and programs of the site without masking.
+
+    Args:
+        environment: the recipe's `execution.cluster.environment`, which jobs have in addition to this environment.
+    """
+    return masked(masked("\n".join(lines)), environment).splitlines()
+
+
 def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a resolved recipe that reports may show, with secrets masked."""
     if not recipe:

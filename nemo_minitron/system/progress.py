@@ -14,6 +14,7 @@ from typing import TypeVar
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from nemo_minitron.system.duration import duration
 from nemo_minitron.system.files import write_whole
 from nemo_minitron.system.terminal import Screen, visible
 
@@ -126,7 +127,7 @@ class Progress:
 
     def _line(self, bar: Bar) -> None:
         info = " ".join(f"{key} {value}" for key, value in bar.fields.items())
-        eta = f" eta {bar.eta_s:.0f}s" if bar.eta_s is not None and bar.done < bar.total else ""
+        eta = f" eta {duration(bar.eta_s)}" if bar.eta_s is not None and bar.done < bar.total else ""
         line = visible(f"{bar.description} {bar.done}/{bar.total} {bar.unit} {info}{eta}").rstrip()
         print(line, file=self.stream, flush=True)
 

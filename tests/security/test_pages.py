@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from nemo_minitron.artifacts.manifest import Manifest
 from nemo_minitron.hf.license import read_license
 from nemo_minitron.report.collect import collect
 from nemo_minitron.report.html import render_html
+from nemo_minitron.report.lineage import Lineage
 from nemo_minitron.report.markdown import render_markdown
 from nemo_minitron.report.model_card import render_card
 from nemo_minitron.report.status_page import render_status
@@ -78,11 +80,16 @@ def _require_plain(markdown: str) -> None:
 def _card(label: str, *, license_id: str = "apache-2.0", **model: Any) -> str:
     shape = {"num_layers": 2, "hidden_size": 8}
     metrics = {"label": label, "num_params": 5, "bits_per_byte": 1.0, "perplexity": 2.0, "tasks": {label: {"acc": 0.5}}}
+    trained = {"tokens": 3, "num_steps": 1, "loss": label, "data_sources": [label], **model}
+    stages = (
+        Manifest("r", "x", label, "", {}, {"model": "t"}, {"shape": shape}),
+        Manifest("r", "d", "distill", "", {}, {"student": "x", "teacher": "t", "data": label}, trained),
+    )
     return render_card(
         label,
         facts={"num_params": 5, "shape": shape, "dtype": label},
         teacher={"num_params": 10, "source": f"hf:{label}", "license": license_id, "shape": shape},
-        model={"tokens": 3, "num_steps": 1, "loss": label, "data_sources": [label], **model},
+        lineage=Lineage("d", "t", {stage.stage: stage for stage in stages}, missing=(label,)),
         metrics=[{**metrics, "tasks_limit": None}],
     )
 

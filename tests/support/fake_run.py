@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,22 @@ _TEXTS = {
 _TASKS = ("hellaswag", "piqa", "arc_easy", "sciq")
 
 
+_INPUTS: Mapping[str, Mapping[str, Any]] = {
+    "data": {"tokenizer": "teacher"},
+    "score": {"model": "teacher", "data": "data"},
+    "select": {"model": "teacher", "scores": "score"},
+    "select_random": {"model": "teacher"},
+    "prune": {"model": "teacher", "plan": "select"},
+    "prune_random": {"model": "teacher", "plan": "select_random"},
+    "distill": {"student": "prune", "teacher": "teacher", "data": "data"},
+    "evaluate_teacher": {"model": "teacher", "data": "data"},
+    "evaluate_distilled": {"model": "distill", "data": "data"},
+    "evaluate_pruned": {"model": "prune", "data": "data"},
+    "evaluate_random": {"model": "prune_random", "data": "data"},
+    "export": {"model": "distill", "teacher": "teacher", "evaluations": ["evaluate_teacher"]},
+}
+
+
 def fake_run(
     root: Path,
     *,
@@ -72,7 +89,8 @@ def fake_run(
         _speed(root, student),
         _stage(root, "export", "export", 0.3, _model(target, _STUDENT_PARAMS)),
     ]
-    return {stage.stage: stage for stage in stages if stage.stage not in leave_out}
+    kept = [stage for stage in stages if stage.stage not in leave_out]
+    return {stage.stage: replace(stage, inputs=_INPUTS.get(stage.stage, {})) for stage in kept}
 
 
 def _stage(root: Path, name: str, kind: str, wall_s: float, result: dict[str, Any]) -> Artifact:

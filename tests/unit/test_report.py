@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 from markupsafe import escape
 
-from nemo_minitron.report.collect import collect, thin_out
+from nemo_minitron.report.collect import collect
 from nemo_minitron.report.comparison import comparison, main_metric
+from nemo_minitron.report.curves import thin_out
 from nemo_minitron.report.figures import plotted_metrics
 from nemo_minitron.report.html import pipeline, render_html
 from nemo_minitron.report.importance import ffn_map, importance_curve, importance_share
 from nemo_minitron.report.markdown import headline, render_markdown
 from nemo_minitron.report.render import render
-from nemo_minitron.report.text import duration, millions, plain, table
+from nemo_minitron.report.text import millions, plain, table
+from nemo_minitron.system.duration import duration
 from tests.support.fake_run import fake_run
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" | $(touch pwned)$ {{ 7*7 }}"
@@ -264,11 +266,22 @@ def test_a_task_is_compared_by_a_metric_that_all_have() -> None:
     assert main_metric("t", {"a": both["a"]}) == "acc_norm"
 
 
+def test_a_group_without_a_score_has_no_row_and_leaves_the_mean() -> None:
+    scores = {"piqa": {"acc": 0.5}, "sciq": {"acc": 0.7}, "a_group": {}}
+    models = {label: {**_model(label, 1.0), "tasks": scores} for label in ("teacher", "distilled")}
+    rows = {row["name"]: row["text"] for row in comparison(models, None)}
+    assert not [name for name in rows if "a_group" in name]
+    assert rows["mean of the tasks"] == {"teacher": "0.600", "distilled": "0.600"}
+    assert list(plotted_metrics(models)) == ["piqa", "sciq"]
+
+
 # --- texts --------------------------------------------------------------------------------------
 
 
 def test_the_headline_has_sizes_share_and_cost(report: dict[str, Any]) -> None:
-    assert "recovered 80% of the quality lost in pruning with 1,000 tokens in 1.0 minutes" in headline(report)
+    assert "recovered 80% of the quality lost in pruning with 1,000 tokens in 1 min 0 s of distillation." in headline(
+        report
+    )
     assert "recovered" not in headline({**report, "recovered_share": None})
     assert "lost another 20%" in headline({**report, "recovered_share": -0.2})
     assert headline({**report, "models": {}}).startswith("The run has not measured")
@@ -279,11 +292,12 @@ def test_sizes_and_times_are_readable() -> None:
     assert millions(229_952) == "230K"
     assert millions(134_515_008) == "134.5M"
     assert millions(8_030_261_248) == "8.03B"
-    assert [duration(seconds) for seconds in (0.2, 59.6, 347, 7500)] == [
+    assert [duration(seconds) for seconds in (0.2, 59.6, 347, 7500, 1_814_400)] == [
         "< 1 s",
         "1 min 0 s",
         "5 min 47 s",
         "2 h 5 min",
+        "21 d 0 h",
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 
 from nemo_minitron.artifacts.types import Artifact
 from nemo_minitron.backends.alignment.base import CURVES_FILE
-from nemo_minitron.report.alignment import alignment_facts, tables
+from nemo_minitron.report.alignment import alignment_facts, measured_figures, tables
+from nemo_minitron.report.curves import MAX_CURVE_ROWS
 from nemo_minitron.report.html import _alignment_pictures
+from nemo_minitron.report.markdown import headline
 from nemo_minitron.report.rewards import reward_table
 
 CURVE = [
@@ -98,6 +101,44 @@ def test_answers_to_a_question_stand_side_by_side(facts: dict[str, Any]) -> None
         "prompt": "2 and 2?",
         "texts": {"student": "answer of before_chats", "after DPO": "answer of after"},
     }
+
+
+def test_two_evaluations_with_the_same_figure_are_two_rows(tmp_path: Path) -> None:
+    stages = [_evaluation(tmp_path, "easy", "student", 0.9), _evaluation(tmp_path, "hard", "student", 0.6)]
+    found = alignment_facts([*stages, _evaluation(tmp_path, "chats", "student", None, 3.9)])
+    assert found is not None
+    rows = {row[0]: row[1:] for row in tables(found)[0]["rows"]}
+    assert rows == {
+        "student": ["64 and 64", "70 and 70", "0.900 ± 0.060", "3.900 ± 0.050"],
+        "student (hard)": ["64", "70 and 70", "0.600 ± 0.060", ""],
+    }
+    assert measured_figures(found["models"])["preference accuracy"].keys() == rows.keys()
+
+
+def test_the_headline_names_every_training_or_what_was_measured(tmp_path: Path, facts: dict[str, Any]) -> None:
+    report = {"models": {}, "alignment": facts}
+    assert headline(report) == "Aligned by NeMo-Aligner: sft."
+    rewards = [{"stage": "reinforce"}]
+    assert headline({"models": {}, "alignment": {**facts, "rewards": rewards}}) == (
+        "Aligned by NeMo-Aligner: sft, reinforce."
+    )
+    assert headline({"models": {}, "alignment": {**facts, "trainings": []}}) == (
+        "Measured on chat rows: student, after DPO."
+    )
+
+
+def test_long_curves_are_thinned_out(tmp_path: Path) -> None:
+    stage = _stage(tmp_path, "sft", "sft", method="sft", num_steps=5000, first_valid_loss=1.0, valid_loss=1.0)
+    rows = [{"step": step, "train/loss": 1.0} for step in range(1, 5001)]
+    rows += [{"step": step, "val/loss": 1.0} for step in (0, 2500, 5000)]
+    (stage.path / CURVES_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = replace(stage, result={**stage.result, "lengths": {"train": {"rows": 1, "dropped_rows": 0}}})
+    found = alignment_facts([stage])
+    assert found is not None
+    curve = found["curves"]["sft"]
+    assert len(curve) == MAX_CURVE_ROWS + 3
+    assert [row["step"] for row in curve if row["valid"] is not None] == [0, 2500, 5000]
+    assert [row["step"] for row in curve] == sorted(row["step"] for row in curve)
 
 
 def test_a_training_without_errors_is_shown_without_them(tmp_path: Path) -> None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from nemo_minitron.api import load_plan
+from nemo_minitron.backends.alignment.base import CURVES_FILE
+from nemo_minitron.backends.alignment.nemo_aligner.backend import TRAIN_LOSS, VALID_LOSS
 from nemo_minitron.plan.describe import status_facts
 from nemo_minitron.report.status_page import HEIGHT, MARGIN, WIDTH, curve, render_status
 from nemo_minitron.system.notify import notify
 from nemo_minitron.system.outer_job import SCRIPT_NAMES
-from tests.conftest import TOY, Cli
+from tests.conftest import REPO, TOY, Cli
 
+CURVES_OF_A_RUN = REPO / "tests/data/older_run/distill/curves.jsonl"
 EVIL = "<script>alert(1)</script>"
 
 
@@ -25,11 +29,10 @@ def _running(root: Path) -> Path:
     run = root / "toy/width"
     work = run / ".work/distill"
     work.mkdir(parents=True)
-    progress = {"description": "distill", "done": 12, "total": 40, "unit": "steps", "eta_s": 600.0}
+    progress = {"description": "distill", "done": 12, "total": 40, "unit": "steps", "eta_s": 10800.0}
     (work / "progress.json").write_text(json.dumps({**progress, "fields": {"loss": "2.5"}, "time": 0}))
-    (work / "curves.jsonl").write_text(
-        "".join(json.dumps({"step": i, "loss": 5.0 - i / 10}) + "\n" for i in range(12)) + "{"
-    )
+    rows = CURVES_OF_A_RUN.read_text().splitlines(keepends=True)
+    (work / "curves.jsonl").write_text("".join(rows[:12]) + "{")
     (run / "logs").mkdir()
     (run / "logs/distill.log").write_text(f"first\n{EVIL}\n")
     return run
@@ -41,7 +44,7 @@ def test_status_shows_progress_time_left_and_jobs(tmp_path: Path) -> None:
     job = {"job": "77", "state": "running", "reason": "", "restarts": 2, "used": "", "left": "", "nodes": "node1"}
     stages = status_facts(plan, verify=False, jobs={"distill": job})["stages"]
     assert stages["distill"]["status"] == "12/40 steps"
-    assert stages["distill"]["summary"] == "loss 2.5 left 10 min"
+    assert stages["distill"]["summary"] == "loss 2.5 left 3 h 0 min"
     assert stages["distill"]["job"]["restarts"] == 2
     assert stages["score"]["job"] is None
 
@@ -59,6 +62,36 @@ def test_the_page_is_complete_and_escapes_logs(tmp_path: Path, minitron: Cli) ->
     assert "&lt;script&gt;" in text
     assert not re.search(r'(src|href)="', text), "it needs no other file"
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_the_curve_of_a_training_by_the_alignment_backend_is_shown(tmp_path: Path) -> None:
+    folder = tmp_path / ".work/sft/training"
+    folder.mkdir(parents=True)
+    rows = [{"step": 0, VALID_LOSS: 4.0}, *({"step": step, TRAIN_LOSS: 4.0 / step} for step in (1, 2))]
+    (folder / CURVES_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = {"status": "2/9 steps", "took": "", "summary": "", "running": True, "eta": "", "job": None}
+    page = render_status({"name": "r", "run_dir": str(tmp_path), "stages": {"sft": stage}}, reload_s=5)
+    assert curve([4.0, 2.0]) in page
+
+
+def test_logs_are_shown_without_secrets(tmp_path: Path, minitron: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SITE_API_TOKEN", "hunter2-of-the-shell")
+    log = _running(tmp_path) / "logs/slurm/distill-12.log"
+    log.parent.mkdir()
+    log.write_text("module: hunter2-of-the-shell\nlogin as hunter2-of-the-recipe\nhttps://me:hunter2@host/\n")
+    page = tmp_path / "status.html"
+    keys = [f"execution.run_root={tmp_path}", "execution.cluster.environment.SITE_KEY=hunter2-of-the-recipe"]
+    code, output = minitron("status", TOY, *keys, "--html", page)
+    assert code == 0, output
+    assert "module: ***\nlogin as ***\nhttps://me:***@host/" in page.read_text()
+    code, output = minitron("logs", TOY, "distill", *keys)
+    assert code == 0, output
+    assert "module: ***\nlogin as ***\nhttps://me:***@host/" in output
+
+
+def test_the_status_page_needs_no_plotting_library() -> None:
+    program = "import sys, nemo_minitron.report.status_page; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_page_can_be_made_before_anything_has_run(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from nemo_minitron.artifacts.store import Store
 from nemo_minitron.stages.artifacts import Evaluation, Model
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.export.params import ExportStage
@@ -31,6 +32,7 @@ def export(params: ExportStage, inputs: Inputs, ctx: StageContext) -> Result:
 
     from nemo_minitron.families import parameters
     from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files, model_facts
+    from nemo_minitron.report.lineage import read_lineage
     from nemo_minitron.report.model_card import render_card
 
     model, teacher = inputs.model, inputs.teacher
@@ -47,7 +49,7 @@ def export(params: ExportStage, inputs: Inputs, ctx: StageContext) -> Result:
         params.model_name or ctx.recipe_name,
         facts=facts,
         teacher=teacher.result,
-        model=model.result,
+        lineage=read_lineage(model.stage, model.fingerprint, teacher.stage, Store(ctx.run_dir)),
         metrics=[found.metrics() for found in inputs.evaluations.values()],
     )
     environment = dict(ctx.execution.cluster.environment) if ctx.execution.cluster else {}
