@@ -167,6 +167,7 @@ def arguments_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", action="append", default=[], type=int, help="can be repeated")
     parser.add_argument("--limit-minutes", type=float, help="stop before a run that would end later")
     parser.add_argument("--text", help="path or glob of the training text, documents separated by form feeds")
+    parser.add_argument("--shared-machine", action="store_true", help="other work runs here: no verdicts on times")
     parser.add_argument("--report", action="store_true", help="run nothing; print what is measured so far")
     parser.add_argument("--write-docs", action="store_true", help="also write the results into docs/results.md")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE of the recipe")
@@ -211,7 +212,8 @@ def main() -> None:
     if not arguments.report:
         spent_s = prepare(recipe, ("teacher", "data", "other", "judge"))
         limit_s = None if arguments.limit_minutes is None else 60 * arguments.limit_minutes - spent_s
-        found = run_tasks(waiting, lambda task: run_task(task, recipe), file, limit_s=limit_s)
+        about_machine = {"shared_machine": True} if arguments.shared_machine else {}
+        found = run_tasks(waiting, lambda task: {**run_task(task, recipe), **about_machine}, file, limit_s=limit_s)
     publish(found, arguments.size, folder, write_docs=arguments.write_docs)
 
 

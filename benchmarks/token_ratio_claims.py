@@ -12,6 +12,7 @@ from typing import Any
 
 from suite import markdown_table
 from token_ratio_rule import (
+    NO_VERDICT,
     NOT_RUN,
     Point,
     Value,
@@ -76,6 +77,11 @@ def wall_of(row: Row, interrupted: frozenset[str]) -> float | None:
 def interrupted_stages(rows: Sequence[Row]) -> frozenset[str]:
     """Return all stages that were interrupted in some run."""
     return frozenset(stage for row in rows for stage in row["resumed"])
+
+
+def beside_other_work(rows: Sequence[Row]) -> bool:
+    """Return whether the machine did other work during a run that counts, so that its seconds prove nothing."""
+    return any(row.get("shared_machine", False) for row in counted(rows))
 
 
 def curves_of(
@@ -158,6 +164,7 @@ def ratio_table(rows: Sequence[Row], design: Design) -> str:
 def claim_table(rows: Sequence[Row], design: Design) -> str:
     """Format the verdicts of each arm."""
     interrupted, last = interrupted_stages(rows), design.budgets[-1]
+    judge_of_times = _no_verdict if beside_other_work(rows) else _reaches(WALL_GOAL, last)
     body = []
     for arm in compared_arms(rows, design.baseline):
         tokens = {text: complete_ratios(rows, design, arm, text) for text in TEXTS}
@@ -167,7 +174,7 @@ def claim_table(rows: Sequence[Row], design: Design) -> str:
         body += [
             _claim(arm, f"at least {TOKENS_GOAL:g}x fewer tokens", tokens, last, _reaches(TOKENS_GOAL, last)),
             _claim(arm, "the token ratio does not fall with the budget", tokens, last, _trend),
-            _claim(arm, f"at least {WALL_GOAL:g}x less wall time", walls, last, _reaches(WALL_GOAL, last)),
+            _claim(arm, f"at least {WALL_GOAL:g}x less wall time", walls, last, judge_of_times),
         ]
     head = ["arm", "claim, at the largest budget"]
     head += [cell for text in TEXTS.values() for cell in (text, "verdict")]
@@ -179,6 +186,10 @@ Verdict = Callable[[Mapping[int, list[Value]]], str]
 
 def _reaches(goal: float, budget: int) -> Verdict:
     return lambda found: at_least(found[budget], goal)
+
+
+def _no_verdict(_: Mapping[int, list[Value]]) -> str:
+    return NO_VERDICT
 
 
 def _trend(found: Mapping[int, list[Value]]) -> str:
@@ -253,12 +264,13 @@ def sweep_table(rows: Sequence[Row]) -> str:
 def page(rows: Sequence[Row], design: Design, size: str, image: str) -> str:
     """Render the results of one size as Markdown."""
     seeds = sorted({row["run"]["seed"] for row in counted(rows)})
+    busy = " Other work ran on the machine, so times have no verdict." if beside_other_work(rows) else ""
     image = f"![Held-out loss over tokens]({image})\n\n" if counted(rows) else ""
     return f"""## Token ratio, {size}
 
 Written by `make token-ratio` on {date.today()}, by the [rule](explanation/token-ratio.md) that was fixed before
 the runs. Losses are nats per token of held-out text; {len(seeds)} seeds. A ratio above 1 means that the arm needs
-fewer tokens (or less time) than the sliced arm. ≥ and ≤ are bounds where a curve ends. Ranges are over the seeds.
+fewer tokens (or less time) than the sliced arm. ≥ and ≤ are bounds where a curve ends. Ranges are over the seeds.{busy}
 
 ### Claims
 

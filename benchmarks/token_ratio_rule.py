@@ -11,6 +11,8 @@ from typing import Any, Literal
 Point = tuple[float, float]
 """(tokens or seconds, loss in nats per token)."""
 PROVEN, REFUTED, UNDECIDED, NOT_RUN = "proven", "**refuted**", "undecided", "not run"
+NO_VERDICT = "no verdict"
+"""Times were measured beside other work."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def does_not_fall(earlier: Sequence[Value], later: Sequence[Value]) -> str:
 
 def on_both(verdicts: Sequence[str]) -> str:
     """Return the verdict on both texts: proven if proven on each, refuted if refuted on one."""
-    for verdict in (REFUTED, NOT_RUN, UNDECIDED):
+    for verdict in (REFUTED, NO_VERDICT, NOT_RUN, UNDECIDED):
         if verdict in verdicts:
             return verdict
     return PROVEN

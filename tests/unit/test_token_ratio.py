@@ -181,6 +181,13 @@ def test_an_interrupted_stage_gives_no_verdict_on_time(claims: ModuleType) -> No
     assert (tokens[3], wall[3]) == ("proven", "not run")
 
 
+def test_times_measured_beside_other_work_have_no_verdict(claims: ModuleType) -> None:
+    rows = [{**row, "shared_machine": True} for row in _rows()]
+    tokens, _, wall = _verdicts(claims, rows)
+    assert (tokens[3], wall[3], wall[-1]) == ("proven", "no verdict", "no verdict")
+    assert wall[2] == _verdicts(claims, _rows())[2][2], "the times are shown"
+
+
 def test_the_page_and_the_picture(claims: ModuleType, tmp_path: Path) -> None:
     rows = [*_rows(), _row("sliced", 100, 0, 5.0, 5.0)]
     text = claims.page(rows, claims.Design("sliced", (100, 200, 400), (1, 2)), "toy", "toy.png")
