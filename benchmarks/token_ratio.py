@@ -47,7 +47,7 @@ RATES, BATCHES = (1 / 3, 1.0, 3.0), (0.5, 2.0)
 SCRATCH_MULTIPLES = (10, 30)
 """Budgets of the model from scratch, over the tokens that the repaired student has read at its smallest budget."""
 
-_SOURCES = "stages.data.sources=[{{source: '{}', document_separator: '\\f'}}]"
+_SOURCES = """stages.data.sources=[{{source: '{}', document_separator: "\\f"}}]"""
 
 
 @dataclass(frozen=True)

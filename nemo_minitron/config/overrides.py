@@ -24,6 +24,8 @@ _FORM = re.compile(r"(\+\+|\+|~)?([^=]*)=(.*)", re.DOTALL)
 _DELETION = re.compile(r"~[A-Za-z_][\w./@:-]*")
 KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
 _PLAIN_DICT_KEY = re.compile(r"[A-Za-z_][\w-]*|\d+")
+_ESCAPED = re.compile(r'"[^"]*\\[^"]*"')
+"""A text in double quotes with a backslash, which YAML decodes and Hydra does not."""
 _EXAMPLE = "stages.distill.lr=1e-4"
 
 
@@ -120,7 +122,7 @@ def _value(override: Override) -> str:
             return _decoded(value)
         return value if value.strip().lower() == "null" else _quoted(value)
     if not parsed.is_sweep_override():
-        return value
+        return _nested_decoded(override) if value.lstrip()[:1] in ("[", "{") else value
     if kind == "unknown":
         return _quoted(value)
     raise ConfigError(
@@ -154,6 +156,19 @@ def _decoded(quoted: str) -> str:
     except YAMLError:
         return quoted
     return _quoted(text) if isinstance(text, str) else quoted
+
+
+def _nested_decoded(override: Override) -> str:
+    r"""Replace the escapes of texts in double quotes inside of a list or mapping, as `_decoded` does.
+
+    A pattern such as "\d+" has an escape that YAML does not know; then all texts are kept as Hydra reads them.
+    """
+    if not _ESCAPED.search(override.value):
+        return override.value
+    try:
+        return _nested(override)
+    except ConfigError:
+        return override.value
 
 
 def _nested(override: Override) -> str:

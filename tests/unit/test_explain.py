@@ -115,6 +115,8 @@ def test_escapes_of_a_separator_are_decoded_in_double_quotes_and_else_refused() 
     ):
         recipe = load_recipe(TOY, [f"{key}={written}"])
         assert recipe.stages["data"].sources[0].document_separator == read  # type: ignore[union-attr]
+        recipe = load_recipe(TOY, [f"stages.data.sources=[{{source: a.txt, document_separator: {written}}}]"])
+        assert recipe.stages["data"].sources[0].document_separator == read  # type: ignore[union-attr]
     for written in ("\\f", "'\\n\\n'"):
         problem = _problems(TOY, f"{key}={written}")[0]
         assert "is a backslash and a letter" in problem
