@@ -264,7 +264,7 @@ def sweep_table(rows: Sequence[Row]) -> str:
 def page(rows: Sequence[Row], design: Design, size: str, image: str) -> str:
     """Render the results of one size as Markdown."""
     seeds = sorted({row["run"]["seed"] for row in counted(rows)})
-    busy = " Other work ran on the machine, so times have no verdict." if beside_other_work(rows) else ""
+    busy = "\nOther work ran on the machine, so times have no verdict." if beside_other_work(rows) else ""
     image = f"![Held-out loss over tokens]({image})\n\n" if counted(rows) else ""
     return f"""## Token ratio, {size}
 
