@@ -62,11 +62,12 @@ def test_json_of_a_status_goes_with_a_page_and_with_repetition(
 
     real, calls = status._status, []
 
-    def finished_at_last(*args: Any, **keys: Any) -> dict[str, Any]:
-        calls.append(real(*args, **keys))
-        for stage in calls[-1]["stages"].values():
+    def finished_at_last(*args: Any, **keys: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        facts, environment = real(*args, **keys)
+        calls.append(facts)
+        for stage in facts["stages"].values():
             stage["status"] = "finished" if len(calls) == 3 else "to run"
-        return calls[-1]
+        return facts, environment
 
     monkeypatch.setattr(status, "_status", finished_at_last)
     monkeypatch.setattr("time.sleep", lambda _: None)
