@@ -58,9 +58,9 @@ class Script:
         return file.read_text().splitlines() if file.is_file() else []
 
     def start(self, srun: str, scontrol: str = REQUEUED) -> subprocess.Popen[str]:
-        for folder in (self.failed.parent, self.run / ".work/distill"):
-            folder.mkdir(parents=True, exist_ok=True)
-        for name, body in {"srun": srun, "scontrol": scontrol, "sleep": ":"}.items():
+        self.failed.parent.mkdir(parents=True, exist_ok=True)
+        # The stage makes its work folder, which does not exist before its first attempt.
+        for name, body in {"srun": f'mkdir -p "$WORK"; {srun}', "scontrol": scontrol, "sleep": ":"}.items():
             self.program(name, body)
         folders = JobFolders(self.root, self.run, self.root / "assets", self.failed.parent)
         resources = Resources(time_min=10, max_restarts=MAX_RESTARTS)

@@ -34,12 +34,13 @@ export MINITRON_INTERRUPTED_FILE="$launch/$stage.interrupted"
 say() { printf '%s minitron: job %s, restart %s, %s: %s\n' "$(date '+%F %T')" "$id" "$restarts" "$stage" "$1"; }
 is_done() { [ -f "$run/$stage/manifest.json" ]; }
 # What the stage has saved so far: the names of checkpoints, shards and layers, and the number of finished batches.
+# Nothing, whether the work folder exists or not, has one checksum.
 saved() {
     {
         cd -- "$work" && {
             find . \( -name '*.distcp' -o -name '*.safetensors' -o -name '*.shard.json' \
                 -o -path './teacher_logits/*.jsonl' \) -not -path '*partial*' | sort
-            find . -name '*.batches.jsonl' -exec cat {} + | wc -l
+            find . -name '*.batches.jsonl' -exec wc -l {} + | grep -v '^ *0 ' | sort
         }
     } 2>/dev/null | cksum
 }
