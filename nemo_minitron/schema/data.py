@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, PositiveInt
 from nemo_minitron.schema.base import Schema
 
 
-def _decoded(separator: str) -> str:
+def _without_escapes(separator: str) -> str:
     if re.fullmatch(r"(\\[abefnrtv0])+", separator):
         raise ValueError(
             f'is a backslash and a letter, not a control character; write "{separator}" in double quotes, and on the '
@@ -29,7 +29,7 @@ class DataSource(Schema):
     """Share of the training samples that come from this source, relative to the other sources."""
     text_field: str = "text"
     """Column with the text in jsonl, json and parquet rows. `a.b` is field b inside field a."""
-    document_separator: Annotated[str, Field(min_length=1), AfterValidator(_decoded)] | None = None
+    document_separator: Annotated[str, Field(min_length=1), AfterValidator(_without_escapes)] | None = None
     """Text between the documents of a .txt file; line ends count as \\n. null: each file is one document."""
     max_documents: PositiveInt | None = None
     """Read at most this many documents. null: all."""

@@ -333,7 +333,7 @@ def test_the_end_of_a_turn_is_the_first_special_token_after_an_answer(jinja: str
 
 
 def test_added_special_tokens_without_a_name_are_markers() -> None:
-    """As in Llama 3.x, whose control tokens are special only in tokenizer.json."""
+    """Control tokens may be special in tokenizer.json alone, as those of Llama 3.x are."""
     own = copy.deepcopy(tokenizer())
     backend = own.backend_tokenizer
     backend.add_special_tokens(["<|control|>", "<|stop|>"])

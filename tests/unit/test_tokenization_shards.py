@@ -128,12 +128,17 @@ def test_an_invalid_shard_is_made_again(tmp_path: Path, damage: str) -> None:
     assert contents(tmp_path) == whole
 
 
+def break_row(file: Path, line: int) -> None:
+    """Replace a line, counted from 1, with broken JSON."""
+    lines = file.read_text().splitlines(keepends=True)
+    lines[line - 1] = "{\n"
+    file.write_text("".join(lines))
+
+
 @pytest.mark.usefixtures("small_pieces")
 def test_a_bad_row_is_reported_with_its_line_in_the_whole_file(tmp_path: Path) -> None:
     text = text_folder(tmp_path / "text")
-    lines = (text / "a.jsonl").read_text().splitlines(keepends=True)
-    lines[60] = "{\n"
-    (text / "a.jsonl").write_text("".join(lines))
+    break_row(text / "a.jsonl", 61)
     with pytest.raises(DataError, match=rf"{text}/a\.jsonl:61"):
         run_stage(tmp_path / "out", sources_of(text), workers=2, valid_fraction=0.1)
     # Text beyond max_documents is not read.
@@ -158,9 +163,7 @@ def test_a_bad_row_in_the_first_piece_is_reported_before_the_others_are_tokenize
 @pytest.mark.usefixtures("small_pieces")
 def test_a_bad_row_in_a_later_piece_is_reported_before_those_after_it_are_tokenized(tmp_path: Path) -> None:
     text = text_folder(tmp_path / "text")
-    lines = (text / "a.jsonl").read_text().splitlines(keepends=True)
-    lines[20] = "{\n"
-    (text / "a.jsonl").write_text("".join(lines))
+    break_row(text / "a.jsonl", 21)
     with pytest.raises(DataError, match=rf"{text}/a\.jsonl:21"):
         run_stage(tmp_path / "out", sources_of(text, max_documents=110), valid_fraction=0.1)
     with pytest.raises(DataError, match=rf"{text}/a\.jsonl:21"):
