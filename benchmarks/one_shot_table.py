@@ -17,13 +17,16 @@ from typing import Any
 
 import token_ratio
 from suite import (
+    ROOT,
     Found,
     Stages,
     Task,
+    add_published,
     explicit_stages,
     markdown_table,
     needed_stages,
     prepare,
+    publish_figures,
     read_figures,
     replace_part,
     require_same_origin,
@@ -33,7 +36,6 @@ from suite import (
 )
 from token_ratio_claims import loss_of, spread
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXTS = {"data": "training text", "mixture": "mixture"}
 """Calibration text, by stage."""
 Target = dict[str, int]
@@ -262,6 +264,7 @@ def arguments_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", action="append", default=[], type=int, help="calibration tokens; can be repeated")
     parser.add_argument("--draw", action="append", default=[], type=int, help="can be repeated")
     parser.add_argument("--limit-minutes", type=float, help="stop before a setting that would end later")
+    parser.add_argument("--with-published", action="store_true", help="skip the settings whose figures docs/ has")
     parser.add_argument("--report", action="store_true", help="run nothing; print what is measured so far")
     parser.add_argument("--write-docs", action="store_true", help="also write the table into docs/results.md")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE of the recipe")
@@ -286,6 +289,9 @@ def main() -> None:
     tasks = [teacher_task(stages, size.tokens[0]), *(task_of(case, stages, size.parts[case.part]) for case in some)]
     folder = run_folder(recipe)
     file = folder / "one_shot_table.jsonl"
+    name = f"one_shot_{arguments.size}"
+    if arguments.with_published:
+        add_published(file, name)
     found = read_figures(file)
     require_same_origin(found, tasks, file)
 
@@ -301,6 +307,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "one_shot_table.md").write_text(text + "\n")
     if arguments.write_docs:
+        publish_figures(found, name)
         begin = f"<!-- one-shot table, {arguments.size}: made by `make one-shot-table` -->"
         replace_part(ROOT / "docs/results.md", begin, f"<!-- end of one-shot table, {arguments.size} -->", text)
 

@@ -1,6 +1,7 @@
 """Suites of runs: each task is a small recipe in a shared run folder; its figures are a line of a JSON-lines file.
 
-Finished tasks are skipped, so a stopped suite continues with the same command.
+Finished tasks are skipped, so a stopped suite continues with the same command, and with the published figures on
+another machine.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ from typing import Any
 from nemo_minitron.artifacts.manifest import MANIFEST_FILE
 from nemo_minitron.artifacts.run_paths import RunPaths
 from nemo_minitron.errors import Interrupted
+from nemo_minitron.system.duration import duration
 
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / "docs/figures"
+"""Folder of the figures behind the tables of docs/results.md."""
 Stages = dict[str, dict[str, Any]]
 Found = dict[str, dict[str, Any]]
 """Id of a task -> its line in the file of figures."""
@@ -167,6 +172,28 @@ def append_figures(file: Path, row: Mapping[str, Any]) -> None:
         os.fsync(opened.fileno())
 
 
+def publish_figures(found: Found, name: str, folder: Path = PUBLISHED) -> None:
+    """Store the figures of a suite with the documents that show them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found.values()))
+
+
+def add_published(file: Path, name: str, folder: Path = PUBLISHED) -> None:
+    """Add the published figures of a suite that a file of figures lacks, without their value for claims about time.
+
+    Raises:
+        SystemExit: nothing is published for this suite.
+    """
+    published = folder / f"{name}.jsonl"
+    if not published.is_file():
+        there = ", ".join(sorted(other.stem for other in folder.glob("*.jsonl"))) or "none"
+        raise SystemExit(f"{published}: no such file. Published figures: {there}. Next: leave out --with-published.")
+    found = read_figures(file)
+    for row in read_figures(published).values():
+        if row["id"] not in found:
+            append_figures(file, {**row, "shared_machine": True})
+
+
 def require_same_origin(found: Found, tasks: Sequence[Task], file: Path) -> None:
     """Refuse to mix figures of other models, texts or keys: they would compare nothing.
 
@@ -218,7 +245,7 @@ def run_tasks(
         if limit_s is not None and began_s - started_s + expected > limit_s:
             print(f"stopped before {task.id}: it would exceed the time limit. The same command continues.", flush=True)
             break
-        print(f"{task.id} ... {len(tasks)} runs left, about {in_words(remaining_s(tasks, found))}", flush=True)
+        print(f"{task.id} ... {len(tasks)} runs left, {_expected(remaining_s(tasks, found))}", flush=True)
         try:
             measured = measure(task)
         except (KeyboardInterrupt, Interrupted):
@@ -228,22 +255,18 @@ def run_tasks(
         append_figures(file, row)
         found[task.id] = row
         losses = ", ".join(f"{name} {figure['loss_nats_per_token']:.4f}" for name, figure in row["figures"].items())
-        print(f"  loss: {losses}; {in_words(row['elapsed_s'])}", flush=True)
+        print(f"  loss: {losses}; {duration(row['elapsed_s'])}", flush=True)
     return found
+
+
+def _expected(seconds: float | None) -> str:
+    return "which take an unknown time" if seconds is None else f"about {duration(seconds)}"
 
 
 def remaining_s(tasks: Sequence[Task], found: Found) -> float | None:
     """Estimate the seconds of all tasks; None: nothing has finished yet."""
     times = [estimated_s(task, found) for task in tasks]
     return sum(value for value in times if value is not None) if times and None not in times else None
-
-
-def in_words(seconds: float | None) -> str:
-    """Format a duration."""
-    if seconds is None:
-        return "an unknown time"
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def replace_part(page: Path, begin: str, end: str, part: str) -> None:

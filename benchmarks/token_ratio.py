@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from suite import (
+    ROOT,
     Found,
     Stages,
     Task,
+    add_published,
     explicit_stages,
     prepare,
+    publish_figures,
     read_figures,
     replace_part,
     require_same_origin,
@@ -40,7 +43,6 @@ from token_ratio_arms import (
 )
 from token_ratio_claims import SCRATCH_AGAINST, Design, page, picture
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes/claims"
 RATES, BATCHES = (1 / 3, 1.0, 3.0), (0.5, 2.0)
 """Factors of the learning rate, at the batch of the recipe, and of the batch, at the best of these rates."""
@@ -168,6 +170,7 @@ def arguments_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit-minutes", type=float, help="stop before a run that would end later")
     parser.add_argument("--text", help="path or glob of the training text, documents separated by form feeds")
     parser.add_argument("--shared-machine", action="store_true", help="other work runs here: no verdicts on times")
+    parser.add_argument("--with-published", action="store_true", help="skip the runs whose figures docs/ has")
     parser.add_argument("--report", action="store_true", help="run nothing; print what is measured so far")
     parser.add_argument("--write-docs", action="store_true", help="also write the results into docs/results.md")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE of the recipe")
@@ -207,6 +210,8 @@ def main() -> None:
     def waiting(found: Found) -> list[Task]:
         return [task for task in tasks(found) if task.id not in found]
 
+    if arguments.with_published:
+        add_published(file, f"token_ratio_{arguments.size}")
     found = read_figures(file)
     require_same_origin(found, tasks(found), file)
     if not arguments.report:
@@ -218,7 +223,7 @@ def main() -> None:
 
 
 def publish(found: Found, size: str, folder: Path, *, write_docs: bool) -> None:
-    """Print the results and store them in the run folder; with `write_docs` also in docs/."""
+    """Print the results and store them in the run folder; with `write_docs` also in docs/, with their figures."""
     rows = list(found.values())
     name = f"token_ratio_{size}"
     design = Design(BASELINE, SIZES[size].budgets, SIZES[size].seeds)
@@ -231,6 +236,7 @@ def publish(found: Found, size: str, folder: Path, *, write_docs: bool) -> None:
         picture(rows, folder / f"{name}.svg")
     (folder / f"{name}.md").write_text(text + "\n")
     if write_docs:
+        publish_figures(found, name)
         begin = f"<!-- token ratio, {size}: made by `make token-ratio` -->"
         replace_part(ROOT / "docs/results.md", begin, f"<!-- end of token ratio, {size} -->", text)
 

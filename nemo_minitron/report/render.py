@@ -48,7 +48,7 @@ def render(
     facts = collect(title or recipe_name, recipe_name, stages)
     facts["made_otherwise"] = made_otherwise(plan, stages) if plan else {}
     facts["given_otherwise"] = made_otherwise(given, stages) if given else {}
-    facts = masked_values(masked_values(facts), environment_of(recipe))
+    facts = masked_values(facts, environment_of(recipe))
     planned = _planned(plan) if plan else {}
     for row in facts["cost"]["stages"]:
         row["planned"] = planned.get(row["stage"])

@@ -33,7 +33,7 @@ def render_status(
         environment: the recipe's `execution.cluster.environment`, whose secrets are masked, too.
     """
     run = Path(facts["run_dir"])
-    stages = masked_values(masked_values(facts["stages"]), environment)
+    stages = masked_values(facts["stages"], environment)
     running = [
         {"name": name, **stage, "curve": curve(_losses(run, name)), "log": _last_lines(run, name, environment)}
         for name, stage in stages.items()

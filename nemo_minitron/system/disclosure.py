@@ -60,22 +60,26 @@ def secrets_in(environment: Mapping[str, str]) -> list[str]:
     return sorted(found | lines | quoted, key=len, reverse=True)
 
 
-def masked(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Mask the secrets of the environment and passwords in URLs in a text."""
-    for value in secrets_in(environment):
+def masked(text: str, *others: Mapping[str, str]) -> str:
+    """Mask passwords in URLs and the secrets of this process's environment in a text.
+
+    Args:
+        others: more environments whose secrets are masked, such as that of a recipe's jobs.
+    """
+    for value in sorted({value for some in (os.environ, *others) for value in secrets_in(some)}, key=len, reverse=True):
         if value in text:
             text = text.replace(value, MASK)
     return _IN_ADDRESS.sub(rf"\g<1>{MASK}@", text) if "://" in text else text
 
 
-def masked_values(facts: Any, environment: Mapping[str, str] = os.environ) -> Any:
+def masked_values(facts: Any, *others: Mapping[str, str]) -> Any:
     """Apply `masked` to every string in nested dicts and lists."""
     if isinstance(facts, str):
-        return masked(facts, environment)
+        return masked(facts, *others)
     if isinstance(facts, Mapping):
-        return {masked_values(key, environment): masked_values(value, environment) for key, value in facts.items()}
+        return {masked_values(key, *others): masked_values(value, *others) for key, value in facts.items()}
     if isinstance(facts, list | tuple):
-        return [masked_values(value, environment) for value in facts]
+        return [masked_values(value, *others) for value in facts]
     return facts
 
 
@@ -87,7 +91,7 @@ def masked_log(lines: Sequence[str], environment: Mapping[str, str]) -> list[str
     Args:
         environment: the recipe's `execution.cluster.environment`, which jobs have in addition to this environment.
     """
-    return masked(masked("\n".join(lines)), environment).splitlines()
+    return masked("\n".join(lines), environment).splitlines()
 
 
 def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,7 +101,7 @@ def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     execution = recipe.get("execution", {})
     shown = {key: value for key, value in execution.items() if key in PUBLIC_EXECUTION}
     secrets = environment_of(recipe)
-    found: dict[str, Any] = masked_values(masked_values({**recipe, "execution": shown}), secrets)
+    found: dict[str, Any] = masked_values({**recipe, "execution": shown}, secrets)
     return found
 
 

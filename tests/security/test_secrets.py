@@ -232,7 +232,7 @@ def test_names_that_hold_none(name: str) -> None:
 
 def test_what_is_masked() -> None:
     assert secrets_in({"A_TOKEN": "12345"}) == [], "so short a text is a word like others"
-    assert masked("https://me:pass@host/x", {}) == "https://me:***@host/x"
+    assert masked("https://me:pass@host/x") == "https://me:***@host/x"
     odd = {"A_KEY": "a'b\"c\u00e4\nsecond"}
     assert masked(f"{odd} {json.dumps(odd)}", odd) == """{'A_KEY': '***'} {"A_KEY": "***"}"""
     assert masked("long abcdefgh and abcdef", {"A_KEY": "abcdef", "B_KEY": "abcdefgh"}) == "long *** and ***"

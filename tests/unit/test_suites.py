@@ -80,6 +80,20 @@ def test_a_line_that_a_kill_cut_off_is_removed(suite: ModuleType, tmp_path: Path
     assert len(file.read_text().splitlines()) == len(suite.read_figures(file)) == 2
 
 
+def test_a_suite_continues_on_another_machine_with_the_published_figures(suite: ModuleType, tmp_path: Path) -> None:
+    tasks, here, there = _tasks(suite, 3), tmp_path / "here.jsonl", tmp_path / "there.jsonl"
+    _run(suite, tasks[:2], here)
+    suite.publish_figures(suite.read_figures(here), "some", tmp_path / "docs")
+    _run(suite, tasks[1:2], there)
+    suite.add_published(there, "some", tmp_path / "docs")
+    assert _run(suite, tasks, there) == ["run 2"]
+    found = suite.read_figures(there)
+    assert {name for name, row in found.items() if "shared_machine" in row} == {"run 0"}, "times are of two machines"
+    assert found["run 0"] == {**suite.read_figures(here)["run 0"], "shared_machine": True}
+    with pytest.raises(SystemExit, match="Published figures: some"):
+        suite.add_published(there, "other", tmp_path / "docs")
+
+
 def test_a_run_that_fails_leaves_no_figures(suite: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "figures.jsonl"
 

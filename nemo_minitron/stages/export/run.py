@@ -53,5 +53,5 @@ def export(params: ExportStage, inputs: Inputs, ctx: StageContext) -> Result:
         metrics=[found.metrics() for found in inputs.evaluations.values()],
     )
     environment = dict(ctx.execution.cluster.environment) if ctx.execution.cluster else {}
-    (ctx.out_dir / "README.md").write_text(masked(masked(card), environment), encoding="utf-8")
+    (ctx.out_dir / "README.md").write_text(masked(card, environment), encoding="utf-8")
     return {**facts, "license": teacher.license, "teacher": teacher.source}
