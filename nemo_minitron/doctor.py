@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -113,10 +114,12 @@ def _disk(run_root: Path) -> Iterator[Finding]:
 def _core() -> Iterator[Finding]:
     for name in ("torch", "megatron-core", "transformers"):
         found = _version(name)
-        if found is None:
-            yield Finding("core", name, "problem", "not installed", "make install, or pip install nemo-minitron")
-        else:
+        if found is not None:
             yield _version_finding(name, found, found)
+        elif name == "megatron-core" and (folder := _megatron_on_path()):
+            yield Finding("core", name, "ok", f"{folder} (not an installed package, so its version is not checked)")
+        else:
+            yield Finding("core", name, "problem", "not installed", "make install, or pip install nemo-minitron")
     for name, use in (("transformer-engine", "faster layers on a GPU"), ("apex", "a faster optimizer on a GPU")):
         found = _version(name)
         yield Finding("gpu-extras", name, "ok" if found else "missing", found or f"not installed: {use}")
@@ -194,6 +197,13 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _megatron_on_path() -> Path | None:
+    """Return the folder of Megatron-Core if it can be imported; some containers only extend PYTHONPATH."""
+    spec = find_spec("megatron")
+    places = (Path(place, "core") for place in (spec and spec.submodule_search_locations) or ())
+    return next((place for place in places if (place / "package_info.py").is_file()), None)
 
 
 def _reason(out: str, code: int) -> str:

@@ -74,6 +74,15 @@ def test_a_driver_that_does_not_work_is_not_a_missing_one(tmp_path: Path, monkey
     ]
 
 
+def test_megatron_on_the_import_path_needs_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "megatron-core" else "1.0")
+    found = next(one for one in doctor._core() if one.what == "megatron-core")
+    assert found.level == "ok"
+    assert "megatron/core (not an installed package" in found.text
+    monkeypatch.setattr(doctor, "find_spec", lambda _: None)
+    assert next(one for one in doctor._core() if one.what == "megatron-core").level == "problem"
+
+
 def test_lm_eval_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"lm-eval": "0.4.13"}
     monkeypatch.setattr(doctor, "_version", versions.get)

@@ -10,11 +10,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
 import torch
+from megatron.core import __version__ as megatron_version
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.data.datasets import HeldOutBatches
@@ -57,7 +57,7 @@ def set_fp8(teacher: Model, params: Fp8Teacher) -> None:
     known = {field.name for field in fields(teacher.config)}
     if "fp8_recipe" not in known:
         raise EnvironmentProblem(
-            f"Megatron-Core {version('megatron-core')} has delayed scaling only, which a fixed teacher cannot use.",
+            f"Megatron-Core {megatron_version} has delayed scaling only, which a fixed teacher cannot use.",
             next_step="Use megatron-core 0.12 or later, or set teacher_fp8 to null.",
         )
     teacher.config.fp8, teacher.config.fp8_recipe = params.format, params.scaling

@@ -11,7 +11,6 @@ import queue
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
-from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from megatron.core import __version__ as megatron_version
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
@@ -37,7 +37,8 @@ from nemo_minitron.errors import CheckpointError, EnvironmentProblem
 from nemo_minitron.families import ModelShape
 
 LLAMA_31_ROPE_FACTOR = 8.0
-_VERSION = tuple(int(part) for part in version("megatron-core").split(".")[:2])
+# Not that of the installed package: some containers only extend PYTHONPATH.
+_VERSION = tuple(int(part) for part in megatron_version.split(".")[:2])
 _OLDER_NAMES = {
     "num_layers_in_first_pipeline_stage": "first_pipeline_num_layers",
     "num_layers_in_last_pipeline_stage": "last_pipeline_num_layers",
@@ -64,7 +65,7 @@ def known_fields(config: type, options: dict[str, Any]) -> dict[str, Any]:
     named = {_OLDER_NAMES.get(key, key) if key not in known else key: value for key, value in options.items()}
     unknown = named.keys() - known - _NOT_NEEDED
     if unknown:
-        raise AssertionError(f"{config.__name__} of Megatron-Core {version('megatron-core')} has no {sorted(unknown)}")
+        raise AssertionError(f"{config.__name__} of Megatron-Core {megatron_version} has no {sorted(unknown)}")
     return {key: value for key, value in named.items() if key in known}
 
 
@@ -153,8 +154,7 @@ def require_readable(checkpoint: Path) -> None:
     """
     if _VERSION < (0, 19) and not (checkpoint / "common.pt").is_file():
         raise CheckpointError(
-            "The training checkpoint was written by Megatron-Core 0.19 or later; "
-            f"{version('megatron-core')} cannot read it.",
+            f"The training checkpoint was written by Megatron-Core 0.19 or later; {megatron_version} cannot read it.",
             where=str(checkpoint),
             next_step="Use megatron-core 0.19 or later, or delete the checkpoints to start from the first step.",
         )
@@ -215,7 +215,7 @@ def rope_scaling_options(shape: ModelShape) -> dict[str, Any]:
         return {**options, "rope_scaling_factor": scaling.factor if scaling else 1.0}
     if scaling is not None and scaling.factor != LLAMA_31_ROPE_FACTOR:
         raise EnvironmentProblem(
-            f"Megatron-Core {version('megatron-core')} does not support the rope scaling factor {scaling.factor:g}.",
+            f"Megatron-Core {megatron_version} does not support the rope scaling factor {scaling.factor:g}.",
             allowed=f"{LLAMA_31_ROPE_FACTOR:g}",
             next_step="Use megatron-core 0.11 or later for this model.",
         )
