@@ -24,7 +24,7 @@ from nemo_minitron.backends.megatron.runtime.session import open_session
 from nemo_minitron.backends.megatron.training import checkpoint
 from nemo_minitron.backends.megatron.training import loop as training
 from nemo_minitron.backends.megatron.training.checkpoint import Checkpoints, TrainingProgress, checkpoints, step_of
-from nemo_minitron.backends.megatron.training.integrity import FACTS_FILE, read_facts
+from nemo_minitron.backends.megatron.training.integrity import FACTS_FILE, find_damage, read_facts, write_facts
 from nemo_minitron.errors import CheckpointError, NumericsError
 from nemo_minitron.schema.execution import Execution, Parallel
 from nemo_minitron.stages.common.training import loop_options
@@ -289,3 +289,27 @@ def test_every_rank_resumes_from_the_checkpoint_that_the_first_one_sees(
     monkeypatch.setattr(checkpoint, "_load", lambda _, folder: TrainingProgress(step_of(folder)))
     trainable: Any = None
     assert Checkpoints(tmp_path, session, keep=2, in_background=False).resume(trainable).step == 2
+
+
+def test_a_checkpoint_that_one_rank_cannot_read_is_damaged_for_all(tmp_path: Path) -> None:
+    (tmp_path / "a.distcp").write_bytes(b"weights")
+    write_facts(tmp_path, {"step": 2}, {}, _beside([None, []]))
+    assert find_damage(tmp_path, _beside([None, []])) is None
+    assert (
+        find_damage(tmp_path, _beside(["training.json: stale file handle", []])) == "training.json: stale file handle"
+    )
+    with pytest.raises(CheckpointError, match=r"no checksum of b\.distcp"):
+        find_damage(tmp_path, _beside([None, ["b.distcp"]]))
+
+
+def _beside(other: list[Any]) -> Any:
+    """Return a session whose other rank sees these files of the checkpoint."""
+    return SimpleNamespace(
+        rank=0,
+        world_size=1,
+        device="cpu",
+        is_main=True,
+        barrier=lambda: None,
+        sum=lambda tensor: tensor,
+        gather=lambda own: [own, other],
+    )

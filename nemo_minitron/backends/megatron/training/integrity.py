@@ -63,14 +63,13 @@ def find_damage(folder: Path, session: Session) -> str | None:
     Raises:
         CheckpointError: files have no checksums, and the user has not marked the folder as trusted.
     """
-    try:
-        found = _read(folder)
-        unsealed(found)
-        listed = sorted(_files(found).items())
-        added = _unlisted(folder, found)
-    except (OSError, ValueError, TypeError) as error:
-        return f"{FACTS_FILE}: {error}"
-    if added:
+    problem, listed, added = _listed(folder)
+    # A shared file system may show the nodes different files, and all ranks must take the same path.
+    looks = session.gather([problem, added])
+    problem = next((theirs for theirs, _ in looks if theirs), None)
+    if problem is not None:
+        return problem
+    if added := sorted({name for _, names in looks for name in names}):
         if not is_trusted(folder):
             raise _without_checksums(folder, added)
         listed = []
@@ -81,6 +80,16 @@ def find_damage(folder: Path, session: Session) -> str | None:
     session.sum(damaged)
     names = [name for (name, _), is_bad in zip(listed, damaged.tolist(), strict=True) if is_bad]
     return f"{', '.join(names)} was changed since it was written" if names else None
+
+
+def _listed(folder: Path) -> tuple[str | None, list[tuple[str, Any]], list[str]]:
+    """Return what is wrong with the list of checksums, the list, and files that it lacks, as this rank sees them."""
+    try:
+        found = _read(folder)
+        unsealed(found)
+        return None, sorted(_files(found).items()), _unlisted(folder, found)
+    except (OSError, ValueError, TypeError) as error:
+        return f"{FACTS_FILE}: {error}", [], []
 
 
 def _unlisted(folder: Path, facts: Mapping[str, Any]) -> list[str]:
