@@ -39,6 +39,7 @@ def check(minitron: Cli, kind: str, root: Path, *overrides: str) -> tuple[int, s
         ("reinforce", "max_new_tokens=256", "leaves no tokens of max_seq_len_tokens"),
         ("reinforce", "max_seq_len_tokens=100000", "positions"),
         ("reinforce", "min_lr=1.0", "above lr"),
+        ("reinforce", "warmup_steps=100000", "must be fewer than the optimizer steps"),
         ("reinforce", "aligner.model.optim.weight_dekay=0.0", "Did you mean model.optim.weight_decay"),
         ("reinforce", "aligner.trainer.reinforce.max_steps=3", "set by the stage"),
         ("ppo", "critic_min_lr=1.0", "above critic_lr"),
@@ -121,9 +122,22 @@ def test_configs_are_complete(critic: Critic | None, tmp_path: Path) -> None:
     assert found["trainer"][settings.method]["max_steps"] == 7
     # NeMo's learning-rate schedule counts optimizer steps: 8 for 64 answers, 2 for 16.
     assert found["trainer"]["max_steps"] == 7 * (8 if critic is None else 2)
+    assert found["trainer"][settings.method]["rollout_batch_seq_length"] is None
     if critic is not None:
         keys = critic_keys(settings, critic, tmp_path / "nemo", tmp_path)
         assert complete_config("critic", keys, {}, on_cpu=True, where="test")["model"]["loss_clip_val"] == 0.2
+
+
+@pytest.mark.parametrize(("tp", "length"), [(1, None), (2, 64)])
+def test_answers_are_padded_to_a_length_that_sequence_parallelism_can_split(
+    tp: int, length: int | None, tmp_path: Path
+) -> None:
+    settings = rollouts(None, tmp_path)
+    layout = Parallel(tp=tp, sequence_parallel=True)
+    context = TaskContext("rl", tmp_path, layout, "cpu", 1, Progress(), StopRequest())
+    keys = actor_keys(settings, tmp_path / "nemo", context)
+    found = complete_config("reinforce", keys, {}, on_cpu=True, where="test")
+    assert found["trainer"]["reinforce"]["rollout_batch_seq_length"] == length
 
 
 def test_the_critic_trains_on_every_step_of_the_actor_and_on_warmup(tmp_path: Path) -> None:
