@@ -58,7 +58,7 @@ class Trainer(Measured, PPOTrainer):  # type: ignore[misc]
 
 
 class _Saved:
-    """Stands for a save that is complete."""
+    """Placeholder for a save that has already finished."""
 
     def result(self) -> None:
         """Return at once."""
