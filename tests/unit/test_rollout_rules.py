@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -12,7 +14,9 @@ import pytest
 
 from nemo_minitron.backends.alignment.base import Critic, Rollouts, TaskContext
 from nemo_minitron.backends.alignment.nemo_aligner.config import complete_config
+from nemo_minitron.backends.alignment.nemo_aligner.environment import ENTRY
 from nemo_minitron.backends.alignment.nemo_aligner.rollout_keys import actor_keys, critic_keys, critic_steps
+from nemo_minitron.backends.alignment.nemo_aligner.rollouts import ends_of_answers
 from nemo_minitron.data.chat.prompts import read_prompts
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.schema.execution import Parallel
@@ -161,6 +165,41 @@ def training_on_prompts(rule: str, prompts_per_step: int, global_batch_size: int
 
 def toy_template() -> ChatTemplate:
     return ChatTemplate.load(REPO / "nemo_minitron/toy/model", "chatml", whole_markers=False, day=date(2024, 7, 26))
+
+
+def test_answers_end_with_the_template_or_with_the_text(tmp_path: Path) -> None:
+    settings = replace(rollouts(None, tmp_path), model_dir=REPO / "nemo_minitron/toy/model")
+    assert ends_of_answers(settings) == ["<end>", "<|endoftext|>"]
+    assert ends_of_answers(replace(settings, stop="<|endoftext|>")) == ["<|endoftext|>"]
+
+
+RULES_SEE = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from rule_server import _Rewards
+
+rewards = _Rewards(json.loads(sys.argv[2]), {})
+ids = lambda text: rewards._tokenizer.encode(text, add_special_tokens=False).ids
+print(json.dumps([rewards._answer(ids("What is 2?") + ids(answer))["answer"] for answer in sys.argv[3:]]))
+"""
+
+
+def test_rules_do_not_see_the_end_of_an_answer(tmp_path: Path) -> None:
+    """An answer that ended with the end-of-text token did not match patterns that end in `$`."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"text": "What is 2?"}) + "\n")
+    task = {
+        "prompts": [str(prompts)],
+        "tokenizer": str(REPO / "nemo_minitron/toy/model"),
+        "ends": ["<end>", "<|endoftext|>"],
+        "evaluator": [],
+        "reward_model": None,
+    }
+    answers = ["It is 2.<end>", "It is 2.<|endoftext|>", "It is 2."]
+    command = [sys.executable, "-c", RULES_SEE, str(ENTRY), json.dumps(task), *answers]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == ["It is 2."] * 3
 
 
 def test_every_prompt_is_read_once(tmp_path: Path) -> None:
