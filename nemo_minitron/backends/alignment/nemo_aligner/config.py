@@ -72,6 +72,7 @@ _TRT = "the stages generate without TensorRT-LLM"
 _READ_BY_NOTHING: dict[str, str] = {
     "trainer.max_time": "no training loop of NeMo-Aligner reads it; limit the time of the job instead",
     "exp_manager.exp_dir": "the folder is set, and NeMo ignores this key then",
+    "model.resume_from_checkpoint": "a stage resumes from its own checkpoints",
     "model.data.splits_string": "each part has a file of its own, and NeMo-Aligner ignores this key then",
 }
 """Keys without an effect, here and in a container -> the reason."""
