@@ -74,8 +74,9 @@ for name, progress, is_stopped in (("new", None, False), ("stopped", None, True)
     found[name] = [goes_on, trainer.loaded, logged]
 
 # Validations without a batch.
-for trainer in (SimpleNamespace(limit_val_batches=0), SimpleNamespace(dict_limit_val_batches={"validation": 0})):
-    found.setdefault("no batches", []).append(outcome(lambda: training.begin(trainer, None, None)))
+for progress in (None, {"step": 3}):
+    trainer = SimpleNamespace(limit_val_batches=0)
+    found.setdefault("no batches", []).append(outcome(lambda: training.begin(trainer, progress, None)))
 
 # Lengths of pairs.
 class Sampler(list):

@@ -134,7 +134,7 @@ def begin(trainer: Any, progress: dict[str, Any] | None, loggers: CustomLoggerWr
     Raises:
         RuntimeError: a validation would have no batch.
     """
-    if num_valid_batches(trainer) == 0:
+    if trainer.limit_val_batches == 0:
         raise RuntimeError("limit_val_batches leaves none of the held-out batches; raise it, or set a number of them")
     if progress is not None:
         trainer.load_state_dict(progress)
@@ -143,12 +143,6 @@ def begin(trainer: Any, progress: dict[str, Any] | None, loggers: CustomLoggerWr
     _, metrics = trainer.run_validation()
     torch.set_rng_state(random_numbers)
     loggers.log_metrics(metrics, step=0, prefix="val/")
-
-
-def num_valid_batches(trainer: Any) -> int:
-    """Return the batches of a validation, which NeMo-Aligner's two trainers name differently."""
-    limits = getattr(trainer, "dict_limit_val_batches", None)
-    return int(trainer.limit_val_batches if limits is None else limits["validation"])
 
 
 def jsonl_arguments(config: DictConfig, model: Any) -> dict[str, Any]:
