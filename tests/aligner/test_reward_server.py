@@ -78,7 +78,7 @@ def server(work: Path, rules: list[dict[str, Any]], reward_model: dict[str, Any]
     task = {
         "prompts": [str(work / "prompts.jsonl")],
         "tokenizer": str(TOKENIZER),
-        "stop": STOP,
+        "ends": [STOP],
         "evaluator": [sys.executable, str(START), "rewards", str(work / "rules.json")] if rules else [],
         "reward_model": reward_model,
         "changed_variables": changed_variables(on_cpu=True),

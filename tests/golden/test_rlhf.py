@@ -149,6 +149,7 @@ def test_scripts_are_bash_and_no_path_is_read_as_code(tmp_path: Path) -> None:
         ("ppo", ["max_seq_len_tokens=262144"], "the model has 131072 positions"),
         ("ppo", ["num_rollout_prompts=20480"], "there are 20000 different prompts of up to 2048"),
         ("ppo", ["lr=1e-8"], "min_lr = 9e-08: above lr = 1e-08"),
+        ("ppo", ["warmup_steps=100000"], "warmup_steps = 100000: must be fewer than the optimizer steps"),
         ("ppo", ["attribute_weights={helpfulness: 0}"], "reward would be 0"),
     ],
 )

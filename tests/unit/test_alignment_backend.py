@@ -16,6 +16,7 @@ from nemo_minitron.artifacts.types import Artifact
 from nemo_minitron.backends.alignment import base
 from nemo_minitron.backends.alignment.base import CURVES_FILE, LossPoint, TaskContext, Training
 from nemo_minitron.data.chat.rows import ATTRIBUTES
+from nemo_minitron.errors import ConfigError
 from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.execution import Execution, Parallel
 from nemo_minitron.stages.align import run as align
@@ -122,6 +123,17 @@ def test_fine_tuning_publishes_the_model_that_the_backend_has_trained(tmp_path: 
     assert result["lengths"]["train"]["rows"] == 6
     assert load_transformers(ctx.out_dir).config.num_hidden_layers == result["shape"]["num_layers"]
     assert "<|im_start|>" in (ctx.out_dir / "chat_template.jinja").read_text()
+
+
+@with_fake
+def test_a_warmup_as_long_as_its_epochs_is_refused_before_the_training(tmp_path: Path) -> None:
+    inputs = align.Inputs(
+        _artifact(Model, tiny_model_dir(tmp_path, "llama_gqa_tied")), _chats(tmp_path, "conversations")
+    )
+    params = SftStage(kind="sft", num_epochs=2, warmup_steps=6, **SIZES)
+    with pytest.raises(ConfigError, match="6 steps of warmup, and the training has 6: 6 rows, 2 in a batch"):
+        sft(params, inputs, _context(tmp_path, "sft"))
+    assert not TRAINED
 
 
 @with_fake

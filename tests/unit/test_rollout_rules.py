@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -12,7 +14,9 @@ import pytest
 
 from nemo_minitron.backends.alignment.base import Critic, Rollouts, TaskContext
 from nemo_minitron.backends.alignment.nemo_aligner.config import complete_config
+from nemo_minitron.backends.alignment.nemo_aligner.environment import ENTRY
 from nemo_minitron.backends.alignment.nemo_aligner.rollout_keys import actor_keys, critic_keys, critic_steps
+from nemo_minitron.backends.alignment.nemo_aligner.rollouts import ends_of_answers
 from nemo_minitron.data.chat.prompts import read_prompts
 from nemo_minitron.data.chat.tokenizing import ChatTemplate
 from nemo_minitron.schema.execution import Parallel
@@ -39,6 +43,7 @@ def check(minitron: Cli, kind: str, root: Path, *overrides: str) -> tuple[int, s
         ("reinforce", "max_new_tokens=256", "leaves no tokens of max_seq_len_tokens"),
         ("reinforce", "max_seq_len_tokens=100000", "positions"),
         ("reinforce", "min_lr=1.0", "above lr"),
+        ("reinforce", "warmup_steps=100000", "must be fewer than the optimizer steps"),
         ("reinforce", "aligner.model.optim.weight_dekay=0.0", "Did you mean model.optim.weight_decay"),
         ("reinforce", "aligner.trainer.reinforce.max_steps=3", "set by the stage"),
         ("ppo", "critic_min_lr=1.0", "above critic_lr"),
@@ -121,9 +126,22 @@ def test_configs_are_complete(critic: Critic | None, tmp_path: Path) -> None:
     assert found["trainer"][settings.method]["max_steps"] == 7
     # NeMo's learning-rate schedule counts optimizer steps: 8 for 64 answers, 2 for 16.
     assert found["trainer"]["max_steps"] == 7 * (8 if critic is None else 2)
+    assert found["trainer"][settings.method]["rollout_batch_seq_length"] is None
     if critic is not None:
         keys = critic_keys(settings, critic, tmp_path / "nemo", tmp_path)
         assert complete_config("critic", keys, {}, on_cpu=True, where="test")["model"]["loss_clip_val"] == 0.2
+
+
+@pytest.mark.parametrize(("tp", "length"), [(1, None), (2, 64)])
+def test_answers_are_padded_to_a_length_that_sequence_parallelism_can_split(
+    tp: int, length: int | None, tmp_path: Path
+) -> None:
+    settings = rollouts(None, tmp_path)
+    layout = Parallel(tp=tp, sequence_parallel=True)
+    context = TaskContext("rl", tmp_path, layout, "cpu", 1, Progress(), StopRequest())
+    keys = actor_keys(settings, tmp_path / "nemo", context)
+    found = complete_config("reinforce", keys, {}, on_cpu=True, where="test")
+    assert found["trainer"]["reinforce"]["rollout_batch_seq_length"] == length
 
 
 def test_the_critic_trains_on_every_step_of_the_actor_and_on_warmup(tmp_path: Path) -> None:
@@ -147,6 +165,41 @@ def training_on_prompts(rule: str, prompts_per_step: int, global_batch_size: int
 
 def toy_template() -> ChatTemplate:
     return ChatTemplate.load(REPO / "nemo_minitron/toy/model", "chatml", whole_markers=False, day=date(2024, 7, 26))
+
+
+def test_answers_end_with_the_template_or_with_the_text(tmp_path: Path) -> None:
+    settings = replace(rollouts(None, tmp_path), model_dir=REPO / "nemo_minitron/toy/model")
+    assert ends_of_answers(settings) == ["<end>", "<|endoftext|>"]
+    assert ends_of_answers(replace(settings, stop="<|endoftext|>")) == ["<|endoftext|>"]
+
+
+RULES_SEE = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from rule_server import _Rewards
+
+rewards = _Rewards(json.loads(sys.argv[2]), {})
+ids = lambda text: rewards._tokenizer.encode(text, add_special_tokens=False).ids
+print(json.dumps([rewards._answer(ids("What is 2?") + ids(answer))["answer"] for answer in sys.argv[3:]]))
+"""
+
+
+def test_rules_do_not_see_the_end_of_an_answer(tmp_path: Path) -> None:
+    """An answer that ended with the end-of-text token did not match patterns that end in `$`."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"text": "What is 2?"}) + "\n")
+    task = {
+        "prompts": [str(prompts)],
+        "tokenizer": str(REPO / "nemo_minitron/toy/model"),
+        "ends": ["<end>", "<|endoftext|>"],
+        "evaluator": [],
+        "reward_model": None,
+    }
+    answers = ["It is 2.<end>", "It is 2.<|endoftext|>", "It is 2."]
+    command = [sys.executable, "-c", RULES_SEE, str(ENTRY), json.dumps(task), *answers]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == ["It is 2."] * 3
 
 
 def test_every_prompt_is_read_once(tmp_path: Path) -> None:

@@ -29,16 +29,14 @@ def row_problems(
     """
     if held is None:
         return
-    if held.rated_from is not None:
-        if needed == "pairs":
-            yield f"{key}.inputs.chats: an annotate stage has conversations, not pairs."
-        return
-    if held.rows != needed:
+    if held.rated_from is not None and needed == "pairs":
+        yield f"{key}.inputs.chats: an annotate stage has conversations, not pairs."
+    elif held.rated_from is None and held.rows != needed:
         yield f"{key}.inputs.chats: stage {chats} has rows: {held.rows}, not {needed}."
     if held.valid_rows < params.global_batch_size:
         yield (
             f"{key}.global_batch_size = {params.global_batch_size}: validation takes whole batches, and stage "
-            f"{chats} has valid_rows = {held.valid_rows}."
+            f"{held.rated_from or chats} has valid_rows = {held.valid_rows}."
         )
 
 
@@ -59,6 +57,14 @@ def step_problems(key: str, params: RowTraining) -> Iterator[str]:
         yield f"{key}.min_lr = {params.min_lr}: above lr = {params.lr}."
     if params.num_steps is not None and params.warmup_steps >= params.num_steps:
         yield f"{key}.warmup_steps = {params.warmup_steps}: must be fewer than num_steps = {params.num_steps}."
+
+
+def sequence_problems(key: str, max_seq_len_tokens: int, layout: Parallel) -> Iterator[str]:
+    """Yield why sequence parallelism cannot split batches that are padded to the longest sequence."""
+    if layout.sequence_parallel and max_seq_len_tokens % layout.tp:
+        yield (
+            f"{key}.max_seq_len_tokens = {max_seq_len_tokens}: sequence_parallel needs a multiple of tp = {layout.tp}."
+        )
 
 
 def model_problems(key: str, shape: ModelShape | None, layout: Parallel) -> Iterator[str]:

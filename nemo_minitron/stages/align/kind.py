@@ -10,6 +10,7 @@ from nemo_minitron.backends.alignment.rules import (
     model_problems,
     option_problems,
     row_problems,
+    sequence_problems,
     size_problems,
     step_problems,
 )
@@ -46,6 +47,8 @@ def _problems(name: str, params: AlignStage, view: RecipeView) -> Iterator[str]:
     if isinstance(params, SteerlmSftStage) and not params.condition_on_attributes:
         yield f"{key}.condition_on_attributes = false: then it is an ordinary sft stage."
     yield from size_problems(key, params, layout)
+    if not isinstance(params, DpoStage):  # NeMo-Aligner pads pairs to a multiple of tp
+        yield from sequence_problems(key, params.max_seq_len_tokens, layout)
     yield from model_problems(key, view.shape(params.inputs.model), layout)
 
 
@@ -73,6 +76,7 @@ def _steerlm2_problems(name: str, params: Steerlm2Stage, view: RecipeView) -> It
     if isinstance(sampling, AnswerSampling):
         yield from _sampling_problems(key, params, sampling, layout)
     yield from step_problems(key, params)
+    yield from sequence_problems(key, params.max_seq_len_tokens, layout)
     yield from model_problems(key, view.shape(params.inputs.model), layout)
 
 

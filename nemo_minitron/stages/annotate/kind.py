@@ -22,9 +22,15 @@ def _problems(name: str, params: AnnotateStage, view: RecipeView) -> Iterator[st
         has = f"stage {params.inputs.chats} has {held.rows}"
         yield f"stages.{name}.inputs.chats: {has}, and annotate needs conversations."
     model = view.stages.get(params.inputs.attribute_model)
-    if isinstance(model, RewardTraining) and model.reward != "regression":
+    if not isinstance(model, RewardTraining):
+        return
+    if model.reward != "regression":
         used = f"stage {params.inputs.attribute_model} has reward = {model.reward}"
         yield f"stages.{name}.inputs.attribute_model: {used}, and annotate needs regression."
+    shape = view.shape(model.inputs.model)
+    longest = params.max_seq_len_tokens
+    if shape is not None and longest > (most := shape.max_position_embeddings):
+        yield f"stages.{name}.max_seq_len_tokens = {longest}: the attribute model has {most} positions."
 
 
 ANNOTATE = StageKind(

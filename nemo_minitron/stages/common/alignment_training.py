@@ -12,6 +12,7 @@ from nemo_minitron.backends.alignment.base import (
     Training,
     alignment_backend,
 )
+from nemo_minitron.errors import ConfigError
 from nemo_minitron.hf.checkpoint import model_facts
 from nemo_minitron.schema.alignment import RowTraining
 from nemo_minitron.schema.chats import TemplateName
@@ -52,14 +53,27 @@ def train_and_publish(
 
 
 def train(params: RowTraining, objective: Objective, model_dir: Path, rows: Rows, ctx: StageContext) -> dict[str, Any]:
-    """Train into the stage's output folder; returns the facts of the training for the manifest."""
+    """Train into the stage's output folder; returns the facts of the training for the manifest.
+
+    Raises:
+        ConfigError: the warmup is as long as the training, or a key or model that the backend does not support.
+    """
+    num_steps = params.num_steps or params.num_epochs * (rows.num_train // params.global_batch_size)
+    if params.warmup_steps >= num_steps:
+        raise ConfigError(
+            f"{params.warmup_steps} steps of warmup, and the training has {num_steps}: {rows.num_train} rows, "
+            f"{params.global_batch_size} in a batch, num_epochs = {params.num_epochs}.",
+            where=f"stages.{ctx.name}.warmup_steps",
+            allowed=f"at most {num_steps - 1}",
+            next_step="Lower it, or train longer.",
+        )
     training = Training(
         model_dir=model_dir,
         objective=objective,
         train_rows=rows.train,
         valid_rows=rows.valid,
         num_train_rows=rows.num_train,
-        num_steps=params.num_steps or params.num_epochs * (rows.num_train // params.global_batch_size),
+        num_steps=num_steps,
         global_batch_size=params.global_batch_size,
         max_seq_len_tokens=params.max_seq_len_tokens,
         lr=params.lr,

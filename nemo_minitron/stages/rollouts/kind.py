@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from nemo_minitron.backends.alignment.base import alignment_backend
-from nemo_minitron.backends.alignment.rules import model_problems
+from nemo_minitron.backends.alignment.rules import model_problems, sequence_problems
 from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.alignment import RewardTraining
 from nemo_minitron.schema.execution import Parallel
@@ -30,6 +30,7 @@ def _problems(name: str, params: RolloutStage, view: RecipeView) -> Iterator[str
     yield from _reward_model_problems(key, params, view)
     yield from _row_problems(key, params, view)
     yield from _size_problems(key, params, layout)
+    yield from sequence_problems(key, params.max_seq_len_tokens, layout)
     yield from model_problems(key, shape, layout)
     if shape is not None and params.max_seq_len_tokens > shape.max_position_embeddings:
         most = shape.max_position_embeddings
@@ -98,6 +99,9 @@ def _size_problems(key: str, params: RolloutStage, layout: Parallel) -> Iterator
         yield f"{key}.critic_min_lr = {params.critic_min_lr}: above critic_lr = {params.critic_lr}."
     if params.min_lr > params.lr:
         yield f"{key}.min_lr = {params.min_lr}: above lr = {params.lr}."
+    optimizer_steps = params.num_steps * answers // params.global_batch_size
+    if params.warmup_steps >= optimizer_steps:
+        yield f"{key}.warmup_steps = {params.warmup_steps}: must be fewer than the optimizer steps, {optimizer_steps}."
 
 
 def _functions(params: RolloutStage) -> Iterator[str]:

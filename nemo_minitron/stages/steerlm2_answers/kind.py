@@ -27,7 +27,9 @@ def _problems(name: str, params: Steerlm2AnswersStage, view: RecipeView) -> Iter
 
 def _shape_problems(key: str, params: Steerlm2AnswersStage, view: RecipeView) -> Iterator[str]:
     shapes = {role: view.shape(getattr(params.inputs, role)) for role in ("model", "reference")}
-    for role, shape in shapes.items():
+    rates = view.stages.get(params.inputs.attribute_model)
+    rating = view.shape(rates.inputs.model) if isinstance(rates, RewardTraining) else None
+    for role, shape in {**shapes, "attribute_model": rating}.items():
         if shape is not None and params.max_seq_len_tokens > shape.max_position_embeddings:
             yield (
                 f"{key}.max_seq_len_tokens = {params.max_seq_len_tokens}: the model of inputs.{role} has "

@@ -6,6 +6,7 @@ NeMo-Aligner silently ignores a misspelled key. Here every key must be in the co
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -64,6 +65,38 @@ DEAD_KEYS = {
 }
 """Keys that NeMo-Aligner 0.7 does not read although its documentation, its own configs or public recipes have them ->
 the key to use."""
+_LENGTH = "num_steps or num_epochs of the stage decides how long it trains"
+_LORA = "LoRA is not supported, the stages train all weights"
+_NAMES = "the stage's own servers have this name"
+_TRT = "the stages generate without TensorRT-LLM"
+_READ_BY_NOTHING: dict[str, str] = {
+    "trainer.max_time": "no training loop of NeMo-Aligner reads it; limit the time of the job instead",
+    "exp_manager.exp_dir": "the folder is set, and NeMo ignores this key then",
+    "model.resume_from_checkpoint": "a stage resumes from its own checkpoints",
+    "model.data.splits_string": "each part has a file of its own, and NeMo-Aligner ignores this key then",
+}
+"""Keys without an effect, here and in a container -> the reason."""
+_READ_BY_NO_STAGE: dict[str, str] = {
+    "model.peft.peft_scheme": _LORA,
+    "model.peft.restore_from_path": _LORA,
+    "model.answer_only_loss": "only the tokens of answers are trained",
+    "model.data.sample": "each row is read once in an epoch",
+    "model.data.train_ds.shuffle": "training rows come in random order",
+    "model.data.validation_ds.shuffle": "held-out rows come in the order of their file",
+    **{f"trainer.{key}.limit_train_batches": _LENGTH for key in ("sft", "dpo", "rm", "knowledge_distillation")},
+    "remote_rm.reward_model.name": _NAMES,
+    "remote_critic_rm.reward_model.name": _NAMES,
+    **{f"remote_critic_rm.critic.name.{call}": _NAMES for call in ("train", "infer", "save")},
+    "remote_critic_rm.combine_rm_and_critic_server": "the rewards have a server of their own",
+    **{
+        f"{part}.{key}.trt_llm.{name}": _TRT
+        for part in ("trainer", "model")
+        for key in ("reinforce", "ppo")
+        for name in ("seed", "unload_engine_train")
+    },
+    "model.ppo.trt_model_dir": _TRT,
+}
+"""Keys that the scripts of entry/ cannot heed, although NeMo-Aligner's own scripts read some of them -> the reason."""
 RANGES: dict[str, tuple[float, float]] = {
     "hidden_dropout": (0.0, 1.0),
     "attention_dropout": (0.0, 1.0),
@@ -88,6 +121,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "port": (1, 65535),
 }
 """Last part of a key -> its smallest and largest value."""
+NULLABLE = ("gradient_clip_val",)
+"""Those of RANGES that may be null."""
+LIMITS = ("limit_val_batches",)
+"""Last part of keys with a number of batches, or a fraction of them; NeMo-Aligner fails if no batch is left."""
 ON_CPU: dict[str, Any] = {
     "trainer.accelerator": "cpu",
     "trainer.precision": 32,
@@ -125,19 +162,36 @@ def override_problems(method: Method, overrides: Mapping[str, Any]) -> Iterator[
             yield f"{key}: unknown to NeMo-Aligner's {method}.{hint} All keys: {config_file(method)}."
         elif base[key] == TO_FILL:
             yield f"{key}: set by {FILLED_BY.get(method, 'the stage')} from its own keys; leave it out."
+        elif key in (fixed := fixed_keys(method)):
+            # 1 and 1.0 differ: a number of batches, and the fraction of them.
+            if (type(value), value) != (type(base[key]), base[key]):
+                yield f"{key} = {json.dumps(value)}: {fixed[key]}. Allowed: {json.dumps(base[key])}."
         else:
             yield from _value_problems(key, value, base[key])
 
 
+def fixed_keys(method: Method) -> dict[str, str]:
+    """Return the keys of a method that may only have the value of configs/align, with the reason."""
+    found = _READ_BY_NOTHING if method in FILLED_BY else {**_READ_BY_NOTHING, **_READ_BY_NO_STAGE}
+    return {key: found[key] for key in flat(base_config(method)) if key in found}
+
+
 def _value_problems(key: str, value: Any, usual: Any) -> Iterator[str]:
+    name = key.rpartition(".")[2]
+    if value is None:
+        if name in RANGES and name not in NULLABLE:
+            yield f"{key} = null: NeMo-Aligner needs a number, such as {usual!r}."
+        return
     number = isinstance(usual, int | float) and not isinstance(usual, bool)
     fits = isinstance(value, int | float) and not isinstance(value, bool) if number else isinstance(value, type(usual))
-    if usual is not None and value is not None and not fits:
+    if usual is not None and not fits:
         yield f"{key} = {value!r}: of another type than {usual!r}."
         return
-    low, high = RANGES.get(key.rpartition(".")[2], (None, None))
+    low, high = RANGES.get(name, (None, None))
     if low is not None and high is not None and not low <= value <= high:
         yield f"{key} = {value}: outside of [{low}, {high}]."
+    if name in LIMITS and not value > 0:
+        yield f"{key} = {value}: leaves no batch. Allowed: a number of batches from 1, or a fraction above 0.0."
 
 
 def complete_config(

@@ -122,6 +122,9 @@ def _batches(settings: Rlhf) -> Iterator[str]:
         made = "num_rollout_prompts * rollouts_per_prompt"
     if rollouts % gbs:
         yield f"{made} = {rollouts}: not a multiple of global_batch_size = {gbs}."
+    steps = settings.num_steps * rollouts // gbs
+    if settings.warmup_steps >= steps:
+        yield f"warmup_steps = {settings.warmup_steps}: must be fewer than the optimizer steps, {steps}."
     unit, at_once = inference_dp(settings), settings.rollout_micro_batch_size
     for key in ("num_rollout_prompts", "num_valid_prompts"):
         if getattr(settings, key) % (at_once * unit):

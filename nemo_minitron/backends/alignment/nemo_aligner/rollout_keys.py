@@ -31,7 +31,7 @@ def actor_keys(rollouts: Rollouts, nemo: Path, context: TaskContext) -> dict[str
     valid = [str(rollouts.valid_prompts)]
     return {
         **trainer_keys(layout),
-        **_sizes(rollouts, key),
+        **_sizes(rollouts, key, split_sequences=layout.sequence_parallel and layout.tp > 1),
         "trainer.max_epochs": num_epochs,
         # The length of the learning-rate schedule, which counts optimizer steps.
         "trainer.max_steps": rollouts.num_steps * _optimizer_steps(rollouts),
@@ -57,11 +57,13 @@ def actor_keys(rollouts: Rollouts, nemo: Path, context: TaskContext) -> dict[str
     }
 
 
-def _sizes(rollouts: Rollouts, key: str) -> dict[str, Any]:
+def _sizes(rollouts: Rollouts, key: str, *, split_sequences: bool) -> dict[str, Any]:
     """Return the config keys of batches and lengths."""
     at_once, length = rollouts.generation_batch_size, rollouts.max_seq_len_tokens
     return {
         f"trainer.{key}.model_gbs": rollouts.global_batch_size,
+        # Sequence parallelism splits sequences evenly; batches as long as their longest answer cannot always be split.
+        f"trainer.{key}.rollout_batch_seq_length": length if split_sequences else None,
         "model.global_batch_size": rollouts.global_batch_size,
         "model.encoder_seq_length": length,
         "model.max_position_embeddings": length,

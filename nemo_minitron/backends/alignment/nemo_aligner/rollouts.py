@@ -30,6 +30,7 @@ from nemo_minitron.backends.alignment.nemo_aligner.training import (
     converted,
     start_checkpoint,
 )
+from nemo_minitron.hf.tokenizer import load_tokenizer
 
 
 def train_on_rewards(rollouts: Rollouts, out_dir: Path, context: TaskContext) -> Path:
@@ -113,12 +114,18 @@ def _rule_server(rollouts: Rollouts, nemo: Path, context: TaskContext, cpu: bool
     task: dict[str, Any] = {
         "prompts": [str(rollouts.train_prompts), str(rollouts.valid_prompts)],
         "tokenizer": str(tokenizer_dir(nemo)),
-        "stop": rollouts.stop,
+        "ends": ends_of_answers(rollouts),
         "evaluator": list(rollouts.evaluator),
         "reward_model": _client(rollouts.reward_model),
         "changed_variables": changed_variables(on_cpu=cpu),
     }
     return ServerTask("rule_server", REWARD_SOCKET, task, context.work_dir / "rule_server")
+
+
+def ends_of_answers(rollouts: Rollouts) -> list[str]:
+    """Return the texts at which NeMo's generation ends an answer: that of the template, and the end-of-text token."""
+    end_of_text = load_tokenizer(rollouts.model_dir).eos_token
+    return [rollouts.stop] if end_of_text in (None, rollouts.stop) else [rollouts.stop, end_of_text]
 
 
 def _client(reward: ModelReward | None) -> dict[str, Any] | None:

@@ -87,7 +87,7 @@ def _cache_part(
     run_task(
         "topk_logits",
         {"config": config, "nemo": str(nemo), "rows_per_file": rows_per_file},
-        context.work_dir / f"asking_{part}",
+        context.work_dir / f"logits_{part}",
         log_file(context),
         context.progress,
         context.stop,

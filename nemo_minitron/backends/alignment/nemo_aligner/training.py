@@ -22,6 +22,7 @@ from nemo_minitron.backends.alignment.nemo_aligner.last_checkpoint import EXPERI
 from nemo_minitron.backends.alignment.nemo_aligner.model_config import tokenizer_dir
 from nemo_minitron.backends.alignment.nemo_aligner.objectives import objective_keys
 from nemo_minitron.backends.alignment.nemo_aligner.process import run_task
+from nemo_minitron.errors import ConfigError
 from nemo_minitron.system.files import write_whole
 
 CONFIG_FILE = "aligner_config.json"
@@ -100,25 +101,45 @@ def converted(
     *,
     on_cpu: bool,
 ) -> dict[str, Any]:
-    """Convert the input model to `nemo` unless an earlier run has done it; returns the model config."""
+    """Convert the input model to `nemo` unless an earlier run has done it; returns the model config.
+
+    Raises:
+        ConfigError: a training that began with another tp cannot resume with this one.
+    """
     settings = context.work_dir / "model_config.json"
-    if not (nemo.is_dir() and settings.is_file()):
-        context.progress.say("converting the model to NeMo's format")
-        config = convert.to_nemo(
-            model_dir,
-            nemo,
-            conversion_dir(context),
-            log_file(context),
-            context.progress,
-            context.stop,
-            seq_len_tokens=seq_len_tokens,
-            on_cpu=on_cpu,
-            tp=context.layout.tp,
-            server=server,
+    if nemo.is_dir() and settings.is_file():
+        found: dict[str, Any] = json.loads(settings.read_text())
+        if found["override_vocab_size"] % context.layout.tp == 0:
+            return found
+        _require_no_step(found["override_vocab_size"], context)
+        settings.unlink()  # it must not describe the new checkpoint if this is killed
+    context.progress.say("converting the model to NeMo's format")
+    config = convert.to_nemo(
+        model_dir,
+        nemo,
+        conversion_dir(context),
+        log_file(context),
+        context.progress,
+        context.stop,
+        seq_len_tokens=seq_len_tokens,
+        on_cpu=on_cpu,
+        tp=context.layout.tp,
+        server=server,
+    )
+    write_whole(settings, json.dumps(config))
+    return config
+
+
+def _require_no_step(num_rows: int, context: TaskContext) -> None:
+    step, tp = keep_last_checkpoint(context.work_dir / "training"), context.layout.tp
+    if step:
+        raise ConfigError(
+            f"The training cannot resume from its checkpoint of step {step} with tp = {tp}: the vocabulary there is "
+            f"padded to {num_rows} rows, the multiple of the tp with which it began.",
+            where=f"execution.parallel.tp of stages.{context.stage}",
+            allowed=f"a divisor of {num_rows}",
+            next_step=f"Set tp as it was, or start the training again: --rerun {context.stage}.",
         )
-        write_whole(settings, json.dumps(config))
-    found: dict[str, Any] = json.loads(settings.read_text())
-    return found
 
 
 def convert_back(

@@ -64,9 +64,9 @@ def _trainer(**kwargs: Any) -> DPOTrainer:
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
         eod_mask_loss=data.eod_mask_loss,
-        pad_length_to_multiple_of=data.pad_length_to_multiple_of,
     )
-    return DPOTrainer(collate_fn=collate, **kwargs)
+    # The trainer passes its own multiple to the function.
+    return DPOTrainer(collate_fn=collate, pad_length_to_multiple_of=data.pad_length_to_multiple_of, **kwargs)
 
 
 def _keep_reference(model: Any, config: DictConfig) -> None:

@@ -39,8 +39,36 @@ KEPT = "checkpoint_before"
 """Folder beside the critic's checkpoints with the one before the newest."""
 
 
+class Client(RemoteGPTRMCriticClient):  # type: ignore[misc]
+    """NeMo-Aligner's client, which also reports that the critic could not be trained; NeMo-Aligner would go on."""
+
+    _training: Any = None
+
+    def train(self, ppo_rollout_data: Any) -> Any:
+        """Request a training of the critic, and keep what will come of it on rank 0, which makes the request."""
+        self._training = super().train(ppo_rollout_data)
+        return self._training
+
+    def require_trained(self) -> None:
+        """Wait for the last training of the critic; all ranks must call this.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        errors: list[str | None] = [None]
+        if self._training is not None:
+            try:
+                self._training.result()
+            except Exception as error:
+                errors = [f"{type(error).__name__}: {error}"]
+            self._training = None
+        torch.distributed.broadcast_object_list(errors, 0)
+        if errors[0] is not None:
+            raise RuntimeError(f"the critic could not be trained: {errors[0]}")
+
+
 class Trainer(Measured, PPOTrainer):  # type: ignore[misc]
-    """NeMo-Aligner's trainer with more metrics, which saves the critic before the actor.
+    """NeMo-Aligner's trainer with more metrics, which ends if its critic cannot be trained, and saves it first.
 
     So the critic's checkpoint is never older than the actor's; if a kill comes between, the critic goes back by one
     (`_choose_checkpoint`).
@@ -48,6 +76,7 @@ class Trainer(Measured, PPOTrainer):  # type: ignore[misc]
 
     def save(self, *args: Any, **kwargs: Any) -> None:
         """Save the critic, wait, and save the actor."""
+        self.rm_critic.require_trained()
         save = self.rm_critic.save
         save().result()
         self.rm_critic.save = _Saved
@@ -56,9 +85,14 @@ class Trainer(Measured, PPOTrainer):  # type: ignore[misc]
         finally:
             self.rm_critic.save = save
 
+    def _run_inference(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._run_inference(*args, **kwargs)
+        self.rm_critic.require_trained()  # not before, because the critic is trained while the actor is
+        return found
+
 
 class _Saved:
-    """Stands for a save that is complete."""
+    """Placeholder for a save that has already finished."""
 
     def result(self) -> None:
         """Return at once."""
@@ -71,7 +105,7 @@ def train(task: Task) -> dict[str, Any]:
         key="ppo",
         model_class=MegatronGPTActorModel,
         make_trainer=Trainer,
-        make_client=lambda config: RemoteGPTRMCriticClient(config.remote_critic_rm),
+        make_client=lambda config: Client(config.remote_critic_rm),
         client_argument="rm_critic",
     )
     return train_with(task, algorithm)

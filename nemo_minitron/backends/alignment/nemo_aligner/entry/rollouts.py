@@ -95,6 +95,7 @@ def train(task: Task, algorithm: Algorithm) -> dict[str, Any]:
     first_step = int(progress["step"]) if progress else -1
     work = Path(task["work_dir"])
     loggers.loggers.append(RolloutCurves(work, config.trainer[algorithm.key].max_steps, first_step))
+    stop = StopTimer(work / STOP_FILE)
     client = algorithm.make_client(config)
     rl_trainer = algorithm.make_trainer(
         cfg=config.trainer[algorithm.key],
@@ -106,14 +107,11 @@ def train(task: Task, algorithm: Algorithm) -> dict[str, Any]:
         batch_iterator_cls=get_batch_iterator_cls(config.trainer[algorithm.key].get("batch_iterator", {})),
         logger=loggers,
         ckpt_callback=add_custom_checkpoint_callback(trainer, model),
-        run_timer=StopTimer(work / STOP_FILE),
+        run_timer=stop,
     )
     rl_trainer.answers = Answers(work / ANSWERS_FILE, first_step)
-    if progress is not None:
-        rl_trainer.load_state_dict(progress)
-    elif not (work / STOP_FILE).exists():
-        _measure_start(rl_trainer, loggers)
-    rl_trainer.fit()
+    if begin(rl_trainer, progress, loggers, stop):
+        rl_trainer.fit()
     client.communicator.close()
     finished = rl_trainer.step >= rl_trainer.max_steps
     if finished:
@@ -166,11 +164,21 @@ def _init_optimizer(config: DictConfig, trainer: Any, model: Any, dataset: Any) 
     del model._train_dl
 
 
-def _measure_start(trainer: Any, loggers: CustomLoggerWrapper) -> None:
+def begin(trainer: Any, progress: Mapping[str, Any] | None, loggers: CustomLoggerWrapper, stop: StopTimer) -> bool:
+    """Load the progress of a resumed run, or measure the model before the first step; returns whether to train.
+
+    A run that is stopped before its first step does not take it: it would resume after that, without the measurement.
+    """
+    if progress is not None:
+        trainer.load_state_dict(progress)
+        return True
+    if stop.is_finished():
+        return False
     metrics = trainer.run_validation()
     metrics.pop("table")
     trainer.timer.consume_durations()
     loggers.log_metrics(metrics, step=0, prefix="val_rollouts/")
+    return True
 
 
 def kl_nats(log_probs: torch.Tensor, start_log_probs: torch.Tensor, mask: torch.Tensor) -> float:

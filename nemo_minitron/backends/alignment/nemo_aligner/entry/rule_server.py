@@ -58,7 +58,7 @@ class _Rewards:
         from tokenizers import Tokenizer
 
         self._tokenizer = Tokenizer.from_file(str(Path(task["tokenizer"]) / "tokenizer.json"))
-        self._stop = str(task["stop"])
+        self._ends: list[str] = task["ends"]
         self._rows: dict[tuple[int, ...], dict[str, Any]] = {}
         for file in task["prompts"]:
             for line in Path(file).read_text(encoding="utf-8").splitlines():
@@ -130,6 +130,7 @@ class _Rewards:
             if row is not None and len(ids) >= length:
                 answer = ids[length:]
                 text = self._tokenizer.decode(answer, skip_special_tokens=False)
-                return {"answer": text.removesuffix(self._stop), "num_tokens": len(answer), "row": row}
+                end = next((end for end in self._ends if text.endswith(end)), "")
+                return {"answer": text.removesuffix(end), "num_tokens": len(answer), "row": row}
         print(f"A request of {len(ids)} tokens does not begin with one of the prompts.", flush=True)
         return None

@@ -130,7 +130,12 @@ def begin(trainer: Any, progress: dict[str, Any] | None, loggers: CustomLoggerWr
     """Load the progress of a resumed run, or log the held-out loss before the first step as that of step 0.
 
     The validation changes nothing that follows.
+
+    Raises:
+        RuntimeError: a validation would have no batch.
     """
+    if trainer.limit_val_batches == 0:
+        raise RuntimeError("limit_val_batches leaves none of the held-out batches; raise it, or set a number of them")
     if progress is not None:
         trainer.load_state_dict(progress)
         return
