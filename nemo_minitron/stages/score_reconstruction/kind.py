@@ -55,7 +55,6 @@ SCORE_RECONSTRUCTION = StageKind(
     distributed=True,
     whole_layers=True,
     whole_sequences=True,
-    report="scores",
     problems=_problems,
     load=_load,
     result_tokens=_result_tokens,
