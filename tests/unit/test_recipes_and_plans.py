@@ -130,7 +130,7 @@ def test_the_error_about_a_missing_recipe_names_its_neighbors() -> None:
         ),
         (
             "stages.distill.loss.anchors={} stages.distill.inputs.plan=select_random",
-            r"distill\.inputs\.plan = select_random: prune was pruned by select\. Next: set stages\.distill\.inputs\.plan",
+            r"distill\.inputs\.plan = select_random: prune was pruned by select\. Next: name select",
         ),
         (
             "++stages.layers={kind:distill_layers,num_steps:9,global_batch_size:8,seq_len_tokens:128,lr:1e-3,"
@@ -159,7 +159,11 @@ def test_a_student_belongs_to_its_own_plan_whatever_it_is_called_and_whichever_m
     """A plan of the same keys keeps the same indices, and a corrected teacher has the same sizes."""
     correct = "{kind:train,num_steps:9,global_batch_size:8,seq_len_tokens:128,lr:1e-3}"
     repair = "{kind:compensate,num_samples:64,seq_len_tokens:128,inputs:{teacher:correct,student:distill,plan:same}}"
-    options = (f"++stages.correct={correct}", "++stages.same={kind:select,target:${stages.select.target}}", f"++stages.repair={repair}")
+    options = (
+        f"++stages.correct={correct}",
+        "++stages.same={kind:select,target:${stages.select.target}}",
+        f"++stages.repair={repair}",
+    )
     plan = load_plan(TOY, [f"execution.run_root={tmp_path}", *options])
     assert plan.call("repair").inputs["plan"] == "same"
 

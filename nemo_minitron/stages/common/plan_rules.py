@@ -34,7 +34,7 @@ def plan_problems(name: str, plan: str, teacher: str, student: str, view: Recipe
     own = _plan_of(student, view)
     # Stages with the same keys make the same plan. Others of the same sizes keep other indices.
     if own is not None and view.stages.get(own) != view.stages.get(plan):
-        yield f"{key}: {student} was pruned by {own}. Next: set stages.{name}.inputs.plan to {own}, or name its student."
+        yield f"{key}: {student} was pruned by {own}. Next: name {own}, or the student that {plan} has pruned."
 
 
 def _plan_of(model: str, view: RecipeView) -> str | None:
