@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from nemo_minitron.families import ModelShape
 from nemo_minitron.stages.kind import RecipeView
-from nemo_minitron.stages.prune.params import PruneStage
 
 
 def plan_problems(name: str, plan: str, teacher: str, student: str, view: RecipeView) -> Iterator[str]:
@@ -31,23 +30,10 @@ def plan_problems(name: str, plan: str, teacher: str, student: str, view: Recipe
             f"{key}: it leaves {planned.sizes()}, but {student} has {found.sizes()}. "
             "Next: name the plan by which the student was pruned."
         )
-    own = _plan_of(student, view)
+    own = view.plan_of(student)
     # Stages with the same keys make the same plan. Others of the same sizes keep other indices.
     if own is not None and view.stages.get(own) != view.stages.get(plan):
         yield f"{key}: {student} was pruned by {own}. Next: name {own}, or the student that {plan} has pruned."
-
-
-def _plan_of(model: str, view: RecipeView) -> str | None:
-    """Return the stage with the plan by which a model was pruned last; None if no stage of the recipe pruned it."""
-    seen: set[str] = set()
-    while model in view.stages and model not in seen:
-        seen.add(model)
-        stage = view.stages[model]
-        if isinstance(stage, PruneStage):
-            return stage.inputs.plan
-        inputs = getattr(stage, "inputs", None)
-        model = getattr(inputs, "student", None) or getattr(inputs, "model", None) or ""
-    return None
 
 
 def _source(plan: str, view: RecipeView) -> ModelShape | None:
