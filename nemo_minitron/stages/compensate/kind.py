@@ -16,7 +16,7 @@ from nemo_minitron.stages.common.repair_rules import (
     widest_input,
 )
 from nemo_minitron.stages.compensate.params import CompensateStage
-from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, StageKind
+from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, StageKind, calibration_text
 from nemo_minitron.workload.layer_by_layer import repair_load
 from nemo_minitron.workload.load import Load
 
@@ -75,6 +75,7 @@ COMPENSATE = StageKind(
     chat_rank=1,
     shape=_shape,
     problems=_problems,
+    text_use=calibration_text,
     heldout_uses=_heldout_uses,
     load=_load,
     disk_bytes=_disk_bytes,

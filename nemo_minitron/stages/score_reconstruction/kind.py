@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.common.repair_rules import calibration_problems
-from nemo_minitron.stages.kind import MODELS, Output, RecipeView, Result, StageKind
+from nemo_minitron.stages.kind import MODELS, Output, RecipeView, Result, StageKind, calibration_text
 from nemo_minitron.stages.score_reconstruction.params import ScoreReconstructionStage
 from nemo_minitron.workload.layer_by_layer import ranking_load
 from nemo_minitron.workload.load import Load
@@ -61,6 +61,7 @@ SCORE_RECONSTRUCTION = StageKind(
     whole_layers=True,
     whole_sequences=True,
     problems=_problems,
+    text_use=calibration_text,
     load=_load,
     disk_bytes=_disk_bytes,
     result_tokens=_result_tokens,

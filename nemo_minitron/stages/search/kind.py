@@ -20,7 +20,7 @@ from nemo_minitron.stages.common.repair_rules import (
     widest_input,
 )
 from nemo_minitron.stages.common.scoring_rules import scoring_problems, without_unused_scores
-from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, StageKind, trained_tokens
+from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, StageKind, TextUse, trained_tokens
 from nemo_minitron.stages.search.expansion import candidate_stages, points_of, search_of
 from nemo_minitron.stages.search.params import CandidateStage, SearchStage
 from nemo_minitron.workload.load import Load, distillation_load
@@ -108,6 +108,14 @@ def _repair_problems(
     yield from merged_head_problems(key, repair, params.selection, source, fewest)
 
 
+def _text_use(params: SearchStage) -> TextUse | None:
+    """Return the text that the candidates are repaired by."""
+    repair = params.compensation
+    if repair is None:
+        return None
+    return TextUse(params.inputs.data, repair.num_samples * repair.seq_len_tokens, repeats_help=False)
+
+
 def _heldout_uses(params: SearchStage) -> Iterator[HeldoutUse]:
     inputs, repair = params.inputs, params.compensation
     yield HeldoutUse(inputs.data, params.retraining.valid_num_tokens, "retraining.valid_num_tokens")
@@ -157,6 +165,7 @@ SEARCH = StageKind(
     expand=_expand,
     points=_points,
     problems=_problems,
+    text_use=_text_use,
     heldout_uses=_heldout_uses,
 )
 CANDIDATE = StageKind(
