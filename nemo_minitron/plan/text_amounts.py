@@ -72,10 +72,10 @@ def _repeated_in_vain(name: str, text: TextUse, sources: list[dict[str, Any]]) -
     again = [use for use in uses if use["epochs"] > 1]
     if again:
         new = sum(use["tokens"] / max(1.0, use["epochs"]) for use in uses)
-        named = ", ".join(f"{use['source']} ({use['epochs']:.1f} times)" for use in again)
+        named = ", ".join(f"{use['source']} will be read {use['epochs']:.1f} times" for use in again)
         yield (
             f"stages.{name}: of {text.num_tokens:,} calibration tokens (num_samples * seq_len_tokens), only {new:,.0f} "
-            f"will be different text: {named} will be read again, which adds nothing to a least-squares fit. "
+            f"will be different text: {named}, and repeats add nothing to a least-squares fit. "
             f"Lower its weight in stages.{text.data}, lower num_samples, or add text."
         )
 

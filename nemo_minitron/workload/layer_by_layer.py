@@ -32,6 +32,7 @@ class _Site:
     residuals: int
     inputs: int
     reads_stream: bool
+    teacher_inputs: int
 
     @property
     def sums(self) -> int:
@@ -42,7 +43,12 @@ class _Site:
     @property
     def weights(self) -> int:
         """Numbers in the teacher's rows that stay, and in the student's weight."""
-        return self.outputs * ((self.residuals if self.reads_stream else 0) + self.inputs)
+        return self.outputs * (self.teacher_inputs + self.inputs)
+
+    @property
+    def update(self) -> int:
+        """Numbers in the correction of the weight."""
+        return self.outputs * self.inputs
 
     @property
     def solving(self) -> int:
@@ -51,8 +57,8 @@ class _Site:
         Those are the objectives of both texts, before and after the change to the student's own weight; the update and
         its products; and the damped moments with their Cholesky factor.
         """
-        mapped = 3 * self.outputs * self.residuals + 2 * self.outputs * self.inputs if self.reads_stream else 0
-        return max(mapped, 7 * self.outputs * self.inputs) + 2 * self.inputs**2
+        mapped = 3 * self.outputs * self.residuals + 2 * self.update if self.reads_stream else 0
+        return max(mapped, 7 * self.update) + 2 * self.inputs**2
 
 
 def repair_load(
@@ -71,11 +77,13 @@ def repair_load(
     groups = [[site] for site in (*chosen, *head)] if sequential else [chosen, head]
     width = 2 * teacher.hidden_size + (student.hidden_size if sequential else 0)
     tokens = keys.num_samples * keys.seq_len_tokens + keys.heldout_tokens
-    layer_weights = sum(site.outputs * site.inputs for name, site in every.items() if name != "head")
-    written = student.num_layers * layer_weights + sum(site.outputs * site.inputs for site in head)
+    layer_weights = sum(site.update for name, site in every.items() if name != "head")
+    written = student.num_layers * layer_weights + sum(site.update for site in head)
+    # A layer's corrections stay until its file is written.
+    updates = FP64 * sum(site.update for site in chosen)
     held = OneLayer(
         weights=WEIGHT_BYTES[keys.precision] * (_layer_params(teacher) + _layer_params(student)),
-        sums=max((_group_bytes(group) for group in groups if group), default=0),
+        sums=max((_group_bytes(group) for group in groups if group), default=0) + updates,
         streams=_stream_bytes(tokens, width, keys.precision, layout),
         disk=STORED * (num_params(student) + written),
     )
@@ -115,11 +123,11 @@ def _sites(teacher: ModelShape, student: ModelShape) -> dict[RepairSite, _Site]:
     wide, hidden, ffn = teacher.hidden_size, student.hidden_size, student.ffn_hidden_size
     heads, groups = (count * student.kv_channels for count in (student.num_attention_heads, student.num_query_groups))
     return {
-        "attention_input": _Site(heads + 2 * groups, wide, hidden, reads_stream=True),
-        "attention_output": _Site(hidden, hidden, heads, reads_stream=False),
-        "mlp_input": _Site(ffn * (2 if student.gated else 1), wide, hidden, reads_stream=True),
-        "mlp_output": _Site(hidden, hidden, ffn, reads_stream=False),
-        "head": _Site(student.vocab_size, wide, hidden, reads_stream=True),
+        "attention_input": _Site(heads + 2 * groups, wide, hidden, True, wide),
+        "attention_output": _Site(hidden, hidden, heads, False, teacher.num_attention_heads * teacher.kv_channels),
+        "mlp_input": _Site(ffn * (2 if student.gated else 1), wide, hidden, True, wide),
+        "mlp_output": _Site(hidden, hidden, ffn, False, teacher.ffn_hidden_size),
+        "head": _Site(student.vocab_size, wide, hidden, True, wide),
     }
 
 

@@ -75,7 +75,7 @@ def test_calibration_text_that_would_be_read_again_is_said(stage: dict[str, Any]
     params = STAGES[stage["kind"]].params.model_validate(stage)
     (warning,) = too_little_text("one", params, Store(tmp_path), {"data"})
     assert warning.startswith("stages.one: of 131,072 calibration tokens (num_samples * seq_len_tokens), only 65,536 ")
-    assert "a.txt (2.0 times)" in warning
+    assert "a.txt will be read 2.0 times" in warning
     tokenized(tmp_path, "enough", train=131_072, valid=1_000_000)
     (tmp_path / "data/data.json").write_bytes((tmp_path / "enough/data.json").read_bytes())
     assert list(too_little_text("one", params, Store(tmp_path), {"data"})) == []

@@ -43,10 +43,11 @@ def site_problems(key: str, repair: Compensation, source: ModelShape, students: 
         every = repair.model_copy(update={"sites": Compensation().sites})
         possible = {site for student in students for site in repaired_sites(every, source, student)}
         allowed = [site for site in every.sites if site in possible]
+        otherwise = "" if repair.mode == "sequential" else ", use mode: sequential"
         yield (
             f"{key}.sites = {list(repair.sites)}: the repair would change nothing. mode: {repair.mode} repairs none of "
             f"these in a model that is cut in this way. Allowed: {', '.join(allowed) or 'none'}. "
-            "Next: add one of these sites, use mode: sequential, or leave the repair out."
+            f"Next: name one of these{otherwise}, or leave the repair out."
         )
 
 

@@ -157,14 +157,21 @@ class LayerRepair:
         self._load_teacher(self.models.plan.layers[number])
         groups = [[site] for site in SITES] if self.params.mode == "sequential" else [list(SITES)]
         for group in groups:
-            problems = [self._problem(site, number, weights) for site in group if self._wants(site, number)]
-            if not problems:
-                continue
-            self._load_student(number, weights)
-            moments = self._moments(problems, streams)
-            for problem in problems:
-                found[problem.site.name] = self._solve(problem, moments[problem.site.name], number, weights)
+            found |= self._repair_sites([site for site in group if self._wants(site, number)], number, weights, streams)
         return weights, found
+
+    def _repair_sites(
+        self, sites: list[Site], number: int, weights: Weights, streams: list[Stream]
+    ) -> dict[str, Repair]:
+        """Repair some sites from one pass over the text; their sums are gone before those of the next ones begin."""
+        if not sites:
+            return {}
+        problems = [self._problem(site, number, weights) for site in sites]
+        self._load_student(number, weights)
+        moments = self._moments(problems, streams)
+        return {
+            problem.site.name: self._solve(problem, moments[problem.site.name], number, weights) for problem in problems
+        }
 
     def advance(self, number: int, weights: Weights, streams: list[Stream]) -> None:
         """Move all streams to the next layer of the student, with its repaired weights."""
