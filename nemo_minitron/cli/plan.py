@@ -163,6 +163,8 @@ def _memory_table(resources: dict[str, Any]) -> Table:
         "activations": "activa-\ntions",
         "loss": "loss",
     }
+    if any(facts["memory"]["sums_gib"] for facts in resources["stages"].values()):
+        parts["sums"] = "sums"
     table = _table("GiB of a process", "peak", *parts.values())
     for name, facts in resources["stages"].items():
         memory = facts["memory"]

@@ -16,7 +16,7 @@ def stream_positions(kept_layers: Sequence[int], num_teacher_layers: int) -> tup
     """Return the positions between which the student's layers map the stream: layer i from the i-th to the next one.
 
     Each layer ends where the next kept layer of the teacher begins, so it also stands for the dropped layers in
-    between. The first layer begins with the embeddings, as in the student, even if the teacher's first layer was
+    between. The first layer starts from the embeddings, as in the student, even if the teacher's first layer was
     dropped; the last layer ends with the teacher's last one.
     """
     return (0, *kept_layers[1:], num_teacher_layers)

@@ -26,7 +26,8 @@ def text_warnings(plan: RunPlan) -> Iterator[str]:
 
 
 def too_little_text(name: str, stage: StageParams, store: Store, finished: Container[str]) -> Iterator[str]:
-    """Yield one line for each source that a training repeats too often, and one for each short held-out part.
+    """Yield a line for each source that is repeated too often, for a repair with too little text, and for each short
+    held-out part.
 
     Args:
         finished: names of the stages whose output is that of the recipe.
@@ -35,9 +36,10 @@ def too_little_text(name: str, stage: StageParams, store: Store, finished: Conta
         ArtifactError: the facts of the tokenized text are damaged.
     """
     kind = STAGES[stage.kind]
-    training = kind.text_use(stage)
-    if training is not None and training.data in finished:
-        yield from _repeated(name, training, _sources(training.data, "train", store))
+    read = kind.text_use(stage)
+    if read is not None and read.data in finished:
+        warnings = _repeated if read.repeats_help else _repeated_in_vain
+        yield from warnings(name, read, _sources(read.data, "train", store))
     for heldout in kind.heldout_uses(stage):
         if heldout.data in finished:
             yield from _short(name, heldout, _sources(heldout.data, "valid", store))
@@ -63,6 +65,19 @@ def _repeated(name: str, text: TextUse, sources: list[dict[str, Any]]) -> Iterat
                 f"beyond {MAX_USEFUL_EPOCHS:g} epochs, repeated text adds less and less (arXiv:2305.16264). "
                 f"Lower its weight in stages.{text.data}, lower num_steps, or add text."
             )
+
+
+def _repeated_in_vain(name: str, text: TextUse, sources: list[dict[str, Any]]) -> Iterator[str]:
+    uses = expected_use(sources, text.num_tokens)
+    again = [use for use in uses if use["epochs"] > 1]
+    if again:
+        new = sum(use["tokens"] / max(1.0, use["epochs"]) for use in uses)
+        named = ", ".join(f"{use['source']} will be read {use['epochs']:.1f} times" for use in again)
+        yield (
+            f"stages.{name}: of {text.num_tokens:,} calibration tokens (num_samples * seq_len_tokens), only {new:,.0f} "
+            f"will be different text: {named}, and repeats add nothing to a least-squares fit. "
+            f"Lower its weight in stages.{text.data}, lower num_samples, or add text."
+        )
 
 
 def _short(name: str, text: HeldoutUse, sources: list[dict[str, Any]]) -> Iterator[str]:

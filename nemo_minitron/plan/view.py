@@ -42,6 +42,19 @@ class View:
         params = self.stages.get(stage)
         return None if params is None else STAGES[params.kind].planned_shape(stage, params, self)
 
+    def plan_of(self, stage: str) -> str | None:
+        seen: set[str] = set()
+        while stage in self.stages and stage not in seen:
+            seen.add(stage)
+            params = self.stages[stage]
+            plan = STAGES[params.kind].cuts_by(params)
+            if plan is not None:
+                return plan
+            stage = next(
+                (getattr(params.inputs, role) for role in ("model", "student") if hasattr(params.inputs, role)), ""
+            )
+        return None
+
     def chat_rows(self, stage: str) -> ChatRowFacts | None:
         params = self.stages.get(stage)
         return None if params is None else STAGES[params.kind].chat_rows(stage, params, self)

@@ -41,6 +41,10 @@ class Moments:
     """Sum of r s^T, [M, K], where the residual r is what the sliced layer lacks."""
     residuals: Tensor
     """Sum of r r^T, [M, M]; its diagonal [M] alone if no matrix will be applied to the residuals."""
+    input_sum: Tensor
+    """Sum of s, [K]."""
+    residual_sum: Tensor
+    """Sum of r, [M]."""
     num_tokens: Tensor
     """Number of tokens, [1]."""
 
@@ -61,6 +65,8 @@ class Moments:
             empty(num_inputs, num_inputs),
             empty(num_residuals, num_inputs),
             empty(num_residuals, num_residuals) if residual_products else empty(num_residuals),
+            empty(num_inputs),
+            empty(num_residuals),
             empty(1),
         )
 
@@ -72,15 +78,17 @@ class Moments:
             self.inputs += s.T @ s
             self.cross += r.T @ s
             self.residuals += r.T @ r if self.residuals.dim() == 2 else (r * r).sum(0)
+        self.input_sum += s.sum(0)
+        self.residual_sum += r.sum(0)
         self.num_tokens += len(s)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Return all sums, for a reduction over ranks."""
-        return (self.inputs, self.cross, self.residuals, self.num_tokens)
+        return (self.inputs, self.cross, self.residuals, self.input_sum, self.residual_sum, self.num_tokens)
 
     def require_finite(self, where: str) -> None:
-        """Refuse sums that a NaN or an infinity has entered: no repair could be computed, and none would be reported.
+        """Refuse sums that a NaN or an infinity has entered: otherwise every repair would silently be skipped.
 
         Raises:
             NumericsError: a sum is not finite.
@@ -93,11 +101,14 @@ class Moments:
         Args:
             left_OM: matrix that the residuals still have to pass, as when they are in front of a teacher's weight.
         """
+        cross, sums = self.cross, self.residual_sum
         if left_OM is None:
             squares = self.residuals.trace() if self.residuals.dim() == 2 else self.residuals.sum()
-            return Objective(self.inputs, self.cross, squares, self.num_tokens)
-        left = left_OM.to(self.cross)
-        return Objective(self.inputs, left @ self.cross, ((left @ self.residuals) * left).sum(), self.num_tokens)
+        else:
+            left = left_OM.to(self.cross)
+            cross, sums = left @ cross, left @ sums
+            squares = ((left @ self.residuals) * left).sum()
+        return Objective(self.inputs, cross, squares, self.input_sum, sums, self.num_tokens)
 
 
 def require_finite_activations(sums: Iterable[Tensor], where: str) -> None:
@@ -110,7 +121,7 @@ def require_finite_activations(sums: Iterable[Tensor], where: str) -> None:
         raise NumericsError(
             "The model's activations are not finite.",
             where=where,
-            next_step="Try another precision (bf16, fp32), and evaluate the model before.",
+            next_step="Try another precision (bf16, fp32), and evaluate the unrepaired model first.",
         )
 
 
@@ -138,6 +149,10 @@ class Objective:
     """Sum of (y - W s) s^T, [O, K]."""
     squares: Tensor
     """Sum of ||y - W s||^2, a scalar."""
+    input_sum: Tensor
+    """Sum of s, [K]."""
+    residual_sum: Tensor
+    """Sum of y - W s, [O]."""
     num_tokens: Tensor
     """Number of tokens, [1]."""
 
@@ -152,11 +167,25 @@ class Objective:
         d = difference_OK.to(self.cross)
         made = d @ self.inputs
         squares = self.squares + 2 * (d * self.cross).sum() + (made * d).sum()
-        return replace(self, cross=self.cross + made, squares=squares)
+        sums = self.residual_sum + d @ self.input_sum
+        return replace(self, cross=self.cross + made, squares=squares, residual_sum=sums)
+
+    def of_target_above(self, constant_O: Tensor) -> Objective:
+        """Return the objective for the target y + c, as with another bias.
+
+        Args:
+            constant_O: c. If it is zero, no bit changes.
+        """
+        if not bool(constant_O.any()):
+            return self
+        c = constant_O.to(self.cross)
+        squares = self.squares + 2 * (c @ self.residual_sum) + self.num_tokens[0] * (c @ c)
+        sums = self.residual_sum + self.num_tokens * c
+        return replace(self, cross=self.cross + torch.outer(c, self.input_sum), squares=squares, residual_sum=sums)
 
     def rows(self, rows: Tensor) -> Objective:
         """Return the objective of some outputs; `squares` stays that of all, which only shifts errors."""
-        return replace(self, cross=self.cross[rows])
+        return replace(self, cross=self.cross[rows], residual_sum=self.residual_sum[rows])
 
 
 @dataclass(frozen=True)

@@ -184,12 +184,18 @@ def _swap(scaled: Sequence[Readers], kept: list[int], cost: Tensor, block: int, 
         return kept
     goes = int(torch.where(inside, cost, torch.inf).argmin())
     stays = [number for place, number in enumerate(kept) if place != goes]
-    left = [(some, _schur(some.moments, _positions(stays, block))) for some in scaled]
-    gains = sum(_block_ratio(_blocks(r @ some.weight_gram @ r, block), _blocks(r, block)) for some, r in left)
+    # One reader after the other: hidden channels have two in each layer.
+    gains = sum(_gains(some, _positions(stays, block), block) for some in scaled)
     assert isinstance(gains, Tensor)
     allowed = torch.full_like(gains, -torch.inf).index_copy(0, members, gains[members])
     allowed[torch.tensor(stays)] = -torch.inf
     return sorted([*stays, int(allowed.argmax())])
+
+
+def _gains(scaled: Readers, kept: Tensor, block: int) -> Tensor:
+    """Return the error that each block would remove from one reader if it were added to the kept inputs."""
+    r = _schur(scaled.moments, kept)
+    return _block_ratio(_blocks(r @ scaled.weight_gram @ r, block), _blocks(r, block))
 
 
 def best_in_groups(order: Sequence[int], size: int, groups: int) -> list[int]:

@@ -113,9 +113,18 @@ def _pruning(
         plans = [plan for plan in every if plan.result.get("method") == "importance"][:1] or every[:1]
     if not plans:
         return None
-    score = stages.get(plans[-1].inputs.get("scores", "")) or _first(in_order, "scores")
+    score = _importance(plans[-1], stages, in_order)
     facts = pruning_facts([plan.path for plan in plans], score.path if score else None)
     return {"stage": plans[-1].stage, **facts}
+
+
+def _importance(plan: Artifact, stages: Mapping[str, Artifact], in_order: Sequence[Artifact]) -> Artifact | None:
+    """Return the stage with the importance by which a plan was made, or for a control the first of the run.
+
+    None if the plan was made from ranks: their sums and curves depend on sizes alone.
+    """
+    named = stages.get(plan.inputs.get("scores", ""))
+    return _first(in_order if named is None else [named], "scores")
 
 
 def _search(stages: Mapping[str, Artifact]) -> dict[str, Any] | None:

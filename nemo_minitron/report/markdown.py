@@ -119,17 +119,16 @@ def pruning_note(report: Mapping[str, Any]) -> str:
 
 
 def _pruning(pruning: Mapping[str, Any]) -> str:
+    shares = [axis["importance_share"] for axis in pruning["axes"]]
+    header = ["axis", "teacher", "student", "kept"]
     rows = [
-        [
-            plain(axis["axis"]),
-            f"{axis['source']:,}",
-            f"{axis['kept']:,}",
-            f"{axis['share']:.0%}",
-            "" if axis["importance_share"] is None else f"{axis['importance_share']:.0%}",
-        ]
+        [plain(axis["axis"]), f"{axis['source']:,}", f"{axis['kept']:,}", f"{axis['share']:.0%}"]
         for axis in pruning["axes"]
     ]
-    text = table(["axis", "teacher", "student", "kept", "importance kept"], rows)
+    if any(share is not None for share in shares):
+        header.append("importance kept")
+        rows = [[*row, "" if share is None else f"{share:.0%}"] for row, share in zip(rows, shares, strict=True)]
+    text = table(header, rows)
     dropped = dropped_layers(pruning)
     return f"{text}\n\nLayers dropped: {', '.join(map(str, dropped))}." if dropped else text
 

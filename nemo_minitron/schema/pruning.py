@@ -126,8 +126,10 @@ class Compensation(Schema):
     """What a sequential repair approximates. layer: the output of the same linear layer of the teacher. stream: the
     teacher's residual stream, which also makes up for errors of earlier layers."""
     sites: tuple[RepairSite, ...] = ("attention_input", "attention_output", "mlp_input", "mlp_output", "head")
-    """Linear layers to repair, if their inputs were cut: those that read the residual stream (q, k and v; gate and up;
-    the output head, unless it is tied to the embeddings) and those that write to it (o_proj; down_proj)."""
+    """Linear layers to repair: those that read the residual stream (q, k and v; gate and up; the output head, unless it
+    is tied to the embeddings) and those that write to it (o_proj; down_proj). one_shot: if their inputs were cut, and
+    down_proj in front of dropped layers. sequential: all of these, because their inputs have drifted; the head only if
+    its inputs were cut."""
     num_samples: PositiveInt = 256
     """Samples of calibration text."""
     heldout_tokens: PositiveInt = 16384
@@ -156,7 +158,7 @@ class ReconstructionScoring(Schema):
     The ranking is then best for these sizes. null sizes: no exchange. Heads are exchanged inside their query group;
     the number of layers is not used."""
     swap_rounds: PositiveInt = 20
-    """Exchanges to try on each axis of each layer."""
+    """Maximum number of exchanges on each axis of a layer (hidden channels: in all)."""
     num_samples: PositiveInt = 256
     """Samples of calibration text."""
     seq_len_tokens: PositiveInt = 512

@@ -83,11 +83,13 @@ class TaskUse:
 
 @dataclass(frozen=True)
 class TextUse:
-    """Amount of text that a training reads."""
+    """Amount of text that a training or a repair reads."""
 
     data: str
     """Name of the stage that tokenizes the text."""
     num_tokens: int
+    repeats_help: bool = True
+    """Whether text that is read again still adds something, as it does to a training."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,13 @@ class RecipeView(Protocol):
         """Return the shape after pruning by a stage's plan; None if it is not known yet or the stage makes no plan."""
         ...
 
+    def plan_of(self, stage: str) -> str | None:
+        """Return the stage with the plan by which a stage's model was last cut; None if no stage of the recipe cut it.
+
+        Stages that only train or repair a model leave its plan as it is.
+        """
+        ...
+
     def chat_rows(self, stage: str) -> ChatRowFacts | None:
         """Return facts about the chat rows that a stage makes; None if it makes none."""
         ...
@@ -148,6 +157,11 @@ def _num_tokens(result: Result) -> int | None:
 def training_text(params: Any) -> TextUse:
     """Return the text that a training reads; `text_use` of a kind that trains."""
     return TextUse(params.inputs.data, params.num_steps * params.global_batch_size * params.seq_len_tokens)
+
+
+def calibration_text(params: Any) -> TextUse:
+    """Return the text that least squares is fitted to; `text_use` of a kind with `num_samples` calibration samples."""
+    return TextUse(params.inputs.data, params.num_samples * params.seq_len_tokens, repeats_help=False)
 
 
 def validation_text(params: Any) -> Iterator[HeldoutUse]:
@@ -238,6 +252,8 @@ class StageKind:
     """Shape of the model that it makes; None if it is not known or the stage makes none."""
     planned_shape: Callable[[str, Any, RecipeView], ModelShape | None] = _unknown
     """For a stage that makes a prune plan: shape of the pruned model."""
+    cuts_by: Callable[[Any], str | None] = _unknown
+    """For a stage that prunes a model: the stage with the plan that it follows."""
     reduction: Callable[[str, Any, RecipeView], tuple[ModelShape | None, ModelShape | None] | None] = _unknown
     """For a stage that selects what to prune by importance: the shapes before and after pruning."""
     chat_rows: Callable[[str, Any, RecipeView], ChatRowFacts | None] = _unknown

@@ -43,7 +43,9 @@ class Memory:
     loss: int = 0
     """Chunks of logits, the gradients of the output layer, and the inputs of the teacher's output layer."""
     hidden_states: int = 0
-    """Hidden states of both models, if a loss compares them."""
+    """Hidden states of both models, if a loss compares them; on a CPU also streams that wait for their next layer."""
+    sums: int = 0
+    """Sums of products of activations in fp64, and the matrices that are solved or ranked from them."""
 
     @property
     def fixed(self) -> int:
@@ -62,6 +64,22 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class OneLayer:
+    """What a process holds that runs a model one layer at a time, in bytes."""
+
+    weights: int
+    """One layer of each model."""
+    sums: int
+    """Sums of products of activations, and the matrices of the largest solution."""
+    streams: int
+    """Residual streams of its text, in host memory."""
+    ranking: int = 0
+    """Matrices that the first process ranks by, in host memory."""
+    disk: int = 0
+    """Output and work folder of the stage."""
+
+
+@dataclass(frozen=True)
 class Work:
     """The computation of a process, as far as it determines its memory.
 
@@ -76,6 +94,7 @@ class Work:
             embeddings, final norm and head are not trained.
         teacher_in_fp8: whether Transformer Engine keeps FP8 copies of the teacher's weights.
         lone_forward_kl: whether the loss on logits is forward KL to a whole distribution and nothing else.
+        one_layer: what it holds instead of a whole model, if it runs one layer at a time; None: it holds a whole model.
         on_gpu: whether the process runs on a GPU, where the chunks of logits are larger.
         kernels: the paths of a training step that its memory depends on.
     """
@@ -93,6 +112,7 @@ class Work:
     layerwise: bool = False
     teacher_in_fp8: bool = False
     lone_forward_kl: bool = False
+    one_layer: OneLayer | None = None
     on_gpu: bool = False
     kernels: Kernels = field(default_factory=Kernels)
 
@@ -104,6 +124,8 @@ def memory_of(work: Work) -> Memory:
 
 
 def _of_stage(work: Work, stage: int) -> Memory:
+    if work.one_layer is not None:
+        return _of_one_layer(work, work.one_layer)
     layout, wide = work.parallel, WEIGHT_BYTES[work.precision]
     count = params_of_rank(work.shape, tp=layout.tp, pp=layout.pp, stage=stage)
     learned = _trained_params(work, stage) if work.trains else 0
@@ -122,6 +144,16 @@ def _of_stage(work: Work, stage: int) -> Memory:
         hidden_states=_stream_bytes(work, stage)
         if work.layerwise
         else _hidden_bytes(work) + _anchor_bytes(work, stage),
+    )
+
+
+def _of_one_layer(work: Work, held: OneLayer) -> Memory:
+    """Return the memory of a process with one layer of a model. On a GPU, what is in host memory does not count."""
+    return Memory(
+        weights=held.weights,
+        activations=_forward_only(work),
+        hidden_states=0 if work.on_gpu else held.streams,
+        sums=held.sums + (0 if work.on_gpu else held.ranking),
     )
 
 

@@ -82,6 +82,22 @@ def test_a_one_shot_repair_of_merged_heads_is_refused(minitron: Cli) -> None:
         assert ("stages.compensate: the plan merges heads" in output) == refused, output
 
 
+def test_a_repair_that_would_change_nothing_is_refused(minitron: Cli) -> None:
+    """A one-shot repair changes weights whose inputs were cut; the inputs of all have drifted in a sequential one."""
+    one_shot = "stages.compensate.mode=one_shot"
+    heads = "stages.compensate.sites=[attention_output]"
+    for options, refused in (
+        ((one_shot, heads), "Allowed: attention_input, mlp_input, mlp_output"),
+        ((heads,), ""),
+        ((one_shot, heads, "stages.select.target.num_attention_heads=2"), ""),
+        ((one_shot, "stages.compensate.sites=[attention_output,mlp_output]"), ""),
+    ):
+        code, output = minitron("check", RECIPE, *options)
+        assert ("the repair would change nothing" in output) == bool(refused), output
+        assert refused in output
+        assert code == (2 if refused else 0)
+
+
 @pytest.mark.slow
 def test_two_processes_rank_like_one(root: Path, minitron: Cli, tmp_path: Path) -> None:
     options = (f"execution.run_root={tmp_path}", "execution.parallel.dp=2", "--until=score")

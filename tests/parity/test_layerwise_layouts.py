@@ -10,6 +10,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from nemo_minitron.backends.megatron.distillation.layerwise import cut_layers
+from nemo_minitron.families import read_shape
+from nemo_minitron.hf.checkpoint import read_config
 from nemo_minitron.pruning.plan_file import PrunePlan
 from nemo_minitron.pruning.slicing import prune_checkpoint
 from nemo_minitron.schema.execution import Parallel
@@ -169,6 +172,18 @@ def test_layers_that_the_plan_leaves_whole_are_not_trained(students: dict[str, S
     assert changed == {"1"}
     with pytest.raises(AssertionError, match=r"PlanError: The plan leaves every layer .* of a pipeline stage"):
         run_ranks(2, layer_rows, TWENTY_STEPS, plan, Parallel(pp=2), own, tmp_path, 20)
+
+
+@pytest.mark.parametrize(
+    ("kept", "trained"),
+    [((0, 1, 3, 4, 5), [1]), ((0, 1, 2, 3), [3]), ((1, 2, 3, 4, 5), [0]), ((2, 3, 5), [0, 1])],
+)
+def test_in_depth_pruning_the_layer_before_dropped_ones_is_trained_not_the_one_behind_them(
+    kept: tuple[int, ...], trained: list[int], students: dict[str, Student]
+) -> None:
+    """The first kept layer is trained as well if layers before it were dropped."""
+    plan, folders = students["width"]
+    assert cut_layers(_depth_plan(plan, kept), read_shape(read_config(folders["teacher"]))) == trained
 
 
 @pytest.mark.parametrize("distributed", [False, True])

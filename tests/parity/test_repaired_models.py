@@ -75,8 +75,15 @@ def test_every_repair_lowers_the_held_out_error(case: str, root: Path) -> None:
         assert sum(repair.recovered for repair in repairs) / len(repairs) > 0.02, "for this to mean anything"
 
 
-def test_a_one_shot_repair_is_ridge_regression_on_the_activations_of_transformers(root: Path) -> None:
-    folder, teacher = _cut(root, "llama_gqa_tied", WIDTH)
+@pytest.mark.parametrize(("case", "trained"), [("llama_gqa_tied", False), ("qwen2", True)])
+def test_a_one_shot_repair_is_ridge_regression_on_the_activations_of_transformers(
+    case: str, trained: bool, root: Path, tmp_path: Path
+) -> None:
+    """A trained student has other weights than the sliced ones, and other biases."""
+    folder, teacher = _cut(root, case, WIDTH)
+    if trained:
+        folder = shutil.copytree(folder, tmp_path / "trained")
+        _train(folder / "student")
     params = SMALL.model_copy(update={"precision": "fp64", "dampings": (1e-2,)})
     layers = _repaired(folder, teacher, {"": params})[""]
     tokens = torch.from_numpy(run_ranks(1, compensation.calibration_tokens, folder, params, folder / "work-tokens")[0])
@@ -90,24 +97,36 @@ def test_a_one_shot_repair_is_ridge_regression_on_the_activations_of_transformer
     with torch.no_grad():
         whole(tokens)
         given = small.input_layernorm(seen["stream"][..., keep["hidden"]])[:, 1:].flatten(0, 1)
-        queries = layer.self_attn.q_proj.weight[keep["q"]]
+        queries = layer.self_attn.q_proj(seen["normed"][:, 1:].flatten(0, 1))[:, keep["q"]]
         neurons = seen["neurons"].flatten(0, 1)
         cases = {
-            "self_attn.q_proj": (given, seen["normed"][:, 1:].flatten(0, 1) @ queries.T, small.self_attn.q_proj),
+            "self_attn.q_proj": (given, queries, small.self_attn.q_proj),
             "mlp.down_proj": (
                 neurons[:, keep["ffn"]],
-                neurons @ layer.mlp.down_proj.weight[keep["hidden"]].T,
+                layer.mlp.down_proj(neurons)[:, keep["hidden"]],
                 small.mlp.down_proj,
             ),
         }
         for name, (inputs, wanted, module) in cases.items():
             damped = (1e-2 * inputs.square().sum(0).mean()).sqrt() * torch.eye(inputs.shape[1], dtype=torch.float64)
-            lacking = torch.cat([wanted - inputs @ module.weight.T, torch.zeros(len(damped), len(module.weight))])
+            lacking = torch.cat([wanted - module(inputs), torch.zeros(len(damped), len(module.weight))])
             expected = torch.linalg.lstsq(torch.cat([inputs, damped]), lacking).solution.T
             found = compensation.updates(layers, folder)[f"model.layers.1.{name}.weight"]
             assert found.any(), "it was repaired"
             # The norms of transformers are computed in fp32.
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+
+
+def _train(student: Path) -> None:
+    """Change the linear layers of a student, as a training would, biases included."""
+    model = load_transformers(student, torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    for layer in model.model.layers:
+        for module in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.down_proj):
+            for parameter in module.parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.data += 0.02 * noise
+    model.save_pretrained(student)
 
 
 def test_a_repaired_model_is_not_repaired_again(root: Path, tmp_path: Path) -> None:
@@ -167,6 +186,24 @@ def test_the_weights_do_not_depend_on_the_number_of_processes(num_processes: int
             for name, update in expected.items():
                 bound = tolerance * float(update.abs().max() + 1e-3)
                 torch.testing.assert_close(found[name], update, rtol=0, atol=bound)
+
+
+def test_all_processes_use_the_decision_of_the_first_one(root: Path, tmp_path: Path) -> None:
+    """Rounding on another device may find no repair where the first process finds one."""
+    folder, teacher = _cut(root, "llama_gqa_tied", WIDTH)
+    layout = Parallel(dp=2, micro_batch_size=2)
+    one, other = run_ranks(2, compensation.repair_with_doubts, folder, teacher, {"": SMALL}, layout, tmp_path)
+    assert all(_same(*pair) for pair in zip(other[""], one[""], strict=True))
+    assert any(update.any() for update in compensation.updates(one[""], folder).values())
+
+
+def test_a_sequential_repair_also_changes_weights_whose_inputs_were_not_cut(root: Path) -> None:
+    """Their inputs have drifted from the teacher's."""
+    folder, teacher = _cut(root, "llama31_rope", Target(ffn_hidden_size=64))
+    for mode, layers in _repaired(folder, teacher, MODES).items():
+        repaired = {site for _, found in layers for site in found or {}}
+        every = {site.name for site in SITES}
+        assert repaired == ({"mlp_output"} if mode == "one-shot" else every), "the head's inputs were not cut"
 
 
 def test_duplicated_neurons_are_restored_so_that_the_logits_are_the_teachers(tmp_path: Path) -> None:

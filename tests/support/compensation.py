@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nemo_minitron.backends.megatron.compensation import repair
 from nemo_minitron.backends.megatron.compensation.repair import LayerRepair, Models, Weights, repaired_layers
 from nemo_minitron.backends.megatron.compensation.streams import calibration_batches, embedded, heldout_batches
 from nemo_minitron.backends.megatron.model.build import DTYPES
@@ -73,6 +74,14 @@ def repair_layers(
         return {name: _repair_layers(root, teacher, params, session, work, done) for name, params in cases.items()}
 
 
+def repair_with_doubts(root: Path, teacher: Path, cases: Mapping[str, Compensation], *args: Any) -> dict[str, Layers]:
+    """Repair as `repair_layers` does, but only the first rank finds that a repair is better than slicing."""
+    if os.environ["RANK"] != "0":
+        found = repair.best_repair
+        repair.best_repair = lambda *some: replace(found(*some), update=None)
+    return repair_layers(root, teacher, cases, *args)
+
+
 def _repair_layers(
     root: Path, teacher: Path, params: Compensation, session: Session, work: Path, done: Mapping[int, Arrays] | None
 ) -> Layers:
@@ -83,8 +92,9 @@ def _repair_layers(
     heldout = heldout_batches(root / "data", session, **text, num_tokens=params.heldout_tokens)
     embeddings = (models.teacher.embeddings(), models.student.embeddings())
     streams = embedded([*calibration, *heldout], *embeddings, DTYPES[params.precision])
-    repair = LayerRepair(models, params, session)
-    layers = repaired_layers(repair, streams, {number: _tensors(some) for number, some in (done or {}).items()})
+    layers = repaired_layers(
+        LayerRepair(models, params, session), streams, {number: _tensors(some) for number, some in (done or {}).items()}
+    )
     return [(_arrays(weights), _numbers(found)) for _, weights, found in layers]
 
 
@@ -124,7 +134,7 @@ def _tensors(arrays: Arrays) -> Weights:
 
 
 def _numbers(found: dict[str, Repair] | None) -> dict[str, Repair] | None:
-    return None if found is None else {site: replace(repair, update=None) for site, repair in found.items()}
+    return None if found is None else {site: replace(one, update=None) for site, one in found.items()}
 
 
 def updates(layers: Layers, root: Path) -> dict[str, Tensor]:

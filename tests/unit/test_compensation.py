@@ -155,6 +155,19 @@ def test_a_weight_that_differs_from_the_sliced_one_has_its_own_objective() -> No
     assert sliced.of_weight_below(torch.zeros_like(trained)) is sliced
 
 
+def test_another_bias_than_the_teachers_is_part_of_the_objective() -> None:
+    """Also below another weight: both came with a training after the cut."""
+    inputs, weight, missing = _inputs(), _weight(), _weight()[:, 0]
+    sliced, given = _objective(inputs, weight, KEPT), inputs[:, KEPT]
+    trained = weight[:, KEPT] - 0.1 * _weight(6, 5)
+    found = sliced.of_weight_below(weight[:, KEPT] - trained).of_target_above(missing)
+    lacking = inputs @ weight.T + missing - given @ trained.T
+    torch.testing.assert_close(found.cross, lacking.T @ given)
+    torch.testing.assert_close(found.squares, lacking.square().sum())
+    torch.testing.assert_close(found.residual_sum, lacking.sum(0))
+    assert sliced.of_target_above(torch.zeros_like(missing)) is sliced
+
+
 def test_activations_that_are_not_finite_are_refused() -> None:
     moments = _moments(_inputs(), _weight(), KEPT)
     moments.require_finite("mlp_output of layer 0")
@@ -174,5 +187,5 @@ def test_residuals_in_front_of_a_weight_are_mapped_through_it() -> None:
     in_front.add(lacks, given)
     direct.add(lacks @ weight.T, given)
     found, expected = in_front.objective(weight), direct.objective()
-    for name in ("inputs", "cross", "squares", "num_tokens"):
+    for name in ("inputs", "cross", "squares", "input_sum", "residual_sum", "num_tokens"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-9, atol=1e-9)

@@ -19,6 +19,8 @@ from nemo_minitron.stages.artifacts import Model, TokenizedText
 from nemo_minitron.stages.common.one_tokenizer import require_one_tokenizer, require_tokenizer_of
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.registry import STAGES
+from nemo_minitron.stages.search.candidate import Inputs, candidate
+from nemo_minitron.stages.search.params import CandidateStage
 from nemo_minitron.system.progress import Progress
 from tests.support.saved_by import edit, saved
 from tests.support.tiny_data import add_document
@@ -150,3 +152,19 @@ def test_a_stage_that_measures_refuses_text_of_another_tokenizer(
     inputs = sys.modules[function.__module__].Inputs(**{role: models["model"], "data": text})
     with pytest.raises(DataError, match="different vocabularies"):
         function(STAGES[kind].params.model_validate({"kind": kind, **keys}), inputs, context(tmp_path, []))
+
+
+@pytest.mark.parametrize("role", ["data", "heldout"])
+def test_a_candidate_checks_all_its_texts_before_it_computes_anything(role: str, tmp_path: Path) -> None:
+    models, text = inputs_of(tmp_path, [5, 0], model=saved(tmp_path / "model"))
+    texts = {"data": text, "heldout": text, role: replace(text, result={"tokenizer_sha256": "0" * 64})}
+    keys = {"kind": "candidate", "inputs": {"model": "m", "teacher": "m", "data": "d", "heldout": "h"}, "rung": 1}
+    training = {"lr": 1e-3, "global_batch_size": 4, "seq_len_tokens": 16}
+    params = CandidateStage.model_validate(
+        {**keys, "num_steps": 1, "selection": {}, "retraining": training, "compensation": {}}
+    )
+    own = Inputs(model=models["model"], teacher=models["model"], **texts)
+    # A context without a session: nothing has started.
+    with pytest.raises(DataError, match="different vocabularies"):
+        candidate(params, own, context(tmp_path / "run", []))
+    assert not (tmp_path / "run").exists()

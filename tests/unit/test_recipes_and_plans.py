@@ -129,6 +129,19 @@ def test_the_error_about_a_missing_recipe_names_its_neighbors() -> None:
             r"layers\.inputs\.plan = select: it was made for .* but prune has",
         ),
         (
+            "stages.distill.loss.anchors={} stages.distill.inputs.plan=select_random",
+            r"distill\.inputs\.plan = select_random: prune was pruned by select\. Next: name select",
+        ),
+        (
+            "++stages.layers={kind:distill_layers,num_steps:9,global_batch_size:8,seq_len_tokens:128,lr:1e-3,"
+            "inputs:{student:distill,plan:select_random}}",
+            r"layers\.inputs\.plan = select_random: distill was pruned by select\.",
+        ),
+        (
+            "++stages.repair={kind:compensate,num_samples:64,seq_len_tokens:128,inputs:{student:prune_random}}",
+            r"repair\.inputs\.plan = select: prune_random was pruned by select_random\.",
+        ),
+        (
             "stages.distill.loss.hidden={pairs:[[0,0],[-5,4]]}",
             r"loss\.hidden\.pairs\.1: the teacher has no layer -5\. Allowed: -4 to 3",
         ),
@@ -140,6 +153,19 @@ def test_the_error_about_a_missing_recipe_names_its_neighbors() -> None:
 def test_a_recipe_that_cannot_run_is_rejected(override: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=words):
         load_plan(TOY, [f"execution.run_root={tmp_path}", *override.split()])
+
+
+def test_a_student_belongs_to_its_own_plan_whatever_it_is_called_and_whichever_model_teaches(tmp_path: Path) -> None:
+    """A plan of the same keys keeps the same indices, and a corrected teacher has the same sizes."""
+    correct = "{kind:train,num_steps:9,global_batch_size:8,seq_len_tokens:128,lr:1e-3}"
+    repair = "{kind:compensate,num_samples:64,seq_len_tokens:128,inputs:{teacher:correct,student:distill,plan:same}}"
+    options = (
+        f"++stages.correct={correct}",
+        "++stages.same={kind:select,target:${stages.select.target}}",
+        f"++stages.repair={repair}",
+    )
+    plan = load_plan(TOY, [f"execution.run_root={tmp_path}", *options])
+    assert plan.call("repair").inputs["plan"] == "same"
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from nemo_minitron.pruning import reconstruction
 from nemo_minitron.pruning.reconstruction import (
     Readers,
+    _schur,
     best_in_groups,
     greedy_order,
     obs_order,
@@ -128,6 +131,24 @@ def test_heads_are_swapped_inside_their_query_group(seed: int) -> None:
     before, after = (_error_on_raw_inputs(inputs, weight, kept) for kept in channels)
     assert after <= before * (1 + 1e-9)
     assert swapped(readers, found, block=2, groups=2) == found
+
+
+def test_swaps_hold_one_intermediate_matrix_whatever_the_number_of_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden channels have two readers in each layer: with a matrix more for each, memory is half as much again."""
+    made: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal most
+        most = max(most, sum(ref() is not None for ref in made) + 1)
+        matrix = _schur(*args)
+        made.append(weakref.ref(matrix))
+        return matrix
+
+    monkeypatch.setattr(reconstruction, "_schur", counted)
+    swapped([reader for seed in range(6) for reader in _readers(*_layer(seed=seed))], [0, 1, 2, 3])
+    assert len(made) >= 3 * 6, "at first, with each exchange, and after it"
+    assert most == 1
 
 
 def test_the_best_of_each_group_keep_their_order() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,22 @@ def test_pruning_facts_are_those_of_the_student_not_of_the_control(facts: dict[s
         assert shares["hidden size"] == pytest.approx(1.0)
         assert 0.7 < shares["MLP neurons"] < 1.0
         assert shares["layers"] is None
+
+
+def test_ranks_are_not_shown_as_importance(tmp_path: Path) -> None:
+    """A plan made from ranks has no importance, and that of another score stage is not its own."""
+    stages = fake_run(tmp_path)
+    ranks = replace(stages["score"], stage="ranks", kind="score_reconstruction")
+    select = replace(stages["select"], inputs={**stages["select"].inputs, "scores": "ranks"})
+    report = collect("A title", "a/recipe", {**stages, "ranks": ranks, "select": select})
+    pruning = report["pruning"]
+    assert [axis["importance_share"] for axis in pruning["axes"]] == [None] * len(pruning["axes"])
+    assert not pruning["importance"]
+    assert pruning["ffn_map"] is None
+    for page in (render_markdown(report), render_html(report, "")):
+        assert "MLP neurons" in page
+        assert "importance kept" not in page
+        assert "Importance in descending order" not in page
 
 
 def test_importance_kept_by_hand() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from nemo_minitron.schema.base import StageParams
 from nemo_minitron.stages.registry import STAGES
 
 COMMON = {"lr": 1e-3, "num_steps": 10, "global_batch_size": 4, "seq_len_tokens": 16, "valid_num_tokens": 600}
+RETRAINING = {"lr": 1e-3, "global_batch_size": 4, "seq_len_tokens": 16}
 
 
 def tokenized(root: Path, name: str, train: int, valid: int) -> None:
@@ -57,6 +59,26 @@ def test_a_repair_is_judged_on_the_text_that_it_names(tmp_path: Path) -> None:
     params = STAGES["compensate"].params.model_validate(stage)
     (warning,) = too_little_text("repair", params, Store(tmp_path), {"data", "novel"})
     assert "the held-out part of stages.novel has only 10 tokens" in warning
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        {"kind": "compensate"},
+        {"kind": "score_reconstruction"},
+        {"kind": "search", "grid": {"num_layers": [3]}, "retraining": RETRAINING, "compensation": {}},
+    ],
+)
+def test_calibration_text_that_would_be_read_again_is_said(stage: dict[str, Any], tmp_path: Path) -> None:
+    """256 samples of 512 tokens: the second half would be the first once more, and least squares learns nothing."""
+    tokenized(tmp_path, "data", train=65_536, valid=1_000_000)
+    params = STAGES[stage["kind"]].params.model_validate(stage)
+    (warning,) = too_little_text("one", params, Store(tmp_path), {"data"})
+    assert warning.startswith("stages.one: of 131,072 calibration tokens (num_samples * seq_len_tokens), only 65,536 ")
+    assert "a.txt will be read 2.0 times" in warning
+    tokenized(tmp_path, "enough", train=131_072, valid=1_000_000)
+    (tmp_path / "data/data.json").write_bytes((tmp_path / "enough/data.json").read_bytes())
+    assert list(too_little_text("one", params, Store(tmp_path), {"data"})) == []
 
 
 def test_damaged_facts_end_in_a_message_and_missing_ones_in_none(tmp_path: Path) -> None:

@@ -105,10 +105,11 @@ def _require_own_heads(params: Compensation, models: Models, plan: Path) -> None
 
 def _warn_of_lost_layers(params: Compensation, models: Models, ctx: StageContext) -> None:
     first = models.plan.layers[0]
+    named = "Layer 0 is" if first == 1 else f"Layers 0 to {first - 1} are"
     if first and ctx.is_main and (params.mode, params.target) != ("sequential", "stream"):
         ctx.progress.warn(
-            f"{first} layers in front of the first kept one are dropped, and no weight takes over what they did: "
-            "only mode: sequential with target: stream makes up for them."
+            f"{named} dropped, and no kept layer before them can take over their work. "
+            "Only mode: sequential with target: stream compensates for them."
         )
 
 

@@ -9,7 +9,9 @@ from nemo_minitron.stages.kind import RecipeView
 
 
 def plan_problems(name: str, plan: str, teacher: str, student: str, view: RecipeView) -> Iterator[str]:
-    """Check that the plan leads from the teacher's sizes to the student's, as far as they are known.
+    """Check that the student was cut by the plan, and that its sizes lead from the teacher's to the student's.
+
+    Both as far as they are known: the teacher may be a corrected one, and a student from outside has no plan here.
 
     Args:
         name: name of the stage that reads all three.
@@ -28,6 +30,10 @@ def plan_problems(name: str, plan: str, teacher: str, student: str, view: Recipe
             f"{key}: it leaves {planned.sizes()}, but {student} has {found.sizes()}. "
             "Next: name the plan by which the student was pruned."
         )
+    own = view.plan_of(student)
+    # Stages with the same keys make the same plan. Others of the same sizes keep other indices.
+    if own is not None and view.stages.get(own) != view.stages.get(plan):
+        yield f"{key}: {student} was pruned by {own}. Next: name {own}, or the student that {plan} has pruned."
 
 
 def _source(plan: str, view: RecipeView) -> ModelShape | None:

@@ -8,10 +8,17 @@ from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.pruning import SelectionRules
 from nemo_minitron.stages.common.plan_rules import plan_problems
-from nemo_minitron.stages.common.repair_rules import calibration_problems, merged_head_problems, widest_input
+from nemo_minitron.stages.common.repair_rules import (
+    calibration_problems,
+    merged_head_problems,
+    repaired_sites,
+    site_problems,
+    widest_input,
+)
 from nemo_minitron.stages.compensate.params import CompensateStage
-from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, StageKind
-from nemo_minitron.workload.load import Load, forward_load
+from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, StageKind, calibration_text
+from nemo_minitron.workload.layer_by_layer import repair_load
+from nemo_minitron.workload.load import Load
 
 
 def _problems(name: str, params: CompensateStage, view: RecipeView) -> Iterator[str]:
@@ -19,13 +26,15 @@ def _problems(name: str, params: CompensateStage, view: RecipeView) -> Iterator[
     if params.inputs.heldout == params.inputs.data:
         yield f"{key}.inputs.heldout: the same as inputs.data. Next: remove the key, or name a stage with other text."
     yield from plan_problems(name, params.inputs.plan, params.inputs.teacher, params.inputs.student, view)
-    target = view.shape(params.inputs.student)
+    source, target = view.shape(params.inputs.teacher), view.shape(params.inputs.student)
     if target is None:
         return
     yield from calibration_problems(key, params.num_samples * params.seq_len_tokens, widest_input(target))
+    if source is not None:
+        yield from site_problems(key, params, source, [target])
     plan = view.stages.get(params.inputs.plan)
     if isinstance(plan, SelectionRules):
-        yield from merged_head_problems(key, params, plan, view.shape(params.inputs.teacher), target)
+        yield from merged_head_problems(key, params, plan, source, target)
 
 
 def _shape(name: str, params: CompensateStage, view: RecipeView) -> ModelShape | None:
@@ -37,11 +46,14 @@ def _heldout_uses(params: CompensateStage) -> Iterator[HeldoutUse]:
 
 
 def _load(name: str, params: CompensateStage, layout: Parallel, view: RecipeView) -> Load | None:
-    teacher = view.shape(params.inputs.teacher)
-    if teacher is None:
+    teacher, student = view.shape(params.inputs.teacher), view.shape(params.inputs.student)
+    if teacher is None or student is None:
         return None
-    tokens = params.num_samples * params.seq_len_tokens + params.heldout_tokens
-    return forward_load(teacher, tokens, params.seq_len_tokens, params.precision, layout)
+    return repair_load(teacher, student, params, repaired_sites(params, teacher, student), layout)
+
+
+def _disk_bytes(params: CompensateStage, load: Load) -> int | None:
+    return None if load.work.one_layer is None else load.work.one_layer.disk
 
 
 COMPENSATE = StageKind(
@@ -63,6 +75,8 @@ COMPENSATE = StageKind(
     chat_rank=1,
     shape=_shape,
     problems=_problems,
+    text_use=calibration_text,
     heldout_uses=_heldout_uses,
     load=_load,
+    disk_bytes=_disk_bytes,
 )

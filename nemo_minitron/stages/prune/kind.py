@@ -11,6 +11,10 @@ def _shape(name: str, params: PruneStage, view: RecipeView) -> ModelShape | None
     return view.planned_shape(params.inputs.plan)
 
 
+def _cuts_by(params: PruneStage) -> str:
+    return params.inputs.plan
+
+
 PRUNE = StageKind(
     name="prune",
     params=PruneStage,
@@ -20,4 +24,5 @@ PRUNE = StageKind(
     inputs={"model": MODELS, "plan": (Output.PRUNE_PLAN,)},
     chat_rank=0,
     shape=_shape,
+    cuts_by=_cuts_by,
 )

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.common.repair_rules import calibration_problems
-from nemo_minitron.stages.kind import MODELS, Output, RecipeView, Result, StageKind
+from nemo_minitron.stages.kind import MODELS, Output, RecipeView, Result, StageKind, calibration_text
 from nemo_minitron.stages.score_reconstruction.params import ScoreReconstructionStage
-from nemo_minitron.workload.load import Load, forward_load
+from nemo_minitron.workload.layer_by_layer import ranking_load
+from nemo_minitron.workload.load import Load
 
 
 def _problems(name: str, params: ScoreReconstructionStage, view: RecipeView) -> Iterator[str]:
@@ -37,8 +38,12 @@ def _widest(params: ScoreReconstructionStage, shape: ModelShape) -> int:
 
 
 def _load(name: str, params: ScoreReconstructionStage, layout: Parallel, view: RecipeView) -> Load | None:
-    shape, tokens = view.shape(params.inputs.model), params.num_samples * params.seq_len_tokens
-    return None if shape is None else forward_load(shape, tokens, params.seq_len_tokens, params.precision, layout)
+    shape = view.shape(params.inputs.model)
+    return None if shape is None else ranking_load(shape, params, layout)
+
+
+def _disk_bytes(params: ScoreReconstructionStage, load: Load) -> int | None:
+    return None if load.work.one_layer is None else load.work.one_layer.disk
 
 
 def _result_tokens(result: Result) -> int:
@@ -55,8 +60,9 @@ SCORE_RECONSTRUCTION = StageKind(
     distributed=True,
     whole_layers=True,
     whole_sequences=True,
-    report="scores",
     problems=_problems,
+    text_use=calibration_text,
     load=_load,
+    disk_bytes=_disk_bytes,
     result_tokens=_result_tokens,
 )

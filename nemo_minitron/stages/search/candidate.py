@@ -49,8 +49,10 @@ def candidate(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> Resu
     candidate at its place in the ranking of the previous rung, with a new optimizer.
 
     Raises:
+        DataError: the models and the texts do not share a tokenizer.
         NumericsError: the loss became NaN or infinite.
     """
+    _require_one_tokenizer(params, inputs, ctx)
     before = _facts_before(params, inputs, ctx)
     if ctx.is_main:
         shutil.copyfile(before["path"] / PLAN_FILE, ctx.out_dir / PLAN_FILE)
@@ -62,7 +64,6 @@ def candidate(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> Resu
     training = {field: getattr(params.retraining, field) for field in Training.model_fields}
     # A later rung reads other samples than the rungs before.
     training["seed"] += params.rung - 1
-    require_one_tokenizer({"student": student, "teacher": inputs.teacher}, inputs.data, ctx)
     distillation = Distillation(num_steps=params.num_steps, **training)
     keys = f"stages.{search_of(ctx.name, params)}.retraining"
     trained = distill_student(distillation, student, inputs.teacher, inputs.data, ctx, keys=keys)
@@ -75,6 +76,15 @@ def candidate(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> Resu
         "zero_shot_loss": zero_shot,
         "losses": [*before["losses"], trained["final_valid_loss"]],
     }
+
+
+def _require_one_tokenizer(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> None:
+    """Check every text that the candidate reads before anything is computed; a candidate has its model's tokenizer."""
+    texts = [inputs.data]
+    if params.compensation is not None and inputs.heldout is not None:
+        texts.append(inputs.heldout)
+    for text in texts:
+        require_one_tokenizer({"student": inputs.model, "teacher": inputs.teacher}, text, ctx)
 
 
 def _public(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,14 @@ from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.pruning import AnyScoring, Target
 from nemo_minitron.schema.training_rules import training_problems
 from nemo_minitron.stages.common.hidden_rules import hidden_problems
-from nemo_minitron.stages.common.repair_rules import calibration_problems, merged_head_problems, widest_input
+from nemo_minitron.stages.common.repair_rules import (
+    calibration_problems,
+    merged_head_problems,
+    site_problems,
+    widest_input,
+)
 from nemo_minitron.stages.common.scoring_rules import scoring_problems, without_unused_scores
-from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, StageKind, trained_tokens
+from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, StageKind, TextUse, trained_tokens
 from nemo_minitron.stages.search.expansion import candidate_stages, points_of, search_of
 from nemo_minitron.stages.search.params import CandidateStage, SearchStage
 from nemo_minitron.workload.load import Load, distillation_load
@@ -92,14 +97,23 @@ def _too_large(key: str, params: SearchStage, source: ModelShape) -> Iterator[st
 def _repair_problems(
     key: str, params: SearchStage, source: ModelShape, candidates: Sequence[Candidate]
 ) -> Iterator[str]:
-    """Check that the repair suits the widest candidate, and the one with the fewest heads."""
+    """Check that the repair suits the widest candidate and the one with the fewest heads, and changes any of them."""
     repair, shapes = params.compensation, [candidate.shape for candidate in candidates]
     if repair is None or not shapes:
         return
     widest = max(widest_input(shape) for shape in shapes)
     yield from calibration_problems(key, repair.num_samples * repair.seq_len_tokens, widest)
+    yield from site_problems(key, repair, source, shapes)
     fewest = min(shapes, key=lambda shape: shape.num_attention_heads)
     yield from merged_head_problems(key, repair, params.selection, source, fewest)
+
+
+def _text_use(params: SearchStage) -> TextUse | None:
+    """Return the text that the candidates are repaired by."""
+    repair = params.compensation
+    if repair is None:
+        return None
+    return TextUse(params.inputs.data, repair.num_samples * repair.seq_len_tokens, repeats_help=False)
 
 
 def _heldout_uses(params: SearchStage) -> Iterator[HeldoutUse]:
@@ -151,6 +165,7 @@ SEARCH = StageKind(
     expand=_expand,
     points=_points,
     problems=_problems,
+    text_use=_text_use,
     heldout_uses=_heldout_uses,
 )
 CANDIDATE = StageKind(

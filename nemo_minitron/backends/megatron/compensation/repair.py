@@ -20,6 +20,7 @@ from nemo_minitron.backends.megatron.compensation.runner import Activations, Lay
 from nemo_minitron.backends.megatron.compensation.sites import (
     SITES,
     Site,
+    biases_of,
     counted_positions,
     input_label,
     weights_of,
@@ -67,8 +68,23 @@ class Models:
 
     def teacher_rows(self, site: Site, number: int) -> Tensor:
         """Return the teacher's weights of a site with the rows that the student keeps [O, I], fp32 or wider."""
-        layer, keep = self.plan.layers[number], self.keep(number)
-        return torch.cat([self._rows(site, parameter, keep) for parameter in weights_of(site, self.source, layer)])
+        return self._kept(site, weights_of(site, self.source, self.plan.layers[number]), number)
+
+    def missing_bias(self, site: Site, number: int) -> Tensor | None:
+        """Return by how much the teacher's biases of a site exceed the student's [O]; None if it has no biases.
+
+        They differ if one of the models was trained after the cut.
+        """
+        teacher = biases_of(site, self.source, self.plan.layers[number])
+        if not teacher:
+            return None
+        student = biases_of(site, self.target, number)
+        own = torch.cat([_wide(self.student.read(parameter.hf)) for parameter in student])
+        return self._kept(site, teacher, number) - own
+
+    def _kept(self, site: Site, parameters: list[Parameter], number: int) -> Tensor:
+        keep = self.keep(number)
+        return torch.cat([self._rows(site, parameter, keep) for parameter in parameters])
 
     def _rows(self, site: Site, parameter: Parameter, keep: Keep) -> Tensor:
         whole = self.teacher.read(parameter.hf)
@@ -93,6 +109,8 @@ class _Problem:
     """The teacher's weight with the rows that stay [O, I]."""
     sliced_weight: Tensor
     """The student's weight [O, K]."""
+    missing_bias: Tensor | None
+    """What the student's biases lack [O]; None: the site has none."""
     target: str
     """Same as `Compensation.target`; always `layer` in a one-shot repair."""
 
@@ -139,14 +157,21 @@ class LayerRepair:
         self._load_teacher(self.models.plan.layers[number])
         groups = [[site] for site in SITES] if self.params.mode == "sequential" else [list(SITES)]
         for group in groups:
-            problems = [self._problem(site, number, weights) for site in group if self._wants(site, number)]
-            if not problems:
-                continue
-            self._load_student(number, weights)
-            moments = self._moments(problems, streams)
-            for problem in problems:
-                found[problem.site.name] = self._solve(problem, moments[problem.site.name], number, weights)
+            found |= self._repair_sites([site for site in group if self._wants(site, number)], number, weights, streams)
         return weights, found
+
+    def _repair_sites(
+        self, sites: list[Site], number: int, weights: Weights, streams: list[Stream]
+    ) -> dict[str, Repair]:
+        """Repair some sites from one pass over the text; their sums are gone before those of the next ones begin."""
+        if not sites:
+            return {}
+        problems = [self._problem(site, number, weights) for site in sites]
+        self._load_student(number, weights)
+        moments = self._moments(problems, streams)
+        return {
+            problem.site.name: self._solve(problem, moments[problem.site.name], number, weights) for problem in problems
+        }
 
     def advance(self, number: int, weights: Weights, streams: list[Stream]) -> None:
         """Move all streams to the next layer of the student, with its repaired weights."""
@@ -196,6 +221,7 @@ class LayerRepair:
     def _problem(self, site: Site, number: int, weights: Weights) -> _Problem:
         keep = self.models.keep(number)
         names = [parameter.hf for parameter in weights_of(site, self.models.target, number)]
+        bias = self.models.missing_bias(site, number)
         return _Problem(
             site=site,
             number=number,
@@ -203,6 +229,7 @@ class LayerRepair:
             kept_inputs=keep.get(input_label(site, self.models.source)),
             teacher_weight=self.models.teacher_rows(site, number).to(self.session.device),
             sliced_weight=_wide(torch.cat([weights[name] for name in names])).to(self.session.device),
+            missing_bias=None if bias is None else bias.to(self.session.device),
             target=self.params.target if self.params.mode == "sequential" else "layer",
         )
 
@@ -255,31 +282,38 @@ class LayerRepair:
     def _solve(self, problem: _Problem, moments: tuple[Moments, Moments], number: int, weights: Weights) -> Repair:
         """Solve one site and put its repaired weights into `weights`."""
         left = problem.teacher_weight if problem.site.reads_stream else None
-        repair, repaired = self._best(moments, left, problem.sliced_weight, problem.kept_hidden)
+        repair, repaired = self._best(moments, left, problem.sliced_weight, problem.kept_hidden, problem.missing_bias)
         start = 0
         for parameter in weights_of(problem.site, self.models.target, number):
             old = weights[parameter.hf]
-            if repair.update is not None:
-                weights[parameter.hf] = (
-                    repaired[start : start + len(old)].to(device="cpu", dtype=old.dtype).contiguous()
-                )
+            weights[parameter.hf] = repaired[start : start + len(old)].to(device="cpu", dtype=old.dtype).contiguous()
             start += len(old)
         return repair
 
     def _best(
-        self, moments: tuple[Moments, Moments], left: Tensor | None, sliced: Tensor, kept_hidden: Tensor | None
+        self,
+        moments: tuple[Moments, Moments],
+        left: Tensor | None,
+        sliced: Tensor,
+        kept_hidden: Tensor | None,
+        missing_bias: Tensor | None = None,
     ) -> tuple[Repair, Tensor]:
-        """Return the best repair and the repaired weight, fp64; all processes use those of the first.
+        """Return the best repair of this process, and the weight of the first one, fp64, which all must use.
+
+        That weight also says whether there is a repair: without one it is the sliced weight, which keeps every bit.
 
         Args:
             moments: of the calibration text and of the held-out text.
             left: the teacher's weight [O, M], if the residuals are in front of it; None: they are behind.
+            missing_bias: what the student's biases lack [O].
         """
         calibration, heldout = (some.objective(left) for some in moments)
         if left is not None:
             # Those residuals belong to the teacher's own columns. A trained or repaired student has others.
             differs = _take(left, kept_hidden).double() - sliced.double()
             calibration, heldout = (some.of_weight_below(differs) for some in (calibration, heldout))
+        if missing_bias is not None:
+            calibration, heldout = (some.of_target_above(missing_bias) for some in (calibration, heldout))
         repair = best_repair(calibration, heldout, self.params.dampings)
         repaired = sliced.double() if repair.update is None else sliced.double() + repair.update
         if self.session.world_size > 1:
@@ -308,8 +342,7 @@ class LayerRepair:
         sliced = models.student.read(HEAD)
         whole = _wide(models.teacher.read(HEAD)).to(device)
         repair, repaired = self._best(sums, whole, _wide(sliced).to(device), kept)
-        changed = repaired.to(device="cpu", dtype=sliced.dtype).contiguous()
-        return {HEAD: sliced if repair.update is None else changed}, {"head": repair}
+        return {HEAD: repaired.to(device="cpu", dtype=sliced.dtype).contiguous()}, {"head": repair}
 
 
 def _minus_embedded(full: Tensor, kept_part: Tensor, kept: Tensor | None) -> Tensor:

@@ -42,6 +42,13 @@ def weights_of(site: Site, shape: ModelShape, layer: int) -> list[Parameter]:
     return [Parameter(row, layer) for block in blocks for row in block.rows(shape) if site.has(row)]
 
 
+def biases_of(site: Site, shape: ModelShape, layer: int) -> list[Parameter]:
+    """Return the biases of a site in one layer, in the order of its weights; empty if they have none."""
+    names = {parameter.row.hf.removesuffix("weight") + "bias" for parameter in weights_of(site, shape, layer)}
+    rows = (row for block in layers_of(shape)[layer] if block is site.block for row in block.rows(shape))
+    return [Parameter(row, layer) for row in rows if row.hf in names]
+
+
 def input_label(site: Site, shape: ModelShape) -> str:
     """Return the label of the site's input dimension in the axis table."""
     return weights_of(site, shape, 0)[0].row.axes[1]

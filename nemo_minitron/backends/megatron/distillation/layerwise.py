@@ -251,10 +251,11 @@ def prepare(
 
 
 def cut_layers(plan: PrunePlan, teacher: ModelShape) -> list[int]:
-    """Return the student's layers that cannot just repeat the teacher's: some of their width, or a layer next to
-    them, is gone.
+    """Return the student's layers that cannot just repeat the teacher's, because they have another task or less width.
 
-    The others start without error, and Adam would only move them away, however small their gradients are.
+    The last kept layer before dropped ones also stands for these, and the first layer starts from the embeddings even
+    if layers before it were dropped. The others start without error, and Adam would only move them away, however small
+    their gradients are.
     """
     width = [axis for axis in width_axes(teacher) if axis.name in plan.shared or axis.name in plan.by_layer]
     positions = stream_positions(plan.layers, teacher.num_layers)
