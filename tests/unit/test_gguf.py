@@ -215,6 +215,20 @@ def test_a_damaged_header_only_raises_checkpoint_errors(tmp_path: Path, out: Pat
     assert refused > 0
 
 
+def test_a_file_is_not_blamed_for_missing_memory(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dequantize = gguf.quants.dequantize
+
+    def fail_for_tensors(data: Any, *kind: Any) -> Any:
+        if data.nbytes > 1000:
+            raise MemoryError("Unable to allocate 2.00 GiB")
+        return dequantize(data, *kind)
+
+    file = tiny_gguf(tiny_model_dir(tmp_path, "llama_mha"), tmp_path / "model.gguf")
+    monkeypatch.setattr(gguf.quants, "dequantize", fail_for_tensors)
+    with pytest.raises(MemoryError):
+        convert_gguf(file, out, None)
+
+
 def test_a_sentencepiece_tokenizer_begins_with_bos_and_round_trips(tmp_path: Path, out: Path) -> None:
     from transformers import AutoTokenizer
 
