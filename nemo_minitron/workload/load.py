@@ -14,9 +14,6 @@ from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training import Distillation, Optimization, Training
 from nemo_minitron.workload.memory import Work
 
-EVAL_BATCH_SIZE = 4
-"""Sequences of a batch in which held-out loss is measured."""
-
 
 @dataclass(frozen=True)
 class Load:
@@ -71,6 +68,7 @@ def training_load(
         teacher_learns=teacher_learns,
         hidden_pairs=hidden_pairs,
         anchors=anchors,
+        validates=True,
     )
     each = training_flops_per_token(shape, teacher, keys.seq_len_tokens, teacher_learns=teacher_learns)
     again = forward_flops_per_token(shape, keys.seq_len_tokens) if layout.recompute == "full" else 0.0
