@@ -24,7 +24,8 @@ from nemo_minitron.backends.megatron.runtime.peak import matmul_flops_per_s
 from nemo_minitron.families import read_shape
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.score.params import ScoreStage
-from nemo_minitron.workload.memory import Work, memory_of
+from nemo_minitron.workload.memory import memory_of
+from nemo_minitron.workload.work import Work
 from tests.support.gpu import distill_peak_bytes
 from tests.support.megatron_ranks import distill_losses, distill_until, logits_of, scores_of
 from tests.support.tiny_data import tiny_data_dir

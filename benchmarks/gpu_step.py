@@ -36,7 +36,8 @@ from nemo_minitron.plan.shapes import model_shape
 from nemo_minitron.processes.gpu_environment import gpu_environment
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.distill.params import DistillStage
-from nemo_minitron.workload.memory import GIB, Work, memory_of
+from nemo_minitron.workload.memory import GIB, memory_of
+from nemo_minitron.workload.work import Work
 
 ROUNDS = 5
 ROOT = Path(__file__).resolve().parents[1]

@@ -127,8 +127,10 @@ def _print_resources(resources: dict[str, Any]) -> None:
     console.print(_time_table(resources))
     total = resources["totals"]
     cost = "" if total["cost"] is None else f", cost {total['cost']:,.0f}"
+    uncounted = resources["with_uncounted_tasks"]
+    tasks = f" (without the tasks of {', '.join(uncounted)})" if uncounted else ""
     console.say(
-        f"total: {total['hours']:.1f} hours one after the other, {total['gpu_hours']:,.0f} GPU-hours{cost}, "
+        f"total: {total['hours']:.1f} hours one after the other{tasks}, {total['gpu_hours']:,.0f} GPU-hours{cost}, "
         f"{total['disk_gib']:.1f} GiB of disk. Assumed: {assumed['peak_tflops']:g} TFLOPS of each process, "
         f"MFU {assumed['mfu']:.0%} ({assumed['mfu_from']}). docs/how-to/planning.md",
     )

@@ -23,6 +23,8 @@ from nemo_minitron.schema.losses import LogitsLoss
 
 LossAndGrad = tuple[Tensor, Tensor]
 """Loss of each token [n], and its gradient with respect to the student's logits [n, V]."""
+SMALLEST_BALANCED = 1e-6
+"""A loss up to this size is rounding error of equal values, which no weight may enlarge."""
 
 
 def forward_kl(student: Tensor, teacher: Tensor, params: LogitsLoss, vocab: Vocab = WHOLE) -> LossAndGrad:
@@ -136,6 +138,20 @@ def distance(student: Tensor, teacher: Tensor, params: LogitsLoss, vocab: Vocab 
     Gradients of softened losses shrink by about 1 / T^2 (1503.02531, section 2); the Minitron papers use T = 1.
     """
     return scaled(LOSSES[params.kind].function(student, teacher, params, vocab), params)
+
+
+def balancing_weight(of: Tensor, to: Tensor) -> Tensor:
+    """Return the weight with which a loss has the size of another one.
+
+    It is never negative, which would reverse a gradient: a loss over drawn tokens can be below 0 in a micro-batch. It
+    is 0 if the loss to weight is no larger than its rounding error, as between equal hidden states.
+
+    Args:
+        of: value of the loss to weight.
+        to: value of the other loss.
+    """
+    ratio = to.clamp(min=0.0) / of.clamp(min=SMALLEST_BALANCED)
+    return torch.where(of > SMALLEST_BALANCED, ratio, 0.0)
 
 
 def scaled(found: LossAndGrad, params: LogitsLoss) -> LossAndGrad:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nemo_minitron.distillation.fused_kl import FusedForwardKl
 from nemo_minitron.distillation.linear import Head, MainGrad, linear_loss
-from nemo_minitron.distillation.losses import LossAndGrad, distance, next_token
+from nemo_minitron.distillation.losses import LossAndGrad, balancing_weight, distance, next_token
 from nemo_minitron.distillation.sparse import SparseTeacher, sparse_distance, sparsify
 from nemo_minitron.distillation.vocab import WHOLE, Vocab
 from nemo_minitron.schema.losses import LogitsLoss, Loss
@@ -93,7 +93,7 @@ def token_loss(
             mixture = Mixture(teacher, labels_T, token_weights_T, 1.0, vocab)
             linear_loss(hidden_TD, weight_VD, token_weights_T, mixture, chunk_tokens=chunk_tokens)
             whole = over_ranks(torch.stack((mixture.parts["logits_loss"], mixture.parts["lm_loss"])))
-            weight = whole[0] / whole[1]
+            weight = balancing_weight(of=whole[1], to=whole[0])
     else:
         weight = params.next_token
     mixture = Mixture(teacher, labels_T, token_weights_T, weight, vocab)

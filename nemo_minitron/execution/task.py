@@ -25,6 +25,7 @@ from nemo_minitron.stages.registry import STAGES
 from nemo_minitron.stages.typed_inputs import typed_inputs
 from nemo_minitron.system.disclosure import write_private
 from nemo_minitron.system.interrupts import StopRequest
+from nemo_minitron.system.out_of_memory import memory_errors
 from nemo_minitron.system.progress import Progress
 
 SESSION_FACTS = "session"
@@ -117,7 +118,27 @@ def run_task(task: StageTask, inputs: ArtifactsByRole, progress: Progress, stop:
 
     Raises:
         MinitronError: an error of the stage.
+        EnvironmentProblem: an allocation failed.
     """
+    with memory_errors(f"Stage {task.name}", f"stages.{task.name}", _to_save_memory(task)):
+        return _run(task, inputs, progress, stop)
+
+
+def _to_save_memory(task: StageTask) -> str:
+    """Return what a user can do if the stage runs out of memory."""
+    again = "The same command continues."
+    has_whole_model = task.kind.whole_layers or getattr(task.params, "uses_transformers", False)
+    if has_whole_model or not task.kind.has_layout:
+        return f"End other programs that need memory, or use a machine or GPU that has more. {again}"
+    key = f"execution.parallel_by_stage.{task.name}"
+    recompute = " or recompute: full" if task.kind.trains else ""
+    return (
+        f"In {key}, set a smaller micro_batch_size{recompute}, or more tp or pp; `minitron plan` shows the memory of "
+        f"each part. {again}"
+    )
+
+
+def _run(task: StageTask, inputs: ArtifactsByRole, progress: Progress, stop: StopRequest) -> dict[str, Any]:
     execution = task.execution
     context = StageContext(task.name, task.recipe_name, task.out_dir, task.work_dir, execution, progress, stop=stop)
     function = task.kind.load_function()

@@ -27,11 +27,13 @@ ADJUSTABLE = {
     "weight_decay",
     "clip_grad",
     "valid_interval_steps",
-    "valid_num_tokens",
     "save_interval_steps",
     "keep_checkpoints",
 }
-"""Keys with which a training can resume from a checkpoint even if they differ from those that made it."""
+"""Keys with which a training can resume from a checkpoint even if they differ from those that made it.
+
+The held-out text is none of them: losses before and after would be of different texts.
+"""
 
 
 def open_work(call: StageCall, store: Store, progress: Progress) -> tuple[Path, list[dict[str, Any]]]:

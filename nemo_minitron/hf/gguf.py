@@ -140,6 +140,8 @@ def _write_weights(header: Header, shape: ModelShape, writer: CheckpointWriter) 
         try:
             values = gguf.quants.dequantize(stored[name].data, stored[name].tensor_type)
             values = np.array(_as_in_torch(values, name, header, shape), dtype=np.float32)
+        except MemoryError:
+            raise
         except Exception as error:  # any error of the gguf package: the header is valid, but the data may be damaged
             raise damaged_gguf(header.file, error) from error
         writer.add(hf_name, torch.from_numpy(values))

@@ -25,7 +25,9 @@ _PATTERNS = {
     "tekken": TEKKEN_PATTERN,
 }
 """Pre-tokenizer name in GGUF (tokenizer.ggml.pre) -> pattern that splits text before BPE."""
-_GPT2 = ("default", "gpt-2", "smollm")
+_GPT2 = ("gpt-2", "smollm")
+_UNKNOWN = "default"
+"""What llama.cpp takes a file for whose converter did not name the pre-tokenizer: no model's own one."""
 _SPACE = "\u2581"
 _WHOLE_TOKENS_FIRST = ("llama-bpe", "tekken")
 """Pre-tokenizer names for which a word that is in the vocabulary becomes one token without merging."""
@@ -87,7 +89,13 @@ def _special_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
 def _byte_level_bpe(fields: Mapping[str, Any], file: Path) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
-    rule = str(fields.get("tokenizer.ggml.pre", "default"))
+    rule = str(fields.get("tokenizer.ggml.pre", _UNKNOWN))
+    if rule == _UNKNOWN:
+        raise CheckpointError(
+            "The GGUF file does not say how its tokenizer splits text (tokenizer.ggml.pre).",
+            where=str(file),
+            next_step="Convert the model again with a current llama.cpp, or import its Hugging Face folder.",
+        )
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     vocab = {token: index for index, token in enumerate(fields["tokenizer.ggml.tokens"])}
     if len(vocab) < len(fields["tokenizer.ggml.tokens"]):

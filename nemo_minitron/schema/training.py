@@ -29,7 +29,7 @@ class LearningRate(Schema):
     """The schedule of a learning rate."""
 
     lr: Annotated[float, Field(gt=0.0)]
-    """Peak learning rate, reached after the warmup."""
+    """Peak learning rate, reached at the end of the warmup."""
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
     """Learning rate at the end of the schedule."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0

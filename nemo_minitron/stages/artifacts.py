@@ -168,7 +168,7 @@ class TeacherCheck(Artifact):
 
 
 class TeacherCache(Artifact):
-    """Cached distributions of a teacher: the largest probabilities at each position."""
+    """Cached distributions of a teacher: drawn tokens, or the most likely ones, at each position."""
 
 
 class SearchResult(Artifact):

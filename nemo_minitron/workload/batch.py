@@ -1,7 +1,7 @@
 """The batch size that suits a number of training tokens, and the keys that follow from it.
 
 Sources: the batch size of the lowest loss for a number of tokens D is 0.0306 D^0.383 sequences of 2,048 tokens, nearly
-independent of the model's size ("Power Lines", 2505.13738). Half and twice of it are about as good (2607.01487). When
+independent of the model's size ("Power Lines", 2505.13738). Half or twice that size is about as good (2607.01487). When
 the batch changes, Adam's beta2 keeps its half-life in tokens (2507.07101), and weight decay keeps the timescale of
 AdamW, batch / (lr * weight_decay * D) (2405.13698, 2505.13738).
 

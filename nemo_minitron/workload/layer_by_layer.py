@@ -18,7 +18,8 @@ from nemo_minitron.families.split import params_of_rank
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.pruning import Compensation, ReconstructionScoring, RepairSite
 from nemo_minitron.workload.load import Load
-from nemo_minitron.workload.memory import WEIGHT_BYTES, OneLayer, Work
+from nemo_minitron.workload.memory import WEIGHT_BYTES
+from nemo_minitron.workload.work import OneLayer, Work
 
 FP64, FP32, STORED = 8, 4, 2
 """Bytes of a number in sums, in weights that are solved for, and in checkpoints (bf16)."""

@@ -12,10 +12,7 @@ from nemo_minitron.distillation.flops import (
 from nemo_minitron.families import ModelShape, num_params
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training import Distillation, Optimization, Training
-from nemo_minitron.workload.memory import Work
-
-EVAL_BATCH_SIZE = 4
-"""Sequences of a batch in which held-out loss is measured."""
+from nemo_minitron.workload.work import Work
 
 
 @dataclass(frozen=True)
@@ -71,6 +68,7 @@ def training_load(
         teacher_learns=teacher_learns,
         hidden_pairs=hidden_pairs,
         anchors=anchors,
+        validates=True,
     )
     each = training_flops_per_token(shape, teacher, keys.seq_len_tokens, teacher_learns=teacher_learns)
     again = forward_flops_per_token(shape, keys.seq_len_tokens) if layout.recompute == "full" else 0.0

@@ -12,8 +12,8 @@ q = a * head size, k = g * head size, f FFN size, V vocabulary size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 
 from nemo_minitron.distillation.chunks import block_tokens, chunk_tokens
 from nemo_minitron.distillation.rounds import round_size, round_sizes
@@ -22,6 +22,8 @@ from nemo_minitron.families.blocks import ATTENTION, MLP, Block, Layer
 from nemo_minitron.families.registry import layers_of
 from nemo_minitron.families.split import padded_vocab_size, params_of_rank, stage_bounds
 from nemo_minitron.schema.execution import Kernels, Parallel
+from nemo_minitron.workload.heldout import heldout_batch_size
+from nemo_minitron.workload.work import OneLayer, Work
 
 GIB = 2**30
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
@@ -63,64 +65,12 @@ class Memory:
         return {**parts, "peak_gib": round(self.peak / GIB, 4)}
 
 
-@dataclass(frozen=True)
-class OneLayer:
-    """What a process holds that runs a model one layer at a time, in bytes."""
-
-    weights: int
-    """One layer of each model."""
-    sums: int
-    """Sums of products of activations, and the matrices of the largest solution."""
-    streams: int
-    """Residual streams of its text, in host memory."""
-    ranking: int = 0
-    """Matrices that the first process ranks by, in host memory."""
-    disk: int = 0
-    """Output and work folder of the stage."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """The computation of a process, as far as it determines its memory.
-
-    Args:
-        shape: the model that is trained or evaluated.
-        trains: whether there are backward passes; otherwise only forward passes.
-        teacher: model in memory beside it; None if there is none.
-        teacher_learns: whether the teacher is trained as well.
-        hidden_pairs: number of hidden states that are compared with a teacher's.
-        anchors: outputs inside each layer that are compared with the teacher's.
-        layerwise: whether each layer is trained apart from the others, so that only one has activations in memory, and
-            embeddings, final norm and head are not trained.
-        teacher_in_fp8: whether Transformer Engine keeps FP8 copies of the teacher's weights.
-        lone_forward_kl: whether the loss on logits is forward KL to a whole distribution and nothing else.
-        one_layer: what it holds instead of a whole model, if it runs one layer at a time; None: it holds a whole model.
-        on_gpu: whether the process runs on a GPU, where the chunks of logits are larger.
-        kernels: the paths of a training step that its memory depends on.
-    """
-
-    shape: ModelShape
-    parallel: Parallel
-    precision: str
-    seq_len_tokens: int
-    num_micro_batches: int = 1
-    trains: bool = True
-    teacher: ModelShape | None = None
-    teacher_learns: bool = False
-    hidden_pairs: int = 0
-    anchors: tuple[str, ...] = ()
-    layerwise: bool = False
-    teacher_in_fp8: bool = False
-    lone_forward_kl: bool = False
-    one_layer: OneLayer | None = None
-    on_gpu: bool = False
-    kernels: Kernels = field(default_factory=Kernels)
-
-
 def memory_of(work: Work) -> Memory:
     """Return the memory of a process in the pipeline stage that needs the most."""
-    stages = range(work.parallel.pp)
-    return max((_of_stage(work, stage) for stage in stages), key=lambda found: found.peak)
+    found = [_of_stage(work, stage) for stage in range(work.parallel.pp)]
+    if work.then_whole:
+        found.append(memory_of(replace(work, parallel=Parallel(), then_whole=False)))
+    return max(found, key=lambda memory: memory.peak)
 
 
 def _of_stage(work: Work, stage: int) -> Memory:
@@ -133,14 +83,22 @@ def _of_stage(work: Work, stage: int) -> Memory:
     if work.teacher is not None:
         teacher = params_of_rank(_same_vocab(work.teacher, work), tp=layout.tp, pp=layout.pp, stage=stage)
         learned += teacher if work.teacher_learns else 0
-    activations, loss = _passes(work, stage)
-    return Memory(
+    passes = [_of_pass(work, stage), *_validations(work, stage)]
+    return replace(
+        max(passes, key=lambda memory: memory.peak),
         weights=wide * count,
         teacher=(wide + (FP8_BYTES if work.teacher_in_fp8 else 0)) * teacher,
         gradients=GRADIENT_BYTES * learned,
         optimizer=optimizer_bytes(learned, work.precision, layout),
+    )
+
+
+def _of_pass(work: Work, stage: int) -> Memory:
+    """Return what a training step, or a forward pass, needs besides what exists between two of them."""
+    activations, loss = _passes(work, stage)
+    return Memory(
         activations=activations,
-        loss=loss + (_kept_head_inputs(work) if stage == layout.pp - 1 else 0),
+        loss=loss + (_kept_head_inputs(work) if stage == work.parallel.pp - 1 else 0),
         hidden_states=_stream_bytes(work, stage)
         if work.layerwise
         else _hidden_bytes(work) + _anchor_bytes(work, stage),
@@ -155,6 +113,29 @@ def _of_one_layer(work: Work, held: OneLayer) -> Memory:
         hidden_states=0 if work.on_gpu else held.streams,
         sums=held.sums + (0 if work.on_gpu else held.ranking),
     )
+
+
+def _validations(work: Work, stage: int) -> Iterator[Memory]:
+    """Yield the same for the passes of a validation, whose batches do not depend on the micro-batches."""
+    if not work.validates:
+        return
+    layout = work.parallel.model_copy(update={"micro_batch_size": heldout_batch_size(work.seq_len_tokens)})
+    # It compares the models at their logits only, by losses that are not fused, in chunks of the default size.
+    passes = replace(
+        work,
+        parallel=layout,
+        trains=False,
+        hidden_pairs=0,
+        anchors=(),
+        layerwise=False,
+        lone_forward_kl=False,
+        kernels=Kernels(),
+    )
+    yield _of_pass(passes, stage)
+    if work.layerwise:
+        # The error of a layer's output in fp32, with its square.
+        error = 2 * 4 * _tokens(passes) * work.shape.hidden_size
+        yield Memory(activations=_forward_only(passes) + error, hidden_states=_stream_bytes(passes, stage))
 
 
 def _trained_params(work: Work, stage: int) -> int:
@@ -276,10 +257,17 @@ def _activations(work: Work, stage: int) -> int:
 
 
 def _forward_only(work: Work) -> int:
-    """Return the largest set of tensors of one layer: residual stream, its norm, and the MLP's input and output."""
+    """Return the largest set of tensors of one layer: residual stream, its norm, and the MLP's input and output.
+
+    A teacher runs before the other model.
+    """
     w, n, tp = WEIGHT_BYTES[work.precision], _tokens(work), work.parallel.tp
-    width = 3 * work.shape.hidden_size + (4 if work.shape.gated else 2) * work.shape.ffn_hidden_size / tp
-    return round(w * n * width)
+    widths = [
+        3 * shape.hidden_size + (4 if shape.gated else 2) * shape.ffn_hidden_size / tp
+        for shape in (work.shape, work.teacher)
+        if shape is not None
+    ]
+    return round(w * n * max(widths))
 
 
 def _loss_bytes(work: Work) -> int:

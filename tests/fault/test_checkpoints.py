@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -313,3 +314,52 @@ def _beside(other: list[Any]) -> Any:
         sum=lambda tensor: tensor,
         gather=lambda own: [own, other],
     )
+
+
+def _rows(folders: Folders, session: Any, params: TrainStage, validate: Any = None) -> list[dict[str, float]]:
+    """Run or continue a training, with another validation if one is given, and return its curves without times."""
+    folders["work"].mkdir(exist_ok=True)
+    job = _job(folders, session, params)
+    if validate is not None:
+        job = replace(job, objective=replace(job.objective, validate=validate(job.objective.validate)))
+    curves = training.run(job, folders["work"], Progress(silent=True))
+    return [{key: value for key, value in row.items() if key not in ("tokens_per_s", "mfu")} for row in curves.rows]
+
+
+@pytest.mark.parametrize(("interval", "saved"), [(3, 3), (100, 12)], ids=["first interval", "last step"])
+def test_a_validation_that_runs_out_of_memory_loses_no_step(
+    interval: int, saved: int, folders: Folders, tmp_path: Path
+) -> None:
+    def failing(measure: Any) -> Any:
+        measured: list[int] = []
+
+        def validate() -> dict[str, float]:
+            # That of the first model has no optimizer states beside it.
+            if measured:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            measured.append(1)
+            return measure()
+
+        return validate
+
+    params = PARAMS.model_copy(update={"valid_interval_steps": interval})
+    with open_session(Parallel(), device="cpu", threads=1) as session:
+        expected = _rows({**folders, "work": tmp_path / "whole"}, session, params)
+        with pytest.raises(torch.OutOfMemoryError):
+            _rows(folders, session, params, failing)
+        assert checkpoints(folders["work"] / "checkpoints")[-1].name == f"step_{saved:08d}"
+        assert _rows(folders, session, params) == expected, "the validation of that step is neither lost nor doubled"
+
+
+def test_a_checkpoint_is_not_blamed_for_missing_memory(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with open_session(Parallel(), device="cpu", threads=1) as session:
+        job, folder = _job(folders, session), folders["work"] / "checkpoints"
+        kept = Checkpoints(folder, session, keep=1, in_background=False)
+        kept.save(job.trainable, TrainingProgress(1))
+        monkeypatch.setattr(checkpoint, "load_checkpoint", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            kept.resume(job.trainable)
+    assert len(checkpoints(folder)) == 1

@@ -16,7 +16,8 @@ import torch
 from nemo_minitron.families import read_shape
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.score.params import ScoreStage
-from nemo_minitron.workload.memory import Work, memory_of
+from nemo_minitron.workload.memory import memory_of
+from nemo_minitron.workload.work import Work
 from tests.conftest import REPO, TOY
 from tests.support.distributed import run_ranks
 from tests.support.gpu import ENGINE, LAYERS, TORCH, distill_peak_bytes, on_gpu, on_gpu_deterministic

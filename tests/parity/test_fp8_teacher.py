@@ -139,5 +139,5 @@ def test_the_default_does_not_change_fingerprints() -> None:
 
 def test_check_refuses_a_teacher_that_is_not_live_fixed_and_in_bf16(tmp_path: Path) -> None:
     overrides = ["+stages.distill.teacher_fp8={}", "stages.distill.precision=fp32", f"execution.run_root={tmp_path}"]
-    with pytest.raises(PlanError, match="teacher_fp8: the other layers must be in bf16"):
+    with pytest.raises(PlanError, match="teacher_fp8: the rest of the model must be in bf16"):
         load_plan(TOY, overrides)

@@ -10,6 +10,7 @@ import torch
 
 from nemo_minitron.backends.megatron.distillation import distill
 from nemo_minitron.backends.megatron.runtime.session import open_session
+from nemo_minitron.backends.megatron.training import loop as training
 from nemo_minitron.backends.megatron.training import optim
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.train.params import TrainStage
@@ -63,6 +64,23 @@ def test_the_fused_adam_trains_the_same_and_resumes_to_the_same_bits(
     for found in (whole, changed):
         for row, expected in zip(found, plain, strict=True):
             assert row == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_gradient_norm_is_known_without_clipping(folders: Folders, tmp_path: Path) -> None:
+    """A NaN gradient shows in it before the weights reach a checkpoint."""
+    params, norms, weights = PARAMS.model_copy(update={"clip_grad": 0.0}), [], []
+    with open_session(Parallel(), device="cpu", threads=1) as session:
+        for number in range(2):
+            (work := tmp_path / f"{number}").mkdir()
+            job = distill.prepare_training(params, folders["teacher"], folders["data"], work, session)
+            training.forward_backward(job, 0)
+            optimizer = job.trainable.optimizer
+            # Alone as in Megatron-Core 0.10, or through the chain around it.
+            single = getattr(optimizer, "chained_optimizers", [optimizer])[0] if number else optimizer
+            norms.append(single.step()[1])
+            weights.append([weight.detach().clone() for weight in job.trainable.model.parameters()])
+    assert norms[0] == norms[1] > 1.0
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
 def test_parameters_of_a_cpu_are_not_fused() -> None:

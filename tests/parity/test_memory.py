@@ -17,7 +17,8 @@ from nemo_minitron.distillation.chunks import chunk_tokens
 from nemo_minitron.families import ModelShape, num_params, read_shape
 from nemo_minitron.families.split import params_of_rank
 from nemo_minitron.schema.execution import Parallel
-from nemo_minitron.workload.memory import Work, layer_bytes_per_token, memory_of
+from nemo_minitron.workload.memory import layer_bytes_per_token, memory_of
+from nemo_minitron.workload.work import Work
 from tests.conftest import REPO
 from tests.support.memory_child import FIXED_THRESHOLDS
 from tests.support.tiny_data import tiny_data_dir

@@ -113,6 +113,18 @@ def test_numbers_are_split_by_the_pre_tokenizer_of_the_file(pre: str, words: str
     assert tokenizer.decode(tokenizer(TEXT, add_special_tokens=False)["input_ids"]) == TEXT
 
 
+@pytest.mark.parametrize("keys", [{"without": ("tokenizer.ggml.pre",)}, {"pre": "default"}], ids=["no key", "default"])
+def test_a_file_that_does_not_name_its_pre_tokenizer_is_refused(
+    keys: dict[str, Any], tmp_path: Path, out: Path
+) -> None:
+    """Older converters left it out for Llama 3 and Qwen as well, whose rules differ."""
+    file = tiny_gguf(tiny_model_dir(tmp_path, "llama_mha"), tmp_path / "model.gguf", **keys)
+    with pytest.raises(CheckpointError, match=r"how its tokenizer splits text .*tokenizer\.ggml\.pre") as caught:
+        convert_gguf(file, out, None)
+    assert "current llama.cpp" in str(caught.value)
+    assert list(out.iterdir()) == []
+
+
 def test_a_file_with_a_missing_tensor_is_refused(tmp_path: Path, out: Path) -> None:
     source = tiny_model_dir(tmp_path, "llama_mha")
     file = tiny_gguf(source, tmp_path / "model.gguf", leave_out=("model.layers.2.mlp.up_proj.weight",))
@@ -203,6 +215,20 @@ def test_a_damaged_header_only_raises_checkpoint_errors(tmp_path: Path, out: Pat
     assert refused > 0
 
 
+def test_a_file_is_not_blamed_for_missing_memory(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dequantize = gguf.quants.dequantize
+
+    def fail_for_tensors(data: Any, *kind: Any) -> Any:
+        if data.nbytes > 1000:
+            raise MemoryError("Unable to allocate 2.00 GiB")
+        return dequantize(data, *kind)
+
+    file = tiny_gguf(tiny_model_dir(tmp_path, "llama_mha"), tmp_path / "model.gguf")
+    monkeypatch.setattr(gguf.quants, "dequantize", fail_for_tensors)
+    with pytest.raises(MemoryError):
+        convert_gguf(file, out, None)
+
+
 def test_a_sentencepiece_tokenizer_begins_with_bos_and_round_trips(tmp_path: Path, out: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -231,7 +257,8 @@ def test_a_sentencepiece_tokenizer_begins_with_bos_and_round_trips(tmp_path: Pat
 
 
 def test_a_damaged_tokenizer_is_refused(tmp_path: Path, out: Path) -> None:
-    fields = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"]}
+    kind = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}
+    fields = {**kind, "tokenizer.ggml.tokens": ["a", "b"]}
     file = tmp_path / "x.gguf"
     for broken in ({}, {"tokenizer.ggml.merges": ["a c"]}, {"tokenizer.ggml.tokens": ["a", "a"]}):
         with pytest.raises(CheckpointError, match="tokenizer is damaged"):

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from nemo_minitron.distillation.hidden import Pair, Tap, pairs_of
 from nemo_minitron.distillation.linear import linear_loss
-from nemo_minitron.distillation.losses import LOSSES, distance, forward_kl, next_token
+from nemo_minitron.distillation.losses import LOSSES, balancing_weight, distance, forward_kl, next_token
 from nemo_minitron.distillation.objective import live_teacher, token_loss
 from nemo_minitron.distillation.sparse import sampled_teacher, sparse_distance, top_k_teacher, uniforms_of
 from nemo_minitron.errors import PlanError
+from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.losses import HiddenLoss, LogitsLoss, Loss, Sampled, TopK
 from nemo_minitron.schema.training import Optimization
 from nemo_minitron.stages.distill.params import DistillStage
@@ -163,6 +164,47 @@ def test_head_and_loss_together_are_exact_for_every_chunk_size(
     torch.testing.assert_close(parts["logits_loss"], kl.detach(), rtol=1e-12, atol=1e-12)
     for one, other in zip(found, torch.autograd.grad(3.0 * expected, (hidden, weight)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+def _negative_teacher(student: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """A distance whose estimate is below 0, as over tokens that are drawn unluckily."""
+    return student.new_full((len(student),), -0.2), torch.zeros_like(student)
+
+
+def test_a_balanced_text_loss_is_never_learned_backwards() -> None:
+    (hidden, weight), labels, tokens = _head(0, 8), torch.arange(20), torch.full((20,), 0.05, dtype=torch.float64)
+    loss, parts = token_loss(
+        Loss(next_token="balanced"), hidden.requires_grad_(), weight, labels, tokens, _negative_teacher
+    )
+    assert float(parts["logits_loss"]) == pytest.approx(-0.2)
+    assert loss.item() == pytest.approx(-0.2)
+    assert torch.autograd.grad(loss, hidden)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("of", "to", "expected"),
+    [(0.5, 2.0, 4.0), (0.5, 0.0, 0.0), (0.5, -2.0, 0.0), (0.0, 0.0, 0.0), (0.0, 0.3, 0.0), (-6e-8, 0.3, 0.0)],
+)
+def test_a_balancing_weight_is_finite_and_not_negative(of: float, to: float, expected: float) -> None:
+    assert balancing_weight(torch.tensor(of), torch.tensor(to)).item() == expected
+
+
+def test_a_balancing_weight_is_the_plain_ratio_otherwise() -> None:
+    of, to = torch.rand(100) + 1e-3, torch.rand(100)
+    assert torch.equal(balancing_weight(of, to), to / of)
+    assert balancing_weight(torch.tensor(0.5), torch.tensor(math.nan)).isnan()
+
+
+@pytest.mark.parametrize("hidden_loss", [0.0, -6e-8])
+def test_hidden_states_that_are_still_equal_have_no_dynamic_weight(hidden_loss: float) -> None:
+    """As at the first step of a student that lacks layers only, if the embeddings are compared."""
+    from nemo_minitron.backends.megatron.distillation.hidden import HiddenLossWeight, HiddenStates, share_weight
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+
+    with open_session(Parallel(), device="cpu") as session:
+        hidden = HiddenStates(HiddenLoss(pairs=()), [], [], [], 8, session, 1, None)
+        found = share_weight(hidden, HiddenLossWeight(hidden), torch.tensor(0.7), torch.tensor(hidden_loss))
+    assert found.item() == 0.0
 
 
 def test_bf16_logits_are_reduced_in_fp32() -> None:

@@ -23,12 +23,14 @@ from nemo_minitron.schema.pruning import Compensation, ReconstructionScoring
 from nemo_minitron.schema.training import Fp8Teacher
 from nemo_minitron.stages.common.repair_rules import repaired_sites
 from nemo_minitron.stages.distill.params import DistillStage
+from nemo_minitron.workload.heldout import heldout_batch_size
 from nemo_minitron.workload.layer_by_layer import ranking_load, repair_load
 from nemo_minitron.workload.load import Load, alignment_load, distillation_load
 from nemo_minitron.workload.memory import GIB, memory_of
 from tests.conftest import REPO, TOY, Cli
 
 MINITRON_4B = REPO / "recipes/llama31_8b/width_4b.yaml"
+NO_PROMPTS = "stages.evaluate_teacher.prompts=[]"
 DGX_32 = "execution.parallel={tp: 8, dp: 32, sequence_parallel: true, micro_batch_size: 4}"
 
 
@@ -204,6 +206,44 @@ def test_held_out_loss_is_planned_for_its_own_batch(tmp_path: Path) -> None:
     ]
     one, four = (some["evaluate_teacher"].memory.activations for some in found)
     assert one == four
+
+
+def test_a_validation_is_planned_for_its_own_batch() -> None:
+    """Four sequences of 8,192 tokens, however small the micro-batches are; with recomputation they need the most."""
+    layout = Parallel(tp=8, sequence_parallel=True, recompute="full")
+    work = replace(_minitron_4b(layout, global_batch_size=8).work, on_gpu=True)
+    planned, without = memory_of(work), memory_of(replace(work, validates=False))
+    teacher = work.teacher
+    assert teacher is not None
+    tokens = 4 * 8192
+    # In bf16: state, norm, and the input and output of an MLP of the teacher, and the states before its output layer.
+    assert planned.activations == 2 * tokens * (3 * teacher.hidden_size + 4 * teacher.ffn_hidden_size // 8)
+    assert planned.loss > 2 * tokens * teacher.hidden_size
+    assert planned.fixed == without.fixed
+    assert planned.peak > without.peak + GIB
+    assert memory_of(replace(work, parallel=Parallel(tp=8, micro_batch_size=4))).peak > planned.peak
+
+
+def test_long_sequences_are_measured_in_batches_that_a_micro_batch_of_one_pays_for() -> None:
+    assert [heldout_batch_size(length) for length in (128, 8192, 8193, 16384, 32768, 131072)] == [4, 4, 3, 2, 1, 1]
+    work = replace(_minitron_4b(Parallel(), seq_len_tokens=32768, global_batch_size=8).work, on_gpu=True)
+    assert memory_of(work) == memory_of(replace(work, validates=False))
+
+
+def test_an_evaluation_with_tasks_needs_the_whole_model_on_each_process(tmp_path: Path) -> None:
+    found = [
+        estimates(_plan(MINITRON_4B, tmp_path, DGX_32, f"stages.evaluate_teacher.tasks={tasks}", NO_PROMPTS))
+        for tasks in ("[]", "[arc_easy]")
+    ]
+    without, with_tasks = (some["evaluate_teacher"].memory for some in found)
+    assert without.weights == pytest.approx(2 * 8_030_261_248 / 8, rel=1e-3)
+    assert with_tasks.weights == 2 * 8_030_261_248
+
+
+def test_the_hours_say_which_stages_also_run_tasks(tmp_path: Path, minitron: Cli) -> None:
+    keys = [f"execution.run_root={tmp_path}", "stages.evaluate_teacher.tasks=[arc_easy]"]
+    output = " ".join(minitron("plan", TOY, *keys)[1].split())
+    assert "without the tasks of evaluate_teacher" in output
 
 
 def test_a_laptop_uses_no_gpu_hours_and_a_cache_has_a_size(tmp_path: Path) -> None:

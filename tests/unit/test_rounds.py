@@ -7,7 +7,8 @@ import pytest
 from nemo_minitron.distillation.rounds import round_size, round_sizes
 from nemo_minitron.families import ModelShape, read_shape
 from nemo_minitron.schema.execution import Parallel
-from nemo_minitron.workload.memory import Memory, Work, memory_of
+from nemo_minitron.workload.memory import Memory, memory_of
+from nemo_minitron.workload.work import Work
 
 
 @pytest.mark.parametrize(("pp", "live", "learns", "largest"), [

@@ -15,6 +15,7 @@ import torch
 
 from nemo_minitron import api
 from nemo_minitron.backends.megatron.runtime import session
+from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.execution import task as tasks
 from nemo_minitron.execution import worker
 from nemo_minitron.execution.task import StageTask
@@ -23,6 +24,7 @@ from nemo_minitron.plan.planner import RunPlan, refreshed
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages import kind
 from nemo_minitron.system.interrupts import StopRequest
+from nemo_minitron.system.out_of_memory import memory_errors
 from nemo_minitron.system.progress import Progress
 from tests.conftest import TOY
 
@@ -85,3 +87,32 @@ def test_a_stage_has_the_session_that_the_recipe_requests(
     (options,) = opened
     assert options["deterministic"] == deterministic
     assert (options["parallel"], options["threads"], options["device"]) == (call.parallel, 3, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("stage", "error", "advice"),
+    [
+        ("distill", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "recompute: full"),
+        ("score", RuntimeError("CUDA error: out of memory"), "more tp or pp"),
+        ("evaluate_teacher", RuntimeError("CUDA error: out of memory"), "use a machine or GPU that has more"),
+        ("data", MemoryError(), "use a machine or GPU that has more"),
+    ],
+)
+def test_a_failed_allocation_is_a_message_that_names_the_stage(
+    stage: str, error: Exception, advice: str, plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(kind, "load_function", lambda _: fail)
+    monkeypatch.setattr(tasks, "typed_inputs", lambda *_: None)
+    task = StageTask.of(replace(plan.call(stage), parallel=Parallel()), plan.recipe, tmp_path, tmp_path)
+    with pytest.raises(EnvironmentProblem, match=f"Stage {stage} ran out of memory") as caught:
+        tasks.run_task(task, {}, Progress(silent=True), StopRequest())
+    assert str(error) in caught.value.what
+    assert advice in str(caught.value)
+
+
+def test_other_errors_of_torch_are_not_taken_for_missing_memory() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), memory_errors("It", "here", "none"):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

@@ -14,28 +14,32 @@ from nemo_minitron.system.progress import Progress
 from tests.conftest import TOY
 
 
-def _distill(tmp_path: Path, correction: str) -> StageCall:
-    keys = [f"execution.run_root={tmp_path}", f"stages.distill.teacher_correction={correction}"]
+def _distill(tmp_path: Path, *keys: str) -> StageCall:
+    keys = (f"execution.run_root={tmp_path}", *(f"stages.distill.{key}" for key in keys))
     return next(call for call in load_plan(TOY, keys).calls if call.name == "distill")
 
 
 @pytest.mark.parametrize(
-    ("correction", "resumes"),
+    ("change", "resumes"),
     [
-        ("{pretraining_lr: 4e-3, warmup_steps: 5}", True),
-        ("{pretraining_lr: 5e-3, warmup_steps: 4, min_lr: 1e-5}", True),
-        ("{pretraining_lr: 5e-3, warmup_steps: 5, lr_schedule: linear}", False),
-        ("null", False),
+        ("teacher_correction={pretraining_lr: 4e-3, warmup_steps: 5}", True),
+        ("teacher_correction={pretraining_lr: 5e-3, warmup_steps: 4, min_lr: 1e-5}", True),
+        ("teacher_correction={pretraining_lr: 5e-3, warmup_steps: 5, lr_schedule: linear}", False),
+        ("teacher_correction=null", False),
+        ("valid_interval_steps=7", True),
+        # The loss before would be of other text than the loss after.
+        ("valid_num_tokens=4711", False),
     ],
 )
-def test_a_training_resumes_with_other_teacher_rates_but_not_with_another_schedule(
-    correction: str, resumes: bool, tmp_path: Path
+def test_a_training_resumes_with_other_rates_but_not_with_another_schedule_or_other_measurements(
+    change: str, resumes: bool, tmp_path: Path
 ) -> None:
     store, silent = Store(tmp_path / "run"), Progress(silent=True)
-    first = _distill(tmp_path, "{pretraining_lr: 5e-3, warmup_steps: 5}")
+    correction = "teacher_correction={pretraining_lr: 5e-3, warmup_steps: 5}"
+    first = _distill(tmp_path, correction)
     folder, _ = open_work(first, store, silent)
     (folder / "checkpoint").touch()
-    changed = _distill(tmp_path, correction)
+    changed = _distill(tmp_path, correction, change)
     accept_work(changed, store, silent)
     again, accepted = open_work(changed, store, silent)
     assert (again / "checkpoint").exists() == resumes

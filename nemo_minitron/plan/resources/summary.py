@@ -12,6 +12,7 @@ from nemo_minitron.plan.resources.hardware import hardware_of, peak_tflops
 from nemo_minitron.plan.resources.layouts import Proposal, proposals
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training import Optimization
+from nemo_minitron.stages.registry import STAGES
 from nemo_minitron.workload.batch import batch_proposal
 
 PROPOSED = (
@@ -39,6 +40,7 @@ def resource_facts(plan: RunPlan) -> dict[str, Any]:
     return {
         "stages": {name: estimate.facts() for name, estimate in found.items()},
         "totals": totals(found, tokenized_bytes(plan)),
+        "with_uncounted_tasks": [name for name in found if _runs_tasks(plan, name)],
         "proposals": proposed,
         "batches": _batches(plan),
         "assumptions": {
@@ -50,6 +52,12 @@ def resource_facts(plan: RunPlan) -> dict[str, Any]:
             "reserve_gib": planning.reserve_gib,
         },
     }
+
+
+def _runs_tasks(plan: RunPlan, name: str) -> bool:
+    """Return whether a stage runs tasks of lm-eval, whose questions are not in its tokens and hours."""
+    stage = plan.recipe.stages[name]
+    return any(task.runs for task in STAGES[stage.kind].tasks(stage))
 
 
 def _batches(plan: RunPlan) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,8 @@ from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training_rules import sample_count_problems
 from nemo_minitron.stages.cache_teacher.params import CacheTeacherStage
 from nemo_minitron.stages.kind import Output, RecipeView, StageKind, trained_tokens, validation_text
-from nemo_minitron.workload.load import EVAL_BATCH_SIZE, Load, forward_load
+from nemo_minitron.workload.heldout import heldout_batch_size
+from nemo_minitron.workload.load import Load, forward_load
 
 SAMPLED_BYTES_PER_TOKEN = 160
 """Bytes on disk per token of a cache of sampled logits, as measured with 50 draws."""
@@ -23,7 +24,7 @@ def _load(name: str, params: CacheTeacherStage, layout: Parallel, view: RecipeVi
     if shape is None:
         return None
     keys = (params.seq_len_tokens, params.precision, layout)
-    return forward_load(shape, tokens, *keys, batch_size=EVAL_BATCH_SIZE)
+    return forward_load(shape, tokens, *keys, batch_size=heldout_batch_size(params.seq_len_tokens))
 
 
 def _disk_bytes(params: CacheTeacherStage, load: Load) -> int:

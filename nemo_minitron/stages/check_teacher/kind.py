@@ -5,12 +5,14 @@ from __future__ import annotations
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.check_teacher.params import CheckTeacherStage
 from nemo_minitron.stages.kind import Output, RecipeView, StageKind, measured_text
-from nemo_minitron.workload.load import EVAL_BATCH_SIZE, Load, forward_load
+from nemo_minitron.workload.heldout import heldout_batch_size
+from nemo_minitron.workload.load import Load, forward_load
 
 
 def _load(name: str, params: CheckTeacherStage, layout: Parallel, view: RecipeView) -> Load | None:
     shape, keys = view.shape(params.inputs.teacher), (params.seq_len_tokens, params.precision, layout)
-    return None if shape is None else forward_load(shape, params.num_tokens, *keys, batch_size=EVAL_BATCH_SIZE)
+    batch_size = heldout_batch_size(params.seq_len_tokens)
+    return None if shape is None else forward_load(shape, params.num_tokens, *keys, batch_size=batch_size)
 
 
 CHECK_TEACHER = StageKind(

@@ -74,7 +74,7 @@ def _fp8(key: str, params: DistillStage) -> Iterator[str]:
     if not params.loss.needs_teacher:
         yield f"{key}: the loss does not use the teacher. Next: remove this key."
     if params.precision != "bf16":
-        yield f"{key}: the other layers must be in bf16. Next: set precision: bf16."
+        yield f"{key}: the rest of the model must be in bf16. Next: set precision: bf16."
 
 
 def _cached(key: str, params: DistillStage, name: str, cache: TeacherCaching) -> Iterator[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.evaluate.params import EvaluateStage
 from nemo_minitron.stages.kind import MODELS, Output, RecipeView, Source, StageKind, TaskUse, measured_text
-from nemo_minitron.workload.load import EVAL_BATCH_SIZE, Load, forward_load
+from nemo_minitron.workload.heldout import heldout_batch_size
+from nemo_minitron.workload.load import Load, forward_load
 
 
 def _sources(params: EvaluateStage) -> Iterator[Source]:
@@ -31,7 +33,11 @@ def _problems(name: str, params: EvaluateStage, view: RecipeView) -> Iterator[st
 
 def _load(name: str, params: EvaluateStage, layout: Parallel, view: RecipeView) -> Load | None:
     shape, keys = view.shape(params.inputs.model), (params.seq_len_tokens, params.precision, layout)
-    return None if shape is None else forward_load(shape, params.num_tokens, *keys, batch_size=EVAL_BATCH_SIZE)
+    if shape is None:
+        return None
+    found = forward_load(shape, params.num_tokens, *keys, batch_size=heldout_batch_size(params.seq_len_tokens))
+    # transformers does not split a model over processes.
+    return replace(found, work=replace(found.work, then_whole=params.uses_transformers))
 
 
 EVALUATE = StageKind(

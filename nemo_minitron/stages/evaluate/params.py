@@ -41,3 +41,8 @@ class EvaluateStage(StageParams):
     """Tokens to generate for each prompt."""
     precision: Precision = "bf16"
     """Floating-point format of weights and activations."""
+
+    @property
+    def uses_transformers(self) -> bool:
+        """Whether the model is also loaded into transformers."""
+        return bool(self.tasks or self.prompts)

@@ -37,7 +37,7 @@ def evaluate(params: EvaluateStage, inputs: Inputs, ctx: StageContext) -> Result
 
     require_tokenizer_of(inputs.model, inputs.data, ctx)
     model_dir = inputs.model.path
-    if _uses_transformers(params):
+    if params.uses_transformers:
         from nemo_minitron.evaluation.agreement import require_agreement
 
         with ctx.open_session.main_works():
@@ -72,13 +72,9 @@ def evaluate(params: EvaluateStage, inputs: Inputs, ctx: StageContext) -> Result
     return {key: value for key, value in metrics.items() if key != "samples"}
 
 
-def _uses_transformers(params: EvaluateStage) -> bool:
-    return bool(params.tasks or params.prompts)
-
-
 def _through_transformers(params: EvaluateStage, model_dir: Path, ctx: StageContext) -> dict[str, Any]:
     """Return {tasks, samples}. The model is loaded once on each rank that needs it: all of them for tasks."""
-    if not _uses_transformers(params):
+    if not params.uses_transformers:
         return {"tasks": {}, "samples": []}
     with ctx.open_session.main_works():
         if not (ctx.is_main or params.tasks):

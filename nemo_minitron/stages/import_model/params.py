@@ -1,4 +1,4 @@
-"""Keys of import_model stages."""
+"""Keys of import stages."""
 
 from __future__ import annotations
 

@@ -30,7 +30,6 @@ from nemo_minitron.backends.megatron.distillation.hidden import (
 )
 from nemo_minitron.backends.megatron.distillation.setup import DistillSetup, caches_heldout, teacher_targets
 from nemo_minitron.backends.megatron.distillation.teacher_targets import TeacherTargets
-from nemo_minitron.backends.megatron.model.evaluate import EVAL_BATCH_SIZE
 from nemo_minitron.backends.megatron.model.forward import Batch, evaluating, forward_batches
 from nemo_minitron.backends.megatron.model.head import head_main_grad, head_weight, model_hidden
 from nemo_minitron.backends.megatron.model.layers import require_document_mask
@@ -56,6 +55,7 @@ from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.pruning.plan_file import PrunePlan
 from nemo_minitron.schema.losses import LogitsLoss, Loss, Sampled
 from nemo_minitron.schema.training import Distillation, Optimization, TextTraining
+from nemo_minitron.workload.heldout import heldout_batch_size
 
 NEXT_TOKEN = Loss(logits=None, next_token=1.0)
 KL = LogitsLoss()
@@ -172,7 +172,7 @@ def heldout_text(params: Optimization, data_dir: Path, session: Session) -> Held
         session,
         num_tokens=params.valid_num_tokens,
         seq_len_tokens=params.seq_len_tokens,
-        batch_size=EVAL_BATCH_SIZE,
+        batch_size=heldout_batch_size(params.seq_len_tokens),
         whole_documents=False,
     )
 
@@ -327,9 +327,11 @@ def _distance(setup: DistillSetup, batch: Batch, targets: TeacherTargets) -> Dis
 def validate(setup: DistillSetup) -> dict[str, float]:
     """Measure KL to the teacher at temperature 1 and both next-token losses on held-out text, in nats per token."""
     sums = torch.zeros(4, dtype=torch.float64, device=setup.session.device)
+    # Hidden states are not compared, so they need not be kept.
+    without_states = replace(setup, hidden=None)
     with evaluating(setup.student):
         for batch in setup.heldout.batches:
-            targets = next(teacher_targets(setup, [batch]))
+            targets = next(teacher_targets(without_states, [batch]))
 
             def add(hidden: Tensor, batch: Batch, targets: TeacherTargets = targets) -> None:
                 sums.add_(_measure(setup, hidden, batch, targets))

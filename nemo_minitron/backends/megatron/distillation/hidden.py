@@ -26,6 +26,7 @@ from nemo_minitron.backends.megatron.model.parts import Model, final_norm, is_hy
 from nemo_minitron.backends.megatron.runtime.context import sum_over_context
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.distillation.hidden import Pair, Tap, pairs_of, state_loss
+from nemo_minitron.distillation.losses import balancing_weight
 from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.split import stage_bounds
@@ -237,7 +238,7 @@ def share_weight(
     if hidden.params.weight == "dynamic":
         assert logits_loss is not None
         whole = sum_over_context(torch.stack((logits_loss, hidden_loss)))
-        weight.value = (whole[0] / whole[1]).detach()
+        weight.value = balancing_weight(of=whole[1], to=whole[0]).detach()
     else:
         weight.value = torch.full_like(hidden_loss, hidden.params.weight)
     for stage in hidden.earlier_stages:

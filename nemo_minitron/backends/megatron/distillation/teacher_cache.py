@@ -17,7 +17,7 @@ from nemo_minitron.backends.megatron.data.datasets import (
     heldout_rows,
     training_samples,
 )
-from nemo_minitron.backends.megatron.model.evaluate import EVAL_BATCH_SIZE, sum_nll
+from nemo_minitron.backends.megatron.model.evaluate import sum_nll
 from nemo_minitron.backends.megatron.model.forward import Batch, evaluating, forward_batches
 from nemo_minitron.backends.megatron.model.head import head_weight, model_hidden, vocab_of
 from nemo_minitron.backends.megatron.model.layers import require_document_mask, separation_of_documents
@@ -41,6 +41,7 @@ from nemo_minitron.families.split import padded_vocab_size
 from nemo_minitron.schema.losses import Sampled
 from nemo_minitron.schema.training import TeacherCaching
 from nemo_minitron.system.progress import Progress
+from nemo_minitron.workload.heldout import heldout_batch_size
 
 
 def write_cache(
@@ -120,7 +121,7 @@ def _heldout_loss(
         session,
         num_tokens=params.valid_num_tokens,
         seq_len_tokens=params.seq_len_tokens,
-        batch_size=EVAL_BATCH_SIZE,
+        batch_size=heldout_batch_size(params.seq_len_tokens),
         whole_documents=False,
     )
     return sum_nll(model, heldout, vocab_size, session, progress).loss

@@ -18,7 +18,7 @@ from nemo_minitron.distillation.linear import Head
 from nemo_minitron.distillation.losses import next_token
 from nemo_minitron.families.split import padded_vocab_size
 from nemo_minitron.system.progress import Progress
-from nemo_minitron.workload.load import EVAL_BATCH_SIZE
+from nemo_minitron.workload.heldout import heldout_batch_size
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,11 @@ def heldout_loss(
     """Compute the next-token loss of a checkpoint on the validation split; equal on every rank."""
     model, shape = load_model(model_dir, session, precision=precision, seq_len_tokens=seq_len_tokens)
     heldout = heldout_batches(
-        data_dir, session, num_tokens=num_tokens, seq_len_tokens=seq_len_tokens, batch_size=EVAL_BATCH_SIZE
+        data_dir,
+        session,
+        num_tokens=num_tokens,
+        seq_len_tokens=seq_len_tokens,
+        batch_size=heldout_batch_size(seq_len_tokens),
     )
     return sum_nll(model, heldout, shape.vocab_size, session, progress)
 

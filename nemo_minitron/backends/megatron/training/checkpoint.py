@@ -36,6 +36,7 @@ from nemo_minitron.backends.megatron.training.integrity import FACTS_FILE, find_
 from nemo_minitron.backends.megatron.training.optim import Trainable, use_fused_adam
 from nemo_minitron.errors import CheckpointError, shortened
 from nemo_minitron.system.disk import disk_problem
+from nemo_minitron.system.out_of_memory import is_out_of_memory
 
 _PREFIX, _PARTIAL, _DAMAGED = "step_", ".partial_", "damaged_"
 _RECIPE_OPTIONS = ("max_lr", "min_lr", "weight_decay", "betas", "eps")
@@ -187,6 +188,8 @@ def _load(trainable: Trainable, checkpoint: Path) -> TrainingProgress:
     except CheckpointError:
         raise
     except (Exception, CheckpointException) as error:  # CheckpointException is not a subclass of Exception
+        if is_out_of_memory(error):
+            raise
         failed = next(iter(error.failures.values()), (error,))[0] if isinstance(error, CheckpointException) else error
         raise CheckpointError(
             f"The training checkpoint cannot be read: {type(failed).__name__}: {shortened(failed, 1000)}",

@@ -105,6 +105,10 @@ class Curves:
         """Return whether any row has this key."""
         return any(key in row for row in self.rows)
 
+    def is_validated(self, step: int) -> bool:
+        """Return whether there is a validation of the state after this step."""
+        return any(row["step"] == step and any(key.startswith("valid_") for key in row) for row in self.rows)
+
     def first(self, key: str) -> float:
         return float(next(row[key] for row in self.rows if key in row))
 

@@ -132,6 +132,8 @@ class _Loop:
     options: LoopOptions
     peak_flops_per_s: float
     """Peak matrix throughput of all processes together."""
+    first_step: int = 0
+    """Step from which this process continues."""
 
     def mfu(self, tokens_per_s: float) -> float:
         """Return model FLOPs utilization: FLOPs that the training needs over the peak of the machine."""
@@ -153,10 +155,8 @@ def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | Non
     )
     before = checkpoints.resume(job.trainable, lambda text: progress.say(f"{options.stage}: {text}"))
     curves = Curves(work_dir, first_step=before.step or -1, enabled=job.session.is_main, tracker=_tracker(options))
-    loop = _Loop(job, curves, checkpoints, LossWatch(params.guard, before.good_losses), options, peak)
-    if before.step == 0:
-        job.trainable.gather_parameters()
-        curves.add(0, **job.objective.validate())
+    loop = _Loop(job, curves, checkpoints, LossWatch(params.guard, before.good_losses), options, peak, before.step)
+    _validate_first(loop)
     try:
         with options.stop.deferred(), progress.bar(options.stage, job.num_steps, "steps", done=before.step) as bar:
             for step in range(before.step, job.num_steps):
@@ -191,8 +191,24 @@ def _tracker(options: LoopOptions) -> Tracker | None:
     return Tracker(execution.wandb_project, name, options.stage, Path(execution.run_root) / name / "logs")
 
 
+def _validate_first(loop: _Loop) -> None:
+    """Validate the model with which this process begins, unless an earlier process has.
+
+    A process saves before it validates, and may end between the two.
+    """
+    job, step = loop.job, loop.first_step
+    lacking = _validates_after(job, step) and job.session.is_main and not loop.curves.is_validated(step)
+    if job.session.sum(torch.tensor(float(lacking), device=job.session.device)).item():
+        job.trainable.gather_parameters()
+        loop.curves.add(step, **job.objective.validate())
+
+
+def _validates_after(job: Job, step: int) -> bool:
+    return step == job.num_steps or step % job.params.valid_interval_steps == 0
+
+
 def _advance(loop: _Loop, step: int, bar: Bar) -> None:
-    """Run one step, then log, validate, save and stop as needed."""
+    """Run one step, then log, save, validate and stop as needed."""
     job, done = loop.job, step + 1
     started_s = time.monotonic()
     row, stop_reason = train_step(job, step, loop.options.stop)
@@ -205,18 +221,21 @@ def _advance(loop: _Loop, step: int, bar: Bar) -> None:
         raise _spike_error(loop, row["train_loss"], done)
     loop.checkpoints.poll()
     last = done == job.num_steps
-    validates = last or done % job.params.valid_interval_steps == 0
+    validates = _validates_after(job, done)
     saves = (last or stop_reason or done % job.params.save_interval_steps == 0) and loop.watch.last_loss_is_good
     if validates or saves:
         job.trainable.gather_parameters()
-    if validates:
-        loop.curves.add(done, **job.objective.validate())
     if saves:
         # Write the curve first, so that it always covers the steps of the checkpoint.
         loop.curves.flush()
         if job.session.is_main:
             _write_data_used(job, done, loop.curves.path.parent)
         loop.checkpoints.save(job.trainable, TrainingProgress(done, tuple(loop.watch.good_losses)))
+    if validates:
+        if done - loop.first_step <= job.params.valid_interval_steps:
+            # The first validation beside the optimizer's states may run out of memory. The checkpoint outlives it.
+            loop.checkpoints.finish()
+        loop.curves.add(done, **job.objective.validate())
     if last or stop_reason:
         loop.checkpoints.finish()
     if stop_reason and not last:

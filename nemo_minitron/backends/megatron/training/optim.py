@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +132,8 @@ def _optimizer_config(params: Optimization, parallel: Parallel) -> OptimizerConf
         "adam_beta2": params.adam_beta2,
         "adam_eps": params.adam_eps,
         "weight_decay": params.weight_decay,
-        "clip_grad": params.clip_grad,
+        # For 0 some versions of Megatron-Core do not compute the norm, so that NaN in it would go unnoticed.
+        "clip_grad": params.clip_grad or math.inf,
         "bf16": params.precision == "bf16",
         "params_dtype": DTYPES[params.precision],
         "use_distributed_optimizer": parallel.distributed_optimizer,
