@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +26,9 @@ Level = Literal["ok", "newer", "missing", "problem"]
 """Result of a check. `newer`: newer than the tested versions, which is only a warning."""
 TIMEOUT_S, WRITTEN_MIB = 20.0, 64
 _SHOWN_CHARS = 200
+ONLY_ALIGNER = (
+    "this Python has NeMo-Aligner and is for its stages; another one, such as the core image, is for the rest"
+)
 NO_PROGRAM = 127
 """Exit code of shells for a program that does not exist or cannot be executed."""
 # The working folder is removed from the import path, because it may contain a file torch.py.
@@ -112,6 +115,17 @@ def _disk(run_root: Path) -> Iterator[Finding]:
 
 
 def _core() -> Iterator[Finding]:
+    """Check the core packages. The Python of an image for NeMo-Aligner has older ones, and runs only its stages."""
+    from nemo_minitron.backends.alignment.nemo_aligner.environment import is_installed_here
+
+    is_for_aligner = is_installed_here()
+    for found in _core_packages():
+        is_expected = is_for_aligner and found.level == "problem"
+        yield replace(found, level="missing", next_step=ONLY_ALIGNER) if is_expected else found
+    yield from _extras()
+
+
+def _core_packages() -> Iterator[Finding]:
     for name in ("torch", "megatron-core", "transformers"):
         found = _version(name)
         if found is not None:
@@ -120,6 +134,9 @@ def _core() -> Iterator[Finding]:
             yield Finding("core", name, "ok", f"{folder} (not an installed package, so its version is not checked)")
         else:
             yield Finding("core", name, "problem", "not installed", "make install, or pip install nemo-minitron")
+
+
+def _extras() -> Iterator[Finding]:
     for name, use in (("transformer-engine", "faster layers on a GPU"), ("apex", "a faster optimizer on a GPU")):
         found = _version(name)
         yield Finding("gpu-extras", name, "ok" if found else "missing", found or f"not installed: {use}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,7 @@ def collect(files: Sequence[Path], overrides: Sequence[str], progress: Progress)
         out.items.append(_text(file, overrides, moved))
         others = sorted(waits_for - {_member(file)})
         out.recipes.append({"file": _member(file), "name": recipe.name, **({"waits_for": others} if others else {})})
-        out.warnings += _left_out(file, recipe)
+        out.warnings += [*_left_out(file, recipe), *_own_packages(file, recipe)]
         out.needs_aligner |= any(STAGES[stage.kind].needs_aligner for stage in recipe.stages.values())
         if recipe.execution.wandb_project is not None:
             out.warnings.append(
@@ -137,6 +139,20 @@ def _text(file: Path, overrides: Sequence[str], moved: Mapping[str, str]) -> Ite
     text = f"# Made by `minitron bundle` of nemo-minitron {__version__}.\n"
     text += write_out(file, overrides, moved)
     return Item(_member(file), text.encode(), "recipe")
+
+
+def _own_packages(file: Path, recipe: Recipe) -> Iterator[str]:
+    """Yield the packages of others whose functions the stages call: rewards, and kinds of stage."""
+    distributions = packages_distributions()
+    for name, stage in recipe.stages.items():
+        for function in (STAGES[stage.kind].run, *STAGES[stage.kind].functions(stage)):
+            package = function.partition(":")[0].partition(".")[0]
+            named = ", ".join(sorted({*distributions.get(package, ())})) or f"the module {package}"
+            if package not in (*sys.stdlib_module_names, __name__.partition(".")[0]):
+                yield (
+                    f"{file}: not in the bundle: {named}, whose function {function} stages.{name} calls. Install it on "
+                    "the other machine."
+                )
 
 
 def _left_out(file: Path, recipe: Recipe) -> Iterator[str]:

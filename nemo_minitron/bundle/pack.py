@@ -45,7 +45,7 @@ def pack(
             items, warnings = [*items, *more], [*warnings, *about]
         written = archive.write_archive(out, items, facts, progress)
     if with_wheels and found.needs_aligner and not with_aligner:
-        warnings.append("The recipes need NeMo-Aligner: add --aligner, unless the other machine has it in a container.")
+        warnings.append("The recipes need NeMo-Aligner: add --aligner unless the other machine runs it in a container.")
     return written, warnings
 
 

@@ -28,6 +28,7 @@ def check(
     plan = api.load_plan(recipe, overrides, checked=False)
 
     from nemo_minitron.plan.checks import require_valid
+    from nemo_minitron.plan.functions import functions_elsewhere
     from nemo_minitron.plan.heldout_rows import heldout_warnings
     from nemo_minitron.plan.text_amounts import text_warnings
 
@@ -37,7 +38,8 @@ def check(
     finally:
         # The cluster's findings are printed by now; the recipe's own problems are reported in any case.
         require_valid(plan)
-    print_warnings([*heldout_warnings(plan.recipe.stages), *text_warnings(plan)])
+    stages = plan.recipe.stages
+    print_warnings([*functions_elsewhere(stages), *heldout_warnings(stages), *text_warnings(plan)])
     console.say(f"{plan.recipe.name}: {len(plan.calls)} stages", "ok", "green")
 
 

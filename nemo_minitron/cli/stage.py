@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nemo_minitron.errors import ConfigError, Interrupted, MinitronError, ProcessesDied
-from nemo_minitron.system.disclosure import masked
 
 if TYPE_CHECKING:
     from nemo_minitron.config.recipe import Recipe
@@ -21,27 +19,20 @@ def stage(
     name: Annotated[str, typer.Argument(help="The stage.")],
 ) -> None:
     """Run one stage of a composed recipe. The jobs of `launch` call this on every node."""
-    from nemo_minitron.execution.job import run_in_job
+    from nemo_minitron.execution.job import run_in_job, write_for_script
 
     try:
         run_in_job(_read_composed(recipe_json), name)
     except (Interrupted, KeyboardInterrupt) as error:
         # The job's script finds this file and continues the stage in another job, even if nothing is saved yet.
-        _write_file("MINITRON_INTERRUPTED_FILE", error)
+        write_for_script("MINITRON_INTERRUPTED_FILE", error)
         raise
     except ProcessesDied:
         raise
     except MinitronError as error:
         # The job's script finds this file and does not retry, because only the user can repair the cause.
-        _write_file("MINITRON_FAILED_FILE", error)
+        write_for_script("MINITRON_FAILED_FILE", error)
         raise
-
-
-def _write_file(variable: str, error: BaseException) -> None:
-    """Write the error to the file that an environment variable names, if the job's script has set it."""
-    name = os.environ.get(variable)
-    if name:
-        Path(name).write_text(f"{masked(str(error))}\n")
 
 
 def _read_composed(file: Path) -> Recipe:

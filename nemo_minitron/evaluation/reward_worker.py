@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ def main(rules_file: Path) -> int:
     Args:
         rules_file: JSON list with the keys of the rules.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end of the server closes the input; Ctrl-C is the runner's
     # A user's function may print; its text must not mix with the responses.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

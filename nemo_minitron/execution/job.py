@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
+from pathlib import Path
 
 from nemo_minitron.artifacts.run_paths import LOGS
 from nemo_minitron.artifacts.store import Store
@@ -13,9 +15,9 @@ from nemo_minitron.execution.runner import run_single
 from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.processes.nodes import Nodes, release_nodes, serve_requests
 from nemo_minitron.processes.output import without_secrets
-from nemo_minitron.system.disclosure import environment_of
+from nemo_minitron.system.disclosure import environment_of, masked
 from nemo_minitron.system.interrupts import StopRequest, stop_file_of_job
-from nemo_minitron.system.safe_files import open_log, own_folder
+from nemo_minitron.system.safe_files import open_log, own_folder, write_whole
 
 LOCK_TIMEOUT_S = 150.0
 """How long to wait for the lock of a lost node, which the file system releases with a delay."""
@@ -48,7 +50,18 @@ def run_in_job(recipe: Recipe, stage: str) -> None:
     if code:
         # The end of this node can end the first one before its runner has read the error.
         error = error_of_ranks(store.work(stage), code, stop)
-        raise error or ProcessesDied(
-            f"The processes of stage {stage} on this node exited with code {code}.",
-            where=str(log_file),
-        )
+        if error is None:
+            error = ProcessesDied(
+                f"The processes of stage {stage} on this node exited with code {code}.", where=str(log_file)
+            )
+            if stop.source() is None:
+                # The end of this node ends the others as a preemption does. This file tells them apart.
+                write_for_script("MINITRON_DIED_FILE", error)
+        raise error
+
+
+def write_for_script(variable: str, error: BaseException) -> None:
+    """Write the error to the file that an environment variable names, if the script of the job has set it."""
+    name = os.environ.get(variable)
+    if name:
+        write_whole(Path(name), f"{masked(str(error))}\n")

@@ -1,8 +1,9 @@
-"""Command lines that run a program in a container. Pure: lists of words, quoted where they reach a shell."""
+"""Command lines that run a program in a container: lists of words, quoted where they reach a shell."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from nemo_minitron.errors import PlanError
@@ -11,10 +12,20 @@ from nemo_minitron.launch.context import JobFolders
 from nemo_minitron.launch.jobs import Environment, image_of
 from nemo_minitron.schema.cluster import Cluster, Container, Mount
 
-PROGRAM = "minitron"
-"""The program inside a container."""
 USER = "minitron"
 """Name of the user inside a container; the caller need not be in the image's list of users."""
+HOST_VARIABLES = (
+    "PYTHONPATH",
+    "PYTHONHOME",
+    "HF_HUB_CACHE",
+    "HUGGINGFACE_HUB_CACHE",
+    "TRANSFORMERS_CACHE",
+    "HF_DATASETS_CACHE",
+    "MINITRON_ALIGNER_PYTHON",
+)
+"""Variables with paths of the host. pyxis and Apptainer pass on the caller's environment, where these are wrong."""
+_HUB_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
+_MOST_LINKS = 40
 _SOURCE_FIRST = '. "$1" && shift && exec "$@"'
 """Command for a shell inside a container: source a file of variables, then become the program."""
 
@@ -37,7 +48,16 @@ def inner_environment(cluster: Cluster, folders: JobFolders) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(folders.home / "triton"),
         "HF_HOME": str(folders.hub),
     }
+    if not any(name in cluster.environment for name in _HUB_VARIABLES):
+        own["HF_HUB_CACHE"] = str(folders.hub / "hub")  # a module or a script of the site may have set another one
+    if cluster.agent != "torchrun":
+        own["MINITRON_AGENT"] = cluster.agent
     return {name: value for name, value in own.items() if name not in cluster.environment}
+
+
+def without_host_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without the variables whose paths do not exist in a container."""
+    return {name: value for name, value in environment.items() if name not in HOST_VARIABLES}
 
 
 def image_name(container: Container, environment: Environment, folders: JobFolders) -> str:
@@ -50,11 +70,17 @@ def image_name(container: Container, environment: Environment, folders: JobFolde
 def mounts_of(container: Container, folders: JobFolders) -> list[Mount]:
     """Return every mount: the run's own folders, unless one contains another, then the site's mounts.
 
+    A folder that is reached through a link in another one, such as `runs -> /scratch/me/runs`, has a mount of its own
+    where the link leads.
+
     Raises:
         PlanError: a path that the runtime's option cannot carry.
     """
+    sites = site_mounts(container, folders)
     own = [path for path in folders.mounted if not any(other in path.parents for other in folders.mounted)]
-    found = [Mount(source=str(path)) for path in dict.fromkeys(own)] + list(container.mounts)
+    visible = [*own, *_same_places(mount for mount in sites if not mount.read_only)]
+    linked = [place for path in folders.mounted if (place := _behind_links(path, visible)) is not None]
+    found = [Mount(source=str(path)) for path in dict.fromkeys([*own, *linked])] + sites
     for mount in found:
         for path in (mount.source, mount.target or mount.source):
             if any(letter in path for letter in ',:"\n'):
@@ -63,6 +89,42 @@ def mounts_of(container: Container, folders: JobFolders) -> list[Mount]:
                     next_step="Rename the folder, or set execution.run_root to another one.",
                 )
     return found
+
+
+def site_mounts(container: Container, folders: JobFolders) -> list[Mount]:
+    """Return the site's mounts with absolute sources; docker takes a relative one for the name of a new volume."""
+    return [
+        mount.model_copy(update={"source": os.path.normpath(folders.cwd / mount.source)}) for mount in container.mounts
+    ]
+
+
+def is_visible(path: Path, mounts: Sequence[Mount]) -> bool:
+    """Return whether a container with these mounts sees what the host has at this absolute path."""
+    return _behind_links(path, _same_places(mounts)) is None
+
+
+def _same_places(mounts: Iterable[Mount]) -> list[Path]:
+    """Return the folders that are at the same paths in the container and on the host."""
+    return [Path(mount.source) for mount in mounts if mount.target in (None, mount.source)]
+
+
+def _behind_links(path: Path, visible: Sequence[Path]) -> Path | None:
+    """Follow the links of a path as a container does, and return the first place that it does not see.
+
+    Args:
+        visible: folders that the container sees at the same paths as the host.
+    """
+    for _ in range(_MOST_LINKS):
+        bases = [other for other in visible if path == other or other in path.parents]
+        if not bases:
+            return path
+        base = max(bases, key=lambda other: len(other.parts))
+        steps = [step for step in (*reversed(path.parents), path) if base in step.parents]
+        link = next((step for step in steps if os.path.islink(step)), None)
+        if link is None:
+            return None
+        path = Path(os.path.normpath(link.parent / os.readlink(link) / path.relative_to(link)))
+    return None
 
 
 def bind(mount: Mount) -> str:

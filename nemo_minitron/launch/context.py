@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +14,13 @@ from nemo_minitron.errors import PlanError
 from nemo_minitron.execution.runner import write_recipe
 from nemo_minitron.launch.record import RECIPE_FILE
 from nemo_minitron.plan.folder import run_dir
+from nemo_minitron.processes.same_code import START
 from nemo_minitron.schema.cluster import Cluster
 from nemo_minitron.system.disclosure import environment_script, write_private
 from nemo_minitron.system.safe_files import own_folder
 
+PROGRAM = "minitron"
+"""Name of the program, on nodes and in containers."""
 ENVIRONMENT_FILE = "environment.sh"
 """Shell script in the folder of a submission with `execution.cluster.environment`; readable by its owner only."""
 
@@ -59,8 +64,8 @@ class JobContext:
     launch_dir: Path
     """Folder of this submission: the composed recipe, the scripts, and the files that stages leave for them."""
     folders: JobFolders
-    program: str
-    """The `minitron` program on the node, where no container is used."""
+    program: Sequence[str]
+    """Words that start `minitron` on the node, where no container is used."""
 
     @property
     def recipe_file(self) -> Path:
@@ -90,8 +95,20 @@ def job_context(recipe: Recipe, launch_dir: Path) -> JobContext:
         run_dir=run,
         launch_dir=launch_dir.absolute(),
         folders=JobFolders(cwd, run, Path(recipe.execution.assets_dir).absolute(), launch_dir.absolute()),
-        program=cluster.command or str(Path(sys.executable).with_name("minitron")),
+        program=[cluster.command] if cluster.command else own_program(),
     )
+
+
+def own_program() -> list[str]:
+    """Return the words that start this installation of `minitron` on a node.
+
+    The program that is running now, or the one beside this Python; `pip install --user` puts it elsewhere. Where there
+    is neither, as in `python -m nemo_minitron` or a notebook, Python starts the package.
+    """
+    for program in (Path(sys.argv[0]).absolute(), Path(sys.executable).with_name(PROGRAM)):
+        if program.name == PROGRAM and program.is_file() and os.access(program, os.X_OK):
+            return [str(program)]
+    return [sys.executable, str(START), "minitron"]
 
 
 def dry_run_context(recipe: Recipe) -> JobContext:

@@ -100,13 +100,13 @@ def still_active(job_ids: Sequence[str], last: Submission) -> ArtifactError:
 
 def next_folder(run: Path) -> Path:
     """Return the folder of the next submission; it does not exist yet."""
-    number = max((int(folder.name) for folder in _folders(run)), default=0) + 1
+    number = max((int(folder.name) for folder in _newest_first(run)), default=0) + 1
     return run / LAUNCHES / f"{number:03d}"
 
 
 def newest(run: Path) -> Submission | None:
     """Return the last submission of this run."""
-    for folder in sorted(_folders(run), reverse=True):
+    for folder in _newest_first(run):
         file = folder / JOBS_FILE
         if file.is_file():
             return _read(file)
@@ -128,5 +128,7 @@ def _read(file: Path) -> Submission:
         raise ArtifactError(f"{file.name} is damaged: {error}", where=str(file), next_step=next_step) from error
 
 
-def _folders(run: Path) -> list[Path]:
-    return [path for path in (run / LAUNCHES).glob("[0-9]*") if path.is_dir()]
+def _newest_first(run: Path) -> list[Path]:
+    """Return the folders of the submissions; others, such as a copy `002.bak`, are none."""
+    found = [path for path in (run / LAUNCHES).glob("[0-9]*") if path.name.isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)

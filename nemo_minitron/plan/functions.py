@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +30,15 @@ def function_facts(stage: StageParams, manifest: Manifest | None) -> dict[str, s
         elif before is not None:
             facts[name] = before[name]
     return facts
+
+
+def functions_elsewhere(stages: Mapping[str, StageParams]) -> Iterator[str]:
+    """Yield one line for each function that a stage calls and whose module is not installed here."""
+    for name, stage in stages.items():
+        for function in STAGES[stage.kind].functions(stage):
+            module = function.partition(":")[0]
+            if _file_of(module) is None:
+                yield f"stages.{name} calls {function}: there is no module {module} here. The stage needs it."
 
 
 def _file_of(module: str) -> Path | None:

@@ -18,7 +18,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -162,11 +162,12 @@ def start_everywhere(
         environment: variables to set in addition to the environment of each node.
         work: work folder of the stage.
         start: function that starts the command with an environment.
-        outside_job: whether to hide Slurm's variables from the processes.
+        outside_job: whether to hide Slurm's variables and its SIGTERM from the processes.
     """
     if nodes.count > 1:
         _request(requests_folder(work, nodes), command, environment, outside_job=outside_job)
-    return start(_for_node(command, 0), _own_environment(environment, nodes, outside_job=outside_job))
+    with shielded() if outside_job else nullcontext():
+        return start(_for_node(command, 0), _own_environment(environment, nodes, outside_job=outside_job))
 
 
 def request_server_node(nodes: Nodes, work: Path, rank: int, command: Sequence[str]) -> None:
@@ -248,6 +249,26 @@ def serve_requests(nodes: Nodes, work: Path, is_published: Callable[[], bool], o
     return 0
 
 
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Let processes that are started in this context, and their children, never receive SIGTERM.
+
+    Slurm sends it to every process of a job that it preempts. NeMo-Aligner, torchrun and Triton would end before the
+    runner has requested a checkpoint. A blocked signal stays blocked in programs that install a handler for it. The
+    runner ends these processes with SIGINT, which they do not ignore even if a script's `&` lets the runner ignore it.
+    """
+    is_ignored = is_main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if is_ignored:
+        signal.signal(signal.SIGINT, lambda *_: None)  # a child gets the default action instead
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if is_ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def start_agent(
     command: Sequence[str],
     environment: Mapping[str, str],
@@ -277,8 +298,10 @@ def _serve(request: Mapping[str, object], nodes: Nodes, output: IO[bytes]) -> in
     command, environment = request["command"], request["environment"]
     assert isinstance(command, list)
     assert isinstance(environment, dict)
-    own = _own_environment(environment, nodes, outside_job=bool(request.get("outside_job")))
-    process = start_agent(_for_node(command, nodes.rank), own, output, output)
+    outside_job = bool(request.get("outside_job"))
+    own = _own_environment(environment, nodes, outside_job=outside_job)
+    with shielded() if outside_job else nullcontext():
+        process = start_agent(_for_node(command, nodes.rank), own, output, output)
     try:
         return process.wait()
     except BaseException:

@@ -39,9 +39,9 @@ class Mount(Schema):
     """A folder or file of the node that containers see."""
 
     source: UserPath
-    """Path on the node."""
-    target: str | None = None
-    """Path in the container. null: the same path."""
+    """Path on the node; a relative one begins at the folder of the call."""
+    target: Annotated[str, Field(pattern="^/")] | None = None
+    """Absolute path in the container. null: the same path."""
     read_only: bool = False
     """Do not allow writing."""
 
@@ -93,7 +93,8 @@ class Cluster(Schema):
     exclusive: bool = False
     """Request whole nodes for stages that use GPUs."""
     time_min: PositiveInt = 240
-    """Time limit of a job in minutes. A stage that takes longer saves its state and continues in the next job."""
+    """Time limit of a job in minutes. A stage that takes longer saves its state and continues in the next job.
+    evaluate and score save nothing before they end, so it must be enough for them."""
     grace_s: Annotated[int, Field(ge=1, le=65535)] = 300
     """Seconds before the time limit at which a checkpoint is requested: the time of a checkpoint plus a minute."""
     requeue: bool = True

@@ -1,4 +1,4 @@
-"""Start a process of a stage without the working folder on the import path: `python .../nemo_minitron/start WHAT ...`.
+"""Start a process without the working folder on the import path: `python .../nemo_minitron/start WHAT ...`.
 
 `python -m` puts the working folder first on the import path, so that a checkout of nemo-minitron, a `torch.py` or a
 `yaml.py` there would be imported instead of the installed package. `PYTHONSAFEPATH` prevents this only from Python 3.11
@@ -26,6 +26,10 @@ def _own(module: str) -> ModuleType:
 
 def _main() -> int:
     what, *words = sys.argv[1:]
+    if what == "minitron":
+        del sys.argv[1]
+        _own("nemo_minitron.cli.main").main()
+        return 0
     if what == "worker":
         return int(_own("nemo_minitron.execution.worker").main(Path(*words)))
     if what == "probe":

@@ -55,6 +55,7 @@ SCRIPT_NAMES = (
     "MINITRON_STOP_FILE",
     "MINITRON_FAILED_FILE",
     "MINITRON_INTERRUPTED_FILE",
+    "MINITRON_DIED_FILE",
 )
 """Variables that the script of a job of `minitron launch` sets for its stage."""
 DEVICE_NAMES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "NVIDIA_VISIBLE_DEVICES")

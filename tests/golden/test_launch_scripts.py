@@ -46,7 +46,7 @@ def _job(name: str = "distill", **keys: Any) -> Job:
 def _where(folder: str = "/shared") -> JobContext:
     run = Path(folder, "runs/llama31_8b/width_4b")
     folders = JobFolders(Path(folder, "checkout"), run, Path(folder, "assets"), run / "launch/001")
-    return JobContext("llama31_8b/width_4b", run, run / "launch/001", folders, "/shared/venv/bin/minitron")
+    return JobContext("llama31_8b/width_4b", run, run / "launch/001", folders, ["/shared/venv/bin/minitron"])
 
 
 SITE_KEYS = {"modules": ["cuda/12.4"], "environment": {"NCCL_DEBUG": "WARN"}, "setup_script": "/etc/site setup.sh"}
@@ -140,7 +140,7 @@ def test_values_of_a_recipe_reach_programs_unchanged_and_no_shell(hostile: str, 
     write_private(where.folders.environment_file, environment_script(cluster.environment))
     script = tmp_path / "script.sh"
     script.write_text(
-        render_script(_job(nodes=2), cluster, JobContext(**{**vars(where), "program": f"/bin/{hostile}"}))
+        render_script(_job(nodes=2), cluster, JobContext(**{**vars(where), "program": [f"/bin/{hostile}"]}))
     )
     environment = {
         "PATH": f"{bin_dir}:{os.environ['PATH']}",
@@ -206,7 +206,7 @@ def test_docker_gets_gpus_memory_user_and_mounts() -> None:
         "--env=HOME=/shared/runs/llama31_8b/width_4b/.home --env=USER=minitron --env=LOGNAME=minitron "
         "--env=TORCHINDUCTOR_CACHE_DIR=/shared/runs/llama31_8b/width_4b/.home/torchinductor "
         "--env=TRITON_CACHE_DIR=/shared/runs/llama31_8b/width_4b/.home/triton "
-        "--env=HF_HOME=/shared/assets/.huggingface --env=NCCL_DEBUG "
+        "--env=HF_HOME=/shared/assets/.huggingface --env=HF_HUB_CACHE=/shared/assets/.huggingface/hub --env=NCCL_DEBUG "
         f"{by_name} nvcr.io/org/minitron:core minitron stage"
     )
 

@@ -64,8 +64,8 @@ def test_a_missing_plugin_is_reported_before_anything_is_queued(slurm: SlurmClus
     ("keys", "output"),
     [
         (("cluster.partition=gpu",), "there is no partition gpu"),
-        (("cluster.partition=short", "cluster.time_min=60", "cluster.grace_s=60"), "60 minutes, the limit is 2"),
-        (("cluster.gpus_per_node=16", "cluster.exclusive=true"), "16 GPUs of a node, it has 8"),
+        (("cluster.partition=short", "cluster.time_min=60", "cluster.grace_s=60"), "needs 60 minutes; the limit is 2"),
+        (("cluster.gpus_per_node=16", "cluster.exclusive=true"), "needs 16 GPUs per node; its nodes have 8"),
         (("cluster.setup_script=/nowhere.sh",), "there is no file /nowhere.sh"),
     ],
 )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
+import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +17,10 @@ import pytest
 from nemo_minitron.backends.alignment.base import TaskContext
 from nemo_minitron.backends.alignment.nemo_aligner import environment, process, servers
 from nemo_minitron.backends.alignment.nemo_aligner.context import on_cpu
-from nemo_minitron.errors import EnvironmentProblem, ProcessesDied
+from nemo_minitron.errors import EnvironmentProblem, Interrupted, ProcessesDied
 from nemo_minitron.processes import exchange
+from nemo_minitron.processes.agent import FAILED_FILE, RENDEZVOUS_VARIABLE
+from nemo_minitron.processes.nodes import RUNNER_VARIABLE, Nodes, shielded, start_everywhere
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Progress
@@ -60,6 +65,100 @@ def test_the_end_of_a_server_is_reported_before_the_error_that_it_caused(tmp_pat
 
     with pytest.raises(EnvironmentProblem, match="the server ended"):
         process._wait(child, "ppo", tmp_path, Progress(), StopRequest(), watch)
+
+
+def test_servers_that_end_after_a_stop_request_are_an_interruption(tmp_path: Path) -> None:
+    """Slurm sends SIGTERM to them, too, when it preempts a job."""
+    with shielded():
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+
+    def watch() -> None:
+        raise ProcessesDied("the server ended")
+
+    (tmp_path / "STOP").touch()
+    with pytest.raises(Interrupted, match="Stopped in ppo as requested by the file STOP"):
+        process._wait(child, "ppo", tmp_path, Progress(), StopRequest(tmp_path), watch)
+    assert child.wait(10) == -signal.SIGINT
+
+
+HANDLES_SIGTERM = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(3)); "
+HANDLES_SIGTERM += "print('ready', flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize("outside_job", [True, False])
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_preemption_does_not_end_processes_outside_of_the_job(
+    outside_job: bool, in_background: bool, tmp_path: Path
+) -> None:
+    """torchrun of older torch and Triton handle SIGTERM even if they are started with the signal ignored."""
+    command = [sys.executable, "-c", HANDLES_SIGTERM]
+
+    def start(command: list[str], own: dict[str, str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, env=own, stdout=subprocess.PIPE, start_new_session=True)
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if in_background else signal.default_int_handler)
+    try:
+        started = start_everywhere(command, {}, Nodes(), tmp_path, start, outside_job=outside_job)
+        assert signal.getsignal(signal.SIGINT) is (signal.SIG_IGN if in_background else signal.default_int_handler)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert started.stdout is not None
+    assert started.stdout.readline() == b"ready\n"
+    started.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        started.wait(2.0 if outside_job else 60.0)
+    assert started.poll() == (None if outside_job else 3)
+    process._end(started)
+    assert started.poll() == (-signal.SIGINT if outside_job else 3)
+
+
+RANK = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import task
+def wait(_):
+    print("ready", flush=True)
+    time.sleep(60)
+task.run(sys.argv[2], wait, {})
+"""
+
+
+def test_a_rank_ends_when_another_one_has_failed(tmp_path: Path) -> None:
+    """The agent's SIGTERM does not reach it."""
+    names = runpy.run_path(str(environment.ENTRY / "task.py"))
+    assert (names["RENDEZVOUS_VARIABLE"], names["FAILED_FILE"]) == (RENDEZVOUS_VARIABLE, FAILED_FILE)
+    own = {**os.environ, RENDEZVOUS_VARIABLE: str(tmp_path), RUNNER_VARIABLE: str(os.getpid()), "RANK": "1"}
+    words = [sys.executable, "-c", RANK, str(environment.ENTRY), str(tmp_path)]
+    rank = subprocess.Popen(words, env=own, stdout=subprocess.PIPE)
+    assert rank.stdout is not None
+    assert rank.stdout.readline() == b"ready\n"
+    (tmp_path / FAILED_FILE).touch()
+    assert rank.wait(10) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "is_lost"),
+    [
+        ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2 GiB", True),
+        ("DistBackendError", "NCCL error in: ProcessGroupNCCL.cpp", True),
+        ("RuntimeError", "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:1", True),
+        ("RuntimeError", "CUDA error: an illegal memory access was encountered", True),
+        ("RuntimeError", "The size of tensor a (3) must match", False),
+        ("ValueError", "no such key", False),
+    ],
+)
+def test_lost_ranks_and_full_memory_are_no_error_of_the_user(
+    kind: str, message: str, is_lost: bool, tmp_path: Path
+) -> None:
+    exchange.prepare(tmp_path)
+    exchange.save_error({"type": kind, "message": message}, tmp_path)
+    with pytest.raises(EnvironmentProblem, match=f"ended with code 1: {kind}: ") as caught:
+        process._result("sft", 1, tmp_path, tmp_path / "log", StopRequest())
+    assert isinstance(caught.value, ProcessesDied) == is_lost
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    error = servers._ended(servers.ServerTask("critic_server", 1, {}, tmp_path), ended)
+    assert isinstance(error, ProcessesDied) == is_lost
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,14 @@ def test_recipes_that_need_nemo_aligner_are_recognized() -> None:
     assert collect([TOY.with_name("aligned.yaml")], [], SILENT).needs_aligner
 
 
+def test_a_package_whose_function_a_stage_calls_is_named() -> None:
+    rewards = "[{rule: function, function: 'judges_of_mine.lengths:short'}, {rule: function, function: 'yaml:dump'}]"
+    found = collect([TOY.with_name("reinforce.yaml")], [f"stages.reinforce.rewards={rewards}"], SILENT).warnings
+    missing = [text.partition("not in the bundle: ")[2].partition(",")[0] for text in found]
+    assert missing == ["the module judges_of_mine", "PyYAML"]
+    assert all("stages.reinforce calls. Install it on the other machine." in text for text in found)
+
+
 # --- the file -------------------------------------------------------------------------------------
 
 

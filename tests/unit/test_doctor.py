@@ -83,6 +83,19 @@ def test_megatron_on_the_import_path_needs_no_package(tmp_path: Path, monkeypatc
     assert next(one for one in doctor._core() if one.what == "megatron-core").level == "problem"
 
 
+def test_the_python_of_the_aligner_image_needs_no_packages_of_the_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = {"torch": "2.6.0a0", "megatron-core": "0.10.0", "transformers": "4.48.3"}
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    name = "nemo_minitron.backends.alignment.nemo_aligner.environment.is_installed_here"
+    for is_image in (False, True):
+        monkeypatch.setattr(name, lambda is_image=is_image: is_image)
+        found = [one for one in [*doctor._core(), *doctor._aligner()] if one.group != "gpu-extras"]
+        assert bool(failures(found, ["aligner"])) == (not is_image)
+        assert [one.what for one in failures(found, ["core"])] == ["transformers"]
+
+
 def test_lm_eval_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"lm-eval": "0.4.13"}
     monkeypatch.setattr(doctor, "_version", versions.get)

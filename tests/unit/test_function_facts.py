@@ -8,9 +8,9 @@ import pytest
 
 from nemo_minitron.api import load_plan
 from nemo_minitron.artifacts.manifest import Manifest
-from nemo_minitron.plan.functions import function_facts
+from nemo_minitron.plan.functions import function_facts, functions_elsewhere
 from nemo_minitron.plan.planner import RunPlan
-from tests.conftest import REPO
+from tests.conftest import REPO, Cli
 from tests.support.finished import finish
 
 FUNCTION = "judges_of_a_test.inner.lengths:short"
@@ -52,6 +52,17 @@ def test_a_run_of_an_older_version_does_not_change(module: Path, tmp_path: Path)
     older = {key: value for key, value in call.payload.items() if key != "functions"}
     manifest = Manifest("r", "reinforce", "reinforce", "f", older, {}, {})
     assert function_facts(plan.recipe.stages["reinforce"], manifest) == {}
+
+
+def test_a_module_that_is_not_installed_is_named(module: Path, tmp_path: Path, minitron: Cli) -> None:
+    stages = _plan(tmp_path).recipe.stages
+    assert list(functions_elsewhere(stages)) == []
+    module.unlink()
+    (text,) = functions_elsewhere(stages)
+    assert f"stages.reinforce calls {FUNCTION}: there is no module" in text
+    rewards = f"stages.reinforce.rewards=[{{rule: function, function: '{FUNCTION}'}}]"
+    code, output = minitron("check", REPO / "recipes/toy/reinforce.yaml", rewards)
+    assert (code, text in " ".join(output.split())) == (0, True), output
 
 
 def test_stages_without_functions_have_no_such_facts(tmp_path: Path) -> None:

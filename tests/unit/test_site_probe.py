@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -59,14 +60,44 @@ def test_an_image_that_is_missing_or_misspelt_is_a_problem(fake: FakeSlurm, tmp_
 
 def test_requests_of_jobs_are_compared_with_the_nodes(fake: FakeSlurm, tmp_path: Path) -> None:
     found = _found(tmp_path, "cluster=slurm", "cluster.cpu.cpus_per_node=32", "cluster.cpu.mem_gib=100")
-    assert "select on gpu: 32 cores of a node, it has 16" in found["problem"]
-    assert "select on gpu: 100 GiB of a node, it has 62.5" in found["problem"]
+    assert "select on gpu: needs 32 cores per node; its nodes have 16" in found["problem"]
+    assert "select on gpu: needs 100 GiB per node; its nodes have 62.5" in found["problem"]
     fake.set("sinfo", SINFO.replace("|idle", "|drain*"))
     assert any(
-        "nodes, 0 are up now; the job would wait" in text for text in _found(tmp_path, "cluster=slurm")["warning"]
+        "nodes; 0 are up now, so the job would wait" in text for text in _found(tmp_path, "cluster=slurm")["warning"]
     )
     fake.set("sinfo", "echo '=== maintenance ==='")
-    assert "sinfo names no partition here" in _found(tmp_path, "cluster=slurm")["problem"]
+    assert "sinfo lists no partitions here" in _found(tmp_path, "cluster=slurm")["problem"]
+
+
+def test_one_fitting_partition_of_a_list_is_enough(fake: FakeSlurm, tmp_path: Path) -> None:
+    small = SINFO.replace("|idle", "|idle\\nsmall|up|infinite|gpu:1|1|16|64000|idle").replace("echo", "echo -e", 2)
+    fake.set("sinfo", small)
+    found = _found(tmp_path, "cluster=slurm", "cluster.partition='small,gpu'", "cluster.cpu.partition=gpu")
+    text = "distill on small: needs 8 GPUs per node; its nodes have 1"
+    assert (found["problem"], text in found["warning"]) == ([], True)
+    assert text in _found(tmp_path, "cluster=slurm", "cluster.partition=small")["problem"]
+
+
+def test_the_folder_of_a_source_that_no_container_sees_is_named(fake: FakeSlurm, tmp_path: Path) -> None:
+    outside, link = tmp_path / "elsewhere/model", tmp_path / "here/model"
+    outside.mkdir(parents=True)
+    link.parent.mkdir()
+    link.symlink_to(outside)
+    os.chdir(link.parent)
+    runs = ("cluster=slurm_pyxis", f"execution.run_root={link.parent}/runs")
+    for source, seen in ((outside, outside), ("./model", link), ("model/.", link)):
+        found = _found(tmp_path, *runs, f"stages.teacher.source={source}")
+        text = f"stages.teacher.source: containers do not see {seen}; add it to container.mounts"
+        assert text in found["warning"]
+        mount = f"cluster.container.mounts=[{{source: {outside}, read_only: true}}]"
+        assert _found(tmp_path, *runs, f"stages.teacher.source={source}", mount)["warning"] == []
+
+
+def test_a_command_of_the_site_that_is_missing_is_a_problem(fake: FakeSlurm, tmp_path: Path) -> None:
+    text = "cluster.command: there is no program /nowhere/minitron here"
+    assert _found(tmp_path, "cluster=slurm", "cluster.command=/nowhere/minitron")["problem"] == [text]
+    assert _found(tmp_path, "cluster=slurm", "cluster.command=minitron-of-a-module")["problem"] == []
 
 
 def test_jobs_that_would_get_one_core_are_named(fake: FakeSlurm, tmp_path: Path) -> None:
@@ -109,3 +140,18 @@ def test_a_failed_submission_cancels_jobs_that_only_the_queue_lists(fake: FakeSl
     assert fake.calls("scancel") == ["101 102"]
     assert "could not be canceled: 101 102" in output[-1]
     assert newest(run_dir(recipe)) is not None
+
+
+def test_a_submission_whose_queue_cannot_be_read_stays_incomplete(fake: FakeSlurm, tmp_path: Path) -> None:
+    recipe = load_recipe(TOY, _keys(tmp_path, "cluster=slurm"))
+    fake.set(
+        "sbatch", f'[ -e {tmp_path}/one ] && {{ echo "sbatch: no more" >&2; exit 1; }}; touch {tmp_path}/one; echo 101'
+    )
+    fake.set("scancel", "exit 0")
+    output: list[str] = []
+    with pytest.raises(EnvironmentProblem, match="no more"):
+        submit.submit(make_plan(recipe), RunOptions(), output.append)
+    last = newest(run_dir(recipe))
+    assert last is not None
+    assert (last.complete, fake.calls("scancel")) == (False, ["101"])
+    assert "in the queue is unknown" in output[-1]

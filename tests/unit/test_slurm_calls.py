@@ -61,6 +61,27 @@ def test_a_job_whose_answer_was_lost_is_not_submitted_a_second_time(fake: FakeSl
     assert len(fake.calls("sbatch")) == 1
 
 
+def test_a_job_is_submitted_again_only_if_the_queue_answers(fake: FakeSlurm) -> None:
+    fake.set("sbatch", 'echo "sbatch: error: Socket timed out on send/recv operation" >&2; exit 1')
+    once = f"if [ -e {fake.folder}/asked ]; then echo '101|{SCRIPT}'; else touch {fake.folder}/asked; exit 1; fi"
+    fake.set("squeue", once)
+    assert _submit() == "101"
+    assert (len(fake.calls("sbatch")), len(fake.calls("squeue"))) == (1, 2)
+    fake.set("squeue", CONTROLLER_IS_AWAY)
+    with pytest.raises(EnvironmentProblem, match=r"does not say whether the job was created(.|\n)*minitron cancel"):
+        _submit()
+    assert len(fake.calls("sbatch")) == 2
+
+
+def test_a_job_that_the_queue_does_not_list_is_submitted_again(fake: FakeSlurm) -> None:
+    sent = f"{fake.folder}/sent"
+    once = f"if [ -e {sent} ]; then echo 101; else touch {sent}; echo 'Socket timed out' >&2; exit 1; fi"
+    fake.set("sbatch", once)
+    fake.set("squeue", "echo '7|/other.sh'")
+    assert _submit() == "101"
+    assert len(fake.calls("sbatch")) == 2
+
+
 def test_a_refusal_is_reported_in_slurms_words(fake: FakeSlurm) -> None:
     fake.set("sbatch", 'echo "sbatch: error: invalid partition specified: gpu" >&2; exit 1')
     with pytest.raises(EnvironmentProblem, match="invalid partition specified: gpu"):

@@ -65,7 +65,7 @@ class Script:
         folders = JobFolders(self.root, self.run, self.root / "assets", self.failed.parent)
         resources = Resources(time_min=10, max_restarts=MAX_RESTARTS)
         job = Job("distill", ("distill",), 1, 1, resources, "core", uses_gpu=False, after=())
-        context = JobContext("toy", self.run, self.failed.parent, folders, "minitron")
+        context = JobContext("toy", self.run, self.failed.parent, folders, ["minitron"])
         script = self.root / "distill.sh"
         script.write_text(render_script(job, Cluster(requeue=self.requeue, **self.site), context))
         environment = {
@@ -152,6 +152,13 @@ def test_a_preempted_stage_is_requeued_even_if_it_has_saved_nothing(script: Scri
     assert script.result(INTERRUPT)[1] == "continues in the next job"
     assert script.calls("scontrol") == ["requeue 7"]
     assert script.result(KILLED)[1] == "ended and has saved nothing new in this job: not retried"
+
+
+def test_processes_that_died_on_another_node_are_no_preemption(script: Script) -> None:
+    died = f'echo "exited with code 137" >"$MINITRON_DIED_FILE"; {INTERRUPT}'
+    assert script.result(died)[1] == "ended and has saved nothing new in this job: not retried"
+    script.failed.unlink()
+    assert script.result(INTERRUPT)[1] == "continues in the next job", "a file of an earlier job"
 
 
 def test_a_preempted_stage_is_requeued_at_most_max_restarts_times(script: Script) -> None:
@@ -262,8 +269,8 @@ def test_a_stage_gets_nothing_of_the_job_that_submitted_it(script: Script) -> No
     seen = script.root / "seen"
     script.result(f'env >"{seen}"; {FINISH}')
     left = dict(line.split("=", 1) for line in seen.read_text().splitlines() if "=" in line)
-    folder = script.failed.parent
+    folder, kinds = script.failed.parent, ("STOP", "FAILED", "INTERRUPTED", "DIED")
     assert {name: left[name] for name in outer if name in left} == {
         "MINITRON_LAST_LINK": "2",  # sbatch sets it for the links of a chain
-        **{f"MINITRON_{name}_FILE": f"{folder}/distill.{name.lower()}" for name in ("STOP", "FAILED", "INTERRUPTED")},
+        **{f"MINITRON_{name}_FILE": f"{folder}/distill.{name.lower()}" for name in kinds},
     }

@@ -79,6 +79,25 @@ def test_another_node_waits_for_the_first_after_a_stop_signal(tmp_path: Path) ->
     assert other.wait(60) == 0
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+def test_another_node_says_whether_its_processes_died_without_a_stop_request(
+    stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died = tmp_path / "died"
+    job_variables = {"NODES": "2", "RENDEZVOUS": "node1:20001", "ATTEMPT": "7", "DIED_FILE": str(died)}
+    for name, value in job_variables.items():
+        monkeypatch.setenv(f"MINITRON_{name}", value)
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    requests = tmp_path / "toy/width/.work/distill/orders/7"
+    requests.mkdir(parents=True)
+    code = f"import os, signal; {stopped} and os.kill(os.getppid(), signal.SIGTERM); raise SystemExit(137)"
+    request = {"command": [sys.executable, "-c", code], "environment": {}}
+    (requests / "0.json").write_text(json.dumps(request))
+    with pytest.raises(ProcessesDied, match="exited with code 137") as caught:
+        job.run_in_job(load_recipe(TOY, [f"execution.run_root={tmp_path}"]), "distill")
+    assert (died.read_text().strip() if died.exists() else None) == (None if stopped else str(caught.value))
+
+
 def test_a_stage_does_not_read_an_input_of_another_recipe(tmp_path: Path) -> None:
     submitted, other = ([f"execution.run_root={tmp_path}", f"stages.distill.lr={lr}"] for lr in ("1e-3", "3e-4"))
     finish(load_plan(TOY, other), leave_out=["evaluate_distilled"])

@@ -9,12 +9,16 @@ from nemo_minitron.launch.context import JobFolders
 from nemo_minitron.launch.jobs import Environment
 from nemo_minitron.schema.cluster import Cluster
 from nemo_minitron.system.disclosure import looks_secret
+from nemo_minitron.system.ownership import TRUST_VARIABLE
 
 BY_NAME = (
     "HF_TOKEN",
     "HUGGING_FACE_HUB_TOKEN",
     "HF_ENDPOINT",
     "WANDB_API_KEY",
+    "WANDB_MODE",
+    "OMP_NUM_THREADS",
+    TRUST_VARIABLE,
     *(f"{kind}_proxy" for kind in ("http", "https", "no", "all")),
     *(f"{kind}_PROXY" for kind in ("HTTP", "HTTPS", "NO", "ALL")),
 )

@@ -7,14 +7,21 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from nemo_minitron.errors import EnvironmentProblem, Interrupted, PlanError
 from nemo_minitron.execution.runner import RunOptions, settle
 from nemo_minitron.launch import record
 from nemo_minitron.launch.base import JobState, Launcher, Log, Step
-from nemo_minitron.launch.containers import PROGRAM, folders_to_make, inside
-from nemo_minitron.launch.context import JobContext, cluster_of, dry_run_context, job_context, make_launch_folder
+from nemo_minitron.launch.containers import folders_to_make, inside, without_host_variables
+from nemo_minitron.launch.context import (
+    PROGRAM,
+    JobContext,
+    cluster_of,
+    dry_run_context,
+    job_context,
+    make_launch_folder,
+)
 from nemo_minitron.launch.docker.command import docker_environment, docker_run
 from nemo_minitron.launch.jobs import jobs_of, missing_images, misspelled_images
 from nemo_minitron.launch.record import Submission
@@ -78,16 +85,34 @@ def submit(plan: RunPlan, options: RunOptions, log: Log) -> Submission:
         )
     with record.launching(run):
         require_no_jobs(run)
+        for text in _without_effect(cluster):
+            log(f"warning: {text}")
         plan = settle(plan, options)
         context = job_context(plan.recipe, record.next_folder(run))
         to_run = commands(plan, context, options)
         make_launch_folder(plan.recipe, context)
         for folder in folders_to_make(context.folders):
             folder.mkdir(parents=True, exist_ok=True)
-        own = docker_environment(cluster) if cluster.container.runtime == "docker" else {}
         for stage, command in to_run:
-            _run_stage(stage, command, {**os.environ, **own})
+            _run_stage(stage, command, _environment(cluster))
     return Submission(context.launch_dir, LAUNCHER.name, time.time())
+
+
+def _environment(cluster: Cluster) -> dict[str, str]:
+    """Return the environment of the runtime's program: Apptainer passes all of it on, docker only what is named."""
+    if cluster.container.runtime == "docker":
+        return {**os.environ, **docker_environment(cluster)}
+    return without_host_variables(os.environ)
+
+
+def _without_effect(cluster: Cluster) -> Iterator[str]:
+    """Yield what the scripts of Slurm's jobs do with the site's file, and a container on this machine does not."""
+    for key in ("setup_script", "modules"):
+        if getattr(cluster, key):
+            yield (
+                f"execution.cluster.{key} has no effect on this machine, only in jobs of Slurm: "
+                "what the stages need belongs into the image or execution.cluster.environment"
+            )
 
 
 def _run_stage(stage: str, command: list[str], environment: dict[str, str]) -> None:

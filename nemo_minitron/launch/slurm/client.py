@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from nemo_minitron.errors import EnvironmentProblem
@@ -95,7 +95,8 @@ def submit(words: Sequence[str], log: Log, known: Collection[str] = _NONE) -> st
         known: ids of other jobs of the same script.
 
     Raises:
-        EnvironmentProblem: sbatch refuses, or prints no id; a job that it has created nevertheless is canceled.
+        EnvironmentProblem: sbatch refuses, or prints no id; a job that it has created nevertheless is canceled. Or its
+            answer was lost and the queue cannot be read, so that a job may exist.
     """
     until = time.monotonic() + PATIENCE_S
     script = words[-1]
@@ -106,7 +107,16 @@ def submit(words: Sequence[str], log: Log, known: Collection[str] = _NONE) -> st
         if not _waited_to_retry(error, until, log):
             raise _failure(words[0], code, error)
         # The controller may have taken the job although its answer was lost: a second job would do the work twice.
-        queued = _queued(lambda command: command == script, known)
+        queued = _queued(script, known)
+        while queued is None and _waited_to_retry(error, until, log):
+            queued = _queued(script, known)
+        if queued is None:
+            raise EnvironmentProblem(
+                "The answer of sbatch was lost, and squeue does not say whether the job was created.",
+                where=script,
+                next_step="When `squeue --me` works again, end what was created with `minitron cancel RECIPE`, "
+                "and launch again.",
+            )
         if queued:
             return queued[-1]
 
@@ -116,7 +126,7 @@ def _id_in(answer: str, script: str, known: Collection[str]) -> str:
     ids = [job_id for job_id in submitted_ids(answer) if job_id not in known]
     if ids and len(lines_of(answer)) == 1:
         return ids[0]
-    queued = _queued(lambda command: command == script, known)
+    queued = _queued(script, known) or []
     if ids:
         # A line of a banner can look like an id, and the id can be printed in another form.
         confirmed = [job_id for job_id in ids if split_id(job_id)[0] in queued]
@@ -141,11 +151,6 @@ def _cancel_unreported(queued: Sequence[str]) -> str:
     return f"Its job {named} was found in the queue and canceled. Make sbatch print the id on a line of its own."
 
 
-def queued_below(folder: Path) -> list[str]:
-    """Return the numbers of this user's jobs whose scripts are in a folder; empty where squeue does not answer."""
-    return _queued(lambda command: Path(command).parent == folder, _NONE)
-
-
 def queued_scripts(folder: Path) -> dict[str, list[str]]:
     """Map each script in a folder, by its name without suffix, to the numbers of this user's jobs that run it.
 
@@ -159,11 +164,14 @@ def queued_scripts(folder: Path) -> dict[str, list[str]]:
     return {name: sorted(set(numbers), key=int) for name, numbers in found.items()}
 
 
-def _queued(is_wanted: Callable[[str], bool], known: Collection[str]) -> list[str]:
+def _queued(script: str, known: Collection[str]) -> list[str] | None:
+    """Return the numbers of this user's jobs that run the script; None where squeue does not answer."""
     code, out, _ = _run(_QUEUE)
+    if code:
+        return None
     numbers = {split_id(job_id)[0] for job_id in known}
-    found = [number for number, command in queued_commands(out) if is_wanted(command)] if code == 0 else []
-    return sorted({number for number in found if number not in numbers}, key=int)
+    found = {number for number, command in queued_commands(out) if command == script}
+    return sorted(found - numbers, key=int)
 
 
 def states(job_ids: Sequence[str]) -> dict[str, list[JobState]]:

@@ -37,7 +37,7 @@ def _partitions(cluster: Cluster, jobs: list[Job]) -> Iterator[Finding]:
     known = partitions(client.query(PARTITIONS))
     first = default_partition(client.query(["sinfo", "--noheader", "--format=%P"]))
     if not known:
-        yield Finding("problem", "sinfo names no partition here")
+        yield Finding("problem", "sinfo lists no partitions here")
         return
     yield Finding("ok", f"Slurm answers; partitions: {', '.join(sorted(known))}")
     for job in jobs:
@@ -45,8 +45,11 @@ def _partitions(cluster: Cluster, jobs: list[Job]) -> Iterator[Finding]:
         if name is None or any(part not in known for part in name.split(",")):
             yield Finding("problem", f"{job.name}: there is no partition {name or '(no default)'}; {', '.join(known)}")
             continue
-        for part in (known[part] for part in name.split(",")):
-            yield from _fits(job, part)
+        # Slurm starts the job in one partition of the list.
+        findings = [list(_fits(job, known[part])) for part in name.split(",")]
+        fits = [all(finding.level != "problem" for finding in found) for found in findings]
+        for finding in (finding for found in findings for finding in found):
+            yield Finding("warning", finding.text) if any(fits) else finding
     yield from _shared_cores(cluster, jobs)
 
 
@@ -71,18 +74,24 @@ def _fits(job: Job, partition: Partition) -> Iterator[Finding]:
     if not partition.is_up:
         yield Finding("warning", f"{where}: the partition is down; the job would wait")
     if partition.limit_min is not None and (job.resources.time_min or 0) > partition.limit_min:
-        yield Finding("problem", f"{where}: {job.resources.time_min} minutes, the limit is {partition.limit_min}")
+        yield Finding("problem", f"{where}: needs {job.resources.time_min} minutes; the limit is {partition.limit_min}")
     if (job.resources.gpus_per_node or 0) > partition.gpus:
-        yield Finding("problem", f"{where}: {job.resources.gpus_per_node} GPUs of a node, it has {partition.gpus}")
+        yield Finding(
+            "problem", f"{where}: needs {job.resources.gpus_per_node} GPUs per node; its nodes have {partition.gpus}"
+        )
     if job.nodes > partition.nodes:
-        yield Finding("problem", f"{where}: {job.nodes} nodes, it has {partition.nodes}")
+        yield Finding("problem", f"{where}: needs {job.nodes} nodes; it has {partition.nodes}")
     elif partition.usable is not None and job.nodes > partition.usable:
-        yield Finding("warning", f"{where}: {job.nodes} nodes, {partition.usable} are up now; the job would wait")
+        yield Finding(
+            "warning", f"{where}: needs {job.nodes} nodes; {partition.usable} are up now, so the job would wait"
+        )
     cpus, mem_gib = job.resources.cpus_per_node or 0, job.resources.mem_gib or 0
     if partition.cpus is not None and cpus > partition.cpus:
-        yield Finding("problem", f"{where}: {cpus} cores of a node, it has {partition.cpus}")
+        yield Finding("problem", f"{where}: needs {cpus} cores per node; its nodes have {partition.cpus}")
     if partition.mem_mib is not None and mem_gib * 1024 > partition.mem_mib:
-        yield Finding("problem", f"{where}: {mem_gib} GiB of a node, it has {partition.mem_mib / 1024:.1f}")
+        yield Finding(
+            "problem", f"{where}: needs {mem_gib} GiB per node; its nodes have {partition.mem_mib / 1024:.1f}"
+        )
 
 
 def _plugin(cluster: Cluster) -> Iterator[Finding]:

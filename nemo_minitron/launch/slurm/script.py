@@ -12,8 +12,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nemo_minitron.artifacts.run_paths import LOGS, SLURM_LOGS
-from nemo_minitron.launch.containers import PROGRAM, bind, folders_to_make, image_name, inside, mounts_of
-from nemo_minitron.launch.context import JobContext, JobFolders
+from nemo_minitron.launch.containers import (
+    HOST_VARIABLES,
+    bind,
+    folders_to_make,
+    image_name,
+    inside,
+    mounts_of,
+)
+from nemo_minitron.launch.context import PROGRAM, JobContext, JobFolders
 from nemo_minitron.launch.jobs import Environment, Job
 from nemo_minitron.processes.nodes import PORTS
 from nemo_minitron.schema.cluster import Cluster
@@ -38,6 +45,7 @@ id=${{id:-$SLURM_JOB_ID}}
 export MINITRON_STOP_FILE="$launch/$stage.stop"
 export MINITRON_FAILED_FILE="$launch/$stage.failed"
 export MINITRON_INTERRUPTED_FILE="$launch/$stage.interrupted"
+export MINITRON_DIED_FILE="$launch/$stage.died"
 
 say() {{ printf '%s minitron: job %s, restart %s, %s: %s\\n' "$(date '+%F %T')" "$id" "$restarts" "$stage" "$1"; }}
 is_done() {{ [ -f "$run/$stage/manifest.json" ]; }}
@@ -53,21 +61,24 @@ saved() {{
     }} 2>/dev/null | cksum
 }}
 
-# Slurm sends SIGTERM to the stage, not to this script, when it preempts the job with a grace time.
-is_preempted() {{ [ -e "$MINITRON_INTERRUPTED_FILE" ] && [ ! -e "$MINITRON_STOP_FILE" ]; }}
+# Slurm sends SIGTERM to the stage, not to this script, when it preempts the job with a grace time. srun sends it, too,
+# when processes on another node than the first have died.
+is_preempted() {{
+    [ -e "$MINITRON_INTERRUPTED_FILE" ] && [ ! -e "$MINITRON_STOP_FILE" ] && [ ! -e "$MINITRON_DIED_FILE" ]
+}}
 
 if is_done; then say 'has already finished'; exit 0; fi
 if [ -e "$MINITRON_FAILED_FILE" ]; then say "failed before: $(cat -- "$MINITRON_FAILED_FILE")"; exit 1; fi
-rm -f -- "$MINITRON_STOP_FILE" "$MINITRON_INTERRUPTED_FILE"
+rm -f -- "$MINITRON_STOP_FILE" "$MINITRON_INTERRUPTED_FILE" "$MINITRON_DIED_FILE"
 before=$(saved)
 # The time limit is near: the stage finds this file, writes a checkpoint and exits.
 trap 'printf SIGUSR1 >"$MINITRON_STOP_FILE"; say "the time limit is near: requested a checkpoint"' USR1
 say "starts on $SLURM_JOB_NODELIST"
 """
 
-HOST_PYTHON = """\
-# These are for the host's Python; the image has its own.
-unset PYTHONPATH PYTHONHOME
+HOST_PATHS = f"""\
+# Paths of the host, which the image does not have.
+unset {" ".join(HOST_VARIABLES)}
 """
 
 SEVERAL_NODES = """\
@@ -130,7 +141,7 @@ def render_script(job: Job, cluster: Cluster, context: JobContext) -> str:
         *(f"#SBATCH {option}" for option in sbatch_options(job, cluster, context)),
         "set -uo pipefail",
         f"cd -- {_quote(context.folders.cwd)} || exit 1",
-        CLEAN + (HOST_PYTHON if in_container else ""),
+        CLEAN + (HOST_PATHS if in_container else ""),
         *_setup(cluster, context),
         PRELUDE.format(run=_quote(context.run_dir), launch=_quote(context.launch_dir), stages=quoted_stages),
     ]
@@ -245,9 +256,9 @@ def _setup(cluster: Cluster, context: JobContext) -> Iterator[str]:
 
 
 def _srun(job: Job, cluster: Cluster, context: JobContext) -> str:
-    program = context.program if cluster.container.runtime == "none" else cluster.command or PROGRAM
+    program = context.program if cluster.container.runtime == "none" else [cluster.command or PROGRAM]
     # The stage is a variable of the script, because all tasks of an array share one script.
-    command = inside([program, "stage", str(context.recipe_file)], cluster, job.environment, context.folders)
+    command = inside([*program, "stage", str(context.recipe_file)], cluster, job.environment, context.folders)
     words = ["srun", f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     words += [f"--cpus-per-task={job.resources.cpus_per_node}"] if job.resources.cpus_per_node else ["--cpu-bind=none"]
     words += [*srun_options(cluster, job.environment, context.folders), *command]

@@ -160,17 +160,22 @@ def _cancel_submitted(ids: list[str], context: JobContext, log: Log) -> bool:
     """Cancel the jobs that were submitted, and jobs of this folder's scripts whose ids sbatch did not print.
 
     Returns:
-        Whether no job is left.
+        Whether it is certain that no job is left.
     """
-    numbers = {split_id(job_id)[0] for job_id in ids}
-    left = [*ids, *(number for number in client.queued_below(context.launch_dir) if number not in numbers)]
     log("canceling the jobs that were submitted")
+    numbers, left, is_certain = {split_id(job_id)[0] for job_id in ids}, list(ids), True
+    try:
+        queued = client.queued_scripts(context.launch_dir)
+        left += sorted({number for found in queued.values() for number in found} - numbers, key=int)
+    except MinitronError as error:
+        log(f"whether other jobs of {context.launch_dir} are in the queue is unknown ({error.what})")
+        is_certain = False
     try:
         client.cancel(left)
     except MinitronError as error:
         log(f"these jobs could not be canceled: {' '.join(left)} ({error.what})")
         return False
-    return True
+    return is_certain
 
 
 def _submit(

@@ -28,6 +28,7 @@ id=${id:-$SLURM_JOB_ID}
 export MINITRON_STOP_FILE="$launch/$stage.stop"
 export MINITRON_FAILED_FILE="$launch/$stage.failed"
 export MINITRON_INTERRUPTED_FILE="$launch/$stage.interrupted"
+export MINITRON_DIED_FILE="$launch/$stage.died"
 
 say() { printf '%s minitron: job %s, restart %s, %s: %s\n' "$(date '+%F %T')" "$id" "$restarts" "$stage" "$1"; }
 is_done() { [ -f "$run/$stage/manifest.json" ]; }
@@ -43,12 +44,15 @@ saved() {
     } 2>/dev/null | cksum
 }
 
-# Slurm sends SIGTERM to the stage, not to this script, when it preempts the job with a grace time.
-is_preempted() { [ -e "$MINITRON_INTERRUPTED_FILE" ] && [ ! -e "$MINITRON_STOP_FILE" ]; }
+# Slurm sends SIGTERM to the stage, not to this script, when it preempts the job with a grace time. srun sends it, too,
+# when processes on another node than the first have died.
+is_preempted() {
+    [ -e "$MINITRON_INTERRUPTED_FILE" ] && [ ! -e "$MINITRON_STOP_FILE" ] && [ ! -e "$MINITRON_DIED_FILE" ]
+}
 
 if is_done; then say 'has already finished'; exit 0; fi
 if [ -e "$MINITRON_FAILED_FILE" ]; then say "failed before: $(cat -- "$MINITRON_FAILED_FILE")"; exit 1; fi
-rm -f -- "$MINITRON_STOP_FILE" "$MINITRON_INTERRUPTED_FILE"
+rm -f -- "$MINITRON_STOP_FILE" "$MINITRON_INTERRUPTED_FILE" "$MINITRON_DIED_FILE"
 before=$(saved)
 # The time limit is near: the stage finds this file, writes a checkpoint and exits.
 trap 'printf SIGUSR1 >"$MINITRON_STOP_FILE"; say "the time limit is near: requested a checkpoint"' USR1

@@ -16,8 +16,8 @@ unset "${!SRUN_@}" "${!SBATCH_@}" "${!SALLOC_@}" "${!SLURM_MEM_PER_@}" "${!SLURM
     SLURM_EXPORT_ENV "${!PMI@}" "${!OMPI_@}" "${!TORCHELASTIC_@}" \
     RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT \
     MINITRON_NODES MINITRON_SERVER_NODES MINITRON_RENDEZVOUS MINITRON_ATTEMPT MINITRON_AGENT
-# These are for the host's Python; the image has its own.
-unset PYTHONPATH PYTHONHOME
+# Paths of the host, which the image does not have.
+unset PYTHONPATH PYTHONHOME HF_HUB_CACHE HUGGINGFACE_HUB_CACHE TRANSFORMERS_CACHE HF_DATASETS_CACHE MINITRON_ALIGNER_PYTHON
 
 run=/shared/runs/llama31_8b/width_4b
 launch=/shared/runs/llama31_8b/width_4b/launch/001
@@ -30,6 +30,7 @@ id=${id:-$SLURM_JOB_ID}
 export MINITRON_STOP_FILE="$launch/$stage.stop"
 export MINITRON_FAILED_FILE="$launch/$stage.failed"
 export MINITRON_INTERRUPTED_FILE="$launch/$stage.interrupted"
+export MINITRON_DIED_FILE="$launch/$stage.died"
 
 say() { printf '%s minitron: job %s, restart %s, %s: %s\n' "$(date '+%F %T')" "$id" "$restarts" "$stage" "$1"; }
 is_done() { [ -f "$run/$stage/manifest.json" ]; }
@@ -45,12 +46,15 @@ saved() {
     } 2>/dev/null | cksum
 }
 
-# Slurm sends SIGTERM to the stage, not to this script, when it preempts the job with a grace time.
-is_preempted() { [ -e "$MINITRON_INTERRUPTED_FILE" ] && [ ! -e "$MINITRON_STOP_FILE" ]; }
+# Slurm sends SIGTERM to the stage, not to this script, when it preempts the job with a grace time. srun sends it, too,
+# when processes on another node than the first have died.
+is_preempted() {
+    [ -e "$MINITRON_INTERRUPTED_FILE" ] && [ ! -e "$MINITRON_STOP_FILE" ] && [ ! -e "$MINITRON_DIED_FILE" ]
+}
 
 if is_done; then say 'has already finished'; exit 0; fi
 if [ -e "$MINITRON_FAILED_FILE" ]; then say "failed before: $(cat -- "$MINITRON_FAILED_FILE")"; exit 1; fi
-rm -f -- "$MINITRON_STOP_FILE" "$MINITRON_INTERRUPTED_FILE"
+rm -f -- "$MINITRON_STOP_FILE" "$MINITRON_INTERRUPTED_FILE" "$MINITRON_DIED_FILE"
 before=$(saved)
 # The time limit is near: the stage finds this file, writes a checkpoint and exits.
 trap 'printf SIGUSR1 >"$MINITRON_STOP_FILE"; say "the time limit is near: requested a checkpoint"' USR1
@@ -82,6 +86,7 @@ srun \
     TORCHINDUCTOR_CACHE_DIR=/shared/runs/llama31_8b/width_4b/.home/torchinductor \
     TRITON_CACHE_DIR=/shared/runs/llama31_8b/width_4b/.home/triton \
     HF_HOME=/shared/assets/.huggingface \
+    HF_HUB_CACHE=/shared/assets/.huggingface/hub \
     minitron \
     stage \
     /shared/runs/llama31_8b/width_4b/launch/001/recipe.json \

@@ -33,6 +33,15 @@ TASK_FILE = "task.json"
 PROGRESS_FILE, STOP_FILE = "aligner.json", "STOP"
 """The same names as in entry/task.py, which cannot import this package."""
 POLL_S, SHUTDOWN_TIMEOUT_S = 0.5, 60.0
+LOST_TYPES = (
+    *("OutOfMemoryError", "DistBackendError", "DistNetworkError", "DistStoreError", "AcceleratorError"),
+    *("ConnectionError", "ConnectionResetError", "ConnectionAbortedError", "BrokenPipeError"),
+)
+LOST_TEXTS = (
+    *("CUDA out of memory", "CUDA error", "NCCL error", "NCCL communicator was aborted"),
+    *("Connection closed by peer", "Connection reset by peer", "Timed out waiting"),
+)
+"""Types and messages of errors of torch, NCCL and gloo after which a training can continue from its checkpoint."""
 Started = subprocess.Popen[bytes] | Fork
 """A task that runs; its `pid` leads a process group of its own."""
 
@@ -185,7 +194,7 @@ def _wait(
                     process.wait(POLL_S)
                 code = process.poll()  # before the progress is read for the last time
                 if code != 0:  # a failed task may have failed because of what is watched
-                    watch()
+                    _watched(watch, name, stop)
                 if stop.source() is not None:
                     (work_dir / STOP_FILE).touch()
                 seen = _seen(work_dir)
@@ -204,6 +213,20 @@ def _wait(
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+def _watched(watch: Callable[[], None], name: str, stop: StopRequest) -> None:
+    """Call `watch`. After a stop request its error may be a consequence, such as servers that Slurm has ended."""
+    try:
+        watch()
+    except EnvironmentProblem as error:
+        if stop.source() is None:
+            raise
+        raise _interrupted(name, stop) from error
+
+
+def _interrupted(name: str, stop: StopRequest) -> Interrupted:
+    return Interrupted(f"Stopped in {name} as requested by {stop.source()}; the same command resumes.")
+
+
 def _seen(work_dir: Path) -> dict[str, Any] | None:
     """Return the progress of the task; None before its first step."""
     try:
@@ -214,11 +237,31 @@ def _seen(work_dir: Path) -> dict[str, Any] | None:
 
 
 def _end(process: Started) -> None:
-    """Request the end of the process group; the caller kills what is left of it."""
+    """Request the end of the task, or of the agent of its ranks; the caller kills what is left of the process group."""
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
+        os.kill(process.pid, signal.SIGINT)  # they do not get SIGTERM, see `shielded`
     with suppress(subprocess.TimeoutExpired):
         process.wait(SHUTDOWN_TIMEOUT_S)
+
+
+def ending(work_dir: Path) -> tuple[str, type[EnvironmentProblem]]:
+    """Return what a process has written about its failure, as the end of a sentence, and the error to raise.
+
+    Lost connections and full memory are the end of processes for which a job of Slurm is repeated, whether or not
+    Python could report them.
+
+    Raises:
+        EnvironmentProblem: the disk is full.
+    """
+    error = exchange.load_error(work_dir)
+    if error is None:
+        return "", ProcessesDied
+    reason = f": {error['type']}: {error['message']}"
+    problem = disk_problem(RuntimeError(reason), work_dir)
+    if problem is not None:
+        raise problem
+    is_lost = error["type"] in LOST_TYPES or any(text in reason for text in LOST_TEXTS)
+    return reason, ProcessesDied if is_lost else EnvironmentProblem
 
 
 def _result(name: str, code: int, work_dir: Path, log: Path, stop: StopRequest) -> dict[str, Any]:
@@ -230,14 +273,9 @@ def _result(name: str, code: int, work_dir: Path, log: Path, stop: StopRequest) 
             )
         return result
     if stop.source() is not None:
-        raise Interrupted(f"Stopped in {name} as requested by {stop.source()}; the same command resumes.")
-    reason, error = "", exchange.load_error(work_dir)
-    if error is not None:
-        reason = f": {error['type']}: {error['message']}"
-        problem = disk_problem(RuntimeError(reason), work_dir)
-        if problem is not None:
-            raise problem
-    raise (EnvironmentProblem if reason else ProcessesDied)(
+        raise _interrupted(name, stop)
+    reason, kind = ending(work_dir)
+    raise kind(
         f"NeMo-Aligner's task {name} ended with code {code}{reason}",
         where=str(log),
         next_step="Read the log. The same command resumes from the last checkpoint.",

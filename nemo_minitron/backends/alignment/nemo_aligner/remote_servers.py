@@ -21,7 +21,7 @@ from nemo_minitron.backends.alignment.nemo_aligner.servers import (
     ServerTask,
     running,
 )
-from nemo_minitron.errors import EnvironmentProblem, Interrupted
+from nemo_minitron.errors import EnvironmentProblem, Interrupted, ProcessesDied
 from nemo_minitron.processes import exchange
 from nemo_minitron.processes.nodes import Nodes, request_server_node, requests_folder, server_node_folder
 from nemo_minitron.processes.same_code import START, of_this_process
@@ -69,7 +69,7 @@ def _on_server_nodes(
         for host in hosts:
             error = exchange.load_error(host)
             if error is not None:
-                raise EnvironmentProblem(**error)
+                raise (ProcessesDied if error.pop("died", False) else EnvironmentProblem)(**error)
 
     try:
         for host, index in hosts.items():
@@ -103,9 +103,9 @@ def _wait_until_listening(hosts: Sequence[Path], watch: Callable[[], None], stop
     """Return [address, port] of each node."""
     until = time.monotonic() + READY_TIMEOUT_S + ERROR_TIMEOUT_S
     while not all((host / LISTENING_FILE).is_file() for host in hosts):
-        watch()
         if stop.source() is not None:
             raise Interrupted(f"Stopped before the first step as requested by {stop.source()}.")
+        watch()
         if time.monotonic() > until:
             raise EnvironmentProblem(
                 f"The nodes for servers did not become ready in {READY_TIMEOUT_S:.0f} s.",

@@ -16,7 +16,7 @@ from typing import Any
 
 from nemo_minitron.backends.alignment.nemo_aligner import tunnel
 from nemo_minitron.backends.alignment.nemo_aligner.servers import POLL_S, SOCKETS_VARIABLE, ServerTask, running
-from nemo_minitron.errors import Interrupted, MinitronError
+from nemo_minitron.errors import Interrupted, MinitronError, ProcessesDied
 from nemo_minitron.processes import exchange
 from nemo_minitron.processes.nodes import Nodes
 from nemo_minitron.processes.same_code import require_same
@@ -49,7 +49,8 @@ def main(folder: Path) -> int:
         pass
     except MinitronError as error:
         fields = {key: getattr(error, key) for key in ("what", "where", "next_step")}
-        exchange.save_error({key: text and masked(text) for key, text in fields.items()}, folder)
+        texts = {key: text and masked(text) for key, text in fields.items()}
+        exchange.save_error({"died": isinstance(error, ProcessesDied), **texts}, folder)
     except OSError as error:
         exchange.save_error({"what": f"The servers could not be started: {error}"}, folder)
     exchange.save_result({}, folder)

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.backends.alignment.nemo_aligner.environment import aligner_python
-from nemo_minitron.backends.alignment.nemo_aligner.process import task_environment, write_task
-from nemo_minitron.errors import EnvironmentProblem, Interrupted, MinitronError, ProcessesDied
-from nemo_minitron.processes import exchange
-from nemo_minitron.processes.nodes import RUNNER_VARIABLE
+from nemo_minitron.backends.alignment.nemo_aligner.process import ending, task_environment, write_task
+from nemo_minitron.errors import EnvironmentProblem, Interrupted, MinitronError
+from nemo_minitron.processes.nodes import RUNNER_VARIABLE, shielded
 from nemo_minitron.processes.output import without_secrets
-from nemo_minitron.system.disk import disk_problem
 from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.outer_job import without_outer_job
 from nemo_minitron.system.safe_files import open_log
@@ -106,7 +104,8 @@ def _process(
         RUNNER_VARIABLE: str(os.getpid()),
     }
     with open_log(_log(server)) as file, without_secrets(file) as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        with shielded():
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
         try:
             yield process
         finally:
@@ -116,8 +115,9 @@ def _process(
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End the process group, and remove the shared memory that PyTriton names after the process."""
     until = time.monotonic() + GRACE_S
+    process.kill()
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGINT)  # Triton does not get SIGTERM, see `shielded`
         while time.monotonic() < until:  # Triton and its Python end later, and remove their files
             process.poll()
             os.killpg(process.pid, 0)
@@ -134,9 +134,9 @@ def _wait_until_ready(
     until = time.monotonic() + READY_TIMEOUT_S
     waiting = [server for server, _ in started]
     while waiting:
-        watch()
         if stop.source() is not None:
             raise Interrupted(f"Stopped before the first step as requested by {stop.source()}.")
+        watch()
         if time.monotonic() > until:
             raise EnvironmentProblem(
                 f"The {waiting[0].name} did not become ready in {READY_TIMEOUT_S:.0f} s.", where=str(_log(waiting[0]))
@@ -146,10 +146,11 @@ def _wait_until_ready(
 
 
 def _ended(server: ServerTask, process: subprocess.Popen[bytes]) -> MinitronError:
-    error = exchange.load_error(server.work_dir)
-    reason = f": {error['type']}: {error['message']}" if error is not None else ""
-    full = disk_problem(RuntimeError(reason), server.work_dir)
-    return full or (EnvironmentProblem if reason else ProcessesDied)(
+    try:
+        reason, kind = ending(server.work_dir)
+    except EnvironmentProblem as full:
+        return full
+    return kind(
         f"The {server.name} ended with code {process.poll()} while the training needed it{reason}",
         where=str(_log(server)),
         next_step="Read the log. The same command resumes from the last checkpoint.",

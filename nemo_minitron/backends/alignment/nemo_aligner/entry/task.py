@@ -17,6 +17,8 @@ from typing import Any
 PROGRESS_FILE, CURVES_FILE, RESULT_FILE, ERROR_FILE = "aligner.json", "curves.jsonl", "result.json", "error.json"
 RUNNER_VARIABLE = "MINITRON_RUNNER"
 """Variable with the id of the process on this node whose end also ends this one."""
+RENDEZVOUS_VARIABLE, FAILED_FILE = "MINITRON_MEETING", "failed"
+"""Variable with a folder, and the file in it with which the agent says that another rank has failed."""
 WATCH_INTERVAL_S = 1.0
 MESSAGE_LENGTH = 1000
 STOP_FILE = "STOP"
@@ -74,8 +76,14 @@ def _write_in_place(text: str, file: Path) -> None:
 
 
 def _exit_with(runner: int) -> None:
-    """Kill this process group when the runner is gone: a restarted runner must be the only user of its work folder."""
+    """Kill this process group when the runner is gone: a restarted runner must be the only user of its work folder.
+
+    Also end this rank when another one has failed, because the SIGTERM of the agent does not reach it.
+    """
+    folder = os.environ.get(RENDEZVOUS_VARIABLE)
     while True:
+        if folder is not None and Path(folder, FAILED_FILE).exists():
+            os._exit(1)
         try:
             os.kill(runner, 0)
         except ProcessLookupError:
