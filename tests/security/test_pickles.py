@@ -224,7 +224,9 @@ def test_a_training_resumes_from_an_intact_checkpoint(trained: dict[str, Path], 
     shutil.copytree(trained["work"], work)
     (work / "curves.jsonl").unlink()
     _train(trained, work)
-    assert not (work / "curves.jsonl").read_text(), "no step was done again"
+    rows = (work / "curves.jsonl").read_text()
+    assert "valid_loss" in rows, "it was saved before it was validated"
+    assert "train_loss" not in rows, "no step was done again"
 
 
 def test_a_sound_checkpoint_is_read(trained: dict[str, Path]) -> None:

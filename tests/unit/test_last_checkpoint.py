@@ -19,6 +19,7 @@ from nemo_minitron.backends.alignment.nemo_aligner.servers import Running, Serve
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Progress
+from tests.conftest import REPO
 from tests.unit.test_rollout_rules import CRITIC, rollouts
 
 CASES: dict[str, tuple[list[str], list[str], int]] = {
@@ -85,7 +86,7 @@ def test_the_critic_resumes_at_the_step_of_the_actors_finished_checkpoint(
 
     monkeypatch.setattr(rollouts_module, "serving", serving)
     monkeypatch.setattr(rollouts_module, "run_task", lambda *_, **__: None)
-    settings = replace(rollouts(CRITIC, tmp_path), evaluator=["true"])
+    settings = replace(rollouts(CRITIC, REPO / "nemo_minitron/toy/model"), evaluator=["true"])
     context = TaskContext("ppo", tmp_path, Parallel(), "cpu", 1, Progress(silent=True), StopRequest())
     rollouts_module._run_actor(
         settings, tmp_path / "nemo", tmp_path / "trained", tmp_path / "training", context, None, on_cpu=True
