@@ -120,6 +120,11 @@ def ranking_load(shape: ModelShape, keys: ReconstructionScoring, layout: Paralle
     return Load(_work(shape, keys, layout, held), tokens, flops)
 
 
+def written_bytes(_: object, load: Load) -> int | None:
+    """Return the bytes that such a stage writes; `disk_bytes` of its kind."""
+    return None if load.work.one_layer is None else load.work.one_layer.disk
+
+
 def _sites(teacher: ModelShape, student: ModelShape) -> dict[RepairSite, _Site]:
     wide, hidden, ffn = teacher.hidden_size, student.hidden_size, student.ffn_hidden_size
     heads, groups = (count * student.kv_channels for count in (student.num_attention_heads, student.num_query_groups))

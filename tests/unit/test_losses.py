@@ -197,7 +197,7 @@ def test_a_balancing_weight_is_the_plain_ratio_otherwise() -> None:
 
 @pytest.mark.parametrize("hidden_loss", [0.0, -6e-8])
 def test_hidden_states_that_are_still_equal_have_no_dynamic_weight(hidden_loss: float) -> None:
-    """As at the first step of a student that lacks layers only, if the embeddings are compared."""
+    """Embeddings are equal at the first step of a student that lacks only layers."""
     from nemo_minitron.backends.megatron.distillation.hidden import HiddenLossWeight, HiddenStates, share_weight
     from nemo_minitron.backends.megatron.runtime.session import open_session
 

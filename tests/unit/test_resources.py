@@ -216,7 +216,7 @@ def test_a_validation_is_planned_for_its_own_batch() -> None:
     teacher = work.teacher
     assert teacher is not None
     tokens = 4 * 8192
-    # In bf16: state, norm, and the input and output of an MLP of the teacher, and the states before its output layer.
+    # They hold in bf16: state, norm, input and output of an MLP of the teacher, and the states before its output layer.
     assert planned.activations == 2 * tokens * (3 * teacher.hidden_size + 4 * teacher.ffn_hidden_size // 8)
     assert planned.loss > 2 * tokens * teacher.hidden_size
     assert planned.fixed == without.fixed

@@ -17,7 +17,7 @@ from nemo_minitron.stages.common.repair_rules import (
 )
 from nemo_minitron.stages.compensate.params import CompensateStage
 from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, StageKind, calibration_text
-from nemo_minitron.workload.layer_by_layer import repair_load
+from nemo_minitron.workload.layer_by_layer import repair_load, written_bytes
 from nemo_minitron.workload.load import Load
 
 
@@ -52,10 +52,6 @@ def _load(name: str, params: CompensateStage, layout: Parallel, view: RecipeView
     return repair_load(teacher, student, params, repaired_sites(params, teacher, student), layout)
 
 
-def _disk_bytes(params: CompensateStage, load: Load) -> int | None:
-    return None if load.work.one_layer is None else load.work.one_layer.disk
-
-
 COMPENSATE = StageKind(
     name="compensate",
     params=CompensateStage,
@@ -78,5 +74,5 @@ COMPENSATE = StageKind(
     text_use=calibration_text,
     heldout_uses=_heldout_uses,
     load=_load,
-    disk_bytes=_disk_bytes,
+    disk_bytes=written_bytes,
 )

@@ -9,7 +9,7 @@ from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.common.repair_rules import calibration_problems
 from nemo_minitron.stages.kind import MODELS, Output, RecipeView, Result, StageKind, calibration_text
 from nemo_minitron.stages.score_reconstruction.params import ScoreReconstructionStage
-from nemo_minitron.workload.layer_by_layer import ranking_load
+from nemo_minitron.workload.layer_by_layer import ranking_load, written_bytes
 from nemo_minitron.workload.load import Load
 
 
@@ -42,10 +42,6 @@ def _load(name: str, params: ScoreReconstructionStage, layout: Parallel, view: R
     return None if shape is None else ranking_load(shape, params, layout)
 
 
-def _disk_bytes(params: ScoreReconstructionStage, load: Load) -> int | None:
-    return None if load.work.one_layer is None else load.work.one_layer.disk
-
-
 def _result_tokens(result: Result) -> int:
     return int(result["num_samples"]) * int(result["seq_len_tokens"])
 
@@ -63,6 +59,6 @@ SCORE_RECONSTRUCTION = StageKind(
     problems=_problems,
     text_use=calibration_text,
     load=_load,
-    disk_bytes=_disk_bytes,
+    disk_bytes=written_bytes,
     result_tokens=_result_tokens,
 )
