@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import platform
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
+from measuring import interleaved
 
 from nemo_minitron import api
 from nemo_minitron.backends.megatron.data.datasets import step_batches
@@ -22,20 +20,7 @@ from nemo_minitron.backends.megatron.training import loop as training
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.distill.params import DistillStage
 
-ROUNDS = 5
 RECIPE = Path(__file__).resolve().parents[1] / "recipes/smollm2_135m/width.yaml"
-
-
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median seconds of each call; one warm-up round, then all in turn."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_number in range(rounds + 1):
-        for name, call in calls.items():
-            started_s = time.perf_counter()
-            call()
-            if round_number:
-                times[name].append(time.perf_counter() - started_s)
-    return {name: median(values) for name, values in times.items()}
 
 
 def bench_step(root: Path) -> dict[str, float]:

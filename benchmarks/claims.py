@@ -7,6 +7,8 @@ from datetime import date
 from statistics import mean
 from typing import Any
 
+from pages import markdown_table, spread
+
 Figures = Mapping[str, Any]
 PAPER_TABLE_11 = {
     "l2,l2": 8.73,
@@ -22,12 +24,6 @@ PAPER_TABLE_11 = {
 """Zero-shot LM loss of Nemotron-4 15B cut to 8B, on 8T data (2407.14679, table 11); keys: batch, sequence."""
 
 
-def spread(values: list[float]) -> str:
-    """Mean, and the range if there is more than one value."""
-    text = f"{mean(values):.3f}"
-    return text if len(values) == 1 else f"{text} ({min(values):.3f} to {max(values):.3f})"
-
-
 def verdict(held: bool | None) -> str:
     """Words for a verdict; None means that the figures do not decide."""
     return {True: "held", False: "**did not hold**", None: "undecided: the ranges overlap"}[held]
@@ -40,14 +36,9 @@ def below(one: list[float], other: list[float]) -> bool | None:
     return False if min(one) > max(other) else None
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
 def aggregations(found: Figures) -> str:
     rows = sorted(found.items(), key=lambda item: mean(item[1]))
-    table = _table(
+    table = markdown_table(
         ["batch, sequence", "loss", "2407.14679, table 11"],
         [[name.replace(",", ", "), spread(values), f"{PAPER_TABLE_11[name]:.2f}"] for name, values in rows],
     )
@@ -65,7 +56,7 @@ def aggregations(found: Figures) -> str:
 
 
 def methods(found: Figures) -> str:
-    table = _table(["chosen by", "loss"], [[name, spread(values)] for name, values in found.items()])
+    table = markdown_table(["chosen by", "loss"], [[name, spread(values)] for name, values in found.items()])
     ours = found["importance, modelopt"]
     return (
         f"{table}\n\n"
@@ -84,7 +75,7 @@ def _compared(one: list[float], other: list[float]) -> str:
 
 
 def merging(found: Figures) -> str:
-    table = _table(["head_merge", "loss"], [[name, spread(values)] for name, values in found.items()])
+    table = markdown_table(["head_merge", "loss"], [[name, spread(values)] for name, values in found.items()])
     return (
         f"{table}\n\n"
         f"- Claim: merging as printed improves on plain cutting (2407.14679, section 2.3, which gives no number): "
@@ -95,7 +86,7 @@ def merging(found: Figures) -> str:
 
 
 def rounds(found: Figures) -> str:
-    table = _table(["rounds", "loss", "2407.14679, table 12"], [
+    table = markdown_table(["rounds", "loss", "2407.14679, table 12"], [
         [count, spread(found[count]), paper] for count, paper in (("1", "5.43"), ("2", "5.55"), ("4", "5.24"))
     ])  # fmt: skip
     return (
@@ -115,7 +106,7 @@ def half_depth(found: Figures) -> str:
     best_single, best_run = (min(rows.values(), key=lambda row: row["loss"]) for rows in (singles, runs))
     by_task = found["task, contiguous"]
     return (
-        _table(["chosen by", "loss", "accuracy", "layers kept"], rows) + "\n\n"
+        markdown_table(["chosen by", "loss", "accuracy", "layers kept"], rows) + "\n\n"
         "- Claim: layers chosen individually by LM loss leave a better LM loss than a contiguous block "
         f"(2408.11796, section 4): {verdict(found['lm_loss, individual']['loss'] < found['lm_loss, contiguous']['loss'])}"
         f"; best individual choice {best_single['loss']:.3f}, best block {best_run['loss']:.3f}.\n"
@@ -180,11 +171,10 @@ differs from the ranking after it (2407.14679, figure 6): this tests the code an
 
 
 def render(found: Figures) -> str:
-    """Render the part, with its marks."""
+    """Render the part."""
     teacher = f"The teacher: loss {found['teacher']['loss']:.3f}, accuracy {found['teacher']['accuracy']:.2f}.\n"
     parts = [f"### {title}\n\n{what}\n\n{section(found[name])}\n" for name, (title, what, section) in CLAIMS.items()]
-    text = HEAD.format(today=date.today()) + teacher + "\n" + "\n".join(parts) + "\n" + TAIL
-    return f"{BEGIN}\n\n{text.rstrip()}\n\n{END}"
+    return HEAD.format(today=date.today()) + teacher + "\n" + "\n".join(parts) + "\n" + TAIL
 
 
 TAIL = """### Not reproduced here

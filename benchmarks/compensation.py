@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import memory_gib
 from safetensors.torch import save_file
 
 from nemo_minitron.backends.megatron.compensation.repair import LayerRepair, Models, repaired_layers
@@ -116,10 +117,7 @@ def measure(root: Path, params: Compensation, threads: int, *, forward_only: boo
             for _ in repaired_layers(repair, streams, {}):
                 pass
         seconds = time.monotonic() - started_s
-    # Not ru_maxrss, which a new process inherits from its parent.
-    status = Path("/proc/self/status").read_text().splitlines()
-    peak_kib = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    return {"seconds": seconds, "peak_gib": peak_kib / 2**20}
+    return {"seconds": seconds, "peak_gib": memory_gib("VmHWM")}
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import interleaved
+from measuring import interleaved, memory_gib
 
 from nemo_minitron.distillation.objective import live_teacher, token_loss
 from nemo_minitron.schema.execution import Parallel
@@ -73,15 +73,10 @@ LOSSES: dict[str, Callable[..., None]] = {"bounded": bounded, "plain": plain}
 def peak_gib(name: str) -> float:
     """Memory above what the inputs take, in a process of its own."""
     inputs = head_inputs()
-    before = _memory_gib("VmRSS")
+    before = memory_gib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     LOSSES[name](*inputs)
-    return _memory_gib("VmHWM") - before
-
-
-def _memory_gib(field: str) -> float:
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith(field)) / 2**20
+    return memory_gib("VmHWM") - before
 
 
 def bench_loss() -> dict[str, float]:

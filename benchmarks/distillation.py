@@ -13,11 +13,10 @@ import gc
 import hashlib
 import json
 import multiprocessing
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,12 +24,16 @@ from typing import Any, Literal
 from distillation_claims import write_page
 
 from nemo_minitron import api
+from nemo_minitron.stages.registry import STAGES
+from nemo_minitron.system.safe_files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes/claims"
 CALIBRATION_SAMPLES = 64
 SEEDS = (1, 2, 3)
 """Of the order of the text, and of random weights and cuts."""
+CUT_KINDS = ("score", "select", "prune")
+"""Kinds of the stages that a trial with a second cut goes through."""
 KL: dict[str, Any] = {"logits": {"kind": "forward_kl"}}
 CE: dict[str, Any] = {"logits": None, "next_token": 1.0}
 
@@ -158,12 +161,15 @@ def trials() -> Iterator[Trial]:
 
 
 def made_from(trial: Trial, run: Path, size: Size) -> str:
-    """Hash of all that the figures of a trial depend on: its keys, and the models and text as the run made them."""
+    """Hash of all that the figures of a trial depend on: its keys, the models and text as the run made them, and the
+    versions of the stages that it goes through.
+    """
     stages = (trial.student, trial.teacher, trial.data, *((trial.then,) if trial.then else ()))
     facts = {
         "trial": asdict(trial),
         "size": asdict(size),
         "stages": [json.loads((run / stage / "manifest.json").read_text())["fingerprint"] for stage in stages],
+        "versions": {kind: STAGES[kind].version for kind in ("distill", *(CUT_KINDS if trial.then else ()))},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -271,26 +277,44 @@ def _cut(model: Path, run: Path, like: str, out: Path, size: Size) -> Path:
     return out / "model"
 
 
-def run_trials(run: Path, size: Size, processes: int, file: Path, only: list[str]) -> dict[str, Any]:
-    """Train what is not in the file yet; the longest first."""
+def run_trials(run: Path, size: Size, pool: Executor, file: Path, only: list[str]) -> dict[str, Any]:
+    """Train what is not in the file yet, the longest first, and close the pool.
+
+    Raises:
+        RuntimeError: a trial failed. Those that had begun by then were finished and stored.
+    """
     found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     wanted = [trial for trial in trials() if not only or trial.name in only]
     require_same_origin(found, wanted, run, size, file)
     todo = sorted((trial for trial in wanted if trial.id not in found), key=lambda trial: not trial.from_scratch)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        jobs = {pool.submit(train, trial, run, size): trial for trial in todo}
-        for number, job in enumerate(as_completed(jobs), 1):
-            found[jobs[job].id] = job.result()
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(found, indent=1) + "\n")
-            shutil.move(partial, file)
-            last = found[jobs[job].id]
-            print(
-                f"{number}/{len(todo)} {jobs[job].id}: {last['final']['valid_loss']:.4f} in {last['wall_s']:.0f} s",
-                flush=True,
-            )
+    with pool:
+        jobs = {pool.submit(train, trial, run, size): trial.id for trial in todo}
+        try:
+            for number, (name, last) in enumerate(_results(jobs), 1):
+                found[name] = last
+                write_whole(file, json.dumps(found, indent=1) + "\n")
+                loss, wall_s = last["final"]["valid_loss"], last["wall_s"]
+                print(f"{number}/{len(todo)} {name}: {loss:.4f} in {wall_s:.0f} s", flush=True)
+        finally:
+            # After Ctrl-C or on a full disk, the pool would train all others before it closes.
+            for job in jobs:
+                job.cancel()
     return found
+
+
+def _results(jobs: dict[Future[dict[str, Any]], str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name and result of each job that succeeds, as they finish. After a failure no other job begins."""
+    waiting, failed = set(jobs), list[Future[dict[str, Any]]]()
+    while waiting:
+        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        failed += [job for job in done if job.exception() is not None]
+        if failed:
+            waiting = {job for job in waiting if not job.cancel()}
+        yield from ((jobs[job], job.result()) for job in done if job.exception() is None)
+    if failed:
+        raise RuntimeError(
+            f"The trial {jobs[failed[0]]} failed. Those that finished are stored; the same command trains the others."
+        ) from failed[0].exception()
 
 
 def require_same_origin(found: dict[str, Any], wanted: list[Trial], run: Path, size: Size, file: Path) -> None:
@@ -324,7 +348,8 @@ def main() -> None:
     if not known.issuperset(arguments.only):
         parser.error(f"no trial {sorted(set(arguments.only) - known)}; there are: {', '.join(sorted(known))}")
     run, processes = api.run(recipe), arguments.processes or (2 if size.device == "cpu" else 1)
-    found = run_trials(run, size, processes, run / f"trials_{arguments.size}.json", arguments.only)
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    found = run_trials(run, size, pool, run / f"trials_{arguments.size}.json", arguments.only)
     if arguments.only or arguments.size == "smoke":
         print("docs/results.md stays as it is: it is written from all trials of a real size.")
     else:

@@ -206,12 +206,9 @@ def picture(found: Found, file: Path) -> None:
 
 def bars(found: Found, file: Path) -> None:
     """How much worse than the reference every variant is, with each seed as a dot."""
-    import matplotlib
+    from pictures import pyplot
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
-
-    skip = ("KD", "from scratch, CE", "random init, KD")
+    plt, skip = pyplot(), ("KD", "from scratch, CE", "random init, KD")
     trials = sorted({entry["trial"]["name"] for entry in found.values()})
     names = [name for name in trials if name not in skip and not name.startswith("other text")]
     gaps = {}
@@ -282,15 +279,10 @@ Teacher correction lowered the teacher's own held-out loss on the other text by 
 
 
 def write_page(found: Found, run: Path, docs: Path, size: str) -> None:
-    """Replace the part between the marks in results.md, or add it at the top; draw the pictures."""
-    page = docs / "results.md"
-    text = page.read_text()
-    part = f"{BEGIN}\n\n{section(found, run, size)}\n{END}"
-    if BEGIN in text:
-        text = text[: text.index(BEGIN)] + part + text[text.index(END) + len(END) :]
-    else:
-        text = f"{text.rstrip()}\n\n{part}\n"
-    page.write_text(text)
+    """Replace the part between the marks in results.md, or add it at the end; draw the pictures."""
+    from pages import replace_part
+
+    replace_part(docs / "results.md", BEGIN, END, section(found, run, size))
     draw: dict[str, Callable[[Found, Path], None]] = {"claims_tokens.png": picture, "claims_variants.png": bars}
     for name, function in draw.items():
         function(found, docs / name)

@@ -6,13 +6,14 @@
 
 Each item has a share of the time: it is skipped if too little is left, and interrupted if it takes twice as long. Its
 result is one JSON line {name, ok, seconds, values, traceback}, on disk before the next item begins; its name is printed
-before it runs. Items that need what a skipped one made skip as well. The items are in gpu_items.py and gpu_speed.py.
+before it runs. `ok` is false if it fails or a distance exceeds its bound, and null if it was skipped. Items that need
+what a skipped one made skip as well. The exit code is 1 if an item is not ok. The items are in gpu_items.py and
+gpu_speed.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import signal
@@ -56,7 +57,7 @@ def run_item(item: Item, context: Any, out: Path, deadline_s: float) -> dict[str
     """Run an item and append its line."""
     left = deadline_s - (time.monotonic() - T0)
     print(f"[{time.monotonic() - T0:6.1f} s] {item.name} ({item.seconds:.0f} s)", flush=True)
-    from gpu_items import Skipped
+    from gpu_items import Skipped, free_memory
 
     line: dict[str, Any]
     started, line = time.monotonic(), {"name": item.name, "ok": False, "values": {}, "traceback": None}
@@ -65,16 +66,23 @@ def run_item(item: Item, context: Any, out: Path, deadline_s: float) -> dict[str
             raise Skipped(f"{left:.0f} s are left, {item.seconds:.0f} s are needed")
         allowed = OVERTIME * item.seconds * (1 if context.on_gpu else CPU_OVERTIME)
         with _alarm(min(allowed, max(1.0, left))):
-            line |= {"values": item.function(context), "ok": True}
+            values = item.function(context)
+        line |= {"values": values, "ok": passes(values)}
     except Skipped as reason:
         line |= {"ok": None, "values": {"skipped": str(reason)}}
     except (Exception, Overtime):
         line["traceback"] = traceback.format_exc()[-6000:]
     line["seconds"] = round(time.monotonic() - started, 2)
     _append(out, line)
-    _free()
+    free_memory()
     print(f"           {'ok' if line['ok'] else line['ok']} in {line['seconds']} s", flush=True)
     return line
+
+
+def passes(values: dict[str, Any]) -> bool:
+    """Return whether no part of an item's values says that it does not pass."""
+    parts = [value for value in values.values() if isinstance(value, dict)]
+    return bool(values.get("passes", True)) and all(map(passes, parts))
 
 
 def _append(out: Path, line: dict[str, Any]) -> None:
@@ -96,14 +104,6 @@ def _alarm(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
-
-
-def _free() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def main() -> int:

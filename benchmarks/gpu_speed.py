@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from gpu_items import BF16, ENGINE, Context, Skipped, with_layers
 from gpu_step import make_job, make_params, make_setup, measure, random_model, shapes_of
+from measuring import memory_gib
 
 from nemo_minitron.backends.megatron.data.datasets import HeldOutBatches, step_batches
 from nemo_minitron.backends.megatron.distillation import fp8_teacher
@@ -246,11 +246,11 @@ def masks_and_sparse(context: Context) -> dict[str, Any]:
 @contextmanager
 def _resident_peak() -> Iterator[list[float]]:
     """Collect the resident memory of this process in GiB, several times a second."""
-    found, done = [_resident_gib()], threading.Event()
+    found, done = [memory_gib("VmRSS")], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.1):
-            found.append(_resident_gib())
+            found.append(memory_gib("VmRSS"))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -259,11 +259,6 @@ def _resident_peak() -> Iterator[list[float]]:
     finally:
         done.set()
         thread.join()
-
-
-def _resident_gib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**30
 
 
 def checkpoint(context: Context) -> dict[str, Any]:
@@ -290,7 +285,7 @@ def checkpoint(context: Context) -> dict[str, Any]:
                 _synchronize(session)
                 out[f"step_after_save_{step}_s"] = time.perf_counter() - started
                 keeper.finish()
-        out |= {"host_gib_before": resident[0], "host_gib_peak": max(resident), "host_gib_after": _resident_gib()}
+        out |= {"host_gib_before": resident[0], "host_gib_peak": max(resident), "host_gib_after": memory_gib("VmRSS")}
         started = time.perf_counter()
         again = Checkpoints(folder / "checkpoints", session, keep=2, in_background=True)
         out["resumed_step"] = again.resume(job.trainable).step

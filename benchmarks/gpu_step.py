@@ -108,16 +108,19 @@ def make_job(shapes: tuple[ModelShape, ModelShape], params: DistillStage, setup:
 
 
 def measure(job: Job, *, with_optimizer: bool, rounds: int = ROUNDS) -> dict[str, float]:
-    """Median of a few steps, after one that warms up."""
-    times_s = []
+    """Median of a few steps, after one that warms up, and their peak of memory."""
+    times_s, on_gpu = [], job.session.on_gpu
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(rounds + 1):
         started_s = time.perf_counter()
         forward_backward(job, 0)
         if with_optimizer:
             job.trainable.optimizer.step()
-        if job.session.on_gpu:
+        if on_gpu:
             torch.cuda.synchronize()
         times_s.append(time.perf_counter() - started_s)
+    peak_gib = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
     tokens_per_s = job.tokens_per_step / median(times_s[1:])
     rate = matmul_flops_per_s(job.trainable.model.config.params_dtype, job.session.device) * job.session.world_size
     return {
@@ -125,7 +128,7 @@ def measure(job: Job, *, with_optimizer: bool, rounds: int = ROUNDS) -> dict[str
         "tokens_per_s": tokens_per_s,
         "matmul_tflops_per_s": rate / 1e12,
         "mfu_of_measured_matmul": tokens_per_s * job.flops_per_token / rate,
-        "measured_peak_gib": torch.cuda.max_memory_allocated() / 2**30 if job.session.on_gpu else 0.0,
+        "measured_peak_gib": peak_gib,
     }
 
 

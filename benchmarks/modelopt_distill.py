@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import interleaved
-from distill import SHAPE, STEP, STUDENT, TEACHER, _memory_gib, random_model
+from distill import SHAPE, STEP, STUDENT, TEACHER, random_model
+from measuring import interleaved, memory_gib
 
 from nemo_minitron.backends.megatron.data.datasets import step_batches
 from nemo_minitron.backends.megatron.distillation import distill
@@ -85,11 +85,11 @@ SIDES = {"ours": ours, "modelopt": modelopt}
 def peak_gib(name: str, folder: Path) -> float:
     """Above what the process has before the models are loaded."""
     with open_session(Parallel(micro_batch_size=MICRO_BATCH_SIZE), device="cpu") as session:
-        before = _memory_gib("VmRSS")
+        before = memory_gib("VmRSS")
         step, _ = SIDES[name](folder, session)
         step()
         step()
-        return _memory_gib("VmHWM") - before
+        return memory_gib("VmHWM") - before
 
 
 def main() -> None:

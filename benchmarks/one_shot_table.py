@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import token_ratio
+from pages import markdown_table, replace_part, spread
 from suite import (
     ROOT,
     Found,
@@ -23,18 +24,15 @@ from suite import (
     Task,
     add_published,
     explicit_stages,
-    markdown_table,
+    matching_figures,
     needed_stages,
     prepare,
     publish_figures,
-    read_figures,
-    replace_part,
-    require_same_origin,
     run_folder,
     run_task,
     run_tasks,
 )
-from token_ratio_claims import loss_of, spread
+from token_ratio_claims import loss_of
 
 TEXTS = {"data": "training text", "mixture": "mixture"}
 """Calibration text, by stage."""
@@ -285,23 +283,23 @@ def main() -> None:
     overrides = [f"execution.run_root={arguments.root}", *size.overrides, *arguments.overrides]
     recipe = api.load_recipe(token_ratio.RECIPES / f"{size.recipe}.yaml", overrides)
     stages = explicit_stages(recipe)
-    some = [case for case in cases(size) if wanted(case, arguments)]
-    tasks = [teacher_task(stages, size.tokens[0]), *(task_of(case, stages, size.parts[case.part]) for case in some)]
+    tasks = [task_of(case, stages, size.parts[case.part]) for case in cases(size)]
+    tasks.insert(0, teacher_task(stages, size.tokens[0]))
+    asked = {"teacher", *(case.id for case in cases(size) if wanted(case, arguments))}
     folder = run_folder(recipe)
     file = folder / "one_shot_table.jsonl"
     name = f"one_shot_{arguments.size}"
     if arguments.with_published:
-        add_published(file, name)
-    found = read_figures(file)
-    require_same_origin(found, tasks, file)
+        add_published(file, name, lambda _: tasks)
+    found = matching_figures(file, lambda _: tasks)
 
     def waiting(found: Found) -> list[Task]:
-        return [task for task in tasks if task.id not in found]
+        return [task for task in tasks if task.id in asked and task.id not in found]
 
     if not arguments.report:
         spent_s = prepare(recipe, ("teacher", *TEXTS, "other", "judge"))
         limit_s = None if arguments.limit_minutes is None else 60 * arguments.limit_minutes - spent_s
-        found = run_tasks(waiting, lambda task: run_task(task, recipe), file, limit_s=limit_s)
+        found = run_tasks(waiting, lambda task: run_task(task, recipe), file, folder, limit_s=limit_s)
     text = page(list(found.values()), size, arguments.size)
     print(text)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,27 +1,31 @@
 """`make results`: test the papers' claims about pruning on SmolLM2-135M and write that part of docs/results.md.
 
 Everything is zero-shot: cut, not trained. Held-out loss in nats per token; lower is better. Where calibration
-samples play a part, three draws of them are tried.
+samples play a part, three draws of them are tried. What has been measured is kept, so that a stopped run goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from claims import BEGIN, CLAIMS, END, render
+from claims import BEGIN, END, render
+from pages import replace_part
 
 from nemo_minitron import api
+from nemo_minitron.artifacts.manifest import MANIFEST_FILE
 from nemo_minitron.backends.megatron.data.datasets import (
     HeldOutBatches,
     heldout_batches,
@@ -43,9 +47,11 @@ from nemo_minitron.pruning.magnitude import magnitude_scores
 from nemo_minitron.pruning.selection import choose_keep
 from nemo_minitron.pruning.slicing import prune_checkpoint
 from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.stages.registry import STAGES
 from nemo_minitron.stages.score.params import ScoreStage
 from nemo_minitron.stages.select.params import SelectStage
 from nemo_minitron.system.progress import Progress
+from nemo_minitron.system.safe_files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes/smollm2_135m/width.yaml"
@@ -126,6 +132,11 @@ class Bench:
         for file in folder.iterdir():
             file.unlink()
         return found
+
+
+def teacher(bench: Bench) -> dict[str, Any]:
+    """The model that is pruned."""
+    return {"loss": bench.loss(bench.teacher), "accuracy": bench.accuracy(bench.teacher)}
 
 
 def aggregations(bench: Bench) -> dict[str, Any]:
@@ -211,6 +222,7 @@ def half_depth(bench: Bench) -> dict[str, Any]:
 
 
 EXPERIMENTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "teacher": teacher,
     "aggregations": aggregations,
     "methods": methods,
     "merging": merging,
@@ -219,41 +231,73 @@ EXPERIMENTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 }
 
 
-def measure(names: Sequence[str], root: Path, figures: Path) -> dict[str, Any]:
-    """Run the experiments; what is measured is kept after each, so that a stopped run has lost one at most."""
-    found: dict[str, Any] = json.loads(figures.read_text()) if figures.is_file() else {}
-    api.run(api.load_recipe(RECIPE, [f"execution.run_root={root}"]), until="check_teacher")
-    run = root / "smollm2_135m/width"
+def made_from(run: Path) -> str:
+    """Hash of the teacher and the text as the run made them, and of the versions of the stages that prune."""
+    facts = {
+        "stages": [
+            json.loads((run / stage / MANIFEST_FILE).read_text())["fingerprint"] for stage in ("teacher", "data")
+        ],
+        "versions": {kind: STAGES[kind].version for kind in ("score", "select", "prune", "evaluate")},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def missing(names: Sequence[str], found: Mapping[str, Any], origin: str, file: Path, *, again: bool) -> list[str]:
+    """Return the experiments to run: those without figures, or all of them.
+
+    Raises:
+        SystemExit: figures that are kept are of another teacher, text or version of a stage.
+    """
+    todo = [name for name in names if again or name not in found]
+    made = found.get("made_from", {})
+    other = [name for name in EXPERIMENTS if name in found and name not in todo and made.get(name) != origin]
+    if other:
+        raise SystemExit(
+            f"{file} has figures of another teacher, other text or other versions of a stage: {', '.join(other)}.\n"
+            "Next: measure everything again with --again, without --only."
+        )
+    return todo
+
+
+def measure(names: Sequence[str], bench: Bench, found: dict[str, Any], origin: str, file: Path) -> None:
+    """Run experiments. Their figures are stored after each, so that a stopped run has lost one at most."""
+    for name in names:
+        found.pop(name, None)
+    for name in names:
+        started_s = time.monotonic()
+        found[name] = EXPERIMENTS[name](bench)
+        found.setdefault("made_from", {})[name] = origin
+        write_whole(file, json.dumps(found, indent=2) + "\n")
+        print(f"{name}: {time.monotonic() - started_s:.0f} s", flush=True)
+
+
+@contextmanager
+def open_bench(run: Path) -> Iterator[Bench]:
+    """Load what all experiments share, in a session of its own."""
     with open_session(Parallel(micro_batch_size=4), device="cpu") as session, tempfile.TemporaryDirectory() as scratch:
         heldout = heldout_batches(run / "data", session, num_tokens=8192, seq_len_tokens=256, batch_size=4)
         tokenizer, data = load_tokenizer(run / "teacher"), ROOT / "assets/offline-eval-tasks"
         asked = ((CHOOSE_TASK, CHOOSE_EXAMPLES), (MEASURE_TASK, MEASURE_EXAMPLES))
         tasks = [load_choice_task(task, tokenizer, data_dir=data, limit=limit) for task, limit in asked]
-        bench = Bench(run, Path(scratch), session, heldout, *tasks)
-        found["teacher"] = {"loss": bench.loss(bench.teacher), "accuracy": bench.accuracy(bench.teacher)}
-        for name in names:
-            started_s = time.monotonic()
-            found[name] = EXPERIMENTS[name](bench)
-            figures.write_text(json.dumps(found, indent=2) + "\n")
-            print(f"{name}: {time.monotonic() - started_s:.0f} s", flush=True)
-    return found
+        yield Bench(run, Path(scratch), session, heldout, *tasks)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=list(EXPERIMENTS), help="experiments to run (again)")
+    parser.add_argument("--only", nargs="*", default=list(EXPERIMENTS), choices=EXPERIMENTS, help="experiments to run")
+    parser.add_argument("--again", action="store_true", help="also run those that have figures")
     parser.add_argument("--root", type=Path, default=Path("runs/results"), help="where models and figures are kept")
     arguments = parser.parse_args()
-    found = measure(arguments.only, arguments.root, arguments.root / "results.json")
-    if set(CLAIMS) <= found.keys():
-        write_page(ROOT / "docs/results.md", render(found))
-
-
-def write_page(page: Path, pruning: str) -> None:
-    """Replace the part between the marks; everything else stays as it is."""
-    before = page.read_text()
-    start, stop = before.index(BEGIN), before.index(END) + len(END)
-    page.write_text(before[:start] + pruning + before[stop:])
+    recipe = api.load_recipe(RECIPE, [f"execution.run_root={arguments.root}"])
+    run, file = api.run(recipe, until="check_teacher"), arguments.root / "results.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    origin = made_from(run)
+    todo = missing(arguments.only, found, origin, file, again=arguments.again)
+    if todo:
+        with open_bench(run) as bench:
+            measure(todo, bench, found, origin, file)
+    if EXPERIMENTS.keys() <= found.keys():
+        replace_part(ROOT / "docs/results.md", BEGIN, END, render(found))
 
 
 if __name__ == "__main__":

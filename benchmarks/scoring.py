@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+
+from measuring import interleaved, memory_gib
 
 from nemo_minitron import api
 from nemo_minitron.backends.megatron.data.datasets import step_batches, training_samples
@@ -54,18 +54,6 @@ def calls(run: Path, work: Path, names: list[str], use: Callable[[dict[str, Call
         return use({name: forward if name == "forward" else scoring(name) for name in names})
 
 
-def times_s(found: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median of each, in turns, after one round that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in found}
-    for number in range(ROUNDS + 1):
-        for name, call in found.items():
-            started_s = time.perf_counter()
-            call()
-            if number:
-                times[name].append(time.perf_counter() - started_s)
-    return {name: median(values) for name, values in times.items()}
-
-
 def peak_gib(run: Path, work: Path, name: str) -> float:
     """Peak resident memory of a process that does this twice."""
 
@@ -74,16 +62,14 @@ def peak_gib(run: Path, work: Path, name: str) -> float:
         found[name]()
 
     calls(run, work, [name], twice)
-    # Not ru_maxrss, which a new process inherits from its parent.
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**20
+    return memory_gib("VmHWM")
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         api.run(api.load_recipe(RECIPE, [f"execution.run_root={root}"]), until="data")
         run, work, names = Path(root) / "smollm2_135m/width", Path(root) / "index", ["forward", *CASES]
-        times = calls(run, work, names, times_s)
+        times = calls(run, work, names, lambda found: interleaved(found, ROUNDS))
         assert isinstance(times, dict)
         memory = {}
         for name in names:

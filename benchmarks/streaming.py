@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from measuring import memory_gib
 
 from nemo_minitron.families import ModelShape, parameters, read_shape, tensor_shape
 from nemo_minitron.hf.checkpoint import Checkpoint
@@ -81,7 +82,7 @@ def random_plan(shape: ModelShape) -> PrunePlan:
 
 def prune(source: Path, out: Path) -> dict[str, float]:
     """In a process of its own: seconds, and peak memory with and without mapped file pages."""
-    peak = [0]
+    peak = [0.0]
     watcher = threading.Thread(target=_watch_anonymous, args=(peak,), daemon=True)
     watcher.start()
     plan = random_plan(Checkpoint.open(source).shape)
@@ -90,21 +91,15 @@ def prune(source: Path, out: Path) -> dict[str, float]:
     _to_disk(out)
     return {
         "wall_s": time.perf_counter() - started_s,
-        # Not ru_maxrss, which a new process inherits from its parent.
-        "peak_rss_gib": _memory_kib("VmHWM") / 2**20,
-        "peak_anonymous_gib": peak[0] / 2**20,
+        "peak_rss_gib": memory_gib("VmHWM"),
+        "peak_anonymous_gib": peak[0],
     }
 
 
-def _watch_anonymous(peak: list[int]) -> None:
+def _watch_anonymous(peak: list[float]) -> None:
     while True:
-        peak[0] = max(peak[0], _memory_kib("RssAnon"))
+        peak[0] = max(peak[0], memory_gib("RssAnon"))
         time.sleep(0.02)
-
-
-def _memory_kib(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def copy(source: Path, out: Path, num_bytes: int) -> dict[str, float]:

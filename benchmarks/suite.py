@@ -22,6 +22,7 @@ from nemo_minitron.artifacts.manifest import MANIFEST_FILE
 from nemo_minitron.artifacts.run_paths import RunPaths
 from nemo_minitron.errors import Interrupted
 from nemo_minitron.system.duration import duration
+from nemo_minitron.system.safe_files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "docs/figures"
@@ -29,6 +30,7 @@ PUBLISHED = ROOT / "docs/figures"
 Stages = dict[str, dict[str, Any]]
 Found = dict[str, dict[str, Any]]
 """Id of a task -> its line in the file of figures."""
+MEASURE_AGAIN = "move the file away to run them again, or give this suite another name: name=claims/NAME."
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Task:
     measures: Mapping[str, str]
     """Name of a figure -> evaluate stage that measures it."""
     temporary: tuple[str, ...] = ()
-    """Stages whose outputs are deleted after the figures are stored."""
+    """Stages whose outputs are deleted once the figures are on disk."""
     micro_batch_size: int | None = None
     """Sequences per forward pass. None: as in the recipe."""
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -53,14 +55,37 @@ class Task:
 
     @property
     def made_from(self) -> str:
-        """Hash of the stages that the figures depend on; keys that have their default are left out."""
+        """Hash of the versions and keys of the stages that the figures depend on; default values are left out."""
         from nemo_minitron.stages.registry import STAGES
 
-        keys = {
-            name: STAGES[stage["kind"]].params.model_validate(stage).model_dump(mode="json", exclude_defaults=True)
-            for name, stage in self.stages.items()
+        facts = {
+            name: [STAGES[stage.kind].version, stage.model_dump(mode="json", exclude_defaults=True)]
+            for name, stage in _validated(self.stages).items()
         }
-        return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def sources(self) -> dict[str, dict[str, int]]:
+        """Number and size of the files outside the run that the stages read, as they are now.
+
+        Assets are left out, because their content never changes, and so is what no longer exists.
+        """
+        from nemo_minitron.hf.source import ASSET
+        from nemo_minitron.plan.sources import listed_files, sources_of
+
+        read = [source for stage in _validated(self.stages).values() for source in sources_of(stage)]
+        found = {source.location: listed_files(source, Path()) for source in read}
+        return {
+            location: {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+            for location, files in found.items()
+            if files and not location.startswith(ASSET)
+        }
+
+
+def _validated(stages: Stages) -> dict[str, Any]:
+    from nemo_minitron.stages.registry import STAGES
+
+    return {name: STAGES[stage["kind"]].params.model_validate(stage) for name, stage in stages.items()}
 
 
 def needed_stages(stages: Stages, wanted: Sequence[str]) -> Stages:
@@ -113,9 +138,6 @@ def run_task(task: Task, recipe: Any) -> dict[str, Any]:
         for name, stage in task.measures.items()
     }
     wall_s = {name: manifest["provenance"]["wall_s"] for name, manifest in manifests.items()}
-    for name in task.temporary:
-        for place in (paths.published(name), paths.work(name)):
-            shutil.rmtree(place, ignore_errors=True)
     gc.collect()  # Megatron's models refer to themselves.
     return {"figures": figures, "wall_s": wall_s, "resumed": [name for name in task.stages if name in resumed]}
 
@@ -138,7 +160,7 @@ def _run_stages(recipe: Any, stages: Stages, where: str, micro_batch_size: int |
     interrupted = set(json.loads(file.read_text()) if file.is_file() else [])
     interrupted |= {name for name in unfinished if paths.work(name).exists()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(sorted(interrupted)))
+    write_whole(file, json.dumps(sorted(interrupted)))
     api.run(plan, quiet=True)
     return interrupted
 
@@ -151,25 +173,28 @@ def run_folder(recipe: Any) -> Path:
 
 
 def read_figures(file: Path) -> Found:
-    """Read the file of figures. A last line that was cut off by a kill is removed from the file."""
+    """Read the file of figures, without a last line that was cut off by a kill."""
     if not file.is_file():
         return {}
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with file.open("r+b") as opened:
-            opened.truncate(len(whole))
-    rows = [json.loads(line) for line in whole.decode().splitlines()]
+    rows = [json.loads(line) for line in _whole_lines(file.read_bytes()).decode().splitlines()]
     return {row["id"]: row for row in rows}
 
 
 def append_figures(file: Path, row: Mapping[str, Any]) -> None:
-    """Add one line and flush it to disk."""
+    """Add one line, in place of a last one that was cut off by a kill, and flush it to disk."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as opened:
-        opened.write(json.dumps(row) + "\n")
+    file.touch()
+    with file.open("r+b") as opened:
+        whole = len(_whole_lines(opened.read()))
+        opened.truncate(whole)
+        opened.seek(whole)
+        opened.write(json.dumps(row).encode() + b"\n")
         opened.flush()
         os.fsync(opened.fileno())
+
+
+def _whole_lines(content: bytes) -> bytes:
+    return content[: content.rfind(b"\n") + 1]
 
 
 def publish_figures(found: Found, name: str, folder: Path = PUBLISHED) -> None:
@@ -178,34 +203,54 @@ def publish_figures(found: Found, name: str, folder: Path = PUBLISHED) -> None:
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found.values()))
 
 
-def add_published(file: Path, name: str, folder: Path = PUBLISHED) -> None:
+def matching_figures(file: Path, tasks_of: Callable[[Found], Sequence[Task]], next_step: str = MEASURE_AGAIN) -> Found:
+    """Read a file of figures, and refuse it if it has some of other models, texts or keys.
+
+    Args:
+        tasks_of: the tasks that such figures would come from.
+    """
+    found = read_figures(file)
+    require_same_origin(found, tasks_of(found), file, next_step)
+    return found
+
+
+def add_published(file: Path, name: str, tasks_of: Callable[[Found], Sequence[Task]], folder: Path = PUBLISHED) -> None:
     """Add the published figures of a suite that a file of figures lacks, without their value for claims about time.
 
     Raises:
-        SystemExit: nothing is published for this suite.
+        SystemExit: nothing is published for this suite, or the figures in one of the files are of other models, texts
+            or keys. Nothing has been added then.
     """
     published = folder / f"{name}.jsonl"
     if not published.is_file():
         there = ", ".join(sorted(other.stem for other in folder.glob("*.jsonl"))) or "none"
         raise SystemExit(f"{published}: no such file. Published figures: {there}. Next: leave out --with-published.")
-    found = read_figures(file)
-    for row in read_figures(published).values():
+    found = matching_figures(file, tasks_of)
+    leave_out = "leave out --with-published, or use the text and keys of the recipe without changes."
+    for row in matching_figures(published, tasks_of, leave_out).values():
         if row["id"] not in found:
             append_figures(file, {**row, "shared_machine": True})
 
 
-def require_same_origin(found: Found, tasks: Sequence[Task], file: Path) -> None:
-    """Refuse to mix figures of other models, texts or keys: they would compare nothing.
+def require_same_origin(found: Found, tasks: Sequence[Task], file: Path, next_step: str = MEASURE_AGAIN) -> None:
+    """Refuse to mix figures of other models, texts, keys or versions of a stage: they would compare nothing.
 
     Raises:
-        SystemExit: a finished task was made from other stages.
+        SystemExit: a finished task was made from other stages or files.
     """
-    other = [task.id for task in tasks if task.id in found and found[task.id]["made_from"] != task.made_from]
+    other = [task.id for task in tasks if task.id in found and not _is_origin(task, found[task.id])]
     if other:
+        more = "; ..." if len(other) > 3 else ""
         raise SystemExit(
-            f"{file} has figures of other models, texts or keys ({len(other)} runs: {'; '.join(other[:3])} ...).\n"
-            "Next: move the file away to run them again, or give this suite another name: name=claims/NAME."
+            f"{file} has figures of other models, texts, keys or versions of a stage "
+            f"({len(other)} runs: {'; '.join(other[:3])}{more}).\nNext: {next_step}"
         )
+
+
+def _is_origin(task: Task, row: Mapping[str, Any]) -> bool:
+    files = row.get("sources", {})
+    is_same_text = all(files.get(location) == now for location, now in task.sources.items())
+    return bool(row["made_from"] == task.made_from) and is_same_text
 
 
 def estimated_s(task: Task, found: Found) -> float | None:
@@ -224,15 +269,17 @@ def run_tasks(
     waiting: Callable[[Found], Sequence[Task]],
     measure: Callable[[Task], dict[str, Any]],
     file: Path,
+    folder: Path,
     *,
     limit_s: float | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Found:
-    """Run one task after another and store the figures of each; return all figures.
+    """Run one task after another, store the figures of each, and then delete its temporary stages; return all figures.
 
     Args:
         waiting: unfinished tasks, the next one first. Later ones may change with the figures of earlier ones.
         measure: runs a task.
+        folder: of the run.
         limit_s: stop before a task that would probably end after these seconds.
 
     Raises:
@@ -250,13 +297,23 @@ def run_tasks(
             measured = measure(task)
         except (KeyboardInterrupt, Interrupted):
             raise SystemExit(f"stopped in {task.id}; the same command continues.") from None
-        about_task = {"id": task.id, "group": task.group, "work": task.work, "made_from": task.made_from}
-        row = {**about_task, "elapsed_s": clock() - began_s, **task.facts, **measured}
+        about_task = {"id": task.id, "group": task.group, "work": task.work}
+        origin = {"made_from": task.made_from, "sources": task.sources}
+        row = {**about_task, **origin, "elapsed_s": clock() - began_s, **task.facts, **measured}
         append_figures(file, row)
+        delete_temporary(task, folder)
         found[task.id] = row
         losses = ", ".join(f"{name} {figure['loss_nats_per_token']:.4f}" for name, figure in row["figures"].items())
         print(f"  loss: {losses}; {duration(row['elapsed_s'])}", flush=True)
     return found
+
+
+def delete_temporary(task: Task, folder: Path) -> None:
+    """Delete what the temporary stages of a task have left in the folder of the run."""
+    paths = RunPaths(folder)
+    for name in task.temporary:
+        for place in (paths.published(name), paths.work(name)):
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _expected(seconds: float | None) -> str:
@@ -267,19 +324,3 @@ def remaining_s(tasks: Sequence[Task], found: Found) -> float | None:
     """Estimate the seconds of all tasks; None: nothing has finished yet."""
     times = [estimated_s(task, found) for task in tasks]
     return sum(value for value in times if value is not None) if times and None not in times else None
-
-
-def replace_part(page: Path, begin: str, end: str, part: str) -> None:
-    """Replace the part of a page between two marks, or add it at the end."""
-    text, marked = page.read_text(), f"{begin}\n\n{part.strip()}\n\n{end}"
-    if begin in text:
-        text = text[: text.index(begin)] + marked + text[text.index(end) + len(end) :]
-    else:
-        text = f"{text.rstrip()}\n\n{marked}\n"
-    page.write_text(text)
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pages import replace_part
 from suite import (
     ROOT,
     Found,
@@ -21,11 +22,9 @@ from suite import (
     Task,
     add_published,
     explicit_stages,
+    matching_figures,
     prepare,
     publish_figures,
-    read_figures,
-    replace_part,
-    require_same_origin,
     run_folder,
     run_task,
     run_tasks,
@@ -41,7 +40,7 @@ from token_ratio_arms import (
     task_of,
     usable_arms,
 )
-from token_ratio_claims import SCRATCH_AGAINST, Design, page, picture
+from token_ratio_claims import SCRATCH, SCRATCH_AGAINST, Design, page, picture
 
 RECIPES = ROOT / "recipes/claims"
 RATES, BATCHES = (1 / 3, 1.0, 3.0), (0.5, 2.0)
@@ -203,32 +202,36 @@ def main() -> None:
     folder = run_folder(recipe)
     file = folder / "token_ratio.jsonl"
 
-    def tasks(found: Found) -> list[Task]:
-        runs = selected(suite_runs(size, budgets, found), arguments.budget, arguments.seed)
-        return [task_of(run, stages, micro_batch_size) for run in runs]
+    def tasks_of(found: Found) -> list[Task]:
+        return [task_of(Run(**row["run"]), stages, micro_batch_size) for row in found.values()]
 
     def waiting(found: Found) -> list[Task]:
-        return [task for task in tasks(found) if task.id not in found]
+        runs = selected(suite_runs(size, budgets, found), arguments.budget, arguments.seed)
+        return [task_of(run, stages, micro_batch_size) for run in runs if run.id not in found]
 
     if arguments.with_published:
-        add_published(file, f"token_ratio_{arguments.size}")
-    found = read_figures(file)
-    require_same_origin(found, tasks(found), file)
+        add_published(file, f"token_ratio_{arguments.size}", tasks_of)
+    found = matching_figures(file, tasks_of)
     if not arguments.report:
         spent_s = prepare(recipe, ("teacher", "data", "other", "judge"))
         limit_s = None if arguments.limit_minutes is None else 60 * arguments.limit_minutes - spent_s
         about_machine = {"shared_machine": True} if arguments.shared_machine else {}
-        found = run_tasks(waiting, lambda task: {**run_task(task, recipe), **about_machine}, file, limit_s=limit_s)
-    publish(found, arguments.size, folder, write_docs=arguments.write_docs)
+
+        def measure(task: Task) -> dict[str, Any]:
+            return {**run_task(task, recipe), **about_machine}
+
+        found = run_tasks(waiting, measure, file, folder, limit_s=limit_s)
+    design = Design(BASELINE, size.budgets, size.seeds, budgets_of(SCRATCH, size, stages))
+    publish(found, design, arguments.size, folder, write_docs=arguments.write_docs)
 
 
-def publish(found: Found, size: str, folder: Path, *, write_docs: bool) -> None:
+def publish(found: Found, design: Design, size: str, folder: Path, *, write_docs: bool) -> None:
     """Print the results and store them in the run folder; with `write_docs` also in docs/, with their figures."""
     rows = list(found.values())
     name = f"token_ratio_{size}"
-    design = Design(BASELINE, SIZES[size].budgets, SIZES[size].seeds)
     text = page(rows, design, size, f"{name}.png")
     print(text)
+    folder.mkdir(parents=True, exist_ok=True)
     folders = [folder, *([ROOT / "docs"] if write_docs else [])]
     if any(not row["is_sweep"] for row in rows):
         for place in folders:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from suite import markdown_table
+from pages import markdown_table, spread
 from token_ratio_rule import (
     NO_VERDICT,
     NOT_RUN,
@@ -40,6 +40,8 @@ class Design:
     budgets: tuple[int, ...]
     """Training tokens, ascending."""
     seeds: tuple[int, ...]
+    scratch_budgets: tuple[int, ...] = ()
+    """Training tokens of the model from scratch, ascending."""
 
 
 def counted(rows: Sequence[Row]) -> list[Row]:
@@ -116,12 +118,6 @@ def in_range(values: Sequence[Value]) -> str:
         return "-"
     low, high = min(values, key=lambda value: value.number), max(values, key=lambda value: value.number)
     return str(low) if str(low) == str(high) else f"{low} to {high}"
-
-
-def spread(numbers: Sequence[float], digits: int = 3) -> str:
-    """Format the mean and the range of some numbers."""
-    text = f"{mean(numbers):.{digits}f}"
-    return text if len(numbers) == 1 else f"{text} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
 
 
 def loss_table(rows: Sequence[Row]) -> str:
@@ -216,7 +212,7 @@ def scratch_table(rows: Sequence[Row], design: Design) -> str:
         seeds = [seed for seed in design.seeds if budget in ours.get(seed, ()) and seed in scratch]
         ratios = [ratio_at_arm(scratch[seed], ours[seed], budget) for seed in seeds]
         ends = [list(scratch[seed].values())[-1] for seed in seeds]
-        is_complete = len(seeds) == len(design.seeds) and len({tuple(scratch[seed]) for seed in seeds}) == 1
+        is_complete = [tuple(scratch[seed]) for seed in seeds] == [design.scratch_budgets] * len(design.seeds)
         verdict = at_least(ratios, SCRATCH_GOAL) if is_complete else NOT_RUN
         mine = ", ".join(f"{ours[seed][budget][1]:.3f}" for seed in seeds)
         theirs = ", ".join(f"{loss:.3f}" for _, loss in ends)

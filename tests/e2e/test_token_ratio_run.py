@@ -44,11 +44,11 @@ def test_two_arms_are_trained_once_and_compared(monkeypatch: pytest.MonkeyPatch,
         ran.append(task.id)
         return dict(suite.run_task(task, recipe))
 
+    folder = suite.run_folder(recipe)
     for _ in range(2):
-        found = suite.run_tasks(lambda found: [task for task in tasks if task.id not in found], measure, file)
+        found = suite.run_tasks(lambda found: [task for task in tasks if task.id not in found], measure, file, folder)
     assert ran == [task.id for task in tasks]
 
-    folder = suite.run_folder(recipe)
     for task in tasks:
         row = found[task.id]
         assert row["training_tokens"] == BUDGET

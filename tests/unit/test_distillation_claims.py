@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -96,8 +98,10 @@ def test_every_claim_is_about_trials_that_exist_and_every_loss_is_valid(suite: M
         DistillStage.model_validate(suite._keys(trial, 10, suite.SIZES["cpu"]))
 
 
-@pytest.mark.parametrize("change", ["model", "text", "loss", "size"])
-def test_figures_of_other_models_text_or_keys_are_refused(change: str, suite: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["model", "text", "loss", "size", "version"])
+def test_figures_of_other_models_text_or_keys_are_refused(
+    change: str, suite: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     trial, size, file = next(suite.trials()), suite.SIZES["cpu"], tmp_path / "trials.json"
     for stage in (trial.student, trial.teacher, trial.data):
         (tmp_path / stage).mkdir()
@@ -109,10 +113,53 @@ def test_figures_of_other_models_text_or_keys_are_refused(change: str, suite: Mo
         (tmp_path / stage / "manifest.json").write_text(json.dumps({"fingerprint": "another"}))
     elif change == "loss":
         trial = replace(trial, loss=suite.CE)
+    elif change == "version":
+        monkeypatch.setitem(suite.STAGES, "distill", replace(suite.STAGES["distill"], version=100))
     else:
         size = replace(size, steps=size.steps + 1)
     with pytest.raises(SystemExit, match="other models, text or keys"):
         suite.require_same_origin(found, [trial], tmp_path, size, file)
+
+
+def test_a_failed_trial_keeps_the_others_and_begins_no_more(
+    suite: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    began: list[str] = []
+    cancelled: list[Any] = []
+    all_cancelled, count = threading.Event(), len(list(suite.trials()))
+
+    def train(trial: Any, *_: Any) -> dict[str, Any]:
+        began.append(trial.id)
+        if len(began) == 2:
+            raise ValueError("the loss is not finite")
+        if len(began) > 2:
+            all_cancelled.wait(10)
+        return {"final": {"valid_loss": 3.0}, "wall_s": 1.0}
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *arguments: Any) -> Any:
+            job = super().submit(*arguments)
+            cancel = job.cancel
+
+            def noted() -> bool:
+                done = cancel()
+                cancelled.append(job)
+                if len(cancelled) == count - 2:
+                    all_cancelled.set()
+                return done
+
+            job.cancel = noted  # type: ignore[method-assign]
+            return job
+
+    file = tmp_path / "trials.json"
+    monkeypatch.setattr(suite, "train", train)
+    monkeypatch.setattr(suite, "require_same_origin", lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"The trial .* failed") as caught:
+        suite.run_trials(tmp_path, suite.SIZES["smoke"], Pool(1), file, [])
+    assert str(caught.value.__cause__) == "the loss is not finite"
+    assert began[1] in str(caught.value)
+    assert set(json.loads(file.read_text())) == {*began} - {began[1]}
+    assert len(began) in (2, 3), "a third one may have begun already"
 
 
 def test_each_suite_replaces_only_its_own_part_of_the_page(
@@ -130,7 +177,7 @@ def test_each_suite_replaces_only_its_own_part_of_the_page(
     assert once.startswith(before + "\n" + part.BEGIN)
     part.write_page({}, tmp_path, tmp_path, "cpu")
     assert page.read_text() == once
-    importlib.import_module("results").write_page(page, f"{claims.BEGIN}\n\nnew\n\n{claims.END}")
+    importlib.import_module("pages").replace_part(page, claims.BEGIN, claims.END, "new\n")
     assert page.read_text() == once.replace("old", "new")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ from nemo_minitron import api
 from nemo_minitron.config.explain import validate
 from nemo_minitron.plan.checks import find_problems
 from nemo_minitron.plan.planner import make_plan
+from nemo_minitron.stages.registry import STAGES as KINDS
 from tests.conftest import REPO
 
 STAGES = {"text": {"kind": "tokenize", "inputs": {"tokenizer": "teacher"}, "sources": [{"source": "asset:toy-text"}]}}
@@ -58,7 +60,7 @@ def _run(suite: ModuleType, tasks: list[Any], file: Path, **more: Any) -> list[s
     def waiting(found: dict[str, Any]) -> list[Any]:
         return [task for task in tasks if task.id not in found]
 
-    suite.run_tasks(waiting, measure, file, clock=clock, **more)
+    suite.run_tasks(waiting, measure, file, file.parent, clock=clock, **more)
     return ran
 
 
@@ -76,6 +78,8 @@ def test_a_line_that_a_kill_cut_off_is_removed(suite: ModuleType, tmp_path: Path
     _run(suite, tasks[:1], file)
     whole = file.read_bytes()
     file.write_bytes(whole + whole[:20])
+    assert list(suite.read_figures(file)) == ["run 0"]
+    assert file.read_bytes() == whole + whole[:20], "reading changes nothing"
     assert _run(suite, tasks, file) == ["run 1"]
     assert len(file.read_text().splitlines()) == len(suite.read_figures(file)) == 2
 
@@ -85,13 +89,51 @@ def test_a_suite_continues_on_another_machine_with_the_published_figures(suite: 
     _run(suite, tasks[:2], here)
     suite.publish_figures(suite.read_figures(here), "some", tmp_path / "docs")
     _run(suite, tasks[1:2], there)
-    suite.add_published(there, "some", tmp_path / "docs")
+    suite.add_published(there, "some", lambda _: tasks, tmp_path / "docs")
     assert _run(suite, tasks, there) == ["run 2"]
     found = suite.read_figures(there)
     assert {name for name, row in found.items() if "shared_machine" in row} == {"run 0"}, "times are of two machines"
     assert found["run 0"] == {**suite.read_figures(here)["run 0"], "shared_machine": True}
     with pytest.raises(SystemExit, match="Published figures: some"):
-        suite.add_published(there, "other", tmp_path / "docs")
+        suite.add_published(there, "other", lambda _: tasks, tmp_path / "docs")
+
+
+@pytest.mark.parametrize("wrong", ["published", "own"])
+def test_figures_that_do_not_fit_are_not_mixed_with_published_ones(
+    wrong: str, suite: ModuleType, tmp_path: Path
+) -> None:
+    tasks, own, docs = _tasks(suite, 3), tmp_path / "own.jsonl", tmp_path / "docs"
+    other = {"text": {**STAGES["text"], "valid_fraction": 0.5}}
+    changed = [suite.Task(task.id, "arm", 100.0, other, {}) for task in tasks]
+    _run(suite, (changed if wrong == "own" else tasks)[:1], own)
+    _run(suite, (changed if wrong == "published" else tasks)[1:], tmp_path / "there.jsonl")
+    suite.publish_figures(suite.read_figures(tmp_path / "there.jsonl"), "some", docs)
+    own.write_bytes(own.read_bytes() + b'{"id": "cut off')
+    before = own.read_bytes()
+    advice = "leave out --with-published" if wrong == "published" else "move the file away"
+    with pytest.raises(SystemExit, match=advice):
+        suite.add_published(own, "some", lambda _: tasks, docs)
+    assert own.read_bytes() == before
+
+
+def test_trained_models_stay_until_their_figures_are_on_disk(
+    suite: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    task = suite.Task("run 0", "arm", 1.0, STAGES, {}, temporary=("distill",))
+    folders = [tmp_path / "distill", tmp_path / ".work/distill"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+
+    def full_disk(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(suite, "append_figures", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            _run(suite, [task], tmp_path / "figures.jsonl")
+    assert all(folder.exists() for folder in folders)
+    assert _run(suite, [task], tmp_path / "figures.jsonl") == ["run 0"]
+    assert not any(folder.exists() for folder in folders)
 
 
 def test_a_run_that_fails_leaves_no_figures(suite: ModuleType, tmp_path: Path) -> None:
@@ -101,7 +143,7 @@ def test_a_run_that_fails_leaves_no_figures(suite: ModuleType, tmp_path: Path) -
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        suite.run_tasks(lambda _: _tasks(suite, 1), fail, file)
+        suite.run_tasks(lambda _: _tasks(suite, 1), fail, file, tmp_path)
     assert suite.read_figures(file) == {}
 
 
@@ -110,7 +152,7 @@ def test_a_stopped_suite_prints_how_to_continue(suite: ModuleType, tmp_path: Pat
         raise KeyboardInterrupt("SIGTERM")
 
     with pytest.raises(SystemExit, match="stopped in run 0; the same command continues"):
-        suite.run_tasks(lambda _: _tasks(suite, 1), stop, tmp_path / "figures.jsonl")
+        suite.run_tasks(lambda _: _tasks(suite, 1), stop, tmp_path / "figures.jsonl", tmp_path)
 
 
 def test_the_closest_runs_give_the_estimate(suite: ModuleType) -> None:
@@ -135,8 +177,35 @@ def test_figures_of_other_keys_are_refused(suite: ModuleType, tmp_path: Path) ->
     same = {"text": {**STAGES["text"], "seed": 1234}}  # the default
     suite.require_same_origin(found, [suite.Task("run 0", "arm", 1.0, same, {})], file)
     other = {"text": {**STAGES["text"], "valid_fraction": 0.5}}
-    with pytest.raises(SystemExit, match="other models, texts or keys"):
+    with pytest.raises(SystemExit, match=r"other models, texts, keys or versions of a stage \(1 runs: run 0\)"):
         suite.require_same_origin(found, [suite.Task("run 0", "arm", 1.0, other, {})], file)
+
+
+def test_figures_of_another_version_of_a_stage_are_refused(
+    suite: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tasks, file = _tasks(suite, 1), tmp_path / "figures.jsonl"
+    _run(suite, tasks, file)
+    kind = KINDS["tokenize"]
+    monkeypatch.setitem(KINDS, "tokenize", replace(kind, version=kind.version + 1))
+    with pytest.raises(SystemExit, match="versions of a stage"):
+        suite.matching_figures(file, lambda _: tasks)
+
+
+def test_figures_of_changed_text_are_refused_and_those_of_deleted_text_are_kept(
+    suite: ModuleType, tmp_path: Path
+) -> None:
+    text, file = tmp_path / "text.txt", tmp_path / "figures.jsonl"
+    stages = {"text": {**STAGES["text"], "sources": [{"source": str(text)}]}}
+    tasks = [suite.Task("run 0", "arm", 100.0, stages, {})]
+    text.write_text("some text")
+    _run(suite, tasks, file)
+    suite.matching_figures(file, lambda _: tasks)
+    text.write_text("some other text")
+    with pytest.raises(SystemExit, match="other models, texts"):
+        suite.matching_figures(file, lambda _: tasks)
+    text.unlink()
+    suite.matching_figures(file, lambda _: tasks)
 
 
 def test_only_the_stages_that_are_read_are_kept(suite: ModuleType) -> None:

@@ -204,14 +204,17 @@ def test_from_scratch_is_judged_at_the_loss_of_the_repaired_student(claims: Modu
         for seed in (1, 2)
         for budget, own, other in ((1100, 5.0, 5.0), (3300, 4.35, 4.35))
     ]
-    table = claims.scratch_table([*_rows(), *scratch], claims.Design("sliced", (100, 200, 400), (1, 2)))
+    design = claims.Design("sliced", (100, 200, 400), (1, 2), (1100, 3300))
+    table = claims.scratch_table([*_rows(), *scratch], design)
     # The repaired student has read 110 tokens: 4.3 and 4.4 on its own text, 4.65 and 4.75 on the other.
     own, other = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:])
     assert own[1:3] == ["4.300, 4.400", "4.350, 4.350"]
     assert (own[3].split(" to ")[1], own[4]) == ("≥ 30.00", "undecided")
     assert other[4] == "**refuted**"
-    table = claims.scratch_table([*_rows(), *scratch[:-1]], claims.Design("sliced", (100, 200, 400), (1, 2)))
+    table = claims.scratch_table([*_rows(), *scratch[:-1]], design)
     assert table.count("not run") == 2, "a budget of a seed is missing"
+    table = claims.scratch_table([*_rows(), *scratch[::2]], design)
+    assert table.count("not run") == 2, "the largest budget of each seed is missing"
     assert "from_scratch" not in claims.ratio_table([*_rows(), *scratch], claims.Design("sliced", (100,), (1, 2)))
     assert (
         claims.scratch_table(_rows(), claims.Design("sliced", (100,), (1, 2))) == "The model from scratch was not run."
