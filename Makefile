@@ -131,7 +131,7 @@ reference: $(STAMP)
 
 results: $(STAMP)
 	$(BIN)/minitron assets fetch
-	$(BIN)/python benchmarks/results.py
+	$(BIN)/python benchmarks/results.py $(ARGS)
 
 # The claims suite trains a teacher from scratch. TEXT is any text; form feeds separate documents.
 TEXT ?= ./data/*.txt*

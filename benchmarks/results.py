@@ -254,7 +254,7 @@ def missing(names: Sequence[str], found: Mapping[str, Any], origin: str, file: P
     if other:
         raise SystemExit(
             f"{file} has figures of another teacher, other text or other versions of a stage: {', '.join(other)}.\n"
-            "Next: measure everything again with --again, without --only."
+            "Next: measure everything again: make results ARGS=--again"
         )
     return todo
 
