@@ -17,13 +17,17 @@ import click
 import pytest
 import typer
 
+from nemo_minitron.api import load_plan
 from nemo_minitron.cli.main import make_app
+from nemo_minitron.plan.checks import find_problems
 from tests.conftest import REPO, Cli
+from tests.golden.test_recipes import MISSING
 
 PAGES = (REPO / "README.md", *sorted((REPO / "docs").rglob("*.md")), *sorted((REPO / "recipes").glob("*.md")))
 SHELL_BLOCK = re.compile(r"^```(?:bash|sh|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ANY_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`minitron ([^`]+)`")
+HELP = str(make_app(()).info.help)
 PLACEHOLDERS = ("RECIPE", "RECIPE_OR_RUN")
 OVERRIDABLE = ("run", "plan", "check", "launch")
 NOT_AN_OVERRIDE = re.compile(r"--|\.\.\.$|[A-Z_]+$")
@@ -53,13 +57,13 @@ def _in_blocks(page: Path) -> set[Words]:
     return {tuple(words[1:]) for words in commands if words and Path(words[0]).name == "minitron"}
 
 
-def _inline(page: Path) -> set[Words]:
-    found = INLINE.findall(ANY_BLOCK.sub("", page.read_text(encoding="utf-8")))
-    return {tuple(words) for text in found for words in _split(text)[:1] if words}
+def _inline(text: str) -> set[Words]:
+    found = INLINE.findall(ANY_BLOCK.sub("", text))
+    return {tuple(words) for line in found for words in _split(line)[:1] if words}
 
 
-COMMANDS = sorted(set().union(*map(_in_blocks, PAGES)))
-MENTIONS = sorted(set().union(*map(_inline, PAGES)))
+COMMANDS = sorted(set().union(*map(_in_blocks, PAGES), _inline(HELP)))
+MENTIONS = sorted(set().union(*(_inline(page.read_text(encoding="utf-8")) for page in PAGES)))
 
 
 @cache
@@ -95,7 +99,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _planned() -> list[Words]:
-    """Return the recipe and overrides of every command that names a recipe, each once."""
+    """Return the recipe and overrides of every command that names a recipe, those of the help included, each once."""
     found = set()
     for words in COMMANDS:
         _, params = _parsed(words)
@@ -130,6 +134,9 @@ def test_recipe_and_overrides_of_a_command_can_be_planned(
     monkeypatch.chdir(folder)
     code, text = minitron("plan", *words)
     assert code == 0, text
+    # `plan` shows the problems for which `run` and `launch` would refuse the recipe, and exits with 0.
+    problems = list(find_problems(load_plan(words[0], words[1:], checked=False)))
+    assert all(any(missing in problem for missing in MISSING) for problem in problems), problems
 
 
 def _runs_here(words: Words) -> bool:

@@ -58,7 +58,7 @@ def _shared_cores(cluster: Cluster, jobs: list[Job]) -> Iterator[Finding]:
     modest = [
         job.name
         for job in jobs
-        if not (cluster.exclusive and job.uses_gpu)
+        if not job.is_exclusive(cluster)
         and (job.resources.cpus_per_node is None or job.resources.mem_gib is None)
     ]
     if modest and "--exclusive" not in cluster.sbatch:
