@@ -72,9 +72,7 @@ def _job_name(call: StageCall, plan: RunPlan) -> str:
     return STAGES[call.kind].array(call.name, plan.recipe.stages[call.name]) or call.name
 
 
-def _job(
-    name: str, group: list[StageCall], job_of: dict[str, str], cluster: Cluster, execution: Execution
-) -> Job:
+def _job(name: str, group: list[StageCall], job_of: dict[str, str], cluster: Cluster, execution: Execution) -> Job:
     call = group[0]
     spec = STAGES[call.kind]
     uses_gpu = spec.uses_gpu and execution.device != "cpu"
