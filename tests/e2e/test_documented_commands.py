@@ -26,6 +26,7 @@ from tests.golden.test_recipes import MISSING
 PAGES = (REPO / "README.md", *sorted((REPO / "docs").rglob("*.md")), *sorted((REPO / "recipes").glob("*.md")))
 SHELL_BLOCK = re.compile(r"^```(?:bash|sh|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ANY_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+RECIPE_BLOCK = re.compile(r"^```yaml\n(defaults:.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`minitron ([^`]+)`")
 HELP = str(make_app(()).info.help)
 PLACEHOLDERS = ("RECIPE", "RECIPE_OR_RUN")
@@ -112,6 +113,7 @@ def _planned() -> list[Words]:
 def test_the_pages_have_commands() -> None:
     assert len(COMMANDS) >= 30
     assert len(MENTIONS) >= 20
+    assert len(RECIPE_BLOCKS) >= 2
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
@@ -135,8 +137,24 @@ def test_recipe_and_overrides_of_a_command_can_be_planned(
     code, text = minitron("plan", *words)
     assert code == 0, text
     # `plan` shows the problems for which `run` and `launch` would refuse the recipe, and exits with 0.
-    problems = list(find_problems(load_plan(words[0], words[1:], checked=False)))
-    assert all(any(missing in problem for missing in MISSING) for problem in problems), problems
+    _require_only_missing_files(words[0], words[1:])
+
+
+def _require_only_missing_files(recipe: str, overrides: Words = ()) -> None:
+    problems = list(find_problems(load_plan(recipe, overrides, checked=False)))
+    assert all(any(words in problem for words in MISSING) for problem in problems), problems
+
+
+RECIPE_BLOCKS = [(page, block) for page in PAGES for block in RECIPE_BLOCK.findall(page.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize(("page", "block"), RECIPE_BLOCKS, ids=[page.name for page, _ in RECIPE_BLOCKS])
+def test_a_recipe_of_a_page_can_be_pasted_into_a_file(
+    page: Path, block: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    Path("pasted.yaml").write_text(block, encoding="utf-8")
+    _require_only_missing_files("pasted.yaml")
 
 
 def _runs_here(words: Words) -> bool:

@@ -98,10 +98,8 @@ def totals(found: Mapping[str, Estimate], more_disk_bytes: int = 0) -> dict[str,
 
 
 def limit_gib(recipe: Recipe, layout: Parallel) -> float | None:
-    """Return the memory that a process can use: that of a GPU without the planning reserve, or its share of this machine.
-
-    None on CPUs of other machines, whose memory is not known.
-    """
+    """Return the memory that a process can use: that of a GPU without the planning reserve, or its share of this
+    machine's; None on CPUs of other machines, whose memory is not known."""
     execution, memory = recipe.execution, hardware_of(recipe).memory_gib
     if memory is not None:
         return memory - execution.planning.reserve_gib
