@@ -57,20 +57,19 @@ def test_the_papers_distillation_takes_a_plausible_number_of_gpu_hours(tmp_path:
 def test_on_a_cpu_all_processes_share_the_memory_of_this_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(costs, "usable_memory_bytes", lambda: GIB)
-    key = "execution.parallel.dp"
-    peak = estimates(_plan(TOY, tmp_path))["distill"].memory.peak / GIB
-    too_many = 64
-    assert peak < 1 < too_many * peak
+    recipe, two = REPO / "recipes/smollm2_135m/width.yaml", "execution.parallel.dp=2"
+    peak = max(estimate.memory.peak for estimate in estimates(_plan(recipe, tmp_path)).values())
+    monkeypatch.setattr(costs, "usable_memory_bytes", lambda: int(1.5 * peak))
 
     def warned(*overrides: str) -> list[str]:
-        plan = _plan(TOY, tmp_path, *overrides)
+        plan = _plan(recipe, tmp_path, *overrides)
         return list(memory_warnings(plan, resource_facts(plan)))
 
     assert warned() == []
-    (warning,) = (text for text in warned(f"{key}={too_many}") if text.startswith("distill: "))
-    assert "GiB (all processes), and this machine has 1.0 GiB; reduce dp" in warning
-    assert warned(f"{key}={too_many}", "launcher=slurm", "cluster=slurm", "cluster.ranks_per_node=64") == []
+    (warning,) = warned(two)
+    assert warning.startswith("distill: needs ")
+    assert f"GiB (all processes), and this machine has {1.5 * peak / GIB:.1f} GiB; reduce dp" in warning
+    assert warned(two, "execution.device=cpu", "launcher=slurm", "cluster=slurm") == []
 
 
 @pytest.mark.parametrize(
