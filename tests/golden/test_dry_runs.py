@@ -49,7 +49,8 @@ def test_a_recipe_for_cpus_shares_its_nodes(site: str, minitron: Cli) -> None:
     stages = output.count("#SBATCH --nodes=1\n")
     assert stages > 10
     assert output.count("#SBATCH --cpus-per-task=8\n") == output.count("#SBATCH --mem=32G\n") == stages
-    code, output = minitron("launch", "--dry-run", *words, "execution.parallel_by_stage.distill.dp=16")
+    two_nodes = ("execution.parallel_by_stage={distill: {dp: 4}}", "cluster.ranks_per_node=2")
+    code, output = minitron("launch", "--dry-run", *words, *two_nodes)
     assert code == 0, output
     assert output.count("#SBATCH --exclusive\n") == 1, "several nodes"
 

@@ -99,11 +99,11 @@ def totals(found: Mapping[str, Estimate], more_disk_bytes: int = 0) -> dict[str,
 
 def limit_gib(recipe: Recipe, layout: Parallel) -> float | None:
     """Return the memory that a process can use: that of a GPU without the planning reserve, or its share of this
-    machine's; None on CPUs of other machines, whose memory is not known."""
+    machine's; None on CPUs of a cluster, whose memory is not known."""
     execution, memory = recipe.execution, hardware_of(recipe).memory_gib
     if memory is not None:
         return memory - execution.planning.reserve_gib
-    return usable_memory_bytes() / GIB / layout.world_size if execution.launcher == "local" else None
+    return usable_memory_bytes() / GIB / layout.world_size if execution.cluster is None else None
 
 
 def _estimate(load: Load, layout: Parallel, recipe: Recipe, disk_bytes: int) -> Estimate:
