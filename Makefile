@@ -123,10 +123,12 @@ lock: $(STAMP)
 	@command -v uv > /dev/null || { echo "make lock needs uv: pip install uv"; exit 1; }
 	$(BIN)/python -W ignore constraints/lock.py $(if $(UPGRADE),--upgrade)
 
-# Generated pages: the keys of recipes, their JSON schema, and the table of layers in docs/ARCHITECTURE.md.
+# Generated: the page of all keys of recipes, their JSON schema, the list of keys that a test freezes, and the table of
+# layers in docs/ARCHITECTURE.md.
 reference: $(STAMP)
 	$(BIN)/minitron schema --page > docs/reference/keys.md
 	$(BIN)/minitron schema > docs/reference/recipe.schema.json
+	$(BIN)/python -m tests.golden.test_recipe_keys
 	$(BIN)/python -m tests.support.layers
 
 results: $(STAMP)

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from nemo_minitron.system.cores import memory_limit_bytes, usable_cores
+from nemo_minitron.system.cores import usable_cores, usable_memory_bytes
 from nemo_minitron.system.tested_versions import TESTED, level_of
 
 Level = Literal["ok", "newer", "missing", "problem"]
@@ -91,8 +91,7 @@ def _version_finding(name: str, found: str, text: str) -> Finding:
 def _machine() -> Iterator[Finding]:
     python = platform.python_version()
     yield _version_finding("python", python, f"{python} ({sys.executable})")
-    installed_bytes, limit_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), memory_limit_bytes()
-    memory_gib = (installed_bytes if limit_bytes is None else min(installed_bytes, limit_bytes)) / 2**30
+    memory_gib = usable_memory_bytes() / 2**30
     yield Finding(
         "core", "machine", "ok", f"{usable_cores()} cores, {memory_gib:.1f} GiB of memory, {platform.platform()}"
     )

@@ -44,7 +44,7 @@ def launch(
         _print_steps(registry.of_recipe(loaded).render(plan, options, typed))
         return
     require_valid(plan)
-    print_warnings(foreign_programs(recipe, loaded.execution))
+    print_warnings(foreign_programs(recipe, loaded))
     done = registry.of_recipe(loaded).submit(plan, options, console.say)
     if done is None:
         console.say("nothing was submitted", "all stages have finished;", "green")

@@ -63,7 +63,7 @@ def make_app(names: Collection[str] = (*GROUPS, *COMMANDS)) -> typer.Typer:
         rich_markup_mode="markdown",
         help="""Make a small language model out of a big one: prune, distill, report.
 
-Example: `minitron run recipes/smollm2_135m/width.yaml stages.distill.lr=1e-4 execution.parallel.tp=3`""",
+Example: `minitron run recipes/smollm2_135m/width.yaml stages.distill.lr=1e-4 execution.parallel.pp=2`""",
     )
     for name in GROUPS:
         if name in names:

@@ -25,7 +25,7 @@ def run(
     loaded = api.load_recipe(recipe, overrides)
     plan = api.plan(loaded)
     require_no_jobs(run_dir(loaded))
-    print_warnings(foreign_programs(recipe, loaded.execution))
+    print_warnings(foreign_programs(recipe, loaded))
     started_s = time.monotonic()
     folder = api.run(plan, rerun=rerun or (), accept_drift=accept_drift, until=until)
     console.say(f"in {duration(time.monotonic() - started_s)}: {folder}", "done", "green")

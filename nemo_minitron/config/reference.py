@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from nemo_minitron.config.keys import sections_in, stage_classes
 from nemo_minitron.config.recipe import Recipe
@@ -130,7 +131,7 @@ def _section(model: type[BaseModel], definitions: Mapping[str, Any]) -> str:
     about = inspect.cleandoc(model.__dict__.get("__doc__") or "")
     part = definitions[model.__name__]
     rows = [
-        f"| `{key}` | {_type(value)} | {_default(value, key in part.get('required', ()))} | {_cell(doc)} |"
+        f"| `{key}` | {_type(value)} | {_default(value, model.model_fields[key])} | {_cell(doc)} |"
         for key, value in part.get("properties", {}).items()
         for doc in [field_docs(model).get(key, "")]
         if key != "kind" or len(value.get("enum", ())) > 1
@@ -160,12 +161,15 @@ def _type(value: Mapping[str, Any]) -> str:
     return " ".join([kind, ", ".join(bounds)]).strip()
 
 
-def _default(value: Mapping[str, Any], required: bool) -> str:
+def _default(value: Mapping[str, Any], field: FieldInfo) -> str:
     """Return the default as in YAML; the defaults of a section are listed in its own table."""
-    if required:
+    if field.is_required():
         return "required"
-    default = value.get("default")
-    return "its defaults" if isinstance(default, dict) else f"`{json.dumps(default, ensure_ascii=False)}`"
+    if isinstance(value.get("default"), dict):
+        return "its defaults"
+    # The JSON schema has no default for a map, which a factory makes.
+    default = value["default"] if "default" in value else field.get_default(call_default_factory=True)
+    return f"`{json.dumps(default, ensure_ascii=False)}`"
 
 
 def _cell(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +11,7 @@ from nemo_minitron.errors import PlanError
 from nemo_minitron.launch import images
 from nemo_minitron.plan.planner import RunPlan, StageCall
 from nemo_minitron.schema.cluster import Cluster, Container, Resources
+from nemo_minitron.schema.execution import Execution
 from nemo_minitron.stages.registry import STAGES
 
 Environment = Literal["core", "aligner"]
@@ -30,6 +31,7 @@ class Job:
     """Resources of the job; None where the site decides."""
     environment: Environment
     uses_gpu: bool
+    """Whether its stages can use a GPU and the recipe allows it."""
     after: tuple[str, ...]
     """Names of jobs that must succeed first."""
     server_nodes: int = 0
@@ -38,6 +40,10 @@ class Job:
     @property
     def is_array(self) -> bool:
         return len(self.stages) > 1
+
+    def is_exclusive(self, cluster: Cluster) -> bool:
+        """Return whether it requests whole nodes. On several nodes, others could reach the store of its processes."""
+        return cluster.exclusive and (self.uses_gpu or self.nodes > 1)
 
 
 def jobs_of(plan: RunPlan, cluster: Cluster, wanted: set[str]) -> list[Job]:
@@ -57,8 +63,8 @@ def jobs_of(plan: RunPlan, cluster: Cluster, wanted: set[str]) -> list[Job]:
     groups: dict[str, list[StageCall]] = {}
     for call in calls:
         groups.setdefault(job_of[call.name], []).append(call)
-    servers = plan.recipe.execution.server_nodes_by_stage
-    return [_job(name, group, job_of, cluster, servers) for name, group in groups.items()]
+    execution = plan.recipe.execution
+    return [_job(name, group, job_of, cluster, execution) for name, group in groups.items()]
 
 
 def _job_name(call: StageCall, plan: RunPlan) -> str:
@@ -66,25 +72,22 @@ def _job_name(call: StageCall, plan: RunPlan) -> str:
     return STAGES[call.kind].array(call.name, plan.recipe.stages[call.name]) or call.name
 
 
-def _job(
-    name: str, group: list[StageCall], job_of: dict[str, str], cluster: Cluster, server_nodes: Mapping[str, int]
-) -> Job:
+def _job(name: str, group: list[StageCall], job_of: dict[str, str], cluster: Cluster, execution: Execution) -> Job:
     call = group[0]
     spec = STAGES[call.kind]
-    resources = _merged_resources(call, cluster, uses_gpu=spec.uses_gpu)
+    uses_gpu = spec.uses_gpu and execution.device != "cpu"
+    resources = _merged_resources(call, cluster, uses_gpu=uses_gpu)
     nodes, each = _share_out(call, cluster)
-    for_servers = _server_nodes(call, nodes, server_nodes.get(call.name))
+    for_servers = _server_nodes(call, nodes, execution.server_nodes_by_stage.get(call.name))
     waits = {job_of[other]: None for member in group for other in member.depends if other in job_of}
     return Job(
         name=name,
         stages=tuple(member.name for member in group),
         nodes=nodes + for_servers,
         processes_per_node=each,
-        resources=resources.model_copy(
-            update={"gpus_per_node": _gpus(resources, cluster, each, uses_gpu=spec.uses_gpu)}
-        ),
+        resources=resources.model_copy(update={"gpus_per_node": _gpus(resources, cluster, each, uses_gpu=uses_gpu)}),
         environment="aligner" if spec.needs_aligner else "core",
-        uses_gpu=spec.uses_gpu,
+        uses_gpu=uses_gpu,
         after=tuple(other for other in waits if other != name),
         server_nodes=for_servers,
     )

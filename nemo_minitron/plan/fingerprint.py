@@ -38,19 +38,30 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-_NEWER_KEYS = {"template_date": TEMPLATE_DATE.isoformat(), "compensation": None, "teacher_fp8": None}
+_NEWER_KEYS: dict[str, Any] = {
+    "template_date": TEMPLATE_DATE.isoformat(),
+    "compensation": None,
+    "teacher_fp8": None,
+    "loss.anchors": None,
+}
+"""Keys of stages that runs of older versions do not have, with dots for sections, and their defaults, which must not
+change fingerprints. They also apply inside `retraining`, which has the keys of a training."""
 
 
 def params_of(stage: StageParams) -> dict[str, Any]:
     """Return the keys of a stage that determine its output: all except its kind, its inputs and the loss guard."""
     left_out = {"kind": True, "inputs": True, "guard": True, "retraining": {"guard": True}}
     dump: dict[str, Any] = stage.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
-    # Runs of older versions do not have these keys: their defaults must not change fingerprints.
-    for key, default in _NEWER_KEYS.items():
-        if key in dump and dump[key] == default:
-            del dump[key]
-    for section in (dump, dump.get("retraining") or {}):
-        loss = section.get("loss")
-        if isinstance(loss, dict) and loss.get("anchors", 0) is None:
-            del loss["anchors"]
+    for path, default in _NEWER_KEYS.items():
+        for section in (dump, dump.get("retraining")):
+            _drop_default(section, path, default)
     return dump
+
+
+def _drop_default(section: Any, path: str, default: Any) -> None:
+    """Remove the key at a dotted path if it is there and has this value."""
+    *names, key = path.split(".")
+    for name in names:
+        section = section.get(name) if isinstance(section, dict) else None
+    if isinstance(section, dict) and key in section and section[key] == default:
+        del section[key]

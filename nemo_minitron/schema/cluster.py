@@ -91,7 +91,7 @@ class Cluster(Schema):
     mem_gib: NonNegativeInt | None = None
     """Memory of each node in GiB. 0: all of it. null: the site's default."""
     exclusive: bool = False
-    """Request whole nodes for stages that use GPUs."""
+    """Request whole nodes for stages that use GPUs or several nodes."""
     time_min: PositiveInt = 240
     """Time limit of a job in minutes. A stage that takes longer saves its state and continues in the next job.
     evaluate and score save nothing before they end, so it must be enough for them."""
@@ -106,7 +106,8 @@ class Cluster(Schema):
     array_limit: PositiveInt | None = None
     """Candidates of a search that run at the same time. null: as many as fit."""
     cpu: Resources = Resources(gpus_per_node=0)
-    """What stages without a GPU request (reading, selecting, pruning, reporting)."""
+    """What stages without a GPU request (reading, selecting, pruning, reporting), and with execution.device: cpu all
+    stages."""
     by_stage: dict[StageName, Resources] = Field(default_factory=dict)
     """Stage name -> what its job requests."""
     sbatch: tuple[SbatchOption, ...] = ()

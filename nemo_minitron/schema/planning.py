@@ -15,7 +15,8 @@ class Planning(Schema):
     """What `minitron plan` assumes about hardware and prices. It never changes a result."""
 
     hardware: HardwareName | None = None
-    """Hardware of one process. null: CPU for a CPU or a cluster without GPUs, else H100."""
+    """Hardware of one process. null: H100 for execution.device: cuda, and for auto with a cluster that has GPUs; else
+    CPU, also on a machine that has a GPU."""
     num_gpus: PositiveInt | None = None
     """Number of GPUs for which layouts are proposed. null: as many as the recipe's layout uses."""
     mfu: Annotated[float, Field(gt=0.0, le=1.0)] | None = None

@@ -35,6 +35,12 @@ def memory_limit_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None
     return min((limit for limit in limits if limit is not None), default=None)
 
 
+def usable_memory_bytes() -> int:
+    """Return the memory of this machine, or the limit of the process's control groups if that is smaller."""
+    installed_bytes, limit_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), memory_limit_bytes()
+    return installed_bytes if limit_bytes is None else min(installed_bytes, limit_bytes)
+
+
 def _quota(proc: Path, cgroups: Path) -> float | None:
     """Return the smallest CPU quota of the process's control groups and their parents, in cores; None: no limit."""
     quotas = (_quota_of(group) for group in _groups("cpu", proc, cgroups))

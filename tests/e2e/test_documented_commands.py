@@ -17,13 +17,18 @@ import click
 import pytest
 import typer
 
+from nemo_minitron.api import load_plan
 from nemo_minitron.cli.main import make_app
+from nemo_minitron.plan.checks import find_problems
 from tests.conftest import REPO, Cli
+from tests.golden.test_recipes import MISSING
 
 PAGES = (REPO / "README.md", *sorted((REPO / "docs").rglob("*.md")), *sorted((REPO / "recipes").glob("*.md")))
 SHELL_BLOCK = re.compile(r"^```(?:bash|sh|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ANY_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+RECIPE_BLOCK = re.compile(r"^```yaml\n(defaults:.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`minitron ([^`]+)`")
+HELP = str(make_app(()).info.help)
 PLACEHOLDERS = ("RECIPE", "RECIPE_OR_RUN")
 OVERRIDABLE = ("run", "plan", "check", "launch")
 NOT_AN_OVERRIDE = re.compile(r"--|\.\.\.$|[A-Z_]+$")
@@ -53,13 +58,13 @@ def _in_blocks(page: Path) -> set[Words]:
     return {tuple(words[1:]) for words in commands if words and Path(words[0]).name == "minitron"}
 
 
-def _inline(page: Path) -> set[Words]:
-    found = INLINE.findall(ANY_BLOCK.sub("", page.read_text(encoding="utf-8")))
-    return {tuple(words) for text in found for words in _split(text)[:1] if words}
+def _inline(text: str) -> set[Words]:
+    found = INLINE.findall(ANY_BLOCK.sub("", text))
+    return {tuple(words) for line in found for words in _split(line)[:1] if words}
 
 
-COMMANDS = sorted(set().union(*map(_in_blocks, PAGES)))
-MENTIONS = sorted(set().union(*map(_inline, PAGES)))
+COMMANDS = sorted(set().union(*map(_in_blocks, PAGES), _inline(HELP)))
+MENTIONS = sorted(set().union(*(_inline(page.read_text(encoding="utf-8")) for page in PAGES)))
 
 
 @cache
@@ -95,7 +100,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _planned() -> list[Words]:
-    """Return the recipe and overrides of every command that names a recipe, each once."""
+    """Return the recipe and overrides of every command that names a recipe, those of the help included, each once."""
     found = set()
     for words in COMMANDS:
         _, params = _parsed(words)
@@ -108,6 +113,7 @@ def _planned() -> list[Words]:
 def test_the_pages_have_commands() -> None:
     assert len(COMMANDS) >= 30
     assert len(MENTIONS) >= 20
+    assert len(RECIPE_BLOCKS) >= 2
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
@@ -130,6 +136,25 @@ def test_recipe_and_overrides_of_a_command_can_be_planned(
     monkeypatch.chdir(folder)
     code, text = minitron("plan", *words)
     assert code == 0, text
+    # `plan` shows the problems for which `run` and `launch` would refuse the recipe, and exits with 0.
+    _require_only_missing_files(words[0], words[1:])
+
+
+def _require_only_missing_files(recipe: str, overrides: Words = ()) -> None:
+    problems = list(find_problems(load_plan(recipe, overrides, checked=False)))
+    assert all(any(words in problem for words in MISSING) for problem in problems), problems
+
+
+RECIPE_BLOCKS = [(page, block) for page in PAGES for block in RECIPE_BLOCK.findall(page.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize(("page", "block"), RECIPE_BLOCKS, ids=[page.name for page, _ in RECIPE_BLOCKS])
+def test_a_recipe_of_a_page_can_be_pasted_into_a_file(
+    page: Path, block: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    Path("pasted.yaml").write_text(block, encoding="utf-8")
+    _require_only_missing_files("pasted.yaml")
 
 
 def _runs_here(words: Words) -> bool:

@@ -40,6 +40,21 @@ def test_a_recipe_is_planned_and_its_scripts_are_printed_without_the_data(recipe
     assert not list(Path.cwd().iterdir())
 
 
+@pytest.mark.parametrize("site", ["slurm", "slurm_pyxis", "slurm_apptainer"])
+def test_a_recipe_for_cpus_shares_its_nodes(site: str, minitron: Cli) -> None:
+    words = (REPO / "recipes/toy/width.yaml", "launcher=slurm", f"cluster={site}")
+    code, output = minitron("launch", "--dry-run", *words)
+    assert code == 0, output
+    assert not any(word in output for word in ("gpu:", "gpus", "--exclusive"))
+    stages = output.count("#SBATCH --nodes=1\n")
+    assert stages > 10
+    assert output.count("#SBATCH --cpus-per-task=8\n") == output.count("#SBATCH --mem=32G\n") == stages
+    two_nodes = ("execution.parallel_by_stage={distill: {dp: 4}}", "cluster.ranks_per_node=2")
+    code, output = minitron("launch", "--dry-run", *words, *two_nodes)
+    assert code == 0, output
+    assert output.count("#SBATCH --exclusive\n") == 1, "several nodes"
+
+
 WIDTH = REPO / "recipes/llama31_8b/width_4b.yaml"
 NO_DATA = "stages.data.sources.0.source = ./data/*.jsonl.gz: matches no file."
 

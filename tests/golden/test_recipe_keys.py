@@ -1,6 +1,6 @@
 """Every key of a recipe with its default, frozen: a missing key or another default breaks recipes.
 
-After a deliberate change: `python -m tests.golden.test_recipe_keys` writes the list again.
+After a deliberate change, `make reference` writes the list again.
 """
 
 from __future__ import annotations

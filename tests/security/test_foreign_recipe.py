@@ -7,27 +7,38 @@ from pathlib import Path
 
 import pytest
 
+from nemo_minitron.api import load_recipe
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.plan.programs import foreign_programs, programs_of
-from nemo_minitron.schema.execution import Execution
+from tests.conftest import REPO
 
-CLUSTER = {"setup_script": "site.sh", "command": "./minitron"}
-RUNS = Execution.model_validate({"notify_command": ["mail"], "cluster": CLUSTER})
+REINFORCE = REPO / "recipes" / "toy" / "reinforce.yaml"
+SITE = ("execution.notify_command=[mail]", "execution.cluster={setup_script: site.sh, command: ./minitron}")
+FUNCTION = "stages.reinforce.rewards=[{rule: random}, {rule: function, function: 'os:system'}]"
 
 
-def test_the_keys_that_run_programs_are_named() -> None:
+def _runs(*overrides: str) -> Recipe:
+    return load_recipe(REINFORCE, overrides)
+
+
+def test_the_keys_and_functions_that_run_are_named() -> None:
     found = ["notify_command", "cluster.setup_script", "cluster.command"]
-    assert list(programs_of(RUNS)) == [f"execution.{key}" for key in found]
-    assert list(programs_of(Execution())) == []
+    assert list(programs_of(_runs(*SITE))) == [f"execution.{key}" for key in found]
+    assert list(programs_of(_runs(FUNCTION))) == ["os:system (stages.reinforce)"]
+    assert list(programs_of(_runs())) == []
 
 
-def test_only_a_recipe_of_another_user_causes_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text("{}")
-    owner = recipe.stat().st_uid
-    assert foreign_programs(recipe, RUNS) == []
+@pytest.mark.parametrize(("overrides", "named"), [(SITE, "execution.notify_command"), ((FUNCTION,), "os:system")])
+def test_only_a_recipe_of_another_user_causes_a_warning(
+    overrides: tuple[str, ...], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, recipe = tmp_path / "mine.yaml", _runs(*overrides)
+    file.write_text("{}")
+    owner = file.stat().st_uid
+    assert foreign_programs(file, recipe) == []
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
     monkeypatch.setattr("nemo_minitron.plan.programs._ADMINISTRATOR", owner + 2)
-    (output,) = foreign_programs(recipe, RUNS)
+    (output,) = foreign_programs(file, recipe)
     assert f"belongs to another user (uid {owner})" in output
-    assert "execution.notify_command" in output
-    assert foreign_programs(recipe, Execution()) == []
+    assert named in output
+    assert foreign_programs(file, _runs()) == []

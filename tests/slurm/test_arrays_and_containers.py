@@ -65,7 +65,10 @@ def test_a_missing_plugin_is_reported_before_anything_is_queued(slurm: SlurmClus
     [
         (("cluster.partition=gpu",), "there is no partition gpu"),
         (("cluster.partition=short", "cluster.time_min=60", "cluster.grace_s=60"), "needs 60 minutes; the limit is 2"),
-        (("cluster.gpus_per_node=16", "cluster.exclusive=true"), "needs 16 GPUs per node; its nodes have 8"),
+        (
+            ("cluster.gpus_per_node=16", "cluster.exclusive=true", "execution.device=auto"),
+            "needs 16 GPUs per node; its nodes have 8",
+        ),
         (("cluster.setup_script=/nowhere.sh",), "there is no file /nowhere.sh"),
     ],
 )

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_minitron.assets import ASSETS
+from nemo_minitron.hf.source import BUILT_IN
 from tests.conftest import REPO
 
 PAGES = sorted(
@@ -123,6 +125,21 @@ def test_every_section_of_the_results_has_a_date() -> None:
     sections = re.split(r"^## ", RESULTS.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     assert len(sections) >= 10
     assert not [section.splitlines()[0] for section in sections if not DATE.search(section)]
+
+
+def test_the_page_of_example_data_names_every_asset() -> None:
+    text = (REPO / "docs" / "reference" / "example-data.md").read_text(encoding="utf-8")
+    assert not [name for name in (*BUILT_IN, *ASSETS) if f"`{name}`" not in text]
+
+
+@pytest.mark.parametrize("folder", ["toy", "chats"])
+def test_the_readme_of_shipped_data_names_every_set(folder: str) -> None:
+    path = REPO / "nemo_minitron" / folder
+    text = (path / "README.md").read_text(encoding="utf-8")
+    files = [file for file in path.glob("*.jsonl*") if f"`{file.name}`" not in text]
+    # Sets that recipes name as assets may have a row with that name.
+    named = {location for name, location in BUILT_IN.items() if f"`{name}`" in text}
+    assert not [file.name for file in files if file not in named]
 
 
 @pytest.mark.parametrize("what", ADDED)

@@ -24,7 +24,8 @@ SEARCH = REPO / "recipes/toy/search.yaml"
 
 
 def _jobs(recipe: Path, tmp_path: Path, *overrides: str) -> dict[str, Job]:
-    plan = load_plan(recipe, [f"execution.run_root={tmp_path}", "cluster=slurm", *overrides], checked=False)
+    keys = [f"execution.run_root={tmp_path}", "cluster=slurm", "execution.device=auto", *overrides]
+    plan = load_plan(recipe, keys, checked=False)
     cluster = cluster_of(plan.recipe)
     return {job.name: job for job in jobs_of(plan, cluster, {call.name for call in plan.calls})}
 

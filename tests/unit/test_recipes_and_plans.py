@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from nemo_minitron.api import load_plan, load_recipe
 from nemo_minitron.config.compose import recipe_name
 from nemo_minitron.errors import ConfigError, PlanError
 from nemo_minitron.hf.source import BUILT_IN
-from nemo_minitron.plan.fingerprint import canonical_json, differences, fingerprint
+from nemo_minitron.plan.fingerprint import _NEWER_KEYS, canonical_json, differences, fingerprint, params_of
 from nemo_minitron.plan.sources import changed_sources, source_facts
 from tests.conftest import REPO, TOY
 
@@ -263,6 +264,26 @@ def test_fingerprints_depend_on_content_and_not_on_order() -> None:
     for unstable in (float("nan"), object()):
         with pytest.raises(TypeError):
             canonical_json({"a": unstable})
+
+
+def test_a_newer_key_inside_a_section_counts_only_if_it_differs_from_its_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As if `jsd_beta` were new: finished runs of older versions do not have it."""
+    key = "loss.logits.jsd_beta"
+    monkeypatch.setitem(_NEWER_KEYS, key, 0.5)
+    search = REPO / "recipes/toy/search.yaml"
+
+    def losses(*loss: str) -> list[dict[str, Any]]:
+        stages = load_recipe(search, [f"stages.{place}.loss={text}" for text in loss for place in places]).stages
+        return [params_of(stages["distill"])["loss"], params_of(stages["search"])["retraining"]["loss"]]
+
+    places = ("distill", "search.retraining")
+    assert not any("jsd_beta" in loss["logits"] for loss in losses())
+    assert all("temperature" in loss["logits"] for loss in losses())
+    other = losses("{logits: {kind: jsd, jsd_beta: 0.1}}")
+    assert [loss["logits"]["jsd_beta"] for loss in other] == [0.1, 0.1]
+    assert [loss["logits"] for loss in losses("{logits: null, next_token: 1.0}")] == [None, None]
 
 
 def test_a_student_with_a_smaller_vocabulary_than_its_cached_teacher_is_rejected(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_minitron.config.keys import stage_classes
-from nemo_minitron.config.reference import field_docs, json_schema, page
+from nemo_minitron.config.recipe import Recipe
+from nemo_minitron.config.reference import _default, _models, field_docs, json_schema, page
 from nemo_minitron.stages.distill.params import DistillStage
 from tests.conftest import REPO, Cli
 
@@ -77,6 +78,19 @@ def test_the_page_has_every_stage_and_every_key() -> None:
         _, _, rest = text.partition(f"## Stage `{kind}`\n")
         section = rest.partition("\n## ")[0]
         assert all(f"| `{key}` |" in section for key in model.model_fields if key != "kind"), kind
+
+
+def test_a_default_of_null_is_a_value_that_the_key_accepts() -> None:
+    schema = Recipe.model_json_schema()
+    found = [
+        (model.__name__, key, value)
+        for model in _models(Recipe)
+        for key, value in schema["$defs"].get(model.__name__, schema)["properties"].items()
+        if _default(value, model.model_fields[key]) == "`null`"
+    ]
+    assert len(found) > 50
+    assert not [(name, key) for name, key, value in found if {"type": "null"} not in value.get("anyOf", ())]
+    assert "| `parallel_by_stage` | map | `{}` |" in page()
 
 
 def test_the_command_prints_both(minitron: Cli) -> None:

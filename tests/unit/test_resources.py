@@ -12,8 +12,9 @@ import pytest
 from nemo_minitron.api import load_plan, load_recipe
 from nemo_minitron.distillation.flops import forward_flops_per_token, head_flops_per_token
 from nemo_minitron.families import num_params, read_shape
+from nemo_minitron.plan.resources import costs
 from nemo_minitron.plan.resources.costs import estimates, totals
-from nemo_minitron.plan.resources.hardware import HARDWARE
+from nemo_minitron.plan.resources.hardware import HARDWARE, hardware_of
 from nemo_minitron.plan.resources.step_time import step_time
 from nemo_minitron.plan.resources.summary import memory_warnings, resource_facts
 from nemo_minitron.plan.shapes import model_shape
@@ -51,6 +52,42 @@ def test_the_papers_distillation_takes_a_plausible_number_of_gpu_hours(tmp_path:
     assert 2500 < distill.gpu_hours < 4000
     assert distill.seconds / 3600 == pytest.approx(distill.gpu_hours / 256)
     assert distill.fits
+
+
+def test_on_a_cpu_all_processes_share_the_memory_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, two = REPO / "recipes/smollm2_135m/width.yaml", "execution.parallel.dp=2"
+    peak = max(estimate.memory.peak for estimate in estimates(_plan(recipe, tmp_path)).values())
+    monkeypatch.setattr(costs, "usable_memory_bytes", lambda: int(1.5 * peak))
+
+    def warned(*overrides: str) -> list[str]:
+        plan = _plan(recipe, tmp_path, *overrides)
+        return list(memory_warnings(plan, resource_facts(plan)))
+
+    assert warned() == []
+    (warning,) = warned(two)
+    assert warning.startswith("distill: needs ")
+    assert f"GiB (all processes), and this machine has {1.5 * peak / GIB:.1f} GiB; reduce dp" in warning
+    assert warned(two, "execution.device=cpu", "launcher=slurm", "cluster=slurm") == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ((), "CPU"),
+        (("execution.device=auto",), "CPU"),
+        (("execution.device=cuda",), "H100"),
+        (("execution.device=auto", "cluster=slurm"), "H100"),
+        (("execution.device=auto", "cluster=slurm", "cluster.gpus_per_node=0"), "CPU"),
+        (("cluster=slurm",), "CPU"),
+        (("execution.planning.hardware=A100",), "A100"),
+    ],
+)
+def test_the_default_hardware_follows_the_device_and_the_cluster(
+    keys: tuple[str, ...], name: str, tmp_path: Path
+) -> None:
+    assert hardware_of(_plan(TOY, tmp_path, *keys).recipe).name == name
 
 
 def test_mfu_price_and_hardware_are_keys(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 
 
 def _keys(tmp_path: Path, *words: str) -> list[str]:
-    return [f"execution.run_root={tmp_path}/runs", "launcher=slurm", *words]
+    return [f"execution.run_root={tmp_path}/runs", "launcher=slurm", "execution.device=auto", *words]
 
 
 def _found(tmp_path: Path, *words: str) -> dict[str, list[str]]:

@@ -58,8 +58,7 @@ def _shared_cores(cluster: Cluster, jobs: list[Job]) -> Iterator[Finding]:
     modest = [
         job.name
         for job in jobs
-        if not (cluster.exclusive and job.uses_gpu)
-        and (job.resources.cpus_per_node is None or job.resources.mem_gib is None)
+        if not job.is_exclusive(cluster) and (job.resources.cpus_per_node is None or job.resources.mem_gib is None)
     ]
     if modest and "--exclusive" not in cluster.sbatch:
         names = ", ".join(modest[:4]) + (" ..." if len(modest) > 4 else "")

@@ -176,7 +176,7 @@ def sbatch_options(job: Job, cluster: Cluster, context: JobContext) -> Iterator[
         yield f"--gpus-per-node={resources.gpus_per_node}"
     elif resources.gpus_per_node and cluster.gpu_option == "gres":
         yield f"--gres=gpu:{resources.gpus_per_node}"
-    if cluster.exclusive and job.uses_gpu:
+    if job.is_exclusive(cluster):
         yield "--exclusive"
     if job.is_array:
         limit = f"%{cluster.array_limit}" if cluster.array_limit else ""

@@ -16,6 +16,7 @@ from nemo_minitron.plan.view import View
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training import Optimization
 from nemo_minitron.stages.registry import STAGES
+from nemo_minitron.system.cores import usable_memory_bytes
 from nemo_minitron.workload.load import Load
 from nemo_minitron.workload.memory import GIB, WEIGHT_BYTES, Memory, memory_of, optimizer_bytes
 
@@ -96,10 +97,13 @@ def totals(found: Mapping[str, Estimate], more_disk_bytes: int = 0) -> dict[str,
     }
 
 
-def limit_gib(recipe: Recipe) -> float | None:
-    """Return the memory that a process can use: that of the GPU without the planning reserve."""
-    memory = hardware_of(recipe).memory_gib
-    return None if memory is None else memory - recipe.execution.planning.reserve_gib
+def limit_gib(recipe: Recipe, layout: Parallel) -> float | None:
+    """Return the memory that a process can use: that of a GPU without the planning reserve, or its share of this
+    machine's; None on CPUs of a cluster, whose memory is not known."""
+    execution, memory = recipe.execution, hardware_of(recipe).memory_gib
+    if memory is not None:
+        return memory - execution.planning.reserve_gib
+    return usable_memory_bytes() / GIB / layout.world_size if execution.cluster is None else None
 
 
 def _estimate(load: Load, layout: Parallel, recipe: Recipe, disk_bytes: int) -> Estimate:
@@ -117,7 +121,7 @@ def _estimate(load: Load, layout: Parallel, recipe: Recipe, disk_bytes: int) -> 
         gpu_hours=gpu_hours,
         cost=None if price is None else price * gpu_hours,
         disk_bytes=disk_bytes,
-        limit_gib=limit_gib(recipe),
+        limit_gib=limit_gib(recipe, layout),
     )
 
 

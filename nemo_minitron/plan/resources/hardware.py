@@ -45,12 +45,14 @@ HARDWARE: dict[HardwareName, Hardware] = {
 
 
 def hardware_of(recipe: Recipe) -> Hardware:
-    """Return the hardware that the recipe names; by default an H100 if the recipe uses GPUs, else a CPU."""
+    """Return the hardware that the recipe names; by default an H100 for `device: cuda`, and for `auto` with a cluster
+    that has GPUs, else a CPU."""
     execution = recipe.execution
     name = execution.planning.hardware
     if name is None:
         has_gpus = execution.cluster is not None and execution.cluster.gpus_per_node > 0
-        name = "H100" if execution.device == "cuda" or has_gpus else "CPU"
+        uses_gpus = execution.device == "cuda" or (execution.device == "auto" and has_gpus)
+        name = "H100" if uses_gpus else "CPU"
     return HARDWARE[name]
 
 

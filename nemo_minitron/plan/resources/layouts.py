@@ -31,22 +31,21 @@ class Proposal:
 
 
 def proposals(call: StageCall, recipe: Recipe, num_gpus: int, gpus_per_node: int, *, most: int = 3) -> list[Proposal]:
-    """Return the fastest layouts that fit, fastest first; an empty list if nothing fits or sizes are unknown.
+    """Return the fastest layouts that fit, fastest first; an empty list on CPUs, if nothing fits or sizes are unknown.
 
     Args:
         most: maximum number of proposals.
     """
     stage = recipe.stages[call.name]
-    limit = limit_gib(recipe)
-    if limit is None or not isinstance(stage, Optimization):
+    if hardware_of(recipe).name == "CPU" or not isinstance(stage, Optimization):
         return []
     found = []
     for layout in _candidates(stage, num_gpus, gpus_per_node):
         load = load_of(call, recipe, layout)
         if load is None or not _divides(load, layout):
             continue
-        peak = memory_of(load.work).peak / GIB
-        if peak <= limit:
+        peak, limit = memory_of(load.work).peak / GIB, limit_gib(recipe, layout)
+        if limit is not None and peak <= limit:
             time = step_time(load, layout, hardware_of(recipe), peak_tflops(recipe), gpus_per_node)
             found.append(Proposal(layout, peak, time.mfu))
     return sorted(found, key=lambda proposal: -proposal.mfu)[:most]

@@ -74,14 +74,21 @@ def _batches(plan: RunPlan) -> dict[str, dict[str, Any]]:
 
 
 def memory_warnings(plan: RunPlan, resources: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each stage that would run out of memory, with a layout that fits."""
+    """Yield a line for each stage that would run out of memory, on GPUs with a layout that fits."""
+    on_cpus = resources["assumptions"]["hardware"] == "CPU"
     for name, facts in resources["stages"].items():
         if facts["fits"]:
             continue
         words = [line["words"] for line in resources["proposals"].get(name, [])]
         processes = plan.call(name).parallel.world_size
-        advice = f"fits: {words[0]}" if words else f"no layout fits on {processes} GPUs; use more or larger ones"
         peak, limit = facts["memory"]["peak_gib"], facts["limit_gib"]
+        if on_cpus:
+            yield (
+                f"{name}: needs {processes * peak:.1f} GiB (all processes), and this machine has "
+                f"{processes * limit:.1f} GiB; reduce dp or micro_batch_size, or set recompute: full"
+            )
+            continue
+        advice = f"fits: {words[0]}" if words else f"no layout fits on {processes} GPUs; use more or larger ones"
         yield f"{name}: a process needs {peak:.1f} GiB and can use {limit:.1f} GiB; {advice}"
 
 
