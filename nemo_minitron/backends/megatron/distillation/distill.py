@@ -109,9 +109,8 @@ def prepare(
     (student, shape), (teacher, teacher_shape) = load_pair(params, student_dir, teacher_dir, session)
     size = min(shape.vocab_size, teacher_shape.vocab_size)
     if params.teacher_fp8 is not None:
-        weight = head_weight(teacher, size) if session.is_last_stage else None
         run_in_fp8(teacher, params.teacher_fp8, session)
-        require_close_teacher(teacher, weight, heldout, params.teacher_fp8, session, work_dir)
+        require_close_teacher(teacher, size, heldout, params.teacher_fp8, session, work_dir)
     micro_batches = params.global_batch_size // (session.parallel.dp * session.parallel.micro_batch_size)
     hidden, anchors = None, None
     if params.loss.hidden is not None:
@@ -350,10 +349,10 @@ def validate(setup: DistillSetup) -> dict[str, float]:
 def _measure(setup: DistillSetup, hidden_BSD: Tensor, batch: Batch, targets: TeacherTargets) -> Tensor:
     """Return sums over the batch's tokens: KL, loss of the student, loss of the teacher, number of tokens."""
     labels, mask, vocab = batch["labels"].flatten(), batch["loss_mask"].flatten(), setup.vocab
-    student = Head(head_weight(setup.student, setup.vocab_size), hidden_BSD.flatten(0, 1))
+    student = Head(head_weight(setup.student, setup.vocab_size), hidden_BSD.flatten(0, 1), vocab)
     teacher = None
     if setup.teacher is not None and targets.head_input is not None:
-        teacher = Head(head_weight(setup.teacher, setup.vocab_size), targets.head_input.flatten(0, 1))
+        teacher = Head(head_weight(setup.teacher, setup.vocab_size), targets.head_input.flatten(0, 1), vocab)
     sums = torch.zeros(4, dtype=torch.float64, device=mask.device)
     for rows in student.all_blocks():
         logits = student.logits(rows)
