@@ -8,7 +8,6 @@ import os
 import re
 import resource
 import signal
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
