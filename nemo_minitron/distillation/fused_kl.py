@@ -107,7 +107,7 @@ def chosen(name: str, loss: Loss, dtype: torch.dtype, *, on_gpu: bool) -> str | 
     if not _can_run(name, on_gpu=on_gpu):
         others = [other for other in ("triton", "torch") if _can_run(other, on_gpu=on_gpu)]
         raise EnvironmentProblem(
-            f"execution.kernels.fused_kl = {name} needs {'the package triton' if on_gpu else 'a GPU'}.",
+            f"fused_kl = {name} needs {'the package triton' if on_gpu else 'a GPU'}.",
             allowed=", ".join(["auto", *others, "off"]),
             next_step="Leave it out: auto uses the kernels that this machine can run.",
         )

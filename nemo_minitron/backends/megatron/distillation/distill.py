@@ -48,7 +48,7 @@ from nemo_minitron.distillation.losses import forward_kl, next_token
 from nemo_minitron.distillation.objective import Distance, cached_teacher, live_teacher, token_loss
 from nemo_minitron.distillation.rounds import round_size
 from nemo_minitron.distillation.sparse import uniforms_of
-from nemo_minitron.errors import DataError
+from nemo_minitron.errors import DataError, EnvironmentProblem, error_context
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.split import padded_vocab_size
 from nemo_minitron.hf.checkpoint import Checkpoint
@@ -308,7 +308,8 @@ def _distance(setup: DistillSetup, batch: Batch, targets: TeacherTargets) -> Dis
     assert targets.head_input is not None
     kernels, hidden_TD = setup.session.kernels, targets.head_input.flatten(0, 1)
     weight = head_weight(setup.teacher, setup.vocab_size)
-    fused = fused_kl.chosen(kernels.fused_kl, setup.loss, hidden_TD.dtype, on_gpu=hidden_TD.is_cuda)
+    with error_context(EnvironmentProblem, where="execution.kernels"):
+        fused = fused_kl.chosen(kernels.fused_kl, setup.loss, hidden_TD.dtype, on_gpu=hidden_TD.is_cuda)
     if fused is not None:
         passes = fused_kl.kernels_of(fused, on_gpu=hidden_TD.is_cuda)
         weights = batch["token_weights"].flatten()
