@@ -21,7 +21,7 @@ from nemo_minitron.backends.megatron.data.datasets import HeldOutBatches, step_b
 from nemo_minitron.backends.megatron.distillation import fp8_teacher
 from nemo_minitron.backends.megatron.distillation.distill import objective_of
 from nemo_minitron.backends.megatron.distillation.setup import DistillSetup
-from nemo_minitron.backends.megatron.model.head import head_weight, model_hidden
+from nemo_minitron.backends.megatron.model.head import model_hidden
 from nemo_minitron.backends.megatron.model.layers import fuse_weight_gradients
 from nemo_minitron.backends.megatron.model.parts import head_weight as head_parameter
 from nemo_minitron.backends.megatron.runtime.session import Session, open_session
@@ -170,7 +170,7 @@ def _fp8(context: Context, bench: Bench) -> dict[str, Any]:
     try:
         kl = fp8_teacher.require_close_teacher(
             teacher,
-            head_weight(teacher, setup.vocab_size),
+            setup.vocab_size,
             HeldOutBatches([batch], int(batch["loss_mask"].sum())),
             params,
             setup.session,

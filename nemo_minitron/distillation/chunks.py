@@ -23,7 +23,7 @@ def chunk_tokens(vocab_size: int, *, on_gpu: bool) -> int:
     """Return the tokens of a chunk.
 
     Args:
-        vocab_size: columns of the logits on this rank.
+        vocab_size: columns of the logits on each rank, padding included, so that all ranks get the same chunks.
     """
     fitting = CHUNK_BYTES // (4 * vocab_size)
     if not on_gpu:

@@ -9,6 +9,7 @@ Shapes: n tokens of a chunk, V this rank's part of the vocabulary. Source: 2407.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,7 @@ from torch import Tensor
 from nemo_minitron.distillation.linear import Head
 from nemo_minitron.distillation.losses import LossAndGrad
 from nemo_minitron.distillation.vocab import WHOLE, Vocab
+from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.schema.losses import LogitsLoss, Loss
 
 MAX_S, SUM_S, MAX_T, SUM_T, DOT = range(5)
@@ -94,12 +96,30 @@ def chosen(name: str, loss: Loss, dtype: torch.dtype, *, on_gpu: bool) -> str | 
     Args:
         name: execution.kernels.fused_kl.
         dtype: precision of the logits; the Triton kernels compute in fp32.
+
+    Raises:
+        EnvironmentProblem: the kernels that `name` requests cannot run on this machine.
     """
     if name == "off" or not loss.is_lone_forward_kl:
         return None
-    if name != "auto":
-        return name
-    return "triton" if on_gpu and dtype != torch.float64 and find_spec("triton") is not None else None
+    if name == "auto":
+        return "triton" if on_gpu and dtype != torch.float64 and _can_run("triton", on_gpu=on_gpu) else None
+    if not _can_run(name, on_gpu=on_gpu):
+        others = [other for other in ("triton", "torch") if _can_run(other, on_gpu=on_gpu)]
+        raise EnvironmentProblem(
+            f"fused_kl = {name} needs {'the package triton' if on_gpu else 'a GPU'}.",
+            allowed=", ".join(["auto", *others, "off"]),
+            next_step="Leave it out: auto uses the kernels that this machine can run.",
+        )
+    return name
+
+
+def _can_run(name: str, *, on_gpu: bool) -> bool:
+    has_triton = find_spec("triton") is not None
+    if name == "torch":
+        # On a GPU, torch.compile makes Triton kernels.
+        return has_triton or not on_gpu
+    return has_triton and (on_gpu or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 class FusedForwardKl:
@@ -120,7 +140,7 @@ class FusedForwardKl:
         *,
         chunk_tokens: int | None = None,
     ) -> None:
-        self._head = Head(weight_VD, hidden_TD, chunk_tokens)
+        self._head = Head(weight_VD, hidden_TD, vocab, chunk_tokens=chunk_tokens)
         self._token_weights, self._params = token_weights_T, params
         self._kernels, self._vocab = kernels, vocab
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from nemo_minitron.distillation import chunks
 from nemo_minitron.distillation.losses import LossAndGrad
 from nemo_minitron.distillation.matmul import add_product
+from nemo_minitron.distillation.vocab import WHOLE, Vocab
 
 ChunkLoss = Callable[[Tensor, slice], LossAndGrad]
 """Student logits of a block [n, V], and the positions of its tokens in the batch -> loss [n], gradient [n, V]."""
@@ -45,6 +46,7 @@ def linear_loss(
     weight_VD: Tensor,
     token_weights_T: Tensor,
     chunk_loss: ChunkLoss,
+    vocab: Vocab = WHOLE,
     *,
     chunk_tokens: int | None = None,
     in_place: bool = False,
@@ -65,7 +67,7 @@ def linear_loss(
     Returns:
         The loss, a scalar in at least fp32.
     """
-    head = Head(weight_VD, hidden_TD, chunk_tokens)
+    head = Head(weight_VD, hidden_TD, vocab, chunk_tokens=chunk_tokens)
     with_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     options = _Options(chunk_loss, head, with_gradient, in_place, main_grad)
     parameter = weight_VD if main_grad is None else main_grad.parameter
@@ -85,19 +87,22 @@ class _Options:
 
 
 class Head:
-    """The logits `hidden @ weight.T`, computed in chunks and returned in blocks.
+    """The logits `hidden @ weight.T`, computed in chunks and returned in blocks, which are the same on all ranks.
 
     Args:
+        vocab: the vocabulary of which the weight is a part.
         chunk_tokens: tokens of a chunk; None: see chunks.py.
     """
 
-    def __init__(self, weight_VD: Tensor, hidden_TD: Tensor, chunk_tokens: int | None = None) -> None:
+    def __init__(
+        self, weight_VD: Tensor, hidden_TD: Tensor, vocab: Vocab = WHOLE, *, chunk_tokens: int | None = None
+    ) -> None:
         self.weight, self.hidden = weight_VD.detach(), hidden_TD.detach()
-        vocab_size, on_gpu = weight_VD.shape[0], weight_VD.is_cuda
-        self.chunk_tokens = chunk_tokens or chunks.chunk_tokens(vocab_size, on_gpu=on_gpu)
-        self._block_tokens = chunks.block_tokens(vocab_size, self.chunk_tokens, on_gpu=on_gpu)
+        rows, on_gpu = vocab.rows or len(weight_VD), weight_VD.is_cuda
+        self.chunk_tokens = chunk_tokens or chunks.chunk_tokens(rows, on_gpu=on_gpu)
+        self._block_tokens = chunks.block_tokens(rows, self.chunk_tokens, on_gpu=on_gpu)
         self._chunk, self._returned = slice(0, 0), 0
-        self._product = self.hidden.new_empty(min(self.chunk_tokens, len(hidden_TD)), vocab_size)
+        self._product = self.hidden.new_empty(min(self.chunk_tokens, len(hidden_TD)), len(weight_VD))
         self._scratch: Tensor | None = None
 
     @property

@@ -36,7 +36,7 @@ def live_teacher(
         hidden_TD: input of the teacher's output layer; D may differ from the student's.
         uniforms: random numbers [T, rounds] for draws (`sparse: {kind: sampled}`).
     """
-    head = Head(weight_VD, hidden_TD, chunk_tokens)
+    head = Head(weight_VD, hidden_TD, vocab, chunk_tokens=chunk_tokens)
 
     @torch.no_grad()
     def of(student: Tensor, rows: slice) -> LossAndGrad:
@@ -91,7 +91,7 @@ def token_loss(
     if params.next_token == "balanced":
         with torch.no_grad():
             mixture = Mixture(teacher, labels_T, token_weights_T, 1.0, vocab)
-            linear_loss(hidden_TD, weight_VD, token_weights_T, mixture, chunk_tokens=chunk_tokens)
+            linear_loss(hidden_TD, weight_VD, token_weights_T, mixture, vocab, chunk_tokens=chunk_tokens)
             whole = over_ranks(torch.stack((mixture.parts["logits_loss"], mixture.parts["lm_loss"])))
             weight = balancing_weight(of=whole[1], to=whole[0])
     else:
@@ -102,6 +102,7 @@ def token_loss(
         weight_VD,
         token_weights_T,
         mixture,
+        vocab,
         chunk_tokens=chunk_tokens,
         in_place=isinstance(teacher, FusedForwardKl),
         main_grad=main_grad,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_minitron.distillation.losses import LossAndGrad, scaled
@@ -50,9 +51,12 @@ def top_k_teacher(logits: Tensor, params: TopK, temperature: float, vocab: Vocab
     """Keep the k most likely tokens of each distribution; with tail "drop" their probabilities are scaled to 1."""
     t = softmax(logits, temperature, vocab)
     values, local = t.shifted.topk(min(params.k, logits.shape[-1]), -1)
+    # A rank with fewer tokens than the others adds entries that are worse than any token.
+    missing = min(params.k, vocab.rows or logits.shape[-1]) - values.shape[-1]
+    values = F.pad(values, (0, missing), value=torch.finfo(values.dtype).min)
     # The k best of all tokens are among the k best of each rank.
-    values, ids = vocab.gather(values), vocab.gather(local + vocab.start)
-    values, order = values.topk(min(params.k, values.shape[-1]), -1)
+    values, ids = vocab.gather(values), vocab.gather(F.pad(local + vocab.start, (0, missing)))
+    values, order = values.topk(min(params.k, vocab.size or values.shape[-1]), -1)
     log_probs = values - t.total.log()
     if params.tail == "drop":
         log_probs = log_probs - log_probs.logsumexp(-1, keepdim=True)

@@ -23,6 +23,11 @@ class Vocab:
     """
 
     start: int = 0
+    rows: int | None = None
+    """Rows of the output layer on each rank, padding included; None: as many as this rank has. The ranks must agree on
+    sizes of blocks and on widths of gathered tensors, but the last ranks have fewer rows without padding."""
+    size: int | None = None
+    """Tokens of the whole vocabulary; None: as many as this rank has."""
     max: Callable[[Tensor], Tensor] = _same
     """May overwrite its argument."""
     sum: Callable[[Tensor], Tensor] = _same

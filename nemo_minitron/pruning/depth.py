@@ -38,7 +38,7 @@ class Removal:
     answer: Tensor | None
     """In a task: index of the answer in each row [B]."""
     vocab_sum: Callable[[Tensor], Tensor]
-    """Sums in place over the ranks that share the vocabulary."""
+    """Sums over the ranks that share the vocabulary; may overwrite its argument."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import os
 import re
 import resource
 import signal
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -264,12 +263,22 @@ def test_other_files_of_a_distributed_optimizer_are_refused(folders: Folders) ->
         run_ranks(1, _rates_after_resume, folders, spread, 2e-3, 6)
 
 
-@pytest.mark.parametrize("keys", [None, "stages.shapes.retraining"])
-def test_a_training_that_fails_names_its_stage_and_keys_as_the_recipe_does(keys: str | None, folders: Folders) -> None:
+@pytest.mark.parametrize(
+    ("keys", "after"),
+    [
+        (None, "There is no checkpoint yet, so the training starts again"),
+        ("stages.shapes.retraining", "With --rerun changed, all trainings with these keys start again"),
+    ],
+)
+def test_a_training_that_fails_names_its_stage_and_keys_as_the_recipe_does(
+    keys: str | None, after: str, folders: Folders
+) -> None:
     params = PARAMS.model_copy(update={"lr": 1e30})
     ctx = StageContext("healing", "r", folders["work"], folders["work"], Execution(), Progress(silent=True))
     where = re.escape(keys or "stages.healing")
-    pattern = rf"(?s)^healing: loss .* at step .* Lower {where}\.lr or raise {where}\.warmup_steps.* {where}\.guard"
+    pattern = (
+        rf"(?s)^healing: loss .* at step .* Lower {where}\.lr or raise {where}\.warmup_steps\. {after}.* {where}\.guard"
+    )
     with (
         open_session(Parallel(), device="cpu", threads=1) as session,
         pytest.raises(NumericsError, match=pattern),
@@ -314,41 +323,6 @@ def _beside(other: list[Any]) -> Any:
         sum=lambda tensor: tensor,
         gather=lambda own: [own, other],
     )
-
-
-def _rows(folders: Folders, session: Any, params: TrainStage, validate: Any = None) -> list[dict[str, float]]:
-    """Run or continue a training, with another validation if one is given, and return its curves without times."""
-    folders["work"].mkdir(exist_ok=True)
-    job = _job(folders, session, params)
-    if validate is not None:
-        job = replace(job, objective=replace(job.objective, validate=validate(job.objective.validate)))
-    curves = training.run(job, folders["work"], Progress(silent=True))
-    return [{key: value for key, value in row.items() if key not in ("tokens_per_s", "mfu")} for row in curves.rows]
-
-
-@pytest.mark.parametrize(("interval", "saved"), [(3, 3), (100, 12)], ids=["first interval", "last step"])
-def test_a_validation_that_runs_out_of_memory_loses_no_step(
-    interval: int, saved: int, folders: Folders, tmp_path: Path
-) -> None:
-    def failing(measure: Any) -> Any:
-        measured: list[int] = []
-
-        def validate() -> dict[str, float]:
-            # That of the first model has no optimizer states beside it.
-            if measured:
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-            measured.append(1)
-            return measure()
-
-        return validate
-
-    params = PARAMS.model_copy(update={"valid_interval_steps": interval})
-    with open_session(Parallel(), device="cpu", threads=1) as session:
-        expected = _rows({**folders, "work": tmp_path / "whole"}, session, params)
-        with pytest.raises(torch.OutOfMemoryError):
-            _rows(folders, session, params, failing)
-        assert checkpoints(folders["work"] / "checkpoints")[-1].name == f"step_{saved:08d}"
-        assert _rows(folders, session, params) == expected, "the validation of that step is neither lost nor doubled"
 
 
 def test_a_checkpoint_is_not_blamed_for_missing_memory(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from nemo_minitron.distillation.sparse import uniforms_of
 from nemo_minitron.schema.execution import Kernels, Parallel
 from nemo_minitron.schema.losses import HiddenLoss, Loss, Sampled
 from nemo_minitron.stages.distill.params import DistillStage
+from nemo_minitron.system.progress import Progress
 from tests.support.plain_losses import plain_draws, plain_logits_loss, plain_state_loss
 
 Found = tuple[dict[str, NDArray], list[float]]
@@ -64,6 +66,32 @@ def kernel_gradients(
         with open_session(parallel, device="cpu", threads=1, kernels=chosen) as session:
             found[name] = {key: _package(params_of(loss, precision), session, folders) for key, loss in losses.items()}
     return found
+
+
+def gradients_and_losses(
+    losses: dict[str, Loss],
+    parallel: Parallel,
+    folders: dict[str, Path],
+    kernels: Kernels,
+    chunk_bytes: int,
+    block_bytes: int,
+) -> tuple[dict[str, Found], dict[str, float], float]:
+    """Return the gradients of every loss, a validation, and the student's held-out loss, in fp64."""
+    from nemo_minitron.backends.megatron.distillation import distill
+    from nemo_minitron.backends.megatron.model.evaluate import heldout_loss
+    from nemo_minitron.backends.megatron.runtime.session import open_session
+    from nemo_minitron.distillation import chunks
+
+    chunks.CHUNK_BYTES, chunks.CPU_BLOCK_BYTES = chunk_bytes, block_bytes
+    models = (folders["student"], folders["teacher"], folders["data"], folders["work"])
+    with open_session(parallel, device="cpu", threads=1, kernels=kernels) as session:
+        # Ranks that wait for each other should not take half an hour to fail.
+        session.set_timeout(timedelta(minutes=1))
+        found = {name: _package(params_of(loss, "fp64"), session, folders) for name, loss in losses.items()}
+        validation = distill.prepare(params_of(Loss(), "fp64"), *models, session).objective.validate()
+        options: dict[str, Any] = {"num_tokens": 256, "seq_len_tokens": 32, "precision": "fp64"}
+        heldout = heldout_loss(models[0], models[2], **options, session=session, progress=Progress(silent=True))
+        return found, validation, heldout.loss
 
 
 def _package(params: DistillStage, session: Any, folders: dict[str, Path]) -> Found:
@@ -201,7 +229,7 @@ def boundary_gradients(losses: dict[str, Loss], tp: int, chunk_tokens: int | Non
     with open_session(Parallel(tp=tp), device="cpu", threads=1) as session:
         hidden, weight, teacher_hidden, teacher_weight, labels, tokens = boundary_inputs()
         rows = -(-len(weight) // tp)
-        vocab, mine = vocab_of(session, rows), slice(session.tp_rank * rows, (session.tp_rank + 1) * rows)
+        vocab, mine = vocab_of(session, rows, len(weight)), slice(session.tp_rank * rows, (session.tp_rank + 1) * rows)
         out = {}
         for name, loss in losses.items():
             h, w = hidden.clone().requires_grad_(), weight[mine].clone().requires_grad_()

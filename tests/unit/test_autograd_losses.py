@@ -47,7 +47,7 @@ def test_forward_kl_and_its_gradient_equal_the_closed_form(loss: LogitLoss, temp
 def test_head_and_loss_together_equal_the_closed_form(chunk_tokens: int | None) -> None:
     hidden, weight = _normal(20, 8, seed=0).requires_grad_(), (_normal(31, 8, seed=1) / 9).requires_grad_()
     teacher_hidden, teacher_weight, tokens = _normal(20, 6, seed=2), _normal(31, 6, seed=3) / 9, _normal(20, seed=4)
-    loss, head = autograd_loss(plain_kl), Head(teacher_weight, teacher_hidden, chunk_tokens)
+    loss, head = autograd_loss(plain_kl), Head(teacher_weight, teacher_hidden, chunk_tokens=chunk_tokens)
 
     def prototype(student: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         return loss(student, head.logits(rows), LogitsLoss())

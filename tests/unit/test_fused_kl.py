@@ -12,6 +12,7 @@ from nemo_minitron.distillation import fused_kl
 from nemo_minitron.distillation.fused_kl import FusedForwardKl, KlKernels, chosen, kernels_of
 from nemo_minitron.distillation.objective import live_teacher, token_loss
 from nemo_minitron.distillation.vocab import Vocab
+from nemo_minitron.errors import EnvironmentProblem
 from nemo_minitron.schema.losses import LogitsLoss, Loss
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -156,6 +157,27 @@ def test_only_a_lone_forward_kl_is_fused() -> None:
     assert chosen("auto", lone, torch.float32, on_gpu=False) is None
     assert chosen("auto", lone, torch.bfloat16, on_gpu=True) == ("triton" if HAS_TRITON else None)
     assert chosen("auto", lone, torch.float64, on_gpu=True) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "on_gpu", "has_triton", "needs", "allowed"),
+    [
+        ("triton", False, True, "a GPU", "auto, torch, off"),
+        ("triton", False, False, "a GPU", "auto, torch, off"),
+        ("triton", True, False, "the package triton", "auto, off"),
+        ("torch", True, False, "the package triton", "auto, off"),
+    ],
+)
+def test_kernels_that_cannot_run_on_this_machine_are_refused(
+    name: str, on_gpu: bool, has_triton: bool, needs: str, allowed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_kl, "find_spec", lambda _: object() if has_triton else None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(EnvironmentProblem, match=f"fused_kl = {name} needs {needs}") as caught:
+        chosen(name, Loss(), torch.bfloat16, on_gpu=on_gpu)
+    assert caught.value.allowed == allowed
+    assert chosen("auto", Loss(), torch.bfloat16, on_gpu=on_gpu) is None
+    assert chosen(name, Loss(next_token=0.5), torch.bfloat16, on_gpu=on_gpu) is None, "it is not fused anyway"
 
 
 def test_a_fused_loss_with_another_term_is_refused() -> None:

@@ -34,7 +34,8 @@ def distill_student(
 
     Args:
         cache: folder of the teacher's cached distributions; the teacher itself is then not loaded.
-        keys: location of the training's keys in the recipe, for messages; None: the stage itself.
+        keys: location of the training's keys in the recipe, for messages, if other stages are trained with them, too;
+            None: the stage itself.
         plan: the plan by which the student was pruned, for a loss with anchors.
 
     Returns:
@@ -81,7 +82,14 @@ def loop_options(ctx: StageContext, keys: str | None = None) -> LoopOptions:
     """Return the options that the training loop takes from the run."""
     from nemo_minitron.backends.megatron.training.loop import LoopOptions
 
-    return LoopOptions(ctx.execution, ctx.recipe_name, ctx.stop, ctx.name, keys or f"stages.{ctx.name}")
+    return LoopOptions(
+        execution=ctx.execution,
+        recipe_name=ctx.recipe_name,
+        stop=ctx.stop,
+        stage=ctx.name,
+        keys=keys or f"stages.{ctx.name}",
+        resumes_with_other_rates=keys is None,
+    )
 
 
 def training_facts(job: Job, curves: Curves, model: Model, data: TokenizedText) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from nemo_minitron.distillation.losses import forward_kl, next_token
 from nemo_minitron.distillation.objective import Distance, cached_teacher, live_teacher, token_loss
 from nemo_minitron.distillation.rounds import round_size
 from nemo_minitron.distillation.sparse import uniforms_of
-from nemo_minitron.errors import DataError
+from nemo_minitron.errors import DataError, EnvironmentProblem, error_context
 from nemo_minitron.families import ModelShape
 from nemo_minitron.families.split import padded_vocab_size
 from nemo_minitron.hf.checkpoint import Checkpoint
@@ -109,9 +109,8 @@ def prepare(
     (student, shape), (teacher, teacher_shape) = load_pair(params, student_dir, teacher_dir, session)
     size = min(shape.vocab_size, teacher_shape.vocab_size)
     if params.teacher_fp8 is not None:
-        weight = head_weight(teacher, size) if session.is_last_stage else None
         run_in_fp8(teacher, params.teacher_fp8, session)
-        require_close_teacher(teacher, weight, heldout, params.teacher_fp8, session, work_dir)
+        require_close_teacher(teacher, size, heldout, params.teacher_fp8, session, work_dir)
     micro_batches = params.global_batch_size // (session.parallel.dp * session.parallel.micro_batch_size)
     hidden, anchors = None, None
     if params.loss.hidden is not None:
@@ -309,7 +308,8 @@ def _distance(setup: DistillSetup, batch: Batch, targets: TeacherTargets) -> Dis
     assert targets.head_input is not None
     kernels, hidden_TD = setup.session.kernels, targets.head_input.flatten(0, 1)
     weight = head_weight(setup.teacher, setup.vocab_size)
-    fused = fused_kl.chosen(kernels.fused_kl, setup.loss, hidden_TD.dtype, on_gpu=hidden_TD.is_cuda)
+    with error_context(EnvironmentProblem, where="execution.kernels"):
+        fused = fused_kl.chosen(kernels.fused_kl, setup.loss, hidden_TD.dtype, on_gpu=hidden_TD.is_cuda)
     if fused is not None:
         passes = fused_kl.kernels_of(fused, on_gpu=hidden_TD.is_cuda)
         weights = batch["token_weights"].flatten()
@@ -350,10 +350,10 @@ def validate(setup: DistillSetup) -> dict[str, float]:
 def _measure(setup: DistillSetup, hidden_BSD: Tensor, batch: Batch, targets: TeacherTargets) -> Tensor:
     """Return sums over the batch's tokens: KL, loss of the student, loss of the teacher, number of tokens."""
     labels, mask, vocab = batch["labels"].flatten(), batch["loss_mask"].flatten(), setup.vocab
-    student = Head(head_weight(setup.student, setup.vocab_size), hidden_BSD.flatten(0, 1))
+    student = Head(head_weight(setup.student, setup.vocab_size), hidden_BSD.flatten(0, 1), vocab)
     teacher = None
     if setup.teacher is not None and targets.head_input is not None:
-        teacher = Head(head_weight(setup.teacher, setup.vocab_size), targets.head_input.flatten(0, 1))
+        teacher = Head(head_weight(setup.teacher, setup.vocab_size), targets.head_input.flatten(0, 1), vocab)
     sums = torch.zeros(4, dtype=torch.float64, device=mask.device)
     for rows in student.all_blocks():
         logits = student.logits(rows)

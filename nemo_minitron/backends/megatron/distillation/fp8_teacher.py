@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nemo_minitron.backends.megatron.data.datasets import HeldOutBatches
 from nemo_minitron.backends.megatron.model.forward import Batch, evaluating, forward_batches
-from nemo_minitron.backends.megatron.model.head import model_hidden, vocab_of
+from nemo_minitron.backends.megatron.model.head import head_weight, model_hidden, vocab_of
 from nemo_minitron.backends.megatron.model.layers import has_transformer_engine
 from nemo_minitron.backends.megatron.model.parts import Model, head
 from nemo_minitron.backends.megatron.runtime.session import Session
@@ -75,7 +75,7 @@ def _without_fp8(teacher: Model) -> Iterator[None]:
 
 def require_close_teacher(
     teacher: Model,
-    weight_VD: Tensor | None,
+    vocab_size: int,
     heldout: HeldOutBatches,
     params: Fp8Teacher,
     session: Session,
@@ -84,7 +84,7 @@ def require_close_teacher(
     """Measure the KL from the bf16 teacher to the FP8 teacher on held-out text; return it, in nats per token.
 
     Args:
-        weight_VD: this rank's rows of the output layer; None on stages without it.
+        vocab_size: tokens that are compared; the rows after them are padding.
 
     Raises:
         NumericsError: the KL is above params.max_kl, or not finite.
@@ -96,8 +96,9 @@ def require_close_teacher(
         with _without_fp8(teacher):
             in_bf16 = _head_inputs(teacher, batches, session)
     sums = torch.zeros(2, dtype=torch.float64, device=session.device)
-    if weight_VD is not None:
-        vocab = vocab_of(session, head(teacher).output_size_per_partition)
+    if session.is_last_stage:
+        weight_VD = head_weight(teacher, vocab_size)
+        vocab = vocab_of(session, head(teacher).output_size_per_partition, vocab_size)
         for batch, exact, approximate in zip(batches, in_bf16, in_fp8, strict=True):
             sums += _kl_sums(exact, approximate, weight_VD, batch["loss_mask"].flatten(), vocab)
     if session.tp_rank != 0:
@@ -126,7 +127,7 @@ def _head_inputs(model: Model, batches: list[Batch], session: Session) -> list[T
 
 def _kl_sums(exact_BSD: Tensor, approximate_BSD: Tensor, weight_VD: Tensor, mask: Tensor, vocab: Vocab) -> Tensor:
     """Return the sum of the KL over the tokens of a batch, and their number."""
-    exact, approximate = (Head(weight_VD, hidden.flatten(0, 1)) for hidden in (exact_BSD, approximate_BSD))
+    exact, approximate = (Head(weight_VD, hidden.flatten(0, 1), vocab) for hidden in (exact_BSD, approximate_BSD))
     sums = torch.zeros(2, dtype=torch.float64, device=mask.device)
     for rows in exact.all_blocks():
         kl, _ = forward_kl(approximate.logits(rows), exact.logits(rows), LogitsLoss(), vocab)

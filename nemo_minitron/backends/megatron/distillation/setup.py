@@ -54,7 +54,7 @@ class DistillSetup:
     @property
     def vocab(self) -> Vocab:
         rows = head(self.student).output_size_per_partition if self.session.is_last_stage else 0
-        return vocab_of(self.session, rows)
+        return vocab_of(self.session, rows, self.vocab_size)
 
 
 def teacher_targets(

@@ -142,7 +142,7 @@ def _entries(
     model: Model, params: TeacherCaching, batches: Iterable[Batch], vocab_size: int, session: Session
 ) -> list[Entry]:
     found: list[Entry] = []
-    vocab = vocab_of(session, padded_vocab_size(vocab_size, session.parallel.tp) // session.parallel.tp)
+    vocab = vocab_of(session, padded_vocab_size(vocab_size, session.parallel.tp) // session.parallel.tp, vocab_size)
 
     def keep(hidden_BSD: Tensor, batch: Batch) -> None:
         weight = head_weight(model, vocab_size)
@@ -159,7 +159,7 @@ def _distributions(
     hidden_BSD: Tensor, weight_VD: Tensor, batch: Batch, params: TeacherCaching, vocab: Vocab
 ) -> SparseTeacher:
     hidden = hidden_BSD.flatten(0, 1)
-    head = Head(weight_VD, hidden)
+    head = Head(weight_VD, hidden, vocab)
     uniforms = None
     if isinstance(params.sparse, Sampled):
         uniforms = uniforms_of(params.seed, batch["sample_ids"], params.seq_len_tokens, params.sparse.rounds)

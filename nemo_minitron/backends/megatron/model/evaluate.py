@@ -60,11 +60,11 @@ def heldout_loss(
 def sum_nll(model: Model, heldout: HeldOutBatches, vocab_size: int, session: Session, progress: Progress) -> HeldOut:
     """Compute the loss of a model that is already in memory; logits exist a chunk at a time."""
     totals = torch.zeros(2, dtype=torch.float64, device=session.device)
-    vocab = vocab_of(session, padded_vocab_size(vocab_size, session.parallel.tp) // session.parallel.tp)
+    vocab = vocab_of(session, padded_vocab_size(vocab_size, session.parallel.tp) // session.parallel.tp, vocab_size)
 
     def add(hidden_BSD: Tensor, batch: Batch) -> None:
         labels, mask = batch["labels"].flatten(), batch["loss_mask"].flatten()
-        output = Head(head_weight(model, vocab_size), hidden_BSD.flatten(0, 1))
+        output = Head(head_weight(model, vocab_size), hidden_BSD.flatten(0, 1), vocab)
         for rows in output.all_blocks():
             nll, _ = next_token(output.logits(rows), labels[rows], vocab)
             weights = mask[rows].double()

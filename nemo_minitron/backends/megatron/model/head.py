@@ -85,11 +85,12 @@ def collect_head_gradient_in_place(model: Model, loss_scale: float) -> None:
         setattr(parts.head_weight(model), _LOSS_SCALE, loss_scale)
 
 
-def vocab_of(session: Session, rows_per_rank: int) -> Vocab:
+def vocab_of(session: Session, rows_per_rank: int, vocab_size: int) -> Vocab:
     """Return the vocabulary split of this rank, with reductions over the tensor-parallel group.
 
     Args:
         rows_per_rank: rows of each rank's output layer, padding included.
+        vocab_size: rows of all ranks without padding.
     """
     if session.parallel.tp == 1:
         return Vocab()
@@ -111,6 +112,8 @@ def vocab_of(session: Session, rows_per_rank: int) -> Vocab:
 
     return Vocab(
         start=session.tp_rank * rows_per_rank,
+        rows=rows_per_rank,
+        size=vocab_size,
         max=reduce(torch.distributed.ReduceOp.MAX),
         sum=reduce(torch.distributed.ReduceOp.SUM),
         gather=gather,

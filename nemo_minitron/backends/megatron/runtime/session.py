@@ -119,13 +119,6 @@ class Session:
             dist.all_reduce(tensor)
         return tensor
 
-    def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Copy the last pipeline stage's values to every stage, in place."""
-        if self.parallel.pp > 1:
-            source = parallel_state.get_pipeline_model_parallel_last_rank()
-            dist.broadcast(tensor, source, group=parallel_state.get_pipeline_model_parallel_group())
-        return tensor
-
 
 @contextmanager
 def open_session(

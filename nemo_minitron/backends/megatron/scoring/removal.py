@@ -5,7 +5,7 @@ One full pass of each batch keeps every layer's input, so that removing layers i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.model.forward import Batch, evaluating, token_nll
+from nemo_minitron.backends.megatron.model.head import vocab_of
 from nemo_minitron.backends.megatron.model.parts import Layer, Model, before_layers, layers, only
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.families import ModelShape
@@ -87,18 +88,10 @@ def _count(
     if logits is None or whole is None:
         return
     nll = token_nll(logits, batch["labels"], shape.vocab_size)
-    removal = Removal(logits, whole, nll, batch["loss_mask"], batch.get("answer"), _vocab_sum(session))
+    vocab = vocab_of(session, logits.shape[-1], shape.vocab_size)
+    removal = Removal(logits, whole, nll, batch["loss_mask"], batch.get("answer"), vocab.sum)
     for name, metric in metrics.items():
         totals[name][number] += metric.sums(removal)
-
-
-def _vocab_sum(session: Session) -> Callable[[Tensor], Tensor]:
-    def add_up(tensor: Tensor) -> Tensor:
-        if session.parallel.tp > 1:
-            dist.all_reduce(tensor, group=parallel_state.get_tensor_model_parallel_group())
-        return tensor
-
-    return add_up
 
 
 @dataclass

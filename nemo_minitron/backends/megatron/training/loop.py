@@ -119,6 +119,8 @@ class LoopOptions:
     """Name of the stage in the recipe."""
     keys: str = "stages.training"
     """Recipe section that contains the learning rate."""
+    resumes_with_other_rates: bool = True
+    """Whether --accept-drift lets the stage resume from its checkpoints with another learning rate."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,8 @@ def _advance(loop: _Loop, step: int, bar: Bar) -> None:
         raise _spike_error(loop, row["train_loss"], done)
     loop.checkpoints.poll()
     last = done == job.num_steps
-    validates = _validates_after(job, done)
+    # Whoever requested a stop may kill the job soon, so the run that resumes validates instead (_validate_first).
+    validates = _validates_after(job, done) and (last or not stop_reason)
     saves = (last or stop_reason or done % job.params.save_interval_steps == 0) and loop.watch.last_loss_is_good
     if validates or saves:
         job.trainable.gather_parameters()
@@ -232,8 +235,9 @@ def _advance(loop: _Loop, step: int, bar: Bar) -> None:
             _write_data_used(job, done, loop.curves.path.parent)
         loop.checkpoints.save(job.trainable, TrainingProgress(done, tuple(loop.watch.good_losses)))
     if validates:
-        if done - loop.first_step <= job.params.valid_interval_steps:
-            # The first validation beside the optimizer's states may run out of memory. The checkpoint outlives it.
+        if stop_reason or done - loop.first_step <= job.params.valid_interval_steps:
+            # A stopped job may be killed, and the first validation beside the optimizer's states may run out of memory.
+            # The checkpoint outlives both.
             loop.checkpoints.finish()
         loop.curves.add(done, **job.objective.validate())
     if last or stop_reason:
@@ -364,7 +368,9 @@ def _numerics_error(loop: _Loop, what: str, section: str = "") -> NumericsError:
     loop.checkpoints.finish()
     newest, key = loop.checkpoints.newest(), loop.options.keys
     rate = f"{key}{section}"
-    if newest is None:
+    if not loop.options.resumes_with_other_rates:
+        after = "With --rerun changed, all trainings with these keys start again."
+    elif newest is None:
         after = "There is no checkpoint yet, so the training starts again."
     else:
         after = f"With --accept-drift it resumes from step {step_of(newest)}, without from the start."
