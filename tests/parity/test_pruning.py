@@ -154,10 +154,12 @@ CUTS: dict[str, tuple[int, int, dict[str, int]]] = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("cut", CUTS)
-def test_cutting_heads_equals_silencing_them(case: str, cut: str, tmp_path: Path) -> None:
+def test_cutting_heads_equals_silencing_them(case: str, tied: bool, cut: str, tmp_path: Path) -> None:
     groups, groups_left, target = CUTS[cut]
-    teacher_dir = tiny_model_dir(tmp_path, case, dtype=torch.float64, num_key_value_heads=groups, num_hidden_layers=3)
+    sizes = {"num_key_value_heads": groups, "tie_word_embeddings": tied, "num_hidden_layers": 3}
+    teacher_dir = tiny_model_dir(tmp_path, case, dtype=torch.float64, **sizes)
     shape = Checkpoint.open(teacher_dir).shape
     plan = _plan(teacher_dir, **target)
     assert {len(kept) for kept in plan.by_layer["groups"].values()} == {groups_left}
