@@ -160,9 +160,7 @@ def logits(context: Context) -> dict[str, Any]:
             for case, one in zip(models, found, strict=True)
             if one is not None
         }
-        # Not their maximum, which may hide a NaN.
-        passes = all(distance <= bound for distance in distances.values())
-        out[f"{kind} {precision}"] = {**distances, "bound": bound, "passes": passes}
+        out[f"{kind} {precision}"] = within(bound, distances)
     return out
 
 

@@ -35,7 +35,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {**found, ODD_VOCAB: tiny_model_dir(folder / "odd", "llama_gqa_tied", vocab_size=401)}
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+SLOW = {"pp2 dp2"}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS]
+)
 def megatron(
     request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[NDArray, Path]]:
