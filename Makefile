@@ -88,7 +88,7 @@ PYTHON_oldest := python3.10
 PYTHON_py311 := python3.11
 PYTHON_current := python3.12
 COMPAT_VENV ?= .venv-$(STACK)
-COMPAT_TESTS := tests/unit tests/parity tests/golden tests/property tests/e2e tests/fault --ignore tests/e2e/test_toy_aligned.py
+COMPAT_TESTS := tests/unit tests/parity tests/golden tests/property tests/e2e tests/fault tests/security --ignore tests/e2e/test_toy_aligned.py
 
 test-compat:
 	@$(MAKE) --no-print-directory install VENV=$(COMPAT_VENV) PYTHON=$(COMPAT_PYTHON) PINS=$(if $(filter oldest,$(STACK)),oldest,newest)

@@ -160,7 +160,7 @@ def logits(context: Context) -> dict[str, Any]:
             for case, one in zip(models, found, strict=True)
             if one is not None
         }
-        out[f"{kind} {precision}"] = {**distances, "bound": bound, "passes": max(distances.values()) <= bound}
+        out[f"{kind} {precision}"] = within(bound, distances)
     return out
 
 

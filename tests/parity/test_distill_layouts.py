@@ -20,6 +20,15 @@ from tests.support.megatron_ranks import (
 from tests.support.tiny_distill import TWENTY_STEPS, distill_folders
 
 PARAMS = TWENTY_STEPS
+OF_RECIPES = Parallel(
+    tp=2,
+    dp=2,
+    sequence_parallel=True,
+    distributed_optimizer=True,
+    overlap_grad_reduce=True,
+    overlap_param_gather=True,
+)
+"""What the recipes for several GPUs use, with fewer of them."""
 LAYOUTS = {
     "tp2": Parallel(tp=2, micro_batch_size=2),
     "tp2 with sequence parallel": Parallel(tp=2, micro_batch_size=2, sequence_parallel=True),
@@ -32,6 +41,8 @@ LAYOUTS = {
     "dp2, distributed optimizer, overlapped": Parallel(
         dp=2, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
     ),
+    "tp2 dp2, as in the recipes": OF_RECIPES,
+    "pp2 dp2": Parallel(pp=2, dp=2),
     "attention recomputed": Parallel(micro_batch_size=2, recompute="selective"),
     "tp2, layers recomputed": Parallel(tp=2, micro_batch_size=2, recompute="full"),
 }
@@ -93,6 +104,7 @@ RESUMES = {
         Parallel(dp=2, distributed_optimizer=True),
         Parallel(tp=2, micro_batch_size=2, distributed_optimizer=True),
     ),
+    "states spread over dp beside tp": (OF_RECIPES, Parallel(pp=2, distributed_optimizer=True)),
 }
 """Layouts of the first, the last and the steps in between."""
 

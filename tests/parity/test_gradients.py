@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 
@@ -82,13 +83,20 @@ def _expected(folders: tuple[tuple[str, Path], ...]) -> dict[str, Found]:
 
 
 def _worst(found: dict[str, NDArray], expected: dict[str, NDArray]) -> tuple[float, str]:
-    """Largest error of a gradient, relative to the gradient (Euclidean norms)."""
+    """Largest error of a gradient, relative to the gradient (Euclidean norms). NaN counts as infinite."""
     assert found.keys() == expected.keys()
     errors = {
         name: float(np.linalg.norm(found[name].astype(np.float64) - want) / np.linalg.norm(want.astype(np.float64)))
         for name, want in expected.items()
     }
-    return max((error, name) for name, error in errors.items())
+    return max((math.inf if math.isnan(error) else error, name) for name, error in errors.items())
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_a_gradient_that_is_nan_is_the_worst_one(place: int) -> None:
+    expected = {name: np.ones(2) for name in "abc"}
+    found = {**expected, "abc"[place]: np.array([1.0, np.nan])}
+    assert _worst(found, expected) == (math.inf, "abc"[place])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -15,7 +15,14 @@ from tests.support.distributed import run_ranks
 from tests.support.megatron_ranks import logits_of
 from tests.support.tiny_models import FAMILY_CASES, load_transformers, tiny_model_dir
 
-LAYOUTS = {"tp1": Parallel(), "tp2": Parallel(tp=2), "pp2": Parallel(pp=2), "tp4": Parallel(tp=4)}
+LAYOUTS = {
+    "tp1": Parallel(),
+    "tp2": Parallel(tp=2),
+    "pp2": Parallel(pp=2),
+    "tp4": Parallel(tp=4),
+    "tp2 dp2": Parallel(tp=2, dp=2, sequence_parallel=True),
+    "pp2 dp2": Parallel(pp=2, dp=2),
+}
 ODD_VOCAB = "a vocabulary that tp does not divide"
 CASES = [*FAMILY_CASES, ODD_VOCAB]
 TOKENS = torch.randint(0, 400, (2, 24), generator=torch.Generator().manual_seed(1)).tolist()
@@ -28,7 +35,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {**found, ODD_VOCAB: tiny_model_dir(folder / "odd", "llama_gqa_tied", vocab_size=401)}
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+SLOW = {"pp2 dp2"}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS]
+)
 def megatron(
     request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[NDArray, Path]]:

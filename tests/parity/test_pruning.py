@@ -143,15 +143,26 @@ def test_cutting_neurons_equals_silencing_them(teacher_dir: Path) -> None:
     torch.testing.assert_close(_logits(_student(teacher_dir, plan)), expected, rtol=0, atol=ATOL)
 
 
+CUTS: dict[str, tuple[int, int, dict[str, int]]] = {
+    "heads": (2, 2, {"num_attention_heads": 4}),
+    "heads with keys of their own": (8, 4, {"num_attention_heads": 4}),
+    "groups": (4, 2, {"num_query_groups": 2}),
+    "groups and heads": (4, 2, {"num_query_groups": 2, "num_attention_heads": 2}),
+}
+"""Query groups of a teacher with 8 heads, those that are left, and the target."""
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("case", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_cutting_heads_equals_silencing_them(case: str, tied: bool, tmp_path: Path) -> None:
-    teacher_dir = tiny_model_dir(
-        tmp_path, case, dtype=torch.float64, num_key_value_heads=2, tie_word_embeddings=tied, num_hidden_layers=3
-    )
+@pytest.mark.parametrize("cut", CUTS)
+def test_cutting_heads_equals_silencing_them(case: str, tied: bool, cut: str, tmp_path: Path) -> None:
+    groups, groups_left, target = CUTS[cut]
+    sizes = {"num_key_value_heads": groups, "tie_word_embeddings": tied, "num_hidden_layers": 3}
+    teacher_dir = tiny_model_dir(tmp_path, case, dtype=torch.float64, **sizes)
     shape = Checkpoint.open(teacher_dir).shape
-    plan = _plan(teacher_dir, num_attention_heads=4)
+    plan = _plan(teacher_dir, **target)
+    assert {len(kept) for kept in plan.by_layer["groups"].values()} == {groups_left}
     masked = _load(teacher_dir)
     whole = _logits(masked)
     for index, layer in enumerate(masked.model.layers):

@@ -9,10 +9,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.conftest import REPO
+from tests.support.tiny_models import load_transformers
 
 
 @pytest.fixture
@@ -63,3 +65,18 @@ def test_the_peak_is_that_of_the_measured_steps(items: ModuleType, monkeypatch: 
     trainable = SimpleNamespace(model=model)
     job = SimpleNamespace(session=session, trainable=trainable, tokens_per_step=1, flops_per_token=1.0)
     assert step.measure(job, with_optimizer=False, rounds=1)["measured_peak_gib"] == 3.0
+
+
+@pytest.mark.parametrize("place", [None, 0, 1])
+def test_logits_that_are_nan_do_not_pass(
+    place: int | None, items: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logits_of(models: list[tuple[Path, None]], *_: object) -> list[np.ndarray]:
+        tokens = torch.tensor(items.TOKENS)
+        found = [load_transformers(path)(tokens).logits.detach().numpy() for path, _ in models]
+        return [np.full_like(one, np.nan) if number == place else one for number, one in enumerate(found)]
+
+    monkeypatch.setattr(items, "FAMILY_CASES", ["llama_mha", "qwen2"])
+    monkeypatch.setattr(items, "logits_of", logits_of)
+    out = items.logits(items.Context(tmp_path, on_gpu=False))
+    assert [values["passes"] for values in out.values()] == [place is None] * 2

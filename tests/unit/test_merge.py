@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from nemo_minitron.families import ModelShape
 from nemo_minitron.hf.checkpoint import Checkpoint
@@ -53,23 +54,30 @@ def test_heads_of_one_group_stay_among_themselves_and_without_groups_all_are_one
     assert head_partners(scores, (0,), (0,), _shape(4, 2)) == {0: 1}, "a group that goes is merged into none"
 
 
-@pytest.mark.parametrize("case", ["llama_gqa_tied", "llama_mha"])
-def test_merged_heads_reach_the_files(case: str, tmp_path: Path) -> None:
-    source = Checkpoint.open(tiny_model_dir(tmp_path, case))
+# Heads are in order of importance. Groups of two: 0 takes in 1, and so on. Without groups 3 takes in 4, 2 takes in 5.
+PAIRS = {4: {0: 1, 2: 3, 4: 5, 6: 7}, 8: {0: 7, 1: 6, 2: 5, 3: 4}}
+"""Query groups of 8 heads -> kept head -> the cut one, if half of the heads are cut."""
+
+
+@pytest.mark.parametrize("groups", PAIRS)
+@pytest.mark.parametrize(("how", "own", "other"), [("printed", 2.0, -1.0), ("mean", 0.5, 0.5)])
+def test_merged_heads_reach_the_files(groups: int, how: str, own: float, other: float, tmp_path: Path) -> None:
+    source = Checkpoint.open(tiny_model_dir(tmp_path, "qwen2", num_key_value_heads=groups))
     scores = {"heads": torch.arange(8.0).flip(0).repeat(4, 1)}
-    found = {}
-    for how in ("off", "printed"):
-        stage = SelectStage.model_validate({"kind": "select", "target": {"num_attention_heads": 4}, "head_merge": how})
-        out = tmp_path / how
-        out.mkdir()
-        prune_checkpoint(source.path, choose_keep(scores, source.shape, stage), out, Progress(silent=True))
-        found[how] = Checkpoint.open(out)
-    size = source.shape.kv_channels
-    # Heads are in order of importance. GQA: pairs (0, 1), (2, 3); MHA: 3 takes in 4.
-    kept, cut, place = (0, 1, 0) if case == "llama_gqa_tied" else (3, 4, 3)
-    name = "model.layers.1.self_attn.q_proj.weight"
-    whole = source.read(name)
-    expected = 2 * whole[kept * size : (kept + 1) * size] - whole[cut * size : (cut + 1) * size]
-    torch.testing.assert_close(found["printed"].read(name)[place * size : (place + 1) * size], expected)
-    keys = [checkpoint.read("model.layers.1.self_attn.k_proj.weight") for checkpoint in found.values()]
-    assert torch.equal(*keys) == (case == "llama_gqa_tied"), "shared keys are left alone"
+    stage = SelectStage.model_validate({"kind": "select", "target": {"num_attention_heads": 4}, "head_merge": how})
+    (out := tmp_path / "student").mkdir()
+    prune_checkpoint(source.path, choose_keep(scores, source.shape, stage), out, Progress(silent=True))
+    student = Checkpoint.open(out)
+
+    def merged(whole: Tensor) -> Tensor:
+        heads = whole.unflatten(0, (8, -1))
+        return torch.cat([own * heads[kept] + other * heads[cut] for kept, cut in PAIRS[groups].items()])
+
+    for layer in range(4):
+        for part in ("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"):
+            name = f"model.layers.{layer}.self_attn.{part}"
+            whole = source.read(name)
+            is_shared = groups == 4 and not part.startswith("q_proj")
+            torch.testing.assert_close(student.read(name), whole if is_shared else merged(whole))
+        name = f"model.layers.{layer}.self_attn.o_proj.weight"
+        torch.testing.assert_close(student.read(name), merged(source.read(name).T).T)

@@ -6,7 +6,7 @@ import ast
 import os
 import subprocess
 import sys
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,25 @@ def test_each_stack_has_its_python_its_pins_and_an_environment_of_its_own(
     assert f"-r constraints/torch-{lock}.txt" in commands
     assert "'numpy<2.4' 'a==1'" in commands, "a shell takes < for a redirection"
     assert "COMPAT_VENV ?= .venv-$(STACK)" in (REPO / "Makefile").read_text()
+
+
+NOT_ON_STACKS = {
+    "tests/aligner": "NeMo-Aligner has an environment of its own, the same beside every stack",
+    "tests/gpu": "needs a GPU",
+    "tests/optional": "needs packages that no stack has",
+    "tests/slurm": "starts and stops jobs; takes long",
+    "tests/data": "no tests",
+    "tests/support": "no tests",
+}
+
+
+def test_each_stack_runs_every_folder_of_tests_that_it_can(tmp_path: Path) -> None:
+    words = dry_run("test-compat", f"COMPAT_VENV={tmp_path}").split()
+    named = {word for before, word in pairwise(words) if before != "--ignore"}
+    folders = {
+        f"tests/{path.name}" for path in (REPO / "tests").iterdir() if path.is_dir() and path.name[0] not in "._"
+    }
+    assert folders - named == NOT_ON_STACKS.keys()
 
 
 def test_a_stack_that_there_is_not_is_refused_by_name() -> None:

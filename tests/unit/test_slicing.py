@@ -30,11 +30,11 @@ from tests.support.tiny_models import FAMILY_CASES, load_transformers, tiny_mode
 SILENT = Progress(silent=True)
 
 
-def _plan(source_dir: Path, seed: int = 3) -> PrunePlan:
-    """Return a random plan that cuts every axis of the model."""
+def _plan(source_dir: Path, seed: int = 3, **more: int) -> PrunePlan:
+    """Return a random plan that cuts every axis of the model, query groups only if `more` has them."""
     shape = Checkpoint.open(source_dir).shape
     heads = max(shape.num_query_groups, shape.num_attention_heads // 2)
-    target = {"num_layers": 3, "hidden_size": 40, "ffn_hidden_size": 56, "num_attention_heads": heads}
+    target = {"num_layers": 3, "hidden_size": 40, "ffn_hidden_size": 56, "num_attention_heads": heads, **more}
     params = SelectStage.model_validate({"kind": "select", "method": "random", "seed": seed, "target": target})
     return choose_keep({}, shape, params)
 
@@ -76,19 +76,26 @@ def test_axes_that_stay_whole_have_no_entry() -> None:
     assert kept_positions(plan, shape, None) == {}
 
 
-def test_a_pruned_layer_holds_the_teachers_numbers_at_the_kept_places(tmp_path: Path) -> None:
+@pytest.mark.parametrize("groups", [4, 2])
+def test_a_pruned_layer_holds_the_teachers_numbers_at_the_kept_places(groups: int, tmp_path: Path) -> None:
     source = tiny_model_dir(tmp_path, "qwen2")
-    plan = _prune(source, tmp_path / "student")
+    plan = _prune(source, tmp_path / "student", _plan(source, num_query_groups=groups))
     teacher, student = Checkpoint.open(source), Checkpoint.open(tmp_path / "student")
     hidden = list(plan.shared["hidden"])
     for new, old in enumerate(plan.layers):
-        rows = [head * 8 + channel for head in plan.by_layer["heads"][old] for channel in range(8)]
+        rows, kv_rows = (
+            [index * 8 + channel for index in plan.by_layer[axis][old] for channel in range(8)]
+            for axis in ("heads", "groups")
+        )
+        assert len(kv_rows) == 8 * groups
         name = "model.layers.{}.self_attn.{}"
         expected = {
             "q_proj.weight": teacher.read(name.format(old, "q_proj.weight"))[rows][:, hidden],
             "q_proj.bias": teacher.read(name.format(old, "q_proj.bias"))[rows],
-            "k_proj.weight": teacher.read(name.format(old, "k_proj.weight"))[:, hidden],
-            "v_proj.bias": teacher.read(name.format(old, "v_proj.bias")),
+            "k_proj.weight": teacher.read(name.format(old, "k_proj.weight"))[kv_rows][:, hidden],
+            "k_proj.bias": teacher.read(name.format(old, "k_proj.bias"))[kv_rows],
+            "v_proj.weight": teacher.read(name.format(old, "v_proj.weight"))[kv_rows][:, hidden],
+            "v_proj.bias": teacher.read(name.format(old, "v_proj.bias"))[kv_rows],
             "o_proj.weight": teacher.read(name.format(old, "o_proj.weight"))[hidden][:, rows],
         }
         for part, tensor in expected.items():
