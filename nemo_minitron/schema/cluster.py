@@ -108,7 +108,7 @@ class Cluster(Schema):
     cpu: Resources = Resources(gpus_per_node=0)
     """What stages without a GPU request (reading, selecting, pruning, reporting)."""
     by_stage: dict[StageName, Resources] = Field(default_factory=dict)
-    """Stage name -> what its job requests."""
+    """Stage name -> what its job requests. A search stands for its candidates, too."""
     sbatch: tuple[SbatchOption, ...] = ()
     """More options for every job, such as --mail-type=FAIL."""
     modules: tuple[Word, ...] = ()
