@@ -100,25 +100,24 @@ def _server_nodes(recipe: Recipe) -> Iterator[str]:
 
 def _layouts(view: View) -> Iterator[str]:
     """Report each model of a distributed stage that does not fit the stage's layout or sequence length."""
-    found: dict[str, None] = {}
+    found: list[str] = []
     for name, stage in view.stages.items():
         kind, layout = STAGES[stage.kind], view.layout(name)
         if not kind.has_layout:
             continue
         lengths = {} if kind.skips_long_rows else dict(_lengths(view.whole(name), stage))
-        # Report what several stages or candidates share once.
-        found |= dict.fromkeys(_context(view.whole(name), stage, layout, lengths))
+        found += _context(view.whole(name), stage, layout, lengths)
         for label, shape in _models_of(name, stage, view):
-            found |= dict.fromkeys(_too_long(lengths, label, shape))
-            found |= dict.fromkeys(f"{text} ({label})" for text in layout_problems(shape, layout))
-    yield from found
+            found += _too_long(lengths, label, shape)
+            found += (f"{text} ({label})" for text in layout_problems(shape, layout))
+    # Report a layout and a model once, even if several stages or candidates use them.
+    yield from dict.fromkeys(found)
 
 
 def _lengths(name: str, stage: StageParams) -> Iterator[tuple[str, int]]:
     """Yield (key, tokens) for each length of sequences that a stage reads, also for a training and a repair."""
-    sections = {"": stage, "retraining.": getattr(stage, "retraining", None)}
-    sections["compensation."] = getattr(stage, "compensation", None)
-    for section, params in sections.items():
+    parts = {f"{part}.": getattr(stage, part, None) for part in ("retraining", "compensation")}
+    for section, params in {"": stage, **parts}.items():
         for key in ("seq_len_tokens", "max_seq_len_tokens"):
             length = getattr(params, key, None)
             if length:

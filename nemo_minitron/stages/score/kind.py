@@ -26,7 +26,7 @@ def _tasks(params: ScoreStage) -> Iterator[TaskUse]:
 def _unread(params: ScoreStage) -> Iterator[tuple[str, str]]:
     """Yield (key, what reads it) for each key that has no effect beside the other keys."""
     aggregating = "method = activation and taylor"
-    axes = set() if params.method == "wanda" else set(params.width_axes)
+    axes: set[str] = set() if params.method == "wanda" else set(params.width_axes)
     if not axes:
         yield from ((key, f"{aggregating}, for width_axes,") for key in ("batch_aggregation", "sequence_aggregation"))
     if not axes & {"ffn", "heads"}:
