@@ -107,6 +107,10 @@ class NumericsError(MinitronError):
     """A measured number violates an expectation (NaN, teacher loss above its bound, wrong size)."""
 
 
+class DivergenceError(NumericsError):
+    """The loss of a training is NaN or infinite, or stays above its bound."""
+
+
 class EnvironmentProblem(MinitronError):
     """The machine lacks something: a package, disk space, permissions, an asset."""
 

@@ -130,7 +130,7 @@ def _to_save_memory(task: StageTask) -> str:
     has_whole_model = task.kind.whole_layers or getattr(task.params, "uses_transformers", False)
     if has_whole_model or not task.kind.has_layout:
         return f"End other programs that need memory, or use a machine or GPU that has more. {again}"
-    key = f"execution.parallel_by_stage.{task.name}"
+    key = f"execution.parallel_by_stage.{task.kind.part_of(task.name, task.params) or task.name}"
     recompute = " or recompute: full" if task.kind.trains else ""
     return (
         f"In {key}, set a smaller micro_batch_size{recompute}, or more tp or pp; `minitron plan` shows the memory of "

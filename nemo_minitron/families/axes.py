@@ -24,6 +24,8 @@ class Axis:
     """Name in tables and messages."""
     target_key: str
     """Field of ModelShape, and key of a recipe's `target`."""
+    letter: str = ""
+    """Letter in the names of a search's candidates; none for an axis that is never cut."""
     coupled: tuple[str, ...] = ()
     """Labels of the dimensions that are cut together; none for layers, whose parameters go as a whole."""
     unit: str | None = None
@@ -39,12 +41,18 @@ class Axis:
 
 
 HIDDEN = Axis(
-    name="hidden", title="hidden size", target_key="hidden_size", coupled=("hidden",), scored_at="norm_outputs"
+    name="hidden",
+    title="hidden size",
+    target_key="hidden_size",
+    letter="h",
+    coupled=("hidden",),
+    scored_at="norm_outputs",
 )
 FFN = Axis(
     name="ffn",
     title="MLP neurons",
     target_key="ffn_hidden_size",
+    letter="f",
     coupled=("ffn",),
     per_layer=True,
     split_by="tensor",
@@ -54,6 +62,7 @@ GROUPS = Axis(
     name="groups",
     title="key/value heads",
     target_key="num_query_groups",
+    letter="g",
     coupled=("kv",),
     unit="kv_channels",
     per_layer=True,
@@ -63,6 +72,7 @@ HEADS = Axis(
     name="heads",
     title="attention heads",
     target_key="num_attention_heads",
+    letter="a",
     coupled=("q",),
     unit="kv_channels",
     per_layer=True,
@@ -70,7 +80,9 @@ HEADS = Axis(
     scored_at="attention_heads",
     inside="groups",
 )
-LAYERS = Axis(name="layers", title="layers", target_key="num_layers", split_by="pipeline", scored_at="layers")
+LAYERS = Axis(
+    name="layers", title="layers", target_key="num_layers", letter="l", split_by="pipeline", scored_at="layers"
+)
 
 WIDTH_AXES = (HIDDEN, FFN, GROUPS, HEADS)
 """Axes inside the layers; an axis that holds another comes before it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,8 +10,8 @@ from typing import Literal
 from nemo_minitron.errors import PlanError
 from nemo_minitron.launch import images
 from nemo_minitron.plan.planner import RunPlan, StageCall
+from nemo_minitron.plan.view import View
 from nemo_minitron.schema.cluster import Cluster, Container, Resources
-from nemo_minitron.schema.execution import Execution
 from nemo_minitron.stages.registry import STAGES
 
 Environment = Literal["core", "aligner"]
@@ -59,25 +59,29 @@ def jobs_of(plan: RunPlan, cluster: Cluster, wanted: set[str]) -> list[Job]:
             allowed=", ".join(call.name for call in plan.calls),
         )
     calls = [call for call in plan.calls if call.name in wanted and plan.states[call.name].status != "finished"]
-    job_of = {call.name: _job_name(call, plan) for call in calls}
+    job_of = {call.name: _job_name(call, plan, cluster) for call in calls}
     groups: dict[str, list[StageCall]] = {}
     for call in calls:
         groups.setdefault(job_of[call.name], []).append(call)
-    execution = plan.recipe.execution
-    return [_job(name, group, job_of, cluster, execution) for name, group in groups.items()]
+    return [_job(name, group, job_of, cluster, plan) for name, group in groups.items()]
 
 
-def _job_name(call: StageCall, plan: RunPlan) -> str:
-    """Return the stage's name, or the name of the array of the candidates that are compared with each other."""
+def _job_name(call: StageCall, plan: RunPlan, cluster: Cluster) -> str:
+    """Return the stage's name, or the name of the array of the candidates that are compared with each other.
+
+    The tasks of an array have the same nodes: a candidate with a layout or resources of its own is no part of it.
+    """
+    if call.name in cluster.by_stage or call.name in plan.recipe.execution.parallel_by_stage:
+        return call.name
     return STAGES[call.kind].array(call.name, plan.recipe.stages[call.name]) or call.name
 
 
-def _job(name: str, group: list[StageCall], job_of: dict[str, str], cluster: Cluster, execution: Execution) -> Job:
-    call = group[0]
-    spec = STAGES[call.kind]
+def _job(name: str, group: list[StageCall], job_of: dict[str, str], cluster: Cluster, plan: RunPlan) -> Job:
+    call, execution = group[0], plan.recipe.execution
+    spec, whole = STAGES[call.kind], View(plan.recipe).whole(call.name)
     uses_gpu = spec.uses_gpu and execution.device != "cpu"
-    resources = _merged_resources(call, cluster, uses_gpu=uses_gpu)
-    nodes, each = _share_out(call, cluster)
+    resources = _merged_resources((whole, call.name), cluster, uses_gpu=uses_gpu)
+    nodes, each = _share_out(call, whole, cluster)
     for_servers = _server_nodes(call, nodes, execution.server_nodes_by_stage.get(call.name))
     waits = {job_of[other]: None for member in group for other in member.depends if other in job_of}
     return Job(
@@ -98,7 +102,7 @@ def ranks_per_node(cluster: Cluster) -> int:
     return cluster.ranks_per_node or max(1, cluster.gpus_per_node)
 
 
-def _share_out(call: StageCall, cluster: Cluster) -> tuple[int, int]:
+def _share_out(call: StageCall, whole: str, cluster: Cluster) -> tuple[int, int]:
     """Return (nodes, processes on each)."""
     size, most = call.parallel.world_size, ranks_per_node(cluster)
     if not STAGES[call.kind].has_layout or size <= most:
@@ -106,7 +110,7 @@ def _share_out(call: StageCall, cluster: Cluster) -> tuple[int, int]:
     if size % most:
         raise PlanError(
             f"Stage {call.name} has {size} processes, and a node takes {most}: its nodes cannot be filled evenly.",
-            where=f"execution.parallel_by_stage.{call.name} or execution.parallel",
+            where=f"execution.parallel_by_stage.{whole} or execution.parallel",
             allowed=f"tp * pp * cp * dp of up to {most}, or a multiple of it",
             next_step="Change dp, or execution.cluster.ranks_per_node.",
         )
@@ -139,11 +143,11 @@ def _gpus(resources: Resources, cluster: Cluster, processes: int, *, uses_gpu: b
     return cluster.gpus_per_node if cluster.exclusive else min(processes, cluster.gpus_per_node)
 
 
-def _merged_resources(call: StageCall, cluster: Cluster, *, uses_gpu: bool) -> Resources:
-    """Merge resources: those of the stage override those of CPU stages, which override those of the cluster."""
+def _merged_resources(stages: Iterable[str], cluster: Cluster, *, uses_gpu: bool) -> Resources:
+    """Merge resources: those of the stages, the last first, override those of CPU stages, and these the cluster's."""
     names = set(Resources.model_fields) & set(Cluster.model_fields) - {"gpus_per_node"}
     found = {name: getattr(cluster, name) for name in names}
-    layers = [*([] if uses_gpu else [cluster.cpu]), cluster.by_stage.get(call.name, Resources())]
+    layers = [*([] if uses_gpu else [cluster.cpu]), *(cluster.by_stage.get(name, Resources()) for name in stages)]
     for layer in layers:
         found |= {name: value for name, value in layer if value is not None}
     return Resources(**found)

@@ -17,7 +17,6 @@ from nemo_minitron.plan.task_names import unknown_tasks
 from nemo_minitron.plan.view import View
 from nemo_minitron.schema.base import StageParams
 from nemo_minitron.schema.execution import Parallel
-from nemo_minitron.stages.kind import StageKind
 from nemo_minitron.stages.registry import STAGES
 
 
@@ -55,6 +54,7 @@ def broken_rules(plan: RunPlan) -> Iterator[str]:
         problem for name, stage in recipe.stages.items() for problem in STAGES[stage.kind].problems(name, stage, view)
     )
     yield from _names(recipe)
+    yield from _without_layout(view)
     yield from _server_nodes(recipe)
     yield from _layouts(view)
 
@@ -76,6 +76,18 @@ def _names(recipe: Recipe) -> Iterator[str]:
             yield f"stages.{name}: the run itself uses a folder with this name. Next: rename the stage."
 
 
+def _without_layout(view: View) -> Iterator[str]:
+    """Report layouts of stages that have none; that of a search is for its candidates."""
+    kinds = {name: STAGES[stage.kind] for name, stage in view.stages.items() if view.whole(name) == name}
+    have = [name for name, kind in kinds.items() if kind.has_layout or kind.has_parts]
+    for name in sorted(view.recipe.execution.parallel_by_stage):
+        if name in kinds and name not in have:
+            yield (
+                f"execution.parallel_by_stage.{name}: a stage of kind {kinds[name].name} has no parallel layout. "
+                f"Allowed: {', '.join(have)}."
+            )
+
+
 def _server_nodes(recipe: Recipe) -> Iterator[str]:
     """Report more nodes for servers than a stage has servers, each of which runs on one node."""
     for name, nodes in recipe.execution.server_nodes_by_stage.items():
@@ -88,42 +100,58 @@ def _server_nodes(recipe: Recipe) -> Iterator[str]:
 
 def _layouts(view: View) -> Iterator[str]:
     """Report each model of a distributed stage that does not fit the stage's layout or sequence length."""
-    found: dict[str, None] = {}
+    found: list[str] = []
     for name, stage in view.stages.items():
-        if not STAGES[stage.kind].has_layout:
+        kind, layout = STAGES[stage.kind], view.layout(name)
+        if not kind.has_layout:
             continue
-        layout, seq_len = view.layout(name), 0 if STAGES[stage.kind].skips_long_rows else _seq_len(stage)
-        yield from _context(name, STAGES[stage.kind], layout, seq_len)
+        lengths = {} if kind.skips_long_rows else dict(_lengths(view.whole(name), stage))
+        found += _context(view.whole(name), stage, layout, lengths)
         for label, shape in _models_of(name, stage, view):
-            for limit, why in _limits(shape):
-                if seq_len > limit:
-                    found[f"stages.{name}.seq_len_tokens = {seq_len}: the {label} {why} at most {limit}."] = None
-            for text in layout_problems(shape, layout):
-                # Report a layout and a model once, even if several stages use them.
-                found.setdefault(f"{text} ({label})")
-    yield from found
+            found += _too_long(lengths, label, shape)
+            found += (f"{text} ({label})" for text in layout_problems(shape, layout))
+    # Report a layout and a model once, even if several stages or candidates use them.
+    yield from dict.fromkeys(found)
 
 
-def _context(name: str, kind: StageKind, layout: Parallel, seq_len: int) -> Iterator[str]:
+def _lengths(name: str, stage: StageParams) -> Iterator[tuple[str, int]]:
+    """Yield (key, tokens) for each length of sequences that a stage reads, also for a training and a repair."""
+    parts = {f"{part}.": getattr(stage, part, None) for part in ("retraining", "compensation")}
+    for section, params in {"": stage, **parts}.items():
+        for key in ("seq_len_tokens", "max_seq_len_tokens"):
+            length = getattr(params, key, None)
+            if length:
+                yield f"stages.{name}.{section}{key}", length
+
+
+def _too_long(lengths: Mapping[str, int], label: str, shape: ModelShape) -> Iterator[str]:
+    for key, length in lengths.items():
+        for limit, why in _limits(shape):
+            if length > limit:
+                yield f"{key} = {length}: the {label} {why} at most {limit}."
+
+
+def _context(name: str, stage: StageParams, layout: Parallel, lengths: Mapping[str, int]) -> Iterator[str]:
     """Report a stage that context parallelism cannot serve: it splits sequences into 2 * cp equal chunks."""
-    key, cp = "execution.parallel.cp", layout.cp
+    key, cp, kind = "execution.parallel.cp", layout.cp, STAGES[stage.kind]
     if cp == 1:
-        if layout.sequence_parallel and not kind.trains and seq_len % layout.tp:
-            yield f"stages.{name}.seq_len_tokens = {seq_len}: sequence_parallel needs a multiple of tp = {layout.tp}."
+        # The rules of a training have this one.
+        if layout.sequence_parallel and not (kind.trains or hasattr(stage, "retraining")):
+            for where, length in lengths.items():
+                if length % layout.tp:
+                    yield f"{where} = {length}: sequence_parallel needs a multiple of tp = {layout.tp}."
         return
     if kind.whole_sequences:
         yield (
             f"{key} = {cp}: stages.{name} needs whole sequences. Allowed: 1. "
             f"Next: set a separate layout for it, execution.parallel_by_stage.{name}."
         )
+        return
     # With sequence parallelism, tp ranks split the part of the sequence that a context-parallel rank holds.
-    elif seq_len % (multiple := lcm(2 * cp, cp * layout.tp if layout.sequence_parallel else 1)):
-        yield f"stages.{name}.seq_len_tokens = {seq_len}: {key} = {cp} needs a multiple of {multiple}."
-
-
-def _seq_len(stage: StageParams) -> int:
-    training = getattr(stage, "retraining", stage)
-    return int(getattr(training, "seq_len_tokens", 0) or getattr(training, "max_seq_len_tokens", 0) or 0)
+    multiple = lcm(2 * cp, cp * layout.tp if layout.sequence_parallel else 1)
+    for where, length in lengths.items():
+        if length % multiple:
+            yield f"{where} = {length}: {key} = {cp} needs a multiple of {multiple}."
 
 
 def _limits(shape: ModelShape) -> Iterator[tuple[int, str]]:
@@ -133,13 +161,16 @@ def _limits(shape: ModelShape) -> Iterator[tuple[int, str]]:
 
 
 def _models_of(name: str, stage: StageParams, view: View) -> Iterator[tuple[str, ModelShape]]:
-    """Yield (name of the stage that makes the model, shape) for each model of known shape that a stage loads."""
+    """Yield (name of the stage that makes the model, shape) for each model of known shape that a stage loads.
+
+    The models of candidates have the name of their search, so that what is wrong with all of them is reported once.
+    """
     inputs, own = stage.inputs, {name} if STAGES[stage.kind].loads_own_model else set[str]()
     made_by = {str(getattr(inputs, role)) for role in ("model", "teacher", "student") if hasattr(inputs, role)}
     for other in sorted(made_by | own):
         shape = view.shape(other)
         if shape is not None:
-            yield other, shape
+            yield view.whole(other), shape
 
 
 def layout_problems(shape: ModelShape, layout: Parallel) -> Iterator[str]:

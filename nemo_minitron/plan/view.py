@@ -60,15 +60,21 @@ class View:
         return None if params is None else STAGES[params.kind].chat_rows(stage, params, self)
 
     def layout(self, stage: str) -> Parallel:
-        """Return the stage's own layout, else the run's; one process for a stage that has no layout."""
+        """Return the stage's own layout, else that of its whole, else the run's; one process if it has no layout."""
         execution = self.recipe.execution
         kind = STAGES[self.stages[stage].kind]
         if not kind.has_layout:
             return Parallel()
-        layout = execution.parallel_by_stage.get(stage, execution.parallel)
+        own = execution.parallel_by_stage
+        layout = own.get(stage) or own.get(self.whole(stage)) or execution.parallel
         if kind.whole_layers:
             return Parallel(dp=layout.world_size, micro_batch_size=layout.micro_batch_size)
         return layout
+
+    def whole(self, stage: str) -> str:
+        """Return the stage that a stage is a part of, such as the search of a candidate; else the stage itself."""
+        params = self.stages[stage]
+        return STAGES[params.kind].part_of(stage, params) or stage
 
     def published(self, stage: str, file: str) -> Path | None:
         return Store(run_dir(self.recipe)).intact(stage, file)

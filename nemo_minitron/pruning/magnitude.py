@@ -35,7 +35,9 @@ def magnitude_scores(checkpoint: Checkpoint, selection: Selection) -> dict[str, 
         for dim, label in enumerate(parameter.row.axes):
             if label in axes:
                 target = squares[label][parameter.layer] if axes[label].per_layer else squares[label]
-                target += tensor.sum([other for other in range(tensor.dim()) if other != dim])
+                others = [other for other in range(tensor.dim()) if other != dim]
+                # For torch, a sum over no dimension is one over all.
+                target += tensor.sum(others) if others else tensor
     drops = layers - target_of(selection, shape).num_layers
     runs = by_layer.unfold(0, max(drops, 1), 1).sum(-1) if selection.layer_removal == "contiguous" else by_layer
     scores = {}

@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_minitron.errors import ArtifactError, PlanError
 from nemo_minitron.families import ModelShape, num_params, target_shape
-from nemo_minitron.families.axes import AXES, FFN, HIDDEN
+from nemo_minitron.families.axes import AXES, FFN, HIDDEN, LAYERS, WIDTH_AXES
 from nemo_minitron.schema.pruning import Target
 from nemo_minitron.schema.search import Hardware, SearchConstraints, SearchGrid
 
@@ -29,6 +29,7 @@ class Candidate:
     """One point of the grid, with its estimated costs."""
 
     name: str
+    """Its sizes in the grid, such as l4_h48_f96: it does not depend on the other points."""
     target: Target
     num_params: int
     memory_gib: float
@@ -52,7 +53,7 @@ def enumerate_candidates(grid: SearchGrid, constraints: SearchConstraints, sourc
     """Return the points of the grid that can be cut out of `source` and meet the constraints, in the grid's order.
 
     Raises:
-        PlanError: there is no such point, or there are more than `constraints.max_candidates`.
+        PlanError: there is no such point, there are more than `constraints.max_candidates`, or a factor gives 0.
     """
     found: list[Candidate] = []
     points = 0
@@ -62,11 +63,10 @@ def enumerate_candidates(grid: SearchGrid, constraints: SearchConstraints, sourc
         if _can_be_cut(shape, source) and _meets(shape, constraints):
             hardware = constraints.hardware
             memory, decode = memory_gib(shape, constraints), decode_ms(shape, constraints, hardware)
-            name = f"c{len(found) + 1:02d}"
-            found.append(Candidate(name, target, num_params(shape), memory, decode, shape))
+            found.append(Candidate(_name(target), target, num_params(shape), memory, decode, shape))
     if not found:
         raise PlanError(
-            f"None of the {points} points of the grid meets the constraints.",
+            f"None of the {points} points of the grid can be cut out of the model and meets the constraints.",
             next_step="Extend the grid, or raise constraints.num_params_tolerance.",
         )
     if len(found) > constraints.max_candidates:
@@ -76,6 +76,11 @@ def enumerate_candidates(grid: SearchGrid, constraints: SearchConstraints, sourc
             next_step="Narrow the grid or the constraints, or raise max_candidates.",
         )
     return found
+
+
+def _name(target: Target) -> str:
+    sizes = {axis.letter: getattr(target, axis.target_key) for axis in (LAYERS, *WIDTH_AXES)}
+    return "_".join(f"{letter}{size}" for letter, size in sizes.items() if size is not None)
 
 
 def _points(grid: Mapping[str, Sequence[float]], source: ModelShape) -> Iterator[Target]:
@@ -92,8 +97,23 @@ def _points(grid: Mapping[str, Sequence[float]], source: ModelShape) -> Iterator
 def _ffn_sizes(grid: Mapping[str, Sequence[float]], hidden: int, source: ModelShape) -> Sequence[int]:
     expansion = grid.get(FFN_EXPANSION, ())
     if expansion:
-        return list(dict.fromkeys(round(factor * hidden) for factor in expansion))
+        return list(dict.fromkeys(expanded_size(factor, hidden) for factor in expansion))
     return [int(size) for size in grid.get(FFN.target_key, ())] or [source.ffn_hidden_size]
+
+
+def expanded_size(factor: float, hidden: int) -> int:
+    """Return the number of MLP neurons of a factor in `ffn_expansion`.
+
+    Raises:
+        PlanError: it is 0.
+    """
+    size = round(factor * hidden)
+    if size == 0:
+        raise PlanError(
+            f"{FFN_EXPANSION} has {factor:g}: times hidden_size {hidden} it is rounded to 0 neurons.",
+            allowed=f"at least {1 / hidden:.2g}",
+        )
+    return size
 
 
 def _can_be_cut(shape: ModelShape, source: ModelShape) -> bool:
@@ -140,10 +160,15 @@ def decode_ms(shape: ModelShape, constraints: SearchConstraints, hardware: Hardw
 def ranking(candidates: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Sort candidates, best first, and add `rank` and `on_pareto_front`.
 
-    A candidate that reached a later rung is better; in the same rung, one with a lower loss. A candidate whose loss is
-    NaN, or None because it was too slow to be trained, is the last of its rung.
+    A candidate that reached a later rung is better; in the same rung, one with a lower loss. Candidates whose last loss
+    is NaN, or None because they were too slow to be trained or diverged, are the last of all.
     """
-    ordered = sorted(candidates, key=lambda c: (-len(c["losses"]), _orderable(c["losses"][-1]), c["name"]))
+
+    def order(found: Mapping[str, Any]) -> tuple[bool, int, float, str]:
+        loss = _orderable(found["losses"][-1])
+        return loss == math.inf, -len(found["losses"]), loss, found["name"]
+
+    ordered = sorted(candidates, key=order)
     return [
         {**found, "rank": number, "on_pareto_front": _on_front(found, ordered)}
         for number, found in enumerate(ordered, 1)

@@ -127,8 +127,15 @@ def _row(candidate: Candidate, search: Search, timed: bool) -> list[str]:
         *speed,
         _number(candidate["zero_shot_loss"], "{:.3f}"),
         f"{_steps_of(candidate, search):,}" if _was_trained(candidate) else "",
-        f"{last_loss(candidate):.3f}" if _was_trained(candidate) else "too slow",
+        _outcome(candidate),
     ]
+
+
+def _outcome(candidate: Candidate) -> str:
+    if _was_trained(candidate):
+        return f"{last_loss(candidate):.3f}"
+    # Searches of older versions ended with a candidate that diverged.
+    return "diverged" if candidate.get("diverged") else "too slow"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -150,7 +157,7 @@ def last_loss(candidate: Candidate) -> float:
 
 
 def _was_trained(candidate: Candidate) -> bool:
-    """Return whether the candidate was fast enough to be trained."""
+    """Return whether the candidate was fast enough to be trained and did not diverge."""
     return candidate["losses"][-1:] != [None]
 
 

@@ -109,7 +109,7 @@ class Cluster(Schema):
     """What stages without a GPU request (reading, selecting, pruning, reporting), and with execution.device: cpu all
     stages."""
     by_stage: dict[StageName, Resources] = Field(default_factory=dict)
-    """Stage name -> what its job requests."""
+    """Stage name -> what its job requests. A search stands for its candidates, too."""
     sbatch: tuple[SbatchOption, ...] = ()
     """More options for every job, such as --mail-type=FAIL."""
     modules: tuple[Word, ...] = ()

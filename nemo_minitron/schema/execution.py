@@ -88,7 +88,7 @@ class Execution(Schema):
     parallel: Parallel = Parallel()
     """Parallel layout of all stages that have one."""
     parallel_by_stage: dict[StageName, Parallel] = Field(default_factory=dict)
-    """Stage name -> its own parallel layout."""
+    """Stage name -> its own parallel layout. A search stands for its candidates."""
     server_nodes_by_stage: dict[StageName, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
     """Stage name -> nodes of its Slurm job, in addition to those of its layout, that run only the servers of a
     training on rewards (one for the rewards, for ppo one for the critic). A stage that is not listed has one such node

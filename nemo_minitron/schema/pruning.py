@@ -75,7 +75,7 @@ class Scoring(Schema):
     method: WidthMethod = "activation"
     """activation: how strongly a channel responds. taylor: activation times the gradient of the loss, which needs a
     backward pass. wanda: root mean square of the activation, times the norm of the weights that read it (2306.11695);
-    `convention` and the aggregations do not apply to it."""
+    `convention`, `neuron_score` and the aggregations do not apply to it."""
     convention: Literal["modelopt", "paper"] = "modelopt"
     """Which formulas to use where the papers and NVIDIA's code differ; see pruning/importance.py."""
     neuron_score: Literal["before_activation", "after_activation"] | None = None

@@ -31,7 +31,7 @@ def training_problems(
     product = f"{steps_key or key + '.num_steps'} * global_batch_size"
     yield from sample_count_problems(product, num_steps * stage.global_batch_size)
     yield from learning_rate_problems(key, stage, num_steps, steps_key or "num_steps")
-    yield from _options(name, stage, layout)
+    yield from _options(key, stage, layout)
     if layout.sequence_parallel and stage.seq_len_tokens % layout.tp:
         yield f"{key}.seq_len_tokens = {stage.seq_len_tokens}: must be a multiple of tp = {layout.tp}."
 
@@ -61,16 +61,16 @@ def learning_rate_problems(key: str, rate: LearningRate, num_steps: int, steps_k
         yield f"{key}.wsd_decay_steps = {rate.wsd_decay_steps}: read by lr_schedule = wsd only. Next: set both or none."
 
 
-def _options(name: str, stage: Optimization, layout: Parallel) -> Iterator[str]:
+def _options(key: str, stage: Optimization, layout: Parallel) -> Iterator[str]:
     """Check options of a layout that exclude or require each other."""
-    key = "execution.parallel"
+    of_run = "execution.parallel"
     if layout.overlap_param_gather and not (layout.distributed_optimizer and layout.overlap_grad_reduce):
-        yield f"{key}.overlap_param_gather: needs {key}.distributed_optimizer and {key}.overlap_grad_reduce."
+        yield f"{of_run}.overlap_param_gather: needs {of_run}.distributed_optimizer and {of_run}.overlap_grad_reduce."
     loss = getattr(stage, "loss", None)
     for term in ("hidden", "anchors"):
         if layout.recompute == "full" and getattr(loss, term, None) is not None:
-            yield f"{key}.recompute = full: not supported with stages.{name}.loss.{term}. Allowed: none, selective."
+            yield f"{of_run}.recompute = full: not supported with {key}.loss.{term}. Allowed: none, selective."
     if loss is None or loss.hidden is None:
         return
     if layout.pp > 1 and layout.overlap_grad_reduce:
-        yield f"{key}.overlap_grad_reduce: not supported with pp > 1 and stages.{name}.loss.hidden."
+        yield f"{of_run}.overlap_grad_reduce: not supported with pp > 1 and {key}.loss.hidden."

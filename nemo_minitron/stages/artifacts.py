@@ -201,7 +201,7 @@ class CandidateModel(Model):
 
     @property
     def losses(self) -> list[float | None]:
-        """Held-out loss after each rung, in nats per token; None if the candidate was too slow to be trained."""
+        """Held-out loss after each rung, in nats per token; None if the candidate was too slow or diverged."""
         return list(self.result["losses"])
 
 

@@ -269,6 +269,9 @@ class StageKind:
     """Size of its output; None: that of a model with its checkpoints for a training, 0 for other stages."""
     source_disk_bytes: Callable[[Path, int], int] | None = None
     """Disk space that a file of a source needs while the stage runs, from its path and size in bytes; None: none."""
+    part_of: Callable[[str, Any], str | None] = _unknown
+    """For a stage that the planner has written: the stage of the recipe that it belongs to. It takes the layout and
+    resources of that stage unless it has its own."""
     array: Callable[[str, Any], str | None] = _unknown
     """Name of the job array that it shares with other stages of its kind; None: it has its own job."""
     num_servers: Callable[[Any], int] = lambda _params: 0
@@ -283,6 +286,11 @@ class StageKind:
     def has_layout(self) -> bool:
         """Whether it can run on several processes."""
         return self.distributed or self.starts_ranks
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether the planner writes further stages for it."""
+        return self.expand is not _unknown
 
     @property
     def uses_gpu(self) -> bool:

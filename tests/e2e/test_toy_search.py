@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,9 +15,12 @@ from typing import Any
 
 import pytest
 
+from nemo_minitron.backends.megatron.training import loop
+from nemo_minitron.report.search import search_table
 from tests.conftest import REPO, Cli
 
 SEARCH, CHAIN = REPO / "recipes/toy/search.yaml", REPO / "recipes/toy/chain.yaml"
+THIRD, FOURTH = "search_l3_h64_f144", "search_l4_h48_f144"
 
 
 def _result(folder: Path) -> dict[str, Any]:
@@ -34,14 +38,14 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     with log.open("w") as output:
         first = subprocess.Popen(command, cwd=REPO, env=environment, stdout=output, stderr=output)
     deadline = time.monotonic() + 240
-    while not (run / ".work/search_c04/pruned").is_dir():
+    while not (run / f".work/{FOURTH}/pruned").is_dir():
         assert first.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    assert (run / "search_c03/manifest.json").is_file()
-    assert not (run / "search_c04").exists()
+    assert (run / THIRD / "manifest.json").is_file()
+    assert not (run / FOURTH).exists()
     again = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=400)
     assert again.returncode == 0, again.stderr
     return run, again.stdout + again.stderr
@@ -49,8 +53,8 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_a_killed_search_continues_with_its_current_candidate(resumed: tuple[Path, str]) -> None:
     _, output = resumed
-    assert "search_c04 (candidate)" in output
-    assert "search_c03" not in output
+    assert f"{FOURTH} (candidate)" in output
+    assert THIRD not in output
     assert "score (score)" not in output
 
 
@@ -98,6 +102,34 @@ def test_the_plan_of_a_finished_search_has_the_students_sizes(
     assert {stage["status"] for stage in plan["stages"]} == {"finished"}
     code, output = minitron("plan", SEARCH, f"execution.run_root={tmp_path}", "--json")
     assert json.loads(output)["student"] is None, "before the search nobody knows"
+
+
+def test_a_candidate_that_diverges_is_ranked_last(
+    minitron: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    step = loop.train_step
+
+    def diverging(job: loop.Job, *args: Any) -> tuple[dict[str, float], str | None]:
+        row, stop_reason = step(job, *args)
+        return ({**row, "train_loss": math.nan} if job.shape.hidden_size == 48 else row), stop_reason
+
+    monkeypatch.setattr(loop, "train_step", diverging)
+    keys = [
+        f"execution.run_root={tmp_path}",
+        "stages.search.grid={num_layers: [], hidden_size: [48, 56], ffn_hidden_size: [112, 144]}",
+        "stages.search.constraints.num_params=null",
+        "stages.search.rungs=[{num_steps: 1, keep: 3}, {num_steps: 1}]",
+        "stages.search.retraining={warmup_steps: 0, lr_schedule: constant}",
+    ]
+    code, output = minitron("run", SEARCH, *keys, "--until", "search")
+    assert code == 0, output
+    assert "search_h48_f112: loss nan" in output
+    found = json.loads((tmp_path / "toy/search/search/search.json").read_text())
+    assert found["winner"].startswith("h56")
+    # The third place of the second rung goes to one that diverged in the first; it is not trained again.
+    assert [len(one["losses"]) for one in found["candidates"]] == [2, 2, 2, 1]
+    assert [one["losses"][-1] is None for one in found["candidates"]] == [False, False, True, True]
+    assert [row[-1] for row in search_table(found)[1]][2:] == ["diverged", "diverged"]
 
 
 def test_a_chain_prunes_what_it_distilled(minitron: Cli, tmp_path: Path) -> None:

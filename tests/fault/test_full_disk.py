@@ -150,7 +150,7 @@ def _train_to_the_end(run: Path, root: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "name", "stage"),
-    [(CACHED, "toy/cached", "cache_teacher"), (SEARCH, "toy/search", "search_c01")],
+    [(CACHED, "toy/cached", "cache_teacher"), (SEARCH, "toy/search", "search_l3_h56_f160")],
     ids=["cache_teacher", "candidate"],
 )
 def test_a_disk_that_is_full_at_a_stage_of_another_recipe(

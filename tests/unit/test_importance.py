@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nemo_minitron.hf.checkpoint import Checkpoint
 from nemo_minitron.pruning.importance import (
     Aggregation,
     aggregate_batch,
@@ -18,6 +22,9 @@ from nemo_minitron.pruning.importance import (
     block_influence_sums,
     head_scores,
 )
+from nemo_minitron.pruning.magnitude import magnitude_scores
+from nemo_minitron.schema.pruning import Scoring, Selection
+from tests.support.tiny_models import tiny_model_dir
 
 HOW: tuple[Aggregation, ...] = ("mean", "l2", "var")
 # Two tokens, one sample, three channels.
@@ -35,6 +42,34 @@ TWO_BY_THREE = torch.tensor([[1.0, -2.0, 3.0], [3.0, 2.0, -4.0]])
 def test_aggregations_of_a_two_by_three_case_by_hand(how: Aggregation, expected: list[float]) -> None:
     assert aggregate_sequence(TWO_BY_THREE[:, None], how).squeeze(0).tolist() == pytest.approx(expected)
     assert aggregate_batch(batch_sums(TWO_BY_THREE), how).tolist() == pytest.approx(expected)
+
+
+def test_without_an_axis_and_block_influence_no_batch_is_read() -> None:
+    from nemo_minitron.backends.megatron.scoring.stats import activation_scores
+
+    batches = iter([{"tokens": torch.zeros(1, 4)}])
+    unused: Any = None
+    params = Scoring(width_axes=(), layer_metrics=("lm_loss",))
+    assert activation_scores(unused, unused, batches, params, unused) == {}
+    assert len(list(batches)) == 1
+
+
+@pytest.mark.parametrize("largest", ["norms", "biases"])
+def test_magnitude_counts_norms_and_biases(largest: str, tmp_path: Path) -> None:
+    """All channels have the same matrices, so that only parameters with one dimension distinguish them."""
+    folder = tiny_model_dir(tmp_path, "qwen2")
+    file = folder / "model.safetensors"
+    weights = {name: torch.ones_like(tensor) for name, tensor in load_file(file).items()}
+    for name, tensor in weights.items():
+        if largest == "norms" and name.endswith("layernorm.weight"):
+            tensor[3] = 2.0
+        if largest == "biases" and name.endswith("q_proj.bias"):
+            tensor[-1] = 2.0
+    save_file(weights, file, {"format": "pt"})
+    scores = magnitude_scores(Checkpoint.open(folder), Selection(method="magnitude"))
+    found = scores["hidden"] if largest == "norms" else scores["heads"][0]
+    expected = 3 if largest == "norms" else len(found) - 1
+    assert (found > found.min()).nonzero().flatten().tolist() == [expected]
 
 
 def test_the_papers_score_is_the_root_of_summed_squares_of_mean_absolute_values() -> None:

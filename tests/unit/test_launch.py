@@ -65,6 +65,21 @@ def test_candidates_of_a_rung_are_one_array(tmp_path: Path) -> None:
     assert all(job.name.split("_rung")[0] == "search" for job in arrays)
 
 
+def test_candidates_have_the_layout_and_resources_of_their_search(tmp_path: Path) -> None:
+    keys = [
+        "execution.parallel_by_stage={search: {dp: 16}, search_r2_p1: {dp: 32}}",
+        "cluster.by_stage={search: {time_min: 77}, search_l4_h64_f96: {partition: big}}",
+    ]
+    jobs = _jobs(SEARCH, tmp_path, *keys)
+    requested = {name: (job.nodes, job.resources.time_min, job.resources.partition) for name, job in jobs.items()}
+    assert requested["search_rung1"] == requested["search_rung2"] == (2, 77, None)
+    assert requested["search_l4_h64_f96"] == (2, 77, "big")
+    assert requested["search_r2_p1"] == (4, 77, None)
+    assert (len(jobs["search_rung1"].stages), len(jobs["search_rung2"].stages)) == (6, 2)
+    assert set(jobs["search_r2_p1"].after) >= {"search_rung1", "search_l4_h64_f96"}
+    assert requested["score"][0] == 1
+
+
 def test_stages_of_nemo_aligner_get_its_image(tmp_path: Path) -> None:
     environments = {name: job.environment for name, job in _jobs(ALIGNED, tmp_path).items()}
     assert environments["sft"] == environments["dpo"] == "aligner"

@@ -159,13 +159,16 @@ def test_of_crowded_points_not_all_are_named_but_the_winner_is(search: dict[str,
     assert sum(text.startswith("a-long-name") for text in texts) < 10
 
 
-def test_a_candidate_that_was_too_slow_has_no_loss_and_no_point(search: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("facts", "outcome"), [({}, "too slow"), ({"diverged": True}, "diverged")])
+def test_a_candidate_that_was_not_trained_has_no_loss_and_no_point(
+    facts: dict[str, bool], outcome: str, search: dict[str, Any]
+) -> None:
     slow = {**_candidate(search, "c03"), "name": "slow", "zero_shot_loss": None, "losses": [None]}
-    slow |= {"rank": 99, "num_params": 1, "generate_tokens_per_s": 3.0}
+    slow |= {"rank": 99, "num_params": 1, "generate_tokens_per_s": 3.0, **facts}
     found = {**search, "candidates": [*search["candidates"], slow]}
     _, rows = search_table(found)
     assert rows[-1][1] == "slow"
-    assert rows[-1][-3:] == ["", "", "too slow"]
+    assert rows[-1][-3:] == ["", "", outcome]
     for figure in (pareto(found), ladder(found)):
         assert "slow" not in _texts(figure)
     assert "slow" not in " ".join(notes(found))

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from nemo_minitron.api import load_plan, load_recipe
-from nemo_minitron.errors import ArtifactError, PlanError
+from nemo_minitron.errors import ArtifactError, MinitronError, PlanError
 from nemo_minitron.families import ModelShape, num_params, read_shape
 from nemo_minitron.plan.planner import expanded
 from nemo_minitron.pruning.possible import impossible, selection_for
@@ -104,6 +104,38 @@ def test_a_size_twice_in_a_grid_is_refused() -> None:
         ),
         ("stages.search.selection.method=random stages.select.inputs.scores=null", "importance needs a score stage"),
         ("stages.search.selection={method:random,layer_metric:logit_mse}", ""),
+        (
+            "stages.search.retraining.global_batch_size=10",
+            r"search\.retraining\.global_batch_size = 10: must be a multiple of dp \* micro_batch_size = 1 \* 4 = 4",
+        ),
+        (
+            "stages.search.retraining.global_batch_size=10 execution.parallel_by_stage={search:{micro_batch_size:2}}",
+            "",
+        ),
+        (
+            "stages.search.retraining.warmup_steps=6",
+            r"retraining\.warmup_steps = 6: must be below .*rungs\.0\.num_steps",
+        ),
+        (
+            "stages.search.retraining.loss.hidden={pairs:[[0,0]]} execution.parallel.recompute=full",
+            r"recompute = full: not supported with stages\.search\.retraining\.loss\.hidden",
+        ),
+        (
+            "stages.search.retraining.seq_len_tokens=512",
+            r"search\.retraining\.seq_len_tokens = 512: the teacher supports at most 256",
+        ),
+        (
+            "stages.search.compensation={seq_len_tokens:512}",
+            r"search\.compensation\.seq_len_tokens = 512: the teacher supports at most 256",
+        ),
+        (
+            "stages.search.grid.ffn_hidden_size=[] stages.search.grid.ffn_expansion=[2,4]",
+            r"ffn_expansion has 4: times hidden_size 56, 64 it is above 192, the ffn_hidden_size of teacher",
+        ),
+        (
+            "stages.search.grid.ffn_hidden_size=[] stages.search.grid.ffn_expansion=[0.01]",
+            r"ffn_expansion has 0\.01: times hidden_size 48 it is rounded to 0 neurons",
+        ),
     ],
 )
 def test_mistakes_are_found_before_the_search(override: str, words: str, tmp_path: Path) -> None:
@@ -112,8 +144,11 @@ def test_mistakes_are_found_before_the_search(override: str, words: str, tmp_pat
     if not words:
         load_plan(REPO / "recipes/toy/search.yaml", options)
         return
-    with pytest.raises(PlanError, match=words):
+    with pytest.raises(PlanError, match=words) as caught:
         load_plan(REPO / "recipes/toy/search.yaml", options)
+    lines = [line for line in str(caught.value).splitlines() if line.startswith("  - ")]
+    assert not any("search_l" in line for line in lines), "the keys are those of the search"
+    assert len(lines) <= 2, "what is wrong with every candidate is reported once"
 
 
 def test_points_that_cannot_be_cut_are_not_candidates() -> None:
@@ -130,7 +165,7 @@ def test_parameters_must_be_within_the_tolerance() -> None:
 
 
 def test_an_empty_grid_and_one_that_is_too_large_say_so() -> None:
-    with pytest.raises(PlanError, match="None of the 1 points"):
+    with pytest.raises(PlanError, match="None of the 1 points of the grid can be cut"):
         _names({"num_layers": (2,)}, SearchConstraints(num_params=1.0))
     with pytest.raises(PlanError, match="3 of the 3 points") as caught:
         _names({"num_layers": (1, 2, 3)}, SearchConstraints(max_candidates=2))
@@ -172,6 +207,24 @@ def test_who_came_further_is_first_then_the_lower_loss() -> None:
 def test_losses_that_are_nan_are_last() -> None:
     ranked = ranking([_found("nan", 9, math.nan), _found("slow", 9, None), _found("good", 9, 5.0)])
     assert ranked[0]["name"] == "good"
+
+
+def test_a_candidate_that_diverged_late_does_not_win_over_those_with_a_loss() -> None:
+    ranked = ranking([_found("slow", 9, None), _found("late", 9, 2.0, None), _found("good", 9, 5.0)])
+    assert [found["name"] for found in ranked] == ["good", "late", "slow"]
+
+
+def test_the_name_of_a_candidate_does_not_depend_on_the_other_points() -> None:
+    few, many = (
+        {found.name: found.target for found in enumerate_candidates(SearchGrid(**grid), ANY, SOURCE)}
+        for grid in (
+            {"num_layers": (3,), "hidden_size": (48,)},
+            {"num_layers": (2, 3), "hidden_size": (32, 48, 64)},
+        )
+    )
+    assert few == {"l3_h48_f128": Target(num_layers=3, hidden_size=48, ffn_hidden_size=128)}
+    assert len(many) == 6
+    assert few.items() <= many.items()
 
 
 def test_the_front_holds_what_nothing_smaller_beats() -> None:
@@ -242,7 +295,17 @@ def test_a_stage_that_scores_no_layers_is_named_without_keys_that_it_does_not_ha
         assert ("drop_layers" in problem) != in_search
 
 
-def test_a_search_in_which_every_candidate_is_too_slow_has_no_winner(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("diverged", "message"),
+    [
+        ((False, False), r"(?s)none was trained.*at most 3\.0"),
+        ((True, False), "1 of 2 candidates diverged; the others are slower than min_generate_tokens_per_s"),
+        ((True, True), "2 of 2 candidates diverged, so there is no winner"),
+    ],
+)
+def test_a_search_without_a_trained_candidate_has_no_winner(
+    diverged: tuple[bool, bool], message: str, tmp_path: Path
+) -> None:
     grid = {"hidden_size": (32, 48)}
     params = SearchStage.model_validate({
         "kind": "search", "grid": grid, "measure_speed": {}, "constraints": {"min_generate_tokens_per_s": 9.0},
@@ -254,8 +317,10 @@ def test_a_search_in_which_every_candidate_is_too_slow_has_no_winner(tmp_path: P
     model = Model("teacher", "import", tmp_path, "", {})
     slow = {"zero_shot_loss": None, "losses": [None], "generate_tokens_per_s": 3.0}
     names = [candidate.name for candidate in points_of("search", params, model.shape)]
-    candidates = {name: CandidateModel(name, "candidate", tmp_path, "", {"candidate": name, **slow}) for name in names}
+    candidates = {
+        name: CandidateModel(name, "candidate", tmp_path, "", {"candidate": name, "diverged": failed, **slow})
+        for name, failed in zip(names, diverged, strict=True)
+    }
     ctx = StageContext("search", "test", tmp_path, tmp_path, Execution(), Progress(silent=True))
-    with pytest.raises(PlanError, match="none was trained") as caught:
+    with pytest.raises(MinitronError, match=message):
         search(params, Inputs(model, candidates), ctx)
-    assert "at most 3.0" in str(caught.value)

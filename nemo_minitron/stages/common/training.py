@@ -42,7 +42,7 @@ def distill_student(
         Facts for the manifest; empty on all ranks but the first.
 
     Raises:
-        NumericsError: the loss diverged, or became NaN or infinite.
+        DivergenceError: the loss became NaN or infinite, or stayed above its bound.
         Interrupted: a stop was requested.
     """
     from nemo_minitron.backends.megatron.distillation import distill as objectives

@@ -39,7 +39,7 @@ def distill(params: DistillStage, inputs: Inputs, ctx: StageContext) -> Result:
         DataError: teacher, student and data do not share a tokenizer.
         ArtifactError: the plan does not lead from the teacher to the student, or the cache is damaged or was made for
             another distillation.
-        NumericsError: the loss diverged, or became NaN or infinite.
+        DivergenceError: the loss became NaN or infinite, or stayed above its bound.
         Interrupted: a stop was requested.
     """
     require_one_tokenizer({"student": inputs.student, "teacher": inputs.teacher}, inputs.data, ctx)

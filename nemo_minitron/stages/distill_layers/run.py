@@ -30,7 +30,7 @@ def distill_layers(params: DistillLayersStage, inputs: Inputs, ctx: StageContext
     Raises:
         ArtifactError: the plan does not lead from the teacher to the student.
         DataError: teacher, student and data do not share a tokenizer.
-        NumericsError: the loss diverged, or became NaN or infinite.
+        DivergenceError: the loss became NaN or infinite, or stayed above its bound.
         Interrupted: a stop was requested.
     """
     from nemo_minitron.backends.megatron.distillation import layerwise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.errors import DivergenceError
 from nemo_minitron.pruning.plan_file import PLAN_FILE
 from nemo_minitron.pruning.possible import selection_for
 from nemo_minitron.schema.pruning import Compensation
@@ -46,36 +48,61 @@ def candidate(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> Resu
     """Write the trained candidate as a Hugging Face checkpoint; its losses are in nats per held-out token.
 
     In the first rung, the model is pruned with the scores of the search. A later rung continues from the weights of the
-    candidate at its place in the ranking of the previous rung, with a new optimizer.
+    candidate at its place in the ranking of the previous rung, with a new optimizer. A candidate that is too slow or
+    diverges keeps the weights that it had before, and None as its loss.
 
     Raises:
         DataError: the models and the texts do not share a tokenizer.
-        NumericsError: the loss became NaN or infinite.
     """
     _require_one_tokenizer(params, inputs, ctx)
     before = _facts_before(params, inputs, ctx)
     if ctx.is_main:
         shutil.copyfile(before["path"] / PLAN_FILE, ctx.out_dir / PLAN_FILE)
-    if before["too_slow"]:
-        if ctx.is_main:
-            shutil.copytree(before["path"], ctx.out_dir, dirs_exist_ok=True)
-        return {**_public(before), "num_steps": 0, "losses": [*before["losses"], None]}
+    if before["too_slow"] or before["diverged"]:
+        return _untrained(before, ctx)
     student = Model(ctx.name, "prune", before["path"], "", {"license": inputs.model.license})
     training = {field: getattr(params.retraining, field) for field in Training.model_fields}
     # A later rung reads other samples than the rungs before.
     training["seed"] += params.rung - 1
     distillation = Distillation(num_steps=params.num_steps, **training)
     keys = f"stages.{search_of(ctx.name, params)}.retraining"
-    trained = distill_student(distillation, student, inputs.teacher, inputs.data, ctx, keys=keys)
+    try:
+        trained = distill_student(distillation, student, inputs.teacher, inputs.data, ctx, keys=keys)
+    except DivergenceError as error:
+        _warn_of_divergence(error.what, keys, ctx)
+        return _untrained({**before, "diverged": True}, ctx)
     if not ctx.is_main:
         return {}
     zero_shot = trained["initial_valid_loss"] if params.rung == 1 else before["zero_shot_loss"]
+    loss = trained["final_valid_loss"]
+    diverged = not math.isfinite(loss)
+    if diverged:
+        _warn_of_divergence(f"{ctx.name}: held-out loss {loss} after the last step.", keys, ctx)
     return {
         **_public(before),
         **trained,
+        "diverged": diverged,
         "zero_shot_loss": zero_shot,
-        "losses": [*before["losses"], trained["final_valid_loss"]],
+        "losses": [*before["losses"], None if diverged else loss],
     }
+
+
+def _warn_of_divergence(what: str, keys: str, ctx: StageContext) -> None:
+    ctx.progress.warn(
+        f"{what} The candidate has no loss and is ranked last. Next: if others diverge as well, lower {keys}.lr or "
+        f"raise {keys}.warmup_steps; after a change of {keys}.guard alone, --rerun {ctx.name} trains it again."
+    )
+
+
+def _untrained(before: Mapping[str, Any], ctx: StageContext) -> Result:
+    """Publish the weights from before this rung, without a loss."""
+    from nemo_minitron.hf.checkpoint import model_facts
+
+    if not ctx.is_main:
+        return {}
+    shutil.copytree(before["path"], ctx.out_dir, dirs_exist_ok=True)
+    facts = {**_public(before), **model_facts(ctx.out_dir)}
+    return {**facts, "num_steps": 0, "losses": [*before["losses"], None]}
 
 
 def _require_one_tokenizer(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> None:
@@ -105,6 +132,7 @@ def _facts_before(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> 
             "path": folder,
             "generate_tokens_per_s": speed,
             "too_slow": too_slow,
+            "diverged": False,
             "zero_shot_loss": None,
             "losses": [],
         }
@@ -113,7 +141,7 @@ def _facts_before(params: CandidateStage, inputs: Inputs, ctx: StageContext) -> 
     rivals = {stage: {"name": r.result["candidate"], **r.result} for stage, r in inputs.rivals.items()}
     chosen = ranking(list(rivals.values()))[params.place - 1]
     stage = next(stage for stage, facts in rivals.items() if facts["name"] == chosen["name"])
-    kept = ("candidate", "generate_tokens_per_s", "too_slow", "zero_shot_loss", "losses")
+    kept = ("candidate", "generate_tokens_per_s", "too_slow", "diverged", "zero_shot_loss", "losses")
     return {"path": inputs.rivals[stage].path, **{key: chosen[key] for key in kept}}
 
 

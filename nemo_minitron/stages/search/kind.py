@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_minitron.families import ModelShape, target_shape
 from nemo_minitron.pruning.possible import selection_for
-from nemo_minitron.pruning.search import Candidate
+from nemo_minitron.pruning.search import Candidate, expanded_size
 from nemo_minitron.schema.base import StageParams
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.pruning import AnyScoring, Target
@@ -69,9 +69,6 @@ def _problems(name: str, params: SearchStage, view: RecipeView) -> Iterator[str]
         yield f"{key}.constraints.min_generate_tokens_per_s: needs {key}.measure_speed ({{}} means its defaults)."
     if params.retraining.loss.anchors is not None:
         yield f"{key}.retraining.loss.anchors: not supported in a search. Next: set it to null."
-    layout = view.layout(name)
-    for number, rung in enumerate(params.rungs):
-        yield from training_problems(name, params.retraining, rung.num_steps, layout, f"{key}.rungs.{number}.num_steps")
     yield from _too_large(f"{key}.grid", params, source)
     candidates = _candidates(name, params, view)
     yield from _repair_problems(f"{key}.compensation", params, source, candidates)
@@ -88,10 +85,19 @@ def _problems(name: str, params: SearchStage, view: RecipeView) -> Iterator[str]
 
 def _too_large(key: str, params: SearchStage, source: ModelShape) -> Iterator[str]:
     """Check that the model has every size of the grid; a point with a larger one would not become a candidate."""
+    grid, model = params.grid, params.inputs.model
     for size, most in source.sizes().items():
-        for value in getattr(params.grid, size, ()):
+        for value in getattr(grid, size, ()):
             if value > most:
-                yield f"{key}.{size} has {value}: above {most}, the size of {params.inputs.model}. Next: remove it."
+                yield f"{key}.{size} has {value}: above {most}, the size of {model}. Next: remove it."
+    widths = [width for width in grid.hidden_size or (source.hidden_size,) if width <= source.hidden_size]
+    for factor in grid.ffn_expansion:
+        above = [str(width) for width in widths if expanded_size(factor, width) > source.ffn_hidden_size]
+        if above:
+            yield (
+                f"{key}.ffn_expansion has {factor:g}: times hidden_size {', '.join(above)} it is above "
+                f"{source.ffn_hidden_size}, the ffn_hidden_size of {model}. Next: remove it, or give ffn_hidden_size."
+            )
 
 
 def _repair_problems(
@@ -124,10 +130,12 @@ def _heldout_uses(params: SearchStage) -> Iterator[HeldoutUse]:
 
 
 def _candidate_problems(name: str, params: CandidateStage, view: RecipeView) -> Iterator[str]:
-    layout = view.layout(name)
+    """Check the training of a candidate in its layout; the keys in the messages are those of its search."""
+    layout, search = view.layout(name), search_of(name, params)
+    steps_key = f"stages.{search}.rungs.{params.rung - 1}.num_steps"
+    yield from training_problems(search, params.retraining, params.num_steps, layout, steps_key)
     if params.compensation is not None and layout.dp != layout.world_size:
-        key = f"stages.{search_of(name, params)}.compensation"
-        yield f"{key}: needs a layout with tp = pp = cp = 1. Next: set one, or remove the key."
+        yield f"stages.{search}.compensation: needs a layout with tp = pp = cp = 1. Next: set one, or remove the key."
 
 
 def _candidate_shape(name: str, params: CandidateStage, view: RecipeView) -> ModelShape | None:
@@ -181,6 +189,7 @@ CANDIDATE = StageKind(
     shape=_candidate_shape,
     problems=_candidate_problems,
     load=_candidate_load,
+    part_of=search_of,
     array=_array,
     result_tokens=trained_tokens,
 )

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nemo_minitron.artifacts.types import Artifact
-from nemo_minitron.errors import PlanError
+from nemo_minitron.errors import DivergenceError, MinitronError, PlanError
 from nemo_minitron.stages.artifacts import CandidateModel, Model, Scores, TeacherCheck, TokenizedText
 from nemo_minitron.stages.context import StageContext
 from nemo_minitron.stages.kind import Result
 from nemo_minitron.stages.search.expansion import points_of
 from nemo_minitron.stages.search.params import SearchStage
 
-_MEASURED = ("zero_shot_loss", "losses", "generate_tokens_per_s")
+_MEASURED = ("zero_shot_loss", "losses", "generate_tokens_per_s", "diverged")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ def search(params: SearchStage, inputs: Inputs, ctx: StageContext) -> Result:
 
     Raises:
         PlanError: all candidates are slower than the constraint.
+        DivergenceError: those that are not have diverged.
     """
     from nemo_minitron.pruning.search import kendall_tau, ranking, write_search
 
@@ -46,12 +47,7 @@ def search(params: SearchStage, inputs: Inputs, ctx: StageContext) -> Result:
     tau = kendall_tau([found["zero_shot_loss"] for found in compared], [float(found["rank"]) for found in compared])
     best = ranked[0]
     if best["losses"][-1] is None:
-        raise PlanError(
-            "Every candidate is slower than min_generate_tokens_per_s, so none was trained.",
-            where=f"stages.{ctx.name}.constraints.min_generate_tokens_per_s",
-            allowed=f"at most {max(found['generate_tokens_per_s'] for found in ranked):.1f}, the fastest candidate",
-            next_step="Lower it, or add smaller sizes to the grid.",
-        )
+        raise _no_winner(ctx.name, ranked)
     write_search(
         {
             "constraints": params.constraints.model_dump(mode="json"),
@@ -64,6 +60,23 @@ def search(params: SearchStage, inputs: Inputs, ctx: StageContext) -> Result:
     )
     ctx.progress.say(f"winner: {best['name']}, {best['num_params']:,} parameters, loss {best['losses'][-1]}")
     return {"winner": best["name"], "num_candidates": len(ranked), "num_params": best["num_params"]}
+
+
+def _no_winner(search: str, ranked: Sequence[Mapping[str, Any]]) -> MinitronError:
+    num_diverged = sum(found["diverged"] for found in ranked)
+    if num_diverged:
+        slow = "" if num_diverged == len(ranked) else "; the others are slower than min_generate_tokens_per_s"
+        return DivergenceError(
+            f"{num_diverged} of {len(ranked)} candidates diverged{slow}, so there is no winner.",
+            where=f"stages.{search}.retraining",
+            next_step="Lower lr, or raise warmup_steps.",
+        )
+    return PlanError(
+        "Every candidate is slower than min_generate_tokens_per_s, so none was trained.",
+        where=f"stages.{search}.constraints.min_generate_tokens_per_s",
+        allowed=f"at most {max(found['generate_tokens_per_s'] for found in ranked):.1f}, the fastest candidate",
+        next_step="Lower it, or add smaller sizes to the grid.",
+    )
 
 
 def _newest(inputs: Inputs) -> dict[str, dict[str, Any]]:

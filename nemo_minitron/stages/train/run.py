@@ -27,7 +27,7 @@ def train(params: TrainStage, inputs: Inputs, ctx: StageContext) -> Result:
 
     Raises:
         DataError: model and data do not share a tokenizer.
-        NumericsError: the loss diverged, or became NaN or infinite.
+        DivergenceError: the loss became NaN or infinite, or stayed above its bound.
         Interrupted: a stop was requested.
     """
     from nemo_minitron.backends.megatron.distillation import distill

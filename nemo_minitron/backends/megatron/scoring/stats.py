@@ -66,13 +66,16 @@ def activation_scores(
 ) -> dict[str, Tensor]:
     """Compute width scores, and block influence if requested, in one pass; fp64, equal on every rank.
 
+    No batch is read if neither is requested.
     hidden: summed over the outputs of all layers' norms; ffn and heads: per layer (2407.14679, section 2.2). The final
     norm is not counted.
     """
     convention, method = convention_of(params), METHODS[params.method]
     axes = [axis for axis in SCORED_WIDTH_AXES if axis.name in params.width_axes]
-    sums = {axis.name: _zeros(axis, shape, convention, session.device) for axis in axes}
     lengths = (1, *params.block_lengths) if "block_influence" in params.layer_metrics else ()
+    if not axes and not lengths:
+        return {}
+    sums = {axis.name: _zeros(axis, shape, convention, session.device) for axis in axes}
     stream = LayerStream(model, shape, lengths, session)
     taps = _Taps(convention, method, params, shape, session)
     with evaluating(model), stream.recording(), taps.attached(model, axes, sums):

@@ -30,7 +30,7 @@ from nemo_minitron.backends.megatron.training.optim import Trainable
 from nemo_minitron.backends.megatron.training.schedule import Parts, Round
 from nemo_minitron.data.used import DATA_USED_FILE, Sources, data_used
 from nemo_minitron.distillation.rounds import round_sizes
-from nemo_minitron.errors import Interrupted, NumericsError
+from nemo_minitron.errors import DivergenceError, Interrupted
 from nemo_minitron.families import ModelShape
 from nemo_minitron.hf.checkpoint import Checkpoint, CheckpointWriter, copy_side_files, model_facts
 from nemo_minitron.schema.execution import Execution
@@ -147,7 +147,7 @@ def run(job: Job, work_dir: Path, progress: Progress, options: LoopOptions | Non
 
     Raises:
         Interrupted: a stop was requested; a checkpoint was written.
-        NumericsError: the loss is not finite or exceeds the guard's bound.
+        DivergenceError: the loss is not finite or exceeds the guard's bound.
     """
     options = options or LoopOptions()
     peak = _peak_flops_per_s(job, options.execution)
@@ -345,17 +345,17 @@ def _require_finite(loop: _Loop, row: dict[str, float], step: int) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             note = "" if owner else _median_note(loop)
             what = f"{owner}loss {loss}, gradient norm {norm} at step {step + 1}{note}."
-            raise _numerics_error(loop, what, section)
+            raise _divergence(loop, what, section)
 
 
-def _spike_error(loop: _Loop, loss: float, done: int) -> NumericsError:
+def _spike_error(loop: _Loop, loss: float, done: int) -> DivergenceError:
     guard = loop.job.params.guard
     assert guard is not None
     what = (
         f"loss {loss:.4g} at step {done}: {guard.patience_steps} steps in a row above {guard.max_ratio:g} times "
         f"the median{_median_note(loop)}."
     )
-    return _numerics_error(loop, what)
+    return _divergence(loop, what)
 
 
 def _median_note(loop: _Loop) -> str:
@@ -363,7 +363,7 @@ def _median_note(loop: _Loop) -> str:
     return "" if median is None else f" (median of the last {len(loop.watch.good_losses)} good steps: {median:.4g})"
 
 
-def _numerics_error(loop: _Loop, what: str, section: str = "") -> NumericsError:
+def _divergence(loop: _Loop, what: str, section: str = "") -> DivergenceError:
     """Make an error that names the checkpoint to resume from. Every rank calls this at the same step."""
     loop.checkpoints.finish()
     newest, key = loop.checkpoints.newest(), loop.options.keys
@@ -374,7 +374,7 @@ def _numerics_error(loop: _Loop, what: str, section: str = "") -> NumericsError:
         after = "There is no checkpoint yet, so the training starts again."
     else:
         after = f"With --accept-drift it resumes from step {step_of(newest)}, without from the start."
-    return NumericsError(
+    return DivergenceError(
         f"{loop.options.stage}: {what}",
         where=f"last good checkpoint: {newest}" if newest else None,
         next_step=f"Lower {rate}.lr or raise {rate}.warmup_steps. {after} Changing {key}.guard needs no flag.",
