@@ -86,22 +86,34 @@ def _server_nodes(recipe: Recipe) -> Iterator[str]:
             yield f"{key} = {nodes}: the stage has {most} servers, of one node each. Allowed: at most {most}."
 
 
+def refused_layout(name: str, layout: Parallel, view: View) -> list[str]:
+    """Return what `check` says about a stage with this layout, and not about the same stage on one process."""
+    found, otherwise = (_of_stage(name, view.with_layout(name, one)) for one in (layout, Parallel()))
+    return sorted(found - otherwise)
+
+
+def _of_stage(name: str, view: View) -> set[str]:
+    stage = view.stages[name]
+    return {*STAGES[stage.kind].problems(name, stage, view), *_layout_of(name, view)}
+
+
 def _layouts(view: View) -> Iterator[str]:
+    # Report a layout and a model once, even if several stages use them.
+    yield from dict.fromkeys(problem for name in view.stages for problem in _layout_of(name, view))
+
+
+def _layout_of(name: str, view: View) -> Iterator[str]:
     """Report each model of a distributed stage that does not fit the stage's layout or sequence length."""
-    found: dict[str, None] = {}
-    for name, stage in view.stages.items():
-        if not STAGES[stage.kind].has_layout:
-            continue
-        layout, seq_len = view.layout(name), 0 if STAGES[stage.kind].skips_long_rows else _seq_len(stage)
-        yield from _context(name, STAGES[stage.kind], layout, seq_len)
-        for label, shape in _models_of(name, stage, view):
-            for limit, why in _limits(shape):
-                if seq_len > limit:
-                    found[f"stages.{name}.seq_len_tokens = {seq_len}: the {label} {why} at most {limit}."] = None
-            for text in layout_problems(shape, layout):
-                # Report a layout and a model once, even if several stages use them.
-                found.setdefault(f"{text} ({label})")
-    yield from found
+    stage = view.stages[name]
+    if not STAGES[stage.kind].has_layout:
+        return
+    layout, seq_len = view.layout(name), 0 if STAGES[stage.kind].skips_long_rows else _seq_len(stage)
+    yield from _context(name, STAGES[stage.kind], layout, seq_len)
+    for label, shape in _models_of(name, stage, view):
+        for limit, why in _limits(shape):
+            if seq_len > limit:
+                yield f"stages.{name}.seq_len_tokens = {seq_len}: the {label} {why} at most {limit}."
+        yield from (f"{text} ({label})" for text in layout_problems(shape, layout))
 
 
 def _context(name: str, kind: StageKind, layout: Parallel, seq_len: int) -> Iterator[str]:
