@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.artifacts.store import Store
 from nemo_minitron.config.recipe import Recipe
@@ -48,11 +47,13 @@ class View:
 
     def for_estimates(self) -> View:
         """Return a view in which what a search decides has the sizes of its candidate with the most parameters."""
-        points = [point for name, stage in self.stages.items() for point in _points(name, stage, self)]
-        # The last of equal keys stays.
-        points.sort(key=lambda point: point["num_params"])
-        sizes = {point["search"]: {key: point[key] for key in Target.model_fields} for point in points}
-        return replace(self, largest={search: Target(**found) for search, found in sizes.items()})
+        largest: dict[str, Target] = {}
+        for name, stage in self.stages.items():
+            points = list(STAGES[stage.kind].points(name, stage, self))
+            if points:
+                most = max(points, key=lambda point: point["num_params"])
+                largest[name] = Target(**{key: most[key] for key in Target.model_fields})
+        return replace(self, largest=largest)
 
     def with_layout(self, stage: str, layout: Parallel) -> View:
         """Return the view of the recipe in which a stage has this layout."""
@@ -94,7 +95,3 @@ class View:
 
     def published(self, stage: str, file: str) -> Path | None:
         return Store(run_dir(self.recipe)).intact(stage, file)
-
-
-def _points(name: str, stage: StageParams, view: View) -> Iterable[Mapping[str, Any]]:
-    return STAGES[stage.kind].points(name, stage, view)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from nemo_minitron.config.recipe import Recipe
 from nemo_minitron.plan.planner import RunPlan, StageCall
 from nemo_minitron.plan.resources.costs import Estimate, estimates, load_of, tokenized_bytes, totals
 from nemo_minitron.plan.resources.hardware import hardware_of, peak_tflops
@@ -56,12 +57,14 @@ def _proposed(plan: RunPlan, found: Mapping[str, Estimate]) -> dict[str, list[di
     for call in plan.calls:
         estimate, is_training = found.get(call.name), isinstance(plan.recipe.stages[call.name], Optimization)
         if estimate is not None and (not estimate.fits or (wanted and is_training)):
-            out[call.name] = [_proposal_facts(one) for one in proposals(call, view, _num_gpus(call, plan), per_node)]
+            out[call.name] = [
+                _proposal_facts(one) for one in proposals(call, view, _num_gpus(call, plan.recipe), per_node)
+            ]
     return out
 
 
-def _num_gpus(call: StageCall, plan: RunPlan) -> int:
-    return plan.recipe.execution.planning.num_gpus or call.parallel.world_size
+def _num_gpus(call: StageCall, recipe: Recipe) -> int:
+    return recipe.execution.planning.num_gpus or call.parallel.world_size
 
 
 def _runs_tasks(plan: RunPlan, name: str) -> bool:
@@ -84,24 +87,25 @@ def _batches(plan: RunPlan) -> dict[str, dict[str, Any]]:
 
 
 def memory_warnings(plan: RunPlan, resources: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each stage that would run out of memory, with a layout that fits."""
+    """Yield a line for each stage that would run out of memory, with a layout that fits or what else helps."""
+    view = View(plan.recipe).for_estimates()
     for name, facts in resources["stages"].items():
         if facts["fits"]:
             continue
         words = [line["words"] for line in resources["proposals"].get(name, [])]
-        advice = f"fits: {words[0]}" if words else _without_layout(plan.call(name), plan)
+        advice = f"fits: {words[0]}" if words else _without_layout(plan.call(name), view)
         peak, limit = facts["memory"]["peak_gib"], facts["limit_gib"]
         yield f"{name}: a process needs {peak:.1f} GiB and can use {limit:.1f} GiB; {advice}"
 
 
-def _without_layout(call: StageCall, plan: RunPlan) -> str:
+def _without_layout(call: StageCall, view: View) -> str:
     """Say what to do if no layout fits."""
-    load = load_of(call, View(plan.recipe).for_estimates())
+    load = load_of(call, view)
     if load is not None and load.work.one_layer is not None:
         return "it holds one layer at a time in every layout; use larger GPUs"
     if load is not None and load.work.then_whole:
         return "tasks and prompts need the whole model on each process in every layout; use larger GPUs, or remove them"
-    return f"no layout fits on {_num_gpus(call, plan)} GPUs; use more or larger ones"
+    return f"no layout fits on {_num_gpus(call, view.recipe)} GPUs; use more or larger ones"
 
 
 def _proposal_facts(proposal: Proposal) -> dict[str, Any]:
