@@ -167,25 +167,28 @@ def _print_batches(batches: dict[str, Any]) -> None:
 
 # Two tables, so that no figure is cut in 80 columns.
 def _memory_table(resources: dict[str, Any]) -> Table:
-    parts = {
-        "weights": "weights",
-        "teacher": "teacher",
-        "gradients": "grads",
-        "optimizer": "Adam",
-        "activations": "activa-\ntions",
-        "loss": "loss",
+    parts: dict[str, tuple[str, ...]] = {
+        "weights": ("weights",),
+        "teacher": ("teacher",),
+        "grads": ("gradients",),
+        "Adam": ("optimizer",),
+        "activa-\ntions": ("activations",),
+        "loss": ("loss",),
     }
-    for part, title in (("hidden_states", "hidden\nstates"), ("sums", "sums")):
-        if any(facts["memory"][f"{part}_gib"] for facts in resources["stages"].values()):
-            parts[part] = title
-    table = _table("GiB of a process", "peak", *parts.values())
+    rare = {"hidden_states": "hid-\nden", "sums": "sums"}
+    every = [facts["memory"] for facts in resources["stages"].values()]
+    shown = tuple(part for part in rare if any(memory[f"{part}_gib"] for memory in every))
+    if shown:
+        # One column, because 80 characters have no room for two.
+        parts[",\n".join(rare[part] for part in shown)] = shown
+    table = _table("GiB of a process", "peak", *parts)
     for name, facts in resources["stages"].items():
         memory = facts["memory"]
         peak = f"{memory['peak_gib']:.2f}"
         table.add_row(
             name,
             peak if facts["fits"] else Text(peak, "red"),
-            *(f"{memory[part + '_gib']:.2f}" for part in parts),
+            *(f"{sum(memory[part + '_gib'] for part in column):.2f}" for column in parts.values()),
         )
     return table
 

@@ -129,9 +129,10 @@ def _work_bytes(plan: RunPlan, found: Mapping[str, Estimate]) -> int:
     before: dict[str, set[str]] = {}
     for call in plan.calls:
         before[call.name] = {*call.depends, *(name for other in call.depends for name in before[other])}
+    works = {name: estimate.work_bytes for name, estimate in found.items() if estimate.work_bytes}
     together = (
-        sum(other.work_bytes for name, other in found.items() if name not in before[one] and one not in before[name])
-        for one in found
+        sum(works[other] for other in works if other not in before[name] and name not in before[other])
+        for name in works
     )
     return max(together, default=0)
 

@@ -127,13 +127,12 @@ def _heldout_uses(params: SearchStage) -> Iterator[HeldoutUse]:
 
 
 def _candidate_problems(name: str, params: CandidateStage, view: RecipeView) -> Iterator[str]:
+    """Check the training of a candidate in its layout; the keys in the messages are those of its search."""
     layout, search = view.layout(name), search_of(name, params)
-    # The search has no layout of its own, so what it reports about trainings does not depend on one.
     steps_key = f"stages.{search}.rungs.{params.rung - 1}.num_steps"
     yield from training_problems(search, params.retraining, params.num_steps, layout, steps_key)
     if params.compensation is not None and layout.dp != layout.world_size:
-        key = f"stages.{search}.compensation"
-        yield f"{key}: needs a layout with tp = pp = cp = 1. Next: set one, or remove the key."
+        yield f"stages.{search}.compensation: needs a layout with tp = pp = cp = 1. Next: set one, or remove the key."
 
 
 def _candidate_shape(name: str, params: CandidateStage, view: RecipeView) -> ModelShape | None:
