@@ -120,8 +120,17 @@ def _print_stages(found: RunPlan) -> None:
 
 
 def _print_resources(resources: dict[str, Any]) -> None:
-    if not resources["stages"]:
-        return
+    if resources["stages"]:
+        _print_estimates(resources)
+    for stage, lines in resources["proposals"].items():
+        for number, line in enumerate(lines):
+            console.say(f"{'fits ' + stage if not number else ' ' * (5 + len(stage))}: {line['words']}")
+    if resources["not_estimated"]:
+        console.say(f"not estimated and not in the total: {', '.join(resources['not_estimated'])}")
+    _print_batches(resources["batches"])
+
+
+def _print_estimates(resources: dict[str, Any]) -> None:
     assumed = resources["assumptions"]
     console.print(_memory_table(resources))
     console.print(_time_table(resources))
@@ -129,15 +138,16 @@ def _print_resources(resources: dict[str, Any]) -> None:
     cost = "" if total["cost"] is None else f", cost {total['cost']:,.0f}"
     uncounted = resources["with_uncounted_tasks"]
     tasks = f" (without the tasks of {', '.join(uncounted)})" if uncounted else ""
+    slower = assumed["fp32_tflops"]
+    fp32 = "" if slower == assumed["peak_tflops"] else f" ({slower:g} in fp32)"
     console.say(
         f"total: {total['hours']:.1f} hours one after the other{tasks}, {total['gpu_hours']:,.0f} GPU-hours{cost}, "
-        f"{total['disk_gib']:.1f} GiB of disk. Assumed: {assumed['peak_tflops']:g} TFLOPS of each process, "
+        f"{total['disk_gib']:.1f} GiB of disk. Assumed: {assumed['peak_tflops']:g} TFLOPS of each process{fp32}, "
         f"MFU {assumed['mfu']:.0%} ({assumed['mfu_from']}). docs/how-to/planning.md",
     )
-    for stage, lines in resources["proposals"].items():
-        for number, line in enumerate(lines):
-            console.say(f"{'fits ' + stage if not number else ' ' * (5 + len(stage))}: {line['words']}")
-    _print_batches(resources["batches"])
+    bounds = [name for name, facts in resources["stages"].items() if facts["is_bound"]]
+    if bounds:
+        console.say(f"with the sizes of the largest candidate, until the search has finished: {', '.join(bounds)}")
 
 
 def _print_batches(batches: dict[str, Any]) -> None:
@@ -157,24 +167,28 @@ def _print_batches(batches: dict[str, Any]) -> None:
 
 # Two tables, so that no figure is cut in 80 columns.
 def _memory_table(resources: dict[str, Any]) -> Table:
-    parts = {
-        "weights": "weights",
-        "teacher": "teacher",
-        "gradients": "grads",
-        "optimizer": "Adam",
-        "activations": "activa-\ntions",
-        "loss": "loss",
+    parts: dict[str, tuple[str, ...]] = {
+        "weights": ("weights",),
+        "teacher": ("teacher",),
+        "grads": ("gradients",),
+        "Adam": ("optimizer",),
+        "activa-\ntions": ("activations",),
+        "loss": ("loss",),
     }
-    if any(facts["memory"]["sums_gib"] for facts in resources["stages"].values()):
-        parts["sums"] = "sums"
-    table = _table("GiB of a process", "peak", *parts.values())
+    rare = {"hidden_states": "hid-\nden", "sums": "sums"}
+    every = [facts["memory"] for facts in resources["stages"].values()]
+    shown = tuple(part for part in rare if any(memory[f"{part}_gib"] for memory in every))
+    if shown:
+        # One column, because 80 characters have no room for two.
+        parts[",\n".join(rare[part] for part in shown)] = shown
+    table = _table("GiB of a process", "peak", *parts)
     for name, facts in resources["stages"].items():
         memory = facts["memory"]
         peak = f"{memory['peak_gib']:.2f}"
         table.add_row(
             name,
             peak if facts["fits"] else Text(peak, "red"),
-            *(f"{memory[part + '_gib']:.2f}" for part in parts),
+            *(f"{sum(memory[part + '_gib'] for part in column):.2f}" for column in parts.values()),
         )
     return table
 

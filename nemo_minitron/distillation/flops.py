@@ -48,6 +48,15 @@ def training_flops_per_token(
     return trained + (both if teacher_learns else 1) * forward_flops_per_token(teacher, seq_len_tokens)
 
 
+def frozen_backward_flops_per_token(shape: ModelShape, seq_len_tokens: int) -> float:
+    """Return the operations of a backward pass that gives gradients to activations, and none to weights.
+
+    A product with a weight has one product in it. One of two activations, as inside attention, has both.
+    """
+    forward = forward_flops_per_token(shape, seq_len_tokens)
+    return forward + forward - forward_flops_per_token(shape, 0)
+
+
 def layerwise_flops_per_token(student: ModelShape, teacher: ModelShape, seq_len_tokens: int) -> float:
     """Return the operations of layer-local distillation: as `training_flops_per_token`, but without the heads."""
 

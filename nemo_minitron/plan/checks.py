@@ -98,20 +98,33 @@ def _server_nodes(recipe: Recipe) -> Iterator[str]:
             yield f"{key} = {nodes}: the stage has {most} servers, of one node each. Allowed: at most {most}."
 
 
+def refused_layout(name: str, layout: Parallel, view: View) -> list[str]:
+    """Return what `check` says about a stage with this layout, and not about the same stage on one process."""
+    found, otherwise = (_of_stage(name, view.with_layout(name, one)) for one in (layout, Parallel()))
+    return sorted(found - otherwise)
+
+
+def _of_stage(name: str, view: View) -> set[str]:
+    stage = view.stages[name]
+    return {*STAGES[stage.kind].problems(name, stage, view), *_layout_of(name, view)}
+
+
 def _layouts(view: View) -> Iterator[str]:
+    # Report a layout and a model once, even if several stages use them.
+    yield from dict.fromkeys(problem for name in view.stages for problem in _layout_of(name, view))
+
+
+def _layout_of(name: str, view: View) -> Iterator[str]:
     """Report each model of a distributed stage that does not fit the stage's layout or sequence length."""
-    found: list[str] = []
-    for name, stage in view.stages.items():
-        kind, layout = STAGES[stage.kind], view.layout(name)
-        if not kind.has_layout:
-            continue
-        lengths = {} if kind.skips_long_rows else dict(_lengths(view.whole(name), stage))
-        found += _context(view.whole(name), stage, layout, lengths)
-        for label, shape in _models_of(name, stage, view):
-            found += _too_long(lengths, label, shape)
-            found += (f"{text} ({label})" for text in layout_problems(shape, layout))
-    # Report a layout and a model once, even if several stages or candidates use them.
-    yield from dict.fromkeys(found)
+    stage = view.stages[name]
+    kind, layout, whole = STAGES[stage.kind], view.layout(name), view.whole(name)
+    if not kind.has_layout:
+        return
+    lengths = {} if kind.skips_long_rows else dict(_lengths(whole, stage))
+    yield from _context(whole, stage, layout, lengths)
+    for label, shape in _models_of(name, stage, view):
+        yield from _too_long(lengths, label, shape)
+        yield from (f"{text} ({label})" for text in layout_problems(shape, layout))
 
 
 def _lengths(name: str, stage: StageParams) -> Iterator[tuple[str, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nemo_minitron.artifacts.store import Store
@@ -13,6 +13,7 @@ from nemo_minitron.plan.folder import run_dir
 from nemo_minitron.schema.base import StageParams
 from nemo_minitron.schema.chats import ChatRowFacts
 from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.pruning import Target
 from nemo_minitron.stages.registry import STAGES
 
 
@@ -23,6 +24,8 @@ class View:
     recipe: Recipe
     seen: frozenset[str] = frozenset()
     """Stages whose shape is being computed; they end the recursion in a cycle of stages."""
+    largest: Mapping[str, Target] = field(default_factory=dict)
+    """Search -> sizes of its largest candidate, in a view for estimates."""
 
     @property
     def stages(self) -> Mapping[str, StageParams]:
@@ -41,6 +44,26 @@ class View:
     def planned_shape(self, stage: str) -> ModelShape | None:
         params = self.stages.get(stage)
         return None if params is None else STAGES[params.kind].planned_shape(stage, params, self)
+
+    def for_estimates(self) -> View:
+        """Return a view in which what a search decides has the sizes of its candidate with the most parameters."""
+        largest: dict[str, Target] = {}
+        for name, stage in self.stages.items():
+            points = list(STAGES[stage.kind].points(name, stage, self))
+            if points:
+                most = max(points, key=lambda point: point["num_params"])
+                largest[name] = Target(**{key: most[key] for key in Target.model_fields})
+        return replace(self, largest=largest)
+
+    def with_layout(self, stage: str, layout: Parallel) -> View:
+        """Return the view of the recipe in which a stage has this layout."""
+        execution = self.recipe.execution
+        by_stage = {**execution.parallel_by_stage, stage: layout}
+        changed = execution.model_copy(update={"parallel_by_stage": by_stage})
+        return replace(self, recipe=self.recipe.model_copy(update={"execution": changed}))
+
+    def largest_candidate(self, search: str) -> Target | None:
+        return self.largest.get(search)
 
     def plan_of(self, stage: str) -> str | None:
         seen: set[str] = set()

@@ -132,7 +132,7 @@ def _planned(plan: RunPlan) -> dict[str, dict[str, float]]:
     return {
         name: {"seconds": estimate.seconds, "peak_gib": estimate.memory.peak / 2**30}
         for name, estimate in estimates(plan).items()
-        if estimate.memory.optimizer
+        if estimate.memory.optimizer and not estimate.is_bound
     }
 
 

@@ -13,6 +13,7 @@ from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.base import StageParams
 from nemo_minitron.schema.chats import ChatRowFacts
 from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.pruning import Target
 
 if TYPE_CHECKING:
     from nemo_minitron.stages.context import StageContext
@@ -120,6 +121,10 @@ class RecipeView(Protocol):
 
     def planned_shape(self, stage: str) -> ModelShape | None:
         """Return the shape after pruning by a stage's plan; None if it is not known yet or the stage makes no plan."""
+        ...
+
+    def largest_candidate(self, search: str) -> Target | None:
+        """Return sizes to estimate with in place of those that a search will find; None unless these are estimates."""
         ...
 
     def plan_of(self, stage: str) -> str | None:

@@ -86,13 +86,15 @@ def repair_load(
         weights=WEIGHT_BYTES[keys.precision] * (_layer_params(teacher) + _layer_params(student)),
         sums=max((_group_bytes(group) for group in groups if group), default=0) + updates,
         streams=_stream_bytes(tokens, width, keys.precision, layout),
-        disk=STORED * (num_params(student) + written),
+        disk=STORED * num_params(student),
     )
     passes = _layer_flops(teacher, keys.seq_len_tokens) * (len(chosen) if sequential else 1)
     if sequential:
         passes += _layer_flops(student, keys.seq_len_tokens) * (len(chosen) + 1)
     sums = student.num_layers * sum(site.sums for site in chosen) + sum(site.sums for site in head)
-    return Load(_work(teacher, keys, layout, held), tokens, passes + 2.0 * sums)
+    # The files of finished layers, from which it resumes.
+    work = _work(teacher, keys, layout, held)
+    return Load(work, tokens, passes + 2.0 * sums, work_bytes=STORED * written)
 
 
 def ranking_load(shape: ModelShape, keys: ReconstructionScoring, layout: Parallel) -> Load:
@@ -114,14 +116,13 @@ def ranking_load(shape: ModelShape, keys: ReconstructionScoring, layout: Paralle
         streams=_stream_bytes(tokens, shape.hidden_size, keys.precision, layout),
         # The Gram matrices of a layer's weights; and the state, scaled inputs and products of a search for one axis.
         ranking=FP64 * (matrices + 8 * largest**2) + kept,
-        disk=kept,
     )
     flops = _layer_flops(shape, keys.seq_len_tokens) + 2.0 * shape.num_layers * matrices
-    return Load(_work(shape, keys, layout, held), tokens, flops)
+    return Load(_work(shape, keys, layout, held), tokens, flops, work_bytes=kept)
 
 
 def written_bytes(_: object, load: Load) -> int | None:
-    """Return the bytes that such a stage writes; `disk_bytes` of its kind."""
+    """Return the size of the output of such a stage; `disk_bytes` of its kind."""
     return None if load.work.one_layer is None else load.work.one_layer.disk
 
 

@@ -25,6 +25,15 @@ class Load:
     """All operations, those of recomputation included."""
     recomputed_flops_per_token: float = 0.0
     """Operations that repeat others, to save memory."""
+    work_bytes: int = 0
+    """Disk space in the stage's work folder, without the checkpoints of a training."""
+    others: tuple[Load, ...] = ()
+    """What the stage computes before or after this, such as a repair before a training."""
+
+    @property
+    def phases(self) -> tuple[Load, ...]:
+        """All that the stage computes, one after the other."""
+        return (self, *self.others)
 
     @property
     def useful_flops_per_token(self) -> float:

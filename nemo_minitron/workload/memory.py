@@ -147,7 +147,7 @@ def _passes(work: Work, stage: int) -> tuple[int, int]:
     """Return the bytes of activations and of the loss; those of the teacher's own training if they are larger."""
     last = stage == work.parallel.pp - 1
     if not work.trains:
-        return _forward_only(work), _loss_bytes(work) if last else 0
+        return _kept_in_forward(work, stage), _loss_bytes(work) if last else 0
     own = (_activations(work, stage), _loss_bytes(work) if last else 0)
     if work.teacher is None or not work.teacher_learns:
         return own
@@ -256,6 +256,16 @@ def _activations(work: Work, stage: int) -> int:
     return round(sum(in_flight * count * each[layer] for layer, count in own_layers.items()) + final_norm)
 
 
+def _kept_in_forward(work: Work, stage: int) -> int:
+    """Return the bytes that a pass without a training keeps; those of inputs of layers as if all were on one stage."""
+    if work.keeps == "activations":
+        return _activations(work, stage)
+    layout, w = work.parallel, WEIGHT_BYTES[work.precision]
+    h = work.shape.hidden_size // (layout.tp if layout.sequence_parallel else 1)
+    inputs = (work.shape.num_layers + 1) * w * _tokens(work) * h if work.keeps == "layer_inputs" else 0
+    return inputs + _forward_only(work)
+
+
 def _forward_only(work: Work) -> int:
     """Return the largest set of tensors of one layer: residual stream, its norm, and the MLP's input and output.
 
@@ -271,8 +281,13 @@ def _forward_only(work: Work) -> int:
 
 
 def _loss_bytes(work: Work) -> int:
-    """Return the bytes of a chunk of both models' logits and the gradients of the output layer's input and weight."""
+    """Return the bytes of a chunk of both models' logits and the gradients of the output layer's input and weight.
+
+    Or those of whole logits, for work that has them.
+    """
     w, n = WEIGHT_BYTES[work.precision], _tokens(work)
+    if work.logit_bytes:
+        return work.logit_bytes * n * _padded_vocab_of_rank(work)
     total = _chunk_bytes(work)
     if work.trains and not work.layerwise:
         forward, backward = _head_gradient_bytes(work)

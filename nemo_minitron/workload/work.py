@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.execution import Kernels, Parallel
@@ -21,7 +22,12 @@ class OneLayer:
     ranking: int = 0
     """Matrices that the first process ranks by, in host memory."""
     disk: int = 0
-    """Output and work folder of the stage."""
+    """Output of the stage."""
+
+
+Kept = Literal["one_layer", "layer_inputs", "activations"]
+"""What a forward pass keeps: the tensors of one layer; the inputs of all layers as well; or all that a backward pass
+needs."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class Work:
             embeddings, final norm and head are not trained.
         teacher_in_fp8: whether Transformer Engine keeps FP8 copies of the teacher's weights.
         lone_forward_kl: whether the loss on logits is forward KL to a whole distribution and nothing else.
+        keeps: what a forward pass keeps if the model is not trained.
+        logit_bytes: bytes for each logit of a micro-batch, if whole logits are in memory; 0: only chunks of them are.
         one_layer: what it holds instead of a whole model, if it runs one layer at a time; None: it holds a whole model.
         validates: whether the loss on held-out text is measured between training steps.
         then_whole: whether the process afterwards has the whole model in transformers, for a sequence at a time.
@@ -59,6 +67,8 @@ class Work:
     layerwise: bool = False
     teacher_in_fp8: bool = False
     lone_forward_kl: bool = False
+    keeps: Kept = "one_layer"
+    logit_bytes: int = 0
     one_layer: OneLayer | None = None
     validates: bool = False
     then_whole: bool = False

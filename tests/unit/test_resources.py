@@ -95,9 +95,11 @@ def test_mfu_price_and_hardware_are_keys(tmp_path: Path) -> None:
     half = estimates(_plan(MINITRON_4B, tmp_path, DGX_32, "execution.planning.mfu=0.2"))["distill"]
     assert half.seconds == pytest.approx(2 * usual.seconds)
     keys = ("execution.planning.hardware=A100", "execution.planning.price_per_gpu_hour=2")
-    other = estimates(_plan(MINITRON_4B, tmp_path, DGX_32, *keys))
+    plan = _plan(MINITRON_4B, tmp_path, DGX_32, *keys)
+    other = estimates(plan)
     assert other["distill"].cost == pytest.approx(2 * other["distill"].gpu_hours)
-    assert totals(other)["cost"] == pytest.approx(2 * totals(other)["gpu_hours"])
+    total = totals(plan, other)
+    assert total["cost"] == pytest.approx(2 * total["gpu_hours"])
     assert other["distill"].seconds > 2 * usual.seconds
     assert all(found.peak_tflops > 0 for found in HARDWARE.values())
 
@@ -332,7 +334,8 @@ def test_sums_passes_and_files_of_a_repair_by_hand() -> None:
     assert load.flops_per_token == pytest.approx(one_pass + 80 * 2 * sums)
     linear = num_params(student) - 2 * 128256 * 8192 - (2 * 80 + 1) * 8192
     assert load.work.one_layer is not None
-    assert load.work.one_layer.disk == 2 * (num_params(student) + linear), "output and work folder"
+    assert load.work.one_layer.disk == 2 * num_params(student), "its output"
+    assert load.work_bytes == 2 * linear, "files of finished layers"
     twice = repair_load(LLAMA_70B, student, keys.model_copy(update={"mode": "sequential"}), ["mlp_output"], Parallel())
     assert twice.flops_per_token > 2 * one_pass
 
@@ -342,8 +345,7 @@ def test_ranking_for_a_repair_needs_the_moments_of_all_layers_in_host_memory_and
     on_gpu, on_cpu = (memory_of(replace(load.work, on_gpu=on_gpu)) for on_gpu in (True, False))
     assert on_gpu.sums == 8 * (2 * 8192**2 + 8192**2 + 28672**2)
     assert on_cpu.sums - on_gpu.sums > 32 * 80 * 8192**2
-    assert load.work.one_layer is not None
-    assert load.work.one_layer.disk == 32 * 80 * 8192**2
+    assert load.work_bytes == 32 * 80 * 8192**2
     found = estimates(_plan(REPO / "recipes/toy/compensated.yaml", tmp_path))
     assert found["score"].disk_bytes == 32 * 4 * 64**2
     assert found["compensate"].disk_bytes > 2 * 147_448

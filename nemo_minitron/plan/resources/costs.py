@@ -23,6 +23,9 @@ from nemo_minitron.workload.memory import GIB, WEIGHT_BYTES, Memory, memory_of, 
 FORWARD_MFU_SHARE = 0.8
 """MFU of stages without a backward pass, relative to that of trainings: their batches are smaller."""
 
+ONE_AFTER_ANOTHER = ("local", "docker")
+"""Launchers that run one stage at a time."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -34,9 +37,19 @@ class Estimate:
     seconds: float
     gpu_hours: float
     cost: float | None
-    disk_bytes: int
+    output_bytes: int
+    """Disk space that the stage leaves."""
+    work_bytes: int
+    """Disk space of its work folder, which is deleted when the stage has finished."""
     limit_gib: float | None
     """Memory that a process can use; None if it is not known."""
+    is_bound: bool = False
+    """Whether a search decides the sizes of its models; they are then those of the largest candidate."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """Disk space while the stage runs."""
+        return self.output_bytes + self.work_bytes
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -58,16 +71,22 @@ class Estimate:
             "gpu_hours": self.gpu_hours,
             "cost": self.cost,
             "disk_gib": self.disk_bytes / GIB,
+            "is_bound": self.is_bound,
         }
 
 
 def estimates(plan: RunPlan) -> dict[str, Estimate]:
-    """Return stage -> estimate, for the stages that compute with models of known sizes."""
+    """Return stage -> estimate, for the stages that compute with models of known sizes or of sizes from a search."""
     found: dict[str, Estimate] = {}
+    exact = View(plan.recipe)
+    bounded = exact.for_estimates()
     for call in plan.calls:
-        load = load_of(call, plan.recipe)
+        load = load_of(call, exact)
+        is_bound = load is None
+        if load is None:
+            load = load_of(call, bounded)
         if load is not None:
-            found[call.name] = _estimate(load, call.parallel, plan.recipe, _disk(call, load, plan.recipe))
+            found[call.name] = replace(_estimate(load, call, plan.recipe), is_bound=is_bound)
     return found
 
 
@@ -82,19 +101,41 @@ def tokenized_bytes(plan: RunPlan) -> int:
     )
 
 
-def totals(found: Mapping[str, Estimate], more_disk_bytes: int = 0) -> dict[str, Any]:
+def totals(plan: RunPlan, found: Mapping[str, Estimate], more_disk_bytes: int = 0) -> dict[str, Any]:
     """Sum the estimates over the run, in which stages run one after another.
+
+    The disk holds what all stages leave, and the work folders that can exist together.
 
     Args:
         more_disk_bytes: disk space that is not part of the estimates.
     """
+    left = sum(estimate.output_bytes for estimate in found.values())
     costs = [estimate.cost for estimate in found.values() if estimate.cost is not None]
     return {
         "hours": sum(estimate.seconds for estimate in found.values()) / 3600,
         "gpu_hours": sum(estimate.gpu_hours for estimate in found.values()),
         "cost": sum(costs) if costs else None,
-        "disk_gib": (more_disk_bytes + sum(estimate.disk_bytes for estimate in found.values())) / GIB,
+        "disk_gib": (more_disk_bytes + left + _work_bytes(plan, found)) / GIB,
     }
+
+
+def _work_bytes(plan: RunPlan, found: Mapping[str, Estimate]) -> int:
+    """Return a bound of the disk space of all work folders that exist at the same time.
+
+    On one machine stages run one after another. Jobs of a cluster can run together unless one waits for the other, so
+    each stage counts with all that do not wait for it and that it does not wait for.
+    """
+    if plan.recipe.execution.launcher in ONE_AFTER_ANOTHER:
+        return max((estimate.work_bytes for estimate in found.values()), default=0)
+    before: dict[str, set[str]] = {}
+    for call in plan.calls:
+        before[call.name] = {*call.depends, *(name for other in call.depends for name in before[other])}
+    works = {name: estimate.work_bytes for name, estimate in found.items() if estimate.work_bytes}
+    together = (
+        sum(works[other] for other in works if other not in before[name] and name not in before[other])
+        for name in works
+    )
+    return max(together, default=0)
 
 
 def limit_gib(recipe: Recipe, layout: Parallel) -> float | None:
@@ -106,48 +147,66 @@ def limit_gib(recipe: Recipe, layout: Parallel) -> float | None:
     return usable_memory_bytes() / GIB / layout.world_size if execution.cluster is None else None
 
 
-def _estimate(load: Load, layout: Parallel, recipe: Recipe, disk_bytes: int) -> Estimate:
-    hardware, planning = hardware_of(recipe), recipe.execution.planning
-    mfu = (planning.mfu or hardware.usual_mfu) * (1.0 if load.work.trains else FORWARD_MFU_SHARE)
-    flops = load.tokens * load.flops_per_token
-    seconds = flops / (layout.world_size * peak_tflops(recipe) * 1e12 * mfu)
-    gpu_hours = 0.0 if hardware.name == "CPU" else seconds / 3600 * layout.world_size
-    price = planning.price_per_gpu_hour
+def peak_memory(load: Load) -> Memory:
+    """Return the memory of a process in the phase of a stage that needs the most."""
+    return max((memory_of(phase.work) for phase in load.phases), key=lambda memory: memory.peak)
+
+
+def _estimate(load: Load, call: StageCall, recipe: Recipe) -> Estimate:
+    processes = call.parallel.world_size
+    seconds = sum(_seconds(phase, recipe) for phase in load.phases) / processes
+    gpu_hours = 0.0 if hardware_of(recipe).name == "CPU" else seconds / 3600 * processes
+    price = recipe.execution.planning.price_per_gpu_hour
+    output_bytes, work_bytes = _disk(call, load, recipe)
     return Estimate(
-        memory=memory_of(load.work),
+        memory=peak_memory(load),
         tokens=load.tokens,
-        flops=flops,
+        flops=sum(phase.tokens * phase.flops_per_token for phase in load.phases),
         seconds=seconds,
         gpu_hours=gpu_hours,
         cost=None if price is None else price * gpu_hours,
-        disk_bytes=disk_bytes,
-        limit_gib=limit_gib(recipe, layout),
+        output_bytes=output_bytes,
+        work_bytes=work_bytes,
+        limit_gib=limit_gib(recipe, call.parallel),
     )
 
 
-def load_of(call: StageCall, recipe: Recipe, layout: Parallel | None = None) -> Load | None:
+def _seconds(phase: Load, recipe: Recipe) -> float:
+    """Return the time of a phase on one process."""
+    mfu = recipe.execution.planning.mfu or hardware_of(recipe).usual_mfu
+    share = 1.0 if phase.work.trains else FORWARD_MFU_SHARE
+    return phase.tokens * phase.flops_per_token / (peak_tflops(recipe, phase.work.precision) * 1e12 * mfu * share)
+
+
+def load_of(call: StageCall, view: View, layout: Parallel | None = None) -> Load | None:
     """Return the load of a stage in a layout, by default its own; None if it computes nothing or sizes are unknown."""
-    load = STAGES[call.kind].load(call.name, recipe.stages[call.name], layout or call.parallel, View(recipe))
+    recipe = view.recipe
+    load = STAGES[call.kind].load(call.name, recipe.stages[call.name], layout or call.parallel, view)
     if load is None:
         return None
     on_gpu = hardware_of(recipe).name != "CPU"
-    return replace(load, work=replace(load.work, on_gpu=on_gpu, kernels=recipe.execution.kernels))
+    here, *others = (
+        replace(phase, work=replace(phase.work, on_gpu=on_gpu, kernels=recipe.execution.kernels))
+        for phase in load.phases
+    )
+    return replace(here, others=tuple(others))
 
 
-def _disk(call: StageCall, load: Load, recipe: Recipe) -> int:
-    """Return the disk space of a stage's output and, for a training, of its checkpoints."""
+def _disk(call: StageCall, load: Load, recipe: Recipe) -> tuple[int, int]:
+    """Return the disk space of a stage's output and of its work folder, with the checkpoints of a training."""
     stage = recipe.stages[call.name]
+    training = getattr(stage, "retraining", stage)
     count = num_params(load.work.shape)
     own = STAGES[call.kind].disk_bytes(stage, load)
     if own is not None:
-        return own
+        return own, load.work_bytes
     if not load.work.trains:
-        return 0
+        return 0, load.work_bytes
     precision = load.work.precision
     weights = WEIGHT_BYTES[precision] * count
     checkpoint = weights + optimizer_bytes(count, precision, Parallel())
     if load.work.teacher is not None and load.work.teacher_learns:
         teacher = num_params(load.work.teacher)
         checkpoint += WEIGHT_BYTES[precision] * teacher + optimizer_bytes(teacher, precision, Parallel())
-    kept = stage.keep_checkpoints + 1 if isinstance(stage, Optimization) else 2
-    return weights + kept * checkpoint
+    kept = training.keep_checkpoints + 1 if isinstance(training, Optimization) else 2
+    return weights, load.work_bytes + kept * checkpoint

@@ -8,7 +8,8 @@ from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training_rules import sample_count_problems
 from nemo_minitron.stages.kind import MODELS, Output, RecipeView, Result, Source, StageKind, TaskUse
 from nemo_minitron.stages.score.params import ScoreStage
-from nemo_minitron.workload.load import Load, forward_load
+from nemo_minitron.workload.load import Load
+from nemo_minitron.workload.scoring import scoring_load
 
 
 def _sources(params: ScoreStage) -> Iterator[Source]:
@@ -72,8 +73,8 @@ def _problems(name: str, params: ScoreStage, view: RecipeView) -> Iterator[str]:
 
 
 def _load(name: str, params: ScoreStage, layout: Parallel, view: RecipeView) -> Load | None:
-    shape, tokens = view.shape(params.inputs.model), params.num_samples * params.seq_len_tokens
-    return None if shape is None else forward_load(shape, tokens, params.seq_len_tokens, params.precision, layout)
+    shape = view.shape(params.inputs.model)
+    return None if shape is None else scoring_load(shape, params, layout)
 
 
 def _result_tokens(result: Result) -> int:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from nemo_minitron.families import ModelShape, target_shape
+from nemo_minitron.families import ModelShape, num_params, target_shape
 from nemo_minitron.pruning.possible import selection_for
 from nemo_minitron.pruning.search import Candidate, expanded_size
 from nemo_minitron.schema.base import StageParams
 from nemo_minitron.schema.execution import Parallel
-from nemo_minitron.schema.pruning import AnyScoring, Target
+from nemo_minitron.schema.pruning import AnyScoring
 from nemo_minitron.schema.training_rules import training_problems
 from nemo_minitron.stages.common.hidden_rules import hidden_problems
 from nemo_minitron.stages.common.repair_rules import (
     calibration_problems,
     merged_head_problems,
+    repaired_sites,
     site_problems,
     widest_input,
 )
@@ -23,6 +25,7 @@ from nemo_minitron.stages.common.scoring_rules import scoring_problems, without_
 from nemo_minitron.stages.kind import MODELS, HeldoutUse, Output, RecipeView, StageKind, TextUse, trained_tokens
 from nemo_minitron.stages.search.expansion import candidate_stages, points_of, search_of
 from nemo_minitron.stages.search.params import CandidateStage, SearchStage
+from nemo_minitron.workload.layer_by_layer import STORED, repair_load
 from nemo_minitron.workload.load import Load, distillation_load
 
 
@@ -139,13 +142,26 @@ def _candidate_problems(name: str, params: CandidateStage, view: RecipeView) -> 
 
 
 def _candidate_shape(name: str, params: CandidateStage, view: RecipeView) -> ModelShape | None:
-    source = view.shape(params.inputs.model) if params.target != Target() else None
-    return None if source is None else target_shape(source, params.target, None)
+    """Return the shape of a candidate; in a later rung only for estimates, with the sizes of the largest one."""
+    later = params.place is not None
+    target = view.largest_candidate(search_of(name, params)) if later else params.target
+    source = view.shape(params.inputs.model)
+    return None if source is None or target is None else target_shape(source, target, None)
 
 
 def _candidate_load(name: str, params: CandidateStage, layout: Parallel, view: RecipeView) -> Load | None:
+    """Return the load of the training and, in the first rung, of the repair before it."""
     student, teacher = view.shape(name), view.shape(params.inputs.teacher)
-    return distillation_load(student, teacher, params.retraining, params.num_steps, layout)
+    training = distillation_load(student, teacher, params.retraining, params.num_steps, layout)
+    source, repair = view.shape(params.inputs.model), params.compensation
+    if training is None or student is None or source is None or params.place is not None:
+        return training
+    pruned = STORED * num_params(student)
+    if repair is None:
+        return replace(training, work_bytes=pruned)
+    found = repair_load(source, student, repair, repaired_sites(repair, source, student), layout)
+    # Its work folder also has the pruned model, and the repaired one with the files of its layers.
+    return replace(training, work_bytes=2 * pruned + found.work_bytes, others=(found,))
 
 
 def _array(name: str, params: CandidateStage) -> str:

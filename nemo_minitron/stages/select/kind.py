@@ -62,13 +62,16 @@ def _as_searched(key: str, params: SelectStage, search: str, view: RecipeView) -
 
 def _shape(name: str, params: SelectStage, view: RecipeView) -> ModelShape | None:
     """Return the shape of the pruned model; None if it depends on a search that has not finished."""
-    source, target = view.shape(params.inputs.model), params.target
-    if params.inputs.search is not None:
-        found = view.published(params.inputs.search, SEARCH_FILE)
-        if found is None:
-            return None
-        target = winner_of(found.parent, params.inputs.search)
-    return None if source is None else target_shape(source, target, params.drop_layers)
+    source, target = view.shape(params.inputs.model), _target(params, view)
+    return None if source is None or target is None else target_shape(source, target, params.drop_layers)
+
+
+def _target(params: SelectStage, view: RecipeView) -> Target | None:
+    search = params.inputs.search
+    if search is None:
+        return params.target
+    found = view.published(search, SEARCH_FILE)
+    return view.largest_candidate(search) if found is None else winner_of(found.parent, search)
 
 
 def _reduction(name: str, params: SelectStage, view: RecipeView) -> tuple[ModelShape | None, ModelShape | None] | None:
