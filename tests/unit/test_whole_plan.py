@@ -26,6 +26,8 @@ from tests.conftest import REPO, TOY, Cli
 from tests.e2e.test_toy_layers import LAYERS
 
 SEARCH = REPO / "recipes/toy/search.yaml"
+FIRST = "search_l3_h56_f160"
+"""The first candidate of the search."""
 MINITRON_4B = REPO / "recipes/llama31_8b/width_4b.yaml"
 REPAIR = "+stages.search.compensation={num_samples: 64, seq_len_tokens: 128, heldout_tokens: 512}"
 LLAMA = read_shape(
@@ -65,7 +67,7 @@ def test_what_a_search_decides_is_planned_with_its_largest_candidate(tmp_path: P
     bounds = [name for name, estimate in found.items() if estimate.is_bound]
     evaluations = ["evaluate_pruned", "evaluate_random", "evaluate_distilled"]
     assert bounds == ["search_r2_p1", "search_r2_p2", "search_r2_p3", "distill", *evaluations]
-    # c02 has 158,088 parameters, in fp32.
+    # The second candidate has 158,088 parameters, in fp32.
     assert {found[name].memory.weights for name in bounds} == {4 * 158_088}
     assert found["search_r2_p1"].tokens == 12 * 8 * 128
     output = " ".join(minitron("plan", SEARCH, f"execution.run_root={tmp_path}")[1].split())
@@ -75,11 +77,11 @@ def test_what_a_search_decides_is_planned_with_its_largest_candidate(tmp_path: P
 
 def test_the_repair_of_a_candidate_is_counted(tmp_path: Path) -> None:
     without, repaired = (estimates(_plan(SEARCH, tmp_path, *words)) for words in ((), (REPAIR,)))
-    assert repaired["search_c01"].flops > without["search_c01"].flops
-    assert repaired["search_c01"].seconds > without["search_c01"].seconds
+    assert repaired[FIRST].flops > without[FIRST].flops
+    assert repaired[FIRST].seconds > without[FIRST].seconds
     # The repaired model beside the pruned one, and the files of its layers: less than a model.
     model = 2 * 141_960
-    assert model < repaired["search_c01"].work_bytes - without["search_c01"].work_bytes < 2 * model
+    assert model < repaired[FIRST].work_bytes - without[FIRST].work_bytes < 2 * model
     assert repaired["search_r2_p1"] == without["search_r2_p1"], "only the first rung repairs"
 
 
@@ -148,7 +150,7 @@ def test_stages_other_than_trainings_get_layouts_that_fit(tmp_path: Path) -> Non
     assert estimates(again)["score"].fits
     small = ("execution.planning.hardware=A6000", "execution.planning.reserve_gib=47.98")
     plan = _plan(SEARCH, tmp_path, *small, "execution.parallel.micro_batch_size=8")
-    assert resource_facts(plan)["proposals"]["search_c01"], "those of its retraining"
+    assert resource_facts(plan)["proposals"][FIRST], "those of its retraining"
 
 
 def test_a_stage_that_fits_in_no_layout_says_what_helps(tmp_path: Path) -> None:
@@ -249,14 +251,14 @@ def test_jobs_of_a_cluster_that_can_run_together_have_checkpoints_together(tmp_p
         plan = _plan(REPO / f"recipes/{recipe}.yaml", tmp_path, "execution.launcher=slurm")
         found = estimates(plan)
         # The seven candidates of the first rung; in the chain each training needs the one before it.
-        first = [found[name].work_bytes for name in found if name.startswith("search_c")]
+        first = [found[name].work_bytes for name in found if name.startswith("search_l")]
         works = sum(first) if first else max(found[name].work_bytes for name in ("distill", "distill_2"))
         assert totals(plan, found)["disk_gib"] * GIB == pytest.approx(_sum(found, "output_bytes") + works)
 
 
 def test_candidates_keep_the_checkpoints_of_their_retraining(tmp_path: Path) -> None:
     found = [
-        estimates(_plan(SEARCH, tmp_path, f"stages.search.retraining.keep_checkpoints={kept}"))["search_c01"]
+        estimates(_plan(SEARCH, tmp_path, f"stages.search.retraining.keep_checkpoints={kept}"))[FIRST]
         for kept in (1, 4)
     ]
     # In fp32 a checkpoint has weights and two moments.
