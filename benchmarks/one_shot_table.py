@@ -207,12 +207,17 @@ def page(rows: Sequence[dict[str, Any]], size: Size, name: str) -> str:
     found = {row["id"]: row for row in rows}
     teacher = found.get("teacher")
     losses = [] if teacher is None else [f"{text} {loss_of(teacher, text):.3f}" for text in (*TEXTS, "other")]
-    sections = [f"### {part}: {_sizes(size.parts[part])}\n\n{_part_table(part, found, size)}" for part in size.parts]
+    measured = {case.part for case in cases(size) if case.id in found}
+    sections = [
+        f"### {part}: {_sizes(size.parts[part])}\n\n"
+        + (_part_table(part, found, size) if part in measured else "Not measured yet.")
+        for part in size.parts
+    ]
     return "\n\n".join([
         f"## Pruned and repaired without training, {name}",
         f"Written by `make one-shot-table` on {date.today()}. Losses are held-out nats per token, mean and range over "
-        f"{len(size.draws)} draws of the calibration text: `own` on the held-out part of the calibration text, `other` "
-        "on text of another kind. Won back: share of the loss gap between the sliced student and the teacher.",
+        f"up to {len(size.draws)} draws of the calibration text: `own` on the held-out part of the calibration text, "
+        "`other` on text of another kind. Won back: share of the loss gap between the sliced student and the teacher.",
         f"Teacher: {', '.join(losses) or 'not measured yet'}.",
         *sections,
     ])  # fmt: skip
