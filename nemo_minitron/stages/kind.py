@@ -275,8 +275,8 @@ class StageKind:
     source_disk_bytes: Callable[[Path, int], int] | None = None
     """Disk space that a file of a source needs while the stage runs, from its path and size in bytes; None: none."""
     part_of: Callable[[str, Any], str | None] = _unknown
-    """For a stage that the planner has written: the stage of the recipe that it belongs to. It takes the layout and
-    resources of that stage unless it has its own."""
+    """Stage of the recipe that a stage belongs to that the planner has written; None: it is in the recipe itself. The
+    layout and resources of that stage are its own unless it has others."""
     array: Callable[[str, Any], str | None] = _unknown
     """Name of the job array that it shares with other stages of its kind; None: it has its own job."""
     num_servers: Callable[[Any], int] = lambda _params: 0

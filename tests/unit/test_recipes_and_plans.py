@@ -269,7 +269,7 @@ def test_fingerprints_depend_on_content_and_not_on_order() -> None:
 def test_a_newer_key_inside_a_section_counts_only_if_it_differs_from_its_default(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As if `jsd_beta` were new: finished runs of older versions do not have it."""
+    """Finished runs of older versions do not have a new key, which `jsd_beta` stands for here."""
     key = "loss.logits.jsd_beta"
     monkeypatch.setitem(_NEWER_KEYS, key, 0.5)
     search = REPO / "recipes/toy/search.yaml"

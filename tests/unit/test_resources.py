@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 
 from nemo_minitron.api import load_plan, load_recipe
-from nemo_minitron.distillation.flops import forward_flops_per_token, head_flops_per_token
-from nemo_minitron.families import num_params, read_shape
 from nemo_minitron.plan.resources import costs
 from nemo_minitron.plan.resources.costs import estimates, totals
 from nemo_minitron.plan.resources.hardware import HARDWARE, hardware_of
@@ -20,12 +18,9 @@ from nemo_minitron.plan.resources.summary import memory_warnings, resource_facts
 from nemo_minitron.plan.shapes import model_shape
 from nemo_minitron.schema.execution import Kernels, Parallel
 from nemo_minitron.schema.losses import HiddenLoss, Loss
-from nemo_minitron.schema.pruning import Compensation, ReconstructionScoring
 from nemo_minitron.schema.training import Fp8Teacher
-from nemo_minitron.stages.common.repair_rules import repaired_sites
 from nemo_minitron.stages.distill.params import DistillStage
 from nemo_minitron.workload.heldout import heldout_batch_size
-from nemo_minitron.workload.layer_by_layer import ranking_load, repair_load
 from nemo_minitron.workload.load import Load, alignment_load, distillation_load
 from nemo_minitron.workload.memory import GIB, memory_of
 from tests.conftest import REPO, TOY, Cli
@@ -291,65 +286,6 @@ def test_a_laptop_uses_no_gpu_hours_and_a_cache_has_a_size(tmp_path: Path) -> No
     assert found["cache_teacher"].disk_bytes > 0
     assert found["distill"].memory.teacher == 0, "it is read from the cache"
     assert found["score"].memory.optimizer == 0
-
-
-LLAMA_70B = read_shape(
-    {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    }
-)
-
-
-@pytest.mark.parametrize("mode", ["one_shot", "sequential"])
-def test_a_repair_holds_one_layer_so_a_large_teacher_fits_on_one_gpu(mode: str) -> None:
-    keys = Compensation.model_validate({"mode": mode})
-    student = LLAMA_70B.resized(hidden_size=6144, ffn_hidden_size=20480)
-    load = repair_load(LLAMA_70B, student, keys, repaired_sites(keys, LLAMA_70B, student), Parallel(dp=8))
-    memory = memory_of(replace(load.work, on_gpu=True))
-    assert memory.peak / GIB < 74.0, "what an H100 has"
-    layers = (num_params(some) - 2 * some.vocab_size * some.hidden_size for some in (LLAMA_70B, student))
-    assert memory.weights == pytest.approx(4 * sum(layers) / 80, rel=1e-4)
-    # On a CPU the streams of this process's text are in the same memory: both of the teacher, and the student's own.
-    width = 2 * 8192 + (6144 if mode == "sequential" else 0)
-    tokens = keys.num_samples * keys.seq_len_tokens + keys.heldout_tokens
-    assert memory_of(load.work).peak - memory.peak == 4 * width * tokens / 8
-
-
-def test_sums_passes_and_files_of_a_repair_by_hand() -> None:
-    """Only down_proj: 20,480 of 28,672 neurons stay."""
-    keys = Compensation(sites=("mlp_output",))
-    student = LLAMA_70B.resized(ffn_hidden_size=20480)
-    load = repair_load(LLAMA_70B, student, keys, ["mlp_output"], Parallel())
-    sums = 20480**2 + 8192 * 20480 + 8192
-    solving = 7 * 8192 * 20480 + 2 * 20480**2
-    update = 8192 * 20480
-    assert memory_of(load.work).sums == 8 * (2 * sums + solving + update) + 4 * 8192 * (28672 + 20480)
-    one_pass = forward_flops_per_token(LLAMA_70B, 512) - head_flops_per_token(LLAMA_70B)
-    assert load.flops_per_token == pytest.approx(one_pass + 80 * 2 * sums)
-    linear = num_params(student) - 2 * 128256 * 8192 - (2 * 80 + 1) * 8192
-    assert load.work.one_layer is not None
-    assert load.work.one_layer.disk == 2 * num_params(student), "its output"
-    assert load.work_bytes == 2 * linear, "files of finished layers"
-    twice = repair_load(LLAMA_70B, student, keys.model_copy(update={"mode": "sequential"}), ["mlp_output"], Parallel())
-    assert twice.flops_per_token > 2 * one_pass
-
-
-def test_ranking_for_a_repair_needs_the_moments_of_all_layers_in_host_memory_and_on_disk(tmp_path: Path) -> None:
-    load = ranking_load(LLAMA_70B, ReconstructionScoring(), Parallel())
-    on_gpu, on_cpu = (memory_of(replace(load.work, on_gpu=on_gpu)) for on_gpu in (True, False))
-    assert on_gpu.sums == 8 * (2 * 8192**2 + 8192**2 + 28672**2)
-    assert on_cpu.sums - on_gpu.sums > 32 * 80 * 8192**2
-    assert load.work_bytes == 32 * 80 * 8192**2
-    found = estimates(_plan(REPO / "recipes/toy/compensated.yaml", tmp_path))
-    assert found["score"].disk_bytes == 32 * 4 * 64**2
-    assert found["compensate"].disk_bytes > 2 * 147_448
-    assert found["compensate"].memory.sums > 0
 
 
 def test_alignment_and_candidates_are_counted(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from nemo_minitron.plan.planner import RunPlan, StageCall
 from nemo_minitron.plan.resources.hardware import hardware_of, peak_tflops
 from nemo_minitron.plan.sources import listed_files, sources_of
 from nemo_minitron.plan.view import View
+from nemo_minitron.schema.base import StageParams
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.training import Optimization
 from nemo_minitron.stages.registry import STAGES
@@ -192,10 +193,16 @@ def load_of(call: StageCall, view: View, layout: Parallel | None = None) -> Load
     return replace(here, others=tuple(others))
 
 
+def training_of(stage: StageParams) -> Optimization | None:
+    """Return the keys of a stage's Megatron training; None if it has none."""
+    training = getattr(stage, "retraining", stage)
+    return training if isinstance(training, Optimization) else None
+
+
 def _disk(call: StageCall, load: Load, recipe: Recipe) -> tuple[int, int]:
     """Return the disk space of a stage's output and of its work folder, with the checkpoints of a training."""
     stage = recipe.stages[call.name]
-    training = getattr(stage, "retraining", stage)
+    training = training_of(stage)
     count = num_params(load.work.shape)
     own = STAGES[call.kind].disk_bytes(stage, load)
     if own is not None:
@@ -208,5 +215,5 @@ def _disk(call: StageCall, load: Load, recipe: Recipe) -> tuple[int, int]:
     if load.work.teacher is not None and load.work.teacher_learns:
         teacher = num_params(load.work.teacher)
         checkpoint += WEIGHT_BYTES[precision] * teacher + optimizer_bytes(teacher, precision, Parallel())
-    kept = training.keep_checkpoints + 1 if isinstance(training, Optimization) else 2
+    kept = 2 if training is None else training.keep_checkpoints + 1
     return weights, load.work_bytes + kept * checkpoint

@@ -8,7 +8,7 @@ from itertools import islice, product
 
 from nemo_minitron.plan.checks import layout_problems, refused_layout
 from nemo_minitron.plan.planner import StageCall
-from nemo_minitron.plan.resources.costs import limit_gib, load_of, peak_memory
+from nemo_minitron.plan.resources.costs import limit_gib, load_of, peak_memory, training_of
 from nemo_minitron.plan.resources.hardware import hardware_of, peak_tflops
 from nemo_minitron.plan.resources.step_time import step_time
 from nemo_minitron.plan.view import View
@@ -42,7 +42,7 @@ def proposals(call: StageCall, view: View, num_gpus: int, gpus_per_node: int, *,
     recipe = view.recipe
     if hardware_of(recipe).name == "CPU" or STAGES[call.kind].whole_layers:
         return []
-    training = training_of(call, view)
+    training = training_of(view.stages[call.name])
     found = []
     for layout in _candidates(call, training, num_gpus, gpus_per_node):
         load = load_of(call, view, layout)
@@ -58,13 +58,6 @@ def proposals(call: StageCall, view: View, num_gpus: int, gpus_per_node: int, *,
         found.append(Proposal(layout, peak, mfu))
     ranked = sorted(found, key=lambda proposal: -(proposal.mfu or 0.0))
     return list(islice((one for one in ranked if not refused_layout(call.name, one.layout, view)), most))
-
-
-def training_of(call: StageCall, view: View) -> Optimization | None:
-    """Return the keys of the stage's Megatron training; None if it has none."""
-    stage = view.stages[call.name]
-    training = getattr(stage, "retraining", stage)
-    return training if isinstance(training, Optimization) else None
 
 
 def _candidates(
