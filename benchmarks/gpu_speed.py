@@ -77,7 +77,7 @@ class Bench:
             fuse_weight_gradients(student)
         parameter = head_parameter(student)
         scale = self.job.session.parallel.cp / self.job.params.global_batch_size
-        if kernels.head_gradient_in_place and not student.share_embeddings_and_output_weights:
+        if kernels.head_gradient_in_place:
             parameter.minitron_loss_scale = scale  # type: ignore[attr-defined]
         elif hasattr(parameter, "minitron_loss_scale"):
             del parameter.minitron_loss_scale

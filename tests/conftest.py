@@ -21,6 +21,9 @@ if not has_nvidia_driver():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Background jobs of a shell ignore Ctrl-C, and so would all processes that tests start and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    # So do all processes below nohup with SIGHUP.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 REPO = Path(__file__).resolve().parents[1]
 TOY = REPO / "recipes" / "toy" / "width.yaml"

@@ -35,6 +35,8 @@ class MainGrad:
     """The whole weight, vocabulary padding included; autograd must see that it has got its gradient."""
     scale: float
     """What the training loop multiplies the loss by before its backward pass. The backward pass checks it."""
+    has_other_gradient: bool = False
+    """Whether the parameter gets another gradient by autograd, as tied embeddings do."""
 
     def rows(self, vocab_size: int) -> Tensor:
         buffer: Tensor = self.parameter.main_grad  # type: ignore[attr-defined]
@@ -199,7 +201,9 @@ class _LinearLoss(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         hidden, weight = (None if grad is None else grad.mul_(grad_outputs[0]) for grad in grads)
         if ctx.main_grad is not None:
-            weight = _added_already(ctx.main_grad, grad_outputs[0])
+            _require_scale(ctx.main_grad, grad_outputs[0])
+            # Megatron's hook then adds the other gradient, as if it were the only one.
+            weight = None if ctx.main_grad.has_other_gradient else _added_already(ctx.main_grad.parameter)
         return hidden, weight, None, None
 
 
@@ -215,13 +219,15 @@ def _chunk_loss(options: _Options, chunk: slice, token_weights: Tensor) -> Tenso
     return total
 
 
-def _added_already(main_grad: MainGrad, grad_output: Tensor) -> Tensor:
+def _require_scale(main_grad: MainGrad, grad_output: Tensor) -> None:
+    """Check the scale by which the gradient was multiplied in the forward pass. On a GPU this does not wait."""
+    torch._assert_async(torch.isclose(grad_output, torch.full_like(grad_output, main_grad.scale)))
+
+
+def _added_already(parameter: Tensor) -> Tensor:
     """Return a placeholder for the gradient of a weight whose gradient buffer has it already.
 
     Megatron's hook needs some gradient to see that the backward pass has reached the weight; it drops this one.
     """
-    parameter = main_grad.parameter
-    # On a GPU the check does not wait for the device.
-    torch._assert_async(torch.isclose(grad_output, torch.full_like(grad_output, main_grad.scale)))
     parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return torch.empty_like(parameter)

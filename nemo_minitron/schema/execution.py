@@ -49,7 +49,7 @@ class Kernels(Schema):
     products; on a CPU the tokens of 256 MiB of logits."""
     head_gradient_in_place: bool = True
     """Add the gradient of the output layer's weight to Megatron's fp32 gradient buffer directly, without a buffer of
-    its own and without rounding to bf16. No effect on models with tied embeddings."""
+    its own and without rounding to bf16."""
     fused_kl: Annotated[Literal["auto", "triton", "torch", "off"], Off] = "auto"
     """How forward KL and its gradient are computed if the loss has no other term on logits. triton: two Triton kernels
     that read logits in bf16 and overwrite them with the gradient. torch: the same in PyTorch, compiled by torch.compile

@@ -324,7 +324,7 @@ def _head_gradient_bytes(work: Work) -> tuple[int, int]:
     """
     size, w = _padded_vocab_of_rank(work) * work.shape.hidden_size, WEIGHT_BYTES[work.precision]
     product = w * size if work.precision == "bf16" and not work.on_gpu else 0
-    if work.kernels.head_gradient_in_place and not work.shape.tied_embeddings:
+    if work.kernels.head_gradient_in_place:
         return product, w * size
     return 4 * size + product, (4 + (w if work.precision == "bf16" else 0)) * size
 

@@ -124,7 +124,7 @@ def test_concurrent_and_malformed_requests_get_what_a_direct_call_gives(started:
         assert found == pytest.approx([math.nan if wanted is None else wanted], abs=1e-5, nan_ok=True)
 
 
-@pytest.mark.parametrize("victim", ["tritonserver", "python"])
+@pytest.mark.parametrize("victim", [pytest.param("tritonserver", marks=pytest.mark.slow), "python"])
 def test_a_server_killed_during_requests_is_reported_and_the_next_one_answers_all(victim: str, tmp_path: Path) -> None:
     require_aligner()
     called = tmp_path / "called"

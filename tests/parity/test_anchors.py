@@ -56,8 +56,18 @@ def _expected(name: str, student: Student) -> Any:
     return _PLAIN[name]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        pytest.param(
+            name,
+            layout,
+            marks=[pytest.mark.slow] * (name != "width and depth" and parallel.tp * parallel.cp * parallel.pp > 2),
+        )
+        for name in CASES
+        for layout, parallel in LAYOUTS.items()
+    ],
+)
 def test_gradients_are_those_of_the_plain_formula(name: str, layout: str, students: dict[str, Student]) -> None:
     plan, folders = students[name]
     parallel = LAYOUTS[layout]

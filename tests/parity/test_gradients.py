@@ -58,6 +58,8 @@ LAYOUTS = {
     "dp2": Parallel(dp=2),
     "cp2 pp2": Parallel(cp=2, pp=2),
 }
+FAST_WHOLE = ("one process", "tp2", "dp2")
+"""Layouts in which the whole logits at once are in `make test`, too; each loss in chunks is in all layouts."""
 BOUND_FP64, BOUND_FP32 = 1e-12, 1e-6
 """The gradients of a whole model in fp32 differ by more than this between layouts whatever the loss is (about 2e-6):
 the order of sums in its layers differs. In fp32 the loss is tested where it meets the model.
@@ -99,8 +101,16 @@ def test_a_gradient_that_is_nan_is_the_worst_one(place: int) -> None:
     assert _worst(found, expected) == (math.inf, "abc"[place])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("chunk_tokens", [None, 5], ids=["whole", "chunked"])
+@pytest.mark.parametrize(
+    ("chunk_tokens", "layout"),
+    [
+        pytest.param(
+            size, name, id=f"{kind}-{name}", marks=[pytest.mark.slow] * (size is None and name not in FAST_WHOLE)
+        )
+        for kind, size in {"whole": None, "chunked": 5}.items()
+        for name in LAYOUTS
+    ],
+)
 def test_every_loss_has_the_gradients_of_the_plain_formula(
     layout: str, chunk_tokens: int | None, folders: dict[str, Path]
 ) -> None:

@@ -32,6 +32,8 @@ CASES: dict[str, tuple[Parallel, int, dict[str, Any]]] = {
     "pipeline stages, teacher correction": (Parallel(pp=2), 16, CORRECTION),
 }
 """A layout, its smallest global batch size, and more keys."""
+LONGEST = "pipeline stages, teacher correction"
+"""Takes a minute: only in `make test-all`."""
 
 
 def peaks(
@@ -75,7 +77,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return distill_folders(tmp_path_factory.mktemp("peaks"))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == LONGEST)) for name in CASES])
 def test_the_peak_of_a_step_does_not_grow_with_the_global_batch(
     name: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -54,7 +54,7 @@ MORE_CASES = {
     }.items()
 }
 FAST_FAMILIES = ("llama_gqa_tied", "nemotron")
-FAST_LAYOUTS = ("tp4", "pp3, uneven", "dp2", "tp2 pp2 with sequence parallel")
+FAST_LAYOUTS = ("pp3, uneven", "dp2", "tp2 pp2 with sequence parallel")
 Found = dict[tuple[str, str], dict[str, NDArray]]
 
 

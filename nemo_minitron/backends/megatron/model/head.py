@@ -70,19 +70,22 @@ def head_main_grad(model: torch.nn.Module) -> MainGrad | None:
     """Return the gradient buffer of the output layer's weight; None if autograd collects its gradient."""
     weight = parts.head_weight(bare(model))
     scale = getattr(weight, _LOSS_SCALE, None)
-    return None if scale is None else MainGrad(weight, scale)
+    return None if scale is None else MainGrad(weight, scale, has_other_gradient=_has_embeddings(bare(model)))
 
 
 def collect_head_gradient_in_place(model: Model, loss_scale: float) -> None:
     """Let `head_main_grad` return the gradient buffer of this model, which a data-parallel wrapper has made.
 
-    Tied embeddings get a gradient from autograd as well, and Megatron's hook can take only one of both.
-
     Args:
         loss_scale: what the training multiplies the loss of a micro-batch by before its backward pass.
     """
-    if model.post_process and not model.share_embeddings_and_output_weights:
+    if model.post_process:
         setattr(parts.head_weight(model), _LOSS_SCALE, loss_scale)
+
+
+def _has_embeddings(model: Model) -> bool:
+    """Return whether the weight of the output layer is that of the embeddings. Pipeline stages have a copy each."""
+    return bool(model.share_embeddings_and_output_weights and model.pre_process)
 
 
 def vocab_of(session: Session, rows_per_rank: int, vocab_size: int) -> Vocab:
