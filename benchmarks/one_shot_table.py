@@ -264,6 +264,9 @@ def arguments_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parts = SIZES["smollm2"].parts
     parser.add_argument("--part", action="append", default=[], choices=parts, help="what is cut; can be repeated")
     parser.add_argument("--method", action="append", default=[], choices=("slice", *METHODS), help="can be repeated")
+    parser.add_argument(
+        "--mode", action="append", default=[], choices=MODES, help="how students are repaired; can be repeated"
+    )
     parser.add_argument("--tokens", action="append", default=[], type=int, help="calibration tokens; can be repeated")
     parser.add_argument("--draw", action="append", default=[], type=int, help="can be repeated")
     parser.add_argument("--limit-minutes", type=float, help="stop before a setting that would end later")
@@ -275,7 +278,9 @@ def arguments_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def wanted(case: Case, arguments: argparse.Namespace) -> bool:
-    """Return whether the command line asks for a student."""
+    """Return whether the command line asks for a student. Sliced ones have no mode and are always compared."""
+    if case.mode is not None and arguments.mode and case.mode not in arguments.mode:
+        return False
     filters = ("part", "method", "tokens", "draw")
     return all(not getattr(arguments, name) or getattr(case, name) in getattr(arguments, name) for name in filters)
 

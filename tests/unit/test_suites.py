@@ -257,3 +257,20 @@ def test_the_share_won_back_is_that_of_the_gap_to_the_teacher(table: ModuleType)
     text = table.page(rows, size, "toy")
     assert "| 100 | training text | slice | - | 4.000 (4.000 to 4.000) | - | 5.000 (5.000 to 5.000) | - | 2 |" in text
     assert "| greedy | sequential | 2.000 (1.500 to 2.500) | 100% | 4.500 (4.500 to 4.500) | 25% | 2 |" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "modes"),
+    [
+        ([], {None, "one_shot", "sequential"}),
+        (["--mode", "one_shot"], {None, "one_shot"}),
+        (["--mode", "sequential", "--method", "greedy"], {"sequential"}),
+    ],
+)
+def test_the_one_shot_table_runs_the_settings_that_are_asked_for(
+    arguments: list[str], modes: set[str | None], table: ModuleType
+) -> None:
+    parsed = table.arguments_of(["--tokens", "32768", *arguments])
+    found = [case for case in table.cases(table.SIZES["smollm2"]) if table.wanted(case, parsed)]
+    assert {case.tokens for case in found} == {32768}
+    assert {case.mode for case in found} == modes

@@ -67,12 +67,18 @@ def _use_torch_optimizer(stack: ExitStack) -> None:
     torch_kernels = {
         "multi_tensor_applier": utils.local_multi_tensor_applier,
         "l2_norm_impl": utils.local_multi_tensor_l2_norm,
-        "multi_tensor_scale_impl": utils.local_multi_tensor_scale,
+        "multi_tensor_scale_impl": _scale,
     }
     for module in (clip_grads, mixed_precision):
         for name, kernel in torch_kernels.items():
             if hasattr(module, name):
                 stack.enter_context(patch.object(module, name, kernel))
+
+
+def _scale(_: int, __: Any, lists: list[list[torch.Tensor]], factor: float) -> None:
+    """Do what Megatron's local_multi_tensor_scale does, in one pass over memory and without a copy of each tensor."""
+    for source, target in zip(*lists, strict=True):
+        torch.mul(source, factor, out=target)
 
 
 class _NoStream:
