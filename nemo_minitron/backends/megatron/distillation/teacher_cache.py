@@ -19,7 +19,7 @@ from nemo_minitron.backends.megatron.data.datasets import (
 )
 from nemo_minitron.backends.megatron.model.evaluate import sum_nll
 from nemo_minitron.backends.megatron.model.forward import Batch, evaluating, forward_batches
-from nemo_minitron.backends.megatron.model.head import head_weight, model_hidden, vocab_of
+from nemo_minitron.backends.megatron.model.head import head_weight, model_hidden, vocab_of_model
 from nemo_minitron.backends.megatron.model.layers import require_document_mask, separation_of_documents
 from nemo_minitron.backends.megatron.model.parts import Model
 from nemo_minitron.backends.megatron.model.weights import load_model
@@ -37,7 +37,6 @@ from nemo_minitron.distillation.cache import (
 from nemo_minitron.distillation.linear import Head
 from nemo_minitron.distillation.sparse import SparseTeacher, sparsify, uniforms_of
 from nemo_minitron.distillation.vocab import Vocab
-from nemo_minitron.families.split import padded_vocab_size
 from nemo_minitron.schema.losses import Sampled
 from nemo_minitron.schema.training import TeacherCaching
 from nemo_minitron.system.progress import Progress
@@ -142,7 +141,7 @@ def _entries(
     model: Model, params: TeacherCaching, batches: Iterable[Batch], vocab_size: int, session: Session
 ) -> list[Entry]:
     found: list[Entry] = []
-    vocab = vocab_of(session, padded_vocab_size(vocab_size, session.parallel.tp) // session.parallel.tp, vocab_size)
+    vocab = vocab_of_model(session, vocab_size)
 
     def keep(hidden_BSD: Tensor, batch: Batch) -> None:
         weight = head_weight(model, vocab_size)

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from nemo_minitron.backends.megatron.data.datasets import HeldOutBatches, heldout_batches
 from nemo_minitron.backends.megatron.model.forward import Batch, evaluating, forward_batches
-from nemo_minitron.backends.megatron.model.head import head_weight, model_hidden, vocab_of
+from nemo_minitron.backends.megatron.model.head import head_weight, model_hidden, vocab_of_model
 from nemo_minitron.backends.megatron.model.parts import Model
 from nemo_minitron.backends.megatron.model.weights import load_model
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.distillation.linear import Head
 from nemo_minitron.distillation.losses import next_token
-from nemo_minitron.families.split import padded_vocab_size
 from nemo_minitron.system.progress import Progress
 from nemo_minitron.workload.heldout import heldout_batch_size
 
@@ -60,7 +59,7 @@ def heldout_loss(
 def sum_nll(model: Model, heldout: HeldOutBatches, vocab_size: int, session: Session, progress: Progress) -> HeldOut:
     """Compute the loss of a model that is already in memory; logits exist a chunk at a time."""
     totals = torch.zeros(2, dtype=torch.float64, device=session.device)
-    vocab = vocab_of(session, padded_vocab_size(vocab_size, session.parallel.tp) // session.parallel.tp, vocab_size)
+    vocab = vocab_of_model(session, vocab_size)
 
     def add(hidden_BSD: Tensor, batch: Batch) -> None:
         labels, mask = batch["labels"].flatten(), batch["loss_mask"].flatten()

@@ -17,6 +17,7 @@ from nemo_minitron.backends.megatron.model.parts import Model
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.distillation.linear import MainGrad
 from nemo_minitron.distillation.vocab import Vocab
+from nemo_minitron.families.split import padded_vocab_size
 
 _LOSS_SCALE = "minitron_loss_scale"
 """Attribute of the output layer's weight, beside Megatron's own `main_grad`."""
@@ -86,6 +87,11 @@ def collect_head_gradient_in_place(model: Model, loss_scale: float) -> None:
 def _has_embeddings(model: Model) -> bool:
     """Return whether the weight of the output layer is that of the embeddings. Pipeline stages have a copy each."""
     return bool(model.share_embeddings_and_output_weights and model.pre_process)
+
+
+def vocab_of_model(session: Session, vocab_size: int) -> Vocab:
+    """Return the vocabulary split of a model that was padded for its own vocabulary, on any pipeline stage."""
+    return vocab_of(session, padded_vocab_size(vocab_size, session.parallel.tp) // session.parallel.tp, vocab_size)
 
 
 def vocab_of(session: Session, rows_per_rank: int, vocab_size: int) -> Vocab:
