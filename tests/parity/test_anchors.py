@@ -93,7 +93,14 @@ def _rows(layout: str, student: str, work: Path) -> list[dict[str, float]]:
 _STUDENTS: dict[str, Student] = {}
 
 
-@pytest.mark.parametrize("layout", ["tp2 with sequence parallel", "tp2 pp2 with sequence parallel", "cp2 pp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param("tp2 with sequence parallel", marks=pytest.mark.slow),
+        "tp2 pp2 with sequence parallel",
+        pytest.param("cp2 pp2", marks=pytest.mark.slow),
+    ],
+)
 def test_twenty_steps_have_the_losses_of_one_process(layout: str, students: dict[str, Student]) -> None:
     _STUDENTS.update(students)
     work = students["width and depth"][1]["work"]

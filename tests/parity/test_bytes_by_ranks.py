@@ -154,7 +154,10 @@ def traffic(parallel: Parallel, student: Path, teacher: Path, data: Path, work: 
     return {**found, "start": start}, losses
 
 
-@pytest.mark.parametrize("distributed", [False, True], ids=["plain optimizer", "distributed optimizer"])
+@pytest.mark.parametrize(
+    "distributed",
+    [pytest.param(False, id="plain optimizer", marks=pytest.mark.slow), pytest.param(True, id="distributed optimizer")],
+)
 def test_all_ranks_together_move_what_one_would(distributed: bool, folders: dict[str, Path], tmp_path: Path) -> None:
     models = (folders["student"], folders["teacher"], folders["data"])
     totals: dict[int, Bytes] = {}

@@ -174,7 +174,7 @@ def _keep_all(teacher: Path) -> PrunePlan:
     return choose_keep({}, shape, Selection(method="random", target=Target(num_layers=shape.num_layers)))
 
 
-@pytest.mark.parametrize("num_processes", [2, 3])
+@pytest.mark.parametrize("num_processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_weights_do_not_depend_on_the_number_of_processes(num_processes: int, root: Path) -> None:
     """Damping is fixed, because rounding could decide between two almost equal errors."""
     folder, teacher = _cut(root, "llama_gqa_tied", WIDTH)
