@@ -21,7 +21,7 @@ from nemo_minitron.backends.megatron.data.datasets import HeldOutBatches, step_b
 from nemo_minitron.backends.megatron.distillation import fp8_teacher
 from nemo_minitron.backends.megatron.distillation.distill import objective_of
 from nemo_minitron.backends.megatron.distillation.setup import DistillSetup
-from nemo_minitron.backends.megatron.model.head import model_hidden
+from nemo_minitron.backends.megatron.model.head import collect_head_gradient_in_place, model_hidden
 from nemo_minitron.backends.megatron.model.layers import fuse_weight_gradients
 from nemo_minitron.backends.megatron.model.parts import head_weight as head_parameter
 from nemo_minitron.backends.megatron.runtime.session import Session, open_session
@@ -78,7 +78,7 @@ class Bench:
         parameter = head_parameter(student)
         scale = self.job.session.parallel.cp / self.job.params.global_batch_size
         if kernels.head_gradient_in_place:
-            parameter.minitron_loss_scale = scale  # type: ignore[attr-defined]
+            collect_head_gradient_in_place(student, scale)
         elif hasattr(parameter, "minitron_loss_scale"):
             del parameter.minitron_loss_scale
 

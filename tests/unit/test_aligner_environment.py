@@ -38,7 +38,7 @@ def test_a_failed_installation_names_the_place_and_leaves_no_usable_environment(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(environment, "torch_requirement", lambda: "torch==0.0.0")
-    # In place of NeMo-Aligner's dependencies, which take two minutes: a few packages that pip has installed already.
+    # NeMo-Aligner's dependencies take two minutes, so pip installs only packages here that it has installed already.
     monkeypatch.setattr(environment, "LOCK", shipped_dir(CONSTRAINTS) / "build.lock")
     with pytest.raises(EnvironmentProblem, match=r"torch==0\.0\.0 ended with code 1") as error:
         environment.make_environment(Progress(silent=True), torch_index_url="file:///nowhere")
