@@ -71,7 +71,8 @@ def repair_load(
         repaired: sites that it changes.
     """
     every = _sites(teacher, student)
-    chosen = [site for name, site in every.items() if name in repaired and name != "head"]
+    names = [name for name in every if name in repaired and name != "head"]
+    chosen = [every[name] for name in names]
     head = [every["head"]] if "head" in repaired else []
     sequential = keys.mode == "sequential"
     # A one-shot repair sums over all sites of a layer in one pass. The head follows after the last layer.
@@ -88,9 +89,13 @@ def repair_load(
         streams=_stream_bytes(tokens, width, keys.precision, layout),
         disk=STORED * num_params(student),
     )
-    passes = _layer_flops(teacher, keys.seq_len_tokens) * (len(chosen) if sequential else 1)
+    passes = _layer_flops(teacher, keys.seq_len_tokens)
     if sequential:
-        passes += _layer_flops(student, keys.seq_len_tokens) * (len(chosen) + 1)
+        # Each site needs a pass, of which only the last one of the teacher runs all of the layer; then the student's
+        # streams advance.
+        passes += sum(_flops_up_to(name, teacher, keys.seq_len_tokens) for name in names[:-1])
+        passes += sum(_flops_up_to(name, student, keys.seq_len_tokens) for name in names)
+        passes += _layer_flops(student, keys.seq_len_tokens)
     sums = student.num_layers * sum(site.sums for site in chosen) + sum(site.sums for site in head)
     # The files of finished layers, from which it resumes.
     work = _work(teacher, keys, layout, held)
@@ -154,6 +159,17 @@ def _layer_params(shape: ModelShape) -> int:
 
 def _layer_flops(shape: ModelShape, seq_len_tokens: int) -> float:
     return forward_flops_per_token(shape, seq_len_tokens) - head_flops_per_token(shape)
+
+
+def _flops_up_to(site: RepairSite, shape: ModelShape, seq_len_tokens: int) -> float:
+    """Return the operations for a token, in all layers, up to what a site is fitted to (`compensation/runner.py`)."""
+    if site == "attention_input":
+        return 0.0
+    whole = _layer_flops(shape, seq_len_tokens)
+    if site == "mlp_output":
+        return whole
+    matrices = 3 if shape.gated else 2
+    return whole - 2.0 * shape.num_layers * matrices * shape.hidden_size * shape.ffn_hidden_size
 
 
 def _work(shape: ModelShape, keys: Compensation | ReconstructionScoring, layout: Parallel, held: OneLayer) -> Work:

@@ -174,6 +174,22 @@ def _keep_all(teacher: Path) -> PrunePlan:
     return choose_keep({}, shape, Selection(method="random", target=Target(num_layers=shape.num_layers)))
 
 
+def test_a_layer_that_ends_at_a_site_gives_the_same_activations_up_to_there(root: Path) -> None:
+    teacher = _cut(root, "llama_gqa_tied", WIDTH)[1]
+    found = run_ranks(1, compensation.activations_up_to_each_site, teacher)[0]
+    whole = found.pop(None)
+    first = {"before attention", "attention_input"}
+    middle = {*first, "attention_output", "before mlp", "mlp_input"}
+    assert {site: set(some) for site, some in found.items()} == {
+        "attention_input": first,
+        "attention_output": middle,
+        "mlp_input": middle,
+        "mlp_output": {*middle, "mlp_output", "end"},
+    }
+    assert set(whole) == set(found["mlp_output"])
+    assert all(np.array_equal(array, whole[name]) for some in found.values() for name, array in some.items())
+
+
 @pytest.mark.parametrize("num_processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_weights_do_not_depend_on_the_number_of_processes(num_processes: int, root: Path) -> None:
     """Damping is fixed, because rounding could decide between two almost equal errors."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemo_minitron.backends.megatron.compensation import repair
 from nemo_minitron.backends.megatron.compensation.repair import LayerRepair, Models, Weights, repaired_layers
+from nemo_minitron.backends.megatron.compensation.runner import LayerRunner
 from nemo_minitron.backends.megatron.compensation.streams import calibration_batches, embedded, heldout_batches
 from nemo_minitron.backends.megatron.model.build import DTYPES
 from nemo_minitron.backends.megatron.runtime.session import Session, open_session
@@ -122,6 +123,21 @@ def calibration_tokens(root: Path, params: Compensation, work: Path) -> NDArray:
     with open_session(Parallel(micro_batch_size=1), device="cpu", threads=1) as session:
         batches = calibration_batches(root / "data", session, **keys, cache_dir=work)
     return torch.cat([batch.tokens for batch in batches]).numpy()
+
+
+def activations_up_to_each_site(teacher: Path) -> dict[str | None, dict[str, NDArray]]:
+    """Run a layer up to each site, and to its end (None); return its activations, by name."""
+    checkpoint, out = Checkpoint.open(teacher), dict[str | None, dict[str, NDArray]]()
+    with open_session(Parallel(), device="cpu", threads=1) as session:
+        runner = LayerRunner(checkpoint.shape, session, "fp32", 16)
+        runner.load(0, lambda parameter: checkpoint.read(parameter.hf))
+        stream = torch.randn(16, 2, checkpoint.shape.hidden_size, generator=torch.Generator().manual_seed(1))
+        for last in (None, "attention_input", "attention_output", "mlp_input", "mlp_output"):
+            found = runner.activations(stream, last)
+            blocks = {f"before {block}": tensor for block, tensor in found.before.items()}
+            ends = {} if found.end is None else {"end": found.end}
+            out[last] = {name: tensor.numpy() for name, tensor in {**found.inputs, **blocks, **ends}.items()}
+    return out
 
 
 def _arrays(weights: Weights) -> Arrays:

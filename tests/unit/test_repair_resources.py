@@ -62,7 +62,22 @@ def test_sums_passes_and_files_of_a_repair_by_hand() -> None:
     assert load.work.one_layer.disk == 2 * num_params(student), "its output"
     assert load.work_bytes == 2 * linear, "files of finished layers"
     twice = repair_load(LLAMA_70B, student, keys.model_copy(update={"mode": "sequential"}), ["mlp_output"], Parallel())
-    assert twice.flops_per_token > 2 * one_pass
+    student_pass = forward_flops_per_token(student, 512) - head_flops_per_token(student)
+    assert twice.flops_per_token == pytest.approx(one_pass + 2 * student_pass + 80 * 2 * sums)
+
+
+def test_a_sequential_repair_of_all_sites_runs_attention_three_times_and_the_mlp_less_often() -> None:
+    student = LLAMA_70B.resized(ffn_hidden_size=20480)
+    keys = Compensation(mode="sequential")
+    load = repair_load(LLAMA_70B, student, keys, repaired_sites(keys, LLAMA_70B, student), Parallel())
+    mlp = [6 * 80 * 8192 * ffn for ffn in (28672, 20480)]
+    whole = [forward_flops_per_token(shape, 512) - head_flops_per_token(shape) for shape in (LLAMA_70B, student)]
+    attention = whole[0] - mlp[0]
+    assert attention == pytest.approx(whole[1] - mlp[1])
+    # Inputs and outputs of queries, keys and values; of o_proj; of gate and up; of down_proj.
+    sums = [8192**2 * 3, 8192**2 * 2 + 8192, 8192**2 * 3, 20480**2 + 8192 * 20480 + 8192]
+    passes = 3 * attention + mlp[0] + 4 * attention + 2 * mlp[1]
+    assert load.flops_per_token == pytest.approx(passes + 80 * 2 * sum(sums))
 
 
 def test_ranking_for_a_repair_needs_the_moments_of_all_layers_in_host_memory_and_on_disk(tmp_path: Path) -> None:

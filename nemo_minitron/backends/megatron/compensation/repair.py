@@ -114,25 +114,28 @@ class _Problem:
     target: str
     """Same as `Compensation.target`; always `layer` in a one-shot repair."""
 
-    def residual(self, teacher: Activations, student: Activations, teacher_after: Tensor) -> tuple[Tensor, Tensor]:
+    def residual(
+        self, teacher: Activations, student: Activations, teacher_after: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return (the residual of the sliced layer [S, B, M], its input [S, B, K]).
 
         For a site that reads the stream, the residual is in front of the teacher's weight.
 
         Args:
-            teacher_after: the teacher's stream behind the layer and the dropped layers that follow it.
+            teacher_after: the teacher's stream behind the layer and the dropped layers that follow it; only the MLP's
+                output needs it.
         """
         given, full = student.inputs[self.site.name], teacher.inputs[self.site.name]
         if self.site.reads_stream:
             return _minus_embedded(full, given, self.kept_hidden), given
         made = F.linear(given, self.sliced_weight.to(given))
         if self.target == "stream":
-            wanted = teacher_after if self.site.block is MLP else teacher.after(ATTENTION.name)
+            wanted = _known(teacher_after) if self.site.block is MLP else teacher.after(ATTENTION.name)
             return _take(wanted, self.kept_hidden) - student.before[self.site.block.name] - made, given
         lacks = F.linear(full, self.teacher_weight.to(full)) - made
         if self.site.block is MLP:
             # What dropped layers added to the stream; exactly zero if none follow.
-            lacks = lacks + _take(teacher_after - teacher.out, self.kept_hidden)
+            lacks = lacks + _take(_known(teacher_after) - teacher.out, self.kept_hidden)
         return lacks, given
 
 
@@ -156,19 +159,22 @@ class LayerRepair:
             self._run_teacher(number, streams)
         self._load_teacher(self.models.plan.layers[number])
         groups = [[site] for site in SITES] if self.params.mode == "sequential" else [list(SITES)]
-        for group in groups:
-            found |= self._repair_sites([site for site in group if self._wants(site, number)], number, weights, streams)
+        wanted = [some for group in groups if (some := [site for site in group if self._wants(site, number)])]
+        for sites in wanted:
+            found |= self._repair_sites(sites, number, weights, streams, to_end=sites is wanted[-1])
         return weights, found
 
     def _repair_sites(
-        self, sites: list[Site], number: int, weights: Weights, streams: list[Stream]
+        self, sites: list[Site], number: int, weights: Weights, streams: list[Stream], *, to_end: bool
     ) -> dict[str, Repair]:
-        """Repair some sites from one pass over the text; their sums are gone before those of the next ones begin."""
-        if not sites:
-            return {}
+        """Repair some sites from one pass over the text; their sums are gone before those of the next ones begin.
+
+        Args:
+            to_end: run the whole layer of the teacher, not only what is in front of the sites.
+        """
         problems = [self._problem(site, number, weights) for site in sites]
         self._load_student(number, weights)
-        moments = self._moments(problems, streams)
+        moments = self._moments(problems, streams, to_end)
         return {
             problem.site.name: self._solve(problem, moments[problem.site.name], number, weights) for problem in problems
         }
@@ -233,7 +239,9 @@ class LayerRepair:
             target=self.params.target if self.params.mode == "sequential" else "layer",
         )
 
-    def _moments(self, problems: list[_Problem], streams: list[Stream]) -> Mapping[str, tuple[Moments, Moments]]:
+    def _moments(
+        self, problems: list[_Problem], streams: list[Stream], to_end: bool
+    ) -> Mapping[str, tuple[Moments, Moments]]:
         """Return site -> (moments of the calibration text, moments of the held-out text), over all processes."""
         device = self.session.device
         sums: dict[str, tuple[Moments, Moments]] = {}
@@ -246,11 +254,11 @@ class LayerRepair:
                 Moments.zeros(residuals, inputs, device, residual_products=products),
             )
         for stream in streams:
-            teacher = self.teacher.activations(stream.teacher)
-            if stream.teacher_after is None:
+            teacher = self.teacher.activations(stream.teacher, None if to_end else problems[-1].site.name)
+            if to_end and stream.teacher_after is None:
                 stream.teacher_after = teacher.out.cpu()
             student = self._student_activations(problems, teacher, stream)
-            after = stream.teacher_after.to(device)
+            after = None if stream.teacher_after is None else stream.teacher_after.to(device)
             for problem in problems:
                 residual, given = problem.residual(teacher, student, after)
                 counted = counted_positions(problem.site, stream.counted).to(device)
@@ -268,7 +276,7 @@ class LayerRepair:
     def _student_activations(self, problems: list[_Problem], teacher: Activations, stream: Stream) -> Activations:
         """Return the student's own activations, or those that it would have on its teacher's stream."""
         if self.params.mode == "sequential":
-            return self.student.activations(stream.of_student)
+            return self.student.activations(stream.of_student, problems[-1].site.name)
         kept = problems[0].kept_hidden
         before = {block: _take(tensor, kept) for block, tensor in teacher.before.items()}
         inputs: dict[str, Tensor] = {
@@ -277,7 +285,7 @@ class LayerRepair:
             else _take(teacher.inputs[problem.site.name], problem.kept_inputs)
             for problem in problems
         }
-        return Activations(inputs, before, _take(teacher.out, kept))
+        return Activations(inputs, before, end=None)
 
     def _solve(self, problem: _Problem, moments: tuple[Moments, Moments], number: int, weights: Weights) -> Repair:
         """Solve one site and put its repaired weights into `weights`."""
@@ -354,6 +362,11 @@ def _minus_embedded(full: Tensor, kept_part: Tensor, kept: Tensor | None) -> Ten
 
 def _take(tensor: Tensor, kept: Tensor | None) -> Tensor:
     return tensor if kept is None else tensor.index_select(-1, kept.to(tensor.device))
+
+
+def _known(stream: Tensor | None) -> Tensor:
+    assert stream is not None
+    return stream
 
 
 def _wide(tensor: Tensor) -> Tensor:

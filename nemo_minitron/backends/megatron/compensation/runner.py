@@ -7,7 +7,7 @@ the text, so all layouts of a session are data parallel here (tp = pp = cp = 1).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,7 @@ from nemo_minitron.backends.megatron.model.weights import load_final_norm, load_
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.families import ModelShape, Parameter
 from nemo_minitron.families.blocks import ATTENTION, MLP, Block
+from nemo_minitron.schema.pruning import LayerSite
 
 Read = Callable[[Parameter], Tensor]
 """Returns the whole Hugging Face tensor of a parameter."""
@@ -33,8 +34,14 @@ class Activations:
     """Site (`compensation/sites.py`) -> input of its linear layers [S, B, *]."""
     before: dict[str, Tensor]
     """Block -> residual stream in front of it [S, B, D]."""
-    out: Tensor
-    """Residual stream after the layer [S, B, D]."""
+    end: Tensor | None
+    """Residual stream after the layer [S, B, D]; None if the layer was not run to its end."""
+
+    @property
+    def out(self) -> Tensor:
+        """The residual stream after a layer that was run to its end."""
+        assert self.end is not None
+        return self.end
 
     def after(self, block: str) -> Tensor:
         """Return the residual stream after a block."""
@@ -79,13 +86,32 @@ class LayerRunner:
     def _given(self, stream_SBD: Tensor) -> Tensor:
         return stream_SBD.to(device=self.session.device, dtype=next(self.model.parameters()).dtype)
 
-    def activations(self, stream_SBD: Tensor) -> Activations:
-        """Run the layer and return what enters its linear layers and its blocks."""
+    def activations(self, stream_SBD: Tensor, last: LayerSite | None = None) -> Activations:
+        """Run the layer and return what enters its linear layers and its blocks.
+
+        Args:
+            last: the last site whose input and block are wanted; the layer is run no further than needed for it.
+                None: run the whole layer.
+        """
         inputs: dict[str, Tensor] = {}
         before: dict[str, Tensor] = {}
-        with self._reading(inputs, before):
+        out = None
+        with self._reading(inputs, before), self._ending_after(last), suppress(_Reached):
             out = self.forward(stream_SBD)
         return Activations(inputs, before, out)
+
+    @contextmanager
+    def _ending_after(self, last: LayerSite | None) -> Iterator[None]:
+        """End forward passes behind the norm in front of a site; for attention's output, behind the next norm."""
+        norms = {
+            "attention_input": self.layer.input_norm,
+            "attention_output": self.layer.pre_mlp_norm,
+            "mlp_input": self.layer.pre_mlp_norm,
+        }
+        with ExitStack() as stack:
+            if last in norms:
+                stack.callback(norms[last].register_forward_hook(_end).remove)
+            yield
 
     @contextmanager
     def _reading(self, inputs: dict[str, Tensor], before: dict[str, Tensor]) -> Iterator[None]:
@@ -103,6 +129,14 @@ class LayerRunner:
         """Apply the norm in front of a block to a residual stream."""
         norm = self.layer.input_norm if block is ATTENTION else self.layer.pre_mlp_norm
         return norm(stream_SBD)
+
+
+class _Reached(Exception):
+    """Ends a forward pass that has computed all that is wanted."""
+
+
+def _end(_: torch.nn.Module, __: tuple[Tensor, ...], ___: Tensor) -> None:
+    raise _Reached
 
 
 def _keep_input(found: dict[str, Tensor], key: str) -> Callable[..., None]:
