@@ -174,6 +174,24 @@ def test_sequence_parallelism_needs_lengths_that_it_can_split(
     assert (problem in " ".join(output.split())) == told, output
 
 
+@pytest.mark.parametrize(
+    ("recipe", "stage"),
+    [
+        ("aligned", "sft"),
+        ("steerlm", "steerlm_sft"),
+        ("steerlm2", "steerlm2"),
+        ("offline", "distill_offline"),
+    ],
+)
+def test_sequence_parallelism_must_split_conversations_that_are_padded_to_8_tokens(
+    recipe: str, stage: str, minitron: Cli, tmp_path: Path
+) -> None:
+    layout = f"+execution.parallel_by_stage={{{stage}: {{tp: 16, sequence_parallel: true}}}}"
+    _, output = minitron("check", REPO / f"recipes/toy/{recipe}.yaml", f"execution.run_root={tmp_path}", layout)
+    problem = f"stages.{stage}: sequence_parallel cannot split sequences over tp = 16"
+    assert problem in " ".join(output.split()), output
+
+
 def test_recipes_with_alignment_are_valid(minitron: Cli, tmp_path: Path) -> None:
     code, told = minitron("check", RECIPE, f"execution.run_root={tmp_path}")
     assert code == 0, told

@@ -10,6 +10,10 @@ from nemo_minitron.schema.alignment import RowTraining
 from nemo_minitron.schema.chats import ChatRowFacts, RowKind
 from nemo_minitron.schema.execution import Parallel
 
+CHAT_SEQ_MULTIPLE = 8
+"""Conversations are padded to a multiple of this number of tokens: GPTSFTChatDataset of NeMo, SteerLM2Dataset of
+NeMo-Aligner."""
+
 
 def option_problems(key: str, params: RowTraining, method: Method) -> Iterator[str]:
     """Yield what is wrong with the keys of the backend's own config."""
@@ -59,11 +63,25 @@ def step_problems(key: str, params: RowTraining) -> Iterator[str]:
         yield f"{key}.warmup_steps = {params.warmup_steps}: must be fewer than num_steps = {params.num_steps}."
 
 
-def sequence_problems(key: str, max_seq_len_tokens: int, layout: Parallel) -> Iterator[str]:
-    """Yield why sequence parallelism cannot split batches that are padded to the longest sequence."""
-    if layout.sequence_parallel and max_seq_len_tokens % layout.tp:
+def sequence_problems(
+    key: str, max_seq_len_tokens: int, layout: Parallel, padded_to: int | None = None
+) -> Iterator[str]:
+    """Yield why sequence parallelism cannot split the sequences of a batch over tensor-parallel ranks.
+
+    Args:
+        padded_to: shorter batches are padded to a multiple of this number of tokens. None: to a multiple of tp.
+    """
+    if not layout.sequence_parallel:
+        return
+    if max_seq_len_tokens % layout.tp:
         yield (
             f"{key}.max_seq_len_tokens = {max_seq_len_tokens}: sequence_parallel needs a multiple of tp = {layout.tp}."
+        )
+    elif padded_to is not None and padded_to % layout.tp:
+        yield (
+            f"{key}: sequence_parallel cannot split sequences over tp = {layout.tp}: they are padded to a multiple of "
+            f"{padded_to} tokens. Allowed: a tp that divides {padded_to}, or sequence_parallel: false for this stage "
+            "(execution.parallel_by_stage)."
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from nemo_minitron.backends.alignment.base import Method
 from nemo_minitron.backends.alignment.rules import (
+    CHAT_SEQ_MULTIPLE,
     model_problems,
     option_problems,
     row_problems,
@@ -48,7 +49,9 @@ def _problems(name: str, params: AlignStage, view: RecipeView) -> Iterator[str]:
         yield f"{key}.condition_on_attributes = false: then it is an ordinary sft stage."
     yield from size_problems(key, params, layout)
     if not isinstance(params, DpoStage):  # NeMo-Aligner pads pairs to a multiple of tp
-        yield from sequence_problems(key, params.max_seq_len_tokens, layout)
+        # A reward model's sequences are padded to the maximum length.
+        padded_to = None if isinstance(params, AttributeModelStage) else CHAT_SEQ_MULTIPLE
+        yield from sequence_problems(key, params.max_seq_len_tokens, layout, padded_to)
     yield from model_problems(key, view.shape(params.inputs.model), layout)
 
 
@@ -76,7 +79,7 @@ def _steerlm2_problems(name: str, params: Steerlm2Stage, view: RecipeView) -> It
     if isinstance(sampling, AnswerSampling):
         yield from _sampling_problems(key, params, sampling, layout)
     yield from step_problems(key, params)
-    yield from sequence_problems(key, params.max_seq_len_tokens, layout)
+    yield from sequence_problems(key, params.max_seq_len_tokens, layout, CHAT_SEQ_MULTIPLE)
     yield from model_problems(key, view.shape(params.inputs.model), layout)
 
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nemo_minitron.backends.alignment.rules import model_problems, option_problems, row_problems, size_problems
+from nemo_minitron.backends.alignment.rules import (
+    CHAT_SEQ_MULTIPLE,
+    model_problems,
+    option_problems,
+    row_problems,
+    sequence_problems,
+    size_problems,
+)
 from nemo_minitron.families import ModelShape
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.stages.distill_offline.params import DistillOfflineStage
@@ -22,6 +29,7 @@ def _problems(name: str, params: DistillOfflineStage, view: RecipeView) -> Itera
     yield from option_problems(key, params, "knowledge_distillation")
     yield from row_problems(key, params, chats, view.chat_rows(chats), "conversations")
     yield from size_problems(key, params, layout)
+    yield from sequence_problems(key, params.max_seq_len_tokens, layout, CHAT_SEQ_MULTIPLE)
     yield from _teacher(key, params, student, layout, view)
     yield from model_problems(key, student, layout)
 
