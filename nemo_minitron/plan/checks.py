@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from math import lcm
@@ -17,6 +18,7 @@ from nemo_minitron.plan.task_names import unknown_tasks
 from nemo_minitron.plan.view import View
 from nemo_minitron.schema.base import StageParams
 from nemo_minitron.schema.execution import Parallel
+from nemo_minitron.schema.losses import Loss
 from nemo_minitron.stages.registry import STAGES
 
 
@@ -56,6 +58,7 @@ def broken_rules(plan: RunPlan) -> Iterator[str]:
     yield from _names(recipe)
     yield from _without_layout(view)
     yield from _server_nodes(recipe)
+    yield from _kernels(recipe)
     yield from _layouts(view)
 
 
@@ -96,6 +99,20 @@ def _server_nodes(recipe: Recipe) -> Iterator[str]:
         if stage is not None and nodes > most:
             key = f"execution.server_nodes_by_stage.{name}"
             yield f"{key} = {nodes}: the stage has {most} servers, of one node each. Allowed: at most {most}."
+
+
+def _kernels(recipe: Recipe) -> Iterator[str]:
+    """Report kernels for GPUs in a run on CPUs; Triton's interpreter runs them, for tests."""
+    execution = recipe.execution
+    if execution.device != "cpu" or execution.kernels.fused_kl != "triton" or os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    losses = {name: getattr(stage, "loss", None) for name, stage in recipe.stages.items()}
+    users = [name for name, loss in losses.items() if isinstance(loss, Loss) and loss.is_lone_forward_kl]
+    if users:
+        yield (
+            "execution.kernels.fused_kl = triton: needs a GPU, and execution.device = cpu "
+            f"(stages: {', '.join(users)}). Allowed: auto, torch, off."
+        )
 
 
 def refused_layout(name: str, layout: Parallel, view: View) -> list[str]:

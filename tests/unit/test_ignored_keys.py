@@ -102,6 +102,19 @@ def test_a_layout_of_a_stage_that_has_none_is_refused(minitron: Cli) -> None:
     )
 
 
+def test_kernels_for_gpus_are_refused_on_cpus_if_a_training_would_use_them(
+    minitron: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    options = ("execution.device=cpu", "execution.kernels.fused_kl=triton")
+    code, output = minitron("check", TOY, *options)
+    assert code == 2
+    words = " ".join(output.split())
+    assert "execution.kernels.fused_kl = triton: needs a GPU, and execution.device = cpu (stages: distill)" in words
+    assert "Allowed: auto, torch, off." in words
+    assert minitron("check", TOY, *options, "+stages.distill.loss.logits.kind=reverse_kl")[0] == 0
+
+
 def test_sequence_parallelism_must_divide_held_out_sequences(minitron: Cli) -> None:
     options = ("execution.parallel.tp=2", "execution.parallel.sequence_parallel=true")
     code, output = minitron("check", TOY, *options, "stages.evaluate_teacher.seq_len_tokens=127")
