@@ -64,7 +64,7 @@ SIZES = {
             "depth": {"num_layers": 15},
         },
         (32_768, 131_072, 524_288),
-        # bf16 takes half the time of fp32. Losses change by less than 0.01, after a greedy choice by up to 0.05.
+        # bf16 takes half the time of fp32; docs/results.md says by how much losses change.
         overrides=("name=claims/one_shot_smollm2", "stages.compensate.precision=bf16"),
     ),
     "toy": Size(
@@ -235,10 +235,14 @@ def _sizes(target: Target) -> str:
 def _part_table(part: str, found: Found, size: Size) -> str:
     groups: dict[tuple[int, str, str, str | None], list[Case]] = {}
     for case in cases(size):
+        # Rows stand in the order of the cases, whatever the draw that was measured first.
+        some = groups.setdefault((case.tokens, case.text, case.method, case.mode), [])
         if case.part == part and case.id in found:
-            groups.setdefault((case.tokens, case.text, case.method, case.mode), []).append(case)
+            some.append(case)
     body = []
     for (tokens, text, method, mode), some in groups.items():
+        if not some:
+            continue
         row = [f"{tokens:,}", TEXTS[text], method, (mode or "-").replace("_", "-")]
         for measured in ("own", "other"):
             row.append(spread([loss_of(found[case.id], measured) for case in some]))
