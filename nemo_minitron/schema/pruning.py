@@ -128,8 +128,8 @@ class Compensation(Schema):
     sites: tuple[RepairSite, ...] = ("attention_input", "attention_output", "mlp_input", "mlp_output", "head")
     """Linear layers to repair: those that read the residual stream (q, k and v; gate and up; the output head, unless it
     is tied to the embeddings) and those that write to it (o_proj; down_proj). one_shot: if their inputs were cut, and
-    down_proj in front of dropped layers. sequential: all of these, because their inputs have drifted; the head only if
-    its inputs were cut."""
+    down_proj in front of dropped layers. sequential: also o_proj and down_proj of all layers, because their inputs have
+    drifted; and q, k, v, gate and up of all layers if layers were dropped."""
     num_samples: PositiveInt = 256
     """Samples of calibration text."""
     heldout_tokens: PositiveInt = 16384

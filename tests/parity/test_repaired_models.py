@@ -96,8 +96,8 @@ def test_a_one_shot_repair_is_ridge_regression_on_the_activations_of_transformer
     layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.update(neurons=args[0]))
     with torch.no_grad():
         whole(tokens)
-        given = small.input_layernorm(seen["stream"][..., keep["hidden"]])[:, 1:].flatten(0, 1)
-        queries = layer.self_attn.q_proj(seen["normed"][:, 1:].flatten(0, 1))[:, keep["q"]]
+        given = small.input_layernorm(seen["stream"][..., keep["hidden"]]).flatten(0, 1)
+        queries = layer.self_attn.q_proj(seen["normed"].flatten(0, 1))[:, keep["q"]]
         neurons = seen["neurons"].flatten(0, 1)
         cases = {
             "self_attn.q_proj": (given, queries, small.self_attn.q_proj),
@@ -213,13 +213,23 @@ def test_all_processes_use_the_decision_of_the_first_one(root: Path, tmp_path: P
     assert any(update.any() for update in compensation.updates(one[""], folder).values())
 
 
-def test_a_sequential_repair_also_changes_weights_whose_inputs_were_not_cut(root: Path) -> None:
+@pytest.mark.parametrize(
+    ("target", "one_shot", "sequential"),
+    [
+        (Target(ffn_hidden_size=64), {"mlp_output"}, {"attention_output", "mlp_output"}),
+        (Target(num_attention_heads=4), {"attention_output"}, {"attention_output", "mlp_output"}),
+        (Target(num_layers=3), {"mlp_output"}, {site.name for site in SITES}),
+    ],
+    ids=["neurons", "heads", "layers"],
+)
+def test_a_sequential_repair_also_changes_weights_whose_inputs_were_not_cut(
+    target: Target, one_shot: set[str], sequential: set[str], tmp_path: Path
+) -> None:
     """Their inputs have drifted from the teacher's."""
-    folder, teacher = _cut(root, "llama31_rope", Target(ffn_hidden_size=64))
+    folder, teacher = _cut(tmp_path, "llama_gqa_tied", target)
     for mode, layers in _repaired(folder, teacher, MODES).items():
         repaired = {site for _, found in layers for site in found or {}}
-        every = {site.name for site in SITES}
-        assert repaired == ({"mlp_output"} if mode == "one-shot" else every), "the head's inputs were not cut"
+        assert repaired == (one_shot if mode == "one-shot" else sequential), "the head's inputs were not cut"
 
 
 def test_duplicated_neurons_are_restored_so_that_the_logits_are_the_teachers(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from nemo_minitron.api import load_plan
 from nemo_minitron.distillation.flops import forward_flops_per_token, head_flops_per_token
 from nemo_minitron.families import num_params, read_shape
 from nemo_minitron.plan.resources.costs import estimates
+from nemo_minitron.pruning.repairable import repaired_sites
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.pruning import Compensation, ReconstructionScoring
-from nemo_minitron.stages.common.repair_rules import repaired_sites
 from nemo_minitron.workload.layer_by_layer import ranking_load, repair_load
 from nemo_minitron.workload.memory import GIB, memory_of
 from tests.conftest import REPO
@@ -69,7 +69,7 @@ def test_sums_passes_and_files_of_a_repair_by_hand() -> None:
 def test_a_sequential_repair_of_all_sites_runs_attention_three_times_and_the_mlp_less_often() -> None:
     student = LLAMA_70B.resized(ffn_hidden_size=20480)
     keys = Compensation(mode="sequential")
-    load = repair_load(LLAMA_70B, student, keys, repaired_sites(keys, LLAMA_70B, student), Parallel())
+    load = repair_load(LLAMA_70B, student, keys, keys.sites[:4], Parallel())
     mlp = [6 * 80 * 8192 * ffn for ffn in (28672, 20480)]
     whole = [forward_flops_per_token(shape, 512) - head_flops_per_token(shape) for shape in (LLAMA_70B, student)]
     attention = whole[0] - mlp[0]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from nemo_minitron.families import ModelShape
-from nemo_minitron.schema.pruning import Compensation, RepairSite, SelectionRules
+from nemo_minitron.pruning.repairable import repaired_sites
+from nemo_minitron.schema.pruning import Compensation, SelectionRules
 
 TOKENS_PER_INPUT = 20
 """Calibration tokens that a repair needs for each input of a linear layer: with fewer, least squares fits noise. The
@@ -43,27 +44,14 @@ def site_problems(key: str, repair: Compensation, source: ModelShape, students: 
         every = repair.model_copy(update={"sites": Compensation().sites})
         possible = {site for student in students for site in repaired_sites(every, source, student)}
         allowed = [site for site in every.sites if site in possible]
-        otherwise = "" if repair.mode == "sequential" else ", use mode: sequential"
+        sequential = repair.model_copy(update={"mode": "sequential"})
+        helps = any(repaired_sites(sequential, source, student) for student in students)
+        otherwise = ", use mode: sequential" if helps else ""
         yield (
             f"{key}.sites = {list(repair.sites)}: the repair would change nothing. mode: {repair.mode} repairs none of "
             f"these in a model that is cut in this way. Allowed: {', '.join(allowed) or 'none'}. "
             f"Next: name one of these{otherwise}, or leave the repair out."
         )
-
-
-def repaired_sites(repair: Compensation, source: ModelShape, student: ModelShape) -> list[RepairSite]:
-    """Return the sites that a repair changes: a sequential one also those whose inputs have only drifted."""
-    drifts, narrower = repair.mode == "sequential", student.hidden_size < source.hidden_size
-    # down_proj takes over what dropped layers did.
-    fewer = student.ffn_hidden_size < source.ffn_hidden_size or student.num_layers < source.num_layers
-    changes: dict[RepairSite, bool] = {
-        "attention_input": narrower or drifts,
-        "attention_output": student.num_attention_heads < source.num_attention_heads or drifts,
-        "mlp_input": narrower or drifts,
-        "mlp_output": fewer or drifts,
-        "head": narrower and not student.tied_embeddings,
-    }
-    return [site for site in repair.sites if changes[site]]
 
 
 def widest_input(shape: ModelShape) -> int:

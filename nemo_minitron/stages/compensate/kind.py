@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nemo_minitron.families import ModelShape
+from nemo_minitron.pruning.repairable import repaired_sites
 from nemo_minitron.schema.execution import Parallel
 from nemo_minitron.schema.pruning import SelectionRules
 from nemo_minitron.stages.common.plan_rules import plan_problems
 from nemo_minitron.stages.common.repair_rules import (
     calibration_problems,
     merged_head_problems,
-    repaired_sites,
     site_problems,
     widest_input,
 )
@@ -56,6 +56,7 @@ COMPENSATE = StageKind(
     name="compensate",
     params=CompensateStage,
     run="nemo_minitron.stages.compensate.run:compensate",
+    version=2,
     outputs=(Output.MODEL,),
     inputs={
         "teacher": MODELS,

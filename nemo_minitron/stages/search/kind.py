@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_minitron.families import ModelShape, num_params, target_shape
 from nemo_minitron.pruning.possible import selection_for
+from nemo_minitron.pruning.repairable import repaired_sites
 from nemo_minitron.pruning.search import Candidate, expanded_size
 from nemo_minitron.schema.base import StageParams
 from nemo_minitron.schema.execution import Parallel
@@ -17,7 +18,6 @@ from nemo_minitron.stages.common.hidden_rules import hidden_problems
 from nemo_minitron.stages.common.repair_rules import (
     calibration_problems,
     merged_head_problems,
-    repaired_sites,
     site_problems,
     widest_input,
 )

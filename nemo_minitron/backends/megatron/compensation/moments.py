@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.backends.megatron.compensation.runner import LayerRunner
-from nemo_minitron.backends.megatron.compensation.sites import SITES, Site, counted_positions, weights_of
+from nemo_minitron.backends.megatron.compensation.sites import SITES, Site, weights_of
 from nemo_minitron.backends.megatron.compensation.streams import Stream
 from nemo_minitron.backends.megatron.runtime.session import Session
 from nemo_minitron.hf.checkpoint import Checkpoint
@@ -33,8 +33,8 @@ def readers_by_layer(
         for stream in streams:
             found = runner.activations(stream.teacher)
             stream.teacher = found.out.cpu()
+            counted = stream.counted.to(session.device)
             for site in chosen:
-                counted = counted_positions(site, stream.counted).to(session.device)
                 inputs = found.inputs[site.name][counted]
                 wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
                 with summed_products(inputs.dtype):

@@ -21,10 +21,8 @@ from nemo_minitron.backends.megatron.compensation.sites import (
     SITES,
     Site,
     biases_of,
-    counted_positions,
     input_label,
     weights_of,
-    without_first,
 )
 from nemo_minitron.backends.megatron.compensation.streams import Stream
 from nemo_minitron.backends.megatron.runtime.session import Session
@@ -34,6 +32,7 @@ from nemo_minitron.hf.checkpoint import HEAD, Checkpoint
 from nemo_minitron.pruning.compensation import Moments, Repair, best_repair
 from nemo_minitron.pruning.plan_file import PrunePlan
 from nemo_minitron.pruning.positions import Keep, kept_positions
+from nemo_minitron.pruning.repairable import repaired_sites
 from nemo_minitron.pruning.slicing import merge_parameter
 from nemo_minitron.schema.pruning import Compensation
 
@@ -144,6 +143,7 @@ class LayerRepair:
 
     def __init__(self, models: Models, params: Compensation, session: Session) -> None:
         self.models, self.params, self.session = models, params, session
+        self.sites = repaired_sites(params, models.source, models.target)
         self.teacher = LayerRunner(models.source, session, params.precision, params.seq_len_tokens)
         self.student = LayerRunner(models.target, session, params.precision, params.seq_len_tokens)
 
@@ -216,8 +216,8 @@ class LayerRepair:
         self.student.load(number, lambda p: weights[p.hf] if p.hf in weights else read(p.hf))
 
     def _wants(self, site: Site, number: int) -> bool:
-        """Return whether the recipe repairs the site and its input differs from the teacher's."""
-        if site.name not in self.params.sites:
+        """Return whether the recipe repairs the site in this layer."""
+        if site.name not in self.sites:
             return False
         if self.params.mode == "sequential":
             return True
@@ -259,9 +259,9 @@ class LayerRepair:
                 stream.teacher_after = teacher.out.cpu()
             student = self._student_activations(problems, teacher, stream)
             after = None if stream.teacher_after is None else stream.teacher_after.to(device)
+            counted = stream.counted.to(device)
             for problem in problems:
                 residual, given = problem.residual(teacher, student, after)
-                counted = counted_positions(problem.site, stream.counted).to(device)
                 sums[problem.site.name][stream.is_heldout].add(residual[counted], given[counted])
         for name, pair in sums.items():
             self._sum_over_ranks(pair, f"{name} of layer {problems[0].number}")
@@ -330,9 +330,8 @@ class LayerRepair:
 
     @property
     def repairs_head(self) -> bool:
-        """Return whether the model has an untied head whose inputs were cut."""
-        cut = self.models.source.hidden_size > self.models.target.hidden_size
-        return "head" in self.params.sites and cut and not self.models.target.tied_embeddings
+        """Return whether the output head is repaired."""
+        return "head" in self.sites
 
     def repair_head(self, streams: list[Stream]) -> tuple[Weights, dict[str, Repair]]:
         """Return the repaired output head, for streams after the last layer, and its repair."""
@@ -344,7 +343,7 @@ class LayerRepair:
         normed = self.student.final_norm(own, lambda parameter: models.student.read(parameter.hf))
         wanted = self.teacher.final_norm((s.teacher for s in streams), lambda p: models.teacher.read(p.hf))
         for stream, full, given in zip(streams, wanted, normed, strict=True):
-            counted = without_first(stream.counted).to(device)
+            counted = stream.counted.to(device)
             sums[stream.is_heldout].add(_minus_embedded(full, given, kept)[counted], given[counted])
         self._sum_over_ranks(sums, "the output head")
         sliced = models.student.read(HEAD)

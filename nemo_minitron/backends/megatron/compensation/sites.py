@@ -1,10 +1,8 @@
-"""The places of a layer whose linear layers can be repaired: their parameters, inputs and positions."""
+"""The places of a layer whose linear layers can be repaired: their parameters and inputs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from nemo_minitron.families import ModelShape, Parameter, Row
 from nemo_minitron.families.axes import HIDDEN
@@ -52,19 +50,3 @@ def biases_of(site: Site, shape: ModelShape, layer: int) -> list[Parameter]:
 def input_label(site: Site, shape: ModelShape) -> str:
     """Return the label of the site's input dimension in the axis table."""
     return weights_of(site, shape, 0)[0].row.axes[1]
-
-
-def counted_positions(site: Site, counted: Tensor) -> Tensor:
-    """Return the positions [S, B] on which a site is fitted: `counted`, without the first for readers of the stream."""
-    return without_first(counted) if site.reads_stream else counted
-
-
-def without_first(counted: Tensor) -> Tensor:
-    """Return the positions [S, B] without the first of each sequence.
-
-    The first position often has activations that are hundreds of times larger than all others ("massive activations",
-    2402.17762), and norms turn them into one direction; weights that read the normalized stream would be fitted to it.
-    """
-    kept = counted.clone()
-    kept[0] = False
-    return kept
