@@ -58,8 +58,8 @@ LAYOUTS = {
     "dp2": Parallel(dp=2),
     "cp2 pp2": Parallel(cp=2, pp=2),
 }
-FAST_WHOLE = ("one process", "tp2", "dp2")
-"""Layouts in which the whole logits at once are in `make test`, too; each loss in chunks is in all layouts."""
+FAST = {"whole": ("one process", "tp2", "dp2"), "chunked": tuple(name for name in LAYOUTS if name != "tp4")}
+"""Layouts in `make test`, for the whole logits at once and in chunks. `make test-all` has all of them."""
 BOUND_FP64, BOUND_FP32 = 1e-12, 1e-6
 """The gradients of a whole model in fp32 differ by more than this between layouts whatever the loss is (about 2e-6):
 the order of sums in its layers differs. In fp32 the loss is tested where it meets the model.
@@ -104,9 +104,7 @@ def test_a_gradient_that_is_nan_is_the_worst_one(place: int) -> None:
 @pytest.mark.parametrize(
     ("chunk_tokens", "layout"),
     [
-        pytest.param(
-            size, name, id=f"{kind}-{name}", marks=[pytest.mark.slow] * (size is None and name not in FAST_WHOLE)
-        )
+        pytest.param(size, name, id=f"{kind}-{name}", marks=[pytest.mark.slow] * (name not in FAST[kind]))
         for kind, size in {"whole": None, "chunked": 5}.items()
         for name in LAYOUTS
     ],

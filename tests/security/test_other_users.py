@@ -44,12 +44,14 @@ def test_a_stage_of_two_processes_is_closed_to_other_users(toy_run: Path, tmp_pa
     words = [sys.executable, "-m", "nemo_minitron", "run", str(TOY), f"execution.run_root={tmp_path / 'runs'}", *TP2]
     words += ["--until", "check_teacher"]
     with stranger(mark, marker) as seen:
-        for _ in range(MAX_ATTEMPTS):
+        for attempt in range(MAX_ATTEMPTS):
+            seen.delay_s = attempt
             done = subprocess.run(
                 words, cwd=REPO, env={**os.environ, MARK: mark}, capture_output=True, text=True, check=False
             )
             if not any(text in done.stderr for text in DISTURBED):
                 break
+    print(f"{attempt + 1} attempts")
     assert done.returncode == 0, done.stderr
     assert seen.addresses, "gloo's sockets must be found for this to mean anything"
     assert seen.beyond_loopback == set()

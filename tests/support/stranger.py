@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ class Seen:
     addresses: set[str] = field(default_factory=set)
     stores: list[str] = field(default_factory=list)
     attacked: list[str] = field(default_factory=list)
+    delay_s: float = 0.0
+    """Seconds from the opening of a socket to its attack. Can be changed; after a while the ranks are connected."""
 
     @property
     def beyond_loopback(self) -> set[str]:
@@ -39,7 +42,7 @@ class Seen:
 
 @contextmanager
 def stranger(mark: str, marker: Path) -> Iterator[Seen]:
-    """In this context, attack every listening socket of a process with this mark as soon as it opens.
+    """In this context, attack every listening socket of a process with this mark, `Seen.delay_s` after it opens.
 
     Args:
         marker: a file that a command of the stranger would create if it were run.
@@ -65,12 +68,16 @@ def stranger(mark: str, marker: Path) -> Iterator[Seen]:
 
 def _watch(mark: str, child: subprocess.Popen[str], seen: Seen, over: threading.Event) -> None:
     assert child.stdin is not None
-    while not over.is_set():
+    due_s: dict[str, float] = {}
+    while not over.is_set() or due_s:
         for process in list(marked(mark)):
             for address in _listening(process) - seen.addresses:
                 seen.addresses.add(address)
-                child.stdin.write(address + "\n")
-                child.stdin.flush()
+                due_s[address] = time.monotonic() + seen.delay_s
+        for address in [address for address, when_s in due_s.items() if over.is_set() or when_s <= time.monotonic()]:
+            del due_s[address]
+            child.stdin.write(address + "\n")
+            child.stdin.flush()
         over.wait(0.05)
 
 
