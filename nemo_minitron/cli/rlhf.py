@@ -52,7 +52,7 @@ def rlhf(
     folder = _run_folder(run).resolve()
     target = (out or folder / f"rlhf_{algorithm}").resolve()
     if target.exists():
-        raise ConfigError("The target exists already.", where=str(target), next_step="Name a new folder with --out.")
+        raise ConfigError("The target already exists.", where=str(target), next_step="Name a new folder with --out.")
     rows = find_stage(folder, kinds_with(Output.CHAT_ROWS), chats, "--chats")
     reward_model = find_stage(folder, kinds_with(Output.REWARD_MODEL), reward, "--reward")
     start = (model or find_model(folder)).resolve()

@@ -107,7 +107,7 @@ def _model(result: Mapping[str, Any]) -> dict[str, Any]:
         out["rules followed"] = (result["instructions"]["prompt_strict"], result["instructions"]["prompt_strict_se"])
     if "attribute" in result:
         attribute = result["attribute"]
-        out[f"length ~ {attribute['name']}"] = (attribute["rank_correlation"], attribute["se"])
+        out[f"rank correlation of length and {attribute['name']}"] = (attribute["rank_correlation"], attribute["se"])
     return out
 
 

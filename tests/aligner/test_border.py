@@ -74,4 +74,4 @@ def test_the_command_packs_and_unpacks(tmp_path: Path, minitron: Cli) -> None:
     code, told = minitron("convert", packed, tmp_path / "again", "--like", model)
     assert code == 0, told
     assert same_tensors(tmp_path / "again", model)
-    assert "exists already" in minitron("convert", model, packed)[1]
+    assert "already exists" in minitron("convert", model, packed)[1]

@@ -91,7 +91,7 @@ def test_chat_answers_are_as_long_as_requested(run: Path, minitron: Cli) -> None
 
 def test_the_report_shows_ratings_lengths_and_answers_to_each_wish(run: Path) -> None:
     told = (run / "report.md").read_text()
-    assert "length ~ verbosity" in told
+    assert "rank correlation of length and verbosity" in told
     assert "Attribute model and human ratings" in told
     assert "| verbosity | 0 | 1 | 2 | 3 | 4 |" in told
     page = (run / "report.html").read_text()

@@ -238,7 +238,7 @@ def test_from_a_run_to_files(finished: Path, minitron: Cli) -> None:
     assert config["trainer"]["reinforce"]["max_epochs"] == 100
     code, told = minitron("rlhf", finished, "--algorithm", "reinforce", "--dry-run", *SMALL)
     assert code == 2
-    assert "exists already" in told
+    assert "already exists" in told
 
 
 def _built_whole(_: Path, built: Path, *_more: object, **_keys: object) -> None:
