@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from nemo_minitron.system.interrupts import StopRequest
 from nemo_minitron.system.progress import Progress
 
 ENTRY = f"""
-import json, os, sys, time
+import json, os, subprocess, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(environment.ENTRY)!r})
 import fork_server, task
@@ -34,6 +35,9 @@ def work(given):
     Path(given["work_dir"], "pid").write_text(str(os.getpid()))
     if given["name"] == "fails":
         raise ValueError("no such rows")
+    if given["name"] == "with a helper":
+        helper = subprocess.Popen(["sleep", "600"])
+        Path(given["work_dir"], "helper").write_text(str(helper.pid))
     time.sleep(given.get("seconds", 0))
     return {{"seen": seen, "server": os.getppid(), "group": os.getpgid(0), "pid": os.getpid(),
             "variable": os.environ.get("GIVEN"), "imported": sys.argv[3:]}}
@@ -139,6 +143,23 @@ with test._server(Path(sys.argv[1])) as (server, started):
     runner.wait()
     for pid in (int(file.read_text()), server):
         _wait_for_end(pid)
+
+
+def test_the_helpers_of_a_task_end_with_it(tmp_path: Path) -> None:
+    """Even without a runner that ends the task's process group, as when the runner was killed first."""
+    script, file = tmp_path / "entry.py", tmp_path / "task.json"
+    script.write_text(ENTRY)
+    file.write_text(json.dumps({"name": "with a helper", "work_dir": str(tmp_path)}))
+    own, other = socket.socketpair()
+    with own, own.makefile("r") as answers:
+        with other:
+            command = [sys.executable, str(script), fork_server.COMMAND, str(other.fileno())]
+            variables = {**os.environ, "MINITRON_RUNNER": str(os.getpid())}
+            server = subprocess.Popen(command, env=variables, pass_fds=[other.fileno()], start_new_session=True)
+        own.sendall(json.dumps({"task_file": str(file), "variables": {}}).encode() + b"\n")
+        assert (int(answers.readline()) > 0, answers.readline()) == (True, "0\n")
+        _wait_for_end(int((tmp_path / "helper").read_text()))
+    server.wait(20)
 
 
 def _wait_for_end(pid: int) -> None:

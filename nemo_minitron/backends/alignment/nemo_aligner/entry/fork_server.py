@@ -39,6 +39,8 @@ def serve(descriptor: int, run_file: Callable[[Path], int]) -> int:
                 os.setpgid(child, child)
             _answer(channel, child)
             _, status = os.waitpid(child, 0)
+            with suppress(ProcessLookupError):  # its helpers have no one else to end them if the runner is gone
+                os.killpg(child, signal.SIGKILL)
             _answer(channel, os.waitstatus_to_exitcode(status))
     return 0
 
