@@ -235,14 +235,12 @@ def _sizes(target: Target) -> str:
 def _part_table(part: str, found: Found, size: Size) -> str:
     groups: dict[tuple[int, str, str, str | None], list[Case]] = {}
     for case in cases(size):
-        # Rows stand in the order of the cases, whatever the draw that was measured first.
+        # Groups of unmeasured cases stay empty, so that rows have the order of the cases whatever was measured first.
         some = groups.setdefault((case.tokens, case.text, case.method, case.mode), [])
         if case.part == part and case.id in found:
             some.append(case)
     body = []
-    for (tokens, text, method, mode), some in groups.items():
-        if not some:
-            continue
+    for (tokens, text, method, mode), some in ((key, some) for key, some in groups.items() if some):
         row = [f"{tokens:,}", TEXTS[text], method, (mode or "-").replace("_", "-")]
         for measured in ("own", "other"):
             row.append(spread([loss_of(found[case.id], measured) for case in some]))

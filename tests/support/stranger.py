@@ -33,7 +33,7 @@ class Seen:
     stores: list[str] = field(default_factory=list)
     attacked: list[str] = field(default_factory=list)
     delay_s: float = 0.0
-    """Seconds from the opening of a socket to its attack. Can be changed; after a while the ranks are connected."""
+    """Seconds from the opening of a socket to its attack. The ranks of a run connect to it within a few seconds."""
 
     @property
     def beyond_loopback(self) -> set[str]:
@@ -42,7 +42,7 @@ class Seen:
 
 @contextmanager
 def stranger(mark: str, marker: Path) -> Iterator[Seen]:
-    """In this context, attack every listening socket of a process with this mark, `Seen.delay_s` after it opens.
+    """Attack every listening socket of a process with this mark, `Seen.delay_s` after it opens, until the block ends.
 
     Args:
         marker: a file that a command of the stranger would create if it were run.

@@ -146,7 +146,7 @@ with test._server(Path(sys.argv[1])) as (server, started):
 
 
 def test_the_helpers_of_a_task_end_with_it(tmp_path: Path) -> None:
-    """Even without a runner that ends the task's process group, as when the runner was killed first."""
+    """The server ends them itself, because the runner may have been killed first."""
     script, file = tmp_path / "entry.py", tmp_path / "task.json"
     script.write_text(ENTRY)
     file.write_text(json.dumps({"name": "with a helper", "work_dir": str(tmp_path)}))
