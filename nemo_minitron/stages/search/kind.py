@@ -196,6 +196,7 @@ CANDIDATE = StageKind(
     name="candidate",
     params=CandidateStage,
     run="nemo_minitron.stages.search.candidate:candidate",
+    version=2,
     outputs=(Output.CANDIDATE,),
     inputs={**_INPUTS, "rivals": (Output.CANDIDATE,)},
     distributed=True,
